@@ -1,0 +1,118 @@
+"""What the controller's use-cases need from the storage management.
+
+`csi_driver.management` fits these structurally; nothing here knows HTTP. Every method takes the caller's
+`Deadline` and raises `StorageUnavailable` (or `DeadlineReached`) when no answer can be had in time,
+`Unauthenticated` / `Denied` for the credentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from csi_driver.deadline import Deadline
+from csi_driver.model import Client, ReservationMode, SystemInfo, Volume, VolumeSpec, Vpg
+
+
+class Management(Protocol):
+    """The storage management of one cluster. One request of the API per method, unless it says otherwise."""
+
+    def system_info(self, *, deadline: Deadline) -> SystemInfo:
+        """Ask who answers; proves reachability and login."""
+        ...
+
+    def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
+        """Return the volume with this name, or None. Reservations of VPGs are not volumes."""
+        ...
+
+    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
+        """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name, without their chunks."""
+        ...
+
+    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
+        """Create the volume and return its uuid; None when a volume (or a VPG's reservation) has that name.
+
+        Raises `Exhausted` (no space), `InvalidRequest` (a parameter the server refuses), `OperationPending`
+        (space being reclaimed), `PreconditionFailed` (cluster too old for the feature).
+        """
+        ...
+
+    def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
+        """Set a new total capacity. Raises `Exhausted`, `VolumeNotFound`, `OperationPending`, `PreconditionFailed`."""
+        ...
+
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
+        """Mark the volume for deletion; False when it does not exist any more.
+
+        Raises `PreconditionFailed` while it is in use (naming the clients) or is a snapshot's source.
+        """
+        ...
+
+    def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
+        """Replace the whole metadata of the volume. Raises `VolumeNotFound`."""
+        ...
+
+    def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
+        """Return the client by its id (the host name that the management knows), or None."""
+        ...
+
+    def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
+        """Return the client by its uuid, or None."""
+        ...
+
+    def clients(self, *, deadline: Deadline) -> list[Client]:
+        """Return all clients with their attachments. O(clients): for lists, not for per-volume calls."""
+        ...
+
+    def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
+        """Return the clients on which the volume is attached, wished for, or not yet gone."""
+        ...
+
+    def attach(
+        self,
+        client: Client,
+        volume: Volume,
+        *,
+        mode: ReservationMode,
+        reference_id: str | None,
+        version: int | None = None,
+        preempt: bool = False,
+        detach_others: bool = False,
+        deadline: Deadline,
+    ) -> None:
+        """Record the wish that the volume be attached there. Idempotent for the same client and mode.
+
+        Raises `ReservationConflict` (1716, 1717, 1718: held in another mode or by another client), `NodeNotFound`,
+        `VolumeNotFound`, `OperationPending` (1719, 16303, being deleted), `PreconditionFailed` (not ready).
+        """
+        ...
+
+    def detach(
+        self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
+    ) -> None:
+        """Withdraw the wish; without an id, or with the last one, the device goes. "Already gone" returns."""
+        ...
+
+    def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
+        """Return the volume provisioning group, or None."""
+        ...
+
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
+        """Return the free bytes of a VPG's own reserved space; None where it may overflow or has none."""
+        ...
+
+    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
+        """Return the raw free bytes of the cluster, or of the drives a VPG may use; redundancy not yet taken off."""
+        ...
+
+
+class Clusters(Protocol):
+    """The storage clusters ("zones") that this controller serves."""
+
+    def zones(self) -> Sequence[str]:
+        """Names of all zones, in order of preference. At least one."""
+        ...
+
+    def management(self, zone: str) -> Management | None:
+        """Return the management of a zone, or None when no such zone is configured."""
+        ...

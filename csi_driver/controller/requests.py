@@ -1,0 +1,75 @@
+"""What `csi_driver.rpc` hands to the controller's use-cases: requests in nouns of `model`.
+
+Shapes were checked by `rpc.wire` (required fields set, numbers in range, strings legal); meaning is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from csi_driver.model import (
+    DEFAULT_DRIVER_NAME,
+    DEFAULT_TOPOLOGY_KEY,
+    EMPTY,
+    Capability,
+    CapacityRange,
+    Segments,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TopologyRequirement:
+    """Where a volume must be reachable: at least one of `requisite`; `preferred` in order."""
+
+    requisite: tuple[Segments, ...] = ()
+    preferred: tuple[Segments, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """CreateVolume. `has_source`: a volume content source was given (not supported)."""
+
+    name: str
+    capacity: CapacityRange
+    capabilities: tuple[Capability, ...]
+    parameters: Mapping[str, str] = EMPTY
+    secrets: Mapping[str, str] = field(default=EMPTY, repr=False)
+    topology: TopologyRequirement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRequest:
+    """ControllerPublishVolume."""
+
+    volume_id: str
+    node_id: str
+    capability: Capability
+    read_only: bool
+    context: Mapping[str, str] = EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateRequest:
+    """ValidateVolumeCapabilities."""
+
+    volume_id: str
+    capabilities: tuple[Capability, ...]
+    context: Mapping[str, str] = EMPTY
+    parameters: Mapping[str, str] = EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSettings:
+    """What the controller's use-cases are told at start. Times in seconds."""
+
+    driver_name: str = DEFAULT_DRIVER_NAME
+    driver_version: str = ""
+    topology_key: str = DEFAULT_TOPOLOGY_KEY
+    max_volumes_per_node: int = 0
+    force_detach: bool = False
+    usable_wait_s: float = 50.0
+    attach_wait_s: float = 30.0
+    detach_wait_s: float = 60.0
+    answer_margin_s: float = 1.0
+    """A wait ends this long before the caller's deadline, so that the answer still arrives."""

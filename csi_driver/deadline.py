@@ -1,0 +1,78 @@
+"""Time as the driver sees it: a clock that tests can replace, and the moment by which an RPC must answer.
+
+Every wait takes a `Deadline`, so that it ends before its caller gives up, with an answer from which the same
+call, repeated, goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Monotonic time and sleeping; seconds."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    """The machine's own clock."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+SYSTEM_CLOCK: Clock = SystemClock()
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment on a clock. Make one with `Deadline.after`."""
+
+    at_s: float
+    started_s: float
+    clock: Clock = field(default=SYSTEM_CLOCK, compare=False)
+
+    @classmethod
+    def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
+        """Return the deadline that lies `seconds` ahead."""
+        now = clock.monotonic()
+        return cls(now + seconds, now, clock)
+
+    def remaining_s(self) -> float:
+        """Seconds left, never below zero."""
+        return max(0.0, self.at_s - self.clock.monotonic())
+
+    def elapsed_s(self) -> float:
+        """Seconds since this deadline was made."""
+        return self.clock.monotonic() - self.started_s
+
+    def expired(self) -> bool:
+        """Tell whether no time is left."""
+        return self.clock.monotonic() >= self.at_s
+
+    def earlier(self, seconds: float) -> Deadline:
+        """Return the deadline `seconds` before this one: what a wait inside a call may use of it."""
+        return Deadline(self.at_s - seconds, self.started_s, self.clock)
+
+    def wait_until(self, ready: Callable[[], bool], *, first_s: float = 0.01, most_s: float = 0.5) -> bool:
+        """Ask `ready` at growing intervals until it is true (return True) or the time is up (False).
+
+        It is asked at least once, even when no time is left.
+        """
+        pause_s = first_s
+        while not ready():
+            left_s = self.remaining_s()
+            if left_s <= 0:
+                return False
+            self.clock.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 2, most_s)
+        return True

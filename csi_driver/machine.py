@@ -1,0 +1,88 @@
+"""The nouns of one machine: devices, mounts, and what a device holds.
+
+Values only. `csi_driver.host` makes them, `csi_driver.node` decides by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DeviceNumber:
+    """Major and minor number: the only identity by which devices and mounts are compared."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}:{self.minor}"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A block device that was found and whose identity was verified once.
+
+    `uuid` is the volume's as the evidence on this machine says it. `read_only`: the kernel refuses writes.
+    """
+
+    name: str
+    path: Path
+    number: DeviceNumber
+    size_bytes: int
+    read_only: bool
+    uuid: str | None
+    block_bytes: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDevice:
+    """A device held open; its identity was verified again on this very descriptor."""
+
+    fd: int
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount as the kernel shows it at one path (the topmost, where several are stacked).
+
+    `number` is the device of the mounted filesystem, or, for a bind mount of a device node, of the filesystem
+    the node lies in; then `node_number` is the device that the node stands for.
+    `source` is what the mount was made from, e.g. `/dev/nvmesh/csi-1`. `root` is the path within the filesystem.
+    `options` are those of the mount and of the filesystem as the kernel spells them, without `ro` and `rw`.
+    """
+
+    path: Path
+    number: DeviceNumber
+    fs_type: str
+    source: str
+    root: str
+    read_only: bool
+    options: frozenset[str]
+    node_number: DeviceNumber | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """Every place that the probe read was read without error and held only zeroes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filesystem:
+    """A filesystem was recognised."""
+
+    fs_type: str
+    uuid: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherContent:
+    """Something else is there: a partition table, LUKS, LVM, RAID, or data that nothing recognises."""
+
+    description: str
+
+
+Content = Blank | Filesystem | OtherContent

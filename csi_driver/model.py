@@ -1,0 +1,448 @@
+"""The nouns of the driver: volumes, handles, access, attachments, clients, topology.
+
+Plain immutable values shared by all layers. Sizes are int bytes (the management API's decimal gigabytes stay
+inside `csi_driver.management`, except where a stored value must be sent back unchanged).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+
+DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
+DEFAULT_ZONE = "single-zone-cluster"
+DEFAULT_TOPOLOGY_KEY = "nvmesh-csi.excelero.com/zone"
+DEFAULT_FS_TYPE = "ext4"
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+EMPTY: Mapping[str, str] = MappingProxyType({})
+
+Segments = Mapping[str, str]
+"""Topology segments: key to value."""
+
+
+# --- access ---------------------------------------------------------------------------------------------
+
+
+class AccessMode(StrEnum):
+    """Who may do what at the same time, as CSI names it (CSI specification, VolumeCapability.AccessMode)."""
+
+    SINGLE_NODE_WRITER = "SINGLE_NODE_WRITER"
+    SINGLE_NODE_READER_ONLY = "SINGLE_NODE_READER_ONLY"
+    MULTI_NODE_READER_ONLY = "MULTI_NODE_READER_ONLY"
+    MULTI_NODE_SINGLE_WRITER = "MULTI_NODE_SINGLE_WRITER"
+    MULTI_NODE_MULTI_WRITER = "MULTI_NODE_MULTI_WRITER"
+    SINGLE_NODE_SINGLE_WRITER = "SINGLE_NODE_SINGLE_WRITER"
+    SINGLE_NODE_MULTI_WRITER = "SINGLE_NODE_MULTI_WRITER"
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nobody writes under this mode."""
+        return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
+
+    @property
+    def is_multi_node(self) -> bool:
+        """Whether several nodes may hold the volume at once."""
+        return self.value.startswith("MULTI_NODE")
+
+
+@dataclass(frozen=True, slots=True)
+class MountAccess:
+    """The volume is used as a filesystem. An empty `fs_type` leaves the choice to the driver."""
+
+    fs_type: str = ""
+    mount_flags: tuple[str, ...] = ()
+    mount_group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAccess:
+    """The volume is used as a raw block device."""
+
+
+Access = MountAccess | BlockAccess
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """How a volume is to be used: access and access mode (CSI VolumeCapability)."""
+
+    access: Access
+    mode: AccessMode
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityRange:
+    """Bytes asked for; 0 means "not said". Never negative, never required above limit (checked by `rpc.wire`)."""
+
+    required_bytes: int = 0
+    limit_bytes: int = 0
+
+
+# --- handles --------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z0-9_+=.-]{1,64}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_ZONE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+HANDLE_LIMIT_BYTES = 128
+INCOMING_HANDLE_LIMIT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeHandle:
+    """What a CSI volume id says: `name`, `zone:name`, `zone:name:uuid` or `zone:name:uuid:reference`.
+
+    `reference` is the namespace of the claim or what a user wrote in its place (one volume, another consumer).
+    """
+
+    name: str
+    zone: str | None = None
+    uuid: str | None = None
+    reference: str | None = None
+
+    @classmethod
+    def parse(cls, volume_id: str) -> VolumeHandle | None:
+        """Read a volume id; None when it has no form of ours, which means: no such volume."""
+        if len(volume_id.encode(errors="replace")) > INCOMING_HANDLE_LIMIT_BYTES:
+            return None
+        parts = volume_id.split(":", 3)
+        if len(parts) == 1:
+            return cls(name=volume_id) if is_volume_name(volume_id) else None
+        zone, name = parts[0], parts[1]
+        uuid = parts[2] if len(parts) > 2 else None
+        reference = parts[3] if len(parts) > 3 else None
+        if not _ZONE.fullmatch(zone) or not is_volume_name(name):
+            return None
+        if uuid is not None and not _UUID.fullmatch(uuid):
+            return None
+        if reference is not None and (not reference or not reference.isprintable() or "/" in reference):
+            return None
+        return cls(name=name, zone=zone, uuid=uuid.lower() if uuid else None, reference=reference)
+
+    def format(self) -> str:
+        """Write the id; the reference is left out, never cut, where the id would exceed 128 bytes."""
+        parts = [part for part in (self.zone, self.name, self.uuid) if part is not None]
+        base = ":".join(parts)
+        if self.uuid is None or self.reference is None:
+            return base
+        whole = f"{base}:{self.reference}"
+        return whole if len(whole.encode()) <= HANDLE_LIMIT_BYTES else base
+
+
+def is_volume_name(text: str) -> bool:
+    """Tell whether `text` can be the name of a volume of any management version, and a file name."""
+    return _NAME.fullmatch(text) is not None and text.strip(".") != ""
+
+
+def is_uuid(text: str) -> bool:
+    """Tell whether `text` is a UUID in its usual spelling."""
+    return _UUID.fullmatch(text) is not None
+
+
+# --- the storage management's nouns -----------------------------------------------------------------------
+
+
+class RaidLevel(StrEnum):
+    """The management's own names of its layouts."""
+
+    CONCATENATED = "Concatenated"
+    STRIPED = "Striped RAID-0"
+    MIRRORED = "Mirrored RAID-1"
+    STRIPED_MIRRORED = "Striped & Mirrored RAID-10"
+    ERASURE_CODED = "Erasure Coding"
+    STRIPED_ERASURE_CODED = "Striped Erasure Coding"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the bytes of a volume lie on drives. None = the management's default for the level."""
+
+    raid_level: RaidLevel = RaidLevel.CONCATENATED
+    stripe_width: int | None = None
+    stripe_size_blocks: int | None = None
+    data_blocks: int | None = None
+    parity_blocks: int | None = None
+    number_of_mirrors: int | None = None
+    protection_level: str | None = None
+    enable_crc_check: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """What to create. Exactly one of `vpg` and `layout` is set.
+
+    `capacity_gb` is decimal gigabytes as the API takes them, made by `csi_driver.capacity` from a layout's granule.
+    """
+
+    name: str
+    capacity_gb: float
+    metadata: Mapping[str, object]
+    vpg: str | None = None
+    layout: Layout | None = None
+    description: str | None = None
+    relative_rebuild_priority: int | None = None
+    drive_classes: tuple[str, ...] = ()
+    target_classes: tuple[str, ...] = ()
+    limit_by_drives: tuple[str, ...] = ()
+    limit_by_targets: tuple[str, ...] = ()
+    domain: str | None = None
+
+
+class ReservationMode(IntEnum):
+    """How a volume is held cluster-wide, with the management's own numbers."""
+
+    NONE = 0
+    SHARED_READ_ONLY = 1
+    SHARED_READ_WRITE = 2
+    EXCLUSIVE_READ_WRITE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The current reservation of a volume. `version` grows with every transition, from 1."""
+
+    mode: ReservationMode = ReservationMode.NONE
+    version: int = 1
+    reserved_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume as the management shows it."""
+
+    name: str
+    uuid: str
+    blocks: int
+    block_size: int
+    capacity_gb: float
+    status: str
+    action: str
+    health: str = "healthy"
+    is_ready: bool = True
+    is_reserved: bool = False
+    is_read_only: bool = False
+    is_encrypted: bool = False
+    layout: Layout = field(default_factory=Layout)
+    vpg: str | None = None
+    reservation: Reservation = field(default_factory=Reservation)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Real size; `capacity_gb` is only what was once asked for."""
+        return self.blocks * self.block_size
+
+    @property
+    def is_being_deleted(self) -> bool:
+        return self.action in ("markedForDeletion", "deleting") or self.status == "toBeDeleted"
+
+    @property
+    def is_being_made(self) -> bool:
+        """Whether the space is there but the volume cannot be used yet."""
+        return self.action == "initializing" or self.status == "pending"
+
+
+class ClientStatus(IntEnum):
+    """State of a storage client (a node), with the management's own numbers."""
+
+    INITIALIZING = 0
+    READY = 1
+    PREPARING_REMOVAL = 2
+    REMOVAL_READY = 3
+    EXITING = 4
+    DOWN = 5
+    UNKNOWN = 6
+
+
+class DeviceStatus(IntEnum):
+    """State of a block device as its client reports it (`vol_status`)."""
+
+    BUSY = 1
+    DETACHED = 2
+    DETACH_FAILED = 3
+    ATTACHED = 4
+    ATTACH_FAILED = 5
+    ATTACHING = 6
+    DETACHING = 7
+    DETACHED_AFTER_SHUTDOWN = 9
+    RESERVATION_DENIED = 17
+    UNKNOWN_VOLUME = 94
+    OTHER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentWish:
+    """What the management wants of a volume on a client. `action` stays "attaching" while it is to be attached."""
+
+    volume_uuid: str
+    volume_name: str
+    action: str
+    mode: ReservationMode
+    reference_ids: frozenset[str]
+
+    @property
+    def is_detaching(self) -> bool:
+        return self.action.startswith("detaching")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a client reports of a volume's block device. Hidden devices are left out by the decoder."""
+
+    volume_uuid: str
+    volume_name: str
+    status: DeviceStatus
+    io_enabled: bool
+    mode: ReservationMode
+    reference_ids: frozenset[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A storage client: one node as the management knows it."""
+
+    id: str
+    uuid: str
+    status: ClientStatus
+    wishes: Mapping[str, AttachmentWish] = field(default_factory=dict)
+    """By volume uuid."""
+    devices: Mapping[str, DeviceReport] = field(default_factory=dict)
+    """By volume uuid."""
+
+    def holds(self, volume_uuid: str) -> bool:
+        """Whether the volume is attached here, or wished for, or not yet known to be gone."""
+        report = self.devices.get(volume_uuid)
+        gone = report is None or report.status in (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
+        return volume_uuid in self.wishes or not gone
+
+
+@dataclass(frozen=True, slots=True)
+class Vpg:
+    """A volume provisioning group: a named layout, perhaps with space of its own."""
+
+    name: str
+    layout: Layout
+    capacity_bytes: int
+    allow_overflow: bool
+    is_encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SystemInfo:
+    """Who answers: version of the management and of its API, identity of the cluster."""
+
+    version: str
+    api_version: str
+    cluster_id: str
+
+
+# --- what the controller hands to the node -----------------------------------------------------------------
+
+
+class History(StrEnum):
+    """What is known of the writes that a volume has seen, when a node asks whether it is blank.
+
+    FIRST: created by this driver and never attached before. ATTACHED: attached before, by whomever.
+    UNKNOWN: not created by this driver, or its records are incomplete.
+    """
+
+    FIRST = "first"
+    ATTACHED = "attached"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishContext:
+    """What ControllerPublish tells the node. Every field survives the way through a string map.
+
+    `attachment` numbers the attachments of this volume from 1; 0 = not counted.
+    `read_only`: the attachment itself is read-only.
+    """
+
+    name: str
+    uuid: str
+    attachment: int = 0
+    history: History = History.UNKNOWN
+    read_only: bool = False
+    size_bytes: int = 0
+
+    def as_map(self) -> dict[str, str]:
+        """Write it as the string map that CSI carries."""
+        return {
+            "name": self.name,
+            "uuid": self.uuid,
+            "attachment": str(self.attachment),
+            "history": self.history.value,
+            "readOnly": "true" if self.read_only else "false",
+            "sizeBytes": str(self.size_bytes),
+        }
+
+    @classmethod
+    def from_map(cls, context: Mapping[str, str]) -> PublishContext | None:
+        """Read it back; None where the map does not come from this driver (older drivers, static attachments).
+
+        What cannot be read counts as unknown, which only ever makes the node more careful.
+        """
+        name, uuid = context.get("name", ""), context.get("uuid", "")
+        if not is_volume_name(name) or not is_uuid(uuid):
+            return None
+        history = context.get("history", "")
+        return cls(
+            name=name,
+            uuid=uuid.lower(),
+            attachment=_natural(context.get("attachment", "")),
+            history=History(history) if history in set(History) else History.UNKNOWN,
+            read_only=context.get("readOnly") == "true",
+            size_bytes=_natural(context.get("sizeBytes", "")),
+        )
+
+
+def _natural(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+
+
+# --- answers of use-cases ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ProvisionedVolume:
+    """A volume as CSI shows it (CSI message Volume)."""
+
+    volume_id: str
+    capacity_bytes: int
+    context: Mapping[str, str] = field(default_factory=dict)
+    topology: tuple[Segments, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ListedVolume:
+    """A volume with the ids of the nodes that hold it."""
+
+    volume: ProvisionedVolume
+    published_node_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Answer of GetCapacity, bytes. None = no such limit is known."""
+
+    available_bytes: int
+    maximum_volume_bytes: int | None = None
+    minimum_volume_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Use of a volume. A block volume has only `total_bytes`; inodes are None where the filesystem counts none."""
+
+    total_bytes: int
+    used_bytes: int | None = None
+    available_bytes: int | None = None
+    total_inodes: int | None = None
+    used_inodes: int | None = None
+    available_inodes: int | None = None

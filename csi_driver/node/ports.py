@@ -1,0 +1,185 @@
+"""What the node's use-cases need from the machine. `csi_driver.host` fits these structurally.
+
+All block; none logs. Failures are leaves of `csi_driver.errors`; a refusal of the kernel is `HostFailure` unless
+the text below names another family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from csi_driver.deadline import Deadline
+from csi_driver.machine import Content, Device, DeviceNumber, Mounted, OpenDevice
+from csi_driver.model import Usage
+
+
+class Devices(Protocol):
+    """Block devices of volumes."""
+
+    def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
+        """Wait until the volume's device is there, has a size, and is who it should be.
+
+        Raises `DeadlineReached`, or `PreconditionFailed` at once when the device there is another volume.
+        """
+        ...
+
+    def find(self, name: str) -> Device | None:
+        """Return the volume's device as it is now, without waiting; None when it is absent or has no size yet."""
+        ...
+
+    def open(
+        self, device: Device, *, write: bool = False, exclusive: bool = False
+    ) -> AbstractContextManager[OpenDevice]:
+        """Hold the device open; name, uuid and size are verified again on the descriptor.
+
+        Raises `PreconditionFailed` when it is not the device that was found, or, with `exclusive`, when it is busy.
+        """
+        ...
+
+    def size_bytes(self, number: DeviceNumber) -> int | None:
+        """Return the present size of a device without opening it; None when the device is gone."""
+        ...
+
+    def uuid_of(self, number: DeviceNumber) -> str | None:
+        """Return the volume uuid that the device itself claims (loop label, SCSI serial); None when it claims none."""
+        ...
+
+    def set_read_only(self, device: Device) -> None:
+        """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
+        ...
+
+    def client_uuid(self) -> str | None:
+        """Return the uuid of this node's storage client; None where there is no client."""
+        ...
+
+    def path_of(self, name: str) -> Path:
+        """Return where the device of a volume appears: what a mount of it names as its source."""
+        ...
+
+
+class ReadOnlyDevices(Protocol):
+    """Read-only devices over devices that are writable elsewhere on this node (decision on raw block readers)."""
+
+    def over(self, device: Device, label: str) -> Device:
+        """Return a read-only device over `device`, made or found by its label (at most 63 characters)."""
+        ...
+
+    def release(self, number: DeviceNumber) -> bool:
+        """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
+        ...
+
+
+class Mounts(Protocol):
+    """The kernel's mounts."""
+
+    def at(self, path: Path) -> Mounted | None:
+        """Return the topmost mount whose root is `path`; None when no mount begins there. Costs the same always."""
+        ...
+
+    def of_device(self, number: DeviceNumber) -> list[Mounted]:
+        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
+        ...
+
+    def mount(
+        self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool
+    ) -> None:
+        """Mount the device; what was made is verified before it becomes visible.
+
+        Raises `InvalidField` naming an option that the kernel does not take.
+        """
+        ...
+
+    def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
+        """Bind a directory, or a device node onto a file; read-only from the first moment where asked."""
+        ...
+
+    def unmount(self, path: Path, *, lazy: bool = False) -> None:
+        """Take off the topmost mount at `path`; nothing mounted there is success. Raises `PreconditionFailed` if busy."""
+        ...
+
+
+class Filesystems(Protocol):
+    """What devices hold."""
+
+    def supported(self) -> Sequence[str]:
+        """Return the filesystem types that this machine can make and mount, "ext4" first."""
+        ...
+
+    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
+        """Tell what the device holds, reading past the page cache: head, tail, every place of a superblock.
+
+        Raises `HostFailure` when any read fails or comes back short: then nothing is known.
+        """
+        ...
+
+    def first_data(
+        self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
+    ) -> int | None:
+        """Read every block; return the offset of the first byte that is not zero, or None when there is none.
+
+        `progress(done_bytes, total_bytes)` is called now and then. Raises `HostFailure` as `probe` does,
+        `DeadlineReached` when a deadline was given and passed.
+        """
+        ...
+
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
+        """Make a filesystem, destroying what is there; has a generous time limit of its own."""
+        ...
+
+    def check(self, device: Device, fs_type: str) -> None:
+        """Repair what can be repaired without a question. Raises `PreconditionFailed` when a person must decide."""
+        ...
+
+    def recorded_bytes(self, device: Device, fs_type: str) -> int:
+        """Return the size of the filesystem as its superblock records it."""
+        ...
+
+    def grow_unmounted(self, device: Device, fs_type: str) -> bool:
+        """Grow an unmounted filesystem to its device. False when this type grows only mounted."""
+        ...
+
+    def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
+        """Grow a mounted filesystem to its device.
+
+        Raises `PreconditionFailed` where this machine does not let it grow while mounted, naming what is missing.
+        """
+        ...
+
+    def usage(self, path: Path) -> Usage:
+        """Return the use of the filesystem at `path` (statfs). May hang on a dead device: call it in a worker."""
+        ...
+
+
+class Paths(Protocol):
+    """Target and staging paths, below the configured roots; symbolic links on the way are never followed."""
+
+    def check(self, path: str, field: str) -> Path:
+        """Return the path when it is absolute, plain (no `..`, no NUL) and below a root. Raises `InvalidField`."""
+        ...
+
+    def kind(self, path: Path) -> str:
+        """Tell what is at the path itself: "directory", "file", "device", "other" or "absent"."""
+        ...
+
+    def make_directory(self, path: Path) -> None:
+        """Create the directory (not its parents); there already is success."""
+        ...
+
+    def make_file(self, path: Path) -> None:
+        """Create an empty file to bind a device onto; there already is success."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree."""
+        ...
+
+
+class Tools(Protocol):
+    """What the machine must have."""
+
+    def problems(self) -> Sequence[str]:
+        """Return what keeps this machine from serving volumes, a sentence each; empty = all well. Cheap."""
+        ...
