@@ -47,7 +47,23 @@ def generate(target: Path) -> None:
     if text.count(bare) != 1:
         sys.exit(f"{services} does not hold exactly one line {bare.strip()!r}: grpcio-tools writes it differently now")
     services.write_text(text.replace(bare, relative))
-    (target / "csi_pb2_grpc.pyi").write_text(service_stubs(read_descriptor(PROTO, target)))
+    descriptor = read_descriptor(PROTO, target)
+    (target / "csi_pb2_grpc.pyi").write_text(service_stubs(descriptor))
+    messages = target / "csi_pb2.pyi"
+    messages.write_text(with_typed_extensions(messages.read_text(), descriptor))
+
+
+def with_typed_extensions(stub: str, descriptor: FileDescriptorProto) -> str:
+    """Return the stub of csi_pb2 with the custom options typed as what `Extensions[...]` takes, which protoc omits."""
+    for extension in descriptor.extension:
+        untyped = f"\n{extension.name}: _descriptor.FieldDescriptor\n"
+        if extension.type != extension.TYPE_BOOL or stub.count(untyped) != 1:
+            sys.exit(f"option {extension.name} is not the bool that is written as {untyped.strip()!r}")
+        extended = f"_descriptor_pb2.{extension.extendee.rpartition('.')[2]}"
+        typed = f"\n{extension.name}: _extension_dict._ExtensionFieldDescriptor[{extended}, bool]\n"
+        stub = stub.replace(untyped, typed)
+    known = "from google.protobuf.internal import containers as _containers\n"
+    return stub.replace(known, f"{known}from google.protobuf.internal import extension_dict as _extension_dict\n")
 
 
 def service_stubs(descriptor: FileDescriptorProto) -> str:
@@ -67,7 +83,9 @@ def service_stubs(descriptor: FileDescriptorProto) -> str:
         for method in service.method:
             request, response = message_names(method)
             answer = f"Iterator[{response}]" if method.server_streaming else response
-            lines.append(f"    def {method.name}(self, request: {request}, context: grpc.ServicerContext) -> {answer}: ...")
+            lines.append(
+                f"    def {method.name}(self, request: {request}, context: grpc.ServicerContext) -> {answer}: ..."
+            )
         add = f"add_{service.name}Servicer_to_server"
         lines += ["", f"def {add}(servicer: {service.name}Servicer, server: grpc.Server) -> None: ..."]
     return "\n".join(lines) + "\n"

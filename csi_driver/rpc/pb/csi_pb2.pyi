@@ -4,6 +4,7 @@ from google.protobuf import descriptor_pb2 as _descriptor_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf import wrappers_pb2 as _wrappers_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import extension_dict as _extension_dict
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -41,19 +42,19 @@ UNKNOWN: BlockMetadataType
 FIXED_LENGTH: BlockMetadataType
 VARIABLE_LENGTH: BlockMetadataType
 ALPHA_ENUM_FIELD_NUMBER: _ClassVar[int]
-alpha_enum: _descriptor.FieldDescriptor
+alpha_enum: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.EnumOptions, bool]
 ALPHA_ENUM_VALUE_FIELD_NUMBER: _ClassVar[int]
-alpha_enum_value: _descriptor.FieldDescriptor
+alpha_enum_value: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.EnumValueOptions, bool]
 CSI_SECRET_FIELD_NUMBER: _ClassVar[int]
-csi_secret: _descriptor.FieldDescriptor
+csi_secret: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, bool]
 ALPHA_FIELD_FIELD_NUMBER: _ClassVar[int]
-alpha_field: _descriptor.FieldDescriptor
+alpha_field: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, bool]
 ALPHA_MESSAGE_FIELD_NUMBER: _ClassVar[int]
-alpha_message: _descriptor.FieldDescriptor
+alpha_message: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MessageOptions, bool]
 ALPHA_METHOD_FIELD_NUMBER: _ClassVar[int]
-alpha_method: _descriptor.FieldDescriptor
+alpha_method: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, bool]
 ALPHA_SERVICE_FIELD_NUMBER: _ClassVar[int]
-alpha_service: _descriptor.FieldDescriptor
+alpha_service: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.ServiceOptions, bool]
 
 class GetPluginInfoRequest(_message.Message):
     __slots__ = ()

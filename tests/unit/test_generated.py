@@ -1,0 +1,22 @@
+"""What is generated and committed is what the generator writes today."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "csi_driver" / "rpc" / "pb"
+
+
+@pytest.mark.tool
+def test_generated_code_is_fresh(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "proto" / "generate.py", tmp_path], check=True)
+    fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    committed = {path.name: path.read_text() for path in COMMITTED.glob("csi_*")}
+    assert sorted(fresh) == sorted(committed)
+    stale = [name for name, text in fresh.items() if committed[name] != text]
+    assert not stale, f"{', '.join(stale)} differ from what proto/csi.proto says: run `make proto`"
