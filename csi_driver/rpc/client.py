@@ -1,0 +1,354 @@
+"""A small typed client of a CSI endpoint: what the demo, the tests and the benchmarks speak through.
+
+Thin over the generated stubs, which stay reachable (`identity`, `controller`, `node`) for requests that no method
+here would make. Takes and gives nouns of `csi_driver.model`; a call that does not end with OK raises `CallFailed`.
+Never used by the driver itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import quote
+
+import grpc
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import InvalidField
+from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.rpc.pb import csi_pb2_grpc as stubs
+
+SOCKET_PATH_LIMIT_BYTES = 107
+"""Longest path a Unix socket can be bound to or reached by: sun_path less its closing NUL (unix(7))."""
+
+FILESYSTEM = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
+RAW_BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
+
+_RETRY_PAUSE_S = 0.1
+_PROBE_TIMEOUT_S = 5.0
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class CallFailed(Exception):
+    """A CSI call ended with another status than OK. `code` is the name of the gRPC code."""
+
+    def __init__(self, method: str, code: str, message: str) -> None:
+        self.method = method
+        self.code = code
+        self.message = message
+        super().__init__(f"{method}: {code}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """Answer of NodeGetInfo."""
+
+    node_id: str
+    max_volumes: int
+    topology: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedVolume:
+    """Answer of CreateVolume."""
+
+    volume_id: str
+    capacity_bytes: int
+    context: Mapping[str, str]
+    topology: tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedVolume:
+    """One entry of ListVolumes."""
+
+    volume_id: str
+    capacity_bytes: int
+    node_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """One entry of NodeGetVolumeStats; `unit` is BYTES or INODES."""
+
+    unit: str
+    total: int
+    used: int
+    available: int
+
+
+class CsiClient:
+    """Calls one CSI endpoint over a Unix socket. Use it as a context manager, or `close` it."""
+
+    def __init__(self, socket: Path, *, timeout_s: float = 60.0) -> None:
+        """Prepare a connection; nothing is sent yet. `timeout_s` is the deadline of each call, in seconds.
+
+        Raises `InvalidField` when the path is longer than a Unix socket's may be.
+        """
+        path = str(socket.absolute())
+        if len(path.encode()) > SOCKET_PATH_LIMIT_BYTES:
+            raise InvalidField("socket", path, f"a path of at most {SOCKET_PATH_LIMIT_BYTES} bytes")
+        self.socket = socket
+        self.timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(
+            f"unix:{quote(path)}",
+            options=(
+                ("grpc.default_authority", "localhost"),
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 50),
+                ("grpc.max_reconnect_backoff_ms", 500),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.use_local_subchannel_pool", 1),
+            ),
+        )
+        self.identity = stubs.IdentityStub(self._channel)
+        self.controller = stubs.ControllerStub(self._channel)
+        self.node = stubs.NodeStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection; calls under way end with CANCELLED."""
+        self._channel.close()
+
+    def call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+    ) -> Response:
+        """Send any request by a method of one of the stubs; raises `CallFailed`."""
+        try:
+            return method(request, timeout=self.timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise _failure(request, error) from error
+
+    # --- identity -----------------------------------------------------------------------------------------
+
+    def plugin_name(self) -> str:
+        """Return the driver's name (GetPluginInfo)."""
+        return self.call(self.identity.GetPluginInfo, pb.GetPluginInfoRequest()).name
+
+    def is_ready(self, *, timeout_s: float = _PROBE_TIMEOUT_S) -> bool:
+        """Ask Probe once. Raises `CallFailed` when it is not answered with OK. A missing `ready` means ready."""
+        answer = self.call(self.identity.Probe, pb.ProbeRequest(), timeout_s=timeout_s)
+        return answer.ready.value if answer.HasField("ready") else True
+
+    def wait_ready(self, deadline: Deadline, *, give_up: Callable[[], bool] = lambda: False) -> str | None:
+        """Probe until the endpoint is ready: None; or, once time is up or `give_up()`, the last reason why not."""
+        while True:
+            try:
+                if self.is_ready(timeout_s=min(_PROBE_TIMEOUT_S, max(deadline.remaining_s(), _RETRY_PAUSE_S))):
+                    return None
+                reason = "Probe answers ready=false"
+            except CallFailed as error:
+                reason = str(error)
+            if deadline.expired() or give_up():
+                return reason
+            deadline.clock.sleep(min(_RETRY_PAUSE_S, deadline.remaining_s()))
+
+    # --- controller ---------------------------------------------------------------------------------------
+
+    def create_volume(
+        self,
+        name: str,
+        *,
+        required_bytes: int = 0,
+        limit_bytes: int = 0,
+        capabilities: Sequence[Capability] = (FILESYSTEM,),
+        parameters: Mapping[str, str] = EMPTY,
+        requisite: Sequence[Mapping[str, str]] = (),
+    ) -> CreatedVolume:
+        """CreateVolume."""
+        request = pb.CreateVolumeRequest(
+            name=name,
+            volume_capabilities=[capability_message(each) for each in capabilities],
+            parameters=dict(parameters),
+        )
+        if required_bytes or limit_bytes:
+            request.capacity_range.CopyFrom(_range(required_bytes, limit_bytes))
+        for segments in requisite:
+            request.accessibility_requirements.requisite.add(segments=dict(segments))
+        volume = self.call(self.controller.CreateVolume, request).volume
+        topology = tuple(dict(each.segments) for each in volume.accessible_topology)
+        return CreatedVolume(volume.volume_id, volume.capacity_bytes, dict(volume.volume_context), topology)
+
+    def delete_volume(self, volume_id: str) -> None:
+        """DeleteVolume."""
+        self.call(self.controller.DeleteVolume, pb.DeleteVolumeRequest(volume_id=volume_id))
+
+    def attach(
+        self,
+        volume_id: str,
+        node_id: str,
+        capability: Capability = FILESYSTEM,
+        *,
+        read_only: bool = False,
+        volume_context: Mapping[str, str] = EMPTY,
+    ) -> dict[str, str]:
+        """ControllerPublishVolume; returns the publish context."""
+        request = pb.ControllerPublishVolumeRequest(
+            volume_id=volume_id,
+            node_id=node_id,
+            volume_capability=capability_message(capability),
+            readonly=read_only,
+            volume_context=dict(volume_context),
+        )
+        return dict(self.call(self.controller.ControllerPublishVolume, request).publish_context)
+
+    def detach(self, volume_id: str, node_id: str = "") -> None:
+        """ControllerUnpublishVolume; without a node id, from every node."""
+        request = pb.ControllerUnpublishVolumeRequest(volume_id=volume_id, node_id=node_id)
+        self.call(self.controller.ControllerUnpublishVolume, request)
+
+    def expand_volume(
+        self, volume_id: str, required_bytes: int, *, limit_bytes: int = 0, capability: Capability | None = None
+    ) -> tuple[int, bool]:
+        """ControllerExpandVolume; returns the new capacity and whether the node has work to do."""
+        request = pb.ControllerExpandVolumeRequest(
+            volume_id=volume_id, capacity_range=_range(required_bytes, limit_bytes)
+        )
+        if capability is not None:
+            request.volume_capability.CopyFrom(capability_message(capability))
+        answer = self.call(self.controller.ControllerExpandVolume, request)
+        return answer.capacity_bytes, answer.node_expansion_required
+
+    def volumes(self, *, page: int = 0) -> Iterator[ListedVolume]:
+        """ListVolumes to the end, `page` entries at a time (0: as many as the server gives)."""
+        token = ""
+        while True:
+            request = pb.ListVolumesRequest(max_entries=page, starting_token=token)
+            answer = self.call(self.controller.ListVolumes, request)
+            for entry in answer.entries:
+                yield ListedVolume(
+                    entry.volume.volume_id, entry.volume.capacity_bytes, tuple(entry.status.published_node_ids)
+                )
+            token = answer.next_token
+            if not token:
+                return
+
+    def get_volume(self, volume_id: str) -> ListedVolume:
+        """ControllerGetVolume."""
+        answer = self.call(self.controller.ControllerGetVolume, pb.ControllerGetVolumeRequest(volume_id=volume_id))
+        return ListedVolume(
+            answer.volume.volume_id, answer.volume.capacity_bytes, tuple(answer.status.published_node_ids)
+        )
+
+    def free_bytes(self, parameters: Mapping[str, str] = EMPTY) -> int:
+        """GetCapacity."""
+        request = pb.GetCapacityRequest(parameters=dict(parameters))
+        return self.call(self.controller.GetCapacity, request).available_capacity
+
+    # --- node ---------------------------------------------------------------------------------------------
+
+    def node_info(self) -> NodeIdentity:
+        """NodeGetInfo."""
+        answer = self.call(self.node.NodeGetInfo, pb.NodeGetInfoRequest())
+        return NodeIdentity(answer.node_id, answer.max_volumes_per_node, dict(answer.accessible_topology.segments))
+
+    def stage(
+        self,
+        volume_id: str,
+        staging: Path,
+        capability: Capability = FILESYSTEM,
+        *,
+        publish_context: Mapping[str, str] = EMPTY,
+        volume_context: Mapping[str, str] = EMPTY,
+    ) -> None:
+        """NodeStageVolume."""
+        request = pb.NodeStageVolumeRequest(
+            volume_id=volume_id,
+            staging_target_path=str(staging),
+            volume_capability=capability_message(capability),
+            publish_context=dict(publish_context),
+            volume_context=dict(volume_context),
+        )
+        self.call(self.node.NodeStageVolume, request)
+
+    def unstage(self, volume_id: str, staging: Path) -> None:
+        """NodeUnstageVolume."""
+        request = pb.NodeUnstageVolumeRequest(volume_id=volume_id, staging_target_path=str(staging))
+        self.call(self.node.NodeUnstageVolume, request)
+
+    def publish(
+        self,
+        volume_id: str,
+        staging: Path,
+        target: Path,
+        capability: Capability = FILESYSTEM,
+        *,
+        read_only: bool = False,
+        publish_context: Mapping[str, str] = EMPTY,
+        volume_context: Mapping[str, str] = EMPTY,
+    ) -> None:
+        """NodePublishVolume."""
+        request = pb.NodePublishVolumeRequest(
+            volume_id=volume_id,
+            staging_target_path=str(staging),
+            target_path=str(target),
+            volume_capability=capability_message(capability),
+            readonly=read_only,
+            publish_context=dict(publish_context),
+            volume_context=dict(volume_context),
+        )
+        self.call(self.node.NodePublishVolume, request)
+
+    def unpublish(self, volume_id: str, target: Path) -> None:
+        """NodeUnpublishVolume."""
+        request = pb.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
+        self.call(self.node.NodeUnpublishVolume, request)
+
+    def expand_on_node(
+        self, volume_id: str, path: Path, *, required_bytes: int = 0, staging: Path | None = None
+    ) -> int:
+        """NodeExpandVolume; returns the capacity that it reports."""
+        request = pb.NodeExpandVolumeRequest(
+            volume_id=volume_id, volume_path=str(path), staging_target_path="" if staging is None else str(staging)
+        )
+        if required_bytes:
+            request.capacity_range.CopyFrom(_range(required_bytes, 0))
+        return self.call(self.node.NodeExpandVolume, request).capacity_bytes
+
+    def stats(self, volume_id: str, path: Path) -> dict[str, Usage]:
+        """NodeGetVolumeStats, by unit."""
+        request = pb.NodeGetVolumeStatsRequest(volume_id=volume_id, volume_path=str(path))
+        answer = self.call(self.node.NodeGetVolumeStats, request)
+        entries = (
+            Usage(pb.VolumeUsage.Unit.Name(each.unit), each.total, each.used, each.available) for each in answer.usage
+        )
+        return {each.unit: each for each in entries}
+
+
+def capability_message(capability: Capability) -> pb.VolumeCapability:
+    """Write a capability as CSI carries it."""
+    mode = pb.VolumeCapability.AccessMode(mode=capability.mode.value)
+    match capability.access:
+        case MountAccess(fs_type, mount_flags, mount_group):
+            mount = pb.VolumeCapability.MountVolume(
+                fs_type=fs_type, mount_flags=list(mount_flags), volume_mount_group=mount_group
+            )
+            return pb.VolumeCapability(mount=mount, access_mode=mode)
+        case BlockAccess():
+            return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=mode)
+
+
+def _range(required_bytes: int, limit_bytes: int) -> pb.CapacityRange:
+    return pb.CapacityRange(required_bytes=required_bytes, limit_bytes=limit_bytes)
+
+
+def _failure(request: object, error: grpc.RpcError) -> CallFailed:
+    method = type(request).__name__.removesuffix("Request")
+    return CallFailed(method, error.code().name, error.details() or "")
