@@ -1,0 +1,98 @@
+# make help lists what there is.
+
+SHELL := /bin/bash -o pipefail
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Any Python from 3.11 on; `make PYTHON=/path/to/python3.12 ...` takes another.
+PYTHON ?= $(shell tests/tools/find-python)
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := .cache
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+IMAGE ?= nvmesh-csi:dev
+
+SANITY_VERSION := v5.6.0
+SANITY := $(CACHE)/bin/csi-sanity-$(SANITY_VERSION)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export PATH := $(CURDIR)/$(CACHE)/bin:$(PATH)
+
+.PHONY: help
+help: ## list the targets
+	@echo 'usage: make TARGET        (times: 2 cores, first run / later runs)'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: ## as root: the life of a volume on this machine, step by step (1 min / 15 s)
+	@tests/tools/check-demo
+	@$(MAKE) --no-print-directory $(VENV)/runtime
+	@$(BIN)/nvmesh-csi demo
+
+.PHONY: test
+test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (10 min / 8 min)
+	@echo '== pytest'
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/test ## lint, format, types and layers only (1 min / 20 s)
+	@$(BIN)/python -m pytest -q tests/unit/test_lint.py tests/unit/test_types.py tests/unit/test_layers.py
+
+.PHONY: format
+format: $(VENV)/test ## rewrite the Python code as ruff formats it (1 s)
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+.PHONY: coverage
+coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines none reaches (15 min)
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+.PHONY: proto
+proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/csi.proto (2 s)
+	@$(BIN)/python proto/generate.py
+
+.PHONY: lock
+lock: $(CACHE)/lock ## write requirements/*.txt again with the newest versions (10 s)
+	@UV=$(CACHE)/lock/bin/uv tests/tools/lock-requirements
+
+.PHONY: image
+image: ## build the container image (IMAGE=name:tag) with docker, podman or buildah (3 min)
+	@tests/tools/build-image $(IMAGE)
+
+.PHONY: clean
+clean: ## remove what the targets made here
+	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	find csi_driver tests proto -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- what the targets stand on: each file marks something done --------------------------------------------------
+
+$(VENV)/made:
+	@tests/tools/make-venv '$(PYTHON)' $(VENV)
+	@touch $@
+
+$(VENV)/runtime: $(VENV)/made requirements/runtime.txt requirements/build.txt pyproject.toml
+	@echo '== Python packages of the driver'
+	@$(PIP) install --require-hashes -r requirements/runtime.txt -r requirements/build.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/test: $(VENV)/runtime requirements/test.txt
+	@echo '== Python packages of the tests'
+	@$(PIP) install --require-hashes -r requirements/test.txt
+	@touch $@
+
+$(CACHE)/lock:
+	@tests/tools/make-venv '$(PYTHON)' $@
+	@$@/bin/python -m pip --disable-pip-version-check --quiet install uv
+
+$(SANITY): tests/tools/install-csi-sanity
+	@tests/tools/install-csi-sanity $(SANITY_VERSION) $@ '$(PYTHON)'
+
+.PHONY: debian-packages
+debian-packages:
+	@tests/tools/install-debian-packages
