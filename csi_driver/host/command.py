@@ -1,0 +1,109 @@
+"""Run a program of the machine to its end, and say plainly how it ended.
+
+The only place, besides `supervise`, that starts a process. List argv, no shell, nothing of this process's
+environment. A read takes its caller's remaining time; a write takes a generous limit of its own.
+
+A driver that dies by SIGKILL leaves its helper running. A parent-death signal would not close that hole: it is set
+after the fork, so there is a gap, it does nothing for a helper in uninterruptible sleep, and it costs another
+program's start (1.6 ms) each time. Instead a helper that writes inherits the descriptor whose lock says "somebody
+works on this device" (`pass_fds`, see `devices.LinuxDevices.open`): the lock lives as long as the helper, so nobody
+judges the device while it may still be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from csi_driver.errors import CommandFailed, CommandTimedOut, ToolMissing
+
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {"PATH": SEARCH_PATH, "LC_ALL": "C"}
+_GRACE_AFTER_KILL_S = 2.0
+
+_PACKAGES = {
+    "blkid": "util-linux",
+    "setpriv": "util-linux",
+    "mkfs.ext4": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+}
+"""Debian's package of each program that the driver runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a program ended. `stdout` is raw: some answers are not text."""
+
+    status: int
+    stdout: bytes
+    stderr: str
+
+
+def find_tool(program: str) -> str | None:
+    """Return the absolute path of a program; None when it is not installed."""
+    return shutil.which(program, path=SEARCH_PATH)
+
+
+def package_of(program: str) -> str:
+    """Return the Debian package that holds the program; empty when the driver does not know."""
+    return _PACKAGES.get(program, "")
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    accept: Collection[int] = (0,),
+    stdin: bytes | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Completed:
+    """Run `argv` and wait for its end; a status outside `accept` raises `CommandFailed`.
+
+    After `timeout_s` the whole process group is killed and `CommandTimedOut` raised, also where the process sits in
+    uninterruptible sleep and outlives the signal. `pass_fds` stay open in the program under their own numbers.
+    Raises `ToolMissing` naming the package.
+    """
+    program = find_tool(argv[0])
+    if program is None:
+        raise ToolMissing(argv[0], package_of(argv[0]))
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            executable=program,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_ENVIRONMENT,
+            cwd="/",
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise ToolMissing(argv[0], package_of(argv[0])) from error
+    try:
+        stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        _kill_group(process)
+        raise CommandTimedOut(argv, timeout_s) from error
+    except BaseException:
+        _kill_group(process)
+        raise
+    text = stderr.decode(errors="replace")
+    if process.returncode not in accept:
+        raise CommandFailed(argv, process.returncode, text or stdout.decode(errors="replace"))
+    return Completed(process.returncode, stdout, text)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=_GRACE_AFTER_KILL_S)

@@ -1,0 +1,346 @@
+"""Block devices of volumes: found by name, believed only after their identity was proven, opened with proof.
+
+What proves it: the client's `status.json`, and the open device itself (a loop device's label, a SCSI serial number).
+All evidence that there is must agree; without any, nothing is written. udev is used as an alarm clock at most: its
+database may be older than the device's content and is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.errors import DeadlineReached, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import ioctls
+from csi_driver.host.alarms import device_alarm
+from csi_driver.host.connectors import loop, nvmesh
+from csi_driver.machine import Device, DeviceNumber, OpenDevice
+from csi_driver.model import is_volume_name
+
+_NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
+_BUSY_GRACE_S = 2.0
+_SYS_DEVICES = Path("/sys/dev/block")
+
+
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What the evidence says of an open device. None = says nothing."""
+
+    status: nvmesh.VolumeStatus | None
+    label_uuid: str | None
+    serial: str | None
+    is_loop: bool
+
+    def uuid(self) -> str | None:
+        """Return the uuid that the device has by this evidence; None when nothing tells it."""
+        if self.is_loop:
+            return self.label_uuid
+        return self.status.uuid if self.status is not None else None
+
+    def refusal(self, name: str) -> str | None:
+        """Say why the volume's device may not be used at all; None when it may."""
+        if self.status is not None and self.status.refusal:
+            return f"{name} may not be used: {self.status.refusal}"
+        return None
+
+    def disagreement(self, name: str) -> str | None:
+        """Say in which way the evidence disagrees with itself or with the name; None when it does not."""
+        if self.status is None:
+            return None
+        if self.status.name != name:
+            return f"the client's status of {name} claims the name {self.status.name}, expected {name}"
+        if self.label_uuid is not None and self.label_uuid != self.status.uuid:
+            return f"{name}: the device claims {self.label_uuid}, expected {self.status.uuid} as the client says"
+        expected = nvmesh.serial_of(self.status.uuid)
+        if self.serial is not None and self.serial != expected:
+            return f"{name}: the device claims the serial number {self.serial}, expected {expected} as the client says"
+        return None
+
+    def mismatch(self, name: str, uuid: str | None) -> str | None:
+        """Say in which way the evidence speaks against the volume being `uuid`; None when it does not."""
+        if uuid is None:
+            return None
+        claimed = self.uuid()
+        if claimed is not None and claimed != uuid:
+            return f"{name}: the device claims {claimed}, expected {uuid}"
+        if self.serial is not None and self.serial != nvmesh.serial_of(uuid):
+            return f"{name}: the device claims the serial number of another volume ({self.serial}), expected {uuid}"
+        return None
+
+    def against(self, name: str, uuid: str | None) -> str | None:
+        """Say whatever speaks against using the device as this volume; None when nothing does."""
+        return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
+
+    def proves(self, uuid: str | None) -> bool:
+        """Tell whether anything here names the volume; a loop device must do so itself."""
+        if self.is_loop:
+            return self.label_uuid is not None
+        return self.status is not None or (self.serial is not None and uuid is not None)
+
+
+class LinuxDevices:
+    """Fits `csi_driver.node.ports.Devices`.
+
+    `device_root` holds a device node for each volume, by name. `status_root` is the client's status directory.
+    """
+
+    def __init__(
+        self,
+        device_root: Path = Path("/dev/nvmesh"),
+        status_root: Path = Path("/proc/nvmeibc"),
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        udev_control: Path = Path("/run/udev/control"),
+    ) -> None:
+        self._root = device_root
+        self._status = nvmesh.StatusFiles(status_root)
+        self._clock = clock
+        self._udev_control = udev_control
+
+    # --- finding ---
+
+    def path_of(self, name: str) -> Path:
+        """Return where the device of a volume appears: what a mount of it names as its source."""
+        if not is_volume_name(name):
+            raise InvalidField("volume name", name, "the name of a volume")
+        return self._root / name
+
+    def find(self, name: str) -> Device | None:
+        """Return the volume's device as it is now; None when it is absent or has no size yet."""
+        seen = self._look(name)
+        return seen[0] if seen is not None else None
+
+    def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
+        """Wait until the volume's device is there, has a size, and is who it should be.
+
+        A device that is clearly another volume is refused at once with `PreconditionFailed`; evidence that does not
+        agree with itself is awaited to settle. Raises `DeadlineReached` when time is up.
+        """
+        wanted = uuid.lower() if uuid else None
+        path = self.path_of(name)
+        with device_alarm(deadline.clock, self._udev_control) as pause:
+            while True:
+                device, missing = self._ready(name, wanted)
+                if device is not None:
+                    return device
+                left_s = deadline.remaining_s()
+                if left_s <= 0:
+                    raise DeadlineReached(f"the device {path} ({missing})", deadline.elapsed_s())
+                pause(left_s)
+
+    def _ready(self, name: str, uuid: str | None) -> tuple[Device | None, str]:
+        """Return the device when it can be used, else None and what is missing."""
+        seen = self._look(name)
+        if seen is None:
+            return None, "it is absent or has no size yet"
+        device, claims = seen
+        unsettled = claims.disagreement(name)
+        if unsettled is not None:
+            return None, unsettled
+        refusal = claims.refusal(name) or claims.mismatch(name, uuid)
+        if refusal is not None:
+            raise PreconditionFailed(refusal)
+        if uuid is not None and not claims.proves(uuid):
+            return None, f"nothing on this machine says that it is {uuid}"
+        return device, ""
+
+    def _look(self, name: str) -> tuple[Device, _Claims] | None:
+        path = self.path_of(name)
+        try:
+            if not stat.S_ISBLK(os.stat(path).st_mode):
+                return None
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NOT_READY:
+                return None
+            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
+        try:
+            return self._describe(name, path, fd)
+        finally:
+            os.close(fd)
+
+    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, _Claims] | None:
+        status = os.fstat(fd)
+        if not stat.S_ISBLK(status.st_mode):
+            return None
+        size = ioctls.size_bytes(fd)
+        if size == 0:
+            return None
+        number = ioctls.device_number(status.st_rdev)
+        is_loop = number.major == loop.LOOP_MAJOR
+        claims = _Claims(
+            status=self._status.volume(name),
+            label_uuid=loop.claimed_uuid(fd) if is_loop else None,
+            serial=None if is_loop else nvmesh.read_serial(fd),
+            is_loop=is_loop,
+        )
+        block_bytes = ioctls.logical_block_bytes(fd)
+        device = Device(name, path, number, size, ioctls.is_read_only(fd), claims.uuid(), block_bytes)
+        return device, claims
+
+    # --- opening ---
+
+    @contextlib.contextmanager
+    def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
+        """Hold the device open, past the page cache (O_DIRECT); it is proven on the descriptor to be the one found.
+
+        `exclusive` also proves that nothing has it mounted or claimed, and holds its lock (flock, as udev and others
+        respect it: systemd.io/BLOCK_DEVICE_LOCKING), which a program that inherits the descriptor holds on to.
+        It is no claim (O_EXCL) by itself, because mkfs and fsck make that claim.
+        Raises `PreconditionFailed` when it is another device, or busy.
+        """
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
+        try:
+            fd = os.open(device.path, flags)
+        except OSError as error:
+            if error.errno in _NOT_READY:
+                raise PreconditionFailed(f"{device.path} is gone, expected {device.number}") from error
+            raise SystemCallFailed(f"open {device.path}", error.errno or 0) from error
+        try:
+            if exclusive:
+                self._seize(fd, device.path)
+            yield OpenDevice(fd, self._proven(fd, device, write=write))
+        finally:
+            os.close(fd)
+
+    def _seize(self, fd: int, path: Path) -> None:
+        if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _try_lock(fd)):
+            raise PreconditionFailed(f"{path} is busy: another program works on it (its lock is held)")
+        if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _is_unclaimed(fd, path)):
+            raise PreconditionFailed(f"{path} is busy: it is mounted or otherwise in use")
+
+    def _proven(self, fd: int, device: Device, *, write: bool) -> Device:
+        seen = self._describe(device.name, device.path, fd)
+        if seen is None:
+            raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
+        found, claims = seen
+        against = claims.against(device.name, device.uuid)
+        if against is not None:
+            raise PreconditionFailed(against)
+        for what, is_now, was in (
+            ("the number", found.number, device.number),
+            ("the uuid", found.uuid or device.uuid, device.uuid or found.uuid),
+            ("a size in bytes of", found.size_bytes, device.size_bytes),
+        ):
+            if is_now != was:
+                raise PreconditionFailed(f"{device.path} claims {what} {is_now}, expected {was}")
+        if write and not claims.proves(device.uuid):
+            raise PreconditionFailed(f"{device.path}: nothing on this machine proves which volume it is")
+        return found if found.uuid is not None else device
+
+    def set_read_only(self, device: Device) -> None:
+        """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
+        with self.open(device) as opened:
+            ioctls.set_read_only(opened.fd, True)
+
+    # --- facts by number ---
+
+    def size_bytes(self, number: DeviceNumber) -> int | None:
+        """Return the present size of a device without opening it; None when the device is gone."""
+        try:
+            sectors = int((_SYS_DEVICES / str(number) / "size").read_text())
+        except (OSError, ValueError):
+            return None
+        return sectors * 512 or None
+
+    def uuid_of(self, number: DeviceNumber) -> str | None:
+        """Return the volume uuid that the device itself claims; None when it claims none.
+
+        A serial number holds only a part of the uuid: it is completed by the status of the volume that fits it.
+        """
+        try:
+            fd = self._open_number(number)
+        except OSError:
+            return None
+        try:
+            if number.major == loop.LOOP_MAJOR:
+                return loop.claimed_uuid(fd)
+            serial = nvmesh.read_serial(fd)
+        finally:
+            os.close(fd)
+        return self._uuid_with_serial(number, serial) if serial is not None else None
+
+    def _uuid_with_serial(self, number: DeviceNumber, serial: str) -> str | None:
+        status = self._status.volume(self.name_of(number) or "")
+        return status.uuid if status is not None and nvmesh.serial_of(status.uuid) == serial else None
+
+    def name_of(self, number: DeviceNumber) -> str | None:
+        """Return the name under which the device root has this device; None when it does not."""
+        try:
+            nodes = sorted(self._root.iterdir())
+        except OSError:
+            return None
+        for node in nodes:
+            with contextlib.suppress(OSError):
+                status = os.stat(node)
+                if stat.S_ISBLK(status.st_mode) and ioctls.device_number(status.st_rdev) == number:
+                    return node.name
+        return None
+
+    def _open_number(self, number: DeviceNumber) -> int:
+        path = _kernel_path(number)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                if ioctls.device_number(os.fstat(fd).st_rdev) == number:
+                    return fd
+                os.close(fd)
+        return _open_own_node(self._root, number)
+
+    # --- the client ---
+
+    def client_uuid(self) -> str | None:
+        """Return the uuid of this node's storage client; None where there is no client."""
+        return self._status.client_uuid()
+
+    def reference_ids(self, name: str) -> tuple[str, ...] | None:
+        """Return the reference ids under which this node holds a volume; None when that cannot be told."""
+        return self._status.reference_ids(name) if is_volume_name(name) else None
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_unclaimed(fd: int, path: Path) -> bool:
+    """Make the kernel's exclusive claim on the very device that `fd` holds, and give it back."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise SystemCallFailed(f"claim {path}", error.errno or 0) from error
+    return True
+
+
+def _kernel_path(number: DeviceNumber) -> Path | None:
+    """Return where devtmpfs has the device, by the kernel's own name for it."""
+    try:
+        lines = (_SYS_DEVICES / str(number) / "uevent").read_text().splitlines()
+    except OSError:
+        return None
+    names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
+    return Path("/dev") / names[0] if names else None
+
+
+def _open_own_node(directory: Path, number: DeviceNumber) -> int:
+    """Open a device that has no node in this mount namespace, through a node that exists for a moment."""
+    path = directory / f".{number.major}-{number.minor}.{os.getpid()}.{threading.get_ident()}"
+    path.unlink(missing_ok=True)
+    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,185 @@
+"""Control calls on block devices, loop devices and mounted filesystems; every refusal is `SystemCallFailed`.
+
+Thin and without policy. Numbers and structures are those of the kernel's include/uapi/linux/fs.h, loop.h, btrfs.h,
+fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h; they are the same on every architecture that Linux's generic ioctl
+encoding serves (x86, arm64).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+
+from csi_driver.errors import SystemCallFailed
+from csi_driver.machine import DeviceNumber
+
+
+def _io_read(kind: int, number: int, size: int) -> int:
+    return 2 << 30 | size << 16 | kind << 8 | number
+
+
+def _io_write(kind: int, number: int, size: int) -> int:
+    return 1 << 30 | size << 16 | kind << 8 | number
+
+
+def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> int:
+    try:
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        raise SystemCallFailed(what, error.errno or 0) from error
+
+
+# --- block devices ------------------------------------------------------------------------------------------
+
+_BLKROSET, _BLKROGET, _BLKSSZGET = 0x125D, 0x125E, 0x1268
+_BLKGETSIZE64 = _io_read(0x12, 114, 8)
+
+
+def size_bytes(fd: int) -> int:
+    """Return the size of an open block device as it is at this moment."""
+    value = bytearray(8)
+    _call("BLKGETSIZE64", fd, _BLKGETSIZE64, value)
+    return int(struct.unpack("=Q", value)[0])
+
+
+def logical_block_bytes(fd: int) -> int:
+    """Return the smallest unit in which an open block device can be read."""
+    value = bytearray(4)
+    _call("BLKSSZGET", fd, _BLKSSZGET, value)
+    return int(struct.unpack("=i", value)[0])
+
+
+def is_read_only(fd: int) -> bool:
+    """Tell whether the kernel refuses writes to an open block device."""
+    value = bytearray(4)
+    _call("BLKROGET", fd, _BLKROGET, value)
+    return bool(struct.unpack("=i", value)[0])
+
+
+def set_read_only(fd: int, read_only: bool) -> None:
+    """Make the kernel refuse, or accept, writes to a block device: at once, and for those who hold it open too."""
+    _call("BLKROSET", fd, _BLKROSET, bytearray(struct.pack("=i", int(read_only))))
+
+
+# --- loop devices --------------------------------------------------------------------------------------------
+
+_LOOP_CLR_FD, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C01, 0x4C04, 0x4C05
+_LOOP_SET_CAPACITY, _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE = 0x4C07, 0x4C0A, 0x4C82
+LOOP_READ_ONLY, LOOP_AUTOCLEAR, LOOP_DIRECT_IO = 1, 4, 16
+LOOP_LABEL_LIMIT = 63
+_LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStatus:
+    """What a bound loop device says of itself. `label` is lo_file_name, `flags` a sum of LOOP_ constants.
+
+    `backing` is the device under it, where it lies over a block device.
+    """
+
+    backing: DeviceNumber | None
+    label: str
+    flags: int
+    raw: bytes
+
+
+def loop_free_number(control_fd: int) -> int:
+    """Return the number of a loop device that was free a moment ago; the kernel makes one if all are bound."""
+    return _call("LOOP_CTL_GET_FREE", control_fd, _LOOP_CTL_GET_FREE)
+
+
+def loop_configure(fd: int, backing_fd: int, *, label: str, flags: int, block_bytes: int) -> None:
+    """Bind an open loop device to an open file, in one step (Linux 5.8)."""
+    info = _LOOP_INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, label.encode(), b"", b"", b"")
+    argument = bytearray(struct.pack("=II", backing_fd, block_bytes) + info + bytes(64))
+    _call(f"LOOP_CONFIGURE {label}", fd, _LOOP_CONFIGURE, argument)
+
+
+def loop_status(fd: int) -> LoopStatus | None:
+    """Return the status of an open loop device; None when it is not bound (ENXIO)."""
+    raw = bytearray(_LOOP_INFO.size)
+    try:
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, raw)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise SystemCallFailed("LOOP_GET_STATUS64", error.errno or 0) from error
+    fields = _LOOP_INFO.unpack(raw)
+    label = bytes(fields[9]).split(b"\0", 1)[0].decode(errors="replace")
+    backing = device_number(fields[2]) if fields[2] else None
+    return LoopStatus(backing, label, fields[8], bytes(raw))
+
+
+def loop_set_flags(fd: int, status: LoopStatus, flags: int) -> None:
+    """Set the flags of a bound loop device and leave the rest of its status as it was read."""
+    fields = list(_LOOP_INFO.unpack(status.raw))
+    fields[8] = flags
+    _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
+
+
+def loop_set_capacity(fd: int) -> None:
+    """Let a loop device take the present size of its file."""
+    _call("LOOP_SET_CAPACITY", fd, _LOOP_SET_CAPACITY)
+
+
+def loop_clear(fd: int) -> None:
+    """Unbind a loop device, or, when others have it open, mark it to be unbound at the last close."""
+    _call("LOOP_CLR_FD", fd, _LOOP_CLR_FD)
+
+
+# --- growing mounted filesystems ---------------------------------------------------------------------------------
+
+_EXT4_IOC_RESIZE_FS = _io_write(ord("f"), 16, 8)
+_XFS_IOC_FSGROWFSDATA = _io_write(ord("X"), 110, 16)
+_XFS_IOC_FSGEOMETRY_V1 = _io_read(ord("X"), 100, 112)
+_XFS_GEOMETRY_V1 = struct.Struct("=8I4Q16s7I4x")
+_BTRFS_IOC_RESIZE = _io_write(0x94, 3, 4096)
+_BTRFS_IOC_FS_INFO = _io_read(0x94, 31, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class XfsGeometry:
+    """Size of a mounted XFS filesystem: `blocks` of `block_bytes`, and the share of inodes in percent."""
+
+    block_bytes: int
+    blocks: int
+    inode_percent: int
+
+
+def ext4_resize(fd: int, blocks: int) -> None:
+    """Grow the mounted ext4 filesystem that `fd` lies in to `blocks` of its own blocks; needs CAP_SYS_RESOURCE."""
+    _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
+
+
+def xfs_geometry(fd: int) -> XfsGeometry:
+    """Return the size of the mounted XFS filesystem that `fd` lies in."""
+    raw = bytearray(_XFS_GEOMETRY_V1.size)
+    _call("XFS_IOC_FSGEOMETRY_V1", fd, _XFS_IOC_FSGEOMETRY_V1, raw)
+    fields = _XFS_GEOMETRY_V1.unpack(raw)
+    return XfsGeometry(block_bytes=fields[0], blocks=fields[8], inode_percent=fields[7])
+
+
+def xfs_grow(fd: int, blocks: int, inode_percent: int) -> None:
+    """Grow the mounted XFS filesystem that `fd` lies in to `blocks` of its own blocks."""
+    _call("XFS_IOC_FSGROWFSDATA", fd, _XFS_IOC_FSGROWFSDATA, bytearray(struct.pack("=QI4x", blocks, inode_percent)))
+
+
+def btrfs_grow(fd: int) -> None:
+    """Grow the mounted btrfs filesystem that `fd` lies in to the whole of its first device."""
+    _call("BTRFS_IOC_RESIZE max", fd, _BTRFS_IOC_RESIZE, bytearray(struct.pack("=q4088s", 0, b"max")))
+
+
+def btrfs_uuid(fd: int) -> str:
+    """Return the filesystem uuid of the mounted btrfs filesystem that `fd` lies in."""
+    raw = bytearray(1024)
+    _call("BTRFS_IOC_FS_INFO", fd, _BTRFS_IOC_FS_INFO, raw)
+    text = raw[16:32].hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def device_number(rdev: int) -> DeviceNumber:
+    """Split a device number as stat gives it."""
+    return DeviceNumber(os.major(rdev), os.minor(rdev))

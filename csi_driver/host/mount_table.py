@@ -1,0 +1,63 @@
+"""The text form of the mount table (/proc/self/mountinfo): a pure parser, and what to take from a parsed line.
+
+Format: proc_pid_mountinfo(5). Reading it costs time for every mount of the machine: single paths are looked up by
+`mounts.LinuxMounts.at` instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.machine import DeviceNumber
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+_ACCESS = frozenset({"ro", "rw"})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the table. `path` is where the mount appears; `shared` tells whether its mounts propagate."""
+
+    mount_id: int
+    number: DeviceNumber
+    root: str
+    path: Path
+    fs_type: str
+    source: str
+    read_only: bool
+    options: frozenset[str]
+    shared: bool
+
+
+def parse(text: str) -> list[Entry]:
+    """Read the whole table, in the kernel's order: of mounts stacked at one path the later is on top."""
+    return list(_entries(text))
+
+
+def _entries(text: str) -> Iterator[Entry]:
+    for line in text.splitlines():
+        before, separator, after = line.partition(" - ")
+        left, right = before.split(" "), after.split(" ")
+        if not separator or len(left) < 6 or len(right) < 3:
+            continue
+        major, _, minor = left[2].partition(":")
+        mount_options, own_options = left[5].split(","), right[2].split(",")
+        yield Entry(
+            mount_id=int(left[0]),
+            number=DeviceNumber(int(major), int(minor)),
+            root=unescape(left[3]),
+            path=Path(unescape(left[4])),
+            fs_type=unescape(right[0]),
+            source=unescape(right[1]),
+            read_only="ro" in mount_options or "ro" in own_options,
+            options=frozenset(map(unescape, (*mount_options, *own_options))) - _ACCESS,
+            shared=any(field.startswith("shared:") for field in left[6:]),
+        )
+
+
+def unescape(text: str) -> str:
+    r"""Undo the kernel's octal escapes, e.g. `\040` for a space."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text

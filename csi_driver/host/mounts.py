@@ -1,0 +1,356 @@
+"""The kernel's mounts: look at one, make one that is verified before it is visible, take one off.
+
+Single paths are looked up by statx(2) and statmount(2), which cost the same with ten mounts or ten thousand; the text
+table is read only where the kernel is too old or the filesystem too dead to answer, and for `of_device`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import ioctls, mount_table, syscalls
+from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
+from csi_driver.machine import Device, DeviceNumber, Mounted
+
+_TABLE = Path("/proc/self/mountinfo")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
+_WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+
+
+def open_target(path: Path) -> int:
+    """Open a place to mount on; a link as the last component is refused."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SystemCallFailed(f"open {path}", error.errno or 0) from error
+    if stat.S_ISLNK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise PreconditionFailed(f"{path} is a symbolic link, wanted a directory or a file to mount on")
+    return fd
+
+
+class LinuxMounts:
+    """Mounts of this process's mount namespace.
+
+    `open_at` opens the place to mount on (O_PATH) and may refuse it; see `paths.LinuxPaths.open`.
+    """
+
+    def __init__(self, open_at: Callable[[Path], int] = open_target) -> None:
+        self._open_at = open_at
+
+    # --- looking ---
+
+    def at(self, path: Path) -> Mounted | None:
+        """Return the topmost mount whose root is `path`; None when no mount begins there."""
+        try:
+            status = syscalls.statx(path)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            # A filesystem that was shut down refuses to say anything of its own root; the table still knows it.
+            return _from_table(path, None)
+        if status.is_mount_root is False:
+            return None
+        known = syscalls.statmount(status.unique_mount_id) if status.unique_mount_id is not None else None
+        if known is None:
+            return _from_table(path, status)
+        number = DeviceNumber(*known.device)
+        own = frozenset(known.options.split(",") if known.options else ()) - {"ro", "rw"}
+        return Mounted(
+            path=path,
+            number=_btrfs_device(path, number) if known.fs_type == "btrfs" else number,
+            fs_type=known.fs_type,
+            source=known.source,
+            root=known.root,
+            read_only=bool((known.attributes & syscalls.MOUNT_ATTR_RDONLY) | (known.superblock_flags & 1)),
+            options=own | shown_options(known.attributes, known.superblock_flags),
+            node_number=_node_number(status),
+        )
+
+    def table(self) -> list[Mounted]:
+        """Return every mount of the namespace, in the kernel's order. Costs time for each of them."""
+        return [_mounted(entry, entry.path) for entry in _read_table()]
+
+    def of_device(self, number: DeviceNumber) -> list[Mounted]:
+        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
+        found = []
+        for entry in _read_table():
+            asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
+            if entry.number == number or asks_path:
+                mounted = _mounted(entry, entry.path)
+                if number in (mounted.number, mounted.node_number):
+                    found.append(mounted)
+        return found
+
+    def propagation_is_shared(self, path: Path) -> bool:
+        """Tell whether mounts made below `path` reach the other mount namespaces of the machine."""
+        try:
+            status = syscalls.statx(path)
+        except OSError as error:
+            raise SystemCallFailed(f"statx {path}", error.errno or 0) from error
+        if status.unique_mount_id is not None:
+            known = syscalls.statmount(status.unique_mount_id)
+            if known is not None:
+                return bool(known.propagation & syscalls.MS_SHARED)
+        entries = [e for e in _read_table() if e.mount_id == status.mount_id or path.is_relative_to(e.path)]
+        exact = [entry for entry in entries if entry.mount_id == status.mount_id]
+        closest = exact or sorted(entries, key=lambda entry: len(entry.path.parts))
+        return bool(closest) and closest[-1].shared
+
+    # --- making ---
+
+    def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
+        """Mount the device's filesystem at `target`.
+
+        Raises `InvalidField` naming an option that the kernel does not take, `PreconditionFailed` when the device is
+        busy or turned out to be another one.
+        """
+        wanted = sort_options(options, read_only=read_only)
+        with contextlib.ExitStack() as held:
+            target_fd = _held(held, self._open_at(target))
+            what = f"mount {device.path} at {target}"
+            if not syscalls.has_mount_api():
+                self._mount_classic(device, target, target_fd, fs_type, wanted)
+                return
+            context = _configured(held, device, fs_type, wanted)
+            try:
+                syscalls.fsconfig_create(context)
+            except SystemCallFailed as failure:
+                raise _why_not_mounted(what, device, fs_type, wanted, context, failure) from failure
+            mount_fd = _held(held, syscalls.fsmount(context, wanted.attributes))
+            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            syscalls.move_mount(mount_fd, target_fd, what)
+
+    def _mount_classic(self, device: Device, target: Path, target_fd: int, fs_type: str, wanted: MountOptions) -> None:
+        """Mount by mount(2), which shows the mount before it can be verified: a wrong one is taken off again."""
+        what = f"mount {device.path} at {target}"
+        place = Path(f"/proc/self/fd/{target_fd}")
+        try:
+            syscalls.mount(str(device.path), place, fs_type, wanted.flags, ",".join(wanted.own))
+        except SystemCallFailed as failure:
+            if failure.errno == errno.EINVAL and wanted.own:
+                raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure
+            raise _refused(what, failure.errno) from failure
+        mount_fd = self._open_at(target)
+        try:
+            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+        except BaseException:
+            syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
+            raise
+        finally:
+            os.close(mount_fd)
+
+    def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
+        """Bind a directory, or a device node onto a file; read-only from the first moment where asked."""
+        what = f"bind {source} at {target}"
+        with contextlib.ExitStack() as held:
+            target_fd = _held(held, self._open_at(target))
+            if not syscalls.has_mount_api():
+                _bind_classic(source, target, target_fd, read_only=read_only)
+                return
+            mount_fd = _held(held, syscalls.open_tree_clone(source))
+            if read_only:
+                syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
+                _verify_read_only(mount_fd, what)
+            syscalls.move_mount(mount_fd, target_fd, what)
+
+    def unmount(self, path: Path, *, lazy: bool = False) -> None:
+        """Take off the topmost mount at `path`; nothing mounted there is success.
+
+        `lazy` takes it off the tree at once and lets the kernel finish when the last user is gone.
+        """
+        try:
+            syscalls.unmount(path, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
+        except SystemCallFailed as failure:
+            if failure.errno in (errno.EINVAL, *_ABSENT):
+                return
+            raise _refused(f"unmount {path}", failure.errno) from failure
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+def _read_table() -> list[mount_table.Entry]:
+    return mount_table.parse(_TABLE.read_text(errors="surrogateescape"))
+
+
+def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mounted | None:
+    entries = _read_table()
+    if status is not None and status.mount_id is not None:
+        found = [e for e in entries if e.mount_id == status.mount_id]
+        if status.is_mount_root is None:
+            found = [entry for entry in found if entry.path == _canonical(path)]
+    else:
+        found = [entry for entry in entries if entry.path == _canonical(path)]
+    return _mounted(found[-1], path) if found else None
+
+
+def _canonical(path: Path) -> Path:
+    """Spell `path` as the table does; its last component is not looked at: it may be dead."""
+    return path.parent.resolve() / path.name
+
+
+def _mounted(entry: mount_table.Entry, path: Path) -> Mounted:
+    node = None
+    if entry.root != "/" and entry.fs_type in _HOLDS_NODES:
+        with contextlib.suppress(OSError):
+            node = _node_number(syscalls.statx(path))
+    return Mounted(
+        path=path,
+        number=_btrfs_device(path, entry.number) if entry.fs_type == "btrfs" and node is None else entry.number,
+        fs_type=entry.fs_type,
+        source=entry.source,
+        root=entry.root,
+        read_only=entry.read_only,
+        options=entry.options,
+        node_number=node,
+    )
+
+
+def _node_number(status: syscalls.PathStatus) -> DeviceNumber | None:
+    return DeviceNumber(*status.node) if stat.S_ISBLK(status.mode) else None
+
+
+def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
+    """Return the device under a btrfs mount, which itself shows an anonymous number (`shown`)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return shown
+    try:
+        return _btrfs_device_of(fd) or shown
+    finally:
+        os.close(fd)
+
+
+def _btrfs_device_of(fd: int) -> DeviceNumber | None:
+    try:
+        devices = Path("/sys/fs/btrfs") / ioctls.btrfs_uuid(fd) / "devices"
+        texts = [(device / "dev").read_text() for device in sorted(devices.iterdir())]
+    except (SystemCallFailed, OSError):
+        return None
+    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
+    return DeviceNumber(int(major), int(minor)) if minor else None
+
+
+# --- making -------------------------------------------------------------------------------------------------
+
+
+def _held(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _is_read_only(wanted: MountOptions) -> bool:
+    return bool(wanted.flags & syscalls.MS_RDONLY)
+
+
+def _configured(held: contextlib.ExitStack, device: Device, fs_type: str, wanted: MountOptions) -> int:
+    try:
+        context = _held(held, syscalls.fsopen(fs_type))
+    except SystemCallFailed as failure:
+        if failure.errno == errno.ENODEV:
+            raise HostFailure(f"this kernel has no filesystem {fs_type}") from failure
+        raise
+    syscalls.fsconfig(context, "source", str(device.path))
+    for name in wanted.superblock:
+        syscalls.fsconfig(context, name)
+    for option in wanted.own:
+        key, separator, value = option.partition("=")
+        try:
+            syscalls.fsconfig(context, key, value if separator else None)
+        except SystemCallFailed as failure:
+            reason = "; ".join(syscalls.fs_messages(context)) or failure.call
+            raise InvalidField(FIELD, option, f"an option that {fs_type} takes ({reason})") from failure
+    return context
+
+
+def _why_not_mounted(
+    what: str, device: Device, fs_type: str, wanted: MountOptions, context: int, failure: SystemCallFailed
+) -> Exception:
+    reason = "; ".join(syscalls.fs_messages(context))
+    if failure.errno == errno.EINVAL:
+        refused = list(_options_to_blame(device, fs_type, wanted))
+        if refused:
+            return InvalidField(
+                FIELD, ",".join(refused), f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
+            )
+    return _refused(what, failure.errno, reason)
+
+
+def _options_to_blame(device: Device, fs_type: str, wanted: MountOptions) -> Iterator[str]:
+    """Find the options that only the making of the superblock refuses, by trying each one alone, read-only.
+
+    Nothing is written: no journal is replayed, no mount is made. When the filesystem cannot be had without any option
+    either, none is to blame; when each alone is taken, all together are.
+    """
+    safe = _WITHOUT_RECOVERY.get(fs_type)
+    if not wanted.own or safe is None or not _superblock_can_be_had(device, fs_type, (safe,)):
+        return
+    alone = [option for option in wanted.own if not _superblock_can_be_had(device, fs_type, (safe, option))]
+    yield from alone or wanted.own
+
+
+def _superblock_can_be_had(device: Device, fs_type: str, own: tuple[str, ...]) -> bool:
+    with contextlib.ExitStack() as held:
+        try:
+            syscalls.fsconfig_create(_configured(held, device, fs_type, MountOptions(0, ("ro",), own, 0)))
+        except SystemCallFailed:
+            return False
+    return True
+
+
+def _refused(what: str, errno_number: int, reason: str = "") -> Exception:
+    if errno_number == errno.EBUSY:
+        return PreconditionFailed(f"{what}: busy, it is in use" + (f": {reason}" if reason else ""))
+    return SystemCallFailed(what, errno_number, reason)
+
+
+def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:
+    """Compare what was made with what was wanted."""
+    number: DeviceNumber | None = ioctls.device_number(os.fstat(mount_fd).st_dev)
+    if fs_type == "btrfs":
+        root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
+        try:
+            number = _btrfs_device_of(root_fd)
+        finally:
+            os.close(root_fd)
+    if number != device.number:
+        raise PreconditionFailed(f"{what}: the kernel mounted device {number}, expected {device.number}")
+    is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
+    if is_read_only != read_only:
+        raise HostFailure(f"{what}: it became read-{'only' if is_read_only else 'write'}, which was not wanted")
+
+
+def _verify_read_only(mount_fd: int, what: str) -> None:
+    if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
+        raise HostFailure(f"{what}: it became read-write, wanted read-only")
+
+
+def _bind_classic(source: Path, target: Path, target_fd: int, *, read_only: bool) -> None:
+    """Bind by mount(2): read-only needs a second call, and is taken off again where that one fails."""
+    syscalls.mount(str(source), Path(f"/proc/self/fd/{target_fd}"), "none", syscalls.MS_BIND, "")
+    if not read_only:
+        return
+    kept = _flags_of(os.statvfs(target).f_flag)
+    try:
+        flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
+        syscalls.mount("none", target, "none", flags, "")
+        if not os.statvfs(target).f_flag & os.ST_RDONLY:
+            raise HostFailure(f"bind {source} at {target}: it became read-write, wanted read-only")
+    except BaseException:
+        syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
+        raise
+
+
+def _flags_of(statvfs_flags: int) -> int:
+    """Translate the flags that a remount must repeat, or the kernel refuses it; the numbers agree (statvfs(3))."""
+    same = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
+    return statvfs_flags & same

@@ -1,0 +1,288 @@
+"""The system calls that Python does not have, typed; every refusal is `SystemCallFailed`.
+
+No policy here. libc is loaded at the first call. Numbers are those of the unified table that all architectures share
+from 424 on (Linux include/uapi/asm-generic/unistd.h); structures and flags are from include/uapi/linux/mount.h and
+stat.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.errors import SystemCallFailed
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_NO_AUTOMOUNT = 0x800
+AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_SYNCHRONOUS = 0x10
+MS_REMOUNT = 0x20
+MS_MANDLOCK = 0x40
+MS_DIRSYNC = 0x80
+MS_NOSYMFOLLOW = 0x100
+MS_NOATIME = 0x400
+MS_NODIRATIME = 0x800
+MS_BIND = 0x1000
+MS_PRIVATE = 1 << 18
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
+
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR_ATIME_MASK = 0x70
+MOUNT_ATTR_NODIRATIME = 0x80
+MOUNT_ATTR_NOSYMFOLLOW = 0x200000
+
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
+_OPENAT2, _MOUNT_SETATTR, _STATMOUNT = 437, 442, 457
+_CLOEXEC = os.O_CLOEXEC
+_OPEN_TREE_CLONE = 1
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+
+
+@functools.cache
+def libc() -> ctypes.CDLL:
+    """Load libc; calls through it release the interpreter's lock."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _syscall(what: str, number: int, *arguments: object) -> int:
+    result = int(libc().syscall(ctypes.c_long(number), *arguments))
+    if result < 0:
+        raise SystemCallFailed(what, ctypes.get_errno())
+    return result
+
+
+# --- mount(2), umount2(2) -----------------------------------------------------------------------------------
+
+
+def mount(source: str, target: Path, fs_type: str, flags: int, data: str) -> None:
+    """mount(2)."""
+    result = libc().mount(
+        source.encode(), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), data.encode() or None
+    )
+    if result != 0:
+        raise SystemCallFailed(f"mount {source} at {target}", ctypes.get_errno())
+
+
+def unmount(target: Path, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2)."""
+    if libc().umount2(os.fsencode(target), ctypes.c_int(flags)) != 0:
+        raise SystemCallFailed(f"unmount {target}", ctypes.get_errno())
+
+
+# --- the file descriptor based mount interface ---------------------------------------------------------------
+
+
+def fsopen(fs_type: str) -> int:
+    """Open a context in which a filesystem is configured (fsopen(2))."""
+    return _syscall(f"fsopen {fs_type}", _FSOPEN, ctypes.c_char_p(fs_type.encode()), ctypes.c_uint(_FSOPEN_CLOEXEC))
+
+
+def fsconfig(context: int, key: str, value: str | None = None) -> None:
+    """Set one option of a context: a flag, or a string where a value is given."""
+    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+    text = None if value is None else ctypes.c_char_p(value.encode())
+    _syscall(
+        f"fsconfig {key}", _FSCONFIG, ctypes.c_int(context), ctypes.c_uint(command), ctypes.c_char_p(key.encode()),
+        text, ctypes.c_int(0),
+    )  # fmt: skip
+
+
+def fsconfig_create(context: int) -> None:
+    """Make the superblock that the context describes, or find the one of the same device."""
+    _syscall(
+        "fsconfig create", _FSCONFIG, ctypes.c_int(context), ctypes.c_uint(_FSCONFIG_CMD_CREATE), None, None,
+        ctypes.c_int(0),
+    )  # fmt: skip
+
+
+def fs_messages(context: int) -> list[str]:
+    """Return, and use up, what the kernel wrote into the context's log, e.g. "ext4: Unknown parameter 'x'"."""
+    messages = []
+    with contextlib.suppress(OSError):  # ENODATA ends the log
+        while message := os.read(context, 4096):
+            messages.append(message.decode(errors="replace").strip()[2:])
+    return messages
+
+
+def fsmount(context: int, attributes: int) -> int:
+    """Make a mount, visible nowhere yet, of the context's superblock."""
+    return _syscall(
+        "fsmount", _FSMOUNT, ctypes.c_int(context), ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(attributes)
+    )
+
+
+def open_tree_clone(source: Path) -> int:
+    """Make a bind mount of `source`, visible nowhere yet. A link as the last component is not followed."""
+    flags = _OPEN_TREE_CLONE | _CLOEXEC | AT_SYMLINK_NOFOLLOW
+    path = ctypes.c_char_p(os.fsencode(source))
+    return _syscall(f"bind {source}", _OPEN_TREE, ctypes.c_int(AT_FDCWD), path, ctypes.c_uint(flags))
+
+
+def mount_setattr(mount_fd: int, attributes: int) -> None:
+    """Add attributes to the mount held by a descriptor (Linux 5.12)."""
+    wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    _syscall(
+        "mount_setattr", _MOUNT_SETATTR, ctypes.c_int(mount_fd), ctypes.c_char_p(b""), ctypes.c_uint(AT_EMPTY_PATH),
+        ctypes.c_char_p(wanted), ctypes.c_size_t(len(wanted)),
+    )  # fmt: skip
+
+
+def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
+    """Put a mount that is visible nowhere onto the directory or file held by `target_fd`."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    empty = ctypes.c_char_p(b"")
+    _syscall(what, _MOVE_MOUNT, ctypes.c_int(mount_fd), empty, ctypes.c_int(target_fd), empty, ctypes.c_uint(flags))
+
+
+def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
+    """Open below a directory with the kernel's own rules of path resolution (Linux 5.6)."""
+    how = struct.pack("=QQQ", flags | _CLOEXEC, 0, resolve)
+    return _syscall(
+        f"open {path}", _OPENAT2, ctypes.c_int(directory), ctypes.c_char_p(os.fsencode(path)), ctypes.c_char_p(how),
+        ctypes.c_size_t(len(how)),
+    )  # fmt: skip
+
+
+@functools.cache
+def has_mount_api() -> bool:
+    """Tell whether the kernel has the descriptor based mount interface, mount_setattr (5.12) included."""
+    for number in (_FSOPEN, _MOUNT_SETATTR):
+        # Arguments that cannot work: EINVAL or EFAULT where the call exists, ENOSYS (or a seccomp EPERM) elsewhere.
+        try:
+            _syscall("probe", number, None, ctypes.c_uint(0xFFFF0000), None, None, ctypes.c_size_t(1))
+        except SystemCallFailed as failure:
+            if failure.errno in (errno.ENOSYS, errno.EPERM):
+                return False
+    return True
+
+
+# --- statx(2) and statmount(2) ----------------------------------------------------------------------------------
+
+_STATX_TYPE, _STATX_MODE, _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1, 0x2, 0x1000, 0x4000
+_STATX_ATTR_MOUNT_ROOT = 0x2000
+_STATX = struct.Struct("=IIQIIIHHQQQQ64sIIIIQ")
+
+
+@dataclass(frozen=True, slots=True)
+class PathStatus:
+    """What statx tells of a path. `is_mount_root` is None where the kernel cannot say (before 5.8).
+
+    `unique_mount_id` (Linux 6.8) is what `statmount` takes; it is never used again, unlike `mount_id`.
+    """
+
+    mode: int
+    device: tuple[int, int]
+    node: tuple[int, int]
+    is_mount_root: bool | None
+    mount_id: int | None
+    unique_mount_id: int | None
+
+
+def statx(path: Path) -> PathStatus:
+    """Look at a path itself (no link followed, no automount, no wait for a remote server). Raises OSError."""
+    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
+    wanted = _STATX_TYPE | _STATX_MODE | _STATX_MNT_ID | _STATX_MNT_ID_UNIQUE
+    buffer = ctypes.create_string_buffer(256)
+    encoded = os.fsencode(path)
+    if libc().statx(AT_FDCWD, encoded, ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    fields = _STATX.unpack_from(buffer.raw)
+    mask, attributes, mode, known, mount_id = fields[0], fields[2], fields[6], fields[11], fields[17]
+    return PathStatus(
+        mode=mode,
+        device=(fields[15], fields[16]),
+        node=(fields[13], fields[14]),
+        is_mount_root=bool(attributes & _STATX_ATTR_MOUNT_ROOT) if known & _STATX_ATTR_MOUNT_ROOT else None,
+        mount_id=mount_id if mask & _STATX_MNT_ID and not mask & _STATX_MNT_ID_UNIQUE else None,
+        unique_mount_id=mount_id if mask & _STATX_MNT_ID_UNIQUE else None,
+    )
+
+
+_STATMOUNT_NEEDED = 0x1 | 0x2 | 0x8 | 0x20 | 0x200  # SB_BASIC, MNT_BASIC, MNT_ROOT, FS_TYPE, SB_SOURCE
+_STATMOUNT_OPTIONS = 0x80
+_STATMOUNT_STRINGS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class MountStatus:
+    """What statmount tells of one mount; `options` are the filesystem's own, as the kernel prints them."""
+
+    device: tuple[int, int]
+    superblock_flags: int
+    attributes: int
+    propagation: int
+    fs_type: str
+    root: str
+    source: str
+    options: str
+
+
+def statmount(unique_mount_id: int) -> MountStatus | None:
+    """Return what the kernel knows of a mount; None where it cannot tell all of it (before 6.13)."""
+    request = struct.pack("=IIQQ", 24, 0, unique_mount_id, _STATMOUNT_NEEDED | _STATMOUNT_OPTIONS)
+    size = 4096
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        try:
+            _syscall("statmount", _STATMOUNT, ctypes.c_char_p(request), buffer, ctypes.c_size_t(size), ctypes.c_uint(0))
+        except SystemCallFailed as failure:
+            if failure.errno == errno.EOVERFLOW and size < 1 << 20:
+                size *= 4
+                continue
+            return None
+        return _decode_statmount(buffer.raw)
+
+
+def _decode_statmount(raw: bytes) -> MountStatus | None:
+    (options_at, mask) = struct.unpack_from("=IQ", raw, 4)
+    if mask & _STATMOUNT_NEEDED != _STATMOUNT_NEEDED:
+        return None
+    major, minor = struct.unpack_from("=II", raw, 16)
+    superblock_flags, fs_type_at = struct.unpack_from("=II", raw, 32)
+    attributes, propagation = struct.unpack_from("=QQ", raw, 64)
+    (root_at,) = struct.unpack_from("=I", raw, 104)
+    (source_at,) = struct.unpack_from("=I", raw, 124)
+
+    def text(at: int) -> str:
+        start = _STATMOUNT_STRINGS + at
+        return raw[start : raw.index(b"\0", start)].decode(errors="surrogateescape")
+
+    options = (
+        text(options_at) if mask & _STATMOUNT_OPTIONS else ""
+    )  # the bit stays off where the filesystem has no options to show
+    return MountStatus(
+        (major, minor), superblock_flags, attributes, propagation, text(fs_type_at), text(root_at), text(source_at),
+        options,
+    )  # fmt: skip
