@@ -22,9 +22,9 @@ class LocalSettings:
     """`nvmesh-csi local`: storage, controller and node on this machine. Sizes in bytes, times in seconds."""
 
     directory: Path
-    """`--directory DIR`, required: holds the pool, the sockets, the device nodes, pid files and logs. Made if absent."""
-    size_bytes: int = 20 * GIB
-    """`--size`: capacity of the pool. Sparse: it costs what is written. More than the space free needs `overcommit`."""
+    """`--directory DIR`, required: holds pool, sockets, device nodes, pid files and logs. Made if absent."""
+    size_bytes: int | None = None
+    """`--size`: capacity of the pool; None: the space free in DIR. More than that needs `overcommit`."""
     overcommit: bool = False
     """`--overcommit`: let `size_bytes` exceed the space free in DIR (tests, benchmarks)."""
     preallocate: bool = False
@@ -58,7 +58,7 @@ class DemoSettings:
     """`nvmesh-csi demo`: the life of two volumes, shown. Sizes in bytes, times in seconds."""
 
     directory: Path | None = None
-    """`--directory DIR`: where to work; must be absent or empty. None: a new directory below /tmp, removed at the end."""
+    """`--directory DIR`: where to work; must be absent or empty. None: a new one below /tmp, removed at the end."""
     size_bytes: int = 4 * GIB
     """`--size`: capacity of the pool (sparse)."""
     volume_bytes: int = 1 * GIB
