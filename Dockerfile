@@ -3,7 +3,7 @@
 # Debian's own Python keeps pip and compilers out of the final stage, and its security updates in it. The tools that
 # make filesystems are those of the oldest supported release on purpose: newer mkfs.xfs and mke2fs turn on features
 # that the kernels of older nodes cannot mount.
-ARG BASE=docker.io/library/debian:bookworm-slim
+ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS build
 RUN apt-get update \
