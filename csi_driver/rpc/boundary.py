@@ -1,0 +1,186 @@
+"""The one place between gRPC and the driver: log, required fields, exclusivity, handler, status.
+
+Nothing else calls `abort`, and `abort` is called outside any `try`: it raises a bare Exception
+(grpc/_server.py, `_Context.abort`). Status details stay empty (CSI specification, "Error Scheme").
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from csi_driver import errors
+from csi_driver.rpc import shape
+from csi_driver.rpc.contract import CONTRACT, Lane, Row
+from csi_driver.rpc.inflight import Claims, InFlight
+from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.redaction import describe
+from csi_driver.rpc.status import code_of, message_of
+
+_LOG = logging.getLogger(__name__)
+
+_BUG_MESSAGE = "internal error in the driver; its log has the details"
+
+Handler = Callable[[Message, grpc.ServicerContext], Message]
+MethodHandler: TypeAlias = "grpc.RpcMethodHandler[Message, Message]"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a request whose bytes are not the message that was due."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer other than OK."""
+
+    code: grpc.StatusCode
+    message: str
+
+
+class Running:
+    """Counts the calls that are being carried out, whether or not their caller still listens."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._names: dict[int, str] = {}
+
+    def begin(self, number: int, name: str) -> None:
+        """Note that a call begins."""
+        with self._changed:
+            self._names[number] = name
+
+    def end(self, number: int) -> None:
+        """Note that it has ended."""
+        with self._changed:
+            del self._names[number]
+            self._changed.notify_all()
+
+    def wait_for_none(self, timeout_s: float) -> list[str]:
+        """Wait until nothing runs, at most so long; return the names of the calls that still do."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._names, timeout_s)
+            return sorted(self._names.values())
+
+
+class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Wraps every handler of a server."""
+
+    def __init__(self, claims: Claims, lanes: Lanes) -> None:
+        self.running = Running()
+        self._claims = claims
+        self._lanes = lanes
+        self._in_flight = InFlight()
+        self._wrapped: dict[str, MethodHandler] = {}
+        self._numbers = itertools.count(1)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], MethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> MethodHandler | None:
+        """Return the wrapped handler of a method; None (UNIMPLEMENTED) where no service has it."""
+        method = handler_call_details.method
+        if method not in self._wrapped:
+            handler = continuation(handler_call_details)
+            if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
+                return handler
+            self._wrapped[method] = self._wrap(method, handler, handler.unary_unary, handler.request_deserializer)
+        return self._wrapped[method]
+
+    def _wrap(
+        self, method: str, handler: MethodHandler, inner: Handler, parse: Callable[[bytes], Message]
+    ) -> MethodHandler:
+        row = CONTRACT.get(method)
+        pool = self._lanes.pool(row.lane if row else Lane.ANSWER)
+        return grpc.unary_unary_rpc_method_handler(
+            _Behaviour(self, row, method, inner, pool),
+            request_deserializer=_tolerant(parse),
+            response_serializer=handler.response_serializer,
+        )
+
+    def answer(
+        self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+    ) -> Message | Refusal:
+        """Carry out one call; every outcome but OK is a `Refusal`."""
+        number = next(self._numbers)
+        name = f"{row.name}#{number}"
+        began_s = time.monotonic()
+        self.running.begin(number, name)
+        try:
+            if isinstance(request, Unreadable):
+                raise errors.InvalidRequest(request.reason)
+            _LOG.log(logging.DEBUG if row.quiet else logging.INFO, "%s %s", name, _Lazy(request))
+            shape.check(request, row.required)
+            with self._in_flight.holding(row.claims(self._claims, request)):
+                response = inner(request, context)
+        except errors.DriverError as error:
+            refusal = Refusal(code_of(error), message_of(error))
+            took_s = time.monotonic() - began_s
+            _LOG.warning("%s answers %s after %.3f s: %s", name, refusal.code.name, took_s, refusal.message)
+            _LOG.debug("%s was refused here", name, exc_info=error)
+            return refusal
+        except Exception:  # noqa: BLE001  # a bug: the only place that catches one
+            _LOG.exception("%s met a bug in the driver", name)
+            return Refusal(grpc.StatusCode.INTERNAL, _BUG_MESSAGE)
+        finally:
+            self.running.end(number)
+        _LOG.debug("%s is done after %.3f s", name, time.monotonic() - began_s)
+        return response
+
+
+class _Lazy:
+    """Describes a message only if its log line is written."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+
+    def __str__(self) -> str:
+        return describe(self._message)
+
+
+class _Behaviour:
+    """A handler as grpcio calls it."""
+
+    def __init__(
+        self, boundary: Boundary, row: Row | None, method: str, inner: Handler, pool: ThreadPoolExecutor
+    ) -> None:
+        self.experimental_thread_pool = pool
+        self._boundary = boundary
+        self._row = row
+        self._method = method
+        self._inner = inner
+
+    def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message:
+        outcome = self._outcome(request, context)
+        if isinstance(outcome, Refusal):
+            context.abort(outcome.code, outcome.message)
+        return outcome
+
+    def _outcome(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message | Refusal:
+        if self._row is None:
+            return Refusal(grpc.StatusCode.UNIMPLEMENTED, f"{self._method} is not implemented by this driver")
+        return self._boundary.answer(self._row, self._inner, request, context)
+
+
+def _tolerant(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
+    """Let bytes that cannot be read reach the boundary; grpcio by itself answers INTERNAL."""
+
+    def parse_or_explain(data: bytes) -> Message | Unreadable:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return Unreadable(f"the request cannot be read: {error}")
+
+    return parse_or_explain

@@ -1,0 +1,175 @@
+"""Controller service: thin handlers over the controller's use-cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
+from csi_driver.deadline import Deadline
+from csi_driver.model import (
+    Capability,
+    Capacity,
+    CapacityRange,
+    ListedVolume,
+    ProvisionedVolume,
+    PublishContext,
+    Segments,
+)
+from csi_driver.rpc import wire
+from csi_driver.rpc.deadlines import Deadlines
+from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+
+_Rpc = csi_pb2.ControllerServiceCapability.RPC
+
+CAPABILITIES = (
+    _Rpc.CREATE_DELETE_VOLUME,
+    _Rpc.PUBLISH_UNPUBLISH_VOLUME,
+    _Rpc.PUBLISH_READONLY,
+    _Rpc.LIST_VOLUMES,
+    _Rpc.LIST_VOLUMES_PUBLISHED_NODES,
+    _Rpc.GET_CAPACITY,
+    _Rpc.EXPAND_VOLUME,
+    _Rpc.GET_VOLUME,
+    _Rpc.SINGLE_NODE_MULTI_WRITER,
+)
+
+
+class Provision(Protocol):
+    """Volumes come and go."""
+
+    def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume: ...
+
+    def delete(self, volume_id: str, *, deadline: Deadline) -> None: ...
+
+
+class Attach(Protocol):
+    """Volumes are attached to nodes and detached. An empty node id means every node."""
+
+    def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext: ...
+
+    def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None: ...
+
+
+class Expand(Protocol):
+    """Volumes grow. The answer: bytes now, and whether the node has to grow something as well."""
+
+    def expand(
+        self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
+    ) -> tuple[int, bool]: ...
+
+
+class Inventory(Protocol):
+    """What is there. `validate` returns what speaks against the capabilities, or None."""
+
+    def volumes(
+        self, max_entries: int, starting_token: str, *, deadline: Deadline
+    ) -> tuple[list[ListedVolume], str]: ...
+
+    def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume: ...
+
+    def capacity(
+        self,
+        capabilities: Sequence[Capability],
+        parameters: dict[str, str],
+        segments: Segments | None,
+        *,
+        deadline: Deadline,
+    ) -> Capacity: ...
+
+    def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerUseCases:
+    """All that the controller service delegates to."""
+
+    provision: Provision
+    attach: Attach
+    expand: Expand
+    inventory: Inventory
+
+
+class ControllerServicer(csi_pb2_grpc.ControllerServicer):
+    """Translates, delegates, translates back."""
+
+    def __init__(self, use_cases: ControllerUseCases, deadlines: Deadlines) -> None:
+        self._do = use_cases
+        self._deadlines = deadlines
+
+    def ControllerGetCapabilities(
+        self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerGetCapabilitiesResponse:
+        return csi_pb2.ControllerGetCapabilitiesResponse(
+            capabilities=[csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=kind)) for kind in CAPABILITIES]
+        )
+
+    def CreateVolume(
+        self, request: csi_pb2.CreateVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.CreateVolumeResponse:
+        volume = self._do.provision.create(wire.create_from(request), deadline=self._deadlines.of(context))
+        return csi_pb2.CreateVolumeResponse(volume=wire.volume_to(volume))
+
+    def DeleteVolume(
+        self, request: csi_pb2.DeleteVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.DeleteVolumeResponse:
+        self._do.provision.delete(request.volume_id, deadline=self._deadlines.of(context))
+        return csi_pb2.DeleteVolumeResponse()
+
+    def ControllerPublishVolume(
+        self, request: csi_pb2.ControllerPublishVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerPublishVolumeResponse:
+        published = self._do.attach.publish(wire.publish_from(request), deadline=self._deadlines.of(context))
+        return csi_pb2.ControllerPublishVolumeResponse(publish_context=published.as_map())
+
+    def ControllerUnpublishVolume(
+        self, request: csi_pb2.ControllerUnpublishVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerUnpublishVolumeResponse:
+        self._do.attach.unpublish(request.volume_id, request.node_id, deadline=self._deadlines.of(context))
+        return csi_pb2.ControllerUnpublishVolumeResponse()
+
+    def ControllerExpandVolume(
+        self, request: csi_pb2.ControllerExpandVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerExpandVolumeResponse:
+        capacity_bytes, node_expansion_required = self._do.expand.expand(
+            request.volume_id,
+            wire.range_from(request.capacity_range),
+            wire.expansion_capability_from(request),
+            deadline=self._deadlines.of(context),
+        )
+        return csi_pb2.ControllerExpandVolumeResponse(
+            capacity_bytes=capacity_bytes, node_expansion_required=node_expansion_required
+        )
+
+    def ValidateVolumeCapabilities(
+        self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
+        objection = self._do.inventory.validate(wire.validate_from(request), deadline=self._deadlines.of(context))
+        return wire.validated_to(request, objection)
+
+    def ControllerGetVolume(
+        self, request: csi_pb2.ControllerGetVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerGetVolumeResponse:
+        return wire.get_to(self._do.inventory.volume(request.volume_id, deadline=self._deadlines.of(context)))
+
+    def ListVolumes(
+        self, request: csi_pb2.ListVolumesRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ListVolumesResponse:
+        volumes, next_token = self._do.inventory.volumes(
+            request.max_entries, request.starting_token, deadline=self._deadlines.of(context)
+        )
+        return wire.list_to(volumes, next_token)
+
+    def GetCapacity(
+        self, request: csi_pb2.GetCapacityRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.GetCapacityResponse:
+        capacity = self._do.inventory.capacity(
+            wire.capabilities_from(request.volume_capabilities),
+            dict(request.parameters),
+            wire.wanted_segments_from(request),
+            deadline=self._deadlines.of(context),
+        )
+        return wire.capacity_to(capacity)

@@ -1,0 +1,71 @@
+"""One line of text from a message, with nothing secret in it.
+
+Secret is what the specification marks `csi_secret`, and the mount flags, which "may contain sensitive
+information" (CSI specification, VolumeCapability.MountVolume). Everything else is shown, shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from csi_driver.rpc.pb import csi_pb2
+
+STRIPPED = "***stripped***"
+_MOUNT_FLAGS = "csi.v1.VolumeCapability.MountVolume.mount_flags"
+_TEXT_LIMIT = 160
+_LINE_LIMIT = 2000
+
+
+def describe(message: Message) -> str:
+    """Write the fields that are set as `name=value`, in order, secrets stripped, at most 2,000 characters."""
+    line = " ".join(_fields(message))
+    return line if len(line) <= _LINE_LIMIT else f"{line[:_LINE_LIMIT]}..."
+
+
+@cache
+def is_secret(field: FieldDescriptor) -> bool:
+    """Tell whether the field's value is never to be shown."""
+    return field.full_name == _MOUNT_FLAGS or bool(field.GetOptions().Extensions[csi_pb2.csi_secret])
+
+
+def _fields(message: Message) -> Iterable[str]:
+    for field, value in message.ListFields():
+        yield f"{field.name}={STRIPPED if is_secret(field) else _value(field, value)}"
+
+
+def _value(field: FieldDescriptor, value: object) -> str:
+    kind = field.message_type
+    if kind is not None and kind.GetOptions().map_entry:
+        return _map(value)
+    if field.is_repeated:
+        return f"[{', '.join(_single(field, kind, item) for item in _items(value))}]"
+    return _single(field, kind, value)
+
+
+def _single(field: FieldDescriptor, kind: Descriptor | None, value: object) -> str:
+    if kind is not None and isinstance(value, Message):
+        return f"{{{' '.join(_fields(value))}}}"
+    if field.enum_type is not None and isinstance(value, int):
+        named = field.enum_type.values_by_number.get(value)
+        return named.name if named is not None else str(value)
+    if isinstance(value, str):
+        return _text(value)
+    return str(value)
+
+
+def _map(value: object) -> str:
+    pairs = sorted(dict(value).items()) if isinstance(value, Iterable) else []
+    return f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in pairs)}}}"
+
+
+def _items(value: object) -> Iterable[object]:
+    return value if isinstance(value, Iterable) else ()
+
+
+def _text(text: str) -> str:
+    quoted = ascii(text)
+    return quoted if len(quoted) <= _TEXT_LIMIT else f"{quoted[:_TEXT_LIMIT]}...'"

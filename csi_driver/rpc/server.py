@@ -1,0 +1,106 @@
+"""A CSI endpoint on a Unix socket: bind, serve, drain.
+
+The CO gives the socket's path; the plugin makes it and puts no other file beside it (CSI specification,
+"Supervised Lifecycle Management").
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from csi_driver.errors import PreconditionFailed, SystemCallFailed
+from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.contract import Lane
+from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.settings import EndpointSettings
+
+_LOG = logging.getLogger(__name__)
+
+_SOCKET_UMASK = 0o117  # the socket is for its owner and group alone
+_REQUEST_LIMIT_BYTES = 4 << 20  # far above the sum of the specification's size limits
+_ANSWER_TIME_S = 1.0
+
+Register = Callable[[grpc.Server], None]
+
+
+class Server:
+    """One endpoint with its services."""
+
+    def __init__(
+        self, settings: EndpointSettings, boundary: Boundary, lanes: Lanes, services: Sequence[Register]
+    ) -> None:
+        self._settings = settings
+        self._boundary = boundary
+        self._lanes = lanes
+        self._server = grpc.server(
+            lanes.pool(Lane.WORK),
+            interceptors=[boundary],
+            options=[
+                ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        for register in services:
+            register(self._server)
+
+    def start(self) -> None:
+        """Bind the socket and serve. Raises `PreconditionFailed` where the path is taken."""
+        path = self._settings.socket
+        make_way(path)
+        before = os.umask(_SOCKET_UMASK)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise PreconditionFailed(f"the socket {path} cannot be bound: {error}") from error
+        finally:
+            os.umask(before)
+        self._server.start()
+        _LOG.info("serving CSI on %s", path)
+
+    def drain(self) -> bool:
+        """Take no more calls and let running ones end; False when some still run after the time given to them."""
+        until_s = time.monotonic() + self._settings.drain_s
+        stopped = self._server.stop(self._settings.drain_s)
+        # A call whose caller has given up is no longer gRPC's, but its work may still be going on.
+        left = self._boundary.running.wait_for_none(self._settings.drain_s)
+        stopped.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
+        self._lanes.close()
+        if left:
+            _LOG.warning("still running after %.0f s, left to the next start: %s", self._settings.drain_s, left)
+        return not left
+
+
+def make_way(path: Path) -> None:
+    """Remove a socket that nobody serves any more, and make the directory.
+
+    Raises `PreconditionFailed` where something else is at the path, or somebody answers there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SystemCallFailed(f"look at {path}", error.errno or 0) from error
+    if not stat.S_ISSOCK(mode):
+        raise PreconditionFailed(f"{path} is there and is no socket; it is left alone, wanted the path of a new socket")
+    if _somebody_answers(path):
+        raise PreconditionFailed(f"another process serves on {path}")
+    path.unlink(missing_ok=True)
+
+
+def _somebody_answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_ANSWER_TIME_S)
+        result = probe.connect_ex(str(path))
+    return result not in (errno.ECONNREFUSED, errno.ENOENT)

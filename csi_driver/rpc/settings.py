@@ -1,0 +1,17 @@
+"""What a CSI endpoint is told at start. Must not import gRPC: the command line reads it before any role is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """How one role serves CSI. Times in seconds."""
+
+    socket: Path
+    default_deadline_s: float = 60.0
+    """For a call that comes without a deadline."""
+    drain_s: float = 30.0
+    """How long running calls may go on after SIGTERM."""

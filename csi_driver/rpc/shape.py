@@ -1,0 +1,119 @@
+"""What can be wrong with a request by itself: fields missing, too long, negative, or of unknown value.
+
+Only shape, never meaning. Ids are left alone, however strange: an id that nobody issued names something that does
+not exist, which is an answer of its own. Sources: CSI specification, "Size Limits", "Required vs. Optional",
+CapacityRange, and CreateVolumeRequest.name for the characters of names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from csi_driver.errors import CapacityOutOfRange, InvalidField, InvalidRequest, MissingField
+from csi_driver.rpc.pb import csi_pb2
+
+_STRING_BYTES = 128
+_MAP_BYTES = 4096
+_NODE_ID_BYTES = 256
+_PATH_BYTES = 4095  # PATH_MAX of linux/limits.h, without the closing NUL
+
+_PATHS = frozenset({"staging_target_path", "target_path", "volume_path", "volume_publish_path"})
+_UNJUDGED = frozenset({"volume_id", "snapshot_id", "source_volume_id", "starting_token"})
+_FORBIDDEN_IN_NAMES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+def check(request: Message, required: Sequence[str]) -> None:
+    """Raise a leaf of `InvalidRequest` (or `CapacityOutOfRange`) naming the first field that cannot be used."""
+    present = {field.name for field, _ in request.ListFields()}
+    for name in required:
+        if name not in present:
+            raise MissingField(name)
+    _check_message(request, "")
+
+
+def _check_message(message: Message, where: str) -> None:
+    if isinstance(message, csi_pb2.VolumeCapability):
+        _check_capability(message, where)
+    elif isinstance(message, csi_pb2.CapacityRange):
+        _check_range(message, where)
+    for field, value in message.ListFields():
+        path = f"{where}.{field.name}" if where else field.name
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            _check_map(value, path)
+        elif field.name == "mount_flags":
+            _check_flags(value, path)
+        elif field.is_repeated:
+            for index, item in enumerate(value):
+                _check_value(field, item, f"{path}[{index}]")
+        else:
+            _check_value(field, value, path)
+
+
+def _check_value(field: FieldDescriptor, value: object, path: str) -> None:
+    match value:
+        case Message():
+            _check_message(value, path)
+        case str():
+            _check_text(field, value, path)
+        case bool():
+            pass
+        case int() if field.enum_type is not None:
+            if value not in field.enum_type.values_by_number:
+                raise InvalidField(path, value, f"one of {', '.join(v.name for v in field.enum_type.values[1:])}")
+        case int() if value < 0:
+            raise InvalidField(path, value, "a number that is not negative")
+
+
+def _check_text(field: FieldDescriptor, text: str, path: str) -> None:
+    if field.name in _UNJUDGED:
+        return
+    limit = _limit_bytes(field)
+    if len(text) > limit or len(text.encode()) > limit:
+        raise InvalidRequest(f"{path} is longer than {limit} bytes")
+    if field.full_name == "csi.v1.CreateVolumeRequest.name":
+        if _FORBIDDEN_IN_NAMES.search(text):
+            raise InvalidField(path, text, "a name without control characters")
+    elif limit == _STRING_BYTES and _CONTROL.search(text):
+        raise InvalidField(path, text, "text without control characters")
+
+
+def _limit_bytes(field: FieldDescriptor) -> int:
+    if field.name in _PATHS:
+        return _PATH_BYTES
+    return _NODE_ID_BYTES if field.name == "node_id" else _STRING_BYTES
+
+
+def _check_map(value: Mapping[str, str], path: str) -> None:
+    if _size(value.keys()) + _size(value.values()) > _MAP_BYTES:
+        raise InvalidRequest(f"{path} is larger than {_MAP_BYTES} bytes, keys and values together")
+
+
+def _check_flags(flags: Sequence[str], path: str) -> None:
+    if _size(flags) > _MAP_BYTES:
+        raise InvalidRequest(f"{path} are longer than {_MAP_BYTES} bytes together")
+    if any(_CONTROL.search(flag) for flag in flags):
+        raise InvalidRequest(f"{path} hold a control character, wanted mount options as mount(8) takes them")
+
+
+def _size(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def _check_capability(capability: csi_pb2.VolumeCapability, where: str) -> None:
+    if capability.WhichOneof("access_type") is None:
+        raise MissingField(f"{where}.block or {where}.mount")
+    if capability.access_mode.mode == csi_pb2.VolumeCapability.AccessMode.UNKNOWN:
+        raise MissingField(f"{where}.access_mode.mode")
+
+
+def _check_range(capacity: csi_pb2.CapacityRange, where: str) -> None:
+    required, limit = capacity.required_bytes, capacity.limit_bytes
+    if required == 0 and limit == 0:
+        raise MissingField(f"{where}.required_bytes or {where}.limit_bytes")
+    if 0 < limit < required:
+        raise CapacityOutOfRange(f"{where}.required_bytes is {required}, above limit_bytes, which is {limit}")

@@ -1,0 +1,267 @@
+"""Messages of CSI to nouns of the driver and back: one function per direction.
+
+Requests come here after `rpc.shape`: fields that must be set are set, numbers are in range, enums are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from google.protobuf.wrappers_pb2 import Int64Value
+
+from csi_driver.controller.requests import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
+from csi_driver.errors import InvalidRequest
+from csi_driver.model import (
+    Access,
+    AccessMode,
+    BlockAccess,
+    Capability,
+    Capacity,
+    CapacityRange,
+    ListedVolume,
+    MountAccess,
+    ProvisionedVolume,
+    Segments,
+    Usage,
+)
+from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
+from csi_driver.rpc.pb import csi_pb2
+
+_STRING_BYTES = 128
+
+
+# --- parts of requests ------------------------------------------------------------------------------------------
+
+
+def capability_from(message: csi_pb2.VolumeCapability) -> Capability:
+    """Read a volume capability."""
+    mode = csi_pb2.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode)
+    return Capability(_access_from(message), AccessMode(mode))
+
+
+def _access_from(message: csi_pb2.VolumeCapability) -> Access:
+    if message.WhichOneof("access_type") == "block":
+        return BlockAccess()
+    mount = message.mount
+    return MountAccess(mount.fs_type, tuple(mount.mount_flags), mount.volume_mount_group)
+
+
+def capabilities_from(messages: Iterable[csi_pb2.VolumeCapability]) -> tuple[Capability, ...]:
+    """Read volume capabilities."""
+    return tuple(capability_from(message) for message in messages)
+
+
+def range_from(message: csi_pb2.CapacityRange) -> CapacityRange:
+    """Read a capacity range; unset and zero both mean "not said"."""
+    return CapacityRange(message.required_bytes, message.limit_bytes)
+
+
+def _topology_from(message: csi_pb2.CreateVolumeRequest) -> TopologyRequirement | None:
+    if not message.HasField("accessibility_requirements"):
+        return None
+    wanted = message.accessibility_requirements
+    return TopologyRequirement(_segments_from(wanted.requisite), _segments_from(wanted.preferred))
+
+
+def _segments_from(messages: Iterable[csi_pb2.Topology]) -> tuple[Segments, ...]:
+    return tuple(dict(message.segments) for message in messages)
+
+
+# --- controller: requests ---------------------------------------------------------------------------------------
+
+
+def create_from(message: csi_pb2.CreateVolumeRequest) -> CreateRequest:
+    """Read CreateVolume. Raises `InvalidRequest` for what is only sent to plugins with capabilities we lack."""
+    if message.HasField("volume_content_source"):
+        raise InvalidRequest("volume_content_source is set, wanted none: this driver fills no volume from another")
+    _refuse_mutable(message.mutable_parameters)
+    return CreateRequest(
+        name=message.name,
+        capacity=range_from(message.capacity_range),
+        capabilities=capabilities_from(message.volume_capabilities),
+        parameters=dict(message.parameters),
+        secrets=dict(message.secrets),
+        topology=_topology_from(message),
+    )
+
+
+def _refuse_mutable(parameters: Mapping[str, str]) -> None:
+    if parameters:
+        raise InvalidRequest("mutable_parameters are set, wanted none: this driver cannot modify volumes")
+
+
+def publish_from(message: csi_pb2.ControllerPublishVolumeRequest) -> PublishRequest:
+    """Read ControllerPublishVolume."""
+    return PublishRequest(
+        volume_id=message.volume_id,
+        node_id=message.node_id,
+        capability=capability_from(message.volume_capability),
+        read_only=message.readonly,
+        context=dict(message.volume_context),
+    )
+
+
+def validate_from(message: csi_pb2.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
+    """Read ValidateVolumeCapabilities."""
+    _refuse_mutable(message.mutable_parameters)
+    return ValidateRequest(
+        volume_id=message.volume_id,
+        capabilities=capabilities_from(message.volume_capabilities),
+        context=dict(message.volume_context),
+        parameters=dict(message.parameters),
+    )
+
+
+def expansion_capability_from(message: csi_pb2.ControllerExpandVolumeRequest) -> Capability | None:
+    """Read the capability of ControllerExpandVolume, which need not be set."""
+    return capability_from(message.volume_capability) if message.HasField("volume_capability") else None
+
+
+def wanted_segments_from(message: csi_pb2.GetCapacityRequest) -> Segments | None:
+    """Read where GetCapacity asks; None = everywhere."""
+    return dict(message.accessible_topology.segments) if message.HasField("accessible_topology") else None
+
+
+# --- controller: answers ----------------------------------------------------------------------------------------
+
+
+def volume_to(volume: ProvisionedVolume) -> csi_pb2.Volume:
+    """Write a volume."""
+    return csi_pb2.Volume(
+        capacity_bytes=volume.capacity_bytes,
+        volume_id=volume.volume_id,
+        volume_context=dict(volume.context),
+        accessible_topology=[csi_pb2.Topology(segments=dict(segments)) for segments in volume.topology],
+    )
+
+
+def list_to(volumes: Sequence[ListedVolume], next_token: str) -> csi_pb2.ListVolumesResponse:
+    """Write one page of volumes."""
+    return csi_pb2.ListVolumesResponse(
+        entries=[
+            csi_pb2.ListVolumesResponse.Entry(
+                volume=volume_to(listed.volume),
+                status=csi_pb2.ListVolumesResponse.VolumeStatus(published_node_ids=listed.published_node_ids),
+            )
+            for listed in volumes
+        ],
+        next_token=next_token,
+    )
+
+
+def get_to(listed: ListedVolume) -> csi_pb2.ControllerGetVolumeResponse:
+    """Write one volume with its nodes."""
+    return csi_pb2.ControllerGetVolumeResponse(
+        volume=volume_to(listed.volume),
+        status=csi_pb2.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=listed.published_node_ids),
+    )
+
+
+def capacity_to(capacity: Capacity) -> csi_pb2.GetCapacityResponse:
+    """Write free space."""
+    return csi_pb2.GetCapacityResponse(
+        available_capacity=capacity.available_bytes,
+        maximum_volume_size=_optional(capacity.maximum_volume_bytes),
+        minimum_volume_size=_optional(capacity.minimum_volume_bytes),
+    )
+
+
+def _optional(value: int | None) -> Int64Value | None:
+    return None if value is None else Int64Value(value=value)
+
+
+def validated_to(
+    message: csi_pb2.ValidateVolumeCapabilitiesRequest, objection: str | None
+) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
+    """Confirm what was asked, or say what speaks against it."""
+    if objection is not None:
+        return csi_pb2.ValidateVolumeCapabilitiesResponse(message=_cut(objection))
+    return csi_pb2.ValidateVolumeCapabilitiesResponse(
+        confirmed=csi_pb2.ValidateVolumeCapabilitiesResponse.Confirmed(
+            volume_context=dict(message.volume_context),
+            volume_capabilities=message.volume_capabilities,
+            parameters=dict(message.parameters),
+        )
+    )
+
+
+def _cut(text: str) -> str:
+    """Shorten text to the 128 bytes that a CSI string may have."""
+    encoded = text.encode("utf-8", "backslashreplace")
+    if len(encoded) <= _STRING_BYTES:
+        return encoded.decode()
+    return encoded[: _STRING_BYTES - 3].decode("utf-8", "ignore") + "..."
+
+
+# --- node: requests ---------------------------------------------------------------------------------------------
+
+
+def stage_from(message: csi_pb2.NodeStageVolumeRequest) -> StageRequest:
+    """Read NodeStageVolume."""
+    return StageRequest(
+        volume_id=message.volume_id,
+        staging_target_path=message.staging_target_path,
+        capability=capability_from(message.volume_capability),
+        publish_context=dict(message.publish_context),
+        volume_context=dict(message.volume_context),
+        secrets=dict(message.secrets),
+    )
+
+
+def node_publish_from(message: csi_pb2.NodePublishVolumeRequest) -> NodePublishRequest:
+    """Read NodePublishVolume."""
+    return NodePublishRequest(
+        volume_id=message.volume_id,
+        staging_target_path=message.staging_target_path,
+        target_path=message.target_path,
+        capability=capability_from(message.volume_capability),
+        read_only=message.readonly,
+        publish_context=dict(message.publish_context),
+        volume_context=dict(message.volume_context),
+    )
+
+
+def node_expand_from(message: csi_pb2.NodeExpandVolumeRequest) -> NodeExpandRequest:
+    """Read NodeExpandVolume."""
+    capability = capability_from(message.volume_capability) if message.HasField("volume_capability") else None
+    return NodeExpandRequest(
+        volume_id=message.volume_id,
+        volume_path=message.volume_path,
+        capacity=range_from(message.capacity_range),
+        staging_target_path=message.staging_target_path,
+        capability=capability,
+    )
+
+
+# --- node: answers ----------------------------------------------------------------------------------------------
+
+
+def usage_to(usage: Usage) -> csi_pb2.NodeGetVolumeStatsResponse:
+    """Write the use of a volume: bytes always, inodes where they are counted."""
+    measures = [
+        csi_pb2.VolumeUsage(
+            unit=csi_pb2.VolumeUsage.BYTES,
+            total=usage.total_bytes,
+            used=usage.used_bytes or 0,
+            available=usage.available_bytes or 0,
+        )
+    ]
+    if usage.total_inodes is not None:
+        measures.append(
+            csi_pb2.VolumeUsage(
+                unit=csi_pb2.VolumeUsage.INODES,
+                total=usage.total_inodes,
+                used=usage.used_inodes or 0,
+                available=usage.available_inodes or 0,
+            )
+        )
+    return csi_pb2.NodeGetVolumeStatsResponse(usage=measures)
+
+
+def info_to(info: NodeInfo) -> csi_pb2.NodeGetInfoResponse:
+    """Write who this node is."""
+    return csi_pb2.NodeGetInfoResponse(
+        node_id=info.node_id,
+        max_volumes_per_node=info.max_volumes,
+        accessible_topology=csi_pb2.Topology(segments=dict(info.topology)),
+    )
