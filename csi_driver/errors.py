@@ -196,3 +196,28 @@ class ReservationConflict(PreconditionFailed):
             1718: "it is held in another mode or by another client",
         }.get(management_id, "it is held otherwise")
         super().__init__(f"volume {volume_name} cannot be attached: {reason} (management id {management_id})")
+
+
+# --- leaves: the storage management -----------------------------------------------------------------------
+
+
+class ServerUnreachable(StorageUnavailable):
+    """A management server could not be asked: the request certainly did not reach it, or it turned it away unread."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        self.server = server
+        self.reason = reason
+        super().__init__(f"management server {server} cannot be asked: {reason}")
+
+
+class OutcomeUnknown(StorageUnavailable):
+    """A request was sent and no readable answer came: it may have been carried out. Look before repeating it."""
+
+    def __init__(self, server: str, request: str, reason: str, *, timed_out: bool = False) -> None:
+        self.server = server
+        self.request = request
+        self.reason = reason
+        self.timed_out = timed_out
+        super().__init__(
+            f"management server {server} gave no answer to {request} ({reason}); it is not known whether it did it"
+        )

@@ -1,55 +1,263 @@
-"""The storage management behind its REST API, in nouns of `csi_driver.model`."""
+"""The storage management behind its REST API, in nouns of `csi_driver.model`.
+
+One method per operation; it fits `csi_driver.controller.ports.Management`. No URL stands outside this package.
+Every mutating call carries one object: the order of several in an answer is not promised.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.errors import (
+    CapacityOutOfRange,
+    InvalidRequest,
+    OperationPending,
+    OutcomeUnknown,
+    VolumeNotFound,
+)
+from csi_driver.management.documents import (
+    CLIENT_FIELDS,
+    GB,
+    VOLUME_FIELDS,
+    Document,
+    decode_client,
+    decode_system_info,
+    decode_volume,
+    decode_vpg,
+    document,
+    documents,
+    gigabytes,
+    granule_bytes,
+    undecodable,
+)
+from csi_driver.management.failures import (
+    NOT_ENOUGH,
+    Meaning,
+    Operation,
+    Refusal,
+    failure_of,
+    meaning_of,
+    refusal_in,
+)
+from csi_driver.management.session import ManagementSession
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Client, ReservationMode, SystemInfo, Volume, VolumeSpec, Vpg
+from csi_driver.model import (
+    Client,
+    Layout,
+    ReservationMode,
+    SystemInfo,
+    Volume,
+    VolumeSpec,
+    Vpg,
+    is_uuid,
+    is_volume_name,
+)
+
+_LOG = logging.getLogger(__name__)
+
+_CLIENT_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,253}")
+_VPG_NAME = re.compile(r"[\w+=-]{1,100}", re.ASCII)
+_OTHER_ROUTES = frozenset({"all", "count", "ids", "combinedStatus"})
+"""Paths beside `/volumes/<name>` and `/clients/<id>`: an object of such a name is only found through a list."""
+
+
+def _quoted_json(value: object) -> str:
+    return quote(json.dumps(value, separators=(",", ":")), safe="")
+
+
+_SORTED = "sort=" + _quoted_json({"_id": 1})
+_VOLUME_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(VOLUME_FIELDS, 1))
+_CLIENT_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(CLIENT_FIELDS, 1))
 
 
 class ManagementClient:
     """The storage management of one cluster, over its REST API. Thread-safe; close it when done."""
 
     def __init__(self, settings: ManagementSettings, *, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._settings = settings
+        if problems := settings.problems():
+            raise InvalidRequest("; ".join(problems))
+        for warning in settings.warnings():
+            _LOG.warning("%s", warning)
+        self._session = ManagementSession(settings, clock)
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Close the idle connections."""
+        self._session.close()
+
+    # --- reads ------------------------------------------------------------------------------------------
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
-        raise NotImplementedError
+        """Ask who answers; proves reachability and login."""
+        return decode_system_info(self._found("/systemInfo", "system information", deadline))
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
-        raise NotImplementedError
+        """Return the volume with this name, or None. Reservations of VPGs are not volumes."""
+        if not is_volume_name(name):
+            return None
+        if name in _OTHER_ROUTES:
+            rows = self._listed("volumes", deadline, _VOLUME_PROJECTION, {"_id": name})
+            return next((decode_volume(row) for row in rows), None)
+        row = self._looked_up(f"/volumes/{quote(name, safe='')}", Meaning.VOLUME_ABSENT, deadline)
+        if row is None or row.get("isReserved") is True:
+            return None
+        return decode_volume(row)
 
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
-        raise NotImplementedError
-
-    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
-        raise NotImplementedError
-
-    def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
-        raise NotImplementedError
-
-    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
-        raise NotImplementedError
-
-    def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
-        raise NotImplementedError
+        """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name, without their chunks."""
+        above = {"_id": {"$gt": after}} if after else None
+        rows = self._listed("volumes", deadline, f"{_SORTED}&{_VOLUME_PROJECTION}", above, limit)
+        return [decode_volume(row, listed=True) for row in rows]
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
-        raise NotImplementedError
+        """Return the client by its id (the host name that the management knows), or None."""
+        if not _CLIENT_ID.fullmatch(client_id):
+            return None
+        if client_id in _OTHER_ROUTES:
+            return self._first_client({"_id": client_id}, deadline)
+        row = self._looked_up(f"/clients/{quote(client_id, safe='')}", Meaning.CLIENT_ABSENT, deadline)
+        return None if row is None else decode_client(row)
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        raise NotImplementedError
+        """Return the client by its uuid, or None."""
+        return self._first_client({"uuid": uuid.lower()}, deadline) if is_uuid(uuid) else None
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
-        raise NotImplementedError
+        """Return all clients with their attachments. O(clients): for lists, not for per-volume calls."""
+        return [decode_client(row) for row in self._listed("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
-        raise NotImplementedError
+        """Return the clients on which the volume is attached, wished for, or not yet gone. Two requests.
+
+        Equality on a dotted path is all it takes: a wish stands under the volume's uuid and repeats it, a report
+        is an element of a list. Wishes are asked for first: what is attached in between then shows as a device.
+        """
+        if not is_uuid(volume_uuid):
+            return []
+        uuid = volume_uuid.lower()
+        found: dict[str, Client] = {}
+        for path in (f"attachments.{uuid}.uuid", "block_devices.uuid"):
+            for row in self._listed("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}", {path: uuid}):
+                client = decode_client(row)
+                found[client.id] = client
+        return [client for _, client in sorted(found.items()) if client.holds(uuid)]
+
+    def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
+        """Return the volume provisioning group, or None."""
+        if not _VPG_NAME.fullmatch(name):
+            return None
+        path = f"/volumeProvisioningGroups/{quote(name, safe='')}"
+        row = self._looked_up(path, Meaning.VPG_ABSENT, deadline)
+        return None if row is None else decode_vpg(row)
+
+    # --- space ------------------------------------------------------------------------------------------
+
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
+        """Return the free bytes of a VPG's own reserved space; None where it may overflow or has none."""
+        if not _VPG_NAME.fullmatch(name):
+            return None
+        path = f"/volumeProvisioningGroups/getVolumesCapacityUsageByID/{quote(name, safe='')}"
+        usage = self._found(path, "the use of a VPG", deadline)
+        free = usage.get("freeCapacity")
+        if usage.get("allowOverflow") is not False or free is None:
+            return None
+        return _bytes(free, "the free capacity of a VPG")
+
+    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
+        """Return the raw free bytes of the cluster, or of the drives a VPG may use; redundancy not yet taken off.
+
+        One request as a rule; two for a VPG, three while the server has not yet worked out its summary.
+        """
+        if vpg is None:
+            space = self._found("/getSpaceAllocation", "its space", deadline)
+            if space.get("availableSpace") is not None:
+                return _bytes(space["availableSpace"], "the available space")
+        only = {} if vpg is None else {"vpg": vpg}
+        total = self._session.post("/servers/totalSpace", only, repeatable=True, deadline=deadline)
+        allocated = self._session.post("/servers/allocatedSpace", only, repeatable=True, deadline=deadline)
+        # null: no drive matches.
+        return max(0, _bytes(total or 0, "the total space") - _bytes(allocated or 0, "the allocated space"))
+
+    # --- volumes ----------------------------------------------------------------------------------------
+
+    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
+        """Create the volume and return its uuid; None when a volume (or a VPG's reservation) has that name.
+
+        Where no answer comes the name is looked up: a volume that is there then counts as one that was there, and
+        the caller compares it as it does any other. Raises as `csi_driver.controller.ports` says.
+        """
+        try:
+            envelope, refusal = self._act("/volumes/save", [_specification(spec)], Operation.CREATE, deadline)
+        except OutcomeUnknown:
+            if self.volume(spec.name, deadline=deadline) is None:
+                raise
+            return None
+        if refusal is not None:
+            if meaning_of(Operation.CREATE, refusal)[0] is Meaning.EXISTS:
+                return None
+            raise failure_of(Operation.CREATE, refusal, volume=spec.name, vpg=spec.vpg or "")
+        uuid = envelope.get("uuid")
+        return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
+
+    def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
+        """Set a new total capacity. Looks at the volume right before: two requests.
+
+        The server adds `capacity_gb` less the capacity that it has stored. A difference below one granule makes it
+        search for ever while it holds the lock of the whole zone, so nothing is sent if the difference is too small
+        or the stored capacity is not the one that the caller counted from.
+        """
+        current = self._same(volume, deadline)
+        if current.capacity_gb != volume.capacity_gb:
+            raise OperationPending(
+                f"volume {volume.name} has a capacity of {current.capacity_gb} GB, the extension was worked out from "
+                f"{volume.capacity_gb} GB: somebody else extends it"
+            )
+        step = granule_bytes(current.layout)
+        if not (capacity_gb - current.capacity_gb) * GB >= step:
+            raise CapacityOutOfRange(
+                f"volume {volume.name} of {current.capacity_gb} GB was to grow to {capacity_gb} GB, "
+                f"wanted at least {step} bytes more"
+            )
+        body = [{"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}]
+        try:
+            _, refusal = self._act("/volumes/extend", body, Operation.EXTEND, deadline)
+        except OutcomeUnknown:
+            if self._same(volume, deadline).capacity_gb < capacity_gb:
+                raise
+            return
+        if refusal is None:
+            return
+        if NOT_ENOUGH in refusal.ids and self._same(volume, deadline).capacity_gb >= capacity_gb:
+            return  # somebody else was first
+        raise failure_of(Operation.EXTEND, refusal, volume=volume.name)
+
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
+        """Mark the volume for deletion; False when it does not exist any more.
+
+        The server compares the uuid, so asking twice deletes no other volume. Raises `PreconditionFailed` while it
+        is in use (the text names clients) or is a snapshot's source.
+        """
+        body = [{"_id": volume.name, "uuid": volume.uuid}]
+        _, refusal = self._act("/volumes/delete", body, Operation.DELETE, deadline, repeatable=True)
+        if refusal is None:
+            return True
+        if meaning_of(Operation.DELETE, refusal)[0] is Meaning.VOLUME_ABSENT:
+            return False
+        raise failure_of(Operation.DELETE, refusal, volume=volume.name)
+
+    def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
+        """Replace the whole metadata of the volume. Raises `VolumeNotFound`."""
+        body = [{"_id": volume.name, "uuid": volume.uuid, "metadata": dict(metadata)}]
+        _, refusal = self._act("/volumes/update", body, Operation.UPDATE, deadline)
+        if refusal is not None:
+            raise failure_of(Operation.UPDATE, refusal, volume=volume.name)
+
+    # --- attachments ------------------------------------------------------------------------------------
 
     def attach(
         self,
@@ -63,18 +271,134 @@ class ManagementClient:
         detach_others: bool = False,
         deadline: Deadline,
     ) -> None:
-        raise NotImplementedError
+        """Record the wish that the volume be attached there. Raises as `csi_driver.controller.ports` says."""
+        reservation: dict[str, object] = {"mode": mode.name}
+        if version is not None:
+            reservation["version"] = version
+        if preempt:
+            reservation["preempt"] = True
+        if detach_others:
+            reservation["isDetachOthers"] = True
+        body = _attachment(client, volume, reference_id, {"reservation": reservation})
+        _, refusal = self._act("/clients/attach", body, Operation.ATTACH, deadline)
+        if refusal is not None:
+            raise failure_of(Operation.ATTACH, refusal, volume=volume.name, client=client.id)
 
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
     ) -> None:
-        raise NotImplementedError
+        """Withdraw the wish; without an id, or with the last one, the device goes. "Already gone" returns."""
+        body = _attachment(client, volume, reference_id, {"force": True} if force else {})
+        _, refusal = self._act("/clients/detach", body, Operation.DETACH, deadline)
+        if refusal is not None:
+            raise failure_of(Operation.DETACH, refusal, volume=volume.name, client=client.id)
 
-    def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
-        raise NotImplementedError
+    # --- requests ---------------------------------------------------------------------------------------
 
-    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
-        raise NotImplementedError
+    def _act(
+        self, path: str, body: object, operation: Operation, deadline: Deadline, *, repeatable: bool = False
+    ) -> tuple[Document, Refusal | None]:
+        """Send a mutating request for one object; return its envelope, and its refusal unless that means "done"."""
+        answer = self._session.post(path, body, repeatable=repeatable, deadline=deadline)
+        # A request that is refused as a whole is answered by an envelope, all others by one per object.
+        envelope = document(answer[0] if isinstance(answer, list) and answer else answer, f"a request to {operation}")
+        if "success" not in envelope and "error" not in envelope:
+            raise undecodable(envelope, f"a request to {operation} without saying whether it succeeded")
+        refusal = refusal_in(envelope)
+        if refusal is not None and meaning_of(operation, refusal)[0] is Meaning.DONE:
+            refusal = None
+        return envelope, refusal
 
-    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
-        raise NotImplementedError
+    def _found(self, path: str, what: str, deadline: Deadline) -> Document:
+        """Return one document that is always there. Raises for an envelope with an error."""
+        body = document(self._session.get(path, deadline=deadline), what)
+        if refusal := _read_refusal(body):
+            raise failure_of(Operation.READ, refusal)
+        return body
+
+    def _looked_up(self, path: str, absent: Meaning, deadline: Deadline) -> Document | None:
+        """Return one document, None where the management answers that there is none."""
+        body = document(self._session.get(path, deadline=deadline), "a document")
+        refusal = _read_refusal(body)
+        if refusal is None:
+            return body
+        if meaning_of(Operation.READ, refusal)[0] is absent:
+            return None
+        raise failure_of(Operation.READ, refusal)
+
+    def _listed(
+        self, collection: str, deadline: Deadline, options: str, condition: object = None, limit: int = 0
+    ) -> list[Document]:
+        # Always page 0: pages are cut by `_id` above the last one seen, which stays right while others come and go.
+        path = f"/{collection}/all/0/{limit}?{options}"
+        if condition is not None:
+            path += "&filter=" + _quoted_json(condition)
+        body = self._session.get(path, deadline=deadline)
+        if isinstance(body, dict) and (refusal := refusal_in(body)):
+            raise failure_of(Operation.READ, refusal)
+        return documents(body, f"a list of {collection}")
+
+    def _first_client(self, condition: object, deadline: Deadline) -> Client | None:
+        rows = self._listed("clients", deadline, _CLIENT_PROJECTION, condition)
+        return next((decode_client(row) for row in rows), None)
+
+    def _same(self, volume: Volume, deadline: Deadline) -> Volume:
+        """Return the volume as it is now. Raises `VolumeNotFound` where another one has its name."""
+        current = self.volume(volume.name, deadline=deadline)
+        if current is None:
+            raise VolumeNotFound(volume.name)
+        if current.uuid != volume.uuid:
+            raise VolumeNotFound(volume.name, f"the volume of that name is {current.uuid}, wanted {volume.uuid}")
+        return current
+
+
+def _read_refusal(body: Document) -> Refusal | None:
+    """Return the refusal in an answer to a read; a document is no envelope, whatever fields it has."""
+    return refusal_in(body) if "success" in body or "systemMessage" in body else None
+
+
+def _bytes(value: object, what: str) -> int:
+    try:
+        return gigabytes(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise undecodable(value, what) from error
+
+
+def _attachment(
+    client: Client, volume: Volume, reference_id: str | None, details: Mapping[str, object]
+) -> dict[str, object]:
+    wanted: dict[str, object] = {"name": volume.name, "uuid": volume.uuid, **details}
+    if reference_id is not None:
+        wanted["referenceID"] = reference_id
+    return {"client": client.id, "clientUUID": client.uuid, "volumes": [wanted]}
+
+
+def _specification(spec: VolumeSpec) -> dict[str, Any]:
+    """Return what is set of `spec` in the API's words; a field that does not apply is refused by the server."""
+    body: dict[str, Any] = {"name": spec.name, "capacity": spec.capacity_gb, "metadata": dict(spec.metadata)}
+    optional: dict[str, object] = {
+        "VPG": spec.vpg,
+        "description": spec.description,
+        "relativeRebuildPriority": spec.relative_rebuild_priority,
+        "diskClasses": list(spec.drive_classes) or None,
+        "serverClasses": list(spec.target_classes) or None,
+        "limitByDisks": list(spec.limit_by_drives) or None,
+        "limitByNodes": list(spec.limit_by_targets) or None,
+        "domain": spec.domain,
+        **(_layout_fields(spec.layout) if spec.layout is not None else {}),
+    }
+    body.update({key: value for key, value in optional.items() if value is not None})
+    return body
+
+
+def _layout_fields(layout: Layout) -> dict[str, object]:
+    return {
+        "RAIDLevel": layout.raid_level.value,
+        "stripeWidth": layout.stripe_width,
+        "stripeSize": layout.stripe_size_blocks,
+        "dataBlocks": layout.data_blocks,
+        "parityBlocks": layout.parity_blocks,
+        "numberOfMirrors": layout.number_of_mirrors,
+        "protectionLevel": layout.protection_level,
+        "enableCrcCheck": layout.enable_crc_check,
+    }

@@ -1,0 +1,246 @@
+"""From the management's JSON documents to nouns of `csi_driver.model`; each document is read in one place.
+
+Tolerant of absent and additional fields, strict about those that identify and size an object. Numbers and names
+that are not known yet become OTHER or UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from csi_driver.errors import StorageUnavailable, shown
+from csi_driver.model import (
+    AttachmentWish,
+    Client,
+    ClientStatus,
+    DeviceReport,
+    DeviceStatus,
+    Layout,
+    RaidLevel,
+    Reservation,
+    ReservationMode,
+    SystemInfo,
+    Volume,
+    Vpg,
+)
+
+Document = Mapping[str, Any]
+
+GB = 1_000_000_000
+SHOWN_CHARACTERS = 256
+
+VOLUME_FIELDS = (
+    "_id",
+    "name",
+    "uuid",
+    "blocks",
+    "blockSize",
+    "capacity",
+    "status",
+    "action",
+    "health",
+    "isReady",
+    "isReserved",
+    "isReadOnly",
+    "isEncrypted",
+    "RAIDLevel",
+    "stripeWidth",
+    "stripeSize",
+    "dataBlocks",
+    "parityBlocks",
+    "numberOfMirrors",
+    "protectionLevel",
+    "enableCrcCheck",
+    "VPG",
+    "reservation",
+    "metadata",
+    "csi_metadata",
+)
+"""What a list of volumes is asked for: all that `decode_volume` reads, not the chunks, which are large."""
+
+CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "attachments", "block_devices")
+
+_RAID_LEVELS: Mapping[str, RaidLevel] = {
+    **{level.value.lower(): level for level in RaidLevel},
+    "lvm/jbod": RaidLevel.CONCATENATED,
+    "lvm": RaidLevel.CONCATENATED,
+    "jbod": RaidLevel.CONCATENATED,
+    "raid-0": RaidLevel.STRIPED,
+    "raid-1": RaidLevel.MIRRORED,
+    "raid-10": RaidLevel.STRIPED_MIRRORED,
+}
+_CLIENT_STATUSES: Mapping[object, ClientStatus] = {status.value: status for status in ClientStatus}
+_DEVICE_STATUSES: Mapping[object, DeviceStatus] = {status.value: status for status in DeviceStatus}
+_MODES: Mapping[object, ReservationMode] = {mode.value: mode for mode in ReservationMode}
+
+
+def document(body: object, what: str) -> Document:
+    """Return `body` as a JSON object. Raises `StorageUnavailable` for anything else."""
+    if not isinstance(body, dict):
+        raise undecodable(body, f"{what}, which is no JSON object")
+    return body
+
+
+def documents(body: object, what: str) -> list[Document]:
+    """Return `body` as a list of JSON objects. Raises `StorageUnavailable` for anything else."""
+    if not isinstance(body, list):
+        raise undecodable(body, f"{what}, which is no list")
+    return [document(row, what) for row in body]
+
+
+def undecodable(body: object, what: str) -> StorageUnavailable:
+    """Return the failure for an answer that is not what the API promises, with its beginning."""
+    text = json.dumps(body, default=str)
+    return StorageUnavailable(f"the management answered {what}: {shown(text, SHOWN_CHARACTERS)}")
+
+
+def decode_volume(row: Document, *, listed: bool = False) -> Volume:
+    """Read a volume document. `listed`: an unknown RAID level is no reason to refuse a whole list."""
+    try:
+        name = _text(row, "name", "_id")
+        reservation = row.get("reservation") or {}
+        return Volume(
+            name=name,
+            uuid=_text(row, "uuid"),
+            blocks=_natural(row, "blocks"),
+            block_size=_natural(row, "blockSize"),
+            capacity_gb=float(row.get("capacity") or 0.0),
+            status=str(row.get("status") or ""),
+            action=str(row.get("action") or ""),
+            health=str(row.get("health") or ""),
+            is_ready=row.get("isReady") is not False,
+            is_reserved=row.get("isReserved") is True,
+            is_read_only=row.get("isReadOnly") is True,
+            is_encrypted=row.get("isEncrypted") is True,
+            layout=_layout(row, listed=listed),
+            vpg=row.get("VPG") or None,
+            reservation=Reservation(
+                mode=_MODES.get(reservation.get("mode"), ReservationMode.NONE),
+                version=int(reservation.get("version") or 1),
+                reserved_by=reservation.get("reservedBy") or None,
+            ),
+            metadata=row.get("metadata") or row.get("csi_metadata") or {},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise undecodable(row, f"a volume document that cannot be read ({error})") from error
+
+
+def decode_client(row: Document) -> Client:
+    """Read a client document: what is wished for there and what the client reports of its devices."""
+    try:
+        wishes = (_wish(uuid, wish) for uuid, wish in (row.get("attachments") or {}).items())
+        reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
+        return Client(
+            id=_text(row, "_id", "clientID"),
+            uuid=_text(row, "uuid"),
+            status=_CLIENT_STATUSES.get(row.get("client_status"), ClientStatus.UNKNOWN),
+            wishes={wish.volume_uuid: wish for wish in wishes},
+            devices={report.volume_uuid: report for report in reports},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise undecodable(row, f"a client document that cannot be read ({error})") from error
+
+
+def decode_vpg(row: Document) -> Vpg:
+    """Read the document of a volume provisioning group."""
+    try:
+        return Vpg(
+            name=_text(row, "name", "_id"),
+            layout=_layout(row, listed=False),
+            capacity_bytes=gigabytes(row.get("capacity") or 0),
+            allow_overflow=row.get("allowOverflow") is not False,
+            is_encrypted=row.get("isEncrypted") is True,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise undecodable(row, f"a VPG document that cannot be read ({error})") from error
+
+
+def decode_system_info(row: Document) -> SystemInfo:
+    """Read who answers. The API's version is a string or a number; the database's uuid identifies the cluster."""
+    version = row.get("version") or row.get("managementVersion")
+    api_version = row.get("APIVersion")
+    if version is None and api_version is None:
+        raise undecodable(row, "system information without a version")
+    return SystemInfo(
+        version=str(version or ""),
+        api_version="" if api_version is None else str(api_version),
+        cluster_id=str(row.get("dbUUID") or ""),
+    )
+
+
+def gigabytes(value: object) -> int:
+    """Return decimal gigabytes as bytes, rounded down. Raises ValueError or TypeError for what is no number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no number of gigabytes")
+    return max(0, int(value * GB))
+
+
+def granule_bytes(layout: Layout) -> int:
+    """Return the smallest step in which a volume of this layout grows: 1 MiB for each leg that holds data."""
+    legs = (layout.stripe_width or 1) * (layout.data_blocks or 1)
+    if layout.raid_level is RaidLevel.STRIPED_ERASURE_CODED:
+        legs *= layout.data_blocks or 1  # its block sets are larger by that factor
+    return legs << 20
+
+
+def _layout(row: Document, *, listed: bool) -> Layout:
+    spelled = row.get("RAIDLevel")
+    level = RaidLevel.CONCATENATED if spelled is None else _RAID_LEVELS.get(str(spelled).lower())
+    if level is None:
+        if not listed:
+            raise ValueError(f"RAIDLevel is {spelled!r}")
+        level = RaidLevel.CONCATENATED
+    return Layout(
+        raid_level=level,
+        stripe_width=row.get("stripeWidth"),
+        stripe_size_blocks=row.get("stripeSize"),
+        data_blocks=row.get("dataBlocks"),
+        parity_blocks=row.get("parityBlocks"),
+        number_of_mirrors=row.get("numberOfMirrors"),
+        protection_level=row.get("protectionLevel"),
+        enable_crc_check=row.get("enableCrcCheck"),
+    )
+
+
+def _wish(uuid: str, wish: Document) -> AttachmentWish:
+    return AttachmentWish(
+        volume_uuid=uuid,
+        volume_name=str(wish.get("name") or ""),
+        action=str(wish.get("action") or ""),
+        mode=_mode(wish),
+        reference_ids=frozenset(wish.get("referenceIDs") or ()),
+    )
+
+
+def _report(report: Document) -> DeviceReport:
+    references = report.get("referenceIDs")
+    return DeviceReport(
+        volume_uuid=_text(report, "uuid"),
+        volume_name=str(report.get("name") or ""),
+        status=_DEVICE_STATUSES.get(report.get("vol_status"), DeviceStatus.OTHER),
+        io_enabled=report.get("ioEnabled") in (1, True),
+        mode=_mode(report),
+        reference_ids=None if references is None else frozenset(references),
+    )
+
+
+def _mode(holder: Document) -> ReservationMode:
+    return _MODES.get((holder.get("reservation") or {}).get("mode"), ReservationMode.NONE)
+
+
+def _text(row: Document, *keys: str) -> str:
+    for key in keys:
+        value = row.get(key)
+        # The server writes the word "undefined" where it has no id.
+        if isinstance(value, str) and value and value != "undefined":
+            return value
+    raise KeyError(keys[0])
+
+
+def _natural(row: Document, key: str) -> int:
+    value = row[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key} is {value!r}")
+    return value
