@@ -22,7 +22,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed
 from csi_driver.local.places import Places, Role
 from csi_driver.local.settings import LocalSettings
-from csi_driver.rpc.client import CsiClient
+from csi_driver.rpc.client import CallFailed, CsiClient
 
 _WATCH_INTERVAL_S = 0.1
 _FIRST_PAUSE_S = 0.2
@@ -286,7 +286,10 @@ def ask(role: Role, places: Places, port: int) -> str | None:
     if not endpoint.exists():
         return f"{endpoint} is not there"
     with CsiClient(endpoint) as client:
-        return client.wait_ready(Deadline.after(0))
+        try:
+            return None if client.is_ready() else "Probe answers ready=false"
+        except CallFailed as error:
+            return str(error)
 
 
 def ended(status: int) -> str:
