@@ -1,0 +1,346 @@
+"""Carries out wishes: loop devices, device nodes, status files, and the clients' reports of them.
+
+One function, `settle`, looks at what is wished and what is there for one client and one volume, and makes the second
+like the first. A request, the worker, the start of the manager all call it, so a crash between any two steps is
+mended by calling it again. It never takes a device away that is mounted or open, forced or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from csi_driver.embedded.clients import Pair
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.ports import LoopDevice, LoopDevices
+from csi_driver.embedded.records import (
+    ATTACHED,
+    ATTACHING,
+    ATTACHMENTS,
+    BUSY,
+    CLIENTS,
+    DETACHED,
+    EXCLUSIVE_READ_WRITE,
+    REPORTS,
+    VOLUMES,
+    Attachment,
+    Report,
+    Volume,
+)
+from csi_driver.embedded.reservations import released
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.status_files import StatusFiles
+from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.volumes import Volumes, now
+from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.errors import DriverError, HostFailure
+
+_log = logging.getLogger(__name__)
+RESERVATION_DENIED = 17
+
+
+def label_of(identity: str, client: str) -> str:
+    """Return what lo_file_name holds of an attachment: the volume's uuid, and whose attachment it is."""
+    return f"{identity}/{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+
+
+class VolumeFileLost(HostFailure):
+    """A volume that may hold data has no file any more."""
+
+    def __init__(self, volume: str, file: Path) -> None:
+        super().__init__(f"the file {file} of volume {volume} is gone; it is not made anew, for it may have held data")
+
+
+class Attacher:
+    """The clients of this machine, as far as they carry out wishes."""
+
+    def __init__(
+        self,
+        settings: StorageSettings,
+        store: Store,
+        pool: Pool,
+        volumes: Volumes,
+        loops: LoopDevices,
+        locks: Locks,
+        worker: Worker,
+        holds: Holds,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._pool = pool
+        self._volumes = volumes
+        self._loops = loops
+        self._locks = locks
+        self._worker = worker
+        self._holds = holds
+        self._fault = settings.test_switches.fault
+        self._nodes = {client.name: client.device_directory for client in settings.clients}
+        self._files = {client.name: StatusFiles(client.status_directory) for client in settings.clients}
+        self._devices: dict[Pair, LoopDevice] = {}
+
+    # --- start ------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Find again what is attached, carry out every wish, and take away what nobody wishes for."""
+        for name, files in self._files.items():
+            self._nodes[name].mkdir(mode=0o755, parents=True, exist_ok=True)
+            client = self._store.get(CLIENTS, name)
+            if client is not None:
+                files.install(client)
+        owners = {hashlib.sha256(name.encode()).hexdigest()[:16]: name for name in self._files}
+        for device in self._loops.bound_to(self._pool.volumes):
+            identity, _, owner = device.label.partition("/")
+            if owner in owners:
+                self._devices[owners[owner], identity] = device
+            else:
+                _log.warning("loop%d holds %s and belongs to no client here; left alone", device.number, device.file)
+        wishes = {(wish.client, wish.uuid): wish for wish in self._store.everywhere(ATTACHMENTS)}
+        wished_names = {(wish.client, wish.volume) for wish in wishes.values()}
+        self.settle_all({*self._devices, *(pair for pair in wishes if pair[0] in self._files)})
+        for name, files in self._files.items():
+            for volume_name in files.shown():
+                if (name, volume_name) not in wished_names:
+                    files.hide(volume_name)
+
+    # --- carrying out -----------------------------------------------------------------------------------
+
+    def carry_out(self, pairs: Iterable[Pair]) -> None:
+        """Settle each pair now, or later if the client is set to be slow or the machine refuses."""
+        switches = self._settings.test_switches
+        for client, identity in pairs:
+            wish = self._store.get(ATTACHMENTS, identity, client)
+            attaching = wish is not None and wish.action == "attaching"
+            delay_s = switches.attach_delay_s if attaching else switches.detach_delay_s
+            if delay_s:
+                self._later(client, identity, delay_s)
+            else:
+                self.settle_all([(client, identity)])
+
+    def settle_all(self, pairs: Iterable[Pair]) -> None:
+        for client, identity in pairs:
+            try:
+                settled = self.settle(client, identity)
+            except DriverError as problem:
+                _log.warning("volume %s on client %s: %s; tried again", identity, client, problem)
+                settled = False
+            if not settled:
+                self._later(client, identity)
+
+    def _later(self, client: str, identity: str, delay_s: float | None = None) -> None:
+        self._worker.later(f"settle {client}/{identity}", lambda: self.settle(client, identity), delay_s)
+
+    def is_down(self, client: str) -> bool:
+        """Tell whether a client carries out nothing now: set DOWN by a test, or not served by this manager any more."""
+        return client not in self._files or f"client:{client}" in self._holds
+
+    def client_returns(self, client: str) -> None:
+        """Settle everything of a client that was DOWN."""
+        pairs = {(client, wish.uuid) for wish in self._store.all(ATTACHMENTS, client)}
+        self.settle_all(pairs | {pair for pair in list(self._devices) if pair[0] == client})
+
+    def grown(self, identity: str) -> None:
+        """Let the devices of a volume follow its file."""
+        with self._locks.hold(identity):
+            for client in self._files:
+                device = self._devices.get((client, identity))
+                wish = self._store.get(ATTACHMENTS, identity, client)
+                if device is not None:
+                    self._loops.grow(device)
+                volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
+                if device is not None and wish is not None and volume is not None and wish.action == "attaching":
+                    self._files[client].show(volume, wish)
+
+    def settle(self, client: str, identity: str) -> bool:
+        """Make what is there for this client and volume what is wished. False: not possible yet, try again."""
+        if self.is_down(client):
+            return True
+        with self._locks.hold(identity):
+            while True:
+                wish = self._store.get(ATTACHMENTS, identity, client)
+                if wish is None or wish.action == "detaching":
+                    if not self._take_away(client, identity, wish):
+                        return False
+                elif not self._provide(wish):
+                    return False
+                if self._store.get(ATTACHMENTS, identity, client) in (wish, None):
+                    break
+        self._after(identity, wish)
+        return True
+
+    def _after(self, identity: str, wish: Attachment | None) -> None:
+        """Wake what waited for a detach: other clients of the volume, and its removal."""
+        volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
+        if volume is None or wish is None or wish.action != "detaching":
+            return
+        if volume.action == "markedForDeletion":
+            self._volumes.removal_due(volume.name, identity)
+        for other in volume.reservation.attached:
+            if other != wish.client and (other, identity) not in self._devices:
+                self._later(other, identity, 0.0)
+
+    # --- attach -----------------------------------------------------------------------------------------
+
+    def _provide(self, wish: Attachment) -> bool:
+        volume = self._store.get(VOLUMES, wish.volume)
+        if volume is None or volume.uuid != wish.uuid:
+            return True
+        pair = (wish.client, wish.uuid)
+        device = self._devices.get(pair)
+        refused = self._kept_out(volume, wish, device is not None)
+        if refused:
+            self._report(wish, refused, io_enabled=0)
+            return refused == RESERVATION_DENIED
+        if device is not None and device.read_only != wish.read_only:
+            if not self._detach(pair, device, wish.volume):
+                self._report(wish, BUSY, io_enabled=1)
+                return False
+            device = None
+        node = self._nodes[wish.client] / wish.volume
+        if device is None:
+            self._secure_file(volume)
+            self._devices[pair] = device = self._loops.attach(
+                self._pool.file(wish.uuid), node, label=label_of(wish.uuid, wish.client), read_only=wish.read_only
+            )
+            self._fault("attach:device")
+        if device.node != node or not node.exists():
+            _ensure_node(node, device)
+        self._files[wish.client].show(volume, wish)
+        self._fault("attach:files")
+        self._report(wish, ATTACHED, io_enabled=1)
+        self._fault("attach:reported")
+        return True
+
+    def _kept_out(self, volume: Volume, wish: Attachment, attached: bool) -> int:
+        """Return the status of a client that may not have the device (yet), 0 if it may.
+
+        A taken-over exclusive volume never has two writers: the new owner waits until the other devices that are to
+        go have gone, and the old one does not get its device back after a reboot.
+        """
+        reservation = volume.reservation
+        if reservation.mode != EXCLUSIVE_READ_WRITE or attached:
+            return 0
+        if reservation.reserved_by != wish.client:
+            return RESERVATION_DENIED
+        for other in reservation.attached:
+            theirs = self._store.get(ATTACHMENTS, wish.uuid, other)
+            leaving = theirs is None or theirs.action == "detaching"
+            if other != wish.client and leaving and (other, wish.uuid) in self._devices:
+                return ATTACHING
+        return 0
+
+    def _secure_file(self, volume: Volume) -> None:
+        """Have the volume's file on disk for good before anything can be written to it."""
+        if volume.made:
+            if not self._pool.exists(volume.uuid):
+                raise VolumeFileLost(volume.name, self._pool.file(volume.uuid))
+            return
+        self._pool.make(volume.uuid, volume.bytes, synced=True)
+
+        def made(change: Change) -> None:
+            current = change.get(VOLUMES, volume.name)
+            if current is not None and current.uuid == volume.uuid:
+                change.put(VOLUMES, volume.name, replace(current, made=True))
+
+        self._store.write(made)
+
+    # --- detach -----------------------------------------------------------------------------------------
+
+    def _take_away(self, client: str, identity: str, wish: Attachment | None) -> bool:
+        pair = (client, identity)
+        device = self._devices.get(pair)
+        if device is not None and not self._detach(pair, device, wish.volume if wish else None):
+            if wish is not None:
+                if wish.force:
+                    _log.warning("volume %s on client %s is in use; force does not take it away", wish.volume, client)
+                self._report(wish, BUSY, io_enabled=1)
+            return False
+        if wish is not None:
+            self._hide(client, wish.volume)
+            self._store.write(lambda change: self._detached(change, wish))
+            self._fault("detach:reported")
+        return True
+
+    def _detach(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
+        if not self._loops.detach(device):
+            return False
+        del self._devices[pair]
+        self._fault("detach:device")
+        name = volume_name or (device.node.name if device.node else None)
+        if name is not None:
+            self._hide(pair[0], name)
+        return True
+
+    def _hide(self, client: str, volume_name: str) -> None:
+        node = self._nodes[client] / volume_name
+        if node.is_block_device():
+            node.unlink(missing_ok=True)
+        self._files[client].hide(volume_name)
+
+    def _detached(self, change: Change, wish: Attachment) -> None:
+        """Report the detach; end the attachment unless it is wished for again in the meantime."""
+        self._put_report(change, wish, DETACHED, io_enabled=1)
+        current = change.get(ATTACHMENTS, wish.uuid, wish.client)
+        if current is None or current.action != "detaching":
+            return
+        change.delete(ATTACHMENTS, wish.uuid, wish.client)
+        volume = change.get(VOLUMES, wish.volume)
+        if volume is not None and volume.uuid == wish.uuid:
+            reservation = released(volume.reservation, wish.client, now())
+            change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
+
+    # --- reports ----------------------------------------------------------------------------------------
+
+    def _report(self, wish: Attachment, status: int, *, io_enabled: int) -> None:
+        old = self._store.get(REPORTS, wish.uuid, wish.client)
+        if old is not None and (old.status, old.io_enabled, old.references, old.version, old.reservation) == (
+            status,
+            io_enabled,
+            wish.references,
+            wish.version,
+            wish.reservation,
+        ):
+            return
+        self._store.write(lambda change: self._put_report(change, wish, status, io_enabled=io_enabled))
+
+    def _put_report(self, change: Change, wish: Attachment, status: int, *, io_enabled: int) -> None:
+        client = change.get(CLIENTS, wish.client)
+        volume = change.get(VOLUMES, wish.volume)
+        if client is None or volume is None or volume.uuid != wish.uuid:
+            return
+        client = replace(client, report_id=client.report_id + 1)
+        change.put(CLIENTS, client.name, client)
+        change.put(
+            REPORTS,
+            wish.uuid,
+            Report(
+                client=wish.client,
+                volume=wish.volume,
+                uuid=wish.uuid,
+                status=status,
+                io_enabled=io_enabled,
+                reservation=wish.reservation,
+                references=wish.references,
+                attachments_version=wish.attachments_version,
+                version=wish.version,
+                report_id=client.report_id,
+            ),
+            wish.client,
+        )
+
+
+def _ensure_node(node: Path, device: LoopDevice) -> None:
+    """Make the device node if it is missing or is another device's (a container's /dev is made anew at its start)."""
+    number = os.makedev(*device.device)
+    try:
+        found = node.lstat()
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
+            return
+        node.unlink()
+    except FileNotFoundError:
+        pass
+    os.mknod(node, 0o600 | stat.S_IFBLK, number)

@@ -1,0 +1,134 @@
+"""RAID levels and the arithmetic of sizes, as the management server does it.
+
+Sizes come in as decimal gigabytes (a float) and leave as 4 KiB blocks, rounded down to whole granules. The order of
+the floating-point operations is the server's: another order gives another block count for some sizes. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BLOCK_SIZE = 4096
+BLOCK_SET = 256
+"""Blocks of one MiB: what every leg of a layout is rounded down to."""
+GIGABYTE = 1_000_000_000
+_BLOCK_GB = BLOCK_SIZE / GIGABYTE
+
+CONCATENATED = "Concatenated"
+RAID_0 = "Striped RAID-0"
+RAID_1 = "Mirrored RAID-1"
+RAID_10 = "Striped & Mirrored RAID-10"
+EC = "Erasure Coding"
+STRIPED_EC = "Striped Erasure Coding"
+LEVELS = (CONCATENATED, RAID_0, RAID_1, RAID_10, EC, STRIPED_EC)
+
+FULL_SEPARATION = "Full Separation"
+MINIMAL_SEPARATION = "Minimal Separation"
+IGNORE_SEPARATION = "Ignore Separation"
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    CONCATENATED: (),
+    RAID_0: ("stripeSize", "stripeWidth"),
+    RAID_1: ("numberOfMirrors", "protectionLevel", "ignoreNodeSeparation", "enableCrcCheck"),
+    RAID_10: (
+        "stripeSize",
+        "stripeWidth",
+        "numberOfMirrors",
+        "protectionLevel",
+        "ignoreNodeSeparation",
+        "enableCrcCheck",
+    ),
+    EC: ("dataBlocks", "parityBlocks", "stripeSize", "stripeWidth", "protectionLevel", "enableCrcCheck"),
+    STRIPED_EC: ("dataBlocks", "parityBlocks", "stripeSize", "stripeWidth", "protectionLevel", "enableCrcCheck"),
+}
+"""Layout parameters that each level takes; any other is a schema error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A RAID level with all its parameters filled in."""
+
+    level: str = CONCATENATED
+    stripe_size: int = 32
+    """Blocks."""
+    stripe_width: int = 1
+    mirrors: int = 0
+    data_blocks: int = 1
+    parity_blocks: int = 0
+    protection: str | None = None
+    crc: bool | None = None
+
+    @property
+    def striped(self) -> bool:
+        return self.level not in (CONCATENATED, RAID_1)
+
+    @property
+    def legs(self) -> int:
+        """Drives that hold different data."""
+        return self.stripe_width * self.data_blocks
+
+    @property
+    def leg_set(self) -> int:
+        """Blocks that each leg is rounded down to."""
+        return BLOCK_SET * (self.data_blocks if self.level == STRIPED_EC else 1)
+
+    @property
+    def granule_blocks(self) -> int:
+        """The smallest step in size."""
+        return self.leg_set * self.legs
+
+    @property
+    def drives(self) -> int:
+        """Drives that one allocation takes, redundancy included."""
+        return self.stripe_width * (self.data_blocks + self.parity_blocks) * (1 + self.mirrors)
+
+    @property
+    def targets(self) -> int:
+        """Storage targets that the protection level asks for."""
+        group = (self.data_blocks + self.parity_blocks) * (1 + self.mirrors)
+        if group == 1 or self.protection == IGNORE_SEPARATION:
+            return 1
+        if self.protection == MINIMAL_SEPARATION and self.parity_blocks:
+            return math.ceil(group / self.parity_blocks)
+        return group
+
+    def redundancy_of(self, blocks: int) -> int:
+        """Return the blocks of redundancy that `blocks` of data take beside them."""
+        return blocks * self.mirrors + math.ceil(blocks * self.parity_blocks / self.data_blocks)
+
+    def blocks_of(self, capacity_gb: float) -> int:
+        """Return the data blocks that an allocation of `capacity_gb` gets: whole granules, never more than asked."""
+        if not self.striped:
+            blocks = math.floor(capacity_gb / _BLOCK_GB)
+            return blocks - blocks % BLOCK_SET
+        stripe = self.stripe_size
+        if self.level == STRIPED_EC:
+            step = 32 * self.data_blocks
+            stripe = math.ceil(stripe / step) * step
+        stripe_gb = stripe * _BLOCK_GB
+        leg = math.floor((capacity_gb / self.legs) / stripe_gb) * stripe
+        return (leg - leg % self.leg_set) * self.legs
+
+    def parameters(self) -> dict[str, object]:
+        """Return the parameters as a volume or VPG document shows them."""
+        shown: dict[str, object] = {"RAIDLevel": self.level}
+        names = PARAMETERS[self.level]
+        if "stripeSize" in names:
+            shown["stripeSize"] = self.stripe_size
+            shown["stripeWidth"] = self.stripe_width
+        if "numberOfMirrors" in names:
+            shown["numberOfMirrors"] = self.mirrors
+        if "dataBlocks" in names:
+            shown["dataBlocks"] = self.data_blocks
+            shown["parityBlocks"] = self.parity_blocks
+        if "protectionLevel" in names and self.protection is not None:
+            shown["protectionLevel"] = self.protection
+        if "enableCrcCheck" in names and self.crc is not None:
+            shown["enableCrcCheck"] = self.crc
+        return shown
+
+
+def gigabytes(blocks: int) -> float:
+    """Return `blocks` in decimal gigabytes."""
+    return blocks * _BLOCK_GB

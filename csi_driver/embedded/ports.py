@@ -1,0 +1,54 @@
+"""What the manager needs of this machine: loop devices. The adapter lives in csi_driver.host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class LoopDevice(Protocol):
+    """A loop device that is bound to a volume's file."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor number."""
+        ...
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def label(self) -> str:
+        """What lo_file_name holds: `<volume uuid>/<16 hex digits of the client>`."""
+        ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def node(self) -> Path | None:
+        """The device node that was made for it, where that is known."""
+        ...
+
+
+class LoopDevices(Protocol):
+    """The loop devices of this machine. Every method raises HostFailure where the kernel refuses."""
+
+    def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> LoopDevice:
+        """Bind a free loop device to `file` with `label` (at most 63 bytes) and make `node` a device node of it."""
+        ...
+
+    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
+        """Return every loop device whose backing file lies directly in `directory`."""
+        ...
+
+    def grow(self, device: LoopDevice) -> None:
+        """Make the device as large as its file is now."""
+        ...
+
+    def detach(self, device: LoopDevice) -> bool:
+        """Unbind the device and return True, or return False and leave it alone if it is mounted or open."""
+        ...

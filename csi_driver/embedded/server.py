@@ -1,0 +1,211 @@
+"""The storage manager as a whole: opens the pool, mends what a crash left, serves the API, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+
+from csi_driver.embedded.api import Api
+from csi_driver.embedded.attacher import Attacher
+from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.groups import Groups
+from csi_driver.embedded.overview import Overview
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.ports import LoopDevices
+from csi_driver.embedded.recovery import recover
+from csi_driver.embedded.sessions import Password, Sessions
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.space import Space
+from csi_driver.embedded.store import Store
+from csi_driver.embedded.volumes import Volumes, now
+from csi_driver.embedded.web import application
+from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.errors import HostFailure, PreconditionFailed
+
+_log = logging.getLogger(__name__)
+_THREADS = 64
+_GRACE_S = 10
+
+
+class DeviceDirectoryUnusable(PreconditionFailed):
+    """Device nodes in this directory would not work."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"device nodes in {directory} would not work: it is on a file system mounted nodev; "
+            "give a directory below /dev, or remount the file system with the option dev"
+        )
+
+
+class CannotListen(HostFailure):
+    """The address cannot be had."""
+
+    def __init__(self, host: str, port: int, why: str) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: {why}")
+
+
+class StorageServer:
+    """A storage manager on one pool. `start` serves from a thread of its own, `run` from the caller's."""
+
+    def __init__(self, settings: StorageSettings, loops: LoopDevices) -> None:
+        """Open the pool, mend it, carry out every wish. Raises leaves of DriverError if that cannot be."""
+        self.settings = settings
+        for client in settings.clients:
+            _check_device_directory(client.device_directory)
+        self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
+        try:
+            self.store = Store(self.pool.database)
+            self._build(loops)
+        except BaseException:
+            self.pool.close()
+            raise
+        self._listener = _listen(settings.listen_host, settings.listen_port)
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def _build(self, loops: LoopDevices) -> None:
+        settings, store, pool = self.settings, self.store, self.pool
+        self.holds = holds = Holds()
+        for name in settings.test_switches.down_clients:
+            holds.set(f"client:{name}", True)
+        locks = Locks()
+        self.space = Space(settings, pool, store)
+        self.password = Password(settings.password_file or pool.password, ours=settings.password_file is None)
+        self.worker = Worker(settings.retry_first_s, settings.retry_most_s)
+        self._workers = ThreadPoolExecutor(_THREADS, "storage-api")
+        sessions = Sessions(settings, self.password)
+        volumes = Volumes(settings, store, self.space, pool, locks, self.worker, holds)
+        groups = Groups(store, self.space)
+        clients = Clients(settings, store)
+        self.attacher = Attacher(settings, store, pool, volumes, loops, locks, self.worker, holds)
+        overview = Overview(settings, store, self.space, holds, now())
+        groups.install(now())
+        clients.install()
+        overview.install()
+        recover(store, pool, volumes, self.attacher)
+        self.api = Api(
+            store,
+            sessions,
+            volumes,
+            groups,
+            clients,
+            self.attacher,
+            overview,
+            holds,
+            test_routes=settings.test_switches.enabled,
+        )
+        self.app = application(self.api, sessions, self._workers)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that it listens on."""
+        host, port, *_ = self._listener.getsockname()
+        return host, port
+
+    @property
+    def url(self) -> str:
+        host, port = self.address
+        scheme = "https" if self.settings.tls_certificate else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    def start(self) -> None:
+        """Serve from a thread. Connections are accepted from now on."""
+        self._server = self._uvicorn()
+        self._thread = threading.Thread(target=self._serve, name="storage-http", daemon=True)
+        self.worker.start()
+        self._thread.start()
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Serve until SIGTERM or SIGINT; `ready` is called first. Only in the main thread."""
+        server = self._server = self._uvicorn()
+
+        def end(number: int, frame: object) -> None:
+            server.should_exit = True
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.worker.start()
+            ready()
+            self._serve()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _serve(self) -> None:
+        if self._server is not None:
+            asyncio.run(self._server._serve([self._listener]))  # serve() would take the process's signals for itself
+
+    def _uvicorn(self) -> uvicorn.Server:
+        settings = self.settings
+        return uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_keep_alive=600,
+                timeout_graceful_shutdown=_GRACE_S,
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
+            )
+        )
+
+    def stop(self) -> None:
+        """End: finish the requests under way, close the pool. What is attached stays attached."""
+        if self._server is not None:
+            self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+        self._listener.close()
+        self.worker.stop()
+        self._workers.shutdown(wait=True)
+        self.store.close()
+        self.pool.close()
+
+
+def serve(settings: StorageSettings, loops: LoopDevices) -> int:
+    """Run the manager in this process until SIGTERM or SIGINT; return the exit status."""
+    server = StorageServer(settings, loops)
+    try:
+        server.run(lambda: _announce(server))
+    finally:
+        server.stop()
+    return 0
+
+
+def _announce(server: StorageServer) -> None:
+    sys.stdout.write(
+        f"storage management listens on {server.url}\nuser {server.settings.user}, password in {server.password.path}\n"
+    )
+    sys.stdout.flush()
+
+
+def _check_device_directory(directory: Path) -> None:
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if os.statvfs(directory).f_flag & os.ST_NODEV:
+        raise DeviceDirectoryUnusable(directory)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as problem:
+        listener.close()
+        raise CannotListen(host, port, str(problem)) from problem
+    return listener

@@ -1,0 +1,169 @@
+"""The one place where state is kept: SQLite in WAL mode with full synchronisation, and a decoded copy in memory.
+
+Every change is a function of a `Change` and becomes durable as a whole or not at all. Changes that meet are committed
+together, so that sixteen writers share one fsync. Readers never wait: they see what was committed last. Nothing else
+may open the database while a manager runs (the pool's lock sees to it).
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from csi_driver.embedded.records import TABLES, Table
+from csi_driver.errors import StorageUnavailable
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_Key = tuple[str, str, str]
+"""Table, grouping ("" or a client's name), id."""
+_Layer = dict[_Key, object]
+"""Records by key; None stands for a deleted one."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (
+    kind TEXT NOT NULL, grouping TEXT NOT NULL, id TEXT NOT NULL, record TEXT NOT NULL,
+    PRIMARY KEY (kind, grouping, id)
+)
+"""
+_UPSERT = """
+INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT (kind, grouping, id) DO UPDATE SET record = excluded.record
+"""
+_DELETE = "DELETE FROM documents WHERE kind = ? AND grouping = ? AND id = ?"
+
+
+class Change:
+    """A view of the store inside one change: reads see what the change itself has put."""
+
+    def __init__(self, layers: tuple[_Layer, ...], committed: dict[tuple[str, str], dict[str, object]]) -> None:
+        self.puts: _Layer = {}
+        self._layers = (self.puts, *layers)
+        self._committed = committed
+
+    def get(self, table: Table[R], key: str, grouping: str = "") -> R | None:
+        """Return the record, or None."""
+        place = (table.name, grouping, key)
+        for layer in self._layers:
+            if place in layer:
+                return layer[place]  # type: ignore[return-value]
+        return self._committed.get((table.name, grouping), {}).get(key)  # type: ignore[return-value]
+
+    def put(self, table: Table[R], key: str, record: R, grouping: str = "") -> None:
+        self.puts[table.name, grouping, key] = record
+
+    def delete(self, table: Table[R], key: str, grouping: str = "") -> None:
+        self.puts[table.name, grouping, key] = None
+
+
+class _Batch:
+    """Changes that become durable together, and what became of them."""
+
+    def __init__(self) -> None:
+        self.puts: _Layer = {}
+        self.done = False
+        self.problem: sqlite3.Error | None = None
+
+
+class Store:
+    """The manager's records. Threads may call everything."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the database at `path` and read all of it."""
+        self._tables = {table.name: table for table in TABLES}
+        self._change_lock = threading.Lock()
+        self._commit_lock = threading.Lock()
+        self._staged = _Batch()
+        self._committing = _Batch()
+        self._committed: dict[tuple[str, str], dict[str, object]] = {}
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute(_SCHEMA)
+        for kind, grouping, key, text in self._rows():
+            self._committed.setdefault((kind, grouping), {})[key] = self._tables[kind].record(text)
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        yield from self._connection.execute("SELECT kind, grouping, id, record FROM documents ORDER BY rowid")
+
+    def close(self) -> None:
+        """Close the database; no call may follow."""
+        with self._commit_lock:
+            self._connection.close()
+
+    def get(self, table: Table[R], key: str, grouping: str = "") -> R | None:
+        """Return the committed record, or None."""
+        return self._committed.get((table.name, grouping), {}).get(key)  # type: ignore[return-value]
+
+    def all(self, table: Table[R], grouping: str = "") -> list[R]:
+        """Return the committed records of one grouping."""
+        return list(self._committed.get((table.name, grouping), {}).values())  # type: ignore[arg-type]
+
+    def everywhere(self, table: Table[R]) -> list[R]:
+        """Return the committed records of all groupings."""
+        return [
+            record
+            for kind, grouping in list(self._committed)
+            if kind == table.name
+            for record in self.all(table, grouping)
+        ]
+
+    def write(self, change: Callable[[Change], T]) -> T:
+        """Run `change` and return its result once what it put is on disk.
+
+        It must be quick, touch nothing but its Change and may run beside no other. What it raises passes through,
+        and nothing of it is kept. Raises StorageUnavailable if the disk refuses.
+        """
+        with self._change_lock:
+            view = Change((self._staged.puts, self._committing.puts), self._committed)
+            result = change(view)
+            batch = self._staged
+            batch.puts.update(view.puts)
+        if view.puts:
+            self._commit(batch)
+        return result
+
+    def _commit(self, batch: _Batch) -> None:
+        with self._commit_lock:
+            if not batch.done:
+                with self._change_lock:
+                    self._committing, self._staged = self._staged, _Batch()
+                self._write_out(self._committing)
+        if batch.problem is not None:
+            raise StorageUnavailable(f"the manager's database refused a change: {batch.problem}") from batch.problem
+
+    def _write_out(self, batch: _Batch) -> None:
+        """Make a batch durable and visible. On failure it is dropped, with what was staged upon it since."""
+        puts = [
+            (kind, grouping, key, self._tables[kind].text(record))
+            for (kind, grouping, key), record in batch.puts.items()
+            if record is not None
+        ]
+        gone = [place for place, record in batch.puts.items() if record is None]
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(_UPSERT, puts)
+            self._connection.executemany(_DELETE, gone)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as problem:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            with self._change_lock:
+                for lost in (batch, self._staged):
+                    lost.done, lost.problem = True, problem
+                self._committing, self._staged = _Batch(), _Batch()
+            return
+        with self._change_lock:
+            for (kind, grouping, key), record in batch.puts.items():
+                records = self._committed.setdefault((kind, grouping), {})
+                if record is None:
+                    records.pop(key, None)
+                else:
+                    records[key] = record
+            batch.done = True
+            self._committing = _Batch()

@@ -1,0 +1,389 @@
+"""Volumes: save, extend, update, delete. Each returns the API's envelope of one object.
+
+Order of every change, so that a crash at any point loses nothing that was acknowledged: the row is committed before
+the file is made or grown, and removed after the file is. What a crash left half done, `Volumes.recover` finishes.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import cast
+
+from csi_driver.embedded.groups import default_layout
+from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, LEVELS, gigabytes
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, GROUPS, REPORTS, SHARED_READ_ONLY, VOLUMES, Group, Volume
+from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, refused_item, volume_not_found
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.space import NoSpace, Space
+from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.errors import HostFailure
+
+_LAYOUT_FIELDS = frozenset(
+    (
+        "RAIDLevel",
+        "stripeSize",
+        "stripeWidth",
+        "numberOfMirrors",
+        "protectionLevel",
+        "ignoreNodeSeparation",
+        "enableCrcCheck",
+        "dataBlocks",
+        "parityBlocks",
+    )
+)
+_NOT_KEPT = _LAYOUT_FIELDS | {"name", "capacity", "VPG", "sourceID", "sourceUUID", "mdvSpec"}
+_CLASSES = (("diskClasses", 1512, "Drive class not found"), ("serverClasses", 1513, "Target class not found"))
+_LOCKED_BY_GROUP = ("diskClasses", "serverClasses", "limitByDisks", "limitByNodes", "enableCrcCheck", "VSGs")
+
+
+def now() -> str:
+    """Return the time as the API writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Volumes:
+    """The use-cases on volumes."""
+
+    def __init__(
+        self,
+        settings: StorageSettings,
+        store: Store,
+        space: Space,
+        pool: Pool,
+        locks: Locks,
+        worker: Worker,
+        holds: Holds,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._space = space
+        self._pool = pool
+        self._locks = locks
+        self._worker = worker
+        self._holds = holds
+        self._fault = settings.test_switches.fault
+
+    # --- save -------------------------------------------------------------------------------------------
+
+    def save(self, item: Mapping[str, object], user: str) -> Document:
+        """Make a volume: space promised, row committed, file made."""
+        name = str(item["name"])
+        try:
+            self._refuse_unsupported(item)
+            volume = self._store.write(lambda change: self._promise(change, item, user))
+            self._fault("save:row")
+            self._make(volume)
+        except Refusal as refusal:
+            return refused_item(name, None, refusal)
+        self._fault("save:file")
+        return envelope(name, volume.uuid, True)
+
+    def _refuse_unsupported(self, item: Mapping[str, object]) -> None:
+        name = str(item["name"])
+        if name.endswith("_MD"):
+            raise _not_saved(name, detail(1552, "Illegal Volume name", innerMessage={}))
+        if "sourceID" in item:
+            raise self._snapshot_refusal(name, str(item["sourceID"]), str(item.get("sourceUUID")))
+        if item.get("isEncrypted"):
+            raise _not_saved(name, detail(16825, "Encrypted volumes are not served by the embedded storage manager"))
+        for field, number, message in _CLASSES:
+            if item.get(field):
+                raise _not_saved(name, detail(number, message))
+        if item.get("VSGs"):
+            raise _not_saved(name, detail(1721, "VSG not found"))
+
+    def _snapshot_refusal(self, name: str, source_name: str, source_uuid: str) -> Refusal:
+        source = self._store.get(VOLUMES, source_name)
+        keys = {"volumeID": name, "volumeUUID": "undefined", "sourceVolumeID": source_name}
+        if source is None or source.uuid != source_uuid:
+            return Refusal(1521, "Snapshot source volume not found", keys, loses_uuid=True)
+        if not source.read_only:
+            return Refusal(1522, "Snapshot source volume is not read-only", keys, loses_uuid=True)
+        return _not_saved(name, detail(16825, "Snapshots are not served by the embedded storage manager"))
+
+    def _promise(self, change: Change, item: Mapping[str, object], user: str) -> Volume:
+        name = str(item["name"])
+        group_name = str(item.get("VPG") or "") or None
+        group = change.get(GROUPS, group_name) if group_name else None
+        homonym = change.get(GROUPS, name)
+        if change.get(VOLUMES, name) is not None or (homonym is not None and homonym.blocks):
+            raise Refusal(1523, "Volume name already exists", {"volumeID": name})
+        if group_name and group is None:
+            raise _not_saved(name, detail(1514, "VPG not found while creating volume", vpgID=group_name))
+        level = str(item.get("RAIDLevel"))
+        if group is None and level not in LEVELS:
+            raise _not_saved(name, detail(1606, "Unknown RAID level"))
+        layout = group.layout if group else default_layout(item)
+        capacity = cast("float | str", item["capacity"])
+        if not self._placeable(item):
+            raise _not_saved(name, "Failed to allocate")
+        try:
+            taken = self._space.take(change, layout, capacity, group)
+        except NoSpace as problem:
+            raise _not_saved(name, "Failed to allocate") from problem
+        moment = now()
+        slow = self._settings.preallocate or "initialize" in self._holds
+        volume = Volume(
+            name=name,
+            uuid=str(uuid.uuid4()),
+            capacity=capacity if not isinstance(capacity, str) else gigabytes(taken.blocks),
+            extents=(taken.blocks,),
+            layout=layout,
+            group=group_name,
+            given={key: value for key, value in item.items() if key not in _NOT_KEPT},
+            created_by=user,
+            modified_by=user,
+            created=moment,
+            modified=moment,
+            action="initializing" if slow else "none",
+            status="unavailable" if slow else "online",
+            from_reserved=taken.from_reserved,
+        )
+        self._space.record(change, volume)
+        if group and taken.from_reserved:
+            change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
+        return volume
+
+    def _placeable(self, item: Mapping[str, object]) -> bool:
+        """Tell whether the targets and drives that the request is limited to are among those we have."""
+        targets = {f"target{number + 1}.sim" for number in range(self._settings.pretend_targets)}
+        targets.update(client.name for client in self._settings.clients[:1])
+        nodes = cast("list[str]", item.get("limitByNodes") or [])
+        return not item.get("limitByDisks") and (not nodes or not targets.isdisjoint(nodes))
+
+    def _make(self, volume: Volume) -> None:
+        try:
+            with self._locks.hold(volume.uuid):
+                self._pool.make(volume.uuid, volume.bytes)
+        except HostFailure as problem:
+            self._pool.remove(volume.uuid)
+            self._store.write(lambda change: self._forget(change, volume.name))
+            raise _not_saved(volume.name, "Failed to allocate") from problem
+        self.initialize(volume.name)
+
+    def initialize(self, name: str) -> bool:
+        """Let a volume whose file is there come online, unless a test holds that back."""
+        volume = self._store.get(VOLUMES, name)
+        if volume is None or volume.action != "initializing":
+            return True
+        if "initialize" in self._holds:
+            return False
+
+        def online(change: Change) -> None:
+            current = change.get(VOLUMES, name)
+            if current is not None and current.action == "initializing":
+                change.put(VOLUMES, name, replace(current, action="none", status="online"))
+
+        self._store.write(online)
+        return True
+
+    # --- extend -----------------------------------------------------------------------------------------
+
+    def extend(self, item: Mapping[str, object], user: str) -> Document:
+        """Make a volume larger: space promised, row committed, file grown. The caller grows the devices."""
+        name, identity = str(item["_id"]), str(item["uuid"])
+        capacity = cast("float | str", item["capacity"])
+        try:
+            with self._locks.hold(identity):
+                volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user))
+                self._fault("extend:row")
+                try:
+                    self._pool.make(identity, volume.bytes)
+                except HostFailure as problem:
+                    self._store.write(lambda change: self._shrink_back(change, name))
+                    raise _extension_refused(name, identity, 1675, "extension create failed") from problem
+                self._fault("extend:file")
+        except Refusal as refusal:
+            return refused_item(name, identity, refusal)
+        return envelope(name, identity, True)
+
+    def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str) -> Volume:
+        volume = _found(change, name, identity)
+        refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
+        group = change.get(GROUPS, volume.group) if volume.group else None
+        wanted: float | str = "MAX"
+        if not isinstance(capacity, str):
+            if capacity <= volume.capacity:
+                raise _extension_refused(
+                    name,
+                    identity,
+                    1673,
+                    "capacity issue",
+                    f"The new capacity must be greater then or equal to: {volume.capacity:g}",
+                )
+            wanted = capacity - volume.capacity
+            if volume.layout.blocks_of(wanted) <= 0:
+                # The management itself never ends here (or adds an unaligned tail); we say what is missing.
+                step = volume.layout.granule_blocks * BLOCK_SIZE
+                raise _extension_refused(
+                    name, identity, 1673, "capacity issue", f"The new capacity must exceed the old one by {step} bytes"
+                )
+        try:
+            taken = self._space.take(change, volume.layout, wanted, group)
+        except NoSpace as problem:
+            raise _extension_refused(name, identity, 1675, "extension create failed") from problem
+        extended = replace(
+            volume,
+            capacity=volume.capacity + gigabytes(taken.blocks) if isinstance(capacity, str) else capacity,
+            extents=(*volume.extents, taken.blocks),
+            from_reserved=volume.from_reserved + taken.from_reserved,
+            version=volume.version + 1,
+            modified=now(),
+            modified_by=user,
+        )
+        self._space.record(change, extended, volume)
+        if group and taken.from_reserved:
+            change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
+        return extended
+
+    def _shrink_back(self, change: Change, name: str) -> None:
+        """Take back an extension whose space could not be had; the caller holds the volume's lock."""
+        volume = change.get(VOLUMES, name)
+        if volume is None or len(volume.extents) < 2:
+            return
+        lost = volume.extents[-1]
+        group = change.get(GROUPS, volume.group) if volume.group else None
+        returned = min(lost, volume.from_reserved)
+        smaller = replace(
+            volume,
+            extents=volume.extents[:-1],
+            capacity=volume.capacity - gigabytes(lost),
+            from_reserved=volume.from_reserved - returned,
+        )
+        self._space.record(change, smaller, volume)
+        if group and returned:
+            change.put(GROUPS, group.name, replace(group, used=group.used - returned))
+
+    # --- update -----------------------------------------------------------------------------------------
+
+    def update(self, item: Mapping[str, object], user: str) -> Document:
+        """Replace the fields that the request names."""
+        name, identity = str(item["_id"]), str(item["uuid"])
+        try:
+            self._store.write(lambda change: self._update(change, name, identity, item, user))
+        except Refusal as refusal:
+            return refused_item(name, identity, refusal)
+        return envelope(name, identity, True)
+
+    def _update(self, change: Change, name: str, identity: str, item: Mapping[str, object], user: str) -> None:
+        volume = _found(change, name, identity)
+        refuse_action(volume, {"markedForDeletion": (1582, "edited")})
+        keys = {"volumeID": name, "volumeUUID": identity}
+        if item.get("isReadOnly") and volume.reservation.mode > SHARED_READ_ONLY:
+            raise Refusal(1605, "Cannot set volume as ReadOnly. Volume is reserved with a ReadWrite permission", keys)
+        if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
+            raise Refusal(168412, "The volume's VPG sets its classes, limits and checks", keys)
+        changes = {key: value for key, value in item.items() if key not in ("_id", "uuid")}
+        change.put(
+            VOLUMES,
+            name,
+            replace(
+                volume, given={**volume.given, **changes}, version=volume.version + 1, modified=now(), modified_by=user
+            ),
+        )
+
+    # --- delete -----------------------------------------------------------------------------------------
+
+    def delete(self, item: Mapping[str, object]) -> Document:
+        """Mark a volume for deletion and remove it as soon as no device uses its file."""
+        name, identity = str(item["_id"]), str(item["uuid"])
+        try:
+            self._store.write(lambda change: self._mark(change, name, identity))
+        except Refusal as refusal:
+            return refused_item(name, identity, refusal)
+        self._fault("delete:marked")
+        self.removal_due(name, identity)
+        return envelope(name, identity, True)
+
+    def _mark(self, change: Change, name: str, identity: str) -> None:
+        volume = _found(change, name, identity)
+        refuse_action(volume, {"initializing": (1571, "deleted")})
+        if volume.action == "markedForDeletion":
+            return
+        users = [
+            client
+            for client in volume.reservation.attached
+            if (wish := change.get(ATTACHMENTS, identity, client)) is not None and wish.action == "attaching"
+        ]
+        if users:
+            raise Refusal(
+                1683,
+                "Volume to delete in use",
+                {"volumeID": name, "volumeUUID": identity},
+                f"The volume is used by: {', '.join(users[:3])}. Please detach",
+            )
+        change.put(VOLUMES, name, replace(volume, action="markedForDeletion", version=volume.version + 1))
+
+    def removal_due(self, name: str, identity: str) -> None:
+        """Remove a marked volume now if that can be, else when it can."""
+        if not self.remove(name, identity):
+            self._worker.later(f"remove {identity}", lambda: self.remove(name, identity))
+
+    def remove(self, name: str, identity: str) -> bool:
+        """Remove a marked volume's file, then its row; False while a client still has its device."""
+        if "delete" in self._holds:
+            return False
+        with self._locks.hold(identity):
+            volume = self._store.get(VOLUMES, name)
+            if volume is None or volume.uuid != identity or volume.action != "markedForDeletion":
+                return True
+            if volume.reservation.attached:
+                return False
+            self._pool.remove(identity)
+            self._fault("delete:file")
+            self._store.write(lambda change: self._forget(change, name))
+        self._fault("delete:row")
+        return True
+
+    def _forget(self, change: Change, name: str) -> None:
+        volume = change.get(VOLUMES, name)
+        if volume is None:
+            return
+        self._space.record(change, None, volume)
+        group = change.get(GROUPS, volume.group) if volume.group else None
+        if group and volume.from_reserved:
+            change.put(GROUPS, group.name, replace(group, used=group.used - volume.from_reserved))
+        for client in self._store.all(CLIENTS):
+            if change.get(REPORTS, volume.uuid, client.name) is not None:
+                change.delete(REPORTS, volume.uuid, client.name)
+
+
+def _found(change: Change, name: str, identity: str) -> Volume:
+    volume = change.get(VOLUMES, name)
+    if volume is None or volume.uuid != identity:
+        raise volume_not_found(name, identity)
+    return volume
+
+
+def refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> None:
+    """Raise the refusal that belongs to what is being done with the volume, if one does."""
+    if volume.action in refused:
+        number, verb = refused[volume.action]
+        raise Refusal(
+            number,
+            f"Volume with action {volume.action} can not be {verb}.",
+            {"volumeAction": volume.action, "volumeID": volume.name, "volumeUUID": volume.uuid},
+        )
+
+
+def _not_saved(name: str, inner: object) -> Refusal:
+    return Refusal(1664, "Failed to save volume", {"volumeID": name}, inner)
+
+
+def _extension_refused(name: str, identity: str, number: int, reason: str, inner: str | None = None) -> Refusal:
+    keys = {"volumeID": name, "volumeUUID": identity}
+    return Refusal(number, f"Failed to extend volume due to {reason}", keys, inner)
+
+
+def reserved_group(store: Store, name: str) -> Group | None:
+    """Return the VPG whose reserved space hides behind a volume of this name, if there is one."""
+    group = store.get(GROUPS, name)
+    return group if group is not None and group.blocks else None
+
+
+__all__ = ["GIGABYTE", "Volumes", "now", "refuse_action", "reserved_group"]

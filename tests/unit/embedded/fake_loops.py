@@ -1,0 +1,56 @@
+"""A small working model of this machine's loop devices: bound files, sizes, and who has a device open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLoop:
+    number: int
+    file: Path
+    label: str
+    read_only: bool
+    node: Path | None
+
+    @property
+    def device(self) -> tuple[int, int]:
+        return 7, self.number
+
+
+@dataclass(slots=True)
+class FakeLoopDevices:
+    """Device nodes are plain files holding the device's number, so that no root is needed."""
+
+    bound: dict[int, FakeLoop] = field(default_factory=dict)
+    size_bytes: dict[int, int] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+    attached_ever: int = 0
+
+    def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> FakeLoop:
+        assert len(label.encode()) <= 63
+        number = next(number for number in range(1000) if number not in self.bound)
+        device = FakeLoop(number, file, label, read_only, node)
+        self.size_bytes[number] = file.stat().st_size
+        node.write_text(str(number))
+        self.bound[number] = device
+        self.attached_ever += 1
+        return device
+
+    def bound_to(self, directory: Path) -> tuple[FakeLoop, ...]:
+        return tuple(device for device in self.bound.values() if device.file.parent == directory)
+
+    def grow(self, device: FakeLoop) -> None:
+        self.size_bytes[device.number] = device.file.stat().st_size
+
+    def detach(self, device: FakeLoop) -> bool:
+        if device.number in self.open:
+            return False
+        self.bound.pop(device.number, None)
+        if device.node is not None:
+            device.node.unlink(missing_ok=True)
+        return True
+
+    def labels(self) -> list[str]:
+        return sorted(device.label for device in self.bound.values())
