@@ -1,0 +1,179 @@
+"""Is a device blank? Answered only by reading it: past the page cache, every read whole and without error.
+
+`probe_places` is the cheap check's list: head, tail, and wherever a filesystem, a volume manager or a partition table
+keeps a copy of its superblock. `first_data` reads everything. Neither interprets what it finds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, HostFailure
+from csi_driver.host.syscalls import libc
+from csi_driver.machine import OpenDevice
+from csi_driver.model import GIB, MIB
+
+_ALIGNMENT = 4096
+_ENDS_BYTES = 4 * MIB
+_LUKS2_LAST_HEADER = 4 * MIB
+_PLACE_BYTES = 4096
+_AG_WINDOW_BYTES = 64 * 1024
+_PROBE_BUFFER_BYTES = 1 * MIB
+_SCAN_BUFFER_BYTES = 4 * MIB
+_PROGRESS_EVERY_BYTES = 1 * GIB
+
+
+def probe_places(size_bytes: int) -> list[tuple[int, int]]:
+    """Return (offset, length) of all that the cheap check reads of a device, sorted, merged, within the device.
+
+    - The first and last 4 MiB hold, of filesystems, volume managers, RAID, encryption and partition tables, every
+      primary superblock and the copies at the end (GPT; md 0.90 and 1.0; ZFS labels; LVM), and LUKS2's second
+      headers but the last, which begins at 4 MiB.
+    - ext2/3/4 copies: block groups 1, 2 and the powers of 3, 5 and 7, for block sizes from 1 to 64 KiB (a group has
+      8 blocks for each byte of a block).
+    - btrfs mirrors: 64 KiB, 64 MiB, 256 GiB.
+    - XFS: the starts of allocation groups, as mkfs.xfs divides a device into 4, 8, 16 or 32, or by whole TiB.
+    """
+    ends = [(0, _ENDS_BYTES), (size_bytes - _ENDS_BYTES, _ENDS_BYTES), (_LUKS2_LAST_HEADER, _PLACE_BYTES)]
+    wanted = [*ends, *_ext_copies(size_bytes), *_xfs_groups(size_bytes)]
+    wanted += [(offset, _PLACE_BYTES) for offset in (64 * MIB, 256 * GIB)]
+    return _merged(wanted, size_bytes)
+
+
+def _ext_copies(size_bytes: int) -> Iterator[tuple[int, int]]:
+    for log_block in range(10, 17):
+        group_bytes = 8 << (2 * log_block)
+        groups = size_bytes // group_bytes
+        for group in sorted({1, 2, *_powers(3, groups), *_powers(5, groups), *_powers(7, groups), groups}):
+            # Blocks of 1 KiB are counted from 1: the first is the boot block.
+            yield group * group_bytes, _PLACE_BYTES
+
+
+def _powers(base: int, limit: int) -> Iterator[int]:
+    power = base
+    while power <= limit:
+        yield power
+        power *= base
+
+
+def _xfs_groups(size_bytes: int) -> Iterator[tuple[int, int]]:
+    blocks = size_bytes // 4096
+    for count in (4, 8, 16, 32):
+        group_bytes = -(-blocks // count) * 4096
+        for group in range(1, count):
+            yield group * group_bytes - _AG_WINDOW_BYTES // 2, _AG_WINDOW_BYTES
+    for start in range(1024 * GIB, min(size_bytes, 64 * 1024 * GIB), 1024 * GIB):
+        yield start - _PLACE_BYTES, 2 * _PLACE_BYTES
+
+
+def _merged(places: list[tuple[int, int]], size_bytes: int) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for offset, length in sorted(places):
+        start = max(0, offset) // _ALIGNMENT * _ALIGNMENT
+        end = min(size_bytes, -(-(offset + length) // _ALIGNMENT) * _ALIGNMENT)
+        if end <= start:
+            continue
+        if merged and start <= sum(merged[-1]):
+            merged[-1] = (merged[-1][0], max(end, sum(merged[-1])) - merged[-1][0])
+        else:
+            merged.append((start, end - start))
+    return merged
+
+
+class DirectReader:
+    """Reads an open device into one aligned buffer. A context manager: leaving it frees the buffer."""
+
+    def __init__(self, device: OpenDevice, buffer_bytes: int = _PROBE_BUFFER_BYTES) -> None:
+        self._device = device
+        self._buffer = mmap.mmap(-1, buffer_bytes)
+        self._view = memoryview(self._buffer)
+        self._first = ctypes.c_char.from_buffer(self._buffer)
+        self._address = ctypes.addressof(self._first)
+        self._compare = libc().memcmp
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._first
+        self._view.release()
+        self._buffer.close()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return those bytes, at most a buffer full; raises `HostFailure` when not all can be read."""
+        self._fill(offset, length)
+        return bytes(self._view[:length])
+
+    def first_data(self, offset: int, length: int) -> int | None:
+        """Return the offset of the first byte that is not zero, or None; raises `HostFailure` as `read` does."""
+        for start in range(offset, offset + length, len(self._buffer)):
+            part = min(len(self._buffer), offset + length - start)
+            self._fill(start, part)
+            if not self._is_zero(part):
+                data = bytes(self._view[:part])
+                return start + part - len(data.lstrip(b"\0"))
+        return None
+
+    def _is_zero(self, length: int) -> bool:
+        # A buffer is all zero when it begins so and equals itself moved by one; memcmp runs without the
+        # interpreter's lock.
+        address = ctypes.c_void_p(self._address)
+        following = ctypes.c_void_p(self._address + 1)
+        return self._buffer[0] == 0 and self._compare(address, following, ctypes.c_size_t(length - 1)) == 0
+
+    def _fill(self, offset: int, length: int) -> None:
+        path, done = self._device.device.path, 0
+        while done < length:
+            at = offset + done
+            try:
+                count = os.preadv(self._device.fd, [self._view[done:length]], at)
+            except OSError as error:
+                name = errno.errorcode.get(error.errno or 0, str(error.errno))
+                raise HostFailure(f"{path} cannot be read at byte {at} ({name}): what it holds is not known") from error
+            if count == 0 or (done + count < length and count % _ALIGNMENT):
+                size = self._device.device.size_bytes
+                raise HostFailure(f"{path} ends at byte {at + count}, expected {size}: what it holds is not known")
+            done += count
+
+
+def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Deadline) -> int | None:
+    """Return where the first byte that is not zero lies in the places of the cheap check; None when all are zero."""
+    for offset, length in probe_places(device.device.size_bytes):
+        if deadline.expired():
+            raise DeadlineReached(f"reading {device.device.path}", deadline.elapsed_s())
+        found = reader.first_data(offset, length)
+        if found is not None:
+            return found
+    return None
+
+
+def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> int | None:
+    """Read the whole device; return the offset of the first byte that is not zero, or None when there is none.
+
+    `progress(done_bytes, total_bytes)` is called after every GiB and at the end.
+    """
+    size = device.device.size_bytes
+    reported = 0
+    with DirectReader(device, _SCAN_BUFFER_BYTES) as reader:
+        for offset in range(0, size, _SCAN_BUFFER_BYTES):
+            if deadline is not None and deadline.expired():
+                raise DeadlineReached(
+                    f"the reading of {device.device.path} ({offset} of {size} bytes)", deadline.elapsed_s()
+                )
+            found = reader.first_data(offset, min(_SCAN_BUFFER_BYTES, size - offset))
+            if found is not None:
+                return found
+            if offset - reported >= _PROGRESS_EVERY_BYTES:
+                reported = offset
+                progress(offset, size)
+    progress(size, size)
+    return None

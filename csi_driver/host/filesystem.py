@@ -1,0 +1,295 @@
+"""Filesystems on volumes: what a device holds, making, checking, growing, and how full they are.
+
+Decides nothing: whether a device may be formatted is the node's to say. Every tool gets the device as a descriptor
+that was proven to be the volume's (`/proc/self/fd/N`), never as a path that may be another device by then, and holds
+the device's lock by it for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import CommandFailed, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import blank, ioctls, superblock
+from csi_driver.host.command import Completed, find_tool, run
+from csi_driver.host.devices import LinuxDevices
+from csi_driver.machine import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
+from csi_driver.model import MIB, Usage
+
+_WRITE_LIMIT_S = 30 * 60.0
+_FULL_CHECK_LIMIT_S = 4 * 3600.0
+_GROWTH_SLACK_BYTES = 16 * MIB
+"""A filesystem may leave a rest of its device unused that is too small for a block group or allocation group."""
+
+# No discard: a fresh volume has nothing to give back, and a mirrored volume discards slowly.
+# ext4: no blocks kept for root, which owns nothing on a volume. Inode tables and journal are cleared by the kernel
+# after the first mount, as mke2fs does by default: group checksums keep it from reading what was not cleared yet.
+# xfs and btrfs: -f, because a half-made filesystem of ours is made again; the node decided that before.
+_MAKE: dict[str, tuple[str, ...]] = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
+}
+_SMALLEST_BYTES = {"ext4": 2 * MIB, "xfs": 300 * MIB, "btrfs": 109 * MIB}
+"""Below these the mkfs of xfsprogs 6 and btrfs-progs 6 refuses; ext4 would have no journal."""
+_NEEDS = {"ext4": ("mkfs.ext4", "e2fsck", "resize2fs"), "xfs": ("mkfs.xfs",), "btrfs": ("mkfs.btrfs",)}
+
+# blkid(8), "RETURN CODE"
+_BLKID_FOUND, _BLKID_NOTHING, _BLKID_AMBIVALENT = 0, 2, 8
+# e2fsck(8), "EXIT CODE": a sum of these
+_CORRECTED, _REBOOT, _UNCORRECTED, _OPERATIONAL = 1, 2, 4, 8
+
+
+class LinuxFilesystems:
+    """Fits `csi_driver.node.ports.Filesystems`."""
+
+    def __init__(self, devices: LinuxDevices) -> None:
+        self._devices = devices
+
+    def supported(self) -> Sequence[str]:
+        """Return the filesystem types that this machine can make and mount, "ext4" first."""
+        return [
+            fs_type for fs_type, tools in _NEEDS.items() if all(find_tool(t) for t in tools) and _in_kernel(fs_type)
+        ]
+
+    # --- what is there ---
+
+    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
+        """Tell what the device holds: blank only when all of `blank.probe_places` was read and is zero.
+
+        Raises `HostFailure` when any read fails or comes back short, `DeadlineReached`.
+        """
+        with blank.DirectReader(device) as reader:
+            found = blank.first_data_in_places(reader, device, deadline)
+            if found is None:
+                return Blank()
+            head = reader.read(0, min(superblock.HEAD_BYTES, device.device.size_bytes))
+        return _name_content(device, found, head, deadline)
+
+    def first_data(
+        self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
+    ) -> int | None:
+        """Read every block; return the offset of the first byte that is not zero, or None when there is none."""
+        return blank.first_data(device, deadline=deadline, progress=progress)
+
+    def recorded_bytes(self, device: Device, fs_type: str) -> int:
+        """Return the size of the filesystem as its superblock on the device records it."""
+        with self._devices.open(device) as opened:
+            return _superblock(opened, fs_type).size_bytes
+
+    # --- making and repairing ---
+
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
+        """Make a filesystem, destroying what is there; `options` are added to the driver's own.
+
+        Raises `PreconditionFailed` for a device too small for it. Has half an hour.
+        """
+        argv = _MAKE.get(fs_type)
+        if argv is None:
+            raise InvalidField("fs_type", fs_type, f"one of {', '.join(_MAKE)}")
+        size, least = device.device.size_bytes, _SMALLEST_BYTES[fs_type]
+        if size < least:
+            raise PreconditionFailed(f"{device.device.path} has {size} bytes, {fs_type} needs at least {least}")
+        _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
+        _superblock(device, fs_type)
+
+    def check(self, device: Device, fs_type: str) -> None:
+        """Repair what can be repaired without a question. Raises `PreconditionFailed` when a person must decide.
+
+        Only ext4 has anything to do: xfs and btrfs replay their logs when they are mounted, have no repair that is
+        safe without a person (fsck.xfs(8), btrfs-check(8)), and refuse the mount where one is needed. An ext4 that
+        was closed well is not checked, as e2fsck -p itself would not, and neither is a read-only device.
+        """
+        if fs_type not in ("ext2", "ext3", "ext4") or device.read_only:
+            return
+        with self._devices.open(device) as looked_at:
+            if _superblock(looked_at, fs_type).was_closed_well:
+                return
+        with self._devices.open(device, write=True, exclusive=True) as opened:
+            _e2fsck(opened, ("-p",), timeout_s=_WRITE_LIMIT_S)
+
+    # --- growing ---
+
+    def grow_unmounted(self, device: Device, fs_type: str) -> bool:
+        """Grow an unmounted filesystem to its device. False when this type grows only mounted (xfs, btrfs)."""
+        if fs_type not in ("ext2", "ext3", "ext4"):
+            return False
+        with self._devices.open(device, write=True, exclusive=True) as opened:
+            before = _superblock(opened, fs_type)
+            if not before.was_checked_since_use:
+                _e2fsck(opened, ("-f", "-p"), timeout_s=_FULL_CHECK_LIMIT_S)
+            _run_on(opened, ("resize2fs",), timeout_s=_WRITE_LIMIT_S)
+            after = _superblock(opened, fs_type)
+            _require_growth(device, opened.device.size_bytes, before.size_bytes, after.size_bytes)
+        return True
+
+    def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
+        """Grow a mounted filesystem to its device.
+
+        Raises `PreconditionFailed` where this machine does not let ext4 grow while mounted (CAP_SYS_RESOURCE).
+        """
+        before = _statfs_bytes(path)
+        recorded = before
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
+        try:
+            match fs_type:
+                case "ext2" | "ext3" | "ext4":
+                    recorded = self._grow_mounted_ext4(fd, device, fs_type)
+                case "xfs":
+                    recorded = _grow_mounted_xfs(fd, device)
+                case "btrfs":
+                    ioctls.btrfs_grow(fd)
+                case _:
+                    raise InvalidField("fs_type", fs_type, f"one of {', '.join(_MAKE)}")
+        finally:
+            os.close(fd)
+        if _statfs_bytes(path) <= before:
+            _require_growth(device, device.size_bytes, recorded, recorded)
+
+    def _grow_mounted_ext4(self, fd: int, device: Device, fs_type: str) -> int:
+        with self._devices.open(device) as opened:
+            now = _superblock(opened, fs_type)
+        blocks = device.size_bytes // now.block_bytes
+        if blocks > now.blocks:
+            try:
+                ioctls.ext4_resize(fd, blocks)
+            except SystemCallFailed as failure:
+                if failure.errno == errno.EPERM:
+                    raise PreconditionFailed(
+                        f"ext4 on {device.path} cannot grow while it is mounted: this process lacks CAP_SYS_RESOURCE; "
+                        "the next NodeStageVolume grows it before it mounts it"
+                    ) from failure
+                raise
+        return now.size_bytes
+
+    def usage(self, path: Path) -> Usage:
+        """Return the use of the filesystem at `path`; inodes are None where it counts none (btrfs)."""
+        try:
+            status = os.statvfs(path)
+        except OSError as error:
+            raise SystemCallFailed(f"statfs {path}", error.errno or 0) from error
+        counts_inodes = status.f_files > 0
+        return Usage(
+            total_bytes=status.f_blocks * status.f_frsize,
+            used_bytes=(status.f_blocks - status.f_bfree) * status.f_frsize,
+            available_bytes=status.f_bavail * status.f_frsize,
+            total_inodes=status.f_files if counts_inodes else None,
+            used_inodes=status.f_files - status.f_ffree if counts_inodes else None,
+            available_inodes=status.f_favail if counts_inodes else None,
+        )
+
+
+# --- what is there ------------------------------------------------------------------------------------------
+
+
+def _name_content(device: OpenDevice, found: int, head: bytes, deadline: Deadline) -> Content:
+    """Ask blkid what the data is. That it finds nothing proves nothing: there is data."""
+    argv = ("blkid", "-p", "-o", "export")
+    accept = (_BLKID_FOUND, _BLKID_NOTHING, _BLKID_AMBIVALENT)
+    answer = _run_on(device, argv, timeout_s=max(1.0, deadline.remaining_s()), accept=accept)
+    if answer.status == _BLKID_AMBIVALENT:
+        return OtherContent("signatures of several kinds of content")
+    values = parse_blkid(answer.stdout.decode(errors="replace"))
+    fs_type, usage = values.get("TYPE", ""), values.get("USAGE", "")
+    if "PTTYPE" in values:
+        return OtherContent(f"a partition table ({values['PTTYPE']})")
+    if not fs_type:
+        return OtherContent(f"data at byte {found} that nothing recognises")
+    if usage != "filesystem":
+        return OtherContent(f"{fs_type} ({usage or 'of no known use'})")
+    direct = superblock.recognise(head)
+    cached = "ext4" if fs_type in ("ext2", "ext3", "ext4") else fs_type
+    if (direct or cached in _MAKE) and direct != [cached]:
+        return OtherContent(f"what blkid takes for {fs_type} but, read past the page cache, {direct or 'is not'}")
+    return Filesystem(fs_type, values.get("UUID", ""), values.get("LABEL", ""))
+
+
+def parse_blkid(text: str) -> dict[str, str]:
+    r"""Read blkid's export format: KEY=value lines, where a backslash quotes the character after it."""
+    values = {}
+    for line in text.splitlines():
+        key, separator, value = line.partition("=")
+        if separator:
+            values[key] = _unquoted(value)
+    return values
+
+
+def _unquoted(value: str) -> str:
+    parts, quoted = [], False
+    for character in value:
+        if character == "\\" and not quoted:
+            quoted = True
+            continue
+        parts.append(character)
+        quoted = False
+    return "".join(parts)
+
+
+def _superblock(device: OpenDevice, fs_type: str) -> superblock.Superblock:
+    length = min(superblock.HEAD_BYTES, device.device.size_bytes)
+    with blank.DirectReader(device, superblock.HEAD_BYTES) as reader:
+        found = superblock.parse(reader.read(0, length), fs_type)
+    if found is None:
+        raise PreconditionFailed(f"{device.device.path} holds no superblock of {fs_type}")
+    return found
+
+
+def _in_kernel(fs_type: str) -> bool:
+    """Tell whether the kernel has the filesystem, or may load it: without a list of modules, it may."""
+    with contextlib.suppress(OSError):
+        if fs_type in Path("/proc/filesystems").read_text().split():
+            return True
+    try:
+        modules = Path("/lib/modules", os.uname().release, "modules.dep").read_text()
+    except OSError:
+        return True
+    return f"/{fs_type}.ko" in modules
+
+
+# --- tools --------------------------------------------------------------------------------------------------
+
+
+def _run_on(device: OpenDevice, argv: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,)) -> Completed:
+    path = f"/proc/self/fd/{device.fd}"
+    return run((*argv, path), timeout_s=timeout_s, accept=accept, pass_fds=(device.fd,))
+
+
+def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> None:
+    try:
+        _run_on(device, ("e2fsck", *options), timeout_s=timeout_s, accept=(0, _CORRECTED, _CORRECTED | _REBOOT))
+    except CommandFailed as failure:
+        if failure.status > 0 and failure.status & (_UNCORRECTED | _OPERATIONAL):
+            raise PreconditionFailed(
+                f"ext4 on {device.device.path} needs a person: e2fsck {' '.join(options)} ended with status "
+                f"{failure.status}; keep a copy of the volume, then run `e2fsck -f {device.device.path}`"
+            ) from failure
+        raise
+
+
+def _grow_mounted_xfs(fd: int, device: Device) -> int:
+    now = ioctls.xfs_geometry(fd)
+    blocks = device.size_bytes // now.block_bytes
+    if blocks > now.blocks:
+        ioctls.xfs_grow(fd, blocks, now.inode_percent)
+    return now.blocks * now.block_bytes
+
+
+def _statfs_bytes(path: Path) -> int:
+    try:
+        status = os.statvfs(path)
+    except OSError as error:
+        raise SystemCallFailed(f"statfs {path}", error.errno or 0) from error
+    return status.f_blocks * status.f_frsize
+
+
+def _require_growth(device: Device, device_bytes: int, before: int, after: int) -> None:
+    if after <= before and device_bytes - before > _GROWTH_SLACK_BYTES:
+        raise HostFailure(f"the filesystem on {device.path} kept {after} bytes, expected about {device_bytes}")

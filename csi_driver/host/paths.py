@@ -1,0 +1,197 @@
+"""Target and staging paths: checked, made and removed, never through a symbolic link and never more than one thing.
+
+A path lies below one of the configured roots. A root itself may be a link: it is resolved once. Below it the kernel
+resolves every path without following any link (openat2(2), RESOLVE_NO_SYMLINKS), so that nobody who can write below
+the root can lead the driver out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import syscalls
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_LONGEST_PATH_BYTES = 4095
+_RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
+_ATTEMPTS = 32
+
+
+class LinuxPaths:
+    """Fits `csi_driver.node.ports.Paths`."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = tuple((PurePosixPath(root), root.resolve()) for root in roots)
+
+    def check(self, path: str, field: str) -> Path:
+        """Return the path, its root's links resolved, when it is absolute, plain and below a root.
+
+        Raises `InvalidField` also when a symbolic link is found on the way or at its end.
+        """
+        plain = PurePosixPath(path)
+        too_long = len(path.encode(errors="surrogatepass")) > _LONGEST_PATH_BYTES
+        if not path.startswith("/") or "\0" in path or ".." in plain.parts or too_long:
+            raise InvalidField(field, path, "an absolute path without `..`")
+        for given, resolved in self._roots:
+            for root in (given, PurePosixPath(resolved)):
+                if plain.is_relative_to(root) and plain != root:
+                    found = resolved / plain.relative_to(root)
+                    self._refuse_links(found, resolved, path, field)
+                    return found
+        raise InvalidField(field, path, f"a path below {' or '.join(str(given) for given, _ in self._roots)}")
+
+    def _refuse_links(self, path: Path, root: Path, shown: str, field: str) -> None:
+        try:
+            os.close(_open_below(root, path))
+        except SystemCallFailed as failure:
+            if failure.errno in (errno.ELOOP, errno.EXDEV):
+                raise InvalidField(field, shown, "a path without symbolic links below its root") from failure
+            if failure.errno == errno.ENAMETOOLONG:
+                raise InvalidField(field, shown, "a path whose parts have at most 255 bytes") from failure
+            if failure.errno not in _ABSENT:
+                raise
+
+    def open(self, path: Path) -> int:
+        """Hold what is at the path (O_PATH): for a mount to be put onto."""
+        return _open_below(self._root_of(path), path)
+
+    def kind(self, path: Path) -> str:
+        """Tell what is at the path itself: "directory", "file", "device", "other" or "absent"."""
+        try:
+            fd = self.open(path)
+        except SystemCallFailed as failure:
+            if failure.errno in _ABSENT:
+                return "absent"
+            if failure.errno == errno.ELOOP:
+                return "other"
+            raise
+        try:
+            return _kind_of(os.fstat(fd).st_mode)
+        except OSError:
+            return "other"  # the root of a dead filesystem
+        finally:
+            os.close(fd)
+
+    def make_directory(self, path: Path) -> None:
+        """Create the directory (not its parents); there already is success."""
+        with self._parent(path) as parent:
+            try:
+                os.mkdir(path.name, 0o750, dir_fd=parent)
+            except FileExistsError as error:
+                if self.kind(path) != "directory":
+                    raise PreconditionFailed(f"{path} is no directory, wanted one") from error
+            except OSError as error:
+                raise SystemCallFailed(f"make the directory {path}", error.errno or 0) from error
+
+    def make_file(self, path: Path) -> None:
+        """Create an empty file to bind a device onto; there already (also as the device bound onto it) is success."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._parent(path) as parent:
+            try:
+                os.close(os.open(path.name, flags, 0o640, dir_fd=parent))
+            except FileExistsError as error:
+                if self.kind(path) not in ("file", "device"):
+                    raise PreconditionFailed(f"{path} is no file, wanted one") from error
+            except OSError as error:
+                raise SystemCallFailed(f"make the file {path}", error.errno or 0) from error
+
+    def remove(self, path: Path) -> None:
+        """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree.
+
+        Raises `PreconditionFailed` when it is anything else.
+        """
+        try:
+            with self._parent(path) as parent:
+                self._remove(path, parent)
+        except PreconditionFailed as failure:
+            if isinstance(failure.__cause__, SystemCallFailed) and failure.__cause__.errno in _ABSENT:
+                return
+            raise
+
+    def _remove(self, path: Path, parent: int) -> None:
+        try:
+            status = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                os.rmdir(path.name, dir_fd=parent)
+            elif stat.S_ISREG(status.st_mode) and status.st_size == 0:
+                os.unlink(path.name, dir_fd=parent)
+            else:
+                raise PreconditionFailed(f"{path} is no empty directory and no empty file: it stays as it is")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise PreconditionFailed(f"{path} is not empty: it stays as it is") from error
+            if error.errno == errno.EBUSY:
+                raise PreconditionFailed(f"{path} is a mount point: it stays as it is") from error
+            raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
+
+    @contextlib.contextmanager
+    def _parent(self, path: Path) -> Iterator[int]:
+        root = self._root_of(path)
+        try:
+            fd = _open_below(root, path.parent)
+        except SystemCallFailed as failure:
+            raise PreconditionFailed(f"the directory {path.parent} is absent or reached by a link") from failure
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _root_of(self, path: Path) -> Path:
+        for _, root in self._roots:
+            if path.is_relative_to(root) and path != root and ".." not in path.parts:
+                return root
+        raise PreconditionFailed(f"{path} lies below no path root")
+
+
+def _kind_of(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "device" if stat.S_ISBLK(mode) else "other"
+
+
+def _open_below(root: Path, path: Path) -> int:
+    """Open (O_PATH) a path below a root without following any link; ELOOP says that there was one."""
+    try:
+        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SystemCallFailed(f"open {root}", error.errno or 0) from error
+    try:
+        relative = str(path.relative_to(root))
+        for _ in range(_ATTEMPTS):
+            try:
+                return syscalls.openat2(root_fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+            except SystemCallFailed as failure:
+                if failure.errno == errno.ENOSYS:
+                    return _walk(root_fd, path.relative_to(root))
+                if failure.errno != errno.EAGAIN:  # the kernel asks to try again when a rename went on meanwhile
+                    raise
+        raise SystemCallFailed(f"open {path}", errno.EAGAIN)
+    finally:
+        os.close(root_fd)
+
+
+def _walk(root_fd: int, relative: Path) -> int:
+    """Do what openat2 does, on kernels before 5.6, one component at a time."""
+    fd = os.dup(root_fd)
+    for part in relative.parts:
+        try:
+            following = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except OSError as error:
+            raise SystemCallFailed(f"open {relative}", error.errno or 0) from error
+        finally:
+            os.close(fd)
+        fd = following
+        if stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise SystemCallFailed(f"open {relative}", errno.ELOOP)
+    return fd
