@@ -1,0 +1,123 @@
+"""Grow what is used of a volume on this node to the volume's size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import CapacityOutOfRange, DeadlineReached, InvalidField, PreconditionFailed, VolumeNotFound
+from csi_driver.machine import Device, Mounted
+from csi_driver.model import BlockAccess
+from csi_driver.node.limits import HeavyWork
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
+from csi_driver.node.prepare import GROWTH_SLACK_BYTES
+from csi_driver.node.requests import NodeExpandRequest, NodeSettings
+
+
+class Expand:
+    """NodeExpandVolume."""
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        paths: Paths,
+        heavy: HeavyWork,
+        ownership: Ownership,
+        settings: NodeSettings,
+    ) -> None:
+        self._devices = devices
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._paths = paths
+        self._heavy = heavy
+        self._ownership = ownership
+        self._settings = settings
+
+    def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
+        """Wait until the device has the size asked for, grow its filesystem to it, and return the size in bytes.
+
+        Raises `VolumeNotFound` when the volume is not at the path, `CapacityOutOfRange` when it is larger than the
+        limit, `PreconditionFailed` when its filesystem cannot grow as it is mounted, `DeadlineReached`.
+        """
+        volume, _ = named(request.volume_id)
+        mounted = self._mount_of(volume, request)
+        device = self._device(volume, mounted, request.capacity.required_bytes, deadline)
+        limit = request.capacity.limit_bytes
+        if limit and device.size_bytes > limit:
+            raise CapacityOutOfRange(f"volume {volume} has {device.size_bytes} bytes, wanted at most {limit}")
+        if mounted is not None and mounted.node_number is None:
+            self._grow(volume, device, mounted, deadline)
+        return device.size_bytes
+
+    def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mounted | None:
+        """Return the volume's mount, at the staging path if it is there; None for a block volume that has none yet."""
+        at_volume_path = self._paths_mount(volume, request.volume_path)
+        at_staging = self._paths_mount(volume, request.staging_target_path) if request.staging_target_path else None
+        if at_volume_path is not None and at_volume_path.node_number is not None:
+            return at_volume_path
+        if at_volume_path is not None or at_staging is not None:
+            return at_staging or at_volume_path
+        is_block = request.capability is not None and isinstance(request.capability.access, BlockAccess)
+        if is_block and self._paths.kind(self._path(volume, request.volume_path)) != "absent":
+            return None
+        raise VolumeNotFound(request.volume_id, "it is neither mounted nor published at the path given")
+
+    def _paths_mount(self, volume: NamedVolume, text: str) -> Mounted | None:
+        mounted = self._mounts.at(self._path(volume, text))
+        if mounted is None or self._ownership.owner_of(mounted, volume) is Owner.OTHER:
+            return None
+        return mounted
+
+    def _path(self, volume: NamedVolume, text: str) -> Path:
+        return known_path(self._paths, volume, text)
+
+    def _device(self, volume: NamedVolume, mounted: Mounted | None, required_bytes: int, deadline: Deadline) -> Device:
+        """Wait until the device, the very one that is in use, has `required_bytes`; clients announce no new size."""
+        in_time = deadline.earlier(self._settings.answer_margin_s)
+        found: list[Device] = []
+
+        def is_large_enough() -> bool:
+            found.clear()
+            device = self._ownership.device_of(volume)
+            if device is not None:
+                found.append(device)
+            return device is not None and device.size_bytes >= required_bytes
+
+        if not in_time.wait_until(is_large_enough):
+            have = f"has {found[0].size_bytes} bytes" if found else "is not there"
+            raise DeadlineReached(
+                f"the device of volume {volume} to have {required_bytes} bytes, it {have}", deadline.elapsed_s()
+            )
+        if mounted is not None and mounted.node_number is None and mounted.number != found[0].number:
+            raise PreconditionFailed(
+                f"{mounted.path} holds {self._ownership.describe(mounted)}, volume {volume} is now {found[0].number}"
+            )
+        return found[0]
+
+    def _grow(self, volume: NamedVolume, device: Device, mounted: Mounted, deadline: Deadline) -> None:
+        if self._filesystems.recorded_bytes(device, mounted.fs_type) + GROWTH_SLACK_BYTES >= device.size_bytes:
+            return
+        writable = mounted if not mounted.read_only else self._writable(volume, device)
+        with self._heavy.place(f"grow the {mounted.fs_type} of volume {volume}", deadline=deadline):
+            self._filesystems.grow_mounted(writable.path, device, mounted.fs_type)
+
+    def _writable(self, volume: NamedVolume, device: Device) -> Mounted:
+        """Return where the filesystem is mounted writable: a read-only publication is no place to grow it from."""
+        for found in self._mounts.of_device(device.number):
+            if found.node_number is None and not found.read_only:
+                return found
+        raise PreconditionFailed(
+            f"volume {volume} is mounted read-only; its filesystem grows when it is staged writable"
+        )
+
+
+def known_path(paths: Paths, volume: NamedVolume, text: str) -> Path:
+    """Return a volume path to look at. One that cannot be ours, such as a relative one, holds no volume of ours."""
+    try:
+        return paths.check(text, "volume_path")
+    except InvalidField as error:
+        raise VolumeNotFound(volume.volume_id, str(error)) from error

@@ -1,0 +1,110 @@
+"""The format mark: the only state on a node. It tells a filesystem that we left half made from anybody's data.
+
+It is on disk before mkfs starts and gone from disk before the first mount, so while it is there, nobody has
+used what mkfs left. A volume that was handed out raw under an attachment told to be its first gets one as well:
+from then on a blank head and tail prove nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from csi_driver.errors import HostFailure, SystemCallFailed
+
+RAW = "raw"
+"""Stands in `Mark.filesystem` where the volume was handed out as a raw block device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What was begun on a volume, and under which of its attachments (0 = not counted)."""
+
+    volume_uuid: str
+    attachment: int
+    filesystem: str
+
+    def is_of(self, attachment: int) -> bool:
+        """Tell whether it was set under this very attachment; attachments that nobody counts are never the same."""
+        return attachment > 0 and self.attachment == attachment
+
+
+class Marks(Protocol):
+    """Where marks are kept. At most one per volume; every change is on disk when the call returns."""
+
+    def read(self, volume_uuid: str) -> Mark | None: ...
+
+    def write(self, mark: Mark) -> None: ...
+
+    def remove(self, volume_uuid: str) -> None:
+        """Remove the volume's mark; none there is success."""
+        ...
+
+
+class MarkFiles:
+    """Marks as small files, one per volume, in a directory that survives a reboot."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, volume_uuid: str) -> Mark | None:
+        """Return the volume's mark. Raises `HostFailure` when there is one that cannot be read."""
+        path = self._path(volume_uuid)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SystemCallFailed(f"read {path}", error.errno or 0) from error
+        try:
+            fields = json.loads(text)
+            mark = Mark(str(fields["volume"]), int(fields["attachment"]), str(fields["filesystem"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise HostFailure(f"format mark {path} cannot be read, and no format goes ahead without it") from error
+        if mark.volume_uuid != volume_uuid:
+            raise HostFailure(f"format mark {path} is of volume {mark.volume_uuid}, wanted {volume_uuid}")
+        return mark
+
+    def write(self, mark: Mark) -> None:
+        """Set the mark, replacing an older one of the volume, and see it on disk."""
+        path = self._path(mark.volume_uuid)
+        draft = path.with_suffix(".new")
+        text = json.dumps({"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem})
+        try:
+            if not self._directory.is_dir():
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _sync(self._directory.parent)
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            _sync(self._directory)
+        except OSError as error:
+            raise SystemCallFailed(f"write {path}", error.errno or 0) from error
+
+    def remove(self, volume_uuid: str) -> None:
+        """Remove the mark and see it gone from disk."""
+        path = self._path(volume_uuid)
+        try:
+            path.unlink()
+            _sync(self._directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
+
+    def _path(self, volume_uuid: str) -> Path:
+        return self._directory / f"{volume_uuid}.mark"
+
+
+def _sync(directory: Path) -> None:
+    """Write a directory's entries to disk (fsync(2): a file's own fsync does not cover them)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,133 @@
+"""Whose is it: the volume that a request names, its device on this machine, and the mounts that belong to it.
+
+A volume id names a volume, the kernel shows device numbers; everything in between is here, so that no use-case
+compares paths or takes a device for another one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path, PurePosixPath
+
+from csi_driver.errors import PreconditionFailed, VolumeNotFound
+from csi_driver.machine import Device, DeviceNumber, Mounted
+from csi_driver.model import EMPTY, PublishContext, VolumeHandle
+from csi_driver.node.ports import Devices, Mounts
+
+
+@dataclass(frozen=True, slots=True)
+class NamedVolume:
+    """The volume a request is about. `uuid` is None where neither id nor publish context tells it."""
+
+    volume_id: str
+    name: str
+    uuid: str | None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Owner(Enum):
+    """Whose a mount is."""
+
+    OURS = "of this volume"
+    DEAD = "of a device that is gone"
+    OTHER = "of something else"
+
+
+def named(volume_id: str, publish_context: Mapping[str, str] = EMPTY) -> tuple[NamedVolume, PublishContext | None]:
+    """Read which volume is meant. Raises `VolumeNotFound` for an id of no form of ours or of a volume that is gone."""
+    handle = VolumeHandle.parse(volume_id)
+    if handle is None:
+        raise VolumeNotFound(volume_id)
+    context = PublishContext.from_map(publish_context)
+    if context is None:
+        return NamedVolume(volume_id, handle.name, handle.uuid), None
+    if context.name != handle.name:
+        raise PreconditionFailed(f"the publish context is of volume {context.name}, the volume id of {handle.name}")
+    if handle.uuid is not None and handle.uuid != context.uuid:
+        raise VolumeNotFound(volume_id, f"the volume of this name that is attached has the uuid {context.uuid}")
+    return NamedVolume(volume_id, handle.name, context.uuid), context
+
+
+class Ownership:
+    """Answers by what the kernel and the devices themselves say now; nothing is remembered."""
+
+    def __init__(self, *, devices: Devices, mounts: Mounts) -> None:
+        self._devices = devices
+        self._mounts = mounts
+
+    def device_of(self, volume: NamedVolume) -> Device | None:
+        """Return the volume's device as it is now; None when there is none, or what is there is another volume."""
+        device = self._devices.find(volume.name)
+        return device if device is not None and is_same(device.uuid, volume.uuid) else None
+
+    def owner_of(self, mounted: Mounted, volume: NamedVolume) -> Owner:
+        """Tell whose a mount is, for taking it off; a uuid that the device claims outranks every name.
+
+        But for a bound device node: it is the volume's when it was made from the volume's path, even where the number
+        has been given to another device since (nothing holds a device open that is only bound).
+        """
+        number = number_of(mounted)
+        if mounted.node_number is not None and self._was_made_from(mounted, volume):
+            return Owner.OURS
+        claimed = self._devices.uuid_of(number)
+        if claimed is not None and volume.uuid is not None:
+            return Owner.OURS if is_same(claimed, volume.uuid) else Owner.OTHER
+        device = self._devices.find(volume.name)
+        if device is not None and device.number == number:
+            return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
+        # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
+        if number.major and not self._devices.size_bytes(number):
+            return Owner.DEAD
+        return Owner.OURS if self._was_made_from(mounted, volume) else Owner.OTHER
+
+    def take_off(self, path: Path, volume: NamedVolume) -> bool:
+        """Unmount what is the volume's, or dead, at `path`, one by one; False when something else is mounted there.
+
+        Raises `PreconditionFailed` when a mount is busy; only a dead device's is then detached lazily.
+        """
+        while (mounted := self._mounts.at(path)) is not None:
+            if not self.take_off_one(mounted, path, volume):
+                return False
+        return True
+
+    def take_off_one(self, mounted: Mounted, path: Path, volume: NamedVolume) -> bool:
+        """Unmount the topmost mount at `path`, which is `mounted`, when it is the volume's or dead; else False."""
+        match self.owner_of(mounted, volume):
+            case Owner.OTHER:
+                return False
+            case Owner.OURS:
+                self._mounts.unmount(path)
+            case Owner.DEAD:
+                try:
+                    self._mounts.unmount(path)
+                except PreconditionFailed:
+                    self._mounts.unmount(path, lazy=True)
+        return True
+
+    def describe(self, mounted: Mounted) -> str:
+        """Say what is mounted, for a message."""
+        number = number_of(mounted)
+        gone = "" if self._devices.size_bytes(number) else ", which is gone"
+        return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
+
+    def _was_made_from(self, mounted: Mounted, volume: NamedVolume) -> bool:
+        path = self._devices.path_of(volume.name)
+        if mounted.node_number is None:
+            return mounted.source == str(path)
+        # The root of a bound node is its path within /dev's filesystem; the kernel appends //deleted once it is gone.
+        root = PurePosixPath(mounted.root.removesuffix("//deleted"))
+        return root.parts[-2:] == path.parts[-2:]
+
+
+def number_of(mounted: Mounted) -> DeviceNumber:
+    """Return the device that a mount stands for: the bound node's, else the filesystem's."""
+    return mounted.number if mounted.node_number is None else mounted.node_number
+
+
+def is_same(claimed: str | None, wanted: str | None) -> bool:
+    """Tell whether two uuids may be of one volume; one that is not known contradicts nothing."""
+    return claimed is None or wanted is None or claimed.lower() == wanted.lower()

@@ -1,0 +1,206 @@
+"""Make a device ready to be mounted: look at what it holds; refuse, format, or check and grow it.
+
+Everything that can destroy data is in this module, in one order: claim the device for ourselves, read it, decide
+(`content.decide`), prove it where that is asked, set the mark, make the filesystem. The claim is held throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import PreconditionFailed
+from csi_driver.machine import Device, Mounted, OpenDevice
+from csi_driver.model import History, PublishContext
+from csi_driver.node.content import Format, FormatAgain, Refuse, Use, Verdict, decide
+from csi_driver.node.limits import HeavyWork
+from csi_driver.node.marks import Mark, Marks
+from csi_driver.node.options import MountPlan
+from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.ports import Devices, Filesystems, Mounts
+
+logger = logging.getLogger(__name__)
+
+BUSY_PATIENCE_S = 2.0
+"""A storage client reads the partition table of a fresh device in a thread of its own; the claim waits that long."""
+
+GROWTH_SLACK_BYTES = 8 << 20
+"""A filesystem is grown when it is smaller than its device by more than this.
+
+ext4 leaves out a last block group that its own tables would fill (at most 6.2 MiB with 4 KiB blocks), xfs a last
+allocation group below 64 blocks: without the slack both would be "grown" again at every stage.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be prepared: a volume's device, as the plan wants it, with what the controller told of it."""
+
+    volume: NamedVolume
+    device: Device
+    plan: MountPlan
+    context: PublishContext | None
+
+    @property
+    def history(self) -> History:
+        return self.context.history if self.context else History.UNKNOWN
+
+    @property
+    def attachment(self) -> int:
+        return self.context.attachment if self.context else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A device that may be mounted. `grow_mounted`: its filesystem is too small and grows only while mounted."""
+
+    fs_type: str
+    grow_mounted: bool = False
+
+
+class Preparation:
+    """Brings a device into the state in which it can be mounted as planned."""
+
+    def __init__(
+        self, *, devices: Devices, mounts: Mounts, filesystems: Filesystems, marks: Marks, heavy: HeavyWork
+    ) -> None:
+        self._devices = devices
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._marks = marks
+        self._heavy = heavy
+
+    def prepare(self, task: Task, *, deadline: Deadline) -> Prepared:
+        """Return when the device can be mounted. Raises `PreconditionFailed` where it holds what may not be used."""
+        # Opening for writing and closing makes udev read the device again: only where a format is likely.
+        likely = task.history is History.FIRST and not task.plan.read_only
+        settled = self._settle(task, write=likely, deadline=deadline)
+        if isinstance(settled, Prepared):
+            return settled
+        if task.plan.read_only:
+            return Prepared(settled.fs_type)
+        return self._check_and_grow(task.device, settled.fs_type, deadline)
+
+    def is_too_small(self, device: Device, fs_type: str) -> bool:
+        """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
+        return self._filesystems.recorded_bytes(device, fs_type) + GROWTH_SLACK_BYTES < device.size_bytes
+
+    def _settle(self, task: Task, *, write: bool, deadline: Deadline) -> Use | Prepared:
+        """Look at what the device holds and format it where that is right; without `write`, open it again for that."""
+        with ExitStack() as stack:
+            claim = self._claim(stack, task.device, write=write, deadline=deadline)
+            if not isinstance(claim, OpenDevice):
+                return _join(claim, task)
+            verdict = self._judge(claim, task, deadline)
+            match verdict:
+                case Refuse(reason=reason):
+                    raise PreconditionFailed(f"volume {task.volume} {reason}")
+                case Use():
+                    return verdict
+                case Format() | FormatAgain() if write:
+                    self._format(claim, task, verdict, deadline)
+                    return Prepared(verdict.fs_type)
+        return self._settle(task, write=True, deadline=deadline)
+
+    def _judge(self, opened: OpenDevice, task: Task, deadline: Deadline) -> Verdict:
+        uuid = task.volume.uuid or opened.device.uuid
+        return decide(
+            self._filesystems.probe(opened, deadline=deadline),
+            task.plan.wish,
+            history=task.history,
+            attachment=task.attachment,
+            mark=self._marks.read(uuid) if uuid else None,
+            supported=self._filesystems.supported(),
+        )
+
+    def _format(self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain, deadline: Deadline) -> None:
+        uuid = _proven_uuid(opened.device, task)
+        again = isinstance(verdict, FormatAgain)
+        with self._heavy.place(f"format volume {task.volume}", deadline=deadline):
+            if isinstance(verdict, Format) and verdict.prove_every_block:
+                self._prove_blank(opened, task.volume)
+            self._marks.write(Mark(uuid, task.attachment, verdict.fs_type))
+            self._filesystems.make(opened, verdict.fs_type, task.plan.mkfs_options)
+        how = "again, after one left unfinished" if again else "for the first time"
+        logger.info("formatted volume %s (%s) as %s %s", task.volume, uuid, verdict.fs_type, how)
+
+    def _claim(
+        self, stack: ExitStack, device: Device, *, write: bool, deadline: Deadline
+    ) -> OpenDevice | list[Mounted]:
+        """Open the device for ourselves alone; where it is mounted already, return its mounts instead."""
+        opened: list[OpenDevice] = []
+        refusals: list[PreconditionFailed] = []
+
+        def attempt() -> bool:
+            try:
+                opened.append(stack.enter_context(self._devices.open(device, write=write, exclusive=True)))
+            except PreconditionFailed as refusal:
+                refusals.append(refusal)
+                return False
+            return True
+
+        if attempt():
+            return opened[0]
+        mounts = [found for found in self._mounts.of_device(device.number) if found.node_number is None]
+        if mounts:
+            return mounts
+        patience = Deadline.after(min(BUSY_PATIENCE_S, deadline.remaining_s()), deadline.clock)
+        if patience.wait_until(attempt):
+            return opened[0]
+        raise refusals[-1]
+
+    def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
+        """Read every block. It takes no deadline: a large volume would never be done, and a retry finds it at work."""
+        logger.info("reading every block of volume %s before it is formatted", volume)
+        offset = self._filesystems.first_data(opened, deadline=None, progress=_progress_of(volume))
+        if offset is not None:
+            raise PreconditionFailed(
+                f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "
+                "it was in use before, and only a device that is zero throughout is formatted"
+            )
+
+    def _check_and_grow(self, device: Device, fs_type: str, deadline: Deadline) -> Prepared:
+        with self._heavy.place(f"check the {fs_type} of {device.name}", deadline=deadline):
+            self._filesystems.check(device, fs_type)
+            if not self.is_too_small(device, fs_type):
+                return Prepared(fs_type)
+            return Prepared(fs_type, grow_mounted=not self._filesystems.grow_unmounted(device, fs_type))
+
+
+def _join(mounts: list[Mounted], task: Task) -> Prepared:
+    """Decide whether a volume that is mounted on this node can be mounted once more: one filesystem, one access."""
+    plan, volume = task.plan, task.volume
+    there = next((found for found in mounts if not found.read_only), mounts[0])
+    if plan.wish.fs_type and there.fs_type != plan.wish.fs_type:
+        raise PreconditionFailed(
+            f"volume {volume} is mounted as {there.fs_type} at {there.path}, wanted {plan.wish.fs_type}"
+        )
+    if there.read_only != plan.read_only:
+        have, wanted = ("read-only", "read-write") if there.read_only else ("read-write", "read-only")
+        raise PreconditionFailed(f"volume {volume} is mounted {have} at {there.path}, wanted {wanted}")
+    return Prepared(there.fs_type)
+
+
+def _proven_uuid(device: Device, task: Task) -> str:
+    """Return the uuid under which the device may be formatted; no format without identity and size being sure."""
+    uuid = task.volume.uuid or device.uuid
+    if uuid is None:
+        raise PreconditionFailed(
+            f"volume {task.volume} is blank and not formatted: neither its id nor the device tells its uuid"
+        )
+    wanted = task.context.size_bytes if task.context else 0
+    if device.size_bytes < wanted:
+        raise PreconditionFailed(
+            f"volume {task.volume} is not formatted: its device has {device.size_bytes} bytes, wanted {wanted}"
+        )
+    return uuid
+
+
+def _progress_of(volume: NamedVolume) -> Callable[[int, int], None]:
+    def log(done_bytes: int, total_bytes: int) -> None:
+        logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
+
+    return log

@@ -1,0 +1,264 @@
+"""Publish a staged volume at a target path, and take it back."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import ExistsDifferently, PreconditionFailed
+from csi_driver.machine import Device, Mounted
+from csi_driver.model import AccessMode, BlockAccess, History, MountAccess, PublishContext, VolumeHandle
+from csi_driver.node.marks import RAW, Mark, Marks
+from csi_driver.node.options import mount_flags
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
+from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.requests import NodePublishRequest
+from csi_driver.node.stage import STAGING_PATH
+
+TARGET_PATH = "target_path"
+
+
+class Publish:
+    """NodePublishVolume and NodeUnpublishVolume. What is published is read off the kernel, never remembered."""
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        read_only_devices: ReadOnlyDevices,
+        mounts: Mounts,
+        paths: Paths,
+        marks: Marks,
+        ownership: Ownership,
+    ) -> None:
+        self._devices = devices
+        self._read_only_devices = read_only_devices
+        self._mounts = mounts
+        self._paths = paths
+        self._marks = marks
+        self._ownership = ownership
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
+        """Publish the volume at the target path; repeated, it changes nothing.
+
+        Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (not staged there, another volume at the target,
+        a second target of a single writer), `ExistsDifferently` (published there otherwise).
+        """
+        volume, context = named(request.volume_id, request.publish_context)
+        if not request.staging_target_path:
+            raise PreconditionFailed(
+                f"{STAGING_PATH} is not set: volume {volume} must be staged before it is published"
+            )
+        target = self._paths.check(request.target_path, TARGET_PATH)
+        staging = self._paths.check(request.staging_target_path, STAGING_PATH)
+        device = self._devices.find(volume.name)
+        if device is None:
+            raise PreconditionFailed(f"volume {volume} has no device on this node: it is not attached or not ready")
+        if self._ownership.device_of(volume) is None:
+            raise PreconditionFailed(f"the device of {volume} claims {device.uuid}, expected {volume.uuid}")
+        mode = request.capability.mode
+        read_only = request.read_only or mode.is_read_only or (context is not None and context.read_only)
+        match request.capability.access:
+            case MountAccess() as access:
+                flags, _ = mount_flags(access.mount_flags)
+                self._publish_mount(
+                    volume, device, staging, target, access, read_only=read_only or "ro" in flags, mode=mode
+                )
+            case BlockAccess():
+                self._publish_block(volume, device, context, staging, target, read_only=read_only, mode=mode)
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
+        """Take the volume off the target path and remove it; nothing of it there is success.
+
+        Mounts are taken off one by one; one of another volume is left alone, with the path. Never removes data: the
+        path goes only when it is an empty directory or file.
+        """
+        target = self._paths.check(target_path, TARGET_PATH)
+        handle = VolumeHandle.parse(volume_id)
+        if handle is None:
+            return
+        volume = NamedVolume(volume_id, handle.name, handle.uuid)
+        number = None
+        while (mounted := self._mounts.at(target)) is not None:
+            number = number_of(mounted)
+            if not self._ownership.take_off_one(mounted, target, volume):
+                return
+            if mounted.node_number is not None:
+                self._read_only_devices.release(number)
+        kind = self._paths.kind(target)
+        if kind == "file" and number is None:
+            self._release_left_over(volume, target)
+        if kind in ("directory", "file"):
+            self._paths.remove(target)
+        elif kind != "absent":
+            raise PreconditionFailed(f"target path {target} is a {kind}, wanted a directory or file of ours to remove")
+
+    # --- filesystem ---
+
+    def _publish_mount(
+        self,
+        volume: NamedVolume,
+        device: Device,
+        staging: Path,
+        target: Path,
+        access: MountAccess,
+        *,
+        read_only: bool,
+        mode: AccessMode,
+    ) -> None:
+        staged = self._staged(volume, device, staging)
+        if access.fs_type and access.fs_type != staged.fs_type:
+            raise PreconditionFailed(f"volume {volume} is staged as {staged.fs_type}, wanted {access.fs_type}")
+        if staged.read_only and not read_only:
+            raise PreconditionFailed(f"volume {volume} is staged read-only at {staging}, wanted write access")
+        published = self._mounts.at(target)
+        if published is not None:
+            self._accept(published, volume, target, device, staged.root, read_only=read_only)
+            return
+        self._require_single(volume, device, mode, staged.root, {staging, staged.path, target})
+        if self._paths.kind(target) == "file":
+            self._paths.remove(target)
+        self._paths.make_directory(target)
+        self._mounts.bind(staging, target, read_only=read_only)
+
+    def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mounted:
+        staged = self._mounts.at(staging)
+        if staged is None:
+            raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
+        if staged.number != device.number or staged.node_number is not None:
+            raise PreconditionFailed(f"{staging} holds {self._ownership.describe(staged)}, wanted volume {volume}")
+        return staged
+
+    def _accept(
+        self, published: Mounted, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
+    ) -> None:
+        found = [] if published.node_number is None else ["access is block, wanted mount"]
+        if number_of(published) != device.number:
+            if self._ownership.owner_of(published, volume) is not Owner.OURS:
+                raise self._held_by_another(published, volume, target)
+            found = found or [f"device is {number_of(published)}, wanted {device.number}"]
+        elif not found and published.root != root:
+            found.append(f"root is {published.root}, wanted {root}")
+        self._conclude(found, published, volume, target, read_only=read_only)
+
+    # --- block ---
+
+    def _publish_block(
+        self,
+        volume: NamedVolume,
+        device: Device,
+        context: PublishContext | None,
+        staging: Path,
+        target: Path,
+        *,
+        read_only: bool,
+        mode: AccessMode,
+    ) -> None:
+        staged = self._mounts.at(staging)
+        if staged is not None:
+            raise PreconditionFailed(f"{staging} holds {self._ownership.describe(staged)}, wanted it staged as block")
+        if self._paths.kind(staging) != "directory":
+            raise PreconditionFailed(f"volume {volume} is not staged at {staging}")
+        if device.read_only and not read_only:
+            raise PreconditionFailed(f"the device of volume {volume} refuses writes, wanted write access")
+        needs_reader = read_only and not device.read_only
+        published = self._mounts.at(target)
+        if published is not None:
+            self._accept_block(published, volume, target, device, needs_reader=needs_reader, read_only=read_only)
+            return
+        self._require_single(volume, device, mode, None, {target})
+        if not read_only:
+            self._remember_raw(volume, device, context)
+        if self._paths.kind(target) == "directory":
+            self._paths.remove(target)
+        self._paths.make_file(target)
+        source = self._read_only_devices.over(device, _label(volume, device, target)) if needs_reader else device
+        self._mounts.bind(source.path, target, read_only=read_only)
+
+    def _accept_block(
+        self,
+        published: Mounted,
+        volume: NamedVolume,
+        target: Path,
+        device: Device,
+        *,
+        needs_reader: bool,
+        read_only: bool,
+    ) -> None:
+        found = ["access is mount, wanted block"] if published.node_number is None else []
+        if number_of(published) == device.number:
+            if not found and needs_reader:
+                found.append("device is writable, wanted one that refuses writes")
+        elif self._ownership.owner_of(published, volume) is not Owner.OURS:
+            raise self._held_by_another(published, volume, target)
+        elif not found and not needs_reader:
+            found.append(f"device is {number_of(published)}, wanted {device.number}")
+        elif not found:
+            reader = self._read_only_devices.over(device, _label(volume, device, target))
+            if reader.number != published.node_number:
+                self._read_only_devices.release(reader.number)
+                found.append(f"device is {published.node_number}, wanted a read-only one over {device.number}")
+        self._conclude(found, published, volume, target, read_only=read_only)
+
+    def _remember_raw(self, volume: NamedVolume, device: Device, context: PublishContext | None) -> None:
+        """Put on record, before the device is handed out, that its content is no longer ours to judge.
+
+        A format mark would let the next stage format over what is written now; and where the attachment counts as the
+        volume's first, a blank head and tail would.
+        """
+        uuid = volume.uuid or device.uuid
+        if uuid is None:
+            return
+        if context is not None and context.history is History.FIRST:
+            mark = Mark(uuid, context.attachment, RAW)
+            if self._marks.read(uuid) != mark:
+                self._marks.write(mark)
+        else:
+            self._marks.remove(uuid)
+
+    def _release_left_over(self, volume: NamedVolume, target: Path) -> None:
+        """Take down the read-only device that a crash left: made before its bind mount, or not released after it."""
+        device = self._ownership.device_of(volume)
+        if device is not None and not device.read_only and (volume.uuid or device.uuid) is not None:
+            reader = self._read_only_devices.over(device, _label(volume, device, target))
+            self._read_only_devices.release(reader.number)
+
+    # --- both ---
+
+    def _require_single(
+        self, volume: NamedVolume, device: Device, mode: AccessMode, root: str | None, own: set[Path]
+    ) -> None:
+        """Refuse a second target of a single writer. Only this mode pays for reading the whole mount table.
+
+        `root`: count mounts of that directory of the filesystem only; kubelet binds others for subPath.
+        """
+        if mode is not AccessMode.SINGLE_NODE_SINGLE_WRITER:
+            return
+        for found in self._mounts.of_device(device.number):
+            if found.path not in own and (root is None or found.root == root):
+                raise PreconditionFailed(
+                    f"volume {volume} is for a single writer and is published at {found.path} already"
+                )
+
+    def _held_by_another(self, published: Mounted, volume: NamedVolume, target: Path) -> PreconditionFailed:
+        return PreconditionFailed(f"{target} holds {self._ownership.describe(published)}, wanted volume {volume}")
+
+    @staticmethod
+    def _conclude(found: list[str], published: Mounted, volume: NamedVolume, target: Path, *, read_only: bool) -> None:
+        """Accept what is published, or say how it differs from what was asked."""
+        if published.read_only != read_only:
+            access = ("read-write", "read-only")
+            found = [*found, f"access is {access[published.read_only]}, wanted {access[read_only]}"]
+        if found:
+            raise ExistsDifferently(f"the publication of volume {volume} at {target}", found)
+
+
+def _label(volume: NamedVolume, device: Device, target: Path) -> str:
+    """Label the read-only device of one target: the volume's uuid first, by which it is known for its own."""
+    uuid = volume.uuid or device.uuid
+    if uuid is None:
+        raise PreconditionFailed(
+            f"volume {volume} cannot be published read-only: neither its id nor the device tells its uuid"
+        )
+    return f"{uuid}/ro-{hashlib.sha256(str(target).encode(errors='surrogateescape')).hexdigest()[:16]}"

@@ -1,0 +1,92 @@
+"""The node's use-cases, put together over their ports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.node.expand import Expand
+from csi_driver.node.identity import Identity
+from csi_driver.node.limits import HeavyWork
+from csi_driver.node.marks import MarkFiles, Marks
+from csi_driver.node.ownership import Ownership
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, ReadOnlyDevices, Tools
+from csi_driver.node.prepare import Preparation
+from csi_driver.node.publish import Publish
+from csi_driver.node.requests import NodeSettings
+from csi_driver.node.stage import Stage
+from csi_driver.node.stats import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUseCases:
+    """One object per verb; all are safe to call from several threads, one call per volume at a time (see rpc)."""
+
+    stage: Stage
+    publish: Publish
+    expand: Expand
+    statistics: Statistics
+    identity: Identity
+
+
+def assemble(
+    *,
+    devices: Devices,
+    read_only_devices: ReadOnlyDevices,
+    mounts: Mounts,
+    filesystems: Filesystems,
+    paths: Paths,
+    tools: Tools,
+    settings: NodeSettings,
+    marks: Marks | None = None,
+    set_mode: Callable[[Path, int], None] | None = None,
+) -> NodeUseCases:
+    """Build the use-cases over these ports.
+
+    `marks` defaults to files under the settings' state directory. `set_mode` changes the mode of a directory
+    without following links; without it a request for a mode is refused.
+    """
+    kept = marks if marks is not None else MarkFiles(Path(settings.state_directory) / "format-marks")
+    heavy = HeavyWork(settings.heavy_operations)
+    ownership = Ownership(devices=devices, mounts=mounts)
+    preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
+    return NodeUseCases(
+        stage=Stage(
+            devices=devices,
+            mounts=mounts,
+            filesystems=filesystems,
+            paths=paths,
+            marks=kept,
+            ownership=ownership,
+            preparation=preparation,
+            settings=settings,
+            set_mode=set_mode,
+        ),
+        publish=Publish(
+            devices=devices,
+            read_only_devices=read_only_devices,
+            mounts=mounts,
+            paths=paths,
+            marks=kept,
+            ownership=ownership,
+        ),
+        expand=Expand(
+            devices=devices,
+            mounts=mounts,
+            filesystems=filesystems,
+            paths=paths,
+            heavy=heavy,
+            ownership=ownership,
+            settings=settings,
+        ),
+        statistics=Statistics(
+            devices=devices,
+            mounts=mounts,
+            filesystems=filesystems,
+            paths=paths,
+            ownership=ownership,
+            settings=settings,
+        ),
+        identity=Identity(devices=devices, tools=tools, settings=settings),
+    )

@@ -1,0 +1,183 @@
+"""Stage a volume: bring its device, proven and ready, to where the node's publications start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import ExistsDifferently, InvalidField, PreconditionFailed
+from csi_driver.machine import Device, Mounted
+from csi_driver.model import BlockAccess, MountAccess, PublishContext, VolumeHandle
+from csi_driver.node.marks import Marks
+from csi_driver.node.options import MKFS_OPTIONS, MOUNT_FLAGS, MountPlan, differences, plan_mount
+from csi_driver.node.ownership import NamedVolume, Ownership, named
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
+from csi_driver.node.prepare import Preparation, Task
+from csi_driver.node.requests import NodeSettings, StageRequest
+
+STAGING_PATH = "staging_target_path"
+
+
+class Stage:
+    """NodeStageVolume and NodeUnstageVolume.
+
+    A filesystem is mounted at the staging path. A block volume is only waited for, proven and, where its attachment
+    is read-only, made read-only: its staging directory stays empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        paths: Paths,
+        marks: Marks,
+        ownership: Ownership,
+        preparation: Preparation,
+        settings: NodeSettings,
+        set_mode: Callable[[Path, int], None] | None = None,
+    ) -> None:
+        self._devices = devices
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._paths = paths
+        self._marks = marks
+        self._ownership = ownership
+        self._preparation = preparation
+        self._settings = settings
+        self._set_mode = set_mode
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
+        """Stage the volume; repeated, it changes nothing, and after a crash it goes on from there.
+
+        Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (what the device holds, or what is mounted
+        there, forbids it), `ExistsDifferently` (staged there with another capability), `DeadlineReached`.
+        """
+        volume, context = named(request.volume_id, request.publish_context)
+        path = self._paths.check(request.staging_target_path, STAGING_PATH)
+        in_time = deadline.earlier(self._settings.answer_margin_s)
+        match request.capability.access:
+            case BlockAccess():
+                read_only = request.capability.mode.is_read_only
+                self._stage_block(volume, context, path, read_only=read_only, deadline=in_time)
+            case MountAccess() as access:
+                plan = self._plan(access, request, context)
+                mounted = self._mounts.at(path)
+                if mounted is None:
+                    self._stage_mount(volume, context, path, plan, deadline=in_time)
+                else:
+                    self._accept(mounted, volume, path, plan)
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
+        """Take the volume off its staging path and leave the directory empty; nothing of it there is success.
+
+        A mount of another volume is left alone. Publications that still exist do not hinder it: the CO unpublishes
+        first, a bind mount cannot be told from another staging of the same device, and the device stays in use,
+        which whoever detaches it finds out.
+        """
+        path = self._paths.check(staging_target_path, STAGING_PATH)
+        handle = VolumeHandle.parse(volume_id)
+        if handle is not None:
+            self._ownership.take_off(path, NamedVolume(volume_id, handle.name, handle.uuid))
+
+    # --- filesystem ---
+
+    def _plan(self, access: MountAccess, request: StageRequest, context: PublishContext | None) -> MountPlan:
+        plan = plan_mount(
+            access,
+            request.capability.mode,
+            read_only=context is not None and context.read_only,
+            mkfs_options=request.volume_context.get(MKFS_OPTIONS, ""),
+            supported=self._filesystems.supported(),
+        )
+        if plan.root_mode is not None and self._set_mode is None:
+            raise InvalidField(MOUNT_FLAGS, "nvmesh:chmod", "no mode of the root directory: it is not supported here")
+        return plan
+
+    def _stage_mount(
+        self,
+        volume: NamedVolume,
+        context: PublishContext | None,
+        path: Path,
+        plan: MountPlan,
+        *,
+        deadline: Deadline,
+    ) -> None:
+        device = self._ready_device(volume, context, read_only=plan.read_only, deadline=deadline)
+        self._require_directory(path)
+        prepared = self._preparation.prepare(Task(volume, device, plan, context), deadline=deadline)
+        uuid = volume.uuid or device.uuid
+        if uuid is not None:
+            self._marks.remove(uuid)
+        options = plan.options_for(prepared.fs_type)
+        self._mounts.mount(device, path, prepared.fs_type, options, read_only=plan.read_only)
+        if prepared.grow_mounted:
+            self._filesystems.grow_mounted(path, device, prepared.fs_type)
+        self._apply_root_mode(path, plan)
+
+    def _accept(self, mounted: Mounted, volume: NamedVolume, path: Path, plan: MountPlan) -> None:
+        """Take what is mounted at the staging path for what is wanted, finishing what a crash left, or say why not."""
+        device = self._ownership.device_of(volume)
+        if device is None or device.number != mounted.number or mounted.node_number is not None:
+            raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
+        found = differences(mounted, plan)
+        if found:
+            raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)
+        if not plan.read_only:
+            self._finish_growth(device, mounted, path)
+        self._apply_root_mode(path, plan)
+
+    def _finish_growth(self, device: Device, mounted: Mounted, path: Path) -> None:
+        if not self._preparation.is_too_small(device, mounted.fs_type):
+            return
+        try:
+            self._filesystems.grow_mounted(path, device, mounted.fs_type)
+        except PreconditionFailed:
+            # It is staged as asked; that it cannot grow while mounted is NodeExpandVolume's to tell.
+            return
+
+    def _apply_root_mode(self, path: Path, plan: MountPlan) -> None:
+        if plan.root_mode is not None and self._set_mode is not None:
+            self._set_mode(path, plan.root_mode)
+
+    # --- block ---
+
+    def _stage_block(
+        self, volume: NamedVolume, context: PublishContext | None, path: Path, *, read_only: bool, deadline: Deadline
+    ) -> None:
+        mounted = self._mounts.at(path)
+        if mounted is not None:
+            device = self._ownership.device_of(volume)
+            if device is not None and device.number == mounted.number:
+                raise ExistsDifferently(f"the staging of volume {volume} at {path}", ["access is mount, wanted block"])
+            raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
+        readers = read_only or (context is not None and context.read_only)
+        self._ready_device(volume, context, read_only=readers, deadline=deadline)
+        self._require_directory(path)
+
+    # --- both ---
+
+    def _ready_device(
+        self, volume: NamedVolume, context: PublishContext | None, *, read_only: bool, deadline: Deadline
+    ) -> Device:
+        """Wait for the volume's device; where its very attachment is read-only, make the kernel keep it so."""
+        device = self._devices.wait_for(volume.name, volume.uuid, deadline=deadline)
+        if device.read_only and not read_only:
+            raise PreconditionFailed(f"the device of volume {volume} refuses writes, wanted write access")
+        if context is not None and context.read_only and not device.read_only:
+            writer = next((found for found in self._mounts.of_device(device.number) if not found.read_only), None)
+            if writer is not None:
+                raise PreconditionFailed(
+                    f"volume {volume} is attached read-only, and yet {writer.path} holds it writable"
+                )
+            self._devices.set_read_only(device)
+        return device
+
+    def _require_directory(self, path: Path) -> None:
+        kind = self._paths.kind(path)
+        if kind == "absent":
+            self._paths.make_directory(path)
+        elif kind != "directory":
+            raise PreconditionFailed(f"staging path {path} is a {kind}, wanted a directory")
