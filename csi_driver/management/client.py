@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from csi_driver.capacity import granule_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -33,7 +34,6 @@ from csi_driver.management.documents import (
     document,
     documents,
     gigabytes,
-    granule_bytes,
     undecodable,
 )
 from csi_driver.management.failures import (

@@ -177,14 +177,6 @@ def gigabytes(value: object) -> int:
     return max(0, int(value * GB))
 
 
-def granule_bytes(layout: Layout) -> int:
-    """Return the smallest step in which a volume of this layout grows: 1 MiB for each leg that holds data."""
-    legs = (layout.stripe_width or 1) * (layout.data_blocks or 1)
-    if layout.raid_level is RaidLevel.STRIPED_ERASURE_CODED:
-        legs *= layout.data_blocks or 1  # its block sets are larger by that factor
-    return legs << 20
-
-
 def _layout(row: Document, *, listed: bool) -> Layout:
     spelled = row.get("RAIDLevel")
     level = RaidLevel.CONCATENATED if spelled is None else _RAID_LEVELS.get(str(spelled).lower())

@@ -1,0 +1,505 @@
+"""What each operation sends, and what it makes of the answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from csi_driver.controller.ports import Clusters, Management
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    CapacityOutOfRange,
+    Exhausted,
+    OperationPending,
+    OutcomeUnknown,
+    PreconditionFailed,
+    ReservationConflict,
+    StorageUnavailable,
+    VolumeNotFound,
+)
+from csi_driver.management.client import ManagementClient
+from csi_driver.management.clusters import OneCluster
+from csi_driver.management.documents import decode_client, decode_volume
+from csi_driver.model import Layout, RaidLevel, ReservationMode, VolumeSpec
+from tests.unit.management.double import Breaks, ManagementDouble, Says, SaysRaw, sample
+
+VOLUME = decode_volume(sample("volume"))
+CLIENT = decode_client(sample("client"))
+SPEC = VolumeSpec("v1", 10.000524288, {"csi_name": "pvc-1"}, vpg="gold")
+SAVE, EXTEND, DELETE, UPDATE = (f"/volumes/{verb}" for verb in ("save", "extend", "delete", "update"))
+ATTACH, DETACH = "/clients/attach", "/clients/detach"
+
+
+def done(uuid: object = VOLUME.uuid) -> Says:
+    return Says([{"_id": "v1", "uuid": uuid, "success": True, "error": None, "payload": None}])
+
+
+def refused(*ids: int, inner: str | None = None, **details: object) -> Says:
+    """Refuse one object; ids from the outermost to the innermost."""
+    error: dict[str, object] = {"id": ids[-1], **details}
+    if inner is not None:
+        error["innerMessage"] = inner
+    for number in reversed(ids[:-1]):
+        error = {"id": number, "innerMessage": error}
+    return Says([{"_id": "undefined", "uuid": "undefined", "success": False, "error": error, "payload": None}])
+
+
+def absent(number: int) -> Says:
+    return Says({"_id": None, "uuid": None, "success": False, "error": {"id": number}, "payload": None})
+
+
+def volume_row(**fields: object) -> dict[str, object]:
+    return {**sample("volume"), **fields}
+
+
+def test_the_client_fits_the_port(client: ManagementClient) -> None:
+    fitting: Management = client
+    assert fitting is client
+
+
+def test_one_cluster_fits_the_port(client: ManagementClient) -> None:
+    clusters: Clusters = OneCluster("a", client)
+    assert (clusters.zones(), clusters.management("a"), clusters.management("b")) == (("a",), client, None)
+
+
+# --- volumes ----------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_found_by_its_name(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    assert client.volume("vol1", deadline=deadline) == VOLUME
+
+
+def test_a_volume_that_is_not_there_is_none(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", absent(1543))
+    assert client.volume("vol1", deadline=deadline) is None
+
+
+def test_the_reservation_of_a_vpg_is_no_volume(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/gold", Says({"_id": "gold", "isReserved": True}))
+    assert client.volume("gold", deadline=deadline) is None
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a?b", "a\n", "x" * 65, "ü"])
+def test_what_can_be_no_volume_name_is_not_asked_for(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, name: str
+) -> None:
+    assert client.volume(name, deadline=deadline) is None
+    assert not server.logins
+
+
+def test_a_volume_named_like_a_route_is_found_in_the_list(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/all/0/0", Says([volume_row(_id="count", name="count")]))
+    found = client.volume("count", deadline=deadline)
+    assert found is not None
+    assert server.received[-1].query["filter"] == {"_id": "count"}
+
+
+def test_a_page_begins_above_the_last_name(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/all/0/2", Says([volume_row()]))
+    client.volumes(after="vol0", limit=2, deadline=deadline)
+    query = server.received[-1].query
+    assert (query["filter"], query["sort"]) == ({"_id": {"$gt": "vol0"}}, {"_id": 1})
+
+
+def test_a_list_leaves_out_the_chunks(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("GET", "/volumes/all/0/0", Says([]))
+    client.volumes(after="", limit=0, deadline=deadline)
+    projection = server.received[-1].query["projection"]
+    assert isinstance(projection, dict)
+    assert "chunks" not in projection
+    assert set(projection.values()) == {1}
+
+
+def test_a_refused_list_is_no_empty_list(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/all/0/0", Says({"success": False, "error": {"systemMessage": {"id": 16272}}}))
+    with pytest.raises(StorageUnavailable, match="16272"):
+        client.volumes(after="", limit=0, deadline=deadline)
+
+
+def test_creation_answers_the_uuid(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("POST", SAVE, done())
+    assert client.create_volume(SPEC, deadline=deadline) == VOLUME.uuid
+
+
+def test_a_group_is_sent_without_a_layout(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, done())
+    client.create_volume(SPEC, deadline=deadline)
+    assert server.received[-1].body == [
+        {"name": "v1", "capacity": 10.000524288, "metadata": {"csi_name": "pvc-1"}, "VPG": "gold"}
+    ]
+
+
+def test_a_layout_is_sent_with_what_is_set_of_it(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, done())
+    layout = Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=2, number_of_mirrors=1)
+    spec = VolumeSpec("v1", 2.0, {}, layout=layout, target_classes=("fast", "near"))
+    client.create_volume(spec, deadline=deadline)
+    assert server.received[-1].body == [
+        {
+            "name": "v1",
+            "capacity": 2.0,
+            "metadata": {},
+            "RAIDLevel": "Striped & Mirrored RAID-10",
+            "stripeWidth": 2,
+            "numberOfMirrors": 1,
+            "serverClasses": ["fast", "near"],
+        }
+    ]
+
+
+def test_a_name_that_is_taken_answers_none(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, refused(1523))
+    assert client.create_volume(SPEC, deadline=deadline) is None
+
+
+def test_no_space_is_exhausted(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("POST", SAVE, refused(1664, inner="Failed to allocate"))
+    with pytest.raises(Exhausted):
+        client.create_volume(SPEC, deadline=deadline)
+
+
+def test_a_creation_without_an_answer_that_left_a_volume_is_left_to_the_caller_to_compare(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, Breaks())
+    server.on("GET", "/volumes/v1", Says(volume_row(_id="v1", name="v1")))
+    assert client.create_volume(SPEC, deadline=deadline) is None
+
+
+def test_a_creation_without_an_answer_and_without_a_volume_has_an_unknown_outcome(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, Breaks())
+    server.on("GET", "/volumes/v1", absent(1543))
+    with pytest.raises(OutcomeUnknown):
+        client.create_volume(SPEC, deadline=deadline)
+    assert len(server.seen(SAVE)) == 1
+
+
+@pytest.mark.parametrize("uuid", [None, "undefined", 7])
+def test_a_creation_that_answers_no_uuid_is_left_to_be_looked_up(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, uuid: object
+) -> None:
+    server.on("POST", SAVE, done(uuid))
+    assert client.create_volume(SPEC, deadline=deadline) is None
+
+
+@pytest.mark.parametrize("answer", [Says([]), Says({}), Says([7]), Says("ok"), Says([{"_id": "v1"}])])
+def test_a_change_whose_answer_says_nothing_is_no_success(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, answer: Says
+) -> None:
+    server.on("POST", UPDATE, answer)
+    with pytest.raises(StorageUnavailable):
+        client.set_metadata(VOLUME, {}, deadline=deadline)
+
+
+def test_extension_sends_the_new_total(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    server.on("POST", EXTEND, done())
+    client.extend_volume(VOLUME, 12.0, deadline=deadline)
+    assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid, "capacity": 12.0}]
+
+
+@pytest.mark.parametrize("capacity_gb", [10.0, 10.001, 10.00104, 9.0, 0.0, -1.0, float("nan")])
+def test_an_extension_below_one_granule_is_never_sent(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, capacity_gb: float
+) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    with pytest.raises(CapacityOutOfRange):
+        client.extend_volume(VOLUME, capacity_gb, deadline=deadline)
+    assert not server.seen(EXTEND)
+
+
+def test_an_extension_of_a_striped_volume_is_at_least_one_granule_of_it(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    striped = volume_row(RAIDLevel="Striped RAID-0", stripeWidth=4, stripeSize=32)
+    server.on("GET", "/volumes/vol1", Says(striped))
+    with pytest.raises(CapacityOutOfRange):
+        client.extend_volume(decode_volume(striped), 10.003, deadline=deadline)
+
+
+def test_an_extension_worked_out_from_an_old_capacity_is_never_sent(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    # Somebody else has extended it meanwhile: the rest would be below one granule.
+    server.on("GET", "/volumes/vol1", Says(volume_row(capacity=11.9995)))
+    with pytest.raises(OperationPending):
+        client.extend_volume(VOLUME, 12.0, deadline=deadline)
+    assert not server.seen(EXTEND)
+
+
+def test_an_extension_of_another_volume_of_that_name_is_never_sent(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    other = replace(VOLUME, uuid="00000000-0000-1000-8000-000000000000")
+    with pytest.raises(VolumeNotFound):
+        client.extend_volume(other, 12.0, deadline=deadline)
+    assert not server.seen(EXTEND)
+
+
+def test_an_extension_that_somebody_else_made_at_the_same_time_is_done(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")), Says(volume_row(capacity=12.0)))
+    server.on("POST", EXTEND, refused(1673, inner="12"))
+    client.extend_volume(VOLUME, 12.0, deadline=deadline)
+
+
+def test_an_extension_without_an_answer_is_looked_at(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")), Says(volume_row(capacity=12.0)))
+    server.on("POST", EXTEND, Breaks())
+    client.extend_volume(VOLUME, 12.0, deadline=deadline)
+
+
+def test_an_extension_without_an_answer_and_without_an_effect_has_an_unknown_outcome(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    server.on("POST", EXTEND, Breaks())
+    with pytest.raises(OutcomeUnknown):
+        client.extend_volume(VOLUME, 12.0, deadline=deadline)
+
+
+def test_deletion_names_the_uuid(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("POST", DELETE, done())
+    assert client.delete_volume(VOLUME, deadline=deadline)
+    assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid}]
+
+
+@pytest.mark.parametrize("number", [1543, 1682])
+def test_deletion_of_what_is_not_there_says_so(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, number: int
+) -> None:
+    server.on("POST", DELETE, refused(number))
+    assert not client.delete_volume(VOLUME, deadline=deadline)
+
+
+def test_deletion_of_a_volume_in_use_names_its_clients(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", DELETE, refused(1683, inner="used by node-1"))
+    with pytest.raises(PreconditionFailed, match="node-1"):
+        client.delete_volume(VOLUME, deadline=deadline)
+
+
+def test_metadata_is_replaced_as_a_whole(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", UPDATE, done())
+    client.set_metadata(VOLUME, {"csi_name": "pvc-2"}, deadline=deadline)
+    assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid, "metadata": {"csi_name": "pvc-2"}}]
+
+
+def test_an_update_that_is_refused_with_success_is_refused(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", UPDATE, Says([{"_id": "v", "uuid": "u", "success": True, "error": {"id": 1603}}]))
+    with pytest.raises(PreconditionFailed):
+        client.set_metadata(VOLUME, {}, deadline=deadline)
+
+
+# --- clients and attachments ------------------------------------------------------------------------------
+
+
+def test_a_client_is_found_by_its_id(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("GET", "/clients/node-1", Says(sample("client")))
+    assert client.client("node-1", deadline=deadline) == CLIENT
+
+
+def test_a_client_that_is_not_there_is_none(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/clients/node-1", absent(1608))
+    assert client.client("node-1", deadline=deadline) is None
+
+
+@pytest.mark.parametrize("client_id", ["", ".", "..", "a/../b", "a b", "a\nb", "x" * 300])
+def test_what_can_be_no_client_is_not_asked_for(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, client_id: str
+) -> None:
+    assert client.client(client_id, deadline=deadline) is None
+    assert not server.logins
+
+
+def test_a_client_is_found_by_its_uuid(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("GET", "/clients/all/0/0", Says([sample("client")]))
+    assert client.client_by_uuid(CLIENT.uuid.upper(), deadline=deadline) == CLIENT
+    assert server.received[-1].query["filter"] == {"uuid": CLIENT.uuid}
+
+
+def test_what_is_no_uuid_is_not_asked_for(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    assert client.client_by_uuid("node-1", deadline=deadline) is None
+    assert not server.logins
+
+
+def test_holders_are_those_with_a_wish_and_those_with_a_device(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    wishing = {**sample("client"), "_id": "b", "block_devices": []}
+    reporting = {**sample("client"), "_id": "a", "attachments": {}}
+    server.on("GET", "/clients/all/0/0", Says([wishing]), Says([reporting]))
+    assert [holder.id for holder in client.clients_holding(VOLUME.uuid, deadline=deadline)] == ["a", "b"]
+
+
+def test_a_client_whose_device_is_reported_detached_holds_nothing(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    gone = {**sample("client"), "attachments": {}, "block_devices": [{"uuid": VOLUME.uuid, "vol_status": 2}]}
+    server.on("GET", "/clients/all/0/0", Says([]), Says([gone]))
+    assert client.clients_holding(VOLUME.uuid, deadline=deadline) == []
+
+
+def test_an_attachment_carries_mode_and_reference(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", ATTACH, done())
+    client.attach(CLIENT, VOLUME, mode=ReservationMode.SHARED_READ_ONLY, reference_id="ns", deadline=deadline)
+    assert server.received[-1].body == {
+        "client": "node-1",
+        "clientUUID": CLIENT.uuid,
+        "volumes": [
+            {
+                "name": "vol1",
+                "uuid": VOLUME.uuid,
+                "reservation": {"mode": "SHARED_READ_ONLY"},
+                "referenceID": "ns",
+            }
+        ],
+    }
+
+
+def test_a_takeover_carries_the_version_it_was_decided_on(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", ATTACH, done())
+    client.attach(
+        CLIENT,
+        VOLUME,
+        mode=ReservationMode.EXCLUSIVE_READ_WRITE,
+        reference_id=None,
+        version=4,
+        preempt=True,
+        detach_others=True,
+        deadline=deadline,
+    )
+    body = server.received[-1].body
+    assert isinstance(body, dict)
+    assert body["volumes"][0] == {
+        "name": "vol1",
+        "uuid": VOLUME.uuid,
+        "reservation": {"mode": "EXCLUSIVE_READ_WRITE", "version": 4, "preempt": True, "isDetachOthers": True},
+    }
+
+
+def test_a_conflict_tells_the_version_that_a_takeover_needs(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", ATTACH, refused(1694, 1717, volumeReservation=4))
+    with pytest.raises(ReservationConflict) as caught:
+        client.attach(CLIENT, VOLUME, mode=ReservationMode.EXCLUSIVE_READ_WRITE, reference_id=None, deadline=deadline)
+    assert caught.value.current_version == 4
+
+
+@pytest.mark.parametrize("number", [162222, 162223, 1622, 1608, 1543])
+def test_detaching_what_is_gone_returns(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, number: int
+) -> None:
+    server.on("POST", DETACH, refused(number))
+    client.detach(CLIENT, VOLUME, reference_id="ns", deadline=deadline)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_force_stands_beside_the_volume(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, force: bool
+) -> None:
+    server.on("POST", DETACH, done())
+    client.detach(CLIENT, VOLUME, reference_id="ns", force=force, deadline=deadline)
+    body = server.received[-1].body
+    assert isinstance(body, dict)
+    assert body["volumes"][0].get("force", False) is force
+
+
+# --- groups and space -------------------------------------------------------------------------------------
+
+
+def test_a_group_that_is_not_there_is_none(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumeProvisioningGroups/gold", absent(16220))
+    assert client.vpg("gold", deadline=deadline) is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "free_bytes"),
+    [
+        ({"allowOverflow": False, "freeCapacity": 15.000389632000001}, 15_000_389_632),
+        ({"allowOverflow": False, "freeCapacity": 0}, 0),
+        ({"allowOverflow": True, "freeCapacity": None, "totalCapacity": 0}, None),
+        ({"allowOverflow": True, "freeCapacity": 5, "totalCapacity": 20}, None),
+        ({}, None),
+    ],
+)
+def test_only_a_group_bound_to_its_own_space_has_free_bytes(
+    server: ManagementDouble,
+    client: ManagementClient,
+    deadline: Deadline,
+    usage: dict[str, object],
+    free_bytes: int | None,
+) -> None:
+    server.on("GET", "/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold", Says(usage))
+    assert client.vpg_free_bytes("gold", deadline=deadline) == free_bytes
+
+
+def test_free_space_is_the_available_space_of_the_summary(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/getSpaceAllocation", Says({"totalCapacity": 4791.62, "availableSpace": 4773.62}))
+    assert client.raw_free_bytes(deadline=deadline) == pytest.approx(4_773_620_000_000, abs=1)
+
+
+def test_free_space_is_worked_out_while_there_is_no_summary(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/getSpaceAllocation", Says({}))
+    server.on("POST", "/servers/totalSpace", Says(100))
+    server.on("POST", "/servers/allocatedSpace", Says(40.5))
+    assert client.raw_free_bytes(deadline=deadline) == 59_500_000_000
+
+
+def test_free_space_of_a_group_is_asked_for_with_its_name(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", "/servers/totalSpace", Says(100))
+    server.on("POST", "/servers/allocatedSpace", Says(None))
+    assert client.raw_free_bytes(vpg="gold", deadline=deadline) == 100_000_000_000
+    assert [request.body for request in server.received] == [{"vpg": "gold"}, {"vpg": "gold"}]
+
+
+def test_no_drive_is_no_space(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    server.on("POST", "/servers/totalSpace", Says(None))
+    server.on("POST", "/servers/allocatedSpace", SaysRaw(b"null"))
+    assert client.raw_free_bytes(vpg="gold", deadline=deadline) == 0

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.errors import StorageUnavailable
+from csi_driver.management.documents import (
+    decode_client,
+    decode_system_info,
+    decode_volume,
+    decode_vpg,
+)
+from csi_driver.model import (
+    ClientStatus,
+    DeviceStatus,
+    RaidLevel,
+    Reservation,
+    ReservationMode,
+)
+from tests.unit.management.double import sample
+
+VOLUME_UUID = "74025fd0-e73d-11f1-a2b3-7550e9e5980f"
+BARE_VOLUME = {"_id": "v", "uuid": VOLUME_UUID, "blocks": 256, "blockSize": 4096}
+BARE_CLIENT = {"_id": "n", "uuid": VOLUME_UUID}
+
+
+def device(**fields: object) -> dict[str, object]:
+    return {**BARE_CLIENT, "block_devices": [{"uuid": VOLUME_UUID, "name": "v", "vol_status": 4, **fields}]}
+
+
+def test_size_of_a_volume_is_blocks_times_block_size() -> None:
+    assert decode_volume(sample("volume")).size_bytes == 9_999_220_736
+
+
+def test_metadata_of_a_volume_is_taken_as_it_is() -> None:
+    assert decode_volume(sample("volume")).metadata == {"csi_name": "pvc-1", "a.b": "x"}
+
+
+def test_metadata_of_older_servers_is_found_under_their_name() -> None:
+    assert decode_volume({**BARE_VOLUME, "csi_metadata": {"csi_name": "pvc-1"}}).metadata == {"csi_name": "pvc-1"}
+
+
+def test_reservation_of_a_held_volume_names_its_holder() -> None:
+    held = decode_volume(sample("volume-held"))
+    assert held.reservation == Reservation(ReservationMode.EXCLUSIVE_READ_WRITE, 2, "node-1")
+
+
+def test_name_identity_and_size_are_all_that_a_volume_needs() -> None:
+    assert decode_volume(BARE_VOLUME).size_bytes == 1 << 20
+
+
+@pytest.mark.parametrize("field", sorted(BARE_VOLUME))
+def test_a_volume_without_a_needed_field_cannot_be_read(field: str) -> None:
+    row = {key: value for key, value in BARE_VOLUME.items() if key != field}
+    with pytest.raises(StorageUnavailable):
+        decode_volume(row)
+
+
+@pytest.mark.parametrize("blocks", ["256", None, -1, True, 1.5])
+def test_a_number_of_blocks_that_is_no_natural_number_cannot_be_read(blocks: object) -> None:
+    with pytest.raises(StorageUnavailable):
+        decode_volume({**BARE_VOLUME, "blocks": blocks})
+
+
+def test_the_word_undefined_is_no_identity() -> None:
+    with pytest.raises(StorageUnavailable):
+        decode_volume({**BARE_VOLUME, "uuid": "undefined"})
+
+
+def test_an_answer_that_cannot_be_read_is_shown_only_at_its_beginning() -> None:
+    with pytest.raises(StorageUnavailable) as caught:
+        decode_volume({"_id": "v", "description": "x" * 10_000})
+    assert len(str(caught.value)) < 512
+
+
+@pytest.mark.parametrize("spelling", ["LVM/JBOD", "Concatenated", "lvm", "JBOD"])
+def test_older_spellings_of_concatenated_are_understood(spelling: str) -> None:
+    assert decode_volume({**BARE_VOLUME, "RAIDLevel": spelling}).layout.raid_level is RaidLevel.CONCATENATED
+
+
+def test_an_unknown_raid_level_makes_one_volume_unreadable() -> None:
+    with pytest.raises(StorageUnavailable, match="RAID-99"):
+        decode_volume({**BARE_VOLUME, "RAIDLevel": "RAID-99"})
+
+
+def test_an_unknown_raid_level_does_not_hide_a_volume_from_lists() -> None:
+    assert decode_volume({**BARE_VOLUME, "RAIDLevel": "RAID-99"}, listed=True).name == "v"
+
+
+def test_a_reported_device_carries_status_io_and_references() -> None:
+    report = decode_client(sample("client")).devices[VOLUME_UUID]
+    assert (report.status, report.io_enabled, report.reference_ids) == (
+        DeviceStatus.ATTACHED,
+        True,
+        frozenset({VOLUME_UUID}),
+    )
+
+
+def test_a_wish_carries_action_mode_and_references() -> None:
+    wish = decode_client(sample("client")).wishes[VOLUME_UUID]
+    assert (wish.action, wish.mode, wish.reference_ids) == (
+        "attaching",
+        ReservationMode.EXCLUSIVE_READ_WRITE,
+        frozenset({VOLUME_UUID}),
+    )
+
+
+@pytest.mark.parametrize("references", [{}, {"referenceIDs": None}])
+def test_references_that_are_not_reported_are_unknown_not_empty(references: dict[str, object]) -> None:
+    assert decode_client(device(**references)).devices[VOLUME_UUID].reference_ids is None
+
+
+def test_an_empty_list_of_references_is_empty() -> None:
+    assert decode_client(device(referenceIDs=[])).devices[VOLUME_UUID].reference_ids == frozenset()
+
+
+@pytest.mark.parametrize("hidden", [1, True])
+def test_hidden_devices_are_left_out(hidden: object) -> None:
+    assert decode_client(device(is_hidden=hidden)).devices == {}
+
+
+@pytest.mark.parametrize("status", [42, None, "4"])
+def test_a_device_status_that_is_not_known_is_other(status: object) -> None:
+    assert decode_client(device(vol_status=status)).devices[VOLUME_UUID].status is DeviceStatus.OTHER
+
+
+@pytest.mark.parametrize("enabled", [0, None, False, "1"])
+def test_io_counts_as_enabled_only_when_it_is_reported_so(enabled: object) -> None:
+    assert not decode_client(device(ioEnabled=enabled)).devices[VOLUME_UUID].io_enabled
+
+
+@pytest.mark.parametrize("status", [99, None, "1"])
+def test_a_client_status_that_is_not_known_is_unknown(status: object) -> None:
+    assert decode_client({**BARE_CLIENT, "client_status": status}).status is ClientStatus.UNKNOWN
+
+
+@pytest.mark.parametrize("broken", [{"block_devices": [None]}, {"attachments": {"u": 1}}, {"uuid": None}])
+def test_a_client_that_cannot_be_read_is_said_so(broken: dict[str, object]) -> None:
+    with pytest.raises(StorageUnavailable):
+        decode_client({**BARE_CLIENT, **broken})
+
+
+def test_capacity_of_a_vpg_is_in_bytes() -> None:
+    group = decode_vpg({"_id": "gold", "RAIDLevel": "Mirrored RAID-1", "capacity": 20, "allowOverflow": False})
+    assert (group.capacity_bytes, group.allow_overflow) == (20_000_000_000, False)
+
+
+@pytest.mark.parametrize(("told", "read"), [("18.0.0", "18.0.0"), ("16", "16"), (16, "16"), (None, "")])
+def test_the_api_version_may_be_text_or_number(told: object, read: str) -> None:
+    assert decode_system_info({"version": "3.5.0", "APIVersion": told}).api_version == read
+
+
+def test_the_database_identifies_the_cluster() -> None:
+    assert decode_system_info(sample("system-info")).cluster_id == "6f086b00-e73d-11f1-a2b3-7550e9e5980f"

@@ -1,0 +1,389 @@
+"""Login, expiry, time and faults on one server."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    DeadlineReached,
+    Denied,
+    DriverError,
+    InvalidRequest,
+    OutcomeUnknown,
+    ServerUnreachable,
+    StorageUnavailable,
+    Unauthenticated,
+)
+from csi_driver.management.client import ManagementClient
+from csi_driver.model import Volume
+from tests.unit.management.conftest import Connect
+from tests.unit.management.double import (
+    PASSWORD,
+    Breaks,
+    Drips,
+    Hangs,
+    ManagementDouble,
+    Says,
+    SaysRaw,
+    closed_port,
+    sample,
+)
+
+INFO = "/systemInfo"
+VOLUME = Volume("v1", "74025fd0-e73d-11f1-a2b3-7550e9e5980f", 2441216, 4096, 10.0, "online", "none")
+DELETED = Says([{"_id": "v1", "uuid": VOLUME.uuid, "success": True, "error": None, "payload": None}])
+
+
+def envelope(number: int, status: int = 200) -> Says:
+    return Says({"_id": None, "uuid": None, "success": False, "error": {"id": number}, "payload": None}, status)
+
+
+@pytest.fixture(autouse=True)
+def _info(server: ManagementDouble) -> None:
+    server.on("GET", INFO, Says(sample("system-info")))
+
+
+# --- login ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_request_logs_in(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    assert client.system_info(deadline=deadline).api_version == "18.0.0"
+    assert len(server.logins) == 1
+
+
+def test_later_requests_use_the_same_session(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    for _ in range(5):
+        client.system_info(deadline=deadline)
+    assert len(server.logins) == 1
+
+
+def test_every_request_says_that_it_takes_json(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    client.system_info(deadline=deadline)
+    assert server.received[0].headers["Accept"] == "application/json"
+
+
+@pytest.mark.parametrize("expired", [SaysRaw(b"Found", 302, location="/login"), envelope(1267)], ids=["302", "1267"])
+def test_an_expired_session_is_renewed_without_the_caller_noticing(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, expired: Says | SaysRaw
+) -> None:
+    server.expires_as = expired
+    client.system_info(deadline=deadline)
+    server.expire_sessions()
+    client.system_info(deadline=deadline)
+    assert len(server.logins) == 2
+
+
+def test_a_change_that_met_an_expired_session_is_made_once(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", "/volumes/update", DELETED)
+    client.system_info(deadline=deadline)
+    server.expire_sessions()
+    client.set_metadata(VOLUME, {}, deadline=deadline)
+    assert len(server.seen("/volumes/update")) == 1
+
+
+def test_a_server_that_grants_logins_and_forgets_them_is_not_asked_for_ever(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, SaysRaw(b"", 302, location="/login"))
+    with pytest.raises(Unauthenticated):
+        client.system_info(deadline=deadline)
+    assert len(server.logins) == 2
+
+
+def test_many_threads_log_in_once(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: client.system_info(deadline=deadline), range(64)))
+    assert len(server.logins) == 1
+
+
+def test_many_threads_renew_an_expired_session_once(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    client.system_info(deadline=deadline)
+    server.expire_sessions()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: client.system_info(deadline=deadline), range(64)))
+    assert len(server.logins) == 2
+
+
+def test_a_wrong_password_is_told_with_user_and_file(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, password_file: Path
+) -> None:
+    server.password = "another"
+    with pytest.raises(Unauthenticated, match=str(password_file)):
+        client.system_info(deadline=deadline)
+
+
+def test_a_rotated_password_is_read_at_the_next_login(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, password_file: Path
+) -> None:
+    client.system_info(deadline=deadline)
+    server.password = "rotated"
+    password_file.write_text("rotated")
+    server.expire_sessions()
+    assert client.system_info(deadline=deadline).version == "3.5.0-1.local"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"], ids=["missing", "empty", "binary"])
+def test_a_password_file_that_holds_no_password_is_named(
+    client: ManagementClient, deadline: Deadline, password_file: Path, content: bytes | None
+) -> None:
+    password_file.unlink()
+    if content is not None:
+        password_file.write_bytes(content)
+    with pytest.raises(Unauthenticated, match=str(password_file)):
+        client.system_info(deadline=deadline)
+
+
+def test_a_forced_password_change_says_what_to_do(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, envelope(1268))
+    with pytest.raises(Unauthenticated, match="changePassword"):
+        client.system_info(deadline=deadline)
+
+
+def test_a_login_without_a_cookie_is_no_login(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.login_answer = Says({"success": True, "error": None})
+    with pytest.raises(StorageUnavailable, match="no session cookie"):
+        client.system_info(deadline=deadline)
+
+
+def test_a_broken_login_leaves_a_change_unsent(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.login_answer = Breaks()
+    with pytest.raises(ServerUnreachable):
+        client.set_metadata(VOLUME, {}, deadline=deadline)
+
+
+def test_a_failed_login_is_shared_by_all_who_waited_for_it(
+    server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    # One attempt hangs to its time-out; were it not shared, sixteen would hang one after the other.
+    server.login_answer = Hangs()
+    client = connect(server.url, request_timeout_s=0.3)
+
+    def ask(_: int) -> type[DriverError]:
+        with pytest.raises(StorageUnavailable) as caught:
+            client.system_info(deadline=deadline)
+        return caught.type
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(16)))
+    assert len(server.logins) < 8
+
+
+# --- what an answer means -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "family"),
+    [
+        (Says({"id": 401}, 401), Denied),
+        (Says({"id": 403}, 403), Denied),
+        (envelope(422, 422), InvalidRequest),
+        (SaysRaw(b"<html>bad</html>", 400), InvalidRequest),
+        (Says({"success": False, "err": "404"}, 404), StorageUnavailable),
+        (SaysRaw(b"<html>oops</html>", 500), StorageUnavailable),
+        (SaysRaw(b"<html>oops</html>", 503), StorageUnavailable),
+        (envelope(16268, 503), ServerUnreachable),
+        (envelope(16269, 503), ServerUnreachable),
+        (SaysRaw(b"<html>fine</html>", 200), StorageUnavailable),
+        (SaysRaw(b"", 200), StorageUnavailable),
+        (SaysRaw(b"[" * 100_000, 200), StorageUnavailable),
+        (SaysRaw(b"", 302, location="https://elsewhere/"), StorageUnavailable),
+        (Says([1, 2, 3]), StorageUnavailable),
+        (Says(None), StorageUnavailable),
+        (envelope(999), StorageUnavailable),
+    ],
+)
+def test_an_answer_that_is_no_answer_is_one_family(
+    server: ManagementDouble,
+    client: ManagementClient,
+    deadline: Deadline,
+    answer: Says | SaysRaw,
+    family: type[DriverError],
+) -> None:
+    server.on("GET", INFO, answer)
+    with pytest.raises(family):
+        client.system_info(deadline=deadline)
+
+
+def test_redirects_are_not_followed(
+    server: ManagementDouble, other_server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, SaysRaw(b"", 302, location=f"{other_server.url}/systemInfo"))
+    with pytest.raises(StorageUnavailable, match="redirect"):
+        client.system_info(deadline=deadline)
+    assert not other_server.logins
+
+
+def test_what_cannot_be_read_is_shown_at_its_beginning(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, SaysRaw(b"<html>proxy error " + b"x" * 10_000))
+    with pytest.raises(StorageUnavailable, match="proxy error") as caught:
+        client.system_info(deadline=deadline)
+    assert len(str(caught.value)) < 512
+
+
+# --- broken connections ---------------------------------------------------------------------------------
+
+
+def test_nobody_listening_is_unreachable(connect: Connect, deadline: Deadline) -> None:
+    with pytest.raises(ServerUnreachable, match="refused"):
+        connect(f"http://127.0.0.1:{closed_port()}").system_info(deadline=deadline)
+
+
+def test_a_name_that_does_not_resolve_is_unreachable(connect: Connect, deadline: Deadline) -> None:
+    with pytest.raises(ServerUnreachable):
+        connect("http://no-such-host.invalid:4000").system_info(deadline=deadline)
+
+
+def test_a_ca_file_that_is_missing_is_named(connect: Connect, deadline: Deadline, tmp_path: Path) -> None:
+    with pytest.raises(ServerUnreachable, match=r"absent\.pem"):
+        connect("https://127.0.0.1:1", ca_file=tmp_path / "absent.pem").system_info(deadline=deadline)
+
+
+@pytest.mark.parametrize("fault", [Breaks(), SaysRaw(b"{", promised=100)], ids=["broken", "truncated"])
+def test_a_read_that_broke_is_repeated_once(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, fault: Breaks | SaysRaw
+) -> None:
+    server.on("GET", INFO, fault, Says(sample("system-info")))
+    assert client.system_info(deadline=deadline).api_version == "18.0.0"
+
+
+def test_a_read_that_always_breaks_is_given_up(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Breaks())
+    with pytest.raises(StorageUnavailable):
+        client.system_info(deadline=deadline)
+    assert len(server.seen(INFO)) == 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Breaks(), SaysRaw(b"[{", promised=100), SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"[{")],
+    ids=["broken", "truncated", "500", "502", "undecodable"],
+)
+def test_a_change_without_a_readable_answer_is_not_repeated(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, fault: Breaks | SaysRaw
+) -> None:
+    server.on("POST", "/volumes/update", fault)
+    with pytest.raises(OutcomeUnknown):
+        client.set_metadata(VOLUME, {}, deadline=deadline)
+    assert len(server.seen("/volumes/update")) == 1
+
+
+def test_a_deletion_is_repeated_because_it_names_the_uuid(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", "/volumes/delete", Breaks(), DELETED)
+    assert client.delete_volume(VOLUME, deadline=deadline)
+
+
+# --- time -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_hangs_is_left_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
+    server.on("GET", INFO, Hangs())
+    deadline = Deadline.after(0.3)
+    with pytest.raises(StorageUnavailable):
+        client.system_info(deadline=deadline)
+    assert deadline.elapsed_s() < 1.0
+
+
+def test_a_server_that_hangs_is_left_at_the_time_out_of_a_request(
+    server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Hangs())
+    with pytest.raises(OutcomeUnknown) as caught:
+        connect(server.url, request_timeout_s=0.2).system_info(deadline=deadline)
+    assert caught.value.timed_out
+    assert deadline.elapsed_s() < 2.0
+
+
+def test_a_server_that_drips_is_left_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
+    pause = threading.Event()
+    drops = iter(range(1000))
+    server.on("GET", INFO, Drips(lambda: next(drops, None) is not None and not pause.wait(0.05)))
+    deadline = Deadline.after(0.4)
+    try:
+        with pytest.raises(StorageUnavailable):
+            client.system_info(deadline=deadline)
+        assert deadline.elapsed_s() < 1.5
+    finally:
+        pause.set()
+
+
+def test_a_call_without_time_left_sends_nothing(server: ManagementDouble, client: ManagementClient) -> None:
+    with pytest.raises(DeadlineReached):
+        client.system_info(deadline=Deadline.after(0))
+    assert not server.logins
+
+
+def test_requests_in_flight_are_limited(server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
+    client = connect(server.url, max_requests_in_flight=1)
+    client.system_info(deadline=deadline)
+    hanging = Hangs()
+    server.on("GET", "/volumes/slow", hanging)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.volume, "slow", deadline=deadline)
+        assert deadline.wait_until(lambda: bool(server.seen("/volumes/slow")))
+        with pytest.raises(DeadlineReached, match="free connection"):
+            client.system_info(deadline=Deadline.after(0.1))
+        server.on("GET", "/volumes/slow", Says({"success": False, "error": {"id": 1543}}))
+        hanging.until.set()
+        assert slow.result() is None
+
+
+# --- secrets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        Says({"error": f"wrong: {PASSWORD}"}, 401),
+        SaysRaw(f"<html>cannot parse {PASSWORD}</html>".encode(), 400),
+        SaysRaw(PASSWORD.encode(), 500),
+        Breaks(),
+    ],
+)
+def test_the_password_is_in_no_message_and_no_log(
+    server: ManagementDouble,
+    client: ManagementClient,
+    deadline: Deadline,
+    login: Says | SaysRaw | Breaks,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.login_answer = login
+    with pytest.raises(DriverError) as caught:
+        client.system_info(deadline=deadline)
+    assert PASSWORD not in str(caught.value) + repr(caught.value) + caplog.text
+
+
+def test_the_cookie_is_in_no_message_and_no_log(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.on("GET", INFO, SaysRaw(b"<html>", 500))
+    with pytest.raises(StorageUnavailable) as caught:
+        client.system_info(deadline=deadline)
+    assert "secretcookie" not in str(caught.value) + caplog.text
