@@ -1,0 +1,190 @@
+"""Composition root: read the command line, build the adapters, wire them, serve. No logic of its own.
+
+Exit status: 0 ended as asked, 1 could not start or go on, 2 unusable command line or environment,
+128 + N ended at once by the second signal N.
+
+A role imports only what it needs, when it starts: the node loads no HTTP client, `version` and `--help` nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from csi_driver.config.commands import PROGRAM, VersionCommand, parse
+from csi_driver.config.controller import ControllerCommand
+from csi_driver.config.flags import UsageError
+from csi_driver.config.node import NodeCommand
+from csi_driver.config.onebox import DemoCommand, LocalCommand
+from csi_driver.config.storage import StorageCommand
+from csi_driver.config.version import driver_version
+from csi_driver.errors import DriverError
+from csi_driver.telemetry import log
+
+if TYPE_CHECKING:
+    import grpc
+
+    from csi_driver.rpc.identity import Health
+    from csi_driver.rpc.settings import EndpointSettings
+
+_LOG = logging.getLogger(PROGRAM)
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv, os.environ)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"{PROGRAM}: {problem}", file=sys.stderr)
+        print(f"{PROGRAM}: see {PROGRAM} [COMMAND] --help", file=sys.stderr)
+        return USAGE
+    if isinstance(command, VersionCommand):
+        print(driver_version())
+        return OK
+    log.configure(command.log)
+    try:
+        return _run(command)
+    except DriverError as error:
+        _LOG.error("%s", error)  # an expected failure explains itself
+        return FAILED
+
+
+def _run(command: ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand) -> int:
+    match command:
+        case ControllerCommand():
+            return _controller(command)
+        case NodeCommand():
+            return _node(command)
+        case StorageCommand():
+            return _storage(command)
+        case LocalCommand():
+            from csi_driver.local.local import run_local
+
+            return run_local(command.settings)
+        case DemoCommand():
+            from csi_driver.local.demo import run_demo
+
+            return run_demo(command.settings)
+
+
+def _controller(command: ControllerCommand) -> int:
+    from dataclasses import replace
+
+    from csi_driver.controller.attach import Attach
+    from csi_driver.controller.expand import Expand
+    from csi_driver.controller.inventory import Inventory
+    from csi_driver.controller.provision import Provision
+    from csi_driver.management.client import ManagementClient
+    from csi_driver.management.clusters import OneCluster
+    from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
+    from csi_driver.rpc.deadlines import Deadlines
+    from csi_driver.rpc.identity import ControllerHealth
+    from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
+
+    for warning in command.management.warnings():
+        _LOG.warning("%s", warning)
+    settings = replace(command.controller, driver_version=driver_version())
+    clusters = OneCluster(command.zone, ManagementClient(command.management))
+    inventory = Inventory(clusters, settings)
+    use_cases = ControllerUseCases(
+        provision=Provision(clusters, settings),
+        attach=Attach(clusters, settings),
+        expand=Expand(clusters, settings),
+        inventory=inventory,
+    )
+    servicer = ControllerServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))
+    health = ControllerHealth(lambda deadline: inventory.ready(deadline=deadline))
+    return _serve(
+        command.endpoint,
+        command.zone,
+        settings.driver_name,
+        health,
+        lambda server: add_ControllerServicer_to_server(servicer, server),
+    )
+
+
+def _node(command: NodeCommand) -> int:
+    from csi_driver.host.connectors.loop import LoopDevices
+    from csi_driver.host.connectors.reader import ReadOnlyLoops
+    from csi_driver.host.devices import LinuxDevices
+    from csi_driver.host.facts import MachineTools
+    from csi_driver.host.filesystem import LinuxFilesystems
+    from csi_driver.host.mounts import LinuxMounts
+    from csi_driver.host.paths import LinuxPaths
+    from csi_driver.node.service import assemble
+    from csi_driver.rpc.deadlines import Deadlines
+    from csi_driver.rpc.identity import NodeHealth
+    from csi_driver.rpc.node import NodeServicer
+    from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
+
+    devices = LinuxDevices(command.device_directory, command.status_directory)
+    paths = LinuxPaths(command.path_roots)
+    use_cases = assemble(
+        devices=devices,
+        read_only_devices=ReadOnlyLoops(LoopDevices()),
+        mounts=LinuxMounts(paths.open),
+        filesystems=LinuxFilesystems(devices),
+        paths=paths,
+        tools=MachineTools(command.path_roots),
+        settings=command.node,
+    )
+    servicer = NodeServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))
+    return _serve(
+        command.endpoint,
+        command.node.zone,
+        command.driver_name,
+        NodeHealth(use_cases.identity.problems),
+        lambda server: add_NodeServicer_to_server(servicer, server),
+    )
+
+
+def _serve(
+    settings: EndpointSettings,
+    zone: str,
+    driver_name: str,
+    health: Health,
+    register: Callable[[grpc.Server], None],
+) -> int:
+    from csi_driver.controller.naming import volume_name
+    from csi_driver.rpc.boundary import Boundary
+    from csi_driver.rpc.identity import IdentityServicer
+    from csi_driver.rpc.inflight import Claims
+    from csi_driver.rpc.lanes import Lanes
+    from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
+    from csi_driver.rpc.server import Server
+    from csi_driver.rpc.signals import Termination
+
+    lanes = Lanes()
+    identity = IdentityServicer(driver_name, driver_version, health)
+    services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
+    server = Server(settings, Boundary(Claims(zone, volume_name), lanes), lanes, services)
+    with Termination() as termination:
+        server.start()
+        termination.wait()
+        if not server.drain():
+            _leave_now()
+    return OK
+
+
+def _leave_now() -> None:
+    """End without waiting for the threads that are still at work: the time they had is over."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(OK)
+
+
+def _storage(command: StorageCommand) -> int:
+    from csi_driver.embedded.server import serve
+    from csi_driver.host.connectors.loop import LoopDevices
+
+    return serve(command.storage, LoopDevices())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`nvmesh-csi node`: its flags and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.config import shared
+from csi_driver.config import values as read
+from csi_driver.config.flags import Flag, Values
+from csi_driver.config.shared import (
+    DEVICES,
+    DRIVER_NAME,
+    ENDPOINT_FLAGS,
+    LOG_FLAGS,
+    MAX_VOLUMES,
+    NO_PATH,
+    NODE_NAME,
+    TOPOLOGY_KEY,
+    ZONE,
+    table,
+)
+from csi_driver.node.requests import NodeSettings
+from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.telemetry.log import LogSettings
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCommand:
+    """`nvmesh-csi node`."""
+
+    log: LogSettings
+    endpoint: EndpointSettings
+    node: NodeSettings
+    driver_name: str
+    path_roots: tuple[Path, ...]
+    device_directory: Path
+    status_directory: Path
+
+
+_KUBELET = Path("/var/lib/kubelet")
+
+_STATE = Flag(
+    "--state-directory",
+    read.path,
+    NO_PATH,
+    "/var/lib/kubelet/plugins/DRIVER-NAME/state",
+    "Directory of this node's only state: marks of filesystems being made.",
+    metavar="DIR",
+)
+_PATH_ROOTS = Flag(
+    "--path-root",
+    read.path,
+    _KUBELET,
+    str(_KUBELET),
+    "Staging and target paths must lie below one of these directories.",
+    metavar="DIR",
+    repeatable=True,
+)
+_NODE_STATUS = Flag(
+    "--status-directory",
+    read.path,
+    Path("/proc/nvmeibc"),
+    "/proc/nvmeibc",
+    "Directory where the storage client shows its volumes.",
+    metavar="DIR",
+)
+_HEAVY = Flag(
+    "--heavy-operations",
+    read.positive_count,
+    4,
+    "4",
+    "Volumes that are formatted, checked or grown at the same time; more wait.",
+    unit="volumes",
+    metavar="N",
+)
+
+NODE_FLAGS = table(
+    *ENDPOINT_FLAGS, NODE_NAME, _STATE, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY,
+    *LOG_FLAGS,
+)  # fmt: skip
+
+
+def node(values: Values) -> NodeCommand:
+    """Make the settings of the node."""
+    driver_name = values.one(DRIVER_NAME)
+    return NodeCommand(
+        log=shared.log(values),
+        endpoint=shared.endpoint(values),
+        node=NodeSettings(
+            node_name=values.one(NODE_NAME) or shared.host_name(),
+            state_directory=str(values.one(_STATE) or _KUBELET / "plugins" / driver_name / "state"),
+            zone=values.one(ZONE),
+            topology_key=values.one(TOPOLOGY_KEY),
+            max_volumes_per_node=values.one(MAX_VOLUMES),
+            heavy_operations=values.one(_HEAVY),
+        ),
+        driver_name=driver_name,
+        path_roots=values.all(_PATH_ROOTS) or (_PATH_ROOTS.default,),
+        device_directory=values.one(DEVICES),
+        status_directory=values.one(_NODE_STATUS),
+    )

@@ -1,0 +1,131 @@
+"""Flags that several commands take, and what they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from csi_driver.config import values as read
+from csi_driver.config.flags import Flag, Values
+from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE
+from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.telemetry.log import LogFormat, LogSettings
+
+NO_PATH: Path | None = None
+
+LOG_LEVEL = Flag(
+    "--log-level",
+    read.choice("debug", "info", "warning", "error"),
+    "info",
+    "info",
+    "Log this and what is graver: debug, info, warning, error.",
+)
+LOG_FORMAT = Flag(
+    "--log-format",
+    read.choice(*LogFormat),
+    "text",
+    "text",
+    "Write the log as lines of text or of JSON: text, json.",
+)
+ENDPOINT = Flag(
+    "--endpoint",
+    read.endpoint,
+    Path(),
+    "",
+    "Unix socket to serve CSI on, as unix:///PATH or PATH.",
+    metavar="SOCKET",
+    environment="CSI_ENDPOINT",
+)
+DRIVER_NAME = Flag(
+    "--driver-name",
+    read.driver_name,
+    DEFAULT_DRIVER_NAME,
+    DEFAULT_DRIVER_NAME,
+    "Name that the driver reports.",
+    metavar="NAME",
+)
+DEFAULT_DEADLINE = Flag(
+    "--default-deadline",
+    read.seconds,
+    60.0,
+    "60",
+    "Time for a call that comes without a deadline.",
+    unit="seconds",
+    metavar="TIME",
+)
+DRAIN = Flag(
+    "--drain-seconds",
+    read.duration,
+    30.0,
+    "30",
+    "Time that running calls get to end after SIGTERM.",
+    unit="seconds",
+    metavar="TIME",
+)
+ZONE = Flag(
+    "--zone",
+    read.zone,
+    DEFAULT_ZONE,
+    DEFAULT_ZONE,
+    "Name of the storage cluster: first part of volume handles, value of the topology key.",
+    metavar="NAME",
+)
+TOPOLOGY_KEY = Flag(
+    "--topology-key",
+    read.topology_key,
+    DEFAULT_TOPOLOGY_KEY,
+    DEFAULT_TOPOLOGY_KEY,
+    "Topology key under which zones are reported.",
+    metavar="KEY",
+)
+MAX_VOLUMES = Flag(
+    "--max-volumes-per-node",
+    read.count,
+    0,
+    "0, no limit",
+    "Volumes that may be attached to one node.",
+    unit="volumes",
+    metavar="N",
+)
+NODE_NAME = Flag(
+    "--node-name",
+    read.node_name,
+    "",
+    "the host's name",
+    "Name of this node and of its storage client.",
+    metavar="NAME",
+)
+
+DEVICES = Flag(
+    "--device-directory",
+    read.path,
+    Path("/dev/nvmesh"),
+    "/dev/nvmesh",
+    "Directory where the devices of attached volumes appear.",
+    metavar="DIR",
+)
+
+LOG_FLAGS = (LOG_LEVEL, LOG_FORMAT)
+ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN)
+
+
+def table(*flags: object) -> Sequence[Flag[object]]:
+    """Return flags of any type as one table."""
+    return cast("Sequence[Flag[object]]", flags)
+
+
+def log(values: Values) -> LogSettings:
+    """Make the settings of the log."""
+    return LogSettings(values.one(LOG_LEVEL), LogFormat(values.one(LOG_FORMAT)))
+
+
+def endpoint(values: Values) -> EndpointSettings:
+    """Make the settings of a CSI endpoint."""
+    return EndpointSettings(values.one(ENDPOINT), values.one(DEFAULT_DEADLINE), values.one(DRAIN))
+
+
+def host_name() -> str:
+    """Return what this machine calls itself."""
+    return os.uname().nodename

@@ -1,0 +1,153 @@
+"""`nvmesh-csi storage`: its flags and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.config import shared
+from csi_driver.config import values as read
+from csi_driver.config.flags import Flag, Values
+from csi_driver.config.shared import DEVICES, LOG_FLAGS, NO_PATH, NODE_NAME, table
+from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
+from csi_driver.telemetry.log import LogSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StorageCommand:
+    """`nvmesh-csi storage`."""
+
+    log: LogSettings
+    storage: StorageSettings
+
+
+_STORAGE = StorageSettings(pool_directory=Path())
+_NO_SIZE: int | None = None
+
+_POOL = Flag("--pool", read.path, Path(), "", "Directory that holds the volumes and their records.", metavar="DIR")
+_SIZE = Flag(
+    "--size",
+    read.positive_size,
+    _NO_SIZE,
+    "what is free at the first start, less the reserve",
+    "Bytes that may be promised to volumes in all.",
+    unit="bytes, or with a unit as in 10GiB",
+    metavar="SIZE",
+)
+OVERCOMMIT = Flag(
+    "--overcommit", read.boolean, False, "false", "Let --size exceed what is free; users may then meet I/O errors."
+)
+PREALLOCATE = Flag("--preallocate", read.boolean, False, "false", "Reserve every block of a volume when it is created.")
+_RESERVE = Flag(
+    "--reserve",
+    read.size,
+    _STORAGE.reserve_bytes,
+    "128MiB",
+    "Refuse new volumes when less than this is free in the pool's file system.",
+    unit="bytes, or with a unit as in 1GiB",
+    metavar="SIZE",
+)
+_CLIENTS = Flag(
+    "--client",
+    read.named_directory,
+    ("", Path()),
+    "one, described by --node-name, --device-directory and --status-directory",
+    "Storage client on this machine, with its devices in DIR/dev and its status files in DIR/proc; the first is"
+    " this machine's own.",
+    metavar="NAME=DIR",
+    repeatable=True,
+)
+_STORAGE_STATUS = Flag(
+    "--status-directory",
+    read.path,
+    Path("/run/nvmesh-csi/proc"),
+    "/run/nvmesh-csi/proc",
+    "Directory where the storage client shows its volumes.",
+    metavar="DIR",
+)
+_LISTEN = Flag(
+    "--listen",
+    read.host_port,
+    (_STORAGE.listen_host, _STORAGE.listen_port),
+    f"{_STORAGE.listen_host}:{_STORAGE.listen_port}",
+    "Address to serve the REST API on; port 0 takes any that is free.",
+    metavar="HOST:PORT",
+)
+_API_USER = Flag("--user", read.text, _STORAGE.user, _STORAGE.user, "User that may log in.", metavar="USER")
+_API_PASSWORD = Flag(
+    "--password-file",
+    read.path,
+    NO_PATH,
+    "POOL/password, generated",
+    "File that holds the user's password; read again when it changes.",
+    metavar="FILE",
+)
+_SESSION_IDLE = Flag(
+    "--session-idle",
+    read.seconds,
+    _STORAGE.session_idle_s,
+    f"{_STORAGE.session_idle_s:g}",
+    "Time without a request after which a login ends.",
+    unit="seconds",
+    metavar="TIME",
+)
+_PRETEND = Flag(
+    "--pretend-targets",
+    read.count,
+    0,
+    "0, the truth",
+    "Storage targets to pretend, so that layouts with redundancy can be tried; they protect nothing.",
+    unit="targets",
+    metavar="N",
+)
+_TLS_CERTIFICATE = Flag(
+    "--tls-certificate",
+    read.path,
+    NO_PATH,
+    "none, plain http",
+    "PEM certificate chain; with --tls-key the API is served over https.",
+    metavar="FILE",
+)
+_TLS_KEY = Flag("--tls-key", read.path, NO_PATH, "none", "PEM private key of the certificate.", metavar="FILE")
+_TEST_SWITCHES = Flag(
+    "--test-switches", read.boolean, False, "false", "Let tests hold back work and make clients DOWN through the API."
+)
+
+STORAGE_FLAGS = table(
+    _POOL, _SIZE, OVERCOMMIT, PREALLOCATE, _RESERVE, _CLIENTS, NODE_NAME, DEVICES, _STORAGE_STATUS, _LISTEN,
+    _API_USER, _API_PASSWORD, _SESSION_IDLE, _PRETEND, _TLS_CERTIFICATE, _TLS_KEY, _TEST_SWITCHES, *LOG_FLAGS,
+)  # fmt: skip
+
+
+def storage(values: Values) -> StorageCommand:
+    """Make the settings of the embedded storage manager."""
+    listen_host, listen_port = values.one(_LISTEN)
+    settings = StorageSettings(
+        pool_directory=values.one(_POOL),
+        clients=_clients(values),
+        size_bytes=values.one(_SIZE),
+        overcommit=values.one(OVERCOMMIT),
+        preallocate=values.one(PREALLOCATE),
+        reserve_bytes=values.one(_RESERVE),
+        listen_host=listen_host,
+        listen_port=listen_port,
+        user=values.one(_API_USER),
+        password_file=values.one(_API_PASSWORD),
+        session_idle_s=values.one(_SESSION_IDLE),
+        pretend_targets=values.one(_PRETEND),
+        tls_certificate=values.one(_TLS_CERTIFICATE),
+        tls_key=values.one(_TLS_KEY),
+        test_switches=TestSwitches(enabled=values.one(_TEST_SWITCHES)),
+    )
+    if (settings.tls_certificate is None) != (settings.tls_key is None):
+        values.problems.append("--tls-certificate and --tls-key must be given together")
+    return StorageCommand(shared.log(values), settings)
+
+
+def _clients(values: Values) -> tuple[ClientSettings, ...]:
+    given = values.all(_CLIENTS)
+    names = [name for name, _ in given]
+    if len(set(names)) != len(names):
+        values.problems.append("--client names a client twice")
+    own = ClientSettings(values.one(NODE_NAME) or shared.host_name(), values.one(DEVICES), values.one(_STORAGE_STATUS))
+    return tuple(ClientSettings.under(name, directory) for name, directory in given) or (own,)
