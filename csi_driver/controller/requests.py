@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from csi_driver.model import (
     DEFAULT_DRIVER_NAME,
     DEFAULT_TOPOLOGY_KEY,
-    EMPTY,
     Capability,
     CapacityRange,
     Segments,
@@ -33,8 +32,8 @@ class CreateRequest:
     name: str
     capacity: CapacityRange
     capabilities: tuple[Capability, ...]
-    parameters: Mapping[str, str] = EMPTY
-    secrets: Mapping[str, str] = field(default=EMPTY, repr=False)
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     topology: TopologyRequirement | None = None
 
 
@@ -46,7 +45,7 @@ class PublishRequest:
     node_id: str
     capability: Capability
     read_only: bool
-    context: Mapping[str, str] = EMPTY
+    context: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,8 @@ class ValidateRequest:
 
     volume_id: str
     capabilities: tuple[Capability, ...]
-    context: Mapping[str, str] = EMPTY
-    parameters: Mapping[str, str] = EMPTY
+    context: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

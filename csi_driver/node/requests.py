@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, EMPTY, Capability, CapacityRange, Segments
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, Capability, CapacityRange, Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class StageRequest:
     volume_id: str
     staging_target_path: str
     capability: Capability
-    publish_context: Mapping[str, str] = EMPTY
-    volume_context: Mapping[str, str] = EMPTY
-    secrets: Mapping[str, str] = field(default=EMPTY, repr=False)
+    publish_context: Mapping[str, str] = field(default_factory=dict)
+    volume_context: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class NodePublishRequest:
     target_path: str
     capability: Capability
     read_only: bool
-    publish_context: Mapping[str, str] = EMPTY
-    volume_context: Mapping[str, str] = EMPTY
+    publish_context: Mapping[str, str] = field(default_factory=dict)
+    volume_context: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
