@@ -374,7 +374,7 @@ class Api:
         return envelope(self._sessions.user, None, True)
 
     def _hold(self, call: Call) -> Document:
-        """Hold back "initialize", "delete" or "client:<name>", or let it go on."""
+        """Hold back "initialize", "delete", "client:<name>" or "slow:<name>", or let it go on."""
         kind, held = str(call.fields["kind"]), bool(call.fields["held"])
         self.hold(kind, held=held)
         return envelope(None, None, True)
@@ -389,8 +389,8 @@ class Api:
                 self._volumes.initialize(volume.name)
             elif kind == "delete" and volume.action == "markedForDeletion":
                 self._volumes.removal_due(volume.name, volume.uuid)
-        if kind.startswith("client:"):
-            self._attacher.client_returns(kind.removeprefix("client:"))
+        if kind.startswith(("client:", "slow:")):
+            self._attacher.client_returns(kind.partition(":")[2])
 
 
 def _listed(call: Call, documents: list[Document]) -> list[Document]:

@@ -157,7 +157,7 @@ class Attacher:
 
     def settle(self, client: str, identity: str) -> bool:
         """Make what is there for this client and volume what is wished. False: not possible yet, try again."""
-        if self.is_down(client):
+        if self.is_down(client) or f"slow:{client}" in self._holds:
             return True
         with self._locks.hold(identity):
             while True:
@@ -297,12 +297,12 @@ class Attacher:
 
     def _report(self, wish: Attachment, status: int, *, io_enabled: int) -> None:
         old = self._store.get(REPORTS, wish.uuid, wish.client)
-        if old is not None and (old.status, old.io_enabled, old.references, old.version, old.reservation) == (
+        if old is not None and _told(old) == (
             status,
             io_enabled,
             wish.references,
             wish.version,
-            wish.reservation,
+            wish.reservation["mode"],
         ):
             return
         self._store.write(lambda change: self._put_report(change, wish, status, io_enabled=io_enabled))
@@ -331,6 +331,11 @@ class Attacher:
             ),
             wish.client,
         )
+
+
+def _told(report: Report) -> tuple[object, ...]:
+    """Return what a client reports anew when it changes."""
+    return report.status, report.io_enabled, report.references, report.version, report.reservation["mode"]
 
 
 def _ensure_node(node: Path, device: LoopDevice) -> None:

@@ -89,7 +89,8 @@ class Clients:
             for other in volume.reservation.attached:
                 theirs = change.get(ATTACHMENTS, volume.uuid, other)
                 if other != client and theirs is not None and theirs.action == "attaching":
-                    self._wish_detached(change, theirs, force=False)
+                    self._next_version(change, other)
+                    self._put_detaching(change, theirs, force=False)
                     pairs.insert(0, (other, volume.uuid))
         old = change.get(ATTACHMENTS, volume.uuid, client)
         held = old.references if old is not None and old.action == "attaching" else ()
@@ -165,19 +166,13 @@ class Clients:
         change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
 
     def _wish_detached(self, change: Change, attachment: Attachment, *, force: bool) -> None:
-        change.put(
-            ATTACHMENTS,
-            attachment.uuid,
-            replace(
-                attachment,
-                action="detaching",
-                references=(),
-                force=force,
-                version=attachment.version + 1,
-                attachments_version=self._next_version(change, attachment.client),
-            ),
-            attachment.client,
-        )
+        """Let the last reference go."""
+        leaving = replace(attachment, references=(), attachments_version=self._next_version(change, attachment.client))
+        self._put_detaching(change, leaving, force=force)
+
+    def _put_detaching(self, change: Change, attachment: Attachment, *, force: bool) -> None:
+        wish = replace(attachment, action="detaching", force=force, version=attachment.version + 1)
+        change.put(ATTACHMENTS, wish.uuid, wish, wish.client)
 
     def _next_version(self, change: Change, client: str) -> int:
         record = change.get(CLIENTS, client)

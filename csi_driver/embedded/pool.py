@@ -25,7 +25,7 @@ class Pool:
 
     def __init__(self, directory: Path, *, preallocate: bool = False) -> None:
         """Make the directory if it is missing and take its lock. Raises PoolInUse."""
-        self.directory = directory.absolute()
+        self.directory = directory.resolve()
         self.volumes = self.directory / "volumes"
         self.database = self.directory / "manager.sqlite"
         self.password = self.directory / "password"

@@ -42,7 +42,7 @@ class LoopDevices(Protocol):
         ...
 
     def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
-        """Return every loop device whose backing file lies directly in `directory`."""
+        """Return every loop device whose backing file lies in `directory`."""
         ...
 
     def grow(self, device: LoopDevice) -> None:

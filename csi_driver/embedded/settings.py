@@ -19,9 +19,9 @@ class ClientSettings:
     """One storage client (a node) that this manager serves on this machine."""
 
     name: str
-    device_directory: Path = Path("/dev/nvmesh")
-    """Where its device nodes appear, one per attached volume, under the volume's name."""
-    status_directory: Path = Path("/run/nvmesh-csi/proc")
+    device_directory: Path
+    """Where its device nodes appear, one per attached volume, under the volume's name; a real client's: /dev/nvmesh."""
+    status_directory: Path
     """Where it keeps what a real client shows under /proc/nvmeibc: status.json, version, volumes/<volume>/..."""
 
     @classmethod

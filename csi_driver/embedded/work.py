@@ -120,7 +120,7 @@ class Worker:
 
 
 class Holds:
-    """Kinds of work that a test holds back: "initialize", "delete", or "client:<name>" (the client is DOWN)."""
+    """Work that tests hold back: "initialize", "delete", "client:<name>" (it is DOWN), "slow:<name>" (it is not)."""
 
     def __init__(self) -> None:
         self._held: frozenset[str] = frozenset()

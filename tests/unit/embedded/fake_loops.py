@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csi_driver.embedded.ports import LoopDevice
+
 
 @dataclass(frozen=True, slots=True)
 class FakeLoop:
@@ -41,10 +43,10 @@ class FakeLoopDevices:
     def bound_to(self, directory: Path) -> tuple[FakeLoop, ...]:
         return tuple(device for device in self.bound.values() if device.file.parent == directory)
 
-    def grow(self, device: FakeLoop) -> None:
+    def grow(self, device: LoopDevice) -> None:
         self.size_bytes[device.number] = device.file.stat().st_size
 
-    def detach(self, device: FakeLoop) -> bool:
+    def detach(self, device: LoopDevice) -> bool:
         if device.number in self.open:
             return False
         self.bound.pop(device.number, None)
