@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
+from csi_driver import capacity as sizes
+from csi_driver.controller import access
+from csi_driver.controller.locate import require
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
-from csi_driver.model import Capability, CapacityRange
+from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
+from csi_driver.model import BlockAccess, Capability, CapacityRange, Volume
+
+_log = logging.getLogger(__name__)
+_MOST_ATTEMPTS = 3
 
 
 class Expand:
-    """Make volumes larger."""
+    """Make volumes larger, attached or not."""
 
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
         self._clusters = clusters
@@ -18,4 +27,40 @@ class Expand:
     def expand(
         self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
     ) -> tuple[int, bool]:
-        raise NotImplementedError
+        """Return the size in bytes afterwards, and whether a node must grow what lies on the device.
+
+        A volume that is large enough is left alone. Raises `CapacityOutOfRange`, `Exhausted`, `VolumeNotFound`.
+        """
+        if capability is not None:
+            access.check(capability)
+        located = require(self._clusters, volume_id, deadline=deadline)
+        management, volume = located.management, located.volume
+        for _ in range(_MOST_ATTEMPTS):
+            more = sizes.extension(volume, capacity)
+            if more is None:
+                return volume.size_bytes, _node_has_work(volume, capability)
+            if volume.is_being_made:
+                raise OperationPending(f"volume {volume.name} is still being made (action {volume.action})")
+            refusal = None
+            try:
+                management.extend_volume(volume, more.capacity_gb, deadline=deadline)
+                _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
+            except PreconditionFailed as problem:
+                # Another controller may have extended it since it was read; then the volume shows it.
+                refusal = problem
+            before = volume
+            present = management.volume(before.name, deadline=deadline)
+            if present is None or present.uuid != before.uuid:
+                raise VolumeNotFound(volume_id, "it was deleted meanwhile")
+            volume = present
+            if refusal is not None and volume.size_bytes == before.size_bytes:
+                raise refusal
+        if sizes.extension(volume, capacity) is not None:
+            raise OperationPending(f"volume {volume.name} has {volume.size_bytes} bytes and grows slower than asked")
+        return volume.size_bytes, _node_has_work(volume, capability)
+
+
+def _node_has_work(volume: Volume, capability: Capability | None) -> bool:
+    """Tell whether anything on the device must grow: a filesystem, or encryption; the device grows by itself."""
+    is_block = capability is not None and isinstance(capability.access, BlockAccess)
+    return volume.is_encrypted or not is_block

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from csi_driver.controller.ports import Clusters
+from csi_driver import capacity as sizes
+from csi_driver.controller import access
+from csi_driver.controller.attach import derived_spelling
+from csi_driver.controller.locate import described, issued_handle, require
+from csi_driver.controller.naming import held_reference
+from csi_driver.controller.parameters import VolumeParameters, is_compared, parse
+from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.record import read_attachments, read_creation
 from csi_driver.controller.requests import ControllerSettings, ValidateRequest
+from csi_driver.controller.tokens import LAST, Position, mark, read_token
 from csi_driver.deadline import Deadline
-from csi_driver.model import Capability, Capacity, ListedVolume, Segments
+from csi_driver.errors import Denied, InvalidRequest, StaleToken, StorageUnavailable, Unauthenticated, shown
+from csi_driver.model import Capability, Capacity, Client, ListedVolume, Segments, Volume, VolumeHandle
+
+_Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Volume uuid, then reference id, to the node ids that hold it so."""
 
 
 class Inventory:
@@ -16,12 +28,32 @@ class Inventory:
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
         self._clusters = clusters
         self._settings = settings
+        self._was_ready = False
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
-        raise NotImplementedError
+        """Return one page (0 = everything) and the token of the next, empty at the end.
+
+        Every volume shows under its issued handle, and once more for each other spelling that is attached now.
+        Costs what the page has and the clients there are, however many volumes lie before it. Raises `StaleToken`.
+        """
+        entries: list[ListedVolume] = []
+        last: Position | None = None
+        for position, entry in self._entries(starting_token, max_entries, deadline=deadline):
+            if max_entries and len(entries) == max_entries and last is not None:
+                return entries, last.token()
+            entries.append(entry)
+            last = position
+        return entries, ""
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume:
-        raise NotImplementedError
+        """Return one volume under the id that was asked for; `VolumeNotFound` when there is none."""
+        located = require(self._clusters, volume_id, deadline=deadline)
+        holders = _holders(located.management.clients_holding(located.volume.uuid, deadline=deadline))
+        key = self._settings.topology_key
+        return ListedVolume(
+            described(located.zone, located.volume, located.creation, key, volume_id),
+            holders.get(located.volume.uuid, {}).get(located.reference, ()),
+        )
 
     def capacity(
         self,
@@ -31,10 +63,165 @@ class Inventory:
         *,
         deadline: Deadline,
     ) -> Capacity:
-        raise NotImplementedError
+        """Return the room for volumes of this kind: an upper bound, as only allocating tells what fits.
+
+        Nothing is available for what could never be made, nor in a zone that is not served.
+        """
+        read = parse(parameters)
+        try:
+            access.check_all(capabilities)
+        except InvalidRequest:
+            return Capacity(0)
+        zone = segments.get(self._settings.topology_key) if segments else None
+        rooms = [
+            self._room(management, read, deadline=deadline)
+            for served in self._clusters.zones()
+            if zone in (None, served) and (management := self._clusters.management(served)) is not None
+        ]
+        least = [minimum for _, minimum in rooms if minimum is not None]
+        return Capacity(
+            available_bytes=sum(room for room, _ in rooms),
+            maximum_volume_bytes=max((room for room, _ in rooms), default=0),
+            minimum_volume_bytes=min(least) if least else None,
+        )
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
-        raise NotImplementedError
+        """Return None when the volume can be used so, else why not; `VolumeNotFound` when there is none."""
+        located = require(self._clusters, request.volume_id, deadline=deadline)
+        creation = located.creation
+        try:
+            access.check_all(request.capabilities)
+            read = parse(request.parameters)
+            fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
+        except InvalidRequest as problem:
+            return str(problem)
+        if creation.is_block is not None and creation.is_block != (fs_type is None):
+            return f"the volume is made for {'raw block' if creation.is_block else 'a filesystem'} access"
+        issued = described(located.zone, located.volume, creation, self._settings.topology_key).context
+        for key in sorted(issued.keys() & request.context.keys()):
+            if issued[key] != request.context[key]:
+                return f"volume_context {key} is {shown(issued[key])}, not {shown(request.context[key])}"
+        for key, value in sorted(read.recorded.items()):
+            if is_compared(key) and creation.parameters.get(key, value) != value:
+                return f"parameter {key} is {shown(creation.parameters[key])}, not {shown(value)}"
+        return None
 
     def ready(self, *, deadline: Deadline) -> bool:
-        raise NotImplementedError
+        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing."""
+        if not self._was_ready:
+            self._was_ready = any(self._answers(zone, deadline=deadline) for zone in self._clusters.zones())
+        return self._was_ready
+
+    def _answers(self, zone: str, *, deadline: Deadline) -> bool:
+        management = self._clusters.management(zone)
+        if management is None:
+            return False
+        try:
+            management.system_info(deadline=deadline)
+        except (StorageUnavailable, Unauthenticated, Denied):
+            return False
+        return True
+
+    def _room(self, management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
+        """Return the usable bytes and the smallest volume's."""
+        layout = read.layout
+        if layout is None:
+            name = read.vpg or ""
+            vpg = management.vpg(name, deadline=deadline)
+            if vpg is None:
+                return 0, None
+            layout = vpg.layout
+            reserved = management.vpg_free_bytes(name, deadline=deadline)
+            if reserved is not None:
+                granule = sizes.granule_bytes(layout)
+                return max(0, reserved) // granule * granule, sizes.minimum_bytes(layout)
+        raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
+        return sizes.usable_bytes(raw, layout), sizes.minimum_bytes(layout)
+
+    def _entries(
+        self, starting_token: str, page: int, *, deadline: Deadline
+    ) -> Iterator[tuple[Position, ListedVolume]]:
+        """Yield all entries behind the token, in the order of (zone, volume, spelling)."""
+        start = read_token(starting_token) if starting_token else None
+        zones = sorted(self._clusters.zones())
+        if start is not None:
+            at = next((index for index, zone in enumerate(zones) if mark(zone) == start.zone_mark), None)
+            if at is None:
+                raise StaleToken(f"starting_token {shown(starting_token)} names a zone that is not served any more")
+            zones = zones[at:]
+        for zone in zones:
+            management = self._clusters.management(zone)
+            if management is not None:
+                yield from self._entries_of_zone(zone, management, start, page, deadline=deadline)
+            start = None
+
+    def _entries_of_zone(
+        self, zone: str, management: Management, start: Position | None, page: int, *, deadline: Deadline
+    ) -> Iterator[tuple[Position, ListedVolume]]:
+        holders = _holders(management.clients(deadline=deadline))
+        for volume in _volumes_from(management, start, page, deadline=deadline):
+            if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
+                continue
+            seen = start.spelling if start is not None and volume.name == start.name else ""
+            yield from self._entries_of_volume(zone, volume, holders.get(volume.uuid, {}), seen)
+
+    def _entries_of_volume(
+        self, zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]], seen: str
+    ) -> Iterator[tuple[Position, ListedVolume]]:
+        creation = read_creation(volume.metadata)
+        spellings = _spellings(zone, volume, held)
+        for order, volume_id in sorted(spellings.items()):
+            if order <= seen:
+                continue
+            shape = described(zone, volume, creation, self._settings.topology_key, volume_id)
+            handle = VolumeHandle.parse(volume_id)
+            nodes = held.get(held_reference(handle, volume.uuid), ()) if handle is not None else ()
+            position = Position(mark(zone), volume.name, LAST if order == max(spellings) else order)
+            yield position, ListedVolume(shape, nodes)
+
+
+def _spellings(zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the ids under which a volume shows, by what orders them: the issued one, and others attached now."""
+    issued = issued_handle(zone, volume, read_creation(volume.metadata))
+    shown_as = {"!": issued.format()}
+    recorded: dict[str, list[str]] = {}
+    for text in read_attachments(volume.metadata).handles:
+        handle = VolumeHandle.parse(text)
+        if handle is not None:
+            recorded.setdefault(held_reference(handle, volume.uuid), []).append(text)
+    for reference in held:
+        derived = (
+            [] if reference == held_reference(issued, volume.uuid) else [derived_spelling(zone, volume, reference)]
+        )
+        for text in recorded.get(reference, derived):
+            if text != shown_as["!"]:
+                shown_as[mark(text)] = text
+    return shown_as
+
+
+def _volumes_from(management: Management, start: Position | None, page: int, *, deadline: Deadline) -> Iterator[Volume]:
+    """Yield volumes sorted by name: the one that a page ended in, if it has more spellings, and all behind it."""
+    after = start.name if start is not None else ""
+    if start is not None and start.spelling != LAST:
+        unfinished = management.volume(start.name, deadline=deadline)
+        if unfinished is not None:
+            yield unfinished
+    while True:
+        # One more than the page tells whether there is a next one.
+        chunk = management.volumes(after=after, limit=page + 1 if page else 0, deadline=deadline)
+        yield from chunk
+        if not page or len(chunk) <= page:
+            return
+        after = chunk[-1].name
+
+
+def _holders(clients: Sequence[Client]) -> _Holders:
+    """Turn the clients' attachments round: who holds what. One that is being detached is not published any more."""
+    holders: dict[str, dict[str, tuple[str, ...]]] = {}
+    for client in clients:
+        for uuid, wish in client.wishes.items():
+            if not wish.is_detaching:
+                for reference in wish.reference_ids or {uuid}:
+                    nodes = holders.setdefault(uuid, {})
+                    nodes[reference] = (*nodes.get(reference, ()), client.uuid)
+    return holders

@@ -1,0 +1,73 @@
+"""Whether a volume that is there is the one that a repeated CreateVolume asks for.
+
+Source of the rule: CSI specification, CreateVolume, "ALREADY_EXISTS".
+"""
+
+from __future__ import annotations
+
+from csi_driver.controller.parameters import is_compared
+from csi_driver.controller.record import Creation
+from csi_driver.errors import shown
+from csi_driver.model import CapacityRange, Volume
+
+
+def differences(wanted: Creation, found: Creation, volume: Volume, vpg: str | None) -> list[str]:
+    """Return how a volume differs from what is wanted, each as "is X, wanted Y"; empty when it is the same.
+
+    What an earlier driver did not record cannot differ.
+    """
+    capacity = wanted.capacity or CapacityRange()
+    return [
+        *_capacity(capacity, found, volume),
+        *_access(wanted, found),
+        *_parameters(wanted, found),
+        *([f"its provisioning group is {volume.vpg}, wanted {vpg}"] if vpg is not None and volume.vpg != vpg else []),
+    ]
+
+
+def is_short(capacity: CapacityRange, found: Creation, volume: Volume, granule: int) -> bool:
+    """Tell whether a volume that was asked for with this very range came out smaller than it.
+
+    Earlier drivers did not know the server's rounding, and a provisioning group may change while a volume is made.
+    """
+    missing = capacity.required_bytes - volume.size_bytes
+    return missing > 0 and (found.capacity == capacity if found.is_ours else missing < granule)
+
+
+def _capacity(wanted: CapacityRange, found: Creation, volume: Volume) -> list[str]:
+    if found.capacity == wanted:
+        return []
+    size = volume.size_bytes
+    if size < wanted.required_bytes:
+        return [f"its size is {size} bytes, wanted at least {wanted.required_bytes}"]
+    if wanted.limit_bytes and size > wanted.limit_bytes:
+        return [f"its size is {size} bytes, wanted at most {wanted.limit_bytes}"]
+    return []
+
+
+def _access(wanted: Creation, found: Creation) -> list[str]:
+    kinds = {True: "raw block", False: "a filesystem"}
+    if found.is_block is not None and found.is_block != bool(wanted.is_block):
+        return [f"it is made for {kinds[found.is_block]}, wanted {kinds[bool(wanted.is_block)]}"]
+    result = []
+    if found.fs_type is not None and wanted.fs_type is not None and found.fs_type != wanted.fs_type:
+        result.append(f"its filesystem is {found.fs_type}, wanted {wanted.fs_type}")
+    if found.modes is not None and found.modes != wanted.modes:
+        are, want = (" ".join(sorted(modes)) or "none" for modes in (found.modes, wanted.modes or ()))
+        result.append(f"its access modes are {are}, wanted {want}")
+    return result
+
+
+def _parameters(wanted: Creation, found: Creation) -> list[str]:
+    keys = sorted(key for key in {*wanted.parameters, *found.parameters} if is_compared(key) and key != "fsType")
+    if not found.is_ours:
+        keys = [key for key in keys if key in wanted.parameters and key in found.parameters]
+    return [
+        f"parameter {key} is {_value(found, key)}, wanted {_value(wanted, key)}"
+        for key in keys
+        if found.parameters.get(key) != wanted.parameters.get(key)
+    ]
+
+
+def _value(creation: Creation, key: str) -> str:
+    return shown(creation.parameters[key]) if key in creation.parameters else "not set"

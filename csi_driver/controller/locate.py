@@ -1,0 +1,119 @@
+"""From the ids that CSI knows to the storage's own objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from csi_driver.controller.naming import held_reference
+from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.record import Creation, read_creation
+from csi_driver.deadline import Deadline
+from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
+from csi_driver.model import Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
+
+
+class ZoneNotServed(PreconditionFailed):
+    """The handle names a zone that is not configured: what is there cannot be known, so nothing is claimed of it."""
+
+    def __init__(self, volume_id: str, zone: str) -> None:
+        super().__init__(f"volume {shown(volume_id)} lies in zone {shown(zone)}, which this driver does not serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A volume that is there, with the way to it."""
+
+    handle: VolumeHandle
+    zone: str
+    management: Management
+    volume: Volume
+
+    @property
+    def creation(self) -> Creation:
+        return read_creation(self.volume.metadata)
+
+    @property
+    def reference(self) -> str:
+        """The reference id under which this handle's attachments show."""
+        return held_reference(self.handle, self.volume.uuid)
+
+
+def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located | None:
+    """Find the volume that a CSI volume id means; None when there is no such volume (any more).
+
+    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without zone that fits volumes in several zones.
+    """
+    handle = VolumeHandle.parse(volume_id)
+    if handle is None:
+        return None
+    if handle.zone is not None and clusters.management(handle.zone) is None:
+        raise ZoneNotServed(volume_id, handle.zone)
+    found = [
+        located
+        for zone in ([handle.zone] if handle.zone is not None else clusters.zones())
+        if (located := _locate_in(clusters, zone, handle, deadline=deadline)) is not None
+    ]
+    if len(found) > 1:
+        zones = ", ".join(located.zone for located in found)
+        raise PreconditionFailed(f"volume {shown(volume_id)} exists in the zones {zones}; wanted an id that names one")
+    return found[0] if found else None
+
+
+def _locate_in(clusters: Clusters, zone: str, handle: VolumeHandle, *, deadline: Deadline) -> Located | None:
+    management = clusters.management(zone)
+    if management is None:
+        return None
+    volume = management.volume(handle.name, deadline=deadline)
+    if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
+        return None
+    return Located(handle, zone, management, volume)
+
+
+def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located:
+    """Find the volume; `VolumeNotFound` when there is none, or when it is going."""
+    try:
+        located = locate(clusters, volume_id, deadline=deadline)
+    except ZoneNotServed as problem:
+        raise VolumeNotFound(volume_id, str(problem)) from problem
+    if located is None:
+        raise VolumeNotFound(volume_id)
+    if located.volume.is_being_deleted:
+        raise VolumeNotFound(volume_id, "it is being deleted")
+    return located
+
+
+def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
+    """Find the storage client of a node by the client's uuid, by its id, or by the node's name.
+
+    A node may be named by its full host name where the client's id is the short one.
+    """
+    if is_uuid(node_id):
+        return management.client_by_uuid(node_id.lower(), deadline=deadline)
+    client = management.client(node_id, deadline=deadline)
+    short, dot, _ = node_id.partition(".")
+    if client is None and dot and short:
+        client = management.client(short, deadline=deadline)
+    return client
+
+
+def issued_handle(zone: str, volume: Volume, creation: Creation) -> VolumeHandle:
+    """Return the handle under which a volume was issued; of volumes that we did not make, the one without reference."""
+    reference = creation.reference if creation.is_ours else None
+    return VolumeHandle(volume.name, (creation.zone if creation.is_ours else None) or zone, volume.uuid, reference)
+
+
+def described(
+    zone: str, volume: Volume, creation: Creation, topology_key: str, volume_id: str | None = None
+) -> ProvisionedVolume:
+    """Show a volume as CSI does: under the id that was asked for, else under the one that was issued."""
+    context = {"zone": creation.zone or zone}
+    if creation.fs_type is not None and not creation.is_block:
+        context["fsType"] = creation.fs_type
+    if "mkfsOptions" in creation.parameters:
+        context["mkfsOptions"] = creation.parameters["mkfsOptions"]
+    return ProvisionedVolume(
+        volume_id=volume_id or issued_handle(zone, volume, creation).format(),
+        capacity_bytes=volume.size_bytes,
+        context=context if creation.csi_name is not None else {},
+        topology=({topology_key: zone},),
+    )

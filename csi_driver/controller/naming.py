@@ -1,0 +1,58 @@
+"""Names: of volumes in the storage, of attachments (reference ids), and the handles that CSI sees."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+
+from csi_driver.model import VolumeHandle, is_uuid
+
+_PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
+_PREFIX = "csi-"
+_NAME_LIMIT = 22
+"""The management refuses longer names."""
+_ANY_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+def volume_name(csi_name: str) -> str:
+    """Return the storage's name of the volume that CSI calls `csi_name`.
+
+    `pvc-<uuid>` keeps the form that earlier drivers of this name gave it; anything else, CSI names being any Unicode,
+    is hashed (90 bits).
+    """
+    length = _NAME_LIMIT - len(_PREFIX)
+    if _PROVISIONED.fullmatch(csi_name):
+        return _PREFIX + csi_name[4 : 4 + length]
+    digest = hashlib.sha256(csi_name.encode("utf-8", "surrogatepass")).digest()
+    return _PREFIX + base64.b32encode(digest).decode().lower()[:length]
+
+
+def issued_reference(zone: str, name: str, reference: str) -> str | None:
+    """Return the last part of a new volume's handle; None where it must be left out.
+
+    It is decided before the volume exists: the uuid, still unknown, has a fixed length.
+    """
+    if not reference:
+        return None
+    handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
+    return reference if handle is not None and handle.reference == reference else None
+
+
+def reference_id(handle: VolumeHandle) -> str | None:
+    """Return the id under which the storage counts this handle's attachments; None when the handle names none.
+
+    What the storage would not take, or would confuse with its default id (the volume's uuid), is hashed.
+    """
+    reference = handle.reference
+    if reference is None:
+        return None
+    if _REFERENCE.fullmatch(reference) and not is_uuid(reference):
+        return reference
+    return "r-" + hashlib.sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
+    """Return the reference id as it shows in the storage: its default is the volume's uuid."""
+    return reference_id(handle) or volume_uuid

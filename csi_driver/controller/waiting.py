@@ -1,0 +1,11 @@
+"""How long a use-case waits: never past its own limit, and never so long that the answer comes too late."""
+
+from __future__ import annotations
+
+from csi_driver.deadline import Deadline
+
+
+def within(deadline: Deadline, limit_s: float, *, margin_s: float) -> Deadline:
+    """Return when to stop waiting: `limit_s` from now, at the latest `margin_s` before the caller gives up."""
+    latest_s = deadline.at_s - margin_s
+    return Deadline(min(latest_s, deadline.clock.monotonic() + limit_s), deadline.started_s, deadline.clock)
