@@ -1,0 +1,494 @@
+"""A storage management in memory: fits `csi_driver.controller.ports.Management`, proven by the contract suite.
+
+It keeps what the real one keeps (volumes, clients, wishes, device reports, reservations with versions, references,
+provisioning groups, space) and does its slow work (making, attaching, detaching, deleting) when its clock has
+moved on; with the default delays of zero that is at the next look. The switches at the end of
+`FakeManagement.__init__` make it slow, full, unreachable, or stop it between two requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid as uuids
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+from csi_driver.controller.ports import Management
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.errors import (
+    Exhausted,
+    InvalidRequest,
+    NodeNotFound,
+    OperationPending,
+    PreconditionFailed,
+    ReservationConflict,
+    StorageUnavailable,
+    VolumeNotFound,
+)
+from csi_driver.model import (
+    DEFAULT_ZONE,
+    AttachmentWish,
+    Client,
+    ClientStatus,
+    DeviceReport,
+    DeviceStatus,
+    Layout,
+    RaidLevel,
+    Reservation,
+    ReservationMode,
+    SystemInfo,
+    Volume,
+    VolumeSpec,
+    Vpg,
+)
+
+TIB = 1 << 40
+
+
+class FakeClock:
+    """Time that moves only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@dataclass
+class _Client:
+    id: str
+    uuid: str
+    status: ClientStatus = ClientStatus.READY
+    wishes: dict[str, AttachmentWish] = field(default_factory=dict)
+    devices: dict[str, DeviceReport] = field(default_factory=dict)
+    busy: set[str] = field(default_factory=set)
+    """Uuids of volumes whose device a program holds open."""
+
+
+@dataclass
+class _Work:
+    at_s: float
+    do: Callable[[], None]
+
+
+class FakeManagement:
+    """One cluster: `clients` maps a client's id to its uuid. Thread-safe."""
+
+    def __init__(
+        self,
+        clients: Mapping[str, str] | Sequence[str] = ("node-1", "node-2", "node-3"),
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        raw_bytes: int = 100 * TIB,
+    ) -> None:
+        self.clock = clock
+        self.raw_bytes = raw_bytes
+        self._lock = threading.RLock()
+        self._volumes: dict[str, Volume] = {}
+        named = clients if isinstance(clients, Mapping) else {name: client_uuid(name) for name in clients}
+        self._clients = {name: _Client(name, uuid.lower()) for name, uuid in named.items()}
+        self._vpgs: dict[str, Vpg] = {}
+        self._work: list[_Work] = []
+        self.requests: list[str] = []
+        """Names of all requests so far."""
+
+        # Switches.
+        self.make_s = 0.0
+        self.attach_s = 0.0
+        self.io_s = 0.0
+        self.detach_s = 0.0
+        self.delete_s = 0.0
+        self.is_reachable = True
+        self.before: Callable[[str], None] = lambda request: None
+        """Called before a request is carried out; what it raises, the caller gets."""
+        self.after: Callable[[str], None] = lambda request: None
+        """Called after a request was carried out and before it is answered."""
+
+    # --- what tests arrange -------------------------------------------------------------------------------
+
+    def add_vpg(self, vpg: Vpg) -> None:
+        self._vpgs[vpg.name] = vpg
+
+    def remove_vpg(self, name: str) -> None:
+        del self._vpgs[name]
+
+    def add_volume(self, volume: Volume) -> None:
+        """Put a volume there that nobody of ours made."""
+        self._volumes[volume.name] = volume
+
+    def add_client(self, name: str, uuid: str | None = None) -> None:
+        self._clients[name] = _Client(name, uuid or client_uuid(name))
+
+    def remove_client(self, name: str) -> None:
+        del self._clients[name]
+
+    def set_status(self, name: str, status: ClientStatus) -> None:
+        """Change a client's state; one that comes back reports what it was told to attach meanwhile."""
+        client = self._clients[name]
+        client.status = status
+        for volume in self._volumes.values():
+            if status is ClientStatus.READY and self._is_wished(client, volume.uuid):
+                self._later(self.attach_s, lambda volume=volume: self._attached(client, volume, io_enabled=True))  # type: ignore[misc]
+
+    def set_busy(self, name: str, volume: Volume, *, busy: bool = True) -> None:
+        """Hold the volume's device open on a client, so that it cannot be detached."""
+        (self._clients[name].busy.add if busy else self._clients[name].busy.discard)(volume.uuid)
+
+    def change(self, name: str, **values: object) -> None:
+        """Change a volume as an administrator or a fault would."""
+        self._volumes[name] = replace(self._volumes[name], **values)  # type: ignore[arg-type]
+
+    def all_volumes(self) -> list[Volume]:
+        """Return what is there, without a request."""
+        with self._lock:
+            self._proceed()
+            return sorted(self._volumes.values(), key=lambda volume: volume.name)
+
+    # --- Management: volumes ------------------------------------------------------------------------------
+
+    def system_info(self, *, deadline: Deadline) -> SystemInfo:
+        with self._request("system_info", deadline):
+            return SystemInfo("3.5.0", "18.0.0", "fake-cluster")
+
+    def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
+        with self._request("volume", deadline):
+            found = self._volumes.get(name)
+            return None if found is None or found.is_reserved else deepcopy(found)
+
+    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
+        with self._request("volumes", deadline):
+            names = sorted(name for name, volume in self._volumes.items() if name > after and not volume.is_reserved)
+            return [deepcopy(self._volumes[name]) for name in (names[:limit] if limit else names)]
+
+    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
+        with self._request("create_volume", deadline):
+            if spec.name in self._volumes or spec.name in self._vpgs:
+                return None
+            if (spec.vpg is None) == (spec.layout is None):
+                raise InvalidRequest("wanted a provisioning group or a layout")
+            if spec.capacity_gb < 1:
+                raise InvalidRequest("wanted at least 1 GB")
+            if spec.vpg is not None and spec.vpg not in self._vpgs:
+                raise InvalidRequest(f"no provisioning group {spec.vpg}")
+            layout = self._vpgs[spec.vpg].layout if spec.vpg is not None else spec.layout or Layout()
+            blocks = server_blocks(spec.capacity_gb, layout)
+            self._take(blocks * 4096, layout, spec.vpg)
+            volume = Volume(
+                name=spec.name,
+                uuid=str(uuids.uuid4()),
+                blocks=blocks,
+                block_size=4096,
+                capacity_gb=spec.capacity_gb,
+                status="unavailable",
+                action="initializing",
+                layout=layout,
+                vpg=spec.vpg,
+                metadata=deepcopy(dict(spec.metadata)),
+            )
+            self._volumes[spec.name] = volume
+            self._later(self.make_s, lambda: self._made(volume))
+            return volume.uuid
+
+    def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
+        with self._request("extend_volume", deadline):
+            present = self._existing(volume)
+            if present.is_being_made or present.is_being_deleted:
+                raise OperationPending(f"{present.name} is {present.action}")
+            more_gb = capacity_gb - present.capacity_gb
+            if more_gb <= 0:
+                raise PreconditionFailed(f"the new capacity must be greater than {present.capacity_gb}")
+            blocks = server_blocks(more_gb, present.layout)
+            if blocks <= 0:
+                raise AssertionError("the real server would now search space for zero blocks without end")
+            self._take(blocks * 4096, present.layout, present.vpg)
+            self._volumes[present.name] = replace(present, blocks=present.blocks + blocks, capacity_gb=capacity_gb)
+
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
+        with self._request("delete_volume", deadline):
+            present = self._volumes.get(volume.name)
+            if present is None or present.uuid != volume.uuid:
+                return False
+            # Like the real one: a client that is still detaching does not count.
+            users = [c.id for c in self._clients.values() if self._is_wished(c, volume.uuid)]
+            if users:
+                raise PreconditionFailed(f"the volume is used by: {', '.join(users[:3])}")
+            if present.is_being_made:
+                raise OperationPending(f"{present.name} is initializing")
+            self._volumes[volume.name] = replace(present, action="markedForDeletion")
+            self._later(self.delete_s, lambda: self._deleted(volume))
+            return True
+
+    def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
+        with self._request("set_metadata", deadline):
+            present = self._existing(volume)
+            self._volumes[present.name] = replace(present, metadata=deepcopy(dict(metadata)))
+
+    # --- Management: clients ------------------------------------------------------------------------------
+
+    def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
+        with self._request("client", deadline):
+            found = self._clients.get(client_id)
+            return _shown(found) if found is not None else None
+
+    def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
+        with self._request("client_by_uuid", deadline):
+            return next((_shown(client) for client in self._clients.values() if client.uuid == uuid), None)
+
+    def clients(self, *, deadline: Deadline) -> list[Client]:
+        with self._request("clients", deadline):
+            return [_shown(client) for client in self._clients.values()]
+
+    def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
+        with self._request("clients_holding", deadline):
+            return [shown for client in self._clients.values() if (shown := _shown(client)).holds(volume_uuid)]
+
+    def attach(
+        self,
+        client: Client,
+        volume: Volume,
+        *,
+        mode: ReservationMode,
+        reference_id: str | None,
+        version: int | None = None,
+        preempt: bool = False,
+        detach_others: bool = False,
+        deadline: Deadline,
+    ) -> None:
+        with self._request("attach", deadline):
+            target = self._clients.get(client.id)
+            if target is None or target.status is ClientStatus.INITIALIZING:
+                raise NodeNotFound(client.id)
+            present = self._existing(volume)
+            if present.is_being_deleted:
+                raise OperationPending(f"{present.name} is being deleted")
+            self._reserve(present, target, mode, version=version, preempt=preempt, detach_others=detach_others)
+            earlier = target.wishes.get(present.uuid)
+            references = {reference_id or present.uuid} | (earlier.reference_ids if earlier is not None else set())
+            wish = AttachmentWish(present.uuid, present.name, "attaching", mode, frozenset(references))
+            target.wishes[present.uuid] = wish
+            self._later(self.attach_s, lambda: self._attached(target, present, io_enabled=self.io_s == 0))
+            if self.io_s:
+                self._later(self.attach_s + self.io_s, lambda: self._attached(target, present, io_enabled=True))
+
+    def detach(
+        self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
+    ) -> None:
+        with self._request("detach", deadline):
+            target = self._clients.get(client.id)
+            wish = target.wishes.get(volume.uuid) if target is not None else None
+            if target is None or wish is None:
+                return
+            left = wish.reference_ids - {reference_id} if reference_id is not None else frozenset()
+            if reference_id is not None and reference_id not in wish.reference_ids:
+                return
+            if left:
+                target.wishes[volume.uuid] = replace(wish, reference_ids=left)
+                report = target.devices.get(volume.uuid)
+                if report is not None:
+                    target.devices[volume.uuid] = replace(report, reference_ids=left)
+                return
+            if volume.uuid not in target.devices:
+                self._gone(target, volume.uuid)
+                return
+            target.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
+            self._later(self.detach_s, lambda: self._detached(target, volume.uuid, force=force))
+
+    # --- Management: space --------------------------------------------------------------------------------
+
+    def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
+        with self._request("vpg", deadline):
+            return self._vpgs.get(name)
+
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
+        with self._request("vpg_free_bytes", deadline):
+            vpg = self._vpgs.get(name)
+            return None if vpg is None or vpg.allow_overflow else vpg.capacity_bytes - self._used(name)
+
+    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
+        with self._request("raw_free_bytes", deadline):
+            return self.raw_bytes - sum(_raw(v.size_bytes, v.layout) for v in self._volumes.values())
+
+    # --- the machinery ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _request(self, name: str, deadline: Deadline) -> Iterator[None]:
+        self.before(name)
+        if not self.is_reachable:
+            raise StorageUnavailable("the management does not answer")
+        if deadline.expired():
+            raise StorageUnavailable("no time is left for a request")
+        with self._lock:
+            self.requests.append(name)
+            self._proceed()
+            yield
+            self._proceed()
+        self.after(name)
+
+    def _later(self, delay_s: float, do: Callable[[], None]) -> None:
+        self._work.append(_Work(self.clock.monotonic() + delay_s, do))
+
+    def _proceed(self) -> None:
+        """Do the background work that is due, in the order of time."""
+        while due := [work for work in self._work if work.at_s <= self.clock.monotonic()]:
+            first = min(due, key=lambda work: work.at_s)
+            self._work.remove(first)
+            first.do()
+
+    def _existing(self, volume: Volume) -> Volume:
+        present = self._volumes.get(volume.name)
+        if present is None or present.uuid != volume.uuid:
+            raise VolumeNotFound(volume.name)
+        return present
+
+    def _used(self, vpg: str) -> int:
+        return sum(volume.size_bytes for volume in self._volumes.values() if volume.vpg == vpg)
+
+    def _take(self, size_bytes: int, layout: Layout, vpg: str | None) -> None:
+        group = self._vpgs.get(vpg or "")
+        if (
+            group is not None
+            and not group.allow_overflow
+            and size_bytes > group.capacity_bytes - self._used(group.name)
+        ):
+            raise Exhausted(f"the provisioning group {group.name} has no room for {size_bytes} bytes")
+        used = sum(_raw(v.size_bytes, v.layout) for v in self._volumes.values())
+        if used + _raw(size_bytes, layout) > self.raw_bytes:
+            raise Exhausted(f"the cluster has no room for {size_bytes} bytes")
+
+    def _made(self, volume: Volume) -> None:
+        present = self._volumes.get(volume.name)
+        if present is not None and present.uuid == volume.uuid and present.action == "initializing":
+            self._volumes[volume.name] = replace(present, status="online", action="none")
+
+    def _deleted(self, volume: Volume) -> None:
+        present = self._volumes.get(volume.name)
+        if present is not None and present.uuid == volume.uuid:
+            del self._volumes[volume.name]
+
+    def _is_wished(self, client: _Client, volume_uuid: str) -> bool:
+        wish = client.wishes.get(volume_uuid)
+        return wish is not None and not wish.is_detaching
+
+    def _reserve(
+        self,
+        volume: Volume,
+        client: _Client,
+        mode: ReservationMode,
+        *,
+        version: int | None,
+        preempt: bool,
+        detach_others: bool,
+    ) -> None:
+        held = volume.reservation
+        if volume.is_read_only and mode is not ReservationMode.SHARED_READ_ONLY:
+            raise ReservationConflict(volume.name, 1716, held.version)
+        exclusive = mode is ReservationMode.EXCLUSIVE_READ_WRITE
+        if held.mode is mode and (not exclusive or held.reserved_by == client.id):
+            return
+        if held.mode is not ReservationMode.NONE:
+            if version != held.version:
+                raise ReservationConflict(volume.name, 1717, held.version)
+            if not preempt:
+                raise ReservationConflict(volume.name, 1718, held.version)
+            for other in self._clients.values():
+                if detach_others and other is not client and volume.uuid in other.wishes:
+                    wish = other.wishes[volume.uuid]
+                    other.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
+                    self._later(self.detach_s, lambda other=other: self._detached(other, volume.uuid, force=True))  # type: ignore[misc]
+        owner = client.id if exclusive else None
+        self._volumes[volume.name] = replace(volume, reservation=Reservation(mode, held.version + 1, owner))
+
+    def _attached(self, client: _Client, volume: Volume, *, io_enabled: bool) -> None:
+        wish = client.wishes.get(volume.uuid)
+        if client.status is ClientStatus.DOWN or wish is None or wish.is_detaching:
+            return
+        client.devices[volume.uuid] = DeviceReport(
+            volume.uuid, volume.name, DeviceStatus.ATTACHED, io_enabled, wish.mode, wish.reference_ids
+        )
+
+    def _detached(self, client: _Client, volume_uuid: str, *, force: bool) -> None:
+        wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
+        if wish is None or not wish.is_detaching:
+            return
+        if client.status is ClientStatus.DOWN or (volume_uuid in client.busy and not force):
+            if report is not None and client.status is not ClientStatus.DOWN:
+                client.devices[volume_uuid] = replace(report, status=DeviceStatus.BUSY)
+            self._later(1.0, lambda: self._detached(client, volume_uuid, force=force))
+            return
+        if report is not None:
+            # The real one leaves such a row behind for a while, and without references.
+            client.devices[volume_uuid] = replace(report, status=DeviceStatus.DETACHED, reference_ids=None)
+        self._gone(client, volume_uuid)
+
+    def _gone(self, client: _Client, volume_uuid: str) -> None:
+        client.wishes.pop(volume_uuid, None)
+        volume = next((v for v in self._volumes.values() if v.uuid == volume_uuid), None)
+        if volume is None:
+            return
+        held = volume.reservation
+        others = any(volume_uuid in other.wishes for other in self._clients.values())
+        if held.mode is ReservationMode.EXCLUSIVE_READ_WRITE and held.reserved_by != client.id:
+            return
+        if held.mode is not ReservationMode.NONE and not others:
+            self._volumes[volume.name] = replace(
+                volume, reservation=Reservation(ReservationMode.NONE, held.version + 1, None)
+            )
+
+
+class FakeClusters:
+    """The zones of a controller; the first is preferred."""
+
+    def __init__(self, managements: Mapping[str, Management] | Management) -> None:
+        self._managements = managements if isinstance(managements, Mapping) else {DEFAULT_ZONE: managements}
+
+    def zones(self) -> Sequence[str]:
+        return tuple(self._managements)
+
+    def management(self, zone: str) -> Management | None:
+        return self._managements.get(zone)
+
+
+def client_uuid(name: str) -> str:
+    """Return the uuid that a fake client has by default."""
+    return str(uuids.uuid5(uuids.NAMESPACE_DNS, name))
+
+
+def server_blocks(capacity_gb: float, layout: Layout) -> int:
+    """Round as the server does, in its own floats and order; shares nothing with `csi_driver.capacity`."""
+    block_gb = 4096 / 1e9
+    level = layout.raid_level
+    if level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
+        blocks = int(capacity_gb / block_gb)
+        return blocks - blocks % 256
+    erasure = level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
+    data = (layout.data_blocks or 8) if erasure else 1
+    width = 1 if level is RaidLevel.ERASURE_CODED else (layout.stripe_width or 2)
+    stripe = layout.stripe_size_blocks or 32
+    per_set = 256
+    if level is RaidLevel.STRIPED_ERASURE_CODED:
+        step = 32 * data
+        stripe = (stripe + step - 1) // step * step
+        per_set = 256 * data
+    stripe_gb = stripe * block_gb
+    per_leg = int((capacity_gb / (data * width)) / stripe_gb) * stripe
+    return (per_leg - per_leg % per_set) * width * data
+
+
+def _raw(size_bytes: int, layout: Layout) -> int:
+    level = layout.raid_level
+    if level in (RaidLevel.MIRRORED, RaidLevel.STRIPED_MIRRORED):
+        return size_bytes * (1 + (1 if layout.number_of_mirrors is None else layout.number_of_mirrors))
+    if level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED):
+        data, parity = layout.data_blocks or 8, layout.parity_blocks or 2
+        return size_bytes * (data + parity) // data
+    return size_bytes
+
+
+def _shown(client: _Client) -> Client:
+    return Client(client.id, client.uuid, client.status, dict(client.wishes), dict(client.devices))
