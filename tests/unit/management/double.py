@@ -1,7 +1,8 @@
 """A management server in a thread that says what a test tells it to, faults included.
 
-It keeps real sessions (login, cookie, expiry) and a queue of answers per request; the last answer stays. It
-knows nothing of volumes: what the operations mean together is proven by the contract suite.
+It keeps real sessions (login, cookie, expiry; with `opens_sessions` a request opens one) and a queue of answers per
+request; the last answer stays. It knows nothing of volumes: what the operations mean together is proven by the
+contract suite.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class ManagementDouble(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.password = PASSWORD
         self.login_answer: Step | None = None
+        self.opens_sessions = False
         self.received: list[Received] = []
         self.logins: list[object] = []
         self.sessions: set[str] = set()
@@ -109,13 +111,21 @@ class ManagementDouble(ThreadingHTTPServer):
 
     def step_for(self, request: Received, cookie: str) -> Step:
         with self._lock:
-            if cookie not in self.sessions:
+            if cookie not in self.sessions and not self.opens_sessions:
                 return self.expires_as
             self.received.append(request)
             steps = self._steps.get((request.method, request.path))
             if not steps:
                 return Says({"success": False, "err": "404 (Not Found)"}, 404)
             return steps.pop(0) if len(steps) > 1 else steps[0]
+
+    def opened_session(self, known: str) -> str:
+        """Return the cookie of a session that this request opens: what a client certificate is good for."""
+        if not self.opens_sessions or known in self.sessions:
+            return ""
+        with self._lock:
+            self.sessions.add("connect.sid=opened")
+        return "connect.sid=opened"
 
     def log_in(self, body: object) -> tuple[Step, str]:
         with self._lock:
@@ -160,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             query = {key: json.loads(values[0]) for key, values in parse_qs(url.query).items()}
             request = Received(self.command, url.path, query, body, dict(self.headers))
-            step, cookie = self.server.step_for(request, self.headers.get("Cookie", "")), ""
+            known = self.headers.get("Cookie", "")
+            step, cookie = self.server.step_for(request, known), self.server.opened_session(known)
         match step:
             case Says():
                 self._send(SaysRaw(json.dumps(step.body).encode(), step.status, "application/json"), cookie)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from csi_driver.errors import (
     Unauthenticated,
 )
 from csi_driver.management.client import ManagementClient
+from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import (
@@ -186,6 +188,33 @@ def test_a_failed_login_is_shared_by_all_who_waited_for_it(
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(ask, range(16)))
     assert len(server.logins) < 8
+
+
+@pytest.fixture
+def certified(server: ManagementDouble, tmp_path: Path) -> Iterator[ManagementClient]:
+    """A client without a user: its certificate is its identity (never sent here, the double speaks plain http)."""
+    certificate = tmp_path / "client.pem"
+    certificate.touch()
+    client = ManagementClient(ManagementSettings(servers=(server.url,), client_certificate=certificate))
+    yield client
+    client.close()
+
+
+def test_with_a_client_certificate_the_first_request_opens_the_session(
+    server: ManagementDouble, certified: ManagementClient, deadline: Deadline
+) -> None:
+    server.opens_sessions = True
+    certified.system_info(deadline=deadline)
+    certified.system_info(deadline=deadline)
+    assert [request.headers.get("Cookie") for request in server.received] == [None, "connect.sid=opened"]
+    assert not server.logins
+
+
+def test_a_client_certificate_that_opens_no_session_is_told(
+    server: ManagementDouble, certified: ManagementClient, deadline: Deadline
+) -> None:
+    with pytest.raises(Unauthenticated, match="certificate"):
+        certified.system_info(deadline=deadline)
 
 
 # --- what an answer means -------------------------------------------------------------------------------
