@@ -43,12 +43,12 @@ class MachineTools:
         if not syscalls.has_mount_api():
             found.append("this kernel has no fsopen(2): a mount option that it refuses cannot be named alone")
         mounts = LinuxMounts()
-        for root in self._roots:
-            if root.is_dir() and not mounts.propagation_is_shared(root):
-                found.append(
-                    f"mounts below {root} do not reach the host (mount propagation is private): "
-                    "the volume of the container needs mountPropagation Bidirectional"
-                )
+        found += [
+            f"mounts below {root} do not reach the host (mount propagation is private): "
+            "the volume of the container needs mountPropagation Bidirectional"
+            for root in self._roots
+            if root.is_dir() and not mounts.propagation_is_shared(root)
+        ]
         return found
 
 

@@ -35,6 +35,7 @@ _MAKE: dict[str, tuple[str, ...]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
+_BTRFS_SECTOR_BYTES = 4096
 _SMALLEST_BYTES = {"ext4": 2 * MIB, "xfs": 300 * MIB, "btrfs": 109 * MIB}
 """Below these the mkfs of xfsprogs 6 and btrfs-progs 6 refuses; ext4 would have no journal."""
 _NEEDS = {"ext4": ("mkfs.ext4", "e2fsck", "resize2fs"), "xfs": ("mkfs.xfs",), "btrfs": ("mkfs.btrfs",)}
@@ -146,7 +147,7 @@ class LinuxFilesystems:
                 case "xfs":
                     recorded = _grow_mounted_xfs(fd, device)
                 case "btrfs":
-                    ioctls.btrfs_grow(fd)
+                    _grow_mounted_btrfs(fd, device, before)
                 case _:
                     raise InvalidField("fs_type", fs_type, f"one of {', '.join(_MAKE)}")
         finally:
@@ -280,6 +281,12 @@ def _grow_mounted_xfs(fd: int, device: Device) -> int:
     if blocks > now.blocks:
         ioctls.xfs_grow(fd, blocks, now.inode_percent)
     return now.blocks * now.block_bytes
+
+
+def _grow_mounted_btrfs(fd: int, device: Device, total_bytes: int) -> None:
+    # The kernel refuses any size below 256 MiB, also the one that the filesystem has (fs/btrfs/ioctl.c).
+    if device.size_bytes - total_bytes >= _BTRFS_SECTOR_BYTES:
+        ioctls.btrfs_grow(fd)
 
 
 def _statfs_bytes(path: Path) -> int:

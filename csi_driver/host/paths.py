@@ -169,7 +169,7 @@ def _open_below(root: Path, path: Path) -> int:
         relative = str(path.relative_to(root))
         for _ in range(_ATTEMPTS):
             try:
-                return syscalls.openat2(root_fd, relative, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+                return syscalls.openat2(root_fd, relative, os.O_PATH, _RESOLVE)
             except SystemCallFailed as failure:
                 if failure.errno == errno.ENOSYS:
                     return _walk(root_fd, path.relative_to(root))

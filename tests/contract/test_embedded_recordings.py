@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import requests
@@ -111,8 +112,8 @@ class Replay:
 
     def _exchange(self, key: Key, line: dict[str, dict[str, object]]) -> Exchange:
         request, response = line["request"], line["response"]
-        headers = dict.fromkeys(("Accept", "User-Agent", "Accept-Encoding"))
-        headers |= request["headers"]  # type: ignore[operator]
+        headers: dict[str, str | None] = dict.fromkeys(("Accept", "User-Agent", "Accept-Encoding"))
+        headers |= cast("dict[str, str]", request["headers"])
         body = request["body"]
         data = None if body is None else body if isinstance(body, str) else self._ours(json.dumps(body))
         answer = self._session.request(

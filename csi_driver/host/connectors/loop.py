@@ -154,19 +154,12 @@ class LoopDevices:
             text = _backing_text(number)
             if text is None:
                 continue
-            with contextlib.suppress(SystemCallFailed), self._opened(number) as fd:
-                status = ioctls.loop_status(fd)
+            # Closed before it is handed out: the caller may want to detach it.
+            with contextlib.suppress(SystemCallFailed):
+                with self._opened(number) as fd:
+                    status = ioctls.loop_status(fd)
                 if status is not None:
-                    file_is_gone = text.endswith(_DELETED)
-                    yield LoopDevice(
-                        number=number,
-                        device_number=_number_of(number),
-                        file=Path(text.removesuffix(_DELETED) if file_is_gone else text),
-                        label=status.label,
-                        read_only=bool(status.flags & ioctls.LOOP_READ_ONLY),
-                        file_is_gone=file_is_gone,
-                        backing=status.backing,
-                    )
+                    yield _described(number, text, status)
 
     def grow(self, device: Bound) -> None:
         """Let the device take the present size of its file."""
@@ -203,6 +196,9 @@ class LoopDevices:
                     number = ioctls.loop_free_number(control)
                     with self._opened(number, os.O_RDONLY if flags & ioctls.LOOP_READ_ONLY else os.O_RDWR) as fd:
                         if _configure(fd, backing, label, flags, block_bytes):
+                            if not flags & ioctls.LOOP_READ_ONLY:
+                                # A loop device keeps what BLKROSET said of it when it was another file's.
+                                ioctls.set_read_only(fd, False)
                             return number
         finally:
             os.close(control)
@@ -285,6 +281,19 @@ def _configure(fd: int, backing: int, label: str, flags: int, block_bytes: int) 
                 return False
             raise
     return True
+
+
+def _described(number: int, backing_text: str, status: ioctls.LoopStatus) -> LoopDevice:
+    file_is_gone = backing_text.endswith(_DELETED)
+    return LoopDevice(
+        number=number,
+        device_number=_number_of(number),
+        file=Path(backing_text.removesuffix(_DELETED) if file_is_gone else backing_text),
+        label=status.label,
+        read_only=bool(status.flags & ioctls.LOOP_READ_ONLY),
+        file_is_gone=file_is_gone,
+        backing=status.backing,
+    )
 
 
 def _require_same(fd: int, device: Bound) -> None:

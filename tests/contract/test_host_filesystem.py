@@ -1,0 +1,421 @@
+"""What devices hold, and making, checking and growing filesystems, on real loop devices with real tools."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import (
+    CommandFailed,
+    CommandTimedOut,
+    DeadlineReached,
+    DriverError,
+    HostFailure,
+    InvalidField,
+    PreconditionFailed,
+    ToolMissing,
+)
+from csi_driver.host import command, facts
+from csi_driver.machine import Blank, Content, Device, Filesystem, OtherContent
+from csi_driver.model import GIB, MIB
+from tests.contract.host_machine import HostMachine, Volume, host_machine, shell, soon
+
+pytestmark = pytest.mark.root
+
+SIZES = {"ext4": 32 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[HostMachine]:
+    with host_machine(tmp_path) as made:
+        yield made
+
+
+def probed(machine: HostMachine, volume: Volume) -> Content:
+    with machine.devices.open(machine.device(volume)) as opened:
+        return machine.filesystems.probe(opened, deadline=soon())
+
+
+def write(volume: Volume, offset: int, data: bytes) -> None:
+    fd = os.open(volume.loop.node or volume.file, os.O_RDWR | os.O_SYNC)
+    try:
+        os.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
+
+
+def nothing(_done: int, _total: int) -> None:
+    """Take no notice of progress."""
+
+
+# --- blank or not -----------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_volume_is_blank(machine: HostMachine) -> None:
+    assert probed(machine, machine.volume(size_bytes=GIB)) == Blank()
+
+
+@pytest.mark.parametrize("size_bytes", [4096, 8192, 3 * MIB, 8 * MIB + 4096])
+def test_a_volume_smaller_than_what_is_read_is_probed_whole(machine: HostMachine, size_bytes: int) -> None:
+    volume = machine.volume(size_bytes=size_bytes)
+    assert probed(machine, volume) == Blank()
+    write(volume, size_bytes - 1, b"x")
+    assert probed(machine, volume) == OtherContent(f"data at byte {size_bytes - 1} that nothing recognises")
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_filesystem_is_named_with_its_uuid(machine: HostMachine, fs_type: str) -> None:
+    volume, device = machine.formatted(fs_type, SIZES[fs_type])
+    uuid = shell("blkid", "-p", "-s", "UUID", "-o", "value", str(device.path)).strip()
+    assert probed(machine, volume) == Filesystem(fs_type, uuid, "")
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_filesystem_whose_head_was_wiped_is_not_blank(machine: HostMachine, fs_type: str) -> None:
+    """A copy of the superblock is enough."""
+    volume, _ = machine.formatted(fs_type, 2 * GIB)
+    with volume.file.open("r+b") as file:
+        file.write(bytes(8 * MIB))
+        file.seek(-8 * MIB, os.SEEK_END)
+        file.write(bytes(8 * MIB))
+        file.flush()
+        os.fsync(file.fileno())
+    assert isinstance(probed(machine, volume), OtherContent)
+
+
+@pytest.mark.parametrize("block_bytes", [1024, 2048, 4096])
+def test_a_copy_of_an_ext4_superblock_alone_is_found(machine: HostMachine, block_bytes: int) -> None:
+    """Everything is wiped but the copies, as dumpe2fs lists them."""
+    volume = machine.volume(size_bytes=GIB)
+    shell("mkfs.ext4", "-q", "-F", "-b", str(block_bytes), str(volume.file))
+    listing = shell("dumpe2fs", str(volume.file))
+    blocks = [int(line.split(" at ")[1].split(",")[0]) for line in listing.splitlines() if "Backup superblock" in line]
+    with volume.file.open("r+b", buffering=0) as file:
+        copies = {block * block_bytes: os.pread(file.fileno(), 1024, block * block_bytes) for block in blocks}
+        for offset, superblock in copies.items():
+            file.truncate(0)
+            file.truncate(GIB)
+            os.pwrite(file.fileno(), superblock, offset)
+            os.fsync(file.fileno())
+            assert isinstance(probed(machine, volume), OtherContent), f"copy at byte {offset}"
+    assert len(copies) >= 4
+
+
+def test_a_partition_table_is_content(machine: HostMachine) -> None:
+    volume = machine.volume()
+    entry = bytes((0, 0, 2, 0, 0x83, 0, 0, 0)) + (8).to_bytes(4, "little") + (64).to_bytes(4, "little")
+    write(volume, 446, entry.ljust(64, b"\0") + b"\x55\xaa")
+    assert probed(machine, volume) == OtherContent("a partition table (dos)")
+
+
+def test_a_partition_table_of_which_only_the_copy_is_left_is_content(machine: HostMachine) -> None:
+    volume = machine.volume()
+    write(volume, 64 * MIB - 4096, b"EFI PART")
+    assert isinstance(probed(machine, volume), OtherContent)
+
+
+def test_signatures_of_two_kinds_are_content(machine: HostMachine) -> None:
+    volume, _ = machine.formatted("btrfs", SIZES["btrfs"])
+    write(volume, 1024 + 56, b"\x53\xef")
+    assert not isinstance(probed(machine, volume), Blank | Filesystem)
+
+
+def test_a_device_that_cannot_be_read_is_never_blank(machine: HostMachine) -> None:
+    """The file is cut off under the device: its tail can no longer be read."""
+    volume = machine.volume()
+    device = machine.device(volume)
+    os.truncate(volume.file, 32 * MIB)
+    with machine.devices.open(device) as opened, pytest.raises(HostFailure, match=r"cannot be read|ends at"):
+        machine.filesystems.probe(opened, deadline=soon())
+
+
+def test_a_probe_ends_with_its_deadline(machine: HostMachine) -> None:
+    volume = machine.volume()
+    with machine.devices.open(machine.device(volume)) as opened, pytest.raises(DeadlineReached):
+        machine.filesystems.probe(opened, deadline=soon(0))
+
+
+def test_what_the_page_cache_still_shows_is_not_believed(machine: HostMachine) -> None:
+    """Another node wrote to the device; this node's cache holds what was there before."""
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    held = os.open(device.path, os.O_RDONLY)  # keeps the cache alive
+    os.pread(held, 1 * MIB, 0)
+    with volume.file.open("r+b") as file:  # behind the loop device's back
+        file.write(b"\0" * 8192)
+        file.flush()
+        os.fsync(file.fileno())
+    content = probed(machine, volume)
+    os.close(held)
+    assert isinstance(content, OtherContent)
+
+
+# --- every block ------------------------------------------------------------------------------------------------
+
+
+def test_one_written_byte_in_the_middle_is_found(machine: HostMachine) -> None:
+    volume = machine.volume(size_bytes=256 * MIB)
+    write(volume, 131 * MIB + 513, b"x")
+    assert probed(machine, volume) == Blank()
+    with machine.devices.open(machine.device(volume)) as opened:
+        assert machine.filesystems.first_data(opened, deadline=None, progress=nothing) == 131 * MIB + 513
+
+
+def test_a_scan_of_a_blank_volume_finds_nothing_and_tells_its_progress(machine: HostMachine) -> None:
+    volume = machine.volume(size_bytes=3 * GIB)
+    told: list[tuple[int, int]] = []
+    with machine.devices.open(machine.device(volume)) as opened:
+        found = machine.filesystems.first_data(opened, deadline=None, progress=lambda *step: told.append(step))
+    assert found is None
+    assert told == [(GIB, 3 * GIB), (2 * GIB, 3 * GIB), (3 * GIB, 3 * GIB)]
+
+
+def test_a_scan_that_cannot_read_says_so(machine: HostMachine) -> None:
+    volume = machine.volume()
+    device = machine.device(volume)
+    os.truncate(volume.file, 32 * MIB)
+    with machine.devices.open(device) as opened, pytest.raises(HostFailure):
+        machine.filesystems.first_data(opened, deadline=None, progress=nothing)
+
+
+def test_a_scan_ends_with_its_deadline(machine: HostMachine) -> None:
+    with machine.devices.open(machine.device(machine.volume())) as opened, pytest.raises(DeadlineReached):
+        machine.filesystems.first_data(opened, deadline=soon(0), progress=nothing)
+
+
+# --- making -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_filesystem_is_made_over_another(machine: HostMachine, fs_type: str) -> None:
+    volume, device = machine.formatted("ext4", SIZES[fs_type])
+    with machine.devices.open(device, write=True, exclusive=True) as opened:
+        machine.filesystems.make(opened, fs_type, ())
+    content = probed(machine, volume)
+    assert isinstance(content, Filesystem)
+    assert content.fs_type == fs_type
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_made_filesystem_is_sound(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    checks = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n"), "btrfs": ("btrfs", "check")}
+    shell(*checks[fs_type], str(device.path))
+
+
+@pytest.mark.parametrize(("fs_type", "size_bytes"), [("ext4", MIB), ("xfs", 299 * MIB), ("btrfs", 64 * MIB)])
+def test_a_volume_too_small_for_a_filesystem_is_refused(machine: HostMachine, fs_type: str, size_bytes: int) -> None:
+    device = machine.device(machine.volume(size_bytes=size_bytes))
+    with (
+        machine.devices.open(device, write=True, exclusive=True) as opened,
+        pytest.raises(PreconditionFailed, match="needs at least"),
+    ):
+        machine.filesystems.make(opened, fs_type, ())
+
+
+@pytest.mark.parametrize(("fs_type", "size_bytes"), [("ext4", 2 * MIB), ("xfs", 300 * MIB), ("btrfs", 109 * MIB)])
+def test_the_smallest_filesystem_can_be_made(machine: HostMachine, fs_type: str, size_bytes: int) -> None:
+    machine.formatted(fs_type, size_bytes)
+
+
+def test_a_filesystem_that_the_driver_cannot_make_is_refused(machine: HostMachine) -> None:
+    device = machine.device(machine.volume())
+    with machine.devices.open(device, write=True) as opened, pytest.raises(InvalidField, match="ntfs"):
+        machine.filesystems.make(opened, "ntfs", ())
+
+
+def test_what_can_be_made_here_begins_with_ext4(machine: HostMachine) -> None:
+    installed = [fs_type for fs_type in SIZES if shutil.which(f"mkfs.{fs_type}", path=command.SEARCH_PATH)]
+    assert list(machine.filesystems.supported()) == installed
+
+
+# --- checking ---------------------------------------------------------------------------------------------------
+
+
+def broken(volume: Volume, *, badly: bool) -> None:
+    """Damage an ext4: its free counts, or an inode table as a person must see it."""
+    if not badly:
+        shell("debugfs", "-w", "-R", "ssv free_blocks_count 1", str(volume.loop.node))
+    else:
+        shell("debugfs", "-w", "-R", "clri <2>", str(volume.loop.node))
+    shell("debugfs", "-w", "-R", "ssv state 2", str(volume.loop.node))
+
+
+def test_an_ext4_with_a_small_error_is_repaired(machine: HostMachine) -> None:
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    broken(volume, badly=False)
+    machine.filesystems.check(device, "ext4")
+    shell("e2fsck", "-f", "-n", str(device.path))
+
+
+def test_an_ext4_that_needs_a_person_is_refused_with_advice(machine: HostMachine) -> None:
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    broken(volume, badly=True)
+    with pytest.raises(PreconditionFailed, match="e2fsck -f /"):
+        machine.filesystems.check(device, "ext4")
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_clean_filesystem_passes_the_check_without_a_process(
+    machine: HostMachine, fs_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    monkeypatch.setattr("csi_driver.host.filesystem.run", lambda *_, **__: pytest.fail("a process was started"))
+    machine.filesystems.check(device, fs_type)
+
+
+def test_an_ext4_that_was_not_unmounted_is_checked(machine: HostMachine) -> None:
+    """Its journal is replayed by the check, so that the next mount finds it clean."""
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    (target / "file").write_text("data")
+    os.sync()
+    other = machine.volume("csi-2", SIZES["ext4"])
+    shutil.copyfile(volume.file, other.file)
+    copied = machine.device(other)
+    machine.filesystems.check(copied, "ext4")
+    assert "needs_recovery" not in shell("dumpe2fs", "-h", str(copied.path))
+
+
+# --- growing ----------------------------------------------------------------------------------------------------
+
+
+def total_bytes(path: Path) -> int:
+    """Return the size of a filesystem as df says it."""
+    return int(shell("df", "--block-size=1", "--output=size", str(path)).splitlines()[-1])
+
+
+@pytest.mark.parametrize("fs_type", ["xfs", "btrfs"])
+def test_a_mounted_filesystem_grows_and_keeps_its_data(machine: HostMachine, fs_type: str) -> None:
+    volume, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    (target / "file").write_text("data")
+    before = total_bytes(target)
+    grown = machine.grow(volume, SIZES[fs_type] + 256 * MIB)
+    machine.filesystems.grow_mounted(target, grown, fs_type)
+    assert total_bytes(target) - before >= 240 * MIB
+    assert (target / "file").read_text() == "data"
+
+
+@pytest.mark.parametrize("fs_type", ["xfs", "btrfs"])
+def test_growing_a_mounted_filesystem_again_changes_nothing(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    before = total_bytes(target)
+    machine.filesystems.grow_mounted(target, device, fs_type)
+    assert total_bytes(target) == before
+
+
+def test_a_mounted_ext4_grows_or_the_missing_capability_is_named(machine: HostMachine) -> None:
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    before = total_bytes(target)
+    grown = machine.grow(volume, 128 * MIB)
+    if facts.has_capability(24):
+        machine.filesystems.grow_mounted(target, grown, "ext4")
+        assert total_bytes(target) > before
+    else:
+        with pytest.raises(PreconditionFailed, match="CAP_SYS_RESOURCE"):
+            machine.filesystems.grow_mounted(target, grown, "ext4")
+
+
+def test_an_unmounted_ext4_grows_and_keeps_its_data(machine: HostMachine) -> None:
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    (target / "file").write_text("data")
+    machine.mounts.unmount(target)
+    grown = machine.grow(volume, 256 * MIB)
+    assert machine.filesystems.grow_unmounted(grown, "ext4")
+    assert machine.filesystems.recorded_bytes(grown, "ext4") == 256 * MIB
+    machine.mounts.mount(grown, target, "ext4", [], read_only=False)
+    assert (target / "file").read_text() == "data"
+
+
+def test_growing_an_unmounted_ext4_again_changes_nothing(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    assert machine.filesystems.grow_unmounted(device, "ext4")
+    assert machine.filesystems.recorded_bytes(device, "ext4") == SIZES["ext4"]
+
+
+@pytest.mark.parametrize("fs_type", ["xfs", "btrfs"])
+def test_xfs_and_btrfs_grow_only_while_mounted(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    assert not machine.filesystems.grow_unmounted(device, fs_type)
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_the_recorded_size_is_the_volumes(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    assert machine.filesystems.recorded_bytes(device, fs_type) == SIZES[fs_type]
+
+
+# --- use --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_the_use_of_a_filesystem_is_what_df_says(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    usage = machine.filesystems.usage(target)
+    columns = "size,used,avail,itotal,iused,iavail"
+    shown = [int(word) if word != "-" else 0 for word in
+             shell("df", "--block-size=1", f"--output={columns}", str(target)).splitlines()[-1].split()]  # fmt: skip
+    inodes = (usage.total_inodes, usage.used_inodes, usage.available_inodes)
+    assert [usage.total_bytes, usage.used_bytes, usage.available_bytes] == shown[:3]
+    assert [count or 0 for count in inodes] == shown[3:]
+    assert (usage.total_inodes is None) == (fs_type == "btrfs")
+
+
+# --- programs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
+    with pytest.raises(CommandTimedOut):
+        command.run(("sh", "-c", "sleep 987654 & sleep 987654"), timeout_s=0.2)
+    assert "987654" not in shell("ps", "-eo", "args").replace("grep", "")
+
+
+def test_a_status_that_is_no_answer_is_a_failure_with_the_reason() -> None:
+    with pytest.raises(CommandFailed, match="status 3: because") as caught:
+        command.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=5)
+    assert caught.value.status == 3
+
+
+def test_a_status_that_is_an_answer_is_returned() -> None:
+    assert command.run(("sh", "-c", "cat; exit 3"), timeout_s=5, accept=(0, 3), stdin=b"in").stdout == b"in"
+
+
+def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "SEARCH_PATH", "/nowhere")
+    with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; it is in the package xfsprogs"):
+        command.run(("mkfs.xfs",), timeout_s=5)
+
+
+def test_a_program_gets_nothing_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "value")
+    shown = command.run(("env",), timeout_s=5).stdout.decode()
+    assert "SECRET" not in shown
+    assert "LC_ALL=C" in shown
+
+
+def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert facts.MachineTools([tmp_path]).problems() == []
+    monkeypatch.setattr(facts, "find_tool", lambda tool: None if tool == "blkid" else "/usr/sbin/any")
+    problems = facts.MachineTools([tmp_path / "absent"]).problems()
+    assert problems[0] == "blkid is not installed; it is in the package util-linux"
+    assert "absent does not exist" in problems[1]
+
+
+def test_every_failure_of_this_adapter_is_one_of_the_driver(machine: HostMachine) -> None:
+    gone = Device("csi-0", machine.device_root / "csi-0", machine.volume().loop.device_number, 4096, False, None)
+    with pytest.raises(DriverError):
+        machine.filesystems.recorded_bytes(gone, "ext4")

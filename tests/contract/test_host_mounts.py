@@ -1,0 +1,317 @@
+"""The mounts of `csi_driver.host` on the real kernel, judged by findmnt and /proc."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import mounts, syscalls
+from csi_driver.machine import DeviceNumber
+from csi_driver.model import MIB
+from tests.contract.host_machine import HostMachine, host_machine, mounts_below, shell
+
+pytestmark = pytest.mark.root
+
+SIZES = {"ext4": 32 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[HostMachine]:
+    with host_machine(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(params=["new", "classic"])
+def both_interfaces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the descriptor based mount interface and as on kernels that lack it."""
+    if request.param == "classic":
+        monkeypatch.setattr(syscalls, "has_mount_api", lambda: False)
+    return str(request.param)
+
+
+@pytest.fixture(params=["statmount", "table", "no-mount-root-bit"])
+def every_way_to_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Look at mounts as on this kernel, as before statmount (6.8), and as before STATX_ATTR_MOUNT_ROOT (5.8)."""
+    if request.param != "statmount":
+        real = syscalls.statx
+        hides_root = request.param == "no-mount-root-bit"
+
+        def old(path: Path) -> syscalls.PathStatus:
+            status = real(path)
+            return replace(
+                status,
+                is_mount_root=None if hides_root else status.is_mount_root,
+                unique_mount_id=None,
+                mount_id=None if hides_root else _mount_id_of(path),
+            )
+
+        monkeypatch.setattr(syscalls, "statx", old)
+    return str(request.param)
+
+
+def _mount_id_of(path: Path) -> int:
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    finally:
+        os.close(fd)
+    return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+
+
+def findmnt(path: Path, columns: str) -> dict[str, str]:
+    """Return findmnt's view of the topmost mount at a path."""
+    text = shell("findmnt", "--json", "--output", columns, "--mountpoint", str(path))
+    rows: list[dict[str, str]] = json.loads(text)["filesystems"]
+    return rows[-1]
+
+
+def rdev(path: Path) -> DeviceNumber:
+    number = path.stat().st_rdev
+    return DeviceNumber(os.major(number), os.minor(number))
+
+
+# --- looking ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_mount_is_seen_as_findmnt_sees_it(machine: HostMachine, fs_type: str, every_way_to_look: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, ["noatime", "nodev"], read_only=False)
+    seen = machine.mounts.at(target)
+    shown = findmnt(target, "FSTYPE,SOURCE,OPTIONS")
+    assert seen is not None
+    assert (seen.fs_type, seen.source) == (fs_type, str(device.path))
+    assert shown["source"].startswith(str(device.path))
+    assert seen.number == rdev(device.path)
+    assert seen.options == frozenset(shown["options"].split(",")) - {"rw"}
+    assert not seen.read_only
+    assert (seen.root, seen.path, seen.node_number) == ("/", target, None)
+
+
+def test_no_mount_is_seen_where_none_begins(machine: HostMachine, every_way_to_look: str) -> None:
+    assert machine.mounts.at(machine.place()) is None
+
+
+def test_no_mount_is_seen_at_a_path_that_is_absent(machine: HostMachine) -> None:
+    assert machine.mounts.at(machine.directory / "absent" / "below") is None
+
+
+def test_a_directory_inside_a_mount_is_no_mount(machine: HostMachine, every_way_to_look: str) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    assert machine.mounts.at(target / "lost+found") is None
+
+
+def test_the_topmost_of_stacked_mounts_is_seen(machine: HostMachine, every_way_to_look: str) -> None:
+    _, below = machine.formatted("ext4", SIZES["ext4"], "csi-1")
+    _, above = machine.formatted("ext4", SIZES["ext4"], "csi-2")
+    target = machine.place()
+    machine.mounts.mount(below, target, "ext4", [], read_only=False)
+    machine.mounts.mount(above, target, "ext4", [], read_only=False)
+    first = machine.mounts.at(target)
+    machine.mounts.unmount(target)
+    second = machine.mounts.at(target)
+    assert first is not None
+    assert second is not None
+    assert (first.number, second.number) == (above.number, below.number)
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_every_mount_of_a_device_is_found(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    staged, published, node = machine.place("a b"), machine.place("c\nd"), machine.directory / "node"
+    node.touch()
+    machine.mounts.mount(device, staged, fs_type, [], read_only=False)
+    machine.mounts.bind(staged, published, read_only=True)
+    machine.mounts.bind(device.path, node, read_only=False)
+    found = machine.mounts.of_device(device.number)
+    assert {mounted.path for mounted in found} == {staged, published, node}
+
+
+def test_a_mount_whose_filesystem_was_shut_down_is_still_seen(machine: HostMachine) -> None:
+    _, device = machine.formatted("xfs", SIZES["xfs"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "xfs", [], read_only=False)
+    fd = os.open(target, os.O_RDONLY)
+    fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))  # XFS_IOC_GOINGDOWN, without flushing the log
+    os.close(fd)
+    seen = machine.mounts.at(target)
+    assert seen is not None
+    assert seen.number == device.number
+    machine.mounts.unmount(target)
+    assert machine.mounts.at(target) is None
+
+
+def test_propagation_is_told_as_the_kernel_shows_it(machine: HostMachine) -> None:
+    target = machine.place()
+    shell("mount", "-t", "tmpfs", "none", str(target))
+    inside = target / "inside"
+    inside.mkdir()
+    answers = []
+    for kind in ("--make-shared", "--make-private"):
+        shell("mount", kind, str(target))
+        answers.append(machine.mounts.propagation_is_shared(inside))
+    assert answers == [True, False]
+
+
+# --- mounting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_read_only_mount_refuses_writes(machine: HostMachine, fs_type: str, both_interfaces: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        (target / "file").touch()
+    seen = machine.mounts.at(target)
+    assert seen is not None
+    assert seen.read_only
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_an_option_that_the_kernel_refuses_is_named(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    with pytest.raises(InvalidField, match="nonsense=7"):
+        machine.mounts.mount(device, target, fs_type, ["noatime", "nonsense=7"], read_only=False)
+    assert not mounts_below(machine.directory)
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "option"), [("xfs", "logbsize=17k"), ("ext4", "journal_async_commit"), ("ext4", "data=x")]
+)
+def test_an_option_that_only_the_superblock_refuses_is_named(machine: HostMachine, fs_type: str, option: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    with pytest.raises(InvalidField, match=option):
+        machine.mounts.mount(device, machine.place(), fs_type, ["noatime", option], read_only=False)
+
+
+def test_a_refused_option_is_named_by_old_kernels_too(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syscalls, "has_mount_api", lambda: False)
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    with pytest.raises(InvalidField, match="nonsense"):
+        machine.mounts.mount(device, machine.place(), "ext4", ["nonsense"], read_only=False)
+
+
+def test_a_broken_filesystem_is_not_blamed_on_options(machine: HostMachine) -> None:
+    volume = machine.volume()
+    device = machine.device(volume)
+    with pytest.raises(SystemCallFailed):
+        machine.mounts.mount(device, machine.place(), "ext4", ["noatime", "discard"], read_only=False)
+
+
+@pytest.mark.parametrize("option", ["remount", "bind", "loop=/dev/loop0", "move", "shared"])
+def test_words_that_are_no_options_of_a_mount_are_refused(machine: HostMachine, option: str) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    with pytest.raises(InvalidField, match=option):
+        machine.mounts.mount(device, machine.place(), "ext4", [option], read_only=False)
+
+
+def test_a_device_that_became_another_is_never_visible(machine: HostMachine, both_interfaces: str) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    wrong = replace(device, number=DeviceNumber(7, 4095))
+    target = machine.place()
+    with pytest.raises(PreconditionFailed, match="expected 7:4095"):
+        machine.mounts.mount(wrong, target, "ext4", [], read_only=False)
+    assert not mounts_below(machine.directory)
+
+
+def test_a_filesystem_that_the_kernel_lacks_is_said_so(machine: HostMachine) -> None:
+    device = machine.device(machine.volume())
+    with pytest.raises(HostFailure, match="nofs"):
+        machine.mounts.mount(device, machine.place(), "nofs", [], read_only=False)
+
+
+def test_nothing_is_mounted_onto_a_link(machine: HostMachine, both_interfaces: str) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    link = machine.directory / "link"
+    link.symlink_to(machine.place())
+    with pytest.raises(DriverError):
+        machine.mounts.mount(device, link, "ext4", [], read_only=False)
+    assert not mounts_below(machine.directory)
+
+
+# --- binding ----------------------------------------------------------------------------------------------------
+
+
+def test_a_read_only_bind_refuses_writes_and_its_source_takes_them(machine: HostMachine, both_interfaces: str) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    staged, target = machine.place("staged"), machine.place("target")
+    machine.mounts.mount(device, staged, "ext4", ["nosuid", "noexec"], read_only=False)
+    machine.mounts.bind(staged, target, read_only=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        (target / "file").touch()
+    (staged / "file").touch()
+    seen = machine.mounts.at(target)
+    assert seen is not None
+    assert seen.read_only
+    assert {"nosuid", "noexec"} <= seen.options
+
+
+def test_a_device_node_is_bound_onto_a_file(machine: HostMachine, both_interfaces: str, every_way_to_look: str) -> None:
+    device = machine.device(machine.volume())
+    target = machine.directory / "node"
+    target.touch()
+    machine.mounts.bind(device.path, target, read_only=False)
+    seen = machine.mounts.at(target)
+    assert stat.S_ISBLK(target.stat().st_mode)
+    assert seen is not None
+    assert seen.node_number == rdev(device.path) == device.number
+
+
+# --- unmounting -------------------------------------------------------------------------------------------------
+
+
+def test_unmounting_where_nothing_is_mounted_is_success(machine: HostMachine) -> None:
+    machine.mounts.unmount(machine.place())
+    machine.mounts.unmount(machine.directory / "absent")
+
+
+def test_a_busy_mount_is_refused_and_stays(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    with (target / "file").open("w"), pytest.raises(PreconditionFailed, match="in use"):
+        machine.mounts.unmount(target)
+    assert machine.mounts.at(target) is not None
+
+
+def test_a_busy_mount_is_taken_off_lazily(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    with (target / "file").open("w"):
+        machine.mounts.unmount(target, lazy=True)
+        assert machine.mounts.at(target) is None
+
+
+def test_looking_at_one_path_never_reads_the_table(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it costs the same with ten mounts and ten thousand."""
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    staged, target = machine.place("staged"), machine.place("target")
+    monkeypatch.setattr(mounts, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    machine.mounts.mount(device, staged, "ext4", [], read_only=False)
+    machine.mounts.bind(staged, target, read_only=True)
+    seen = [machine.mounts.at(path) for path in (staged, target)]
+    machine.mounts.unmount(target)
+    machine.mounts.unmount(staged)
+    assert all(seen)
+
+
+def test_a_system_call_that_is_refused_names_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(SystemCallFailed, match="ENOENT") as caught:
+        syscalls.open_tree_clone(tmp_path / "absent")
+    assert caught.value.errno == errno.ENOENT

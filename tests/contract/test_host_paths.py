@@ -1,0 +1,213 @@
+"""Target and staging paths on a real filesystem."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.host import syscalls
+from csi_driver.host.mounts import LinuxMounts
+from csi_driver.host.paths import LinuxPaths
+from csi_driver.model import MIB
+from tests.contract.host_machine import host_machine, mounts_below, shell
+
+
+@pytest.fixture(params=["openat2", "walk"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a path root; everything is done with openat2 and as on kernels before it (5.6)."""
+    if request.param == "walk":
+
+        def absent(*_: object) -> int:
+            raise SystemCallFailed("openat2", errno.ENOSYS)
+
+        monkeypatch.setattr(syscalls, "openat2", absent)
+    made = tmp_path / "root"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def paths(root: Path) -> LinuxPaths:
+    return LinuxPaths([root])
+
+
+@pytest.fixture
+def mounted(root: Path) -> Iterator[Path]:
+    """Give a mount point below the root."""
+    point = root / "mounted"
+    point.mkdir()
+    shell("mount", "-t", "tmpfs", "none", str(point))
+    yield point
+    for left in mounts_below(root):
+        shell("umount", "--lazy", left)
+
+
+# --- checking ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "line\nbreak", "ünïcode", "-flag", "a/b/c", "..."])
+def test_any_plain_path_below_the_root_is_taken(paths: LinuxPaths, root: Path, name: str) -> None:
+    assert paths.check(f"{root}/{name}", "target_path") == root / name
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "relative", "{root}", "{root}/", "{root}/../x", "{root}/a/../../x", "{root}x", "/etc", "{root}/a\0b", "/"],
+)
+def test_any_other_path_is_refused_naming_the_field(paths: LinuxPaths, root: Path, text: str) -> None:
+    with pytest.raises(InvalidField, match="target_path"):
+        paths.check(text.format(root=root), "target_path")
+
+
+def test_a_path_that_is_too_long_is_refused(paths: LinuxPaths, root: Path) -> None:
+    for text in (f"{root}/{'a/' * 3000}", f"{root}/{'a' * 300}", f"{root}/{'a' * 100_000}"):
+        with pytest.raises(InvalidField):
+            paths.check(text, "target_path")
+
+
+def test_a_root_that_is_a_link_serves_both_spellings(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    paths = LinuxPaths([link])
+    assert paths.check(f"{link}/a", "target_path") == paths.check(f"{real}/a", "target_path") == real / "a"
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+def test_a_link_below_the_root_is_refused(paths: LinuxPaths, root: Path, name: str) -> None:
+    outside = root.parent / "outside"
+    (outside / "below").mkdir(parents=True)
+    (root / "link").symlink_to(outside)
+    with pytest.raises(InvalidField, match="symbolic links"):
+        paths.check(f"{root}/{name}", "target_path")
+
+
+# --- looking ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_at_a_path_is_told(paths: LinuxPaths, root: Path) -> None:
+    (root / "directory").mkdir()
+    (root / "file").touch()
+    (root / "link").symlink_to("/etc")
+    os.mkfifo(root / "fifo")
+    kinds = [paths.kind(root / name) for name in ("directory", "file", "link", "fifo", "absent", "file/below")]
+    assert kinds == ["directory", "file", "other", "other", "absent", "absent"]
+
+
+# --- making -----------------------------------------------------------------------------------------------------
+
+
+def test_directories_and_files_are_made_and_may_be_there_already(paths: LinuxPaths, root: Path) -> None:
+    for _ in range(2):
+        paths.make_directory(root / "directory")
+        paths.make_file(root / "file")
+    assert (root / "directory").is_dir()
+    assert (root / "file").read_bytes() == b""
+
+
+def test_a_file_with_content_stays_as_it_is(paths: LinuxPaths, root: Path) -> None:
+    (root / "file").write_text("data")
+    paths.make_file(root / "file")
+    assert (root / "file").read_text() == "data"
+
+
+def test_something_else_in_the_place_is_refused(paths: LinuxPaths, root: Path) -> None:
+    (root / "directory").mkdir()
+    (root / "file").touch()
+    with pytest.raises(PreconditionFailed, match="no directory"):
+        paths.make_directory(root / "file")
+    with pytest.raises(PreconditionFailed, match="no file"):
+        paths.make_file(root / "directory")
+
+
+def test_parents_are_not_made(paths: LinuxPaths, root: Path) -> None:
+    with pytest.raises(PreconditionFailed, match="absent"):
+        paths.make_directory(root / "absent" / "directory")
+
+
+def test_nothing_is_made_through_a_link_or_outside_the_root(paths: LinuxPaths, root: Path) -> None:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (root / "link").symlink_to(outside)
+    for path in (root / "link" / "new", outside / "new", root / ".." / "outside" / "new"):
+        with pytest.raises(PreconditionFailed):
+            paths.make_directory(path)
+        with pytest.raises(PreconditionFailed):
+            paths.make_file(path)
+    assert not list(outside.iterdir())
+
+
+# --- removing ---------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_directory_or_file_is_removed_and_may_be_gone(paths: LinuxPaths, root: Path) -> None:
+    (root / "directory").mkdir()
+    (root / "file").touch()
+    for _ in range(2):
+        paths.remove(root / "directory")
+        paths.remove(root / "file")
+    paths.remove(root / "absent" / "below")
+    assert not list(root.iterdir())
+
+
+def test_a_directory_or_file_that_holds_data_is_never_removed(paths: LinuxPaths, root: Path) -> None:
+    (root / "directory").mkdir()
+    (root / "directory" / "data").touch()
+    (root / "file").write_text("data")
+    for name in ("directory", "file"):
+        with pytest.raises(PreconditionFailed, match="stays as it is"):
+            paths.remove(root / name)
+    assert (root / "directory" / "data").exists()
+    assert (root / "file").read_text() == "data"
+
+
+def test_a_link_is_neither_followed_nor_removed(paths: LinuxPaths, root: Path) -> None:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (root / "link").symlink_to(outside)
+    with pytest.raises(PreconditionFailed):
+        paths.remove(root / "link")
+    with pytest.raises(PreconditionFailed):
+        paths.remove(root / "link" / "directory")
+    assert (root / "link").is_symlink()
+    assert outside.is_dir()
+
+
+@pytest.mark.root
+def test_a_mount_point_is_never_removed(paths: LinuxPaths, mounted: Path) -> None:
+    with pytest.raises(PreconditionFailed, match="mount point"):
+        paths.remove(mounted)
+    assert mounted.is_mount()
+
+
+@pytest.mark.root
+def test_a_device_bound_onto_a_file_is_never_removed(paths: LinuxPaths, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    with host_machine(tmp_path / "machine") as machine:
+        device = machine.device(machine.volume(size_bytes=MIB))
+        target = root / "node"
+        paths.make_file(target)
+        LinuxMounts(paths.open).bind(device.path, target, read_only=False)
+        kind = paths.kind(target)
+        paths.make_file(target)
+        with pytest.raises(PreconditionFailed):
+            paths.remove(target)
+        LinuxMounts().unmount(target)
+        paths.remove(target)
+    assert kind == "device"
+    assert not target.exists()
+
+
+@pytest.mark.root
+def test_nothing_is_mounted_through_a_link(paths: LinuxPaths, root: Path) -> None:
+    outside = root.parent / "outside"
+    (outside / "target").mkdir(parents=True)
+    (root / "link").symlink_to(outside)
+    with pytest.raises(SystemCallFailed, match="ELOOP"):
+        LinuxMounts(paths.open).bind(root, root / "link" / "target", read_only=False)
+    assert not mounts_below(outside)
