@@ -61,6 +61,11 @@ def test_a_number_of_blocks_that_is_no_natural_number_cannot_be_read(blocks: obj
         decode_volume({**BARE_VOLUME, "blocks": blocks})
 
 
+def test_metadata_that_is_no_object_cannot_be_read() -> None:
+    with pytest.raises(StorageUnavailable):
+        decode_volume({**BARE_VOLUME, "metadata": "pvc-1"})
+
+
 def test_the_word_undefined_is_no_identity() -> None:
     with pytest.raises(StorageUnavailable):
         decode_volume({**BARE_VOLUME, "uuid": "undefined"})
