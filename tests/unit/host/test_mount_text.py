@@ -1,0 +1,89 @@
+"""The mount table's text, and the sorting of mount options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import InvalidField
+from csi_driver.host import mount_options, mount_table, syscalls
+from csi_driver.machine import DeviceNumber
+
+# Lines as Linux 6.1 prints them.
+TABLE = r"""22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw,discard,errors=remount-ro
+90 22 7:5 / /var/lib/kubelet/a\040b\011c\012d\134e rw,noatime shared:31 master:2 - ext4 /dev/nvmesh/csi-1 ro,stripe=32
+91 22 0:5 /nvmesh/csi-2 /target ro,nosuid,noexec,relatime - devtmpfs devtmpfs rw,size=4096k,mode=755
+92 22 0:40 / /multi rw - btrfs /dev/nvmesh/csi-3 rw,space_cache=v2,subvolid=5,subvol=/
+93 22 7:6 / /target rw - xfs /dev/nvmesh/csi-4 rw,logbufs=8
+torn line
+94 22 7:7 / /cut - xfs
+"""
+
+
+def entry(mount_id: int) -> mount_table.Entry:
+    return next(found for found in mount_table.parse(TABLE) if found.mount_id == mount_id)
+
+
+def test_every_whole_line_is_read_and_others_are_left_out() -> None:
+    assert [found.mount_id for found in mount_table.parse(TABLE)] == [22, 90, 91, 92, 93]
+
+
+def test_octal_escapes_are_undone() -> None:
+    assert entry(90).path == Path("/var/lib/kubelet/a b\tc\nd\\e")
+
+
+def test_options_of_mount_and_filesystem_are_joined_without_ro_and_rw() -> None:
+    assert entry(90).options == {"noatime", "stripe=32"}
+
+
+@pytest.mark.parametrize(("mount_id", "read_only"), [(22, False), (90, True), (91, True)])
+def test_a_mount_is_read_only_when_it_or_its_filesystem_is(mount_id: int, read_only: bool) -> None:
+    assert entry(mount_id).read_only is read_only
+
+
+def test_the_root_within_the_filesystem_is_kept() -> None:
+    assert (entry(91).root, entry(91).fs_type, entry(91).number) == ("/nvmesh/csi-2", "devtmpfs", DeviceNumber(0, 5))
+
+
+@pytest.mark.parametrize(("mount_id", "shared"), [(22, True), (90, True), (91, False)])
+def test_a_mount_of_a_peer_group_propagates(mount_id: int, shared: bool) -> None:
+    assert entry(mount_id).shared is shared
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def test_options_go_to_whoever_takes_them() -> None:
+    sorted_options = mount_options.sort_options(
+        ["noatime,nodev", "data=ordered", "dirsync", "defaults"], read_only=False
+    )
+    assert sorted_options.attributes == syscalls.MOUNT_ATTR_NOATIME | syscalls.MOUNT_ATTR_NODEV
+    assert sorted_options.superblock == ("dirsync",)
+    assert sorted_options.own == ("data=ordered",)
+    assert sorted_options.flags == syscalls.MS_NOATIME | syscalls.MS_NODEV | syscalls.MS_DIRSYNC
+
+
+@pytest.mark.parametrize(("options", "read_only"), [([], True), (["ro"], False), (["ro"], True)])
+def test_read_only_holds_for_mount_and_superblock(options: list[str], read_only: bool) -> None:
+    sorted_options = mount_options.sort_options(options, read_only=read_only)
+    assert sorted_options.attributes & syscalls.MOUNT_ATTR_RDONLY
+    assert sorted_options.superblock == ("ro",)
+    assert sorted_options.flags & syscalls.MS_RDONLY
+
+
+def test_of_several_access_times_the_last_counts() -> None:
+    sorted_options = mount_options.sort_options(["noatime", "strictatime"], read_only=False)
+    assert sorted_options.attributes == syscalls.MOUNT_ATTR_STRICTATIME
+
+
+@pytest.mark.parametrize("option", ["bind", "remount,rw", "move", "loop", "offset=4096", "rshared", "source=/dev/sda"])
+def test_what_is_no_option_of_a_mount_is_refused(option: str) -> None:
+    with pytest.raises(InvalidField, match="mount_flags"):
+        mount_options.sort_options([option], read_only=False)
+
+
+def test_options_are_shown_as_the_table_would() -> None:
+    attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
+    assert mount_options.shown_options(attributes, syscalls.MS_SYNCHRONOUS) == {"nosuid", "relatime", "sync"}
+    assert mount_options.shown_options(syscalls.MOUNT_ATTR_STRICTATIME, 0) == frozenset()

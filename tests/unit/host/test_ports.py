@@ -1,0 +1,37 @@
+"""The adapter fits what its users declare; mypy is the judge, run by tests/unit/test_types.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from csi_driver.embedded import ports as embedded
+from csi_driver.host import command
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.devices import LinuxDevices
+from csi_driver.host.facts import MachineTools
+from csi_driver.host.filesystem import LinuxFilesystems
+from csi_driver.host.mounts import LinuxMounts
+from csi_driver.host.paths import LinuxPaths
+from csi_driver.host.supervise import ChildProcesses
+from csi_driver.local import show, stack
+from csi_driver.node import ports
+
+
+def test_the_adapter_fits_the_ports_of_the_node(tmp_path: Path) -> None:
+    paths = LinuxPaths([tmp_path])
+    linux_devices = LinuxDevices(tmp_path, tmp_path)
+    devices: ports.Devices = linux_devices
+    readers: ports.ReadOnlyDevices = ReadOnlyLoops(LoopDevices())
+    mounts: ports.Mounts = LinuxMounts(paths.open)
+    filesystems: ports.Filesystems = LinuxFilesystems(linux_devices)
+    checked_paths: ports.Paths = paths
+    tools: ports.Tools = MachineTools([tmp_path])
+    assert all((devices, readers, mounts, filesystems, checked_paths, tools))
+
+
+def test_the_adapter_fits_the_ports_of_the_embedded_manager_and_of_local_runs() -> None:
+    loops: embedded.LoopDevices = LoopDevices()
+    processes: stack.Processes = ChildProcesses()
+    commands: show.Commands = command
+    assert all((loops, processes, commands))

@@ -1,0 +1,122 @@
+"""Parsers of superblocks and blkid's output, and the list of places where superblocks and their copies lie."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from csi_driver.host import blank, superblock
+from csi_driver.host.filesystem import parse_blkid
+from csi_driver.model import GIB, MIB
+
+
+def ext_head(
+    blocks: int, *, log_block: int = 2, incompatible: int = 0, state: int = 1, mounted_s: int = 0, checked_s: int = 0
+) -> bytes:
+    """Build the head of a device with the fields of an ext4 superblock that are read."""
+    raw = bytearray(superblock.HEAD_BYTES)
+    struct.pack_into("<I", raw, 1024 + 4, blocks & 0xFFFFFFFF)
+    struct.pack_into("<I", raw, 1024 + 24, log_block)
+    struct.pack_into("<IIHhHH", raw, 1024 + 44, mounted_s, 0, 3, -1, 0xEF53, state)
+    struct.pack_into("<II", raw, 1024 + 64, checked_s, 0)
+    struct.pack_into("<I", raw, 1024 + 96, incompatible)
+    struct.pack_into("<I", raw, 1024 + 0x150, blocks >> 32)
+    return bytes(raw)
+
+
+def found(head: bytes, fs_type: str) -> superblock.Superblock:
+    parsed = superblock.parse(head, fs_type)
+    assert parsed is not None
+    return parsed
+
+
+def test_an_ext4_beyond_32_bits_of_blocks_has_its_whole_size() -> None:
+    assert found(ext_head(5 << 32, incompatible=0x80), "ext4").size_bytes == (5 << 32) * 4096
+
+
+def test_without_the_64bit_feature_the_upper_half_is_not_read() -> None:
+    assert found(ext_head(5 << 32 | 7), "ext4").size_bytes == 7 * 4096
+
+
+@pytest.mark.parametrize(("state", "incompatible", "well"), [(1, 0, True), (0, 0, False), (3, 0, False), (1, 4, False)])
+def test_an_ext4_was_closed_well_only_without_error_and_recovery(state: int, incompatible: int, well: bool) -> None:
+    assert found(ext_head(1000, state=state, incompatible=incompatible), "ext4").was_closed_well is well
+
+
+def test_an_ext4_mounted_since_its_check_was_not_checked_since_use() -> None:
+    assert not found(ext_head(1000, mounted_s=200, checked_s=100), "ext4").was_checked_since_use
+    assert found(ext_head(1000, mounted_s=100, checked_s=200), "ext4").was_checked_since_use
+
+
+def test_an_xfs_has_its_size() -> None:
+    assert found(b"XFSB" + struct.pack(">IQ", 4096, 1 << 34) + bytes(600), "xfs").size_bytes == 1 << 46
+
+
+def test_a_btrfs_has_its_size() -> None:
+    raw = bytearray(superblock.HEAD_BYTES)
+    raw[65536 + 64 : 65536 + 72] = b"_BHRfS_M"
+    struct.pack_into("<Q", raw, 65536 + 112, 3 * GIB)
+    assert found(bytes(raw), "btrfs").size_bytes == 3 * GIB
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs", "ntfs", ""])
+@pytest.mark.parametrize("head", [b"", bytes(4096), bytes(superblock.HEAD_BYTES)])
+def test_where_no_superblock_is_none_is_found(head: bytes, fs_type: str) -> None:
+    assert superblock.parse(head, fs_type) is None
+
+
+def test_a_senseless_block_size_is_no_superblock() -> None:
+    assert superblock.parse(ext_head(1000, log_block=40), "ext4") is None
+    assert superblock.parse(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
+
+
+def test_quoted_characters_of_blkid_are_taken_as_they_are() -> None:
+    text = "DEVNAME=/dev/sda\nLABEL=a\\ b\\\\c\\=d\nTYPE=ext4\n\nnothing\n"
+    assert parse_blkid(text) == {"DEVNAME": "/dev/sda", "LABEL": "a b\\c=d", "TYPE": "ext4"}
+
+
+# --- places -----------------------------------------------------------------------------------------------------
+
+
+def is_read(offset: int, length: int, size: int) -> bool:
+    return any(start <= offset and offset + length <= start + many for start, many in blank.probe_places(size))
+
+
+@pytest.mark.parametrize("size", [4096, MIB, 8 * MIB, GIB, 10 * GIB + 4096, 1 << 40, 10 << 40])
+def test_places_lie_in_the_device_are_sorted_aligned_and_apart(size: int) -> None:
+    places = blank.probe_places(size)
+    ends = [0] + [start + length for start, length in places]
+    assert all(start > end or start == 0 for (start, _), end in zip(places, ends, strict=False))
+    assert all(start % 4096 == 0 and length > 0 for start, length in places)
+    assert ends[-1] == size
+
+
+@pytest.mark.parametrize(
+    ("what", "offset", "length", "size"),
+    [
+        ("boot sector", 0, 512, GIB),
+        ("LUKS2, second header at its farthest", 4 * MIB, 4096, GIB),
+        ("GPT copy", GIB - 512, 512, GIB),
+        ("md 0.90", (GIB & ~65535) - 65536, 4096, GIB),
+        ("md 1.0", GIB - 8192, 4096, GIB),
+        ("ZFS, third label", GIB - 512 * 1024, 256 * 1024, GIB),
+        ("btrfs, first mirror", 64 * MIB, 4096, GIB),
+        ("btrfs, second mirror", 256 * GIB, 4096, 1 << 40),
+        ("ext4, 1 KiB blocks, group 1", 8193 * 1024, 1024, GIB),
+        ("ext4, 2 KiB blocks, group 3", 3 * 16384 * 2048, 2048, GIB),
+        ("ext4, 4 KiB blocks, group 49", 49 * 32768 * 4096, 4096, 10 * GIB),
+        ("ext4, 4 KiB blocks, group 6561", 6561 * 32768 * 4096, 4096, 1 << 40),
+        ("ext4, 64 KiB blocks, group 1", 8 << 32, 4096, 1 << 40),
+        ("xfs, second of four groups", 256 * MIB, 4096, GIB),
+        ("xfs, seventh TiB", 7 << 40, 4096, 10 << 40),
+    ],
+)
+def test_a_copy_of_a_superblock_is_among_the_places(what: str, offset: int, length: int, size: int) -> None:
+    assert is_read(offset, length, size), what
+
+
+def test_the_cheap_check_stays_cheap_on_the_largest_volumes() -> None:
+    places = blank.probe_places(64 << 40)
+    assert sum(length for _, length in places) < 32 * MIB
+    assert len(places) < 400
