@@ -24,13 +24,13 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
-demo: ## as root: the life of a volume on this machine, step by step (1 min / 15 s)
+demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s)
 	@tests/tools/check-demo
 	@$(MAKE) --no-print-directory $(VENV)/runtime
 	@$(BIN)/nvmesh-csi demo
 
 .PHONY: test
-test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (10 min / 8 min)
+test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (5 min / 4 min)
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -47,7 +47,7 @@ format: $(VENV)/test ## rewrite the Python code as ruff formats it (1 s)
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 .PHONY: coverage
-coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines none reaches (15 min)
+coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines none reaches (8 min)
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
