@@ -286,7 +286,7 @@ class Api:
         for item in call.items:
             answers.append(self._volumes.extend(item, self._sessions.user))
             if answers[-1]["success"]:
-                self._attacher.grown(str(item["uuid"]))
+                self._attacher.grow(str(item["uuid"]))
         return answers
 
     def _update_volumes(self, call: Call) -> list[Document]:

@@ -82,6 +82,7 @@ class Attacher:
         self._nodes = {client.name: client.device_directory for client in settings.clients}
         self._files = {client.name: StatusFiles(client.status_directory) for client in settings.clients}
         self._devices: dict[Pair, LoopDevice] = {}
+        volumes.has_device = self.has_device
 
     # --- start ------------------------------------------------------------------------------------------
 
@@ -92,13 +93,8 @@ class Attacher:
             client = self._store.get(CLIENTS, name)
             if client is not None:
                 files.install(client)
-        owners = {hashlib.sha256(name.encode()).hexdigest()[:16]: name for name in self._files}
-        for device in self._loops.bound_to(self._pool.volumes):
-            identity, _, owner = device.label.partition("/")
-            if owner in owners:
-                self._devices[owners[owner], identity] = device
-            else:
-                _log.warning("loop%d holds %s and belongs to no client here; left alone", device.number, device.file)
+        self._find_devices()
+        self._remove_stale_nodes()
         wishes = {(wish.client, wish.uuid): wish for wish in self._store.everywhere(ATTACHMENTS)}
         wished_names = {(wish.client, wish.volume) for wish in wishes.values()}
         self.settle_all({*self._devices, *(pair for pair in wishes if pair[0] in self._files)})
@@ -106,6 +102,27 @@ class Attacher:
             for volume_name in files.shown():
                 if (name, volume_name) not in wished_names:
                     files.hide(volume_name)
+
+    def _find_devices(self) -> None:
+        owners = {hashlib.sha256(name.encode()).hexdigest()[:16]: name for name in self._files}
+        for device in self._loops.bound_to(self._pool.volumes):
+            identity, _, owner = device.label.partition("/")
+            pair = owners.get(owner, ""), identity
+            if owner not in owners:
+                _log.warning("loop%d holds %s and belongs to no client here; left alone", device.number, device.file)
+            elif pair not in self._devices or self._loops.detach(self._devices[pair]):
+                self._devices[pair] = device
+            elif not self._loops.detach(device):
+                _log.warning("loop%d holds %s once more and is in use; left alone", device.number, device.file)
+
+    def _remove_stale_nodes(self) -> None:
+        """Remove the nodes of devices that are not ours any more: their numbers may be another file's now."""
+        for client, directory in self._nodes.items():
+            held = {os.makedev(*device.device) for pair, device in self._devices.items() if pair[0] == client}
+            for node in directory.iterdir():
+                found = node.lstat()
+                if stat.S_ISBLK(found.st_mode) and found.st_rdev not in held:
+                    node.unlink()
 
     # --- carrying out -----------------------------------------------------------------------------------
 
@@ -142,11 +159,26 @@ class Attacher:
         """Settle everything of a client that was DOWN."""
         pairs = {(client, wish.uuid) for wish in self._store.all(ATTACHMENTS, client)}
         self.settle_all(pairs | {pair for pair in list(self._devices) if pair[0] == client})
+        for pair in pairs:
+            self.grow(pair[1])
 
-    def grown(self, identity: str) -> None:
-        """Let the devices of a volume follow its file."""
+    def has_device(self, identity: str) -> bool:
+        """Tell whether a device is bound to a volume's file."""
+        return any((client, identity) in self._devices for client in self._files)
+
+    def grow(self, identity: str) -> None:
+        """Let the devices of a volume follow its file, now or when the machine lets them."""
+        try:
+            self._grow(identity)
+        except DriverError as problem:
+            _log.warning("the devices of volume %s could not be grown: %s; tried again", identity, problem)
+            self._worker.later(f"grow {identity}", lambda: self._grow(identity))
+
+    def _grow(self, identity: str) -> bool:
         with self._locks.hold(identity):
             for client in self._files:
+                if self._held_back(client):
+                    continue
                 device = self._devices.get((client, identity))
                 wish = self._store.get(ATTACHMENTS, identity, client)
                 if device is not None:
@@ -154,10 +186,14 @@ class Attacher:
                 volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
                 if device is not None and wish is not None and volume is not None and wish.action == "attaching":
                     self._files[client].show(volume, wish)
+        return True
+
+    def _held_back(self, client: str) -> bool:
+        return self.is_down(client) or f"slow:{client}" in self._holds
 
     def settle(self, client: str, identity: str) -> bool:
         """Make what is there for this client and volume what is wished. False: not possible yet, try again."""
-        if self.is_down(client) or f"slow:{client}" in self._holds:
+        if self._held_back(client):
             return True
         with self._locks.hold(identity):
             while True:
@@ -229,9 +265,14 @@ class Attacher:
         for other in reservation.attached:
             theirs = self._store.get(ATTACHMENTS, wish.uuid, other)
             leaving = theirs is None or theirs.action == "detaching"
-            if other != wish.client and leaving and (other, wish.uuid) in self._devices:
+            if other != wish.client and leaving and not self._fenced((other, wish.uuid), wish.volume):
                 return ATTACHING
         return 0
+
+    def _fenced(self, pair: Pair, volume_name: str) -> bool:
+        """Tell whether a client that is to go has no device any more; take it from one that is DOWN."""
+        device = self._devices.get(pair)
+        return device is None or (self.is_down(pair[0]) and self._detach(pair, device, volume_name))
 
     def _secure_file(self, volume: Volume) -> None:
         """Have the volume's file on disk for good before anything can be written to it."""
@@ -270,9 +311,10 @@ class Attacher:
             return False
         del self._devices[pair]
         self._fault("detach:device")
-        name = volume_name or (device.node.name if device.node else None)
-        if name is not None:
-            self._hide(pair[0], name)
+        if volume_name is not None:
+            self._hide(pair[0], volume_name)
+        else:
+            self._remove_stale_nodes()
         return True
 
     def _hide(self, client: str, volume_name: str) -> None:

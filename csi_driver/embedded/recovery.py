@@ -28,7 +28,7 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
         if volume.action == "markedForDeletion":
             volumes.removal_due(volume.name, volume.uuid)
         else:
-            attacher.grown(volume.uuid)
+            attacher.grow(volume.uuid)
 
 
 def _mend_file(store: Store, pool: Pool, volume: Volume, there: bool) -> None:

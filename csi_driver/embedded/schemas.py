@@ -16,9 +16,9 @@ from csi_driver.embedded.validation import Schema, validate
 
 JsonSchema = dict[str, object]
 
-_NAME = r"^(?!e_|d_)[\w+=-]*\Z"
-_UUID = r"^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\Z"
-_REFERENCE = r"^[a-z0-9-]+\Z"
+_NAME = r"^(?!e_|d_)[\w+=-]*$"
+_UUID = r"^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$"
+_REFERENCE = r"^[a-z0-9-]+$"
 _MAX_SAFE_INTEGER = 9007199254740991
 
 _BOOLEAN: JsonSchema = {"type": "boolean"}
@@ -27,9 +27,7 @@ _UUID_TEXT: JsonSchema = {"type": "string", "pattern": _UUID}
 _VOLUME_NAME: JsonSchema = {"type": "string", "minLength": 1, "maxLength": 22, "pattern": _NAME}
 _DESCRIPTION: JsonSchema = {"type": ["string", "null"], "maxLength": 1024}
 _METADATA: JsonSchema = {"type": "object", "maxBytes": 256 * 1024}
-_CAPACITY: JsonSchema = {
-    "anyOf": [{"type": "number", "minimum": 1, "maximum": _MAX_SAFE_INTEGER}, {"const": "MAX"}, {"const": "NOCHANGE"}]
-}
+_CAPACITY: JsonSchema = {"anyOf": [{"type": "number", "minimum": 1, "maximum": _MAX_SAFE_INTEGER}, {"const": "MAX"}]}
 
 _LAYOUT: dict[str, JsonSchema] = {
     "stripeSize": {"type": "integer", "minimum": 32},
@@ -128,7 +126,7 @@ INIT_ENCRYPTION = _list_of(
         {
             "_id": {"type": "string"},
             "uuid": _UUID_TEXT,
-            "passphrase": {"type": "string", "pattern": r"^.{8,4096}\Z"},
+            "passphrase": {"type": "string", "pattern": r"^.{8,4096}$"},
             "slot": {"type": "integer", "minimum": 1, "maximum": 32},
             "keySize": {"type": "integer", "enum": [256, 512]},
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -143,11 +143,11 @@ class StorageServer:
 
     def _serve(self) -> None:
         if self._server is not None:
-            asyncio.run(self._server._serve([self._listener]))  # serve() would take the process's signals for itself
+            self._server.run(sockets=[self._listener])
 
     def _uvicorn(self) -> uvicorn.Server:
         settings = self.settings
-        return uvicorn.Server(
+        return _HttpServer(
             uvicorn.Config(
                 self.app,
                 log_config=None,
@@ -175,6 +175,13 @@ class StorageServer:
         self.pool.close()
 
 
+class _HttpServer(uvicorn.Server):
+    """Leaves the process's signals to the storage server, which handles them in the main thread."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
 def serve(settings: StorageSettings, loops: LoopDevices) -> int:
     """Run the manager in this process until SIGTERM or SIGINT; return the exit status."""
     server = StorageServer(settings, loops)
@@ -200,7 +207,8 @@ def _check_device_directory(directory: Path) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is named; else each answer waits 40 ms for an ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

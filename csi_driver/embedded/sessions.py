@@ -43,7 +43,7 @@ class Password:
         self._read()
 
     def matches(self, password: str) -> bool:
-        return hmac.compare_digest(self._read().encode(), password.encode())
+        return hmac.compare_digest(self._read().encode(), password.encode("utf-8", "surrogatepass"))
 
     def change(self, password: str) -> None:
         """Replace the password. Raises PasswordFixed if the file was given to us."""

@@ -100,7 +100,7 @@ class Space:
         reserve = group.blocks - group.used if group else 0
         open_pool = 0 if group and not group.overflow else self._data_blocks_that_fit(layout, totals)
         if isinstance(capacity, str):
-            blocks = layout.blocks_of((reserve + open_pool) * BLOCK_SIZE / GIGABYTE)
+            blocks = (reserve + open_pool) // layout.granule_blocks * layout.granule_blocks
             if blocks * BLOCK_SIZE < GIGABYTE - layout.granule_blocks * BLOCK_SIZE:
                 raise NoSpace
         else:

@@ -88,7 +88,8 @@ def _string(value: str, schema: Schema, at: str) -> None:
         raise SchemaRefusal(f"{at} must NOT have fewer than {shortest} characters")
     if isinstance(longest, int) and len(value) > longest:
         raise SchemaRefusal(f"{at} must NOT have more than {longest} characters")
-    if isinstance(pattern, str) and re.search(pattern, value, re.ASCII) is None:
+    # JSON Schema's $ is the very end; Python's is also before a last newline.
+    if isinstance(pattern, str) and re.search(re.sub(r"\$$", r"\\Z", pattern), value, re.ASCII) is None:
         raise SchemaRefusal(f'{at} must match pattern "{pattern}"')
 
 

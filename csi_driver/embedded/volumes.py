@@ -7,7 +7,7 @@ the file is made or grown, and removed after the file is. What a crash left half
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
@@ -67,6 +67,8 @@ class Volumes:
         self._worker = worker
         self._holds = holds
         self._fault = settings.test_switches.fault
+        self.has_device: Callable[[str], bool] = lambda identity: False
+        """Tells whether a device is bound to the volume's file; set by whoever binds devices."""
 
     # --- save -------------------------------------------------------------------------------------------
 
@@ -190,12 +192,13 @@ class Volumes:
         capacity = cast("float | str", item["capacity"])
         try:
             with self._locks.hold(identity):
+                before = self._store.get(VOLUMES, name)
                 volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user))
                 self._fault("extend:row")
                 try:
                     self._pool.make(identity, volume.bytes)
                 except HostFailure as problem:
-                    self._store.write(lambda change: self._shrink_back(change, name))
+                    self._store.write(lambda change: self._shrink_back(change, before))
                     raise _extension_refused(name, identity, 1675, "extension create failed") from problem
                 self._fault("extend:file")
         except Refusal as refusal:
@@ -205,6 +208,8 @@ class Volumes:
     def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str) -> Volume:
         volume = _found(change, name, identity)
         refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
+        if volume.made and not self._pool.exists(identity):
+            raise _extension_refused(name, identity, 1674, "its file being gone")
         group = change.get(GROUPS, volume.group) if volume.group else None
         wanted: float | str = "MAX"
         if not isinstance(capacity, str):
@@ -241,21 +246,15 @@ class Volumes:
             change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
         return extended
 
-    def _shrink_back(self, change: Change, name: str) -> None:
+    def _shrink_back(self, change: Change, before: Volume | None) -> None:
         """Take back an extension whose space could not be had; the caller holds the volume's lock."""
-        volume = change.get(VOLUMES, name)
-        if volume is None or len(volume.extents) < 2:
+        volume = change.get(VOLUMES, before.name) if before is not None else None
+        if before is None or volume is None or volume.uuid != before.uuid:
             return
-        lost = volume.extents[-1]
-        group = change.get(GROUPS, volume.group) if volume.group else None
-        returned = min(lost, volume.from_reserved)
-        smaller = replace(
-            volume,
-            extents=volume.extents[:-1],
-            capacity=volume.capacity - gigabytes(lost),
-            from_reserved=volume.from_reserved - returned,
-        )
+        returned = volume.from_reserved - before.from_reserved
+        smaller = replace(volume, extents=before.extents, capacity=before.capacity, from_reserved=before.from_reserved)
         self._space.record(change, smaller, volume)
+        group = change.get(GROUPS, volume.group) if volume.group else None
         if group and returned:
             change.put(GROUPS, group.name, replace(group, used=group.used - returned))
 
@@ -332,7 +331,7 @@ class Volumes:
             volume = self._store.get(VOLUMES, name)
             if volume is None or volume.uuid != identity or volume.action != "markedForDeletion":
                 return True
-            if volume.reservation.attached:
+            if volume.reservation.attached or self.has_device(identity):
                 return False
             self._pool.remove(identity)
             self._fault("delete:file")

@@ -188,8 +188,8 @@ def _endpoint(route: Route, door: _Door, workers: ThreadPoolExecutor) -> Endpoin
             body = route.checked(await _json(request)) if route.method == "POST" else None
             call = Call(request.path_params, request.query_params, body)
             if route.quick:
-                return _perform(route, call, collection)
-            return await asyncio.get_running_loop().run_in_executor(workers, _perform, route, call, collection)
+                return perform(route, call, collection)
+            return await asyncio.get_running_loop().run_in_executor(workers, perform, route, call, collection)
         except BadBody as problem:
             return page(problem.status, str(problem))
         except SchemaRefusal as problem:
@@ -198,7 +198,8 @@ def _endpoint(route: Route, door: _Door, workers: ThreadPoolExecutor) -> Endpoin
     return endpoint
 
 
-def _perform(route: Route, call: Call, collection: str) -> Response:
+def perform(route: Route, call: Call, collection: str) -> Response:
+    """Do what a route does and return its answer. Raises SchemaRefusal."""
     try:
         return answer(route.handler(call))
     except Refusal as refusal:

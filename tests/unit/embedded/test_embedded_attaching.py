@@ -1,0 +1,211 @@
+"""Attach and detach: reservations, references, devices, files, and clients that are busy, slow or DOWN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from csi_driver.embedded.settings import StorageSettings
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import Manager, running, settings_in
+
+EXCLUSIVE = "EXCLUSIVE_READ_WRITE"
+
+
+def take_over(manager: Manager, volume: str, client: str, version: int) -> None:
+    answer = manager.attach(volume, client, mode=EXCLUSIVE, version=version, preempt=True, isDetachOthers=True)
+    assert answer["success"]
+
+
+def inner_id(answer: dict[str, dict[str, dict[str, int]]]) -> int:
+    return answer["error"]["innerMessage"]["id"]
+
+
+def test_an_attached_volume_has_a_device_and_says_so(manager: Manager, loops: FakeLoopDevices, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data", reference="ref-a", mode=EXCLUSIVE)
+    report = manager.report("data")
+    assert (report["vol_status"], report["ioEnabled"], report["referenceIDs"]) == (4, 1, ["ref-a"])
+    assert (tmp_path / "node-1" / "dev" / "data").exists()
+    assert loops.size_bytes[0] == manager.volume("data")["blocks"] * 4096
+
+
+def test_status_files_say_what_is_attached(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data", reference="ref-a")
+    manager.attach("data", reference="ref-b")
+    files = tmp_path / "node-1" / "proc" / "volumes" / "data"
+    status = json.loads((files / "status.json").read_text())
+    assert (status["name"], status["uuid"], status["dbg"]) == ("data", manager.uuid("data"), "0x200")
+    assert status["size[blks]"] == manager.volume("data")["blocks"]
+    assert (files / "blob.txt").read_text().splitlines()[-3:] == ["n_strings = 2", "ref-a", "ref-b"]
+
+
+def test_the_client_files_name_the_client(manager: Manager, tmp_path: Path) -> None:
+    status = json.loads((tmp_path / "node-1" / "proc" / "status.json").read_text())
+    assert status["main"]["uuid"] == manager.get("/clients/node-1")["uuid"]
+
+
+def test_the_client_uuid_outlives_the_manager(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path)) as manager:
+        first = manager.get("/clients/node-1")["uuid"]
+    with running(settings_in(tmp_path)) as manager:
+        assert manager.get("/clients/node-1")["uuid"] == first
+
+
+def test_detach_removes_device_node_and_files(manager: Manager, loops: FakeLoopDevices, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data")
+    manager.detach("data")
+    assert not loops.bound
+    assert not list((tmp_path / "node-1" / "dev").iterdir())
+    assert not list((tmp_path / "node-1" / "proc" / "volumes").iterdir())
+    assert manager.wish("data") is None
+    assert manager.volume("data")["reservation"]["mode"] == 0
+
+
+def test_the_device_stays_until_the_last_reference_goes(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", reference="a")
+    manager.attach("data", reference="b")
+    manager.detach("data", reference="a")
+    assert len(loops.bound) == 1
+    manager.detach("data", reference="b")
+    assert not loops.bound
+
+
+def test_a_busy_device_stays_until_it_is_free(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    loops.open.add(0)
+    assert manager.detach("data")["success"]
+    assert manager.wish("data")["action"] == "detaching"
+    assert manager.report("data")["vol_status"] == 1
+    loops.open.clear()
+    manager.server.attacher.client_returns("node-1")
+    assert manager.wish("data") is None
+
+
+def test_force_does_not_take_a_device_in_use(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    loops.open.add(0)
+    manager.detach("data", force=True)
+    assert len(loops.bound) == 1
+    assert manager.report("data")["vol_status"] == 1
+
+
+def test_an_attach_while_detaching_turns_the_wish_around(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", reference="a")
+    loops.open.add(0)
+    manager.detach("data", reference="a")
+    manager.attach("data", reference="b")
+    assert manager.wish("data")["action"] == "attaching"
+    assert manager.report("data")["vol_status"] == 4
+    assert manager.report("data")["referenceIDs"] == ["b"]
+    assert loops.attached_ever == 1
+
+
+def test_a_read_only_attachment_is_a_read_only_device(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", mode="SHARED_READ_ONLY")
+    assert loops.bound[0].read_only
+
+
+def test_a_read_only_volume_is_refused_for_writing(manager: Manager) -> None:
+    manager.save("data", isReadOnly=True)
+    assert inner_id(manager.attach("data")) == 1716
+
+
+def test_another_exclusive_client_needs_version_and_preempt(manager: Manager) -> None:
+    manager.save("data")
+    manager.attach("data", "node-1", mode=EXCLUSIVE)
+    assert inner_id(manager.attach("data", "node-2", mode=EXCLUSIVE)) == 1717
+    assert manager.attach("data", "node-2", mode=EXCLUSIVE)["error"]["innerMessage"]["volumeReservation"] == 2
+    assert inner_id(manager.attach("data", "node-2", mode=EXCLUSIVE, version=2)) == 1718
+    assert manager.attach("data", "node-2", mode=EXCLUSIVE, version=2, preempt=True)["success"]
+
+
+def test_taking_over_moves_the_device(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", "node-1", mode=EXCLUSIVE)
+    take_over(manager, "data", "node-2", 2)
+    assert manager.report("data", "node-2")["vol_status"] == 4
+    assert manager.wish("data", "node-1") is None
+    assert len(loops.bound) == 1
+
+
+def test_taking_over_waits_for_a_device_in_use(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", "node-1", mode=EXCLUSIVE)
+    loops.open.add(0)
+    take_over(manager, "data", "node-2", 2)
+    assert len(loops.bound) == 1
+    assert (manager.report("data", "node-2")["vol_status"], manager.report("data", "node-2")["ioEnabled"]) == (6, 0)
+    loops.open.clear()
+    for client in ("node-1", "node-2"):
+        manager.server.attacher.client_returns(client)
+    assert manager.report("data", "node-2")["vol_status"] == 4
+
+
+def test_taking_over_from_a_client_that_is_down_needs_no_answer_of_it(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", "node-1", mode=EXCLUSIVE)
+    manager.hold("client:node-1")
+    assert manager.detach("data", "node-1")["success"]
+    assert manager.wish("data", "node-1")["action"] == "detaching"
+    take_over(manager, "data", "node-2", 2)
+    assert manager.report("data", "node-2")["vol_status"] == 4
+    manager.release("client:node-1")
+    assert manager.wish("data", "node-1") is None
+    assert len(loops.bound) == 1
+
+
+def test_a_down_client_is_shown_down_and_its_wishes_wait(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.hold("client:node-1")
+    assert manager.attach("data")["success"]
+    assert manager.get("/clients/node-1")["client_status"] == 5
+    assert manager.report("data") is None
+    manager.release("client:node-1")
+    assert manager.report("data")["vol_status"] == 4
+    assert len(loops.bound) == 1
+
+
+def test_detaching_what_was_never_reported_ends_at_once(manager: Manager) -> None:
+    manager.save("data")
+    manager.hold("client:node-1")
+    manager.attach("data")
+    manager.detach("data")
+    assert manager.wish("data") is None
+    assert manager.volume("data")["reservation"] == {
+        **manager.volume("data")["reservation"], "mode": 0, "version": 3, "attachedClients": [],
+    }  # fmt: skip
+
+
+def test_attached_devices_grow_with_the_volume(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data", 1)
+    manager.attach("data")
+    manager.extend("data", 2)
+    assert loops.size_bytes[0] == manager.volume("data")["blocks"] * 4096
+
+
+def test_unknown_things_have_their_own_ids(manager: Manager) -> None:
+    manager.save("data")
+    assert manager.attach("data", "nobody")["error"]["id"] == 1621
+    assert manager.detach("data", "nobody")["error"]["id"] == 1608
+    assert manager.detach("data")["error"]["id"] == 162222
+    manager.attach("data", reference="a")
+    assert manager.detach("data", reference="b")["error"]["id"] == 162223
+
+
+def test_a_stale_node_of_another_device_is_removed_at_start(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    settings: StorageSettings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.hold("slow:node-1")
+        manager.detach("data")
+    with running(settings, loops):
+        assert not list((tmp_path / "node-1" / "dev").iterdir())

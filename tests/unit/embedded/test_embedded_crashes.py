@@ -1,0 +1,217 @@
+"""kill -9 between any two steps loses no acknowledged volume and leaves no device attached without a wish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import GB, Manager, running, settings_in
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """Crashes at one point, once it is armed."""
+
+    point: str
+    armed: bool = False
+    met: bool = False
+
+    def __call__(self, point: str) -> None:
+        if self.armed and point == self.point:
+            self.met = True
+            raise Crash
+
+
+def save(manager: Manager) -> None:
+    manager.save("new", 2)
+
+
+def extend(manager: Manager) -> None:
+    manager.extend("old", 3)
+
+
+def delete(manager: Manager) -> None:
+    manager.delete("old")
+
+
+def attach(manager: Manager) -> None:
+    manager.attach("old")
+
+
+def detach(manager: Manager) -> None:
+    manager.detach("attached")
+
+
+STEPS: list[tuple[Callable[[Manager], None], str]] = [
+    (save, "save:row"),
+    (save, "save:file"),
+    (extend, "extend:row"),
+    (extend, "extend:file"),
+    (delete, "delete:marked"),
+    (delete, "delete:file"),
+    (delete, "delete:row"),
+    (attach, "attach:wished"),
+    (attach, "attach:device"),
+    (attach, "attach:files"),
+    (attach, "attach:reported"),
+    (detach, "detach:wished"),
+    (detach, "detach:device"),
+    (detach, "detach:reported"),
+]
+
+
+def crashed(directory: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str) -> StorageSettings:
+    """Run a manager with the volumes old and attached, crash it in `act`, return settings for the next start."""
+    fault = Fault(point)
+    settings = settings_in(directory)
+    manager = Manager(replace(settings, test_switches=TestSwitches(fault=fault)), loops)
+    manager.save("old")
+    manager.save("attached")
+    manager.attach("attached")
+    fault.armed = True
+    with pytest.raises(Crash):
+        act(manager)
+    manager.die()
+    assert fault.met
+    return settings
+
+
+def files_fit_rows(manager: Manager) -> bool:
+    pool = manager.server.pool
+    rows = {row["uuid"]: row["blocks"] * row["blockSize"] for row in manager.get("/volumes/all/0/0")}
+    return rows == {identity: pool.size_bytes(identity) for identity in pool.identities()}
+
+
+def wishes(manager: Manager) -> list[str]:
+    return sorted(
+        wish["uuid"]
+        for client in manager.get("/clients/all/0/0")
+        for wish in client["attachments"].values()
+        if wish["action"] == "attaching"
+    )
+
+
+@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+def test_after_a_crash_files_fit_the_rows(
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+) -> None:
+    settings = crashed(tmp_path, loops, act, point)
+    with running(settings, loops) as manager:
+        assert files_fit_rows(manager)
+        assert all(row["action"] == "none" for row in manager.get("/volumes/all/0/0"))
+
+
+@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+def test_after_a_crash_exactly_the_wished_devices_are_there(
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+) -> None:
+    settings = crashed(tmp_path, loops, act, point)
+    with running(settings, loops) as manager:
+        assert [label.partition("/")[0] for label in loops.labels()] == wishes(manager)
+        shown = {path.name for path in (tmp_path / "node-1" / "proc" / "volumes").iterdir()}
+        assert shown == {path.name for path in (tmp_path / "node-1" / "dev").iterdir()}
+        assert len(shown) == len(loops.bound)
+
+
+@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+def test_after_a_crash_acknowledged_volumes_and_attachments_are_there(
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+) -> None:
+    settings = crashed(tmp_path, loops, act, point)
+    with running(settings, loops) as manager:
+        assert manager.volume("attached")["status"] == "online"
+        assert act is delete or manager.volume("old")["status"] == "online"
+        assert act is detach or manager.report("attached")["vol_status"] == 4
+
+
+@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+) -> None:
+    settings = crashed(tmp_path, loops, act, point)
+    with running(settings, loops) as manager:
+        for client in ("node-1", "node-2"):
+            for wish in manager.get(f"/clients/{client}")["attachments"].values():
+                manager.detach(wish["name"], client)
+        for row in manager.get("/volumes/all/0/0"):
+            manager.delete(row["_id"])
+        assert manager.server.space.totals.promised == 0
+        assert not manager.server.pool.identities()
+
+
+def test_after_a_reboot_every_wish_is_carried_out_again(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    before = FakeLoopDevices()
+    with running(settings, before) as manager:
+        manager.save("data")
+        manager.attach("data", "node-1", mode="SHARED_READ_WRITE")
+        manager.attach("data", "node-2", mode="SHARED_READ_WRITE")
+    after = FakeLoopDevices()
+    with running(settings, after) as manager:
+        assert after.labels() == before.labels()
+        assert manager.report("data")["vol_status"] == 4
+
+
+def test_a_file_without_a_row_is_kept(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops):
+        pass
+    stray = tmp_path / "pool" / "volumes" / "0f0e0d0c-0000-4000-8000-000000000000.img"
+    stray.write_bytes(b"precious")
+    with running(settings, loops) as manager:
+        manager.save("other")
+    assert stray.read_bytes() == b"precious"
+
+
+def test_a_lost_file_that_may_have_held_data_is_not_made_anew(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.detach("data")
+        file = manager.server.pool.file(manager.uuid("data"))
+    file.unlink()
+    with running(settings, loops) as manager:
+        assert manager.volume("data")["status"] == "offline"
+        assert manager.attach("data")["error"]["innerMessage"]["id"] == 1569
+        assert manager.extend("data", 2)["error"]["id"] == 1674
+        assert not file.exists()
+
+
+def test_a_device_of_a_deleted_wish_that_is_in_use_is_left_alone(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.hold("slow:node-1")
+        manager.detach("data")
+    loops.open = set(loops.bound)
+    with running(settings, loops) as manager:
+        assert len(loops.bound) == 1
+        assert manager.report("data")["vol_status"] == 1
+        assert manager.delete("data")["success"]
+        assert manager.volume("data")["action"] == "markedForDeletion"
+        loops.open.clear()
+        manager.release("slow:node-1")
+        assert not loops.bound
+        assert manager.volume("data")["error"]["id"] == 1543
+
+
+def test_sizes_are_kept_over_a_restart(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data", 1)
+        manager.extend("data", 2.5)
+        blocks = manager.volume("data")["blocks"]
+    with running(settings, loops) as manager:
+        assert manager.volume("data")["blocks"] == blocks
+        assert manager.server.space.size_bytes == 100 * GB

@@ -1,0 +1,192 @@
+"""Sizes come out as the management's, and the pool is never promised twice."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from csi_driver.embedded.groups import BUILT_IN
+from csi_driver.embedded.layouts import Layout
+from csi_driver.embedded.space import PoolTooLarge
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import GB, Manager, running, settings_in
+
+MIB = 1 << 20
+
+# Sizes that the management server answered.
+RECORDED = [
+    ("DEFAULT_CONCATENATED_VPG", 10, 2441216),
+    ("DEFAULT_CONCATENATED_VPG", 1, 243968),
+    ("DEFAULT_RAID_1_VPG", 2.5, 610304),
+    ("DEFAULT_RAID_10_VPG", 1, 243712),
+    ("DEFAULT_RAID_1_VPG", 20, 4882688),
+    ("DEFAULT_RAID_1_VPG", 5, 1220608),
+]
+# Granules in MiB: stripe width x data blocks, once more x data blocks for striped erasure coding.
+GRANULES = {
+    "DEFAULT_CONCATENATED_VPG": 1,
+    "DEFAULT_RAID_0_VPG": 2,
+    "DEFAULT_RAID_1_VPG": 1,
+    "DEFAULT_RAID_10_VPG": 2,
+    "DEFAULT_EC_DUAL_TARGET_REDUNDANCY_VPG": 8,
+    "DEFAULT_EC_SINGLE_TARGET_REDUNDANCY_VPG": 8,
+    "DEFAULT_STRIPED_EC_DUAL_TARGET_REDUNDANCY_VPG": 128,
+    "DEFAULT_METADATA_RAID_1_VPG": 1,
+}
+
+
+@pytest.mark.parametrize(("group", "capacity", "blocks"), RECORDED)
+def test_sizes_are_the_recorded_ones(group: str, capacity: float, blocks: int) -> None:
+    assert BUILT_IN[group].blocks_of(capacity) == blocks
+
+
+@pytest.mark.parametrize("group", BUILT_IN)
+def test_granules_are_those_of_the_layouts(group: str) -> None:
+    assert BUILT_IN[group].granule_blocks * 4096 == GRANULES[group] * MIB
+
+
+@given(st.sampled_from(sorted(BUILT_IN)), st.integers(1 * GB, 10_000 * GB))
+def test_half_a_granule_more_is_never_short_and_never_over(group: str, wanted: int) -> None:
+    layout: Layout = BUILT_IN[group]
+    granule = GRANULES[group] * MIB
+    count = math.ceil(wanted / granule)
+    assert layout.blocks_of((count * granule + granule / 2) / GB) * 4096 == count * granule
+
+
+def test_an_extension_is_rounded_by_itself(manager: Manager) -> None:
+    manager.save("data", 10)
+    manager.extend("data", 12)
+    concatenated = BUILT_IN["DEFAULT_CONCATENATED_VPG"]
+    assert manager.volume("data")["blocks"] == 2441216 + concatenated.blocks_of(2)
+    assert manager.volume("data")["capacity"] == 12
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1, 1.0005])
+def test_an_extension_below_a_granule_is_refused(manager: Manager, capacity: float) -> None:
+    manager.save("data", 1)
+    answer = manager.extend("data", max(capacity, 1))
+    assert answer["error"]["id"] == 1673
+
+
+def test_a_volume_too_large_is_refused_as_not_allocated(manager: Manager) -> None:
+    answer = manager.save("data", 101)
+    assert (answer["error"]["id"], answer["error"]["innerMessage"]) == (1664, "Failed to allocate")
+    assert not manager.server.pool.identities()
+
+
+def test_an_extension_too_large_is_refused(manager: Manager) -> None:
+    manager.save("data", 60)
+    assert manager.extend("data", 110)["error"]["id"] == 1675
+    assert manager.volume("data")["capacity"] == 60
+
+
+def test_redundancy_is_refused_on_one_machine(manager: Manager) -> None:
+    assert manager.save("data", VPG="DEFAULT_RAID_1_VPG")["error"]["innerMessage"] == "Failed to allocate"
+
+
+def test_redundancy_is_allocated_with_pretended_targets(redundant: Manager) -> None:
+    assert redundant.save("data", 10, VPG="DEFAULT_RAID_1_VPG")["success"]
+    space = redundant.get("/getSpaceAllocation")
+    assert (space["data"], space["redundancy"], space["availableSpace"]) == (10.0, 10.0, 80.0)
+
+
+def test_the_largest_volume_takes_all_that_is_left(manager: Manager) -> None:
+    manager.save("first", 40)
+    assert manager.save("rest", "MAX")["success"]
+    assert 100 * GB - 2 * MIB <= sum(row["blocks"] * 4096 for row in manager.get("/volumes/all/0/0")) <= 100 * GB
+    assert not manager.save("more", 1)["success"]
+
+
+def test_reserved_space_is_only_for_its_group(redundant: Manager) -> None:
+    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 60, "allowOverflow": False}
+    assert redundant.post("/volumeProvisioningGroups/save", [group])[0]["success"]
+    assert not redundant.save("other", 50)["success"]
+    assert redundant.save("mine", 50, VPG="gold")["success"]
+    assert not redundant.save("mine-too", 20, VPG="gold")["success"]
+    usage = redundant.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")
+    assert usage["freeCapacity"] == pytest.approx(10, abs=0.002)
+    redundant.delete("mine")
+    assert redundant.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")["allocatedBlocks"] == 0
+
+
+def test_a_reserve_hides_behind_its_groups_name(manager: Manager) -> None:
+    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 5}
+    manager.post("/volumeProvisioningGroups/save", [group])
+    assert manager.save("gold")["error"]["id"] == 1523
+    assert manager.volume("gold")["isReserved"] is True
+    assert manager.get("/volumes/all/0/0") == []
+
+
+def test_an_unused_reserve_can_be_reclaimed(manager: Manager) -> None:
+    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 90}
+    made = manager.post("/volumeProvisioningGroups/save", [group])[0]
+    assert not manager.save("data", 50)["success"]
+    manager.post("/volumeProvisioningGroups/reclaim", [{"_id": "gold", "uuid": made["uuid"]}])
+    assert manager.save("data", 50)["success"]
+
+
+def test_nothing_is_promised_below_the_reserve(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path, reserve_bytes=1 << 60)) as manager:
+        assert manager.save("data", 1)["error"]["innerMessage"] == "Failed to allocate"
+
+
+def test_a_pool_larger_than_what_is_free_needs_overcommitment(tmp_path: Path) -> None:
+    with pytest.raises(PoolTooLarge), running(settings_in(tmp_path, size_bytes=1 << 60, overcommit=False)):
+        pass
+
+
+def test_the_pool_is_what_was_free_at_first_start(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path, size_bytes=None, overcommit=False)) as manager:
+        first = manager.server.space.size_bytes
+        assert 0 < first <= manager.server.pool.free_bytes() + 64 * MIB
+    (tmp_path / "ballast").write_bytes(b"x" * MIB)
+    with running(settings_in(tmp_path, size_bytes=None, overcommit=False)) as manager:
+        assert manager.server.space.size_bytes == first
+
+
+names = st.sampled_from(["a", "b", "c", "d", "e"])
+sizes = st.one_of(st.floats(1, 40, allow_nan=False), st.just("MAX"))
+groups = st.sampled_from([*sorted(BUILT_IN), "gold"])
+actions = st.one_of(
+    st.tuples(st.just("save"), names, sizes, groups),
+    st.tuples(st.just("extend"), names, sizes, groups),
+    st.tuples(st.just("delete"), names, sizes, groups),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(actions, max_size=25))
+def test_the_pool_is_never_promised_twice(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, float | str, str]]
+) -> None:
+    with running(settings_in(tmp_path_factory.mktemp("pool"), pretend_targets=10), FakeLoopDevices()) as manager:
+        gold = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 30}
+        manager.post("/volumeProvisioningGroups/save", [gold])
+        for verb, name, size, group in steps:
+            there = "uuid" in manager.volume(name) and manager.volume(name)["uuid"] is not None
+            if verb == "save":
+                manager.save(name, size, VPG=group)
+            elif there and verb == "extend":
+                manager.extend(name, size)
+            elif there:
+                manager.delete(name)
+            assert promised_bytes(manager) <= 100 * GB
+        for row in manager.get("/volumes/all/0/0"):
+            manager.delete(row["_id"])
+        reserve = manager.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")["reservedBlocks"]
+        assert manager.server.space.totals.promised == reserve
+
+
+def promised_bytes(manager: Manager) -> int:
+    """Work out from the documents alone what the pool owes: raw bytes of volumes, and reserves not used by them."""
+    owed = 0
+    for row in manager.get("/volumes/all/0/0"):
+        copies = 1 + row.get("numberOfMirrors", 0) + row.get("parityBlocks", 0) / row.get("dataBlocks", 1)
+        owed += math.ceil(row["blocks"] * copies) * 4096
+    for usage in manager.get("/volumeProvisioningGroups/getVolumesCapacityUsage/all"):
+        owed += (usage["reservedBlocks"] - usage["allocatedBlocks"]) * 4096
+    return owed

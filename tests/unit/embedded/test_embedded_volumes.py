@@ -1,0 +1,181 @@
+"""Refusals of volumes and VPGs that the recordings do not show, and the store's own rules."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from csi_driver.embedded.pool import PoolInUse
+from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.space import TotalsWrong
+from csi_driver.embedded.store import Change, Store
+from csi_driver.errors import StorageUnavailable
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import Manager, running, settings_in
+
+
+def test_a_snapshot_is_refused_and_leaves_its_source_as_it_was(manager: Manager) -> None:
+    manager.save("source")
+    source = manager.volume("source")
+    answer = manager.save("copy", 2, sourceID="source", sourceUUID=source["uuid"])
+    assert (answer["error"]["id"], answer["uuid"]) == (1522, "undefined")
+    assert manager.volume("source") == source
+    assert manager.extend("source", 2)["success"]
+
+
+def test_an_encrypted_volume_is_refused(manager: Manager) -> None:
+    assert manager.save("data", isEncrypted=True)["error"]["innerMessage"]["id"] == 16825
+
+
+def test_a_volume_limited_to_an_unknown_target_is_not_allocated(manager: Manager) -> None:
+    answer = manager.save("data", VPG=None, RAIDLevel="Concatenated", limitByNodes=["elsewhere"])
+    assert answer["error"]["innerMessage"] == "Failed to allocate"
+
+
+def test_an_unknown_raid_level_has_its_own_id(manager: Manager) -> None:
+    assert manager.save("data", VPG=None, RAIDLevel="RAID 9")["error"]["innerMessage"]["id"] == 1606
+
+
+def test_parallel_saves_of_one_name_have_one_winner(manager: Manager) -> None:
+    answers: list[bool] = []
+    threads = [threading.Thread(target=lambda: answers.append(manager.save("data")["success"])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [False] * 7 + [True]
+    assert len(manager.server.pool.identities()) == 1
+
+
+def test_an_update_replaces_the_metadata_as_a_whole(manager: Manager) -> None:
+    manager.save("data", metadata={"a": 1})
+    manager.update("data", metadata={"b": 2}, description="text")
+    volume = manager.volume("data")
+    assert (volume["metadata"], volume["description"], volume["version"]) == ({"b": 2}, "text", 2)
+
+
+def test_classes_of_a_group_cannot_be_changed_on_the_volume(manager: Manager) -> None:
+    manager.save("data")
+    assert manager.update("data", limitByNodes=["node-1"])["error"]["id"] == 168412
+
+
+def test_a_volume_in_use_is_not_deleted(manager: Manager) -> None:
+    manager.save("data")
+    manager.attach("data")
+    assert manager.delete("data")["error"]["id"] == 1683
+
+
+def test_a_volume_is_deleted_when_its_last_device_has_gone(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    loops.open.add(0)
+    manager.detach("data")
+    assert manager.delete("data")["success"]
+    assert manager.server.pool.identities()
+    loops.open.clear()
+    manager.server.attacher.client_returns("node-1")
+    assert not manager.server.pool.identities()
+    assert manager.volume("data")["error"]["id"] == 1543
+
+
+def test_default_groups_cannot_be_changed(manager: Manager) -> None:
+    group = manager.get("/volumeProvisioningGroups/DEFAULT_RAID_1_VPG")
+    item = {"_id": group["_id"], "uuid": group["uuid"]}
+    assert manager.post("/volumeProvisioningGroups/delete", [item])[0]["error"]["id"] == 16230
+
+
+def test_a_group_in_use_is_not_deleted(manager: Manager) -> None:
+    made = manager.post(
+        "/volumeProvisioningGroups/save", [{"name": "gold", "RAIDLevel": "Concatenated", "capacity": 0}]
+    )[0]
+    manager.save("data", VPG="gold")
+    item = {"_id": "gold", "uuid": made["uuid"]}
+    assert not manager.post("/volumeProvisioningGroups/delete", [item])[0]["success"]
+    manager.delete("data")
+    assert manager.post("/volumeProvisioningGroups/delete", [item])[0]["success"]
+
+
+def test_one_manager_holds_a_pool(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path)), pytest.raises(PoolInUse), running(settings_in(tmp_path)):
+        pass
+
+
+def test_totals_that_are_not_the_sum_stop_the_start(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path)) as manager:
+        manager.save("data")
+    database = sqlite3.connect(tmp_path / "pool" / "manager.sqlite")
+    database.execute("""DELETE FROM documents WHERE kind = 'volumes'""")
+    database.commit()
+    database.close()
+    with pytest.raises(TotalsWrong), running(settings_in(tmp_path)):
+        pass
+
+
+def test_a_change_that_raises_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+
+    def change(view: Change) -> None:
+        view.put(FACTS, "a", Fact("1"))
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.write(change)
+    assert store.get(FACTS, "a") is None
+    store.close()
+
+
+def test_a_change_sees_what_it_has_put(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+
+    def change(view: Change) -> Fact | None:
+        view.put(FACTS, "a", Fact("1"))
+        return view.get(FACTS, "a")
+
+    assert store.write(change) == Fact("1")
+    store.close()
+
+
+def test_committed_changes_are_there_after_a_crash(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+    store.write(lambda view: view.put(FACTS, "a", Fact("1")))
+    store.write(lambda view: view.put(FACTS, "b", Fact("2")))
+    store.write(lambda view: view.delete(FACTS, "a"))
+    again = Store(tmp_path / "s.sqlite")
+    assert again.all(FACTS) == [Fact("2")]
+    store.close()
+    again.close()
+
+
+def test_a_disk_that_refuses_is_reported_and_nothing_is_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+    store._connection.execute("PRAGMA query_only = 1")
+    with pytest.raises(StorageUnavailable):
+        store.write(lambda view: view.put(FACTS, "a", Fact("1")))
+    assert store.get(FACTS, "a") is None
+    store._connection.execute("PRAGMA query_only = 0")
+    store.write(lambda view: view.put(FACTS, "b", Fact("2")))
+    assert store.all(FACTS) == [Fact("2")]
+    store.close()
+
+
+def test_concurrent_changes_are_all_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+
+    def count_up(view: Change) -> None:
+        known = view.get(FACTS, "n") or Fact("0")
+        view.put(FACTS, "n", Fact(str(int(known.value) + 1)))
+
+    def work() -> None:
+        for _ in range(25):
+            store.write(count_up)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.get(FACTS, "n") == Fact("200")
+    store.close()
