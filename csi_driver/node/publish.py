@@ -11,7 +11,7 @@ from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, History, MountAccess, PublishContext, VolumeHandle
 from csi_driver.node.marks import RAW, Mark, Marks
 from csi_driver.node.options import mount_flags
-from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
@@ -55,7 +55,7 @@ class Publish:
         device = self._devices.find(volume.name)
         if device is None:
             raise PreconditionFailed(f"volume {volume} has no device on this node: it is not attached or not ready")
-        if self._ownership.device_of(volume) is None:
+        if not is_same(device.uuid, volume.uuid):
             raise PreconditionFailed(f"the device of {volume} claims {device.uuid}, expected {volume.uuid}")
         mode = request.capability.mode
         read_only = request.read_only or mode.is_read_only or (context is not None and context.read_only)
@@ -79,20 +79,19 @@ class Publish:
         if handle is None:
             return
         volume = NamedVolume(volume_id, handle.name, handle.uuid)
-        number = None
+        was_mounted = False
         while (mounted := self._mounts.at(target)) is not None:
-            number = number_of(mounted)
             if not self._ownership.take_off_one(mounted, target, volume):
                 return
-            if mounted.node_number is not None:
-                self._read_only_devices.release(number)
+            was_mounted = True
+            self._release_reader(mounted, volume)
         kind = self._paths.kind(target)
-        if kind == "file" and number is None:
+        if kind == "file" and not was_mounted:
             self._release_left_over(volume, target)
         if kind in ("directory", "file"):
             self._paths.remove(target)
         elif kind != "absent":
-            raise PreconditionFailed(f"target path {target} is a {kind}, wanted a directory or file of ours to remove")
+            raise PreconditionFailed(f"target path {target} is of the kind {kind}, wanted a directory or file")
 
     # --- filesystem ---
 
@@ -216,6 +215,14 @@ class Publish:
                 self._marks.write(mark)
         else:
             self._marks.remove(uuid)
+
+    def _release_reader(self, taken_off: Mounted, volume: NamedVolume) -> None:
+        """Take down the read-only device that a publication had of its own; never the volume's device itself."""
+        if taken_off.node_number is None:
+            return
+        device = self._ownership.device_of(volume)
+        if device is None or device.number != taken_off.node_number:
+            self._read_only_devices.release(taken_off.node_number)
 
     def _release_left_over(self, volume: NamedVolume, target: Path) -> None:
         """Take down the read-only device that a crash left: made before its bind mount, or not released after it."""

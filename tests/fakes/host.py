@@ -1,0 +1,562 @@
+"""A machine in memory: block devices and what they hold, filesystems, mounts, paths. It fits every port of the node.
+
+A model, not a mock: it keeps the rules of the kernel that the node's use-cases lean on (one superblock per device,
+exclusive claims, binds that share a superblock, a bound node that holds nothing open). `FakeHost.step` is called at
+every point between two effects; a test may raise there to let the machine's driver die at that point.
+Data that anybody wrote and a format then destroyed is listed in `FakeHost.destroyed`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.machine import (
+    Blank,
+    Content,
+    Device,
+    DeviceNumber,
+    Filesystem,
+    Mounted,
+    OpenDevice,
+    OtherContent,
+)
+from csi_driver.model import Usage
+
+MIB = 1 << 20
+DEVICE_DIRECTORY = Path("/dev/nvmesh")
+PROBED_BYTES = MIB
+"""The fake's probe reads this much at the head and at the tail."""
+
+_VISIBLE_ALWAYS = frozenset({"relatime"})
+
+
+@dataclass
+class FakeFilesystem:
+    """A filesystem on a disk. `complete` is False while mkfs is at work, and stays so when it is cut off."""
+
+    fs_type: str
+    size_bytes: int
+    complete: bool = True
+    files: dict[str, bytes] = field(default_factory=dict)
+    root_mode: int = 0o755
+    options: tuple[str, ...] = ()
+    is_damaged: bool = False
+    checks: int = 0
+
+
+@dataclass
+class FakeDisk:
+    """A block device. `raw` are bytes that somebody wrote past any filesystem, by offset."""
+
+    name: str
+    uuid: str
+    number: DeviceNumber
+    size_bytes: int
+    path: Path
+    claims_uuid: bool = True
+    read_only: bool = False
+    is_gone: bool = False
+    filesystem: FakeFilesystem | None = None
+    signature: str | None = None
+    raw: dict[int, bytes] = field(default_factory=dict)
+    was_used: bool = False
+    fails_reads: bool = False
+    busy_for: int = 0
+    """How many more exclusive opens find it busy."""
+    backing: FakeDisk | None = None
+    label: str = ""
+    claimed: int | None = None
+    superblock_read_only: bool = False
+
+    @property
+    def ground(self) -> FakeDisk:
+        """The disk that holds the bytes: itself, or what a read-only device stands over."""
+        return self.backing.ground if self.backing is not None else self
+
+    def as_device(self) -> Device:
+        claimed = self.uuid if self.claims_uuid else None
+        return Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
+
+
+@dataclass
+class _Entry:
+    path: Path
+    disk: FakeDisk | None
+    node: FakeDisk | None
+    source: str
+    root: str
+    fs_type: str
+    read_only: bool
+    options: frozenset[str]
+    in_use: bool = False
+
+
+class FakeHost:
+    """The machine, with one attribute per port, and what a test or "the CO" does to it."""
+
+    def __init__(self, *, root: Path = Path("/var/lib/kubelet")) -> None:
+        self.disks: dict[str, FakeDisk] = {}
+        self.readers: list[FakeDisk] = []
+        self.table: list[_Entry] = []
+        self.tree: dict[Path, str] = {Path("/"): "directory"}
+        self.root = root
+        self.step: Callable[[str], None] = lambda point: None
+        self.destroyed: list[str] = []
+        self.formats: list[str] = []
+        self.can_grow_mounted_ext4 = True
+        self.answers: threading.Event = threading.Event()
+        self.answers.set()
+        self.present_problems: list[str] = []
+        self.client: str | None = "1f0e8a52-0000-4000-8000-000000000001"
+        self._minors = itertools.count(1)
+        self.devices = FakeDevices(self)
+        self.read_only_devices = FakeReadOnlyDevices(self)
+        self.mounts = FakeMounts(self)
+        self.filesystems = FakeFilesystems(self)
+        self.paths = FakePaths(self)
+        self.tools = FakeTools(self)
+        self.make_tree(root)
+
+    # --- what the storage and the CO do ---
+
+    def make_tree(self, path: Path) -> Path:
+        """Create a directory with its parents."""
+        for part in (*reversed(path.parents), path):
+            self.tree.setdefault(part, "directory")
+        return path
+
+    def attach(self, name: str, uuid: str, size_bytes: int = 64 * MIB, *, like: FakeDisk | None = None) -> FakeDisk:
+        """Let the device of a volume appear; `like` carries over what an earlier attachment of it holds."""
+        number = DeviceNumber(240, next(self._minors))
+        disk = FakeDisk(name, uuid, number, size_bytes, DEVICE_DIRECTORY / name)
+        if like is not None:
+            disk.filesystem, disk.signature, disk.raw = like.filesystem, like.signature, like.raw
+            disk.was_used, disk.size_bytes = like.was_used, like.size_bytes
+        self.disks[name] = disk
+        return disk
+
+    def detach(self, name: str) -> FakeDisk:
+        """Let the device go, whatever still uses it; its mounts stay and are dead."""
+        disk = self.disks.pop(name)
+        disk.is_gone = True
+        return disk
+
+    def reboot(self) -> None:
+        """Lose every mount, claim and read-only device; disks and directories stay."""
+        self.table.clear()
+        self.readers.clear()
+        for disk in self.disks.values():
+            disk.claimed = None
+            disk.read_only = False
+
+    def die(self) -> None:
+        """Let the driver's process die: what it held open is closed."""
+        for disk in (*self.disks.values(), *self.readers):
+            disk.claimed = None
+
+    def write_file(self, path: Path, name: str, data: bytes) -> None:
+        """Write a file into the filesystem that is mounted at `path`."""
+        entry = self.topmost(path)
+        if entry is None or entry.disk is None or entry.disk.filesystem is None:
+            raise AssertionError(f"nothing is mounted at {path}")
+        if entry.read_only or entry.disk.superblock_read_only or entry.disk.read_only or entry.disk.is_gone:
+            raise SystemCallFailed(f"write {path}/{name}", errno.EROFS)
+        entry.disk.filesystem.files[name] = data
+        entry.disk.was_used = True
+
+    def write_raw(self, path: Path, offset: int, data: bytes) -> None:
+        """Write to the block device that is published at `path`."""
+        entry = self.topmost(path)
+        if entry is None or entry.node is None:
+            raise AssertionError(f"no device node is bound at {path}")
+        if entry.node.read_only:
+            raise SystemCallFailed(f"write {path}", errno.EPERM)
+        ground = entry.node.ground
+        ground.raw[offset] = data
+        ground.was_used = True
+
+    def files_at(self, path: Path) -> dict[str, bytes]:
+        entry = self.topmost(path)
+        if entry is None or entry.disk is None or entry.disk.filesystem is None:
+            raise AssertionError(f"nothing is mounted at {path}")
+        return entry.disk.filesystem.files
+
+    def mounts_at(self, path: Path) -> int:
+        """Count the mounts stacked at `path`."""
+        return sum(entry.path == path for entry in self.table)
+
+    # --- shared by the ports ---
+
+    def topmost(self, path: Path) -> _Entry | None:
+        return next((entry for entry in reversed(self.table) if entry.path == path), None)
+
+    def by_number(self, number: DeviceNumber) -> FakeDisk | None:
+        present = (*self.disks.values(), *self.readers)
+        return next((disk for disk in present if disk.number == number and not disk.is_gone), None)
+
+    def is_mounted(self, disk: FakeDisk) -> bool:
+        return any(entry.disk is disk for entry in self.table)
+
+    def next_number(self, major: int) -> DeviceNumber:
+        return DeviceNumber(major, next(self._minors))
+
+
+class FakeDevices:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+        self._fds = itertools.count(1000)
+
+    def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
+        if not deadline.wait_until(lambda: self.find(name) is not None):
+            raise DeadlineReached(f"the device of volume {name}", deadline.elapsed_s())
+        device = self._host.disks[name].as_device()
+        if uuid is not None and device.uuid is not None and device.uuid != uuid:
+            raise PreconditionFailed(f"{name}: the device claims {device.uuid}, expected {uuid}")
+        return device
+
+    def find(self, name: str) -> Device | None:
+        disk = self._host.disks.get(name)
+        return disk.as_device() if disk is not None and disk.size_bytes else None
+
+    @contextmanager
+    def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
+        disk = self._host.by_number(device.number)
+        if disk is None or disk.name != device.name or (device.uuid is not None and disk.uuid != device.uuid):
+            raise PreconditionFailed(f"{device.path} is not the device that was found")
+        if write and disk.read_only:
+            raise SystemCallFailed(f"open {device.path} for writing", errno.EROFS)
+        fd = next(self._fds)
+        if exclusive:
+            if disk.busy_for:
+                disk.busy_for -= 1
+                raise PreconditionFailed(f"{device.path} is busy")
+            if disk.claimed is not None or self._host.is_mounted(disk):
+                raise PreconditionFailed(f"{device.path} is in use")
+            disk.claimed = fd
+        try:
+            yield OpenDevice(fd, disk.as_device())
+        finally:
+            if disk.claimed == fd:
+                disk.claimed = None
+
+    def size_bytes(self, number: DeviceNumber) -> int | None:
+        disk = self._host.by_number(number)
+        return disk.size_bytes if disk is not None else None
+
+    def uuid_of(self, number: DeviceNumber) -> str | None:
+        disk = self._host.by_number(number)
+        return disk.uuid if disk is not None and disk.claims_uuid else None
+
+    def set_read_only(self, device: Device) -> None:
+        disk = self._host.by_number(device.number)
+        if disk is None:
+            raise SystemCallFailed(f"set {device.path} read-only", errno.ENXIO)
+        self._host.step("before set_read_only")
+        disk.read_only = True
+        self._host.step("after set_read_only")
+
+    def client_uuid(self) -> str | None:
+        return self._host.client
+
+    def path_of(self, name: str) -> Path:
+        return DEVICE_DIRECTORY / name
+
+
+class FakeReadOnlyDevices:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def over(self, device: Device, label: str) -> Device:
+        if len(label) > 63:
+            raise HostFailure(f"the label {label} is longer than 63 bytes")
+        ground = self._host.by_number(device.number)
+        if ground is None:
+            raise SystemCallFailed(f"bind a loop device to {device.path}", errno.ENXIO)
+        for reader in self._host.readers:
+            if reader.label == label and reader.backing is ground:
+                return reader.as_device()
+        self._host.step("before over")
+        number = self._host.next_number(7)
+        reader = FakeDisk(
+            device.name,
+            label[:36],
+            number,
+            ground.size_bytes,
+            Path(f"/dev/loop{number.minor}"),
+            read_only=True,
+            backing=ground,
+            label=label,
+        )
+        self._host.readers.append(reader)
+        self._host.step("after over")
+        return reader.as_device()
+
+    def release(self, number: DeviceNumber) -> bool:
+        for reader in self._host.readers:
+            if reader.number == number and reader.claimed is None:
+                self._host.step("before release")
+                reader.is_gone = True
+                self._host.readers.remove(reader)
+                self._host.step("after release")
+                return True
+        return False
+
+
+class FakeMounts:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def at(self, path: Path) -> Mounted | None:
+        entry = self._host.topmost(path)
+        return _shown(entry) if entry is not None else None
+
+    def of_device(self, number: DeviceNumber) -> list[Mounted]:
+        shown = [_shown(entry) for entry in self._host.table]
+        return [mounted for mounted in shown if number in (mounted.number, mounted.node_number)]
+
+    def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
+        host = self._host
+        disk = host.by_number(device.number)
+        what = f"mount {device.path} at {target}"
+        for option in options:
+            if option.startswith("bogus"):
+                raise InvalidField("mount_flags", option, f"an option that {fs_type} takes")
+        if disk is None:
+            raise SystemCallFailed(what, errno.ENXIO)
+        if host.tree.get(target) != "directory":
+            raise SystemCallFailed(what, errno.ENOTDIR)
+        held = disk.filesystem
+        if held is None or not held.complete or held.fs_type != fs_type or held.is_damaged:
+            raise SystemCallFailed(what, errno.EINVAL, "wrong filesystem")
+        if disk.read_only and not read_only:
+            raise SystemCallFailed(what, errno.EACCES)
+        if disk.claimed is not None or (host.is_mounted(disk) and disk.superblock_read_only != read_only):
+            raise PreconditionFailed(f"{what}: the device is in use")
+        host.step("before mount")
+        disk.superblock_read_only = read_only
+        disk.was_used = True
+        shown = frozenset(options) | _VISIBLE_ALWAYS
+        host.table.append(_Entry(target, disk, None, str(device.path), "/", fs_type, read_only, shown))
+        host.step("after mount")
+
+    def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
+        host = self._host
+        node = next((disk for disk in (*host.disks.values(), *host.readers) if disk.path == source), None)
+        what = f"bind {source} at {target}"
+        from_entry = host.topmost(source)
+        wanted = "file" if node is not None else "directory"
+        if host.tree.get(target) != wanted:
+            raise SystemCallFailed(what, errno.ENOENT)
+        host.step("before bind")
+        if node is not None:
+            root = "/" + str(source.relative_to("/dev"))
+            entry = _Entry(target, None, node, "devtmpfs", root, "devtmpfs", read_only, frozenset())
+        elif from_entry is None:
+            raise SystemCallFailed(what, errno.ENOENT)
+        else:
+            entry = replace(from_entry, path=target, read_only=read_only or from_entry.read_only, in_use=False)
+        host.table.append(entry)
+        host.step("after bind")
+
+    def unmount(self, path: Path, *, lazy: bool = False) -> None:
+        host = self._host
+        entry = host.topmost(path)
+        if entry is None:
+            return
+        if entry.in_use and not lazy:
+            raise PreconditionFailed(f"unmount {path}: it is in use")
+        host.step("before unmount")
+        host.table.remove(entry)
+        host.step("after unmount")
+
+
+def _shown(entry: _Entry) -> Mounted:
+    number = entry.disk.number if entry.disk is not None else DeviceNumber(0, 5)
+    superblock_read_only = entry.disk is not None and entry.disk.superblock_read_only
+    return Mounted(
+        path=entry.path,
+        number=number,
+        fs_type=entry.fs_type,
+        source=entry.source,
+        root=entry.root,
+        read_only=entry.read_only or superblock_read_only,
+        options=entry.options,
+        node_number=entry.node.number if entry.node is not None else None,
+    )
+
+
+class FakeFilesystems:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def supported(self) -> Sequence[str]:
+        return ("ext4", "xfs", "btrfs")
+
+    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
+        disk = self._opened(device)
+        if disk.signature is not None:
+            return OtherContent(disk.signature)
+        if disk.filesystem is not None:
+            held = disk.filesystem
+            return Filesystem(held.fs_type) if held.complete else OtherContent("data that nothing recognises")
+        tail = disk.size_bytes - PROBED_BYTES
+        if any(offset < PROBED_BYTES or offset >= tail for offset in disk.raw):
+            return OtherContent("data that nothing recognises")
+        return Blank()
+
+    def first_data(
+        self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
+    ) -> int | None:
+        disk = self._opened(device)
+        if deadline is not None and deadline.expired():
+            raise DeadlineReached(f"every block of {disk.name}", deadline.elapsed_s())
+        progress(disk.size_bytes, disk.size_bytes)
+        return min(disk.raw, default=None)
+
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
+        disk = self._opened(device)
+        if disk.claimed != device.fd:
+            raise AssertionError("mkfs on a device that was not claimed")
+        self._host.step("before make")
+        if disk.was_used or disk.signature is not None or disk.raw:
+            self._host.destroyed.append(disk.uuid)
+        disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, complete=False, options=tuple(options))
+        self._host.step("halfway make")
+        disk.filesystem.complete = True
+        self._host.formats.append(disk.uuid)
+        self._host.step("after make")
+
+    def check(self, device: Device, fs_type: str) -> None:
+        held = self._idle(device, fs_type)
+        self._host.step("before check")
+        held.checks += 1
+        if held.is_damaged:
+            raise PreconditionFailed(f"the {fs_type} on {device.path} needs a person to repair it")
+        self._host.step("after check")
+
+    def recorded_bytes(self, device: Device, fs_type: str) -> int:
+        return self._held(device, fs_type).size_bytes
+
+    def grow_unmounted(self, device: Device, fs_type: str) -> bool:
+        held = self._idle(device, fs_type)
+        if fs_type != "ext4":
+            return False
+        self._host.step("before grow")
+        held.size_bytes = device.size_bytes
+        self._host.step("after grow")
+        return True
+
+    def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
+        entry = self._host.topmost(path)
+        if entry is None or entry.disk is None or entry.read_only or entry.disk.superblock_read_only:
+            raise HostFailure(f"{path} cannot be grown")
+        if fs_type == "ext4" and not self._host.can_grow_mounted_ext4:
+            raise PreconditionFailed("ext4 does not grow while mounted: CAP_SYS_RESOURCE is missing")
+        held = self._held(device, fs_type)
+        self._host.step("before grow")
+        held.size_bytes = device.size_bytes
+        self._host.step("after grow")
+
+    def usage(self, path: Path) -> Usage:
+        self._host.answers.wait()
+        entry = self._host.topmost(path)
+        if entry is None or entry.disk is None or entry.disk.filesystem is None:
+            raise SystemCallFailed(f"statfs {path}", errno.ENOENT)
+        held = entry.disk.filesystem
+        used = sum(len(data) for data in held.files.values())
+        return Usage(held.size_bytes, used, held.size_bytes - used, 1000, len(held.files), 1000 - len(held.files))
+
+    def _opened(self, device: OpenDevice) -> FakeDisk:
+        disk = self._host.by_number(device.device.number)
+        if disk is None or disk.ground.fails_reads:
+            raise HostFailure(f"read {device.device.path}: Input/output error (EIO)")
+        return disk
+
+    def _held(self, device: Device, fs_type: str) -> FakeFilesystem:
+        disk = self._host.by_number(device.number)
+        if disk is None or disk.filesystem is None or disk.filesystem.fs_type != fs_type:
+            raise HostFailure(f"{device.path} holds no {fs_type}")
+        return disk.filesystem
+
+    def _idle(self, device: Device, fs_type: str) -> FakeFilesystem:
+        held = self._held(device, fs_type)
+        disk = self._host.by_number(device.number)
+        if disk is None or self._host.is_mounted(disk) or disk.claimed is not None or disk.read_only:
+            raise HostFailure(f"{device.path} is in use or refuses writes")
+        return held
+
+
+class FakePaths:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def check(self, path: str, field: str) -> Path:
+        plain = Path(path)
+        if not path.startswith("/") or ".." in plain.parts or "\0" in path or not plain.is_relative_to(self._host.root):
+            raise InvalidField(field, path, f"an absolute, plain path below {self._host.root}")
+        return plain
+
+    def kind(self, path: Path) -> str:
+        entry = self._host.topmost(path)
+        if entry is not None and entry.node is not None:
+            return "device"
+        return self._host.tree.get(path, "absent")
+
+    def make_directory(self, path: Path) -> None:
+        self._make(path, "directory")
+
+    def make_file(self, path: Path) -> None:
+        self._make(path, "file")
+
+    def remove(self, path: Path) -> None:
+        kind = self._host.tree.get(path)
+        if kind is None:
+            return
+        if self._host.topmost(path) is not None:
+            raise SystemCallFailed(f"remove {path}", errno.EBUSY)
+        if kind not in ("directory", "file") or any(path in other.parents for other in self._host.tree):
+            raise SystemCallFailed(f"remove {path}", errno.ENOTEMPTY)
+        self._host.step("before remove")
+        del self._host.tree[path]
+        self._host.step("after remove")
+
+    def _make(self, path: Path, kind: str) -> None:
+        tree = self._host.tree
+        if path in tree:
+            if tree[path] != kind:
+                raise SystemCallFailed(f"create {path}", errno.EEXIST)
+            return
+        if tree.get(path.parent) != "directory":
+            raise SystemCallFailed(f"create {path}", errno.ENOENT)
+        self._host.step("before create")
+        tree[path] = kind
+        self._host.step("after create")
+
+
+class FakeTools:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def problems(self) -> Sequence[str]:
+        return tuple(self._host.present_problems)
+
+
+class FakeClock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds

@@ -1,0 +1,160 @@
+"""A node in memory: the use-cases over `FakeHost`, and requests as kubelet would make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.model import (
+    EMPTY,
+    AccessMode,
+    BlockAccess,
+    Capability,
+    CapacityRange,
+    History,
+    MountAccess,
+    PublishContext,
+    Usage,
+)
+from csi_driver.node.marks import Mark
+from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.service import NodeUseCases, assemble
+from tests.fakes.host import MIB, FakeClock, FakeHost
+
+UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
+OTHER_UUID = "77777777-9d1b-4b7e-8f6b-3f1d2c5b7a90"
+NAME = "csi-1"
+VOLUME_ID = f"single-zone-cluster:{NAME}:{UUID}"
+KUBELET = Path("/var/lib/kubelet")
+STAGING = KUBELET / "plugins/staging/globalmount"
+TARGET = KUBELET / "pods/1/mount"
+OTHER_TARGET = KUBELET / "pods/2/mount"
+EXT4 = MountAccess("ext4")
+BLOCK = BlockAccess()
+WRITER = AccessMode.SINGLE_NODE_WRITER
+READER = AccessMode.MULTI_NODE_READER_ONLY
+
+
+@dataclass
+class FakeMarks:
+    """Marks in memory, with the same points at which the driver may die."""
+
+    host: FakeHost
+    kept: dict[str, Mark] = field(default_factory=dict)
+
+    def read(self, volume_uuid: str) -> Mark | None:
+        return self.kept.get(volume_uuid)
+
+    def write(self, mark: Mark) -> None:
+        self.host.step("before mark")
+        self.kept[mark.volume_uuid] = mark
+        self.host.step("after mark")
+
+    def remove(self, volume_uuid: str) -> None:
+        if volume_uuid in self.kept:
+            self.host.step("before unmark")
+            del self.kept[volume_uuid]
+            self.host.step("after unmark")
+
+
+class FakeNode:
+    """The use-cases with every argument defaulted to the plainest case: ext4, one writer, first attachment."""
+
+    def __init__(self, *, heavy_operations: int = 4, settings: NodeSettings | None = None) -> None:
+        self.host = FakeHost()
+        self.clock = FakeClock()
+        self.marks = FakeMarks(self.host)
+        self.modes: dict[Path, int] = {}
+        self.settings = settings or NodeSettings(
+            node_name="node-1", state_directory="/nowhere", heavy_operations=heavy_operations
+        )
+        self.use = self.restart()
+        for path in (STAGING, TARGET.parent, OTHER_TARGET.parent):
+            self.host.make_tree(path)
+
+    def restart(self) -> NodeUseCases:
+        """Start the driver anew on the same machine."""
+        self.host.die()
+        self.use = assemble(
+            devices=self.host.devices,
+            read_only_devices=self.host.read_only_devices,
+            mounts=self.host.mounts,
+            filesystems=self.host.filesystems,
+            paths=self.host.paths,
+            tools=self.host.tools,
+            settings=self.settings,
+            marks=self.marks,
+            set_mode=self.modes.__setitem__,
+        )
+        return self.use
+
+    def soon(self, seconds: float = 60.0) -> Deadline:
+        return Deadline.after(seconds, self.clock)
+
+    def stage(
+        self,
+        *,
+        volume_id: str = VOLUME_ID,
+        staging: Path | str = STAGING,
+        access: MountAccess | BlockAccess = EXT4,
+        mode: AccessMode = WRITER,
+        context: Mapping[str, str] | None = None,
+        volume_context: Mapping[str, str] = EMPTY,
+    ) -> None:
+        given = publish_context() if context is None else context
+        request = StageRequest(volume_id, str(staging), Capability(access, mode), given, volume_context)
+        self.use.stage.stage(request, deadline=self.soon())
+
+    def unstage(self, volume_id: str = VOLUME_ID, staging: Path | str = STAGING) -> None:
+        self.use.stage.unstage(volume_id, str(staging), deadline=self.soon())
+
+    def publish(
+        self,
+        target: Path | str = TARGET,
+        *,
+        volume_id: str = VOLUME_ID,
+        staging: Path | str = STAGING,
+        access: MountAccess | BlockAccess = EXT4,
+        mode: AccessMode = WRITER,
+        read_only: bool = False,
+        context: Mapping[str, str] | None = None,
+    ) -> None:
+        given = publish_context() if context is None else context
+        capability = Capability(access, mode)
+        request = NodePublishRequest(volume_id, str(staging), str(target), capability, read_only, given)
+        self.use.publish.publish(request, deadline=self.soon())
+
+    def unpublish(self, target: Path | str = TARGET, volume_id: str = VOLUME_ID) -> None:
+        self.use.publish.unpublish(volume_id, str(target), deadline=self.soon())
+
+    def expand(
+        self,
+        path: Path | str = TARGET,
+        *,
+        required_bytes: int = 0,
+        limit_bytes: int = 0,
+        staging: Path | str = "",
+        volume_id: str = VOLUME_ID,
+        capability: Capability | None = None,
+    ) -> int:
+        capacity = CapacityRange(required_bytes, limit_bytes)
+        request = NodeExpandRequest(volume_id, str(path), capacity, str(staging), capability)
+        return self.use.expand.expand(request, deadline=self.soon())
+
+    def usage(self, path: Path | str = TARGET, volume_id: str = VOLUME_ID) -> Usage:
+        return self.use.statistics.usage(volume_id, str(path), "", deadline=self.soon())
+
+
+def publish_context(
+    *,
+    name: str = NAME,
+    uuid: str = UUID,
+    attachment: int = 1,
+    history: History = History.FIRST,
+    read_only: bool = False,
+    size_bytes: int = 64 * MIB,
+) -> dict[str, str]:
+    """What the controller tells the node; by default a volume that was made now and is attached first."""
+    return PublishContext(name, uuid, attachment, history, read_only, size_bytes).as_map()

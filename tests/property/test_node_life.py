@@ -1,0 +1,368 @@
+"""Any order and repetition of node calls, with the driver dying anywhere between two effects, ends as the spec says.
+
+The machine is `FakeHost`; the oracle below knows nothing of the driver's code: it keeps, per path, what the calls that
+succeeded should have left there, and per volume, what its device holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from csi_driver.errors import DriverError
+from csi_driver.model import AccessMode, History
+from csi_driver.node.marks import RAW
+from tests.fakes.host import MIB, FakeDisk
+from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
+
+UUIDS = {
+    "csi-a": "aaaaaaaa-0000-4000-8000-000000000001",
+    "csi-b": "bbbbbbbb-0000-4000-8000-000000000002",
+}
+STAGINGS = (KUBELET / "staging/1", KUBELET / "staging/2")
+TARGETS = (KUBELET / "pods/1", KUBELET / "pods/2", KUBELET / "pods/3")
+
+volumes = st.sampled_from(sorted(UUIDS))
+stagings = st.sampled_from(STAGINGS)
+targets = st.sampled_from(TARGETS)
+# Mostly no death; else at the n-th point between two effects, and whether kubelet repeats the call at once.
+deaths = st.one_of(st.just(0), st.integers(1, 14))
+
+
+class Died(BaseException):
+    """The driver's process ends here; nothing may catch it."""
+
+
+@dataclass
+class Life:
+    """What is true of one volume whatever the driver does."""
+
+    disk: FakeDisk | None = None
+    last: FakeDisk | None = None
+    attachment: int = 0
+    files: dict[str, bytes] = field(default_factory=dict)
+    raw: dict[int, bytes] = field(default_factory=dict)
+    holds: str = "blank"
+    """blank, filesystem, half (an unfinished filesystem) or raw."""
+    begun: int = 0
+    """The attachment under which a format was begun and not seen finished; 0 = none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is mounted at a path. `is_filesystem_read_only` is the whole filesystem's, `read_only` this mount's."""
+
+    name: str
+    disk: FakeDisk
+    block: bool
+    read_only: bool
+    is_filesystem_read_only: bool = False
+
+    @property
+    def is_dead(self) -> bool:
+        return self.disk.is_gone
+
+
+class NodeLife(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = FakeNode()
+        self.host = self.node.host
+        for path in (*STAGINGS, TARGETS[0].parent):
+            self.host.make_tree(path)
+        self.lives = {name: Life() for name in UUIDS}
+        self.places: dict[Path, Place] = {}
+
+    # --- the storage, the users ---
+
+    @rule(name=volumes)
+    def attach(self, name: str) -> None:
+        life = self.lives[name]
+        if life.disk is None:
+            life.attachment += 1
+            life.disk = self.host.attach(name, UUIDS[name], like=life.last)
+
+    @rule(name=volumes)
+    def lose_the_device(self, name: str) -> None:
+        life = self.lives[name]
+        if life.disk is not None:
+            life.last, life.disk = self.host.detach(name), None
+
+    @rule()
+    def reboot(self) -> None:
+        self.host.reboot()
+        self.node.restart()
+        self.places.clear()
+
+    @rule(path=st.sampled_from((*STAGINGS, *TARGETS)), data=st.binary(min_size=1, max_size=3))
+    def write(self, path: Path, data: bytes) -> None:
+        place = self.places.get(path)
+        if place is None or place.is_dead or place.read_only:
+            return
+        life = self.lives[place.name]
+        if not place.block:
+            self.host.write_file(path, "a", data)
+            life.files["a"] = data
+        elif life.holds in ("blank", "raw"):
+            self.host.write_raw(path, 32 * MIB, data)
+            life.raw[32 * MIB] = data
+            life.holds = "raw"
+
+    @rule(name=volumes)
+    def grow_the_device(self, name: str) -> None:
+        disk = self.lives[name].disk
+        if disk is not None and disk.size_bytes < 512 * MIB:
+            disk.size_bytes += 64 * MIB
+
+    # --- the calls ---
+
+    @rule(name=volumes, path=stagings, block=st.booleans(), read_only=st.booleans(), death=deaths, again=st.booleans())
+    def stage(self, name: str, path: Path, block: bool, read_only: bool, death: int, again: bool) -> None:
+        mode = AccessMode.SINGLE_NODE_READER_ONLY if read_only else AccessMode.SINGLE_NODE_WRITER
+        expected = self.may_stage_block(name, path) if block else self.may_stage(name, path, read_only)
+        done = self.call(
+            lambda: self.node.stage(
+                volume_id=self.id_of(name),
+                staging=path,
+                access=BLOCK if block else EXT4,
+                mode=mode,
+                context=self.context_of(name),
+            ),
+            expected,
+            death,
+            again,
+        )
+        life = self.lives[name]
+        if done and not block and life.disk is not None:
+            if path not in self.places and not self.elsewhere(name):
+                life.holds, life.begun = "filesystem", 0
+            self.places[path] = Place(name, life.disk, False, read_only, read_only)
+
+    @rule(
+        name=volumes, staging=stagings, at=targets, block=st.booleans(), read_only=st.booleans(), death=deaths,
+        again=st.booleans(),
+    )  # fmt: skip
+    def publish(
+        self, name: str, staging: Path, at: Path, block: bool, read_only: bool, death: int, again: bool
+    ) -> None:
+        expected = (self.may_publish_block if block else self.may_publish)(name, staging, at, read_only)
+        done = self.call(
+            lambda: self.node.publish(
+                at,
+                volume_id=self.id_of(name),
+                staging=staging,
+                access=BLOCK if block else EXT4,
+                read_only=read_only,
+                context=self.context_of(name),
+            ),
+            expected,
+            death,
+            again,
+        )
+        life = self.lives[name]
+        if done and at not in self.places and life.disk is not None:
+            if block and not read_only:
+                life.begun = 0
+            origin = self.places.get(staging)
+            shown = read_only or (origin is not None and origin.read_only)
+            whole = origin is not None and origin.is_filesystem_read_only
+            self.places[at] = Place(name, life.disk, block, shown, whole)
+
+    @rule(name=volumes, path=stagings, death=deaths, again=st.booleans())
+    def unstage(self, name: str, path: Path, death: int, again: bool) -> None:
+        if self.call(lambda: self.node.unstage(self.id_of(name), path), True, death, again):
+            self.take_off(name, path)
+
+    @rule(name=volumes, path=targets, death=deaths, again=st.booleans())
+    def unpublish(self, name: str, path: Path, death: int, again: bool) -> None:
+        if self.call(lambda: self.node.unpublish(path, self.id_of(name)), True, death, again):
+            self.take_off(name, path)
+            assert path in self.places or path not in self.host.tree
+
+    @rule(name=volumes, path=st.sampled_from((*STAGINGS, *TARGETS)), death=deaths, again=st.booleans())
+    def expand(self, name: str, path: Path, death: int, again: bool) -> None:
+        place = self.places.get(path)
+        disk = self.lives[name].disk
+        expected = place is not None and place.name == name and disk is not None and not place.is_dead
+        if expected and place is not None and not place.block and disk is not None and disk.filesystem is not None:
+            is_small = disk.filesystem.size_bytes < disk.size_bytes
+            expected = not is_small or any(not p.read_only for p in (place, *self.elsewhere(name)))
+        call = lambda: self.node.expand(path, volume_id=self.id_of(name))  # noqa: E731
+        if self.call(call, expected, death, again) and place is not None and not place.block and disk is not None:
+            assert disk.filesystem is not None
+            assert disk.filesystem.size_bytes == disk.size_bytes
+
+    def call(self, act: Callable[[], object], expected: bool, death: int, again: bool) -> bool:
+        """Call; if the driver dies in it, start it anew and call `again` or look at what it left. True = succeeded."""
+        self.host.step = _dying_at(death)
+        try:
+            return self.outcome(act, expected)
+        except Died:
+            self.host.step = lambda point: None
+            self.node.restart()
+            if again:
+                return self.outcome(act, expected)
+            self.look()
+            return False
+        finally:
+            self.host.step = lambda point: None
+
+    def outcome(self, act: Callable[[], object], expected: bool) -> bool:
+        try:
+            act()
+        except DriverError:
+            assert not expected
+            return False
+        assert expected
+        return True
+
+    # --- what the specification and the decisions say ---
+
+    def may_stage(self, name: str, path: Path, read_only: bool) -> bool:
+        life = self.lives[name]
+        there = self.places.get(path)
+        if life.disk is None:
+            return False
+        if there is not None:
+            same = there.name == name and not there.is_dead and not there.block
+            return same and there.is_filesystem_read_only == read_only
+        shared = self.elsewhere(name)
+        if shared:
+            shown = all(place.read_only for place in shared)
+            return shown == read_only and shared[0].is_filesystem_read_only == read_only
+        unfinished = life.begun == life.attachment
+        if life.holds == "filesystem":
+            return not (unfinished and read_only)
+        if life.holds == "half":
+            return unfinished and not read_only
+        return life.holds == "blank" and not read_only
+
+    def may_stage_block(self, name: str, path: Path) -> bool:
+        return self.lives[name].disk is not None and path not in self.places
+
+    def may_publish(self, name: str, staging: Path, target: Path, read_only: bool) -> bool:
+        origin, there = self.places.get(staging), self.places.get(target)
+        if self.lives[name].disk is None or origin is None or origin.name != name or origin.is_dead:
+            return False
+        if origin.read_only and not read_only:
+            return False
+        return there is None or self.is_so(there, name, block=False, read_only=read_only)
+
+    def may_publish_block(self, name: str, staging: Path, target: Path, read_only: bool) -> bool:
+        there = self.places.get(target)
+        if self.lives[name].disk is None or staging in self.places:
+            return False
+        return there is None or self.is_so(there, name, block=True, read_only=read_only)
+
+    @staticmethod
+    def is_so(there: Place, name: str, *, block: bool, read_only: bool) -> bool:
+        return there.name == name and not there.is_dead and (there.block, there.read_only) == (block, read_only)
+
+    def take_off(self, name: str, path: Path) -> None:
+        there = self.places.get(path)
+        if there is None:
+            return
+        # A read-only device over a lost one lives on, and tells whose it is.
+        tells = there.block and there.read_only
+        if there.name == name or (there.is_dead and not tells):
+            del self.places[path]
+
+    def elsewhere(self, name: str) -> list[Place]:
+        return [place for place in self.places.values() if place.name == name and not (place.block or place.is_dead)]
+
+    def look(self) -> None:
+        """After a death that nobody repeated: what is, is what the next call starts from."""
+        for path in (*STAGINGS, *TARGETS):
+            entry = self.host.topmost(path)
+            if entry is None:
+                self.places.pop(path, None)
+            elif path not in self.places:
+                device = entry.disk or entry.node
+                assert device is not None
+                disk = device.ground
+                self.places[path] = Place(
+                    disk.name, disk, entry.node is not None, entry.read_only, disk.superblock_read_only
+                )
+        for name, life in self.lives.items():
+            mark = self.node.marks.kept.get(UUIDS[name])
+            life.begun = mark.attachment if mark is not None and mark.filesystem != RAW else 0
+            if life.disk is not None and life.disk.filesystem is not None:
+                life.holds = "filesystem" if life.disk.filesystem.complete else "half"
+
+    def id_of(self, name: str) -> str:
+        return f"single-zone-cluster:{name}:{UUIDS[name]}:ns"
+
+    def context_of(self, name: str) -> dict[str, str]:
+        number = self.lives[name].attachment
+        history = History.FIRST if number == 1 else History.ATTACHED
+        return publish_context(name=name, uuid=UUIDS[name], attachment=number, history=history)
+
+    # --- what always holds ---
+
+    @invariant()
+    def nothing_that_was_written_is_formatted(self) -> None:
+        assert self.host.destroyed == []
+
+    @invariant()
+    def every_written_byte_is_there(self) -> None:
+        for life in self.lives.values():
+            disk = life.disk or life.last
+            if disk is not None:
+                assert disk.raw == life.raw
+                assert (disk.filesystem.files if disk.filesystem else {}) == life.files
+
+    @invariant()
+    def every_path_holds_what_it_should_exactly_once(self) -> None:
+        for path in (*STAGINGS, *TARGETS):
+            assert self.host.mounts_at(path) == (path in self.places), path
+
+    @invariant()
+    def every_mount_is_of_the_right_volume_and_access(self) -> None:
+        for path, place in self.places.items():
+            entry = self.host.topmost(path)
+            assert entry is not None
+            device = entry.node if place.block else entry.disk
+            assert device is not None
+            assert device.ground is place.disk
+            assert entry.read_only == place.read_only
+            if place.block and place.read_only:
+                assert device.read_only
+
+    @invariant()
+    def nothing_is_held_open_between_calls(self) -> None:
+        assert all(disk.claimed is None for disk in self.host.disks.values())
+
+    @precondition(lambda self: bool(self.places))
+    @rule(order=st.permutations((*STAGINGS, *TARGETS)))
+    def everything_is_taken_down(self, order: list[Path]) -> None:
+        for path in order:
+            for name in UUIDS:
+                if path in TARGETS:
+                    self.node.unpublish(path, self.id_of(name))
+                else:
+                    self.node.unstage(self.id_of(name), path)
+        assert self.host.table == []
+        assert self.host.readers == []
+        assert not any(path in self.host.tree for path in TARGETS)
+        self.places.clear()
+
+
+def _dying_at(death: int) -> Callable[[str], None]:
+    left = death
+
+    def step(point: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Died(point)
+
+    return step
+
+
+TestNodeLife = NodeLife.TestCase
+TestNodeLife.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,26 @@
+"""NodeGetInfo and the node's part of Probe."""
+
+from __future__ import annotations
+
+from csi_driver.node.requests import NodeInfo, NodeSettings
+from tests.fakes.node import FakeNode
+
+SETTINGS = NodeSettings("node-1", "/nowhere", zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
+
+
+def test_the_storage_clients_uuid_is_the_node_id() -> None:
+    node = FakeNode(settings=SETTINGS)
+    node.host.client = "client-uuid"
+    assert node.use.identity.info() == NodeInfo("client-uuid", 7, {"example.com/zone": "z1"})
+
+
+def test_the_node_name_is_the_node_id_where_there_is_no_storage_client() -> None:
+    node = FakeNode(settings=SETTINGS)
+    node.host.client = None
+    assert node.use.identity.info().node_id == "node-1"
+
+
+def test_the_problems_of_the_machine_are_passed_on() -> None:
+    node = FakeNode(settings=SETTINGS)
+    node.host.present_problems = ["mkfs.ext4 is not installed"]
+    assert list(node.use.identity.problems()) == ["mkfs.ext4 is not installed"]

@@ -1,0 +1,61 @@
+"""Format marks as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import HostFailure
+from csi_driver.node.marks import Mark, MarkFiles
+
+UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> MarkFiles:
+    return MarkFiles(tmp_path / "state" / "format-marks")
+
+
+def test_a_mark_is_read_back_as_it_was_written(marks: MarkFiles) -> None:
+    marks.write(Mark(UUID, 3, "xfs"))
+    assert marks.read(UUID) == Mark(UUID, 3, "xfs")
+
+
+def test_a_new_mark_replaces_the_older_one(marks: MarkFiles) -> None:
+    marks.write(Mark(UUID, 3, "xfs"))
+    marks.write(Mark(UUID, 4, "ext4"))
+    assert marks.read(UUID) == Mark(UUID, 4, "ext4")
+
+
+def test_a_removed_mark_is_gone_and_may_be_removed_again(marks: MarkFiles) -> None:
+    marks.write(Mark(UUID, 3, "xfs"))
+    marks.remove(UUID)
+    marks.remove(UUID)
+    assert marks.read(UUID) is None
+
+
+def test_without_a_mark_there_is_none_to_read(marks: MarkFiles) -> None:
+    assert marks.read(UUID) is None
+
+
+def test_a_mark_is_of_its_own_attachment_alone() -> None:
+    assert [Mark(UUID, 3, "xfs").is_of(attachment) for attachment in (2, 3, 4)] == [False, True, False]
+
+
+def test_a_mark_of_an_attachment_that_nobody_counts_is_of_none() -> None:
+    assert not Mark(UUID, 0, "xfs").is_of(0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"volume": "x"}', '{"volume":"a","attachment":1,"filesystem":"ext4"}']
+)
+def test_a_mark_that_cannot_be_read_stops_everything(tmp_path: Path, text: str) -> None:
+    (tmp_path / f"{UUID}.mark").write_text(text)
+    with pytest.raises(HostFailure, match="format mark"):
+        MarkFiles(tmp_path).read(UUID)
+
+
+def test_a_draft_left_by_a_crash_is_no_mark(tmp_path: Path) -> None:
+    (tmp_path / f"{UUID}.new").write_text("{")
+    assert MarkFiles(tmp_path).read(UUID) is None

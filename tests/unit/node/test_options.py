@@ -1,0 +1,174 @@
+"""Mount flags and mkfs options: what is taken and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import InvalidField
+from csi_driver.machine import DeviceNumber, Mounted
+from csi_driver.model import AccessMode, MountAccess
+from csi_driver.node.options import MountPlan, differences, mkfs_arguments, mount_flags, plan_mount
+
+SUPPORTED = ("ext4", "xfs", "btrfs")
+
+
+def plan(
+    *flags: str, fs_type: str = "ext4", mode: AccessMode = AccessMode.SINGLE_NODE_WRITER, read_only: bool = False
+) -> MountPlan:
+    return plan_mount(MountAccess(fs_type, flags), mode, read_only=read_only, mkfs_options="", supported=SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "-o", "--bind", "-t", "bind", "rbind", "remount", "move", "rprivate", "loop=/dev/loop1", "offset=4096", "a b",
+        "noatime\n", "x\0y", "", "noatime,bind", ",", "device=/dev/sda", "logdev=/dev/sda", "journal_dev=8",
+        "subvol=/x", "errors=panic", "suid", "dev", "x-mount.mkdir", "noatime=/etc/passwd", "é", "nvmesh:chmod=99",
+        "nvmesh:chmod=u+s", "helper=evil", "sb=8193", "context=a;b", "abort", "a" * 5000 + "!",
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_no_plain_option_of_the_volume_is_refused(flag: str) -> None:
+    with pytest.raises(InvalidField, match="mount_flags"):
+        mount_flags([flag])
+
+
+def test_a_refusal_does_not_repeat_the_value_of_an_option() -> None:
+    with pytest.raises(InvalidField) as refusal:
+        mount_flags(["logdev=hidden-value"])
+    assert "hidden-value" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("flag", ["noatime", "commit=30", "discard", "errors=remount-ro", "data=writeback", "inode64"])
+def test_an_option_of_a_filesystem_is_taken(flag: str) -> None:
+    assert mount_flags([flag]) == ((flag,), None)
+
+
+def test_options_in_one_flag_are_taken_apart() -> None:
+    assert mount_flags(["noatime,discard", "noatime"]) == (("noatime", "discard"), None)
+
+
+def test_an_selinux_context_keeps_its_commas_and_loses_its_quotes() -> None:
+    flags, _ = mount_flags(['context="system_u:object_r:container_file_t:s0:c1,c2"'])
+    assert flags == ("context=system_u:object_r:container_file_t:s0:c1,c2",)
+
+
+@pytest.mark.parametrize(("flag", "mode"), [("nvmesh:chmod=777", 0o777), ("nvmesh:permissions=0750", 0o750)])
+def test_a_mode_of_the_root_directory_is_no_option_of_the_kernel(flag: str, mode: int) -> None:
+    assert mount_flags([flag]) == ((), mode)
+
+
+def test_xfs_is_mounted_whatever_uuid_it_carries() -> None:
+    assert "nouuid" in plan(fs_type="xfs").options_for("xfs")
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "options"),
+    [("ext4", {"noload"}), ("xfs", {"norecovery", "nouuid"}), ("btrfs", {"rescue=nologreplay"})],
+)
+def test_a_reader_replays_no_journal(fs_type: str, options: set[str]) -> None:
+    assert set(plan(fs_type=fs_type, mode=AccessMode.MULTI_NODE_READER_ONLY).options_for(fs_type)) == options
+
+
+@pytest.mark.parametrize("option", ["noload", "norecovery", "rescue=all", "nologreplay"])
+def test_a_writer_cannot_leave_the_journal_unread(option: str) -> None:
+    with pytest.raises(InvalidField, match="journal"):
+        plan(option)
+
+
+def test_the_flag_ro_makes_the_access_read_only() -> None:
+    assert plan("ro").read_only
+
+
+def test_the_flag_rw_contradicts_a_reader() -> None:
+    with pytest.raises(InvalidField, match="rw"):
+        plan("rw", mode=AccessMode.SINGLE_NODE_READER_ONLY)
+
+
+@pytest.mark.parametrize("mode", [AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER])
+def test_a_filesystem_for_several_writing_nodes_is_refused(mode: AccessMode) -> None:
+    with pytest.raises(InvalidField, match="access_mode"):
+        plan(mode=mode)
+
+
+def test_a_filesystem_that_cannot_be_made_is_refused() -> None:
+    with pytest.raises(InvalidField, match="fs_type"):
+        plan(fs_type="zfs")
+
+
+# --- comparing ---
+
+
+def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mounted:
+    return Mounted(Path("/s"), DeviceNumber(8, 1), fs_type, "/dev/x", "/", read_only, frozenset(options))
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (mounted("relatime"), plan()),
+        (mounted("noatime", "commit=30"), plan("noatime", "commit=30")),
+        (mounted("relatime", "seclabel", "data=ordered"), plan()),
+        (mounted("relatime", "attr2", "inode64", "logbufs=8", fs_type="xfs"), plan(fs_type="xfs")),
+        (mounted("relatime"), plan("errors=remount-ro", "user_xattr")),
+        (mounted("relatime", "logbsize=32k", fs_type="xfs"), plan("logbsize=32768", fs_type="xfs")),
+        (mounted("relatime", fs_type="xfs"), plan(fs_type="")),
+        (mounted("relatime", "noload", read_only=True), plan("ro")),
+    ],
+)
+def test_a_mount_as_wanted_is_never_called_wrong(shown: Mounted, wanted: MountPlan) -> None:
+    assert differences(shown, wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted", "said"),
+    [
+        (mounted("relatime", fs_type="xfs"), plan(fs_type="ext4"), "filesystem is xfs, wanted ext4"),
+        (mounted("relatime"), plan("ro"), "access is read-write, wanted read-only"),
+        (mounted("relatime", read_only=True), plan(), "access is read-only, wanted read-write"),
+        (mounted("noexec"), plan(), "option noexec is set, wanted not set"),
+        (mounted("relatime"), plan("noatime"), "option noatime is not set, wanted set"),
+        (mounted("commit=5"), plan("commit=30"), "option commit is 5, wanted 30"),
+    ],
+)
+def test_a_difference_is_named(shown: Mounted, wanted: MountPlan, said: str) -> None:
+    assert said in differences(shown, wanted)
+
+
+# --- mkfs ---
+
+
+@pytest.mark.parametrize(
+    ("text", "fs_type", "arguments"),
+    [
+        ("", "ext4", ()),
+        ("-m0 -E nodiscard,lazy_itable_init=1", "ext4", ("-m", "0", "-E", "nodiscard,lazy_itable_init=1")),
+        ("-b 4096 -I 256 -O ^has_journal,quota", "ext4", ("-b", "4096", "-I", "256", "-O", "^has_journal,quota")),
+        ("-m reflink=1,crc=1 -K", "xfs", ("-m", "reflink=1,crc=1", "-K")),
+        ("-d su=128k,sw=8", "xfs", ("-d", "su=128k,sw=8")),
+        ("--csum xxhash -n 16k", "btrfs", ("--csum=xxhash", "-n", "16k")),
+        ("--csum=xxhash", "btrfs", ("--csum=xxhash",)),
+        ("'-L' \"data\"", "ext4", ("-L", "data")),
+    ],
+)
+def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tuple[str, ...]) -> None:
+    assert mkfs_arguments(text, fs_type) == arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "fs_type"),
+    [
+        ("-F", "ext4"), ("-n", "ext4"), ("-S", "ext4"), ("/dev/sda", "ext4"), ("-- /dev/sda", "ext4"),
+        ("-d /etc", "ext4"), ("-J device=/dev/sda", "ext4"), ("-E offset=4096", "ext4"), ("-E root_owner=0:0", "ext4"),
+        ("-b", "ext4"), ("-b 4096 1g", "ext4"), ("-m 0;reboot", "ext4"), ("-e panic", "ext4"), ("-K1", "ext4"),
+        ("-q -q /dev/x", "ext4"), ("-m '", "ext4"), ("-L 'a b'", "ext4"), ("-f", "xfs"), ("-N", "xfs"),
+        ("-p /etc/passwd", "xfs"),
+        ("-l logdev=/dev/sda", "xfs"), ("-d name=/dev/sda", "xfs"), ("-d file", "xfs"), ("-d size=1m", "xfs"),
+        ("-r rtdev=/dev/x", "xfs"), ("-c options=/x", "xfs"), ("-b 100m", "btrfs"), ("-r /etc", "btrfs"),
+        ("--rootdir=/etc", "btrfs"), ("-U clear", "btrfs"), ("-m0", "zfs"), ("-mé", "ext4"),
+    ],
+)  # fmt: skip
+def test_other_options_of_mkfs_are_refused(text: str, fs_type: str) -> None:
+    with pytest.raises(InvalidField, match="mkfsOptions"):
+        mkfs_arguments(text, fs_type)

@@ -1,0 +1,510 @@
+"""NodeStageVolume and NodeUnstageVolume on a machine in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    DeadlineReached,
+    HostFailure,
+    Incompatible,
+    InvalidField,
+    PreconditionFailed,
+    VolumeNotFound,
+)
+from csi_driver.model import EMPTY, AccessMode, Capability, History, MountAccess
+from csi_driver.node.marks import RAW, Mark
+from csi_driver.node.requests import StageRequest
+from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.node import (
+    BLOCK,
+    EXT4,
+    KUBELET,
+    NAME,
+    OTHER_UUID,
+    READER,
+    STAGING,
+    TARGET,
+    UUID,
+    VOLUME_ID,
+    FakeNode,
+    publish_context,
+)
+
+STAGING_2 = KUBELET / "plugins/staging2/globalmount"
+READ_ONLY_CONTEXT = publish_context(read_only=True, history=History.ATTACHED, attachment=2)
+XFS = MountAccess("xfs")
+
+
+def formatted(node: FakeNode, fs_type: str = "ext4", size_bytes: int = 64 * MIB) -> FakeFilesystem:
+    """Attach the volume with a filesystem that holds a file."""
+    disk = node.host.attach(NAME, UUID, size_bytes)
+    disk.filesystem = FakeFilesystem(fs_type, size_bytes, files={"a": b"precious"})
+    disk.was_used = True
+    return disk.filesystem
+
+
+# --- formatting ---
+
+
+def test_a_blank_first_device_is_formatted_once_and_mounted(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage()
+    node.stage()
+    assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
+
+
+def test_no_mark_is_left_by_a_format(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage()
+    assert node.marks.kept == {}
+
+
+@pytest.mark.parametrize(("asked", "made"), [("", "ext4"), ("ext4", "ext4"), ("xfs", "xfs"), ("btrfs", "btrfs")])
+def test_the_filesystem_asked_for_is_made_and_ext4_without_a_wish(node: FakeNode, asked: str, made: str) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage(access=MountAccess(asked))
+    assert disk.filesystem is not None
+    assert disk.filesystem.fs_type == made
+
+
+def test_a_filesystem_is_used_as_it_is(node: FakeNode) -> None:
+    held = formatted(node)
+    node.stage()
+    assert (node.host.formats, node.host.files_at(STAGING), held.checks) == ([], {"a": b"precious"}, 1)
+
+
+def test_a_filesystem_is_used_whichever_it_is_when_none_is_asked_for(node: FakeNode) -> None:
+    formatted(node, "xfs")
+    node.stage(access=MountAccess(""))
+    assert node.host.files_at(STAGING) == {"a": b"precious"}
+
+
+def test_another_filesystem_than_asked_for_is_refused(node: FakeNode) -> None:
+    formatted(node, "xfs")
+    with pytest.raises(PreconditionFailed, match="holds xfs, wanted ext4"):
+        node.stage()
+
+
+def test_a_partition_table_is_content(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID).signature = "a partition table (gpt)"
+    with pytest.raises(PreconditionFailed, match="partition table"):
+        node.stage()
+    assert node.host.formats == []
+
+
+def test_a_read_error_formats_nothing(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID).fails_reads = True
+    with pytest.raises(HostFailure):
+        node.stage()
+    assert node.host.formats == []
+
+
+@pytest.mark.parametrize(
+    "context",
+    [EMPTY, publish_context(history=History.ATTACHED), publish_context(history=History.UNKNOWN), {"history": "first"}],
+)
+def test_one_written_byte_in_the_middle_stops_a_format_of_a_volume_that_was_in_use(
+    node: FakeNode, context: dict[str, str]
+) -> None:
+    node.host.attach(NAME, UUID).raw[32 * MIB + 5] = b"x"
+    with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB + 5}"):
+        node.stage(context=context)
+    assert node.host.formats == []
+
+
+def test_a_volume_that_was_in_use_and_is_zero_throughout_is_formatted(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=5))
+    assert node.host.formats == [UUID]
+
+
+def test_a_device_smaller_than_the_volume_is_not_formatted(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID, 32 * MIB)
+    with pytest.raises(PreconditionFailed, match="33554432 bytes, wanted 67108864"):
+        node.stage()
+    assert node.host.formats == []
+
+
+def test_a_device_whose_uuid_nobody_knows_is_not_formatted(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID).claims_uuid = False
+    with pytest.raises(PreconditionFailed, match="uuid"):
+        node.stage(volume_id=NAME, context=EMPTY)
+    assert node.host.formats == []
+
+
+def test_what_our_own_format_left_unfinished_is_made_again(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
+    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    node.stage()
+    assert (node.host.mounts_at(STAGING), node.marks.kept) == (1, {})
+
+
+def test_an_unfinished_filesystem_of_another_attachment_is_refused(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
+    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=publish_context(attachment=2, history=History.ATTACHED))
+    assert node.host.formats == []
+
+
+def test_an_old_mark_does_not_make_data_formattable(node: FakeNode) -> None:
+    held = formatted(node)
+    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    node.stage(context=publish_context(attachment=3, history=History.ATTACHED))
+    assert (node.host.formats, held.files) == ([], {"a": b"precious"})
+
+
+def test_mkfs_options_reach_mkfs(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage(volume_context={"mkfsOptions": "-m 0"})
+    assert disk.filesystem is not None
+    assert disk.filesystem.options == ("-m", "0")
+
+
+def test_wrong_mkfs_options_are_refused_before_the_device_is_looked_for(node: FakeNode) -> None:
+    with pytest.raises(InvalidField, match="mkfsOptions"):
+        node.stage(volume_context={"mkfsOptions": "/dev/sda"})
+
+
+def test_a_busy_moment_of_a_fresh_device_is_waited_out(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID).busy_for = 3
+    node.stage()
+    assert node.host.mounts_at(STAGING) == 1
+
+
+def test_a_device_that_somebody_holds_is_refused(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    disk.claimed = 7
+    with pytest.raises(PreconditionFailed, match="in use"):
+        node.stage()
+
+
+def test_a_format_waits_for_a_place_no_longer_than_its_caller() -> None:
+    node = FakeNode(heavy_operations=1)
+    node.host.attach(NAME, UUID)
+    heavy = node.use.stage._preparation._heavy
+    request = StageRequest(VOLUME_ID, str(STAGING), Capability(EXT4, AccessMode.SINGLE_NODE_WRITER), publish_context())
+    with heavy.place("occupy it", deadline=node.soon()), pytest.raises(DeadlineReached, match="place"):
+        node.use.stage.stage(request, deadline=Deadline.after(0, node.clock))
+    assert node.host.formats == []
+
+
+# --- whose device ---
+
+
+def test_an_id_of_no_form_of_ours_is_a_volume_that_does_not_exist(node: FakeNode) -> None:
+    with pytest.raises(VolumeNotFound):
+        node.stage(volume_id="no/such volume")
+
+
+def test_another_volume_under_the_same_name_is_refused(node: FakeNode) -> None:
+    node.host.attach(NAME, OTHER_UUID)
+    with pytest.raises(PreconditionFailed, match="claims"):
+        node.stage()
+    assert node.host.formats == []
+
+
+def test_an_id_and_a_publish_context_of_two_volumes_do_not_match(node: FakeNode) -> None:
+    node.host.attach(NAME, OTHER_UUID)
+    with pytest.raises(VolumeNotFound, match=OTHER_UUID):
+        node.stage(context=publish_context(uuid=OTHER_UUID))
+
+
+def test_a_publish_context_of_another_name_is_refused(node: FakeNode) -> None:
+    with pytest.raises(PreconditionFailed, match="csi-2"):
+        node.stage(context=publish_context(name="csi-2"))
+
+
+@pytest.mark.parametrize("volume_id", [NAME, f"zone:{NAME}", f"zone:{NAME}:{UUID.upper()}", f"zone:{NAME}:{UUID}:ns"])
+def test_every_form_of_an_id_is_staged(node: FakeNode, volume_id: str) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(volume_id=volume_id)
+    assert node.host.mounts_at(STAGING) == 1
+
+
+def test_a_device_that_never_comes_is_awaited_within_the_deadline(node: FakeNode) -> None:
+    with pytest.raises(DeadlineReached):
+        node.stage()
+    assert node.clock.now_s < 60
+
+
+# --- already staged ---
+
+
+@pytest.mark.parametrize("access", [MountAccess("xfs"), MountAccess("ext4", ("noexec",)), MountAccess("ext4", ("ro",))])
+def test_staged_with_another_capability_is_incompatible(node: FakeNode, access: MountAccess) -> None:
+    formatted(node)
+    node.stage()
+    with pytest.raises(Incompatible):
+        node.stage(access=access)
+
+
+def test_block_staging_where_a_filesystem_is_staged_is_incompatible(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    with pytest.raises(Incompatible):
+        node.stage(access=BLOCK)
+
+
+def test_a_staging_path_that_holds_another_volume_is_refused_naming_it(node: FakeNode) -> None:
+    node.host.attach("csi-2", OTHER_UUID)
+    node.stage(volume_id=f"z:csi-2:{OTHER_UUID}", context=publish_context(name="csi-2", uuid=OTHER_UUID))
+    formatted(node)
+    with pytest.raises(PreconditionFailed, match="csi-2"):
+        node.stage()
+
+
+def test_a_staging_path_that_holds_a_dead_device_is_refused_naming_it(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.host.attach(NAME, UUID, like=node.host.detach(NAME))
+    with pytest.raises(PreconditionFailed, match="gone"):
+        node.stage()
+
+
+def test_a_second_staging_path_shares_the_filesystem(node: FakeNode) -> None:
+    formatted(node)
+    node.host.make_tree(STAGING_2)
+    node.stage()
+    node.stage(staging=STAGING_2, volume_id=f"{VOLUME_ID}:other")
+    assert node.host.files_at(STAGING_2) == {"a": b"precious"}
+
+
+def test_a_reader_beside_a_writer_of_one_device_is_refused(node: FakeNode) -> None:
+    formatted(node)
+    node.host.make_tree(STAGING_2)
+    node.stage()
+    with pytest.raises(PreconditionFailed, match=f"read-write at {STAGING}"):
+        node.stage(staging=STAGING_2, mode=READER)
+
+
+# --- read-only ---
+
+
+def test_a_reader_gets_a_read_only_mount_that_is_neither_checked_nor_replayed(node: FakeNode) -> None:
+    held = formatted(node)
+    node.stage(mode=READER)
+    mounted = node.host.mounts.at(STAGING)
+    assert mounted is not None
+    assert (mounted.read_only, "noload" in mounted.options, held.checks) == (True, True, 0)
+
+
+def test_a_read_only_attachment_makes_the_device_refuse_writes(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(mode=READER, context=READ_ONLY_CONTEXT)
+    assert node.host.disks[NAME].read_only
+
+
+def test_a_reader_of_a_writable_attachment_leaves_the_device_writable(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(mode=READER)
+    assert not node.host.disks[NAME].read_only
+
+
+@pytest.mark.parametrize("mode", [READER, AccessMode.SINGLE_NODE_READER_ONLY])
+def test_a_blank_volume_cannot_be_staged_for_reading(node: FakeNode, mode: AccessMode) -> None:
+    node.host.attach(NAME, UUID)
+    with pytest.raises(PreconditionFailed, match="blank"):
+        node.stage(mode=mode)
+
+
+@pytest.mark.parametrize("access", [EXT4, BLOCK])
+def test_a_device_that_refuses_writes_is_not_staged_for_writing(node: FakeNode, access: MountAccess) -> None:
+    formatted(node)
+    node.host.disks[NAME].read_only = True
+    with pytest.raises(PreconditionFailed, match="refuses writes"):
+        node.stage(access=access)
+
+
+def test_a_read_only_attachment_does_not_pull_the_device_from_a_writer(node: FakeNode) -> None:
+    formatted(node)
+    node.host.make_tree(STAGING_2)
+    node.stage()
+    with pytest.raises(PreconditionFailed, match="holds it writable"):
+        node.stage(staging=STAGING_2, mode=READER, context=READ_ONLY_CONTEXT)
+
+
+# --- growing ---
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
+def test_a_filesystem_smaller_than_its_device_is_grown_at_staging(node: FakeNode, fs_type: str) -> None:
+    held = formatted(node, fs_type)
+    node.host.disks[NAME].size_bytes = 128 * MIB
+    node.host.can_grow_mounted_ext4 = False
+    node.stage(access=MountAccess(fs_type))
+    assert held.size_bytes == 128 * MIB
+
+
+def test_a_growth_that_a_crash_cut_off_is_finished_by_the_repeated_call(node: FakeNode) -> None:
+    held = formatted(node, "xfs")
+    node.stage(access=XFS)
+    node.host.disks[NAME].size_bytes = 128 * MIB
+    node.stage(access=XFS)
+    assert held.size_bytes == 128 * MIB
+
+
+def test_a_staged_ext4_that_cannot_grow_mounted_stays_staged(node: FakeNode) -> None:
+    held = formatted(node)
+    node.stage()
+    node.host.disks[NAME].size_bytes = 128 * MIB
+    node.host.can_grow_mounted_ext4 = False
+    node.stage()
+    assert held.size_bytes == 64 * MIB
+
+
+def test_a_damaged_filesystem_is_not_mounted(node: FakeNode) -> None:
+    formatted(node).is_damaged = True
+    with pytest.raises(PreconditionFailed, match="repair"):
+        node.stage()
+    assert node.host.mounts_at(STAGING) == 0
+
+
+# --- root mode, options, paths ---
+
+
+def test_the_root_directory_gets_the_mode_that_was_asked_for(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)))
+    assert node.modes == {STAGING: 0o770}
+
+
+def test_the_root_directory_keeps_its_mode_without_a_wish_and_for_a_reader(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)), mode=READER)
+    assert node.modes == {}
+
+
+def test_an_option_that_the_kernel_refuses_is_named(node: FakeNode) -> None:
+    formatted(node)
+    with pytest.raises(InvalidField, match="bogus"):
+        node.stage(access=MountAccess("ext4", ("bogus",)))
+
+
+@pytest.mark.parametrize("path", ["relative", "/etc", "/var/lib/kubelet/../../../etc"])
+def test_a_staging_path_outside_the_roots_is_refused(node: FakeNode, path: str) -> None:
+    node.host.attach(NAME, UUID)
+    with pytest.raises(InvalidField, match="staging_target_path"):
+        node.stage(staging=path)
+
+
+def test_a_missing_staging_directory_is_made(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(staging=STAGING.parent / "fresh")
+    assert node.host.mounts_at(STAGING.parent / "fresh") == 1
+
+
+def test_a_staging_path_that_is_a_file_is_refused(node: FakeNode) -> None:
+    formatted(node)
+    node.host.tree[STAGING] = "file"
+    with pytest.raises(PreconditionFailed, match="is a file"):
+        node.stage()
+
+
+# --- block ---
+
+
+def test_a_block_volume_is_staged_without_a_mount_or_a_format(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK)
+    node.stage(access=BLOCK)
+    assert (node.host.table, node.host.formats) == ([], [])
+
+
+def test_what_was_handed_out_raw_under_its_first_attachment_is_read_whole_before_a_format(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK)
+    node.publish(access=BLOCK)
+    node.host.write_raw(TARGET, 32 * MIB, b"x")
+    node.unpublish()
+    node.unstage()
+    assert node.marks.kept[UUID].filesystem == RAW
+    with pytest.raises(PreconditionFailed, match="holds data"):
+        node.stage()
+    assert node.host.destroyed == []
+
+
+def test_what_was_handed_out_raw_is_no_unfinished_format_of_ours(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.marks.kept[UUID] = Mark(UUID, 2, "ext4")
+    context = publish_context(attachment=2, history=History.ATTACHED)
+    node.stage(access=BLOCK, context=context)
+    node.publish(access=BLOCK, context=context)
+    node.host.write_raw(TARGET, 0, b"x")
+    node.unpublish()
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=context)
+    assert node.host.destroyed == []
+
+
+# --- unstage ---
+
+
+def test_unstage_leaves_the_directory_empty_and_may_be_repeated(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.unstage()
+    node.unstage()
+    assert (node.host.mounts_at(STAGING), node.host.tree[STAGING]) == (0, "directory")
+
+
+def test_unstage_of_another_volume_at_the_same_path_touches_nothing(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.unstage(volume_id=f"z:csi-2:{OTHER_UUID}")
+    assert node.host.mounts_at(STAGING) == 1
+
+
+def test_unstage_of_a_volume_that_took_over_the_name_touches_nothing(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.unstage(volume_id=f"z:{NAME}:{OTHER_UUID}")
+    assert node.host.mounts_at(STAGING) == 1
+
+
+@pytest.mark.parametrize("volume_id", ["", "no/such volume", "a:b:c:d:e", "x" * 300])
+def test_unstage_of_an_id_that_is_none_succeeds(node: FakeNode, volume_id: str) -> None:
+    node.unstage(volume_id=volume_id)
+
+
+def test_unstage_of_a_missing_path_succeeds(node: FakeNode) -> None:
+    node.unstage(staging=KUBELET / "nowhere/at/all")
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_dead_device_is_unstaged_even_in_use(node: FakeNode, in_use: bool) -> None:
+    formatted(node)
+    node.stage()
+    node.host.table[0].in_use = in_use
+    node.host.detach(NAME)
+    node.unstage()
+    assert node.host.mounts_at(STAGING) == 0
+
+
+def test_a_living_mount_in_use_is_not_taken_off(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.host.table[0].in_use = True
+    with pytest.raises(PreconditionFailed, match="in use"):
+        node.unstage()
+
+
+def test_stacked_mounts_are_taken_off_one_by_one(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    device = node.host.devices.find(NAME)
+    assert device is not None
+    node.host.mounts.mount(device, STAGING, "ext4", [], read_only=False)
+    node.unstage()
+    assert node.host.mounts_at(STAGING) == 0
+
+
+def test_a_staging_path_outside_the_roots_is_not_unstaged(node: FakeNode) -> None:
+    with pytest.raises(InvalidField):
+        node.unstage(staging=Path("/etc"))
