@@ -364,7 +364,7 @@ def measure_start(directory: Path, rounds: int) -> None:
             socket = directory / f"start-{role}-{turn}.sock"
             argv = [sys.executable, "-m", "csi_driver", role, "--endpoint", f"unix://{socket}"]
             if role == "node":
-                argv += ["--node-name", "bench", "--device-root", str(directory), "--status-root", str(directory)]
+                argv += ["--node-name", "bench", "--device-directory", str(directory), "--status-directory", str(directory)]
                 argv += ["--state-directory", str(directory / "state"), "--path-root", "/"]
             else:
                 password = directory / "password"
