@@ -1,0 +1,364 @@
+"""Small working models of the use-cases, and a server over a real Unix socket with them behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
+from csi_driver.deadline import Deadline
+from csi_driver.errors import NodeNotFound, VolumeNotFound
+from csi_driver.model import (
+    BlockAccess,
+    Capability,
+    Capacity,
+    CapacityRange,
+    ListedVolume,
+    ProvisionedVolume,
+    PublishContext,
+    Segments,
+    Usage,
+)
+from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
+from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.contract import Row
+from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
+from csi_driver.rpc.deadlines import Deadlines
+from csi_driver.rpc.identity import Health, IdentityServicer
+from csi_driver.rpc.inflight import Claims
+from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+from csi_driver.rpc.server import Server
+from csi_driver.rpc.settings import EndpointSettings
+
+ZONE = "zone-1"
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+VOLUME_ID = f"{ZONE}:csi-1:{UUID}"
+
+
+def derived_name(csi_name: str) -> str:
+    """Stand in for the derivation of the storage's names."""
+    return f"csi-{csi_name}"
+
+
+@dataclass
+class Trace:
+    """What reached the use-cases, and a hook to hold or break them."""
+
+    calls: list[str] = field(default_factory=list)
+    deadlines: list[Deadline] = field(default_factory=list)
+    hook: Callable[[str], None] = lambda verb: None
+
+    def enter(self, verb: str, deadline: Deadline) -> None:
+        self.calls.append(verb)
+        self.deadlines.append(deadline)
+        self.hook(verb)
+
+
+@dataclass
+class FakeController:
+    """Volumes in a dict; the node "node-1" exists."""
+
+    trace: Trace
+    by_name: dict[str, ProvisionedVolume] = field(default_factory=dict)
+    published: dict[str, set[str]] = field(default_factory=dict)
+    requests: list[CreateRequest | PublishRequest | ValidateRequest] = field(default_factory=list)
+    objection: str | None = None
+
+    def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
+        self.trace.enter("create", deadline)
+        self.requests.append(request)
+        size = request.capacity.required_bytes or 1 << 30
+        volume = ProvisionedVolume(VOLUME_ID, size, {"made-by": "fake"}, ({"nvmesh-csi.excelero.com/zone": ZONE},))
+        return self.by_name.setdefault(request.name, volume)
+
+    def delete(self, volume_id: str, *, deadline: Deadline) -> None:
+        self.trace.enter("delete", deadline)
+        self.by_name = {name: v for name, v in self.by_name.items() if v.volume_id != volume_id}
+
+    def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
+        self.trace.enter("publish", deadline)
+        self.requests.append(request)
+        self._find(request.volume_id)
+        if request.node_id != "node-1":
+            raise NodeNotFound(request.node_id)
+        self.published.setdefault(request.volume_id, set()).add(request.node_id)
+        return PublishContext("csi-1", UUID, attachment=1, read_only=request.read_only)
+
+    def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
+        self.trace.enter("unpublish", deadline)
+        self.published.get(volume_id, set()).discard(node_id)
+
+    def expand(
+        self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
+    ) -> tuple[int, bool]:
+        self.trace.enter("expand", deadline)
+        self._find(volume_id)
+        is_block = capability is not None and isinstance(capability.access, BlockAccess)
+        return capacity.required_bytes, not is_block
+
+    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
+        self.trace.enter("volumes", deadline)
+        listed = [self._listed(volume) for volume in self.by_name.values()]
+        return listed[: max_entries or None], "next" if 0 < max_entries < len(listed) else ""
+
+    def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume:
+        self.trace.enter("volume", deadline)
+        return self._listed(self._find(volume_id))
+
+    def capacity(
+        self,
+        capabilities: Sequence[Capability],
+        parameters: Mapping[str, str],
+        segments: Segments | None,
+        *,
+        deadline: Deadline,
+    ) -> Capacity:
+        self.trace.enter("capacity", deadline)
+        return Capacity(10 << 30, 5 << 30 if segments else None)
+
+    def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
+        self.trace.enter("validate", deadline)
+        self._find(request.volume_id)
+        return self.objection
+
+    def _find(self, volume_id: str) -> ProvisionedVolume:
+        for volume in self.by_name.values():
+            if volume.volume_id == volume_id:
+                return volume
+        raise VolumeNotFound(volume_id)
+
+    def _listed(self, volume: ProvisionedVolume) -> ListedVolume:
+        return ListedVolume(volume, tuple(sorted(self.published.get(volume.volume_id, ()))))
+
+
+@dataclass
+class _Stage:
+    trace: Trace
+    staged: dict[str, StageRequest] = field(default_factory=dict)
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
+        self.trace.enter("stage", deadline)
+        self.staged[request.staging_target_path] = request
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
+        self.trace.enter("unstage", deadline)
+        self.staged.pop(staging_target_path, None)
+
+
+@dataclass
+class _Publish:
+    trace: Trace
+    published: dict[str, NodePublishRequest] = field(default_factory=dict)
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
+        self.trace.enter("publish", deadline)
+        self.published[request.target_path] = request
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
+        self.trace.enter("unpublish", deadline)
+        self.published.pop(target_path, None)
+
+
+@dataclass
+class _Expand:
+    trace: Trace
+
+    def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
+        self.trace.enter("expand", deadline)
+        return request.capacity.required_bytes
+
+
+@dataclass
+class _Statistics:
+    trace: Trace
+
+    def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
+        self.trace.enter("usage", deadline)
+        return Usage(100, 40, 60, 10, 4, 6) if volume_path.startswith("/mount") else Usage(100)
+
+
+class _Identity:
+    def info(self) -> NodeInfo:
+        return NodeInfo("node-1", 7, {"nvmesh-csi.excelero.com/zone": ZONE})
+
+
+@dataclass
+class FakeNode:
+    """What is staged and published, in dicts by path."""
+
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        self.stage = _Stage(self.trace)
+        self.publish = _Publish(self.trace)
+        self.expand = _Expand(self.trace)
+        self.statistics = _Statistics(self.trace)
+        self.identity = _Identity()
+
+
+@dataclass
+class FakeHealth:
+    """Ready unless told otherwise."""
+
+    answer: Callable[[], bool] = lambda: True
+
+    def ready(self) -> bool:
+        return self.answer()
+
+
+@dataclass
+class Endpoint:
+    """A served endpoint with stubs to call it."""
+
+    trace: Trace
+    controller_fake: FakeController
+    node_fake: FakeNode
+    boundary: Boundary
+    server: Server
+    channel: grpc.Channel
+    socket: Path
+
+    def __post_init__(self) -> None:
+        self.identity = csi_pb2_grpc.IdentityStub(self.channel)
+        self.controller = csi_pb2_grpc.ControllerStub(self.channel)
+        self.node = csi_pb2_grpc.NodeStub(self.channel)
+
+    def send(self, method: str, data: bytes) -> bytes:
+        """Call any method with any bytes."""
+        call = self.channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
+        return bytes(call(data))
+
+    def invoke(self, row: Row, request: Message) -> bytes:
+        """Call the RPC of a row."""
+        return self.send(row.method, request.SerializeToString())
+
+
+@contextmanager
+def serving(
+    socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, lanes: Lanes | None = None,
+    health: Health | None = None,
+) -> Iterator[Endpoint]:  # fmt: skip
+    """Serve all three services on one socket, over fakes."""
+    trace = Trace()
+    controller, node = FakeController(trace), FakeNode(trace)
+    lanes = lanes or Lanes()
+    boundary = Boundary(Claims(ZONE, derived_name), lanes)
+    deadlines = Deadlines(default_deadline_s)
+    identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
+    use_cases = ControllerUseCases(controller, controller, controller, controller)
+    server = Server(
+        EndpointSettings(socket, default_deadline_s, drain_s),
+        boundary,
+        lanes,
+        (
+            lambda s: csi_pb2_grpc.add_IdentityServicer_to_server(identity, s),
+            lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(ControllerServicer(use_cases, deadlines), s),
+            lambda s: csi_pb2_grpc.add_NodeServicer_to_server(NodeServicer(node, deadlines), s),
+        ),
+    )
+    server.start()
+    options = [("grpc.default_authority", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(f"unix:{socket}", options=options) as channel:
+        try:
+            yield Endpoint(trace, controller, node, boundary, server, channel, socket)
+        finally:
+            server.drain()
+
+
+@dataclass
+class Gate:
+    """Holds calls of one verb until it is opened; tells when one has come."""
+
+    verb: str
+    limit_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self._open = threading.Event()
+
+    def __call__(self, verb: str) -> None:
+        if verb == self.verb:
+            self.entered.release()
+            assert self._open.wait(self.limit_s), "the gate was never opened"
+
+    def wait_for(self, calls: int = 1) -> None:
+        for _ in range(calls):
+            assert self.entered.acquire(timeout=self.limit_s), "no call came"
+
+    def open(self) -> None:
+        self._open.set()
+
+
+# --- requests ---------------------------------------------------------------------------------------------------
+
+
+def capability(mode: int = csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_WRITER) -> csi_pb2.VolumeCapability:
+    return csi_pb2.VolumeCapability(
+        mount=csi_pb2.VolumeCapability.MountVolume(fs_type="ext4"),
+        access_mode=csi_pb2.VolumeCapability.AccessMode(mode=csi_pb2.VolumeCapability.AccessMode.Mode.Name(mode)),
+    )
+
+
+def create(name: str = "pvc-1") -> csi_pb2.CreateVolumeRequest:
+    return csi_pb2.CreateVolumeRequest(name=name, volume_capabilities=[capability()])
+
+
+def stage(volume_id: str = "zone-1:csi-1", path: str = "/staging/1") -> csi_pb2.NodeStageVolumeRequest:
+    return csi_pb2.NodeStageVolumeRequest(volume_id=volume_id, staging_target_path=path, volume_capability=capability())
+
+
+def node_publish(volume_id: str = "zone-1:csi-1", path: str = "/target/1") -> csi_pb2.NodePublishVolumeRequest:
+    return csi_pb2.NodePublishVolumeRequest(
+        volume_id=volume_id, staging_target_path="/staging/1", target_path=path, volume_capability=capability()
+    )
+
+
+def code_of(call: Callable[[], object]) -> grpc.StatusCode:
+    """Return the status of a call; OK when it raises nothing."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return status_of(error)
+    return grpc.StatusCode.OK
+
+
+def status_of(error: grpc.RpcError) -> grpc.StatusCode:
+    return _answered(error).code()
+
+
+def details_of(error: grpc.RpcError) -> str:
+    return _answered(error).details()
+
+
+def trailers_of(error: grpc.RpcError) -> Sequence[tuple[str, str | bytes]]:
+    return _answered(error).trailing_metadata()
+
+
+class _Answered(Protocol):
+    """What a grpc.RpcError of a call that was answered offers as well."""
+
+    def code(self) -> grpc.StatusCode: ...
+
+    def details(self) -> str: ...
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
+
+
+def _answered(error: grpc.RpcError) -> _Answered:
+    return cast("_Answered", error)
+
+
+def request_class(row: Row) -> type[Message]:
+    """Return the class of an RPC's request."""
+    service, _, name = row.method.removeprefix("/csi.v1.").partition("/")
+    return GetMessageClass(csi_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[name].input_type)

@@ -1,0 +1,279 @@
+"""Calls over a real socket: order of checks, exclusivity, codes, log, deadlines."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
+
+from csi_driver import errors
+from csi_driver.rpc.contract import CONTRACT, Row
+from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.pb import csi_pb2
+from tests.unit.rpc.fakes import (
+    VOLUME_ID,
+    Endpoint,
+    Gate,
+    code_of,
+    create,
+    details_of,
+    node_publish,
+    request_class,
+    serving,
+    stage,
+    status_of,
+    trailers_of,
+)
+
+Code = grpc.StatusCode
+
+
+def raising(error: Exception) -> Callable[[str], None]:
+    def hook(verb: str) -> None:
+        raise error
+
+    return hook
+
+
+# --- required fields --------------------------------------------------------------------------------------------
+
+REQUIRED = [pytest.param(row, field, id=f"{row.name}-{field}") for row in CONTRACT.values() for field in row.required]
+
+
+@pytest.mark.parametrize(("row", "field"), REQUIRED)
+def test_a_missing_field_is_named(endpoint: Endpoint, row: Row, field: str) -> None:
+    request = full(row)
+    request.ClearField(field)
+    with pytest.raises(grpc.RpcError) as refused:
+        endpoint.invoke(row, request)
+    assert status_of(refused.value) is Code.INVALID_ARGUMENT
+    assert field in details_of(refused.value)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in CONTRACT.values()])
+def test_a_request_with_just_the_required_fields_is_served(endpoint: Endpoint, row: Row) -> None:
+    endpoint.controller.CreateVolume(create())
+    assert code_of(lambda: endpoint.invoke(row, full(row))) is Code.OK
+
+
+CAPABILITY = {"mount": {}, "access_mode": {"mode": "SINGLE_NODE_WRITER"}}
+SAMPLES: dict[str, object] = {
+    "volume_capability": CAPABILITY,
+    "volume_capabilities": [CAPABILITY],
+    "capacity_range": {"required_bytes": 1},
+    "volume_id": VOLUME_ID,
+    "node_id": "node-1",
+}
+
+
+def full(row: Row) -> Message:
+    """Return a request with every required field set, and no other."""
+    sample = {field: SAMPLES.get(field, "/x") for field in row.required}
+    return ParseDict(sample, request_class(row)())
+
+
+# --- exclusivity ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_on_a_busy_volume_is_aborted_at_once(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("stage")
+    first = endpoint.node.NodeStageVolume.future(stage())
+    gate.wait_for()
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage("csi-1", "/staging/other"))) is Code.ABORTED
+    assert endpoint.trace.calls == ["stage"]
+    gate.open()
+    first.result()
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.OK
+
+
+def test_publishing_at_two_targets_goes_on_together(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("publish")
+    calls = [endpoint.node.NodePublishVolume.future(node_publish(path=f"/target/{i}")) for i in range(2)]
+    gate.wait_for(2)
+    gate.open()
+    for call in calls:
+        call.result()
+
+
+def test_publishing_excludes_staging_of_the_volume_and_the_same_target(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("publish")
+    first = endpoint.node.NodePublishVolume.future(node_publish())
+    gate.wait_for()
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage(path="/staging/2"))) is Code.ABORTED
+    assert code_of(lambda: endpoint.node.NodePublishVolume(node_publish())) is Code.ABORTED
+    gate.open()
+    first.result()
+
+
+def test_the_volume_stays_busy_while_its_work_goes_on_after_the_caller_left(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("stage")
+    first = endpoint.node.NodeStageVolume.future(stage(), timeout=0.2)
+    gate.wait_for()
+    assert code_of(first.result) is Code.DEADLINE_EXCEEDED
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.ABORTED
+    gate.open()
+    assert endpoint.boundary.running.wait_for_none(5) == []
+
+
+def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("create")
+    calls = [endpoint.controller.CreateVolume.future(create()) for _ in range(20)]
+    ended = threading.Semaphore(0)
+    for call in calls:
+        call.add_done_callback(lambda _: ended.release())
+    for _ in range(19):
+        assert ended.acquire(timeout=10)
+    gate.open()
+    codes = [code_of(call.result) for call in calls]
+    assert codes.count(Code.OK) == 1
+    assert codes.count(Code.ABORTED) == 19
+
+
+# --- codes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.VolumeNotFound("v"), Code.NOT_FOUND),
+        (errors.ExistsDifferently("volume v", ["size is 1, wanted 2"]), Code.ALREADY_EXISTS),
+        (errors.Exhausted("the pool is full"), Code.RESOURCE_EXHAUSTED),
+        (errors.DeadlineReached("the device", 3.0), Code.UNAVAILABLE),
+        (errors.StaleToken("not ours"), Code.ABORTED),
+        (errors.CommandFailed(["mkfs"], 1, "no"), Code.INTERNAL),
+    ],
+)
+def test_a_failure_is_answered_with_its_code_and_message(
+    endpoint: Endpoint, error: errors.DriverError, code: grpc.StatusCode
+) -> None:
+    endpoint.trace.hook = raising(error)
+    with pytest.raises(grpc.RpcError) as refused:
+        endpoint.controller.CreateVolume(create())
+    assert status_of(refused.value) is code
+    assert details_of(refused.value) == str(error)
+
+
+def test_the_details_of_a_status_stay_empty(endpoint: Endpoint) -> None:
+    endpoint.trace.hook = raising(errors.VolumeNotFound("v"))
+    with pytest.raises(grpc.RpcError) as refused:
+        endpoint.controller.CreateVolume(create())
+    assert "grpc-status-details-bin" not in dict(trailers_of(refused.value))
+
+
+def test_a_bug_is_internal_and_says_nothing_of_itself(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    endpoint.trace.hook = raising(KeyError("a secret detail"))
+    with pytest.raises(grpc.RpcError) as refused:
+        endpoint.controller.CreateVolume(create())
+    assert status_of(refused.value) is Code.INTERNAL
+    assert "secret detail" not in details_of(refused.value)
+    assert "Traceback" in caplog.text
+    assert "a secret detail" in caplog.text
+
+
+def test_an_rpc_that_is_not_implemented_says_so(endpoint: Endpoint) -> None:
+    request = csi_pb2.CreateSnapshotRequest(name="s", source_volume_id="v")
+    assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
+
+
+def test_an_rpc_that_is_not_implemented_says_so_before_it_looks_at_the_request(endpoint: Endpoint) -> None:
+    request = csi_pb2.CreateSnapshotRequest()
+    assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
+
+
+def test_a_service_that_is_not_served_is_unimplemented(endpoint: Endpoint) -> None:
+    call = "/csi.v1.GroupController/GroupControllerGetCapabilities"
+    assert code_of(lambda: endpoint.send(call, b"")) is Code.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("data", [b"\x0a\x02\xff\xfe", b"\x0a\x03\xed\xa0\x80", b"\x0a\xff", b"garbage \xff"])
+def test_bytes_that_are_no_message_are_an_invalid_argument(endpoint: Endpoint, data: bytes) -> None:
+    assert code_of(lambda: endpoint.send("/csi.v1.Controller/CreateVolume", data)) is Code.INVALID_ARGUMENT
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------
+
+
+def test_a_use_case_gets_the_callers_deadline(endpoint: Endpoint) -> None:
+    endpoint.controller.CreateVolume(create(), timeout=20)
+    assert 15 < endpoint.trace.deadlines[0].remaining_s() <= 20
+
+
+def test_a_call_without_a_deadline_gets_the_default(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", default_deadline_s=33) as endpoint:
+        endpoint.controller.CreateVolume(create())
+    assert 28 < endpoint.trace.deadlines[0].remaining_s() <= 33
+
+
+# --- log --------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_logged_with_its_ids_and_without_its_secrets(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    request = stage("zone-1:csi-77")
+    request.secrets["key"] = "hidden-secret"
+    request.volume_capability.mount.mount_flags.append("password=hidden-flag")
+    endpoint.node.NodeStageVolume(request)
+    assert "zone-1:csi-77" in caplog.text
+    assert "/staging/1" in caplog.text
+    assert "hidden" not in caplog.text
+
+
+def test_a_failure_is_one_more_line(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    endpoint.trace.hook = raising(errors.VolumeNotFound("v"))
+    code_of(lambda: endpoint.controller.CreateVolume(create()))
+    lines = [record for record in caplog.records if record.name == "csi_driver.rpc.boundary"]
+    assert [record.levelname for record in lines] == ["INFO", "WARNING"]
+    assert "NOT_FOUND" in lines[1].getMessage()
+
+
+def test_what_is_asked_all_the_time_is_logged_only_for_debugging(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    endpoint.identity.Probe(csi_pb2.ProbeRequest())
+    assert not [record for record in caplog.records if record.name == "csi_driver.rpc.boundary"]
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------
+
+
+def test_health_and_reads_are_answered_while_all_workers_are_busy(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+        gate = endpoint.trace.hook = Gate("stage")
+        busy = [endpoint.node.NodeStageVolume.future(stage(f"csi-{i}", f"/staging/{i}")) for i in range(8)]
+        gate.wait_for(2)
+        assert endpoint.identity.Probe(csi_pb2.ProbeRequest(), timeout=5).ready.value
+        stats = csi_pb2.NodeGetVolumeStatsRequest(volume_id="csi-1", volume_path="/mount/x")
+        assert endpoint.node.NodeGetVolumeStats(stats, timeout=5).usage
+        gate.open()
+        for call in busy:
+            call.result()
+
+
+def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+        gate = endpoint.trace.hook = Gate("volumes")
+        busy = [endpoint.controller.ListVolumes.future(csi_pb2.ListVolumesRequest()) for _ in range(4)]
+        gate.wait_for(2)
+        assert endpoint.identity.Probe(csi_pb2.ProbeRequest(), timeout=5).ready.value
+        gate.open()
+        for call in busy:
+            call.result()
+
+
+def test_a_hundred_volumes_are_worked_on_at_once(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("stage")
+    calls = [endpoint.node.NodeStageVolume.future(stage(f"csi-{i}", f"/staging/{i}")) for i in range(100)]
+    gate.wait_for(100)
+    gate.open()
+    for call in calls:
+        call.result()

@@ -1,0 +1,184 @@
+"""The three services over a real socket: what they advertise, and that answers come through."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import PreconditionFailed, StorageUnavailable
+from csi_driver.rpc.identity import ControllerHealth, NodeHealth
+from csi_driver.rpc.pb import csi_pb2
+from tests.unit.rpc.fakes import (
+    VOLUME_ID,
+    ZONE,
+    Endpoint,
+    FakeHealth,
+    capability,
+    code_of,
+    create,
+    node_publish,
+    serving,
+    stage,
+)
+
+Plugin = csi_pb2.PluginCapability
+
+
+def test_the_plugin_says_its_name_and_version(endpoint: Endpoint) -> None:
+    info = endpoint.identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest())
+    assert re.fullmatch(r"[a-zA-Z][A-Za-z0-9-._]{0,61}[a-zA-Z]", info.name)
+    assert info.vendor_version == "1.2.3"
+
+
+def test_the_plugin_capabilities_are_these(endpoint: Endpoint) -> None:
+    found = endpoint.identity.GetPluginCapabilities(csi_pb2.GetPluginCapabilitiesRequest()).capabilities
+    assert [c.service.type for c in found if c.HasField("service")] == [
+        Plugin.Service.CONTROLLER_SERVICE,
+        Plugin.Service.VOLUME_ACCESSIBILITY_CONSTRAINTS,
+    ]
+    assert [c.volume_expansion.type for c in found if c.HasField("volume_expansion")] == [Plugin.VolumeExpansion.ONLINE]
+
+
+def test_the_controller_capabilities_are_these(endpoint: Endpoint) -> None:
+    found = endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities
+    names = {csi_pb2.ControllerServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
+    assert names == {
+        "CREATE_DELETE_VOLUME", "PUBLISH_UNPUBLISH_VOLUME", "PUBLISH_READONLY", "LIST_VOLUMES",
+        "LIST_VOLUMES_PUBLISHED_NODES", "GET_CAPACITY", "EXPAND_VOLUME", "GET_VOLUME", "SINGLE_NODE_MULTI_WRITER",
+    }  # fmt: skip
+
+
+def test_the_node_capabilities_are_these(endpoint: Endpoint) -> None:
+    found = endpoint.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest()).capabilities
+    names = {csi_pb2.NodeServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
+    assert names == {"STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER"}
+
+
+def test_a_volume_lives_its_life_on_the_controller(endpoint: Endpoint) -> None:
+    controller = endpoint.controller
+    volume = controller.CreateVolume(create()).volume
+    assert (volume.volume_id, volume.capacity_bytes) == (VOLUME_ID, 1 << 30)
+    published = controller.ControllerPublishVolume(
+        csi_pb2.ControllerPublishVolumeRequest(
+            volume_id=VOLUME_ID, node_id="node-1", volume_capability=capability(), readonly=True
+        )
+    )
+    assert published.publish_context["readOnly"] == "true"
+    listed = controller.ListVolumes(csi_pb2.ListVolumesRequest()).entries
+    assert [list(entry.status.published_node_ids) for entry in listed] == [["node-1"]]
+    got = controller.ControllerGetVolume(csi_pb2.ControllerGetVolumeRequest(volume_id=VOLUME_ID))
+    assert list(got.status.published_node_ids) == ["node-1"]
+    grown = controller.ControllerExpandVolume(
+        csi_pb2.ControllerExpandVolumeRequest(
+            volume_id=VOLUME_ID, capacity_range=csi_pb2.CapacityRange(required_bytes=2 << 30)
+        )
+    )
+    assert (grown.capacity_bytes, grown.node_expansion_required) == (2 << 30, True)
+    controller.ControllerUnpublishVolume(
+        csi_pb2.ControllerUnpublishVolumeRequest(volume_id=VOLUME_ID, node_id="node-1")
+    )
+    controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=VOLUME_ID))
+    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest()).entries
+
+
+def test_capabilities_are_validated(endpoint: Endpoint) -> None:
+    endpoint.controller.CreateVolume(create())
+    request = csi_pb2.ValidateVolumeCapabilitiesRequest(volume_id=VOLUME_ID, volume_capabilities=[capability()])
+    assert endpoint.controller.ValidateVolumeCapabilities(request).HasField("confirmed")
+    endpoint.controller_fake.objection = "not that"
+    assert endpoint.controller.ValidateVolumeCapabilities(request).message == "not that"
+
+
+def test_capacity_is_asked_for_a_place(endpoint: Endpoint) -> None:
+    everywhere = endpoint.controller.GetCapacity(csi_pb2.GetCapacityRequest())
+    assert not everywhere.HasField("maximum_volume_size")
+    there = endpoint.controller.GetCapacity(
+        csi_pb2.GetCapacityRequest(accessible_topology=csi_pb2.Topology(segments={"z": "1"}))
+    )
+    assert there.maximum_volume_size.value == 5 << 30
+
+
+def test_a_volume_lives_its_life_on_the_node(endpoint: Endpoint) -> None:
+    node, fake = endpoint.node, endpoint.node_fake
+    node.NodeStageVolume(stage(path="/staging/1"))
+    node.NodePublishVolume(node_publish(path="/mount/1"))
+    assert set(fake.stage.staged) == {"/staging/1"}
+    assert set(fake.publish.published) == {"/mount/1"}
+    stats = csi_pb2.NodeGetVolumeStatsRequest(volume_id="csi-1", volume_path="/mount/1")
+    assert len(node.NodeGetVolumeStats(stats).usage) == 2
+    grown = node.NodeExpandVolume(
+        csi_pb2.NodeExpandVolumeRequest(
+            volume_id="csi-1", volume_path="/mount/1", capacity_range=csi_pb2.CapacityRange(required_bytes=9)
+        )
+    )
+    assert grown.capacity_bytes == 9
+    node.NodeUnpublishVolume(csi_pb2.NodeUnpublishVolumeRequest(volume_id="csi-1", target_path="/mount/1"))
+    node.NodeUnstageVolume(csi_pb2.NodeUnstageVolumeRequest(volume_id="csi-1", staging_target_path="/staging/1"))
+    assert not fake.stage.staged
+    assert not fake.publish.published
+
+
+def test_the_node_says_who_and_where_it_is(endpoint: Endpoint) -> None:
+    info = endpoint.node.NodeGetInfo(csi_pb2.NodeGetInfoRequest())
+    assert (info.node_id, info.max_volumes_per_node) == ("node-1", 7)
+    assert dict(info.accessible_topology.segments) == {"nvmesh-csi.excelero.com/zone": ZONE}
+
+
+# --- health -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unhealthy_node_fails_its_probe_with_every_reason(tmp_path: Path) -> None:
+    health = NodeHealth(lambda: ["mkfs.ext4 is not installed", "no propagation"])
+    with serving(tmp_path / "csi.sock", health=health) as endpoint:
+        assert code_of(lambda: endpoint.identity.Probe(csi_pb2.ProbeRequest())) is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_not_ready_is_an_answer_and_not_a_failure(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", health=FakeHealth(lambda: False)) as endpoint:
+        answer = endpoint.identity.Probe(csi_pb2.ProbeRequest())
+    assert answer.HasField("ready")
+    assert not answer.ready.value
+
+
+def test_a_healthy_node_is_ready() -> None:
+    assert NodeHealth(tuple).ready()
+
+
+def test_a_controller_is_not_ready_while_its_management_hangs() -> None:
+    release = threading.Event()
+    asked = []
+
+    def check(deadline: Deadline) -> bool:
+        asked.append(deadline)
+        return release.wait(10)
+
+    health = ControllerHealth(check, wait_s=0.01)
+    assert not health.ready()
+    assert not health.ready()
+    assert len(asked) == 1
+    release.set()
+    assert ControllerHealth(lambda deadline: True, wait_s=5).ready()
+
+
+def test_a_controller_stays_ready_from_the_first_answer_on() -> None:
+    answers = [False, True]
+    health = ControllerHealth(lambda deadline: answers.pop(0), wait_s=5)
+    assert [health.ready() for _ in range(4)] == [False, True, True, True]
+    assert answers == []
+
+
+def test_a_management_that_cannot_be_reached_is_not_ready() -> None:
+    def check(deadline: Deadline) -> bool:
+        raise StorageUnavailable("nobody answers")
+
+    assert not ControllerHealth(check, wait_s=5).ready()
+
+
+def test_every_problem_of_a_node_is_told() -> None:
+    with pytest.raises(PreconditionFailed, match="a; b"):
+        NodeHealth(lambda: ["a", "b"]).ready()

@@ -1,0 +1,123 @@
+"""Messages to nouns and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.errors import InvalidRequest
+from csi_driver.model import (
+    AccessMode,
+    BlockAccess,
+    Capability,
+    Capacity,
+    ListedVolume,
+    MountAccess,
+    ProvisionedVolume,
+    Usage,
+)
+from csi_driver.rpc import wire
+from csi_driver.rpc.pb import csi_pb2
+
+Mode = csi_pb2.VolumeCapability.AccessMode
+
+
+def mounted(**fields: str) -> csi_pb2.VolumeCapability:
+    return csi_pb2.VolumeCapability(
+        mount=csi_pb2.VolumeCapability.MountVolume(mount_flags=["noatime"], **fields),
+        access_mode=Mode(mode=Mode.SINGLE_NODE_WRITER),
+    )
+
+
+@pytest.mark.parametrize("mode", AccessMode)
+def test_every_access_mode_is_read_by_its_name(mode: AccessMode) -> None:
+    message = csi_pb2.VolumeCapability(block=csi_pb2.VolumeCapability.BlockVolume(), access_mode=Mode(mode=mode.value))
+    assert wire.capability_from(message) == Capability(BlockAccess(), mode)
+
+
+def test_a_mount_is_read_whole() -> None:
+    message = mounted(fs_type="xfs", volume_mount_group="100")
+    assert wire.capability_from(message).access == MountAccess("xfs", ("noatime",), "100")
+
+
+def test_topology_that_is_not_given_is_none() -> None:
+    assert wire.create_from(csi_pb2.CreateVolumeRequest(name="v")).topology is None
+
+
+def test_topology_is_read_in_order() -> None:
+    wanted = csi_pb2.TopologyRequirement(
+        requisite=[csi_pb2.Topology(segments={"z": "1"}), csi_pb2.Topology(segments={"z": "2"})],
+        preferred=[csi_pb2.Topology(segments={"z": "2"})],
+    )
+    read = wire.create_from(csi_pb2.CreateVolumeRequest(name="v", accessibility_requirements=wanted)).topology
+    assert read is not None
+    assert read.requisite == ({"z": "1"}, {"z": "2"})
+    assert read.preferred == ({"z": "2"},)
+
+
+def test_the_secrets_of_a_request_are_not_in_its_representation() -> None:
+    request = wire.create_from(csi_pb2.CreateVolumeRequest(name="v", secrets={"k": "hidden"}))
+    assert request.secrets == {"k": "hidden"}
+    assert "hidden" not in repr(request)
+
+
+def test_a_content_source_is_refused() -> None:
+    source = csi_pb2.VolumeContentSource(volume=csi_pb2.VolumeContentSource.VolumeSource(volume_id="v"))
+    with pytest.raises(InvalidRequest, match="volume_content_source"):
+        wire.create_from(csi_pb2.CreateVolumeRequest(name="v", volume_content_source=source))
+
+
+def test_mutable_parameters_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="mutable_parameters"):
+        wire.create_from(csi_pb2.CreateVolumeRequest(name="v", mutable_parameters={"k": "v"}))
+
+
+def test_a_volume_is_written_whole() -> None:
+    written = wire.volume_to(ProvisionedVolume("id", 5, {"a": "b"}, ({"z": "1"},)))
+    assert written == csi_pb2.Volume(
+        volume_id="id",
+        capacity_bytes=5,
+        volume_context={"a": "b"},
+        accessible_topology=[csi_pb2.Topology(segments={"z": "1"})],
+    )
+
+
+def test_a_listed_volume_always_has_a_status() -> None:
+    page = wire.list_to([ListedVolume(ProvisionedVolume("id", 5), ())], "token")
+    assert page.entries[0].HasField("status")
+    assert page.next_token == "token"
+
+
+def test_an_unknown_limit_is_left_unset() -> None:
+    written = wire.capacity_to(Capacity(7, maximum_volume_bytes=0))
+    assert written.available_capacity == 7
+    assert written.HasField("maximum_volume_size")
+    assert not written.HasField("minimum_volume_size")
+
+
+def test_what_is_confirmed_is_what_was_asked() -> None:
+    asked = csi_pb2.ValidateVolumeCapabilitiesRequest(
+        volume_id="v", volume_capabilities=[mounted()], volume_context={"a": "b"}, parameters={"c": "d"}
+    )
+    confirmed = wire.validated_to(asked, None).confirmed
+    assert confirmed.volume_capabilities == asked.volume_capabilities
+    assert confirmed.volume_context == {"a": "b"}
+    assert confirmed.parameters == {"c": "d"}
+
+
+def test_an_objection_confirms_nothing_and_fits_a_string() -> None:
+    written = wire.validated_to(csi_pb2.ValidateVolumeCapabilitiesRequest(), "é" * 500)
+    assert not written.HasField("confirmed")
+    assert len(written.message.encode()) <= 128
+    assert written.message.endswith("...")
+
+
+def test_a_filesystem_counts_bytes_and_inodes() -> None:
+    written = wire.usage_to(Usage(100, 40, 60, 10, 4, 6))
+    assert [(u.unit, u.total, u.used, u.available) for u in written.usage] == [
+        (csi_pb2.VolumeUsage.BYTES, 100, 40, 60),
+        (csi_pb2.VolumeUsage.INODES, 10, 4, 6),
+    ]
+
+
+def test_a_block_volume_counts_bytes_alone() -> None:
+    assert [u.unit for u in wire.usage_to(Usage(100)).usage] == [csi_pb2.VolumeUsage.BYTES]

@@ -1,0 +1,292 @@
+"""The command line: values, defaults, environment, problems, help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.config import controller, node, onebox, storage, values
+from csi_driver.config.commands import Command, VersionCommand, parse
+from csi_driver.config.controller import ControllerCommand
+from csi_driver.config.flags import Flag, UsageError
+from csi_driver.config.node import NodeCommand
+from csi_driver.config.onebox import DemoCommand, LocalCommand
+from csi_driver.config.storage import StorageCommand
+from csi_driver.controller.requests import ControllerSettings
+from csi_driver.embedded.settings import ClientSettings, StorageSettings
+from csi_driver.local.settings import DemoSettings, LocalSettings
+from csi_driver.node.requests import NodeSettings
+
+TABLES = {
+    "controller": controller.CONTROLLER_FLAGS,
+    "node": node.NODE_FLAGS,
+    "storage": storage.STORAGE_FLAGS,
+    "local": onebox.LOCAL_FLAGS,
+    "demo": onebox.DEMO_FLAGS,
+}
+FLAGS = [pytest.param(role, flag, id=f"{role}{flag.name}") for role, table in TABLES.items() for flag in table]
+
+CONTROLLER = ["controller", "--endpoint=/c.sock", "--management-server=https://m:4000", "--management-password-file=/p"]
+NODE = ["node", "--endpoint", "unix:///n.sock"]
+STORAGE = ["storage", "--pool", "/pool"]
+
+
+def command(argv: list[str], environ: Mapping[str, str] | None = None) -> Command:
+    return parse(argv, environ or {})
+
+
+def problems(argv: list[str], environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(UsageError) as refused:
+        parse(argv, environ or {})
+    return refused.value.problems
+
+
+# --- roles ------------------------------------------------------------------------------------------------------
+
+
+def test_the_controller_needs_an_endpoint_and_a_server_and_has_defaults_for_the_rest() -> None:
+    made = command(CONTROLLER)
+    assert isinstance(made, ControllerCommand)
+    assert made.endpoint.socket == Path("/c.sock")
+    assert (made.endpoint.default_deadline_s, made.endpoint.drain_s) == (60, 30)
+    assert made.management.servers == ("https://m:4000",)
+    assert made.controller == ControllerSettings()
+    assert made.zone == "single-zone-cluster"
+
+
+def test_a_node_has_the_defaults_of_its_settings() -> None:
+    made = command([*NODE, "--node-name", "n"])
+    assert isinstance(made, NodeCommand)
+    assert made.node == NodeSettings("n", "/var/lib/kubelet/plugins/nvmesh-csi.excelero.com/state")
+    assert made.path_roots == (Path("/var/lib/kubelet"),)
+    assert made.device_directory == Path("/dev/nvmesh")
+
+
+def test_a_node_is_called_as_its_host_unless_told_otherwise() -> None:
+    made = command(NODE)
+    assert isinstance(made, NodeCommand)
+    assert made.node.node_name == Path("/proc/sys/kernel/hostname").read_text().strip()
+
+
+def test_the_storage_has_the_defaults_of_its_settings() -> None:
+    made = command([*STORAGE, "--client", "n=/n"])
+    assert isinstance(made, StorageCommand)
+    assert made.storage == StorageSettings(Path("/pool"), (ClientSettings.under("n", Path("/n")),))
+
+
+def test_the_storage_serves_this_machine_where_no_client_is_named() -> None:
+    made = command([*STORAGE, "--node-name", "n", "--device-directory", "/d", "--status-directory", "/s"])
+    assert isinstance(made, StorageCommand)
+    assert made.storage.clients == (ClientSettings("n", Path("/d"), Path("/s")),)
+
+
+def test_a_local_run_has_the_defaults_of_its_settings() -> None:
+    made = command(["local", "--directory", "/d"])
+    assert isinstance(made, LocalCommand)
+    assert made.settings == LocalSettings(Path("/d"))
+
+
+def test_the_demo_has_the_defaults_of_its_settings() -> None:
+    made = command(["demo"])
+    assert isinstance(made, DemoCommand)
+    assert made.settings == DemoSettings()
+
+
+def test_version_takes_nothing() -> None:
+    assert isinstance(command(["version"]), VersionCommand)
+
+
+# --- flags and environment --------------------------------------------------------------------------------------
+
+
+def test_the_environment_serves_where_no_flag_is_given() -> None:
+    made = command(["node"], {"CSI_ENDPOINT": "unix:///e.sock", "NVMESH_CSI_MAX_VOLUMES_PER_NODE": "7"})
+    assert isinstance(made, NodeCommand)
+    assert made.endpoint.socket == Path("/e.sock")
+    assert made.node.max_volumes_per_node == 7
+
+
+def test_a_flag_beats_the_environment() -> None:
+    made = command([*NODE, "--zone", "flag"], {"NVMESH_CSI_ZONE": "environment"})
+    assert isinstance(made, NodeCommand)
+    assert made.node.zone == "flag"
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    made = command(NODE, {"NVMESH_CSI_ZONE": ""})
+    assert isinstance(made, NodeCommand)
+    assert made.node.zone == "single-zone-cluster"
+
+
+def test_a_variable_of_something_else_is_ignored() -> None:
+    assert isinstance(command(NODE, {"NVMESH_CSI_CONTROLLER_SERVICE_HOST": "10.0.0.1"}), NodeCommand)
+
+
+def test_a_repeatable_flag_gathers_its_values_in_order() -> None:
+    made = command([*NODE, "--path-root", "/a", "--path-root=/b"])
+    assert isinstance(made, NodeCommand)
+    assert made.path_roots == (Path("/a"), Path("/b"))
+
+
+def test_a_repeatable_variable_is_separated_by_commas() -> None:
+    made = command(NODE, {"NVMESH_CSI_PATH_ROOT": "/a, /b"})
+    assert isinstance(made, NodeCommand)
+    assert made.path_roots == (Path("/a"), Path("/b"))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(["--force-detach"], True), (["--force-detach=false"], False)])
+def test_a_switch_may_stand_alone(given: list[str], wanted: bool) -> None:
+    made = command([*CONTROLLER, *given])
+    assert isinstance(made, ControllerCommand)
+    assert made.controller.force_detach is wanted
+
+
+def test_without_a_password_file_nobody_logs_in() -> None:
+    made = command([*CONTROLLER[:3], "--management-client-certificate", "/c.pem"])
+    assert isinstance(made, ControllerCommand)
+    assert made.management.username == ""
+
+
+# --- problems ---------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_reported_together() -> None:
+    found = problems(["controller", "--drain-seconds", "soon", "--nonsense", "--zone=-"], {"NVMESH_CSI_LOG_LEVEL": "x"})
+    text = "\n".join(found)
+    wanted = ("--nonsense", "--endpoint", "--drain-seconds is 'soon'", "--zone", "NVMESH_CSI_LOG_LEVEL", "-server")
+    assert [word for word in wanted if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["node"],
+        ["storage"],
+        ["local"],
+        [*NODE, "--drain"],
+        [*NODE, "--drain-second", "5"],
+        [*NODE, "positional"],
+        [*STORAGE, "--tls-key", "/k"],
+        [*STORAGE, "--client", "a=/x", "--client", "a=/y"],
+        [*STORAGE, "--size", "0"],
+        ["demo", "--volume-size", "2GiB", "--expanded-size", "1GiB"],
+        ["demo", "--fs-type", "ntfs"],
+        ["controller", "--endpoint=/c.sock", "--management-server=m:4000", "--management-password-file=/p"],
+        ["version", "--log-level", "info"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_used_is_refused(argv: list[str]) -> None:
+    assert problems(argv)
+
+
+# --- help -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("role", "flag"), FLAGS)
+def test_the_help_tells_unit_default_and_variable_of_every_flag(
+    role: str, flag: Flag[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse([role, "--help"], {})
+    shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    assert ended.value.code == 0
+    assert " ".join(flag.describe().replace("%%", "%").split()).replace("- ", "-") in shown
+    assert f"Environment: {flag.variable}" in shown
+    assert ("Unit: " in flag.describe()) == bool(flag.unit)
+    assert isinstance(flag.default, (str, bool, Path, tuple, type(None))) or flag.unit, "a number has a unit"
+
+
+@pytest.mark.parametrize(("role", "flag"), FLAGS)
+def test_the_default_that_is_shown_is_the_default_that_is_used(role: str, flag: Flag[object]) -> None:
+    word = flag.shown_default.partition(",")[0]
+    try:
+        read = flag.read(word)
+    except ValueError:
+        assert flag.default in (None, "", Path(), ("", Path())), f"{word!r} is no value and the default is not empty"
+    else:
+        assert read == flag.default or flag.default in (None, "", ("", Path())) or not word
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0), ("1024", 1024), ("10GiB", 10 * 2**30), ("10Gi", 10 * 2**30), ("10 gib", 10 * 2**30),
+        ("1.5KiB", 1536), ("10GB", 10**10), ("10G", 10**10), ("7PiB", 7 * 2**50), ("0.1kB", 100),
+        ("9007199254740993", 9007199254740993), ("8388607.999TiB", None), ("1B", 1),
+        ("", None), ("GiB", None), ("-1", None), ("1.5", None), ("0.3KiB", None), ("1e3", None), ("10GiBs", None),
+    ],
+)  # fmt: skip
+def test_a_size_is_read_exactly_or_not_at_all(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(ValueError, match="a size"):
+            values.size(text)
+    else:
+        assert values.size(text) == size
+
+
+@given(st.integers(0, 2**63))
+def test_every_whole_number_of_bytes_is_itself(number: int) -> None:
+    assert values.size(str(number)) == number
+
+
+@given(st.integers(0, 2**33))
+def test_every_whole_number_of_gibibytes_is_exact(number: int) -> None:
+    assert values.size(f"{number}GiB") == number << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60", 60), ("1.5", 1.5), ("90s", 90), ("2m", 120), ("1h", 3600), ("250ms", 0.25)]
+)
+def test_a_time_is_read_in_its_unit(text: str, seconds: float) -> None:
+    assert values.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("unix:///a/b.sock", "/a/b.sock"), ("unix:/a/b.sock", "/a/b.sock"), ("/a/b.sock", "/a/b.sock")],
+)
+def test_an_endpoint_is_read_in_each_of_its_forms(text: str, path: str) -> None:
+    assert values.endpoint(text) == Path(path)
+
+
+def test_a_relative_endpoint_starts_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert values.endpoint("unix://csi.sock") == tmp_path / "csi.sock"
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (values.endpoint, "tcp://1.2.3.4:5"), (values.endpoint, ""), (values.endpoint, "unix://"),
+        (values.endpoint, "/" + "x" * 107), (values.endpoint, "/a/"), (values.endpoint, "/a\0b"),
+        (values.seconds, "0"), (values.seconds, "-1"), (values.seconds, "inf"), (values.seconds, "nan"),
+        (values.count, "-1"), (values.count, "1.0"), (values.count, "²"), (values.positive_count, "0"),
+        (values.driver_name, "1a"), (values.driver_name, "a" * 64), (values.driver_name, "a/b"),
+        (values.zone, ""), (values.zone, "a:b"), (values.zone, "z" * 64), (values.topology_key, "A.com/zone"),
+        (values.topology_key, "a/b/c"), (values.topology_key, "/zone"), (values.node_name, "a/b"),
+        (values.named_directory, "=/d"), (values.named_directory, "name"), (values.named_directory, "a="),
+        (values.host_port, "host"), (values.host_port, "::1:80"), (values.host_port, "h:65536"),
+        (values.boolean, "maybe"), (values.path, ""),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_used_is_refused(read: Callable[[str], object], text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:80", ("::1", 80)), ("localhost:4000", ("localhost", 4000))],
+)
+def test_an_address_is_read(text: str, read: tuple[str, int]) -> None:
+    assert values.host_port(text) == read

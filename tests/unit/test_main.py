@@ -1,0 +1,251 @@
+"""The composition root: exit status, what each role loads, and a node and a controller that serve."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+import csi_driver
+from csi_driver import __main__ as program
+from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+from csi_driver.telemetry import log
+
+SOURCE = Path(csi_driver.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _the_log_is_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("NVMESH_CSI_", "CSI_"))]:
+        monkeypatch.delenv(name)
+
+
+# --- exit status ------------------------------------------------------------------------------------------------
+
+
+def test_a_command_line_that_cannot_be_used_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["node", "--zone", "-", "--nonsense"]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("--zone", "--nonsense", "--endpoint"))
+
+
+def test_version_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["version"]) == 0
+    assert re.fullmatch(r"[0-9][^\s]*\n", capsys.readouterr().out)
+
+
+def test_a_role_that_cannot_start_is_status_1_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "node.sock"
+    taken.write_text("precious")
+    assert program.main(node_argv(tmp_path)) == 1
+    assert "no socket" in capsys.readouterr().err
+    assert taken.read_text() == "precious"
+
+
+# --- serving ----------------------------------------------------------------------------------------------------
+
+
+def node_argv(directory: Path) -> list[str]:
+    return [
+        "node", "--endpoint", str(directory / "node.sock"), "--state-directory", str(directory / "state"),
+        "--path-root", str(directory), "--device-directory", str(directory / "dev"),
+        "--status-directory", str(directory / "proc"), "--node-name", "node-1",
+    ]  # fmt: skip
+
+
+def controller_argv(directory: Path) -> list[str]:
+    (directory / "password").write_text("x")
+    return [
+        "controller", "--endpoint", str(directory / "controller.sock"), "--management-server", "http://127.0.0.1:1",
+        "--management-password-file", str(directory / "password"), "--drain-seconds", "5",
+    ]  # fmt: skip
+
+
+class Asking(threading.Thread):
+    """Waits for an endpoint, asks it, and ends the program with SIGTERM whatever happened."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__()
+        self._socket = socket
+        self.name_of_plugin = ""
+        self.ready: bool | None = None
+        self.error: grpc.RpcError | None = None
+
+    def run(self) -> None:
+        try:
+            with grpc.insecure_channel(f"unix:{self._socket}") as channel:
+                identity = csi_pb2_grpc.IdentityStub(channel)
+                info = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=30, wait_for_ready=True)
+                self.name_of_plugin = info.name
+                self.ready = identity.Probe(csi_pb2.ProbeRequest(), timeout=10).ready.value
+        except grpc.RpcError as error:
+            self.error = error
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_node_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+    asking = Asking(tmp_path / "node.sock")
+    asking.start()
+    assert program.main(node_argv(tmp_path)) == 0
+    asking.join()
+    assert asking.name_of_plugin == "nvmesh-csi.excelero.com"
+    assert not (tmp_path / "node.sock").exists()
+
+
+def test_a_controller_serves_and_is_not_ready_without_its_management(tmp_path: Path) -> None:
+    asking = Asking(tmp_path / "controller.sock")
+    asking.start()
+    assert program.main(controller_argv(tmp_path)) == 0
+    asking.join()
+    assert asking.error is None
+    assert asking.ready is False
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------
+
+
+def loaded_by(modules: set[str]) -> set[str]:
+    """Return every module that importing these loads at once: imports inside functions do not count."""
+    todo, seen = list(modules), set()
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if module.partition(".")[0] == "csi_driver":
+            todo += imports_of(module)
+    return seen
+
+
+def imports_of(module: str) -> set[str]:
+    base = SOURCE.parent.joinpath(*module.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    if not path.is_file():
+        return set()  # a name in a module, not a module
+    found = {module.rpartition(".")[0]} - {""}
+    for node in at_once(ast.parse(path.read_text())):
+        match node:
+            case ast.Import():
+                found |= {alias.name for alias in node.names}
+            case ast.ImportFrom(module=str(source), level=0):
+                found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk the code that runs at import: no functions, no `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from at_once(node)
+
+
+def imported_in(function: str) -> set[str]:
+    """Return the modules that a function of the composition root imports."""
+    tree = ast.parse((SOURCE / "__main__.py").read_text())
+    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return {
+        name
+        for node in ast.walk(body)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+
+
+def top_levels(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+START = loaded_by({"csi_driver.__main__"})
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    heavy = {
+        "grpc",
+        "google",
+        "requests",
+        "urllib3",
+        "fastapi",
+        "uvicorn",
+        "pydantic",
+        "sqlite3",
+        "pyudev",
+        "ssl",
+        "asyncio",
+    }
+    assert not top_levels(START) & heavy
+
+
+def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
+    loaded = loaded_by(START | imported_in("_node") | imported_in("_serve"))
+    assert "grpc" in top_levels(loaded)
+    assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
+    assert not {
+        module for module in loaded if module.startswith(("csi_driver.embedded.server", "csi_driver.management.c"))
+    }
+
+
+def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:
+    loaded = loaded_by(START | imported_in("_controller") | imported_in("_serve"))
+    assert "requests" in top_levels(loaded) | {"requests"}
+    assert not top_levels(loaded) & {"fastapi", "uvicorn", "sqlite3", "ctypes", "pyudev"}
+
+
+def test_only_the_composition_root_reads_the_environment() -> None:
+    readers = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if re.search(r"\bos\.(environ|getenv|putenv)\b", path.read_text())
+    }
+    assert readers <= {"__main__.py"}
+
+
+# --- log --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings())
+    logging.getLogger("some.where").info("volume %s", "v-1")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO some\.where: volume v-1\n", line)
+
+
+def test_a_record_is_one_json_object_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings("debug", log.LogFormat.JSON))
+    try:
+        raise ValueError("x")
+    except ValueError:
+        logging.getLogger("some.where").exception("broken\nline")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    document = json.loads(lines[0])
+    assert document["level"] == "error"
+    assert document["message"] == "broken\nline"
+    assert "ValueError: x" in document["traceback"]
+
+
+def test_what_is_below_the_level_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings("warning"))
+    logging.getLogger("some.where").info("quiet")
+    assert capsys.readouterr().err == ""
