@@ -26,7 +26,7 @@ from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.bench.measure import Timing, resident_mib, timed
 
 GIB = 1 << 30
-PARTS = ("start", "calls", "mounts", "probe", "shell", "memory", "list")
+PARTS = ("start", "memory", "calls", "mounts", "probe", "shell", "list")
 ROLES = ("storage", "controller", "node")
 EXT4 = Capability(MountAccess(fs_type="ext4"), AccessMode.SINGLE_NODE_WRITER)
 XFS = Capability(MountAccess(fs_type="xfs"), AccessMode.SINGLE_NODE_WRITER)
@@ -411,6 +411,8 @@ def main() -> None:
         if "start" in wanted:
             measure_start(directory, 2 if quick else 7)
         with running_stack(directory) as stack:
+            if "memory" in wanted:
+                measure_memory(stack, directory, 300 if quick else 10_000)
             if "calls" in wanted:
                 measure_calls(stack, directory, {1: 4, 16: 16} if quick else {1: 40, 16: 160, 100: 300})
             if "mounts" in wanted:
@@ -419,8 +421,6 @@ def main() -> None:
                 measure_probe_during_stages(stack, directory, 10 if quick else 100)
             if "shell" in wanted:
                 measure_shell(stack, directory, 1 if quick else 5)
-            if "memory" in wanted:
-                measure_memory(stack, directory, 300 if quick else 10_000)
             if "list" in wanted:
                 measure_list(stack, 200 if quick else 10_000)
     finally:
