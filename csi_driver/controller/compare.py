@@ -11,14 +11,14 @@ from csi_driver.errors import shown
 from csi_driver.model import CapacityRange, Volume
 
 
-def differences(wanted: Creation, found: Creation, volume: Volume, vpg: str | None) -> list[str]:
+def differences(wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, judge_size: bool) -> list[str]:
     """Return how a volume differs from what is wanted, each as "is X, wanted Y"; empty when it is the same.
 
     What an earlier driver did not record cannot differ.
     """
     capacity = wanted.capacity or CapacityRange()
     return [
-        *_capacity(capacity, found, volume),
+        *(_capacity(capacity, found, volume) if judge_size else []),
         *_access(wanted, found),
         *_parameters(wanted, found),
         *([f"its provisioning group is {volume.vpg}, wanted {vpg}"] if vpg is not None and volume.vpg != vpg else []),
@@ -31,7 +31,7 @@ def is_short(capacity: CapacityRange, found: Creation, volume: Volume, granule: 
     Earlier drivers did not know the server's rounding, and a provisioning group may change while a volume is made.
     """
     missing = capacity.required_bytes - volume.size_bytes
-    return missing > 0 and (found.capacity == capacity if found.is_ours else missing < granule)
+    return missing > 0 and (found.capacity == capacity if found.is_ours else missing <= granule)
 
 
 def _capacity(wanted: CapacityRange, found: Creation, volume: Volume) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from csi_driver.controller.access import check_fs_type
 from csi_driver.errors import InvalidField, InvalidRequest, shown
-from csi_driver.model import EMPTY, Layout, RaidLevel
+from csi_driver.model import Layout, RaidLevel
 
 _RESERVED = "csi.storage.k8s.io/"
 _KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
@@ -76,7 +76,7 @@ class VolumeParameters:
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
     pvc_namespace: str = ""
-    recorded: Mapping[str, str] = field(default=EMPTY)
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(parameters: Mapping[str, str]) -> VolumeParameters:

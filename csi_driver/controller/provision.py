@@ -161,11 +161,13 @@ class Provision:
             owner = "no CSI name" if creation.csi_name is None else f"the CSI name {shown(creation.csi_name)}"
             raise ExistsDifferently(f"volume {volume.name}", [f"it has {owner}, wanted {shown(wanted.csi_name)}"])
         volume = self._usable(management, volume, deadline=deadline)
-        if is_short(wanted.capacity, creation, volume, capacity.granule_bytes(volume.layout)):
-            volume = self._lengthened(management, wanted, volume, deadline=deadline)
-        different = differences(wanted.in_zone(zone), creation, volume, wanted.parameters.vpg)
+        short = is_short(wanted.capacity, creation, volume, capacity.granule_bytes(volume.layout))
+        vpg = wanted.parameters.vpg
+        different = differences(wanted.in_zone(zone), creation, volume, vpg, judge_size=not short)
         if different:
             raise ExistsDifferently(f"volume {shown(wanted.csi_name)}", different)
+        if short:
+            volume = self._lengthened(management, wanted, volume, deadline=deadline)
         return described(zone, volume, creation, self._settings.topology_key)
 
     def _usable(self, management: Management, volume: Volume, *, deadline: Deadline) -> Volume:

@@ -1,0 +1,442 @@
+"""ControllerPublishVolume and ControllerUnpublishVolume over a storage management in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from csi_driver.controller.requests import ControllerSettings
+from csi_driver.errors import (
+    DeadlineReached,
+    Exhausted,
+    ExistsDifferently,
+    InvalidRequest,
+    NodeNotFound,
+    OperationPending,
+    PreconditionFailed,
+    ReservationConflict,
+    StorageUnavailable,
+    VolumeNotFound,
+)
+from csi_driver.model import (
+    AccessMode,
+    Capability,
+    ClientStatus,
+    History,
+    MountAccess,
+    ReservationMode,
+    Volume,
+)
+from tests.unit.controller.world import (
+    BLOCK,
+    CLAIM,
+    NODE_1,
+    NODE_2,
+    ROX,
+    RWO,
+    RWX_BLOCK,
+    RWX_MOUNT,
+    World,
+    other_reference,
+)
+
+READER = Capability(MountAccess(), AccessMode.SINGLE_NODE_READER_ONLY)
+STATIC = Volume("golden", "99999999-0000-0000-0000-000000000000", 262144, 4096, 1.1, "online", "none")
+
+
+def made(**settings: object) -> tuple[World, str]:
+    world = World(ControllerSettings(**settings))  # type: ignore[arg-type]
+    return world, world.create(parameters=CLAIM).volume_id
+
+
+# --- the good case --------------------------------------------------------------------------------------------
+
+
+def test_the_context_says_which_device_to_expect() -> None:
+    world, volume_id = made()
+    context = world.publish(volume_id)
+    volume = world.stored()
+    assert (context.name, context.uuid, context.size_bytes) == (volume.name, volume.uuid, volume.size_bytes)
+
+
+@pytest.mark.parametrize("node_id", [NODE_1, "node-1", "node-1.example.com", NODE_1.upper()])
+def test_a_node_is_found_by_uuid_id_and_full_name(node_id: str) -> None:
+    world, volume_id = made()
+    world.publish(volume_id, node_id)
+    assert world.holders() == ["node-1"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "read_only", "mode"),
+    [
+        (RWO, False, ReservationMode.EXCLUSIVE_READ_WRITE),
+        (RWO, True, ReservationMode.SHARED_READ_ONLY),
+        (ROX, False, ReservationMode.SHARED_READ_ONLY),
+        (READER, False, ReservationMode.SHARED_READ_ONLY),
+        (RWX_BLOCK, False, ReservationMode.SHARED_READ_WRITE),
+    ],
+)
+def test_the_capability_decides_the_reservation(capability: Capability, read_only: bool, mode: ReservationMode) -> None:
+    world, volume_id = made()
+    context = world.publish(volume_id, capability=capability, read_only=read_only)
+    assert world.stored().reservation.mode is mode
+    assert context.read_only is (mode is ReservationMode.SHARED_READ_ONLY)
+
+
+def test_publishing_again_is_the_same() -> None:
+    world, volume_id = made()
+    assert world.publish(volume_id) == world.publish(volume_id)
+
+
+def test_a_slow_attachment_is_waited_for() -> None:
+    world, volume_id = made()
+    world.management.attach_s, world.management.io_s = 5, 5
+    before = world.clock.monotonic()
+    world.publish(volume_id)
+    assert world.clock.monotonic() - before >= 10
+
+
+def test_the_reference_is_the_last_part_of_the_handle() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    client = world.management.client("node-1", deadline=world.deadline())
+    assert client is not None
+    assert client.wishes[world.stored().uuid].reference_ids == {"team-a"}
+
+
+def test_two_namespaces_on_one_node_hold_two_references() -> None:
+    world, volume_id = made()
+    world.publish(volume_id, capability=ROX)
+    world.publish(other_reference(volume_id, "team-b"), capability=ROX)
+    world.unpublish(volume_id)
+    assert world.holders() == ["node-1"]
+    world.unpublish(other_reference(volume_id, "team-b"))
+    assert world.holders() == []
+
+
+def test_a_handle_without_reference_gives_up_only_its_own() -> None:
+    world, volume_id = made()
+    bare = ":".join(volume_id.split(":")[:2])
+    world.publish(volume_id, capability=ROX)
+    world.publish(bare, capability=ROX)
+    world.unpublish(bare)
+    assert world.holders() == ["node-1"]
+
+
+def test_a_writers_volume_becomes_a_readers_volume() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.unpublish(volume_id)
+    for node_id in (NODE_1, NODE_2):
+        world.publish(volume_id, node_id, ROX)
+    assert world.holders() == ["node-1", "node-2"]
+
+
+# --- refusals, in the order of the specification --------------------------------------------------------------
+
+
+def test_an_impossible_capability_is_invalid_before_anything_is_asked() -> None:
+    world = World()
+    with pytest.raises(InvalidRequest):
+        world.publish("none", "none", RWX_MOUNT)
+    assert world.management.requests == []
+
+
+@pytest.mark.parametrize("volume_id", ["none", "", "a/b", "mars:csi-1", "single-zone-cluster:none"])
+def test_an_unknown_volume_is_not_found(volume_id: str) -> None:
+    with pytest.raises(VolumeNotFound):
+        World().publish(volume_id)
+
+
+def test_an_unknown_node_is_not_found() -> None:
+    world, volume_id = made()
+    with pytest.raises(NodeNotFound):
+        world.publish(volume_id, "fake-node-id-1234")
+
+
+def test_another_mode_on_the_same_node_already_exists() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    with pytest.raises(ExistsDifferently, match="exclusive_read_write, wanted shared_read_only"):
+        world.publish(volume_id, read_only=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [(RWO, RWO), (RWO, ROX), (ROX, RWO), (RWX_BLOCK, ROX), (READER, READER)])
+def test_a_volume_held_elsewhere_is_refused_naming_the_holder(first: Capability, second: Capability) -> None:
+    world, volume_id = made()
+    world.publish(volume_id, NODE_1, first)
+    with pytest.raises(PreconditionFailed, match=NODE_1):
+        world.publish(volume_id, NODE_2, second)
+    assert world.holders() == ["node-1"]
+
+
+def test_a_volume_that_is_only_readable_is_not_attached_for_writing() -> None:
+    world = World()
+    world.management.add_volume(replace(STATIC, is_read_only=True))
+    with pytest.raises(ReservationConflict):
+        world.publish("golden")
+
+
+def test_the_limit_of_a_node_is_kept() -> None:
+    world = World(ControllerSettings(max_volumes_per_node=2))
+    ids = [world.create(f"v{number}").volume_id for number in range(3)]
+    for volume_id in ids[:2]:
+        world.publish(volume_id)
+    with pytest.raises(Exhausted, match="limit of 2"):
+        world.publish(ids[2])
+
+
+def test_a_full_node_still_answers_for_what_it_has() -> None:
+    world = World(ControllerSettings(max_volumes_per_node=1))
+    volume_id = world.create().volume_id
+    assert world.publish(volume_id) == world.publish(volume_id)
+
+
+def test_a_node_that_is_down_gets_nothing_new() -> None:
+    world, volume_id = made()
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    with pytest.raises(StorageUnavailable, match="down"):
+        world.publish(volume_id)
+    assert "attach" not in world.management.requests
+
+
+@pytest.mark.parametrize(
+    ("attach_s", "io_s", "missing"), [(1000, 0, "the client reports no device"), (1, 1000, "I/O, which is not enabled")]
+)
+def test_time_that_runs_out_names_what_is_missing(attach_s: float, io_s: float, missing: str) -> None:
+    world, volume_id = made()
+    world.management.attach_s, world.management.io_s = attach_s, io_s
+    with pytest.raises(DeadlineReached, match=missing):
+        world.publish(volume_id)
+
+
+def test_an_attachment_that_is_taken_away_while_it_is_made_is_not_answered_as_made() -> None:
+    world, volume_id = made()
+
+    def detach_after_attach(request: str) -> None:
+        if request == "attach":
+            client = world.management.client("node-1", deadline=world.deadline())
+            assert client is not None
+            world.management.detach(client, world.stored(), reference_id=None, deadline=world.deadline())
+
+    world.management.after = detach_after_attach
+    with pytest.raises(OperationPending, match="detached"):
+        world.publish(volume_id)
+
+
+def test_an_attachment_waits_until_the_earlier_one_is_gone() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.detach_s = 20
+    with pytest.raises(DeadlineReached):
+        world.unpublish(volume_id, seconds=5)
+    assert world.publish(volume_id).attachment == 2
+
+
+# --- history: what the node may believe before it formats -----------------------------------------------------
+
+
+def test_the_first_attachment_of_a_new_volume_is_the_first() -> None:
+    world, volume_id = made()
+    context = world.publish(volume_id)
+    assert (context.history, context.attachment) == (History.FIRST, 1)
+
+
+def test_a_retried_call_is_not_another_attachment() -> None:
+    world, volume_id = made()
+    world.management.attach_s = 40
+    with pytest.raises(DeadlineReached):
+        world.publish(volume_id)
+    context = world.publish(volume_id)
+    assert (context.history, context.attachment) == (History.FIRST, 1)
+
+
+def test_a_count_whose_attachment_never_came_about_is_used_again() -> None:
+    world, volume_id = made()
+
+    def fail(request: str) -> None:
+        if request == "attach":
+            raise StorageUnavailable("lost")
+
+    world.management.before = fail
+    for _ in range(3):
+        with pytest.raises(StorageUnavailable):
+            world.publish(volume_id)
+    world.management.before = lambda request: None
+    context = world.publish(volume_id, NODE_2)
+    assert (context.history, context.attachment) == (History.FIRST, 1)
+
+
+def test_the_second_attachment_is_not_the_first() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.unpublish(volume_id)
+    context = world.publish(volume_id)
+    assert (context.history, context.attachment) == (History.ATTACHED, 2)
+
+
+def test_an_attachment_by_somebody_else_before_ours_shows() -> None:
+    world, volume_id = made()
+    client = world.management.client("node-2", deadline=world.deadline())
+    assert client is not None
+    mode = ReservationMode.EXCLUSIVE_READ_WRITE
+    world.management.attach(client, world.stored(), mode=mode, reference_id=None, deadline=world.deadline())
+    world.management.detach(client, world.stored(), reference_id=None, deadline=world.deadline())
+    assert world.publish(volume_id).history is History.ATTACHED
+
+
+def test_an_attachment_by_somebody_else_between_count_and_attach_shows() -> None:
+    world, volume_id = made()
+    client = world.management.client("node-2", deadline=world.deadline())
+    assert client is not None
+
+    def intrude(request: str) -> None:
+        if request == "set_metadata":
+            world.management.after = lambda request: None
+            mode, deadline = ReservationMode.EXCLUSIVE_READ_WRITE, world.deadline()
+            world.management.attach(client, world.stored(), mode=mode, reference_id=None, deadline=deadline)
+            world.management.detach(client, world.stored(), reference_id=None, deadline=deadline)
+
+    world.management.after = intrude
+    context = world.publish(volume_id)
+    assert (context.history, context.attachment) == (History.ATTACHED, 1)
+
+
+def test_a_record_set_back_to_an_older_state_does_not_make_the_volume_new() -> None:
+    world, volume_id = made()
+    young = world.stored().metadata
+    world.publish(volume_id)
+    world.unpublish(volume_id)
+    world.management.change(world.stored().name, metadata=young)
+    assert world.publish(volume_id).history is History.ATTACHED
+
+
+def test_a_volume_that_was_a_raw_device_counts_as_written() -> None:
+    world, volume_id = made()
+    world.publish(volume_id, capability=BLOCK)
+    assert world.publish(volume_id, capability=RWO).history is History.ATTACHED
+
+
+def test_a_raw_device_on_an_attachment_that_was_counted_for_mounting_is_recorded() -> None:
+    world, volume_id = made()
+    world.publish(volume_id, capability=RWO)
+    world.publish(volume_id, capability=BLOCK)
+    assert world.publish(volume_id, capability=RWO).history is History.ATTACHED
+
+
+def test_a_volume_that_is_not_ours_has_an_unknown_history() -> None:
+    world = World()
+    world.management.add_volume(STATIC)
+    assert world.publish("golden").history is History.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "damage", ["x", {"number": "1"}, {"number": 1, "version": 1, "clients": {"a": [1]}, "written": False}]
+)
+def test_a_damaged_record_proves_nothing(damage: object) -> None:
+    world, volume_id = made()
+    volume = world.stored()
+    own = volume.metadata["nvmesh-csi"]
+    assert isinstance(own, dict)
+    world.management.change(volume.name, metadata={**volume.metadata, "nvmesh-csi": {**own, "attachments": damage}})
+    for _ in range(2):
+        assert world.publish(volume_id).history is not History.FIRST
+        world.unpublish(volume_id)
+
+
+def test_publishing_changes_nothing_else_in_the_metadata() -> None:
+    world, volume_id = made()
+    world.management.change(world.stored().name, metadata={**world.stored().metadata, "owner": {"team": "x"}})
+    before = dict(world.stored().metadata)
+    world.publish(volume_id)
+    after = dict(world.stored().metadata)
+    assert {k: v for k, v in after.items() if k != "nvmesh-csi"} == {
+        k: v for k, v in before.items() if k != "nvmesh-csi"
+    }
+
+
+# --- unpublish ------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_gone_when_unpublish_answers() -> None:
+    world, volume_id = made()
+    world.management.detach_s = 20
+    world.publish(volume_id)
+    world.unpublish(volume_id)
+    assert world.holders() == []
+    assert world.stored().reservation.mode is ReservationMode.NONE
+
+
+@pytest.mark.parametrize("volume_id", ["none", "", "single-zone-cluster:none"])
+def test_unpublishing_an_unknown_volume_succeeds(volume_id: str) -> None:
+    World().unpublish(volume_id)
+
+
+def test_unpublishing_from_an_unknown_node_succeeds() -> None:
+    world, volume_id = made()
+    world.unpublish(volume_id, "nobody")
+
+
+def test_unpublishing_twice_succeeds() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.unpublish(volume_id)
+    world.unpublish(volume_id)
+
+
+def test_no_node_means_all_nodes() -> None:
+    world, volume_id = made()
+    for node_id in (NODE_1, NODE_2):
+        world.publish(volume_id, node_id, ROX)
+    world.unpublish(volume_id, "")
+    assert world.holders() == []
+
+
+def test_another_volume_under_the_same_name_is_left_alone() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.unpublish(volume_id.replace(world.stored().uuid, "00000000-0000-0000-0000-000000000000"))
+    assert world.holders() == ["node-1"]
+
+
+def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_so() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.set_busy("node-1", world.stored())
+    with pytest.raises(PreconditionFailed, match="open"):
+        world.unpublish(volume_id, seconds=5)
+    world.management.set_busy("node-1", world.stored(), busy=False)
+    world.unpublish(volume_id)
+    assert world.holders() == []
+
+
+def test_forced_detachment_reaches_the_storage() -> None:
+    world, volume_id = made(force_detach=True)
+    world.publish(volume_id)
+    world.management.set_busy("node-1", world.stored())
+    world.unpublish(volume_id)
+    assert world.holders() == []
+
+
+def test_for_a_node_that_is_down_the_wish_is_recorded() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id)
+    client = world.management.client("node-1", deadline=world.deadline())
+    assert client is not None
+    assert client.wishes[world.stored().uuid].is_detaching
+
+
+def test_a_node_whose_client_is_deleted_meanwhile_is_done_with() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.detach_s = 1000
+    world.management.after = lambda r: world.management.remove_client("node-1") if r == "detach" else None
+    world.unpublish(volume_id)
+
+
+def test_a_zone_that_is_not_served_is_not_declared_detached() -> None:
+    with pytest.raises(PreconditionFailed, match="mars"):
+        World().unpublish("mars:csi-1")

@@ -1,0 +1,289 @@
+"""ListVolumes, ControllerGetVolume, GetCapacity, ValidateVolumeCapabilities and Probe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from csi_driver.controller.requests import ValidateRequest
+from csi_driver.errors import InvalidRequest, StaleToken, VolumeNotFound
+from csi_driver.model import (
+    DEFAULT_TOPOLOGY_KEY,
+    GIB,
+    Capability,
+    CapacityRange,
+    Layout,
+    ListedVolume,
+    RaidLevel,
+    Segments,
+    Volume,
+    Vpg,
+)
+from tests.unit.controller.world import (
+    BLOCK,
+    CLAIM,
+    NODE_1,
+    NODE_2,
+    ROX,
+    RWO,
+    RWX_MOUNT,
+    World,
+    other_reference,
+)
+
+STATIC = Volume("golden", "99999999-0000-0000-0000-000000000000", 262144, 4096, 1.1, "online", "none")
+
+
+def listed(world: World, page: int = 0, token: str = "") -> tuple[list[ListedVolume], str]:
+    return world.inventory.volumes(page, token, deadline=world.deadline())
+
+
+def all_pages(world: World, page: int) -> list[str]:
+    found, token = listed(world, page)
+    ids = [entry.volume.volume_id for entry in found]
+    while token:
+        assert len(token.encode()) <= 128
+        found, token = listed(world, page, token)
+        assert 0 < len(found) <= page
+        ids += [entry.volume.volume_id for entry in found]
+    return ids
+
+
+def ids(world: World) -> list[str]:
+    return [entry.volume.volume_id for entry in listed(world)[0]]
+
+
+# --- lists ----------------------------------------------------------------------------------------------------
+
+
+def test_a_volume_shows_as_it_was_created() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    assert listed(world) == ([ListedVolume(made, ())], "")
+
+
+def test_a_volume_shows_the_nodes_it_is_published_to() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    world.publish(made.volume_id, "node-1", ROX)
+    world.publish(made.volume_id, "node-2", ROX)
+    (entry,) = listed(world)[0]
+    assert sorted(entry.published_node_ids) == sorted([NODE_1, NODE_2])
+
+
+def test_a_static_volume_shows_under_zone_name_and_uuid() -> None:
+    world = World()
+    world.management.add_volume(STATIC)
+    assert ids(world) == [f"single-zone-cluster:golden:{STATIC.uuid}"]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["golden", "single-zone-cluster:golden", f"single-zone-cluster:golden:{STATIC.uuid}:A b"]
+)
+def test_another_spelling_shows_while_it_is_attached(spelling: str) -> None:
+    world = World()
+    world.management.add_volume(STATIC)
+    world.publish(spelling)
+    shown = {entry.volume.volume_id: entry.published_node_ids for entry in listed(world)[0]}
+    assert shown[spelling] == (NODE_1,)
+    assert len(shown) == 2
+    world.unpublish(spelling)
+    assert len(ids(world)) == 1
+
+
+def test_a_readers_copy_shows_beside_the_issued_handle() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    copy = other_reference(made.volume_id, "team-b")
+    world.publish(made.volume_id, NODE_1, ROX)
+    world.publish(copy, NODE_2, ROX)
+    assert {e.volume.volume_id: e.published_node_ids for e in listed(world)[0]} == {
+        made.volume_id: (NODE_1,),
+        copy: (NODE_2,),
+    }
+
+
+def test_a_readers_copy_costs_no_write() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    world.publish(made.volume_id, NODE_1, ROX)
+    world.management.requests.clear()
+    world.publish(other_reference(made.volume_id, "team-b"), NODE_1, ROX)
+    assert "set_metadata" not in world.management.requests
+
+
+@pytest.mark.parametrize(
+    "change", [{"action": "markedForDeletion"}, {"status": "toBeDeleted"}, {"is_reserved": True}, {"name": "golden_MD"}]
+)
+def test_what_is_no_volume_of_anybody_is_not_listed(change: dict[str, object]) -> None:
+    world = World()
+    world.management.add_volume(replace(STATIC, **change))  # type: ignore[arg-type]
+    assert ids(world) == []
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 5, 7, 100])
+def test_pages_together_are_the_whole_list(page: int) -> None:
+    world = World(zones=("b", "a"))
+    for zone in world.zones.values():
+        for number in range(5):
+            zone.add_volume(replace(STATIC, name=f"v{number}", uuid=f"99999999-0000-0000-0000-00000000000{number}"))
+    for reference in ("x", "y", "z"):
+        world.publish(f"a:v2:99999999-0000-0000-0000-000000000002:{reference}", "node-1", ROX)
+    assert all_pages(world, page) == ids(world)
+    assert len(ids(world)) == 13
+
+
+def test_a_page_resumes_where_it_ended_although_the_volume_there_is_gone() -> None:
+    world = World()
+    for number in range(4):
+        world.management.add_volume(replace(STATIC, name=f"v{number}"))
+    _, token = listed(world, 2)
+    world.management.change("v1", is_reserved=True)
+    assert [e.volume.volume_id.split(":")[1] for e in listed(world, 2, token)[0]] == ["v2", "v3"]
+
+
+def test_the_last_page_has_no_token() -> None:
+    world = World()
+    for number in range(4):
+        world.management.add_volume(replace(STATIC, name=f"v{number}"))
+    _, token = listed(world, 2)
+    assert listed(world, 2, token)[1] == ""
+
+
+@pytest.mark.parametrize("token", ["invalid-token", "v1.", "v1.!!!!", "v1.YQ", "v1.YQpiCmM", "7", "v1.\u00fc"])
+def test_a_token_that_was_not_issued_is_stale(token: str) -> None:
+    with pytest.raises(StaleToken):
+        listed(World(), 1, token)
+
+
+def test_a_page_costs_the_same_wherever_it_lies() -> None:
+    world = World()
+    for number in range(50):
+        world.management.add_volume(replace(STATIC, name=f"v{number:02}"))
+    token = ""
+    for _ in range(5):
+        world.management.requests.clear()
+        _, token = listed(world, 5, token)
+        assert world.management.requests == ["clients", "volumes"]
+
+
+# --- one volume -----------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_shown_under_the_id_that_was_asked_for() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    world.publish(made.volume_id)
+    name = world.stored().name
+    shown = world.inventory.volume(name, deadline=world.deadline())
+    assert shown.volume.volume_id == name
+    assert shown.published_node_ids == ()
+    assert world.inventory.volume(made.volume_id, deadline=world.deadline()).published_node_ids == (NODE_1,)
+
+
+def test_an_unknown_volume_is_not_found() -> None:
+    world = World()
+    with pytest.raises(VolumeNotFound):
+        world.inventory.volume("none", deadline=world.deadline())
+
+
+# --- capacity -------------------------------------------------------------------------------------------------
+
+
+def room(
+    world: World,
+    parameters: dict[str, str] | None = None,
+    segments: Segments | None = None,
+    capabilities: tuple[Capability, ...] = (),
+) -> int:
+    answer = world.inventory.capacity(capabilities, parameters or {}, segments, deadline=world.deadline())
+    assert answer.maximum_volume_bytes is not None
+    return answer.available_bytes
+
+
+@pytest.mark.parametrize(
+    ("parameters", "share"),
+    [
+        ({}, 1.0),
+        ({"raidLevel": "raid1"}, 0.5),
+        ({"raidLevel": "raid10", "numberOfMirrors": "2"}, 1 / 3),
+        ({"raidLevel": "ec"}, 0.8),
+    ],
+)
+def test_redundancy_is_taken_off(parameters: dict[str, str], share: float) -> None:
+    world = World()
+    world.management.raw_bytes = 100 * GIB
+    assert room(world, parameters) == pytest.approx(100 * GIB * share, rel=0.001)
+
+
+def test_the_keys_of_the_sidecars_are_ignored() -> None:
+    assert room(World(), {"csi.storage.k8s.io/fstype": "xfs", "csi.storage.k8s.io/node-stage-secret-name": "s"}) > 0
+
+
+def test_a_group_with_space_of_its_own_tells_its_own() -> None:
+    world = World()
+    world.management.add_vpg(Vpg("gold", Layout(RaidLevel.MIRRORED), 10 * GIB, allow_overflow=False))
+    world.create(capacity=CapacityRange(4 * GIB), parameters={"vpg": "gold"})
+    assert room(world, {"vpg": "gold"}) == 6 * GIB
+
+
+def test_what_could_never_be_made_has_no_room() -> None:
+    world = World()
+    assert world.inventory.capacity((RWX_MOUNT,), {}, None, deadline=world.deadline()).available_bytes == 0
+    assert room(world, {"vpg": "none"}) == 0
+    assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "mars"}) == 0
+
+
+def test_zones_are_told_apart_and_summed() -> None:
+    world = World(zones=("a", "b"))
+    world.zones["a"].raw_bytes, world.zones["b"].raw_bytes = GIB, 2 * GIB
+    assert room(world) == 3 * GIB
+    assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
+    assert world.inventory.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
+
+
+def test_an_unknown_parameter_is_invalid() -> None:
+    with pytest.raises(InvalidRequest):
+        room(World(), {"color": "red"})
+
+
+# --- validate and ready ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"capabilities": (ROX,)}, None),
+        ({"capabilities": (RWX_MOUNT,)}, "not supported"),
+        ({"capabilities": (BLOCK,)}, "a filesystem"),
+        ({"parameters": {"raidLevel": "raid1"}}, None),
+        ({"parameters": {"raidLevel": "raid0"}}, "raidLevel"),
+        ({"parameters": {"color": "red"}}, "color"),
+        ({"context": {"fsType": "ext4", "storage.kubernetes.io/csiProvisionerIdentity": "x"}}, None),
+        ({"context": {"fsType": "xfs"}}, "fsType"),
+    ],
+)
+def test_a_volume_is_confirmed_or_the_reason_is_told(change: dict[str, object], said: str | None) -> None:
+    world = World()
+    made = world.create(parameters={"raidLevel": "raid1"})
+    request = replace(ValidateRequest(made.volume_id, (RWO,)), **change)  # type: ignore[arg-type]
+    message = world.inventory.validate(request, deadline=world.deadline())
+    assert (message is None) if said is None else (message is not None and said in message)
+
+
+def test_validating_an_unknown_volume_is_not_found() -> None:
+    world = World()
+    with pytest.raises(VolumeNotFound):
+        world.inventory.validate(ValidateRequest("none", (RWX_MOUNT,)), deadline=world.deadline())
+
+
+def test_ready_once_is_ready_for_good() -> None:
+    world = World()
+    world.management.is_reachable = False
+    assert not world.inventory.ready(deadline=world.deadline())
+    world.management.is_reachable = True
+    assert world.inventory.ready(deadline=world.deadline())
+    world.management.is_reachable = False
+    assert world.inventory.ready(deadline=world.deadline())

@@ -1,0 +1,103 @@
+"""One controller over a storage management in memory, and short ways to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from csi_driver.controller.attach import Attach
+from csi_driver.controller.expand import Expand
+from csi_driver.controller.inventory import Inventory
+from csi_driver.controller.provision import Provision
+from csi_driver.controller.requests import (
+    ControllerSettings,
+    CreateRequest,
+    PublishRequest,
+    TopologyRequirement,
+)
+from csi_driver.deadline import Deadline
+from csi_driver.model import (
+    DEFAULT_ZONE,
+    EMPTY,
+    GIB,
+    AccessMode,
+    BlockAccess,
+    Capability,
+    CapacityRange,
+    MountAccess,
+    ProvisionedVolume,
+    PublishContext,
+    Volume,
+)
+from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
+
+PVC = "pvc-01234567-89ab-cdef-0123-456789abcdef"
+RWO = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
+RWOP = Capability(MountAccess(), AccessMode.SINGLE_NODE_SINGLE_WRITER)
+ROX = Capability(MountAccess(), AccessMode.MULTI_NODE_READER_ONLY)
+RWX_MOUNT = Capability(MountAccess(), AccessMode.MULTI_NODE_MULTI_WRITER)
+BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
+RWX_BLOCK = Capability(BlockAccess(), AccessMode.MULTI_NODE_MULTI_WRITER)
+NODE_1, NODE_2, NODE_3 = (client_uuid(f"node-{number}") for number in (1, 2, 3))
+CLAIM = {
+    "csi.storage.k8s.io/pvc/name": "claim",
+    "csi.storage.k8s.io/pvc/namespace": "team-a",
+    "csi.storage.k8s.io/pv/name": PVC,
+}
+
+
+class World:
+    """A controller and its storage; `second` is another controller over the same storage."""
+
+    def __init__(self, settings: ControllerSettings | None = None, zones: tuple[str, ...] = (DEFAULT_ZONE,)) -> None:
+        self.clock = FakeClock()
+        self.zones = {zone: FakeManagement(clock=self.clock) for zone in zones}
+        self.management = self.zones[zones[0]]
+        self.settings = settings or ControllerSettings()
+        self.clusters = FakeClusters(self.zones)
+        self.provision = Provision(self.clusters, self.settings)
+        self.attach = Attach(self.clusters, self.settings)
+        self.expand = Expand(self.clusters, self.settings)
+        self.inventory = Inventory(self.clusters, self.settings)
+
+    def deadline(self, seconds: float = 60.0) -> Deadline:
+        return Deadline.after(seconds, self.clock)
+
+    def create(
+        self,
+        name: str = PVC,
+        *,
+        capacity: CapacityRange | None = None,
+        capabilities: tuple[Capability, ...] = (RWO,),
+        parameters: Mapping[str, str] = EMPTY,
+        topology: TopologyRequirement | None = None,
+        seconds: float = 60.0,
+    ) -> ProvisionedVolume:
+        asked = capacity if capacity is not None else CapacityRange(GIB)
+        request = CreateRequest(name, asked, capabilities, parameters, topology=topology)
+        return self.provision.create(request, deadline=self.deadline(seconds))
+
+    def delete(self, volume_id: str, *, seconds: float = 60.0) -> None:
+        self.provision.delete(volume_id, deadline=self.deadline(seconds))
+
+    def publish(
+        self, volume_id: str, node_id: str = NODE_1, capability: Capability = RWO, *, read_only: bool = False
+    ) -> PublishContext:
+        request = PublishRequest(volume_id, node_id, capability, read_only)
+        return self.attach.publish(request, deadline=self.deadline())
+
+    def unpublish(self, volume_id: str, node_id: str = NODE_1, *, seconds: float = 60.0) -> None:
+        self.attach.unpublish(volume_id, node_id, deadline=self.deadline(seconds))
+
+    def stored(self) -> Volume:
+        """Return the only volume that there is."""
+        (volume,) = self.management.all_volumes()
+        return volume
+
+    def holders(self, volume: Volume | None = None) -> list[str]:
+        uuid = (volume or self.stored()).uuid
+        return [client.id for client in self.management.clients_holding(uuid, deadline=self.deadline())]
+
+
+def other_reference(volume_id: str, reference: str) -> str:
+    """Return the handle with another last part, as users write it for readers in other namespaces."""
+    return ":".join([*volume_id.split(":")[:3], reference])

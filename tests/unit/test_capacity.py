@@ -1,0 +1,114 @@
+"""Sizes at the edges; the rule itself is proven in tests/property/test_capacity.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver import capacity
+from csi_driver.errors import CapacityOutOfRange, InvalidRequest
+from csi_driver.model import GIB, MIB, CapacityRange, Layout, RaidLevel, Volume
+
+PLAIN = Layout()
+RAID_10 = Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=2)
+EC = Layout(RaidLevel.ERASURE_CODED, data_blocks=8, parity_blocks=2)
+STRIPED_EC = Layout(RaidLevel.STRIPED_ERASURE_CODED, data_blocks=8, parity_blocks=2, stripe_width=2)
+
+
+def volume_of(size_bytes: int, layout: Layout = PLAIN, capacity_gb: float | None = None) -> Volume:
+    gb = capacity_gb if capacity_gb is not None else size_bytes / 1e9
+    return Volume("v", "u", size_bytes // 4096, 4096, gb, "online", "none", layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "granule"),
+    [
+        (PLAIN, MIB),
+        (Layout(RaidLevel.MIRRORED), MIB),
+        (Layout(RaidLevel.STRIPED, stripe_width=3), 3 * MIB),
+        (Layout(RaidLevel.STRIPED), 2 * MIB),
+        (RAID_10, 2 * MIB),
+        (EC, 8 * MIB),
+        (STRIPED_EC, 128 * MIB),
+        (Layout(RaidLevel.STRIPED, stripe_width=2, stripe_size_blocks=1024), 8 * MIB),
+        (Layout(RaidLevel.STRIPED, stripe_width=2, stripe_size_blocks=384), 6 * MIB),
+    ],
+)
+def test_granule_follows_the_layout(layout: Layout, granule: int) -> None:
+    assert capacity.granule_bytes(layout) == granule
+
+
+def test_nothing_asked_gives_five_gigabytes_rounded_up() -> None:
+    assert capacity.size_to_create(CapacityRange(), PLAIN) == -(-5_000_000_000 // MIB) * MIB
+
+
+def test_only_a_low_limit_gives_the_largest_size_below_it() -> None:
+    assert capacity.size_to_create(CapacityRange(0, 2_000_000_000), PLAIN) == 2_000_000_000 // MIB * MIB
+
+
+def test_less_than_a_gigabyte_is_rounded_up_to_it() -> None:
+    assert capacity.size_to_create(CapacityRange(1), PLAIN) == 954 * MIB
+
+
+def test_an_exact_size_on_the_granule_is_met() -> None:
+    assert capacity.size_to_create(CapacityRange(10 * GIB, 10 * GIB), RAID_10) == 10 * GIB
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        CapacityRange(10 * GIB + 1, 10 * GIB + 2),
+        CapacityRange(0, 999_999_999),
+        CapacityRange(1, 1_000_000_000),
+        CapacityRange(2 * GIB, GIB),
+        CapacityRange(2**63, 0),
+        CapacityRange(2**63 - 1, 0),
+    ],
+)
+def test_a_range_without_a_possible_size_is_out_of_range(asked: CapacityRange) -> None:
+    with pytest.raises(CapacityOutOfRange):
+        capacity.size_to_create(asked, PLAIN)
+
+
+def test_negative_sizes_are_invalid() -> None:
+    with pytest.raises(InvalidRequest):
+        capacity.size_to_create(CapacityRange(-1, 0), PLAIN)
+
+
+def test_a_volume_that_is_large_enough_is_not_extended() -> None:
+    assert capacity.extension(volume_of(2 * GIB), CapacityRange(2 * GIB)) is None
+
+
+def test_a_volume_above_the_limit_is_out_of_range() -> None:
+    with pytest.raises(CapacityOutOfRange, match="do not shrink"):
+        capacity.extension(volume_of(2 * GIB), CapacityRange(GIB, GIB))
+
+
+def test_one_byte_more_extends_by_a_whole_granule() -> None:
+    more = capacity.extension(volume_of(2 * GIB, EC), CapacityRange(2 * GIB + 1))
+    assert more is not None
+    assert more.size_bytes == 2 * GIB + 8 * MIB
+
+
+def test_a_volume_off_the_granule_is_still_extended_by_whole_granules() -> None:
+    tail = 8192
+    more = capacity.extension(volume_of(2 * GIB + tail, RAID_10), CapacityRange(2 * GIB + 2 * MIB))
+    assert more is not None
+    assert more.size_bytes == 2 * GIB + tail + 2 * MIB
+
+
+@pytest.mark.parametrize(
+    ("layout", "usable"),
+    [
+        (PLAIN, 90 * GIB),
+        (Layout(RaidLevel.MIRRORED), 45 * GIB),
+        (Layout(RaidLevel.MIRRORED, number_of_mirrors=2), 30 * GIB),
+        (EC, 72 * GIB),
+        (Layout(RaidLevel.ERASURE_CODED, data_blocks=2, parity_blocks=1), 60 * GIB),
+    ],
+)
+def test_redundancy_is_taken_off_the_raw_space(layout: Layout, usable: int) -> None:
+    assert capacity.usable_bytes(90 * GIB, layout) == usable
+
+
+def test_overcommitted_space_is_no_space() -> None:
+    assert capacity.usable_bytes(-GIB, PLAIN) == 0
