@@ -158,7 +158,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(actions, max_size=25))
 def test_the_pool_is_never_promised_twice(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, float | str, str]]

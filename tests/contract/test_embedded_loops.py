@@ -1,0 +1,225 @@
+"""The embedded manager on this machine's own loop devices: what it says is what the kernel has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from csi_driver.deadline import Deadline
+from csi_driver.embedded.attacher import label_of
+from csi_driver.host.connectors.loop import LoopDevices
+from tests.unit.embedded.manager import Json, Manager, running, settings_in
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def loops(tmp_path: Path) -> Iterator[LoopDevices]:
+    devices = LoopDevices()
+    yield devices
+    for device in devices.bound_to(tmp_path):
+        devices.detach(device)
+
+
+@pytest.fixture
+def manager(tmp_path: Path, loops: LoopDevices) -> Iterator[Manager]:
+    with running(settings_in(tmp_path), loops) as running_manager:
+        yield running_manager
+
+
+def node(directory: Path, volume: str, client: str = "node-1") -> Path:
+    return directory / client / "dev" / volume
+
+
+def size_bytes(device: Path) -> int:
+    descriptor = os.open(device, os.O_RDONLY)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
+
+
+def test_the_device_holds_what_is_written(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data")
+    with node(tmp_path, "data").open("r+b") as device:
+        device.write(b"precious")
+        os.fsync(device.fileno())
+    manager.detach("data")
+    manager.attach("data", "node-2")
+    with node(tmp_path, "data", "node-2").open("rb") as device:
+        assert device.read(8) == b"precious"
+
+
+def test_the_kernel_knows_whose_device_it_is(manager: Manager, tmp_path: Path, loops: LoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    assert [device.label for device in loops.bound_to(tmp_path)] == [label_of(manager.uuid("data"), "node-1")]
+
+
+def test_an_open_device_grows(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data", 1)
+    manager.attach("data")
+    with node(tmp_path, "data").open("rb"):
+        manager.extend("data", 2)
+        assert size_bytes(node(tmp_path, "data")) == manager.volume("data")["blocks"] * 4096
+
+
+def test_a_read_only_device_refuses_what_is_written(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data", mode="SHARED_READ_ONLY")
+    with pytest.raises(PermissionError), node(tmp_path, "data").open("r+b", buffering=0) as device:
+        device.write(b"x" * 4096)
+
+
+def test_an_open_device_is_not_taken_away(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data")
+    with node(tmp_path, "data").open("r+b") as device:
+        manager.detach("data", force=True)
+        assert manager.report("data")["vol_status"] == 1
+        device.write(b"x")
+        os.fsync(device.fileno())
+    manager.server.attacher.client_returns("node-1")
+    assert manager.wish("data") is None
+    assert not node(tmp_path, "data").exists()
+
+
+def test_devices_are_found_again_and_their_nodes_made_anew(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        before = loops.bound_to(tmp_path)
+    node(tmp_path, "data").unlink()
+    with running(settings, loops) as manager:
+        assert [device.number for device in loops.bound_to(tmp_path)] == [device.number for device in before]
+        assert size_bytes(node(tmp_path, "data")) == manager.volume("data")["blocks"] * 4096
+        assert manager.detach("data")["success"]
+    assert not loops.bound_to(tmp_path)
+    assert not node(tmp_path, "data").exists()
+
+
+def test_a_device_lost_in_a_reboot_is_attached_again(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+    for device in loops.bound_to(tmp_path):
+        assert loops.detach(device)
+    with running(settings, loops) as manager:
+        assert manager.report("data")["vol_status"] == 4
+        assert len(loops.bound_to(tmp_path)) == 1
+        manager.detach("data")
+
+
+SERVE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from csi_driver.embedded.server import serve
+from csi_driver.host.connectors.loop import LoopDevices
+from tests.unit.embedded.manager import settings_in
+sys.exit(serve(settings_in(Path(sys.argv[1])), LoopDevices()))
+"""
+
+
+class Process:
+    """The manager as a process of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(directory)], stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert self._popen.stdout is not None
+        self.url = self._popen.stdout.readline().split()[-1]
+        self.said = self._popen.stdout.readline()
+        self._session = requests.Session()
+        self._session.headers["Accept"] = "application/json"
+        self.password = Path(self.said.split()[-1]).read_text().strip()
+        self.call("/login", {"username": "admin", "password": self.password})
+
+    def call(self, path: str, body: object = None) -> Json:
+        method = "GET" if body is None else "POST"
+        return self._session.request(method, self.url + path, json=body, timeout=10, allow_redirects=False).json()
+
+    def end(self, number: int) -> int:
+        self._popen.send_signal(number)
+        status = self._popen.wait(20)
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+        return status
+
+
+@contextmanager
+def process(directory: Path) -> Iterator[Process]:
+    manager = Process(directory)
+    try:
+        yield manager
+    finally:
+        manager.end(signal.SIGKILL)
+
+
+def test_kill_9_loses_no_volume_and_no_attachment(tmp_path: Path, loops: LoopDevices) -> None:
+    with process(tmp_path) as manager:
+        item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
+        identity = manager.call("/volumes/save", [item])[0]["uuid"]
+        wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+        assert manager.call("/clients/attach", wish)[0]["success"]
+    with process(tmp_path) as manager:
+        assert manager.call("/volumes/data")["uuid"] == identity
+        assert manager.call("/clients/node-1")["block_devices"][0]["vol_status"] == 4
+        assert len(loops.bound_to(tmp_path)) == 1
+        assert manager.call("/clients/detach", wish)[0]["success"]
+        assert not loops.bound_to(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_leaves_devices_attached(tmp_path: Path, loops: LoopDevices, number: int) -> None:
+    manager = Process(tmp_path)
+    item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
+    identity = manager.call("/volumes/save", [item])[0]["uuid"]
+    wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+    manager.call("/clients/attach", wish)
+    assert manager.end(number) == 0
+    assert len(loops.bound_to(tmp_path)) == 1
+
+
+def test_the_password_is_never_printed(tmp_path: Path) -> None:
+    manager = Process(tmp_path)
+    manager.end(signal.SIGTERM)
+    assert manager.password not in manager.said
+    assert "admin@nvidia.com" in manager.said
+
+
+def test_a_device_directory_on_a_nodev_mount_is_refused(tmp_path: Path, loops: LoopDevices) -> None:
+    directory = tmp_path / "node-1" / "dev"
+    directory.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev,size=64k", "tmpfs", str(directory)], check=True)
+    try:
+        with pytest.raises(Exception, match="nodev"), running(settings_in(tmp_path), loops):
+            pass
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_waiting_for_a_busy_device_ends_by_itself(tmp_path: Path, loops: LoopDevices) -> None:
+    with process(tmp_path) as manager:
+        item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
+        identity = manager.call("/volumes/save", [item])[0]["uuid"]
+        wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+        manager.call("/clients/attach", wish)
+        with node(tmp_path, "data").open("rb"):
+            manager.call("/clients/detach", wish)
+            assert identity in manager.call("/clients/node-1")["attachments"]
+        gone = Deadline.after(10).wait_until(lambda: manager.call("/clients/node-1")["attachments"] == {})
+        assert gone

@@ -1,0 +1,180 @@
+"""What HTTP adds: sessions, statuses, cookies, malformed requests, the OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+
+from csi_driver.embedded.server import StorageServer
+from csi_driver.embedded.sessions import Password, Sessions
+from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import Json, settings_in
+
+
+class Caller:
+    """A client that speaks to a running server."""
+
+    def __init__(self, server: StorageServer) -> None:
+        self.server = server
+        self.session = requests.Session()
+        self.session.headers["Accept"] = "application/json"
+
+    def call(self, method: str, path: str, **arguments: Json) -> requests.Response:
+        return self.session.request(method, self.server.url + path, allow_redirects=False, timeout=10, **arguments)
+
+    def log_in(self, user: str = "admin@nvidia.com", password: str | None = None) -> requests.Response:
+        if password is None:
+            password = self.server.password.path.read_text().strip()
+        return self.call("POST", "/login", json={"username": user, "password": password})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
+    settings = replace(settings_in(tmp_path_factory.mktemp("http")), test_switches=TestSwitches(enabled=True))
+    running = StorageServer(settings, FakeLoopDevices())
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def stranger(server: StorageServer) -> Caller:
+    return Caller(server)
+
+
+@pytest.fixture
+def caller(stranger: Caller) -> Caller:
+    assert stranger.log_in().json()["success"]
+    return stranger
+
+
+@pytest.mark.parametrize(("method", "path"), [
+    ("GET", "/volumes/all/0/0"), ("POST", "/volumes/save"), ("GET", "/isAlive"), ("GET", "/nothing"),
+    ("DELETE", "/volumes/a"), ("POST", "/embedded/test/hold"),
+])  # fmt: skip
+def test_a_stranger_is_sent_to_login(stranger: Caller, method: str, path: str) -> None:
+    answer = stranger.call(method, path)
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/login")
+
+
+def test_a_login_gives_a_cookie(stranger: Caller) -> None:
+    answer = stranger.log_in()
+    assert answer.json()["payload"]["id"] == 1265
+    assert "connect.sid=" in answer.headers["Set-Cookie"]
+    assert "HttpOnly" in answer.headers["Set-Cookie"]
+
+
+def test_a_login_as_a_form_is_taken_too(stranger: Caller) -> None:
+    password = stranger.server.password.path.read_text().strip()
+    assert stranger.call("POST", "/login", data={"username": "admin", "password": password}).json()["success"]
+
+
+@pytest.mark.parametrize(
+    ("user", "password"), [("admin", "wrong"), ("other", None), ("admin", ""), ("admin", "\ud800")]
+)
+def test_wrong_credentials_are_refused(stranger: Caller, user: str, password: str | None) -> None:
+    answer = stranger.log_in(user, password)
+    assert (answer.status_code, answer.json()["success"]) == (401, False)
+    assert stranger.call("GET", "/isAlive").status_code == 302
+
+
+def test_a_logout_ends_the_session(caller: Caller) -> None:
+    cookie = dict(caller.session.cookies)
+    caller.call("GET", "/login/logout")
+    assert caller.call("GET", "/isAlive", cookies=cookie).status_code == 302
+
+
+def test_unknown_paths_and_methods_are_not_found(caller: Caller) -> None:
+    for method, path in (("GET", "/nothing"), ("DELETE", "/volumes/save"), ("POST", "/snapshots/save")):
+        answer = caller.call(method, path)
+        assert (answer.status_code, answer.json()) == (404, {"success": False, "err": "404 (Not Found)"})
+
+
+@pytest.mark.parametrize("body", ["[{", "[1e999999999", "NaN", '{"a":}', "[" * 100_000, "\xff"])
+def test_a_body_that_is_no_json_is_400(caller: Caller, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert caller.call("POST", "/volumes/save", data=body.encode("latin-1"), headers=headers).status_code == 400
+
+
+def test_a_body_above_two_megabytes_is_413(caller: Caller) -> None:
+    assert caller.call("POST", "/volumes/save", data=b"[" + b" " * (2 << 20)).status_code == 413
+
+
+def test_a_request_without_accept_is_500(caller: Caller) -> None:
+    assert caller.call("GET", "/volumes/all/0/0", headers={"Accept": None}).status_code == 500
+
+
+def test_the_openapi_document_names_every_route(caller: Caller) -> None:
+    paths = requests.get(caller.server.url + "/openapi.json", timeout=10).json()["paths"]
+    assert set(paths) >= {route.path for route in caller.server.api.routes()} | {"/login"}
+    assert paths["/clients/attach"]["post"]["requestBody"]
+
+
+def test_a_client_can_be_set_down_over_http(caller: Caller) -> None:
+    for held, status in ((True, 5), (False, 1)):
+        caller.call("POST", "/embedded/test/hold", json={"kind": "client:node-2", "held": held})
+        assert caller.call("GET", "/clients/node-2").json()["client_status"] == status
+
+
+def test_the_password_is_for_its_owner_alone(server: StorageServer) -> None:
+    assert stat.S_IMODE(server.password.path.stat().st_mode) == 0o600
+    assert len(server.password.path.read_text().strip()) >= 24
+
+
+class StillClock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def sessions_in(directory: Path, clock: StillClock) -> Sessions:
+    settings = StorageSettings(directory, session_idle_s=60)
+    return Sessions(settings, Password(directory / "password", ours=True), clock)
+
+
+def test_a_session_ends_when_it_is_idle_and_not_before(tmp_path: Path) -> None:
+    clock = StillClock()
+    sessions = sessions_in(tmp_path, clock)
+    session = sessions.open("admin", (tmp_path / "password").read_text().strip())
+    for _ in range(5):
+        clock.sleep(59)
+        assert sessions.known(session)
+    clock.sleep(61)
+    assert not sessions.known(session)
+
+
+def test_a_password_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "given"
+    path.write_text("first\n")
+    password = Password(path, ours=False)
+    assert password.matches("first")
+    replacement = tmp_path / "new"
+    replacement.write_text("second\n")
+    replacement.rename(path)
+    assert password.matches("second")
+    assert not password.matches("first")
+
+
+def test_a_changed_password_is_kept_in_the_file(tmp_path: Path) -> None:
+    sessions = sessions_in(tmp_path, StillClock())
+    sessions.change_password("new one")
+    assert (tmp_path / "password").read_text() == "new one\n"
+    assert sessions.open("admin", "new one")
+
+
+def test_answers_are_plain_json(caller: Caller) -> None:
+    answer = caller.call("GET", "/systemInfo")
+    assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+    assert json.loads(answer.text)["APIVersion"] == "18.0.0"
