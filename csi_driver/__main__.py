@@ -14,12 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from csi_driver.config.commands import PROGRAM, VersionCommand, parse
-from csi_driver.config.controller import ControllerCommand
+from csi_driver.config.commands import PROGRAM, parse
 from csi_driver.config.flags import UsageError
-from csi_driver.config.node import NodeCommand
-from csi_driver.config.onebox import DemoCommand, LocalCommand
-from csi_driver.config.storage import StorageCommand
+from csi_driver.config.made import (
+    ControllerCommand,
+    DemoCommand,
+    LocalCommand,
+    NodeCommand,
+    StorageCommand,
+    VersionCommand,
+)
 from csi_driver.config.version import driver_version
 from csi_driver.errors import DriverError
 from csi_driver.telemetry import log

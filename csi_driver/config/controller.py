@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
+from csi_driver.config.made import ControllerCommand
 from csi_driver.config.shared import (
     DRIVER_NAME,
     ENDPOINT_FLAGS,
@@ -19,20 +18,6 @@ from csi_driver.config.shared import (
 )
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.rpc.settings import EndpointSettings
-from csi_driver.telemetry.log import LogSettings
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerCommand:
-    """`nvmesh-csi controller`."""
-
-    log: LogSettings
-    endpoint: EndpointSettings
-    controller: ControllerSettings
-    management: ManagementSettings
-    zone: str
-
 
 _SERVERS = Flag(
     "--management-server",

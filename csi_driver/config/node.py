@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
+from csi_driver.config.made import NodeCommand
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
@@ -21,22 +21,6 @@ from csi_driver.config.shared import (
     table,
 )
 from csi_driver.node.requests import NodeSettings
-from csi_driver.rpc.settings import EndpointSettings
-from csi_driver.telemetry.log import LogSettings
-
-
-@dataclass(frozen=True, slots=True)
-class NodeCommand:
-    """`nvmesh-csi node`."""
-
-    log: LogSettings
-    endpoint: EndpointSettings
-    node: NodeSettings
-    driver_name: str
-    path_roots: tuple[Path, ...]
-    device_directory: Path
-    status_directory: Path
-
 
 _KUBELET = Path("/var/lib/kubelet")
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
+from csi_driver.config.made import DemoCommand, LocalCommand
 from csi_driver.config.shared import DRIVER_NAME, LOG_FLAGS, LOG_LEVEL, MAX_VOLUMES, NO_PATH, NODE_NAME, table
 from csi_driver.config.storage import OVERCOMMIT, PREALLOCATE
 from csi_driver.local.settings import DemoSettings, LocalSettings
-from csi_driver.telemetry.log import LogSettings
-
-
-@dataclass(frozen=True, slots=True)
-class LocalCommand:
-    """`nvmesh-csi local`."""
-
-    log: LogSettings
-    settings: LocalSettings
-
-
-@dataclass(frozen=True, slots=True)
-class DemoCommand:
-    """`nvmesh-csi demo`."""
-
-    log: LogSettings
-    settings: DemoSettings
-
 
 _LOCAL = LocalSettings(Path())
 _DEMO = DemoSettings()

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
+from csi_driver.config.made import StorageCommand
 from csi_driver.config.shared import DEVICES, LOG_FLAGS, NO_PATH, NODE_NAME, table
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
-from csi_driver.telemetry.log import LogSettings
-
-
-@dataclass(frozen=True, slots=True)
-class StorageCommand:
-    """`nvmesh-csi storage`."""
-
-    log: LogSettings
-    storage: StorageSettings
-
 
 _STORAGE = StorageSettings(pool_directory=Path())
 _NO_SIZE: int | None = None

@@ -10,12 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.config import controller, node, onebox, storage, values
-from csi_driver.config.commands import Command, VersionCommand, parse
-from csi_driver.config.controller import ControllerCommand
+from csi_driver.config.commands import parse
 from csi_driver.config.flags import Flag, UsageError
-from csi_driver.config.node import NodeCommand
-from csi_driver.config.onebox import DemoCommand, LocalCommand
-from csi_driver.config.storage import StorageCommand
+from csi_driver.config.made import (
+    Command,
+    ControllerCommand,
+    DemoCommand,
+    LocalCommand,
+    NodeCommand,
+    StorageCommand,
+    VersionCommand,
+)
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings

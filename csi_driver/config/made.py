@@ -1,0 +1,76 @@
+"""What the commands make of their flags: plain settings, one class per command.
+
+Only types are named here, nothing is loaded for them: each command loads what it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from csi_driver.controller.requests import ControllerSettings
+    from csi_driver.embedded.settings import StorageSettings
+    from csi_driver.local.settings import DemoSettings, LocalSettings
+    from csi_driver.management.settings import ManagementSettings
+    from csi_driver.node.requests import NodeSettings
+    from csi_driver.rpc.settings import EndpointSettings
+    from csi_driver.telemetry.log import LogSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerCommand:
+    """`nvmesh-csi controller`."""
+
+    log: LogSettings
+    endpoint: EndpointSettings
+    controller: ControllerSettings
+    management: ManagementSettings
+    zone: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCommand:
+    """`nvmesh-csi node`."""
+
+    log: LogSettings
+    endpoint: EndpointSettings
+    node: NodeSettings
+    driver_name: str
+    path_roots: tuple[Path, ...]
+    device_directory: Path
+    status_directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class StorageCommand:
+    """`nvmesh-csi storage`."""
+
+    log: LogSettings
+    storage: StorageSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCommand:
+    """`nvmesh-csi local`."""
+
+    log: LogSettings
+    settings: LocalSettings
+
+
+@dataclass(frozen=True, slots=True)
+class DemoCommand:
+    """`nvmesh-csi demo`."""
+
+    log: LogSettings
+    settings: DemoSettings
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCommand:
+    """`nvmesh-csi version`."""
+
+
+Command = ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VersionCommand
