@@ -83,9 +83,7 @@ class Mounts(Protocol):
         """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
         ...
 
-    def mount(
-        self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool
-    ) -> None:
+    def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         """Mount the device; what was made is verified before it becomes visible.
 
         Raises `InvalidField` naming an option that the kernel does not take.
@@ -97,7 +95,7 @@ class Mounts(Protocol):
         ...
 
     def unmount(self, path: Path, *, lazy: bool = False) -> None:
-        """Take off the topmost mount at `path`; nothing mounted there is success. Raises `PreconditionFailed` if busy."""
+        """Take off the topmost mount at `path`; none there is success. Raises `PreconditionFailed` if busy."""
         ...
 
 
