@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import threading
 from collections import deque
@@ -233,9 +234,10 @@ class Stack:
             watched = self._roles[role]
             if watched.process is None:
                 continue
+            died_before = watched.process.poll() is not None
             ending = watched.process.stop(timeout_s=self.settings.stop_timeout_s)
             watched.process = None
-            if ending != 0:
+            if not died_before and ending not in (0, -signal.SIGTERM):
                 self._report(f"{role} {ended(ending)} when it was stopped: {last_line(self.places.log(role))}")
         self._resources.close()
 
@@ -256,7 +258,8 @@ def role_argv(role: Role, settings: LocalSettings, places: Places, port: int) ->
             argv += ["--preallocate"] if settings.preallocate else []
         case Role.CONTROLLER:
             argv += ["--endpoint", f"unix://{places.controller_socket}", "--driver-name", settings.driver_name]
-            argv += ["--management-servers", management, "--password-file", str(places.password)]
+            argv += ["--management-server", management]
+            argv += ["--management-password-file", str(places.password)]
             argv += ["--max-volumes-per-node", str(settings.max_volumes_per_node)]
         case Role.NODE:
             argv += ["--endpoint", f"unix://{places.node_socket}", "--driver-name", settings.driver_name]

@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 
@@ -59,7 +60,7 @@ class Server:
         make_way(path)
         before = os.umask(_SOCKET_UMASK)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(f"unix:{quote(str(path))}")  # gRPC reads it as a URI
         except RuntimeError as error:
             raise PreconditionFailed(f"the socket {path} cannot be bound: {error}") from error
         finally:

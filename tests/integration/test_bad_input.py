@@ -1,0 +1,315 @@
+"""Whatever is asked: never INTERNAL, never a crash, never a path outside the one given."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from google.protobuf.message import Message
+
+from csi_driver.model import AccessMode
+from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.pb import csi_pb2 as pb
+from tests.integration.rig import Rig, Volume, filesystem, in_parallel, mounts_below, running
+
+pytestmark = pytest.mark.root
+
+RANDOM_REQUESTS = int(os.environ.get("NVMESH_CSI_RANDOM_REQUESTS", "3000"))
+"""`NVMESH_CSI_RANDOM_REQUESTS=100000` runs the long form."""
+
+WRONG = ("INTERNAL", "UNKNOWN", "UNIMPLEMENTED", "DATA_LOSS")
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A rig that takes only paths below a directory of its own."""
+    place = tmp_path_factory.mktemp("bad")
+    (place / "d.paths").mkdir()
+    with running(place / "d", "--path-root", str(place / "d.paths")) as rig:
+        yield rig
+
+
+@pytest.fixture
+def staged(bounded: Rig) -> Iterator[Volume]:
+    volume = bounded.volume(filesystem())
+    volume.attach()
+    volume.stage()
+    yield volume
+    volume.unstage()
+    volume.detach()
+    volume.delete()
+
+
+def outcome(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except CallFailed as failure:
+        return failure.code
+    return "OK"
+
+
+def everything_around(rig: Rig) -> tuple[list[str], list[str]]:
+    """Return what lies around the directory for paths, and the mounts of the machine outside it."""
+    paths = rig.directory.with_name(f"{rig.directory.name}.paths")
+    beside = sorted(str(each) for each in rig.directory.parent.iterdir())
+    inside = set(mounts_below(paths))
+    return beside, sorted(each for each in mounts_below(Path("/")) if each not in inside)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{}/../escaped",
+        "{}/a/../../escaped",
+        "relative/x",
+        "x",
+        "{}/..",
+        "{}",
+        "/",
+        "/etc/x",
+        "{}/\0x",
+    ],
+)
+def test_a_path_that_leaves_its_root_or_is_not_plain_is_refused(bounded: Rig, staged: Volume, spelling: str) -> None:
+    before = everything_around(bounded)
+    path = spelling.format(staged.paths)
+    codes = {
+        "publish": outcome(lambda: staged.publish(Path(path)) if "//" not in path else raw_publish(staged, path)),
+        "stage": outcome(lambda: raw_stage(staged, path)),
+        "raw publish": outcome(lambda: raw_publish(staged, path)),
+    }
+    assert codes["raw publish"] in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"), codes
+    assert codes["stage"] in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"), codes
+    assert everything_around(bounded) == before
+
+
+def raw_publish(volume: Volume, path: str) -> None:
+    """Publish at a path spelt exactly so."""
+    request = pb.NodePublishVolumeRequest(
+        volume_id=volume.id,
+        staging_target_path=str(volume.staging),
+        target_path=path,
+        publish_context=volume.publish_context,
+    )
+    request.volume_capability.mount.fs_type = "ext4"
+    request.volume_capability.access_mode.mode = pb.VolumeCapability.AccessMode.SINGLE_NODE_WRITER
+    volume.rig.node.call(volume.rig.node.node.NodePublishVolume, request)
+
+
+def raw_stage(volume: Volume, path: str) -> None:
+    """Stage at a path spelt exactly so."""
+    request = pb.NodeStageVolumeRequest(
+        volume_id=volume.id, staging_target_path=path, publish_context=volume.publish_context
+    )
+    request.volume_capability.mount.fs_type = "ext4"
+    request.volume_capability.access_mode.mode = pb.VolumeCapability.AccessMode.SINGLE_NODE_WRITER
+    volume.rig.node.call(volume.rig.node.node.NodeStageVolume, request)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        "with\nnewline",
+        "with\ttab",
+        "ünïcödé-日本",
+        "-flag",
+        "back\\slash",
+        "o'quote\"",
+        "./dot",
+        "/slash",
+    ],
+)
+def test_an_odd_but_legal_path_works(staged: Volume, name: str) -> None:
+    target = staged.paths / name
+    raw_publish(staged, str(target))
+    assert target.is_mount()
+    assert staged.rig.node.stats(staged.id, target)["BYTES"].total > 0
+    staged.unpublish(target)
+    assert not target.exists()
+
+
+def test_a_link_on_the_way_to_a_target_is_not_followed(bounded: Rig, staged: Volume) -> None:
+    outside = bounded.directory.with_name("outside")
+    outside.mkdir(exist_ok=True)
+    (staged.paths / "link").symlink_to(outside)
+    assert outcome(lambda: staged.publish(staged.paths / "link" / "x")) not in ("OK", *WRONG)
+    assert outcome(lambda: staged.publish(staged.paths / "link")) not in ("OK", *WRONG)
+    assert list(outside.iterdir()) == []
+    (staged.paths / "link").unlink()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--bind",
+        "-o",
+        "loop",
+        "offset=4096",
+        "remount",
+        "bind",
+        "rbind",
+        "move",
+        "context=x",
+        "journal_path=/etc/passwd",
+        "usrquota=../x",
+        "ro,remount",
+        "=",
+        ",",
+        " ",
+        "uid=0;reboot",
+        "$(reboot)",
+        "x" * 100,
+        "no-such-option",
+        "data=none",
+        "",
+    ],
+)
+def test_a_mount_option_that_is_none_is_refused_or_harmless(bounded: Rig, flag: str) -> None:
+    volume = bounded.volume(filesystem())
+    volume.attach()
+    volume.capability = filesystem("ext4", AccessMode.SINGLE_NODE_WRITER, flag)
+    before = everything_around(bounded)
+    code = outcome(volume.stage)
+    assert code in ("OK", "INVALID_ARGUMENT"), code
+    assert everything_around(bounded) == before
+    volume.unstage()
+    volume.detach()
+    volume.delete()
+
+
+@pytest.mark.parametrize("fs_type", ["ntfs", "../ext4", "ext4 -F", "EXT4", "ext4\0", "tmpfs", "ü"])
+def test_a_filesystem_type_that_is_not_served_is_refused(bounded: Rig, fs_type: str) -> None:
+    assert outcome(lambda: bounded.volume(filesystem(fs_type))) == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    "volume_id", ["../../etc", "a/b", "zone:../x:y", "\n", "ü" * 40, "x" * 5000, "a:b:c:d:e:f", ":", "\0"]
+)
+def test_a_malformed_id_is_a_volume_that_does_not_exist(bounded: Rig, volume_id: str) -> None:
+    path = bounded.directory.with_name("d.paths") / "nothing"
+    assert outcome(lambda: bounded.controller.delete_volume(volume_id)) == "OK"
+    assert outcome(lambda: bounded.controller.get_volume(volume_id)) == "NOT_FOUND"
+    assert outcome(lambda: bounded.controller.attach(volume_id, bounded.node_id())) == "NOT_FOUND"
+    assert outcome(lambda: bounded.node.stats(volume_id, path)) == "NOT_FOUND"
+    assert outcome(lambda: bounded.node.unpublish(volume_id, path)) in ("OK", "NOT_FOUND")
+    assert outcome(lambda: bounded.node.unstage(volume_id, path)) in ("OK", "NOT_FOUND")
+
+
+@pytest.mark.parametrize("name", ["ünïcödé", "日本" * 20, "with space", "a/b", "../x", "x" * 128, "-flag", "it's"])
+def test_every_name_that_the_specification_allows_makes_a_volume(bounded: Rig, name: str) -> None:
+    volume = bounded.controller.create_volume(name, required_bytes=1 << 30)
+    assert bounded.controller.create_volume(name, required_bytes=1 << 30).volume_id == volume.volume_id
+    bounded.controller.delete_volume(volume.volume_id)
+
+
+# --- random requests --------------------------------------------------------------------------------------------
+
+REQUESTS: dict[str, type[Message]] = {
+    name: getattr(pb, f"{name}Request")
+    for name in (
+        "GetPluginInfo", "GetPluginCapabilities", "Probe", "CreateVolume", "DeleteVolume", "ControllerPublishVolume",
+        "ControllerUnpublishVolume", "ValidateVolumeCapabilities", "ListVolumes", "GetCapacity", "ControllerGetVolume",
+        "ControllerExpandVolume", "ControllerGetCapabilities", "NodeStageVolume", "NodeUnstageVolume",
+        "NodePublishVolume", "NodeUnpublishVolume", "NodeGetVolumeStats", "NodeExpandVolume", "NodeGetCapabilities",
+        "NodeGetInfo",
+    )
+}  # fmt: skip
+
+
+class Generator:
+    """Random requests: of any shape, with values that are often right and often wrong."""
+
+    def __init__(self, seed: int, rig: Rig, volume_ids: list[str]) -> None:
+        self.random = random.Random(seed)
+        root = rig.directory.with_name("d.paths")
+        self.texts = [
+            "", "x", "ext4", "xfs", "\n", "\0", "ü", "../..", "a:b", "ro", "-o", "%s", "x" * 129, "x" * 5000,
+            "raidLevel", "single-zone-cluster", "csi.storage.k8s.io/pvc/namespace", "vpg", "9" * 40, "-1", "true",
+        ]  # fmt: skip
+        self.paths = [
+            str(root / "random"), str(root / "random2"), str(root / "a b"), f"{root}/../x", "relative", "/", "",
+            "/proc/x", f"{root}/{'x' * 300}", f"{root}/" + "d/" * 400, f"{root}/none/none",
+        ]  # fmt: skip
+        self.ids = [*volume_ids, "fake", "a:b:c", "single-zone-cluster:none", "", "x" * 300, "ü", "\n"]
+        self.nodes = [rig.node_id(), "", "none", "x" * 300]
+        self.names = ["random-a", "random-b", "", "x" * 200, "ü"]
+
+    def request(self) -> tuple[str, Message]:
+        name = self.random.choice(list(REQUESTS))
+        message = REQUESTS[name]()
+        self._fill(message, 0)
+        return name, message
+
+    def _fill(self, message: Message, depth: int) -> None:
+        for field in message.DESCRIPTOR.fields:
+            if self.random.random() < 0.3 or depth > 5:
+                continue
+            held = getattr(message, field.name)
+            if field.message_type is not None and field.message_type.GetOptions().map_entry:
+                for _ in range(self.random.randrange(3)):
+                    held[self._text("key")] = self._text("value")
+            elif field.is_repeated and field.message_type is not None:
+                for _ in range(self.random.randrange(3)):
+                    self._fill(held.add(), depth + 1)
+            elif field.is_repeated:
+                held.extend(self._text(field.name) for _ in range(self.random.randrange(3)))
+            elif field.message_type is not None:
+                held.SetInParent()
+                self._fill(held, depth + 1)
+            else:
+                setattr(message, field.name, self._value(field.cpp_type, field.name))
+
+    def _value(self, kind: int, name: str) -> object:
+        match kind:
+            case 9:
+                return self._text(name)
+            case 7:
+                return self.random.random() < 0.3
+            case 8:
+                return self.random.randrange(9)
+            case 1:
+                return self.random.choice([0, 1, 2, 100, -1, 2**31 - 1])
+            case _:
+                return self.random.choice([0, 1, -1, 4096, 1 << 30, 2 << 30, (1 << 30) + 1, 1 << 62, 2**63 - 1])
+
+    def _text(self, name: str) -> str:
+        pools = {"volume_id": self.ids, "node_id": self.nodes, "name": self.names}
+        pool = self.paths if name.endswith("path") else pools.get(name, self.texts)
+        return self.random.choice(pool if self.random.random() < 0.9 else self.texts)
+
+
+def send(client: CsiClient, name: str, request: Message) -> str:
+    for stub in (client.identity, client.node if name.startswith("Node") else client.controller):
+        method = getattr(stub, name, None)
+        if method is not None:
+            return outcome(partial(client.call, method, request))
+    raise AssertionError(name)
+
+
+def test_random_requests_meet_no_crash_and_no_internal_error(bounded: Rig) -> None:
+    ids = [bounded.volume(filesystem(), label=f"random{number}").id for number in range(3)]
+    before = everything_around(bounded)
+    pids = [bounded.pid(role) for role in ("storage", "controller", "node")]
+
+    def run(seed: int) -> Counter[str]:
+        generator, seen = Generator(seed, bounded, ids), Counter[str]()
+        for _ in range(RANDOM_REQUESTS // 8):
+            name, request = generator.request()
+            client = bounded.node if name.startswith("Node") else bounded.controller
+            code = send(client, name, request)
+            assert code not in WRONG, f"{code}: {name} {request}"
+            seen[code] += 1
+        return seen
+
+    results = in_parallel([lambda seed=seed: run(seed) for seed in range(8)])
+    total = sum((each for each in results if isinstance(each, Counter)), Counter[str]())
+    print(dict(total))
+    assert total["OK"] > 0
+    assert everything_around(bounded) == before
+    assert [bounded.pid(role) for role in ("storage", "controller", "node")] == pids

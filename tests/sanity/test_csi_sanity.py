@@ -1,0 +1,168 @@
+"""The public conformance suite for CSI drivers, csi-sanity v5.6.0, against the real processes.
+
+https://github.com/kubernetes-csi/csi-test. Nothing is skipped by us: the tests that the suite leaves out are exactly
+those of capabilities that the driver does not offer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.rig import REPOSITORY, Rig, loops_over, mounts_below, running
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="makes loop devices and mounts: run `make test` as root"),
+]
+
+VOLUME_BYTES = 1 << 30
+EXPANDED_BYTES = 2 << 30
+ATTACH_LIMIT = 4
+
+_CREATE = "Controller Service [Controller Server] CreateVolume should"
+
+NOT_OFFERED: dict[str, tuple[str, ...]] = {
+    "CREATE_DELETE_SNAPSHOT": (
+        "CreateSnapshot ",
+        "DeleteSnapshot ",
+        f"{_CREATE} create volume from an existing source snapshot",
+        f"{_CREATE} fail when the volume source snapshot is not found",
+    ),
+    "LIST_SNAPSHOTS": ("ListSnapshots ",),
+    "GET_SNAPSHOT": ("GetSnapshot ",),
+    "CLONE_VOLUME": (
+        f"{_CREATE} create volume from an existing source volume",
+        f"{_CREATE} fail when the volume source volume is not found",
+    ),
+    "MODIFY_VOLUME": (
+        "ModifyVolume ",
+        f"{_CREATE} create volume with a volume attribute class",
+        f"{_CREATE} not create volume with an invalid volume attribute class",
+    ),
+    "GET_VOLUME_HEALTH": ("ControllerGetVolumeHealth ", "Node Service NodeGetVolumeHealth "),
+    "LIST_VOLUME_HEALTH": ("ControllerListVolumeHealth ",),
+    "GET_STORAGE_HEALTH": ("Node Service NodeGetStorageHealth ",),
+    "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
+}
+"""What the driver does not offer, and the beginnings of the names of the tests that the suite leaves out for it."""
+
+_AT_LIMIT = (
+    "Controller Service [Controller Server] ControllerPublishVolume"
+    " should fail when publishing more volumes than the node max attach limit"
+)
+"""Run only with -csi.testnodevolumeattachlimit."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the suite reported: names of tests by outcome."""
+
+    passed: frozenset[str]
+    failed: frozenset[str]
+    skipped: frozenset[str]
+    output: str
+
+    def to_be_skipped(self) -> set[str]:
+        """Return the tests of this version of the suite that need a capability which is not offered."""
+        beginnings = tuple(each for group in NOT_OFFERED.values() for each in group)
+        return {name for name in self.passed | self.failed | self.skipped if name.startswith(beginnings)}
+
+
+def find_csi_sanity() -> str | None:
+    """Return the suite's program: the one that `make test` installs, else on PATH, else in Go's own directory."""
+    places = (
+        REPOSITORY / ".cache/bin/csi-sanity-v5.6.0",
+        REPOSITORY / ".cache/bin/csi-sanity",
+        Path(shutil.which("csi-sanity") or "/nonexistent"),
+        Path.home() / "go/bin/csi-sanity",
+    )
+    return next((str(place) for place in places if place.exists()), None)
+
+
+@pytest.fixture(scope="module")
+def csi_sanity() -> str:
+    program = find_csi_sanity()
+    if program is None:
+        pytest.skip("csi-sanity is not installed: `make test` installs it")
+    return program
+
+
+@pytest.fixture
+def sanity_rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A rig that holds no volume: the suite counts them exactly."""
+    with running(tmp_path_factory.mktemp("sanity") / "d", *getattr(request, "param", ())) as rig:
+        yield rig
+
+
+def run(program: str, rig: Rig, *flags: str) -> Report:
+    """Run the suite once over both endpoints."""
+    report = rig.directory.with_name("junit.xml")
+    argv = [
+        program,
+        f"--csi.endpoint=unix://{rig.directory}/node.sock",
+        f"--csi.controllerendpoint=unix://{rig.directory}/controller.sock",
+        f"--csi.mountdir={rig.directory.parent}/mnt",
+        f"--csi.stagingdir={rig.directory.parent}/stage",
+        f"--csi.testvolumesize={VOLUME_BYTES}",
+        f"--csi.testvolumeexpandsize={EXPANDED_BYTES}",
+        f"--ginkgo.junit-report={report}",
+        "--ginkgo.no-color",
+        *flags,
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=400, check=False)
+    return read(report, done.stdout + done.stderr)
+
+
+def read(report: Path, output: str) -> Report:
+    """Read the suite's JUnit report."""
+    outcomes: dict[str, set[str]] = {"passed": set(), "failed": set(), "skipped": set()}
+    for case in ET.parse(report).iter("testcase"):
+        name = re.sub(r"^\[It\] ", "", case.get("name", ""))
+        if name.startswith("["):
+            continue
+        status = case.get("status", "")
+        if status == "pending":  # switched off in the suite itself
+            continue
+        outcomes[status if status in ("passed", "skipped") else "failed"].add(name)
+    passed, failed, skipped = (frozenset(outcomes[each]) for each in ("passed", "failed", "skipped"))
+    return Report(passed, failed, skipped, output)
+
+
+def assert_all_that_apply_pass(report: Report, *, at_limit: bool = False) -> None:
+    assert not report.failed, report.output[-20000:]
+    assert report.skipped == report.to_be_skipped() | (set() if at_limit else {_AT_LIMIT})
+    assert len(report.passed) >= 58
+
+
+@pytest.mark.parametrize("access", ["mount", "block"])
+def test_all_that_apply_pass_and_nothing_is_left(csi_sanity: str, sanity_rig: Rig, access: str) -> None:
+    report = run(csi_sanity, sanity_rig, f"--csi.testvolumeaccesstype={access}")
+    assert_all_that_apply_pass(report)
+    assert loops_over(sanity_rig.directory) == []
+    assert mounts_below(sanity_rig.directory.parent) == []
+    assert list(sanity_rig.controller.volumes()) == []
+
+
+@pytest.mark.parametrize("sanity_rig", [("--max-volumes-per-node", str(ATTACH_LIMIT))], indirect=True)
+def test_all_that_apply_pass_at_the_attach_limit(csi_sanity: str, sanity_rig: Rig) -> None:
+    assert sanity_rig.node.node_info().max_volumes == ATTACH_LIMIT
+    report = run(csi_sanity, sanity_rig, "--csi.testnodevolumeattachlimit")
+    assert_all_that_apply_pass(report, at_limit=True)
+    assert _AT_LIMIT in report.passed
+
+
+def test_every_group_of_tests_left_out_exists_in_the_suite(csi_sanity: str, sanity_rig: Rig) -> None:
+    report = run(csi_sanity, sanity_rig, "--ginkgo.dry-run")
+    names = report.passed | report.failed | report.skipped
+    for group in NOT_OFFERED.values():
+        for beginning in group:
+            assert any(name.startswith(beginning) for name in names), beginning
