@@ -138,54 +138,19 @@ class Api:
 
     def _group_routes(self) -> list[Route]:
         at = "/volumeProvisioningGroups"
+        usage = f"{at}/getVolumesCapacityUsage"
         groups = self._groups
         return [
             Route("GET", f"{at}/all/{{page}}/{{count}}", self._list_groups, "List VPGs"),
             Route("GET", f"{at}/count", lambda call: len(self._store.all(GROUPS)), "Count VPGs", quick=True),
-            Route("GET", f"{at}/getVolumesCapacityUsage/all", lambda call: groups.usage_of_all(), "Space of all VPGs"),
-            Route(
-                "GET",
-                f"{at}/getVolumesCapacityUsageByID/{{name}}",
-                lambda call: groups.usage(call.path["name"]),
-                "Space of a VPG",
-            ),
+            Route("GET", f"{usage}/all", lambda call: groups.usage_of_all(), "Space of all VPGs"),
+            Route("GET", f"{usage}ByID/{{name}}", lambda call: groups.usage(call.path["name"]), "Space of a VPG"),
             Route("GET", f"{at}/{{name}}", self._get_group, "Get a VPG", quick=True),
-            Route(
-                "POST",
-                f"{at}/save",
-                lambda call: [groups.save(item, now()) for item in call.items],
-                "Make VPGs",
-                schemas.GROUP,
-                schemas.check_groups,
-            ),
-            Route(
-                "POST",
-                f"{at}/update",
-                lambda call: [groups.update(item, now()) for item in call.items],
-                "Change VPGs",
-                schemas.GROUP_UPDATE,
-            ),
-            Route(
-                "POST",
-                f"{at}/extend",
-                lambda call: [groups.extend(item, now()) for item in call.items],
-                "Reserve more for VPGs",
-                schemas.GROUP_EXTEND,
-            ),
-            Route(
-                "POST",
-                f"{at}/reclaim",
-                lambda call: [groups.reclaim(item, now()) for item in call.items],
-                "Give unused reserves back",
-                schemas.NAMED,
-            ),
-            Route(
-                "POST",
-                f"{at}/delete",
-                lambda call: [groups.delete(item) for item in call.items],
-                "Delete VPGs",
-                schemas.NAMED,
-            ),
+            Route("POST", f"{at}/save", _each(groups.save), "Make VPGs", schemas.GROUP, schemas.check_groups),
+            Route("POST", f"{at}/update", _each(groups.update), "Change VPGs", schemas.GROUP_UPDATE),
+            Route("POST", f"{at}/extend", _each(groups.extend), "Reserve more for VPGs", schemas.GROUP_EXTEND),
+            Route("POST", f"{at}/reclaim", _each(groups.reclaim), "Give unused reserves back", schemas.NAMED),
+            Route("POST", f"{at}/delete", _each(groups.delete), "Delete VPGs", schemas.NAMED),
         ]
 
     def _overview_routes(self) -> list[Route]:
@@ -391,6 +356,11 @@ class Api:
                 self._volumes.removal_due(volume.name, volume.uuid)
         if kind.startswith(("client:", "slow:")):
             self._attacher.client_returns(kind.partition(":")[2])
+
+
+def _each(act: Callable[[Mapping[str, object], str], Document]) -> Handler:
+    """Return the handler that does `act` with each object of the body, at this moment."""
+    return lambda call: [act(item, now()) for item in call.items]
 
 
 def _listed(call: Call, documents: list[Document]) -> list[Document]:

@@ -160,7 +160,7 @@ class Groups:
 
         return self._changed(item, put)
 
-    def delete(self, item: Mapping[str, object]) -> Document:
+    def delete(self, item: Mapping[str, object], _moment: str) -> Document:
         """Remove a VPG that no volume was made from and give its reserve back."""
 
         def put(change: Change) -> None:

@@ -35,6 +35,7 @@ from csi_driver.errors import HostFailure, PreconditionFailed
 _log = logging.getLogger(__name__)
 _THREADS = 64
 _GRACE_S = 10
+_BACKLOG = 2048
 
 
 class DeviceDirectoryUnusable(PreconditionFailed):
@@ -63,13 +64,14 @@ class StorageServer:
         for client in settings.clients:
             _check_device_directory(client.device_directory)
         self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.pool.close)
+            self._listener = _bound(settings.listen_host, settings.listen_port)
+            undo.callback(self._listener.close)
             self.store = Store(self.pool.database)
+            undo.callback(self.store.close)
             self._build(loops)
-        except BaseException:
-            self.pool.close()
-            raise
-        self._listener = _listen(settings.listen_host, settings.listen_port)
+            undo.pop_all()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -122,6 +124,7 @@ class StorageServer:
         """Serve from a thread. Connections are accepted from now on."""
         self._server = self._uvicorn()
         self._thread = threading.Thread(target=self._serve, name="storage-http", daemon=True)
+        self._listener.listen(_BACKLOG)
         self.worker.start()
         self._thread.start()
 
@@ -134,6 +137,7 @@ class StorageServer:
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self._listener.listen(_BACKLOG)
             self.worker.start()
             ready()
             self._serve()
@@ -205,14 +209,13 @@ def _check_device_directory(directory: Path) -> None:
         raise DeviceDirectoryUnusable(directory)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; else each answer waits 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(2048)
     except OSError as problem:
         listener.close()
         raise CannotListen(host, port, str(problem)) from problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,16 @@ def test_devices_are_found_again_and_their_nodes_made_anew(tmp_path: Path, loops
         assert manager.detach("data")["success"]
     assert not loops.bound_to(tmp_path)
     assert not node(tmp_path, "data").exists()
+
+
+def test_nodes_left_over_from_before_a_reboot_are_removed(tmp_path: Path, loops: LoopDevices) -> None:
+    stale, other = node(tmp_path, "stale"), node(tmp_path, "README")
+    stale.parent.mkdir(parents=True)
+    os.mknod(stale, stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    other.write_text("not ours")
+    with running(settings_in(tmp_path), loops):
+        assert not stale.exists()
+        assert other.exists()
 
 
 def test_a_device_lost_in_a_reboot_is_attached_again(tmp_path: Path, loops: LoopDevices) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,16 +30,18 @@ class FakeLoopDevices:
     size_bytes: dict[int, int] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)
     attached_ever: int = 0
+    guard: threading.Lock = field(default_factory=threading.Lock)
 
     def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> FakeLoop:
         assert len(label.encode()) <= 63
-        number = next(number for number in range(1000) if number not in self.bound)
-        device = FakeLoop(number, file, label, read_only, node)
-        self.size_bytes[number] = file.stat().st_size
-        node.write_text(str(number))
-        self.bound[number] = device
-        self.attached_ever += 1
-        return device
+        with self.guard:
+            number = next(number for number in range(1000) if number not in self.bound)
+            device = FakeLoop(number, file, label, read_only, node)
+            self.size_bytes[number] = file.stat().st_size
+            node.write_text(str(number))
+            self.bound[number] = device
+            self.attached_ever += 1
+            return device
 
     def bound_to(self, directory: Path) -> tuple[FakeLoop, ...]:
         return tuple(device for device in self.bound.values() if device.file.parent == directory)

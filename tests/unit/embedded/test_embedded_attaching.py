@@ -209,3 +209,39 @@ def test_a_stale_node_of_another_device_is_removed_at_start(tmp_path: Path, loop
         manager.detach("data")
     with running(settings, loops):
         assert not list((tmp_path / "node-1" / "dev").iterdir())
+
+
+def test_a_device_in_use_read_only_becomes_writable_when_it_is_free(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data", mode="SHARED_READ_ONLY")
+    loops.open.add(0)
+    take_over(manager, "data", "node-1", 2)
+    assert [device.read_only for device in loops.bound.values()] == [True]
+    assert manager.report("data")["vol_status"] == 1
+    loops.open.clear()
+    manager.server.attacher.client_returns("node-1")
+    assert [device.read_only for device in loops.bound.values()] == [False]
+    assert manager.report("data")["vol_status"] == 4
+
+
+def test_taking_over_waits_for_a_slow_client(manager: Manager) -> None:
+    manager.save("data")
+    manager.attach("data", "node-1", mode=EXCLUSIVE)
+    manager.hold("slow:node-1")
+    take_over(manager, "data", "node-2", 2)
+    assert manager.report("data", "node-2")["vol_status"] == 6
+    manager.release("slow:node-1")
+    manager.server.attacher.client_returns("node-2")
+    assert manager.report("data", "node-2")["vol_status"] == 4
+
+
+def test_a_preempted_client_does_not_get_its_device_back_after_a_reboot(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path)) as manager:
+        manager.save("data")
+        manager.attach("data", "node-1", mode=EXCLUSIVE)
+        manager.attach("data", "node-2", mode=EXCLUSIVE, version=2, preempt=True)
+    after = FakeLoopDevices()
+    with running(settings_in(tmp_path), after) as manager:
+        assert len(after.bound) == 1
+        assert manager.report("data", "node-1")["vol_status"] == 17
+        assert manager.report("data", "node-2")["vol_status"] == 4

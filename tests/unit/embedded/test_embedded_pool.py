@@ -1,0 +1,69 @@
+"""The files of a pool."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from csi_driver.embedded.pool import Pool
+from tests.unit.embedded.manager import running, settings_in
+
+IDENTITY = "0f0e0d0c-0000-4000-8000-000000000000"
+MIB = 1 << 20
+
+
+def test_a_file_never_becomes_shorter(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    pool.make(IDENTITY, 4 * MIB)
+    pool.make(IDENTITY, MIB)
+    assert pool.size_bytes(IDENTITY) == 4 * MIB
+    pool.close()
+
+
+def test_a_file_is_sparse_unless_preallocated(tmp_path: Path) -> None:
+    for preallocate, used in ((False, 0), (True, MIB)):
+        pool = Pool(tmp_path / str(preallocate), preallocate=preallocate)
+        pool.make(IDENTITY, MIB)
+        assert pool.used_bytes() == used
+        pool.close()
+
+
+def test_a_preallocated_file_keeps_its_data_when_it_grows(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, preallocate=True)
+    pool.make(IDENTITY, MIB)
+    with pool.file(IDENTITY).open("r+b") as file:
+        file.write(b"precious")
+    pool.make(IDENTITY, 2 * MIB)
+    assert pool.file(IDENTITY).read_bytes()[:8] == b"precious"
+    pool.close()
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    target = tmp_path / "elsewhere"
+    target.write_bytes(b"x")
+    pool.file(IDENTITY).symlink_to(target)
+    with pytest.raises(Exception, match="ELOOP"):
+        pool.make(IDENTITY, MIB)
+    assert target.read_bytes() == b"x"
+    pool.close()
+
+
+def test_space_that_the_file_system_does_not_have_is_not_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with running(settings_in(tmp_path, preallocate=True)) as manager:
+        monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, start, length: os.ftruncate(descriptor, length))
+        manager.save("there")
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        assert manager.save("data")["error"]["innerMessage"] == "Failed to allocate"
+        assert manager.extend("there", 5)["error"]["id"] == 1675
+        assert manager.volume("there")["capacity"] == 1
+        assert manager.server.space.totals.volumes == 1
+        assert len(manager.server.pool.identities()) == 1
