@@ -55,13 +55,21 @@ class Hangs:
 
 
 @dataclass(frozen=True)
+class Waits:
+    """Read the request, and answer with `then` when `until` is set."""
+
+    then: Says
+    until: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
 class Drips:
     """Send the beginning of an answer, then one byte whenever `more` is called, until it returns False."""
 
     more: Callable[[], bool]
 
 
-Step = Says | SaysRaw | Breaks | Hangs | Drips
+Step = Says | SaysRaw | Breaks | Hangs | Waits | Drips
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             case Hangs():
                 step.until.wait(30)
                 self._break()
+            case Waits():
+                step.until.wait(30)
+                self._send(SaysRaw(json.dumps(step.then.body).encode(), step.then.status, "application/json"), cookie)
             case Drips():
                 self._send(SaysRaw(b"[", 200, "application/json", promised=1000), cookie)
                 while step.more():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -33,6 +35,7 @@ from tests.unit.management.double import (
     ManagementDouble,
     Says,
     SaysRaw,
+    Waits,
     closed_port,
     sample,
 )
@@ -173,21 +176,35 @@ def test_a_broken_login_leaves_a_change_unsent(
         client.set_metadata(VOLUME, {}, deadline=deadline)
 
 
-def test_a_failed_login_is_shared_by_all_who_waited_for_it(
-    server: ManagementDouble, connect: Connect, deadline: Deadline
-) -> None:
-    # One attempt hangs to its time-out; were it not shared, sixteen would hang one after the other.
-    server.login_answer = Hangs()
-    client = connect(server.url, request_timeout_s=0.3)
+def in_login() -> int:
+    """Count the threads that are logging in or wait for another's login."""
+    return sum("_log_in" in names_on_stack(frame) for frame in sys._current_frames().values())
 
-    def ask(_: int) -> type[DriverError]:
-        with pytest.raises(StorageUnavailable) as caught:
+
+def names_on_stack(frame: FrameType | None) -> set[str]:
+    names: set[str] = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
+def test_a_failed_login_is_shared_by_all_who_waited_for_it(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    refusal = Waits(Says({"success": False, "error": "no"}, 401))
+    server.login_answer = refusal
+
+    def ask(_: int) -> None:
+        with pytest.raises(Unauthenticated):
             client.system_info(deadline=deadline)
-        return caught.type
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(ask, range(16)))
-    assert len(server.logins) < 8
+        asked = pool.map(ask, range(16))
+        assert deadline.wait_until(lambda: in_login() == 16)
+        refusal.until.set()
+        list(asked)
+    assert len(server.logins) == 1
 
 
 @pytest.fixture
