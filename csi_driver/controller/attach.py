@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from csi_driver.controller import access, record
-from csi_driver.controller.locate import Located, find_client, issued_handle, locate, require
+from csi_driver.controller.locate import Located, find_client, issued_handle, locate, require, sole_management
 from csi_driver.controller.naming import held_reference, reference_id
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Attachments
@@ -27,6 +27,7 @@ from csi_driver.errors import (
     PreconditionFailed,
     ReservationConflict,
     StorageUnavailable,
+    VolumeNotFound,
 )
 from csi_driver.model import (
     AttachmentWish,
@@ -65,27 +66,29 @@ class Attach:
         """
         access.check(request.capability)
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
-        located = require(self._clusters, request.volume_id, deadline=deadline)
-        client = find_client(located.management, request.node_id, deadline=deadline)
-        if client is None:
-            raise NodeNotFound(request.node_id)
+        located, client = self._found(request, deadline=deadline)
         if _is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.
             located = require(self._clusters, request.volume_id, deadline=deadline)
         wish = client.wishes.get(located.volume.uuid)
+        if wish is None and located.volume.reservation.mode is not ReservationMode.NONE:
+            # Somebody holds it by now; perhaps this very node, for the same call made of another controller.
+            client = self._again(located.management, client, deadline=deadline)
+            wish = client.wishes.get(located.volume.uuid)
+            if _is_leaving(client, located.volume.uuid):
+                raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}")
         if wish is None:
             self._refuse_new(located, client, request, deadline=deadline)
         elif wish.mode is not mode:
             raise _held_otherwise(located.volume, client, wish.mode, mode)
         writes = isinstance(request.capability.access, BlockAccess) and mode is not ReservationMode.SHARED_READ_ONLY
-        attachments = self._remember(
-            located, client, request.volume_id, is_new=wish is None, writes=writes, deadline=deadline
-        )
+        new = mode if wish is None else None
+        self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
         if wish is None or located.reference not in _references(wish, located.volume):
             self._attach(located, client, mode, deadline=deadline)
         self._await_device(located, client, mode, deadline=deadline)
-        return self._context(located, client, mode, attachments, deadline=deadline)
+        return self._context(located, client, mode, deadline=deadline)
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
         """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
@@ -107,6 +110,20 @@ class Attach:
             self._await_gone(located, client, deadline=deadline)
 
     # --- publish ------------------------------------------------------------------------------------------
+
+    def _found(self, request: PublishRequest, *, deadline: Deadline) -> tuple[Located, Client]:
+        """Find node and volume; the volume last, so that what is counted in it is no older than the node's state."""
+        management = sole_management(self._clusters, request.volume_id)
+        client = None
+        if management is not None:
+            client = find_client(management, request.node_id, deadline=deadline)
+        located = require(self._clusters, request.volume_id, deadline=deadline)
+        if management is None:
+            client = find_client(located.management, request.node_id, deadline=deadline)
+            located = require(self._clusters, request.volume_id, deadline=deadline)
+        if client is None:
+            raise NodeNotFound(request.node_id)
+        return located, client
 
     def _settled(self, located: Located, client: Client, *, deadline: Deadline) -> Client:
         """Wait until an earlier detachment on this client is over: attach and detach of one volume never overlap."""
@@ -140,14 +157,27 @@ class Attach:
         holders = _others(located, client, deadline=deadline)
         if holders:
             raise _held_elsewhere(located.volume, holders)
+        raise OperationPending(f"volume {located.volume.name} was held until just now; call again")
 
     def _remember(
-        self, located: Located, client: Client, volume_id: str, *, is_new: bool, writes: bool, deadline: Deadline
-    ) -> Attachments:
-        """Write what must be known for good before the node can touch the device; nothing where nothing changes."""
+        self,
+        located: Located,
+        client: Client,
+        volume_id: str,
+        new: ReservationMode | None,
+        *,
+        writes: bool,
+        deadline: Deadline,
+    ) -> None:
+        """Write what must be known for good before the node can touch the device; nothing where nothing changes.
+
+        `new` is the mode of an attachment that is about to be made, and to be counted.
+        """
         volume = located.volume
         known = record.read_attachments(volume.metadata)
-        attachments = known.counted(client.uuid, volume.reservation) if is_new else known
+        attachments = known
+        if new is not None:
+            attachments = known.counted(client.uuid, record.next_number(volume.reservation, new))
         if writes and not attachments.written:
             attachments = attachments.with_writer()
         if _needs_spelling(located, volume_id, attachments):
@@ -155,7 +185,6 @@ class Attach:
         if attachments != known:
             metadata = record.with_attachments(volume.metadata, attachments)
             located.management.set_metadata(volume, metadata, deadline=deadline)
-        return attachments
 
     def _attach(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> None:
         """Record the wish. Where the volume is held otherwise, say by whom; taking it over would be decided here."""
@@ -200,30 +229,30 @@ class Attach:
             )
 
     def _context(
-        self,
-        located: Located,
-        client: Client,
-        mode: ReservationMode,
-        attachments: Attachments,
-        *,
-        deadline: Deadline,
+        self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline
     ) -> PublishContext:
-        counted = attachments.clients.get(client.uuid)
+        """Say what the node may believe, from the volume as it is now that it is attached."""
+        volume = located.management.volume(located.volume.name, deadline=deadline)
+        if volume is None or volume.uuid != located.volume.uuid:
+            raise VolumeNotFound(located.volume.name, "it was deleted while it was being attached")
+        attachments = record.read_attachments(volume.metadata)
+        number = attachments.clients.get(client.uuid, 0)
+        # A number that is not the storage's own (somebody was attached in between, or the version was set back)
+        # could have been another attachment's.
+        if number != volume.reservation.version - 1 or number < attachments.number:
+            number = 0
         history = History.ATTACHED
-        if not located.creation.is_ours or attachments.is_broken:
+        if not record.read_creation(volume.metadata).is_ours or attachments.is_broken:
             history = History.UNKNOWN
-        elif _may_be_first(attachments, client, mode):
-            # Asked again, because what counts is the version after we were attached: 1 before us, 2 with us.
-            after = located.management.volume(located.volume.name, deadline=deadline)
-            if after is not None and after.uuid == located.volume.uuid and _is_first(after, client):
-                history = History.FIRST
+        elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE and not attachments.written:
+            history = History.FIRST
         return PublishContext(
-            name=located.volume.name,
-            uuid=located.volume.uuid,
-            attachment=counted.number if counted is not None else 0,
+            name=volume.name,
+            uuid=volume.uuid,
+            attachment=number,
             history=history,
             read_only=mode is ReservationMode.SHARED_READ_ONLY,
-            size_bytes=located.volume.size_bytes,
+            size_bytes=volume.size_bytes,
         )
 
     # --- unpublish ----------------------------------------------------------------------------------------
@@ -316,26 +345,6 @@ def _missing(client: Client, located: Located, mode: ReservationMode) -> str:
     if report.reference_ids is not None and located.reference not in report.reference_ids:
         return f"the reference {located.reference} on the attached device"
     return ""
-
-
-def _may_be_first(attachments: Attachments, client: Client, mode: ReservationMode) -> bool:
-    counted = attachments.clients.get(client.uuid)
-    return (
-        mode is ReservationMode.EXCLUSIVE_READ_WRITE
-        and not attachments.written
-        and counted is not None
-        and (counted.number, counted.version) == (1, 1)
-    )
-
-
-def _is_first(after: Volume, client: Client) -> bool:
-    now = record.read_attachments(after.metadata)
-    return (
-        after.reservation.version == 2
-        and after.reservation.mode is ReservationMode.EXCLUSIVE_READ_WRITE
-        and _may_be_first(now, client, after.reservation.mode)
-        and not now.is_broken
-    )
 
 
 def _needs_spelling(located: Located, volume_id: str, attachments: Attachments) -> bool:

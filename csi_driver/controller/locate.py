@@ -82,6 +82,16 @@ def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Locate
     return located
 
 
+def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
+    """Return the only management where the volume can be; None where several must be asked, or none has it."""
+    handle = VolumeHandle.parse(volume_id)
+    if handle is None:
+        return None
+    zones = clusters.zones()
+    zone = handle.zone or (zones[0] if len(zones) == 1 else None)
+    return clusters.management(zone) if zone is not None else None
+
+
 def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
     """Find the storage client of a node by the client's uuid, by its id, or by the node's name.
 

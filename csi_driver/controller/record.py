@@ -86,44 +86,32 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """An attachment that was counted: its number, and the reservation's version just before it."""
-
-    number: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
 class Attachments:
     """Attachments as they were counted. Equal to what stands in the metadata, so that "changed" is `!=`.
 
-    `written`: a node had the volume as a raw device for writing. `is_broken`: someone else changed the record, so
-    that it proves nothing any more. `handles`: spellings of the handle, other than the issued one, that were attached.
+    An attachment is numbered by the reservation's version just before the volume went from nobody, or from another
+    mode or owner, to those who hold it now. The storage keeps that version and only ever raises it: a number means
+    one attachment for good, retries have the number of what they retry, and an attachment that was counted but never
+    came about does not make a fresh volume look used. No lost or outdated write to the metadata changes any of this.
+
+    `number`: the highest that was counted. `clients`: those of the latest attachment. `written`: a node had the
+    volume as a raw device for writing. `is_broken`: someone else changed the record, so that it proves nothing any
+    more. `handles`: spellings of the handle, other than the issued one, that were attached.
     """
 
     number: int = 0
-    version: int = 0
-    clients: Mapping[str, Counted] = field(default_factory=dict)
+    clients: Mapping[str, int] = field(default_factory=dict)
     written: bool = False
     is_broken: bool = False
     handles: tuple[str, ...] = ()
 
-    def counted(self, client_uuid: str, reservation: Reservation) -> Attachments:
-        """Count the attachment that is about to be made on this client; unchanged if it was counted already.
-
-        An attachment that was counted but never came about shows by a reservation version that did not move: the
-        number is used again, so that retries, also on another node, do not make a fresh volume look used.
-        """
-        known = self.clients.get(client_uuid)
-        if known is not None and known.version == reservation.version:
+    def counted(self, client_uuid: str, number: int) -> Attachments:
+        """Count the attachment that is about to be made on this client; unchanged if it was counted already."""
+        if self.clients.get(client_uuid) == number:
             return self
-        nobody = reservation.mode is ReservationMode.NONE
-        again = nobody and self.number > 0 and self.version == reservation.version
-        number = self.number if again else self.number + 1
-        others = {} if nobody else dict(self.clients)
-        others[client_uuid] = Counted(number, reservation.version)
-        kept = sorted(others.items(), key=lambda item: item[1].number)[-_MOST_CLIENTS:]
-        return replace(self, number=number, version=reservation.version, clients=dict(kept))
+        sharers = [uuid for uuid, theirs in self.clients.items() if theirs == number and uuid != client_uuid]
+        clients = dict.fromkeys([*sharers, client_uuid][-_MOST_CLIENTS:], number)
+        return replace(self, number=max(self.number, number), clients=clients)
 
     def with_writer(self) -> Attachments:
         """Remember that a node may have written anything anywhere."""
@@ -136,23 +124,28 @@ class Attachments:
         return replace(self, handles=(*self.handles, volume_id)[-_MOST_HANDLES:])
 
 
+def next_number(reservation: Reservation, mode: ReservationMode) -> int:
+    """Return the number that an attachment in this mode will have: whoever joins others shares theirs."""
+    joins = reservation.mode is mode and mode is not ReservationMode.EXCLUSIVE_READ_WRITE
+    return reservation.version - 1 if joins else reservation.version
+
+
 def read_attachments(metadata: Mapping[str, object]) -> Attachments:
     """Read the count of attachments; a malformed record is marked as broken for good."""
     raw = _mapping(metadata.get(OWN_KEY)).get("attachments")
     if raw is None:
         return Attachments()
     record = _mapping(raw)
-    number, version, clients = record.get("number"), record.get("version"), record.get("clients")
+    number, clients = record.get("number"), record.get("clients")
     handles = record.get("handles", [])
-    if not (_natural(number) and _natural(version) and isinstance(clients, Mapping) and isinstance(handles, list)):
+    if not (_natural(number) and isinstance(clients, Mapping) and isinstance(handles, list)):
         return Attachments(is_broken=True)
-    counted = {str(uuid): _counted(entry) for uuid, entry in clients.items()}
+    counted = {str(uuid): entry for uuid, entry in clients.items() if _natural(entry)}
     return Attachments(
         number=number,
-        version=version,
-        clients={uuid: entry for uuid, entry in counted.items() if entry is not None},
+        clients=counted,
         written=record.get("written") is not False,
-        is_broken=record.get("broken") is not False or None in counted.values(),
+        is_broken=record.get("broken") is not False or len(counted) != len(clients),
         handles=tuple(handle for handle in handles if isinstance(handle, str)),
     )
 
@@ -162,21 +155,12 @@ def with_attachments(metadata: Mapping[str, object], attachments: Attachments) -
     own = dict(_mapping(metadata.get(OWN_KEY)))
     own["attachments"] = {
         "number": attachments.number,
-        "version": attachments.version,
-        "clients": {uuid: [entry.number, entry.version] for uuid, entry in attachments.clients.items()},
+        "clients": dict(attachments.clients),
         "written": attachments.written,
         "broken": attachments.is_broken,
         "handles": list(attachments.handles),
     }
     return {**metadata, OWN_KEY: own}
-
-
-def _counted(entry: object) -> Counted | None:
-    if isinstance(entry, (list, tuple)) and len(entry) == 2:
-        number, version = entry
-        if _natural(number) and _natural(version):
-            return Counted(number, version)
-    return None
 
 
 def _natural(value: object) -> TypeGuard[int]:

@@ -25,6 +25,7 @@ from csi_driver.model import (
     ClientStatus,
     History,
     MountAccess,
+    Reservation,
     ReservationMode,
     Volume,
 )
@@ -231,7 +232,7 @@ def test_an_attachment_waits_until_the_earlier_one_is_gone() -> None:
     world.management.detach_s = 20
     with pytest.raises(DeadlineReached):
         world.unpublish(volume_id, seconds=5)
-    assert world.publish(volume_id).attachment == 2
+    assert world.publish(volume_id).attachment == 3
 
 
 # --- history: what the node may believe before it formats -----------------------------------------------------
@@ -273,7 +274,28 @@ def test_the_second_attachment_is_not_the_first() -> None:
     world.publish(volume_id)
     world.unpublish(volume_id)
     context = world.publish(volume_id)
-    assert (context.history, context.attachment) == (History.ATTACHED, 2)
+    assert (context.history, context.attachment) == (History.ATTACHED, 3)
+
+
+def test_a_number_never_means_two_attachments() -> None:
+    world, volume_id = made()
+    numbers = []
+    for node_id in (NODE_1, NODE_2, NODE_1):
+        numbers.append(world.publish(volume_id, node_id).attachment)
+        world.unpublish(volume_id, node_id)
+        young = {**world.stored().metadata, "nvmesh-csi": {"format": 1, "created": True}}
+        world.management.change(world.stored().name, metadata=young)
+    assert numbers == [1, 3, 5]
+
+
+def test_a_reservation_that_was_set_back_does_not_make_the_volume_new() -> None:
+    world, volume_id = made()
+    for _ in range(2):
+        world.publish(volume_id)
+        world.unpublish(volume_id)
+    world.management.change(world.stored().name, reservation=Reservation())
+    context = world.publish(volume_id)
+    assert (context.history, context.attachment) == (History.ATTACHED, 0)
 
 
 def test_an_attachment_by_somebody_else_before_ours_shows() -> None:
@@ -300,7 +322,7 @@ def test_an_attachment_by_somebody_else_between_count_and_attach_shows() -> None
 
     world.management.after = intrude
     context = world.publish(volume_id)
-    assert (context.history, context.attachment) == (History.ATTACHED, 1)
+    assert (context.history, context.attachment) == (History.ATTACHED, 0)
 
 
 def test_a_record_set_back_to_an_older_state_does_not_make_the_volume_new() -> None:
@@ -332,7 +354,7 @@ def test_a_volume_that_is_not_ours_has_an_unknown_history() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["x", {"number": "1"}, {"number": 1, "version": 1, "clients": {"a": [1]}, "written": False}]
+    "damage", ["x", {"number": "1"}, {"number": 1, "clients": {"a": "1"}, "written": False, "broken": False}]
 )
 def test_a_damaged_record_proves_nothing(damage: object) -> None:
     world, volume_id = made()

@@ -46,11 +46,18 @@ CLAIM = {
 
 
 class World:
-    """A controller and its storage; `second` is another controller over the same storage."""
+    """A controller and its storage; one made `beside` another works on the same storage."""
 
-    def __init__(self, settings: ControllerSettings | None = None, zones: tuple[str, ...] = (DEFAULT_ZONE,)) -> None:
-        self.clock = FakeClock()
-        self.zones = {zone: FakeManagement(clock=self.clock) for zone in zones}
+    def __init__(
+        self,
+        settings: ControllerSettings | None = None,
+        zones: tuple[str, ...] = (DEFAULT_ZONE,),
+        *,
+        beside: World | None = None,
+    ) -> None:
+        self.clock: FakeClock = beside.clock if beside is not None else FakeClock()
+        made = {zone: FakeManagement(clock=self.clock) for zone in zones}
+        self.zones: dict[str, FakeManagement] = beside.zones if beside is not None else made
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
         self.clusters = FakeClusters(self.zones)
