@@ -16,6 +16,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, DeadlineReached, PreconditionFailed
+from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
@@ -112,6 +113,15 @@ def test_evidence_that_disagrees_with_itself_is_awaited(machine: HostMachine) ->
     clock.on_sleep = lambda: machine.write_status(volume.name, volume.uuid, 64 * MIB)
     device = machine.devices.wait_for(volume.name, volume.uuid, deadline=Deadline.after(30, clock))
     assert device.uuid == volume.uuid
+    assert clock.now_s > 0
+
+
+def test_evidence_that_never_agrees_is_never_believed(machine: HostMachine) -> None:
+    volume = machine.volume()
+    machine.write_status(volume.name, OTHER, 64 * MIB)
+    for uuid_asked in (volume.uuid, OTHER, None):
+        with pytest.raises(DeadlineReached, match=f"claims {volume.uuid}, expected {OTHER}"):
+            machine.devices.wait_for(volume.name, uuid_asked, deadline=Deadline.after(30, ManualClock()))
 
 
 def test_a_torn_status_file_does_not_hide_what_the_device_proves(machine: HostMachine) -> None:
@@ -147,6 +157,30 @@ def test_a_device_whose_number_is_now_another_volume_is_refused(machine: HostMac
     with pytest.raises(PreconditionFailed, match="claims"), machine.devices.open(device):
         pass
     assert other.uuid != volume.uuid
+
+
+def test_what_speaks_against_a_device_since_it_was_found_is_heard(machine: HostMachine) -> None:
+    volume = machine.volume()
+    device = machine.device(volume)
+    machine.write_status(volume.name, volume.uuid, 64 * MIB, debug_di=1)
+    with pytest.raises(PreconditionFailed, match="debug_di"), machine.devices.open(device):
+        pass
+
+
+def test_a_device_number_that_was_given_to_another_volume_is_refused(machine: HostMachine) -> None:
+    """The node and its number are the same, the file behind it is not."""
+    volume = machine.volume(status=False)
+    device = machine.device(volume)
+    fd = os.open(f"/dev/loop{volume.loop.number}", os.O_RDONLY)
+    status = ioctls.loop_status(fd)
+    assert status is not None
+    raw = bytearray(status.raw)
+    raw[56 : 56 + 36] = OTHER.encode()
+    ioctls.loop_set_flags(fd, replace(status, raw=bytes(raw)), status.flags)
+    os.close(fd)
+    expected = f"claims {OTHER}, expected {volume.uuid}"
+    with pytest.raises(PreconditionFailed, match=expected), machine.devices.open(device):
+        pass
 
 
 def test_a_device_that_changed_its_size_is_refused(machine: HostMachine) -> None:
@@ -412,7 +446,9 @@ def test_only_unused_read_only_devices_of_ours_are_released(machine: HostMachine
     answers = [readers.release(volume.loop.device_number), readers.release(reader.number)]
     os.close(fd)
     answers += [readers.release(reader.number), readers.release(reader.number)]
-    assert answers == [False, False, True, False]
+    answers += [readers.release(volume.loop.device_number)]
+    assert answers == [False, False, True, False, False]
+    assert machine.device(volume).uuid == volume.uuid
 
 
 def test_udev_may_look_at_a_device_that_is_being_opened(machine: HostMachine) -> None:

@@ -1,0 +1,60 @@
+"""The reading that proves a device blank, on plain files in the place of devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import HostFailure
+from csi_driver.host import blank
+from csi_driver.machine import Device, DeviceNumber, OpenDevice
+from csi_driver.model import MIB
+
+
+@contextmanager
+def opened(path: Path, size_bytes: int) -> Iterator[OpenDevice]:
+    """Open a file as if it were a device of that size."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield OpenDevice(fd, Device("csi-1", path, DeviceNumber(7, 0), size_bytes, False, None))
+    finally:
+        os.close(fd)
+
+
+def first_data(path: Path, size_bytes: int) -> int | None:
+    with opened(path, size_bytes) as device:
+        return blank.first_data(device, deadline=None, progress=lambda _done, _total: None)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511, 4095, 4096, MIB - 1, MIB, 4 * MIB - 1, 4 * MIB, 9 * MIB - 1])
+def test_one_byte_anywhere_is_found_where_it_is(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "device"
+    with path.open("wb") as file:
+        file.truncate(9 * MIB)
+        file.seek(offset)
+        file.write(b"\x01")
+    assert first_data(path, 9 * MIB) == offset
+
+
+def test_a_device_full_of_one_value_is_not_blank(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(b"\xff" * (5 * MIB))
+    assert first_data(path, 5 * MIB) == 0
+
+
+def test_zeroes_are_blank(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(bytes(5 * MIB + 512))
+    assert first_data(path, 5 * MIB + 512) is None
+
+
+@pytest.mark.parametrize("there_bytes", [0, 4096, 4 * MIB, 5 * MIB - 512])
+def test_a_device_that_ends_early_is_not_known_to_be_blank(tmp_path: Path, there_bytes: int) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(bytes(there_bytes))
+    with pytest.raises(HostFailure, match=f"ends at byte {there_bytes}, expected {5 * MIB}"):
+        first_data(path, 5 * MIB)
