@@ -38,7 +38,7 @@ from csi_driver.embedded.status_files import StatusFiles
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes, now
 from csi_driver.embedded.work import Holds, Locks, Worker
-from csi_driver.errors import DriverError, HostFailure
+from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 RESERVATION_DENIED = 17
@@ -195,6 +195,13 @@ class Attacher:
         """Make what is there for this client and volume what is wished. False: not possible yet, try again."""
         if self._held_back(client):
             return True
+        try:
+            return self._settle(client, identity)
+        except OSError as problem:
+            what = f"settle volume {identity} on client {client}"
+            raise SystemCallFailed(what, problem.errno or 0, str(problem)) from problem
+
+    def _settle(self, client: str, identity: str) -> bool:
         with self._locks.hold(identity):
             while True:
                 wish = self._store.get(ATTACHMENTS, identity, client)

@@ -155,6 +155,7 @@ class StorageServer:
             uvicorn.Config(
                 self.app,
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 lifespan="off",

@@ -6,6 +6,7 @@ the file is made or grown, and removed after the file is. What a crash left half
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +22,9 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.space import NoSpace, Space
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.work import Holds, Locks, Worker
-from csi_driver.errors import HostFailure
+from csi_driver.errors import DriverError, HostFailure
+
+_log = logging.getLogger(__name__)
 
 _LAYOUT_FIELDS = frozenset(
     (
@@ -320,7 +323,12 @@ class Volumes:
 
     def removal_due(self, name: str, identity: str) -> None:
         """Remove a marked volume now if that can be, else when it can."""
-        if not self.remove(name, identity):
+        try:
+            removed = self.remove(name, identity)
+        except DriverError as problem:
+            _log.warning("volume %s could not be removed: %s; tried again", name, problem)
+            removed = False
+        if not removed:
             self._worker.later(f"remove {identity}", lambda: self.remove(name, identity))
 
     def remove(self, name: str, identity: str) -> bool:

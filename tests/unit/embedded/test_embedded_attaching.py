@@ -245,3 +245,15 @@ def test_a_preempted_client_does_not_get_its_device_back_after_a_reboot(tmp_path
         assert len(after.bound) == 1
         assert manager.report("data", "node-1")["vol_status"] == 17
         assert manager.report("data", "node-2")["vol_status"] == 4
+
+
+def test_a_directory_that_cannot_be_written_is_tried_again(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    shown = tmp_path / "node-1" / "proc" / "volumes"
+    shown.rmdir()
+    shown.write_text("in the way")
+    assert manager.attach("data")["success"]
+    assert manager.report("data") is None
+    shown.unlink()
+    manager.server.attacher.client_returns("node-1")
+    assert manager.report("data")["vol_status"] == 4
