@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from csi_driver.config.commands import PROGRAM, parse
@@ -29,9 +29,8 @@ from csi_driver.errors import DriverError
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
-    import grpc
-
     from csi_driver.rpc.identity import Health
+    from csi_driver.rpc.server import Register
     from csi_driver.rpc.settings import EndpointSettings
 
 _LOG = logging.getLogger(PROGRAM)
@@ -153,7 +152,7 @@ def _serve(
     zone: str,
     driver_name: str,
     health: Health,
-    register: Callable[[grpc.Server], None],
+    register: Register,
 ) -> int:
     from csi_driver.controller.naming import volume_name
     from csi_driver.rpc.boundary import Boundary
