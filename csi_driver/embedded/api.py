@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -336,7 +337,8 @@ class Api:
             self._sessions.change_password(password)
         except PasswordFixed as problem:
             raise SchemaRefusal(str(problem)) from problem
-        return envelope(self._sessions.user, None, True)
+        user = self._sessions.user
+        return envelope(user, str(uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{user}")), True)
 
     def _hold(self, call: Call) -> Document:
         """Hold back "initialize", "delete", "client:<name>" or "slow:<name>", or let it go on."""
