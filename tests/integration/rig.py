@@ -96,6 +96,14 @@ class Rig:
         for client in (self.controller, self.node):
             reason = client.wait_ready(Deadline.after(START_TIMEOUT_S))
             assert reason is None, reason
+        wait_for(self._manager_answers, "the storage manager to answer")
+
+    def _manager_answers(self) -> bool:
+        try:
+            self.controller.free_bytes()
+        except CallFailed:
+            return False
+        return True
 
     def _is_new(self, role: str, before: int) -> bool:
         try:
@@ -268,11 +276,6 @@ def wait_for(ready: object, what: str, timeout_s: float = START_TIMEOUT_S) -> No
     """Wait until the callable is true; processes of the machine are awaited in real time."""
     assert callable(ready)
     assert Deadline.after(timeout_s).wait_until(lambda: bool(ready()), most_s=0.05), f"waited {timeout_s} s for {what}"
-
-
-def code_of(failure: CallFailed) -> str:
-    """Return the name of the gRPC code."""
-    return failure.code
 
 
 def findmnt(path: Path) -> dict[str, str] | None:

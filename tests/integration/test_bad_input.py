@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from csi_driver.model import AccessMode
@@ -19,8 +20,11 @@ from tests.integration.rig import Rig, Volume, filesystem, in_parallel, mounts_b
 
 pytestmark = pytest.mark.root
 
-RANDOM_REQUESTS = int(os.environ.get("NVMESH_CSI_RANDOM_REQUESTS", "3000"))
+RANDOM_REQUESTS = int(os.environ.get("NVMESH_CSI_RANDOM_REQUESTS", "2000"))
 """`NVMESH_CSI_RANDOM_REQUESTS=100000` runs the long form."""
+
+CALL_TIMEOUT_S = 2.0
+"""A random detach of a device that is in use waits until its time is up."""
 
 WRONG = ("INTERNAL", "UNKNOWN", "UNIMPLEMENTED", "DATA_LOSS")
 
@@ -126,8 +130,9 @@ def raw_stage(volume: Volume, path: str) -> None:
     ],
 )
 def test_an_odd_but_legal_path_works(staged: Volume, name: str) -> None:
-    target = staged.paths / name
-    raw_publish(staged, str(target))
+    spelling = f"{staged.paths}/{name}"
+    target = Path(spelling)
+    raw_publish(staged, spelling)
     assert target.is_mount()
     assert staged.rig.node.stats(staged.id, target)["BYTES"].total > 0
     staged.unpublish(target)
@@ -241,10 +246,64 @@ class Generator:
         self.names = ["random-a", "random-b", "", "x" * 200, "ü"]
 
     def request(self) -> tuple[str, Message]:
+        """Make a request of nothing but random fields, or a good one with up to two fields spoilt."""
         name = self.random.choice(list(REQUESTS))
         message = REQUESTS[name]()
-        self._fill(message, 0)
+        if self.random.random() < 0.3:
+            self._fill(message, 0)
+        else:
+            self._fill_well(message)
+            for _ in range(self.random.choice([0, 0, 1, 2])):
+                self._spoil(message)
         return name, message
+
+    def _fill_well(self, message: Message) -> None:
+        """Set every field that the message has and this test knows a good value for."""
+        read_only = self.random.random() < 0.3
+        volume_id = self.ids[self.random.randrange(3)]
+        good: dict[str, object] = {
+            "volume_id": volume_id,
+            "node_id": self.nodes[0],
+            "name": self.names[self.random.randrange(2)],
+            "staging_target_path": self.paths[0],
+            "target_path": self.paths[self.random.randrange(1, 3)],
+            "volume_path": self.paths[self.random.randrange(3)],
+            "readonly": read_only,
+        }
+        for field in message.DESCRIPTOR.fields:
+            if field.name in good:
+                setattr(message, field.name, good[field.name])
+        held = {field.name for field in message.DESCRIPTOR.fields}
+        if "capacity_range" in held:
+            getattr(message, "capacity_range").required_bytes = self.random.choice([1, 2]) << 30  # noqa: B009
+        if "publish_context" in held:
+            _, short, uuid = volume_id.split(":")[:3]
+            getattr(message, "publish_context").update(name=short, uuid=uuid)  # noqa: B009
+        if "volume_capabilities" in held:
+            getattr(message, "volume_capabilities").append(self._capability())  # noqa: B009
+        if "volume_capability" in held:
+            getattr(message, "volume_capability").CopyFrom(self._capability())  # noqa: B009
+
+    def _capability(self) -> pb.VolumeCapability:
+        mode = pb.VolumeCapability.AccessMode(mode=self.random.choice(list(AccessMode)).value)
+        capability = pb.VolumeCapability(access_mode=mode)
+        if self.random.random() < 0.3:
+            capability.block.SetInParent()
+        else:
+            capability.mount.fs_type = self.random.choice(["", "ext4", "xfs"])
+            capability.mount.mount_flags.extend(self.random.choices(["noatime", "ro", "nodev", "bogus"], k=1))
+        return capability
+
+    def _spoil(self, message: Message) -> None:
+        """Give one field of the message, or of one inside it, a random value."""
+        fields = [field for field in message.DESCRIPTOR.fields if not field.is_repeated]
+        if not fields:
+            return
+        field = self.random.choice(fields)
+        if field.message_type is not None:
+            self._spoil(getattr(message, field.name))
+        else:
+            setattr(message, field.name, self._value(field.cpp_type, field.name))
 
     def _fill(self, message: Message, depth: int) -> None:
         for field in message.DESCRIPTOR.fields:
@@ -267,13 +326,13 @@ class Generator:
 
     def _value(self, kind: int, name: str) -> object:
         match kind:
-            case 9:
+            case FieldDescriptor.CPPTYPE_STRING:
                 return self._text(name)
-            case 7:
+            case FieldDescriptor.CPPTYPE_BOOL:
                 return self.random.random() < 0.3
-            case 8:
+            case FieldDescriptor.CPPTYPE_ENUM:
                 return self.random.randrange(9)
-            case 1:
+            case FieldDescriptor.CPPTYPE_INT32:
                 return self.random.choice([0, 1, 2, 100, -1, 2**31 - 1])
             case _:
                 return self.random.choice([0, 1, -1, 4096, 1 << 30, 2 << 30, (1 << 30) + 1, 1 << 62, 2**63 - 1])
@@ -288,7 +347,7 @@ def send(client: CsiClient, name: str, request: Message) -> str:
     for stub in (client.identity, client.node if name.startswith("Node") else client.controller):
         method = getattr(stub, name, None)
         if method is not None:
-            return outcome(partial(client.call, method, request))
+            return outcome(partial(client.call, method, request, timeout_s=CALL_TIMEOUT_S))
     raise AssertionError(name)
 
 
