@@ -288,6 +288,15 @@ def test_a_number_never_means_two_attachments() -> None:
     assert numbers == [1, 3, 5]
 
 
+def test_those_who_share_a_volume_share_the_number() -> None:
+    world, volume_id = made()
+    assert [world.publish(volume_id, node_id, RWX_BLOCK).attachment for node_id in (NODE_1, NODE_2, NODE_1)] == [
+        1,
+        1,
+        1,
+    ]
+
+
 def test_a_reservation_that_was_set_back_does_not_make_the_volume_new() -> None:
     world, volume_id = made()
     for _ in range(2):

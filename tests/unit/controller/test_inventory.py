@@ -13,6 +13,7 @@ from csi_driver.model import (
     GIB,
     Capability,
     CapacityRange,
+    ClientStatus,
     Layout,
     ListedVolume,
     RaidLevel,
@@ -70,6 +71,15 @@ def test_a_volume_shows_the_nodes_it_is_published_to() -> None:
     world.publish(made.volume_id, "node-2", ROX)
     (entry,) = listed(world)[0]
     assert sorted(entry.published_node_ids) == sorted([NODE_1, NODE_2])
+
+
+def test_a_node_that_is_giving_the_volume_up_is_not_shown() -> None:
+    world = World()
+    made = world.create(parameters=CLAIM)
+    world.publish(made.volume_id)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(made.volume_id)
+    assert listed(world)[0][0].published_node_ids == ()
 
 
 def test_a_static_volume_shows_under_zone_name_and_uuid() -> None:
