@@ -9,9 +9,10 @@ from csi_driver.errors import CapacityOutOfRange, DeadlineReached, InvalidField,
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
-from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
+from csi_driver.node.ports import Filesystems, Mounts, Paths, ReadOnlyDevices
 from csi_driver.node.prepare import GROWTH_SLACK_BYTES
+from csi_driver.node.readers import reader_label
 from csi_driver.node.requests import NodeExpandRequest, NodeSettings
 
 
@@ -21,7 +22,7 @@ class Expand:
     def __init__(
         self,
         *,
-        devices: Devices,
+        read_only_devices: ReadOnlyDevices,
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
@@ -29,7 +30,7 @@ class Expand:
         ownership: Ownership,
         settings: NodeSettings,
     ) -> None:
-        self._devices = devices
+        self._read_only_devices = read_only_devices
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
@@ -45,7 +46,9 @@ class Expand:
         """
         volume, _ = named(request.volume_id)
         mounted = self._mount_of(volume, request)
-        device = self._device(volume, mounted, request.capacity.required_bytes, deadline)
+        device = self._device(volume, request.capacity.required_bytes, deadline)
+        if mounted is not None:
+            self._require_same(volume, device, mounted)
         limit = request.capacity.limit_bytes
         if limit and device.size_bytes > limit:
             raise CapacityOutOfRange(f"volume {volume} has {device.size_bytes} bytes, wanted at most {limit}")
@@ -75,8 +78,8 @@ class Expand:
     def _path(self, volume: NamedVolume, text: str) -> Path:
         return known_path(self._paths, volume, text)
 
-    def _device(self, volume: NamedVolume, mounted: Mounted | None, required_bytes: int, deadline: Deadline) -> Device:
-        """Wait until the device, the very one that is in use, has `required_bytes`; clients announce no new size."""
+    def _device(self, volume: NamedVolume, required_bytes: int, deadline: Deadline) -> Device:
+        """Wait until the device has `required_bytes`; clients announce no new size."""
         in_time = deadline.earlier(self._settings.answer_margin_s)
         found: list[Device] = []
 
@@ -92,11 +95,20 @@ class Expand:
             raise DeadlineReached(
                 f"the device of volume {volume} to have {required_bytes} bytes, it {have}", deadline.elapsed_s()
             )
-        if mounted is not None and mounted.node_number is None and mounted.number != found[0].number:
-            raise PreconditionFailed(
-                f"{mounted.path} holds {self._ownership.describe(mounted)}, volume {volume} is now {found[0].number}"
-            )
         return found[0]
+
+    def _require_same(self, volume: NamedVolume, device: Device, mounted: Mounted) -> None:
+        """Refuse to call a device grown that is not the one in use; a read-only one over it grows with it."""
+        number = number_of(mounted)
+        if mounted.node_number is not None and number != device.number:
+            reader = self._read_only_devices.over(device, reader_label(volume, device, mounted.path))
+            if reader.number == number:
+                return
+            self._read_only_devices.release(reader.number)
+        if number != device.number:
+            raise PreconditionFailed(
+                f"{mounted.path} holds {self._ownership.describe(mounted)}, volume {volume} is now {device.number}"
+            )
 
     def _grow(self, volume: NamedVolume, device: Device, mounted: Mounted, deadline: Deadline) -> None:
         if self._filesystems.recorded_bytes(device, mounted.fs_type) + GROWTH_SLACK_BYTES >= device.size_bytes:

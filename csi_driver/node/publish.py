@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -13,6 +12,7 @@ from csi_driver.node.marks import RAW, Mark, Marks
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.readers import reader_label
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
 
@@ -172,7 +172,7 @@ class Publish:
         if self._paths.kind(target) == "directory":
             self._paths.remove(target)
         self._paths.make_file(target)
-        source = self._read_only_devices.over(device, _label(volume, device, target)) if needs_reader else device
+        source = self._read_only_devices.over(device, reader_label(volume, device, target)) if needs_reader else device
         self._mounts.bind(source.path, target, read_only=read_only)
 
     def _accept_block(
@@ -194,7 +194,7 @@ class Publish:
         elif not found and not needs_reader:
             found.append(f"device is {number_of(published)}, wanted {device.number}")
         elif not found:
-            reader = self._read_only_devices.over(device, _label(volume, device, target))
+            reader = self._read_only_devices.over(device, reader_label(volume, device, target))
             if reader.number != published.node_number:
                 self._read_only_devices.release(reader.number)
                 found.append(f"device is {published.node_number}, wanted a read-only one over {device.number}")
@@ -228,7 +228,7 @@ class Publish:
         """Take down the read-only device that a crash left: made before its bind mount, or not released after it."""
         device = self._ownership.device_of(volume)
         if device is not None and not device.read_only and (volume.uuid or device.uuid) is not None:
-            reader = self._read_only_devices.over(device, _label(volume, device, target))
+            reader = self._read_only_devices.over(device, reader_label(volume, device, target))
             self._read_only_devices.release(reader.number)
 
     # --- both ---
@@ -259,13 +259,3 @@ class Publish:
             found = [*found, f"access is {access[published.read_only]}, wanted {access[read_only]}"]
         if found:
             raise ExistsDifferently(f"the publication of volume {volume} at {target}", found)
-
-
-def _label(volume: NamedVolume, device: Device, target: Path) -> str:
-    """Label the read-only device of one target: the volume's uuid first, by which it is known for its own."""
-    uuid = volume.uuid or device.uuid
-    if uuid is None:
-        raise PreconditionFailed(
-            f"volume {volume} cannot be published read-only: neither its id nor the device tells its uuid"
-        )
-    return f"{uuid}/ro-{hashlib.sha256(str(target).encode(errors='surrogateescape')).hexdigest()[:16]}"

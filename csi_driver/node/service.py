@@ -72,7 +72,7 @@ def assemble(
             ownership=ownership,
         ),
         expand=Expand(
-            devices=devices,
+            read_only_devices=read_only_devices,
             mounts=mounts,
             filesystems=filesystems,
             paths=paths,

@@ -282,6 +282,7 @@ class FakeReadOnlyDevices:
             raise SystemCallFailed(f"bind a loop device to {device.path}", errno.ENXIO)
         for reader in self._host.readers:
             if reader.label == label and reader.backing is ground:
+                reader.size_bytes = ground.size_bytes
                 return reader.as_device()
         self._host.step("before over")
         number = self._host.next_number(7)

@@ -108,6 +108,7 @@ def test_a_block_volume_only_reports_its_size(node: FakeNode, read_only: bool) -
     node.publish(access=BLOCK, read_only=read_only)
     disk.size_bytes = LARGE
     assert node.expand(required_bytes=LARGE) == LARGE
+    assert node.usage().total_bytes == LARGE
 
 
 def test_a_block_volume_that_is_only_staged_reports_its_size(node: FakeNode) -> None:
@@ -134,4 +135,16 @@ def test_a_dead_mount_of_a_device_that_came_back_is_not_grown(node: FakeNode) ->
     published(node)
     node.host.attach(NAME, UUID, like=node.host.detach(NAME))
     with pytest.raises(PreconditionFailed, match="gone"):
+        node.expand()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_dead_block_publication_of_a_device_that_came_back_is_not_called_grown(
+    node: FakeNode, read_only: bool
+) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK)
+    node.publish(access=BLOCK, read_only=read_only)
+    node.host.attach(NAME, UUID, like=node.host.detach(NAME))
+    with pytest.raises(PreconditionFailed, match="is now"):
         node.expand()
