@@ -146,13 +146,16 @@ class Attach:
         return latest
 
     def _refuse_new(self, located: Located, client: Client, request: PublishRequest, *, deadline: Deadline) -> None:
-        """Refuse an attachment that must not come about, before anything is written."""
+        """Refuse an attachment that must not come about, before anything is written over what its holder counts on."""
         if client.status in _ABSENT:
             raise _client_absent(client)
         limit = self._settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.wishes, *client.devices})) >= limit:
             raise Exhausted(f"node {client.id} holds {held} volumes, wanted fewer than its limit of {limit}")
-        if request.capability.mode.is_multi_node or located.volume.reservation.mode is ReservationMode.NONE:
+        held_as = located.volume.reservation.mode
+        mode = access.reservation_mode(request.capability, read_only=request.read_only)
+        may_join = request.capability.mode.is_multi_node and held_as is mode
+        if held_as is ReservationMode.NONE or may_join:
             return
         holders = _others(located, client, deadline=deadline)
         if holders:

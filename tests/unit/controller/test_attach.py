@@ -288,6 +288,17 @@ def test_a_number_never_means_two_attachments() -> None:
     assert numbers == [1, 3, 5]
 
 
+@pytest.mark.parametrize("use", [RWO, ROX, RWX_BLOCK, BLOCK])
+def test_a_refused_attachment_changes_nothing_for_the_holder(use: Capability) -> None:
+    world, volume_id = made()
+    first = world.publish(volume_id)
+    before = world.stored()
+    with pytest.raises(PreconditionFailed):
+        world.publish(volume_id, NODE_2, use)
+    assert world.stored() == before
+    assert world.publish(volume_id) == first
+
+
 def test_those_who_share_a_volume_share_the_number() -> None:
     world, volume_id = made()
     assert [world.publish(volume_id, node_id, RWX_BLOCK).attachment for node_id in (NODE_1, NODE_2, NODE_1)] == [
