@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from csi_driver.errors import DriverError
 from csi_driver.model import AccessMode, History
@@ -77,20 +77,28 @@ class NodeLife(RuleBasedStateMachine):
             self.host.make_tree(path)
         self.lives = {name: Life() for name in UUIDS}
         self.places: dict[Path, Place] = {}
+        self.cut_off: dict[Path, str] = {}
+        """Targets where a publication was cut off: only the volume's own call can tell what it had begun there."""
 
     # --- the storage, the users ---
 
-    @rule(name=volumes)
-    def attach(self, name: str) -> None:
-        life = self.lives[name]
-        if life.disk is None:
-            life.attachment += 1
-            life.disk = self.host.attach(name, UUIDS[name], like=life.last)
+    @initialize()
+    def attach_all(self) -> None:
+        self.attach()
+
+    @precondition(lambda self: any(life.disk is None for life in self.lives.values()))
+    @rule()
+    def attach(self) -> None:
+        for name, life in self.lives.items():
+            if life.disk is None:
+                life.attachment += 1
+                life.disk = self.host.attach(name, UUIDS[name], like=life.last)
 
     @rule(name=volumes)
     def lose_the_device(self, name: str) -> None:
         life = self.lives[name]
-        if life.disk is not None:
+        # A read-only device whose publication was cut off and whose own device is lost then is found by nobody.
+        if life.disk is not None and name not in self.cut_off.values():
             life.last, life.disk = self.host.detach(name), None
 
     @rule()
@@ -98,6 +106,7 @@ class NodeLife(RuleBasedStateMachine):
         self.host.reboot()
         self.node.restart()
         self.places.clear()
+        self.cut_off.clear()
 
     @rule(path=st.sampled_from((*STAGINGS, *TARGETS)), data=st.binary(min_size=1, max_size=3))
     def write(self, path: Path, data: bytes) -> None:
@@ -165,6 +174,8 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
+        if not done and death and at not in self.places and self.host.readers:
+            self.cut_off.setdefault(at, name)
         if done and at not in self.places and life.disk is not None:
             if block and not read_only:
                 life.begun = 0
@@ -180,8 +191,10 @@ class NodeLife(RuleBasedStateMachine):
 
     @rule(name=volumes, path=targets, death=deaths, again=st.booleans())
     def unpublish(self, name: str, path: Path, death: int, again: bool) -> None:
+        name = self.cut_off.get(path, name)
         if self.call(lambda: self.node.unpublish(path, self.id_of(name)), True, death, again):
             self.take_off(name, path)
+            self.cut_off.pop(path, None)
             assert path in self.places or path not in self.host.tree
 
     @rule(name=volumes, path=st.sampled_from((*STAGINGS, *TARGETS)), death=deaths, again=st.booleans())
@@ -341,7 +354,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(order=st.permutations((*STAGINGS, *TARGETS)))
     def everything_is_taken_down(self, order: list[Path]) -> None:
         for path in order:
-            for name in UUIDS:
+            for name in sorted(UUIDS, key=lambda name: name != self.cut_off.get(path)):
                 if path in TARGETS:
                     self.node.unpublish(path, self.id_of(name))
                 else:
@@ -350,6 +363,7 @@ class NodeLife(RuleBasedStateMachine):
         assert self.host.readers == []
         assert not any(path in self.host.tree for path in TARGETS)
         self.places.clear()
+        self.cut_off.clear()
 
 
 def _dying_at(death: int) -> Callable[[str], None]:
@@ -365,4 +379,4 @@ def _dying_at(death: int) -> Callable[[str], None]:
 
 
 TestNodeLife = NodeLife.TestCase
-TestNodeLife.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestNodeLife.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
