@@ -67,7 +67,7 @@ class Kernel:
         return [
             row["name"]
             for row in self._table("loopdevices", *argv)
-            if is_below(str(row.get("back-file") or "").removesuffix(" (deleted)"), directory)
+            if is_below(str(row.get("back-file") or ""), directory)
         ]
 
     def _lines(self, *argv: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,20 @@ from tests.integration.rig import Rig, running
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say how to run them where they cannot run."""
-    if os.geteuid() == 0:
-        return
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="makes loop devices and mounts: run `make test` as root"))
+        reason = _reason_to_skip(item) if here in item.path.parents else None
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _reason_to_skip(item: pytest.Item) -> str | None:
+    if os.geteuid() != 0:
+        return "makes loop devices and mounts: run `make test` as root"
+    for fs_type in ("xfs", "btrfs"):
+        if fs_type in item.name and shutil.which(f"mkfs.{fs_type}") is None:
+            return f"needs mkfs.{fs_type}: `make test` as root installs it"
+    return None
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,17 @@ def test_taking_back_waits_for_the_interrupted_step() -> None:
     assert (undo.run(), answers) == ([], [])
 
 
+def test_taking_back_gives_up_when_its_time_is_over() -> None:
+    def call() -> None:
+        raise CallFailed("NodeUnstageVolume", "ABORTED", "busy")
+
+    clock = FakeClock()
+    undo = Undo(clock)
+    undo.note("it", call)
+    assert undo.run(timeout_s=30) == ["it: NodeUnstageVolume: ABORTED: busy"]
+    assert 30 <= clock.now < 31
+
+
 def test_what_cannot_be_taken_back_is_said() -> None:
     def call() -> None:
         raise CallFailed("DeleteVolume", "FAILED_PRECONDITION", "in use")

@@ -39,13 +39,14 @@ class FakeProcess:
     pid: int
     events: list[str]
     status: int | None = None
+    ends_with: int = 0
 
     def poll(self) -> int | None:
         return self.status
 
     def stop(self, *, timeout_s: float) -> int:
         self.events.append(f"stop {self.role}")
-        self.status = 0 if self.status is None else self.status
+        self.status = self.ends_with if self.status is None else self.status
         return self.status
 
 
@@ -114,6 +115,21 @@ def test_a_role_that_dies_while_starting_ends_the_start_with_its_last_words(tmp_
     it = bench(tmp_path, dies_at_start=frozenset({"controller"}))
     with it.stack, pytest.raises(HostFailure, match=r"controller ended with status 3 .*: controller says hello"):
         it.stack.start()
+
+
+def test_a_role_that_died_by_itself_is_not_said_to_have_died_of_the_stop(tmp_path: Path) -> None:
+    it = bench(tmp_path, dies_at_start=frozenset({"controller"}))
+    with it.stack, pytest.raises(HostFailure):
+        it.stack.start()
+    assert it.reports == []
+
+
+def test_a_role_that_had_to_be_killed_at_the_stop_is_reported(tmp_path: Path) -> None:
+    it = bench(tmp_path)
+    with it.stack:
+        it.stack.start()
+        it.processes.running["node"].ends_with = -9
+    assert "node was killed by signal 9 when it was stopped" in it.reports[0]
 
 
 def test_a_failed_start_stops_what_was_started(tmp_path: Path) -> None:
