@@ -7,7 +7,7 @@ Never used by the driver itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -147,8 +147,8 @@ class CsiClient:
         answer = self.call(self.identity.Probe, pb.ProbeRequest(), timeout_s=timeout_s)
         return answer.ready.value if answer.HasField("ready") else True
 
-    def wait_ready(self, deadline: Deadline) -> str | None:
-        """Probe until the endpoint is ready: None; or, once the time is up, the last reason why not."""
+    def wait_ready(self, deadline: Deadline, *, give_up: Callable[[], bool] = lambda: False) -> str | None:
+        """Probe until the endpoint is ready: None; or, once time is up or `give_up()`, the last reason why not."""
         while True:
             try:
                 if self.is_ready(timeout_s=min(_PROBE_TIMEOUT_S, max(deadline.remaining_s(), _RETRY_PAUSE_S))):
@@ -156,7 +156,7 @@ class CsiClient:
                 reason = "Probe answers ready=false"
             except CallFailed as error:
                 reason = str(error)
-            if deadline.expired():
+            if deadline.expired() or give_up():
                 return reason
             deadline.clock.sleep(min(_RETRY_PAUSE_S, deadline.remaining_s()))
 

@@ -45,6 +45,13 @@ def test_nobody_at_the_socket_is_told_as_the_reason_when_time_is_up(tmp_path: Pa
     assert "UNAVAILABLE" in reason
 
 
+def test_waiting_ends_as_soon_as_it_makes_no_sense_any_more(tmp_path: Path) -> None:
+    time = Time()
+    with CsiClient(tmp_path / "none.sock") as client:
+        assert client.wait_ready(Deadline.after(60, time), give_up=lambda: True)
+    assert time.now == 0
+
+
 def test_a_path_too_long_for_a_socket_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidField, match="at most 107 bytes"):
         CsiClient(tmp_path / ("x" * 108))
