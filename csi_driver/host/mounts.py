@@ -13,11 +13,13 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls, mount_table, syscalls
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
 from csi_driver.machine import Device, DeviceNumber, Mounted
 
+_BUSY_GRACE_S = 1.0
 _TABLE = Path("/proc/self/mountinfo")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
@@ -42,8 +44,9 @@ class LinuxMounts:
     `open_at` opens the place to mount on (O_PATH) and may refuse it; see `paths.LinuxPaths.open`.
     """
 
-    def __init__(self, open_at: Callable[[Path], int] = open_target) -> None:
+    def __init__(self, open_at: Callable[[Path], int] = open_target, clock: Clock = SYSTEM_CLOCK) -> None:
         self._open_at = open_at
+        self._clock = clock
 
     # --- looking ---
 
@@ -165,13 +168,28 @@ class LinuxMounts:
         """Take off the topmost mount at `path`; nothing mounted there is success.
 
         `lazy` takes it off the tree at once and lets the kernel finish when the last user is gone.
+        A mount that is busy is tried again for a moment: a program that another thread starts holds a copy of every
+        descriptor of this process, those that looked at the mount included, from its fork to its exec.
         """
-        try:
-            syscalls.unmount(path, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
-        except SystemCallFailed as failure:
-            if failure.errno in (errno.EINVAL, *_ABSENT):
-                return
-            raise _refused(f"unmount {path}", failure.errno) from failure
+        flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0)
+        refusal: SystemCallFailed | None = None
+
+        def settled() -> bool:
+            nonlocal refusal
+            refusal = _refusal_to_unmount(path, flags)
+            return refusal is None or refusal.errno != errno.EBUSY
+
+        Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(settled, first_s=0.001, most_s=0.1)
+        if refusal is not None:
+            raise _refused(f"unmount {path}", refusal.errno) from refusal
+
+
+def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
+    try:
+        syscalls.unmount(path, flags)
+    except SystemCallFailed as failure:
+        return None if failure.errno in (errno.EINVAL, *_ABSENT) else failure
+    return None
 
 
 # --- looking ------------------------------------------------------------------------------------------------

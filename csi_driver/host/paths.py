@@ -101,6 +101,17 @@ class LinuxPaths:
             except OSError as error:
                 raise SystemCallFailed(f"make the file {path}", error.errno or 0) from error
 
+    def set_mode(self, path: Path, mode: int) -> None:
+        """Change the permission bits of the directory at the path; a link is refused."""
+        fd = self.open(path)
+        try:
+            # fchmod(2) refuses an O_PATH descriptor; its name under /proc is the same file, whatever the path is now.
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+        except OSError as error:
+            raise SystemCallFailed(f"change the mode of {path}", error.errno or 0) from error
+        finally:
+            os.close(fd)
+
     def remove(self, path: Path) -> None:
         """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree.
 

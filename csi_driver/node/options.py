@@ -17,6 +17,7 @@ from csi_driver.model import AccessMode, MountAccess
 from csi_driver.node.content import Wish
 
 MOUNT_FLAGS = "volume_capability.mount.mount_flags"
+FS_TYPE = "fsType"
 MKFS_OPTIONS = "mkfsOptions"
 
 _SHAPE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*(?:=[A-Za-z0-9_.:+-]+)?")
@@ -74,18 +75,26 @@ class MountPlan:
 
 
 def plan_mount(
-    access: MountAccess, mode: AccessMode, *, read_only: bool, mkfs_options: str, supported: Sequence[str]
+    access: MountAccess,
+    mode: AccessMode,
+    *,
+    read_only: bool,
+    mkfs_options: str,
+    supported: Sequence[str],
+    fs_type_of_class: str = "",
 ) -> MountPlan:
     """Check everything a caller may ask of a filesystem, before any device is touched. Raises `InvalidField`.
 
-    `read_only`: it is so whatever the mode and the flags say.
+    `read_only`: it is so whatever the mode and the flags say. `fs_type_of_class` is the StorageClass's own, which
+    counts where the capability names none (the parameter `fsType` of older drivers).
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
         raise InvalidField(
             "volume_capability.access_mode", mode.value, "a mode that writes on one node: filesystems are not shared"
         )
-    if access.fs_type and access.fs_type not in supported:
-        raise InvalidField("volume_capability.mount.fs_type", access.fs_type, f"one of {', '.join(supported)}")
+    fs_type = access.fs_type or fs_type_of_class
+    if fs_type and fs_type not in supported:
+        raise InvalidField("volume_capability.mount.fs_type", fs_type, f"one of {', '.join(supported)}")
     flags, root_mode = mount_flags(access.mount_flags)
     readers = read_only or mode.is_read_only or "ro" in flags
     if readers and "rw" in access.mount_flags:
@@ -95,7 +104,7 @@ def plan_mount(
         for flag in kept:
             if _name(flag) in _NO_REPLAY:
                 raise InvalidField(MOUNT_FLAGS, _name(flag), "no option that leaves the journal unread while writing")
-    wish = Wish(access.fs_type, readers)
+    wish = Wish(fs_type, readers)
     return MountPlan(wish, kept, None if readers else root_mode, mkfs_arguments(mkfs_options, wish.to_make))
 
 
@@ -188,7 +197,7 @@ def _settings(*names: str) -> str:
 
 
 _MKFS: dict[str, dict[str, str | None]] = {
-    # mke2fs(8). Left out on purpose: -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
+    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space; -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
     "ext4": {
         "-b": r"(?:1024|2048|4096)",
         "-C": _SIZE,
@@ -204,7 +213,6 @@ _MKFS: dict[str, dict[str, str | None]] = {
             "nodiscard",
             "packed_meta_blocks",
             "num_backup_sb",
-            "assume_storage_prezeroed",
         ),
         "-g": _NUMBER,
         "-G": _NUMBER,

@@ -170,6 +170,10 @@ class Paths(Protocol):
         """Create an empty file to bind a device onto; there already is success."""
         ...
 
+    def set_mode(self, path: Path, mode: int) -> None:
+        """Change the permission bits of the directory at the path."""
+        ...
+
     def remove(self, path: Path) -> None:
         """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree."""
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +39,8 @@ def assemble(
     tools: Tools,
     settings: NodeSettings,
     marks: Marks | None = None,
-    set_mode: Callable[[Path, int], None] | None = None,
 ) -> NodeUseCases:
-    """Build the use-cases over these ports.
-
-    `marks` defaults to files under the settings' state directory. `set_mode` changes the mode of a directory
-    without following links; without it a request for a mode is refused.
-    """
+    """Build the use-cases over these ports. `marks` defaults to files under the settings' state directory."""
     kept = marks if marks is not None else MarkFiles(Path(settings.state_directory) / "format-marks")
     heavy = HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, mounts=mounts)
@@ -61,7 +55,6 @@ def assemble(
             ownership=ownership,
             preparation=preparation,
             settings=settings,
-            set_mode=set_mode,
         ),
         publish=Publish(
             devices=devices,

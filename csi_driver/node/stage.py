@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, InvalidField, PreconditionFailed
+from csi_driver.errors import ExistsDifferently, PreconditionFailed
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess, MountAccess, PublishContext, VolumeHandle
 from csi_driver.node.marks import Marks
-from csi_driver.node.options import MKFS_OPTIONS, MOUNT_FLAGS, MountPlan, differences, plan_mount
+from csi_driver.node.options import FS_TYPE, MKFS_OPTIONS, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
@@ -37,7 +36,6 @@ class Stage:
         ownership: Ownership,
         preparation: Preparation,
         settings: NodeSettings,
-        set_mode: Callable[[Path, int], None] | None = None,
     ) -> None:
         self._devices = devices
         self._mounts = mounts
@@ -47,7 +45,6 @@ class Stage:
         self._ownership = ownership
         self._preparation = preparation
         self._settings = settings
-        self._set_mode = set_mode
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
         """Stage the volume; repeated, it changes nothing, and after a crash it goes on from there.
@@ -85,16 +82,14 @@ class Stage:
     # --- filesystem ---
 
     def _plan(self, access: MountAccess, request: StageRequest, context: PublishContext | None) -> MountPlan:
-        plan = plan_mount(
+        return plan_mount(
             access,
             request.capability.mode,
             read_only=context is not None and context.read_only,
             mkfs_options=request.volume_context.get(MKFS_OPTIONS, ""),
             supported=self._filesystems.supported(),
+            fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
         )
-        if plan.root_mode is not None and self._set_mode is None:
-            raise InvalidField(MOUNT_FLAGS, "nvmesh:chmod", "no mode of the root directory: it is not supported here")
-        return plan
 
     def _stage_mount(
         self,
@@ -139,8 +134,8 @@ class Stage:
             return
 
     def _apply_root_mode(self, path: Path, plan: MountPlan) -> None:
-        if plan.root_mode is not None and self._set_mode is not None:
-            self._set_mode(path, plan.root_mode)
+        if plan.root_mode is not None:
+            self._paths.set_mode(path, plan.root_mode)
 
     # --- block ---
 

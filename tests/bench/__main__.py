@@ -364,7 +364,8 @@ def measure_start(directory: Path, rounds: int) -> None:
             socket = directory / f"start-{role}-{turn}.sock"
             argv = [sys.executable, "-m", "csi_driver", role, "--endpoint", f"unix://{socket}"]
             if role == "node":
-                argv += ["--node-name", "bench", "--device-directory", str(directory), "--status-directory", str(directory)]
+                argv += ["--node-name", "bench", "--device-directory", str(directory)]
+                argv += ["--status-directory", str(directory)]
                 argv += ["--state-directory", str(directory / "state"), "--path-root", "/"]
             else:
                 password = directory / "password"

@@ -291,6 +291,24 @@ def test_a_busy_mount_is_refused_and_stays(machine: HostMachine) -> None:
     assert machine.mounts.at(target) is not None
 
 
+def test_a_mount_that_is_busy_for_a_moment_is_taken_off(machine: HostMachine) -> None:
+    """As by the copy of a descriptor in a program that another thread is just starting."""
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    holder = os.open(target, os.O_PATH)
+
+    class LetsGo(SystemClock):
+        def sleep(self, seconds: float) -> None:
+            nonlocal holder
+            if holder >= 0:
+                os.close(holder)
+                holder = -1
+
+    mounts.LinuxMounts(clock=LetsGo()).unmount(target)
+    assert machine.mounts.at(target) is None
+
+
 def test_a_busy_mount_is_taken_off_lazily(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()

@@ -125,6 +125,15 @@ def test_something_else_in_the_place_is_refused(paths: LinuxPaths, root: Path) -
         paths.make_file(root / "directory")
 
 
+def test_the_mode_of_a_directory_is_changed_and_never_through_a_link(paths: LinuxPaths, root: Path) -> None:
+    (root / "a").mkdir(mode=0o755)
+    (root / "link").symlink_to("a")
+    paths.set_mode(root / "a", 0o2770)
+    with pytest.raises(SystemCallFailed):
+        paths.set_mode(root / "link", 0o777)
+    assert (root / "a").stat().st_mode & 0o7777 == 0o2770
+
+
 def test_parents_are_not_made(paths: LinuxPaths, root: Path) -> None:
     with pytest.raises(PreconditionFailed, match="absent"):
         paths.make_directory(root / "absent" / "directory")

@@ -112,6 +112,7 @@ class FakeHost:
         self.destroyed: list[str] = []
         self.formats: list[str] = []
         self.can_grow_mounted_ext4 = True
+        self.modes: dict[Path, int] = {}
         self.answers: threading.Event = threading.Event()
         self.answers.set()
         self.present_problems: list[str] = []
@@ -516,6 +517,9 @@ class FakePaths:
 
     def make_file(self, path: Path) -> None:
         self._make(path, "file")
+
+    def set_mode(self, path: Path, mode: int) -> None:
+        self._host.modes[path] = mode
 
     def remove(self, path: Path) -> None:
         kind = self._host.tree.get(path)

@@ -66,7 +66,6 @@ class FakeNode:
         self.host = FakeHost()
         self.clock = FakeClock()
         self.marks = FakeMarks(self.host)
-        self.modes: dict[Path, int] = {}
         self.settings = settings or NodeSettings(
             node_name="node-1", state_directory="/nowhere", heavy_operations=heavy_operations
         )
@@ -86,7 +85,6 @@ class FakeNode:
             tools=self.host.tools,
             settings=self.settings,
             marks=self.marks,
-            set_mode=self.modes.__setitem__,
         )
         return self.use
 

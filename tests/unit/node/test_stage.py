@@ -167,6 +167,16 @@ def test_mkfs_options_reach_mkfs(node: FakeNode) -> None:
     assert disk.filesystem.options == ("-m", "0")
 
 
+@pytest.mark.parametrize(("asked", "made"), [("", "xfs"), ("btrfs", "btrfs")])
+def test_the_filesystem_of_the_storage_class_counts_where_the_request_names_none(
+    node: FakeNode, asked: str, made: str
+) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage(access=MountAccess(asked), volume_context={"fsType": "xfs"})
+    assert disk.filesystem is not None
+    assert disk.filesystem.fs_type == made
+
+
 def test_wrong_mkfs_options_are_refused_before_the_device_is_looked_for(node: FakeNode) -> None:
     with pytest.raises(InvalidField, match="mkfsOptions"):
         node.stage(volume_context={"mkfsOptions": "/dev/sda"})
@@ -372,13 +382,13 @@ def test_a_damaged_filesystem_is_not_mounted(node: FakeNode) -> None:
 def test_the_root_directory_gets_the_mode_that_was_asked_for(node: FakeNode) -> None:
     formatted(node)
     node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)))
-    assert node.modes == {STAGING: 0o770}
+    assert node.host.modes == {STAGING: 0o770}
 
 
 def test_the_root_directory_keeps_its_mode_without_a_wish_and_for_a_reader(node: FakeNode) -> None:
     formatted(node)
     node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)), mode=READER)
-    assert node.modes == {}
+    assert node.host.modes == {}
 
 
 def test_an_option_that_the_kernel_refuses_is_named(node: FakeNode) -> None:
