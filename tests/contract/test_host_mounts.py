@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import mounts, syscalls
 from csi_driver.machine import DeviceNumber
