@@ -197,7 +197,8 @@ def _settings(*names: str) -> str:
 
 
 _MKFS: dict[str, dict[str, str | None]] = {
-    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space; -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
+    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space;
+    # -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
     "ext4": {
         "-b": r"(?:1024|2048|4096)",
         "-C": _SIZE,
