@@ -45,41 +45,23 @@ def assemble(
     heavy = HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
-    return NodeUseCases(
-        stage=Stage(
-            devices=devices,
-            mounts=mounts,
-            filesystems=filesystems,
-            paths=paths,
-            marks=kept,
-            ownership=ownership,
-            preparation=preparation,
-            settings=settings,
-        ),
-        publish=Publish(
-            devices=devices,
-            read_only_devices=read_only_devices,
-            mounts=mounts,
-            paths=paths,
-            marks=kept,
-            ownership=ownership,
-        ),
-        expand=Expand(
-            read_only_devices=read_only_devices,
-            mounts=mounts,
-            filesystems=filesystems,
-            paths=paths,
-            heavy=heavy,
-            ownership=ownership,
-            settings=settings,
-        ),
-        statistics=Statistics(
-            devices=devices,
-            mounts=mounts,
-            filesystems=filesystems,
-            paths=paths,
-            ownership=ownership,
-            settings=settings,
-        ),
-        identity=Identity(devices=devices, tools=tools, settings=settings),
+    stage = Stage(
+        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, marks=kept, ownership=ownership,
+        preparation=preparation, settings=settings
+    )  # fmt: skip
+    publish = Publish(
+        devices=devices,
+        read_only_devices=read_only_devices,
+        mounts=mounts,
+        paths=paths,
+        marks=kept,
+        ownership=ownership,
     )
+    expand = Expand(
+        read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, heavy=heavy,
+        ownership=ownership, settings=settings
+    )  # fmt: skip
+    statistics = Statistics(
+        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
+    )
+    return NodeUseCases(stage, publish, expand, statistics, Identity(devices=devices, tools=tools, settings=settings))

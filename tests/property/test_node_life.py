@@ -97,8 +97,9 @@ class NodeLife(RuleBasedStateMachine):
     @rule(name=volumes)
     def lose_the_device(self, name: str) -> None:
         life = self.lives[name]
-        # A read-only device whose publication was cut off and whose own device is lost then is found by nobody.
-        if life.disk is not None and name not in self.cut_off.values():
+        # A read-only device that a death left unbound, and whose own device is lost then, is found by nobody.
+        bound = [entry.node for entry in self.host.table]
+        if life.disk is not None and all(reader in bound for reader in self.host.readers):
             life.last, life.disk = self.host.detach(name), None
 
     @rule()
