@@ -117,6 +117,7 @@ class Publish:
             return
         self._require_single(volume, device, mode, staged.root, {staging, staged.path, target})
         if self._paths.kind(target) == "file":
+            self._release_left_over(volume, target)
             self._paths.remove(target)
         self._paths.make_directory(target)
         self._mounts.bind(staging, target, read_only=read_only)
@@ -169,7 +170,10 @@ class Publish:
         self._require_single(volume, device, mode, None, {target})
         if not read_only:
             self._remember_raw(volume, device, context)
-        if self._paths.kind(target) == "directory":
+        kind = self._paths.kind(target)
+        if kind == "file" and not needs_reader:
+            self._release_left_over(volume, target)
+        if kind == "directory":
             self._paths.remove(target)
         self._paths.make_file(target)
         source = self._read_only_devices.over(device, reader_label(volume, device, target)) if needs_reader else device

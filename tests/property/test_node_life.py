@@ -197,6 +197,8 @@ class NodeLife(RuleBasedStateMachine):
             self.take_off(name, path)
             self.cut_off.pop(path, None)
             assert path in self.places or path not in self.host.tree
+        elif self.host.readers:
+            self.cut_off.setdefault(path, name)
 
     @rule(name=volumes, path=st.sampled_from((*STAGINGS, *TARGETS)), death=deaths, again=st.booleans())
     def expand(self, name: str, path: Path, death: int, again: bool) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import HostFailure, Incompatible, InvalidField, PreconditionFailed, VolumeNotFound
-from csi_driver.model import AccessMode, History, MountAccess
+from csi_driver.model import AccessMode, BlockAccess, History, MountAccess
+from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.readers import reader_label
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
     BLOCK,
@@ -344,3 +346,17 @@ def test_stacked_mounts_at_the_target_are_taken_off_one_by_one(staged: FakeNode)
     staged.host.mounts.bind(STAGING, TARGET, read_only=False)
     staged.unpublish()
     assert staged.host.mounts_at(TARGET) == 0
+
+
+@pytest.mark.parametrize("access", [BLOCK, MountAccess("ext4")])
+def test_a_reader_that_a_death_left_goes_when_the_target_is_published_otherwise(
+    block: FakeNode, access: MountAccess | BlockAccess
+) -> None:
+    device = block.host.devices.find(NAME)
+    assert device is not None
+    block.host.paths.make_file(TARGET)
+    block.host.read_only_devices.over(device, reader_label(NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET))
+    if access != BLOCK:
+        block.stage(access=access)
+    block.publish(access=access)
+    assert block.host.readers == []
