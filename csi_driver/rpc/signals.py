@@ -15,12 +15,16 @@ class Termination:
 
     def __init__(self) -> None:
         self._count = 0
-        self._reader, self._writer = -1, -1
+        self._reader, self._writer, self._wakeup_before = -1, -1, -1
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        # A pipe and not a threading.Event: setting one from a handler can deadlock with the wait it interrupts.
+        # The interpreter writes to the pipe as the signal comes, in whatever thread. A handler of ours runs only when
+        # the main thread next runs Python code, and that may be never: a signal just before a blocking read is not
+        # seen by it (signal.set_wakeup_fd).
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._received) for number in _SIGNALS}
         return self
 
@@ -29,6 +33,7 @@ class Termination:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave back
+        signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._reader)
         os.close(self._writer)
 
@@ -40,4 +45,3 @@ class Termination:
         self._count += 1
         if self._count > 1:
             os._exit(128 + number)
-        os.write(self._writer, b"!")

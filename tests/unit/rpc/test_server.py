@@ -131,6 +131,23 @@ def test_a_signal_ends_the_wait_and_the_handlers_come_back(number: signal.Signal
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_another_thread_receives_ends_the_wait_too() -> None:
+    rescued = threading.Event()
+
+    def rescue() -> None:
+        rescued.set()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    with Termination() as termination:
+        bystander = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+        guard = threading.Timer(5.0, rescue)
+        threading.Timer(0.2, bystander.start).start()
+        guard.start()
+        termination.wait()
+        guard.cancel()
+    assert not rescued.is_set()
+
+
 def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
