@@ -160,6 +160,7 @@ class NodeLife(RuleBasedStateMachine):
     def publish(
         self, name: str, staging: Path, at: Path, block: bool, read_only: bool, death: int, again: bool
     ) -> None:
+        name = self.cut_off.get(at, name)
         expected = (self.may_publish_block if block else self.may_publish)(name, staging, at, read_only)
         done = self.call(
             lambda: self.node.publish(
