@@ -360,3 +360,12 @@ def test_a_reader_that_a_death_left_goes_when_the_target_is_published_otherwise(
         block.stage(access=access)
     block.publish(access=access)
     assert block.host.readers == []
+
+
+def test_unpublish_takes_down_a_reader_that_was_never_bound(block: FakeNode) -> None:
+    device = block.host.devices.find(NAME)
+    assert device is not None
+    block.host.paths.make_file(TARGET)
+    block.host.read_only_devices.over(device, reader_label(NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET))
+    block.unpublish()
+    assert (block.host.readers, TARGET in block.host.tree) == ([], False)

@@ -144,6 +144,26 @@ def test_what_our_own_format_left_unfinished_is_made_again(node: FakeNode) -> No
     assert (node.host.mounts_at(STAGING), node.marks.kept) == (1, {})
 
 
+class Died(BaseException):
+    """The driver's process ends here."""
+
+
+@pytest.mark.parametrize("at", ["before make", "halfway make", "after make", "before unmark", "after unmark"])
+def test_a_driver_that_dies_around_its_format_goes_on_from_there(node: FakeNode, at: str) -> None:
+    def die(point: str) -> None:
+        if point == at:
+            raise Died
+
+    node.host.attach(NAME, UUID)
+    node.host.step = die
+    with pytest.raises(Died):
+        node.stage()
+    node.host.step = lambda point: None
+    node.restart()
+    node.stage()
+    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, {}, [])
+
+
 def test_an_unfinished_filesystem_of_another_attachment_is_refused(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
@@ -268,6 +288,13 @@ def test_a_staging_path_that_holds_another_volume_is_refused_naming_it(node: Fak
     formatted(node)
     with pytest.raises(PreconditionFailed, match="csi-2"):
         node.stage()
+
+
+def test_a_mount_is_not_taken_for_a_volume_of_the_same_name_and_another_uuid(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    with pytest.raises(PreconditionFailed, match=NAME):
+        node.stage(volume_id=f"z:{NAME}:{OTHER_UUID}", context=publish_context(uuid=OTHER_UUID))
 
 
 def test_a_staging_path_that_holds_a_dead_device_is_refused_naming_it(node: FakeNode) -> None:
