@@ -159,30 +159,35 @@ class Inventory:
         self, zone: str, management: Management, start: Position | None, page: int, *, deadline: Deadline
     ) -> Iterator[tuple[Position, ListedVolume]]:
         holders = _holders(management.clients(deadline=deadline))
+        zone_mark = mark(zone)
         for volume in _volumes_from(management, start, page, deadline=deadline):
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
             seen = start.spelling if start is not None and volume.name == start.name else ""
-            yield from self._entries_of_volume(zone, volume, holders.get(volume.uuid, {}), seen)
+            for order, entry in self._entries_of_volume(zone, volume, holders.get(volume.uuid, {})):
+                if order > seen:
+                    yield Position(zone_mark, volume.name, order), entry
 
     def _entries_of_volume(
-        self, zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]], seen: str
-    ) -> Iterator[tuple[Position, ListedVolume]]:
+        self, zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]]
+    ) -> Iterator[tuple[str, ListedVolume]]:
+        """Yield the entries of one volume with what orders them; the last has the order `LAST`."""
         creation = read_creation(volume.metadata)
-        spellings = _spellings(zone, volume, held)
+        issued = issued_handle(zone, volume, creation)
+        key = self._settings.topology_key
+        if not held:
+            yield LAST, ListedVolume(described(zone, volume, creation, key, issued.format()), ())
+            return
+        spellings = _spellings(zone, volume, issued, held)
         for order, volume_id in sorted(spellings.items()):
-            if order <= seen:
-                continue
-            shape = described(zone, volume, creation, self._settings.topology_key, volume_id)
+            shape = described(zone, volume, creation, key, volume_id)
             handle = VolumeHandle.parse(volume_id)
             nodes = held.get(held_reference(handle, volume.uuid), ()) if handle is not None else ()
-            position = Position(mark(zone), volume.name, LAST if order == max(spellings) else order)
-            yield position, ListedVolume(shape, nodes)
+            yield LAST if order == max(spellings) else order, ListedVolume(shape, nodes)
 
 
-def _spellings(zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _spellings(zone: str, volume: Volume, issued: VolumeHandle, held: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return the ids under which a volume shows, by what orders them: the issued one, and others attached now."""
-    issued = issued_handle(zone, volume, read_creation(volume.metadata))
     shown_as = {"!": issued.format()}
     recorded: dict[str, list[str]] = {}
     for text in read_attachments(volume.metadata).handles:

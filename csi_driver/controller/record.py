@@ -17,6 +17,7 @@ OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
 _NAMESPACE_KEY = "csi-storage-k8s-io/pvc/namespace"
 _FORMAT = 1
+_MODES = {mode.value: mode for mode in AccessMode}
 _MOST_CLIENTS = 1024
 """As many clients as may share one volume; the whole metadata may have 256 KiB."""
 _MOST_HANDLES = 64
@@ -78,7 +79,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         is_ours=is_ours,
         capacity=_capacity(own) if is_ours else None,
-        modes=frozenset(AccessMode(m) for m in modes if m in set(AccessMode)) if isinstance(modes, list) else None,
+        modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
     )
 
 
