@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(CACHE)/bin:$(PATH)
 .PHONY: help
 help: ## list the targets
 	@echo 'usage: make TARGET        (times: 2 cores, first run / later runs)'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s)
@@ -37,6 +37,10 @@ test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on 
 .PHONY: bench
 bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: sanity-repeat
+sanity-repeat: $(VENV)/test $(SANITY) debian-packages ## as root: csi-sanity twenty times in a row, mount and block (2 min)
+	@$(BIN)/python -m tests.sanity.repeat 20
 
 .PHONY: lint
 lint: $(VENV)/test ## lint, format, types and layers only (1 min / 20 s)
