@@ -13,6 +13,7 @@ from csi_driver.host.mounts import LinuxMounts
 
 _NEEDED_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "blkid")
 _VERSION_OPTION = {"mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V"}
+_SYS_DEV_BLOCK = Path("/sys/dev/block")
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 _VERSION_TIMEOUT_S = 5.0
 
@@ -32,6 +33,10 @@ class MachineTools:
         ]
         if not has_capability(_CAP_SYS_ADMIN):
             found.append("this process lacks CAP_SYS_ADMIN, without which it cannot mount")
+        if not _SYS_DEV_BLOCK.is_dir():
+            found.append(
+                f"{_SYS_DEV_BLOCK} is not visible, without which no device can be known: mount the host's /sys"
+            )
         found += [f"the path root {root} does not exist" for root in self._roots if not root.is_dir()]
         return found
 

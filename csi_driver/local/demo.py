@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -37,9 +37,13 @@ class Interrupted(Exception):
 def run_demo(settings: DemoSettings) -> int:
     """Run the demo; returns the exit status: 0 when every step worked and nothing is left."""
     from csi_driver.host import command
+    from csi_driver.host.facts import MachineTools
     from csi_driver.host.supervise import ChildProcesses
 
-    return Demo(settings, ChildProcesses(), command, write=lambda line: print(line, flush=True)).run()
+    def write(line: str) -> None:
+        print(line, flush=True)
+
+    return Demo(settings, ChildProcesses(), command, write=write, problems=MachineTools(()).problems).run()
 
 
 class Demo:
@@ -52,6 +56,7 @@ class Demo:
         commands: Commands,
         *,
         write: Callable[[str], None],
+        problems: Callable[[], Sequence[str]],
         effective_uid: Callable[[], int] = os.geteuid,
     ) -> None:
         self._settings = settings
@@ -59,12 +64,13 @@ class Demo:
         self._commands = commands
         self._screen = Screen(write)
         self._kernel = Kernel(commands)
+        self._problems = problems
         self._effective_uid = effective_uid
         self._pids: set[int] = set()
 
     def run(self) -> int:
         """Run it; returns the exit status."""
-        problem = missing(self._commands, TOOLS, self._effective_uid())
+        problem = missing(self._commands, TOOLS, self._effective_uid(), self._problems)
         if problem is not None:
             print(f"nvmesh-csi demo: {problem}", file=sys.stderr, flush=True)
             return 1
@@ -193,13 +199,18 @@ class Demo:
         return []
 
 
-def missing(commands: Commands, tools: tuple[str, ...], effective_uid: int) -> str | None:
-    """Return what keeps this from running, one line that says what to do; None when nothing does."""
+def missing(
+    commands: Commands, tools: tuple[str, ...], effective_uid: int, problems: Callable[[], Sequence[str]]
+) -> str | None:
+    """Return what keeps this from running, one line that says what to do; None when nothing does.
+
+    `problems` are the machine's own, which only root can judge.
+    """
     if effective_uid != 0:
         return "it mounts filesystems and attaches loop devices, which takes root: run it as root, e.g. with sudo"
     absent = [tool for tool in tools if commands.find_tool(tool) is None]
     if not absent:
-        return None
+        return "; ".join(problems()) or None
     packages = sorted({_PACKAGES.get(tool) or commands.package_of(tool) or tool for tool in absent})
     return f"{', '.join(absent)} not found: install {', '.join(packages)}"
 

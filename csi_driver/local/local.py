@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from csi_driver.errors import DriverError
@@ -21,9 +21,13 @@ TOOLS = ("setpriv", "blkid", "mkfs.ext4", "e2fsck", "resize2fs")
 def run_local(settings: LocalSettings) -> int:
     """Run all roles until SIGTERM or SIGINT; returns the exit status: 0 after an orderly stop."""
     from csi_driver.host import command
+    from csi_driver.host.facts import MachineTools
     from csi_driver.host.supervise import ChildProcesses
 
-    return Local(settings, ChildProcesses(), command, write=lambda line: print(line, flush=True)).run()
+    def write(line: str) -> None:
+        print(line, flush=True)
+
+    return Local(settings, ChildProcesses(), command, write=write, problems=MachineTools(()).problems).run()
 
 
 class Local:
@@ -36,17 +40,19 @@ class Local:
         commands: Commands,
         *,
         write: Callable[[str], None],
+        problems: Callable[[], Sequence[str]],
         effective_uid: Callable[[], int] = os.geteuid,
     ) -> None:
         self._settings = settings
         self._processes = processes
         self._commands = commands
         self._write = write
+        self._problems = problems
         self._effective_uid = effective_uid
 
     def run(self) -> int:
         """Run it; returns the exit status."""
-        problem = missing(self._commands, TOOLS, self._effective_uid())
+        problem = missing(self._commands, TOOLS, self._effective_uid(), self._problems)
         if problem is not None:
             return self._refuse(problem)
         try:

@@ -419,6 +419,13 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
     assert "absent does not exist" in problems[1]
 
 
+def test_a_container_that_hides_block_devices_in_sysfs_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(facts, "_SYS_DEV_BLOCK", tmp_path / "absent")
+    assert ["is not visible" in problem for problem in facts.MachineTools([tmp_path]).problems()] == [True]
+
+
 def test_every_failure_of_this_adapter_is_one_of_the_driver(machine: HostMachine) -> None:
     gone = Device("csi-0", machine.device_root / "csi-0", machine.volume().loop.device_number, 4096, False, None)
     with pytest.raises(DriverError):

@@ -63,7 +63,14 @@ class FakeClock:
 
 def demo(settings: DemoSettings, *, uid: int = 0, commands: FakeCommands | None = None) -> tuple[int, list[str]]:
     lines: list[str] = []
-    one = Demo(settings, NoProcesses(), commands or FakeCommands(), write=lines.append, effective_uid=lambda: uid)
+    one = Demo(
+        settings,
+        NoProcesses(),
+        commands or FakeCommands(),
+        write=lines.append,
+        problems=tuple,
+        effective_uid=lambda: uid,
+    )
     return one.run(), lines
 
 
@@ -85,7 +92,12 @@ def test_a_directory_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pyt
 
 
 def test_nothing_is_missing_for_root_with_all_tools() -> None:
-    assert missing(FakeCommands(), ("lsblk",), 0) is None
+    assert missing(FakeCommands(), ("lsblk",), 0, tuple) is None
+
+
+def test_what_the_machine_itself_lacks_is_said_before_anything_is_started() -> None:
+    said = missing(FakeCommands(), ("lsblk",), 0, lambda: ["no capability", "no /sys"])
+    assert said == "no capability; no /sys"
 
 
 def test_mounts_are_found_by_whole_path_elements() -> None:
