@@ -12,7 +12,7 @@ from csi_driver.node.limits import HeavyWork
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, ReadOnlyDevices
 from csi_driver.node.prepare import GROWTH_SLACK_BYTES
-from csi_driver.node.readers import reader_label
+from csi_driver.node.readers import reader_over
 from csi_driver.node.requests import NodeExpandRequest, NodeSettings
 
 
@@ -101,7 +101,7 @@ class Expand:
         """Refuse to call a device grown that is not the one in use; a read-only one over it grows with it."""
         number = number_of(mounted)
         if mounted.node_number is not None and number != device.number:
-            reader = self._read_only_devices.over(device, reader_label(volume, device, mounted.path))
+            reader = reader_over(self._read_only_devices, volume, device, mounted.path)
             if reader.number == number:
                 return
             self._read_only_devices.release(reader.number)

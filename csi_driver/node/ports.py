@@ -63,12 +63,19 @@ class Devices(Protocol):
 class ReadOnlyDevices(Protocol):
     """Read-only devices over devices that are writable elsewhere on this node (decision on raw block readers)."""
 
-    def over(self, device: Device, label: str) -> Device:
-        """Return a read-only device over `device`, made or found by its label (at most 63 characters)."""
+    def over(self, device: Device, uuid: str, reader: str) -> Device:
+        """Return a read-only device over `device`, made, or found again by the volume's uuid and the reader's id.
+
+        `reader`: 16 hexadecimal digits, the same for every call about one reader.
+        """
         ...
 
     def release(self, number: DeviceNumber) -> bool:
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
+        ...
+
+    def release_left_over(self, reader: str) -> None:
+        """Take down each such device of the reader that nothing uses, whatever became of the one below."""
         ...
 
 

@@ -12,7 +12,7 @@ from csi_driver.node.marks import RAW, Mark, Marks
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
-from csi_driver.node.readers import reader_label
+from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
 
@@ -79,19 +79,23 @@ class Publish:
         if handle is None:
             return
         volume = NamedVolume(volume_id, handle.name, handle.uuid)
-        was_mounted = False
-        while (mounted := self._mounts.at(target)) is not None:
-            if not self._ownership.take_off_one(mounted, target, volume):
-                return
-            was_mounted = True
-            self._release_reader(mounted, volume)
+        is_clear = self._take_off(volume, target)
+        self._release_left_over(volume, target)
+        if not is_clear:
+            return
         kind = self._paths.kind(target)
-        if kind == "file" and not was_mounted:
-            self._release_left_over(volume, target)
         if kind in ("directory", "file"):
             self._paths.remove(target)
         elif kind != "absent":
             raise PreconditionFailed(f"target path {target} is of the kind {kind}, wanted a directory or file")
+
+    def _take_off(self, volume: NamedVolume, target: Path) -> bool:
+        """Take the volume's mounts off the target, one by one; False when one of another volume is there."""
+        while (mounted := self._mounts.at(target)) is not None:
+            if not self._ownership.take_off_one(mounted, target, volume):
+                return False
+            self._release_reader(mounted, volume)
+        return True
 
     # --- filesystem ---
 
@@ -176,7 +180,7 @@ class Publish:
         if kind == "directory":
             self._paths.remove(target)
         self._paths.make_file(target)
-        source = self._read_only_devices.over(device, reader_label(volume, device, target)) if needs_reader else device
+        source = reader_over(self._read_only_devices, volume, device, target) if needs_reader else device
         self._mounts.bind(source.path, target, read_only=read_only)
 
     def _accept_block(
@@ -198,7 +202,7 @@ class Publish:
         elif not found and not needs_reader:
             found.append(f"device is {number_of(published)}, wanted {device.number}")
         elif not found:
-            reader = self._read_only_devices.over(device, reader_label(volume, device, target))
+            reader = reader_over(self._read_only_devices, volume, device, target)
             if reader.number != published.node_number:
                 self._read_only_devices.release(reader.number)
                 found.append(f"device is {published.node_number}, wanted a read-only one over {device.number}")
@@ -229,11 +233,9 @@ class Publish:
             self._read_only_devices.release(taken_off.node_number)
 
     def _release_left_over(self, volume: NamedVolume, target: Path) -> None:
-        """Take down the read-only device that a crash left: made before its bind mount, or not released after it."""
-        device = self._ownership.device_of(volume)
-        if device is not None and not device.read_only and (volume.uuid or device.uuid) is not None:
-            reader = self._read_only_devices.over(device, reader_label(volume, device, target))
-            self._read_only_devices.release(reader.number)
+        """Take down what a crash left of a read-only publication here: made before its bind mount, or not released
+        after it; the volume's device may be gone since, and the target another volume's."""
+        self._read_only_devices.release_left_over(reader_id(volume, target))
 
     # --- both ---
 

@@ -411,12 +411,14 @@ def test_loop_devices_work_where_their_nodes_are_missing(machine: HostMachine, m
 
 # --- read-only devices over devices -----------------------------------------------------------------------------
 
+READER = "0123456789abcdef"
+
 
 def test_a_read_only_device_refuses_writes_while_the_one_below_takes_them(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     readers = ReadOnlyLoops(machine.loops)
-    reader = readers.over(device, f"{volume.uuid}/ro")
+    reader = readers.over(device, volume.uuid, READER)
     fd = os.open(reader.path, os.O_RDWR)
     with pytest.raises(OSError, match="not permitted"):
         os.pwrite(fd, b"x", 0)
@@ -432,8 +434,8 @@ def test_a_read_only_device_refuses_writes_while_the_one_below_takes_them(machin
 def test_a_read_only_device_is_made_once_and_follows_the_size(machine: HostMachine) -> None:
     volume = machine.volume()
     readers = ReadOnlyLoops(machine.loops)
-    first = readers.over(machine.device(volume), f"{volume.uuid}/ro")
-    second = readers.over(machine.grow(volume, 128 * MIB), f"{volume.uuid}/ro")
+    first = readers.over(machine.device(volume), volume.uuid, READER)
+    second = readers.over(machine.grow(volume, 128 * MIB), volume.uuid, READER)
     assert first.number == second.number
     assert second.size_bytes == 128 * MIB
 
@@ -441,7 +443,7 @@ def test_a_read_only_device_is_made_once_and_follows_the_size(machine: HostMachi
 def test_only_unused_read_only_devices_of_ours_are_released(machine: HostMachine) -> None:
     volume = machine.volume()
     readers = ReadOnlyLoops(machine.loops)
-    reader = readers.over(machine.device(volume), f"{volume.uuid}/ro")
+    reader = readers.over(machine.device(volume), volume.uuid, READER)
     fd = os.open(reader.path, os.O_RDONLY)
     answers = [readers.release(volume.loop.device_number), readers.release(reader.number)]
     os.close(fd)
@@ -449,6 +451,48 @@ def test_only_unused_read_only_devices_of_ours_are_released(machine: HostMachine
     answers += [readers.release(volume.loop.device_number)]
     assert answers == [False, False, True, False, False]
     assert machine.device(volume).uuid == volume.uuid
+
+
+@pytest.mark.parametrize("label", ["node-1", f"ro-{READER}"])
+def test_a_volume_that_is_attached_read_only_is_no_reader(machine: HostMachine, label: str) -> None:
+    volume = machine.volume()
+    own = machine.loops.attach(volume.file, None, label=f"{volume.uuid}/{label}", read_only=True)
+    readers = ReadOnlyLoops(machine.loops)
+    assert not readers.release(own.device_number)
+    readers.release_left_over(READER)
+    assert own.number in {loop.number for loop in machine.loops.bound()}
+
+
+@pytest.mark.parametrize("label", ["{uuid}/node-1", "{uuid}/x/ro-" + READER, "{uuid}/ro-0123", "x/ro-" + READER])
+def test_a_read_only_device_over_a_volume_with_another_label_is_no_reader(machine: HostMachine, label: str) -> None:
+    volume = machine.volume()
+    shown = label.format(uuid=volume.uuid)
+    other = machine.loops.attach(machine.device(volume).path, None, label=shown, read_only=True)
+    try:
+        assert not ReadOnlyLoops(machine.loops).release(other.device_number)
+    finally:
+        machine.loops.detach(other)
+
+
+def test_a_writable_device_over_a_volume_is_no_reader(machine: HostMachine) -> None:
+    volume = machine.volume()
+    label = f"{volume.uuid}/ro-{READER}"
+    other = machine.loops.attach(machine.device(volume).path, None, label=label, read_only=False)
+    try:
+        assert not ReadOnlyLoops(machine.loops).release(other.device_number)
+    finally:
+        machine.loops.detach(other)
+
+
+def test_a_reader_is_released_when_the_device_below_was_lost(machine: HostMachine) -> None:
+    volume = machine.volume()
+    readers = ReadOnlyLoops(machine.loops)
+    reader = readers.over(machine.device(volume), volume.uuid, READER)
+    machine.device(volume).path.unlink()
+    readers.release_left_over("f" * 16)
+    kept = machine.devices.size_bytes(reader.number)
+    readers.release_left_over(READER)
+    assert (kept, machine.devices.size_bytes(reader.number)) == (64 * MIB, None)
 
 
 def test_udev_may_look_at_a_device_that_is_being_opened(machine: HostMachine) -> None:

@@ -275,21 +275,22 @@ class FakeReadOnlyDevices:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
 
-    def over(self, device: Device, label: str) -> Device:
+    def over(self, device: Device, uuid: str, reader: str) -> Device:
+        label = f"{uuid}/ro-{reader}"
         if len(label) > 63:
             raise HostFailure(f"the label {label} is longer than 63 bytes")
         ground = self._host.by_number(device.number)
         if ground is None:
             raise SystemCallFailed(f"bind a loop device to {device.path}", errno.ENXIO)
-        for reader in self._host.readers:
-            if reader.label == label and reader.backing is ground:
-                reader.size_bytes = ground.size_bytes
-                return reader.as_device()
+        for made in self._host.readers:
+            if made.label == label and made.backing is ground:
+                made.size_bytes = ground.size_bytes
+                return made.as_device()
         self._host.step("before over")
         number = self._host.next_number(7)
-        reader = FakeDisk(
+        made = FakeDisk(
             device.name,
-            label[:36],
+            uuid,
             number,
             ground.size_bytes,
             Path(f"/dev/loop{number.minor}"),
@@ -297,9 +298,9 @@ class FakeReadOnlyDevices:
             backing=ground,
             label=label,
         )
-        self._host.readers.append(reader)
+        self._host.readers.append(made)
         self._host.step("after over")
-        return reader.as_device()
+        return made.as_device()
 
     def release(self, number: DeviceNumber) -> bool:
         for reader in self._host.readers:
@@ -310,6 +311,10 @@ class FakeReadOnlyDevices:
                 self._host.step("after release")
                 return True
         return False
+
+    def release_left_over(self, reader: str) -> None:
+        for made in [made for made in self._host.readers if made.label.endswith(f"/ro-{reader}")]:
+            self.release(made.number)
 
 
 class FakeMounts:

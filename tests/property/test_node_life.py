@@ -77,8 +77,6 @@ class NodeLife(RuleBasedStateMachine):
             self.host.make_tree(path)
         self.lives = {name: Life() for name in UUIDS}
         self.places: dict[Path, Place] = {}
-        self.cut_off: dict[Path, str] = {}
-        """Targets where a publication was cut off: only the volume's own call can tell what it had begun there."""
 
     # --- the storage, the users ---
 
@@ -97,9 +95,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(name=volumes)
     def lose_the_device(self, name: str) -> None:
         life = self.lives[name]
-        # A read-only device that a death left unbound, and whose own device is lost then, is found by nobody.
-        bound = [entry.node for entry in self.host.table]
-        if life.disk is not None and all(reader in bound for reader in self.host.readers):
+        if life.disk is not None:
             life.last, life.disk = self.host.detach(name), None
 
     @rule()
@@ -107,7 +103,6 @@ class NodeLife(RuleBasedStateMachine):
         self.host.reboot()
         self.node.restart()
         self.places.clear()
-        self.cut_off.clear()
 
     @rule(path=st.sampled_from((*STAGINGS, *TARGETS)), data=st.binary(min_size=1, max_size=3))
     def write(self, path: Path, data: bytes) -> None:
@@ -160,7 +155,6 @@ class NodeLife(RuleBasedStateMachine):
     def publish(
         self, name: str, staging: Path, at: Path, block: bool, read_only: bool, death: int, again: bool
     ) -> None:
-        name = self.cut_off.get(at, name)
         expected = (self.may_publish_block if block else self.may_publish)(name, staging, at, read_only)
         done = self.call(
             lambda: self.node.publish(
@@ -176,8 +170,6 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
-        if not done and death and at not in self.places and self.host.readers:
-            self.cut_off.setdefault(at, name)
         if done and at not in self.places and life.disk is not None:
             if block and not read_only:
                 life.begun = 0
@@ -193,13 +185,9 @@ class NodeLife(RuleBasedStateMachine):
 
     @rule(name=volumes, path=targets, death=deaths, again=st.booleans())
     def unpublish(self, name: str, path: Path, death: int, again: bool) -> None:
-        name = self.cut_off.get(path, name)
         if self.call(lambda: self.node.unpublish(path, self.id_of(name)), True, death, again):
             self.take_off(name, path)
-            self.cut_off.pop(path, None)
             assert path in self.places or path not in self.host.tree
-        elif self.host.readers:
-            self.cut_off.setdefault(path, name)
 
     @rule(name=volumes, path=st.sampled_from((*STAGINGS, *TARGETS)), death=deaths, again=st.booleans())
     def expand(self, name: str, path: Path, death: int, again: bool) -> None:
@@ -358,7 +346,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(order=st.permutations((*STAGINGS, *TARGETS)))
     def everything_is_taken_down(self, order: list[Path]) -> None:
         for path in order:
-            for name in sorted(UUIDS, key=lambda name: name != self.cut_off.get(path)):
+            for name in UUIDS:
                 if path in TARGETS:
                     self.node.unpublish(path, self.id_of(name))
                 else:
@@ -367,7 +355,6 @@ class NodeLife(RuleBasedStateMachine):
         assert self.host.readers == []
         assert not any(path in self.host.tree for path in TARGETS)
         self.places.clear()
-        self.cut_off.clear()
 
 
 def _dying_at(death: int) -> Callable[[str], None]:

@@ -2,18 +2,26 @@
 
 A read-only bind mount of a device node does not keep a process from writing through it, and BLKROSET stops those who
 are already writing; a loop device opened read-only does keep its readers from writing, and nobody else.
+
+Such a device is known by its label, `<volume uuid>/ro-<reader>`, and by standing over a block device, read-only: a
+volume's own loop device stands over a file, and may be read-only too.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import HostFailure, PreconditionFailed
 from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
 from csi_driver.machine import Device, DeviceNumber
+
+_READER = re.compile(r"[0-9a-f]{16}")
+_MARK = "ro-"
 
 
 class ReadOnlyLoops:
@@ -24,8 +32,11 @@ class ReadOnlyLoops:
         self._directory = device_directory
         self._making = threading.Lock()
 
-    def over(self, device: Device, label: str) -> Device:
-        """Return a read-only device over `device`, made or found by its label (at most 63 characters)."""
+    def over(self, device: Device, uuid: str, reader: str) -> Device:
+        """Return a read-only device over `device`, made, or found again by the volume's uuid and the reader's id."""
+        if _READER.fullmatch(reader) is None:
+            raise HostFailure(f"the id of a reader is {reader!r}, wanted 16 hexadecimal digits")
+        label = f"{uuid}/{_MARK}{reader}"
         with self._making:
             loop = self._find(device, label)
             if loop is None:
@@ -34,13 +45,22 @@ class ReadOnlyLoops:
 
     def release(self, number: DeviceNumber) -> bool:
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
-        for loop in self._loops.bound():
+        for loop in self._ours():
             if loop.device_number == number:
-                return loop.read_only and loop.uuid is not None and self._loops.detach(loop)
+                return self._loops.detach(loop)
         return False
 
+    def release_left_over(self, reader: str) -> None:
+        """Take down each such device of the reader that nothing uses, whatever became of the one below."""
+        for loop in self._ours():
+            if _reader_of(loop) == reader:
+                self._loops.detach(loop)
+
+    def _ours(self) -> Iterator[LoopDevice]:
+        return (loop for loop in self._loops.bound() if _reader_of(loop) is not None)
+
     def _find(self, device: Device, label: str) -> LoopDevice | None:
-        same = (loop for loop in self._loops.bound() if loop.label == label and loop.read_only)
+        same = (loop for loop in self._ours() if loop.label == label)
         return next((loop for loop in same if loop.backing == device.number and not loop.file_is_gone), None)
 
     def _described(self, device: Device, loop: LoopDevice) -> Device:
@@ -55,3 +75,11 @@ class ReadOnlyLoops:
         finally:
             os.close(fd)
         return Device(device.name, node, loop.device_number, size, True, device.uuid, device.block_bytes)
+
+
+def _reader_of(loop: LoopDevice) -> str | None:
+    """Return whose reader's device it is; None when it is no such device, whatever else it may be."""
+    if not loop.read_only or loop.backing is None or loop.uuid is None:
+        return None
+    mark, _, reader = loop.label.partition("/")[2].partition(_MARK)
+    return reader if not mark and _READER.fullmatch(reader) is not None else None

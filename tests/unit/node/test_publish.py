@@ -7,7 +7,7 @@ import pytest
 from csi_driver.errors import HostFailure, Incompatible, InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.model import AccessMode, BlockAccess, History, MountAccess
 from csi_driver.node.ownership import NamedVolume
-from csi_driver.node.readers import reader_label
+from csi_driver.node.readers import reader_over
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
     BLOCK,
@@ -355,7 +355,7 @@ def test_a_reader_that_a_death_left_goes_when_the_target_is_published_otherwise(
     device = block.host.devices.find(NAME)
     assert device is not None
     block.host.paths.make_file(TARGET)
-    block.host.read_only_devices.over(device, reader_label(NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET))
+    reader_over(block.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
     if access != BLOCK:
         block.stage(access=access)
     block.publish(access=access)
@@ -366,6 +366,46 @@ def test_unpublish_takes_down_a_reader_that_was_never_bound(block: FakeNode) -> 
     device = block.host.devices.find(NAME)
     assert device is not None
     block.host.paths.make_file(TARGET)
-    block.host.read_only_devices.over(device, reader_label(NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET))
+    reader_over(block.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
     block.unpublish()
     assert (block.host.readers, TARGET in block.host.tree) == ([], False)
+
+
+def cut_off(node: FakeNode) -> None:
+    """Leave what a death between making the reader and binding it leaves."""
+    device = node.host.devices.find(NAME)
+    assert device is not None
+    node.host.paths.make_file(TARGET)
+    reader_over(node.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
+
+
+@pytest.mark.parametrize("volume_id", [VOLUME_ID, NAME])
+def test_unpublish_takes_down_a_reader_that_was_never_bound_and_whose_device_is_gone(
+    block: FakeNode, volume_id: str
+) -> None:
+    cut_off(block)
+    block.host.detach(NAME)
+    block.unpublish(volume_id=volume_id)
+    assert (block.host.readers, TARGET in block.host.tree) == ([], False)
+
+
+def test_unpublish_takes_down_a_reader_of_an_earlier_attachment_beside_the_present_one(block: FakeNode) -> None:
+    cut_off(block)
+    block.host.attach(NAME, UUID, like=block.host.detach(NAME))
+    block.publish(access=BLOCK, read_only=True)
+    assert len(block.host.readers) == 2
+    block.unpublish()
+    assert block.host.readers == []
+
+
+def test_unpublish_takes_down_a_reader_of_a_target_that_another_volume_has_now(block: FakeNode) -> None:
+    cut_off(block)
+    publish_other(block)
+    block.unpublish()
+    assert (block.host.readers, block.host.mounts_at(TARGET)) == ([], 1)
+
+
+def test_unpublish_of_another_volume_leaves_the_reader_of_this_one(block: FakeNode) -> None:
+    block.publish(access=BLOCK, read_only=True)
+    block.unpublish(volume_id=OTHER_ID)
+    assert (len(block.host.readers), block.host.mounts_at(TARGET)) == (1, 1)
