@@ -90,8 +90,6 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.rpc.identity import ControllerHealth
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
 
-    for warning in command.management.warnings():
-        _LOG.warning("%s", warning)
     settings = replace(command.controller, driver_version=driver_version())
     clusters = OneCluster(command.zone, ManagementClient(command.management))
     inventory = Inventory(clusters, settings)
@@ -126,6 +124,9 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
 
+    tools = MachineTools(command.path_roots)
+    for warning in tools.warnings():
+        _LOG.warning("%s", warning)
     devices = LinuxDevices(command.device_directory, command.status_directory)
     paths = LinuxPaths(command.path_roots)
     use_cases = assemble(
@@ -134,7 +135,7 @@ def _node(command: NodeCommand) -> int:
         mounts=LinuxMounts(paths.open),
         filesystems=LinuxFilesystems(devices),
         paths=paths,
-        tools=MachineTools(command.path_roots),
+        tools=tools,
         settings=command.node,
     )
     servicer = NodeServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))

@@ -13,6 +13,8 @@ from csi_driver.host.mounts import LinuxMounts
 
 _NEEDED_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "blkid")
 _VERSION_OPTION = {"mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V"}
+# Below this root nothing is mounted for others to see: a node of one machine, not of a container.
+_ROOT = Path("/")
 _SYS_DEV_BLOCK = Path("/sys/dev/block")
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 _VERSION_TIMEOUT_S = 5.0
@@ -52,7 +54,7 @@ class MachineTools:
             f"mounts below {root} do not reach the host (mount propagation is private): "
             "the volume of the container needs mountPropagation Bidirectional"
             for root in self._roots
-            if root.is_dir() and not mounts.propagation_is_shared(root)
+            if root != _ROOT and root.is_dir() and not mounts.propagation_is_shared(root)
         ]
         return found
 
