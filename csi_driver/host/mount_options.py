@@ -33,14 +33,14 @@ _SUPERBLOCK = {
     "dirsync": syscalls.MS_DIRSYNC,
     "lazytime": syscalls.MS_LAZYTIME,
 }
-_NOTHING = frozenset(
-    {"", "defaults", "rw", "suid", "dev", "exec", "atime", "diratime", "async", "nolazytime", "symfollow"}
-)
+_NOTHING = frozenset({"defaults", "rw", "suid", "dev", "exec", "atime", "diratime", "async", "nolazytime", "symfollow"})
 _NOT_A_MOUNT = frozenset(
     {"bind", "rbind", "move", "remount", "shared", "rshared", "slave", "rslave", "private", "rprivate", "unbindable",
      "runbindable", "loop", "offset", "sizelimit", "source"}
 )  # fmt: skip
 """Words that would make mount(8) do something else than mount this device here."""
+_MAY_HOLD_COMMAS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
+"""Options of SELinux, whose levels list categories, such as s0:c1,c2 (mount(8))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +52,48 @@ class MountOptions:
     own: tuple[str, ...]
     flags: int
 
+    @property
+    def data(self) -> str:
+        """Join the filesystem's own options for mount(2), where SELinux takes what holds commas in quotes."""
+        return ",".join(_quoted(option) for option in self.own)
+
+
+def _quoted(option: str) -> str:
+    name, _, value = option.partition("=")
+    return f'{name}="{value}"' if "," in value else option
+
 
 def sort_options(options: Sequence[str], *, read_only: bool) -> MountOptions:
-    """Sort the options of a mount; each may hold several, separated by commas. `read_only` adds "ro".
+    """Sort the options of a mount, one by one: a value may hold commas, without quotes. `read_only` adds "ro".
 
     Raises `InvalidField` for words that are no options of a mount.
     """
-    names = [name for option in options for name in option.split(",")]
     attributes, flags = (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY) if read_only else (0, 0)
-    superblock = ["ro"] if read_only or "ro" in names else []
+    superblock = ["ro"] if read_only or "ro" in options else []
     access_time = (0, 0)
     own = []
-    for name in names:
-        if name.partition("=")[0] in _NOT_A_MOUNT:
-            raise InvalidField(FIELD, name, "an option of the filesystem or of its mount")
-        if name in _ATTRIBUTES:
-            attributes |= _ATTRIBUTES[name][0]
-            flags |= _ATTRIBUTES[name][1]
-        elif name in _ACCESS_TIMES:
-            access_time = _ACCESS_TIMES[name]
-        elif name in _SUPERBLOCK:
-            superblock.append(name)
-            flags |= _SUPERBLOCK[name]
-        elif name not in _NOTHING:
-            own.append(name)
+    for option in options:
+        _require_one(option)
+        if option in _ATTRIBUTES:
+            attributes |= _ATTRIBUTES[option][0]
+            flags |= _ATTRIBUTES[option][1]
+        elif option in _ACCESS_TIMES:
+            access_time = _ACCESS_TIMES[option]
+        elif option in _SUPERBLOCK:
+            superblock.append(option)
+            flags |= _SUPERBLOCK[option]
+        elif option not in _NOTHING:
+            own.append(option)
     return MountOptions(attributes | access_time[0], tuple(superblock), tuple(own), flags | access_time[1])
+
+
+def _require_one(option: str) -> None:
+    """Refuse what is no single option, or would be read as several where options are handed over as one text."""
+    name, _, value = option.partition("=")
+    if name in _NOT_A_MOUNT:
+        raise InvalidField(FIELD, option, "an option of the filesystem or of its mount")
+    if not name or "," in name or '"' in option or ("," in value and name not in _MAY_HOLD_COMMAS):
+        raise InvalidField(FIELD, name, "one option, without commas or quotes but for the commas of an SELinux context")
 
 
 _SHOWN_ACCESS_TIMES = {0: "relatime", syscalls.MOUNT_ATTR_NOATIME: "noatime"}

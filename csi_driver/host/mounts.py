@@ -136,7 +136,7 @@ class LinuxMounts:
         what = f"mount {device.path} at {target}"
         place = Path(f"/proc/self/fd/{target_fd}")
         try:
-            syscalls.mount(str(device.path), place, fs_type, wanted.flags, ",".join(wanted.own))
+            syscalls.mount(str(device.path), place, fs_type, wanted.flags, wanted.data)
         except SystemCallFailed as failure:
             if failure.errno == errno.EINVAL and wanted.own:
                 raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure

@@ -56,7 +56,7 @@ def test_a_mount_of_a_peer_group_propagates(mount_id: int, shared: bool) -> None
 
 def test_options_go_to_whoever_takes_them() -> None:
     sorted_options = mount_options.sort_options(
-        ["noatime,nodev", "data=ordered", "dirsync", "defaults"], read_only=False
+        ["noatime", "nodev", "data=ordered", "dirsync", "defaults"], read_only=False
     )
     assert sorted_options.attributes == syscalls.MOUNT_ATTR_NOATIME | syscalls.MOUNT_ATTR_NODEV
     assert sorted_options.superblock == ("dirsync",)
@@ -75,6 +75,25 @@ def test_read_only_holds_for_mount_and_superblock(options: list[str], read_only:
 def test_of_several_access_times_the_last_counts() -> None:
     sorted_options = mount_options.sort_options(["noatime", "strictatime"], read_only=False)
     assert sorted_options.attributes == syscalls.MOUNT_ATTR_STRICTATIME
+
+
+CONTEXT = "context=system_u:object_r:container_file_t:s0:c1,c2"
+
+
+def test_an_selinux_context_is_one_option_whatever_commas_it_holds() -> None:
+    assert mount_options.sort_options(["noatime", CONTEXT, "commit=5"], read_only=False).own == (CONTEXT, "commit=5")
+
+
+def test_an_selinux_context_is_quoted_only_where_options_are_one_text() -> None:
+    single = "fscontext=system_u:object_r:container_file_t:s0"
+    sorted_options = mount_options.sort_options([CONTEXT, single, "commit=5"], read_only=False)
+    assert sorted_options.data == f'context="system_u:object_r:container_file_t:s0:c1,c2",{single},commit=5'
+
+
+@pytest.mark.parametrize("option", ["", "noatime,nodev", "commit=5,nodev", 'context="a,b"', 'data="ordered', "=5"])
+def test_what_is_not_one_plain_option_is_refused(option: str) -> None:
+    with pytest.raises(InvalidField, match="mount_flags"):
+        mount_options.sort_options([option], read_only=False)
 
 
 @pytest.mark.parametrize("option", ["bind", "remount,rw", "move", "loop", "offset=4096", "rshared", "source=/dev/sda"])
