@@ -7,11 +7,12 @@ mended by calling it again. It never takes a device away that is mounted or open
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +43,21 @@ from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 RESERVATION_DENIED = 17
+_LOOP_MAJOR = 7
 
 
 def label_of(identity: str, client: str) -> str:
     """Return what lo_file_name holds of an attachment: the volume's uuid, and whose attachment it is."""
     return f"{identity}/{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+
+
+def _block_nodes(directory: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the device nodes in a directory with their numbers; others may come and go meanwhile."""
+    for node in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found = node.lstat()
+            if stat.S_ISBLK(found.st_mode):
+                yield node, found.st_rdev
 
 
 class VolumeFileLost(HostFailure):
@@ -116,13 +127,22 @@ class Attacher:
                 _log.warning("loop%d holds %s once more and is in use; left alone", device.number, device.file)
 
     def _remove_stale_nodes(self) -> None:
-        """Remove the nodes of devices that are not ours any more: their numbers may be another file's now."""
+        """Remove the nodes of our volumes whose devices are not ours any more: their numbers may be another file's now.
+
+        Only loop devices under a volume's name: the directory may be anybody's, /dev included.
+        """
         for client, directory in self._nodes.items():
             held = {os.makedev(*device.device) for pair, device in self._devices.items() if pair[0] == client}
-            for node in directory.iterdir():
-                found = node.lstat()
-                if stat.S_ISBLK(found.st_mode) and found.st_rdev not in held:
-                    node.unlink()
+            for node, number in _block_nodes(directory):
+                is_stale = os.major(number) == _LOOP_MAJOR and number not in held
+                if is_stale and self._store.get(VOLUMES, node.name) is not None:
+                    node.unlink(missing_ok=True)
+
+    def _remove_nodes_of(self, client: str, device: LoopDevice) -> None:
+        """Remove every node of a device that was ours and was just taken down."""
+        for node, number in _block_nodes(self._nodes[client]):
+            if number == os.makedev(*device.device):
+                node.unlink(missing_ok=True)
 
     # --- carrying out -----------------------------------------------------------------------------------
 
@@ -321,7 +341,7 @@ class Attacher:
         if volume_name is not None:
             self._hide(pair[0], volume_name)
         else:
-            self._remove_stale_nodes()
+            self._remove_nodes_of(pair[0], device)
         return True
 
     def _hide(self, client: str, volume_name: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from csi_driver.embedded.records import MODE_NAMES, Attachment, Client, Volume
 
 VERSION = "3.5.0-1.embedded"
+_VOLUME_FILES = ("status.json", "blob.txt")
 
 
 class StatusFiles:
@@ -47,25 +48,22 @@ class StatusFiles:
         _write(directory / "status.json", _json(_status(volume, attachment)))
 
     def hide(self, volume_name: str) -> None:
-        """Remove what belongs to a volume."""
+        """Remove what belongs to a volume: the files that we make, by name, and their directory once it is empty."""
         directory = self._directory / "volumes" / volume_name
-        (directory / "status.json").unlink(missing_ok=True)
-        (directory / "blob.txt").unlink(missing_ok=True)
-        if directory.is_dir():
-            for left in directory.iterdir():
-                left.unlink()
+        _remove_files(directory, _VOLUME_FILES)
+        if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
 
     def shown(self) -> set[str]:
         """Return the names of the volumes that have files."""
         volumes = self._directory / "volumes"
-        return {entry.name for entry in volumes.iterdir()} if volumes.is_dir() else set()
+        return {path.parent.name for name in _VOLUME_FILES for path in volumes.glob(f"*/{name}")}
 
-    def clear(self) -> None:
-        """Remove everything that is ours."""
-        shutil.rmtree(self._directory / "volumes", ignore_errors=True)
-        for name in ("status.json", "version"):
-            (self._directory / name).unlink(missing_ok=True)
+
+def _remove_files(directory: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+        _draft(directory / name).unlink(missing_ok=True)
 
 
 def _status(volume: Volume, attachment: Attachment) -> dict[str, object]:
@@ -101,6 +99,10 @@ def _json(content: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    draft = _draft(path)
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")

@@ -110,13 +110,30 @@ def test_devices_are_found_again_and_their_nodes_made_anew(tmp_path: Path, loops
 
 
 def test_nodes_left_over_from_before_a_reboot_are_removed(tmp_path: Path, loops: LoopDevices) -> None:
-    stale, other = node(tmp_path, "stale"), node(tmp_path, "README")
-    stale.parent.mkdir(parents=True)
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("stale")
+    stale, others = (
+        node(tmp_path, "stale"),
+        (node(tmp_path, "README"), node(tmp_path, "loop250"), node(tmp_path, "sda")),
+    )
     os.mknod(stale, stat.S_IFBLK | 0o600, os.makedev(7, 250))
-    other.write_text("not ours")
-    with running(settings_in(tmp_path), loops):
+    others[0].write_text("not ours")
+    os.mknod(others[1], stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    os.mknod(others[2], stat.S_IFBLK | 0o600, os.makedev(8, 0))
+    with running(settings, loops):
         assert not stale.exists()
-        assert other.exists()
+        assert all(other.exists() for other in others)
+
+
+def test_files_that_are_not_ours_below_the_status_directory_stay(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    foreign = settings.clients[0].status_directory / "volumes" / "thesis"
+    foreign.mkdir(parents=True)
+    for name in ("chapter-1", "status.json"):
+        (foreign / name).write_text("years of work")
+    with running(settings, loops):
+        assert (foreign / "chapter-1").read_text() == "years of work"
 
 
 def test_a_device_lost_in_a_reboot_is_attached_again(tmp_path: Path, loops: LoopDevices) -> None:
