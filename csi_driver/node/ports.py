@@ -139,11 +139,14 @@ class Filesystems(Protocol):
         ...
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
-        """Return the size of the filesystem as its superblock records it."""
+        """Return the size of the filesystem as its superblock records it. Raises `PreconditionFailed` without one."""
         ...
 
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
-        """Grow an unmounted filesystem to its device. False when this type grows only mounted."""
+        """Grow an unmounted filesystem to its device. False when this type grows only mounted.
+
+        Raises `PreconditionFailed` when the device is in use.
+        """
         ...
 
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
@@ -170,11 +173,14 @@ class Paths(Protocol):
         ...
 
     def make_directory(self, path: Path) -> None:
-        """Create the directory (not its parents); there already is success."""
+        """Create the directory; there already is success.
+
+        Raises `PreconditionFailed` when its parent is absent, or something else is there.
+        """
         ...
 
     def make_file(self, path: Path) -> None:
-        """Create an empty file to bind a device onto; there already is success."""
+        """Create an empty file to bind a device onto; there already is success. Raises as `make_directory`."""
         ...
 
     def set_mode(self, path: Path, mode: int) -> None:
@@ -182,7 +188,10 @@ class Paths(Protocol):
         ...
 
     def remove(self, path: Path) -> None:
-        """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree."""
+        """Remove an empty directory or file; absent is success. Never a tree.
+
+        Raises `PreconditionFailed` when it is anything else, or a mount point.
+        """
         ...
 
 

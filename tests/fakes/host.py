@@ -35,7 +35,7 @@ DEVICE_DIRECTORY = Path("/dev/nvmesh")
 PROBED_BYTES = MIB
 """The fake's probe reads this much at the head and at the tail."""
 
-_VISIBLE_ALWAYS = frozenset({"relatime"})
+_ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
 
 
 @dataclass
@@ -190,6 +190,13 @@ class FakeHost:
             raise AssertionError(f"nothing is mounted at {path}")
         return entry.disk.filesystem.files
 
+    def mode_of(self, path: Path) -> int:
+        """Return the permission bits that a user of `path` meets."""
+        entry = self.topmost(path)
+        if entry is not None and entry.disk is not None and entry.disk.filesystem is not None:
+            return entry.disk.filesystem.root_mode
+        return self.modes.get(path, 0o750)
+
     def mounts_at(self, path: Path) -> int:
         """Count the mounts stacked at `path`."""
         return sum(entry.path == path for entry in self.table)
@@ -232,6 +239,8 @@ class FakeDevices:
         disk = self._host.by_number(device.number)
         if disk is None or disk.name != device.name or (device.uuid is not None and disk.uuid != device.uuid):
             raise PreconditionFailed(f"{device.path} is not the device that was found")
+        if disk.size_bytes != device.size_bytes:
+            raise PreconditionFailed(f"{device.path} has {disk.size_bytes} bytes, expected {device.size_bytes}")
         if write and disk.read_only:
             raise SystemCallFailed(f"open {device.path} for writing", errno.EROFS)
         fd = next(self._fds)
@@ -304,7 +313,10 @@ class FakeReadOnlyDevices:
 
     def release(self, number: DeviceNumber) -> bool:
         for reader in self._host.readers:
-            if reader.number == number and reader.claimed is None:
+            in_use = reader.claimed is not None or any(
+                entry.node is reader and entry.in_use for entry in self._host.table
+            )
+            if reader.number == number and not in_use:
                 self._host.step("before release")
                 reader.is_gone = True
                 self._host.readers.remove(reader)
@@ -350,7 +362,7 @@ class FakeMounts:
         host.step("before mount")
         disk.superblock_read_only = read_only
         disk.was_used = True
-        shown = frozenset(options) | _VISIBLE_ALWAYS
+        shown = frozenset(options) | (frozenset() if _ACCESS_TIMES & set(options) else {"relatime"})
         host.table.append(_Entry(target, disk, None, str(device.path), "/", fs_type, read_only, shown))
         host.step("after mount")
 
@@ -490,14 +502,16 @@ class FakeFilesystems:
     def _held(self, device: Device, fs_type: str) -> FakeFilesystem:
         disk = self._host.by_number(device.number)
         if disk is None or disk.filesystem is None or disk.filesystem.fs_type != fs_type:
-            raise HostFailure(f"{device.path} holds no {fs_type}")
+            raise PreconditionFailed(f"{device.path} holds no {fs_type}")
         return disk.filesystem
 
     def _idle(self, device: Device, fs_type: str) -> FakeFilesystem:
         held = self._held(device, fs_type)
         disk = self._host.by_number(device.number)
-        if disk is None or self._host.is_mounted(disk) or disk.claimed is not None or disk.read_only:
-            raise HostFailure(f"{device.path} is in use or refuses writes")
+        if disk is None or self._host.is_mounted(disk) or disk.claimed is not None:
+            raise PreconditionFailed(f"{device.path} is gone or in use")
+        if disk.read_only:
+            raise SystemCallFailed(f"open {device.path} for writing", errno.EACCES)
         return held
 
 
@@ -506,9 +520,10 @@ class FakePaths:
         self._host = host
 
     def check(self, path: str, field: str) -> Path:
-        plain = Path(path)
-        if not path.startswith("/") or ".." in plain.parts or "\0" in path or not plain.is_relative_to(self._host.root):
-            raise InvalidField(field, path, f"an absolute, plain path below {self._host.root}")
+        plain, root = Path(path), self._host.root
+        is_plain = path.startswith("/") and ".." not in plain.parts and "\0" not in path
+        if not is_plain or root not in plain.parents:
+            raise InvalidField(field, path, f"an absolute, plain path below {root}")
         return plain
 
     def kind(self, path: Path) -> str:
@@ -524,16 +539,20 @@ class FakePaths:
         self._make(path, "file")
 
     def set_mode(self, path: Path, mode: int) -> None:
-        self._host.modes[path] = mode
+        entry = self._host.topmost(path)
+        if entry is not None and entry.disk is not None and entry.disk.filesystem is not None:
+            entry.disk.filesystem.root_mode = mode
+        else:
+            self._host.modes[path] = mode
 
     def remove(self, path: Path) -> None:
         kind = self._host.tree.get(path)
         if kind is None:
             return
         if self._host.topmost(path) is not None:
-            raise SystemCallFailed(f"remove {path}", errno.EBUSY)
+            raise PreconditionFailed(f"{path} is a mount point: it stays as it is")
         if kind not in ("directory", "file") or any(path in other.parents for other in self._host.tree):
-            raise SystemCallFailed(f"remove {path}", errno.ENOTEMPTY)
+            raise PreconditionFailed(f"{path} is not empty: it stays as it is")
         self._host.step("before remove")
         del self._host.tree[path]
         self._host.step("after remove")
@@ -542,10 +561,10 @@ class FakePaths:
         tree = self._host.tree
         if path in tree:
             if tree[path] != kind:
-                raise SystemCallFailed(f"create {path}", errno.EEXIST)
+                raise PreconditionFailed(f"{path} is no {kind}, wanted one")
             return
         if tree.get(path.parent) != "directory":
-            raise SystemCallFailed(f"create {path}", errno.ENOENT)
+            raise PreconditionFailed(f"the directory {path.parent} is absent")
         self._host.step("before create")
         tree[path] = kind
         self._host.step("after create")

@@ -325,7 +325,7 @@ def test_a_living_target_in_use_is_not_taken_off(staged: FakeNode) -> None:
 
 def test_unpublish_never_removes_a_directory_with_something_in_it(node: FakeNode) -> None:
     node.host.make_tree(TARGET / "data")
-    with pytest.raises(HostFailure):
+    with pytest.raises(PreconditionFailed, match="not empty"):
         node.unpublish()
     assert TARGET / "data" in node.host.tree
 

@@ -1,0 +1,444 @@
+"""What the node's use-cases rely on holds on the machine that their tests run on, and on this one, alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed
+from csi_driver.machine import Blank, DeviceNumber, Filesystem, OtherContent
+from csi_driver.model import MIB
+from tests.contract.host_machine import soon
+from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side
+
+OTHER_UUID = "01234567-89ab-cdef-0123-456789abcdef"
+READER, OTHER_READER = "0123456789abcdef", "fedcba9876543210"
+GONE = DeviceNumber(239, 9999)
+
+
+@pytest.fixture(params=["fake", pytest.param("linux", marks=pytest.mark.root)])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    if request.param == "fake":
+        yield FakeSide()
+    else:
+        with linux_side(tmp_path) as real:
+            yield real
+
+
+@pytest.fixture
+def actor(host: Host) -> Actor:
+    return Actor(host)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------
+
+
+def test_the_device_of_a_volume_is_found_as_it_is(host: Host) -> None:
+    uuid = host.attach("csi-1", 64 * MIB)
+    device = host.devices.find("csi-1")
+    assert device is not None
+    shown = (device.name, device.uuid, device.size_bytes, device.read_only, device.path)
+    assert shown == ("csi-1", uuid, 64 * MIB, False, host.devices.path_of("csi-1"))
+    assert host.devices.wait_for("csi-1", uuid, deadline=soon()) == device
+
+
+def test_an_absent_device_is_not_found_and_not_awaited_for_ever(host: Host) -> None:
+    assert host.devices.find("csi-1") is None
+    with pytest.raises(DeadlineReached):
+        host.devices.wait_for("csi-1", None, deadline=Deadline.after(0.01))
+
+
+def test_the_device_of_another_volume_is_not_waited_for(host: Host) -> None:
+    host.attach("csi-1", 64 * MIB)
+    with pytest.raises(PreconditionFailed, match=OTHER_UUID):
+        host.devices.wait_for("csi-1", OTHER_UUID, deadline=soon())
+
+
+CHANGES: dict[str, Callable[[Host], None]] = {
+    "other": lambda host: host.replace("csi-1"),
+    "lost": lambda host: host.lose("csi-1"),
+    "grown": lambda host: host.grow("csi-1", 128 * MIB),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_device_that_is_not_what_was_found_is_not_opened(
+    host: Host, actor: Actor, change: Callable[[Host], None]
+) -> None:
+    device = actor.attached()
+    change(host)
+    with pytest.raises(PreconditionFailed), host.devices.open(device):
+        pass
+
+
+def test_a_mounted_device_is_not_opened_exclusively(host: Host, actor: Actor) -> None:
+    actor.mounted()
+    with host.devices.open(actor.device()), pytest.raises(PreconditionFailed):  # noqa: SIM117
+        with host.devices.open(actor.device(), exclusive=True):
+            pass
+
+
+def test_a_device_is_opened_exclusively_by_one_at_a_time(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    with host.devices.open(device, exclusive=True), pytest.raises(PreconditionFailed):  # noqa: SIM117
+        with host.devices.open(device, exclusive=True):
+            pass
+    with host.devices.open(device, exclusive=True) as opened:
+        assert opened.device.number == device.number
+
+
+def test_facts_are_told_by_number(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    host.grow("csi-1", 128 * MIB)
+    told = host.devices.size_bytes(device.number), host.devices.uuid_of(device.number)
+    assert told == (128 * MIB, device.uuid)
+    assert (host.devices.size_bytes(GONE), host.devices.uuid_of(GONE)) == (None, None)
+
+
+def test_a_device_that_was_made_read_only_refuses_writers(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    host.devices.set_read_only(device)
+    target = actor.bound_device(device)
+    assert (actor.device().read_only, host.write(target)) == (True, False)
+
+
+# --- read-only devices ------------------------------------------------------------------------------------------
+
+
+def test_a_reader_refuses_writes_and_the_device_below_takes_them(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    reader = host.read_only_devices.over(device, device.uuid or "", READER)
+    target, below = actor.bound_device(reader), actor.bound_device(device, "below")
+    assert (reader.read_only, host.write(target), host.write(below)) == (True, False, True)
+    assert host.devices.uuid_of(reader.number) == device.uuid
+
+
+def test_a_reader_has_one_device_which_follows_the_size(host: Host, actor: Actor) -> None:
+    first = host.read_only_devices.over(actor.attached(), OTHER_UUID, READER)
+    host.grow("csi-1", 128 * MIB)
+    again = host.read_only_devices.over(actor.device(), OTHER_UUID, READER)
+    another = host.read_only_devices.over(actor.device(), OTHER_UUID, OTHER_READER)
+    assert (again.number, again.size_bytes) == (first.number, 128 * MIB)
+    assert another.number != first.number
+
+
+def test_a_device_that_came_again_has_a_reader_of_its_own(host: Host, actor: Actor) -> None:
+    first = host.read_only_devices.over(actor.attached(), OTHER_UUID, READER)
+    second = host.read_only_devices.over(actor.attached("csi-2"), OTHER_UUID, READER)
+    assert first.number != second.number
+
+
+def test_only_readers_are_released_and_once(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    reader = host.read_only_devices.over(device, OTHER_UUID, READER)
+    numbers = (device.number, GONE, reader.number, reader.number)
+    assert [host.read_only_devices.release(number) for number in numbers] == [False, False, True, False]
+    assert (host.devices.size_bytes(reader.number), actor.device()) == (None, device)
+
+
+def test_a_reader_in_use_is_not_released(host: Host, actor: Actor) -> None:
+    target = actor.bound_device(host.read_only_devices.over(actor.attached(), OTHER_UUID, READER))
+    published = host.mounts.at(target)
+    assert published is not None
+    assert published.node_number is not None
+    with host.in_use(target):
+        assert not host.read_only_devices.release(published.node_number)
+    assert host.read_only_devices.release(published.node_number)
+
+
+def test_what_is_left_of_one_reader_goes_though_its_device_is_lost(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    left = host.read_only_devices.over(device, OTHER_UUID, READER)
+    other = host.read_only_devices.over(device, OTHER_UUID, OTHER_READER)
+    host.lose("csi-1")
+    host.read_only_devices.release_left_over(READER)
+    sizes = [host.devices.size_bytes(number) for number in (left.number, other.number)]
+    assert sizes == [None, 64 * MIB]
+
+
+# --- what devices hold ------------------------------------------------------------------------------------------
+
+
+def test_a_new_device_is_blank(actor: Actor) -> None:
+    device = actor.attached()
+    assert (actor.probed(device), actor.first_data(device)) == (Blank(), None)
+
+
+def test_a_filesystem_that_was_made_is_there_and_has_the_size_of_its_device(host: Host, actor: Actor) -> None:
+    device = actor.formatted()
+    found = actor.probed(device)
+    assert isinstance(found, Filesystem)
+    assert found.fs_type == "ext4"
+    assert host.filesystems.recorded_bytes(device, "ext4") == device.size_bytes
+
+
+@pytest.mark.parametrize("offset", [0, 64 * MIB - 1])
+def test_data_at_an_end_of_the_device_is_content(host: Host, actor: Actor, offset: int) -> None:
+    device = actor.attached()
+    host.put(device, offset, b"x")
+    assert isinstance(actor.probed(device), OtherContent)
+
+
+def test_data_within_is_found_by_reading_everything_alone(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    host.put(device, 33 * MIB + 5, b"x")
+    assert (actor.probed(device), actor.first_data(device)) == (Blank(), 33 * MIB + 5)
+
+
+def test_reading_everything_ends_with_the_deadline(actor: Actor) -> None:
+    with pytest.raises(DeadlineReached):
+        actor.first_data(actor.attached(), deadline=Deadline.after(0.0))
+
+
+def test_what_does_not_hold_a_filesystem_records_no_size(host: Host, actor: Actor) -> None:
+    device = actor.formatted()
+    with pytest.raises(PreconditionFailed):
+        host.filesystems.recorded_bytes(device, "xfs")
+
+
+def test_ext4_grows_unmounted_and_is_whole(host: Host, actor: Actor) -> None:
+    actor.formatted()
+    host.grow("csi-1", 128 * MIB)
+    host.filesystems.check(actor.device(), "ext4")
+    assert host.filesystems.grow_unmounted(actor.device(), "ext4")
+    assert host.filesystems.recorded_bytes(actor.device(), "ext4") == 128 * MIB
+
+
+def test_a_mounted_filesystem_is_not_grown_as_an_unmounted_one(host: Host, actor: Actor) -> None:
+    actor.mounted()
+    with pytest.raises(PreconditionFailed):
+        host.filesystems.grow_unmounted(actor.device(), "ext4")
+
+
+def test_xfs_grows_mounted_alone(host: Host, actor: Actor) -> None:
+    actor.formatted(fs_type="xfs", size_bytes=320 * MIB)
+    host.grow("csi-1", 512 * MIB)
+    assert not host.filesystems.grow_unmounted(actor.device(), "xfs")
+    path = actor.mount(actor.device(), actor.place(), "xfs")
+    before = host.filesystems.usage(path).total_bytes
+    host.filesystems.grow_mounted(path, actor.device(), "xfs")
+    assert host.filesystems.usage(path).total_bytes == before + 192 * MIB
+
+
+def test_use_is_told_where_a_filesystem_is_mounted(host: Host, actor: Actor) -> None:
+    usage = host.filesystems.usage(actor.mounted())
+    assert 0 < usage.total_bytes <= 64 * MIB
+    assert 0 < (usage.available_bytes or 0) <= usage.total_bytes
+
+
+# --- mounts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_mount_is_shown_as_it_was_made(host: Host, actor: Actor, read_only: bool) -> None:
+    path, device = actor.mounted(read_only=read_only), actor.device()
+    found = host.mounts.at(path)
+    assert found is not None
+    shown = (found.path, found.number, found.fs_type, found.source, found.root, found.read_only, found.node_number)
+    assert shown == (path, device.number, "ext4", str(device.path), "/", read_only, None)
+    assert host.write(path) is not read_only
+
+
+def test_nothing_is_mounted_at_a_directory_or_below_a_mount(host: Host, actor: Actor) -> None:
+    assert host.mounts.at(actor.place()) is None
+    assert host.mounts.at(actor.mounted() / "below") is None
+    assert host.mounts.at(host.root / "absent") is None
+
+
+def test_options_of_a_mount_are_shown(host: Host, actor: Actor) -> None:
+    host.mounts.mount(actor.formatted(), actor.place(), "ext4", ["noatime", "nodev"], read_only=False)
+    found = host.mounts.at(host.root / "target")
+    assert found is not None
+    assert found.options >= {"noatime", "nodev"}
+    assert not found.options & {"relatime", "nosuid", "ro", "rw"}
+
+
+def test_an_option_that_the_kernel_does_not_know_is_named(host: Host, actor: Actor) -> None:
+    with pytest.raises(InvalidField, match="bogus"):
+        host.mounts.mount(actor.formatted(), actor.place(), "ext4", ["bogus=1"], read_only=False)
+    assert host.mounts.at(host.root / "target") is None
+
+
+@pytest.mark.parametrize("fs_type", ["xfs", "ext4"])
+def test_a_filesystem_that_is_not_there_is_not_mounted(host: Host, actor: Actor, fs_type: str) -> None:
+    device = actor.formatted() if fs_type == "xfs" else actor.attached()
+    with pytest.raises(HostFailure):
+        actor.mount(device, actor.place(), fs_type)
+    assert host.mounts.at(host.root / "target") is None
+
+
+def test_a_filesystem_is_not_mounted_where_no_directory_is(host: Host, actor: Actor) -> None:
+    device, file = actor.formatted(), host.root / "file"
+    host.paths.make_file(file)
+    for target in (file, host.root / "absent"):
+        with pytest.raises(HostFailure):
+            actor.mount(device, target)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_filesystem_has_one_access_for_all_its_mounts(host: Host, actor: Actor, read_only: bool) -> None:
+    actor.mounted(read_only=read_only)
+    actor.mount(actor.device(), actor.place("again"), read_only=read_only)
+    with pytest.raises(PreconditionFailed):
+        actor.mount(actor.device(), actor.place(), read_only=not read_only)
+
+
+def test_a_device_that_refuses_writes_is_mounted_read_only_alone(host: Host, actor: Actor) -> None:
+    device = actor.formatted()
+    host.devices.set_read_only(device)
+    with pytest.raises(HostFailure):
+        actor.mount(actor.device(), actor.place())
+    host.mounts.mount(actor.device(), host.root / "target", "ext4", ["noload"], read_only=True)
+
+
+def test_mounts_are_stacked_and_taken_off_one_by_one(host: Host, actor: Actor) -> None:
+    path, below = actor.mounted(), actor.device()
+    actor.mount(actor.formatted("csi-2"), path)
+    topmost = []
+    while (found := host.mounts.at(path)) is not None:
+        topmost.append(found.number)
+        host.mounts.unmount(path)
+    assert topmost == [actor.device("csi-2").number, below.number]
+
+
+def test_taking_off_what_is_not_mounted_is_success(host: Host, actor: Actor) -> None:
+    host.mounts.unmount(actor.place())
+    host.mounts.unmount(host.root / "absent")
+
+
+def test_a_mount_in_use_is_taken_off_lazily_alone(host: Host, actor: Actor) -> None:
+    path = actor.mounted()
+    with host.in_use(path):
+        with pytest.raises(PreconditionFailed):
+            host.mounts.unmount(path)
+        assert host.mounts.at(path) is not None
+        host.mounts.unmount(path, lazy=True)
+        assert host.mounts.at(path) is None
+
+
+def test_a_bind_shares_the_filesystem_and_may_be_narrower(host: Host, actor: Actor) -> None:
+    staged, target = actor.mounted(), actor.place()
+    host.mounts.bind(staged, target, read_only=True)
+    found, origin = host.mounts.at(target), host.mounts.at(staged)
+    assert found is not None
+    assert origin is not None
+    assert (found.number, found.root, found.read_only, origin.read_only) == (origin.number, "/", True, False)
+    assert (host.write(target), host.write(staged)) == (False, True)
+
+
+def test_a_bind_of_what_is_read_only_is_no_wider(host: Host, actor: Actor) -> None:
+    staged, narrow, target = actor.mounted(), actor.place("narrow"), actor.place()
+    host.mounts.bind(staged, narrow, read_only=True)
+    host.mounts.bind(narrow, target, read_only=False)
+    assert not host.write(target)
+
+
+def test_a_bind_outlives_what_it_was_made_from(host: Host, actor: Actor) -> None:
+    staged, target = actor.mounted(), actor.place()
+    host.mounts.bind(staged, target, read_only=False)
+    host.mounts.unmount(staged)
+    assert host.write(target)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_bound_device_is_shown_by_its_number_and_name(host: Host, actor: Actor, read_only: bool) -> None:
+    device = actor.attached()
+    target = actor.bound_device(device, read_only=read_only)
+    found = host.mounts.at(target)
+    assert found is not None
+    assert (found.node_number, found.read_only, host.paths.kind(target)) == (device.number, read_only, "device")
+    assert found.number != device.number
+    assert Path(found.root).parts[-2:] == device.path.parts[-2:]
+
+
+def test_a_bound_device_is_no_claim_on_it(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    actor.bound_device(device)
+    with host.devices.open(device, exclusive=True):
+        pass
+
+
+def test_a_device_is_bound_onto_a_file_alone(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    for target in (actor.place(), host.root / "absent"):
+        with pytest.raises(HostFailure):
+            host.mounts.bind(device.path, target, read_only=False)
+
+
+def test_all_mounts_of_a_device_are_found_and_no_others(host: Host, actor: Actor) -> None:
+    staged, target = actor.mounted(), actor.place()
+    host.mounts.bind(staged, target, read_only=True)
+    node = actor.bound_device(actor.device(), "node")
+    actor.mounted("elsewhere", "csi-2")
+    found = {mounted.path for mounted in host.mounts.of_device(actor.device().number)}
+    assert found == {staged, target, node}
+
+
+# --- paths ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_path_below_the_root_is_taken(host: Host) -> None:
+    path = host.root / "pods/1"
+    assert host.paths.check(str(path), "target_path") == path
+
+
+@pytest.mark.parametrize("path", ["", "pods/1", "{root}/../x", "{root}/a\0b", "/elsewhere", "{root}", "{root}-2/x"])
+def test_other_paths_are_refused(host: Host, path: str) -> None:
+    with pytest.raises(InvalidField, match="target_path"):
+        host.paths.check(path.format(root=host.root), "target_path")
+
+
+def test_directories_and_files_are_made_once_and_told_apart(host: Host) -> None:
+    directory, file = host.root / "directory", host.root / "file"
+    for _ in range(2):
+        host.paths.make_directory(directory)
+        host.paths.make_file(file)
+    kinds = [host.paths.kind(path) for path in (directory, file, host.root / "absent", file / "below")]
+    assert kinds == ["directory", "file", "absent", "absent"]
+
+
+def test_what_is_another_kind_is_not_taken_for_made(host: Host, actor: Actor) -> None:
+    host.paths.make_file(host.root / "file")
+    with pytest.raises(PreconditionFailed):
+        host.paths.make_directory(host.root / "file")
+    with pytest.raises(PreconditionFailed):
+        host.paths.make_file(actor.place())
+
+
+def test_nothing_is_made_where_the_parent_is_absent(host: Host) -> None:
+    for make in (host.paths.make_directory, host.paths.make_file):
+        with pytest.raises(PreconditionFailed):
+            make(host.root / "absent/target")
+
+
+def test_the_file_of_a_bound_device_is_made_already(host: Host, actor: Actor) -> None:
+    host.paths.make_file(actor.bound_device(actor.attached()))
+
+
+def test_empty_directories_and_files_are_removed_and_absent_is_success(host: Host, actor: Actor) -> None:
+    file = host.root / "file"
+    host.paths.make_file(file)
+    for path in (actor.place(), file, file, host.root / "absent/target"):
+        host.paths.remove(path)
+        assert host.paths.kind(path) == "absent"
+
+
+def test_what_is_not_empty_or_a_mount_point_stays(host: Host, actor: Actor) -> None:
+    host.paths.make_directory(actor.place("full") / "below")
+    node = actor.bound_device(actor.attached("csi-2"), "node")
+    for path in (host.root / "full", actor.mounted(), node):
+        with pytest.raises(PreconditionFailed):
+            host.paths.remove(path)
+        assert host.paths.kind(path) != "absent"
+
+
+def test_the_mode_of_a_mounted_directory_is_the_filesystems_own(host: Host, actor: Actor) -> None:
+    staged, target = actor.mounted(), actor.place()
+    host.mounts.bind(staged, target, read_only=False)
+    host.paths.set_mode(staged, 0o2770)
+    assert host.mode(target) == 0o2770
+    host.mounts.unmount(target)
+    assert host.mode(target) != 0o2770
