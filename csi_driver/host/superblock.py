@@ -73,7 +73,8 @@ def _ext(head: bytes) -> Superblock | None:
         block_bytes=1024 << log_block,
         blocks=blocks,
         was_closed_well=state == _EXT_VALID and not incompatible & _EXT_NEEDS_RECOVERY and not is_due,
-        was_checked_since_use=state == _EXT_VALID and checked_s >= mounted_s,
+        # Whole seconds: of a check and a mount in the same one, nothing tells which came first.
+        was_checked_since_use=state == _EXT_VALID and checked_s > mounted_s,
     )
 
 

@@ -49,6 +49,10 @@ def test_an_ext4_mounted_since_its_check_was_not_checked_since_use() -> None:
     assert found(ext_head(1000, mounted_s=100, checked_s=200), "ext4").was_checked_since_use
 
 
+def test_an_ext4_mounted_in_the_second_of_its_check_counts_as_used_since() -> None:
+    assert not found(ext_head(1000, mounted_s=200, checked_s=200), "ext4").was_checked_since_use
+
+
 def test_an_xfs_has_its_size() -> None:
     assert found(b"XFSB" + struct.pack(">IQ", 4096, 1 << 34) + bytes(600), "xfs").size_bytes == 1 << 46
 
