@@ -41,11 +41,11 @@ class Expand:
                 return volume.size_bytes, _node_has_work(volume, capability)
             if volume.is_being_made:
                 raise OperationPending(f"volume {volume.name} is still being made (action {volume.action})")
-            refusal = None
+            refusal: PreconditionFailed | OperationPending | None = None
             try:
                 management.extend_volume(volume, more.capacity_gb, deadline=deadline)
                 _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
-            except PreconditionFailed as problem:
+            except (PreconditionFailed, OperationPending) as problem:
                 # Another controller may have extended it since it was read; then the volume shows it.
                 refusal = problem
             before = volume

@@ -38,7 +38,11 @@ class Management(Protocol):
         ...
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
-        """Set a new total capacity. Raises `Exhausted`, `VolumeNotFound`, `OperationPending`, `PreconditionFailed`."""
+        """Set a new total capacity.
+
+        Raises `Exhausted`, `VolumeNotFound`, `OperationPending` (also when the volume has another capacity by now),
+        `CapacityOutOfRange` (less than a granule more), `PreconditionFailed`.
+        """
         ...
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:

@@ -8,6 +8,7 @@ moved on; with the default delays of zero that is at the next look. The switches
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import (
+    CapacityOutOfRange,
     Exhausted,
     InvalidRequest,
     NodeNotFound,
@@ -45,6 +47,7 @@ from csi_driver.model import (
 )
 
 TIB = 1 << 40
+_NAME = re.compile(r"(?!e_|d_)[\w+=-]{1,22}", re.ASCII)
 
 
 class FakeClock:
@@ -172,6 +175,8 @@ class FakeManagement:
                 return None
             if (spec.vpg is None) == (spec.layout is None):
                 raise InvalidRequest("wanted a provisioning group or a layout")
+            if _NAME.fullmatch(spec.name) is None:
+                raise InvalidRequest(f"{spec.name} is no name of a volume")
             if spec.capacity_gb < 1:
                 raise InvalidRequest("wanted at least 1 GB")
             if spec.vpg is not None and spec.vpg not in self._vpgs:
@@ -201,8 +206,10 @@ class FakeManagement:
             if present.is_being_made or present.is_being_deleted:
                 raise OperationPending(f"{present.name} is {present.action}")
             more_gb = capacity_gb - present.capacity_gb
-            if more_gb <= 0:
-                raise PreconditionFailed(f"the new capacity must be greater than {present.capacity_gb}")
+            if present.capacity_gb != volume.capacity_gb:
+                raise OperationPending(f"{present.name} has {present.capacity_gb} GB, not {volume.capacity_gb}")
+            if more_gb * 1e9 < 256 * 4096 * _legs(present.layout):
+                raise CapacityOutOfRange(f"{present.name} cannot grow by so little as {more_gb} GB")
             blocks = server_blocks(more_gb, present.layout)
             if blocks <= 0:
                 raise AssertionError("the real server would now search space for zero blocks without end")
@@ -466,9 +473,7 @@ def server_blocks(capacity_gb: float, layout: Layout) -> int:
     if level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
         blocks = int(capacity_gb / block_gb)
         return blocks - blocks % 256
-    erasure = level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
-    data = (layout.data_blocks or 8) if erasure else 1
-    width = 1 if level is RaidLevel.ERASURE_CODED else (layout.stripe_width or 2)
+    data, width = _data_and_width(layout)
     stripe = layout.stripe_size_blocks or 32
     per_set = 256
     if level is RaidLevel.STRIPED_ERASURE_CODED:
@@ -478,6 +483,22 @@ def server_blocks(capacity_gb: float, layout: Layout) -> int:
     stripe_gb = stripe * block_gb
     per_leg = int((capacity_gb / (data * width)) / stripe_gb) * stripe
     return (per_leg - per_leg % per_set) * width * data
+
+
+def _data_and_width(layout: Layout) -> tuple[int, int]:
+    level = layout.raid_level
+    erasure = level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
+    return (layout.data_blocks or 8) if erasure else 1, (
+        1 if level is RaidLevel.ERASURE_CODED else (layout.stripe_width or 2)
+    )
+
+
+def _legs(layout: Layout) -> int:
+    """Return over how many legs an extension is spread at least."""
+    if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
+        return 1
+    data, width = _data_and_width(layout)
+    return data * width
 
 
 def _raw(size_bytes: int, layout: Layout) -> int:
