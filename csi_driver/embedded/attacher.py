@@ -61,10 +61,13 @@ def _block_nodes(directory: Path) -> Iterator[tuple[Path, int]]:
 
 
 class VolumeFileLost(HostFailure):
-    """A volume that may hold data has no file any more."""
+    """A volume that may hold data has no file any more, or not the whole of it."""
 
-    def __init__(self, volume: str, file: Path) -> None:
-        super().__init__(f"the file {file} of volume {volume} is gone; it is not made anew, for it may have held data")
+    def __init__(self, volume: str, file: Path, size_bytes: int) -> None:
+        super().__init__(
+            f"the file {file} of volume {volume} is gone or cut short, expected {size_bytes} bytes; "
+            "it is not made anew, for it may have held data"
+        )
 
 
 class Attacher:
@@ -304,8 +307,9 @@ class Attacher:
     def _secure_file(self, volume: Volume) -> None:
         """Have the volume's file on disk for good before anything can be written to it."""
         if volume.made:
-            if not self._pool.exists(volume.uuid):
-                raise VolumeFileLost(volume.name, self._pool.file(volume.uuid))
+            if not self._pool.has(volume.uuid, volume.least_bytes):
+                raise VolumeFileLost(volume.name, self._pool.file(volume.uuid), volume.bytes)
+            self._pool.make(volume.uuid, volume.bytes)
             return
         self._pool.make(volume.uuid, volume.bytes, synced=True)
 

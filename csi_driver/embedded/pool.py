@@ -60,8 +60,12 @@ class Pool:
         """Return the uuids for which there is a file."""
         return {path.stem for path in self.volumes.glob("*.img")}
 
-    def exists(self, identity: str) -> bool:
-        return self.file(identity).exists()
+    def has(self, identity: str, size_bytes: int) -> bool:
+        """Tell whether the file is there and at least that long."""
+        try:
+            return self.size_bytes(identity) >= size_bytes
+        except FileNotFoundError:
+            return False
 
     def size_bytes(self, identity: str) -> int:
         return self.file(identity).stat().st_size

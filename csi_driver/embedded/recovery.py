@@ -34,11 +34,12 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
 def _mend_file(store: Store, pool: Pool, volume: Volume, there: bool) -> None:
     if volume.action == "markedForDeletion":
         return
-    lost = volume.made and not there
-    if not lost and (not there or pool.size_bytes(volume.uuid) < volume.bytes):
+    lost = volume.made and not pool.has(volume.uuid, volume.least_bytes)
+    if not lost and not pool.has(volume.uuid, volume.bytes):
         pool.make(volume.uuid, volume.bytes)
     if lost:
-        _log.error("the file %s of volume %s is gone; the volume is offline", pool.file(volume.uuid), volume.name)
+        what = "cut short" if there else "gone"
+        _log.error("the file %s of volume %s is %s; the volume is offline", pool.file(volume.uuid), volume.name, what)
     if lost == (volume.status == "offline"):
         return
 

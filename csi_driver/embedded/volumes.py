@@ -199,7 +199,8 @@ class Volumes:
                 volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user))
                 self._fault("extend:row")
                 try:
-                    self._pool.make(identity, volume.bytes)
+                    # Synced: only the latest extension may be on record and not in the file (see recovery).
+                    self._pool.make(identity, volume.bytes, synced=True)
                 except HostFailure as problem:
                     self._store.write(lambda change: self._shrink_back(change, before))
                     raise _extension_refused(name, identity, 1675, "extension create failed") from problem
@@ -211,8 +212,8 @@ class Volumes:
     def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str) -> Volume:
         volume = _found(change, name, identity)
         refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
-        if volume.made and not self._pool.exists(identity):
-            raise _extension_refused(name, identity, 1674, "its file being gone")
+        if volume.made and not self._pool.has(identity, volume.least_bytes):
+            raise _extension_refused(name, identity, 1674, "its file being gone or cut short")
         group = change.get(GROUPS, volume.group) if volume.group else None
         wanted: float | str = "MAX"
         if not isinstance(capacity, str):

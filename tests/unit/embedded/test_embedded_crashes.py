@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,6 +186,49 @@ def test_a_lost_file_that_may_have_held_data_is_not_made_anew(tmp_path: Path, lo
         assert manager.attach("data")["error"]["innerMessage"]["id"] == 1569
         assert manager.extend("data", 2)["error"]["id"] == 1674
         assert not file.exists()
+
+
+@pytest.mark.parametrize("left_bytes", [0, GB // 2])
+def test_a_file_that_was_cut_short_is_not_made_longer_with_nothing(
+    tmp_path: Path, loops: FakeLoopDevices, left_bytes: int
+) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.extend("data", 2)
+        manager.detach("data")
+        file = manager.server.pool.file(manager.uuid("data"))
+        os.truncate(file, left_bytes)
+        assert manager.extend("data", 3)["error"]["id"] == 1674
+        manager.attach("data")
+        assert not loops.bound
+    with running(settings, loops) as manager:
+        assert manager.volume("data")["status"] == "offline"
+        assert manager.attach("data")["error"]["innerMessage"]["id"] == 1569
+        assert file.stat().st_size == left_bytes
+
+
+def test_a_latest_extension_that_a_crash_left_out_of_the_file_is_made_up_for(
+    tmp_path: Path, loops: FakeLoopDevices
+) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        file = manager.server.pool.file(manager.uuid("data"))
+        before = file.stat().st_size
+        manager.extend("data", 2)
+        after = file.stat().st_size
+        manager.detach("data")
+        os.truncate(file, before)
+        manager.attach("data")
+        assert file.stat().st_size == after
+        manager.detach("data")
+    os.truncate(file, before)
+    with running(settings, loops) as manager:
+        assert manager.volume("data")["status"] == "online"
+        assert file.stat().st_size == after
 
 
 def test_a_device_of_a_deleted_wish_that_is_in_use_is_left_alone(tmp_path: Path, loops: FakeLoopDevices) -> None:
