@@ -164,10 +164,12 @@ class Volumes:
     def _make(self, volume: Volume) -> None:
         try:
             with self._locks.hold(volume.uuid):
-                self._pool.make(volume.uuid, volume.bytes)
+                current = self._store.get(VOLUMES, volume.name)
+                if current is not None and current.uuid == volume.uuid:  # else deleted meanwhile: nobody owns a file
+                    self._pool.make(volume.uuid, volume.bytes)
         except HostFailure as problem:
             self._pool.remove(volume.uuid)
-            self._store.write(lambda change: self._forget(change, volume.name))
+            self._store.write(lambda change: self._forget(change, volume.name, volume.uuid))
             raise _not_saved(volume.name, "Failed to allocate") from problem
         self.initialize(volume.name)
 
@@ -344,11 +346,11 @@ class Volumes:
                 return False
             self._pool.remove(identity)
             self._fault("delete:file")
-            self._store.write(lambda change: self._forget(change, name))
+            self._store.write(lambda change: self._forget(change, name, identity))
         self._fault("delete:row")
         return True
 
-    def _forget(self, change: Change, name: str) -> None:
+    def _forget(self, change: Change, name: str, identity: str) -> None:
         volume = change.get(VOLUMES, name)
         if volume is None:
             return

@@ -10,6 +10,7 @@ import pytest
 
 from csi_driver.embedded.pool import PoolInUse
 from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.settings import TestSwitches
 from csi_driver.embedded.space import TotalsWrong
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import StorageUnavailable
@@ -48,6 +49,16 @@ def test_parallel_saves_of_one_name_have_one_winner(manager: Manager) -> None:
         thread.join()
     assert sorted(answers) == [False] * 7 + [True]
     assert len(manager.server.pool.identities()) == 1
+
+
+def test_a_volume_deleted_while_it_is_saved_leaves_no_file(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    def delete(point: str) -> None:
+        if point == "save:row":
+            manager.delete("data")
+
+    with running(settings_in(tmp_path, test_switches=TestSwitches(fault=delete)), loops) as manager:
+        manager.save("data")
+        assert not manager.server.pool.identities()
 
 
 def test_an_update_replaces_the_metadata_as_a_whole(manager: Manager) -> None:
