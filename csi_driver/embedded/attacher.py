@@ -111,7 +111,8 @@ class Attacher:
         self._remove_stale_nodes()
         wishes = {(wish.client, wish.uuid): wish for wish in self._store.everywhere(ATTACHMENTS)}
         wished_names = {(wish.client, wish.volume) for wish in wishes.values()}
-        self.settle_all({*self._devices, *(pair for pair in wishes if pair[0] in self._files)})
+        reported = {(r.client, r.uuid) for r in self._store.everywhere(REPORTS) if r.status != DETACHED}
+        self.settle_all({*self._devices, *(pair for pair in wishes.keys() | reported if pair[0] in self._files)})
         for name, files in self._files.items():
             for volume_name in files.shown():
                 if (name, volume_name) not in wished_names:
@@ -225,23 +226,27 @@ class Attacher:
             raise SystemCallFailed(what, problem.errno or 0, str(problem)) from problem
 
     def _settle(self, client: str, identity: str) -> bool:
+        last: Attachment | None = None
         with self._locks.hold(identity):
             while True:
                 wish = self._store.get(ATTACHMENTS, identity, client)
+                last = wish or last
                 if wish is None or wish.action == "detaching":
                     if not self._take_away(client, identity, wish):
                         return False
                 elif not self._provide(wish):
                     return False
-                if self._store.get(ATTACHMENTS, identity, client) in (wish, None):
+                # A wish may also be withdrawn altogether while it is carried out.
+                if self._store.get(ATTACHMENTS, identity, client) == wish:
                     break
-        self._after(identity, wish)
+        if wish is None and last is not None:
+            self._after(identity, last)
         return True
 
-    def _after(self, identity: str, wish: Attachment | None) -> None:
-        """Wake what waited for a detach: other clients of the volume, and its removal."""
-        volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
-        if volume is None or wish is None or wish.action != "detaching":
+    def _after(self, identity: str, wish: Attachment) -> None:
+        """Wake what waited for the end of an attachment: other clients of the volume, and its removal."""
+        volume = self._store.get(VOLUMES, wish.volume)
+        if volume is None:
             return
         if volume.action == "markedForDeletion":
             self._volumes.removal_due(volume.name, identity)
@@ -335,7 +340,25 @@ class Attacher:
             self._hide(client, wish.volume)
             self._store.write(lambda change: self._detached(change, wish))
             self._fault("detach:reported")
+        else:
+            self._take_back_report(client, identity)
         return True
+
+    def _take_back_report(self, client: str, identity: str) -> None:
+        """Report as detached what was reported attached after its wish had been withdrawn, or a crash left so."""
+
+        def detached(change: Change) -> None:
+            report, told = change.get(REPORTS, identity, client), change.get(CLIENTS, client)
+            if report is None or told is None or change.get(ATTACHMENTS, identity, client) is not None:
+                return
+            told = replace(told, report_id=told.report_id + 1)
+            change.put(CLIENTS, client, told)
+            change.put(REPORTS, identity, replace(report, status=DETACHED, report_id=told.report_id), client)
+
+        report = self._store.get(REPORTS, identity, client)
+        if report is not None and report.status != DETACHED:
+            self._hide(client, report.volume)
+            self._store.write(detached)
 
     def _detach(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self._loops.detach(device):

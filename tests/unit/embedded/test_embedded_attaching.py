@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.records import ATTACHMENTS
+from csi_driver.embedded.settings import StorageSettings, TestSwitches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Manager, running, settings_in
 
@@ -171,6 +173,40 @@ def test_a_down_client_is_shown_down_and_its_wishes_wait(manager: Manager, loops
     manager.release("client:node-1")
     assert manager.report("data")["vol_status"] == 4
     assert len(loops.bound) == 1
+
+
+def test_a_detach_amid_the_attach_leaves_neither_device_nor_report(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    """The client had the device and had not said so when the detach was recorded."""
+    wished = False
+
+    def withdraw(point: str) -> None:
+        nonlocal wished
+        if point == "attach:device" and not wished:
+            wished = True
+            item = {"name": "data", "uuid": manager.uuid("data")}
+            Clients(manager.server.settings, manager.server.store).detach("node-1", item)
+
+    settings = settings_in(tmp_path, test_switches=TestSwitches(fault=withdraw))
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        assert manager.wish("data") is None
+        assert manager.report("data")["vol_status"] == 2
+        assert not loops.bound
+        assert not (tmp_path / "node-1" / "dev" / "data").exists()
+
+
+def test_a_report_that_a_crash_left_without_its_wish_is_taken_back_at_start(
+    tmp_path: Path, loops: FakeLoopDevices
+) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.server.store.write(lambda change: change.delete(ATTACHMENTS, manager.uuid("data"), "node-1"))
+    loops.bound.clear()
+    with running(settings, loops) as manager:
+        assert manager.report("data")["vol_status"] == 2
 
 
 def test_detaching_what_was_never_reported_ends_at_once(manager: Manager) -> None:
