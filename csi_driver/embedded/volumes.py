@@ -352,7 +352,7 @@ class Volumes:
 
     def _forget(self, change: Change, name: str, identity: str) -> None:
         volume = change.get(VOLUMES, name)
-        if volume is None:
+        if volume is None or volume.uuid != identity:
             return
         self._space.record(change, None, volume)
         group = change.get(GROUPS, volume.group) if volume.group else None
