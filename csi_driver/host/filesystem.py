@@ -23,6 +23,7 @@ from csi_driver.model import MIB, Usage
 
 _WRITE_LIMIT_S = 30 * 60.0
 _FULL_CHECK_LIMIT_S = 4 * 3600.0
+_DRY_RUN_LIMIT_S = 60.0
 _GROWTH_SLACK_BYTES = 16 * MIB
 """A filesystem may leave a rest of its device unused that is too small for a block group or allocation group."""
 
@@ -35,6 +36,9 @@ _MAKE: dict[str, tuple[str, ...]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
+# Says what it would do, and does nothing. mkfs.btrfs has no such flag.
+_MAKE_NOTHING = {"ext4": "-n", "xfs": "-N"}
+_MAKE_OPTIONS = "mkfsOptions"
 _BTRFS_SECTOR_BYTES = 4096
 _SMALLEST_BYTES = {"ext4": 2 * MIB, "xfs": 300 * MIB, "btrfs": 109 * MIB}
 """Below these the mkfs of xfsprogs 6 and btrfs-progs 6 refuses; ext4 would have no journal."""
@@ -88,7 +92,8 @@ class LinuxFilesystems:
     def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
         """Make a filesystem, destroying what is there; `options` are added to the driver's own.
 
-        Raises `PreconditionFailed` for a device too small for it. Has half an hour.
+        Raises `PreconditionFailed` for a device too small for it, `InvalidField` for options that mkfs does not take
+        or that make another kind of filesystem than the one named. Has half an hour.
         """
         argv = _MAKE.get(fs_type)
         if argv is None:
@@ -96,8 +101,16 @@ class LinuxFilesystems:
         size, least = device.device.size_bytes, _SMALLEST_BYTES[fs_type]
         if size < least:
             raise PreconditionFailed(f"{device.device.path} has {size} bytes, {fs_type} needs at least {least}")
-        _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
+        try:
+            _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
+        except CommandFailed as failure:
+            if options and failure.status > 0 and _are_to_blame(device, argv, options, _MAKE_NOTHING.get(fs_type)):
+                wanted = f"options that {argv[0]} takes here ({_first_reason(failure.stderr)})"
+                raise InvalidField(_MAKE_OPTIONS, " ".join(options), wanted) from failure
+            raise
         _superblock(device, fs_type)
+        if options:
+            _require_kind(device, fs_type, options)
 
     def check(self, device: Device, fs_type: str) -> None:
         """Repair what can be repaired without a question. Raises `PreconditionFailed` when a person must decide.
@@ -261,6 +274,38 @@ def _in_kernel(fs_type: str) -> bool:
 def _run_on(device: OpenDevice, argv: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,)) -> Completed:
     path = f"/proc/self/fd/{device.fd}"
     return run((*argv, path), timeout_s=timeout_s, accept=accept, pass_fds=(device.fd,))
+
+
+def _are_to_blame(device: OpenDevice, argv: Sequence[str], options: Sequence[str], nothing: str | None) -> bool:
+    """Tell whether mkfs failed by its options: then it refuses them also where it is to write nothing."""
+    if nothing is None:
+        return True
+    try:
+        _run_on(device, (*argv, nothing, *options), timeout_s=_DRY_RUN_LIMIT_S)
+    except CommandFailed as failure:
+        return failure.status > 0
+    return False
+
+
+def _first_reason(stderr: str) -> str:
+    """Return the line that says why: mkfs.xfs prints its whole usage after it, mke2fs its version before it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith("mke2fs ")]
+    return lines[0] if lines else "it printed no reason"
+
+
+def _require_kind(device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
+    """Refuse what options made of a filesystem, before it holds data: the next stage would not know it for its own.
+
+    Features taken away turn ext4 into ext3 or ext2, or into a journal for another one.
+    """
+    with blank.DirectReader(device, superblock.HEAD_BYTES) as reader:
+        head = reader.read(0, min(superblock.HEAD_BYTES, device.device.size_bytes))
+    made = _name_content(device, 0, head, Deadline.after(_DRY_RUN_LIMIT_S))
+    what = "blank"
+    if isinstance(made, Filesystem | OtherContent):
+        what = made.fs_type if isinstance(made, Filesystem) else made.description
+    if what != fs_type:
+        raise InvalidField(_MAKE_OPTIONS, " ".join(options), f"options that leave {fs_type} what it is, not {what}")
 
 
 def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.rpc.client import CallFailed
-from tests.integration.rig import MIB, Rig, Volume, digest, filesystem, fill, in_parallel, raw_block
+from tests.integration.rig import GIB, MIB, Rig, Volume, digest, filesystem, fill, in_parallel, raw_block
 
 pytestmark = pytest.mark.root
 
@@ -119,6 +119,34 @@ def test_eight_bytes_in_the_middle_of_a_volume_used_before_are_found_and_kept(ri
     with volume.file.open("rb") as stream:
         stream.seek(333 * MIB + 12345)
         assert stream.read(8) == b"precious"
+    volume.unstage()
+    volume.detach()
+    volume.delete()
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "options"),
+    [
+        ("ext4", "-I 99"),
+        ("ext4", "-O nosuch"),
+        ("xfs", "-i size=7"),
+        ("btrfs", "-n 3"),
+        ("ext4", "-O journal_dev"),
+        ("ext4", "-O ^extent,^64bit,^flex_bg,^metadata_csum,^huge_file,^dir_nlink,^extra_isize"),
+    ],
+)
+def test_options_that_make_no_such_filesystem_are_the_callers_mistake(rig: Rig, fs_type: str, options: str) -> None:
+    capability = filesystem(fs_type)
+    name = f"options-{fs_type}-{options}"
+    created = rig.controller.create_volume(
+        name, required_bytes=GIB, capabilities=[capability], parameters={"mkfsOptions": options}
+    )
+    paths = rig.directory.with_name(f"{rig.directory.name}.paths")
+    paths.mkdir(exist_ok=True)
+    volume = Volume(rig, name, created.volume_id, capability, paths, dict(created.context))
+    volume.attach()
+    with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: mkfsOptions is .*, wanted options that"):
+        volume.stage()
     volume.unstage()
     volume.detach()
     volume.delete()
