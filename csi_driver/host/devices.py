@@ -247,8 +247,11 @@ class LinuxDevices:
         """Return the present size of a device without opening it; None when the device is gone."""
         try:
             sectors = int((_SYS_DEVICES / str(number) / "size").read_text())
-        except (OSError, ValueError):
-            return None
+        except OSError as error:
+            if error.errno in _NOT_READY:
+                return None
+            # Not known is not gone: what is gone may be unmounted whoever's it was.
+            raise SystemCallFailed(f"read the size of device {number}", error.errno or 0) from error
         return sectors * 512 or None
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
