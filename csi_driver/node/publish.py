@@ -79,23 +79,30 @@ class Publish:
         if handle is None:
             return
         volume = NamedVolume(volume_id, handle.name, handle.uuid)
-        is_clear = self._take_off(volume, target)
-        self._release_left_over(volume, target)
+        taken_off, is_clear = self._take_off(volume, target)
+        kind = self._paths.kind(target)
+        if taken_off == 0 and kind != "absent":
+            # A crash left it so, or another volume is there: the only cases that pay for looking at all loop devices.
+            self._release_left_over(volume, target)
         if not is_clear:
             return
-        kind = self._paths.kind(target)
         if kind in ("directory", "file"):
             self._paths.remove(target)
         elif kind != "absent":
             raise PreconditionFailed(f"target path {target} is of the kind {kind}, wanted a directory or file")
 
-    def _take_off(self, volume: NamedVolume, target: Path) -> bool:
-        """Take the volume's mounts off the target, one by one; False when one of another volume is there."""
+    def _take_off(self, volume: NamedVolume, target: Path) -> tuple[int, bool]:
+        """Take the volume's mounts off the target, one by one.
+
+        Return how many there were, and whether nothing is mounted there now; False = one of another volume is.
+        """
+        taken_off = 0
         while (mounted := self._mounts.at(target)) is not None:
             if not self._ownership.take_off_one(mounted, target, volume):
-                return False
+                return taken_off, False
+            taken_off += 1
             self._release_reader(mounted, volume)
-        return True
+        return taken_off, True
 
     # --- filesystem ---
 
@@ -175,7 +182,7 @@ class Publish:
         if not read_only:
             self._remember_raw(volume, device, context)
         kind = self._paths.kind(target)
-        if kind == "file" and not needs_reader:
+        if kind == "file":
             self._release_left_over(volume, target)
         if kind == "directory":
             self._paths.remove(target)

@@ -27,6 +27,7 @@ LOOP_MAJOR = 7
 _UUID_LENGTH = 36
 _DELETED = " (deleted)"
 _SYS_BLOCK = Path("/sys/block")
+_SYS_DEV_BLOCK = Path("/sys/dev/block")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
@@ -151,15 +152,30 @@ class LoopDevices:
         """Yield every bound loop device of the machine, lowest number first."""
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
-            text = _backing_text(number)
-            if text is None:
-                continue
-            # Closed before it is handed out: the caller may want to detach it.
-            with contextlib.suppress(SystemCallFailed):
-                with self._opened(number) as fd:
-                    status = ioctls.loop_status(fd)
-                if status is not None:
-                    yield _described(number, text, status)
+            device = self._bound_number(number)
+            if device is not None:
+                yield device
+
+    def bound_as(self, number: DeviceNumber) -> LoopDevice | None:
+        """Return the bound loop device that has this device number; None when it is no loop device or unbound."""
+        try:
+            name = (_SYS_DEV_BLOCK / str(number)).resolve(strict=True).name
+        except OSError:
+            return None
+        digits = name.removeprefix("loop")
+        return self._bound_number(int(digits)) if name != digits and digits.isdigit() else None
+
+    def _bound_number(self, number: int) -> LoopDevice | None:
+        text = _backing_text(number)
+        if text is None:
+            return None
+        # Closed before it is handed out: the caller may want to detach it.
+        try:
+            with self._opened(number) as fd:
+                status = ioctls.loop_status(fd)
+        except SystemCallFailed:
+            return None
+        return _described(number, text, status) if status is not None else None
 
     def grow(self, device: Bound) -> None:
         """Let the device take the present size of its file."""

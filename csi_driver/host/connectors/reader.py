@@ -45,10 +45,8 @@ class ReadOnlyLoops:
 
     def release(self, number: DeviceNumber) -> bool:
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
-        for loop in self._ours():
-            if loop.device_number == number:
-                return self._loops.detach(loop)
-        return False
+        loop = self._loops.bound_as(number)
+        return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
 
     def release_left_over(self, reader: str) -> None:
         """Take down each such device of the reader that nothing uses, whatever became of the one below."""

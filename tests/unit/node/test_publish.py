@@ -389,11 +389,11 @@ def test_unpublish_takes_down_a_reader_that_was_never_bound_and_whose_device_is_
     assert (block.host.readers, TARGET in block.host.tree) == ([], False)
 
 
-def test_unpublish_takes_down_a_reader_of_an_earlier_attachment_beside_the_present_one(block: FakeNode) -> None:
+def test_publish_takes_down_a_reader_of_an_earlier_attachment_before_it_makes_its_own(block: FakeNode) -> None:
     cut_off(block)
     block.host.attach(NAME, UUID, like=block.host.detach(NAME))
     block.publish(access=BLOCK, read_only=True)
-    assert len(block.host.readers) == 2
+    assert len(block.host.readers) == 1
     block.unpublish()
     assert block.host.readers == []
 
