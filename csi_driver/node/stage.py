@@ -106,6 +106,11 @@ class Stage:
         uuid = volume.uuid or device.uuid
         if uuid is not None:
             self._marks.remove(uuid)
+        mounted = self._mounts.at(path)
+        if mounted is not None:
+            # Another process of ours was quicker: two of them run for a moment while one replaces the other.
+            self._accept(mounted, volume, path, plan)
+            return
         options = plan.options_for(prepared.fs_type)
         self._mounts.mount(device, path, prepared.fs_type, options, read_only=plan.read_only)
         if prepared.grow_mounted:

@@ -545,3 +545,19 @@ def test_stacked_mounts_are_taken_off_one_by_one(node: FakeNode) -> None:
 def test_a_staging_path_outside_the_roots_is_not_unstaged(node: FakeNode) -> None:
     with pytest.raises(InvalidField):
         node.unstage(staging=Path("/etc"))
+
+
+def test_what_another_process_staged_in_the_meantime_is_taken_and_not_mounted_again(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.host.attach(NAME, UUID)
+    remove, others = node.marks.remove, [node.stage]
+
+    def remove_while_another_stages(volume_uuid: str) -> None:
+        remove(volume_uuid)
+        if others:
+            others.pop()()
+
+    monkeypatch.setattr(node.marks, "remove", remove_while_another_stages)
+    node.stage()
+    assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
