@@ -7,6 +7,7 @@ may open the database while a manager runs (the pool's lock sees to it).
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -16,6 +17,8 @@ from typing import TypeVar
 
 from csi_driver.embedded.records import TABLES, Table
 from csi_driver.errors import StorageUnavailable
+
+_log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -34,6 +37,7 @@ CREATE TABLE IF NOT EXISTS documents (
 _UPSERT = """
 INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT (kind, grouping, id) DO UPDATE SET record = excluded.record
 """
+_BALLAST_BYTES = 1 << 20
 _DELETE = "DELETE FROM documents WHERE kind = ? AND grouping = ? AND id = ?"
 
 
@@ -85,6 +89,8 @@ class Store:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute(_SCHEMA)
+        self._ballast = path.with_name(f"{path.name}.ballast")
+        self._take_ballast()
         for kind, grouping, key, text in self._rows():
             self._committed.setdefault((kind, grouping), {})[key] = self._tables[kind].record(text)
 
@@ -146,13 +152,8 @@ class Store:
         ]
         gone = [place for place, record in batch.puts.items() if record is None]
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(_UPSERT, puts)
-            self._connection.executemany(_DELETE, gone)
-            self._connection.execute("COMMIT")
+            self._transact(puts, gone)
         except sqlite3.Error as problem:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
             with self._change_lock:
                 for lost in (batch, self._staged):
                     lost.done, lost.problem = True, problem
@@ -167,3 +168,41 @@ class Store:
                     records[key] = record
             batch.done = True
             self._committing = _Batch()
+
+    def _transact(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
+        """Write once; where the disk is full, once more with the ballast given up."""
+        try:
+            self._write_rows(puts, gone)
+        except sqlite3.OperationalError as problem:
+            if problem.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.exists():
+                raise
+            self._ballast.unlink()
+            _log.warning("the disk is full: %s is given up, so that volumes can be detached and deleted", self._ballast)
+            self._write_rows(puts, gone)
+            return
+        if not self._ballast.exists():
+            self._take_ballast()
+
+    def _write_rows(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(_UPSERT, puts)
+            self._connection.executemany(_DELETE, gone)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _take_ballast(self) -> None:
+        """Keep space for the changes that make room again, while there is plenty."""
+        space = os.statvfs(self._ballast.parent)
+        if space.f_bavail * space.f_frsize < 2 * _BALLAST_BYTES:
+            return
+        descriptor = os.open(self._ballast, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, _BALLAST_BYTES)
+        except OSError:
+            self._ballast.unlink()
+        finally:
+            os.close(descriptor)

@@ -16,6 +16,8 @@ import requests
 
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.attacher import label_of
+from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.store import Store
 from csi_driver.host.connectors.loop import LoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
 
@@ -251,3 +253,33 @@ def test_waiting_for_a_busy_device_ends_by_itself(tmp_path: Path, loops: LoopDev
             assert identity in manager.call("/clients/node-1")["attachments"]
         gone = Deadline.after(10).wait_until(lambda: manager.call("/clients/node-1")["attachments"] == {})
         assert gone
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 4096)
+
+
+def test_records_can_still_be_deleted_when_the_disk_is_full_and_room_is_kept_again_afterwards(small_disk: Path) -> None:
+    store = Store(small_disk / "s.sqlite")
+    for number in range(20):
+        store.write(lambda view, number=number: view.put(FACTS, f"{number}", Fact("x" * 4096)))  # type: ignore[misc]
+    with pytest.raises(OSError, match="No space"):
+        fill(small_disk / "other-program")
+    for number in range(20):
+        store.write(lambda view, number=number: view.delete(FACTS, f"{number}"))  # type: ignore[misc]
+    assert (store.all(FACTS), (small_disk / "s.sqlite.ballast").exists()) == ([], False)
+    (small_disk / "other-program").unlink()
+    store.write(lambda view: view.put(FACTS, "a", Fact("1")))
+    assert (small_disk / "s.sqlite.ballast").stat().st_blocks * 512 == 1 << 20
+    store.close()
