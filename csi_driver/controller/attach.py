@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 _NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
 _NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
 _BUSY = (DeviceStatus.BUSY, DeviceStatus.DETACH_FAILED)
+_BUSY_WAIT_S = 10.0
+"""A device that was open for so long without a break is answered to be in use; the client goes on trying."""
 _ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
 
 
@@ -94,7 +96,8 @@ class Attach:
         """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
 
         Success when volume, node or attachment do not exist (any more), and for a client that is down once the wish is
-        recorded. Raises `PreconditionFailed` while the device is open there, `DeadlineReached` otherwise.
+        recorded. Raises `PreconditionFailed` when the device stays open there, `DeadlineReached` otherwise; the wish
+        stands in both cases.
         """
         located = locate(self._clusters, volume_id, deadline=deadline)
         if located is None:
@@ -274,17 +277,25 @@ class Attach:
     def _await_gone(self, located: Located, client: Client, *, deadline: Deadline) -> None:
         volume = located.volume
         report: DeviceReport | None = None
+        is_gone = False
+        busy: Deadline | None = None
 
-        def is_gone() -> bool:
-            nonlocal report
+        def is_decided() -> bool:
+            nonlocal report, is_gone, busy
             latest = located.management.client(client.id, deadline=deadline)
             if latest is None or latest.uuid != client.uuid or latest.status is ClientStatus.DOWN:
+                is_gone = True
                 return True
             report = latest.devices.get(volume.uuid)
-            return _is_released(latest, located)
+            is_gone = _is_released(latest, located)
+            if report is None or report.status not in _BUSY:
+                busy = None
+            elif busy is None:
+                busy = Deadline.after(_BUSY_WAIT_S, deadline.clock)
+            return is_gone or (busy is not None and busy.expired())
 
-        wait = within(deadline, self._settings.detach_wait_s, margin_s=self._settings.answer_margin_s)
-        if wait.wait_until(is_gone):
+        within(deadline, self._settings.detach_wait_s, margin_s=self._settings.answer_margin_s).wait_until(is_decided)
+        if is_gone:
             return
         if report is not None and report.status in _BUSY:
             raise PreconditionFailed(

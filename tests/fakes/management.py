@@ -143,6 +143,11 @@ class FakeManagement:
         """Hold the volume's device open on a client, so that it cannot be detached."""
         (self._clients[name].busy.add if busy else self._clients[name].busy.discard)(volume.uuid)
 
+    def report(self, name: str, volume: Volume, status: DeviceStatus) -> None:
+        """Let a client report another state of a volume's device, until it reports anew."""
+        devices = self._clients[name].devices
+        devices[volume.uuid] = replace(devices[volume.uuid], status=status)
+
     def change(self, name: str, **values: object) -> None:
         """Change a volume as an administrator or a fault would."""
         self._volumes[name] = replace(self._volumes[name], **values)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from csi_driver.model import (
     AccessMode,
     Capability,
     ClientStatus,
+    DeviceStatus,
     History,
     MountAccess,
     Reservation,
@@ -451,6 +452,36 @@ def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_so() -> Non
     world.management.set_busy("node-1", world.stored(), busy=False)
     world.unpublish(volume_id)
     assert world.holders() == []
+
+
+def test_a_device_that_stays_open_is_told_long_before_the_caller_gives_up_and_is_still_to_go() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.set_busy("node-1", world.stored())
+    started_s = world.clock.now_s
+    with pytest.raises(PreconditionFailed, match="open"):
+        world.unpublish(volume_id, seconds=60)
+    assert 10 <= world.clock.now_s - started_s < 12
+    client = world.management.client("node-1", deadline=world.deadline())
+    assert client is not None
+    assert client.wishes[world.stored().uuid].is_detaching
+
+
+def test_a_device_that_was_closed_in_between_is_waited_for_anew() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    volume = world.stored()
+    world.management.set_busy("node-1", volume)
+    started_s = world.clock.now_s
+
+    def interrupt(request: str) -> None:
+        if request == "client" and 8 < world.clock.now_s - started_s < 10:
+            world.management.report("node-1", volume, DeviceStatus.ATTACHED)
+
+    world.management.before = interrupt
+    with pytest.raises(PreconditionFailed, match="open"):
+        world.unpublish(volume_id, seconds=60)
+    assert world.clock.now_s - started_s > 18
 
 
 def test_forced_detachment_reaches_the_storage() -> None:
