@@ -435,10 +435,10 @@ def test_every_failure_of_this_adapter_is_one_of_the_driver(machine: HostMachine
 def test_a_root_whose_mounts_do_not_reach_the_host_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(facts.LinuxMounts, "propagation_is_shared", lambda _, path: path == Path("/"))
+    monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: path == Path("/"))
     assert [str(tmp_path) in warning for warning in facts.MachineTools([tmp_path]).warnings()][-1:] == [True]
 
 
 def test_the_root_of_the_machine_itself_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts.LinuxMounts, "propagation_is_shared", lambda _, path: False)
+    monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: False)
     assert not [warning for warning in facts.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning]
