@@ -30,8 +30,11 @@ TOOLS = ("findmnt", "lsblk", "losetup", "setpriv", "blkid", "mkfs.ext4", "e2fsck
 _PACKAGES = {"findmnt": "util-linux", "lsblk": "util-linux", "losetup": "util-linux (on Debian: mount)"}
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came.
+
+    Like KeyboardInterrupt it is no Exception: gRPC catches those around what it calls, and goes on.
+    """
 
 
 def run_demo(settings: DemoSettings) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.local.demo import Demo, missing
+from csi_driver.local.demo import Demo, Interrupted, interruptible, missing
 from csi_driver.local.life import Undo
 from csi_driver.local.settings import DemoSettings
 from csi_driver.local.show import Kernel, Screen
@@ -163,3 +165,14 @@ def test_a_step_shows_its_time() -> None:
     with Screen(lines.append, lambda: next(times)).step("NodeStageVolume") as words:
         words.append("done")
     assert lines == ["   0.250 s  NodeStageVolume           done"]
+
+
+def test_an_interruption_passes_through_code_that_catches_every_exception() -> None:
+    def call() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Exception:  # noqa: BLE001  # as gRPC does
+            pytest.fail("the interruption was swallowed")
+
+    with interruptible(), pytest.raises(Interrupted):
+        call()
