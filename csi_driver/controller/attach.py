@@ -29,6 +29,7 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
+from csi_driver.handover import History, PublishContext
 from csi_driver.model import (
     AttachmentWish,
     BlockAccess,
@@ -36,8 +37,6 @@ from csi_driver.model import (
     ClientStatus,
     DeviceReport,
     DeviceStatus,
-    History,
-    PublishContext,
     ReservationMode,
     Volume,
     VolumeHandle,

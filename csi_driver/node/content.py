@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from csi_driver.handover import History
 from csi_driver.machine import Blank, Content, Filesystem, OtherContent
-from csi_driver.model import DEFAULT_FS_TYPE, History
+from csi_driver.model import DEFAULT_FS_TYPE
 from csi_driver.node.marks import RAW, Mark
 
 

@@ -12,8 +12,9 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import PreconditionFailed, VolumeNotFound
+from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, DeviceNumber, Mounted
-from csi_driver.model import EMPTY, PublishContext, VolumeHandle
+from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.ports import Devices, Mounts
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
+from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted, OpenDevice
-from csi_driver.model import History, PublishContext
 from csi_driver.node.content import Format, FormatAgain, Refuse, Use, Verdict, decide
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import Mark, Marks

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, PreconditionFailed
+from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted
-from csi_driver.model import AccessMode, BlockAccess, History, MountAccess, PublishContext, VolumeHandle
+from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.marks import RAW, Mark, Marks
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of

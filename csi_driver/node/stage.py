@@ -6,8 +6,9 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, PreconditionFailed
+from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, Mounted
-from csi_driver.model import BlockAccess, MountAccess, PublishContext, VolumeHandle
+from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.marks import Marks
 from csi_driver.node.options import FS_TYPE, MKFS_OPTIONS, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Ownership, named

@@ -10,15 +10,8 @@ import grpc
 
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
-from csi_driver.model import (
-    Capability,
-    Capacity,
-    CapacityRange,
-    ListedVolume,
-    ProvisionedVolume,
-    PublishContext,
-    Segments,
-)
+from csi_driver.handover import PublishContext
+from csi_driver.model import Capability, Capacity, CapacityRange, ListedVolume, ProvisionedVolume, Segments
 from csi_driver.rpc import wire
 from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc

@@ -7,17 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import (
-    EMPTY,
-    AccessMode,
-    BlockAccess,
-    Capability,
-    CapacityRange,
-    History,
-    MountAccess,
-    PublishContext,
-    Usage,
-)
+from csi_driver.handover import History, PublishContext
+from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
 from csi_driver.node.marks import Mark
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble

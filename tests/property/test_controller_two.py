@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csi_driver.errors import DriverError, OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.model import GIB, Capability, CapacityRange, History, ProvisionedVolume, PublishContext
+from csi_driver.handover import History, PublishContext
+from csi_driver.model import GIB, Capability, CapacityRange, ProvisionedVolume
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World
 
 Step = Callable[[], object]

@@ -19,12 +19,12 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
+from csi_driver.handover import History
 from csi_driver.model import (
     AccessMode,
     Capability,
     ClientStatus,
     DeviceStatus,
-    History,
     MountAccess,
     Reservation,
     ReservationMode,

@@ -15,6 +15,7 @@ from csi_driver.controller.requests import (
     TopologyRequirement,
 )
 from csi_driver.deadline import Deadline
+from csi_driver.handover import PublishContext
 from csi_driver.model import (
     DEFAULT_ZONE,
     EMPTY,
@@ -25,7 +26,6 @@ from csi_driver.model import (
     CapacityRange,
     MountAccess,
     ProvisionedVolume,
-    PublishContext,
     Volume,
 )
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid

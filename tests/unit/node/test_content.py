@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from csi_driver.handover import History
 from csi_driver.machine import Blank, Content, Filesystem, OtherContent
-from csi_driver.model import History
 from csi_driver.node.content import Format, FormatAgain, Refuse, Use, Verdict, Wish, decide
 from csi_driver.node.marks import RAW, Mark
 

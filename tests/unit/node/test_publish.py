@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import HostFailure, Incompatible, InvalidField, PreconditionFailed, VolumeNotFound
-from csi_driver.model import AccessMode, BlockAccess, History, MountAccess
+from csi_driver.handover import History
+from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.readers import reader_over
 from tests.fakes.host import FakeFilesystem

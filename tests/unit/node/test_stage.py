@@ -15,7 +15,8 @@ from csi_driver.errors import (
     PreconditionFailed,
     VolumeNotFound,
 )
-from csi_driver.model import EMPTY, AccessMode, Capability, History, MountAccess
+from csi_driver.handover import History
+from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import RAW, Mark
 from csi_driver.node.requests import StageRequest
 from tests.fakes.host import MIB, FakeFilesystem

@@ -16,6 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NodeNotFound, VolumeNotFound
+from csi_driver.handover import PublishContext
 from csi_driver.model import (
     BlockAccess,
     Capability,
@@ -23,7 +24,6 @@ from csi_driver.model import (
     CapacityRange,
     ListedVolume,
     ProvisionedVolume,
-    PublishContext,
     Segments,
     Usage,
 )
