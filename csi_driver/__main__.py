@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from csi_driver.config.commands import PROGRAM, parse
 from csi_driver.config.flags import UsageError
@@ -29,13 +30,18 @@ from csi_driver.errors import DriverError
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
+    from csi_driver.node.faults import PortHook
     from csi_driver.rpc.identity import Health
     from csi_driver.rpc.server import Register
     from csi_driver.rpc.settings import EndpointSettings
 
 _LOG = logging.getLogger(PROGRAM)
+Port = TypeVar("Port")
 
 OK, FAILED, USAGE = 0, 1, 2
+
+FAULTS_VARIABLE = "NVMESH_CSI_INJECT_FAULTS_FOR_TESTS_ONLY"
+"""Names the directory of a plan of faults. No flag does: nobody is to meet it in the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +124,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.host.filesystem import LinuxFilesystems
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
-    from csi_driver.node.service import assemble
+    from csi_driver.node.service import assemble, mark_files
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.node import NodeServicer
@@ -127,14 +133,16 @@ def _node(command: NodeCommand) -> int:
     tools = MachineTools(command.path_roots)
     for warning in tools.warnings():
         _LOG.warning("%s", warning)
+    on = _port_hook()
     devices = LinuxDevices(command.device_directory, command.status_directory)
     paths = LinuxPaths(command.path_roots)
     use_cases = assemble(
-        devices=devices,
-        read_only_devices=ReadOnlyLoops(LoopDevices()),
-        mounts=LinuxMounts(paths.open),
-        filesystems=LinuxFilesystems(devices),
-        paths=paths,
+        devices=on("devices", devices),
+        read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
+        mounts=on("mounts", LinuxMounts(paths.open)),
+        filesystems=on("filesystems", LinuxFilesystems(devices)),
+        paths=on("paths", paths),
+        marks=on("marks", mark_files(command.node)),
         tools=tools,
         settings=command.node,
     )
@@ -146,6 +154,20 @@ def _node(command: NodeCommand) -> int:
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
     )
+
+
+def _port_hook() -> PortHook:
+    """Return what the node's ports go through: nothing, unless tests inject faults (see `csi_driver.node.faults`)."""
+    directory = os.environ.get(FAULTS_VARIABLE)
+    if directory is None:
+        return _as_it_is
+    from csi_driver.node.faults import Faults
+
+    return Faults(Path(directory), told_by=FAULTS_VARIABLE).on
+
+
+def _as_it_is(name: str, port: Port) -> Port:
+    return port
 
 
 def _serve(

@@ -29,6 +29,11 @@ class NodeUseCases:
     identity: Identity
 
 
+def mark_files(settings: NodeSettings) -> MarkFiles:
+    """Return the marks as files under the settings' state directory."""
+    return MarkFiles(Path(settings.state_directory) / "format-marks")
+
+
 def assemble(
     *,
     devices: Devices,
@@ -40,8 +45,8 @@ def assemble(
     settings: NodeSettings,
     marks: Marks | None = None,
 ) -> NodeUseCases:
-    """Build the use-cases over these ports. `marks` defaults to files under the settings' state directory."""
-    kept = marks if marks is not None else MarkFiles(Path(settings.state_directory) / "format-marks")
+    """Build the use-cases over these ports. `marks` defaults to `mark_files`."""
+    kept = marks if marks is not None else mark_files(settings)
     heavy = HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)

@@ -1,0 +1,272 @@
+"""Two ways to make calls of a node that may die in the middle of them, and the volumes that they are made for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from csi_driver.__main__ import FAULTS_VARIABLE
+from csi_driver.deadline import Deadline
+from csi_driver.handover import History, PublishContext
+from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.rpc.client import CallFailed, CsiClient
+from tests.contract.host_machine import HostMachine
+from tests.contract.host_machine import Volume as LoopVolume
+
+REPOSITORY = Path(__file__).parents[2]
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "block": 64 * MIB}
+
+
+@dataclass
+class Subject:
+    """A volume as the calls name it. The CO made its staging directory and the parent of its target."""
+
+    name: str
+    kind: str
+    loop: LoopVolume
+    root: Path
+    read_only: bool = False
+    attached_read_only: bool = False
+    flags: tuple[str, ...] = ()
+    attachment: int = 1
+    history: History = History.FIRST
+
+    @property
+    def volume_id(self) -> str:
+        return f"zone:{self.name}:{self.loop.uuid}"
+
+    @property
+    def staging(self) -> Path:
+        return self.root / f"{self.name}.staging"
+
+    @property
+    def target(self) -> Path:
+        return self.root / f"{self.name}.target"
+
+    @property
+    def capability(self) -> Capability:
+        access = BlockAccess() if self.kind == "block" else MountAccess(self.kind, self.flags)
+        return Capability(access, AccessMode.SINGLE_NODE_WRITER)
+
+    @property
+    def context(self) -> dict[str, str]:
+        size = self.loop.file.stat().st_size
+        return PublishContext(
+            self.name, self.loop.uuid, self.attachment, self.history, self.attached_read_only, size
+        ).as_map()
+
+
+class Node(Protocol):
+    """Makes one call and tells how it ended: "ok", "killed", or why it failed."""
+
+    def call(self, verb: str, subject: Subject) -> str: ...
+
+
+class ForkedNode:
+    """The use-cases, composed anew in a forked process for every call (see `fault_server`)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.fault_server", str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=REPOSITORY,
+        )
+
+    def call(self, verb: str, subject: Subject) -> str:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        call = {
+            "verb": verb, "volume_id": subject.volume_id, "staging": str(subject.staging),
+            "target": str(subject.target), "kind": subject.kind, "flags": subject.flags,
+            "read_only": subject.read_only, "context": subject.context,
+            "required_bytes": subject.loop.file.stat().st_size,
+        }  # fmt: skip
+        self._server.stdin.write(json.dumps(call) + "\n")
+        self._server.stdin.flush()
+        return str(json.loads(self._server.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.stdout.close()
+        self._server.wait(60)
+
+
+class ServingNode:
+    """The program itself, over its socket; started again when it was killed."""
+
+    def __init__(self, directory: Path, socket: str = "node.sock") -> None:
+        self._directory = directory
+        self._socket = directory / socket
+        self.client = CsiClient(self._socket)
+        self.process = self._started()
+
+    def start(self, *flags: str) -> None:
+        self.process = self._started(*flags)
+
+    def _started(self, *flags: str) -> subprocess.Popen[bytes]:
+        directory = self._directory
+        with (directory / "node.log").open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "csi_driver", "node", "--endpoint", str(self._socket),
+                    "--node-name", "faults", "--state-directory", str(directory / "state"),
+                    "--path-root", str(directory / "kubelet"), "--device-directory", str(directory / "dev"),
+                    "--status-directory", str(directory / "proc"), *flags,
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
+                env={**os.environ, FAULTS_VARIABLE: str(directory / "faults")},
+            )  # fmt: skip
+        reason = self.client.wait_ready(Deadline.after(60), give_up=lambda: process.poll() is not None)
+        assert reason is None, reason
+        return process
+
+    def call(self, verb: str, subject: Subject, *, timeout_s: float | None = None) -> str:
+        """Make the call; where a killed node left nobody to answer, wait for its end and start it again."""
+        before = self.client.timeout_s
+        self.client.timeout_s = timeout_s or before
+        try:
+            self._call(verb, subject)
+        except CallFailed as failure:
+            if failure.code == "UNAVAILABLE" and self._died():
+                self.start()
+                return "killed"
+            return f"{failure.code}: {failure.message}"
+        finally:
+            self.client.timeout_s = before
+        return "ok"
+
+    def _died(self) -> bool:
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _call(self, verb: str, subject: Subject) -> None:
+        client, context = self.client, subject.context
+        match verb:
+            case "stage":
+                client.stage(subject.volume_id, subject.staging, subject.capability, publish_context=context)
+            case "unstage":
+                client.unstage(subject.volume_id, subject.staging)
+            case "publish":
+                client.publish(
+                    subject.volume_id, subject.staging, subject.target, subject.capability,
+                    read_only=subject.read_only, publish_context=context,
+                )  # fmt: skip
+            case "unpublish":
+                client.unpublish(subject.volume_id, subject.target)
+            case "expand":
+                size = subject.loop.file.stat().st_size
+                client.expand_on_node(subject.volume_id, subject.target, required_bytes=size, staging=subject.staging)
+            case other:
+                raise ValueError(other)
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(60)
+
+
+@dataclass
+class World:
+    """A machine with the directories of one node, its plan of faults, and oracles."""
+
+    machine: HostMachine
+    directory: Path
+    _made: int = 0
+    _plan: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("faults", "kubelet", "state"):
+            (self.directory / name).mkdir()
+        self._plan = self.directory / "faults" / "plan"
+        self.trace = self.directory / "faults" / "trace"
+
+    def subject(self, kind: str, **more: object) -> Subject:
+        """Make a volume that nobody ever used."""
+        self._made += 1
+        name = f"csi-{kind}-{self._made}"
+        loop = self.machine.volume(name, SIZES[kind])
+        subject = Subject(name, kind, loop, self.directory / "kubelet", **more)  # type: ignore[arg-type]
+        subject.staging.mkdir()
+        return subject
+
+    def plan(self, point: str, action: str) -> None:
+        draft = self._plan.with_suffix(".draft")
+        draft.write_text(f"{point} {action}")
+        draft.rename(self._plan)
+
+    def planned(self) -> bool:
+        """Tell whether the plan still waits for its point."""
+        return self._plan.exists()
+
+    def cancel(self) -> None:
+        self._plan.unlink(missing_ok=True)
+
+    def wait_for_strike(self, timeout_s: float = 60.0) -> None:
+        assert Deadline.after(timeout_s).wait_until(lambda: not self.planned(), most_s=0.01), "no point was met"
+
+    def traced(self) -> list[str]:
+        """Return the points passed since this was asked last, in order."""
+        found = self.trace.read_text().split() if self.trace.exists() else []
+        self.trace.write_text("")
+        return found
+
+    # --- oracles ------------------------------------------------------------------------------------------
+
+    def mounted(self, path: Path) -> int:
+        """Count the mounts at a path, as the kernel's table has them."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return sum(re.sub(r"\\040", " ", line.split()[4]) == str(path) for line in lines)
+
+    def readers_over(self, subject: Subject) -> int:
+        """Count the loop devices that stand over the volume's device."""
+        return len(list(loops_of(str(self.directory / "dev" / subject.name))))
+
+    def marks(self) -> list[str]:
+        place = self.directory / "state" / "format-marks"
+        return sorted(path.name for path in place.iterdir()) if place.exists() else []
+
+    def end(self, subject: Subject) -> None:
+        """Take the volume's device away; it must not be in use by anything."""
+        assert self.mounted(subject.staging) == self.mounted(subject.target) == 0
+        assert self.machine.loops.detach(subject.loop.loop), f"{subject.name} is still in use"
+        subject.loop.file.unlink()
+
+
+def loops_of(file: str) -> Iterator[str]:
+    """Yield the loop devices over a file, by /sys."""
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().strip().removesuffix(" (deleted)") == file:
+                yield backing.parts[3]
+
+
+def until_ok(node: Node, verb: str, subject: Subject, *, passing: tuple[str, ...] = ("ABORTED",)) -> None:
+    """Repeat a call as a CO does while it is told to."""
+    end = time.monotonic() + 60
+    while (outcome := node.call(verb, subject)) != "ok":
+        assert outcome.startswith(passing), f"{verb}: {outcome}"
+        assert time.monotonic() < end, f"{verb}: {outcome}"
+        time.sleep(0.01)
+
+
+OPPOSITES: Mapping[str, str] = {
+    "stage": "unstage", "unstage": "stage", "publish": "unpublish", "unpublish": "publish",
+}  # fmt: skip
