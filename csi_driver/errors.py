@@ -134,6 +134,13 @@ class DeadlineReached(StorageUnavailable):
         super().__init__(f"still waiting for {awaited} after {waited_s:.1f} s; call again to go on")
 
 
+class IdentityNotProven(StorageUnavailable):
+    """Nothing tells at this moment which volume a device is; it can be told again when the storage client is back."""
+
+    def __init__(self, device: object, why: str) -> None:
+        super().__init__(f"nothing on this machine proves now which volume {device} is: {why}; call again")
+
+
 # --- leaves: the machine --------------------------------------------------------------------------------
 
 

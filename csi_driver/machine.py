@@ -24,7 +24,9 @@ class DeviceNumber:
 class Device:
     """A block device that was found and whose identity was verified once.
 
-    `uuid` is the volume's as the evidence on this machine says it. `read_only`: the kernel refuses writes.
+    `uuid` is the volume's as the evidence on this machine says it; None where nothing says it now.
+    `read_only`: the kernel refuses writes. `client_read_only`: the storage client says that it refuses them, whatever
+    the kernel shows.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Device:
     read_only: bool
     uuid: str | None
     block_bytes: int = 4096
+    client_read_only: bool = False
+
+    @property
+    def takes_writes(self) -> bool:
+        """Whether nothing on this machine is known to refuse writes to it."""
+        return not (self.read_only or self.client_read_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,39 @@ class OpenDevice:
 
     fd: int
     device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """What the storage client of this machine says of a volume that is attached here. None = it does not say.
+
+    `refusal`: why the device may not be used although it is there; empty = it may. `io_enabled` is False where the
+    client carries no I/O for it, `words` then repeats what the client says: an attachment that is not finished, or one
+    that was fenced, suspended or lost its storage. Reading such a device hangs, or fails after half a minute.
+    """
+
+    name: str
+    uuid: str
+    size_bytes: int | None = None
+    refusal: str = ""
+    io_enabled: bool | None = None
+    refuses_writes: bool | None = None
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StorageClient:
+    """The storage client of this machine as it shows itself now.
+
+    `uuid` is None while it cannot be read: before the client has started, for the moment of an upgrade under running
+    volumes (`is_upgrading`), or for good where there is none. `is_expected`: a client belongs here, so an absent one
+    comes back. `problem`: why it is of no use although it is there; empty = it is.
+    """
+
+    uuid: str | None
+    is_expected: bool = False
+    is_upgrading: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

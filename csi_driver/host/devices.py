@@ -14,76 +14,21 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import DeadlineReached, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import DeadlineReached, IdentityNotProven, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
 from csi_driver.host.alarms import device_alarm
+from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import loop, nvmesh
-from csi_driver.machine import Device, DeviceNumber, OpenDevice
+from csi_driver.machine import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import is_volume_name
 
 _NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
 _BUSY_GRACE_S = 2.0
 _SYS_DEVICES = Path("/sys/dev/block")
-
-
-@dataclass(frozen=True, slots=True)
-class _Claims:
-    """What the evidence says of an open device. None = says nothing."""
-
-    status: nvmesh.VolumeStatus | None
-    label_uuid: str | None
-    serial: str | None
-    is_loop: bool
-
-    def uuid(self) -> str | None:
-        """Return the uuid that the device has by this evidence; None when nothing tells it."""
-        if self.is_loop:
-            return self.label_uuid
-        return self.status.uuid if self.status is not None else None
-
-    def refusal(self, name: str) -> str | None:
-        """Say why the volume's device may not be used at all; None when it may."""
-        if self.status is not None and self.status.refusal:
-            return f"{name} may not be used: {self.status.refusal}"
-        return None
-
-    def disagreement(self, name: str) -> str | None:
-        """Say in which way the evidence disagrees with itself or with the name; None when it does not."""
-        if self.status is None:
-            return None
-        if self.status.name != name:
-            return f"the client's status of {name} claims the name {self.status.name}, expected {name}"
-        if self.label_uuid is not None and self.label_uuid != self.status.uuid:
-            return f"{name}: the device claims {self.label_uuid}, expected {self.status.uuid} as the client says"
-        expected = nvmesh.serial_of(self.status.uuid)
-        if self.serial is not None and self.serial != expected:
-            return f"{name}: the device claims the serial number {self.serial}, expected {expected} as the client says"
-        return None
-
-    def mismatch(self, name: str, uuid: str | None) -> str | None:
-        """Say in which way the evidence speaks against the volume being `uuid`; None when it does not."""
-        if uuid is None:
-            return None
-        claimed = self.uuid()
-        if claimed is not None and claimed != uuid:
-            return f"{name}: the device claims {claimed}, expected {uuid}"
-        if self.serial is not None and self.serial != nvmesh.serial_of(uuid):
-            return f"{name}: the device claims the serial number of another volume ({self.serial}), expected {uuid}"
-        return None
-
-    def against(self, name: str, uuid: str | None) -> str | None:
-        """Say whatever speaks against using the device as this volume; None when nothing does."""
-        return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
-
-    def proves(self, uuid: str | None) -> bool:
-        """Tell whether anything here names the volume; a loop device must do so itself."""
-        if self.is_loop:
-            return self.label_uuid is not None
-        return self.status is not None or (self.serial is not None and uuid is not None)
 
 
 class LinuxDevices:
@@ -99,9 +44,10 @@ class LinuxDevices:
         *,
         clock: Clock = SYSTEM_CLOCK,
         udev_control: Path = Path("/run/udev/control"),
+        status_files: nvmesh.StatusFiles | None = None,
     ) -> None:
         self._root = device_root
-        self._status = nvmesh.StatusFiles(status_root)
+        self._status = status_files or nvmesh.StatusFiles(status_root)
         self._clock = clock
         self._udev_control = udev_control
 
@@ -113,16 +59,20 @@ class LinuxDevices:
             raise InvalidField("volume name", name, "the name of a volume")
         return self._root / name
 
-    def find(self, name: str) -> Device | None:
-        """Return the volume's device as it is now; None when it is absent or has no size yet."""
+    def find(self, name: str, uuid: str | None = None) -> Device | None:
+        """Return the volume's device as it is now; None when it is absent or has no size yet.
+
+        `uuid` is who it should be: where only a serial number speaks, that is all it can be compared with.
+        """
         seen = self._look(name)
-        return seen[0] if seen is not None else None
+        return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the volume's device is there, has a size, and is who it should be.
+        """Wait until the volume's device is there, has a size, is proven to be who it should be, and carries I/O.
 
         A device that is clearly another volume is refused at once with `PreconditionFailed`; evidence that does not
-        agree with itself is awaited to settle. Raises `DeadlineReached` when time is up.
+        agree with itself is awaited to settle, and so is a client that comes back from an upgrade. Raises
+        `DeadlineReached` when time is up, naming what is missing.
         """
         wanted = uuid.lower() if uuid else None
         path = self.path_of(name)
@@ -148,11 +98,21 @@ class LinuxDevices:
         refusal = claims.refusal(name) or claims.mismatch(name, uuid)
         if refusal is not None:
             raise PreconditionFailed(refusal)
-        if uuid is not None and not claims.proves(uuid):
-            return None, f"nothing on this machine says that it is {uuid}"
-        return device, ""
+        if not claims.proves(uuid):
+            return None, f"{self._silence()}: nothing on this machine says that it is {uuid or 'a volume at all'}"
+        unusable = claims.unusable(name)
+        if unusable is not None:
+            return None, unusable
+        return replace(device, uuid=claims.uuid_for(uuid)), ""
 
-    def _look(self, name: str) -> tuple[Device, _Claims] | None:
+    def _silence(self) -> str:
+        """Say why the client may be saying nothing."""
+        client = self.client()
+        if client.is_upgrading:
+            return "the storage client is being upgraded, or starts"
+        return "the storage client runs" if client.uuid is not None else "the storage client does not show itself"
+
+    def _look(self, name: str) -> tuple[Device, Claims] | None:
         path = self.path_of(name)
         try:
             if not stat.S_ISBLK(os.stat(path).st_mode):
@@ -167,7 +127,7 @@ class LinuxDevices:
         finally:
             os.close(fd)
 
-    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, _Claims] | None:
+    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, Claims] | None:
         status = os.fstat(fd)
         if not stat.S_ISBLK(status.st_mode):
             return None
@@ -176,14 +136,22 @@ class LinuxDevices:
             return None
         number = ioctls.device_number(status.st_rdev)
         is_loop = number.major == loop.LOOP_MAJOR
-        claims = _Claims(
+        claims = Claims(
             status=self._status.volume(name),
             label_uuid=loop.claimed_uuid(fd) if is_loop else None,
             serial=None if is_loop else nvmesh.read_serial(fd),
             is_loop=is_loop,
         )
-        block_bytes = ioctls.logical_block_bytes(fd)
-        device = Device(name, path, number, size, ioctls.is_read_only(fd), claims.uuid(), block_bytes)
+        device = Device(
+            name,
+            path,
+            number,
+            size,
+            read_only=ioctls.is_read_only(fd),
+            uuid=claims.uuid(),
+            block_bytes=ioctls.logical_block_bytes(fd),
+            client_read_only=claims.status is not None and claims.status.refuses_writes is True,
+        )
         return device, claims
 
     # --- opening ---
@@ -195,7 +163,8 @@ class LinuxDevices:
         `exclusive` also proves that nothing has it mounted or claimed, and holds its lock (flock, as udev and others
         respect it: systemd.io/BLOCK_DEVICE_LOCKING), which a program that inherits the descriptor holds on to.
         It is no claim (O_EXCL) by itself, because mkfs and fsck make that claim.
-        Raises `PreconditionFailed` when it is another device, or busy.
+        Raises `PreconditionFailed` when it is another device, is busy or carries no I/O, and `IdentityNotProven` when
+        it is to be written to and nothing proves at this moment who it is.
         """
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
         try:
@@ -222,7 +191,7 @@ class LinuxDevices:
         if seen is None:
             raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
         found, claims = seen
-        against = claims.against(device.name, device.uuid)
+        against = claims.against(device.name, device.uuid) or claims.unusable(device.name)
         if against is not None:
             raise PreconditionFailed(against)
         for what, is_now, was in (
@@ -233,6 +202,8 @@ class LinuxDevices:
             if is_now != was:
                 raise PreconditionFailed(f"{device.path} claims {what} {is_now}, expected {was}")
         if write and not claims.proves(device.uuid):
+            if not claims.is_loop:
+                raise IdentityNotProven(device.path, self._silence())
             raise PreconditionFailed(f"{device.path}: nothing on this machine proves which volume it is")
         return found if found.uuid is not None else device
 
@@ -300,9 +271,18 @@ class LinuxDevices:
 
     # --- the client ---
 
-    def client_uuid(self) -> str | None:
-        """Return the uuid of this node's storage client; None where there is no client."""
-        return self._status.client_uuid()
+    def client(self) -> StorageClient:
+        """Return what is known now of this node's storage client."""
+        client = self._status.client()
+        if client.is_expected:
+            return client
+        with contextlib.suppress(OSError):
+            return replace(client, is_expected=any(self._root.iterdir()))
+        return client
+
+    def status(self, name: str) -> VolumeStatus | None:
+        """Return what the client says of a volume; None while it says nothing that can be read."""
+        return self._status.volume(name) if is_volume_name(name) else None
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference ids under which this node holds a volume; None when that cannot be told."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from csi_driver.errors import StorageUnavailable
 from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.requests import NodeInfo, NodeSettings
 
@@ -15,15 +16,32 @@ class Identity:
         self._devices = devices
         self._tools = tools
         self._settings = settings
+        self._client_uuid: str | None = None
 
     def info(self) -> NodeInfo:
-        """Tell the node's id (its storage client's uuid, else its name), volume limit and topology."""
+        """Tell the node's id (its storage client's uuid, else its name), volume limit and topology.
+
+        Raises `StorageUnavailable` while the id cannot be told: where a client belongs and has not shown itself since
+        this process began.
+        """
         settings = self._settings
         return NodeInfo(
-            node_id=self._devices.client_uuid() or settings.node_name,
+            node_id=self._client_id() or settings.node_name,
             max_volumes=settings.max_volumes_per_node,
             topology={settings.topology_key: settings.zone},
         )
+
+    def _client_id(self) -> str | None:
+        """Return the client's uuid as it is or, during an upgrade, was; None where no client belongs.
+
+        A node that changed its id for a moment would be another node for the CO: its volumes could not be detached.
+        """
+        client = self._devices.client()
+        self._client_uuid = client.uuid or self._client_uuid
+        if self._client_uuid is None and client.is_expected:
+            state = "is being upgraded, or starts" if client.is_upgrading else "does not show itself yet"
+            raise StorageUnavailable(f"the storage client of this node {state}: its uuid, the node's id, is not known")
+        return self._client_uuid
 
     def problems(self) -> Sequence[str]:
         """Tell what keeps this machine from serving volumes, a sentence each; empty = all well."""

@@ -62,7 +62,7 @@ class Ownership:
 
     def device_of(self, volume: NamedVolume) -> Device | None:
         """Return the volume's device as it is now; None when there is none, or what is there is another volume."""
-        device = self._devices.find(volume.name)
+        device = self._devices.find(volume.name, volume.uuid)
         return device if device is not None and is_same(device.uuid, volume.uuid) else None
 
     def owner_of(self, mounted: Mounted, volume: NamedVolume) -> Owner:
@@ -77,7 +77,7 @@ class Ownership:
         claimed = self._devices.uuid_of(number)
         if claimed is not None and volume.uuid is not None:
             return Owner.OURS if is_same(claimed, volume.uuid) else Owner.OTHER
-        device = self._devices.find(volume.name)
+        device = self._devices.find(volume.name, volume.uuid)
         if device is not None and device.number == number:
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
         # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.machine import Content, Device, DeviceNumber, Mounted, OpenDevice
+from csi_driver.machine import Content, Device, DeviceNumber, Mounted, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import Usage
 
 
@@ -20,14 +20,18 @@ class Devices(Protocol):
     """Block devices of volumes."""
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the volume's device is there, has a size, and is who it should be.
+        """Wait until the volume's device is there, has a size, is proven to be who it should be, and carries I/O.
 
         Raises `DeadlineReached`, or `PreconditionFailed` at once when the device there is another volume.
         """
         ...
 
-    def find(self, name: str) -> Device | None:
-        """Return the volume's device as it is now, without waiting; None when it is absent or has no size yet."""
+    def find(self, name: str, uuid: str | None = None) -> Device | None:
+        """Return the volume's device as it is now, without waiting; None when it is absent or has no size yet.
+
+        Its `uuid` is None where nothing proves who it is at this moment: nobody may read or write it then. `uuid` is
+        who it should be, for the evidence that can only be compared.
+        """
         ...
 
     def open(
@@ -35,7 +39,8 @@ class Devices(Protocol):
     ) -> AbstractContextManager[OpenDevice]:
         """Hold the device open; name, uuid and size are verified again on the descriptor.
 
-        Raises `PreconditionFailed` when it is not the device that was found, or, with `exclusive`, when it is busy.
+        Raises `PreconditionFailed` when it is not the device that was found, carries no I/O or, with `exclusive`, is
+        busy; `IdentityNotProven` with `write` while nothing proves who it is.
         """
         ...
 
@@ -51,8 +56,12 @@ class Devices(Protocol):
         """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
         ...
 
-    def client_uuid(self) -> str | None:
-        """Return the uuid of this node's storage client; None where there is no client."""
+    def client(self) -> StorageClient:
+        """Return what is known now of this node's storage client. Cheap; touches no device."""
+        ...
+
+    def status(self, name: str) -> VolumeStatus | None:
+        """Return what the storage client says of a volume; None while it says nothing. Touches no device."""
         ...
 
     def path_of(self, name: str) -> Path:

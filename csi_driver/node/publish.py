@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, PreconditionFailed
+from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
@@ -53,7 +53,7 @@ class Publish:
             )
         target = self._paths.check(request.target_path, TARGET_PATH)
         staging = self._paths.check(request.staging_target_path, STAGING_PATH)
-        device = self._devices.find(volume.name)
+        device = self._devices.find(volume.name, volume.uuid)
         if device is None:
             raise PreconditionFailed(f"volume {volume} has no device on this node: it is not attached or not ready")
         if not is_same(device.uuid, volume.uuid):
@@ -172,13 +172,16 @@ class Publish:
             raise PreconditionFailed(f"{staging} holds {self._ownership.describe(staged)}, wanted it staged as block")
         if self._paths.kind(staging) != "directory":
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}")
-        if device.read_only and not read_only:
+        if not device.takes_writes and not read_only:
             raise PreconditionFailed(f"the device of volume {volume} refuses writes, wanted write access")
         needs_reader = read_only and not device.read_only
         published = self._mounts.at(target)
         if published is not None:
             self._accept_block(published, volume, target, device, needs_reader=needs_reader, read_only=read_only)
             return
+        if device.uuid is None:
+            # A mount that was staged proves whose it is; of a raw device nothing else does.
+            raise IdentityNotProven(device.path, "its storage client says nothing of it")
         self._require_single(volume, device, mode, None, {target})
         if not read_only:
             self._remember_raw(volume, device, context)

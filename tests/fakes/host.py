@@ -17,7 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import (
+    DeadlineReached,
+    HostFailure,
+    IdentityNotProven,
+    InvalidField,
+    PreconditionFailed,
+    SystemCallFailed,
+)
 from csi_driver.machine import (
     Blank,
     Content,
@@ -27,6 +34,8 @@ from csi_driver.machine import (
     Mounted,
     OpenDevice,
     OtherContent,
+    StorageClient,
+    VolumeStatus,
 )
 from csi_driver.model import Usage
 
@@ -54,7 +63,10 @@ class FakeFilesystem:
 
 @dataclass
 class FakeDisk:
-    """A block device. `raw` are bytes that somebody wrote past any filesystem, by offset."""
+    """A block device. `raw` are bytes that somebody wrote past any filesystem, by offset.
+
+    `claims_uuid`: it says itself who it is, as a loop device's label does. `status` is what the client says of it.
+    """
 
     name: str
     uuid: str
@@ -75,6 +87,7 @@ class FakeDisk:
     label: str = ""
     claimed: int | None = None
     superblock_read_only: bool = False
+    status: VolumeStatus | None = None
 
     @property
     def ground(self) -> FakeDisk:
@@ -82,8 +95,14 @@ class FakeDisk:
         return self.backing.ground if self.backing is not None else self
 
     def as_device(self) -> Device:
-        claimed = self.uuid if self.claims_uuid else None
-        return Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
+        status = self.status
+        claimed = self.uuid if self.claims_uuid else status.uuid if status is not None else None
+        device = Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
+        return replace(device, client_read_only=status is not None and status.refuses_writes is True)
+
+    @property
+    def is_usable(self) -> bool:
+        return self.status is None or self.status.io_enabled is not False
 
 
 @dataclass
@@ -117,6 +136,8 @@ class FakeHost:
         self.answers.set()
         self.present_problems: list[str] = []
         self.client: str | None = "1f0e8a52-0000-4000-8000-000000000001"
+        self.client_is_expected = False
+        self.client_problem = ""
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
         self.read_only_devices = FakeReadOnlyDevices(self)
@@ -149,6 +170,18 @@ class FakeHost:
         disk = self.disks.pop(name)
         disk.is_gone = True
         return disk
+
+    def upgrade_client(self) -> None:
+        """Let the storage client be replaced under its volumes: devices and mounts stay, what says who is who goes."""
+        self.client, self.client_is_expected = None, True
+        for disk in self.disks.values():
+            disk.claims_uuid, disk.status = False, None
+
+    def finish_upgrade(self, client: str) -> None:
+        """Let the new client show itself and its volumes."""
+        self.client = client
+        for disk in self.disks.values():
+            disk.status = VolumeStatus(disk.name, disk.uuid, disk.size_bytes, io_enabled=True)
 
     def reboot(self) -> None:
         """Lose every mount, claim and read-only device; disks and directories stay."""
@@ -223,14 +256,21 @@ class FakeDevices:
         self._fds = itertools.count(1000)
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        if not deadline.wait_until(lambda: self.find(name) is not None):
+        def is_ready() -> bool:
+            device = self.find(name)
+            return device is not None and device.uuid is not None and self._host.disks[name].is_usable
+
+        if not deadline.wait_until(is_ready):
             raise DeadlineReached(f"the device of volume {name}", deadline.elapsed_s())
-        device = self._host.disks[name].as_device()
-        if uuid is not None and device.uuid is not None and device.uuid != uuid:
+        disk = self._host.disks[name]
+        device = disk.as_device()
+        if uuid is not None and device.uuid != uuid:
             raise PreconditionFailed(f"{name}: the device claims {device.uuid}, expected {uuid}")
+        if disk.status is not None and disk.status.refusal:
+            raise PreconditionFailed(f"{name} may not be used: {disk.status.refusal}")
         return device
 
-    def find(self, name: str) -> Device | None:
+    def find(self, name: str, uuid: str | None = None) -> Device | None:
         disk = self._host.disks.get(name)
         return disk.as_device() if disk is not None and disk.size_bytes else None
 
@@ -241,6 +281,10 @@ class FakeDevices:
             raise PreconditionFailed(f"{device.path} is not the device that was found")
         if disk.size_bytes != device.size_bytes:
             raise PreconditionFailed(f"{device.path} has {disk.size_bytes} bytes, expected {device.size_bytes}")
+        if not disk.is_usable:
+            raise PreconditionFailed(f"{device.path} carries no I/O")
+        if write and disk.as_device().uuid is None:
+            raise IdentityNotProven(device.path, "nobody says so")
         if write and disk.read_only:
             raise SystemCallFailed(f"open {device.path} for writing", errno.EROFS)
         fd = next(self._fds)
@@ -273,8 +317,18 @@ class FakeDevices:
         disk.read_only = True
         self._host.step("after set_read_only")
 
-    def client_uuid(self) -> str | None:
-        return self._host.client
+    def client(self) -> StorageClient:
+        host = self._host
+        return StorageClient(
+            host.client,
+            is_expected=host.client is not None or host.client_is_expected,
+            is_upgrading=host.client is None and host.client_is_expected,
+            problem=host.client_problem,
+        )
+
+    def status(self, name: str) -> VolumeStatus | None:
+        disk = self._host.disks.get(name)
+        return disk.status if disk is not None else None
 
     def path_of(self, name: str) -> Path:
         return DEVICE_DIRECTORY / name

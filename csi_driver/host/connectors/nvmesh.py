@@ -2,7 +2,7 @@
 serial number of the device.
 
 The files change between versions of the client and may be read half written: only what is needed is taken, and what
-cannot be read is "not known yet", never a guess. The embedded manager writes the same files.
+cannot be read is "not known", never a guess. The embedded manager writes the same files.
 """
 
 from __future__ import annotations
@@ -10,54 +10,123 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from csi_driver.model import is_uuid
+from csi_driver.machine import StorageClient, VolumeStatus
+from csi_driver.model import ReservationMode, is_uuid, is_volume_name
 
-_STATUS_LIMIT_BYTES = 1 << 20
+# A volume of many pieces lists each of them.
+_STATUS_LIMIT_BYTES = 16 << 20
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
+_SIZE_LIMIT_BYTES = 1 << 63
+_REFERENCE_LIMIT = 1 << 16
+_IO_ENABLED = 0x200
+_MODES = {mode.name: mode for mode in ReservationMode}
 
-
-@dataclass(frozen=True, slots=True)
-class VolumeStatus:
-    """The part of a volume's `status.json` that the driver relies on.
-
-    `refusal` says why the device may not be used although it is there; empty = it may.
-    """
-
-    name: str
-    uuid: str
-    size_bytes: int | None
-    refusal: str = ""
+UPGRADE_MARKS = (Path("/var/run/nvmesh/nvmeshclient/upgrade"), Path("/proc/nvmeiba"))
+"""What is there, without the status files, while a client is replaced under running volumes: the updater's mark, and
+the client's lower layer, which stays loaded."""
+CLIENT_SIGNS = (Path("/etc/nvmesh/nvmesh.conf"),)
+"""What is there where a client is installed, whether or not it runs."""
 
 
 def parse_volume_status(text: str) -> VolumeStatus | None:
-    """Read a volume's `status.json`; None when it is torn, or names no volume."""
+    """Read a volume's `status.json`; None when it is torn, or names no volume that is attached for use.
+
+    Name and uuid are demanded, all else is a hint: left out where its form is not known here. A hidden attachment is
+    the client's own (recovery, encryption) and has no device.
+    """
     document = _object(text)
     name, uuid = document.get("name"), document.get("uuid")
-    if not isinstance(name, str) or not isinstance(uuid, str) or not is_uuid(uuid):
+    if not isinstance(name, str) or not is_volume_name(name) or not isinstance(uuid, str) or not is_uuid(uuid):
         return None
-    blocks, block_bytes = document.get("size[blks]"), document.get("block[b]")
-    size = blocks * block_bytes if isinstance(blocks, int) and isinstance(block_bytes, int) else None
-    refusal = ""
     if document.get("type") == "hidden":
-        refusal = "it is a hidden attachment of the storage client itself"
-    elif document.get("debug_di") not in (None, 0, False):
-        refusal = "its client runs in a debug mode that does not write data (debug_di)"
-    return VolumeStatus(name, uuid.lower(), size, refusal)
+        return None
+    io_enabled = _io_enabled(document)
+    return VolumeStatus(
+        name=name,
+        uuid=uuid.lower(),
+        size_bytes=_size_bytes(document),
+        refusal=_refusal(document.get("debug_di")),
+        io_enabled=io_enabled,
+        refuses_writes=_refuses_writes(document),
+        words=_words(document) if io_enabled is False else "",
+    )
+
+
+def _size_bytes(document: Mapping[str, object]) -> int | None:
+    blocks, block_bytes = document.get("size[blks]"), document.get("block[b]")
+    if type(blocks) is not int or type(block_bytes) is not int or blocks < 0 or block_bytes < 0:
+        return None
+    size = blocks * block_bytes
+    return size if size < _SIZE_LIMIT_BYTES else None
+
+
+def _refusal(debug_di: object) -> str:
+    # Whoever cannot tell that data is written must not hand the device out: only what is clearly off is taken for off.
+    if debug_di is None or _number(debug_di) == 0:
+        return ""
+    return "its client runs in a debug mode that does not write data (debug_di)"
+
+
+def _io_enabled(document: Mapping[str, object]) -> bool | None:
+    """Tell whether the client carries I/O. Either of two fields says so; only flags that can be read deny it.
+
+    A wording that is not known denies nothing: a newer client changed a field before, and every device of it would be
+    waited for in vain.
+    """
+    status, flags = document.get("status"), _number(document.get("dbg"))
+    if isinstance(status, str) and "with IO" in status:
+        return True
+    return None if flags is None else bool(flags & _IO_ENABLED)
+
+
+def _refuses_writes(document: Mapping[str, object]) -> bool | None:
+    enforced = _number(document.get("enforce_read_only"))
+    if enforced:
+        return True
+    reservation = document.get("reservation")
+    mode = _MODES.get(reservation) if isinstance(reservation, str) else None
+    if mode is ReservationMode.SHARED_READ_ONLY:
+        return True
+    return None if enforced is None and mode is None else False
+
+
+def _words(document: Mapping[str, object]) -> str:
+    shown = (f"{key} is {ascii(document.get(key))[:48]}" for key in ("status", "dbg", "reservation") if key in document)
+    return ", ".join(shown)
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, int):
+        return int(value)
+    return int(value, 0) if isinstance(value, str) and _NUMBER.fullmatch(value) and not _is_octal(value) else None
+
+
+def _is_octal(text: str) -> bool:
+    return len(text) > 1 and text[0] == "0" and text[1] not in "xX"
 
 
 def parse_reference_ids(text: str) -> tuple[str, ...] | None:
     """Read the reference ids of a volume's `blob.txt`; None when it is torn or of an unknown encoding."""
-    lines = text.splitlines()
-    heads = [line.partition("=") for line in lines[:4]]
-    values = {key.strip(): value.strip() for key, _, value in heads}
-    count = values.get("n_strings", "")
-    if values.get("encoding_version") != "1" or not count.isascii() or not count.isdigit():
+    lines = text.split("\n")[:-1]  # what no newline ends is torn
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        key, _, value = line.partition("=")
+        values[key.strip()] = value.strip()
+        if key.strip() == "n_strings":
+            return _reference_ids(values, lines[number + 1 :])
+    return None
+
+
+def _reference_ids(values: Mapping[str, str], lines: Sequence[str]) -> tuple[str, ...] | None:
+    count = _number(values["n_strings"])
+    if values.get("encoding_version") != "1" or count is None or count > _REFERENCE_LIMIT or count > len(lines):
         return None
-    ids = tuple(line.strip() for line in lines[4 : 4 + int(count)])
-    return ids if len(ids) == int(count) else None
+    ids = tuple(line.strip() for line in lines[:count])
+    return ids if all(each and each.isprintable() for each in ids) else None
 
 
 def parse_client_uuid(text: str) -> str | None:
@@ -67,19 +136,43 @@ def parse_client_uuid(text: str) -> str | None:
     return uuid.lower() if isinstance(uuid, str) and is_uuid(uuid) else None
 
 
+def parse_client_problem(text: str) -> str:
+    """Read from the client's `version` whether its module was built wrongly and never registers; empty = no."""
+    version = _object(text).get("version")
+    return "its module says no version of itself: it was built wrongly and never registers" if version == "" else ""
+
+
 def _object(text: str) -> Mapping[str, object]:
     try:
-        document = json.loads(text)
-    except ValueError:
+        document = json.loads(text, object_pairs_hook=_without_contradictions)
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
-class StatusFiles:
-    """The status directory of the client, e.g. `/proc/nvmeibc`. Every answer is read afresh."""
+def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its pairs. A key that says two different things says nothing."""
+    taken: dict[str, object] = {}
+    doubtful = set()
+    for key, value in pairs:
+        if taken.setdefault(key, value) != value:
+            doubtful.add(key)
+    return {key: value for key, value in taken.items() if key not in doubtful}
 
-    def __init__(self, root: Path) -> None:
+
+class StatusFiles:
+    """The status directory of the client, e.g. `/proc/nvmeibc`. Every answer is read afresh.
+
+    `upgrade_marks` exist while the client is replaced under running volumes; `client_signs` exist where a client
+    belongs, also while its status directory is gone.
+    """
+
+    def __init__(
+        self, root: Path, *, upgrade_marks: Sequence[Path] = UPGRADE_MARKS, client_signs: Sequence[Path] = CLIENT_SIGNS
+    ) -> None:
         self._root = root
+        self._upgrade_marks = tuple(upgrade_marks)
+        self._client_signs = (*client_signs, root, *upgrade_marks)
 
     def volume(self, name: str) -> VolumeStatus | None:
         """Return what the client says of a volume; None while it says nothing that can be read."""
@@ -91,10 +184,17 @@ class StatusFiles:
         text = _read(self._root / "volumes" / name / "blob.txt")
         return parse_reference_ids(text) if text is not None else None
 
-    def client_uuid(self) -> str | None:
-        """Return the uuid of this machine's client; None where there is no client."""
+    def client(self) -> StorageClient:
+        """Return what is known of this machine's client."""
         text = _read(self._root / "status.json")
-        return parse_client_uuid(text) if text is not None else None
+        uuid = parse_client_uuid(text) if text is not None else None
+        upgrading = any(mark.exists() for mark in self._upgrade_marks)
+        return StorageClient(
+            uuid=uuid,
+            is_expected=uuid is not None or any(sign.exists() for sign in self._client_signs),
+            is_upgrading=upgrading and uuid is None,
+            problem=parse_client_problem(_read(self._root / "version") or ""),
+        )
 
 
 def _read(path: Path) -> str | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from csi_driver.host.connectors import loop, nvmesh
+from csi_driver.machine import StorageClient, VolumeStatus
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 STATUS = {"name": "csi-1", "uuid": UUID, "type": "visible", "size[blks]": 262144, "block[b]": 4096, "debug_di": 0}
 
 
 def test_the_status_of_a_volume_is_read() -> None:
-    assert nvmesh.parse_volume_status(json.dumps(STATUS)) == nvmesh.VolumeStatus("csi-1", UUID, 1 << 30)
+    assert nvmesh.parse_volume_status(json.dumps(STATUS)) == VolumeStatus("csi-1", UUID, 1 << 30)
 
 
 def test_what_other_versions_add_or_change_does_not_matter() -> None:
@@ -28,17 +30,88 @@ def test_a_torn_status_says_nothing(length: int) -> None:
     assert nvmesh.parse_volume_status(json.dumps(STATUS)[:length]) is None
 
 
-@pytest.mark.parametrize("change", [{"uuid": "x"}, {"uuid": None}, {"name": 1}])
+@pytest.mark.parametrize(
+    "change", [{"uuid": "x"}, {"uuid": None}, {"name": 1}, {"name": "a\nb"}, {"name": ".."}, {"type": "hidden"}]
+)
 def test_a_status_without_identity_says_nothing(change: dict[str, object]) -> None:
     assert nvmesh.parse_volume_status(json.dumps(STATUS | change)) is None
     assert nvmesh.parse_volume_status("[]") is None
 
 
-@pytest.mark.parametrize("change", [{"type": "hidden"}, {"debug_di": 1}])
-def test_a_device_that_may_not_be_used_is_told(change: dict[str, object]) -> None:
-    status = nvmesh.parse_volume_status(json.dumps(STATUS | change))
+@pytest.mark.parametrize(
+    ("debug_di", "refused"),
+    [(0, False), (False, False), ("0", False), ("0x0", False), (None, False), (1, True), (True, True), ("1", True),
+     ("0x1", True), ("on", True), ([], True), ({"enabled": 0}, True)],
+)  # fmt: skip
+def test_a_device_that_may_not_write_data_is_told(debug_di: object, refused: bool) -> None:
+    status = nvmesh.parse_volume_status(json.dumps(STATUS | {"debug_di": debug_di}))
     assert status is not None
-    assert status.refusal
+    assert bool(status.refusal) is refused
+
+
+@pytest.mark.parametrize(
+    ("shown", "enabled"),
+    [
+        ({}, None),
+        ({"status": "Live, with IO", "dbg": "0x200"}, True),
+        ({"status": "Live, with IO", "dbg": "0x0"}, True),
+        ({"status": "Attached, Live, with IO (debug:0x200, 1)"}, True),
+        ({"status": 7, "dbg": 512}, True),
+        ({"status": {"live": True}, "dbg": "0x201"}, True),
+        ({"status": "Live", "dbg": "0x0"}, False),
+        ({"status": "Live, no IO", "dbg": "0x100"}, False),
+        ({"dbg": 0}, False),
+        ({"status": "a wording of later versions"}, None),
+        ({"status": None, "dbg": {"flags": 0}}, None),
+        ({"dbg": "0200"}, None),
+    ],
+)
+def test_io_is_off_only_where_flags_say_so(shown: dict[str, object], enabled: bool | None) -> None:
+    status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
+    assert status is not None
+    assert status.io_enabled is enabled
+    assert bool(status.words) is (enabled is False)
+
+
+@pytest.mark.parametrize(
+    ("shown", "refuses"),
+    [
+        ({}, None),
+        ({"enforce_read_only": 1}, True),
+        ({"enforce_read_only": "0x1"}, True),
+        ({"reservation": "SHARED_READ_ONLY"}, True),
+        ({"reservation": "EXCLUSIVE_READ_WRITE", "enforce_read_only": 0}, False),
+        ({"reservation": "EXCLUSIVE_READ_WRITE", "enforce_read_only": 1}, True),
+        ({"reservation": {"mode": "SHARED_READ_ONLY"}, "enforce_read_only": "maybe"}, None),
+        ({"reservation": "Recovery Only"}, None),
+    ],
+)
+def test_a_client_that_refuses_writes_is_told(shown: dict[str, object], refuses: bool | None) -> None:
+    status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
+    assert status is not None
+    assert status.refuses_writes is refuses
+
+
+@pytest.mark.parametrize("size", [True, -1, 1 << 60, "262144", 1.5, None])
+def test_a_size_that_is_none_is_not_taken(size: object) -> None:
+    status = nvmesh.parse_volume_status(json.dumps(STATUS | {"size[blks]": size}))
+    assert status is not None
+    assert status.size_bytes is None
+
+
+def test_a_key_that_says_two_things_says_nothing() -> None:
+    text = json.dumps(STATUS)
+    other = UUID.replace("0", "1")
+    assert nvmesh.parse_volume_status(f'{text[:-1]}, "uuid": "{other}"}}') is None
+    twice = nvmesh.parse_volume_status(f'{text[:-1]}, "uuid": "{UUID}", "topo": {{"uuid": "{other}"}}}}')
+    assert twice is not None
+    assert twice.uuid == UUID
+
+
+def test_what_is_nested_beyond_reason_says_nothing() -> None:
+    deep = "[" * 200_000 + "]" * 200_000
+    assert nvmesh.parse_volume_status(f'{json.dumps(STATUS)[:-1]}, "topo": {deep}}}') is None
+    assert nvmesh.parse_client_uuid(deep) is None
 
 
 BLOB = (
@@ -52,8 +125,13 @@ def test_reference_ids_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "garbage", BLOB[:60], BLOB[:80], BLOB.replace("= 1", "= 2"), BLOB.replace("= 2", "= 9")]
-)
+    "text",
+    [
+        "", "garbage", BLOB[:60], BLOB[:80], BLOB.replace("= 1", "= 2"), BLOB.replace("= 2", "= 9"),
+        BLOB.replace("team-b\nend\n", "team"), BLOB.replace("= 2", "= " + "9" * 5000), BLOB.replace("team-a", ""),
+        BLOB.replace("n_strings = 2", "n_strings = -1"),
+    ],
+)  # fmt: skip
 def test_reference_ids_that_are_torn_or_of_another_encoding_are_not_known(text: str) -> None:
     assert nvmesh.parse_reference_ids(text) is None
 
@@ -62,6 +140,32 @@ def test_the_uuid_of_the_client_is_read() -> None:
     assert nvmesh.parse_client_uuid(json.dumps({"main": {"uuid": UUID.upper()}})) == UUID
     for text in ("", "{", "[]", "{}", '{"main": []}', '{"main": {"uuid": 7}}'):
         assert nvmesh.parse_client_uuid(text) is None
+
+
+def files(root: Path) -> nvmesh.StatusFiles:
+    return nvmesh.StatusFiles(root / "nvmeibc", upgrade_marks=[root / "upgrade"], client_signs=[root / "nvmesh.conf"])
+
+
+def test_a_machine_without_a_client_expects_none(tmp_path: Path) -> None:
+    assert files(tmp_path).client() == StorageClient(None)
+
+
+@pytest.mark.parametrize(("sign", "is_upgrading"), [("nvmesh.conf", False), ("upgrade", True), ("nvmeibc", False)])
+def test_a_client_that_does_not_show_itself_is_expected(tmp_path: Path, sign: str, is_upgrading: bool) -> None:
+    (tmp_path / sign).mkdir()
+    assert files(tmp_path).client() == StorageClient(None, is_expected=True, is_upgrading=is_upgrading)
+
+
+def test_a_client_is_known_by_its_status_and_its_version(tmp_path: Path) -> None:
+    root = tmp_path / "nvmeibc"
+    root.mkdir()
+    (root / "status.json").write_text(json.dumps({"main": {"uuid": UUID}}))
+    (tmp_path / "upgrade").touch()
+    assert files(tmp_path).client() == StorageClient(UUID, is_expected=True)
+    (root / "version").write_text(json.dumps({"module": "nvmeibc", "version": "3.5.0"}))
+    assert not files(tmp_path).client().problem
+    (root / "version").write_text(json.dumps({"module": "nvmeibc", "version": ""}))
+    assert "built wrongly" in files(tmp_path).client().problem
 
 
 def test_the_serial_number_of_a_uuid_has_twenty_of_its_digits() -> None:

@@ -1,0 +1,201 @@
+"""What the storage client says, against real devices: one that says nothing of itself, as NVMesh's do while the client
+is being upgraded, and loop devices.
+
+The first is a compressed-memory device (zram): like NVMesh's it has sectors of 4 KiB and no label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed
+from csi_driver.host.connectors.nvmesh import StatusFiles
+from csi_driver.host.devices import LinuxDevices
+from csi_driver.machine import DeviceNumber
+from csi_driver.model import MIB
+from tests.contract.host_machine import HostMachine, host_machine
+from tests.contract.test_host_devices import ManualClock
+
+pytestmark = pytest.mark.root
+
+CONTROL = Path("/sys/class/zram-control")
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+OTHER = "fedcba98-7654-3210-fedc-ba9876543210"
+NAME = "csi-1"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[HostMachine]:
+    with host_machine(tmp_path) as made:
+        yield made
+
+
+@dataclass
+class Silent:
+    """A device that does not say who it is, under the name of a volume."""
+
+    machine: HostMachine
+    number: DeviceNumber
+
+    def says(self, uuid: str = UUID, **more: object) -> None:
+        self.machine.write_status(NAME, uuid, 64 * MIB, **more)
+
+    def falls_silent(self) -> None:
+        (self.machine.status_root / "volumes" / NAME / "status.json").unlink()
+
+
+@pytest.fixture
+def silent(machine: HostMachine) -> Iterator[Silent]:
+    if not CONTROL.is_dir():
+        pytest.skip("this kernel makes no zram devices: `modprobe zram`, then run `make test` as root")
+    index = int((CONTROL / "hot_add").read_text())
+    block = Path(f"/sys/block/zram{index}")
+    try:
+        (block / "disksize").write_text(str(64 * MIB))
+        major, _, minor = (block / "dev").read_text().strip().partition(":")
+        number = DeviceNumber(int(major), int(minor))
+        os.mknod(machine.device_root / NAME, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
+        yield Silent(machine, number)
+    finally:
+        with contextlib.suppress(OSError):
+            (block / "reset").write_text("1")
+        (CONTROL / "hot_remove").write_text(str(index))
+
+
+def awaited(devices: LinuxDevices, uuid: str | None, clock: ManualClock, seconds: float = 30) -> object:
+    return devices.wait_for(NAME, uuid, deadline=Deadline.after(seconds, clock))
+
+
+# --- a device that says nothing of itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uuid", [UUID, None])
+def test_a_device_of_which_nobody_says_who_it_is_is_never_ready(silent: Silent, uuid: str | None) -> None:
+    with pytest.raises(DeadlineReached, match="nothing on this machine says"):
+        awaited(silent.machine.devices, uuid, ManualClock())
+    device = silent.machine.devices.find(NAME, UUID)
+    assert device is not None
+    assert (device.number, device.uuid) == (silent.number, None)
+    with pytest.raises(IdentityNotProven), silent.machine.devices.open(device, write=True):
+        pass
+
+
+def test_a_device_is_ready_as_soon_as_its_client_is_back(silent: Silent) -> None:
+    clock = ManualClock()
+    clock.on_sleep = silent.says
+    device = silent.machine.devices.wait_for(NAME, UUID, deadline=Deadline.after(30, clock))
+    assert (device.uuid, device.number) == (UUID, silent.number)
+    assert clock.now_s > 0
+
+
+def test_a_device_that_nobody_vouches_for_any_more_is_not_written(silent: Silent) -> None:
+    silent.says()
+    devices = silent.machine.devices
+    device = devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
+    with devices.open(device, write=True, exclusive=True):
+        pass
+    silent.falls_silent()
+    with pytest.raises(IdentityNotProven), devices.open(device, write=True, exclusive=True):
+        pass
+
+
+def test_the_volume_made_anew_under_the_name_is_refused(silent: Silent) -> None:
+    silent.says()
+    devices = silent.machine.devices
+    device = devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
+    silent.says(OTHER)
+    with pytest.raises(PreconditionFailed, match=f"claims {OTHER}, expected {UUID}"):
+        awaited(devices, UUID, ManualClock())
+    with pytest.raises(PreconditionFailed, match=OTHER), devices.open(device):
+        pass
+
+
+def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
+    silent.says(enforce_read_only=1)
+    device = silent.machine.devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
+    assert (device.read_only, device.client_read_only, device.takes_writes) == (False, True, False)
+    silent.says(enforce_read_only=0)
+    found = silent.machine.devices.find(NAME)
+    assert found is not None
+    assert found.takes_writes
+
+
+# --- I/O --------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) -> None:
+    volume = machine.volume(NAME)
+    off = {"status": "Live", "dbg": "0x0"}
+    machine.write_status(NAME, volume.uuid, 64 * MIB, **off)
+    with pytest.raises(DeadlineReached, match="has not enabled I/O for csi-1: status is 'Live', dbg is '0x0'"):
+        awaited(machine.devices, volume.uuid, ManualClock())
+    clock = ManualClock()
+    clock.on_sleep = lambda: machine.write_status(NAME, volume.uuid, 64 * MIB)
+    awaited(machine.devices, volume.uuid, clock)
+    assert clock.now_s > 0
+
+
+def test_a_device_whose_io_was_stopped_is_not_read(machine: HostMachine) -> None:
+    volume = machine.volume(NAME)
+    device = machine.device(volume)
+    machine.write_status(NAME, volume.uuid, 64 * MIB, status="Live", dbg="0x0")
+    with pytest.raises(PreconditionFailed, match="has not enabled I/O"), machine.devices.open(device):
+        pass
+    status = machine.devices.status(NAME)
+    assert status is not None
+    assert (status.io_enabled, status.uuid) == (False, volume.uuid)
+
+
+# --- right after the attachment ---------------------------------------------------------------------------------
+
+
+def test_a_size_that_comes_after_the_device_is_awaited(machine: HostMachine) -> None:
+    volume = machine.volume(NAME)
+    with volume.file.open("r+b") as file:
+        file.truncate(0)
+    machine.loops.grow(volume.loop)
+    clock = ManualClock()
+    clock.on_sleep = lambda: machine.grow(volume, 64 * MIB)
+    device = machine.devices.wait_for(NAME, volume.uuid, deadline=Deadline.after(30, clock))
+    assert device.size_bytes == 64 * MIB
+    assert clock.now_s > 0
+
+
+def test_a_device_that_another_has_for_a_moment_is_waited_for(machine: HostMachine) -> None:
+    """As the client's own look for partitions does, right after I/O was enabled."""
+    device = machine.device(machine.volume(NAME))
+    holder = os.open(device.path, os.O_RDONLY | os.O_EXCL)
+    clock = ManualClock()
+    released: list[float] = []
+
+    def release() -> None:
+        if not released:
+            os.close(holder)
+            released.append(clock.now_s)
+
+    clock.on_sleep = release
+    patient = LinuxDevices(machine.device_root, machine.status_root, clock=clock)
+    with patient.open(device, write=True, exclusive=True):
+        assert released
+
+
+# --- the client -------------------------------------------------------------------------------------------------
+
+
+def test_devices_without_status_files_are_a_sign_of_a_client(machine: HostMachine) -> None:
+    files = StatusFiles(machine.status_root, upgrade_marks=[], client_signs=[])
+    devices = LinuxDevices(machine.device_root, status_files=files)
+    assert not devices.client().is_expected
+    machine.volume(NAME, status=False)
+    assert (devices.client().uuid, devices.client().is_expected) == (None, True)
+    machine.status_root.mkdir()
+    (machine.status_root / "status.json").write_text(f'{{"main": {{"uuid": "{UUID}"}}}}')
+    assert devices.client().uuid == UUID
