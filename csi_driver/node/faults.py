@@ -57,7 +57,7 @@ def _methods(*effects: str, reads: str = "") -> Methods:
 
 PORTS: Mapping[str, Methods] = MappingProxyType(
     {
-        "devices": _methods("set_read_only", reads="wait_for find open size_bytes uuid_of client_uuid path_of"),
+        "devices": _methods("set_read_only", reads="wait_for find open size_bytes uuid_of client status path_of"),
         "read_only_devices": _methods("over", "release", "release_left_over"),
         "mounts": _methods("mount", "bind", "unmount", reads="at of_device"),
         "filesystems": _methods(
