@@ -90,6 +90,20 @@ def extension(volume: Volume, capacity: CapacityRange) -> Extension | None:
     return Extension(size + more, volume.capacity_gb + (more + _surplus_bytes(volume.layout)) / GIGABYTE)
 
 
+def with_reserved(capacity: CapacityRange, reserved_bytes: int) -> CapacityRange:
+    """Return the range of whole sizes that leaves a range of bytes to the user beside what is reserved."""
+    required, limit = capacity.required_bytes, capacity.limit_bytes
+    return CapacityRange(required + reserved_bytes if required else 0, limit + reserved_bytes if limit else 0)
+
+
+def stripes_of(layout: Layout) -> tuple[int, int]:
+    """Return what lies on one drive before the next one's turn, and the data of a whole stripe; (0, 0) = no stripes."""
+    if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
+        return 0, 0
+    unit = (layout.stripe_size_blocks or _DEFAULT_STRIPE_BLOCKS) * BLOCK_BYTES
+    return unit, unit * _legs(layout)
+
+
 def usable_bytes(raw_bytes: int, layout: Layout) -> int:
     """Return how much a volume of this layout can hold on so much raw space; an upper bound."""
     if layout.raid_level in _MIRRORED:

@@ -191,6 +191,21 @@ class VolumeSpec:
     limit_by_drives: tuple[str, ...] = ()
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
+    encrypted_header_bytes: int = 0
+    """Where the storage is to encrypt the volume: what its header takes of it. A group has a header size of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeChanges:
+    """What is to be set of a volume that is there; None = as it is. Lists replace what was there."""
+
+    description: str | None = None
+    relative_rebuild_priority: int | None = None
+    enable_crc_check: bool | None = None
+    drive_classes: tuple[str, ...] | None = None
+    target_classes: tuple[str, ...] | None = None
+    limit_by_drives: tuple[str, ...] | None = None
+    limit_by_targets: tuple[str, ...] | None = None
 
 
 class ReservationMode(IntEnum):
@@ -212,6 +227,20 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageEncryption:
+    """How far the storage is with encrypting a volume by itself. `command_*` tell of the latest command on its keys.
+
+    `command_result`: 1 = done, other numbers = it went wrong, None = no answer yet.
+    """
+
+    header_bytes: int
+    is_initialized: bool = False
+    command_index: int = 0
+    command_result: int | None = None
+    command_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
     """A volume as the management shows it."""
 
@@ -226,16 +255,29 @@ class Volume:
     is_ready: bool = True
     is_reserved: bool = False
     is_read_only: bool = False
-    is_encrypted: bool = False
+    encryption: StorageEncryption | None = None
+    """None: the storage does not encrypt it."""
     layout: Layout = field(default_factory=Layout)
     vpg: str | None = None
     reservation: Reservation = field(default_factory=Reservation)
+    description: str = ""
+    relative_rebuild_priority: int | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         """Real size; `capacity_gb` is only what was once asked for."""
         return self.blocks * self.block_size
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the storage encrypts it, and its head is a header that no user gets."""
+        return self.encryption is not None
+
+    @property
+    def wants_passphrase(self) -> bool:
+        """Whether the storage waits for the passphrase that its encryption begins with."""
+        return self.action == "initEncryptionRequired"
 
     @property
     def is_being_deleted(self) -> bool:
@@ -330,6 +372,8 @@ class Vpg:
     capacity_bytes: int
     allow_overflow: bool
     is_encrypted: bool = False
+    header_bytes: int = 0
+    """What encryption takes of each of its volumes."""
 
 
 @dataclass(frozen=True, slots=True)

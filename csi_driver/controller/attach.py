@@ -9,8 +9,9 @@ by the storage itself, says that nobody else was attached before or in between.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
-from csi_driver.controller import access, record
+from csi_driver.controller import access, handing, record
 from csi_driver.controller.locate import Located, find_client, issued_handle, locate, require, sole_management
 from csi_driver.controller.naming import held_reference, reference_id
 from csi_driver.controller.ports import Clusters, Management
@@ -89,7 +90,7 @@ class Attach:
         if wish is None or located.reference not in _references(wish, located.volume):
             self._attach(located, client, mode, deadline=deadline)
         self._await_device(located, client, mode, deadline=deadline)
-        return self._context(located, client, mode, deadline=deadline)
+        return self._context(located, client, mode, request.context, deadline=deadline)
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
         """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
@@ -234,7 +235,13 @@ class Attach:
             )
 
     def _context(
-        self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline
+        self,
+        located: Located,
+        client: Client,
+        mode: ReservationMode,
+        given: Mapping[str, str],
+        *,
+        deadline: Deadline,
     ) -> PublishContext:
         """Say what the node may believe, from the volume as it is now that it is attached."""
         volume = located.management.volume(located.volume.name, deadline=deadline)
@@ -251,7 +258,7 @@ class Attach:
             history = History.UNKNOWN
         elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE and not attachments.written:
             history = History.FIRST
-        return PublishContext(
+        context = PublishContext(
             name=volume.name,
             uuid=volume.uuid,
             attachment=number,
@@ -259,6 +266,7 @@ class Attach:
             read_only=mode is ReservationMode.SHARED_READ_ONLY,
             size_bytes=volume.size_bytes,
         )
+        return handing.completed(context, volume, given)
 
     # --- unpublish ----------------------------------------------------------------------------------------
 

@@ -11,33 +11,36 @@ from csi_driver.errors import shown
 from csi_driver.model import CapacityRange, Volume
 
 
-def differences(wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, judge_size: bool) -> list[str]:
+def differences(
+    wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int, judge_size: bool
+) -> list[str]:
     """Return how a volume differs from what is wanted, each as "is X, wanted Y"; empty when it is the same.
+
+    `size_bytes` is what its user has of it.
 
     What an earlier driver did not record cannot differ.
     """
     capacity = wanted.capacity or CapacityRange()
     return [
-        *(_capacity(capacity, found, volume) if judge_size else []),
+        *(_capacity(capacity, found, size_bytes) if judge_size else []),
         *_access(wanted, found),
         *_parameters(wanted, found),
         *([f"its provisioning group is {volume.vpg}, wanted {vpg}"] if vpg is not None and volume.vpg != vpg else []),
     ]
 
 
-def is_short(capacity: CapacityRange, found: Creation, volume: Volume, granule: int) -> bool:
+def is_short(capacity: CapacityRange, found: Creation, size_bytes: int, granule: int) -> bool:
     """Tell whether a volume that was asked for with this very range came out smaller than it.
 
     Earlier drivers did not know the server's rounding, and a provisioning group may change while a volume is made.
     """
-    missing = capacity.required_bytes - volume.size_bytes
+    missing = capacity.required_bytes - size_bytes
     return missing > 0 and (found.capacity == capacity if found.is_ours else missing <= granule)
 
 
-def _capacity(wanted: CapacityRange, found: Creation, volume: Volume) -> list[str]:
+def _capacity(wanted: CapacityRange, found: Creation, size: int) -> list[str]:
     if found.capacity == wanted:
         return []
-    size = volume.size_bytes
     if size < wanted.required_bytes:
         return [f"its size is {size} bytes, wanted at least {wanted.required_bytes}"]
     if wanted.limit_bytes and size > wanted.limit_bytes:

@@ -6,11 +6,14 @@ import logging
 
 from csi_driver import capacity as sizes
 from csi_driver.controller import access
+from csi_driver.controller.handing import encryption_of, reserved_bytes
 from csi_driver.controller.locate import require
 from csi_driver.controller.ports import Clusters
+from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
+from csi_driver.handover import Encryption
 from csi_driver.model import BlockAccess, Capability, CapacityRange, Volume
 
 _log = logging.getLogger(__name__)
@@ -27,7 +30,9 @@ class Expand:
     def expand(
         self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
     ) -> tuple[int, bool]:
-        """Return the size in bytes afterwards, and whether a node must grow what lies on the device.
+        """Return what the user has afterwards, and whether a node must grow what lies on the device.
+
+        A header of encryption is not the user's: the volume has that much more.
 
         A volume that is large enough is left alone. Raises `CapacityOutOfRange`, `Exhausted`, `VolumeNotFound`.
         """
@@ -35,10 +40,12 @@ class Expand:
             access.check(capability)
         located = require(self._clusters, volume_id, deadline=deadline)
         management, volume = located.management, located.volume
+        reserved = reserved_bytes(volume, located.creation)
+        whole = sizes.with_reserved(capacity, reserved)
         for _ in range(_MOST_ATTEMPTS):
-            more = sizes.extension(volume, capacity)
+            more = sizes.extension(volume, whole)
             if more is None:
-                return volume.size_bytes, _node_has_work(volume, capability)
+                return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
             if volume.is_being_made:
                 raise OperationPending(f"volume {volume.name} is still being made (action {volume.action})")
             refusal: PreconditionFailed | OperationPending | None = None
@@ -55,12 +62,12 @@ class Expand:
             volume = present
             if refusal is not None and volume.size_bytes == before.size_bytes:
                 raise refusal
-        if sizes.extension(volume, capacity) is not None:
+        if sizes.extension(volume, whole) is not None:
             raise OperationPending(f"volume {volume.name} has {volume.size_bytes} bytes and grows slower than asked")
-        return volume.size_bytes, _node_has_work(volume, capability)
+        return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
 
 
-def _node_has_work(volume: Volume, capability: Capability | None) -> bool:
+def _node_has_work(volume: Volume, creation: Creation, capability: Capability | None) -> bool:
     """Tell whether anything on the device must grow: a filesystem, or encryption; the device grows by itself."""
     is_block = capability is not None and isinstance(capability.access, BlockAccess)
-    return volume.is_encrypted or not is_block
+    return not is_block or encryption_of(volume, creation, {}) is not Encryption.NONE

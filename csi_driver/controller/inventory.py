@@ -123,20 +123,21 @@ class Inventory:
         return True
 
     def _room(self, management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
-        """Return the usable bytes and the smallest volume's."""
-        layout = read.layout
+        """Return the usable bytes and the smallest volume's, without what encryption takes of a volume."""
+        layout, header = read.layout, read.encryption.header_bytes
         if layout is None:
             name = read.vpg or ""
             vpg = management.vpg(name, deadline=deadline)
             if vpg is None:
                 return 0, None
             layout = vpg.layout
+            header = read.encryption.in_group(vpg).header_bytes
             reserved = management.vpg_free_bytes(name, deadline=deadline)
             if reserved is not None:
                 granule = sizes.granule_bytes(layout)
-                return max(0, reserved) // granule * granule, sizes.minimum_bytes(layout)
+                return max(0, reserved // granule * granule - header), sizes.minimum_bytes(layout) - header
         raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
-        return sizes.usable_bytes(raw, layout), sizes.minimum_bytes(layout)
+        return max(0, sizes.usable_bytes(raw, layout) - header), sizes.minimum_bytes(layout) - header
 
     def _entries(
         self, starting_token: str, page: int, *, deadline: Deadline

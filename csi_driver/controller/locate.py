@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from csi_driver.controller.handing import reserved_bytes
 from csi_driver.controller.naming import held_reference
+from csi_driver.controller.parameters import CONTEXT_KEYS
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
 from csi_driver.deadline import Deadline
@@ -119,11 +121,10 @@ def described(
     context = {"zone": creation.zone or zone}
     if creation.fs_type is not None and not creation.is_block:
         context["fsType"] = creation.fs_type
-    if "mkfsOptions" in creation.parameters:
-        context["mkfsOptions"] = creation.parameters["mkfsOptions"]
+    context.update({key: creation.parameters[key] for key in CONTEXT_KEYS if key in creation.parameters})
     return ProvisionedVolume(
         volume_id=volume_id or issued_handle(zone, volume, creation).format(),
-        capacity_bytes=volume.size_bytes,
+        capacity_bytes=volume.size_bytes - reserved_bytes(volume, creation),
         context=context if creation.csi_name is not None else {},
         topology=({topology_key: zone},),
     )

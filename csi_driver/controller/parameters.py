@@ -7,54 +7,43 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from csi_driver.controller import parameter_values as read
 from csi_driver.controller.access import check_fs_type
+from csi_driver.controller.encryption_parameters import (
+    ENCRYPTION_KEYS,
+    NODE_KEYS,
+    EncryptionWish,
+    encryption,
+    normalized,
+)
+from csi_driver.controller.layout_parameters import LAYOUT_KEYS, layout
 from csi_driver.errors import InvalidField, InvalidRequest, shown
-from csi_driver.model import Layout, RaidLevel
+from csi_driver.model import Layout
 
 _RESERVED = "csi.storage.k8s.io/"
 _KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
 _FS_TYPE_KEYS = ("fsType", f"{_RESERVED}fstype")
 _MKFS_LIMIT_BYTES = 1024
-_NUMBER = re.compile(r"[0-9]{1,9}")
 _VPG_NAME = re.compile(r"[A-Za-z0-9_+=-]{1,100}")
-
-_RAID_LEVELS: Mapping[str, RaidLevel] = {
-    **{level.value.lower(): level for level in RaidLevel},
-    **dict.fromkeys(("concatenated", "lvm", "jbod", "lvm/jbod"), RaidLevel.CONCATENATED),
-    **dict.fromkeys(("raid0", "raid-0", "striped"), RaidLevel.STRIPED),
-    **dict.fromkeys(("raid1", "raid-1", "mirrored"), RaidLevel.MIRRORED),
-    **dict.fromkeys(("raid10", "raid-10", "striped mirrored"), RaidLevel.STRIPED_MIRRORED),
-    **dict.fromkeys(("ec", "erasure-coding"), RaidLevel.ERASURE_CODED),
-    **dict.fromkeys(("sec", "raid60", "raid-60", "striped-ec"), RaidLevel.STRIPED_ERASURE_CODED),
-}
-_STRIPE = {"stripeWidth", "stripeSize"}
-_MIRROR = {"numberOfMirrors", "protectionLevel", "enableCrcCheck"}
-_ERASURE = {"dataBlocks", "parityBlocks", "protectionLevel", "enableCrcCheck"}
-_TAKEN: Mapping[RaidLevel, set[str]] = {
-    RaidLevel.CONCATENATED: set(),
-    RaidLevel.STRIPED: _STRIPE,
-    RaidLevel.MIRRORED: _MIRROR,
-    RaidLevel.STRIPED_MIRRORED: _STRIPE | _MIRROR,
-    RaidLevel.ERASURE_CODED: _STRIPE | _ERASURE,
-    RaidLevel.STRIPED_ERASURE_CODED: _STRIPE | _ERASURE,
-}
-_LAYOUT_KEYS = _STRIPE | _MIRROR | _ERASURE
 _CLASS_KEYS = {"diskClasses", "serverClasses"}
 _LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
-_PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
+PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
+_DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
+_MKFS_KEYS = {
+    "mkfs/blockSize", "mkfs/inodeSize", "mkfs/bytesPerInode", "mkfs/reservedBlocksPercent", "mkfs/stripeGeometry",
+    "mkfs/discard",
+}  # fmt: skip
 _ANYWHERE_KEYS = {"relativeRebuildPriority", "description", "mkfsOptions", "fsType"}
-_KNOWN_KEYS = {"vpg", "raidLevel"} | _LAYOUT_KEYS | _PLACEMENT_KEYS | _ANYWHERE_KEYS
+_KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | _MKFS_KEYS | ENCRYPTION_KEYS
 _THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
     "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
 }  # fmt: skip
-_ENCRYPTION = re.compile(r"encryption(?:[./].*)?|dmcrypt[./].*|isEncrypted")
-_PROTECTION_LEVELS = ("Full Separation", "Minimal Separation", "Ignore Separation")
-T = TypeVar("T")
+CONTEXT_KEYS = ("mkfsOptions", *sorted(_MKFS_KEYS), *NODE_KEYS)
+"""What of the parameters the node must know: it travels in the volume context under its own key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +51,8 @@ class VolumeParameters:
     """What the parameters say. Exactly one of `vpg` and `layout` is set.
 
     `recorded` is what stands in the volume's metadata: keys as earlier drivers wrote them, dots made dashes.
+    `ignored`: keys beside a provisioning group, which decides them. Earlier drivers ignored them in silence, and a
+    StorageClass that has them cannot be changed: refusing would stop it on the day of the upgrade.
     """
 
     vpg: str | None = None
@@ -75,38 +66,39 @@ class VolumeParameters:
     limit_by_drives: tuple[str, ...] = ()
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
+    encryption: EncryptionWish = field(default_factory=EncryptionWish)
     pvc_namespace: str = ""
     recorded: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 def parse(parameters: Mapping[str, str]) -> VolumeParameters:
     """Read the parameters; `InvalidRequest` names the first key that cannot be used."""
-    own = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
-    _refuse_unknown(own)
-    priority = _optional(own, "relativeRebuildPriority", 0, 10)
-    vpg = own.get("vpg")
-    if vpg is not None:
-        if not _VPG_NAME.fullmatch(vpg):
-            raise InvalidField("parameters.vpg", vpg, "the name of a volume provisioning group")
-        _refuse_keys(
-            own, ({"raidLevel"} | _LAYOUT_KEYS | _PLACEMENT_KEYS), f"the volume provisioning group {vpg} sets it"
-        )
+    parameters = normalized(parameters)
+    given = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
+    _refuse_unknown(given)
+    vpg = read.text(given, "vpg", _VPG_NAME, "the name of a volume provisioning group")
+    ignored = tuple(sorted(_DECIDED_BY_GROUP & given.keys())) if vpg is not None else ()
+    own = {key: value for key, value in given.items() if key not in ignored}
     if _CLASS_KEYS & own.keys() and _LIMIT_KEYS & own.keys():
         raise InvalidRequest("parameters name classes and limitBy..., wanted one kind of them")
+    _check_mkfs(own)
     return VolumeParameters(
         vpg=vpg,
-        layout=_layout(own) if vpg is None else None,
+        layout=layout(own) if vpg is None else None,
         fs_type=_fs_type(parameters),
         mkfs_options=_mkfs_options(own.get("mkfsOptions", "")),
         description=_description(own.get("description")),
-        relative_rebuild_priority=priority,
-        drive_classes=_list(own, "diskClasses"),
-        target_classes=_list(own, "serverClasses"),
-        limit_by_drives=_list(own, "limitByDisks"),
-        limit_by_targets=_list(own, "limitByNodes"),
+        relative_rebuild_priority=read.number(own, "relativeRebuildPriority", 0, 10),
+        drive_classes=read.names(own, "diskClasses"),
+        target_classes=read.names(own, "serverClasses"),
+        limit_by_drives=read.names(own, "limitByDisks"),
+        limit_by_targets=read.names(own, "limitByNodes"),
         domain=own.get("domain"),
+        encryption=encryption(own),
         pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
         recorded={metadata_key(key): parameters[key] for key in parameters if key in _KNOWN_KEYS or key in _KEPT},
+        ignored=ignored,
     )
 
 
@@ -124,69 +116,22 @@ def _refuse_unknown(own: Mapping[str, str]) -> None:
     for key in own:
         if key in _THIN_KEYS:
             raise InvalidRequest(f"parameter {key} asks for a thin volume, which is not supported")
-        if _ENCRYPTION.fullmatch(key):
-            raise InvalidRequest(f"parameter {key} asks for encryption, which is not supported")
+        if key == "isEncrypted":
+            raise InvalidRequest("parameter isEncrypted is not known, wanted encryption: native")
         if key not in _KNOWN_KEYS:
             raise InvalidRequest(
                 f"parameter {shown(key)} is not known, wanted some of {', '.join(sorted(_KNOWN_KEYS))}"
             )
 
 
-def _refuse_keys(own: Mapping[str, str], refused: set[str], reason: str) -> None:
-    present = sorted(refused & own.keys())
-    if present:
-        raise InvalidRequest(f"parameter {present[0]} cannot be used: {reason}")
-
-
-def _layout(own: Mapping[str, str]) -> Layout:
-    word = own.get("raidLevel", "concatenated")
-    level = _RAID_LEVELS.get(word.strip().lower())
-    if level is None:
-        names = ", ".join(sorted(_RAID_LEVELS))
-        raise InvalidField("parameters.raidLevel", word, f"one of {names}")
-    _refuse_keys(own, _LAYOUT_KEYS - _TAKEN[level], f"raidLevel {word} does not take it")
-    narrow, wide = (1, 1) if level is RaidLevel.ERASURE_CODED else (2, 300)
-    protection = own.get("protectionLevel")
-    if protection is not None and protection not in _PROTECTION_LEVELS:
-        raise InvalidField("parameters.protectionLevel", protection, f"one of {', '.join(_PROTECTION_LEVELS)}")
-    return Layout(
-        raid_level=level,
-        stripe_width=_optional(own, "stripeWidth", narrow, wide),
-        stripe_size_blocks=_optional(own, "stripeSize", 32, 1 << 20),
-        data_blocks=_optional(own, "dataBlocks", 1, 10),
-        parity_blocks=_optional(own, "parityBlocks", 1, 2),
-        number_of_mirrors=_optional(own, "numberOfMirrors", 1, 2),
-        protection_level=protection,
-        enable_crc_check=_optional_word(own, "enableCrcCheck", {"true": True, "false": False}.get, "true or false"),
-    )
-
-
-def _optional(own: Mapping[str, str], key: str, least: int, most: int) -> int | None:
-    def number(text: str) -> int | None:
-        return int(text) if _NUMBER.fullmatch(text) and least <= int(text) <= most else None
-
-    wanted = f"a whole number from {least} to {most}" if least != most else str(least)
-    return _optional_word(own, key, number, wanted)
-
-
-def _optional_word(own: Mapping[str, str], key: str, read: Callable[[str], T | None], wanted: str) -> T | None:
-    text = own.get(key)
-    if text is None:
-        return None
-    value = read(text.strip().lower())
-    if value is None:
-        raise InvalidField(f"parameters.{key}", text, wanted)
-    return value
-
-
-def _list(own: Mapping[str, str], key: str) -> tuple[str, ...]:
-    text = own.get(key)
-    if text is None:
-        return ()
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise InvalidField(f"parameters.{key}", text, "names separated by commas")
-    return names
+def _check_mkfs(own: Mapping[str, str]) -> None:
+    """Check the shape of what mkfs will be told; what a filesystem makes of it, the node knows."""
+    read.power_of_two(own, "mkfs/blockSize", 512, 65536)
+    read.power_of_two(own, "mkfs/inodeSize", 128, 65536)
+    read.number(own, "mkfs/bytesPerInode", 1024, 64 << 20)
+    read.number(own, "mkfs/reservedBlocksPercent", 0, 50)
+    read.switch(own, "mkfs/stripeGeometry")
+    read.switch(own, "mkfs/discard")
 
 
 def _fs_type(parameters: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import Client, ReservationMode, SystemInfo, Volume, VolumeSpec, Vpg
+from csi_driver.model import Client, ReservationMode, SystemInfo, Volume, VolumeChanges, VolumeSpec, Vpg
 
 
 class Management(Protocol):
@@ -54,6 +54,24 @@ class Management(Protocol):
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         """Replace the whole metadata of the volume. Raises `VolumeNotFound`."""
+        ...
+
+    def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
+        """Set what is named of the volume; its metadata stays as it is.
+
+        Raises `InvalidRequest` (nothing that this volume can have), `VolumeNotFound`, `PreconditionFailed`.
+        """
+        ...
+
+    def init_encryption(
+        self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
+    ) -> bool:
+        """Have the storage initialise the encryption; False when that is done or under way already.
+
+        True means the wish is recorded: the volume's document tells how it ends. Raises `InvalidRequest` for what the
+        server does not take, `VolumeNotFound`, `StorageUnavailable`, and `OutcomeUnknown` where no answer came:
+        look at the volume before asking again.
+        """
         ...
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:

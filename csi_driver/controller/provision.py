@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from csi_driver import capacity
 from csi_driver.controller import access, parameters, record
 from csi_driver.controller.compare import differences, is_short
+from csi_driver.controller.encryption_parameters import EncryptionWish, passphrase_in, required_passphrase
+from csi_driver.controller.handing import reserved_bytes
+from csi_driver.controller.keying import Keying
 from csi_driver.controller.locate import described, locate
 from csi_driver.controller.naming import issued_reference, volume_name
 from csi_driver.controller.parameters import VolumeParameters
@@ -22,13 +26,13 @@ from csi_driver.errors import (
     Exhausted,
     ExistsDifferently,
     InvalidField,
-    InvalidRequest,
     OperationPending,
     PreconditionFailed,
     StorageUnavailable,
     shown,
 )
-from csi_driver.model import CapacityRange, Layout, ProvisionedVolume, Volume, VolumeHandle, VolumeSpec
+from csi_driver.handover import Encryption
+from csi_driver.model import CapacityRange, Layout, ProvisionedVolume, Volume, VolumeHandle, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class _Wanted:
     capacity: CapacityRange
     parameters: VolumeParameters
     creation: Creation
+    secrets: Mapping[str, str] = field(repr=False)
 
     def in_zone(self, zone: str) -> Creation:
         """Return what is recorded of the volume when it is made in this zone."""
@@ -56,6 +61,7 @@ class _Wanted:
             is_ours=True,
             capacity=self.capacity,
             modes=own.modes,
+            header_bytes=own.header_bytes,
         )
 
 
@@ -122,14 +128,17 @@ class Provision:
 
     def _create_in(self, zone: str, wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
         management = self._management(zone)
-        layout = wanted.parameters.layout
+        layout, encryption = wanted.parameters.layout, wanted.parameters.encryption
         if layout is None:
-            found = self._layout_of_vpg(management, wanted, deadline=deadline)
+            found = self._group(management, wanted, deadline=deadline)
             if isinstance(found, Volume):
                 return self._finish(zone, wanted, found, deadline=deadline)
-            layout = found
-        size = capacity.size_to_create(wanted.capacity, layout)
-        uuid = management.create_volume(_spec(wanted, zone, size, layout), deadline=deadline)
+            layout, encryption = found.layout, encryption.in_group(found)
+        if encryption.is_native:
+            required_passphrase(wanted.secrets)
+        size = capacity.size_to_create(capacity.with_reserved(wanted.capacity, encryption.header_bytes), layout)
+        spec = _spec(wanted, zone, size, layout, encryption)
+        uuid = management.create_volume(spec, deadline=deadline)
         volume = management.volume(wanted.name, deadline=deadline)
         if volume is None:
             raise OperationPending(f"volume {wanted.name} is neither there nor free to be made; call again")
@@ -138,8 +147,8 @@ class Provision:
         # Another uuid: ours was deleted and somebody made it again. Then it is an existing volume like any other.
         return self._finish(zone, wanted, volume, deadline=deadline)
 
-    def _layout_of_vpg(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Layout | Volume:
-        """Return the layout that the group gives; or the volume, where the group went after it was made."""
+    def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | Volume:
+        """Return the provisioning group; or the volume, where the group went after it was made."""
         name = wanted.parameters.vpg or ""
         vpg = management.vpg(name, deadline=deadline)
         if vpg is None:
@@ -147,9 +156,7 @@ class Provision:
             if volume is not None:
                 return volume
             raise InvalidField("parameters.vpg", name, "a volume provisioning group that exists")
-        if vpg.is_encrypted:
-            raise InvalidRequest(f"volume provisioning group {name} makes encrypted volumes, which is not supported")
-        return vpg.layout
+        return vpg
 
     def _finish(self, zone: str, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> ProvisionedVolume:
         """Prove that the volume is the one wanted, wait until it can be used, and answer as the first time."""
@@ -160,28 +167,35 @@ class Provision:
         if creation.csi_name != wanted.csi_name:
             owner = "no CSI name" if creation.csi_name is None else f"the CSI name {shown(creation.csi_name)}"
             raise ExistsDifferently(f"volume {volume.name}", [f"it has {owner}, wanted {shown(wanted.csi_name)}"])
-        volume = self._usable(management, volume, deadline=deadline)
-        short = is_short(wanted.capacity, creation, volume, capacity.granule_bytes(volume.layout))
+        size = volume.size_bytes - (reserved_bytes(volume, creation) if creation.is_ours else 0)
+        short = is_short(wanted.capacity, creation, size, capacity.granule_bytes(volume.layout))
         vpg = wanted.parameters.vpg
-        different = differences(wanted.in_zone(zone), creation, volume, vpg, judge_size=not short)
+        different = differences(wanted.in_zone(zone), creation, volume, vpg, size_bytes=size, judge_size=not short)
+        if wanted.parameters.encryption.is_native and not volume.is_encrypted:
+            different.append("the storage does not encrypt it, wanted it to")
         if different:
             raise ExistsDifferently(f"volume {shown(wanted.csi_name)}", different)
+        volume = self._usable(management, wanted, volume, deadline=deadline)
         if short:
             volume = self._lengthened(management, wanted, volume, deadline=deadline)
         return described(zone, volume, creation, self._settings.topology_key)
 
-    def _usable(self, management: Management, volume: Volume, *, deadline: Deadline) -> Volume:
+    def _usable(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
         latest = volume
+        keying = Keying(management, wanted.parameters.encryption, wanted.secrets)
+
+        def is_ready() -> bool:
+            return not latest.is_being_made and keying.is_done(latest, deadline=deadline)
 
         def is_usable() -> bool:
             nonlocal latest
-            if not latest.is_being_made:
+            if is_ready():
                 return True
             present = management.volume(volume.name, deadline=deadline)
             if present is None or present.uuid != volume.uuid or present.is_being_deleted:
                 raise OperationPending(f"volume {volume.name} was deleted while it was being made; call again")
             latest = present
-            return not latest.is_being_made
+            return is_ready()
 
         if not self._wait(deadline).wait_until(is_usable):
             raise DeadlineReached(
@@ -192,7 +206,9 @@ class Provision:
 
     def _lengthened(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
         """Add what the volume is short of, so that it is as large as was asked for when it was made."""
-        more = capacity.extension(volume, wanted.capacity)
+        creation = record.read_creation(volume.metadata)
+        reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
+        more = capacity.extension(volume, capacity.with_reserved(wanted.capacity, reserved))
         if more is None:
             return volume
         management.extend_volume(volume, more.capacity_gb, deadline=deadline)
@@ -215,6 +231,8 @@ def read_name(volume: Volume) -> str | None:
 
 def _understood(request: CreateRequest) -> _Wanted:
     read = parameters.parse(request.parameters)
+    if read.encryption.is_native:
+        required_passphrase(request.secrets)
     access.check_all(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(
@@ -224,11 +242,23 @@ def _understood(request: CreateRequest) -> _Wanted:
         parameters=read.recorded,
         is_ours=True,
         modes=frozenset(capability.mode for capability in request.capabilities),
+        header_bytes=read.encryption.header_bytes if read.encryption.by is Encryption.LUKS else 0,
     )
-    return _Wanted(request.name, volume_name(request.name), request.capacity, read, creation)
+    _tell(request, read)
+    return _Wanted(request.name, volume_name(request.name), request.capacity, read, creation, request.secrets)
 
 
-def _spec(wanted: _Wanted, zone: str, size_bytes: int, layout: Layout) -> VolumeSpec:
+def _tell(request: CreateRequest, read: VolumeParameters) -> None:
+    """Say in the log what is done otherwise than the parameters may have meant."""
+    name = shown(request.name)
+    if read.ignored:
+        ignored = ", ".join(read.ignored)
+        _log.warning("volume %s: its provisioning group %s decides, so %s is ignored", name, read.vpg, ignored)
+    if read.vpg is None and read.encryption.by is Encryption.NONE and passphrase_in(request.secrets) is not None:
+        _log.warning("volume %s is not encrypted: a Secret holds a passphrase, but no parameter asks for it", name)
+
+
+def _spec(wanted: _Wanted, zone: str, size_bytes: int, layout: Layout, encryption: EncryptionWish) -> VolumeSpec:
     read = wanted.parameters
     return VolumeSpec(
         name=wanted.name,
@@ -243,6 +273,7 @@ def _spec(wanted: _Wanted, zone: str, size_bytes: int, layout: Layout) -> Volume
         limit_by_drives=read.limit_by_drives,
         limit_by_targets=read.limit_by_targets,
         domain=read.domain,
+        encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
     )
 
 

@@ -42,6 +42,8 @@ class Creation:
     is_ours: bool = False
     capacity: CapacityRange | None = None
     modes: frozenset[AccessMode] | None = None
+    header_bytes: int = 0
+    """What a header that the node makes takes of the volume beside what was asked for."""
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
@@ -53,6 +55,8 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
         # As text: numbers of this size lose digits in JavaScript.
         own["required"] = str(creation.capacity.required_bytes)
         own["limit"] = str(creation.capacity.limit_bytes)
+    if creation.header_bytes:
+        own["header"] = str(creation.header_bytes)
     own["modes"] = sorted(mode.value for mode in creation.modes or ())
     metadata: dict[str, object] = dict(creation.parameters)
     metadata["csi_name"] = creation.csi_name
@@ -80,6 +84,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         is_ours=is_ours,
         capacity=_capacity(own) if is_ours else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
+        header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
     )
 
 
@@ -169,10 +174,32 @@ def _natural(value: object) -> TypeGuard[int]:
 
 
 def _capacity(own: Mapping[str, object]) -> CapacityRange | None:
-    required, limit = own.get("required"), own.get("limit")
-    if isinstance(required, str) and isinstance(limit, str) and required.isdecimal() and limit.isdecimal():
-        return CapacityRange(int(required), int(limit))
-    return None
+    required, limit = _decimal(own.get("required")), _decimal(own.get("limit"))
+    return CapacityRange(required, limit) if required is not None and limit is not None else None
+
+
+def _decimal(value: object) -> int | None:
+    return int(value) if isinstance(value, str) and value.isdecimal() else None
+
+
+# --- the permission to format over old data -------------------------------------------------------------------
+
+_PERMISSION_KEY = "formatAllowed"
+
+
+def with_permission(metadata: Mapping[str, object], attachment: int) -> dict[str, object]:
+    """Return the whole metadata with the permission, for the attachment of this number, to format over old data.
+
+    The number is the reservation's version of a volume that nobody holds: the next attachment, whoever makes it, has
+    it, its retries have it too, and none after it ever will. So the permission is used up without being written again.
+    """
+    return {**metadata, OWN_KEY: {**_mapping(metadata.get(OWN_KEY)), _PERMISSION_KEY: attachment}}
+
+
+def read_permission(metadata: Mapping[str, object]) -> int:
+    """Return the number of the attachment that may format over old data; 0 = none."""
+    number = _mapping(metadata.get(OWN_KEY)).get(_PERMISSION_KEY)
+    return number if _natural(number) else 0
 
 
 def _mapping(value: object) -> Mapping[str, object]:

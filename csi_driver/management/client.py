@@ -10,7 +10,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import quote
 
 from csi_driver.capacity import granule_bytes
@@ -44,15 +43,17 @@ from csi_driver.management.failures import (
     failure_of,
     meaning_of,
     refusal_in,
+    without_text,
 )
+from csi_driver.management.fields import changed_fields, specification
 from csi_driver.management.session import ManagementSession
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import (
     Client,
-    Layout,
     ReservationMode,
     SystemInfo,
     Volume,
+    VolumeChanges,
     VolumeSpec,
     Vpg,
     is_uuid,
@@ -192,7 +193,7 @@ class ManagementClient:
         the caller compares it as it does any other. Raises as `csi_driver.controller.ports` says.
         """
         try:
-            envelope, refusal = self._act("/volumes/save", [_specification(spec)], Operation.CREATE, deadline)
+            envelope, refusal = self._act("/volumes/save", [specification(spec)], Operation.CREATE, deadline)
         except OutcomeUnknown:
             if self.volume(spec.name, deadline=deadline) is None:
                 raise
@@ -256,6 +257,33 @@ class ManagementClient:
         _, refusal = self._act("/volumes/update", body, Operation.UPDATE, deadline)
         if refusal is not None:
             raise failure_of(Operation.UPDATE, refusal, volume=volume.name)
+
+    def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
+        """Set what is named of the volume; nothing else is sent, so nothing else changes."""
+        body = [{"_id": volume.name, "uuid": volume.uuid, **changed_fields(changes)}]
+        _, refusal = self._act("/volumes/update", body, Operation.UPDATE, deadline)
+        if refusal is not None:
+            raise failure_of(Operation.UPDATE, refusal, volume=volume.name)
+
+    def init_encryption(
+        self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
+    ) -> bool:
+        """Have the storage initialise the encryption; False when that is done or under way already."""
+        item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase}
+        body = [{**item, "slot": slot, "keySize": key_size_bits}]
+        path = "/volumes/initEncryption"
+        # Whatever the server says of this request may repeat it, and with it the passphrase.
+        try:
+            _, refusal = self._act(path, body, Operation.ENCRYPT, deadline)
+        except OutcomeUnknown as error:
+            raise OutcomeUnknown(error.server, path, "no readable answer", timed_out=error.timed_out) from None
+        except InvalidRequest:
+            raise InvalidRequest(f"the management refuses {path} for volume {volume.name} as malformed") from None
+        if refusal is None:
+            return True
+        if meaning_of(Operation.ENCRYPT, refusal)[0] is Meaning.UNDER_WAY:
+            return False
+        raise failure_of(Operation.ENCRYPT, without_text(refusal), volume=volume.name)
 
     # --- attachments ------------------------------------------------------------------------------------
 
@@ -371,34 +399,3 @@ def _attachment(
     if reference_id is not None:
         wanted["referenceID"] = reference_id
     return {"client": client.id, "clientUUID": client.uuid, "volumes": [wanted]}
-
-
-def _specification(spec: VolumeSpec) -> dict[str, Any]:
-    """Return what is set of `spec` in the API's words; a field that does not apply is refused by the server."""
-    body: dict[str, Any] = {"name": spec.name, "capacity": spec.capacity_gb, "metadata": dict(spec.metadata)}
-    optional: dict[str, object] = {
-        "VPG": spec.vpg,
-        "description": spec.description,
-        "relativeRebuildPriority": spec.relative_rebuild_priority,
-        "diskClasses": list(spec.drive_classes) or None,
-        "serverClasses": list(spec.target_classes) or None,
-        "limitByDisks": list(spec.limit_by_drives) or None,
-        "limitByNodes": list(spec.limit_by_targets) or None,
-        "domain": spec.domain,
-        **(_layout_fields(spec.layout) if spec.layout is not None else {}),
-    }
-    body.update({key: value for key, value in optional.items() if value is not None})
-    return body
-
-
-def _layout_fields(layout: Layout) -> dict[str, object]:
-    return {
-        "RAIDLevel": layout.raid_level.value,
-        "stripeWidth": layout.stripe_width,
-        "stripeSize": layout.stripe_size_blocks,
-        "dataBlocks": layout.data_blocks,
-        "parityBlocks": layout.parity_blocks,
-        "numberOfMirrors": layout.number_of_mirrors,
-        "protectionLevel": layout.protection_level,
-        "enableCrcCheck": layout.enable_crc_check,
-    }

@@ -13,6 +13,7 @@ from typing import Any
 
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import (
+    MIB,
     AttachmentWish,
     Client,
     ClientStatus,
@@ -22,6 +23,7 @@ from csi_driver.model import (
     RaidLevel,
     Reservation,
     ReservationMode,
+    StorageEncryption,
     SystemInfo,
     Volume,
     Vpg,
@@ -30,6 +32,8 @@ from csi_driver.model import (
 Document = Mapping[str, Any]
 
 GB = 1_000_000_000
+_HEADER_MIB = 16
+_LARGEST_HEADER_MIB = 1024
 SHOWN_CHARACTERS = 256
 
 VOLUME_FIELDS = (
@@ -46,6 +50,7 @@ VOLUME_FIELDS = (
     "isReserved",
     "isReadOnly",
     "isEncrypted",
+    "encryption",
     "RAIDLevel",
     "stripeWidth",
     "stripeSize",
@@ -56,6 +61,8 @@ VOLUME_FIELDS = (
     "enableCrcCheck",
     "VPG",
     "reservation",
+    "description",
+    "relativeRebuildPriority",
     "metadata",
     "csi_metadata",
 )
@@ -112,10 +119,12 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
             is_ready=row.get("isReady") is not False,
             is_reserved=row.get("isReserved") is True,
             is_read_only=row.get("isReadOnly") is True,
-            is_encrypted=row.get("isEncrypted") is True,
+            encryption=_encryption(row),
             layout=_layout(row, listed=listed),
             vpg=row.get("VPG") or None,
             reservation=_reservation(row),
+            description=str(row.get("description") or ""),
+            relative_rebuild_priority=_whole(row.get("relativeRebuildPriority")),
             metadata=_object(row.get("metadata") or row.get("csi_metadata") or {}, "metadata"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -147,6 +156,7 @@ def decode_vpg(row: Document) -> Vpg:
             capacity_bytes=gigabytes(row.get("capacity") or 0),
             allow_overflow=row.get("allowOverflow") is not False,
             is_encrypted=row.get("isEncrypted") is True,
+            header_bytes=_header_bytes(row) if row.get("isEncrypted") is True else 0,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise undecodable(row, f"a VPG document that cannot be read ({error})") from error
@@ -204,6 +214,32 @@ def _reservation(row: Document) -> Reservation:
         int(held.get("version") or 1),
         held.get("reservedBy") or None,
     )
+
+
+def _encryption(row: Document) -> StorageEncryption | None:
+    if row.get("isEncrypted") is not True:
+        return None
+    state = _object(row.get("encryption") or {}, "encryption")
+    command = _object(state.get("command") or {}, "encryption.command")
+    response = _object(command.get("response") or {}, "encryption.command.response")
+    return StorageEncryption(
+        header_bytes=_header_bytes(row),
+        is_initialized=state.get("isInitialized") is True,
+        command_index=_whole(command.get("commandIndex")) or 0,
+        command_result=_whole(response.get("result")),
+        command_error=str(response.get("error") or ""),
+    )
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _header_bytes(row: Document) -> int:
+    size = (row.get("encryption") or {}).get("headerSize", _HEADER_MIB)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _LARGEST_HEADER_MIB:
+        raise ValueError(f"encryption.headerSize is {size!r}")
+    return size * MIB
 
 
 def _wish(uuid: str, wish: Document) -> AttachmentWish:

@@ -9,7 +9,7 @@ id, so that string is the only sign there is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum, auto
 
 from csi_driver.errors import (
@@ -46,6 +46,7 @@ class Operation(StrEnum):
     EXTEND = "extend"
     DELETE = "delete"
     UPDATE = "update"
+    ENCRYPT = "initialise the encryption of"
     ATTACH = "attach"
     DETACH = "detach"
 
@@ -60,6 +61,7 @@ class Meaning(Enum):
     EXISTS = auto()
     NO_SPACE = auto()
     BAD_REQUEST = auto()
+    UNDER_WAY = auto()
     PENDING = auto()
     FORBIDDEN = auto()
     HELD = auto()
@@ -111,7 +113,16 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ALWAYS,
         **_ids(Meaning.DONE, 1678),
         **_ids(Meaning.PENDING, 1582),
-        **_ids(Meaning.FORBIDDEN, 168412, 168413, 1722, 1603, 1604, 1605, 1680, 1564, 1472),
+        # What this volume cannot have, however often it is asked for: its group decides, or it is a snapshot.
+        **_ids(Meaning.BAD_REQUEST, 168412, 168413, 1722, 1512, 1513, 1721, 1680),
+        **_ids(Meaning.FORBIDDEN, 1603, 1604, 1605, 1564, 1472),
+    },
+    Operation.ENCRYPT: {
+        **_ALWAYS,
+        **_ids(Meaning.DONE, 14592),
+        # It is initialised, or being initialised, by whomever: the volume's document tells.
+        **_ids(Meaning.UNDER_WAY, 16792, 167921, 16794),
+        **_ids(Meaning.FORBIDDEN, 16793),
     },
     Operation.ATTACH: {
         **_ALWAYS,
@@ -167,6 +178,11 @@ def refusal_in(envelope: Mapping[str, object]) -> Refusal | None:
         current_version=next((v for link in links if isinstance(v := link.get("volumeReservation"), int)), None),
         no_allocation=inner == _NO_ALLOCATION,
     )
+
+
+def without_text(refusal: Refusal) -> Refusal:
+    """Return the refusal without what the server says of it, for requests whose words nobody may read."""
+    return replace(refusal, text="the server's reason is left out, as it may repeat what was sent")
 
 
 def meaning_of(operation: Operation, refusal: Refusal) -> tuple[Meaning, int | None]:

@@ -40,8 +40,10 @@ from csi_driver.model import (
     RaidLevel,
     Reservation,
     ReservationMode,
+    StorageEncryption,
     SystemInfo,
     Volume,
+    VolumeChanges,
     VolumeSpec,
     Vpg,
 )
@@ -107,6 +109,13 @@ class FakeManagement:
         self.io_s = 0.0
         self.detach_s = 0.0
         self.delete_s = 0.0
+        self.encrypt_s = 0.0
+        self.encryption_results: list[int] = []
+        """How the storage answers the next passphrases (1 = done); then, and by default, with 1."""
+        self.passphrases: dict[str, tuple[str, int, int]] = {}
+        """By volume: the passphrase that its encryption began with, the slot, and the bits of its key."""
+        self.reclaiming: set[str] = set()
+        """Provisioning groups whose unused space is being given back."""
         self.is_reachable = True
         self.before: Callable[[str], None] = lambda request: None
         """Called before a request is carried out; what it raises, the caller gets."""
@@ -186,7 +195,10 @@ class FakeManagement:
                 raise InvalidRequest("wanted at least 1 GB")
             if spec.vpg is not None and spec.vpg not in self._vpgs:
                 raise InvalidRequest(f"no provisioning group {spec.vpg}")
-            layout = self._vpgs[spec.vpg].layout if spec.vpg is not None else spec.layout or Layout()
+            if spec.vpg in self.reclaiming:
+                raise OperationPending(f"space of {spec.vpg} is being reclaimed")
+            group = self._vpgs.get(spec.vpg or "")
+            layout = group.layout if group is not None else spec.layout or Layout()
             blocks = server_blocks(spec.capacity_gb, layout)
             self._take(blocks * 4096, layout, spec.vpg)
             volume = Volume(
@@ -197,8 +209,11 @@ class FakeManagement:
                 capacity_gb=spec.capacity_gb,
                 status="unavailable",
                 action="initializing",
+                encryption=_encryption(spec, group),
                 layout=layout,
                 vpg=spec.vpg,
+                description=spec.description or "",
+                relative_rebuild_priority=spec.relative_rebuild_priority,
                 metadata=deepcopy(dict(spec.metadata)),
             )
             self._volumes[spec.name] = volume
@@ -241,6 +256,41 @@ class FakeManagement:
             present = self._existing(volume)
             self._volumes[present.name] = replace(present, metadata=deepcopy(dict(metadata)))
 
+    def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
+        with self._request("update_volume", deadline):
+            present = self._existing(volume)
+            lists = (changes.drive_classes, changes.target_classes, changes.limit_by_drives, changes.limit_by_targets)
+            if present.vpg is not None and (changes.enable_crc_check or any(lists)):
+                raise InvalidRequest(f"the group {present.vpg} sets classes, limits and checks")
+            if changes.drive_classes or changes.target_classes:
+                raise InvalidRequest("no such class")
+            crc, priority = changes.enable_crc_check, changes.relative_rebuild_priority
+            layout = present.layout if crc is None else replace(present.layout, enable_crc_check=crc)
+            self._volumes[present.name] = replace(
+                present,
+                layout=layout,
+                description=present.description if changes.description is None else changes.description,
+                relative_rebuild_priority=present.relative_rebuild_priority if priority is None else priority,
+            )
+
+    def init_encryption(
+        self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
+    ) -> bool:
+        with self._request("init_encryption", deadline):
+            present = self._existing(volume)
+            if present.encryption is None:
+                raise PreconditionFailed(f"{present.name} is not to be encrypted")
+            if not 8 <= len(passphrase) <= 4096:
+                raise InvalidRequest("a passphrase has 8 to 4096 characters")
+            if present.action != "initEncryptionRequired":
+                return False
+            index = present.encryption.command_index + 1
+            begun = replace(present.encryption, command_index=index, command_result=None, command_error="")
+            self._volumes[present.name] = replace(present, action="initializingEncryption", encryption=begun)
+            key = (passphrase, slot, key_size_bits)
+            self._later(self.encrypt_s, lambda: self._encrypted(present, key))
+            return True
+
     # --- Management: clients ------------------------------------------------------------------------------
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
@@ -279,6 +329,8 @@ class FakeManagement:
             present = self._existing(volume)
             if present.is_being_deleted:
                 raise OperationPending(f"{present.name} is being deleted")
+            if not present.is_ready:
+                raise PreconditionFailed(f"{present.name} is not ready")
             self._reserve(present, target, mode, version=version, preempt=preempt, detach_others=detach_others)
             earlier = target.wishes.get(present.uuid)
             references = {reference_id or present.uuid} | (earlier.reference_ids if earlier is not None else set())
@@ -376,7 +428,22 @@ class FakeManagement:
     def _made(self, volume: Volume) -> None:
         present = self._volumes.get(volume.name)
         if present is not None and present.uuid == volume.uuid and present.action == "initializing":
-            self._volumes[volume.name] = replace(present, status="online", action="none")
+            action = "initEncryptionRequired" if present.is_encrypted else "none"
+            ready = not present.is_encrypted
+            self._volumes[volume.name] = replace(present, status="online", action=action, is_ready=ready)
+
+    def _encrypted(self, volume: Volume, key: tuple[str, int, int]) -> None:
+        present = self._volumes.get(volume.name)
+        if present is None or present.uuid != volume.uuid or present.encryption is None:
+            return
+        result = self.encryption_results.pop(0) if self.encryption_results else 1
+        done = result == 1
+        if done:
+            self.passphrases[present.name] = key
+        error = "" if done else f"it went wrong with {key[0]}"
+        state = replace(present.encryption, is_initialized=done, command_result=result, command_error=error)
+        action = "none" if done else "initEncryptionRequired"
+        self._volumes[present.name] = replace(present, action=action, is_ready=done, encryption=state)
 
     def _deleted(self, volume: Volume) -> None:
         present = self._volumes.get(volume.name)
@@ -464,6 +531,12 @@ class FakeClusters:
 
     def management(self, zone: str) -> Management | None:
         return self._managements.get(zone)
+
+
+def _encryption(spec: VolumeSpec, group: Vpg | None) -> StorageEncryption | None:
+    if group is not None and group.is_encrypted:
+        return StorageEncryption(group.header_bytes)
+    return StorageEncryption(spec.encrypted_header_bytes) if spec.encrypted_header_bytes else None
 
 
 def client_uuid(name: str) -> str:

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.controller import parameters
+from csi_driver.controller.encryption_parameters import EncryptionWish, required_passphrase
 from csi_driver.errors import InvalidRequest
+from csi_driver.handover import Encryption
 from csi_driver.model import Layout, RaidLevel
 
 
@@ -72,8 +74,6 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"raidLevel": "ec", "protectionLevel": "none"}, "protectionLevel"),
         ({"raidLevel": "raid1", "enableCrcCheck": "yes"}, "enableCrcCheck"),
         ({"relativeRebuildPriority": "11"}, "relativeRebuildPriority"),
-        ({"vpg": "gold", "raidLevel": "raid1"}, "raidLevel"),
-        ({"vpg": "gold", "diskClasses": "a"}, "diskClasses"),
         ({"vpg": ""}, "vpg"),
         ({"vpg": "../x"}, "vpg"),
         ({"diskClasses": "a", "limitByNodes": "b"}, "limitBy"),
@@ -81,9 +81,35 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"volumeClass": "TPV"}, "thin"),
         ({"cdvName": "pool"}, "thin"),
         ({"tpvExtentSizeKB": "64"}, "thin"),
-        ({"encryption": "dmcrypt"}, "encryption"),
-        ({"encryption/keySize": "512"}, "encryption"),
-        ({"dmcrypt/cipher": "x"}, "encryption"),
+        ({"vpg": "gold", "color": "red"}, "color"),
+        ({"isEncrypted": "true"}, "encryption: native"),
+        ({"encryption": "yes"}, "encryption"),
+        ({"encryption": ""}, "encryption"),
+        ({"encryption/keySize": "512"}, "encryption/keySize cannot be used"),
+        ({"dmcrypt/cipher": "aes-xts-plain64"}, "dmcrypt/cipher cannot be used"),
+        ({"encryption": "native", "dmcrypt/cipher": "aes-xts-plain64"}, "dmcrypt/cipher"),
+        ({"encryption": "native", "encryption/cipher": "aes-xts-plain64"}, "encryption/cipher"),
+        ({"encryption": "native", "encryption/pbkdfMemory": "1024"}, "pbkdfMemory"),
+        ({"encryption": "dmcrypt", "encryption/headerSize": "0"}, "headerSize"),
+        ({"encryption": "dmcrypt", "encryption/headerSize": "101"}, "headerSize"),
+        ({"encryption": "dmcrypt", "encryption/slot": "33"}, "slot"),
+        ({"encryption": "dmcrypt", "encryption/slot": "7", "encryption/numberOfSlots": "6"}, "slot"),
+        ({"encryption": "dmcrypt", "encryption/keySize": "384"}, "keySize"),
+        ({"encryption": "dmcrypt", "encryption.slot": "1", "encryption/slot": "2"}, "given twice"),
+        ({"encryption": "native", "vpg": "gold", "encryption/headerSize": "32"}, "headerSize"),
+        ({"encryption": "luks", "encryption/slot": "1"}, "slot"),
+        ({"encryption": "luks", "encryption/cipher": "aes xts"}, "cipher"),
+        ({"encryption": "luks", "encryption/keySize": "many"}, "keySize"),
+        ({"encryption": "luks", "encryption/allowDiscards": "1"}, "allowDiscards"),
+        ({"encryption": "dmcrypt", "dmcrypt/type": "luks 2"}, "dmcrypt/type"),
+        ({"mkfs/blockSize": "3000"}, "mkfs/blockSize"),
+        ({"mkfs/blockSize": "256"}, "mkfs/blockSize"),
+        ({"mkfs/inodeSize": "big"}, "mkfs/inodeSize"),
+        ({"mkfs/bytesPerInode": "1"}, "mkfs/bytesPerInode"),
+        ({"mkfs/reservedBlocksPercent": "51"}, "mkfs/reservedBlocksPercent"),
+        ({"mkfs/stripeGeometry": "yes"}, "mkfs/stripeGeometry"),
+        ({"mkfs/discard": ""}, "mkfs/discard"),
+        ({"mkfs/label": "x"}, "mkfs/label"),
         ({"fsType": "ntfs"}, "ntfs"),
         ({"fsType": "xfs", "csi.storage.k8s.io/fstype": "ext4"}, "two filesystems"),
         ({"mkfsOptions": "/dev/sda"}, "mkfsOptions"),
@@ -95,6 +121,73 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
 def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         parameters.parse(given_parameters)
+
+
+def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did() -> None:
+    read = parameters.parse(
+        {"vpg": "gold", "raidLevel": "raid7", "stripeWidth": "x", "diskClasses": "a", "domain": "d"}
+    )
+    assert (read.vpg, read.layout, read.drive_classes, read.domain) == ("gold", None, (), None)
+    assert read.ignored == ("diskClasses", "domain", "raidLevel", "stripeWidth")
+
+
+def test_beside_a_group_the_rebuild_priority_counts() -> None:
+    assert parameters.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).relative_rebuild_priority == 3
+
+
+@pytest.mark.parametrize(
+    ("level", "layout"),
+    [
+        ({"raidLevel": "mirrored", "numberOfMirrors": "2"}, Layout(RaidLevel.MIRRORED, number_of_mirrors=2)),
+        (
+            {"raidLevel": "raid10", "numberOfMirrors": "2", "stripeWidth": "3"},
+            Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=3, number_of_mirrors=2),
+        ),
+        (
+            {"raidLevel": "sec", "dataBlocks": "4", "parityBlocks": "1", "stripeWidth": "2"},
+            Layout(RaidLevel.STRIPED_ERASURE_CODED, stripe_width=2, data_blocks=4, parity_blocks=1),
+        ),
+    ],
+)
+def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str], layout: Layout) -> None:
+    assert parameters.parse(level).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("words", "by"),
+    [
+        ({}, Encryption.NONE),
+        ({"encryption": "native"}, Encryption.NATIVE),
+        ({"encryption": "dmcrypt"}, Encryption.NATIVE),
+        ({"encryption": "dmcrypt", "encryption/allowDiscards": "true"}, Encryption.NATIVE),
+        ({"encryption": "dmcrypt", "dmcrypt/type": "luks2"}, Encryption.LUKS),
+        ({"encryption": "dmcrypt", "dmcrypt/cipher": "aes-xts-plain64"}, Encryption.LUKS),
+        ({"encryption": "luks", "encryption/cipher": "capi:xts(aes)-plain64"}, Encryption.LUKS),
+        ({"encryption": "LUKS", "encryption/keySize": "256", "encryption/pbkdfMemory": "65536"}, Encryption.LUKS),
+    ],
+)
+def test_the_keys_beside_the_word_say_who_encrypts(words: dict[str, str], by: Encryption) -> None:
+    assert parameters.parse(words).encryption.by is by
+
+
+@pytest.mark.parametrize("mark", [".", "/"])
+def test_both_spellings_of_the_keys_of_encryption_are_one(mark: str) -> None:
+    words = {"encryption": "dmcrypt", f"encryption{mark}headerSize": "32", f"encryption{mark}slot": "3"}
+    read = parameters.parse({**words, f"encryption{mark}keySize": "256", f"encryption{mark}numberOfSlots": "6"})
+    assert read.encryption == EncryptionWish(Encryption.NATIVE, 32 << 20, slot=3, key_size_bits=256)
+    assert read.recorded["encryption/slot"] == "3"
+
+
+@pytest.mark.parametrize("key", ["passphrase", "dmcryptKey"])
+def test_a_passphrase_has_two_names(key: str) -> None:
+    assert required_passphrase({key: "correct horse", "user": "x"}) == "correct horse"
+
+
+@pytest.mark.parametrize("value", ["1234567", "x" * 4097, "longenough\n", "long\u2028enough"])
+def test_a_passphrase_that_the_storage_would_not_take_is_refused_without_being_shown(value: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"secrets\.dmcryptKey") as caught:
+        required_passphrase({"dmcryptKey": value})
+    assert value.strip() not in str(caught.value)
 
 
 def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:

@@ -150,11 +150,22 @@ def test_an_unknown_provisioning_group_is_invalid() -> None:
         World().create(parameters={"vpg": "gold"})
 
 
-def test_a_group_that_encrypts_is_refused() -> None:
+def test_what_a_group_decides_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
-    world.management.add_vpg(replace(EC_GROUP, is_encrypted=True))
-    with pytest.raises(InvalidRequest, match="encrypted"):
+    world.management.add_vpg(EC_GROUP)
+    world.create(parameters={"vpg": "gold", "raidLevel": "raid1"})
+    assert world.stored().layout == EC_GROUP.layout
+    assert [record.levelname for record in caplog.records if "raidLevel is ignored" in record.message] == ["WARNING"]
+
+
+def test_a_group_whose_space_is_being_reclaimed_is_pending() -> None:
+    world = World()
+    world.management.add_vpg(EC_GROUP)
+    world.management.reclaiming.add("gold")
+    with pytest.raises(OperationPending):
         world.create(parameters={"vpg": "gold"})
+    world.management.reclaiming.clear()
+    world.create(parameters={"vpg": "gold"})
 
 
 # --- the same call again --------------------------------------------------------------------------------------

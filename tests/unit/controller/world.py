@@ -77,19 +77,26 @@ class World:
         capabilities: tuple[Capability, ...] = (RWO,),
         parameters: Mapping[str, str] = EMPTY,
         topology: TopologyRequirement | None = None,
+        secrets: Mapping[str, str] = EMPTY,
         seconds: float = 60.0,
     ) -> ProvisionedVolume:
         asked = capacity if capacity is not None else CapacityRange(GIB)
-        request = CreateRequest(name, asked, capabilities, parameters, topology=topology)
+        request = CreateRequest(name, asked, capabilities, parameters, secrets, topology)
         return self.provision.create(request, deadline=self.deadline(seconds))
 
     def delete(self, volume_id: str, *, seconds: float = 60.0) -> None:
         self.provision.delete(volume_id, deadline=self.deadline(seconds))
 
     def publish(
-        self, volume_id: str, node_id: str = NODE_1, capability: Capability = RWO, *, read_only: bool = False
+        self,
+        volume_id: str,
+        node_id: str = NODE_1,
+        capability: Capability = RWO,
+        *,
+        read_only: bool = False,
+        context: Mapping[str, str] = EMPTY,
     ) -> PublishContext:
-        request = PublishRequest(volume_id, node_id, capability, read_only)
+        request = PublishRequest(volume_id, node_id, capability, read_only, context)
         return self.attach.publish(request, deadline=self.deadline())
 
     def unpublish(self, volume_id: str, node_id: str = NODE_1, *, seconds: float = 60.0) -> None:
