@@ -106,6 +106,18 @@ def test_the_context_carries_what_the_node_needs() -> None:
     assert answer.context == {"zone": "single-zone-cluster", "fsType": "xfs", "mkfsOptions": "-K -m reflink=0"}
 
 
+def test_the_context_carries_each_option_of_mkfs_under_its_own_key() -> None:
+    options = {
+        "mkfs/blockSize": "4096",
+        "mkfs/inodeSize": "512",
+        "mkfs/bytesPerInode": "65536",
+        "mkfs/reservedBlocksPercent": "0",
+        "mkfs/stripeGeometry": "true",
+        "mkfs/discard": "false",
+    }
+    assert World().create(parameters=options).context == {"zone": "single-zone-cluster", "fsType": "ext4", **options}
+
+
 def test_a_block_volume_has_no_filesystem_in_its_context() -> None:
     assert World().create(capabilities=(BLOCK,)).context == {"zone": "single-zone-cluster"}
 
