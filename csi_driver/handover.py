@@ -12,12 +12,14 @@ from csi_driver.model import is_uuid, is_volume_name
 class History(StrEnum):
     """What is known of the writes that a volume has seen, when a node asks whether it is blank.
 
-    FIRST: created by this driver and never attached before. ATTACHED: attached before, by whomever.
-    UNKNOWN: not created by this driver, or its records are incomplete.
+    FIRST: created by this driver and never attached before. ATTACHED: created by this driver, attached before, and
+    never to a node that had it as a raw device for writing. WRITTEN: a node had. UNKNOWN: not created by this driver,
+    or its records are incomplete.
     """
 
     FIRST = "first"
     ATTACHED = "attached"
+    WRITTEN = "written"
     UNKNOWN = "unknown"
 
 

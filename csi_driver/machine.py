@@ -112,7 +112,7 @@ class Blank:
 
 @dataclass(frozen=True, slots=True)
 class Filesystem:
-    """A filesystem was recognised."""
+    """A filesystem was recognised. `uuid` is its own, empty where nothing tells it."""
 
     fs_type: str
     uuid: str = ""

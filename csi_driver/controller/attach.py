@@ -256,7 +256,9 @@ class Attach:
         history = History.ATTACHED
         if not record.read_creation(volume.metadata).is_ours or attachments.is_broken:
             history = History.UNKNOWN
-        elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE and not attachments.written:
+        elif attachments.written:
+            history = History.WRITTEN
+        elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE:
             history = History.FIRST
         context = PublishContext(
             name=volume.name,

@@ -1,7 +1,8 @@
 """Is a device blank? Answered only by reading it: past the page cache, every read whole and without error.
 
 `probe_places` is the cheap check's list: head, tail, and wherever a filesystem, a volume manager or a partition table
-keeps a copy of its superblock. `first_data` reads everything. Neither interprets what it finds.
+keeps a copy of its superblock. `first_data` reads everything. Neither interprets what it finds. `wipe_places` makes
+the cheap check's list read as zeroes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, HostFailure
+from csi_driver.errors import DeadlineReached, HostFailure, SystemCallFailed
 from csi_driver.host.syscalls import libc
 from csi_driver.machine import OpenDevice
 from csi_driver.model import GIB, MIB
@@ -154,6 +155,23 @@ def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Dea
         if found is not None:
             return found
     return None
+
+
+def wipe_places(device: OpenDevice) -> None:
+    """Write zeroes over every place of the cheap check, past the page cache, and see them on disk."""
+    with mmap.mmap(-1, _PROBE_BUFFER_BYTES) as zeroes, memoryview(zeroes) as view:
+        for offset, length in probe_places(device.device.size_bytes):
+            done = 0
+            while done < length:
+                part = min(len(zeroes), length - done)
+                try:
+                    done += os.pwritev(device.fd, [view[:part]], offset + done)
+                except OSError as error:
+                    raise SystemCallFailed(f"write zeroes to {device.device.path}", error.errno or 0) from error
+    try:
+        os.fsync(device.fd)
+    except OSError as error:
+        raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
 
 
 def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> int | None:

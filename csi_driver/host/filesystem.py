@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -35,6 +35,11 @@ _MAKE: dict[str, tuple[str, ...]] = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
+}
+_WITH_UUID: dict[str, Callable[[str], tuple[str, str]]] = {
+    "ext4": lambda uuid: ("-U", uuid),
+    "xfs": lambda uuid: ("-m", f"uuid={uuid}"),
+    "btrfs": lambda uuid: ("-U", uuid),
 }
 # Says what it would do, and does nothing. mkfs.btrfs has no such flag.
 _MAKE_NOTHING = {"ext4": "-n", "xfs": "-N"}
@@ -89,28 +94,48 @@ class LinuxFilesystems:
 
     # --- making and repairing ---
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
-        """Make a filesystem, destroying what is there; `options` are added to the driver's own.
+    def wipe(self, device: OpenDevice) -> None:
+        """Write zeroes over all that `probe` reads, so that nothing is recognised there any more."""
+        with self._proven_again(device):
+            blank.wipe_places(device)
 
-        Raises `PreconditionFailed` for a device too small for it, `InvalidField` for options that mkfs does not take
-        or that make another kind of filesystem than the one named. Has half an hour.
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
+        """Make a filesystem with that uuid, destroying what is there; `options` are added to the driver's own.
+
+        Raises `PreconditionFailed` for a device too small for it, or that is no longer the one that was opened;
+        `InvalidField` for options that mkfs does not take or that make another kind of filesystem than the one named.
+        Has half an hour.
         """
-        argv = _MAKE.get(fs_type)
-        if argv is None:
+        if fs_type not in _MAKE:
             raise InvalidField("fs_type", fs_type, f"one of {', '.join(_MAKE)}")
+        argv = (*_MAKE[fs_type], *_WITH_UUID[fs_type](uuid))
         size, least = device.device.size_bytes, _SMALLEST_BYTES[fs_type]
         if size < least:
             raise PreconditionFailed(f"{device.device.path} has {size} bytes, {fs_type} needs at least {least}")
         try:
-            _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
+            with self._proven_again(device):
+                _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
+                os.fsync(device.fd)
+        except OSError as error:
+            raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
         except CommandFailed as failure:
             if options and failure.status > 0 and _are_to_blame(device, argv, options, _MAKE_NOTHING.get(fs_type)):
                 wanted = f"options that {argv[0]} takes here ({_first_reason(failure.stderr)})"
                 raise InvalidField(_MAKE_OPTIONS, " ".join(options), wanted) from failure
             raise
-        _superblock(device, fs_type)
+        if _superblock(device, fs_type).uuid != uuid:
+            raise HostFailure(f"{argv[0]} left {device.device.path} without the uuid {uuid}")
         if options:
             _require_kind(device, fs_type, options)
+
+    @contextlib.contextmanager
+    def _proven_again(self, device: OpenDevice) -> Iterator[None]:
+        """Hold the device open once more, proven anew: a program opens it by its number, which may be another's now.
+
+        The reading before may have taken hours. While it is held open, nothing else gets its number.
+        """
+        with self._devices.open(device.device, write=True):
+            yield
 
     def check(self, device: Device, fs_type: str) -> None:
         """Repair what can be repaired without a question. Raises `PreconditionFailed` when a person must decide.
@@ -222,8 +247,10 @@ def _name_content(device: OpenDevice, found: int, head: bytes, deadline: Deadlin
     direct = superblock.recognise(head)
     cached = "ext4" if fs_type in ("ext2", "ext3", "ext4") else fs_type
     if (direct or cached in _MAKE) and direct != [cached]:
-        return OtherContent(f"what blkid takes for {fs_type} but, read past the page cache, {direct or 'is not'}")
-    return Filesystem(fs_type, values.get("UUID", ""), values.get("LABEL", ""))
+        found_as = f"as {', '.join(direct)}" if direct else "as no whole one"
+        return OtherContent(f"what blkid takes for {fs_type} and reads, past the page cache, {found_as}")
+    present = superblock.parse(head, fs_type)
+    return Filesystem(fs_type, present.uuid if present else values.get("UUID", ""), values.get("LABEL", ""))
 
 
 def parse_blkid(text: str) -> dict[str, str]:

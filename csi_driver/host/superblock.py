@@ -7,6 +7,7 @@ xfs_dsb, at 0) and include/uapi/linux/btrfs_tree.h (struct btrfs_super_block, at
 from __future__ import annotations
 
 import struct
+import uuid
 from dataclasses import dataclass
 
 HEAD_BYTES = 128 * 1024
@@ -15,12 +16,14 @@ HEAD_BYTES = 128 * 1024
 _EXT_AT, _BTRFS_AT = 1024, 65536
 _EXT_MAGIC, _XFS_MAGIC, _BTRFS_MAGIC = 0xEF53, b"XFSB", b"_BHRfS_M"
 _EXT_VALID = 1
+_XFS_IN_PROGRESS_AT = 126
+"""sb_inprogress: not zero from mkfs.xfs's first write to its last."""
 _EXT_NEEDS_RECOVERY, _EXT_64BIT = 0x4, 0x80
 
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """The recorded size: `blocks` of `block_bytes`.
+    """The recorded size, `blocks` of `block_bytes`, and the filesystem's own uuid.
 
     `was_closed_well`: cleanly unmounted, without a recorded error and not due for a check by count or time; says
     something for ext4 only. `was_checked_since_use`: a full check ran after the last mount (ext4 only).
@@ -29,6 +32,7 @@ class Superblock:
     fs_type: str
     block_bytes: int
     blocks: int
+    uuid: str
     was_closed_well: bool = True
     was_checked_since_use: bool = True
 
@@ -39,7 +43,10 @@ class Superblock:
 
 
 def parse(head: bytes, fs_type: str) -> Superblock | None:
-    """Read the superblock of that type (ext2 and ext3 count as ext4); None when there is none or it is senseless."""
+    """Read the superblock of that type (ext2 and ext3 count as ext4).
+
+    None when there is none, when it is senseless, and when its own mkfs says in it that it did not finish.
+    """
     match fs_type:
         case "ext2" | "ext3" | "ext4":
             return _ext(head)
@@ -72,6 +79,7 @@ def _ext(head: bytes) -> Superblock | None:
         fs_type="ext4",
         block_bytes=1024 << log_block,
         blocks=blocks,
+        uuid=_uuid(raw, 0x68),
         was_closed_well=state == _EXT_VALID and not incompatible & _EXT_NEEDS_RECOVERY and not is_due,
         # Whole seconds: of a check and a mount in the same one, nothing tells which came first.
         was_checked_since_use=state == _EXT_VALID and checked_s > mounted_s,
@@ -82,7 +90,9 @@ def _xfs(head: bytes) -> Superblock | None:
     if len(head) < 512 or head[:4] != _XFS_MAGIC:
         return None
     block_bytes, blocks = struct.unpack_from(">IQ", head, 4)
-    return Superblock("xfs", block_bytes, blocks) if 512 <= block_bytes <= 65536 else None
+    if not 512 <= block_bytes <= 65536 or head[_XFS_IN_PROGRESS_AT]:
+        return None
+    return Superblock("xfs", block_bytes, blocks, _uuid(head, 32))
 
 
 def _btrfs(head: bytes) -> Superblock | None:
@@ -90,4 +100,8 @@ def _btrfs(head: bytes) -> Superblock | None:
     if len(raw) < 4096 or raw[64:72] != _BTRFS_MAGIC:
         return None
     (total_bytes,) = struct.unpack_from("<Q", raw, 112)
-    return Superblock("btrfs", 1, total_bytes)
+    return Superblock("btrfs", 1, total_bytes, _uuid(raw, 32))
+
+
+def _uuid(raw: bytes, offset: int) -> str:
+    return str(uuid.UUID(bytes=raw[offset : offset + 16]))

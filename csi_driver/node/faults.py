@@ -61,7 +61,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         "read_only_devices": _methods("over", "release", "release_left_over"),
         "mounts": _methods("mount", "bind", "unmount", reads="at of_device"),
         "filesystems": _methods(
-            "make", "check", "grow_unmounted", "grow_mounted",
+            "wipe", "make", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage",
         ),
         "paths": _methods("make_directory", "make_file", "set_mode", "remove", reads="check kind"),

@@ -1,8 +1,9 @@
 """The format mark: the only state on a node. It tells a filesystem that we left half made from anybody's data.
 
-It is on disk before mkfs starts and gone from disk before the first mount, so while it is there, nobody has
-used what mkfs left. A volume that was handed out raw under an attachment told to be its first gets one as well:
-from then on a blank head and tail prove nothing.
+It is on disk before mkfs starts and replaced on disk before the first mount, so while it is there, nobody has
+used what mkfs left. What replaces it says that the volume is in use: under this attachment nothing is formatted any
+more, though the attachment may be told to be the volume's first, or one that may format over old data. A volume that
+was handed out raw under such an attachment gets a mark as well: from then on a blank head and tail prove nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from csi_driver.errors import HostFailure, SystemCallFailed
 
 RAW = "raw"
 """Stands in `Mark.filesystem` where the volume was handed out as a raw block device."""
+USED = "used"
+"""Stands in `Mark.filesystem` where the volume was mounted writable, or is about to be."""
+
+_MOST_KEPT = 4096
+"""A node has at most 1024 volumes at once; a mark that outlived its attachment is of no use and does no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,30 @@ class Marks(Protocol):
 class MarkFiles:
     """Marks as small files, one per volume, in a directory that survives a reboot."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, most_kept: int = _MOST_KEPT) -> None:
         self._directory = directory
+        self._most_kept = most_kept
+
+    def forget_oldest(self) -> None:
+        """Remove marks of volumes in use or handed out raw, the oldest first, beyond as many as are kept.
+
+        Nothing tells a node that an attachment is over. One whose mark went too early is judged as if it had not
+        been used yet; a mark of a format that was begun is never removed here.
+        """
+        try:
+            found = sorted(self._directory.glob("*.mark"), key=lambda path: path.stat().st_mtime)
+            for path in found[: max(0, len(found) - self._most_kept)]:
+                if self._may_be_forgotten(path.stem):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise SystemCallFailed(f"look through {self._directory}", error.errno or 0) from error
+
+    def _may_be_forgotten(self, volume_uuid: str) -> bool:
+        try:
+            mark = self.read(volume_uuid)
+        except HostFailure:
+            return False  # whoever stages the volume is told
+        return mark is not None and mark.filesystem in (RAW, USED)
 
     def read(self, volume_uuid: str) -> Mark | None:
         """Return the volume's mark. Raises `HostFailure` when there is one that cannot be read."""

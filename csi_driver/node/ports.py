@@ -139,8 +139,15 @@ class Filesystems(Protocol):
         """
         ...
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
-        """Make a filesystem, destroying what is there; has a generous time limit of its own."""
+    def wipe(self, device: OpenDevice) -> None:
+        """Write zeroes over all that `probe` reads, so that nothing is recognised there any more."""
+        ...
+
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
+        """Make a filesystem with that uuid, destroying what is there; on disk when the call returns.
+
+        The device's identity is proven once more right before. Has a generous time limit of its own.
+        """
         ...
 
     def check(self, device: Device, fs_type: str) -> None:

@@ -2,6 +2,7 @@
 
 Everything that can destroy data is in this module, in one order: claim the device for ourselves, read it, decide
 (`content.decide`), prove it where that is asked, set the mark, make the filesystem. The claim is held throughout.
+The argument why nothing is lost by it, sentence by sentence with its tests, is docs/data-safety.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted, OpenDevice
-from csi_driver.node.content import Format, FormatAgain, Refuse, Use, Verdict, decide
+from csi_driver.node.content import (
+    ALLOW_FORMAT,
+    Evidence,
+    Format,
+    FormatAgain,
+    FormatOver,
+    Refuse,
+    Use,
+    Verdict,
+    decide,
+)
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import Mark, Marks
+from csi_driver.node.marks import USED, Mark, Marks
 from csi_driver.node.options import MountPlan
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
@@ -52,6 +63,15 @@ class Task:
     def attachment(self) -> int:
         return self.context.attachment if self.context else 0
 
+    @property
+    def format_allowed(self) -> bool:
+        return self.context is not None and self.context.format_allowed
+
+    @property
+    def uuid(self) -> str | None:
+        """The volume's uuid; None where neither its id nor its device tells it."""
+        return self.volume.uuid or self.device.uuid
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -76,13 +96,31 @@ class Preparation:
     def prepare(self, task: Task, *, deadline: Deadline) -> Prepared:
         """Return when the device can be mounted. Raises `PreconditionFailed` where it holds what may not be used."""
         # Opening for writing and closing makes udev read the device again: only where a format is likely.
-        likely = task.history is History.FIRST and not task.plan.read_only
+        likely = (task.history is History.FIRST or task.format_allowed) and not task.plan.read_only
         settled = self._settle(task, write=likely, deadline=deadline)
         if isinstance(settled, Prepared):
             return settled
         if task.plan.read_only:
             return Prepared(settled.fs_type)
         return self._check_and_grow(task.device, settled.fs_type, deadline)
+
+    def hand_over(self, task: Task) -> None:
+        """Put on record, before the mount, that what the device holds is its user's from now on.
+
+        Under an attachment that allows more than others (its volume's first; with a permission to format over old
+        data; with a format begun) nothing may be formatted from here on. A mark of an earlier one has served its time.
+        """
+        uuid = task.uuid
+        if uuid is None:
+            return
+        mark = self._marks.read(uuid)
+        allows_more = task.history is History.FIRST or task.format_allowed
+        if task.attachment > 0 and (allows_more or (mark is not None and mark.is_of(task.attachment))):
+            used = Mark(uuid, task.attachment, USED)
+            if mark != used:
+                self._marks.write(used)
+        elif mark is not None:
+            self._marks.remove(uuid)
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
@@ -100,31 +138,41 @@ class Preparation:
                     raise PreconditionFailed(f"volume {task.volume} {reason}")
                 case Use():
                     return verdict
-                case Format() | FormatAgain() if write:
+                case Format() | FormatAgain() | FormatOver() if write:
                     self._format(claim, task, verdict, deadline)
                     return Prepared(verdict.fs_type)
         return self._settle(task, write=True, deadline=deadline)
 
     def _judge(self, opened: OpenDevice, task: Task, deadline: Deadline) -> Verdict:
         uuid = task.volume.uuid or opened.device.uuid
-        return decide(
-            self._filesystems.probe(opened, deadline=deadline),
-            task.plan.wish,
+        content = self._filesystems.probe(opened, deadline=deadline)
+        evidence = Evidence(
             history=task.history,
             attachment=task.attachment,
             mark=self._marks.read(uuid) if uuid else None,
-            supported=self._filesystems.supported(),
+            own_uuid=uuid,
+            format_allowed=task.format_allowed,
         )
+        return decide(content, task.plan.wish, evidence, supported=self._filesystems.supported())
 
-    def _format(self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain, deadline: Deadline) -> None:
+    def _format(
+        self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain | FormatOver, deadline: Deadline
+    ) -> None:
         uuid = _proven_uuid(opened.device, task)
-        again = isinstance(verdict, FormatAgain)
+        how = "for the first time"
         with self._heavy.place(f"format volume {task.volume}", deadline=deadline):
-            if isinstance(verdict, Format) and verdict.prove_every_block:
-                self._prove_blank(opened, task.volume)
+            match verdict:
+                case Format(prove_every_block=True):
+                    self._prove_blank(opened, task.volume)
+                case FormatAgain():
+                    how = "again, after one left unfinished"
+                case FormatOver(found=found):
+                    how = f"over what was there, which was allowed for attachment {task.attachment}: {found}"
             self._marks.write(Mark(uuid, task.attachment, verdict.fs_type))
-            self._filesystems.make(opened, verdict.fs_type, task.plan.mkfs_options)
-        how = "again, after one left unfinished" if again else "for the first time"
+            if not isinstance(verdict, Format):
+                logger.warning("volume %s (%s) is now formatted %s", task.volume, uuid, how)
+                self._filesystems.wipe(opened)
+            self._filesystems.make(opened, verdict.fs_type, task.plan.mkfs_options, uuid=uuid)
         logger.info("formatted volume %s (%s) as %s %s", task.volume, uuid, verdict.fs_type, how)
 
     def _claim(
@@ -159,7 +207,8 @@ class Preparation:
         if offset is not None:
             raise PreconditionFailed(
                 f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "
-                "it was in use before, and only a device that is zero throughout is formatted"
+                "it may have been in use before, and only a device that is zero throughout is formatted; "
+                f"to have it formatted over, {ALLOW_FORMAT} and attach it again"
             )
 
     def _check_and_grow(self, device: Device, fs_type: str, deadline: Deadline) -> Prepared:

@@ -223,12 +223,12 @@ class Publish:
         """Put on record, before the device is handed out, that its content is no longer ours to judge.
 
         A format mark would let the next stage format over what is written now; and where the attachment counts as the
-        volume's first, a blank head and tail would.
+        volume's first, a blank head and tail would, and the permission to format over old data where it has that.
         """
         uuid = volume.uuid or device.uuid
         if uuid is None:
             return
-        if context is not None and context.history is History.FIRST:
+        if context is not None and (context.history is History.FIRST or context.format_allowed):
             mark = Mark(uuid, context.attachment, RAW)
             if self._marks.read(uuid) != mark:
                 self._marks.write(mark)

@@ -30,8 +30,10 @@ class NodeUseCases:
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
-    """Return the marks as files under the settings' state directory."""
-    return MarkFiles(Path(settings.state_directory) / "format-marks")
+    """Return the marks as files under the settings' state directory; the oldest that nobody needs go first."""
+    marks = MarkFiles(Path(settings.state_directory) / "format-marks")
+    marks.forget_oldest()
+    return marks
 
 
 def assemble(
@@ -51,7 +53,7 @@ def assemble(
     ownership = Ownership(devices=devices, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
     stage = Stage(
-        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, marks=kept, ownership=ownership,
+        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
         preparation=preparation, settings=settings
     )  # fmt: skip
     publish = Publish(

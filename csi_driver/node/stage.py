@@ -9,7 +9,6 @@ from csi_driver.errors import ExistsDifferently, PreconditionFailed
 from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
-from csi_driver.node.marks import Marks
 from csi_driver.node.options import FS_TYPE, MKFS_OPTIONS, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
@@ -33,7 +32,6 @@ class Stage:
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
-        marks: Marks,
         ownership: Ownership,
         preparation: Preparation,
         settings: NodeSettings,
@@ -42,7 +40,6 @@ class Stage:
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
-        self._marks = marks
         self._ownership = ownership
         self._preparation = preparation
         self._settings = settings
@@ -103,10 +100,9 @@ class Stage:
     ) -> None:
         device = self._ready_device(volume, context, read_only=plan.read_only, deadline=deadline)
         self._require_directory(path)
-        prepared = self._preparation.prepare(Task(volume, device, plan, context), deadline=deadline)
-        uuid = volume.uuid or device.uuid
-        if uuid is not None:
-            self._marks.remove(uuid)
+        task = Task(volume, device, plan, context)
+        prepared = self._preparation.prepare(task, deadline=deadline)
+        self._preparation.hand_over(task)
         mounted = self._mounts.at(path)
         if mounted is not None:
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.

@@ -93,7 +93,7 @@ class HostMachine:
         volume = self.volume(name, size_bytes)
         device = self.device(volume)
         with self.devices.open(device, write=True, exclusive=True) as opened:
-            self.filesystems.make(opened, fs_type, ())
+            self.filesystems.make(opened, fs_type, (), uuid=volume.uuid)
         return volume, device
 
     def place(self, name: str = "target") -> Path:

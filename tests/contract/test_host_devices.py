@@ -252,12 +252,12 @@ def test_a_helper_that_outlives_its_driver_keeps_the_device_locked(machine: Host
 
 def test_the_tools_that_write_refuse_a_device_claimed_meanwhile(machine: HostMachine) -> None:
     """The lock is no claim: mkfs makes the kernel's own, and sees a mount that came in between."""
-    _, device = machine.formatted("ext4", 32 * MIB)
+    volume, device = machine.formatted("ext4", 32 * MIB)
     target = machine.place()
     with machine.devices.open(device, write=True, exclusive=True) as opened:
         machine.mounts.mount(device, target, "ext4", [], read_only=False)
         with pytest.raises(CommandFailed):
-            machine.filesystems.make(opened, "ext4", ())
+            machine.filesystems.make(opened, "ext4", (), uuid=volume.uuid)
 
 
 # --- facts by number --------------------------------------------------------------------------------------------

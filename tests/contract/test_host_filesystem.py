@@ -27,6 +27,7 @@ from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 
 pytestmark = pytest.mark.root
 
+OWN_UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 SIZES = {"ext4": 32 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
 
 
@@ -197,7 +198,7 @@ def test_a_scan_ends_with_its_deadline(machine: HostMachine) -> None:
 def test_a_filesystem_is_made_over_another(machine: HostMachine, fs_type: str) -> None:
     volume, device = machine.formatted("ext4", SIZES[fs_type])
     with machine.devices.open(device, write=True, exclusive=True) as opened:
-        machine.filesystems.make(opened, fs_type, ())
+        machine.filesystems.make(opened, fs_type, (), uuid=OWN_UUID)
     content = probed(machine, volume)
     assert isinstance(content, Filesystem)
     assert content.fs_type == fs_type
@@ -217,7 +218,7 @@ def test_a_volume_too_small_for_a_filesystem_is_refused(machine: HostMachine, fs
         machine.devices.open(device, write=True, exclusive=True) as opened,
         pytest.raises(PreconditionFailed, match="needs at least"),
     ):
-        machine.filesystems.make(opened, fs_type, ())
+        machine.filesystems.make(opened, fs_type, (), uuid=OWN_UUID)
 
 
 @pytest.mark.parametrize(("fs_type", "size_bytes"), [("ext4", 2 * MIB), ("xfs", 300 * MIB), ("btrfs", 109 * MIB)])
@@ -228,7 +229,7 @@ def test_the_smallest_filesystem_can_be_made(machine: HostMachine, fs_type: str,
 def test_a_filesystem_that_the_driver_cannot_make_is_refused(machine: HostMachine) -> None:
     device = machine.device(machine.volume())
     with machine.devices.open(device, write=True) as opened, pytest.raises(InvalidField, match="ntfs"):
-        machine.filesystems.make(opened, "ntfs", ())
+        machine.filesystems.make(opened, "ntfs", (), uuid=OWN_UUID)
 
 
 def test_what_can_be_made_here_begins_with_ext4(machine: HostMachine) -> None:

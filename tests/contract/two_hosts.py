@@ -218,7 +218,7 @@ class Actor:
     def formatted(self, name: str = "csi-1", fs_type: str = "ext4", size_bytes: int = 64 * MIB) -> Device:
         device = self.attached(name, size_bytes)
         with self.host.devices.open(device, write=True, exclusive=True) as opened:
-            self.host.filesystems.make(opened, fs_type, ())
+            self.host.filesystems.make(opened, fs_type, (), uuid=device.uuid or "")
         return device
 
     def mounted(self, at: str = "staging", name: str = "csi-1", *, read_only: bool = False) -> Path:

@@ -49,7 +49,10 @@ _ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
 
 @dataclass
 class FakeFilesystem:
-    """A filesystem on a disk. `complete` is False while mkfs is at work, and stays so when it is cut off."""
+    """A filesystem on a disk. `complete` is False while mkfs is at work, and stays so when it is cut off.
+
+    Without a `uuid` it has that of the volume it was made on.
+    """
 
     fs_type: str
     size_bytes: int
@@ -57,6 +60,7 @@ class FakeFilesystem:
     files: dict[str, bytes] = field(default_factory=dict)
     root_mode: int = 0o755
     options: tuple[str, ...] = ()
+    uuid: str = ""
     is_damaged: bool = False
     checks: int = 0
 
@@ -479,7 +483,11 @@ class FakeFilesystems:
             return OtherContent(disk.signature)
         if disk.filesystem is not None:
             held = disk.filesystem
-            return Filesystem(held.fs_type) if held.complete else OtherContent("data that nothing recognises")
+            return (
+                Filesystem(held.fs_type, held.uuid or disk.uuid)
+                if held.complete
+                else OtherContent("data that nothing recognises")
+            )
         tail = disk.size_bytes - PROBED_BYTES
         if any(offset < PROBED_BYTES or offset >= tail for offset in disk.raw):
             return OtherContent("data that nothing recognises")
@@ -494,14 +502,26 @@ class FakeFilesystems:
         progress(disk.size_bytes, disk.size_bytes)
         return min(disk.raw, default=None)
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
+    def wipe(self, device: OpenDevice) -> None:
+        disk = self._opened(device)
+        if disk.claimed != device.fd:
+            raise AssertionError("zeroes written to a device that was not claimed")
+        self._host.step("before wipe")
+        if disk.was_used or disk.signature is not None or disk.raw:
+            self._host.destroyed.append(disk.uuid)
+        tail = disk.size_bytes - PROBED_BYTES
+        disk.filesystem = disk.signature = None
+        disk.raw = {offset: data for offset, data in disk.raw.items() if PROBED_BYTES <= offset < tail}
+        self._host.step("after wipe")
+
+    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
         disk = self._opened(device)
         if disk.claimed != device.fd:
             raise AssertionError("mkfs on a device that was not claimed")
         self._host.step("before make")
         if disk.was_used or disk.signature is not None or disk.raw:
             self._host.destroyed.append(disk.uuid)
-        disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, complete=False, options=tuple(options))
+        disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, False, options=tuple(options), uuid=uuid)
         self._host.step("halfway make")
         disk.filesystem.complete = True
         self._host.formats.append(disk.uuid)

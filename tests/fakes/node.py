@@ -144,6 +144,9 @@ def publish_context(
     history: History = History.FIRST,
     read_only: bool = False,
     size_bytes: int = 64 * MIB,
+    format_allowed: bool = False,
 ) -> dict[str, str]:
     """What the controller tells the node; by default a volume that was made now and is attached first."""
-    return PublishContext(name, uuid, attachment, history, read_only, size_bytes).as_map()
+    return PublishContext(
+        name, uuid, attachment, history, read_only, size_bytes, format_allowed=format_allowed
+    ).as_map()

@@ -28,7 +28,10 @@ SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "block": 64 * MIB}
 
 @dataclass
 class Subject:
-    """A volume as the calls name it. The CO made its staging directory and the parent of its target."""
+    """A volume as the calls name it. The CO made its staging directory and the parent of its target.
+
+    `format_allowed`: it holds old data, which an administrator allowed to be formatted over.
+    """
 
     name: str
     kind: str
@@ -39,6 +42,7 @@ class Subject:
     flags: tuple[str, ...] = ()
     attachment: int = 1
     history: History = History.FIRST
+    format_allowed: bool = False
 
     @property
     def volume_id(self) -> str:
@@ -61,8 +65,19 @@ class Subject:
     def context(self) -> dict[str, str]:
         size = self.loop.file.stat().st_size
         return PublishContext(
-            self.name, self.loop.uuid, self.attachment, self.history, self.attached_read_only, size
+            self.name,
+            self.loop.uuid,
+            self.attachment,
+            self.history,
+            self.attached_read_only,
+            size,
+            format_allowed=self.format_allowed,
         ).as_map()
+
+    def reattach(self) -> None:
+        """Count the attachment that follows; the device stays, as a node cannot tell."""
+        self.attachment += 2
+        self.history, self.format_allowed = History.ATTACHED, False
 
 
 class Node(Protocol):
@@ -199,12 +214,15 @@ class World:
         self.trace = self.directory / "faults" / "trace"
 
     def subject(self, kind: str, **more: object) -> Subject:
-        """Make a volume that nobody ever used."""
+        """Make a volume that nobody ever used, but for the old data that may be formatted over."""
         self._made += 1
         name = f"csi-{kind}-{self._made}"
         loop = self.machine.volume(name, SIZES[kind])
         subject = Subject(name, kind, loop, self.directory / "kubelet", **more)  # type: ignore[arg-type]
         subject.staging.mkdir()
+        if subject.format_allowed:
+            with subject.loop.file.open("r+b") as file:
+                file.write(b"old data" * 4096)
         return subject
 
     def plan(self, point: str, action: str) -> None:

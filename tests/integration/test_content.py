@@ -21,14 +21,14 @@ def filesystem_uuid(device: Path) -> str:
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
-def test_a_filesystem_keeps_its_uuid_through_every_restaging(rig: Rig, fs_type: str) -> None:
+def test_a_filesystem_is_made_once_and_carries_the_volumes_uuid(rig: Rig, fs_type: str) -> None:
     volume = rig.volume(filesystem(fs_type))
-    volume.up()
-    first = filesystem_uuid(volume.device)
+    wanted = fill(volume.up() / "data", MIB)
     for _ in range(3):
+        assert filesystem_uuid(volume.device) == volume.id.split(":")[2]
         volume.down()
         volume.up()
-        assert filesystem_uuid(volume.device) == first
+        assert digest(volume.target / "data", MIB) == wanted
     volume.end()
 
 

@@ -48,7 +48,7 @@ STORIES = {
     "ext4": Story(
         "ext4",
         {"flags": ("nvmesh:chmod=0750",)},
-        (*UP, "write", *DOWN, "grow", *UP, "read", *DOWN),
+        (*UP, "write", *DOWN, "reattach", "grow", *UP, "read", *DOWN),
         effects(
             "marks.write filesystems.make marks.remove mounts.mount paths.set_mode paths.make_directory mounts.bind "
             "mounts.unmount paths.remove filesystems.check filesystems.grow_unmounted"
@@ -56,11 +56,11 @@ STORIES = {
     ),
     "xfs": Story(
         "xfs",
-        {},
+        {"format_allowed": True},
         (*UP, "write", "grow", "expand", "read", *DOWN, *UP, "read", *DOWN),
         effects(
-            "marks.write filesystems.make marks.remove mounts.mount paths.make_directory mounts.bind mounts.unmount "
-            "paths.remove filesystems.check filesystems.grow_mounted"
+            "marks.write filesystems.wipe filesystems.make mounts.mount paths.make_directory mounts.bind "
+            "mounts.unmount paths.remove filesystems.check filesystems.grow_mounted"
         ),
     ),
     "block": Story(
@@ -126,6 +126,8 @@ class Life:
             case "grow":
                 size = self.subject.loop.file.stat().st_size + 64 * MIB
                 self.world.machine.grow(self.subject.loop, size)
+            case "reattach":
+                self.subject.reattach()
             case _:
                 assert self.node.call(verb, self.subject) == "ok", verb
                 self.check(verb)
@@ -153,7 +155,8 @@ class Life:
         """Bring the volume down from wherever it is, and see that nothing is left of it."""
         for verb in DOWN:
             self.do(verb)
-        marks = [f"{self.subject.loop.uuid}.mark"] if self.story.kind == "block" and not self.subject.read_only else []
+        is_marked = self.subject.attachment == 1 and not self.subject.read_only
+        marks = [f"{self.subject.loop.uuid}.mark"] if is_marked else []
         assert [mark for mark in self.world.marks() if mark.startswith(self.subject.loop.uuid)] == marks
         self.world.end(self.subject)
 
@@ -355,7 +358,7 @@ def test_work_that_outlasts_the_drain_is_left_to_the_next_start(
     own.process.wait(60)
     own.start("--drain-seconds", "0.2")
     life = Life(world, forked, STORIES["ext4"])
-    world.plan("marks.remove:before", f"stall {world.directory / 'never'}")
+    world.plan("mounts.mount:before", f"stall {world.directory / 'never'}")
     first = own.process
     worker = threading.Thread(target=own.call, args=("stage", life.subject))
     worker.start()

@@ -121,7 +121,8 @@ class Life:
         context = self._publish(call)
         is_first = known.sessions == 1 and mode == "exclusive" and not known.was_raw
         event(f"history {context.history}")
-        assert context.history is (History.FIRST if is_first else History.ATTACHED)
+        before = History.WRITTEN if known.was_raw else History.ATTACHED
+        assert context.history is (History.FIRST if is_first else before)
         assert context == self._publish(call)
 
     def unpublish(self, call: Call) -> None:

@@ -358,14 +358,14 @@ def test_a_record_set_back_to_an_older_state_does_not_make_the_volume_new() -> N
 def test_a_volume_that_was_a_raw_device_counts_as_written() -> None:
     world, volume_id = made()
     world.publish(volume_id, capability=BLOCK)
-    assert world.publish(volume_id, capability=RWO).history is History.ATTACHED
+    assert world.publish(volume_id, capability=RWO).history is History.WRITTEN
 
 
 def test_a_raw_device_on_an_attachment_that_was_counted_for_mounting_is_recorded() -> None:
     world, volume_id = made()
     world.publish(volume_id, capability=RWO)
     world.publish(volume_id, capability=BLOCK)
-    assert world.publish(volume_id, capability=RWO).history is History.ATTACHED
+    assert world.publish(volume_id, capability=RWO).history is History.WRITTEN
 
 
 def test_a_volume_that_is_not_ours_has_an_unknown_history() -> None:

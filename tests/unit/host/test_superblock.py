@@ -64,6 +64,23 @@ def test_a_btrfs_has_its_size() -> None:
     assert found(bytes(raw), "btrfs").size_bytes == 3 * GIB
 
 
+def test_an_xfs_that_its_mkfs_did_not_finish_is_none() -> None:
+    head = bytearray(b"XFSB" + struct.pack(">IQ", 4096, 1 << 20) + bytes(600))
+    assert superblock.parse(bytes(head), "xfs") is not None
+    head[126] = 1
+    assert superblock.parse(bytes(head), "xfs") is None
+
+
+@pytest.mark.parametrize(("fs_type", "offset"), [("ext4", 1024 + 104), ("xfs", 32), ("btrfs", 65536 + 32)])
+def test_the_uuid_of_a_filesystem_is_read(fs_type: str, offset: int) -> None:
+    """Offsets: the documents named in the module; the kernel's layouts do not change."""
+    raw = bytearray(ext_head(1000))
+    raw[:16] = b"XFSB" + struct.pack(">IQ", 4096, 1 << 20)
+    raw[65536 + 64 : 65536 + 72] = b"_BHRfS_M"
+    raw[offset : offset + 16] = bytes(range(16))
+    assert found(bytes(raw), fs_type).uuid == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs", "ntfs", ""])
 @pytest.mark.parametrize("head", [b"", bytes(4096), bytes(superblock.HEAD_BYTES)])
 def test_where_no_superblock_is_none_is_found(head: bytes, fs_type: str) -> None:

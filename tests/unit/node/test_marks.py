@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from csi_driver.errors import HostFailure
-from csi_driver.node.marks import Mark, MarkFiles
+from csi_driver.node.marks import RAW, USED, Mark, MarkFiles
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 
@@ -59,3 +60,20 @@ def test_a_mark_that_cannot_be_read_stops_everything(tmp_path: Path, text: str) 
 def test_a_draft_left_by_a_crash_is_no_mark(tmp_path: Path) -> None:
     (tmp_path / f"{UUID}.new").write_text("{")
     assert MarkFiles(tmp_path).read(UUID) is None
+
+
+def test_only_the_newest_marks_are_kept_and_none_of_a_format_that_was_begun_goes(tmp_path: Path) -> None:
+    marks = MarkFiles(tmp_path, most_kept=2)
+    words = [USED, "ext4", RAW, USED, "used by nobody", USED, RAW]
+    for age, word in enumerate(reversed(words)):
+        marks.write(Mark(f"uuid-{word}-{age}", 1, word))
+        os.utime(tmp_path / f"uuid-{word}-{age}.mark", (1000 - age, 1000 - age))
+    (tmp_path / "torn.mark").write_text("{")
+    os.utime(tmp_path / "torn.mark", (1, 1))
+    marks.forget_oldest()
+    kept = sorted(path.stem for path in tmp_path.glob("*.mark"))
+    assert kept == ["torn", "uuid-ext4-5", "uuid-raw-0", "uuid-used by nobody-2", "uuid-used-1"]
+
+
+def test_nothing_to_forget_is_no_failure(tmp_path: Path) -> None:
+    MarkFiles(tmp_path / "absent").forget_oldest()

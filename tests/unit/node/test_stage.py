@@ -17,7 +17,7 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import History
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
-from csi_driver.node.marks import RAW, Mark
+from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.node.requests import StageRequest
 from tests.fakes.host import MIB, FakeFilesystem
 from tests.fakes.node import (
@@ -38,6 +38,7 @@ from tests.fakes.node import (
 STAGING_2 = KUBELET / "plugins/staging2/globalmount"
 READ_ONLY_CONTEXT = publish_context(read_only=True, history=History.ATTACHED, attachment=2)
 XFS = MountAccess("xfs")
+IN_USE = {UUID: Mark(UUID, 1, USED)}
 
 
 def formatted(node: FakeNode, fs_type: str = "ext4", size_bytes: int = 64 * MIB) -> FakeFilesystem:
@@ -58,9 +59,29 @@ def test_a_blank_first_device_is_formatted_once_and_mounted(node: FakeNode) -> N
     assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
 
 
-def test_no_mark_is_left_by_a_format(node: FakeNode) -> None:
+def test_a_format_ends_with_the_mark_of_a_volume_in_use(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     node.stage()
+    assert node.marks.kept == IN_USE
+
+
+def test_a_volume_in_use_is_on_record_before_it_is_mounted(node: FakeNode) -> None:
+    def look(point: str) -> None:
+        if point == "before mount":
+            assert node.marks.kept == IN_USE
+            looked.append(point)
+
+    looked: list[str] = []
+    node.host.attach(NAME, UUID)
+    node.host.step = look
+    node.stage()
+    assert looked
+
+
+def test_an_attachment_that_allows_no_more_than_others_leaves_no_mark(node: FakeNode) -> None:
+    formatted(node)
+    node.marks.kept[UUID] = Mark(UUID, 1, USED)
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=3))
     assert node.marks.kept == {}
 
 
@@ -142,14 +163,14 @@ def test_what_our_own_format_left_unfinished_is_made_again(node: FakeNode) -> No
     disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
     node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
     node.stage()
-    assert (node.host.mounts_at(STAGING), node.marks.kept) == (1, {})
+    assert (node.host.mounts_at(STAGING), node.marks.kept) == (1, IN_USE)
 
 
 class Died(BaseException):
     """The driver's process ends here."""
 
 
-@pytest.mark.parametrize("at", ["before make", "halfway make", "after make", "before unmark", "after unmark"])
+@pytest.mark.parametrize("at", ["before make", "halfway make", "after make"])
 def test_a_driver_that_dies_around_its_format_goes_on_from_there(node: FakeNode, at: str) -> None:
     def die(point: str) -> None:
         if point == at:
@@ -162,7 +183,28 @@ def test_a_driver_that_dies_around_its_format_goes_on_from_there(node: FakeNode,
     node.host.step = lambda point: None
     node.restart()
     node.stage()
-    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, {}, [])
+    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, IN_USE, [])
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("at", ["before mark", "after mark"])
+def test_a_driver_that_dies_around_a_mark_goes_on_from_there(node: FakeNode, at: str, nth: int) -> None:
+    """The first mark says that a format begins, the second that the volume is in use."""
+    met: list[str] = []
+
+    def die(point: str) -> None:
+        met.extend([point] * (point == at))
+        if len(met) == nth:
+            raise Died
+
+    node.host.attach(NAME, UUID)
+    node.host.step = die
+    with pytest.raises(Died):
+        node.stage()
+    node.host.step = lambda point: None
+    node.restart()
+    node.stage()
+    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, IN_USE, [])
 
 
 def test_an_unfinished_filesystem_of_another_attachment_is_refused(node: FakeNode) -> None:

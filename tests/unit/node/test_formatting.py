@@ -1,0 +1,323 @@
+"""When a device is formatted, on a machine in memory: whose filesystem it is, and what an administrator may allow.
+
+The rest of it (marks, crashes, what is refused) is in test_stage; the argument in docs/data-safety.md.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.handover import History
+from csi_driver.model import MountAccess
+from csi_driver.node.marks import RAW, USED, Mark
+from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
+from tests.fakes.node import (
+    BLOCK,
+    KUBELET,
+    NAME,
+    OTHER_UUID,
+    READER,
+    STAGING,
+    TARGET,
+    UUID,
+    FakeNode,
+    publish_context,
+)
+
+FIRST = publish_context()
+ATTACHED = publish_context(history=History.ATTACHED, attachment=3)
+WRITTEN = publish_context(history=History.WRITTEN, attachment=3)
+UNKNOWN = publish_context(history=History.UNKNOWN, attachment=3)
+ALLOWED = publish_context(history=History.ATTACHED, attachment=3, format_allowed=True)
+LATER = publish_context(history=History.ATTACHED, attachment=5)
+XFS = MountAccess("xfs")
+
+
+def old(node: FakeNode, fs_type: str = "ext4", uuid: str = OTHER_UUID) -> FakeDisk:
+    """Attach the volume with a filesystem that somebody used; by default another volume's, on reused space."""
+    disk = node.host.attach(NAME, UUID)
+    disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, files={"a": b"precious"}, uuid=uuid)
+    disk.was_used = True
+    return disk
+
+
+# --- whose filesystem -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [FIRST, ATTACHED])
+def test_old_data_of_another_volume_is_neither_handed_out_nor_formatted(
+    node: FakeNode, context: dict[str, str]
+) -> None:
+    disk = old(node)
+    with pytest.raises(PreconditionFailed, match=f"{OTHER_UUID}.*{UUID}.*allow-format"):
+        node.stage(context=context)
+    assert (node.host.formats, node.host.mounts_at(STAGING), disk.filesystem is not None) == ([], 0, True)
+
+
+@pytest.mark.parametrize("context", [WRITTEN, UNKNOWN, {}])
+def test_a_filesystem_that_others_made_is_used_where_they_may_have(node: FakeNode, context: dict[str, str]) -> None:
+    old(node)
+    node.stage(context=context)
+    assert node.host.files_at(STAGING) == {"a": b"precious"}
+
+
+def test_a_filesystem_of_ours_is_known_again_without_any_state_on_the_node(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage()
+    node.host.write_file(STAGING, "a", b"precious")
+    node.unstage()
+    node.marks.kept.clear()
+    node.stage()
+    assert (node.host.formats, node.host.files_at(STAGING)) == ([UUID], {"a": b"precious"})
+
+
+def test_a_filesystem_that_was_given_the_volumes_uuid_is_used(node: FakeNode) -> None:
+    disk = old(node)
+    assert disk.filesystem is not None
+    disk.filesystem.uuid = UUID
+    node.stage(context=ATTACHED)
+    assert node.host.files_at(STAGING) == {"a": b"precious"}
+
+
+# --- at most once under one attachment --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [FIRST, ATTACHED])
+def test_a_volume_in_use_that_turns_blank_is_not_formatted_again(node: FakeNode, context: dict[str, str]) -> None:
+    """Storage that lost its data and answers zeroes: formatting would make the loss final."""
+    disk = node.host.attach(NAME, UUID)
+    node.stage(context=context)
+    node.host.write_file(STAGING, "a", b"precious")
+    node.unstage()
+    disk.filesystem = None
+    with pytest.raises(PreconditionFailed, match="blank now"):
+        node.stage(context=context)
+    assert node.host.formats == [UUID]
+
+
+def test_a_volume_that_turned_blank_is_formatted_after_it_was_attached_again_and_read_whole(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    node.unstage()
+    disk.filesystem, disk.was_used = None, False
+    node.stage(context=ATTACHED)
+    assert node.host.formats == [UUID, UUID]
+
+
+def test_a_first_attachment_that_nobody_counts_proves_nothing(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID).raw[32 * MIB] = b"x"
+    with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB}"):
+        node.stage(context=publish_context(attachment=0))
+
+
+@pytest.mark.parametrize("context", [FIRST, ALLOWED])
+def test_a_volume_that_was_handed_out_raw_is_not_formatted_after_a_quick_look(
+    node: FakeNode, context: dict[str, str]
+) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK, context=context)
+    node.publish(access=BLOCK, context=context)
+    node.host.write_raw(TARGET, 32 * MIB, b"precious")
+    node.unpublish()
+    node.unstage()
+    with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB}"):
+        node.stage(context=context)
+    assert node.host.destroyed == []
+
+
+def test_a_format_that_was_begun_does_not_cover_what_was_written_raw_after_it(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.marks.kept[UUID] = Mark(UUID, 3, "ext4")
+    node.stage(access=BLOCK, context=ATTACHED)
+    node.publish(access=BLOCK, context=ATTACHED)
+    node.host.write_raw(TARGET, 0, b"precious")
+    node.unpublish()
+    node.unstage()
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=ATTACHED)
+    assert node.host.destroyed == []
+
+
+# --- the permission ---------------------------------------------------------------------------------------------
+
+
+def put_signature(disk: FakeDisk) -> None:
+    disk.signature = "a partition table (gpt)"
+
+
+def put_data_within(disk: FakeDisk) -> None:
+    disk.raw[32 * MIB] = b"old"
+
+
+def put_ntfs(disk: FakeDisk) -> None:
+    disk.filesystem = FakeFilesystem("ntfs", disk.size_bytes, uuid="0123")
+
+
+def put_another_volumes_ext4(disk: FakeDisk) -> None:
+    disk.filesystem = FakeFilesystem("ext4", disk.size_bytes, uuid=OTHER_UUID)
+
+
+def put_our_xfs(disk: FakeDisk) -> None:
+    disk.filesystem = FakeFilesystem("xfs", disk.size_bytes)
+
+
+OLD_DATA = [put_signature, put_data_within, put_ntfs, put_another_volumes_ext4, put_our_xfs]
+
+
+@pytest.mark.parametrize("put", OLD_DATA)
+def test_old_data_is_formatted_over_where_an_administrator_allowed_it(node: FakeNode, put: object) -> None:
+    disk = node.host.attach(NAME, UUID)
+    assert callable(put)
+    put(disk)
+    with pytest.raises(PreconditionFailed, match="allow-format"):
+        node.stage(context=ATTACHED)
+    node.stage(context=ALLOWED)
+    assert (node.host.formats, disk.signature, node.marks.kept[UUID]) == ([UUID], None, Mark(UUID, 3, USED))
+
+
+def test_what_was_formatted_over_is_in_the_log(node: FakeNode, caplog: pytest.LogCaptureFixture) -> None:
+    old(node)
+    with caplog.at_level(logging.INFO):
+        node.stage(context=ALLOWED)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert NAME in said[0]
+    assert f"allowed for attachment 3: ext4 with the uuid {OTHER_UUID}" in said[0]
+
+
+def test_a_permission_is_used_once(node: FakeNode) -> None:
+    disk = old(node)
+    node.stage(context=ALLOWED)
+    node.host.write_file(STAGING, "b", b"new")
+    node.unstage()
+    node.stage(context=ALLOWED)
+    assert (node.host.formats, node.host.files_at(STAGING)) == ([UUID], {"b": b"new"})
+    node.unstage()
+    disk.filesystem, disk.signature = None, "data that nothing recognises"
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == [UUID]
+
+
+def test_a_permission_that_was_used_is_known_without_any_state_on_the_node(node: FakeNode) -> None:
+    old(node)
+    node.stage(context=ALLOWED)
+    node.host.write_file(STAGING, "b", b"new")
+    node.unstage()
+    node.marks.kept.clear()
+    node.stage(context=ALLOWED)
+    assert (node.host.formats, node.host.files_at(STAGING)) == ([UUID], {"b": b"new"})
+
+
+def test_a_permission_ends_with_its_attachment(node: FakeNode) -> None:
+    old(node)
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=LATER)
+    assert node.host.formats == []
+
+
+def test_a_permission_that_was_not_needed_is_used_up_all_the_same(node: FakeNode) -> None:
+    """What could be used was used; what its user leaves there is not old data."""
+    disk = old(node, uuid=UUID)
+    node.stage(context=ALLOWED)
+    assert node.host.formats == []
+    node.unstage()
+    disk.filesystem, disk.signature = None, "data that nothing recognises"
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_does_not_format_what_is_mounted(node: FakeNode) -> None:
+    old(node, "xfs", UUID)
+    node.stage(access=XFS, context=ATTACHED)
+    other = node.host.make_tree(KUBELET / "plugins/staging2/globalmount")
+    with pytest.raises(PreconditionFailed, match="mounted as xfs"):
+        node.stage(staging=other, context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_does_not_format_what_somebody_holds(node: FakeNode) -> None:
+    old(node).claimed = 7
+    with pytest.raises(PreconditionFailed, match="in use"):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_does_not_format_another_volume_under_the_same_name(node: FakeNode) -> None:
+    node.host.attach(NAME, OTHER_UUID).signature = "a partition table (gpt)"
+    with pytest.raises(PreconditionFailed, match="claims"):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_does_not_format_a_device_that_is_too_small(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID, 32 * MIB).signature = "a partition table (gpt)"
+    with pytest.raises(PreconditionFailed, match="33554432 bytes"):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_does_not_format_what_cannot_be_read(node: FakeNode) -> None:
+    old(node).fails_reads = True
+    with pytest.raises(HostFailure):
+        node.stage(context=ALLOWED)
+    assert node.host.formats == []
+
+
+def test_a_permission_formats_nothing_for_a_reader(node: FakeNode) -> None:
+    old(node)
+    with pytest.raises(PreconditionFailed):
+        node.stage(context=ALLOWED, mode=READER)
+    assert node.host.formats == []
+
+
+class Died(BaseException):
+    """The driver's process ends here."""
+
+
+@pytest.mark.parametrize(
+    "at", ["before mark", "after mark", "before wipe", "after wipe", "before make", "halfway make", "after make"]
+)
+@pytest.mark.parametrize("put", OLD_DATA)
+def test_a_driver_that_dies_while_it_formats_over_goes_on_from_there(node: FakeNode, at: str, put: object) -> None:
+    def die(point: str) -> None:
+        if point == at:
+            raise Died
+
+    disk = node.host.attach(NAME, UUID)
+    assert callable(put)
+    put(disk)
+    node.host.step = die
+    with pytest.raises(Died):
+        node.stage(context=ALLOWED)
+    node.host.step = lambda point: None
+    node.restart()
+    node.stage(context=ALLOWED)
+    assert (node.host.mounts_at(STAGING), node.marks.kept[UUID]) == (1, Mark(UUID, 3, USED))
+
+
+def test_a_raw_mark_of_the_attachment_outlives_a_permission(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK, context=ALLOWED)
+    node.publish(access=BLOCK, context=ALLOWED)
+    assert node.marks.kept == {UUID: Mark(UUID, 3, RAW)}
+
+
+def test_a_device_that_goes_while_it_is_formatted_is_formatted_when_it_is_back(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+
+    def go(point: str) -> None:
+        if point == "after mark":
+            node.host.detach(NAME)
+
+    node.host.step = go
+    with pytest.raises((PreconditionFailed, HostFailure, SystemCallFailed)):
+        node.stage()
+    node.host.step = lambda point: None
+    node.host.attach(NAME, UUID, like=disk)
+    node.stage()
+    assert node.host.formats == [UUID]
