@@ -2,21 +2,21 @@
 
 One function, `settle`, looks at what is wished and what is there for one client and one volume, and makes the second
 like the first. A request, the worker, the start of the manager all call it, so a crash between any two steps is
-mended by calling it again. It never takes a device away that is mounted or open, forced or not.
+mended by calling it again. It never takes a device away that is mounted or open, forced or not; from a client that was
+preempted it takes the I/O, as reservations do.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.embedded.clients import Pair
+from csi_driver.embedded.device_nodes import block_nodes, ensure_node, remove_nodes
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.ports import LoopDevice, LoopDevices
 from csi_driver.embedded.records import (
@@ -26,18 +26,17 @@ from csi_driver.embedded.records import (
     BUSY,
     CLIENTS,
     DETACHED,
-    EXCLUSIVE_READ_WRITE,
     REPORTS,
     VOLUMES,
     Attachment,
-    Report,
     Volume,
 )
-from csi_driver.embedded.reservations import released
+from csi_driver.embedded.reports import Reports
+from csi_driver.embedded.reservations import holds
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.status_files import StatusFiles
 from csi_driver.embedded.store import Change, Store
-from csi_driver.embedded.volumes import Volumes, now
+from csi_driver.embedded.volumes import Volumes
 from csi_driver.embedded.work import Holds, Locks, Worker
 from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
@@ -49,15 +48,6 @@ _LOOP_MAJOR = 7
 def label_of(identity: str, client: str) -> str:
     """Return what lo_file_name holds of an attachment: the volume's uuid, and whose attachment it is."""
     return f"{identity}/{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-
-
-def _block_nodes(directory: Path) -> Iterator[tuple[Path, int]]:
-    """Yield the device nodes in a directory with their numbers; others may come and go meanwhile."""
-    for node in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found = node.lstat()
-            if stat.S_ISBLK(found.st_mode):
-                yield node, found.st_rdev
 
 
 class VolumeFileLost(HostFailure):
@@ -92,6 +82,7 @@ class Attacher:
         self._locks = locks
         self._worker = worker
         self._holds = holds
+        self._reports = Reports(store)
         self._fault = settings.test_switches.fault
         self._nodes = {client.name: client.device_directory for client in settings.clients}
         self._files = {client.name: StatusFiles(client.status_directory) for client in settings.clients}
@@ -137,16 +128,10 @@ class Attacher:
         """
         for client, directory in self._nodes.items():
             held = {os.makedev(*device.device) for pair, device in self._devices.items() if pair[0] == client}
-            for node, number in _block_nodes(directory):
+            for node, number in block_nodes(directory):
                 is_stale = os.major(number) == _LOOP_MAJOR and number not in held
                 if is_stale and self._store.get(VOLUMES, node.name) is not None:
                     node.unlink(missing_ok=True)
-
-    def _remove_nodes_of(self, client: str, device: LoopDevice) -> None:
-        """Remove every node of a device that was ours and was just taken down."""
-        for node, number in _block_nodes(self._nodes[client]):
-            if number == os.makedev(*device.device):
-                node.unlink(missing_ok=True)
 
     # --- carrying out -----------------------------------------------------------------------------------
 
@@ -261,14 +246,15 @@ class Attacher:
         if volume is None or volume.uuid != wish.uuid:
             return True
         pair = (wish.client, wish.uuid)
+        kept_out = self._kept_out(volume, wish)
+        if kept_out:
+            is_settled = kept_out == RESERVATION_DENIED and self._cut_off(pair, volume, wish)
+            self._reports.tell(wish, kept_out, io_enabled=0)
+            return is_settled
         device = self._devices.get(pair)
-        refused = self._kept_out(volume, wish, device is not None)
-        if refused:
-            self._report(wish, refused, io_enabled=0)
-            return refused == RESERVATION_DENIED
-        if device is not None and device.read_only != wish.read_only:
+        if device is not None and (device.fenced or device.read_only != wish.read_only):
             if not self._detach(pair, device, wish.volume):
-                self._report(wish, BUSY, io_enabled=1)
+                self._reports.tell(wish, BUSY, io_enabled=0 if device.fenced else 1)
                 return False
             device = None
         node = self._nodes[wish.client] / wish.volume
@@ -279,35 +265,57 @@ class Attacher:
             )
             self._fault("attach:device")
         if device.node != node or not node.exists():
-            _ensure_node(node, device)
+            ensure_node(node, device)
         self._files[wish.client].show(volume, wish)
         self._fault("attach:files")
-        self._report(wish, ATTACHED, io_enabled=1)
+        self._reports.tell(wish, ATTACHED, io_enabled=1)
         self._fault("attach:reported")
         return True
 
-    def _kept_out(self, volume: Volume, wish: Attachment, attached: bool) -> int:
+    def _kept_out(self, volume: Volume, wish: Attachment) -> int:
         """Return the status of a client that may not have the device (yet), 0 if it may.
 
-        A taken-over exclusive volume never has two writers: the new owner waits until the other devices that are to
-        go have gone, and the old one does not get its device back after a reboot.
+        A volume that was taken over never has two writers: whoever was preempted does not get its device back, and
+        the new owner waits until every other client is off that does not share the volume with it.
         """
-        reservation = volume.reservation
-        if reservation.mode != EXCLUSIVE_READ_WRITE or attached:
-            return 0
-        if reservation.reserved_by != wish.client:
+        if not holds(volume.reservation, wish.client, wish.mode):
             return RESERVATION_DENIED
-        for other in reservation.attached:
-            theirs = self._store.get(ATTACHMENTS, wish.uuid, other)
-            leaving = theirs is None or theirs.action == "detaching"
-            if other != wish.client and leaving and not self._fenced((other, wish.uuid), wish.volume):
+        for other in volume.reservation.attached:
+            if other != wish.client and not self._is_off(other, volume):
                 return ATTACHING
         return 0
 
-    def _fenced(self, pair: Pair, volume_name: str) -> bool:
-        """Tell whether a client that is to go has no device any more; take it from one that is DOWN."""
+    def _is_off(self, other: str, volume: Volume) -> bool:
+        """Tell whether another client shares the volume rightly or can do no I/O any more; see to it where that
+        cannot wait: a client that is there and was told to go does so in order, without losing what it has to write."""
+        device = self._devices.get((other, volume.uuid))
+        if device is None or device.fenced:
+            return True
+        theirs = self._store.get(ATTACHMENTS, volume.uuid, other)
+        if theirs is not None and holds(volume.reservation, other, theirs.mode):
+            return True
+        if (theirs is None or theirs.action == "detaching") and not self.is_down(other):
+            return False
+        return self._cut_off((other, volume.uuid), volume, theirs)
+
+    def _cut_off(self, pair: Pair, volume: Volume, wish: Attachment | None) -> bool:
+        """Take a client's device away, or where it is in use its I/O, as a reservation does; False if neither can be.
+
+        The files of a client that is DOWN stay as they are: it does not know yet.
+        """
         device = self._devices.get(pair)
-        return device is None or (self.is_down(pair[0]) and self._detach(pair, device, volume_name))
+        if device is None or device.fenced or self._detach(pair, device, volume.name):
+            return True
+        fenced = self._loops.fence(device)
+        if fenced is None:
+            _log.warning("loop%d, volume %s on client %s, is in use and stays", device.number, volume.name, pair[0])
+            return False
+        self._devices[pair] = fenced
+        _log.info("loop%d, volume %s on client %s, carries no I/O any more", device.number, volume.name, pair[0])
+        self._fault("fence:device")
+        if wish is not None and not self.is_down(pair[0]):
+            self._files[pair[0]].show(volume, wish, io_enabled=False)
+        return True
 
     def _secure_file(self, volume: Volume) -> None:
         """Have the volume's file on disk for good before anything can be written to it."""
@@ -332,33 +340,24 @@ class Attacher:
         device = self._devices.get(pair)
         if device is not None and not self._detach(pair, device, wish.volume if wish else None):
             if wish is not None:
-                if wish.force:
-                    _log.warning("volume %s on client %s is in use; force does not take it away", wish.volume, client)
-                self._report(wish, BUSY, io_enabled=1)
+                self._tell_busy(wish, device)
             return False
         if wish is not None:
             self._hide(client, wish.volume)
-            self._store.write(lambda change: self._detached(change, wish))
+            self._reports.detached(wish)
             self._fault("detach:reported")
-        else:
-            self._take_back_report(client, identity)
+        elif (report := self._reports.take_back(client, identity)) is not None:
+            self._hide(client, report.volume)
         return True
 
-    def _take_back_report(self, client: str, identity: str) -> None:
-        """Report as detached what was reported attached after its wish had been withdrawn, or a crash left so."""
-
-        def detached(change: Change) -> None:
-            report, told = change.get(REPORTS, identity, client), change.get(CLIENTS, client)
-            if report is None or told is None or change.get(ATTACHMENTS, identity, client) is not None:
-                return
-            told = replace(told, report_id=told.report_id + 1)
-            change.put(CLIENTS, client, told)
-            change.put(REPORTS, identity, replace(report, status=DETACHED, report_id=told.report_id), client)
-
-        report = self._store.get(REPORTS, identity, client)
-        if report is not None and report.status != DETACHED:
-            self._hide(client, report.volume)
-            self._store.write(detached)
+    def _tell_busy(self, wish: Attachment, device: LoopDevice) -> None:
+        """Report a device that is to go and is in use. The client holds it under no reference any more."""
+        if wish.force:
+            _log.warning("volume %s on client %s is in use; force does not take it away", wish.volume, wish.client)
+        volume = self._store.get(VOLUMES, wish.volume)
+        if volume is not None and volume.uuid == wish.uuid:
+            self._files[wish.client].show(volume, replace(wish, references=()), io_enabled=not device.fenced)
+        self._reports.tell(wish, BUSY, io_enabled=0 if device.fenced else 1)
 
     def _detach(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self._loops.detach(device):
@@ -368,7 +367,7 @@ class Attacher:
         if volume_name is not None:
             self._hide(pair[0], volume_name)
         else:
-            self._remove_nodes_of(pair[0], device)
+            remove_nodes(self._nodes[pair[0]], device)
         return True
 
     def _hide(self, client: str, volume_name: str) -> None:
@@ -376,72 +375,3 @@ class Attacher:
         if node.is_block_device():
             node.unlink(missing_ok=True)
         self._files[client].hide(volume_name)
-
-    def _detached(self, change: Change, wish: Attachment) -> None:
-        """Report the detach; end the attachment unless it is wished for again in the meantime."""
-        self._put_report(change, wish, DETACHED, io_enabled=1)
-        current = change.get(ATTACHMENTS, wish.uuid, wish.client)
-        if current is None or current.action != "detaching":
-            return
-        change.delete(ATTACHMENTS, wish.uuid, wish.client)
-        volume = change.get(VOLUMES, wish.volume)
-        if volume is not None and volume.uuid == wish.uuid:
-            reservation = released(volume.reservation, wish.client, now())
-            change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
-
-    # --- reports ----------------------------------------------------------------------------------------
-
-    def _report(self, wish: Attachment, status: int, *, io_enabled: int) -> None:
-        old = self._store.get(REPORTS, wish.uuid, wish.client)
-        if old is not None and _told(old) == (
-            status,
-            io_enabled,
-            wish.references,
-            wish.version,
-            wish.reservation["mode"],
-        ):
-            return
-        self._store.write(lambda change: self._put_report(change, wish, status, io_enabled=io_enabled))
-
-    def _put_report(self, change: Change, wish: Attachment, status: int, *, io_enabled: int) -> None:
-        client = change.get(CLIENTS, wish.client)
-        volume = change.get(VOLUMES, wish.volume)
-        if client is None or volume is None or volume.uuid != wish.uuid:
-            return
-        client = replace(client, report_id=client.report_id + 1)
-        change.put(CLIENTS, client.name, client)
-        change.put(
-            REPORTS,
-            wish.uuid,
-            Report(
-                client=wish.client,
-                volume=wish.volume,
-                uuid=wish.uuid,
-                status=status,
-                io_enabled=io_enabled,
-                reservation=wish.reservation,
-                references=wish.references,
-                attachments_version=wish.attachments_version,
-                version=wish.version,
-                report_id=client.report_id,
-            ),
-            wish.client,
-        )
-
-
-def _told(report: Report) -> tuple[object, ...]:
-    """Return what a client reports anew when it changes."""
-    return report.status, report.io_enabled, report.references, report.version, report.reservation["mode"]
-
-
-def _ensure_node(node: Path, device: LoopDevice) -> None:
-    """Make the device node if it is missing or is another device's (a container's /dev is made anew at its start)."""
-    number = os.makedev(*device.device)
-    try:
-        found = node.lstat()
-        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
-            return
-        node.unlink()
-    except FileNotFoundError:
-        pass
-    os.mknod(node, 0o600 | stat.S_IFBLK, number)

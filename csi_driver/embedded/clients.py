@@ -85,13 +85,8 @@ class Clients:
         pairs = [(client, volume.uuid)]
         if reservation != volume.reservation:
             change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
-        if wanted.preempt and wanted.detach_others:
-            for other in volume.reservation.attached:
-                theirs = change.get(ATTACHMENTS, volume.uuid, other)
-                if other != client and theirs is not None and theirs.action == "attaching":
-                    self._next_version(change, other)
-                    self._put_detaching(change, theirs, force=False)
-                    pairs.insert(0, (other, volume.uuid))
+        if wanted.preempt:
+            pairs[:0] = self._preempted(change, client, volume, detach=wanted.detach_others)
         old = change.get(ATTACHMENTS, volume.uuid, client)
         held = old.references if old is not None and old.action == "attaching" else ()
         references = held if reference in held else (*held, reference)
@@ -111,6 +106,16 @@ class Clients:
             client,
         )
         return pairs
+
+    def _preempted(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:
+        """Send the others away where that is asked, and name them: they may have lost the volume."""
+        others = [other for other in volume.reservation.attached if other != client]
+        for other in others if detach else ():
+            theirs = change.get(ATTACHMENTS, volume.uuid, other)
+            if theirs is not None and theirs.action == "attaching":
+                self._next_version(change, other)
+                self._put_detaching(change, theirs, force=False)
+        return [(other, volume.uuid) for other in others]
 
     # --- detach -----------------------------------------------------------------------------------------
 

@@ -29,6 +29,11 @@ class LoopDevice(Protocol):
     def read_only(self) -> bool: ...
 
     @property
+    def fenced(self) -> bool:
+        """It was cut off from its file and carries no I/O any more."""
+        ...
+
+    @property
     def node(self) -> Path | None:
         """The device node that was made for it, where that is known."""
         ...
@@ -47,6 +52,13 @@ class LoopDevices(Protocol):
 
     def grow(self, device: LoopDevice) -> None:
         """Make the device as large as its file is now."""
+        ...
+
+    def fence(self, device: LoopDevice) -> LoopDevice | None:
+        """Cut a device that is in use off from its file, for good, and return it so; None where that cannot be.
+
+        What was written before is in the file then; what is written afterwards never reaches it.
+        """
         ...
 
     def detach(self, device: LoopDevice) -> bool:

@@ -125,8 +125,13 @@ class Attachment:
     force: bool | None = None
 
     @property
+    def mode(self) -> int:
+        mode = self.reservation.get("mode")
+        return mode if isinstance(mode, int) else NONE
+
+    @property
     def read_only(self) -> bool:
-        return self.reservation.get("mode") == SHARED_READ_ONLY
+        return self.mode == SHARED_READ_ONLY
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,11 @@ def reserved(
     return Reservation(wanted.mode, current.version + 1, client, attached, moment)
 
 
+def holds(current: Reservation, client: str, mode: int) -> bool:
+    """Tell whether a client that attached in this mode may do I/O, or was preempted since."""
+    return current.mode == mode and (mode != EXCLUSIVE_READ_WRITE or current.reserved_by == client)
+
+
 def released(current: Reservation, client: str, moment: str) -> Reservation:
     """Return the reservation after `client` has gone; the last one to go ends it."""
     left = tuple(name for name in current.attached if name != client)

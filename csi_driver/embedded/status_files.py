@@ -40,12 +40,12 @@ class StatusFiles:
             ),
         )
 
-    def show(self, volume: Volume, attachment: Attachment) -> None:
-        """Write what belongs to an attached volume; status.json last, for it says that I/O works."""
+    def show(self, volume: Volume, attachment: Attachment, *, io_enabled: bool = True) -> None:
+        """Write what belongs to an attached volume; status.json last, for it says whether I/O works."""
         directory = self._directory / "volumes" / volume.name
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         _write(directory / "blob.txt", _blob(attachment))
-        _write(directory / "status.json", _json(_status(volume, attachment)))
+        _write(directory / "status.json", _json(_status(volume, attachment, io_enabled=io_enabled)))
 
     def hide(self, volume_name: str) -> None:
         """Remove what belongs to a volume: the files that we make, by name, and their directory once it is empty."""
@@ -66,8 +66,7 @@ def _remove_files(directory: Path, names: Iterable[str]) -> None:
         _draft(directory / name).unlink(missing_ok=True)
 
 
-def _status(volume: Volume, attachment: Attachment) -> dict[str, object]:
-    mode = attachment.reservation.get("mode")
+def _status(volume: Volume, attachment: Attachment, *, io_enabled: bool) -> dict[str, object]:
     return {
         "name": volume.name,
         "uuid": volume.uuid,
@@ -77,10 +76,10 @@ def _status(volume: Volume, attachment: Attachment) -> dict[str, object]:
         "block[b]": 4096,
         "short_id": int(volume.uuid[:8], 16),
         "debug_di": 0,
-        "status": "Live, with IO",
+        "status": "Live, with IO" if io_enabled else "Live, IO disabled",
         "attach_status": "Attached",
-        "dbg": "0x200",
-        "reservation": MODE_NAMES[mode] if isinstance(mode, int) else "NONE",
+        "dbg": "0x200" if io_enabled else "0x0",
+        "reservation": MODE_NAMES[attachment.mode],
     }
 
 

@@ -77,12 +77,14 @@ _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
 class LoopStatus:
     """What a bound loop device says of itself. `label` is lo_file_name, `flags` a sum of LOOP_ constants.
 
-    `backing` is the device under it, where it lies over a block device.
+    `backing` is the device under it, where it lies over a block device. `limit_bytes`: no more of its file is shown;
+    0 = all of it.
     """
 
     backing: DeviceNumber | None
     label: str
     flags: int
+    limit_bytes: int
     raw: bytes
 
 
@@ -110,13 +112,24 @@ def loop_status(fd: int) -> LoopStatus | None:
     fields = _LOOP_INFO.unpack(raw)
     label = bytes(fields[9]).split(b"\0", 1)[0].decode(errors="replace")
     backing = device_number(fields[2]) if fields[2] else None
-    return LoopStatus(backing, label, fields[8], bytes(raw))
+    return LoopStatus(backing, label, fields[8], fields[4], bytes(raw))
 
 
 def loop_set_flags(fd: int, status: LoopStatus, flags: int) -> None:
     """Set the flags of a bound loop device and leave the rest of its status as it was read."""
     fields = list(_LOOP_INFO.unpack(status.raw))
     fields[8] = flags
+    _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
+
+
+def loop_set_limit(fd: int, status: LoopStatus, limit_bytes: int) -> None:
+    """Let a bound loop device show no more than the first bytes of its file, also to those who hold it open.
+
+    What they wrote to it so far is written to the file first, what is on its way is waited for; then whatever lies
+    beyond the limit is refused (kernel, drivers/block/loop.c, loop_set_status; block/blk-core.c, bio_check_eod).
+    """
+    fields = list(_LOOP_INFO.unpack(status.raw))
+    fields[4] = limit_bytes
     _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
 
 

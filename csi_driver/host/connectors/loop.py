@@ -31,13 +31,15 @@ _SYS_DEV_BLOCK = Path("/sys/dev/block")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
+_FENCED_BYTES = 512
+"""Less than the smallest block that anything here writes, 4096: no request fits, not even one for the first block."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoopDevice:
     """A bound loop device. `file_is_gone`: the backing file was unlinked while it was bound.
 
-    `backing` is the device under it, where `file` is a device node.
+    `backing` is the device under it, where `file` is a device node. `fenced`: it carries no I/O any more.
     """
 
     number: int
@@ -48,6 +50,7 @@ class LoopDevice:
     node: Path | None = None
     file_is_gone: bool = False
     backing: DeviceNumber | None = None
+    fenced: bool = False
 
     @property
     def device(self) -> tuple[int, int]:
@@ -183,6 +186,25 @@ class LoopDevices:
             _require_same(fd, device)
             ioctls.loop_set_capacity(fd)
 
+    def fence(self, device: Bound) -> LoopDevice | None:
+        """Let the device carry no I/O any more, whoever has it mounted or open; return it as it is then.
+
+        What was written to it before is in its file when this returns; what is written afterwards meets an error and
+        never reaches the file. It stays so until the device is unbound. None where the kernel refuses: older ones keep
+        the size of a device of which they have pages.
+        """
+        with self._opened(device.number, os.O_RDWR) as fd:
+            _require_same(fd, device)
+            status = ioctls.loop_status(fd)
+            if status is None:
+                return None
+            with contextlib.suppress(SystemCallFailed):
+                ioctls.loop_set_limit(fd, status, _FENCED_BYTES)
+            if ioctls.size_bytes(fd) != _FENCED_BYTES:
+                return None
+        found = self._bound_number(device.number)
+        return replace(found, node=device.node) if found is not None else None
+
     def detach(self, device: Bound) -> bool:
         """Unbind the device and remove its node; False when it is mounted or anybody has it open.
 
@@ -309,6 +331,7 @@ def _described(number: int, backing_text: str, status: ioctls.LoopStatus) -> Loo
         read_only=bool(status.flags & ioctls.LOOP_READ_ONLY),
         file_is_gone=file_is_gone,
         backing=status.backing,
+        fenced=0 < status.limit_bytes <= _FENCED_BYTES,
     )
 
 

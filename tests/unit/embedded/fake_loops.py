@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_driver.embedded.ports import LoopDevice
@@ -16,6 +16,7 @@ class FakeLoop:
     label: str
     read_only: bool
     node: Path | None
+    fenced: bool = False
 
     @property
     def device(self) -> tuple[int, int]:
@@ -29,6 +30,8 @@ class FakeLoopDevices:
     bound: dict[int, FakeLoop] = field(default_factory=dict)
     size_bytes: dict[int, int] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)
+    fences: bool = True
+    """Whether this machine can cut off a device that is in use."""
     attached_ever: int = 0
     guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -48,6 +51,16 @@ class FakeLoopDevices:
 
     def grow(self, device: LoopDevice) -> None:
         self.size_bytes[device.number] = device.file.stat().st_size
+
+    def fence(self, device: LoopDevice) -> FakeLoop | None:
+        if not self.fences:
+            return None
+        self.bound[device.number] = replace(self.bound[device.number], fenced=True)
+        return self.bound[device.number]
+
+    def writers(self, file: Path) -> list[int]:
+        """Return the devices through which a file can be written now."""
+        return [d.number for d in self.bound.values() if d.file == file and not d.read_only and not d.fenced]
 
     def detach(self, device: LoopDevice) -> bool:
         if device.number in self.open:
