@@ -16,7 +16,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.management.settings import ManagementSettings
 
 _SERVERS = Flag(
@@ -92,6 +92,18 @@ _REQUESTS = Flag(
 _FORCE_DETACH = Flag(
     "--force-detach", read.boolean, False, "false", "Detach volumes by force, even where their device is in use."
 )
+_FENCING = Flag(
+    "--fencing",
+    read.choice(*Fencing),
+    Fencing.RECORDED.value,
+    Fencing.RECORDED.value,
+    "When a volume is taken from a node that holds it: never, when it was given up there and the node's storage client"
+    " is down (recorded), always.",
+    metavar="WHEN",
+)
+_USE_PREEMPT = Flag(
+    "--use-preempt", read.boolean, False, "false", "The older drivers' usePreempt: the same as --fencing always."
+)
 _USABLE_WAIT = Flag(
     "--volume-usable-timeout",
     read.seconds,
@@ -122,8 +134,8 @@ _DETACH_WAIT = Flag(
 
 CONTROLLER_FLAGS = table(
     *ENDPOINT_FLAGS, _SERVERS, _USER, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
-    _REQUEST_TIMEOUT, _REQUESTS, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH, _USABLE_WAIT, _ATTACH_WAIT,
-    _DETACH_WAIT, *LOG_FLAGS,
+    _REQUEST_TIMEOUT, _REQUESTS, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH, _FENCING, _USE_PREEMPT, _USABLE_WAIT,
+    _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -137,6 +149,7 @@ def controller(values: Values) -> ControllerCommand:
             topology_key=values.one(TOPOLOGY_KEY),
             max_volumes_per_node=values.one(MAX_VOLUMES),
             force_detach=values.one(_FORCE_DETACH),
+            fencing=_fencing(values),
             usable_wait_s=values.one(_USABLE_WAIT),
             attach_wait_s=values.one(_ATTACH_WAIT),
             detach_wait_s=values.one(_DETACH_WAIT),
@@ -144,6 +157,15 @@ def controller(values: Values) -> ControllerCommand:
         management=_management(values),
         zone=values.one(ZONE),
     )
+
+
+def _fencing(values: Values) -> Fencing:
+    fencing = Fencing(values.one(_FENCING))
+    if not values.one(_USE_PREEMPT):
+        return fencing
+    if fencing is Fencing.NEVER:
+        values.problems.append("--use-preempt contradicts --fencing never")
+    return Fencing.ALWAYS
 
 
 def _management(values: Values) -> ManagementSettings:

@@ -12,45 +12,28 @@ import logging
 from collections.abc import Mapping
 
 from csi_driver.controller import access, handing, record
-from csi_driver.controller.locate import Located, find_client, issued_handle, locate, require, sole_management
-from csi_driver.controller.naming import held_reference, reference_id
+from csi_driver.controller.detach import Detach
+from csi_driver.controller.holding import ABSENT, client_absent, held_otherwise, is_leaving, missing, references
+from csi_driver.controller.locate import Located, find_client, issued_handle, require, sole_management
+from csi_driver.controller.naming import derived_spelling, held_reference, reference_id
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Attachments
 from csi_driver.controller.requests import ControllerSettings, PublishRequest
+from csi_driver.controller.takeover import TakeOver
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     DeadlineReached,
     Exhausted,
-    ExistsDifferently,
     NodeNotFound,
     OperationPending,
-    PreconditionFailed,
     ReservationConflict,
-    StorageUnavailable,
     VolumeNotFound,
 )
 from csi_driver.handover import History, PublishContext
-from csi_driver.model import (
-    AttachmentWish,
-    BlockAccess,
-    Client,
-    ClientStatus,
-    DeviceReport,
-    DeviceStatus,
-    ReservationMode,
-    Volume,
-    VolumeHandle,
-)
+from csi_driver.model import BlockAccess, Client, ClientStatus, ReservationMode, VolumeHandle
 
 _log = logging.getLogger(__name__)
-
-_NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
-_NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
-_BUSY = (DeviceStatus.BUSY, DeviceStatus.DETACH_FAILED)
-_BUSY_WAIT_S = 10.0
-"""A device that was open for so long without a break is answered to be in use; the client goes on trying."""
-_ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
 
 
 class Attach:
@@ -59,17 +42,20 @@ class Attach:
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
         self._clusters = clusters
         self._settings = settings
+        self._take_over = TakeOver(settings.fencing)
+        self._detach = Detach(clusters, settings)
 
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
         """Attach the volume to the node and wait until its device can be used there.
 
-        Raises `ExistsDifferently` when the node holds it in another mode, `PreconditionFailed` naming the node that
-        holds it, `Exhausted` at the node's limit, `DeadlineReached` naming what is missing.
+        A volume that lost nodes hold is taken from them, where that is allowed (see `takeover`). Raises
+        `ExistsDifferently` when the node holds it in another mode, `PreconditionFailed` naming the node that holds it,
+        `Exhausted` at the node's limit, `DeadlineReached` naming what is missing.
         """
         access.check(request.capability)
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._found(request, deadline=deadline)
-        if _is_leaving(client, located.volume.uuid):
+        if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.
             located = require(self._clusters, request.volume_id, deadline=deadline)
@@ -78,39 +64,24 @@ class Attach:
             # Somebody holds it by now; perhaps this very node, for the same call made of another controller.
             client = self._again(located.management, client, deadline=deadline)
             wish = client.wishes.get(located.volume.uuid)
-            if _is_leaving(client, located.volume.uuid):
+            if is_leaving(client, located.volume.uuid):
                 raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}")
+        taken: int | None = None
         if wish is None:
-            self._refuse_new(located, client, request, deadline=deadline)
+            taken = self._admit(located, client, request, deadline=deadline)
         elif wish.mode is not mode:
-            raise _held_otherwise(located.volume, client, wish.mode, mode)
+            raise held_otherwise(located.volume, client, wish.mode, mode)
         writes = isinstance(request.capability.access, BlockAccess) and mode is not ReservationMode.SHARED_READ_ONLY
         new = mode if wish is None else None
         self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
-        if wish is None or located.reference not in _references(wish, located.volume):
-            self._attach(located, client, mode, deadline=deadline)
+        if wish is None or located.reference not in references(wish, located.volume):
+            self._attach(located, client, mode, taken, deadline=deadline)
         self._await_device(located, client, mode, deadline=deadline)
         return self._context(located, client, mode, request.context, deadline=deadline)
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
-        """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
-
-        Success when volume, node or attachment do not exist (any more), and for a client that is down once the wish is
-        recorded. Raises `PreconditionFailed` when the device stays open there, `DeadlineReached` otherwise; the wish
-        stands in both cases.
-        """
-        located = locate(self._clusters, volume_id, deadline=deadline)
-        if located is None:
-            return
-        if node_id:
-            client = find_client(located.management, node_id, deadline=deadline)
-            clients = [client] if client is not None else []
-        else:
-            clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
-        for client in clients:
-            self._withdraw(located, client, deadline=deadline)
-        for client in clients:
-            self._await_gone(located, client, deadline=deadline)
+        """Give up the handle's hold of the volume on the node: see `Detach.unpublish`."""
+        self._detach.unpublish(volume_id, node_id, deadline=deadline)
 
     # --- publish ------------------------------------------------------------------------------------------
 
@@ -136,10 +107,10 @@ class Attach:
         def is_settled() -> bool:
             nonlocal latest
             latest = self._again(located.management, latest, deadline=deadline)
-            return not _is_leaving(latest, uuid)
+            return not is_leaving(latest, uuid)
 
         if client.status is ClientStatus.DOWN:
-            raise _client_absent(client)
+            raise client_absent(client)
         if not self._attach_wait(deadline).wait_until(is_settled):
             report = latest.devices.get(uuid)
             raise OperationPending(
@@ -148,10 +119,13 @@ class Attach:
             )
         return latest
 
-    def _refuse_new(self, located: Located, client: Client, request: PublishRequest, *, deadline: Deadline) -> None:
-        """Refuse an attachment that must not come about, before anything is written over what its holder counts on."""
-        if client.status in _ABSENT:
-            raise _client_absent(client)
+    def _admit(self, located: Located, client: Client, request: PublishRequest, *, deadline: Deadline) -> int | None:
+        """Refuse an attachment that must not come about, before anything is written over what its holder counts on.
+
+        Return the version of the reservation when the volume must be taken from whoever holds it, else None.
+        """
+        if client.status in ABSENT:
+            raise client_absent(client)
         limit = self._settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.wishes, *client.devices})) >= limit:
             raise Exhausted(f"node {client.id} holds {held} volumes, wanted fewer than its limit of {limit}")
@@ -159,11 +133,8 @@ class Attach:
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
         may_join = request.capability.mode.is_multi_node and held_as is mode
         if held_as is ReservationMode.NONE or may_join:
-            return
-        holders = _others(located, client, deadline=deadline)
-        if holders:
-            raise _held_elsewhere(located.volume, holders)
-        raise OperationPending(f"volume {located.volume.name} was held until just now; call again")
+            return None
+        return self._take_over.judge(located, client, deadline=deadline)
 
     def _remember(
         self,
@@ -192,23 +163,31 @@ class Attach:
             metadata = record.with_attachments(volume.metadata, attachments)
             located.management.set_metadata(volume, metadata, deadline=deadline)
 
-    def _attach(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> None:
-        """Record the wish. Where the volume is held otherwise, say by whom; taking it over would be decided here."""
+    def _attach(
+        self, located: Located, client: Client, mode: ReservationMode, taken: int | None, *, deadline: Deadline
+    ) -> None:
+        """Record the wish, preempting the reservation of version `taken`. Where the volume is held, say by whom."""
         volume = located.volume
+        if taken is not None:
+            self._take_over.confirm(located, client, taken, deadline=deadline)
         try:
             located.management.attach(
-                client, volume, mode=mode, reference_id=reference_id(located.handle), deadline=deadline
+                client,
+                volume,
+                mode=mode,
+                reference_id=reference_id(located.handle),
+                version=taken,
+                preempt=taken is not None,
+                detach_others=taken is not None,
+                deadline=deadline,
             )
         except ReservationConflict as conflict:
             if conflict.management_id == 1716:
                 raise
             present = self._again(located.management, client, deadline=deadline).wishes.get(volume.uuid)
             if present is not None and not present.is_detaching:
-                raise _held_otherwise(volume, client, present.mode, mode) from conflict
-            holders = _others(located, client, deadline=deadline)
-            if holders:
-                raise _held_elsewhere(volume, holders) from conflict
-            raise OperationPending(f"volume {volume.name} was held until just now; call again") from conflict
+                raise held_otherwise(volume, client, present.mode, mode) from conflict
+            raise self._take_over.refusal(located, client, deadline=deadline) from conflict
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode.name.lower())
 
     def _await_device(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> None:
@@ -216,23 +195,21 @@ class Attach:
 
         The wish is looked at again because servers before 3.5 may lose one that was accepted.
         """
-        missing = "the attachment"
+        lacks = "the attachment"
 
         def is_usable() -> bool:
-            nonlocal missing
+            nonlocal lacks
             latest = self._again(located.management, client, deadline=deadline)
             wish = latest.wishes.get(located.volume.uuid)
-            if wish is None or wish.is_detaching or located.reference not in _references(wish, located.volume):
+            if wish is None or wish.is_detaching or located.reference not in references(wish, located.volume):
                 raise OperationPending(
                     f"volume {located.volume.name} was detached from {client.id} while being attached; call again"
                 )
-            missing = _missing(latest, located, mode)
-            return not missing
+            lacks = missing(latest, located, mode)
+            return not lacks
 
         if not self._attach_wait(deadline).wait_until(is_usable):
-            raise DeadlineReached(
-                f"{missing} of volume {located.volume.name} on node {client.id}", deadline.elapsed_s()
-            )
+            raise DeadlineReached(f"{lacks} of volume {located.volume.name} on node {client.id}", deadline.elapsed_s())
 
     def _context(
         self,
@@ -270,52 +247,6 @@ class Attach:
         )
         return handing.completed(context, volume, given)
 
-    # --- unpublish ----------------------------------------------------------------------------------------
-
-    def _withdraw(self, located: Located, client: Client, *, deadline: Deadline) -> None:
-        volume = located.volume
-        wish = client.wishes.get(volume.uuid)
-        if wish is None or wish.is_detaching or located.reference not in _references(wish, volume):
-            return
-        # Named, although it may be the default: without a name every reference would go.
-        named = located.reference if located.reference in wish.reference_ids else None
-        force = self._settings.force_detach
-        located.management.detach(client, volume, reference_id=named, force=force, deadline=deadline)
-        _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)
-
-    def _await_gone(self, located: Located, client: Client, *, deadline: Deadline) -> None:
-        volume = located.volume
-        report: DeviceReport | None = None
-        is_gone = False
-        busy: Deadline | None = None
-
-        def is_decided() -> bool:
-            nonlocal report, is_gone, busy
-            latest = located.management.client(client.id, deadline=deadline)
-            if latest is None or latest.uuid != client.uuid or latest.status is ClientStatus.DOWN:
-                is_gone = True
-                return True
-            report = latest.devices.get(volume.uuid)
-            is_gone = _is_released(latest, located)
-            if report is None or report.status not in _BUSY:
-                busy = None
-            elif busy is None:
-                busy = Deadline.after(_BUSY_WAIT_S, deadline.clock)
-            return is_gone or (busy is not None and busy.expired())
-
-        within(deadline, self._settings.detach_wait_s, margin_s=self._settings.answer_margin_s).wait_until(is_decided)
-        if is_gone:
-            return
-        if report is not None and report.status in _BUSY:
-            raise PreconditionFailed(
-                f"volume {volume.name} cannot be detached from node {client.id}: its device is open there "
-                f"({report.status.name.lower()}); wanted it unmounted and closed"
-            )
-        state = "gone" if report is None else report.status.name.lower()
-        raise DeadlineReached(
-            f"volume {volume.name} to be detached from node {client.id} (device {state})", deadline.elapsed_s()
-        )
-
     # --- both -----------------------------------------------------------------------------------------------
 
     def _again(self, management: Management, client: Client, *, deadline: Deadline) -> Client:
@@ -328,48 +259,6 @@ class Attach:
         return within(deadline, self._settings.attach_wait_s, margin_s=self._settings.answer_margin_s)
 
 
-def _references(wish: AttachmentWish, volume: Volume) -> frozenset[str]:
-    """Return the references of a wish; one that names none was made without, which is the volume's uuid."""
-    return wish.reference_ids or frozenset({volume.uuid})
-
-
-def _is_leaving(client: Client, volume_uuid: str) -> bool:
-    wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
-    if wish is not None:
-        return wish.is_detaching
-    return report is not None and report.status not in (*_NOT_THERE, *_NEVER_CAME)
-
-
-def _is_released(client: Client, located: Located) -> bool:
-    """Tell whether the client no longer holds the volume under this handle's reference."""
-    uuid, reference = located.volume.uuid, located.reference
-    wish, report = client.wishes.get(uuid), client.devices.get(uuid)
-    if wish is None:
-        return report is None or report.status in (*_NOT_THERE, *_NEVER_CAME)
-    if wish.is_detaching or reference in _references(wish, located.volume):
-        return False
-    # Others on the node still need the device. A report may lack its references.
-    return report is None or report.reference_ids is None or reference not in report.reference_ids
-
-
-def _missing(client: Client, located: Located, mode: ReservationMode) -> str:
-    """Name what a usable device lacks; empty when it lacks nothing."""
-    report = client.devices.get(located.volume.uuid)
-    if client.status is ClientStatus.DOWN:
-        return "a sign of life of the storage client (it is down): the attachment"
-    if report is None:
-        return "the attachment (the client reports no device)"
-    if report.status is DeviceStatus.RESERVATION_DENIED or report.mode not in (mode, ReservationMode.NONE):
-        return f"the reservation (device {report.status.name.lower()}, held as {report.mode.name.lower()})"
-    if report.status is not DeviceStatus.ATTACHED:
-        return f"the attachment (device {report.status.name.lower()})"
-    if not report.io_enabled:
-        return "I/O, which is not enabled on the attached device,"
-    if report.reference_ids is not None and located.reference not in report.reference_ids:
-        return f"the reference {located.reference} on the attached device"
-    return ""
-
-
 def _needs_spelling(located: Located, volume_id: str, attachments: Attachments) -> bool:
     """Tell whether lists would not show this spelling of the handle while it is attached unless it is recorded."""
     uuid, reference = located.volume.uuid, located.reference
@@ -378,28 +267,3 @@ def _needs_spelling(located: Located, volume_id: str, attachments: Attachments) 
     parsed = [handle for text in attachments.handles if (handle := VolumeHandle.parse(text)) is not None]
     recorded = any(held_reference(handle, uuid) == reference for handle in parsed)
     return recorded or volume_id != derived_spelling(located.zone, located.volume, reference)
-
-
-def derived_spelling(zone: str, volume: Volume, reference: str) -> str:
-    """Return how a handle is spelled that holds a volume under this reference id, as far as the id tells."""
-    named = None if reference == volume.uuid else reference
-    return VolumeHandle(volume.name, zone, volume.uuid, named).format()
-
-
-def _others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:
-    holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
-    return [holder for holder in holders if holder.uuid != client.uuid]
-
-
-def _held_otherwise(volume: Volume, client: Client, held: ReservationMode, mode: ReservationMode) -> ExistsDifferently:
-    what = f"the attachment of volume {volume.name} to node {client.id}"
-    return ExistsDifferently(what, [f"its mode is {held.name.lower()}, wanted {mode.name.lower()}"])
-
-
-def _held_elsewhere(volume: Volume, holders: list[Client]) -> PreconditionFailed:
-    names = ", ".join(f"{holder.uuid} ({holder.id})" for holder in sorted(holders, key=lambda holder: holder.id))
-    return PreconditionFailed(f"volume {volume.name} is attached to node {names}; wanted it detached from there")
-
-
-def _client_absent(client: Client) -> StorageUnavailable:
-    return StorageUnavailable(f"the storage client of node {client.id} is {client.status.name.lower()}, wanted ready")

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from csi_driver import capacity as sizes
 from csi_driver.controller import access
-from csi_driver.controller.attach import derived_spelling
 from csi_driver.controller.locate import described, issued_handle, require
-from csi_driver.controller.naming import held_reference
+from csi_driver.controller.naming import derived_spelling, held_reference
 from csi_driver.controller.parameters import VolumeParameters, is_compared, parse
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from csi_driver.controller.handing import reserved_bytes
@@ -12,6 +13,8 @@ from csi_driver.controller.record import Creation, read_creation
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.model import Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
+
+_INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 
 
 class ZoneNotServed(PreconditionFailed):
@@ -97,15 +100,28 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
 def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
     """Find the storage client of a node by the client's uuid, by its id, or by the node's name.
 
-    A node may be named by its full host name where the client's id is the short one.
+    Clients are named by the host name that they saw themselves, which may be the short one where the node has the full
+    one, or the other way round, and may have the number of an instance behind it. Raises `PreconditionFailed` where
+    that leaves several.
     """
     if is_uuid(node_id):
         return management.client_by_uuid(node_id.lower(), deadline=deadline)
     client = management.client(node_id, deadline=deadline)
-    short, dot, _ = node_id.partition(".")
-    if client is None and dot and short:
-        client = management.client(short, deadline=deadline)
-    return client
+    if client is not None:
+        return client
+    same = [client for client in management.clients(deadline=deadline) if _is_same_host(client.id, node_id)]
+    if len(same) > 1:
+        names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in same))
+        raise PreconditionFailed(
+            f"node {shown(node_id)} may be any of the storage clients {names}; wanted it named by its client's uuid"
+        )
+    return same[0] if same else None
+
+
+def _is_same_host(client_id: str, node_name: str) -> bool:
+    """Tell whether a client's id and a node's name can be one host: `a`, `a.example.com` and `a_mc1` can."""
+    one, other = _INSTANCE.sub("", client_id).lower(), node_name.lower()
+    return one == other or one == other.partition(".")[0] or other == one.partition(".")[0]
 
 
 def issued_handle(zone: str, volume: Volume, creation: Creation) -> VolumeHandle:

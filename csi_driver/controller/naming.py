@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 
-from csi_driver.model import VolumeHandle, is_uuid
+from csi_driver.model import Volume, VolumeHandle, is_uuid
 
 _PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
@@ -56,3 +56,9 @@ def reference_id(handle: VolumeHandle) -> str | None:
 def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
     """Return the reference id as it shows in the storage: its default is the volume's uuid."""
     return reference_id(handle) or volume_uuid
+
+
+def derived_spelling(zone: str, volume: Volume, reference: str) -> str:
+    """Return how a handle is spelled that holds a volume under this reference id, as far as the id tells."""
+    named = None if reference == volume.uuid else reference
+    return VolumeHandle(volume.name, zone, volume.uuid, named).format()

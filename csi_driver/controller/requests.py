@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from csi_driver.model import (
     DEFAULT_DRIVER_NAME,
@@ -58,6 +59,18 @@ class ValidateRequest:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
+class Fencing(StrEnum):
+    """When a volume may be taken from nodes that hold it.
+
+    NEVER: it must be detached there first. RECORDED: when it was given up there (ControllerUnpublish) and the node's
+    storage client is down. ALWAYS: whoever asks last gets it, also from a node that is well and using it.
+    """
+
+    NEVER = "never"
+    RECORDED = "recorded"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
     """What the controller's use-cases are told at start. Times in seconds."""
@@ -67,6 +80,7 @@ class ControllerSettings:
     topology_key: str = DEFAULT_TOPOLOGY_KEY
     max_volumes_per_node: int = 0
     force_detach: bool = False
+    fencing: Fencing = Fencing.RECORDED
     usable_wait_s: float = 50.0
     attach_wait_s: float = 30.0
     detach_wait_s: float = 60.0

@@ -104,8 +104,8 @@ def test_no_write_to_the_raw_device_reaches_the_file(loops: LoopDevices, device:
         assert device.file.read_bytes()[:8192] == b"m" * 8192
         after = digest(device.file)
         for offset in (0, 4096, SIZE - 4096):
-            assert tried(lambda offset=offset: os.pwritev(direct, [block], offset)) == "refused"  # type: ignore[misc]
-            tried(lambda offset=offset: os.pwrite(buffered, b"y" * 4096, offset))  # type: ignore[misc]
+            assert tried(lambda offset=offset: os.pwritev(direct, [block], offset)) == "refused"
+            tried(lambda offset=offset: os.pwrite(buffered, b"y" * 4096, offset))
             tried(lambda: os.fsync(buffered))
         os.sync()
         assert digest(device.file) == after

@@ -140,6 +140,15 @@ class FakeManagement:
     def remove_client(self, name: str) -> None:
         del self._clients[name]
 
+    def rename_client(self, name: str, new_name: str) -> None:
+        """Let a client register under another host name; its uuid and what it holds stay."""
+        client = self._clients.pop(name)
+        client.id = new_name
+        self._clients[new_name] = client
+        for volume in self._volumes.values():
+            if volume.reservation.reserved_by == name:
+                self.change(volume.name, reservation=replace(volume.reservation, reserved_by=new_name))
+
     def set_status(self, name: str, status: ClientStatus) -> None:
         """Change a client's state; one that comes back reports what it was told to attach meanwhile."""
         client = self._clients[name]

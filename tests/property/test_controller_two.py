@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from csi_driver.errors import DriverError, OperationPending, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import History, PublishContext
-from csi_driver.model import GIB, Capability, CapacityRange, ProvisionedVolume
-from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World
+from csi_driver.model import GIB, Capability, CapacityRange, Client, ClientStatus, ProvisionedVolume
+from tests.fakes.management import client_uuid
+from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
 
 Step = Callable[[], object]
+NODE_3 = client_uuid("node-3")
 SCHEDULES = st.lists(st.integers(0, 1), max_size=40)
 
 
@@ -242,3 +244,48 @@ def test_a_volume_grown_by_both_ends_as_large_as_the_larger(schedule: list[int],
     assert max(grow(two.one, one), grow(two.other, other)) >= (1 + max(one, other)) * GIB
     (volume,) = two.one.management.all_volumes()
     assert volume.size_bytes <= (1 + max(one, other)) * GIB + (1 << 20)
+
+
+# --- lost nodes and several references ------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(SCHEDULES, st.sampled_from([0.0, 0.3]), st.sampled_from([RWO, BLOCK]))
+def test_a_lost_nodes_volume_goes_to_one_of_those_who_ask(schedule: list[int], slow_s: float, use: Capability) -> None:
+    two = Two()
+    two.one.publish(two.volume_id, NODE_1, use)
+    two.one.management.set_status("node-1", ClientStatus.DOWN)
+    two.one.unpublish(two.volume_id, NODE_1)
+    two.one.management.attach_s = slow_s
+    results = two.at_once(
+        schedule,
+        lambda: two.one.publish(two.volume_id, NODE_2, use),
+        lambda: two.other.publish(two.volume_id, NODE_3, use),
+    )
+    (winner,) = [node for node, result in zip((NODE_2, NODE_3), results, strict=True) if told(result) is not None]
+    wishing = [c for c in two.one.management.clients(deadline=two.one.deadline()) if any(_wanted(c))]
+    assert [c.uuid for c in wishing] == [winner]
+    assert two.one.stored().reservation.reserved_by == wishing[0].id
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCHEDULES, st.sampled_from([0.0, 0.3]))
+def test_one_namespace_leaves_a_node_while_another_comes(schedule: list[int], slow_s: float) -> None:
+    two = Two()
+    other_id = other_reference(two.volume_id, "team-b")
+    two.one.publish(two.volume_id, NODE_1, ROX)
+    two.one.management.detach_s = slow_s
+    left, came = two.at_once(
+        schedule,
+        lambda: two.one.unpublish(two.volume_id, NODE_1),
+        lambda: two.other.publish(other_id, NODE_1, ROX),
+    )
+    assert left is None
+    assert told(came) is not None or isinstance(came, OperationPending)
+    two.other.publish(other_id, NODE_1, ROX)
+    (holder,) = two.one.management.clients_holding(two.one.stored().uuid, deadline=two.one.deadline())
+    assert holder.wishes[two.one.stored().uuid].reference_ids == {"team-b"}
+
+
+def _wanted(client: Client) -> list[bool]:
+    return [True for wish in client.wishes.values() if not wish.is_detaching]

@@ -21,7 +21,7 @@ from csi_driver.config.made import (
     StorageCommand,
     VersionCommand,
 )
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.node.requests import NodeSettings
@@ -148,6 +148,26 @@ def test_a_switch_may_stand_alone(given: list[str], wanted: bool) -> None:
     made = command([*CONTROLLER, *given])
     assert isinstance(made, ControllerCommand)
     assert made.controller.force_detach is wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], Fencing.RECORDED),
+        (["--fencing", "never"], Fencing.NEVER),
+        (["--use-preempt"], Fencing.ALWAYS),
+        (["--use-preempt=false", "--fencing=always"], Fencing.ALWAYS),
+    ],
+)
+def test_fencing_is_told_by_either_name(given: list[str], wanted: Fencing) -> None:
+    made = command([*CONTROLLER, *given])
+    assert isinstance(made, ControllerCommand)
+    assert made.controller.fencing is wanted
+
+
+def test_fencing_is_not_told_two_ways() -> None:
+    with pytest.raises(UsageError, match="--use-preempt contradicts --fencing never"):
+        command([*CONTROLLER, "--use-preempt", "--fencing=never"])
 
 
 def test_without_a_password_file_nobody_logs_in() -> None:

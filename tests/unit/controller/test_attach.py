@@ -70,6 +70,50 @@ def test_a_node_is_found_by_uuid_id_and_full_name(node_id: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("client_id", "node_id"),
+    [
+        ("worker.example.com", "worker"),
+        ("worker", "worker.example.com"),
+        ("Worker", "worker"),
+        ("worker_mc1", "worker"),
+        ("worker_2", "worker.example.com"),
+        ("worker.example.com_mc1", "worker.example.com"),
+    ],
+)
+def test_a_node_is_found_whichever_of_its_names_the_client_has(client_id: str, node_id: str) -> None:
+    world, volume_id = made()
+    world.management.add_client(client_id)
+    world.publish(volume_id, node_id)
+    assert world.holders() == [client_id]
+
+
+@pytest.mark.parametrize("client_id", ["worker-1", "worker.other.com", "my-worker", "worker_mc", "worker_mc1x"])
+def test_another_host_is_not_taken_for_the_node(client_id: str) -> None:
+    world, volume_id = made()
+    world.management.add_client(client_id)
+    with pytest.raises(NodeNotFound):
+        world.publish(volume_id, "worker.example.com")
+
+
+def test_a_node_of_several_clients_is_not_guessed() -> None:
+    world, volume_id = made()
+    for client_id in ("worker_mc1", "worker_mc2"):
+        world.management.add_client(client_id)
+    with pytest.raises(PreconditionFailed, match=r"worker_mc1.*worker_mc2.*by its client's uuid"):
+        world.publish(volume_id, "worker")
+
+
+def test_a_host_that_was_renamed_is_found_by_its_clients_uuid() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.rename_client("node-1", "elsewhere")
+    world.publish(volume_id)
+    assert world.holders() == ["elsewhere"]
+    world.unpublish(volume_id)
+    assert world.holders() == []
+
+
+@pytest.mark.parametrize(
     ("capability", "read_only", "mode"),
     [
         (RWO, False, ReservationMode.EXCLUSIVE_READ_WRITE),

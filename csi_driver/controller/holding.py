@@ -1,0 +1,79 @@
+"""What a storage client's document says of one volume: held, leaving, gone, or what is still missing.
+
+A wish is what the management wants, a report what the client says; nothing here trusts one for the other.
+"""
+
+from __future__ import annotations
+
+from csi_driver.controller.locate import Located
+from csi_driver.deadline import Deadline
+from csi_driver.errors import ExistsDifferently, StorageUnavailable
+from csi_driver.model import AttachmentWish, Client, ClientStatus, DeviceStatus, ReservationMode, Volume
+
+_NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
+_NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
+BUSY = (DeviceStatus.BUSY, DeviceStatus.DETACH_FAILED)
+ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
+
+
+def references(wish: AttachmentWish, volume: Volume) -> frozenset[str]:
+    """Return the references of a wish; one that names none was made without, which is the volume's uuid."""
+    return wish.reference_ids or frozenset({volume.uuid})
+
+
+def is_leaving(client: Client, volume_uuid: str) -> bool:
+    wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
+    if wish is not None:
+        return wish.is_detaching
+    return report is not None and report.status not in (*_NOT_THERE, *_NEVER_CAME)
+
+
+def is_released(client: Client, located: Located) -> bool:
+    """Tell whether the client no longer holds the volume under this handle's reference."""
+    uuid, reference = located.volume.uuid, located.reference
+    wish, report = client.wishes.get(uuid), client.devices.get(uuid)
+    if wish is None:
+        return report is None or report.status in (*_NOT_THERE, *_NEVER_CAME)
+    if wish.is_detaching or reference in references(wish, located.volume):
+        return False
+    # Others on the node still need the device. A report may lack its references.
+    return report is None or report.reference_ids is None or reference not in report.reference_ids
+
+
+def missing(client: Client, located: Located, mode: ReservationMode) -> str:
+    """Name what a usable device lacks; empty when it lacks nothing."""
+    report = client.devices.get(located.volume.uuid)
+    if client.status is ClientStatus.DOWN:
+        return "a sign of life of the storage client (it is down): the attachment"
+    if report is None:
+        return "the attachment (the client reports no device)"
+    if report.status is DeviceStatus.RESERVATION_DENIED or report.mode not in (mode, ReservationMode.NONE):
+        return f"the reservation (device {report.status.name.lower()}, held as {report.mode.name.lower()})"
+    if report.status is not DeviceStatus.ATTACHED:
+        return f"the attachment (device {report.status.name.lower()})"
+    if not report.io_enabled:
+        return "I/O, which is not enabled on the attached device,"
+    if report.reference_ids is not None and located.reference not in report.reference_ids:
+        return f"the reference {located.reference} on the attached device"
+    return ""
+
+
+def is_withdrawn(client: Client, located: Located) -> bool:
+    """Tell whether the wish is recorded that the client give up the volume under this handle's reference."""
+    wish = client.wishes.get(located.volume.uuid)
+    return wish is None or wish.is_detaching or located.reference not in references(wish, located.volume)
+
+
+def others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:
+    """Return the other clients that hold the volume or are not yet rid of it. Asks the management."""
+    holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
+    return [holder for holder in holders if holder.uuid != client.uuid]
+
+
+def held_otherwise(volume: Volume, client: Client, held: ReservationMode, mode: ReservationMode) -> ExistsDifferently:
+    what = f"the attachment of volume {volume.name} to node {client.id}"
+    return ExistsDifferently(what, [f"its mode is {held.name.lower()}, wanted {mode.name.lower()}"])
+
+
+def client_absent(client: Client) -> StorageUnavailable:
+    return StorageUnavailable(f"the storage client of node {client.id} is {client.status.name.lower()}, wanted ready")

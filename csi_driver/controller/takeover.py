@@ -1,0 +1,105 @@
+"""When a volume may be taken from the nodes that hold it: the decision behind every preemption.
+
+A lost node may still write. What stops it is the storage: an attachment that preempts the reservation cuts the I/O of
+all who held it. Whether a node is lost the storage cannot tell, its client's silence may be a broken cable; somebody
+else must have decided it. By default that is the orchestrator: it asks for ControllerUnpublish on the lost node
+(because the pod is gone and the node is tainted out-of-service, or its time is over), which leaves a wish that the
+volume be detached there. That wish, on a client that is down, is the leave to preempt it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from csi_driver.controller.holding import others
+from csi_driver.controller.locate import Located
+from csi_driver.controller.requests import Fencing
+from csi_driver.deadline import Deadline
+from csi_driver.errors import OperationPending, PreconditionFailed
+from csi_driver.model import Client, ClientStatus, ReservationMode, Volume
+
+_log = logging.getLogger(__name__)
+
+
+class TakeOver:
+    """Judges those who hold a volume. Every judgement is of one version of the reservation, which is passed on to the
+    storage: it refuses whoever judged an older one, so that of two controllers at once one wins."""
+
+    def __init__(self, fencing: Fencing) -> None:
+        self._fencing = fencing
+
+    def judge(self, located: Located, client: Client, *, deadline: Deadline) -> int:
+        """Return the version of the reservation for which the volume may be taken to `client`.
+
+        `located` must have been read before this is called: whoever comes to hold the volume later raises the version.
+        Raises `PreconditionFailed` naming who holds it and why they keep it, `OperationPending` when nobody does.
+        """
+        volume = located.volume
+        holders = others(located, client, deadline=deadline)
+        kept = {holder.id: reason for holder in holders if (reason := self._reason_to_keep(volume, holder))}
+        if kept:
+            raise _held_elsewhere(volume, holders, kept)
+        if not holders and self._fencing is Fencing.NEVER:
+            raise OperationPending(f"volume {volume.name} was held until just now; call again")
+        return volume.reservation.version
+
+    def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
+        """Judge again right before the volume is taken. Raises as `judge` does, and `OperationPending` when the
+        reservation has another version by now."""
+        volume = located.volume
+        present = located.management.volume(volume.name, deadline=deadline)
+        if present is None or present.uuid != volume.uuid or present.reservation.version != version:
+            raise OperationPending(f"volume {volume.name} changed hands just now; call again")
+        self.judge(replace(located, volume=present), client, deadline=deadline)
+        holder = present.reservation.reserved_by or "nobody"
+        _log.warning(
+            "taking volume %s, uuid %s, version %d, from %s to %s: %s",
+            *(present.name, present.uuid, version, holder, client.id, _LEAVES[self._fencing]),
+        )
+
+    def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
+        """Return the answer to a call that the storage refused because the volume is held."""
+        volume = located.volume
+        holders = others(located, client, deadline=deadline)
+        if not holders:
+            return OperationPending(f"volume {volume.name} was held until just now; call again")
+        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h) for h in holders})
+
+    def _reason_to_keep(self, volume: Volume, holder: Client) -> str:
+        """Say why the volume may not be taken from this holder; empty when it may."""
+        wish = holder.wishes.get(volume.uuid)
+        is_given_up = wish is None or wish.is_detaching
+        match self._fencing:
+            case Fencing.ALWAYS:
+                return ""
+            case Fencing.NEVER:
+                return "volumes are never taken over (--fencing never)"
+        if is_given_up and _has_lost(volume.reservation.mode, volume.reservation.reserved_by, holder):
+            return ""
+        if holder.status is not ClientStatus.DOWN:
+            state = "is being detached there" if is_given_up else "is attached there"
+            return f"the storage client is {holder.status.name.lower()} and the volume {state}"
+        if not is_given_up:
+            return "the storage client is down, but nobody has given the volume up there (no ControllerUnpublish)"
+        return ""
+
+
+_LEAVES = {
+    Fencing.RECORDED: "it was given up there, and the storage client is down",
+    Fencing.ALWAYS: "as --fencing always says",
+    Fencing.NEVER: "",
+}
+
+
+def _has_lost(mode: ReservationMode, reserved_by: str | None, holder: Client) -> bool:
+    """Tell whether a holder was preempted before: it has no I/O any more, whether or not it has noticed."""
+    return mode is ReservationMode.EXCLUSIVE_READ_WRITE and reserved_by not in (None, holder.id)
+
+
+def _held_elsewhere(volume: Volume, holders: list[Client], kept: dict[str, str]) -> PreconditionFailed:
+    names = ", ".join(
+        f"{holder.uuid} ({holder.id}{f': {kept[holder.id]}' if kept.get(holder.id) else ''})"
+        for holder in sorted(holders, key=lambda holder: holder.id)
+    )
+    return PreconditionFailed(f"volume {volume.name} is attached to node {names}; wanted it detached from there")

@@ -1,0 +1,249 @@
+"""Volumes move off lost nodes: when they may, when they must not, and what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from csi_driver.controller.requests import ControllerSettings, Fencing
+from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
+from csi_driver.handover import History
+from csi_driver.model import Capability, Client, ClientStatus, DeviceStatus, ReservationMode
+from tests.fakes.management import client_uuid
+from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
+
+NODE_3 = client_uuid("node-3")
+EXCLUSIVE = ReservationMode.EXCLUSIVE_READ_WRITE
+STATES_OF_A_NODE_THAT_IS_THERE = [status for status in ClientStatus if status is not ClientStatus.DOWN]
+
+
+def held(fencing: Fencing = Fencing.RECORDED, capability: Capability = RWO) -> tuple[World, str]:
+    """Return a world in which node-1 holds the volume."""
+    world = World(ControllerSettings(fencing=fencing))
+    volume_id = world.create(parameters=CLAIM).volume_id
+    world.publish(volume_id, NODE_1, capability)
+    return world, volume_id
+
+
+def lost(fencing: Fencing = Fencing.RECORDED, capability: Capability = RWO) -> tuple[World, str]:
+    """Return a world in which node-1 held the volume, went down, and was told to give it up."""
+    world, volume_id = held(fencing, capability)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    return world, volume_id
+
+
+def client(world: World, name: str = "node-1") -> Client:
+    found = world.management.client(name, deadline=world.deadline())
+    assert found is not None
+    return found
+
+
+def attaches(world: World) -> int:
+    return world.management.requests.count("attach")
+
+
+def at(world: World, request: str, act: Callable[[], object]) -> None:
+    """Let something happen once, right before a request of this kind."""
+
+    def before(name: str) -> None:
+        if name == request:
+            world.management.before = lambda _: None
+            act()
+
+    world.management.before = before
+
+
+# --- by default: given up and down ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", [RWO, BLOCK, ROX, RWX_BLOCK])
+def test_a_lost_node_that_gave_the_volume_up_is_preempted(use: Capability) -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2, use)
+    reservation = world.stored().reservation
+    assert reservation.version == 3
+    assert client(world, "node-2").devices[world.stored().uuid].status is DeviceStatus.ATTACHED
+    assert client(world).wishes[world.stored().uuid].is_detaching
+
+
+def test_a_lost_reader_makes_way_for_a_writer() -> None:
+    world, volume_id = lost(capability=ROX)
+    world.publish(volume_id, NODE_2)
+    assert world.stored().reservation.mode is EXCLUSIVE
+
+
+def test_a_volume_that_was_taken_over_is_not_new() -> None:
+    world, volume_id = held()
+    assert world.publish(volume_id, NODE_1).history is History.FIRST
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    context = world.publish(volume_id, NODE_2)
+    assert (context.history, context.attachment) == (History.ATTACHED, 2)
+
+
+def test_publishing_again_after_a_take_over_takes_nothing_more() -> None:
+    world, volume_id = lost()
+    first = world.publish(volume_id, NODE_2)
+    version = world.stored().reservation.version
+    assert world.publish(volume_id, NODE_2) == first
+    assert world.stored().reservation.version == version
+
+
+def test_a_node_that_is_down_keeps_what_nobody_gave_up() -> None:
+    world, volume_id = held()
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    with pytest.raises(PreconditionFailed, match=r"node-1: the storage client is down, but nobody has given"):
+        world.publish(volume_id, NODE_2)
+    assert attaches(world) == 1
+
+
+@pytest.mark.parametrize("status", STATES_OF_A_NODE_THAT_IS_THERE)
+def test_a_node_that_is_there_keeps_what_it_is_still_giving_up(status: ClientStatus) -> None:
+    world, volume_id = held()
+    world.management.set_busy("node-1", world.stored())
+    with pytest.raises(PreconditionFailed):
+        world.unpublish(volume_id, NODE_1)
+    world.management.set_status("node-1", status)
+    with pytest.raises(PreconditionFailed, match="is being detached there"):
+        world.publish(volume_id, NODE_2)
+    assert attaches(world) == 1
+
+
+def test_one_reader_that_is_there_keeps_the_volume_from_a_writer() -> None:
+    world, volume_id = held(capability=ROX)
+    world.publish(volume_id, NODE_3, ROX)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    with pytest.raises(PreconditionFailed, match="node-3: the storage client is ready"):
+        world.publish(volume_id, NODE_2)
+
+
+def test_a_reference_that_is_left_on_a_lost_node_keeps_the_volume() -> None:
+    world, volume_id = held(capability=ROX)
+    world.publish(other_reference(volume_id, "team-b"), NODE_1, ROX)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    with pytest.raises(PreconditionFailed, match="nobody has given"):
+        world.publish(volume_id, NODE_2)
+    world.unpublish(other_reference(volume_id, "team-b"), NODE_1)
+    world.publish(volume_id, NODE_2)
+
+
+def test_a_node_whose_client_was_deleted_with_the_volume_in_its_hands_keeps_nothing() -> None:
+    world, volume_id = lost()
+    world.management.remove_client("node-1")
+    world.publish(volume_id, NODE_2)
+    assert world.holders() == ["node-2"]
+
+
+# --- what happens in between ----------------------------------------------------------------------------------
+
+
+def test_a_node_that_comes_back_at_the_last_moment_is_not_preempted() -> None:
+    world, volume_id = lost()
+    world.management.detach_s = 1000
+    world.management.set_busy("node-1", world.stored())
+    at(world, "set_metadata", lambda: world.management.set_status("node-1", ClientStatus.READY))
+    with pytest.raises((PreconditionFailed, OperationPending)):
+        world.publish(volume_id, NODE_2)
+    assert attaches(world) == 1
+
+
+def test_a_volume_that_another_controller_took_first_is_not_taken_from_its_new_node() -> None:
+    world, volume_id = lost()
+    other = World(beside=world)
+    at(world, "set_metadata", lambda: other.publish(volume_id, NODE_3))
+    with pytest.raises(OperationPending, match="changed hands"):
+        world.publish(volume_id, NODE_2)
+    with pytest.raises(PreconditionFailed, match="node-3"):
+        world.publish(volume_id, NODE_2)
+    assert world.stored().reservation.reserved_by == "node-3"
+
+
+def test_the_storage_refuses_who_judged_an_older_reservation() -> None:
+    world, volume_id = lost()
+    other = World(beside=world)
+    at(world, "attach", lambda: other.publish(volume_id, NODE_3))
+    with pytest.raises(PreconditionFailed, match="node-3"):
+        world.publish(volume_id, NODE_2)
+    assert world.stored().reservation.reserved_by == "node-3"
+
+
+# --- afterwards -----------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_returns_gives_up_what_was_taken_from_it() -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2)
+    world.management.set_status("node-1", ClientStatus.READY)
+    world.clock.sleep(5)
+    assert world.holders() == ["node-2"]
+    world.unpublish(volume_id, NODE_2)
+    world.publish(volume_id, NODE_1)
+
+
+def test_what_a_preempted_node_cannot_let_go_of_does_not_hinder_the_next_move() -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2)
+    volume = world.stored()
+    # It is back, and has the dead device open still.
+    world.management.set_status("node-1", ClientStatus.READY)
+    world.management.report("node-1", volume, DeviceStatus.BUSY)
+    world.management.detach_s = 1000
+    world.management.set_status("node-2", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_2)
+    world.publish(volume_id, NODE_3)
+    assert world.stored().reservation.reserved_by == "node-3"
+
+
+def test_a_volume_does_not_return_to_a_node_before_that_is_rid_of_its_stale_device() -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2)
+    world.unpublish(volume_id, NODE_2)
+    before = attaches(world)
+    with pytest.raises(Exception, match="down"):
+        world.publish(volume_id, NODE_1)
+    assert attaches(world) == before
+
+
+# --- other policies -------------------------------------------------------------------------------------------
+
+
+def test_never_means_never() -> None:
+    world, volume_id = lost(Fencing.NEVER)
+    with pytest.raises(PreconditionFailed, match="--fencing never"):
+        world.publish(volume_id, NODE_2)
+    assert attaches(world) == 1
+
+
+def test_always_takes_it_from_a_node_that_is_well() -> None:
+    world, volume_id = held(Fencing.ALWAYS)
+    world.publish(volume_id, NODE_2)
+    assert world.holders() == ["node-2"]
+
+
+def test_always_takes_nothing_from_those_who_share() -> None:
+    world, volume_id = held(Fencing.ALWAYS, ROX)
+    world.publish(volume_id, NODE_2, ROX)
+    assert world.holders() == ["node-1", "node-2"]
+
+
+# --- the wish that is the leave -------------------------------------------------------------------------------
+
+
+def test_for_a_lost_node_nothing_is_answered_before_the_wish_is_recorded() -> None:
+    world, volume_id = held()
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    volume = world.stored()
+
+    def forget_the_detach(request: str) -> None:
+        if request == "detach":
+            world.management.attach(
+                client(world), volume, mode=EXCLUSIVE, reference_id="team-a", deadline=world.deadline()
+            )
+
+    world.management.after = forget_the_detach
+    with pytest.raises(DeadlineReached):
+        world.unpublish(volume_id, NODE_1, seconds=5)
