@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.machine import Content, Device, DeviceNumber, Mounted, OpenDevice, StorageClient, VolumeStatus
+from csi_driver.machine import (
+    Content,
+    Device,
+    DeviceNumber,
+    Mounted,
+    OpenDevice,
+    ReadOnlyDevice,
+    StorageClient,
+    VolumeStatus,
+)
 from csi_driver.model import Usage
 
 
@@ -83,6 +92,10 @@ class ReadOnlyDevices(Protocol):
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
         ...
 
+    def present(self) -> Sequence[ReadOnlyDevice]:
+        """Return every such device of this machine, also those over devices of others. Looks at all loop devices."""
+        ...
+
     def release_left_over(self, reader: str) -> None:
         """Take down each such device of the reader that nothing uses, whatever became of the one below."""
         ...
@@ -93,6 +106,10 @@ class Mounts(Protocol):
 
     def at(self, path: Path) -> Mounted | None:
         """Return the topmost mount whose root is `path`; None when no mount begins there. Costs the same always."""
+        ...
+
+    def table(self) -> Sequence[Mounted]:
+        """Return every mount there is, in the kernel's order. Costs time for each of them; touches no filesystem."""
         ...
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:
