@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,7 +31,6 @@ from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
     from csi_driver.node.faults import PortHook
-    from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import Health
     from csi_driver.rpc.server import Register
     from csi_driver.rpc.settings import EndpointSettings
@@ -124,9 +122,9 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.host.devices import LinuxDevices
     from csi_driver.host.facts import MachineTools
     from csi_driver.host.filesystem import LinuxFilesystems
+    from csi_driver.host.luks import LinuxEncryption
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
-    from csi_driver.node.rounds import Rounds
     from csi_driver.node.service import assemble, mark_files
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
@@ -141,6 +139,7 @@ def _node(command: NodeCommand) -> int:
     paths = LinuxPaths(command.path_roots)
     use_cases = assemble(
         devices=on("devices", devices),
+        encryption=on("encryption", LinuxEncryption(devices)),
         read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
         mounts=on("mounts", LinuxMounts(paths.open)),
         filesystems=on("filesystems", LinuxFilesystems(devices)),
@@ -156,9 +155,6 @@ def _node(command: NodeCommand) -> int:
         command.driver_name,
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
-        lambda boundary: Rounds(
-            lambda: use_cases.reconcile.sweep(boundary.keeping_off), command.node.reconcile_interval_s, name="reconcile"
-        ),
     )
 
 
@@ -182,9 +178,7 @@ def _serve(
     driver_name: str,
     health: Health,
     register: Register,
-    beside: Callable[[Boundary], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> int:
-    """Serve until told to end, with what `beside` makes running along."""
     from csi_driver.controller.naming import volume_name
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import IdentityServicer
@@ -197,9 +191,8 @@ def _serve(
     lanes = Lanes()
     identity = IdentityServicer(driver_name, driver_version, health)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    boundary = Boundary(Claims(zone, volume_name), lanes)
-    server = Server(settings, boundary, lanes, services)
-    with Termination() as termination, beside(boundary):
+    server = Server(settings, Boundary(Claims(zone, volume_name), lanes), lanes, services)
+    with Termination() as termination:
         server.start()
         termination.wait()
         if not server.drain():

@@ -46,10 +46,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class OpenDevice:
-    """A device held open; its identity was verified again on this very descriptor."""
+    """A device held open; its identity was verified again on this very descriptor.
+
+    `start_bytes`: where its first byte lies in `fd`; more than 0 only where the device is looked at from below.
+    """
 
     fd: int
     device: Device
+    start_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,6 @@ class StorageClient:
     is_expected: bool = False
     is_upgrading: bool = False
     problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOnlyDevice:
-    """A read-only device that stands over another one for a reader; `over` is that one's node when it was made."""
-
-    number: DeviceNumber
-    over: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +131,72 @@ class OtherContent:
 
 
 Content = Blank | Filesystem | OtherContent
+
+
+# --- encrypted devices ------------------------------------------------------------------------------------------
+
+
+LUKS_SUBSYSTEM = "nvmesh-csi"
+"""Stands in the header of every volume that this driver encrypted, with the volume's uuid as the label."""
+
+
+@dataclass(frozen=True, slots=True)
+class LuksHeader:
+    """A LUKS header as a device holds it. `key_slots`: how many passphrases it has; 0 = nothing opens it any more.
+
+    `label` and `subsystem` are free text (LUKS2). What is encrypted begins at `data_offset_bytes`.
+    """
+
+    version: int
+    uuid: str
+    label: str
+    subsystem: str
+    cipher: str
+    key_bits: int
+    key_slots: int
+    data_offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedHeader:
+    """There is, or was, a LUKS header; no copy of it is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class LuksSettings:
+    """How a LUKS2 header is made. What is 0 or empty is cryptsetup's to choose.
+
+    `pbkdf` and what belongs to it say how costly it is to try a passphrase, and so to open the volume.
+    """
+
+    cipher: str = ""
+    key_bits: int = 0
+    pbkdf: str = ""
+    pbkdf_memory_kib: int = 0
+    pbkdf_iterations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """An encrypted device as the kernel has it opened.
+
+    `kernel_uuid` tells what it is: kind, LUKS uuid without dashes, name. `size_bytes` is 0 and `below` None while it
+    has no table: whoever made it was killed. `below` is None, too, when the device under it is gone.
+    """
+
+    name: str
+    kernel_uuid: str
+    number: DeviceNumber
+    size_bytes: int
+    below: DeviceNumber | None
+    read_only: bool
+    is_suspended: bool
+
+    @property
+    def is_encryption(self) -> bool:
+        """Whether it is one of cryptsetup's at all."""
+        return self.kernel_uuid.startswith("CRYPT-")
+
+    def is_of(self, header: LuksHeader) -> bool:
+        """Tell whether it was opened by this very header, under its own name."""
+        return self.kernel_uuid == f"CRYPT-LUKS{header.version}-{header.uuid.replace('-', '')}-{self.name}"

@@ -134,7 +134,7 @@ class DirectReader:
     def _fill(self, offset: int, length: int) -> None:
         path, done = self._device.device.path, 0
         while done < length:
-            at = offset + done
+            at = self._device.start_bytes + offset + done
             try:
                 count = os.preadv(self._device.fd, [self._view[done:length]], at)
             except OSError as error:

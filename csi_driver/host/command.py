@@ -17,17 +17,20 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, ToolMissing
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": SEARCH_PATH, "LC_ALL": "C"}
+_NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 _GRACE_AFTER_KILL_S = 2.0
 
 _PACKAGES = {
     "blkid": "util-linux",
+    "cryptsetup": "cryptsetup-bin",
     "setpriv": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
@@ -64,11 +67,13 @@ def run(
     accept: Collection[int] = (0,),
     stdin: bytes | None = None,
     pass_fds: Sequence[int] = (),
+    environment: Mapping[str, str] = _NOTHING_MORE,
 ) -> Completed:
     """Run `argv` and wait for its end; a status outside `accept` raises `CommandFailed`.
 
     After `timeout_s` the whole process group is killed and `CommandTimedOut` raised, also where the process sits in
-    uninterruptible sleep and outlives the signal. `pass_fds` stay open in the program under their own numbers.
+    uninterruptible sleep and outlives the signal. `pass_fds` stay open in the program under their own numbers;
+    `environment` is added to the little that it has.
     Raises `ToolMissing` naming the package.
     """
     program = find_tool(argv[0])
@@ -81,7 +86,7 @@ def run(
             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_ENVIRONMENT,
+            env={**_ENVIRONMENT, **environment},
             cwd="/",
             pass_fds=tuple(pass_fds),
             start_new_session=True,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, IdentityNotProven, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import ioctls
+from csi_driver.host import device_mapper, ioctls
 from csi_driver.host.alarms import device_alarm
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import loop, nvmesh
@@ -112,8 +112,15 @@ class LinuxDevices:
             return "the storage client is being upgraded, or starts"
         return "the storage client runs" if client.uuid is not None else "the storage client does not show itself"
 
+    def device_at(self, name: str, path: Path, uuid: str | None) -> Device | None:
+        """Return what is at `path`, such as an opened encrypted device, as the volume's; None when nothing is."""
+        seen = self._look_at(name, path)
+        return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
+
     def _look(self, name: str) -> tuple[Device, Claims] | None:
-        path = self.path_of(name)
+        return self._look_at(name, self.path_of(name))
+
+    def _look_at(self, name: str, path: Path) -> tuple[Device, Claims] | None:
         try:
             if not stat.S_ISBLK(os.stat(path).st_mode):
                 return None
@@ -135,13 +142,13 @@ class LinuxDevices:
         if size == 0:
             return None
         number = ioctls.device_number(status.st_rdev)
-        is_loop = number.major == loop.LOOP_MAJOR
-        claims = Claims(
-            status=self._status.volume(name),
-            label_uuid=loop.claimed_uuid(fd) if is_loop else None,
-            serial=None if is_loop else nvmesh.read_serial(fd),
-            is_loop=is_loop,
-        )
+        with self._speaking(fd, number) as (speaker, is_loop):
+            claims = Claims(
+                status=self._status.volume(name),
+                label_uuid=loop.claimed_uuid(speaker) if is_loop else None,
+                serial=None if is_loop else nvmesh.read_serial(speaker),
+                is_loop=is_loop,
+            )
         device = Device(
             name,
             path,
@@ -153,6 +160,25 @@ class LinuxDevices:
             client_read_only=claims.status is not None and claims.status.refuses_writes is True,
         )
         return device, claims
+
+    @contextlib.contextmanager
+    def _speaking(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
+        """Give the device that says who an open device is, and whether it is a loop device.
+
+        An encrypted device has nothing to say: the one below it does.
+        """
+        below = device_mapper.below(number)
+        if below is None:
+            yield fd, number.major == loop.LOOP_MAJOR
+            return
+        try:
+            speaker = self.open_number(below)
+        except OSError as error:
+            raise SystemCallFailed(f"open the device {below} under {number}", error.errno or 0) from error
+        try:
+            yield speaker, below.major == loop.LOOP_MAJOR
+        finally:
+            os.close(speaker)
 
     # --- opening ---
 
@@ -230,8 +256,9 @@ class LinuxDevices:
 
         A serial number holds only a part of the uuid: it is completed by the status of the volume that fits it.
         """
+        number = device_mapper.below(number) or number
         try:
-            fd = self._open_number(number)
+            fd = self.open_number(number)
         except OSError:
             return None
         try:
@@ -259,7 +286,8 @@ class LinuxDevices:
                     return node.name
         return None
 
-    def _open_number(self, number: DeviceNumber) -> int:
+    def open_number(self, number: DeviceNumber) -> int:
+        """Open a device for reading by its number, whatever nodes there are here; `OSError` where it is gone."""
         path = _kernel_path(number)
         if path is not None:
             with contextlib.suppress(OSError):

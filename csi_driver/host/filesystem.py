@@ -16,6 +16,7 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import blank, ioctls, superblock
+from csi_driver.host.ciphertext import as_written
 from csi_driver.host.command import Completed, find_tool, run
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.machine import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
@@ -74,10 +75,11 @@ class LinuxFilesystems:
 
         Raises `HostFailure` when any read fails or comes back short, `DeadlineReached`.
         """
+        with as_written(device, self._devices.open_number) as kept, blank.DirectReader(kept) as reader:
+            found = blank.first_data_in_places(reader, kept, deadline)
+        if found is None:
+            return Blank()
         with blank.DirectReader(device) as reader:
-            found = blank.first_data_in_places(reader, device, deadline)
-            if found is None:
-                return Blank()
             head = reader.read(0, min(superblock.HEAD_BYTES, device.device.size_bytes))
         return _name_content(device, found, head, deadline)
 
@@ -85,7 +87,8 @@ class LinuxFilesystems:
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
     ) -> int | None:
         """Read every block; return the offset of the first byte that is not zero, or None when there is none."""
-        return blank.first_data(device, deadline=deadline, progress=progress)
+        with as_written(device, self._devices.open_number) as kept:
+            return blank.first_data(kept, deadline=deadline, progress=progress)
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         """Return the size of the filesystem as its superblock on the device records it."""

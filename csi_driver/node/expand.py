@@ -8,6 +8,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import CapacityOutOfRange, DeadlineReached, InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess
+from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, ReadOnlyDevices
@@ -28,6 +29,7 @@ class Expand:
         paths: Paths,
         heavy: HeavyWork,
         ownership: Ownership,
+        encrypted: EncryptedVolumes,
         settings: NodeSettings,
     ) -> None:
         self._read_only_devices = read_only_devices
@@ -36,6 +38,7 @@ class Expand:
         self._paths = paths
         self._heavy = heavy
         self._ownership = ownership
+        self._encrypted = encrypted
         self._settings = settings
 
     def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
@@ -47,13 +50,15 @@ class Expand:
         volume, _ = named(request.volume_id)
         mounted = self._mount_of(volume, request)
         device = self._device(volume, request.capacity.required_bytes, deadline)
+        used = self._encrypted.opened_over(volume, device) or device
         if mounted is not None:
-            self._require_same(volume, device, mounted)
+            self._require_same(volume, used, mounted)
         limit = request.capacity.limit_bytes
         if limit and device.size_bytes > limit:
             raise CapacityOutOfRange(f"volume {volume} has {device.size_bytes} bytes, wanted at most {limit}")
+        used = self._encrypted.grow(volume, device, used, request.secrets)
         if mounted is not None and mounted.node_number is None:
-            self._grow(volume, device, mounted, deadline)
+            self._grow(volume, used, mounted, deadline)
         return device.size_bytes
 
     def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mounted | None:

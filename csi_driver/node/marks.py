@@ -16,6 +16,8 @@ from typing import Protocol
 
 from csi_driver.errors import HostFailure, SystemCallFailed
 
+LUKS = "luks"
+"""Stands in `Mark.filesystem` while a LUKS header is being made, before there is any filesystem."""
 RAW = "raw"
 """Stands in `Mark.filesystem` where the volume was handed out as a raw block device."""
 USED = "used"

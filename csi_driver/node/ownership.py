@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
+from csi_driver.errors import PreconditionFailed, VolumeNotFound
 from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, DeviceNumber, Mounted
 from csi_driver.model import EMPTY, VolumeHandle
-from csi_driver.node.ports import Devices, Mounts
+from csi_driver.node.ports import Devices, Encryption, Mounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,9 @@ def named(volume_id: str, publish_context: Mapping[str, str] = EMPTY) -> tuple[N
 class Ownership:
     """Answers by what the kernel and the devices themselves say now; nothing is remembered."""
 
-    def __init__(self, *, devices: Devices, mounts: Mounts) -> None:
+    def __init__(self, *, devices: Devices, encryption: Encryption, mounts: Mounts) -> None:
         self._devices = devices
+        self._encryption = encryption
         self._mounts = mounts
 
     def device_of(self, volume: NamedVolume) -> Device | None:
@@ -78,7 +79,7 @@ class Ownership:
         if claimed is not None and volume.uuid is not None:
             return Owner.OURS if is_same(claimed, volume.uuid) else Owner.OTHER
         device = self._devices.find(volume.name, volume.uuid)
-        if device is not None and device.number == number:
+        if device is not None and device.number in (number, self._encryption.below(number)):
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
         # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
         if number.major and not self._devices.size_bytes(number):
@@ -115,30 +116,13 @@ class Ownership:
         gone = "" if self._devices.size_bytes(number) else ", which is gone"
         return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
 
-    def name_of(self, mounted: Mounted) -> str | None:
-        """Return the name of the volume from whose device's path a mount was made; None when from none of ours."""
-        if mounted.node_number is None:
-            return self.name_at(Path(mounted.source))
-        name = PurePosixPath(mounted.root.removesuffix("//deleted")).name
-        try:
-            return name if self._was_made_from(mounted, NamedVolume(name, name, None)) else None
-        except InvalidField:
-            return None
-
-    def name_at(self, path: Path) -> str | None:
-        """Return the name of the volume whose device appears at that path; None when none of ours does."""
-        try:
-            return path.name if self._devices.path_of(path.name) == path else None
-        except InvalidField:
-            return None
-
     def _was_made_from(self, mounted: Mounted, volume: NamedVolume) -> bool:
-        path = self._devices.path_of(volume.name)
+        paths = (self._devices.path_of(volume.name), self._encryption.path_of(volume.name))
         if mounted.node_number is None:
-            return mounted.source == str(path)
+            return mounted.source in map(str, paths)
         # The root of a bound node is its path within /dev's filesystem; the kernel appends //deleted once it is gone.
         root = PurePosixPath(mounted.root.removesuffix("//deleted"))
-        return root.parts[-2:] == path.parts[-2:]
+        return root.parts[-2:] in [path.parts[-2:] for path in paths]
 
 
 def number_of(mounted: Mounted) -> DeviceNumber:

@@ -14,11 +14,14 @@ from typing import Protocol
 from csi_driver.deadline import Deadline
 from csi_driver.machine import (
     Content,
+    DamagedHeader,
     Device,
     DeviceNumber,
+    LuksHeader,
+    LuksSettings,
+    Mapping,
     Mounted,
     OpenDevice,
-    ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
@@ -92,12 +95,70 @@ class ReadOnlyDevices(Protocol):
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
         ...
 
-    def present(self) -> Sequence[ReadOnlyDevice]:
-        """Return every such device of this machine, also those over devices of others. Looks at all loop devices."""
-        ...
-
     def release_left_over(self, reader: str) -> None:
         """Take down each such device of the reader that nothing uses, whatever became of the one below."""
+        ...
+
+
+class Encryption(Protocol):
+    """Encrypted devices: LUKS headers, and the opened device over a volume's own, which has the volume's name."""
+
+    def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
+        """Return the LUKS header on the device; None when there is no trace of one. Raises `HostFailure` as `probe`."""
+        ...
+
+    def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
+        """Make a LUKS2 header that names the volume, destroying what is there; has a generous time limit of its own.
+
+        Raises `InvalidField` for a cipher or a key size that this machine does not have.
+        """
+        ...
+
+    def opens(self, device: OpenDevice, passphrase: str) -> bool:
+        """Tell whether the passphrase opens the volume; nothing is opened. Takes seconds on purpose."""
+        ...
+
+    def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None:
+        """Let a new passphrase open the volume, too. Raises `Denied` when `passphrase` does not."""
+        ...
+
+    def remove_key(self, device: OpenDevice, passphrase: str) -> None:
+        """Let a passphrase open the volume no more. Raises `PreconditionFailed` when it is the last one."""
+        ...
+
+    def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
+        """Open the volume under its own name. Raises `Denied` when the passphrase does not open it."""
+        ...
+
+    def mapping(self, name: str) -> Mapping | None:
+        """Return what is open under the volume's name; None when nothing is."""
+        ...
+
+    def below(self, number: DeviceNumber) -> DeviceNumber | None:
+        """Return the device under an opened one; None when `number` is none such, or the one below is gone."""
+        ...
+
+    def path_of(self, name: str) -> Path:
+        """Return where the opened device of a volume appears: what a mount of it names as its source."""
+        ...
+
+    def device(self, mapping: Mapping, uuid: str | None) -> Device:
+        """Return an opened device as one of the volume. Raises `PreconditionFailed` when it is another volume's."""
+        ...
+
+    def resume(self, mapping: Mapping) -> None:
+        """Let a device carry I/O again that a cut-off change of its table left suspended."""
+        ...
+
+    def resize(self, mapping: Mapping, passphrase: str | None) -> None:
+        """Let an opened device take the present size of the one below.
+
+        Raises `Denied` when the passphrase is wrong, or none is given and the kernel does not grow it without.
+        """
+        ...
+
+    def close(self, mapping: Mapping) -> None:
+        """Close an opened device; gone already is success. Raises `PreconditionFailed` while anything uses it."""
         ...
 
 
@@ -106,10 +167,6 @@ class Mounts(Protocol):
 
     def at(self, path: Path) -> Mounted | None:
         """Return the topmost mount whose root is `path`; None when no mount begins there. Costs the same always."""
-        ...
-
-    def table(self) -> Sequence[Mounted]:
-        """Return every mount there is, in the kernel's order. Costs time for each of them; touches no filesystem."""
         ...
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:

@@ -9,6 +9,8 @@ from csi_driver.errors import ExistsDifferently, IdentityNotProven, Precondition
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
+from csi_driver.node.encryption import EncryptedVolumes
+from csi_driver.node.luks_options import encrypted_by
 from csi_driver.node.marks import RAW, Mark, Marks
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
@@ -32,6 +34,7 @@ class Publish:
         paths: Paths,
         marks: Marks,
         ownership: Ownership,
+        encrypted: EncryptedVolumes,
     ) -> None:
         self._devices = devices
         self._read_only_devices = read_only_devices
@@ -39,6 +42,7 @@ class Publish:
         self._paths = paths
         self._marks = marks
         self._ownership = ownership
+        self._encrypted = encrypted
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
         """Publish the volume at the target path; repeated, it changes nothing.
@@ -58,6 +62,8 @@ class Publish:
             raise PreconditionFailed(f"volume {volume} has no device on this node: it is not attached or not ready")
         if not is_same(device.uuid, volume.uuid):
             raise PreconditionFailed(f"the device of {volume} claims {device.uuid}, expected {volume.uuid}")
+        # From here on an encrypted volume has no other device than the opened one.
+        device = self._encrypted.in_use(volume, device, encrypted_by(context, request.volume_context))
         mode = request.capability.mode
         read_only = request.read_only or mode.is_read_only or (context is not None and context.read_only)
         match request.capability.access:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.identity import Identity
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import MarkFiles, Marks
 from csi_driver.node.ownership import Ownership
-from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, ReadOnlyDevices, Tools
+from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, ReadOnlyDevices, Tools
 from csi_driver.node.prepare import Preparation
 from csi_driver.node.publish import Publish
-from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import Statistics
@@ -28,7 +28,6 @@ class NodeUseCases:
     expand: Expand
     statistics: Statistics
     identity: Identity
-    reconcile: Reconcile
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
@@ -41,6 +40,7 @@ def mark_files(settings: NodeSettings) -> MarkFiles:
 def assemble(
     *,
     devices: Devices,
+    encryption: Encryption,
     read_only_devices: ReadOnlyDevices,
     mounts: Mounts,
     filesystems: Filesystems,
@@ -52,11 +52,14 @@ def assemble(
     """Build the use-cases over these ports. `marks` defaults to `mark_files`."""
     kept = marks if marks is not None else mark_files(settings)
     heavy = HeavyWork(settings.heavy_operations)
-    ownership = Ownership(devices=devices, mounts=mounts)
+    ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
+    encrypted = EncryptedVolumes(
+        devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy
+    )
     stage = Stage(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-        preparation=preparation, settings=settings
+        preparation=preparation, encrypted=encrypted, settings=settings
     )  # fmt: skip
     publish = Publish(
         devices=devices,
@@ -65,17 +68,13 @@ def assemble(
         paths=paths,
         marks=kept,
         ownership=ownership,
+        encrypted=encrypted,
     )
     expand = Expand(
         read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, heavy=heavy,
-        ownership=ownership, settings=settings
+        ownership=ownership, encrypted=encrypted, settings=settings
     )  # fmt: skip
     statistics = Statistics(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
     )
-    identity = Identity(devices=devices, tools=tools, settings=settings)
-    reconcile = Reconcile(
-        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, ownership=ownership,
-        driver_name=settings.driver_name
-    )  # fmt: skip
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)
+    return NodeUseCases(stage, publish, expand, statistics, Identity(devices=devices, tools=tools, settings=settings))

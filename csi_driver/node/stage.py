@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, PreconditionFailed
-from csi_driver.handover import PublishContext
+from csi_driver.handover import Encryption, PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
+from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
+from csi_driver.node.luks_options import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.node.options import FS_TYPE, MKFS_OPTIONS, MountPlan, differences, plan_mount
-from csi_driver.node.ownership import NamedVolume, Ownership, named
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
+
+logger = logging.getLogger(__name__)
 
 STAGING_PATH = "staging_target_path"
 
@@ -34,6 +39,7 @@ class Stage:
         paths: Paths,
         ownership: Ownership,
         preparation: Preparation,
+        encrypted: EncryptedVolumes,
         settings: NodeSettings,
     ) -> None:
         self._devices = devices
@@ -42,6 +48,7 @@ class Stage:
         self._paths = paths
         self._ownership = ownership
         self._preparation = preparation
+        self._encrypted = encrypted
         self._settings = settings
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
@@ -53,17 +60,21 @@ class Stage:
         volume, context = named(request.volume_id, request.publish_context)
         path = self._paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self._settings.answer_margin_s)
+        by = encrypted_by(context, request.volume_context)
+        locks = plan_encryption(by, request.volume_context, request.secrets)
+        if locks is None and passphrase_in(request.secrets) is not None:
+            logger.warning("volume %s comes with a passphrase, and nothing says that it is encrypted", volume)
         match request.capability.access:
             case BlockAccess():
                 read_only = request.capability.mode.is_read_only
-                self._stage_block(volume, context, path, read_only=read_only, deadline=in_time)
+                self._stage_block(volume, context, path, locks, read_only=read_only, deadline=in_time)
             case MountAccess() as access:
                 plan = self._plan(access, request, context)
                 mounted = self._mounts.at(path)
                 if mounted is None:
-                    self._stage_mount(volume, context, path, plan, deadline=in_time)
+                    self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
                 else:
-                    self._accept(mounted, volume, path, plan)
+                    self._accept(mounted, volume, path, plan, by)
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Take the volume off its staging path and leave the directory empty; nothing of it there is success.
@@ -75,7 +86,10 @@ class Stage:
         path = self._paths.check(staging_target_path, STAGING_PATH)
         handle = VolumeHandle.parse(volume_id)
         if handle is not None:
-            self._ownership.take_off(path, NamedVolume(volume_id, handle.name, handle.uuid))
+            volume = NamedVolume(volume_id, handle.name, handle.uuid)
+            self._encrypted.wake(volume)
+            self._ownership.take_off(path, volume)
+            self._encrypted.close(volume)
 
     # --- filesystem ---
 
@@ -95,18 +109,24 @@ class Stage:
         context: PublishContext | None,
         path: Path,
         plan: MountPlan,
+        locks: EncryptionPlan | None,
         *,
         deadline: Deadline,
     ) -> None:
         device = self._ready_device(volume, context, read_only=plan.read_only, deadline=deadline)
         self._require_directory(path)
+        by = Encryption.NONE
+        if locks is not None:
+            by = locks.by
+            locked = LockedVolume(volume, device, locks, context, plan.read_only)
+            device, context = self._encrypted.open(locked, deadline=deadline)
         task = Task(volume, device, plan, context)
         prepared = self._preparation.prepare(task, deadline=deadline)
         self._preparation.hand_over(task)
         mounted = self._mounts.at(path)
         if mounted is not None:
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.
-            self._accept(mounted, volume, path, plan)
+            self._accept(mounted, volume, path, plan, by)
             return
         options = plan.options_for(prepared.fs_type)
         self._mounts.mount(device, path, prepared.fs_type, options, read_only=plan.read_only)
@@ -114,9 +134,11 @@ class Stage:
             self._filesystems.grow_mounted(path, device, prepared.fs_type)
         self._apply_root_mode(path, plan)
 
-    def _accept(self, mounted: Mounted, volume: NamedVolume, path: Path, plan: MountPlan) -> None:
+    def _accept(self, mounted: Mounted, volume: NamedVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
         """Take what is mounted at the staging path for what is wanted, finishing what a crash left, or say why not."""
         device = self._ownership.device_of(volume)
+        if device is not None:
+            device = self._encrypted.in_use(volume, device, by)
         if device is None or device.number != mounted.number or mounted.node_number is not None:
             raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
         found = differences(mounted, plan)
@@ -142,17 +164,32 @@ class Stage:
     # --- block ---
 
     def _stage_block(
-        self, volume: NamedVolume, context: PublishContext | None, path: Path, *, read_only: bool, deadline: Deadline
+        self,
+        volume: NamedVolume,
+        context: PublishContext | None,
+        path: Path,
+        locks: EncryptionPlan | None,
+        *,
+        read_only: bool,
+        deadline: Deadline,
     ) -> None:
         mounted = self._mounts.at(path)
         if mounted is not None:
             device = self._ownership.device_of(volume)
-            if device is not None and device.number == mounted.number:
+            if (
+                device is not None
+                and mounted.node_number is None
+                and self._ownership.owner_of(mounted, volume) is Owner.OURS
+            ):
                 raise ExistsDifferently(f"the staging of volume {volume} at {path}", ["access is mount, wanted block"])
             raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
         readers = read_only or (context is not None and context.read_only)
-        self._ready_device(volume, context, read_only=readers, deadline=deadline)
+        device = self._ready_device(volume, context, read_only=readers, deadline=deadline)
         self._require_directory(path)
+        if locks is None:
+            self._encrypted.require_plain(volume, device)
+        else:
+            self._encrypted.open(LockedVolume(volume, device, locks, context, readers), deadline=deadline)
 
     # --- both ---
 

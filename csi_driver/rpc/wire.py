@@ -230,6 +230,7 @@ def node_expand_from(message: csi_pb2.NodeExpandVolumeRequest) -> NodeExpandRequ
         capacity=range_from(message.capacity_range),
         staging_target_path=message.staging_target_path,
         capability=capability,
+        secrets=dict(message.secrets),
     )
 
 

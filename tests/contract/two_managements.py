@@ -78,14 +78,7 @@ class Storage:
     server: StorageServer
 
     @classmethod
-    def start(
-        cls,
-        directory: Path,
-        *,
-        switches: TestSwitches | None = None,
-        certificate: Path | None = None,
-        key: Path | None = None,
-    ) -> Storage:
+    def start(cls, directory: Path, *, switches: TestSwitches | None = None) -> Storage:
         pool = directory / "pool"
         pool.mkdir()
         settings = StorageSettings(
@@ -97,8 +90,6 @@ class Storage:
             pretend_targets=3,
             retry_first_s=0.01,
             test_switches=switches or TestSwitches(),
-            tls_certificate=certificate,
-            tls_key=key,
         )
         loops = FakeLoopDevices()
         server = StorageServer(settings, loops)

@@ -34,11 +34,11 @@ from csi_driver.machine import (
     Mounted,
     OpenDevice,
     OtherContent,
-    ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
 from csi_driver.model import Usage
+from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption, FakeLuks
 
 MIB = 1 << 20
 DEVICE_DIRECTORY = Path("/dev/nvmesh")
@@ -93,6 +93,10 @@ class FakeDisk:
     claimed: int | None = None
     superblock_read_only: bool = False
     status: VolumeStatus | None = None
+    luks: FakeLuks | None = None
+    below: FakeDisk | None = None
+    """What an opened encrypted device lies over."""
+    is_suspended: bool = False
 
     @property
     def ground(self) -> FakeDisk:
@@ -129,6 +133,7 @@ class FakeHost:
     def __init__(self, *, root: Path = Path("/var/lib/kubelet")) -> None:
         self.disks: dict[str, FakeDisk] = {}
         self.readers: list[FakeDisk] = []
+        self.mappers: dict[str, FakeDisk] = {}
         self.table: list[_Entry] = []
         self.tree: dict[Path, str] = {Path("/"): "directory"}
         self.root = root
@@ -145,6 +150,7 @@ class FakeHost:
         self.client_problem = ""
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
+        self.encryption = FakeEncryption(self)
         self.read_only_devices = FakeReadOnlyDevices(self)
         self.mounts = FakeMounts(self)
         self.filesystems = FakeFilesystems(self)
@@ -167,6 +173,7 @@ class FakeHost:
         if like is not None:
             disk.filesystem, disk.signature, disk.raw = like.filesystem, like.signature, like.raw
             disk.was_used, disk.size_bytes = like.was_used, like.size_bytes
+            disk.luks = like.luks
         self.disks[name] = disk
         return disk
 
@@ -192,13 +199,14 @@ class FakeHost:
         """Lose every mount, claim and read-only device; disks and directories stay."""
         self.table.clear()
         self.readers.clear()
+        self.mappers.clear()
         for disk in self.disks.values():
             disk.claimed = None
             disk.read_only = False
 
     def die(self) -> None:
         """Let the driver's process die: what it held open is closed."""
-        for disk in (*self.disks.values(), *self.readers):
+        for disk in (*self.disks.values(), *self.readers, *self.mappers.values()):
             disk.claimed = None
 
     def write_file(self, path: Path, name: str, data: bytes) -> None:
@@ -219,6 +227,9 @@ class FakeHost:
         if entry.node.read_only:
             raise SystemCallFailed(f"write {path}", errno.EPERM)
         ground = entry.node.ground
+        if ground.luks is not None and offset < ground.luks.data_offset_bytes:
+            self.destroyed.append(ground.uuid)
+            ground.luks = None
         ground.raw[offset] = data
         ground.was_used = True
 
@@ -245,11 +256,19 @@ class FakeHost:
         return next((entry for entry in reversed(self.table) if entry.path == path), None)
 
     def by_number(self, number: DeviceNumber) -> FakeDisk | None:
-        present = (*self.disks.values(), *self.readers)
+        present = (*self.disks.values(), *self.readers, *self.mappers.values())
         return next((disk for disk in present if disk.number == number and not disk.is_gone), None)
 
     def is_mounted(self, disk: FakeDisk) -> bool:
         return any(entry.disk is disk for entry in self.table)
+
+    def inner_disk(self, disk: FakeDisk, header_bytes: int) -> FakeDisk:
+        """Return the disk that is seen through a new LUKS header on `disk`."""
+        size, path = disk.size_bytes - header_bytes, MAPPER_DIRECTORY / disk.name
+        return FakeDisk(disk.name, disk.uuid, disk.number, size, path, claims_uuid=disk.claims_uuid, is_gone=True)
+
+    def is_mapped(self, disk: FakeDisk) -> bool:
+        return any(mapper.below is disk for mapper in self.mappers.values())
 
     def next_number(self, major: int) -> DeviceNumber:
         return DeviceNumber(major, next(self._minors))
@@ -297,7 +316,7 @@ class FakeDevices:
             if disk.busy_for:
                 disk.busy_for -= 1
                 raise PreconditionFailed(f"{device.path} is busy")
-            if disk.claimed is not None or self._host.is_mounted(disk):
+            if disk.claimed is not None or self._host.is_mounted(disk) or self._host.is_mapped(disk):
                 raise PreconditionFailed(f"{device.path} is in use")
             disk.claimed = fd
         try:
@@ -383,9 +402,6 @@ class FakeReadOnlyDevices:
                 return True
         return False
 
-    def present(self) -> Sequence[ReadOnlyDevice]:
-        return [ReadOnlyDevice(made.number, made.ground.path) for made in self._host.readers]
-
     def release_left_over(self, reader: str) -> None:
         for made in [made for made in self._host.readers if made.label.endswith(f"/ro-{reader}")]:
             self.release(made.number)
@@ -398,9 +414,6 @@ class FakeMounts:
     def at(self, path: Path) -> Mounted | None:
         entry = self._host.topmost(path)
         return _shown(entry) if entry is not None else None
-
-    def table(self) -> list[Mounted]:
-        return [_shown(entry) for entry in self._host.table]
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:
         shown = [_shown(entry) for entry in self._host.table]
@@ -433,7 +446,8 @@ class FakeMounts:
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         host = self._host
-        node = next((disk for disk in (*host.disks.values(), *host.readers) if disk.path == source), None)
+        nodes = (*host.disks.values(), *host.readers, *host.mappers.values())
+        node = next((disk for disk in nodes if disk.path == source), None)
         what = f"bind {source} at {target}"
         from_entry = host.topmost(source)
         wanted = "file" if node is not None else "directory"
@@ -455,6 +469,9 @@ class FakeMounts:
         entry = host.topmost(path)
         if entry is None:
             return
+        is_last = sum(other.disk is entry.disk for other in host.table) == 1
+        if entry.disk is not None and entry.disk.is_suspended and is_last:
+            raise AssertionError(f"the unmount of {path} waits for ever: its device is suspended")
         if entry.in_use and not lazy:
             raise PreconditionFailed(f"unmount {path}: it is in use")
         host.step("before unmount")
@@ -488,6 +505,9 @@ class FakeFilesystems:
         disk = self._opened(device)
         if disk.signature is not None:
             return OtherContent(disk.signature)
+        if disk.luks is not None:
+            is_whole = disk.luks.is_complete
+            return OtherContent("crypto_LUKS (crypto)" if is_whole else "data that nothing recognises")
         if disk.filesystem is not None:
             held = disk.filesystem
             return (
@@ -514,10 +534,10 @@ class FakeFilesystems:
         if disk.claimed != device.fd:
             raise AssertionError("zeroes written to a device that was not claimed")
         self._host.step("before wipe")
-        if disk.was_used or disk.signature is not None or disk.raw:
+        if disk.was_used or disk.signature is not None or disk.raw or (disk.luks is not None and disk.luks.is_used):
             self._host.destroyed.append(disk.uuid)
         tail = disk.size_bytes - PROBED_BYTES
-        disk.filesystem = disk.signature = None
+        disk.filesystem = disk.signature = disk.luks = None
         disk.raw = {offset: data for offset, data in disk.raw.items() if PROBED_BYTES <= offset < tail}
         self._host.step("after wipe")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.handover import History, PublishContext
+from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
 from csi_driver.node.marks import Mark
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
@@ -69,6 +69,7 @@ class FakeNode:
         self.host.die()
         self.use = assemble(
             devices=self.host.devices,
+            encryption=self.host.encryption,
             read_only_devices=self.host.read_only_devices,
             mounts=self.host.mounts,
             filesystems=self.host.filesystems,
@@ -91,9 +92,10 @@ class FakeNode:
         mode: AccessMode = WRITER,
         context: Mapping[str, str] | None = None,
         volume_context: Mapping[str, str] = EMPTY,
+        secrets: Mapping[str, str] = EMPTY,
     ) -> None:
         given = publish_context() if context is None else context
-        request = StageRequest(volume_id, str(staging), Capability(access, mode), given, volume_context)
+        request = StageRequest(volume_id, str(staging), Capability(access, mode), given, volume_context, secrets)
         self.use.stage.stage(request, deadline=self.soon())
 
     def unstage(self, volume_id: str = VOLUME_ID, staging: Path | str = STAGING) -> None:
@@ -109,10 +111,11 @@ class FakeNode:
         mode: AccessMode = WRITER,
         read_only: bool = False,
         context: Mapping[str, str] | None = None,
+        volume_context: Mapping[str, str] = EMPTY,
     ) -> None:
         given = publish_context() if context is None else context
         capability = Capability(access, mode)
-        request = NodePublishRequest(volume_id, str(staging), str(target), capability, read_only, given)
+        request = NodePublishRequest(volume_id, str(staging), str(target), capability, read_only, given, volume_context)
         self.use.publish.publish(request, deadline=self.soon())
 
     def unpublish(self, target: Path | str = TARGET, volume_id: str = VOLUME_ID) -> None:
@@ -127,9 +130,10 @@ class FakeNode:
         staging: Path | str = "",
         volume_id: str = VOLUME_ID,
         capability: Capability | None = None,
+        secrets: Mapping[str, str] = EMPTY,
     ) -> int:
         capacity = CapacityRange(required_bytes, limit_bytes)
-        request = NodeExpandRequest(volume_id, str(path), capacity, str(staging), capability)
+        request = NodeExpandRequest(volume_id, str(path), capacity, str(staging), capability, secrets)
         return self.use.expand.expand(request, deadline=self.soon())
 
     def usage(self, path: Path | str = TARGET, volume_id: str = VOLUME_ID) -> Usage:
@@ -145,8 +149,9 @@ def publish_context(
     read_only: bool = False,
     size_bytes: int = 64 * MIB,
     format_allowed: bool = False,
+    encryption: Encryption = Encryption.NONE,
 ) -> dict[str, str]:
     """What the controller tells the node; by default a volume that was made now and is attached first."""
     return PublishContext(
-        name, uuid, attachment, history, read_only, size_bytes, format_allowed=format_allowed
+        name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed
     ).as_map()

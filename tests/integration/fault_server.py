@@ -21,6 +21,7 @@ from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.facts import MachineTools
 from csi_driver.host.filesystem import LinuxFilesystems
+from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
@@ -39,6 +40,7 @@ def node(directory: Path) -> NodeUseCases:
     settings = NodeSettings(node_name="faults", state_directory=str(directory / "state"))
     return assemble(
         devices=on("devices", devices),
+        encryption=on("encryption", LinuxEncryption(devices)),
         read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
         mounts=on("mounts", LinuxMounts(paths.open)),
         filesystems=on("filesystems", LinuxFilesystems(devices)),

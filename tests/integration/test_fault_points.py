@@ -210,7 +210,8 @@ def require_points(world: World, node: Node, name: str) -> None:
 
 def test_every_point_is_on_the_way_of_some_story() -> None:
     known = {point.partition(":")[0] for point in points()}
-    assert set().union(*(story.passes for story in STORIES.values())) | NOT_ON_THE_WAY == known
+    in_the_vm = {name for name in known if name.startswith("encryption.")}
+    assert set().union(*(story.passes for story in STORIES.values())) | NOT_ON_THE_WAY == known - in_the_vm
 
 
 @pytest.mark.parametrize("name", STORIES)
@@ -291,11 +292,9 @@ def outlive(world: World, node: ServingNode, subject: Subject, verb: str, point:
     release = world.directory / "faults" / "release"
     release.unlink(missing_ok=True)
     world.plan(point, f"stall {release}")
-    outcomes = []
-    while world.planned():
-        # Half a second of the caller's time is kept for the answer: a machine under load needs more than one call.
-        outcomes.append(node.call(verb, subject, timeout_s=1.0 if verb == "stage" else 0.2))
-    assert any(outcome.startswith("DEADLINE_EXCEEDED") for outcome in outcomes), outcomes
+    # Half a second of the caller's time is kept for the answer, so a shorter deadline would end the call before.
+    assert node.call(verb, subject, timeout_s=0.8 if verb == "stage" else 0.2).startswith("DEADLINE_EXCEEDED")
+    world.wait_for_strike()
     assert node.call(verb, subject).startswith("ABORTED")
     opposite = OPPOSITES.get(verb)
     if opposite is not None:

@@ -99,7 +99,6 @@ class ManagementDouble(ThreadingHTTPServer):
         self.sessions: set[str] = set()
         self.expires_as: Step = SaysRaw(b"Found. Redirecting to /login", 302, location="/login")
         self._steps: dict[tuple[str, str], list[Step]] = defaultdict(list)
-        self._steps["GET", "/systemInfo"] = [Says(sample("system-info"))]
         self._lock = threading.Lock()
         self._hanging: list[threading.Event] = []
 
@@ -221,9 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running(made: Callable[[], ManagementDouble] | None = None) -> Iterator[ManagementDouble]:
+def running() -> Iterator[ManagementDouble]:
     """Serve until the block ends."""
-    double = (made or ManagementDouble)()
+    double = ManagementDouble()
     thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -1,0 +1,111 @@
+"""The kernel's device-mapper, as far as encrypted devices need it: what is mapped, over what; resume, remove.
+
+Asked by its own ioctls (include/uapi/linux/dm-ioctl.h), because a device that was made and has no table yet, as a
+cryptsetup that was killed leaves it, shows up nowhere else. What is changed is named by its uuid, which tells the kind,
+the LUKS header and the name at once, so that nothing that took a name over meanwhile is met.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.errors import SystemCallFailed
+from csi_driver.host import ioctls
+from csi_driver.machine import DeviceNumber, Mapping
+
+_CONTROL = Path("/dev/mapper/control")
+_SYS_DEVICES = Path("/sys/dev/block")
+# struct dm_ioctl: version[3], data_size, data_start, target_count, open_count, flags, event_nr, padding, dev,
+# name[128], uuid[129], data[7].
+_ARGUMENT = struct.Struct("=6Ii3IQ128s129s7x")
+_VERSION = (4, 0, 0)
+_DEV_REMOVE, _DEV_SUSPEND, _DEV_STATUS = 4, 6, 7
+_READ_ONLY, _SUSPENDED, _HAS_TABLE = 1 << 0, 1 << 1, 1 << 5
+_CRYPT = "CRYPT-"
+_ABSENT = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    number: DeviceNumber
+    flags: int
+    uuid: str
+
+
+def mapping_named(name: str) -> Mapping | None:
+    """Return the encrypted device of that name; None when there is none, or the kernel has no device-mapper."""
+    answer = _ask("look at", _DEV_STATUS, name=name)
+    if answer is None:
+        return None
+    has_table = bool(answer.flags & _HAS_TABLE)
+    return Mapping(
+        name=name,
+        kernel_uuid=answer.uuid,
+        number=answer.number,
+        size_bytes=_size_bytes(answer.number) if has_table else 0,
+        below=below(answer.number) if has_table else None,
+        read_only=bool(answer.flags & _READ_ONLY),
+        is_suspended=bool(answer.flags & _SUSPENDED),
+    )
+
+
+def below(number: DeviceNumber) -> DeviceNumber | None:
+    """Return the one device under an encrypted device; None when `number` is no such device, or that one is gone."""
+    device = _SYS_DEVICES / str(number)
+    try:
+        if not (device / "dm" / "uuid").read_text().startswith(_CRYPT):
+            return None
+        texts = [(slave / "dev").read_text() for slave in (device / "slaves").iterdir()]
+    except OSError:
+        return None
+    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
+    return DeviceNumber(int(major), int(minor)) if minor else None
+
+
+def remove(mapping: Mapping) -> bool:
+    """Take an encrypted device down; gone already is success. False when it is in use: the kernel never takes that."""
+    try:
+        _ask("remove", _DEV_REMOVE, uuid=mapping.kernel_uuid)
+    except SystemCallFailed as failure:
+        if failure.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
+def resume(mapping: Mapping) -> None:
+    """Let a suspended device carry I/O again. The kernel refuses where its key was wiped (EAGAIN)."""
+    _ask("resume", _DEV_SUSPEND, uuid=mapping.kernel_uuid)
+
+
+def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> _Answer | None:
+    try:
+        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise SystemCallFailed(f"open {_CONTROL}", error.errno or 0) from error
+    argument = bytearray(_ARGUMENT.pack(*_VERSION, _ARGUMENT.size, 0, 0, 0, 0, 0, 0, 0, name.encode(), uuid.encode()))
+    try:
+        fcntl.ioctl(control, 3 << 30 | _ARGUMENT.size << 16 | 0xFD << 8 | command, argument)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise SystemCallFailed(f"{what} the mapped device {name or uuid}", error.errno or 0) from error
+    finally:
+        os.close(control)
+    fields = _ARGUMENT.unpack(argument)
+    found = bytes(fields[12]).split(b"\0", 1)[0].decode(errors="replace")
+    return _Answer(ioctls.device_number(fields[10]), fields[7], found)
+
+
+def _size_bytes(number: DeviceNumber) -> int:
+    try:
+        return int((_SYS_DEVICES / str(number) / "size").read_text()) * 512
+    except OSError:
+        return 0

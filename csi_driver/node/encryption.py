@@ -1,0 +1,369 @@
+"""Encrypted volumes: which device of one is used, and how it is opened, grown and closed.
+
+What is used of an encrypted volume is the opened device over its own, and no use-case gets any other: the plain device
+is neither mounted nor published. A header is made only where a filesystem would be, by the same rules
+(`content.decide`); a passphrase that does not open what is there is refused and never answered with a new header.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping as Dictionary
+from dataclasses import dataclass, replace
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
+from csi_driver.handover import Encryption as By
+from csi_driver.handover import History, PublishContext
+from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, LuksHeader, Mapping, OpenDevice
+from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, Wish, decide
+from csi_driver.node.limits import HeavyWork
+from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in
+from csi_driver.node.marks import LUKS, Mark, Marks
+from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LockedVolume:
+    """A volume that is to be opened: its own device, who encrypts it and how, and what the controller told of it."""
+
+    volume: NamedVolume
+    device: Device
+    plan: EncryptionPlan
+    context: PublishContext | None
+    read_only: bool
+
+    @property
+    def uuid(self) -> str | None:
+        return self.volume.uuid or self.device.uuid
+
+    @property
+    def may_write_header(self) -> bool:
+        return self.plan.by is By.LUKS and not self.read_only
+
+
+class EncryptedVolumes:
+    """Opens and closes. The kernel and the header are the only state; every step may be repeated after a crash."""
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        encryption: Encryption,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        marks: Marks,
+        heavy: HeavyWork,
+    ) -> None:
+        self._devices = devices
+        self._encryption = encryption
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._marks = marks
+        self._heavy = heavy
+
+    # --- what is used of a volume ---
+
+    def in_use(self, volume: NamedVolume, device: Device, by: By) -> Device:
+        """Return what of a staged volume is used: the device itself, or, of an encrypted volume, the opened one.
+
+        Raises `PreconditionFailed` when an encrypted volume is not open, and when one that nobody encrypts is.
+        """
+        opened = self.opened_over(volume, device)
+        if by is By.NONE:
+            if opened is not None:
+                raise PreconditionFailed(
+                    f"volume {volume} is open as an encrypted device ({opened.path}), and is to be used unencrypted"
+                )
+            return device
+        if opened is None:
+            raise PreconditionFailed(
+                f"encrypted volume {volume} is not open on this node: it must be staged before it is published"
+            )
+        return opened
+
+    def opened_over(self, volume: NamedVolume, device: Device) -> Device | None:
+        """Return the opened device over the volume's own; None when it is not open."""
+        mapping = self._encryption.mapping(volume.name)
+        if mapping is None or not mapping.is_encryption or mapping.below != device.number or not mapping.size_bytes:
+            return None
+        return self._encryption.device(mapping, volume.uuid or device.uuid)
+
+    def require_plain(self, volume: NamedVolume, device: Device) -> None:
+        """Refuse to hand out, as it is, what this driver encrypted: its header would be overwritten."""
+        self.in_use(volume, device, By.NONE)
+        with self._devices.open(device) as opened:
+            header = self._encryption.header(opened)
+        if isinstance(header, LuksHeader) and header.subsystem == LUKS_SUBSYSTEM:
+            raise PreconditionFailed(
+                f"volume {volume} holds the LUKS header that this driver made, and is to be used unencrypted"
+            )
+
+    # --- opening ---
+
+    def open(self, task: LockedVolume, *, deadline: Deadline) -> tuple[Device, PublishContext | None]:
+        """Open the volume, with a new header where it has none and may get one; open already is success.
+
+        Return the opened device, and the context as it holds for that one: its size is without the header.
+        Raises `Denied` when no passphrase given opens it, `PreconditionFailed` when what it holds forbids it.
+        """
+        with self._heavy.place(f"open the encryption of volume {task.volume}", deadline=deadline):
+            mapping = self._present(task)
+            if mapping is None:
+                # Opening for writing and closing makes udev read the device again: only where it is likely of use.
+                is_first = task.context is not None and task.context.history is History.FIRST
+                likely = is_first or task.plan.previous is not None
+                header = self._unlock(task, write=likely and task.may_write_header, deadline=deadline)
+            else:
+                header = self._join(task, mapping)
+        mapping = self._encryption.mapping(task.volume.name)
+        if mapping is None or mapping.below != task.device.number or not mapping.is_of(header):
+            raise PreconditionFailed(f"{self._encryption.path_of(task.volume.name)} is not volume {task.volume}")
+        device = self._encryption.device(mapping, task.uuid)
+        if task.context is None:
+            return device, None
+        inner_bytes = max(0, task.context.size_bytes - header.data_offset_bytes)
+        return device, replace(task.context, size_bytes=inner_bytes)
+
+    def _present(self, task: LockedVolume) -> Mapping | None:
+        """Return what is open under the volume's name, if it can stay; what a crash left half open is taken down."""
+        mapping = self._encryption.mapping(task.volume.name)
+        if mapping is None:
+            return None
+        path = self._encryption.path_of(task.volume.name)
+        if not mapping.is_encryption:
+            raise PreconditionFailed(f"{path} is no encrypted device, wanted volume {task.volume}")
+        is_dead = not mapping.size_bytes or mapping.below is None or not self._devices.size_bytes(mapping.below)
+        if is_dead:
+            self._encryption.close(mapping)
+            return None
+        if mapping.below != task.device.number:
+            raise PreconditionFailed(
+                f"{path} lies over device {mapping.below}, wanted over {task.device.number}: it is open for another "
+                "volume, or left over; close it when nothing uses it"
+            )
+        if mapping.is_suspended:
+            self._encryption.resume(mapping)
+        if mapping.read_only == task.read_only or self._mounts.of_device(mapping.number):
+            self._require_access(mapping, task)
+            return mapping
+        self._encryption.close(mapping)
+        return None
+
+    @staticmethod
+    def _require_access(mapping: Mapping, task: LockedVolume) -> None:
+        if mapping.read_only and not task.read_only:
+            raise PreconditionFailed(f"volume {task.volume} is open read-only on this node, wanted write access")
+
+    def _join(self, task: LockedVolume, mapping: Mapping) -> LuksHeader:
+        """Use what is open already, when it is this volume and the passphrase is right; let it take a new size."""
+        with self._devices.open(task.device) as opened:
+            header = self._encryption.header(opened)
+            if not isinstance(header, LuksHeader) or not mapping.is_of(header):
+                raise PreconditionFailed(
+                    f"{self._encryption.path_of(mapping.name)} was opened by another header than {task.volume} has"
+                )
+            passphrase = next((told for told in task.plan.passphrases if self._encryption.opens(opened, told)), None)
+        if passphrase is None:
+            raise _denied(task.volume)
+        if mapping.size_bytes + header.data_offset_bytes < task.device.size_bytes and not mapping.read_only:
+            self._encryption.resize(mapping, passphrase)
+        return header
+
+    def _unlock(self, task: LockedVolume, *, write: bool, deadline: Deadline) -> LuksHeader:
+        """Open the volume's device; without `write`, its device is opened again where a header is to be made."""
+        with self._devices.open(task.device, write=write, exclusive=True) as opened:
+            header = self._encryption.header(opened)
+            verdict = self._judge(opened, header, task, deadline)
+            match verdict:
+                case Refuse(reason=reason):
+                    raise PreconditionFailed(f"volume {task.volume} {reason}")
+                case LuksHeader():
+                    return self._open_with(opened, verdict, task, may_write=write)
+                case _ if write:
+                    made = self._make(opened, task, verdict)
+                    return self._open_with(opened, made, task, may_write=write)
+        return self._unlock(task, write=True, deadline=deadline)
+
+    def _open_with(self, opened: OpenDevice, header: LuksHeader, task: LockedVolume, *, may_write: bool) -> LuksHeader:
+        self._forget_half_made(task)
+        passphrase = self._fitting(opened, header, task, may_write=may_write)
+        discards = task.plan.allow_discards
+        self._encryption.open(opened, passphrase, read_only=task.read_only, allow_discards=discards)
+        return header
+
+    def _judge(
+        self, opened: OpenDevice, header: LuksHeader | DamagedHeader | None, task: LockedVolume, deadline: Deadline
+    ) -> LuksHeader | Verdict:
+        """Decide what to do with what the device holds: use the header, make one, or refuse."""
+        evidence = self._evidence(task)
+        refusal = ""
+        if isinstance(header, LuksHeader):
+            if header.subsystem == LUKS_SUBSYSTEM and header.label != task.uuid:
+                refusal = f"the LUKS header of volume {header.label}"
+            elif header.key_slots:
+                return header
+            elif evidence.begun == LUKS and task.may_write_header:
+                return FormatAgain(LUKS)
+            else:
+                refusal = "a LUKS header without a single key, which nothing opens any more"
+        if task.plan.by is By.NATIVE:
+            refusal = refusal or ("a damaged LUKS header" if header is not None else "no LUKS header")
+            return Refuse(f"holds {refusal}, wanted the one that the storage made when it initialised the volume")
+        if refusal:
+            may_go = evidence.may_format_over and task.may_write_header
+            return FormatOver(LUKS, refusal) if may_go else Refuse(f"holds {refusal}, wanted its own")
+        content = self._filesystems.probe(opened, deadline=deadline)
+        return decide(content, Wish(LUKS, task.read_only), evidence, supported=(LUKS,))
+
+    def _evidence(self, task: LockedVolume) -> Evidence:
+        context = task.context or PublishContext(task.volume.name, task.uuid or "")
+        return Evidence(
+            history=context.history,
+            attachment=context.attachment,
+            mark=self._marks.read(task.uuid) if task.uuid else None,
+            format_allowed=context.format_allowed,
+        )
+
+    # --- headers and keys ---
+
+    def _make(self, opened: OpenDevice, task: LockedVolume, verdict: LuksHeader | Verdict) -> LuksHeader:
+        uuid, context = task.uuid, task.context
+        task.plan.require_good_passphrase()
+        if uuid is None:
+            raise PreconditionFailed(
+                f"volume {task.volume} is blank and gets no LUKS header: neither its id nor the device tells its uuid"
+            )
+        have, wanted = task.device.size_bytes, context.size_bytes if context else 0
+        if have < wanted:
+            raise PreconditionFailed(
+                f"volume {task.volume} gets no LUKS header: its device has {have} bytes, wanted {wanted}"
+            )
+        if isinstance(verdict, Format) and verdict.prove_every_block:
+            self._prove_blank(opened, task.volume)
+        self._marks.write(Mark(uuid, context.attachment if context else 0, LUKS))
+        how = "for the first time"
+        if not isinstance(verdict, Format):
+            how = "again, after one left unfinished"
+            if isinstance(verdict, FormatOver):
+                how = f"over what was there, which was allowed for this attachment: {verdict.found}"
+            logger.warning("volume %s (%s) gets a LUKS2 header %s", task.volume, uuid, how)
+            self._filesystems.wipe(opened)
+        self._encryption.format(opened, task.plan.settings, task.plan.passphrase, volume_uuid=uuid)
+        logger.info("made a LUKS2 header on volume %s (%s) %s", task.volume, uuid, how)
+        header = self._encryption.header(opened)
+        if not isinstance(header, LuksHeader) or not header.key_slots:
+            raise HostFailure(f"the LUKS header just made on {opened.device.path} cannot be read")
+        return header
+
+    def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
+        def log(done_bytes: int, total_bytes: int) -> None:
+            logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
+
+        logger.info("reading every block of volume %s before it gets a LUKS header", volume)
+        offset = self._filesystems.first_data(opened, deadline=None, progress=log)
+        if offset is not None:
+            raise PreconditionFailed(
+                f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "
+                "it was in use before, and only a device that is zero throughout gets a LUKS header"
+            )
+
+    def _forget_half_made(self, task: LockedVolume) -> None:
+        """Take the header for finished: it has a key, and is used from now on."""
+        mark = self._marks.read(task.uuid) if task.uuid else None
+        if mark is not None and mark.filesystem == LUKS:
+            self._marks.remove(mark.volume_uuid)
+
+    def _fitting(self, opened: OpenDevice, header: LuksHeader, task: LockedVolume, *, may_write: bool) -> str:
+        """Return the passphrase that opens the volume, after it has replaced the previous one where that is asked.
+
+        In this order, so that at every moment one of the two opens it: add the new one, prove it, remove the old one.
+        """
+        plan, previous = task.plan, task.plan.previous
+        if self._encryption.opens(opened, plan.passphrase):
+            if may_write and previous is not None and header.key_slots > 1 and self._encryption.opens(opened, previous):
+                self._remove_key(opened, task, previous)
+            return plan.passphrase
+        if previous is None or not self._encryption.opens(opened, previous):
+            raise _denied(task.volume)
+        if not may_write:
+            return previous
+        plan.require_good_passphrase()
+        self._encryption.add_key(opened, plan.settings, previous, plan.passphrase)
+        if not self._encryption.opens(opened, plan.passphrase):
+            raise HostFailure(f"the key added to volume {task.volume} does not open it; the previous one still does")
+        self._remove_key(opened, task, previous)
+        return plan.passphrase
+
+    def _remove_key(self, opened: OpenDevice, task: LockedVolume, previous: str) -> None:
+        self._encryption.remove_key(opened, previous)
+        logger.info("volume %s: its previous passphrase opens it no more", task.volume)
+
+    # --- growing and closing ---
+
+    def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Dictionary[str, str]) -> Device:
+        """Let the opened device over a grown one take its size, and return it as it is then; `used` if it is plain."""
+        mapping = self._encryption.mapping(volume.name)
+        if used.number == device.number or mapping is None or mapping.number != used.number:
+            return used
+        if mapping.is_suspended:
+            self._encryption.resume(mapping)
+        with self._devices.open(device) as opened:
+            header = self._encryption.header(opened)
+        if not isinstance(header, LuksHeader):
+            raise PreconditionFailed(f"volume {volume} is open and has no LUKS header that is whole: keep it open")
+        if mapping.read_only or mapping.size_bytes + header.data_offset_bytes >= device.size_bytes:
+            return used
+        self._resize(volume, mapping, secrets)
+        return self.opened_over(volume, device) or used
+
+    def _resize(self, volume: NamedVolume, mapping: Mapping, secrets: Dictionary[str, str]) -> None:
+        passphrase = passphrase_in(secrets)
+        told = (passphrase, secrets.get(PREVIOUS_KEY))
+        for each in told[: 1 if told[1] is None else 2]:
+            try:
+                self._encryption.resize(mapping, each)
+            except Denied:
+                continue
+            return
+        if passphrase is None:
+            raise MissingField(
+                f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}; the StorageClass names it as its "
+                f"node-expand secret), without which encrypted volume {volume} grows only when it is staged next,"
+            )
+        raise _denied(volume)
+
+    def wake(self, volume: NamedVolume) -> None:
+        """Let the opened device carry I/O again where a cut-off resize left it suspended, or an unmount hangs."""
+        mapping = self._encryption.mapping(volume.name)
+        if mapping is not None and mapping.is_encryption and mapping.is_suspended and mapping.size_bytes:
+            self._encryption.resume(mapping)
+
+    def close(self, volume: NamedVolume) -> None:
+        """Close the volume when nothing on this node uses it any more; not open is success.
+
+        Raises `PreconditionFailed` when something other than a mount uses it: the same call later will do.
+        """
+        mapping = self._encryption.mapping(volume.name)
+        if mapping is None or not self._is_of(mapping, volume) or self._mounts.of_device(mapping.number):
+            return
+        self._encryption.close(mapping)
+
+    def _is_of(self, mapping: Mapping, volume: NamedVolume) -> bool:
+        """Tell whether an opened device is the volume's; a name alone proves nothing while there is a device below."""
+        if not mapping.is_encryption:
+            return False
+        if mapping.below is None:
+            return True
+        claimed = self._devices.uuid_of(mapping.number)
+        if claimed is not None and volume.uuid is not None:
+            return claimed == volume.uuid
+        device = self._devices.find(volume.name, volume.uuid)
+        return device is not None and device.number == mapping.below
+
+
+def _denied(volume: NamedVolume) -> Denied:
+    return Denied(f"the passphrase in the secret does not open volume {volume}; nothing was changed")
