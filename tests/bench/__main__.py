@@ -24,9 +24,10 @@ from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.bench.measure import Timing, resident_mib, timed
+from tests.bench.storm import Weather, ideal_s, storm
 
 GIB = 1 << 30
-PARTS = ("start", "memory", "calls", "mounts", "probe", "shell", "list")
+PARTS = ("start", "memory", "calls", "mounts", "probe", "shell", "storm", "list")
 ROLES = ("storage", "controller", "node")
 EXT4 = Capability(MountAccess(fs_type="ext4"), AccessMode.SINGLE_NODE_WRITER)
 XFS = Capability(MountAccess(fs_type="xfs"), AccessMode.SINGLE_NODE_WRITER)
@@ -317,6 +318,93 @@ def measure_probe_during_stages(stack: Stack, directory: Path, stages: int) -> N
         timed(step, volumes, at_once=8)
 
 
+SHELL_MOUNT = 'mount "$1" "$2" && mount --bind "$2" "$3"'
+
+
+def measure_storm(stack: Stack, directory: Path, volumes: int, publications: int) -> None:
+    """Print how long many volumes take that are staged and published at once, blank and in use before."""
+    table = Table(
+        "Boot storm, beside a shell script one by one over the processors", ("", "calls", "s", "ideal s", "longest s")
+    )
+    life = LifeCycle(stack, EXT4)
+    subjects_of_it = subjects(directory, "storm", volumes)
+    timed(life.create, subjects_of_it, at_once=16)
+    timed(life.attach, subjects_of_it, at_once=16)
+    alone = shell_alone(life, directory)
+    for what in ("blank", "in use before"):
+        weather = storm(stack.node.socket, [up(subject) for subject in subjects_of_it], at_once=volumes)
+        storm_row(table, f"{volumes} volumes, {what}", weather, ideal_s(alone[what], volumes))
+        if what == "blank":
+            storm(stack.node.socket, [down(subject) for subject in subjects_of_it], at_once=16)
+    many = [
+        Subject("", one.staging, directory / f"storm-{n}-many", one.volume_id, one.publish_context)
+        for n in range(publications)
+        for one in [subjects_of_it[n % volumes]]
+    ]
+    weather = storm(stack.node.socket, [[publishing(each)] for each in many], at_once=min(publications, volumes))
+    storm_row(table, f"{publications} more publications", weather, ideal_s(alone["bind"], publications))
+    timed(life.unpublish, many, at_once=16)
+    for step in (life.unpublish, life.unstage, life.detach, life.delete):
+        timed(step, subjects_of_it, at_once=16)
+
+
+def storm_row(table: Table, name: str, weather: Weather, ideal: float) -> None:
+    table.row(name, weather.calls, weather.wall_s, ideal, weather.longest_s)
+    print(f"  errors: {weather.told()}")
+
+
+def up(subject: Subject) -> list[Callable[[CsiClient], object]]:
+    """Return what kubelet calls to bring a volume up."""
+    context = subject.publish_context or {}
+    return [
+        lambda client: client.stage(subject.volume_id, subject.staging, EXT4, publish_context=context),
+        publishing(subject),
+    ]
+
+
+def publishing(subject: Subject) -> Callable[[CsiClient], object]:
+    context = subject.publish_context or {}
+    return lambda client: client.publish(
+        subject.volume_id, subject.staging, subject.target, EXT4, publish_context=context
+    )
+
+
+def down(subject: Subject) -> list[Callable[[CsiClient], object]]:
+    """Return what kubelet calls to take a volume down."""
+    return [
+        lambda client: client.unpublish(subject.volume_id, subject.target),
+        lambda client: client.unstage(subject.volume_id, subject.staging),
+    ]
+
+
+def shell_alone(life: LifeCycle, directory: Path, rounds: int = 20) -> dict[str, float]:
+    """Return the seconds that one volume alone takes a shell script: blank, in use before, one more publication."""
+    volumes = subjects(directory, "storm-shell", rounds)
+    timed(life.create, volumes, at_once=8)
+    timed(life.attach, volumes, at_once=8)
+    by_script = ByScript(life.stack, "ext4", "-m 0 -E nodiscard,lazy_itable_init=1,lazy_journal_init=1")
+    found = {"blank": timed(by_script.do, volumes, at_once=1).wall_s / rounds}
+    timed(by_script.undo, volumes, at_once=1)
+
+    def mount(subject: Subject) -> None:
+        device = life.stack.directory / "dev" / subject.volume_id.split(":")[1]
+        subject.target.mkdir()
+        argv: list[str | Path] = ["bash", "-c", SHELL_MOUNT, "bash", device, subject.staging, subject.target]
+        subprocess.run(argv, check=True)
+
+    def bind(subject: Subject) -> None:
+        subprocess.run(["bash", "-c", 'mount --bind "$1" "$2"', "bash", subject.staging, subject.target], check=True)
+
+    found["in use before"] = timed(mount, volumes, at_once=1).wall_s / rounds
+    found["bind"] = timed(bind, volumes, at_once=1).wall_s / rounds
+    for volume in volumes:
+        subprocess.run(["umount", volume.target], check=True)
+    timed(by_script.undo, volumes, at_once=1)
+    for step in (life.detach, life.delete):
+        timed(step, volumes, at_once=8)
+    return found
+
+
 def measure_memory(stack: Stack, directory: Path, calls: int) -> None:
     """Print resident memory of the controller and the node, idle and after many calls."""
     table = Table("Resident memory, MiB", ("", "idle", f"{calls} calls", "growth"))
@@ -422,6 +510,8 @@ def main() -> None:
                 measure_probe_during_stages(stack, directory, 10 if quick else 100)
             if "shell" in wanted:
                 measure_shell(stack, directory, 1 if quick else 5)
+            if "storm" in wanted:
+                measure_storm(stack, directory, *((20, 50) if quick else (300, 1000)))
             if "list" in wanted:
                 measure_list(stack, 200 if quick else 10_000)
     finally:
