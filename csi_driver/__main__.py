@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,6 +32,7 @@ from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
     from csi_driver.node.faults import PortHook
+    from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import Health
     from csi_driver.rpc.server import Register
     from csi_driver.rpc.settings import EndpointSettings
@@ -125,6 +127,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.host.luks import LinuxEncryption
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
+    from csi_driver.node.rounds import Rounds
     from csi_driver.node.service import assemble, mark_files
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
@@ -155,6 +158,9 @@ def _node(command: NodeCommand) -> int:
         command.driver_name,
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
+        lambda boundary: Rounds(
+            lambda: use_cases.reconcile.sweep(boundary.keeping_off), command.node.reconcile_interval_s, name="reconcile"
+        ),
     )
 
 
@@ -178,7 +184,9 @@ def _serve(
     driver_name: str,
     health: Health,
     register: Register,
+    beside: Callable[[Boundary], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> int:
+    """Serve until told to end, with what `beside` makes running along."""
     from csi_driver.controller.naming import volume_name
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import IdentityServicer
@@ -191,8 +199,9 @@ def _serve(
     lanes = Lanes()
     identity = IdentityServicer(driver_name, driver_version, health)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    server = Server(settings, Boundary(Claims(zone, volume_name), lanes), lanes, services)
-    with Termination() as termination:
+    boundary = Boundary(Claims(zone, volume_name), lanes)
+    server = Server(settings, boundary, lanes, services)
+    with Termination() as termination, beside(boundary):
         server.start()
         termination.wait()
         if not server.drain():

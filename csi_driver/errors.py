@@ -211,9 +211,10 @@ class ReservationConflict(PreconditionFailed):
 class ServerUnreachable(StorageUnavailable):
     """A management server could not be asked: the request certainly did not reach it, or it turned it away unread."""
 
-    def __init__(self, server: str, reason: str) -> None:
+    def __init__(self, server: str, reason: str, *, timed_out: bool = False) -> None:
         self.server = server
         self.reason = reason
+        self.timed_out = timed_out
         super().__init__(f"management server {server} cannot be asked: {reason}")
 
 

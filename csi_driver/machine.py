@@ -90,6 +90,14 @@ class StorageClient:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadOnlyDevice:
+    """A read-only device that stands over another one for a reader; `over` is that one's node when it was made."""
+
+    number: DeviceNumber
+    over: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Mounted:
     """A mount as the kernel shows it at one path (the topmost, where several are stacked).
 

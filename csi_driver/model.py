@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from types import MappingProxyType
 
 DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
@@ -383,6 +383,14 @@ class SystemInfo:
     version: str
     api_version: str
     cluster_id: str
+
+
+class Feature(Enum):
+    """What not every management offers; the value is the first version of its API that does."""
+
+    NATIVE_ENCRYPTION = (8,)
+    REFERENCE_ID = (10,)
+    VPG_RECLAIM = (17, 2)
 
 
 # --- answers of use-cases ------------------------------------------------------------------------------------

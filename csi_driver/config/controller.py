@@ -36,6 +36,14 @@ _USER = Flag(
     "User to log in as.",
     metavar="USER",
 )
+_USER_FILE = Flag(
+    "--management-user-file",
+    read.path,
+    NO_PATH,
+    "none",
+    "File that holds the user to log in as, in place of --management-user; read again at every login.",
+    metavar="FILE",
+)
 _PASSWORD_FILE = Flag(
     "--management-password-file",
     read.path,
@@ -89,6 +97,13 @@ _REQUESTS = Flag(
     unit="requests",
     metavar="N",
 )
+_ALLOW_INCOMPATIBLE = Flag(
+    "--allow-incompatible-versions",
+    read.boolean,
+    False,
+    "false",
+    "Work with a management whose API is older than version 15, at your own risk.",
+)
 _FORCE_DETACH = Flag(
     "--force-detach", read.boolean, False, "false", "Detach volumes by force, even where their device is in use."
 )
@@ -133,9 +148,9 @@ _DETACH_WAIT = Flag(
 )
 
 CONTROLLER_FLAGS = table(
-    *ENDPOINT_FLAGS, _SERVERS, _USER, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
-    _REQUEST_TIMEOUT, _REQUESTS, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH, _FENCING, _USE_PREEMPT, _USABLE_WAIT,
-    _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
+    *ENDPOINT_FLAGS, _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE,
+    _CLIENT_KEY, _REQUEST_TIMEOUT, _REQUESTS, _ALLOW_INCOMPATIBLE, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH,
+    _FENCING, _USE_PREEMPT, _USABLE_WAIT, _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -170,10 +185,11 @@ def _fencing(values: Values) -> Fencing:
 
 def _management(values: Values) -> ManagementSettings:
     servers = values.all(_SERVERS)
-    password_file = values.one(_PASSWORD_FILE)
+    username_file, password_file = values.one(_USER_FILE), values.one(_PASSWORD_FILE)
     settings = ManagementSettings(
         servers=servers,
-        username=values.one(_USER) if password_file is not None else "",
+        username=values.one(_USER) if password_file is not None and username_file is None else "",
+        username_file=username_file,
         password_file=password_file,
         ca_file=values.one(_CA_FILE),
         tls_verify=values.one(_TLS_VERIFY),
@@ -182,6 +198,7 @@ def _management(values: Values) -> ManagementSettings:
         request_timeout_s=values.one(_REQUEST_TIMEOUT),
         max_requests_in_flight=values.one(_REQUESTS),
         driver_name=values.one(DRIVER_NAME),
+        allow_incompatible_versions=values.one(_ALLOW_INCOMPATIBLE),
     )
     if servers:
         values.problems.extend(settings.problems())

@@ -59,9 +59,19 @@ _HEAVY = Flag(
     metavar="N",
 )
 
+_RECONCILE = Flag(
+    "--reconcile-interval",
+    read.duration,
+    60.0,
+    "60",
+    "Look this often for what is left over on the node; what two looks prove orphaned is cleaned up. 0 = never.",
+    unit="seconds",
+    metavar="TIME",
+)
+
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY,
-    *LOG_FLAGS,
+    _RECONCILE, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -78,6 +88,8 @@ def node(values: Values) -> NodeCommand:
             topology_key=values.one(TOPOLOGY_KEY),
             max_volumes_per_node=values.one(MAX_VOLUMES),
             heavy_operations=values.one(_HEAVY),
+            driver_name=driver_name,
+            reconcile_interval_s=values.one(_RECONCILE),
         ),
         driver_name=driver_name,
         path_roots=values.all(_PATH_ROOTS) or (_PATH_ROOTS.default,),

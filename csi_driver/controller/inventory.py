@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
-from csi_driver import capacity as sizes
 from csi_driver.controller import access
 from csi_driver.controller.locate import described, issued_handle, require
 from csi_driver.controller.naming import derived_spelling, held_reference
@@ -12,22 +13,32 @@ from csi_driver.controller.parameters import VolumeParameters, is_compared, pars
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation
 from csi_driver.controller.requests import ControllerSettings, ValidateRequest
+from csi_driver.controller.room import room
+from csi_driver.controller.search import Found, doubles, report_double
 from csi_driver.controller.tokens import LAST, Position, mark, read_token
+from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import Denied, InvalidRequest, StaleToken, StorageUnavailable, Unauthenticated, shown
+from csi_driver.errors import InvalidRequest, StaleToken, shown
 from csi_driver.model import Capability, Capacity, Client, ListedVolume, Segments, Volume, VolumeHandle
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Volume uuid, then reference id, to the node ids that hold it so."""
+_Entry = tuple[Position, ListedVolume]
+_JUDGED_AT_ONCE = 16
+"""Names in several zones that one call looks into; the next call goes on."""
+
+_log = logging.getLogger(__name__)
 
 
 class Inventory:
     """Tell which volumes there are, who holds them, and what room is left."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
+    def __init__(self, clusters: Clusters, settings: ControllerSettings, *, crew: Crew = CREW) -> None:
         self._clusters = clusters
+        self._crew = crew
         self._settings = settings
         self._was_ready = False
+        self._judged: set[str] = set()
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
         """Return one page (0 = everything) and the token of the next, empty at the end.
@@ -64,7 +75,8 @@ class Inventory:
     ) -> Capacity:
         """Return the room for volumes of this kind: an upper bound, as only allocating tells what fits.
 
-        Nothing is available for what could never be made, nor in a zone that is not served.
+        Nothing is available for what could never be made, nor in a zone that is not served. Of several zones one that
+        cannot be asked counts as full, so that work goes where it can be done; where none can be asked this raises.
         """
         read = parse(parameters)
         try:
@@ -72,15 +84,11 @@ class Inventory:
         except InvalidRequest:
             return Capacity(0)
         zone = segments.get(self._settings.topology_key) if segments else None
-        rooms = [
-            self._room(management, read, deadline=deadline)
-            for served in self._clusters.zones()
-            if zone in (None, served) and (management := self._clusters.management(served)) is not None
-        ]
+        rooms = self._rooms(zone, read, deadline=deadline)
         least = [minimum for _, minimum in rooms if minimum is not None]
         return Capacity(
-            available_bytes=sum(room for room, _ in rooms),
-            maximum_volume_bytes=max((room for room, _ in rooms), default=0),
+            available_bytes=sum(free for free, _ in rooms),
+            maximum_volume_bytes=max((free for free, _ in rooms), default=0),
             minimum_volume_bytes=min(least) if least else None,
         )
 
@@ -108,39 +116,38 @@ class Inventory:
     def ready(self, *, deadline: Deadline) -> bool:
         """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing."""
         if not self._was_ready:
-            self._was_ready = any(self._answers(zone, deadline=deadline) for zone in self._clusters.zones())
+            zones = self._clusters.zones()
+            self._was_ready = any_says_yes(
+                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
+            )
         return self._was_ready
 
     def _answers(self, zone: str, *, deadline: Deadline) -> bool:
         management = self._clusters.management(zone)
         if management is None:
             return False
-        try:
-            management.system_info(deadline=deadline)
-        except (StorageUnavailable, Unauthenticated, Denied):
-            return False
+        management.system_info(deadline=deadline)
         return True
 
-    def _room(self, management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
-        """Return the usable bytes and the smallest volume's, without what encryption takes of a volume."""
-        layout, header = read.layout, read.encryption.header_bytes
-        if layout is None:
-            name = read.vpg or ""
-            vpg = management.vpg(name, deadline=deadline)
-            if vpg is None:
-                return 0, None
-            layout = vpg.layout
-            header = read.encryption.in_group(vpg).header_bytes
-            reserved = management.vpg_free_bytes(name, deadline=deadline)
-            if reserved is not None:
-                granule = sizes.granule_bytes(layout)
-                return max(0, reserved // granule * granule - header), sizes.minimum_bytes(layout) - header
-        raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
-        return max(0, sizes.usable_bytes(raw, layout) - header), sizes.minimum_bytes(layout) - header
+    def _rooms(
+        self, zone: str | None, read: VolumeParameters, *, deadline: Deadline
+    ) -> Sequence[tuple[int, int | None]]:
+        """Return the usable bytes and the smallest volume's, of each zone asked for that answers."""
+        served = self._clusters.zones()
+        wanted = [each for each in served if zone in (None, each)]
 
-    def _entries(
-        self, starting_token: str, page: int, *, deadline: Deadline
-    ) -> Iterator[tuple[Position, ListedVolume]]:
+        def room_in(each: str) -> tuple[int, int | None]:
+            management = self._clusters.management(each)
+            return (0, None) if management is None else room(management, read, deadline=deadline)
+
+        answers = ask(wanted, room_in, deadline=deadline, crew=self._crew)
+        if answers.missing and len(answers.missing) == len(served):
+            raise unavailable(answers.missing)
+        for each, reason in sorted(answers.missing.items()):
+            _log.warning("the capacity of zone %s counts as 0: %s", each, reason)
+        return list(answers.given.values())
+
+    def _entries(self, starting_token: str, page: int, *, deadline: Deadline) -> Iterator[_Entry]:
         """Yield all entries behind the token, in the order of (zone, volume, spelling)."""
         start = read_token(starting_token) if starting_token else None
         zones = sorted(self._clusters.zones())
@@ -149,15 +156,46 @@ class Inventory:
             if at is None:
                 raise StaleToken(f"starting_token {shown(starting_token)} names a zone that is not served any more")
             zones = zones[at:]
-        for zone in zones:
+
+        def of_zone(zone: str) -> Iterator[_Entry]:
             management = self._clusters.management(zone)
-            if management is not None:
-                yield from self._entries_of_zone(zone, management, start, page, deadline=deadline)
-            start = None
+            if management is None:
+                return iter(())
+            return self._entries_of_zone(zone, management, start if zone == zones[0] else None, page, deadline=deadline)
+
+        if page:
+            for zone in zones:
+                yield from of_zone(zone)
+            return
+        # A zone that cannot be asked ends the call: a volume that is left out would look deleted.
+        found = ask(zones, lambda zone: list(of_zone(zone)), deadline=deadline, crew=self._crew).all()
+        self._report_doubles(found, deadline=deadline)
+        for zone in zones:
+            yield from found[zone]
+
+    def _report_doubles(self, found: Mapping[str, Sequence[_Entry]], *, deadline: Deadline) -> None:
+        """Tell of volumes that a crash or a skipped zone left in two zones, each once; nothing is ever deleted."""
+        places: dict[str, list[str]] = {}
+        for zone, entries in found.items() if len(found) > 1 else ():
+            for name in {position.name for position, _ in entries}:
+                places.setdefault(name, []).append(zone)
+        new = [name for name, zones in places.items() if len(zones) > 1 and name not in self._judged]
+        for name in new[:_JUDGED_AT_ONCE]:
+            look = ask(places[name], partial(self._found, name, deadline), deadline=deadline, crew=self._crew)
+            if look.missing:
+                continue
+            self._judged.add(name)
+            for same in doubles(volume for volume in look.given.values() if volume is not None):
+                report_double(same)
+
+    def _found(self, name: str, deadline: Deadline, zone: str) -> Found | None:
+        management = self._clusters.management(zone)
+        volume = management.volume(name, deadline=deadline) if management is not None else None
+        return None if volume is None else Found(zone, volume)
 
     def _entries_of_zone(
         self, zone: str, management: Management, start: Position | None, page: int, *, deadline: Deadline
-    ) -> Iterator[tuple[Position, ListedVolume]]:
+    ) -> Iterator[_Entry]:
         holders = _holders(management.clients(deadline=deadline))
         zone_mark = mark(zone)
         for volume in _volumes_from(management, start, page, deadline=deadline):

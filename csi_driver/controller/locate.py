@@ -10,6 +10,7 @@ from csi_driver.controller.naming import held_reference
 from csi_driver.controller.parameters import CONTEXT_KEYS
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
+from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.model import Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
@@ -46,18 +47,17 @@ class Located:
 def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located | None:
     """Find the volume that a CSI volume id means; None when there is no such volume (any more).
 
-    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without zone that fits volumes in several zones.
+    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without zone that fits volumes in several zones; such an
+    id needs the answer of every zone, lest it mean another volume of that name.
     """
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
         return None
     if handle.zone is not None and clusters.management(handle.zone) is None:
         raise ZoneNotServed(volume_id, handle.zone)
-    found = [
-        located
-        for zone in ([handle.zone] if handle.zone is not None else clusters.zones())
-        if (located := _locate_in(clusters, zone, handle, deadline=deadline)) is not None
-    ]
+    zones = [handle.zone] if handle.zone is not None else clusters.zones()
+    answers = ask(zones, lambda zone: _locate_in(clusters, zone, handle, deadline=deadline), deadline=deadline).all()
+    found = [located for zone in zones if (located := answers[zone]) is not None]
     if len(found) > 1:
         zones = ", ".join(located.zone for located in found)
         raise PreconditionFailed(f"volume {shown(volume_id)} exists in the zones {zones}; wanted an id that names one")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import Client, ReservationMode, SystemInfo, Volume, VolumeChanges, VolumeSpec, Vpg
+from csi_driver.model import Client, Feature, ReservationMode, SystemInfo, Volume, VolumeChanges, VolumeSpec, Vpg
 
 
 class Management(Protocol):
@@ -19,6 +19,10 @@ class Management(Protocol):
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         """Ask who answers; proves reachability and login."""
+        ...
+
+    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
+        """Tell whether the management is new enough for this; no request where its version is known already."""
         ...
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity
 from csi_driver.controller import access, parameters, record
@@ -15,17 +16,21 @@ from csi_driver.controller.keying import Keying
 from csi_driver.controller.locate import described, locate
 from csi_driver.controller.naming import issued_reference, volume_name
 from csi_driver.controller.parameters import VolumeParameters
-from csi_driver.controller.placement import allowed_zones
+from csi_driver.controller.placement import Placement, allowed_zones
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings, CreateRequest
+from csi_driver.controller.search import Found, Search
 from csi_driver.controller.waiting import within
+from csi_driver.controller.zones import CREW, Crew
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     DeadlineReached,
+    DriverError,
     Exhausted,
     ExistsDifferently,
     InvalidField,
+    InvalidRequest,
     OperationPending,
     PreconditionFailed,
     StorageUnavailable,
@@ -35,6 +40,13 @@ from csi_driver.handover import Encryption
 from csi_driver.model import CapacityRange, Layout, ProvisionedVolume, Volume, VolumeHandle, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
+
+
+class VpgMissing(InvalidField):
+    """A zone has no volume provisioning group of this name; another one may."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("parameters.vpg", name, "a volume provisioning group that exists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +80,19 @@ class _Wanted:
 class Provision:
     """Make volumes and delete them. Keeps no state: several controllers may do the same at once."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
+    def __init__(
+        self,
+        clusters: Clusters,
+        settings: ControllerSettings,
+        *,
+        crew: Crew = CREW,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
         self._clusters = clusters
         self._settings = settings
+        self._wall_s = wall_s
+        self._search = Search(clusters, settings, crew, wall_s)
+        self._placement = Placement(clusters, settings.zone_policy, crew)
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
         """Make the volume, or find it again when it was made before, and wait until it is usable.
@@ -82,13 +104,22 @@ class Provision:
         wanted = _understood(request)
         key = self._settings.topology_key
         zones = allowed_zones(self._clusters.zones(), request.topology, key)
-        if len(zones) > 1:
+        if not self._is_alone():
             # Nothing is made anywhere before each allowed zone has said that it does not have the volume.
-            for zone in zones:
-                existing = self._management(zone).volume(wanted.name, deadline=deadline)
-                if existing is not None and read_name(existing) == wanted.csi_name:
-                    return self._finish(zone, wanted, existing, deadline=deadline)
+            found = self._search.find(wanted.name, wanted.csi_name, zones, deadline=deadline)
+            if isinstance(found, Found):
+                return self._finish(found.zone, wanted, found.volume, deadline=deadline)
+            if not found:
+                raise StorageUnavailable(f"none of the zones {', '.join(zones)} can be asked")
+            zones = self._placement.order(
+                found, request.topology, key, name=wanted.name, size_bytes=wanted.capacity.required_bytes,
+                parameters=wanted.parameters, deadline=deadline,
+            )  # fmt: skip
         return self._create_in_first(zones, wanted, deadline=deadline)
+
+    def _is_alone(self) -> bool:
+        """Tell whether there is one zone, so that the storage itself keeps every name single."""
+        return len(self._clusters.zones()) == 1
 
     def delete(self, volume_id: str, *, deadline: Deadline) -> None:
         """Delete the volume and wait until it is gone; success when it does not exist (any more).
@@ -117,45 +148,66 @@ class Provision:
         if not self._wait(deadline).wait_until(is_gone):
             raise OperationPending(f"volume {volume.name} is being deleted; call again to learn that it is gone")
 
-    def _create_in_first(self, zones: list[str], wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
-        """Make the volume in the first zone that has room for it."""
-        for zone in zones[:-1]:
-            try:
-                return self._create_in(zone, wanted, deadline=deadline)
-            except Exhausted as full:
-                _log.info("zone %s has no room for volume %s, trying the next: %s", zone, wanted.name, full)
-        return self._create_in(zones[-1], wanted, deadline=deadline)
+    def _create_in_first(self, zones: Sequence[str], wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
+        """Make the volume in the first zone that can have it.
 
-    def _create_in(self, zone: str, wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
+        The next one is tried only where this one refused, so that it is certain that it made nothing.
+        """
+        refusals: dict[str, Exhausted | VpgMissing] = {}
+        for zone in zones:
+            sent_at_s = deadline.clock.monotonic()
+            try:
+                made = self._made_in(zone, wanted, deadline=deadline)
+            except (Exhausted, VpgMissing) as refusal:
+                refusals[zone] = refusal
+                _log.info("zone %s cannot have volume %s: %s", zone, wanted.name, refusal)
+                continue
+            return self._answer(zone, zones, wanted, made, sent_at_s, deadline=deadline)
+        raise _refused_by_all(refusals)
+
+    def _made_in(self, zone: str, wanted: _Wanted, *, deadline: Deadline) -> str | None:
+        """Make the volume and return its uuid; None when one of that name is there."""
         management = self._management(zone)
         layout, encryption = wanted.parameters.layout, wanted.parameters.encryption
         if layout is None:
-            found = self._group(management, wanted, deadline=deadline)
-            if isinstance(found, Volume):
-                return self._finish(zone, wanted, found, deadline=deadline)
-            layout, encryption = found.layout, encryption.in_group(found)
+            group = self._group(management, wanted, deadline=deadline)
+            if group is None:
+                return None
+            layout, encryption = group.layout, encryption.in_group(group)
         if encryption.is_native:
             required_passphrase(wanted.secrets)
         size = capacity.size_to_create(capacity.with_reserved(wanted.capacity, encryption.header_bytes), layout)
-        spec = _spec(wanted, zone, size, layout, encryption)
-        uuid = management.create_volume(spec, deadline=deadline)
-        volume = management.volume(wanted.name, deadline=deadline)
+        creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()))
+        return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
+
+    def _answer(
+        self, zone: str, allowed: Sequence[str], wanted: _Wanted, uuid: str | None, sent_at_s: float, *,
+        deadline: Deadline,
+    ) -> ProvisionedVolume:  # fmt: skip
+        """Prove that the volume is the only one, and finish it. `uuid`: of the one that this call made, if it did."""
+        volume = self._management(zone).volume(wanted.name, deadline=deadline)
         if volume is None:
             raise OperationPending(f"volume {wanted.name} is neither there nor free to be made; call again")
-        if uuid is not None and volume.uuid.lower() == uuid.lower():
+        is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
+        if is_ours:
             _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
         # Another uuid: ours was deleted and somebody made it again. Then it is an existing volume like any other.
+        if not self._is_alone():
+            if is_ours:
+                self._search.confirm(Found(zone, volume), allowed, sent_at_s, deadline=deadline)
+            else:
+                found = self._search.find(wanted.name, wanted.csi_name, allowed, deadline=deadline)
+                if not isinstance(found, Found):
+                    raise OperationPending(f"volume {wanted.name} came and went; call again")
+                zone, volume = found.zone, found.volume
         return self._finish(zone, wanted, volume, deadline=deadline)
 
-    def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | Volume:
-        """Return the provisioning group; or the volume, where the group went after it was made."""
+    def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | None:
+        """Return the provisioning group; None where it went after the volume was made."""
         name = wanted.parameters.vpg or ""
         vpg = management.vpg(name, deadline=deadline)
-        if vpg is None:
-            volume = management.volume(wanted.name, deadline=deadline)
-            if volume is not None:
-                return volume
-            raise InvalidField("parameters.vpg", name, "a volume provisioning group that exists")
+        if vpg is None and management.volume(wanted.name, deadline=deadline) is None:
+            raise VpgMissing(name)
         return vpg
 
     def _finish(self, zone: str, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> ProvisionedVolume:
@@ -224,11 +276,6 @@ class Provision:
         return within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
 
 
-def read_name(volume: Volume) -> str | None:
-    """Return the CSI name that a volume was made for."""
-    return record.read_creation(volume.metadata).csi_name
-
-
 def _understood(request: CreateRequest) -> _Wanted:
     read = parameters.parse(request.parameters)
     if read.encryption.is_native:
@@ -258,12 +305,23 @@ def _tell(request: CreateRequest, read: VolumeParameters) -> None:
         _log.warning("volume %s is not encrypted: a Secret holds a passphrase, but no parameter asks for it", name)
 
 
-def _spec(wanted: _Wanted, zone: str, size_bytes: int, layout: Layout, encryption: EncryptionWish) -> VolumeSpec:
+def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:
+    """Return why no zone made the volume: room may come, a group that is named wrongly will not."""
+    if len(refusals) == 1:
+        return next(iter(refusals.values()))
+    text = "; ".join(f"zone {zone}: {refusal}" for zone, refusal in refusals.items())
+    has_full_one = any(isinstance(refusal, Exhausted) for refusal in refusals.values())
+    return Exhausted(text) if has_full_one else InvalidRequest(text)
+
+
+def _spec(
+    wanted: _Wanted, creation: Creation, size_bytes: int, layout: Layout, encryption: EncryptionWish
+) -> VolumeSpec:
     read = wanted.parameters
     return VolumeSpec(
         name=wanted.name,
         capacity_gb=capacity.gigabytes_to_create(size_bytes, layout),
-        metadata=record.creation_metadata(wanted.in_zone(zone)),
+        metadata=record.creation_metadata(creation),
         vpg=read.vpg,
         layout=read.layout,
         description=read.description,

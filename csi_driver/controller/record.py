@@ -44,6 +44,8 @@ class Creation:
     modes: frozenset[AccessMode] | None = None
     header_bytes: int = 0
     """What a header that the node makes takes of the volume beside what was asked for."""
+    made_at_s: int | None = None
+    """Seconds since the epoch, by the clock of the controller that asked for it."""
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
@@ -58,6 +60,8 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
     if creation.header_bytes:
         own["header"] = str(creation.header_bytes)
     own["modes"] = sorted(mode.value for mode in creation.modes or ())
+    if creation.made_at_s is not None:
+        own["made"] = creation.made_at_s
     metadata: dict[str, object] = dict(creation.parameters)
     metadata["csi_name"] = creation.csi_name
     metadata["volumeMode"] = "block" if creation.is_block else "mount"
@@ -73,7 +77,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
     own = _mapping(metadata.get(OWN_KEY))
     is_ours = own.get("created") is True and own.get("format") == _FORMAT
     mode = _text(metadata, "volumeMode")
-    modes = own.get("modes")
+    modes, made = own.get("modes"), own.get("made")
     return Creation(
         csi_name=_text(metadata, "csi_name"),
         fs_type=_text(metadata, "fsType"),
@@ -85,6 +89,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         capacity=_capacity(own) if is_ours else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
         header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
+        made_at_s=made if _natural(made) else None,
     )
 
 

@@ -71,6 +71,14 @@ class Fencing(StrEnum):
     ALWAYS = "always"
 
 
+class ZonePolicy(StrEnum):
+    """Which zone a volume goes to among those that its request prefers alike."""
+
+    FREE_SPACE = "free-space"
+    RANDOM = "random"
+    ROUND_ROBIN = "round-robin"
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
     """What the controller's use-cases are told at start. Times in seconds."""
@@ -79,6 +87,9 @@ class ControllerSettings:
     driver_version: str = ""
     topology_key: str = DEFAULT_TOPOLOGY_KEY
     max_volumes_per_node: int = 0
+    zone_policy: ZonePolicy = ZonePolicy.FREE_SPACE
+    allow_zone_skip: bool = False
+    """Make volumes although an allowed zone, which may have them already, cannot be asked."""
     force_detach: bool = False
     fencing: Fencing = Fencing.RECORDED
     usable_wait_s: float = 50.0

@@ -50,6 +50,7 @@ from csi_driver.management.session import ManagementSession
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import (
     Client,
+    Feature,
     ReservationMode,
     SystemInfo,
     Volume,
@@ -96,6 +97,10 @@ class ManagementClient:
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         """Ask who answers; proves reachability and login."""
         return decode_system_info(self._found("/systemInfo", "system information", deadline))
+
+    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
+        """Tell whether the management is new enough for this; no request where its version is known already."""
+        return self._session.api_version(deadline=deadline).offers(feature)
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         """Return the volume with this name, or None. Reservations of VPGs are not volumes."""
@@ -272,13 +277,7 @@ class ManagementClient:
         item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase}
         body = [{**item, "slot": slot, "keySize": key_size_bits}]
         path = "/volumes/initEncryption"
-        # Whatever the server says of this request may repeat it, and with it the passphrase.
-        try:
-            _, refusal = self._act(path, body, Operation.ENCRYPT, deadline)
-        except OutcomeUnknown as error:
-            raise OutcomeUnknown(error.server, path, "no readable answer", timed_out=error.timed_out) from None
-        except InvalidRequest:
-            raise InvalidRequest(f"the management refuses {path} for volume {volume.name} as malformed") from None
+        _, refusal = self._act(path, body, Operation.ENCRYPT, deadline, secret=True)
         if refusal is None:
             return True
         if meaning_of(Operation.ENCRYPT, refusal)[0] is Meaning.UNDER_WAY:
@@ -324,10 +323,20 @@ class ManagementClient:
     # --- requests ---------------------------------------------------------------------------------------
 
     def _act(
-        self, path: str, body: object, operation: Operation, deadline: Deadline, *, repeatable: bool = False
+        self,
+        path: str,
+        body: object,
+        operation: Operation,
+        deadline: Deadline,
+        *,
+        repeatable: bool = False,
+        secret: bool = False,
     ) -> tuple[Document, Refusal | None]:
-        """Send a mutating request for one object; return its envelope, and its refusal unless that means "done"."""
-        answer = self._session.post(path, body, repeatable=repeatable, deadline=deadline)
+        """Send a mutating request for one object; return its envelope, and its refusal unless that means "done".
+
+        `secret`: the body holds one; then no text of the answer is kept.
+        """
+        answer = self._session.post(path, body, repeatable=repeatable, deadline=deadline, secret=secret)
         # A request that is refused as a whole is answered by an envelope, all others by one per object.
         envelope = document(answer[0] if isinstance(answer, list) and answer else answer, f"a request to {operation}")
         if "success" not in envelope and "error" not in envelope:

@@ -1,4 +1,4 @@
-"""One management server: login, its cookie and its expiry, and how long to leave it alone after a failure.
+"""One management server: our session on it, its expiry, what version of the API it speaks, and signs of life.
 
 Sessions are per server and die with its process, so each server object keeps its own cookie.
 """
@@ -6,24 +6,44 @@ Sessions are per server and die with its process, so each server object keeps it
 from __future__ import annotations
 
 import json
+import logging
 import threading
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
 
 from csi_driver.deadline import Clock, Deadline
-from csi_driver.errors import (
-    DeadlineReached,
-    OutcomeUnknown,
-    ServerUnreachable,
-    StorageUnavailable,
-    Unauthenticated,
-)
-from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, refusal_in
+from csi_driver.errors import DriverError, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
+from csi_driver.management.credentials import Credentials, read_credentials
+from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, refusal_in
+from csi_driver.management.gate import Gate
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Reply, Transport
+from csi_driver.management.versions import ApiVersion, ManagementTooOld, VersionRule
 
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 30.0
+SYSTEM_INFO = "/systemInfo"
+
+_log = logging.getLogger(__name__)
+
+_PROBE = "/volumes/count"
+"""Answered, or turned away to the login, by a server that works; 503 by one that is retired."""
+_PROBE_S = 5.0
+_NO_GATEWAY = frozenset({502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked. `is_repeatable`: doing it twice does the same as once. `is_secret`: no answer is ever quoted."""
+
+    method: str
+    path: str
+    body: bytes | None = field(default=None, repr=False)
+    is_repeatable: bool = True
+    is_secret: bool = False
+
+    @property
+    def what(self) -> str:
+        """The request as messages name it."""
+        return f"{self.method} {self.path.partition('?')[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,147 +73,207 @@ class Server:
         self._clock = clock
         self._transport = Transport(url, settings)
         self.url = self._transport.server
+        self.gate = Gate(self.url, settings.max_requests_in_flight, clock)
+        self._rule = VersionRule(self.url, allow_incompatible=settings.allow_incompatible_versions)
         self._cookie: str | None = None
-        self._login = threading.Lock()
-        self._logins = 0
-        self._login_failure: Unauthenticated | ServerUnreachable | None = None
-        self._health = threading.Lock()
-        self._failures = 0
-        self._rests_until_s = 0.0
+        self._version: ApiVersion | None = None
+        self._credentials: Credentials | None = None
+        self._opening = threading.Lock()
+        self._openings = 0
+        self._opening_failure: DriverError | None = None
+        self._is_closed = False
+
+    @property
+    def version(self) -> ApiVersion | None:
+        """The version of the API that our session speaks; None before there is one."""
+        return self._version
 
     def close(self) -> None:
         """Close the idle connections. The session on the server ends by its own expiry."""
+        self._is_closed = True
         self._transport.close()
-
-    # --- rest after failures ----------------------------------------------------------------------------
-
-    def is_due(self) -> bool:
-        """Tell whether this server is to be asked before those that rest.
-
-        When its pause is over, one caller is told so, as a probe; the others stay away until the probe's result.
-        """
-        if self._failures == 0:
-            return True
-        with self._health:
-            now = self._clock.monotonic()
-            if now < self._rests_until_s:
-                return False
-            self._rests_until_s = now + self._pause_s()
-            return True
-
-    def failed(self) -> None:
-        """Note a failure: the server rests, twice as long at every failure in a row."""
-        with self._health:
-            self._failures += 1
-            self._rests_until_s = self._clock.monotonic() + self._pause_s()
-
-    def answered(self) -> None:
-        """Note that the server works."""
-        if self._failures:
-            with self._health:
-                self._failures = 0
-
-    def _pause_s(self) -> float:
-        return float(min(_FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE_S))
 
     # --- asking -----------------------------------------------------------------------------------------
 
-    def ask(self, method: str, path: str, body: bytes | None, deadline: Deadline) -> Answer:
-        """Send a request within our session; log in first, or again, where that is needed.
+    def ask(self, request: Request, deadline: Deadline) -> Answer:
+        """Send a request within our session; open one first, or again, where that is needed.
 
-        Raises what `Transport.exchange` raises, `Unauthenticated` where the login is refused.
+        Raises what `Transport.exchange` raises, `ServerUnreachable` too where the server turns requests away unread,
+        `Unauthenticated` where the login is refused, `ManagementTooOld`.
         """
+        with self.gate.entered(deadline):
+            began_s = self._clock.monotonic()
+            try:
+                answer = self._asked(request, deadline)
+                if answer.status in _NO_GATEWAY and (request.is_repeatable or _is_retired(answer)):
+                    raise ServerUnreachable(self.url, f"HTTP {answer.status}, management id {answer.error_id}")
+            except (ServerUnreachable, OutcomeUnknown) as error:
+                self.gate.failed(self._clock.monotonic() - began_s, timed_out=error.timed_out)
+                raise
+            except (Unauthenticated, ManagementTooOld):
+                self.gate.answered()  # whoever refuses works
+                raise
+            self.gate.answered()
+            return answer
+
+    def _asked(self, request: Request, deadline: Deadline) -> Answer:
+        self._open(request, None, deadline)
         cookie = self._cookie
-        if cookie is None and self._settings.username:
-            cookie = self._log_in(None, deadline)
-        answer = self._exchange(method, path, body, cookie, deadline)
-        if _wants_login(answer):
+        answer = self._exchange(request, cookie, deadline)
+        if _wants_login(answer) or (answer.status == 401 and self._has_other_credentials()):
             # Turned away before it was looked at, so it may be sent again.
-            cookie = self._log_in(cookie, deadline)
-            answer = self._exchange(method, path, body, cookie, deadline)
+            self._open(request, cookie or "", deadline)
+            answer = self._exchange(request, self._cookie, deadline)
             if _wants_login(answer):
                 raise Unauthenticated(f"management server {self.url} wants a login again right after it granted one")
         if answer.error_id == PASSWORD_CHANGE_REQUIRED:
+            self._cookie = None  # the session knows the old password
             raise Unauthenticated(
-                f"management server {self.url} wants the password of user {self._settings.username!r} to be changed "
+                f"management server {self.url} wants the password of user {self._username()!r} to be changed "
                 f"before anything else: change it in the management's user interface or by POST /users/changePassword, "
                 f"then put the new one into {self._settings.password_file}"
             )
+        if request.path == SYSTEM_INFO and answer.status == 200 and isinstance(answer.body, dict):
+            self._take_version(answer.body)
         return answer
 
-    def _exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Answer:
-        reply = self._transport.exchange(method, path, body, cookie, deadline)
-        if reply.cookie and not self._settings.username:
+    def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Answer:
+        reply = self._transport.exchange(request.method, request.path, request.body, cookie, deadline)
+        if reply.cookie and not self._settings.has_user and reply.cookie != self._cookie:
             # With a client certificate the first request of all opens the session.
             self._cookie = reply.cookie
-        return _decoded(reply)
+        return _decoded(_without(cookie, reply))
 
-    # --- login ------------------------------------------------------------------------------------------
+    # --- session ----------------------------------------------------------------------------------------
 
-    def _log_in(self, stale: str | None, deadline: Deadline) -> str:
-        """Return a cookie other than `stale`. However many threads ask, one logs in and all get its result."""
-        if not self._settings.username:
-            raise Unauthenticated(
-                f"management server {self.url} does not take the client certificate "
-                f"{self._settings.client_certificate} for a login"
-            )
-        seen = self._logins
-        if not self._login.acquire(timeout=deadline.remaining_s()):
-            raise DeadlineReached(f"the login to management server {self.url}", deadline.elapsed_s())
+    def _open(self, request: Request, stale: str | None, deadline: Deadline) -> None:
+        """See to a session other than `stale`, of a version that will do. One thread opens it, all get its result."""
+        needs_version = request.path != SYSTEM_INFO  # that very answer tells it
+        if stale is None and self._is_complete(needs_version=needs_version):
+            return
+        seen = self._openings
+        if not self._opening.acquire(timeout=deadline.remaining_s()):
+            raise ServerUnreachable(self.url, "a login took too long", timed_out=True)
         try:
-            if self._cookie is not None and self._cookie != stale:
-                return self._cookie
-            if self._logins != seen and self._login_failure is not None:
-                raise _same_again(self._login_failure)
-            self._cookie = None
-            self._cookie = self._new_login(deadline)
-            self._login_failure = None
-            return self._cookie
-        except (Unauthenticated, ServerUnreachable) as error:
-            self._login_failure = _same_again(error)
+            if self._openings != seen and self._opening_failure is not None:
+                raise _same_again(self._opening_failure)
+            self._log_in_again(stale, deadline)
+            if needs_version and self._version is None:
+                self._ask_version(deadline)
+            self._opening_failure = None
+        except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
+            self._opening_failure = _same_again(error)
             raise
         finally:
-            self._logins += 1
-            self._login.release()
+            self._openings += 1
+            self._opening.release()
+
+    def _is_complete(self, *, needs_version: bool) -> bool:
+        has_login = self._cookie is not None or not self._settings.has_user
+        return has_login and (self._version is not None or not needs_version)
+
+    def _log_in_again(self, stale: str | None, deadline: Deadline) -> None:
+        if not self._settings.has_user:
+            if stale is not None:
+                raise Unauthenticated(
+                    f"management server {self.url} does not take the client certificate "
+                    f"{self._settings.client_certificate} for a login"
+                )
+        elif self._cookie is None or self._cookie == stale:
+            self._cookie = self._version = None
+            self._cookie = self._new_login(deadline)
 
     def _new_login(self, deadline: Deadline) -> str:
-        body = json.dumps({"username": self._settings.username, "password": self._password()}).encode()
+        credentials = read_credentials(self._settings)
+        body = json.dumps({"username": credentials.username, "password": credentials.password}).encode()
         try:
             reply = self._transport.exchange("POST", "/login", body, None, deadline)
         except OutcomeUnknown as error:
             # Only the login may have been carried out, the request behind it was not sent.
-            raise ServerUnreachable(self.url, error.reason) from error
+            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
         answer = _decoded(reply)
         envelope = answer.body if isinstance(answer.body, dict) else {}
         if reply.status == 401 or (reply.status == 200 and envelope.get("success") is False):
             raise Unauthenticated(
-                f"management server {self.url} does not accept user {self._settings.username!r} "
+                f"management server {self.url} does not accept user {credentials.username!r} "
                 f"with the password in {self._settings.password_file}"
             )
-        if reply.status == 503:
-            raise ServerUnreachable(self.url, "it answers a login with HTTP 503")
+        if reply.status in _NO_GATEWAY:
+            raise ServerUnreachable(self.url, f"it answers a login with HTTP {reply.status}")
         if reply.status != 200 or not envelope or not reply.cookie:
             # Not shown: an error page may quote what was sent.
             raise StorageUnavailable(
                 f"management server {self.url} answers a login with HTTP {reply.status} and "
                 f"{'a' if reply.cookie else 'no'} session cookie, wanted 200 with one"
             )
+        self._credentials = credentials
         return reply.cookie
 
-    def _password(self) -> str:
-        path = self._settings.password_file
-        if path is None:
-            raise Unauthenticated(f"no password file is configured for user {self._settings.username!r}")
+    def _has_other_credentials(self) -> bool:
+        """Tell whether the files hold others than our session was opened with: those may be allowed more."""
+        if not self._settings.has_user:
+            return False
         try:
-            password = path.read_text(encoding="utf-8").rstrip("\r\n")
-        except OSError as error:
-            raise Unauthenticated(f"the password file {path} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError:
-            # No cause: it would carry the file's bytes.
-            raise Unauthenticated(f"the password file {path} is not UTF-8") from None
-        if not password:
-            raise Unauthenticated(f"the password file {path} is empty")
-        return password
+            return read_credentials(self._settings) != self._credentials
+        except Unauthenticated:
+            return False
+
+    def _username(self) -> str:
+        return self._credentials.username if self._credentials is not None else self._settings.username
+
+    # --- version ----------------------------------------------------------------------------------------
+
+    def _ask_version(self, deadline: Deadline) -> None:
+        """Ask for the version, once a session. The request behind it was not sent, whatever happens here."""
+        try:
+            answer = self._exchange(Request("GET", SYSTEM_INFO), self._cookie, deadline)
+        except OutcomeUnknown as error:
+            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
+        if _wants_login(answer):
+            if not self._settings.has_user:
+                self._log_in_again("", deadline)
+            return  # the request itself will be turned away likewise, and opens the next session
+        if answer.error_id == PASSWORD_CHANGE_REQUIRED or answer.status in (401, 403):
+            return  # likewise
+        if answer.status != 200 or not isinstance(answer.body, dict):
+            raise ServerUnreachable(self.url, f"it answers {SYSTEM_INFO} with HTTP {answer.status}")
+        self._take_version(answer.body)
+
+    def _take_version(self, info: dict[str, object]) -> None:
+        """Keep the version of our session, if it will do."""
+        if "success" in info:
+            return  # a refusal
+        version = ApiVersion.read(info.get("APIVersion"))
+        self._rule.judge(version)
+        self._version = version
+
+    # --- signs of life ----------------------------------------------------------------------------------
+
+    def probe(self, *, urgent: bool = False) -> None:
+        """Look in the background whether a server that rests answers again, where that is due."""
+        if not self._is_closed and self.gate.take_probe(urgent=urgent):
+            threading.Thread(target=self._probe, name="management-probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        alive = False
+        try:
+            reply = self._transport.exchange("GET", _PROBE, None, self._cookie, Deadline.after(_PROBE_S))
+            alive = reply.status < 500
+        except DriverError as error:
+            _log.debug("no sign of life: %s", error)
+        finally:
+            self.gate.probed(alive=alive)
+
+
+def _without(cookie: str | None, reply: Reply) -> Reply:
+    """Take the session's id out of an answer, which an error may quote: an error page can show what was sent."""
+    session = (cookie or "").partition("=")[2]
+    for secret in {session, unquote(session)} - {""}:
+        reply = reply._replace(
+            content=reply.content.replace(secret.encode(), b"(session)"),
+            location=reply.location.replace(secret, "(session)"),
+        )
+    return reply
 
 
 def _decoded(reply: Reply) -> Answer:
@@ -210,8 +290,13 @@ def _wants_login(answer: Answer) -> bool:
     return answer.error_id == LOGIN_REQUIRED
 
 
-def _same_again(error: Unauthenticated | ServerUnreachable) -> Unauthenticated | ServerUnreachable:
+def _is_retired(answer: Answer) -> bool:
+    return answer.status == 503 and answer.error_id in SERVER_RETIRED
+
+
+def _same_again(error: DriverError) -> DriverError:
     """Return a new exception that says the same: one object raised in several threads would mix their tracebacks."""
-    if isinstance(error, ServerUnreachable):
-        return ServerUnreachable(error.server, error.reason)
-    return Unauthenticated(str(error))
+    again = type(error).__new__(type(error))
+    again.__dict__.update(error.__dict__)
+    again.args = error.args
+    return again

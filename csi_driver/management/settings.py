@@ -14,13 +14,15 @@ from csi_driver.model import DEFAULT_DRIVER_NAME
 class ManagementSettings:
     """How to reach the storage management of one cluster.
 
-    `servers` are URLs with scheme, host and port, in order of preference. With a user name the password is read
-    from `password_file` at every login (a mounted Secret changes while we run); without one the client
-    certificate is the identity. `request_timeout_s` bounds each request; the caller's deadline does too.
+    `servers` are URLs with scheme, host and port, in order of preference. With a user (by name, or in
+    `username_file`) user and password are read from their files at every login, as a mounted Secret changes while we
+    run; without one the client certificate is the identity. `request_timeout_s` bounds each request; the caller's
+    deadline does too.
     """
 
     servers: tuple[str, ...]
     username: str = ""
+    username_file: Path | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
     tls_verify: bool = True
@@ -29,6 +31,12 @@ class ManagementSettings:
     request_timeout_s: float = 30.0
     max_requests_in_flight: int = 16
     driver_name: str = DEFAULT_DRIVER_NAME
+    allow_incompatible_versions: bool = False
+
+    @property
+    def has_user(self) -> bool:
+        """Whether we log in with a password; else the client certificate says who we are."""
+        return bool(self.username) or self.username_file is not None
 
     def problems(self) -> tuple[str, ...]:
         """Return all that makes these settings unusable, each a sentence naming the setting; empty = sound."""
@@ -37,10 +45,13 @@ class ManagementSettings:
             found.extend(_server_problems(server))
         if len(set(self.servers)) != len(self.servers):
             found.append("a management server is given twice")
-        if self.username and self.password_file is None:
-            found.append(f"the management user {self.username!r} has no password file")
-        if not self.username and self.client_certificate is None:
+        if self.has_user and self.password_file is None:
+            found.append(f"the management user {self.username or self.username_file} has no password file")
+        if not self.has_user and self.client_certificate is None:
             found.append("neither a management user nor a client certificate is given")
+        if not self.has_user and self.client_certificate is not None:
+            plain = [server for server in self.servers if server.startswith("http:")]
+            found.extend(f"{server} is plain http, where a client certificate says nothing to it" for server in plain)
         if self.client_key is not None and self.client_certificate is None:
             found.append("a client key is given without its certificate")
         if self.request_timeout_s <= 0:

@@ -1,10 +1,7 @@
 """One HTTP exchange with one management server: bytes out, status and bytes in, within a deadline.
 
 What the exchange means is decided in `csi_driver.management.session`. Redirects are never followed, proxies and
-netrc of the environment are not used, and no cookie jar is kept: the session owns its cookie.
-
-Requests are prepared by hand: `requests.Session.request` spends a third of a call on merging settings that never
-change here.
+netrc of the environment are not used, and no cookie jar is kept: the server object owns its cookie.
 """
 
 from __future__ import annotations
@@ -12,14 +9,14 @@ from __future__ import annotations
 import ssl
 import threading
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
-import requests
 import urllib3
-from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable
+from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
+from csi_driver.management import tls
 from csi_driver.management.settings import ManagementSettings
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -35,80 +32,117 @@ class Reply(NamedTuple):
     content: bytes
 
 
+class _NotConnected(Exception):
+    """No connection came about, whatever the cause: the request was not sent."""
+
+
+class _PlainConnection(HTTPConnection):
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+            raise _NotConnected from error
+
+
+class _TlsConnection(HTTPSConnection):
+    # The library tells a handshake that fails or hangs like an answer that does not come.
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+            raise _NotConnected from error
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
 class Transport:
-    """A connection pool to one server. Thread-safe; at most `max_requests_in_flight` requests at once."""
+    """A connection pool to one server. Thread-safe. Certificate files are read again when they change."""
 
     def __init__(self, server: str, settings: ManagementSettings) -> None:
         self.server = server.rstrip("/")
-        self._timeout_s = settings.request_timeout_s
-        self._verify = _verify(settings)
-        self._certificate = _certificate(settings)
-        self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.max_requests_in_flight)
-        self._slots = threading.BoundedSemaphore(settings.max_requests_in_flight)
+        self._settings = settings
+        self._is_tls = urlsplit(self.server).scheme == "https"
         self._headers = {"Accept": "application/json", "User-Agent": settings.driver_name}
+        self._lock = threading.Lock()
+        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._stamp: tls.Stamp = ()
         if not settings.tls_verify:
             # Said once in our own log (`ManagementSettings.warnings`), not at every connection.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._adapter.close()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
 
     def exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Reply:
         """Send one request and read its whole answer.
 
         Raises `ServerUnreachable` where it cannot have been read by the server, `OutcomeUnknown` where it may have
-        been, `DeadlineReached` where the time is up before anything is sent.
+        been, `Unauthenticated` where the server refuses our certificate, `DeadlineReached` where the time is up before
+        anything is sent.
         """
-        if not self._slots.acquire(timeout=deadline.remaining_s()):
-            raise DeadlineReached(f"a free connection to management server {self.server}", deadline.elapsed_s())
-        try:
-            return self._exchange(method, path, self._prepared(method, path, body, cookie), deadline)
-        finally:
-            self._slots.release()
-
-    def _prepared(self, method: str, path: str, body: bytes | None, cookie: str | None) -> requests.PreparedRequest:
-        headers: CaseInsensitiveDict[str] = CaseInsensitiveDict(self._headers)
+        left_s = deadline.remaining_s()
+        if left_s <= 0:
+            raise DeadlineReached(f"an answer of management server {self.server}", deadline.elapsed_s())
+        headers = dict(self._headers)
         if cookie:
             headers["Cookie"] = cookie
         if body is not None:
             headers["Content-Type"] = "application/json"
-            headers["Content-Length"] = str(len(body))
-        request = requests.PreparedRequest()
-        request.method = method
-        request.url = self.server + path
-        request.headers = headers
-        request.body = body
-        return request
-
-    def _exchange(self, method: str, path: str, request: requests.PreparedRequest, deadline: Deadline) -> Reply:
-        left_s = min(deadline.remaining_s(), self._timeout_s)
-        if left_s <= 0:
-            raise DeadlineReached(f"an answer of management server {self.server}", deadline.elapsed_s())
         what = f"{method} {path.partition('?')[0]}"
         try:
-            response = self._adapter.send(
-                request,
-                stream=True,
-                timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
-                verify=self._verify,
-                cert=self._certificate,
-                proxies={},
+            response = self._current_pool().urlopen(
+                method,
+                path,
+                body,
+                headers,
+                retries=False,
+                redirect=False,
+                preload_content=False,
+                timeout=urllib3.Timeout(total=left_s, connect=min(left_s, _CONNECT_TIMEOUT_S)),
             )
-        except requests.RequestException as error:
+        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:
             raise self._failure(what, error) from error
-        except OSError as error:  # a CA file or client certificate that is not there
-            raise ServerUnreachable(self.server, str(error)) from error
         content = self._content(what, response, deadline)
-        cookie = "; ".join(f"{part.name}={part.value}" for part in response.cookies) if response.cookies else ""
-        return Reply(response.status_code, response.headers.get("Location", ""), cookie, content)
+        cookies = response.headers.getlist("Set-Cookie")
+        cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
+        return Reply(response.status, response.headers.get("Location", ""), cookie, content)
 
-    def _content(self, what: str, response: requests.Response, deadline: Deadline) -> bytes:
+    def _current_pool(self) -> urllib3.HTTPConnectionPool:
+        """Return the pool; a new one where the certificate files have changed, so that no old connection is used."""
+        stamp = tls.stamp(self._settings) if self._is_tls else ()
+        with self._lock:
+            if self._pool is None or stamp != self._stamp:
+                made = self._new_pool()
+                if self._pool is not None:
+                    self._pool.close()
+                self._pool, self._stamp = made, stamp
+            return self._pool
+
+    def _new_pool(self) -> urllib3.HTTPConnectionPool:
+        url = urlsplit(self.server)
+        host, most = url.hostname or "", self._settings.max_requests_in_flight + 1  # a probe goes beside them
+        if not self._is_tls:
+            return _PlainPool(host, url.port or 80, maxsize=most)
+        try:
+            return _TlsPool(host, url.port or 443, maxsize=most, ssl_context=tls.context(self._settings))
+        except tls.BadCertificateFile as error:
+            raise ServerUnreachable(self.server, str(error)) from error
+
+    def _content(self, what: str, response: urllib3.BaseHTTPResponse, deadline: Deadline) -> bytes:
         # Read piece by piece: the read time-out bounds each wait, only the deadline bounds their sum.
-        raw: urllib3.HTTPResponse = response.raw
         pieces: list[bytes] = []
         try:
-            while piece := raw.read1(_CHUNK_BYTES, decode_content=True):
+            while piece := response.read1(_CHUNK_BYTES, decode_content=True):
                 pieces.append(piece)
                 if deadline.expired():
                     response.close()
@@ -116,29 +150,38 @@ class Transport:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             response.close()
             raise self._failure(what, error) from error
+        response.release_conn()
         return b"".join(pieces)
 
-    def _failure(self, what: str, error: Exception) -> ServerUnreachable | OutcomeUnknown:
+    def _failure(self, what: str, error: Exception) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
         chain = _chain(error)
-        if any(isinstance(link, _NOT_SENT) for link in chain):
-            return ServerUnreachable(self.server, _reason(chain))
         timed_out = any(isinstance(link, _TIMED_OUT) for link in chain)
-        return OutcomeUnknown(self.server, what, _reason(chain), timed_out=timed_out)
+        if any(_refuses_our_certificate(link) for link in chain):
+            return Unauthenticated(
+                f"management server {self.server} does not accept the client certificate "
+                f"{self._settings.client_certificate or '(none is configured)'} ({_reason(chain)})"
+            )
+        if any(isinstance(link, (_NotConnected, urllib3.exceptions.NewConnectionError)) for link in chain):
+            return ServerUnreachable(self.server, _reason(chain), timed_out=timed_out)
+        reason = _reason(chain)
+        if self._settings.client_certificate is not None and not timed_out:
+            # TLS 1.3 lets the client send before the server has judged it, and a quick end loses the alert.
+            reason += f"; it may not accept the client certificate {self._settings.client_certificate}"
+        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out)
 
 
-_NOT_SENT = (
-    requests.exceptions.ConnectTimeout,
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidHeader,
-    urllib3.exceptions.NewConnectionError,
-    urllib3.exceptions.ConnectTimeoutError,
-    ssl.SSLCertVerificationError,
-)
-_TIMED_OUT = (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)
+_TIMED_OUT = (urllib3.exceptions.TimeoutError, TimeoutError)
+_CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+
+
+def _refuses_our_certificate(error: BaseException) -> bool:
+    """Tell whether the server said in an alert that our certificate will not do (RFC 8446, section 6)."""
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    return isinstance(reason, str) and "ALERT" in reason and any(word in reason for word in _CERTIFICATE_ALERTS)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return the error with all that it wraps, outermost first: the libraries keep causes in several places."""
+    """Return the error with all that it wraps, outermost first: the library keeps causes in several places."""
     chain: list[BaseException] = []
     pending: list[object] = [error]
     while pending:
@@ -151,20 +194,8 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _reason(chain: list[BaseException]) -> str:
     for link in chain:
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return f"its certificate cannot be verified: {link.verify_message}"
         if isinstance(link, OSError) and link.strerror:
             return f"{type(link).__name__}: {link.strerror}"
-    return type(chain[-1]).__name__ if isinstance(chain[0], requests.RequestException) else type(chain[0]).__name__
-
-
-def _verify(settings: ManagementSettings) -> bool | str:
-    if not settings.tls_verify:
-        return False
-    return True if settings.ca_file is None else str(settings.ca_file)
-
-
-def _certificate(settings: ManagementSettings) -> str | tuple[str, str] | None:
-    if settings.client_certificate is None:
-        return None
-    if settings.client_key is None:
-        return str(settings.client_certificate)
-    return str(settings.client_certificate), str(settings.client_key)
+    return type(chain[-1]).__name__

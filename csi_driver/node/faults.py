@@ -58,12 +58,12 @@ def _methods(*effects: str, reads: str = "") -> Methods:
 PORTS: Mapping[str, Methods] = MappingProxyType(
     {
         "devices": _methods("set_read_only", reads="wait_for find open size_bytes uuid_of client status path_of"),
-        "read_only_devices": _methods("over", "release", "release_left_over"),
+        "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(
             "format", "add_key", "remove_key", "open", "resume", "resize", "close",
             reads="header opens mapping below path_of device",
         ),
-        "mounts": _methods("mount", "bind", "unmount", reads="at of_device"),
+        "mounts": _methods("mount", "bind", "unmount", reads="at table of_device"),
         "filesystems": _methods(
             "wipe", "make", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage",

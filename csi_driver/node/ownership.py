@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from csi_driver.errors import PreconditionFailed, VolumeNotFound
+from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, DeviceNumber, Mounted
 from csi_driver.model import EMPTY, VolumeHandle
@@ -115,6 +115,23 @@ class Ownership:
         number = number_of(mounted)
         gone = "" if self._devices.size_bytes(number) else ", which is gone"
         return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
+
+    def name_of(self, mounted: Mounted) -> str | None:
+        """Return the name of the volume from whose device's path a mount was made; None when from none of ours."""
+        if mounted.node_number is None:
+            return self.name_at(Path(mounted.source))
+        name = PurePosixPath(mounted.root.removesuffix("//deleted")).name
+        try:
+            return name if self._was_made_from(mounted, NamedVolume(name, name, None)) else None
+        except InvalidField:
+            return None
+
+    def name_at(self, path: Path) -> str | None:
+        """Return the name of the volume whose device appears at that path; None when none of ours does."""
+        try:
+            return path.name if self._devices.path_of(path.name) == path else None
+        except InvalidField:
+            return None
 
     def _was_made_from(self, mounted: Mounted, volume: NamedVolume) -> bool:
         paths = (self._devices.path_of(volume.name), self._encryption.path_of(volume.name))

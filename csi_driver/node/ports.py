@@ -22,6 +22,7 @@ from csi_driver.machine import (
     Mapping,
     Mounted,
     OpenDevice,
+    ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
@@ -93,6 +94,10 @@ class ReadOnlyDevices(Protocol):
 
     def release(self, number: DeviceNumber) -> bool:
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
+        ...
+
+    def present(self) -> Sequence[ReadOnlyDevice]:
+        """Return every such device of this machine, also those over devices of others. Looks at all loop devices."""
         ...
 
     def release_left_over(self, reader: str) -> None:
@@ -167,6 +172,10 @@ class Mounts(Protocol):
 
     def at(self, path: Path) -> Mounted | None:
         """Return the topmost mount whose root is `path`; None when no mount begins there. Costs the same always."""
+        ...
+
+    def table(self) -> Sequence[Mounted]:
+        """Return every mount there is, in the kernel's order. Costs time for each of them; touches no filesystem."""
         ...
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, Capability, CapacityRange, Segments
+from csi_driver.model import (
+    DEFAULT_DRIVER_NAME,
+    DEFAULT_TOPOLOGY_KEY,
+    DEFAULT_ZONE,
+    Capability,
+    CapacityRange,
+    Segments,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +81,7 @@ class NodeSettings:
     """How many format, check and grow operations run at once; more wait inside their RPC."""
     answer_margin_s: float = 0.5
     statistics_timeout_s: float = 1.5
+    driver_name: str = DEFAULT_DRIVER_NAME
+    """As kubelet spells it in the paths of what it has staged."""
+    reconcile_interval_s: float = 60.0
+    """Between two looks at what is left over on the node; 0 = none."""

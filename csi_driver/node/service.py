@@ -14,6 +14,7 @@ from csi_driver.node.ownership import Ownership
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, ReadOnlyDevices, Tools
 from csi_driver.node.prepare import Preparation
 from csi_driver.node.publish import Publish
+from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import Statistics
@@ -28,6 +29,7 @@ class NodeUseCases:
     expand: Expand
     statistics: Statistics
     identity: Identity
+    reconcile: Reconcile
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
@@ -77,4 +79,9 @@ def assemble(
     statistics = Statistics(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
     )
-    return NodeUseCases(stage, publish, expand, statistics, Identity(devices=devices, tools=tools, settings=settings))
+    identity = Identity(devices=devices, tools=tools, settings=settings)
+    reconcile = Reconcile(
+        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, ownership=ownership,
+        driver_name=settings.driver_name
+    )  # fmt: skip
+    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)

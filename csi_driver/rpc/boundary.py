@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -84,6 +85,10 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         self._in_flight = InFlight()
         self._wrapped: dict[str, MethodHandler] = {}
         self._numbers = itertools.count(1)
+
+    def keeping_off(self, name: str) -> AbstractContextManager[None]:
+        """Keep every call off the volume of that name inside a block; `OperationPending` while one works on it."""
+        return self._in_flight.holding(self._claims.named(name))
 
     def intercept_service(
         self,

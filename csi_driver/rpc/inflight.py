@@ -54,6 +54,10 @@ class Claims:
             Claim(("volume", zone, handle.name), what, shared),
         )
 
+    def named(self, name: str) -> tuple[Claim, ...]:
+        """Claim the storage's name of a volume in every zone: against every call that is about it."""
+        return (Claim(("name", name), f"volume {shown(name)}"),)
+
     def path(self, path: str) -> tuple[Claim, ...]:
         """Claim a staging or target path."""
         return (Claim(("path", posixpath.normpath(path)), f"path {shown(path)}"),)

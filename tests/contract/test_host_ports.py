@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed
-from csi_driver.machine import Blank, DeviceNumber, Filesystem, OtherContent
+from csi_driver.machine import Blank, DeviceNumber, Filesystem, OtherContent, ReadOnlyDevice
 from csi_driver.model import MIB
 from tests.contract.host_machine import soon
 from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side
@@ -157,6 +157,14 @@ def test_what_is_left_of_one_reader_goes_though_its_device_is_lost(host: Host, a
     host.read_only_devices.release_left_over(READER)
     sizes = [host.devices.size_bytes(number) for number in (left.number, other.number)]
     assert sizes == [None, 64 * MIB]
+
+
+def test_read_only_devices_are_listed_with_what_they_stand_over(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    made = host.read_only_devices.over(device, OTHER_UUID, READER)
+    assert ReadOnlyDevice(made.number, device.path) in host.read_only_devices.present()
+    host.read_only_devices.release(made.number)
+    assert made.number not in [each.number for each in host.read_only_devices.present()]
 
 
 # --- what devices hold ------------------------------------------------------------------------------------------
@@ -373,6 +381,7 @@ def test_all_mounts_of_a_device_are_found_and_no_others(host: Host, actor: Actor
     host.mounts.bind(staged, target, read_only=True)
     node = actor.bound_device(actor.device(), "node")
     actor.mounted("elsewhere", "csi-2")
+    assert all(found in host.mounts.table() for found in host.mounts.of_device(actor.device().number))
     found = {mounted.path for mounted in host.mounts.of_device(actor.device().number)}
     assert found == {staged, target, node}
 

@@ -78,7 +78,14 @@ class Storage:
     server: StorageServer
 
     @classmethod
-    def start(cls, directory: Path, *, switches: TestSwitches | None = None) -> Storage:
+    def start(
+        cls,
+        directory: Path,
+        *,
+        switches: TestSwitches | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> Storage:
         pool = directory / "pool"
         pool.mkdir()
         settings = StorageSettings(
@@ -90,6 +97,8 @@ class Storage:
             pretend_targets=3,
             retry_first_s=0.01,
             test_switches=switches or TestSwitches(),
+            tls_certificate=certificate,
+            tls_key=key,
         )
         loops = FakeLoopDevices()
         server = StorageServer(settings, loops)

@@ -34,6 +34,7 @@ from csi_driver.machine import (
     Mounted,
     OpenDevice,
     OtherContent,
+    ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
@@ -402,6 +403,9 @@ class FakeReadOnlyDevices:
                 return True
         return False
 
+    def present(self) -> Sequence[ReadOnlyDevice]:
+        return [ReadOnlyDevice(made.number, made.ground.path) for made in self._host.readers]
+
     def release_left_over(self, reader: str) -> None:
         for made in [made for made in self._host.readers if made.label.endswith(f"/ro-{reader}")]:
             self.release(made.number)
@@ -414,6 +418,9 @@ class FakeMounts:
     def at(self, path: Path) -> Mounted | None:
         entry = self._host.topmost(path)
         return _shown(entry) if entry is not None else None
+
+    def table(self) -> list[Mounted]:
+        return [_shown(entry) for entry in self._host.table]
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:
         shown = [_shown(entry) for entry in self._host.table]

@@ -36,6 +36,7 @@ from csi_driver.model import (
     ClientStatus,
     DeviceReport,
     DeviceStatus,
+    Feature,
     Layout,
     RaidLevel,
     Reservation,
@@ -117,6 +118,7 @@ class FakeManagement:
         self.reclaiming: set[str] = set()
         """Provisioning groups whose unused space is being given back."""
         self.is_reachable = True
+        self.api_version: tuple[int, ...] = (18, 0, 0)
         self.before: Callable[[str], None] = lambda request: None
         """Called before a request is carried out; what it raises, the caller gets."""
         self.after: Callable[[str], None] = lambda request: None
@@ -181,6 +183,9 @@ class FakeManagement:
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
             return SystemInfo("3.5.0", "18.0.0", "fake-cluster")
+
+    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
+        return bool(self.api_version >= feature.value)
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         with self._request("volume", deadline):

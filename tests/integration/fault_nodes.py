@@ -43,6 +43,8 @@ class Subject:
     attachment: int = 1
     history: History = History.FIRST
     format_allowed: bool = False
+    staging_path: Path | None = None
+    target_path: Path | None = None
 
     @property
     def volume_id(self) -> str:
@@ -50,11 +52,11 @@ class Subject:
 
     @property
     def staging(self) -> Path:
-        return self.root / f"{self.name}.staging"
+        return self.staging_path or self.root / f"{self.name}.staging"
 
     @property
     def target(self) -> Path:
-        return self.root / f"{self.name}.target"
+        return self.target_path or self.root / f"{self.name}.target"
 
     @property
     def capability(self) -> Capability:
@@ -123,18 +125,19 @@ class ForkedNode:
 class ServingNode:
     """The program itself, over its socket; started again when it was killed."""
 
-    def __init__(self, directory: Path, socket: str = "node.sock") -> None:
+    def __init__(self, directory: Path, socket: str = "node.sock", *flags: str) -> None:
         self._directory = directory
         self._socket = directory / socket
+        self.log = directory / f"{socket}.log"
         self.client = CsiClient(self._socket)
-        self.process = self._started()
+        self.process = self._started(*flags)
 
     def start(self, *flags: str) -> None:
         self.process = self._started(*flags)
 
     def _started(self, *flags: str) -> subprocess.Popen[bytes]:
         directory = self._directory
-        with (directory / "node.log").open("ab") as log:
+        with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [
                     sys.executable, "-m", "csi_driver", "node", "--endpoint", str(self._socket),
@@ -219,7 +222,7 @@ class World:
         name = f"csi-{kind}-{self._made}"
         loop = self.machine.volume(name, SIZES[kind])
         subject = Subject(name, kind, loop, self.directory / "kubelet", **more)  # type: ignore[arg-type]
-        subject.staging.mkdir()
+        subject.staging.mkdir(parents=True)
         if subject.format_allowed:
             with subject.loop.file.open("r+b") as file:
                 file.write(b"old data" * 4096)

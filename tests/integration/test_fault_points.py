@@ -292,9 +292,11 @@ def outlive(world: World, node: ServingNode, subject: Subject, verb: str, point:
     release = world.directory / "faults" / "release"
     release.unlink(missing_ok=True)
     world.plan(point, f"stall {release}")
-    # Half a second of the caller's time is kept for the answer, so a shorter deadline would end the call before.
-    assert node.call(verb, subject, timeout_s=0.8 if verb == "stage" else 0.2).startswith("DEADLINE_EXCEEDED")
-    world.wait_for_strike()
+    outcomes = []
+    while world.planned():
+        # Half a second of the caller's time is kept for the answer: a machine under load needs more than one call.
+        outcomes.append(node.call(verb, subject, timeout_s=1.0 if verb == "stage" else 0.2))
+    assert any(outcome.startswith("DEADLINE_EXCEEDED") for outcome in outcomes), outcomes
     assert node.call(verb, subject).startswith("ABORTED")
     opposite = OPPOSITES.get(verb)
     if opposite is not None:

@@ -176,6 +176,19 @@ def test_without_a_password_file_nobody_logs_in() -> None:
     assert made.management.username == ""
 
 
+def test_the_user_may_come_from_a_file() -> None:
+    made = command([*CONTROLLER, "--management-user-file", "/run/username", "--management-user", "other"])
+    assert isinstance(made, ControllerCommand)
+    assert (made.management.username, made.management.username_file) == ("", Path("/run/username"))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [([], False), (["--allow-incompatible-versions"], True)])
+def test_incompatible_managements_are_worked_with_where_that_is_asked_for(given: list[str], wanted: bool) -> None:
+    made = command([*CONTROLLER, *given])
+    assert isinstance(made, ControllerCommand)
+    assert made.management.allow_incompatible_versions is wanted
+
+
 # --- problems ---------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from csi_driver.errors import HostFailure, PreconditionFailed
 from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
-from csi_driver.machine import Device, DeviceNumber
+from csi_driver.machine import Device, DeviceNumber, ReadOnlyDevice
 
 _READER = re.compile(r"[0-9a-f]{16}")
 _MARK = "ro-"
@@ -47,6 +47,10 @@ class ReadOnlyLoops:
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
         loop = self._loops.bound_as(number)
         return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
+
+    def present(self) -> list[ReadOnlyDevice]:
+        """Return every such device of this machine, also those over devices of others."""
+        return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours()]
 
     def release_left_over(self, reader: str) -> None:
         """Take down each such device of the reader that nothing uses, whatever became of the one below."""

@@ -14,6 +14,7 @@ from csi_driver.controller.requests import (
     PublishRequest,
     TopologyRequirement,
 )
+from csi_driver.controller.zones import CREW, Crew
 from csi_driver.deadline import Deadline
 from csi_driver.handover import PublishContext
 from csi_driver.model import (
@@ -54,6 +55,7 @@ class World:
         zones: tuple[str, ...] = (DEFAULT_ZONE,),
         *,
         beside: World | None = None,
+        crew: Crew = CREW,
     ) -> None:
         self.clock: FakeClock = beside.clock if beside is not None else FakeClock()
         made = {zone: FakeManagement(clock=self.clock) for zone in zones}
@@ -61,10 +63,10 @@ class World:
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
         self.clusters = FakeClusters(self.zones)
-        self.provision = Provision(self.clusters, self.settings)
+        self.provision = Provision(self.clusters, self.settings, crew=crew, wall_s=self.clock.monotonic)
         self.attach = Attach(self.clusters, self.settings)
         self.expand = Expand(self.clusters, self.settings)
-        self.inventory = Inventory(self.clusters, self.settings)
+        self.inventory = Inventory(self.clusters, self.settings, crew=crew)
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)

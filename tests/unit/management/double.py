@@ -99,6 +99,7 @@ class ManagementDouble(ThreadingHTTPServer):
         self.sessions: set[str] = set()
         self.expires_as: Step = SaysRaw(b"Found. Redirecting to /login", 302, location="/login")
         self._steps: dict[tuple[str, str], list[Step]] = defaultdict(list)
+        self._steps["GET", "/systemInfo"] = [Says(sample("system-info"))]
         self._lock = threading.Lock()
         self._hanging: list[threading.Event] = []
 
@@ -220,9 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running() -> Iterator[ManagementDouble]:
+def running(made: Callable[[], ManagementDouble] | None = None) -> Iterator[ManagementDouble]:
     """Serve until the block ends."""
-    double = ManagementDouble()
+    double = (made or ManagementDouble)()
     thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

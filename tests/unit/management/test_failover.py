@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import OutcomeUnknown, ServerUnreachable
-from csi_driver.management.server import Server
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable
 from csi_driver.model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, SaysRaw, closed_port, sample
@@ -15,19 +15,6 @@ from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, 
 INFO = "/systemInfo"
 VOLUME = Volume("v1", "74025fd0-e73d-11f1-a2b3-7550e9e5980f", 2441216, 4096, 10.0, "online", "none")
 DONE = Says([{"_id": "v1", "uuid": VOLUME.uuid, "success": True, "error": None, "payload": None}])
-
-
-class HandClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @pytest.fixture(autouse=True)
@@ -105,35 +92,141 @@ def test_a_resting_server_is_asked_when_no_other_answers(
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-@pytest.fixture
-def resting() -> tuple[Server, HandClock]:
-    clock = HandClock()
-    server = Server("http://127.0.0.1:1", ManagementSettings(servers=("http://127.0.0.1:1",)), clock)
-    server.failed()
-    return server, clock
+# --- a server that hangs: its time-out is paid once -----------------------------------------------------
+
+HANGS_S = 0.6
+"""The time-out of the requests below: what a test counts."""
 
 
-def test_a_server_that_failed_rests(resting: tuple[Server, HandClock]) -> None:
-    assert not resting[0].is_due()
+def test_the_requests_of_one_call_meet_a_hanging_server_once(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    """What a CreateVolume does: several requests, each of which would find the server rested."""
+    server.on("GET", INFO, Hangs())
+    server.on("GET", "/volumes/count", Hangs())
+    client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
+    for _ in range(4):
+        client.system_info(deadline=deadline)
+        deadline.clock.sleep(0.4)  # twice is long enough for a probe to be due
+    assert len(server.seen("/volumes/count")) == 1
+    assert len(server.seen(INFO)) == 1
 
 
-def test_one_caller_probes_a_rested_server_and_the_others_wait(resting: tuple[Server, HandClock]) -> None:
-    server, clock = resting
-    clock.sleep(1)
-    assert [server.is_due() for _ in range(3)] == [True, False, False]
+def test_a_change_does_not_wait_for_a_server_that_hangs(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Hangs())
+    server.on("GET", "/volumes/count", Hangs())
+    client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
+    client.system_info(deadline=deadline)
+    began_s = deadline.elapsed_s()
+    client.set_metadata(VOLUME, {}, deadline=deadline)
+    assert deadline.elapsed_s() - began_s < HANGS_S / 2
+    assert not server.seen("/volumes/update")
 
 
-def test_a_server_that_answered_is_asked_by_all_again(resting: tuple[Server, HandClock]) -> None:
-    server, _ = resting
-    server.answered()
-    assert [server.is_due() for _ in range(3)] == [True, True, True]
+def test_with_no_other_server_a_hanging_one_is_waited_for_once(
+    server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Hangs())
+    server.on("GET", "/volumes/count", Hangs())
+    client = connect(server.url, request_timeout_s=HANGS_S)
+    with pytest.raises(OutcomeUnknown):
+        client.system_info(deadline=deadline)
+    for _ in range(3):
+        with pytest.raises(ServerUnreachable, match="no sign of life"):
+            client.system_info(deadline=deadline)
+    assert len(server.seen(INFO)) == 1
 
 
-def test_a_server_that_goes_on_failing_rests_longer_but_is_never_given_up(resting: tuple[Server, HandClock]) -> None:
-    server, clock = resting
-    for _ in range(50):
-        server.failed()
-    clock.sleep(29)
-    assert not server.is_due()
-    clock.sleep(2)
-    assert server.is_due()
+def test_with_all_servers_hanging_each_is_waited_for_once(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    for double in (server, other_server):
+        double.on("GET", INFO, Hangs())
+        double.on("GET", "/volumes/count", Hangs())
+    client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
+    for _ in range(10):
+        with pytest.raises(StorageUnavailable):
+            client.system_info(deadline=deadline)
+    assert (len(server.seen(INFO)), len(other_server.seen(INFO))) == (1, 1)
+    assert deadline.elapsed_s() < 2 * HANGS_S + 2.0  # and once a moment for the probes of both
+
+
+def test_those_in_line_for_a_server_that_hangs_go_elsewhere(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Says(sample("system-info")), Hangs())
+    server.on("GET", "/volumes/count", Hangs())
+    client = connect(server.url, other_server.url, request_timeout_s=HANGS_S, max_requests_in_flight=2)
+    client.system_info(deadline=deadline)
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda _: client.system_info(deadline=deadline), range(20)))
+    assert len(server.seen(INFO)) <= 3
+    assert deadline.elapsed_s() < 2 * HANGS_S
+
+
+def test_a_server_that_hangs_before_it_takes_the_login_is_passed_over(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.login_answer = Hangs()
+    client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: client.set_metadata(VOLUME, {}, deadline=deadline), range(8)))
+    assert len(server.logins) == 1
+    assert deadline.elapsed_s() < 2 * HANGS_S
+    server.login_answer.until.set()
+
+
+# --- coming back ----------------------------------------------------------------------------------------
+
+
+def test_a_server_that_answers_again_is_asked_again(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", INFO, Breaks(), Says(sample("system-info")))
+    client = connect(server.url, other_server.url)
+
+    def is_back() -> bool:
+        client.system_info(deadline=deadline)
+        return len(server.seen(INFO)) > 1
+
+    assert deadline.wait_until(is_back, first_s=0.05, most_s=0.1)
+
+
+def test_the_only_server_is_back_as_soon_as_it_shows_life(
+    server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    hangs = Hangs()
+    server.on("GET", INFO, hangs, Says(sample("system-info")))
+    client = connect(server.url, request_timeout_s=0.3)
+    with pytest.raises(OutcomeUnknown):
+        client.system_info(deadline=deadline)
+    assert client.system_info(deadline=deadline).api_version == "18.0.0"
+
+
+def test_a_server_that_shows_life_and_hangs_again_costs_one_call_its_time(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect
+) -> None:
+    """It answers probes, but not what is asked of it: then a trial is all that it gets."""
+    server.on("GET", INFO, Hangs())
+    client = connect(server.url, other_server.url, request_timeout_s=0.5)
+    began = Deadline.after(20)
+    durations = []
+    for _ in range(8):
+        call = Deadline.after(20)
+        client.system_info(deadline=call)
+        durations.append(call.elapsed_s())
+        call.clock.sleep(0.2)
+    assert sum(duration > 0.4 for duration in durations) <= 3  # the first, after 0.5 s, after another 1 s
+    assert len(server.seen(INFO)) <= 3
+    assert not began.expired()
+
+
+@pytest.mark.parametrize("answer", [SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"<html>", 200)])
+def test_a_read_that_gets_no_usable_answer_is_asked_of_another_server(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline, answer: SaysRaw
+) -> None:
+    server.on("GET", "/volumes/v1", answer)
+    other_server.on("GET", "/volumes/v1", Says(sample("volume")))
+    assert connect(server.url, other_server.url).volume("v1", deadline=deadline) is not None

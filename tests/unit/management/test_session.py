@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -24,7 +23,6 @@ from csi_driver.errors import (
     Unauthenticated,
 )
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import (
@@ -178,7 +176,7 @@ def test_a_broken_login_leaves_a_change_unsent(
 
 def in_login() -> int:
     """Count the threads that are logging in or wait for another's login."""
-    return sum("_log_in" in names_on_stack(frame) for frame in sys._current_frames().values())
+    return sum("_open" in names_on_stack(frame) for frame in sys._current_frames().values())
 
 
 def names_on_stack(frame: FrameType | None) -> set[str]:
@@ -205,33 +203,6 @@ def test_a_failed_login_is_shared_by_all_who_waited_for_it(
         refusal.until.set()
         list(asked)
     assert len(server.logins) == 1
-
-
-@pytest.fixture
-def certified(server: ManagementDouble, tmp_path: Path) -> Iterator[ManagementClient]:
-    """A client without a user: its certificate is its identity (never sent here, the double speaks plain http)."""
-    certificate = tmp_path / "client.pem"
-    certificate.touch()
-    client = ManagementClient(ManagementSettings(servers=(server.url,), client_certificate=certificate))
-    yield client
-    client.close()
-
-
-def test_with_a_client_certificate_the_first_request_opens_the_session(
-    server: ManagementDouble, certified: ManagementClient, deadline: Deadline
-) -> None:
-    server.opens_sessions = True
-    certified.system_info(deadline=deadline)
-    certified.system_info(deadline=deadline)
-    assert [request.headers.get("Cookie") for request in server.received] == [None, "connect.sid=opened"]
-    assert not server.logins
-
-
-def test_a_client_certificate_that_opens_no_session_is_told(
-    server: ManagementDouble, certified: ManagementClient, deadline: Deadline
-) -> None:
-    with pytest.raises(Unauthenticated, match="certificate"):
-        certified.system_info(deadline=deadline)
 
 
 # --- what an answer means -------------------------------------------------------------------------------

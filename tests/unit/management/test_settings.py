@@ -22,9 +22,15 @@ def test_a_client_certificate_needs_no_user() -> None:
     assert settings(username="", password_file=None, client_certificate=Path("/tls/c.pem")).problems() == ()
 
 
+def test_a_user_may_come_from_a_file() -> None:
+    assert settings(username="", username_file=Path("/run/username")).problems() == ()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        settings("http://127.0.0.1:4000", username="", password_file=None, client_certificate=Path("/tls/c.pem")),
+        settings(username="", username_file=Path("/run/username"), password_file=None),
         ManagementSettings(servers=(), username="u", password_file=Path("/p")),
         settings("m1:4000"),
         settings("ftp://m1"),

@@ -96,3 +96,15 @@ def test_whatever_was_taken_nothing_is_left(wanted: list[tuple[str, bool]]) -> N
             except OperationPending:
                 continue
     assert in_flight.held() == 0
+
+
+@pytest.mark.parametrize("volume_id", ["csi-1", "z1:csi-1", "z2:csi-1:0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_name_kept_for_oneself_excludes_every_call_about_it(volume_id: str, shared: bool) -> None:
+    claims, in_flight = Claims("z1", lambda name: name), InFlight()
+    with in_flight.holding(claims.named("csi-1")), pytest.raises(OperationPending):
+        in_flight.holding(claims.volume(volume_id, shared=shared)).__enter__()
+    with in_flight.holding(claims.volume(volume_id, shared=shared)), pytest.raises(OperationPending):
+        in_flight.holding(claims.named("csi-1")).__enter__()
+    with in_flight.holding(claims.named("csi-2")), in_flight.holding(claims.volume(volume_id, shared=shared)):
+        assert in_flight.held() > 1

@@ -1,0 +1,30 @@
+"""How much more fits into a zone: an upper bound, as only allocating tells."""
+
+from __future__ import annotations
+
+from csi_driver import capacity as sizes
+from csi_driver.controller.parameters import VolumeParameters
+from csi_driver.controller.ports import Management
+from csi_driver.deadline import Deadline
+
+
+def room(management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
+    """Return the usable bytes for volumes of this kind, and the size of the smallest; 0 where the group is missing.
+
+    A provisioning group that may not overflow has the space that it reserved; any other takes from the drives, and
+    what redundancy takes is taken off. So is what encryption takes of a volume.
+    """
+    layout, header = read.layout, read.encryption.header_bytes
+    if layout is None:
+        name = read.vpg or ""
+        vpg = management.vpg(name, deadline=deadline)
+        if vpg is None:
+            return 0, None
+        layout = vpg.layout
+        header = read.encryption.in_group(vpg).header_bytes
+        reserved = management.vpg_free_bytes(name, deadline=deadline)
+        if reserved is not None:
+            granule = sizes.granule_bytes(layout)
+            return max(0, reserved // granule * granule - header), sizes.minimum_bytes(layout) - header
+    raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
+    return max(0, sizes.usable_bytes(raw, layout) - header), sizes.minimum_bytes(layout) - header

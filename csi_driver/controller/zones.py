@@ -1,0 +1,130 @@
+"""Questions to several zones at once, so that a dead one costs its own answer and nobody else's time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, Denied, DriverError, StorageUnavailable, Unauthenticated
+
+T = TypeVar("T")
+
+UNANSWERED = (StorageUnavailable, Unauthenticated, Denied)
+"""What a zone that cannot be asked answers; everything else is an answer, good or bad."""
+
+_THREADS_PER_ZONE = 32
+_LAST_WORD_S = 0.25
+# A question ends by itself at its deadline; this much later its own reason has arrived.
+_OPTIONAL_S = 0.5
+
+
+class Crew(Protocol):
+    """Who carries questions to zones."""
+
+    def submit(self, zone: str, question: Callable[[], T]) -> Future[T]:
+        """Begin to ask one zone."""
+        ...
+
+
+class Threads:
+    """A few threads for each zone: a zone that hangs keeps its own busy, never those of another."""
+
+    def __init__(self, per_zone: int = _THREADS_PER_ZONE) -> None:
+        self._per_zone = per_zone
+        self._lock = threading.Lock()
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def submit(self, zone: str, question: Callable[[], T]) -> Future[T]:
+        """Begin to ask one zone."""
+        with self._lock:
+            pool = self._pools.get(zone)
+            if pool is None:
+                pool = self._pools[zone] = ThreadPoolExecutor(self._per_zone, thread_name_prefix=f"zone-{zone}")
+        return pool.submit(question)
+
+
+CREW: Crew = Threads()
+
+
+@dataclass(frozen=True, slots=True)
+class Answers(Generic[T]):
+    """What the zones said: an answer each, or why there is none (only for what is in `UNANSWERED`)."""
+
+    given: Mapping[str, T]
+    missing: Mapping[str, DriverError]
+
+    def all(self) -> Mapping[str, T]:
+        """Return the answers of all zones. Raises `StorageUnavailable` naming every zone that gave none."""
+        if self.missing:
+            raise unavailable(self.missing)
+        return self.given
+
+
+def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
+    """Return the failure of a call that needed these zones: the only one's own, else one that names all."""
+    if len(missing) == 1:
+        return next(iter(missing.values()))
+    return StorageUnavailable("; ".join(f"zone {zone}: {reason}" for zone, reason in sorted(missing.items())))
+
+
+def ask(
+    zones: Iterable[str],
+    question: Callable[[str], T],
+    *,
+    deadline: Deadline,
+    optional: Iterable[str] = (),
+    crew: Crew = CREW,
+) -> Answers[T]:
+    """Ask all zones at once and wait until each has answered or the time is up.
+
+    `optional` zones are asked too, but waited for only a moment longer than the others. What a question raises beyond
+    `UNANSWERED` is raised here. A single zone is asked by the caller's own thread.
+    """
+    wanted, welcome = list(zones), list(optional)
+    if len(wanted) == 1 and not welcome:
+        return _asked_alone(wanted[0], question)
+    asked = {zone: crew.submit(zone, lambda zone=zone: question(zone)) for zone in [*wanted, *welcome]}  # type: ignore[misc]
+    wait([asked[zone] for zone in wanted], timeout=deadline.remaining_s() + _LAST_WORD_S)
+    wait([asked[zone] for zone in welcome], timeout=min(_OPTIONAL_S, deadline.remaining_s()))
+    given: dict[str, T] = {}
+    missing: dict[str, DriverError] = {}
+    for zone, future in asked.items():
+        if not future.done():
+            future.cancel()
+            missing[zone] = DeadlineReached(f"an answer of zone {zone}", deadline.elapsed_s())
+            continue
+        try:
+            given[zone] = future.result()
+        except DriverError as problem:
+            if zone in wanted and not isinstance(problem, UNANSWERED):
+                raise
+            missing[zone] = problem
+    return Answers(given, missing)
+
+
+def _asked_alone(zone: str, question: Callable[[str], T]) -> Answers[T]:
+    try:
+        return Answers({zone: question(zone)}, {})
+    except UNANSWERED as problem:
+        return Answers({}, {zone: problem})
+
+
+def any_says_yes(
+    zones: Iterable[str], question: Callable[[str], bool], *, deadline: Deadline, crew: Crew = CREW
+) -> bool:
+    """Tell whether any zone says yes, as soon as one does; one that cannot be asked says no."""
+    asked = [crew.submit(zone, lambda zone=zone: question(zone)) for zone in zones]  # type: ignore[misc]
+    try:
+        for future in as_completed(asked, timeout=deadline.remaining_s() + _LAST_WORD_S):
+            try:
+                if future.result():
+                    return True
+            except UNANSWERED:
+                continue
+    except TimeoutError:
+        return False
+    return False

@@ -1,0 +1,156 @@
+"""Find what is left on the node that nobody will ever take back, and take back what is proven to be so.
+
+Everything else is reported and left alone. What is proven, and why nothing else can be meant, is written at each kind
+of `Finding`. A proof must hold in two sweeps, one interval apart, and once more while no call works on the volume; no
+filesystem that still can be written to is ever detached lazily.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from csi_driver.errors import DriverError, InvalidField, PreconditionFailed
+from csi_driver.machine import DeviceNumber, Mounted
+from csi_driver.node.kubelet import publication_data, staging_data
+from csi_driver.node.ownership import Ownership, number_of
+from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+
+logger = logging.getLogger(__name__)
+
+Claim = Callable[[str], AbstractContextManager[None]]
+"""Keeps every call off the volume of that name inside a block; `OperationPending` where one is at work."""
+
+
+class Kind(Enum):
+    """What was found. The text completes "volume X: ..."."""
+
+    FORGOTTEN = "staged where kubelet has no record of it, and published nowhere"
+    """kubelet lost its file and will never unstage it. Live, so it is unmounted in the ordinary way or not at all."""
+    DEAD = "a mount of a device that is gone, and kubelet has no record of it"
+    """Nothing can be read or written through it any more. Unmounted; lazily where a program holds on to it."""
+    BROKEN = "a mount of a device that is gone; kubelet will take it back"
+    """Only reported: kubelet calls NodeUnpublishVolume and NodeUnstageVolume, which take it off."""
+    READER = "a read-only device that is published nowhere"
+    """What a crash left of a read-only publication of raw block. Taken down only if nobody has it open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that nobody uses as it should be used. `path` is where it is mounted, or the device's node."""
+
+    kind: Kind
+    name: str
+    path: Path
+    number: DeviceNumber
+
+    def __str__(self) -> str:
+        return f"volume {self.name}, device {self.number}, {self.path}: {self.kind.value}"
+
+
+class Reconcile:
+    """Compares mounts and read-only devices with what can be legitimate. One sweep at a time."""
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        read_only_devices: ReadOnlyDevices,
+        mounts: Mounts,
+        paths: Paths,
+        ownership: Ownership,
+        driver_name: str,
+    ) -> None:
+        self._devices = devices
+        self._read_only_devices = read_only_devices
+        self._mounts = mounts
+        self._paths = paths
+        self._ownership = ownership
+        self._driver_name = driver_name
+        self._seen: frozenset[Finding] = frozenset()
+
+    def sweep(self, claim: Claim) -> Sequence[Finding]:
+        """Look once; clean up what the sweep before saw as well. Return what is left, each reported when it is new."""
+        found = frozenset(self._findings())
+        for finding in sorted(found - self._seen, key=str):
+            logger.warning("%s", finding)
+        cleaned = {finding for finding in found & self._seen if self._clean(finding, claim)}
+        self._seen = found - cleaned
+        return sorted(self._seen, key=str)
+
+    # --- looking ------------------------------------------------------------------------------------------
+
+    def _findings(self) -> Iterator[Finding]:
+        table = self._mounts.table()
+        readers = {reader.number: reader for reader in self._read_only_devices.present()}
+        for mounted in table:
+            over = readers.get(mounted.node_number) if mounted.node_number is not None else None
+            name = self._ownership.name_at(over.over) if over is not None else self._ownership.name_of(mounted)
+            kind = self._kind_of(mounted, table) if name is not None and self._is_below_a_root(mounted.path) else None
+            if name is not None and kind is not None:
+                yield Finding(kind, name, mounted.path, number_of(mounted))
+        shown = {number_of(mounted) for mounted in table}
+        for number, reader in readers.items():
+            name = self._ownership.name_at(reader.over)
+            if name is not None and number not in shown:
+                yield Finding(Kind.READER, name, reader.over, number)
+
+    def _kind_of(self, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
+        """Judge a mount of ours; None where nothing is wrong with it."""
+        staged = staging_data(mounted.path, self._driver_name)
+        record = staged or publication_data(mounted.path)
+        # The mount's own directory is looked at as well: a file that is out of sight is not gone.
+        is_in_sight = self._paths.kind(mounted.path.parent) == "directory"
+        is_forgotten = record is not None and is_in_sight and self._paths.kind(record) == "absent"
+        number = number_of(mounted)
+        if number.major and not self._devices.size_bytes(number):
+            return Kind.DEAD if is_forgotten else Kind.BROKEN
+        if staged is None or not is_forgotten:
+            return None
+        elsewhere = (other for other in table if number in (other.number, other.node_number))
+        return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
+
+    def _is_below_a_root(self, path: Path) -> bool:
+        try:
+            return self._paths.check(str(path), "mount") == path
+        except InvalidField:
+            return False
+
+    # --- cleaning up --------------------------------------------------------------------------------------
+
+    def _clean(self, finding: Finding, claim: Claim) -> bool:
+        """Clean up, if that is proven to be right now that nobody works on the volume; tell whether it is done."""
+        if finding.kind is Kind.BROKEN:
+            return False
+        try:
+            with claim(finding.name):
+                if finding not in set(self._findings()):
+                    return True
+                return self._take_away(finding)
+        except DriverError as error:
+            logger.warning("%s; it stays for now: %s", finding, error)
+            return False
+
+    def _take_away(self, finding: Finding) -> bool:
+        if finding.kind is Kind.READER:
+            done = self._read_only_devices.release(finding.number)
+            if done:
+                logger.info("%s: taken down", finding)
+            return done
+        while (mounted := self._mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
+            self._unmount(finding)
+        logger.info("%s: unmounted", finding)
+        return True
+
+    def _unmount(self, finding: Finding) -> None:
+        try:
+            self._mounts.unmount(finding.path)
+        except PreconditionFailed:
+            if finding.kind is not Kind.DEAD:
+                raise
+            logger.warning("%s, and a program holds on to it: detached lazily", finding)
+            self._mounts.unmount(finding.path, lazy=True)

@@ -1,0 +1,333 @@
+"""The management client over TLS: to the embedded manager, and to a server that wants client certificates."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import ServerUnreachable, StorageUnavailable, Unauthenticated
+from csi_driver.management.client import ManagementClient
+from csi_driver.management.settings import ManagementSettings
+from tests.contract.pki import Authority, Pair
+from tests.contract.two_managements import Storage
+from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says, sample
+
+INFO = "/systemInfo"
+CSI_USER = "/OU=csi@nvidia.com/CN=CSI"
+Connect = Callable[..., ManagementClient]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("pki") / "one", "one")
+
+
+@pytest.fixture(scope="module")
+def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("pki") / "other", "other")
+
+
+@pytest.fixture(scope="module")
+def server_pair(authority: Authority) -> Pair:
+    return authority.issue("server")
+
+
+@pytest.fixture(scope="module")
+def client_pair(authority: Authority) -> Pair:
+    return authority.issue("client", subject=CSI_USER, use="clientAuth")
+
+
+@pytest.fixture
+def deadline() -> Deadline:
+    return Deadline.after(20)
+
+
+class TlsDouble(ManagementDouble):
+    """The double behind TLS; with `client_authority` it takes clients with a certificate of that authority alone."""
+
+    def __init__(self, pair: Pair, client_authority: Path | None = None) -> None:
+        super().__init__()
+        self.terms = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.terms.load_cert_chain(pair.certificate, pair.key)
+        if client_authority is not None:
+            self.terms.verify_mode = ssl.CERT_REQUIRED
+            self.terms.load_verify_locations(client_authority)
+            self.opens_sessions = True
+        self.users: list[object] = []
+
+    def get_request(self) -> tuple[ssl.SSLSocket, object]:
+        # The handshake is left to the connection's thread: one that hangs must not stop the others.
+        plain, address = super().get_request()
+        return self.terms.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
+
+    def finish_request(self, request: ssl.SSLSocket, client_address: object) -> None:  # type: ignore[override]
+        request.do_handshake()
+        if (certificate := request.getpeercert()) is not None:
+            subject = dict(cast("tuple[tuple[str, str]]", parts)[0] for parts in certificate["subject"])
+            self.users.append(subject.get("organizationalUnitName"))
+        super().finish_request(request, client_address)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def serving(double: TlsDouble) -> Iterator[TlsDouble]:
+    thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield double
+    finally:
+        double.stop()
+        thread.join(5)
+
+
+@pytest.fixture
+def server(server_pair: Pair) -> Iterator[TlsDouble]:
+    with serving(TlsDouble(server_pair)) as double:
+        yield double
+
+
+@pytest.fixture
+def mutual(server_pair: Pair, authority: Authority) -> Iterator[TlsDouble]:
+    with serving(TlsDouble(server_pair, authority.certificate)) as double:
+        yield double
+
+
+@pytest.fixture
+def connect(tmp_path: Path) -> Iterator[Connect]:
+    """Return a function that makes a client, with a password unless a client certificate is given."""
+    password = tmp_path / "password"
+    password.write_text(PASSWORD)
+    clients: list[ManagementClient] = []
+
+    def make(url: str, **options: object) -> ManagementClient:
+        settings = ManagementSettings(servers=(url,), **options)  # type: ignore[arg-type]
+        if "client_certificate" not in options:
+            settings = replace(settings, username=USER, password_file=password)
+        clients.append(ManagementClient(settings))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+# --- the server's certificate ---------------------------------------------------------------------------
+
+
+def test_a_server_of_the_named_authority_is_believed(
+    server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline
+) -> None:
+    client = connect(server.url, ca_file=authority.certificate)
+    assert client.system_info(deadline=deadline).api_version == "18.0.0"
+
+
+def test_the_embedded_manager_is_spoken_to_over_tls(
+    tmp_path: Path, server_pair: Pair, authority: Authority, deadline: Deadline
+) -> None:
+    storage = Storage.start(tmp_path, certificate=server_pair.certificate, key=server_pair.key)
+    settings = ManagementSettings(
+        servers=(storage.server.url,),
+        username=storage.settings.user,
+        password_file=storage.server.password.path,
+        ca_file=authority.certificate,
+    )
+    client = ManagementClient(settings)
+    try:
+        assert storage.server.url.startswith("https:")
+        assert client.volumes(after="", limit=0, deadline=deadline) == []
+    finally:
+        client.close()
+        storage.server.stop()
+
+
+def test_a_server_of_another_authority_is_refused(
+    server: TlsDouble, connect: Connect, other_authority: Authority, deadline: Deadline
+) -> None:
+    with pytest.raises(ServerUnreachable, match="cannot be verified"):
+        connect(server.url, ca_file=other_authority.certificate).system_info(deadline=deadline)
+    assert not server.logins
+
+
+def test_without_a_named_authority_those_of_the_system_decide(
+    server: TlsDouble, connect: Connect, deadline: Deadline
+) -> None:
+    with pytest.raises(ServerUnreachable, match="cannot be verified"):
+        connect(server.url).system_info(deadline=deadline)
+    assert not server.logins
+
+
+def test_a_certificate_for_another_host_is_refused(connect: Connect, authority: Authority, deadline: Deadline) -> None:
+    pair = authority.issue("elsewhere", host="DNS:elsewhere.example.com")
+    with serving(TlsDouble(pair)) as elsewhere, pytest.raises(ServerUnreachable, match="cannot be verified"):
+        connect(elsewhere.url, ca_file=authority.certificate).system_info(deadline=deadline)
+
+
+def test_an_unverified_server_is_spoken_to_where_that_was_asked_for_and_warned_of(
+    server: TlsDouble, connect: Connect, deadline: Deadline, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = connect(server.url, tls_verify=False)
+    client.system_info(deadline=deadline)
+    assert "is not verified" in caplog.text
+
+
+def test_a_renewed_authority_is_believed_without_a_restart(
+    server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """First the file of authorities is exchanged, then the server's certificate."""
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(authority.certificate.read_bytes())
+    client = connect(server.url, ca_file=ca_file)
+    client.system_info(deadline=deadline)
+    renewed = other_authority.issue("renewed")
+    server.terms.load_cert_chain(renewed.certificate, renewed.key)
+    ca_file.write_bytes(other_authority.certificate.read_bytes())
+    client.system_info(deadline=deadline)
+    assert len(server.logins) == 1
+
+
+def test_a_file_that_holds_no_authority_is_named_and_mended_without_a_restart(
+    server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline, tmp_path: Path
+) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_text("nothing")
+    client = connect(server.url, ca_file=ca_file)
+    with pytest.raises(ServerUnreachable, match=str(ca_file)):
+        client.system_info(deadline=deadline)
+    ca_file.write_bytes(authority.certificate.read_bytes())
+    client.system_info(deadline=deadline)
+
+
+def test_a_server_that_does_not_speak_tls_is_not_told_the_password(
+    connect: Connect, authority: Authority, deadline: Deadline
+) -> None:
+    plain = ManagementDouble()
+    thread = threading.Thread(target=plain.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(ServerUnreachable):
+            connect(plain.url.replace("http:", "https:"), ca_file=authority.certificate).system_info(deadline=deadline)
+        assert not plain.logins
+    finally:
+        plain.stop()
+        thread.join(5)
+
+
+# --- our own certificate --------------------------------------------------------------------------------
+
+
+def test_a_client_certificate_takes_the_place_of_the_password(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
+) -> None:
+    client = connect(
+        mutual.url,
+        ca_file=authority.certificate,
+        client_certificate=client_pair.certificate,
+        client_key=client_pair.key,
+    )
+    mutual.on("GET", "/volumes/v1", Says(sample("volume")))
+    for _ in range(3):
+        assert client.volume("v1", deadline=deadline) is not None
+    assert mutual.users == ["csi@nvidia.com"]
+    assert not mutual.logins
+    cookies = [request.headers.get("Cookie") for request in mutual.received]
+    assert cookies == [None, *["connect.sid=opened"] * 3]
+
+
+def test_a_session_that_ended_is_opened_again_by_the_next_request(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
+) -> None:
+    client = connect(
+        mutual.url,
+        ca_file=authority.certificate,
+        client_certificate=client_pair.certificate,
+        client_key=client_pair.key,
+    )
+    client.system_info(deadline=deadline)
+    mutual.expire_sessions()
+    client.system_info(deadline=deadline)
+
+
+def test_certificate_and_key_may_be_one_file(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.pem"
+    both.write_bytes(client_pair.certificate.read_bytes() + client_pair.key.read_bytes())
+    connect(mutual.url, ca_file=authority.certificate, client_certificate=both).system_info(deadline=deadline)
+
+
+def test_a_client_certificate_of_another_authority_is_told_to_be_refused(
+    mutual: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline
+) -> None:
+    stranger = other_authority.issue("stranger", subject=CSI_USER, use="clientAuth")
+    client = connect(
+        mutual.url, ca_file=authority.certificate, client_certificate=stranger.certificate, client_key=stranger.key
+    )
+    with pytest.raises(
+        (Unauthenticated, StorageUnavailable), match=r"not accept the client certificate .*stranger\.pem"
+    ):
+        # Which of the two depends on whether the server's alert arrives before the end of the connection.
+        client.system_info(deadline=deadline)
+    assert not mutual.received
+
+
+def test_a_renewed_client_certificate_is_shown_without_a_restart(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline, tmp_path: Path
+) -> None:
+    files = client_pair.copied_to(tmp_path)
+    client = connect(
+        mutual.url, ca_file=authority.certificate, client_certificate=files.certificate, client_key=files.key
+    )
+    client.system_info(deadline=deadline)
+    files.replace_by(authority.issue("renewed-client", subject="/OU=other@nvidia.com/CN=CSI", use="clientAuth"))
+    client.system_info(deadline=deadline)
+    assert mutual.users == ["csi@nvidia.com", "other@nvidia.com"]
+
+
+def test_a_key_that_does_not_fit_is_named_and_nothing_is_sent(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
+) -> None:
+    other = authority.issue("another", use="clientAuth")
+    client = connect(
+        mutual.url, ca_file=authority.certificate, client_certificate=client_pair.certificate, client_key=other.key
+    )
+    with pytest.raises(ServerUnreachable, match="KEY_VALUES_MISMATCH"):
+        client.system_info(deadline=deadline)
+    assert not mutual.users
+
+
+# --- time and plain http --------------------------------------------------------------------------------
+
+
+def test_a_handshake_that_hangs_is_left_at_the_deadline_and_the_change_was_not_sent(
+    connect: Connect, authority: Authority, server_pair: Pair
+) -> None:
+    """Whoever accepts and says nothing has not read what was never sent: another server may be asked."""
+    silent = TlsDouble(server_pair)  # not serving: the kernel accepts
+    try:
+        deadline = Deadline.after(0.4)
+        with pytest.raises(ServerUnreachable) as caught:
+            connect(silent.url, ca_file=authority.certificate).system_info(deadline=deadline)
+        assert caught.value.timed_out
+        assert deadline.elapsed_s() < 2
+    finally:
+        silent.server_close()
+
+
+def test_plain_http_is_warned_of_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    settings = ManagementSettings(servers=("http://m1:4000",), username=USER, password_file=tmp_path / "password")
+    ManagementClient(settings).close()
+    assert "http://m1:4000 is plain http" in caplog.text

@@ -1,0 +1,356 @@
+"""A controller over several zones: where volumes go, how they are found again, and what a dead zone means."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from csi_driver.controller.parameters import parse
+from csi_driver.controller.placement import Placement, by_free_space
+from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ZonePolicy
+from csi_driver.controller.search import SETTLED_S
+from csi_driver.controller.zones import Threads, any_says_yes, ask
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    DeadlineReached,
+    Exhausted,
+    ExistsDifferently,
+    InvalidRequest,
+    OperationPending,
+    OutcomeUnknown,
+    PreconditionFailed,
+    StorageUnavailable,
+)
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Layout, Volume, Vpg
+from tests.unit.controller.world import CLAIM, RWO, World
+
+TIB = 1 << 40
+SKIPPING = ControllerSettings(allow_zone_skip=True)
+
+
+def within(*zones: str) -> TopologyRequirement:
+    return TopologyRequirement(*(tuple({DEFAULT_TOPOLOGY_KEY: zone} for zone in zones),) * 2)
+
+
+def two(settings: ControllerSettings | None = None) -> World:
+    return World(settings, zones=("a", "b"))
+
+
+def volumes(world: World) -> dict[str, list[str]]:
+    return {zone: [volume.uuid for volume in each.all_volumes()] for zone, each in world.zones.items()}
+
+
+def duplicate(world: World, source: str, target: str, **changes: object) -> Volume:
+    """Put a second volume of the same CSI name where a controller that died would have left it."""
+    (volume,) = world.zones[source].all_volumes()
+    copy = replace(volume, uuid="22222222-0000-0000-0000-000000000000", **changes)  # type: ignore[arg-type]
+    world.zones[target].add_volume(copy)
+    return copy
+
+
+# --- asking ----------------------------------------------------------------------------------------------------
+
+
+def test_all_zones_are_asked_at_the_same_time() -> None:
+    meet = threading.Barrier(3, timeout=30)
+    answers = ask(("a", "b", "c"), lambda zone: (meet.wait(), zone)[1], deadline=Deadline.after(30), crew=Threads())
+    assert answers.all() == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
+    hung = threading.Event()
+    crew = Threads(per_zone=1)
+
+    def question(zone: str) -> str:
+        if zone == "dead":
+            hung.wait(30)
+        return zone
+
+    try:
+        for _ in range(3):
+            answers = ask(("dead", "alive"), question, deadline=Deadline.after(0.05), crew=crew)
+            assert answers.given == {"alive": "alive"}
+            assert isinstance(answers.missing["dead"], DeadlineReached)
+    finally:
+        hung.set()
+
+
+def test_a_zone_that_is_only_welcome_is_not_waited_for() -> None:
+    hung = threading.Event()
+    try:
+        answers = ask(
+            ("a",), lambda zone: hung.wait(30) if zone == "b" else zone, deadline=Deadline.after(60), optional=("b",),
+            crew=Threads(),
+        )  # fmt: skip
+        assert answers.given == {"a": "a"}
+    finally:
+        hung.set()
+
+
+def test_what_is_no_silence_is_raised() -> None:
+    def refuse(zone: str) -> None:
+        raise InvalidRequest(zone)
+
+    with pytest.raises(InvalidRequest):
+        ask(("a", "b"), refuse, deadline=Deadline.after(30), crew=Threads())
+
+
+def test_readiness_does_not_wait_for_a_zone_that_hangs() -> None:
+    hung = threading.Event()
+    try:
+        assert any_says_yes(
+            ("dead", "alive"),
+            lambda zone: zone == "alive" or hung.wait(30),
+            deadline=Deadline.after(60),
+            crew=Threads(),
+        )
+    finally:
+        hung.set()
+
+
+# --- where volumes go --------------------------------------------------------------------------------------------
+
+
+def order(policy: ZonePolicy, zones: Sequence[str], calls: int, world: World | None = None) -> list[list[str]]:
+    world = world or World(zones=("a", "b", "c"))
+    placement = Placement(world.clusters, policy)
+    return [
+        placement.order(
+            zones, None, "key", name=f"v{number}", size_bytes=GIB, parameters=parse({}), deadline=world.deadline()
+        )
+        for number in range(calls)
+    ]
+
+
+def test_round_robin_begins_with_each_zone_in_turn() -> None:
+    assert [each[0] for each in order(ZonePolicy.ROUND_ROBIN, ("b", "a", "c"), 4)] == ["a", "b", "c", "a"]
+
+
+def test_random_begins_with_any_zone() -> None:
+    first = Counter(each[0] for each in order(ZonePolicy.RANDOM, ("a", "b", "c"), 300))
+    assert set(first) == {"a", "b", "c"}
+
+
+def test_volumes_spread_in_proportion_to_free_space() -> None:
+    world = two()
+    world.zones["a"].raw_bytes, world.zones["b"].raw_bytes = 30 * TIB, 10 * TIB
+    first = Counter(each[0] for each in order(ZonePolicy.FREE_SPACE, ("a", "b"), 2000, world))
+    assert 0.70 < first["a"] / 2000 < 0.80
+
+
+def test_free_space_is_asked_for_once_in_a_while() -> None:
+    world = two()
+    order(ZonePolicy.FREE_SPACE, ("a", "b"), 100, world)
+    assert world.management.requests.count("raw_free_bytes") == 1
+
+
+def test_a_repeated_call_meets_the_same_zone_although_space_has_changed_a_little() -> None:
+    before = {"a": 40 * TIB, "b": 42 * TIB}
+    after = {"a": 40 * TIB - 10 * GIB, "b": 42 * TIB}
+    moved = [n for n in range(1000) if by_free_space(before, f"v{n}", 1) != by_free_space(after, f"v{n}", 1)]
+    assert len(moved) < 5
+
+
+def test_zones_without_room_come_last() -> None:
+    assert all(by_free_space({"a": GIB, "b": 9 * GIB}, f"v{n}", 5 * GIB) == ["b", "a"] for n in range(20))
+
+
+def test_what_the_caller_prefers_beats_the_policy() -> None:
+    world = two()
+    world.zones["b"].raw_bytes = GIB * 2
+    for number in range(5):
+        world.zones["b"].raw_bytes += 2 * GIB
+        made = world.create(f"v{number}", topology=within("b", "a"))
+        assert made.topology == ({DEFAULT_TOPOLOGY_KEY: "b"},)
+
+
+def test_a_group_that_one_zone_lacks_is_taken_from_another() -> None:
+    world = two()
+    world.zones["b"].add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True))
+    assert world.create(parameters={"vpg": "gold"}, topology=within("a", "b")).topology[0][DEFAULT_TOPOLOGY_KEY] == "b"
+
+
+def test_a_group_that_no_zone_has_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match=r"zone a.*gold.*zone b"):
+        two().create(parameters={"vpg": "gold"})
+
+
+def test_all_zones_full_names_each() -> None:
+    world = two()
+    for management in world.zones.values():
+        management.raw_bytes = 0
+    with pytest.raises(Exhausted, match=r"zone a: .*zone b: |zone b: .*zone a: "):
+        world.create()
+
+
+def test_a_volume_that_is_there_is_never_made_elsewhere_because_its_zone_fills_up() -> None:
+    world = two()
+
+    def comes_out_short(request: str) -> None:
+        if request == "create_volume":
+            (volume,) = world.zones["a"].all_volumes()
+            world.zones["a"].change(volume.name, blocks=volume.blocks - 1024)
+            world.zones["a"].raw_bytes = 0
+
+    world.zones["a"].after = comes_out_short
+    with pytest.raises(Exhausted):
+        world.create(topology=within("a", "b"))
+    assert [len(each) for each in volumes(world).values()] == [1, 0]
+
+
+# --- one volume in one zone ---------------------------------------------------------------------------------------
+
+
+def test_after_a_crash_the_volume_is_waited_for_and_found_again() -> None:
+    world = two()
+    made = world.create(topology=within("a", "b"))
+    restarted = World(zones=("a", "b"), beside=world)
+    with pytest.raises(OperationPending, match="has just been made in zone a"):
+        restarted.create(topology=within("b", "a"))
+    world.clock.sleep(SETTLED_S + 2)
+    assert restarted.create(topology=within("b", "a")) == made
+    assert volumes(world)["b"] == []
+
+
+def test_after_a_crash_nothing_is_made_while_the_zone_of_the_volume_is_down() -> None:
+    world = two()
+    world.create(topology=within("a", "b"))
+    world.zones["a"].is_reachable = False
+    with pytest.raises(StorageUnavailable):
+        World(zones=("a", "b"), beside=world).create(topology=within("b", "a"))
+    assert volumes(world)["b"] == []
+
+
+def test_a_zone_that_is_not_allowed_keeps_nobody_waiting_but_is_believed() -> None:
+    world = two()
+    world.zones["a"].is_reachable = False
+    assert world.create(topology=within("b")).topology == ({DEFAULT_TOPOLOGY_KEY: "b"},)
+    with pytest.raises(StorageUnavailable):
+        world.create(topology=within("a"))
+    world.zones["a"].is_reachable = True
+    world.clock.sleep(60)
+    with pytest.raises(ExistsDifferently, match=r"it is in zone b .*, wanted it in a"):
+        World(zones=("a", "b"), beside=world).create(topology=within("a"))
+
+
+def test_a_lost_answer_moves_no_volume_to_the_next_zone() -> None:
+    world = two()
+
+    def lose(request: str) -> None:
+        if request == "create_volume":
+            raise OutcomeUnknown("server", "POST /volumes/save", "reset")
+
+    world.zones["a"].after = lose
+    with pytest.raises(OutcomeUnknown):
+        world.create(topology=within("a", "b"))
+    assert [len(each) for each in volumes(world).values()] == [1, 0]
+
+
+def test_a_zone_may_be_skipped_and_what_that_leaves_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    world = two(SKIPPING)
+    world.zones["a"].is_reachable = False
+    made = world.create(topology=within("a", "b"))
+    assert made.topology == ({DEFAULT_TOPOLOGY_KEY: "b"},)
+    world.zones["a"].is_reachable = True
+    orphan = duplicate(world, "b", "a")
+    for _ in range(2):
+        listed, _ = world.inventory.volumes(0, "", deadline=world.deadline())
+        assert len(listed) == 2
+    reports = [record.getMessage() for record in caplog.records if "exists in several zones" in record.getMessage()]
+    assert len(reports) == 1
+    assert all(uuid in reports[0] for uuid in (orphan.uuid, made.volume_id.split(":")[2]))
+    assert [len(each) for each in volumes(world).values()] == [1, 1]
+
+
+def test_a_skip_needs_one_zone_that_answers() -> None:
+    world = two(SKIPPING)
+    for management in world.zones.values():
+        management.is_reachable = False
+    with pytest.raises(StorageUnavailable):
+        world.create()
+
+
+def test_of_two_left_by_a_crash_the_one_that_was_used_is_answered() -> None:
+    world = two()
+    made = world.create(topology=within("a", "b"), parameters=CLAIM)
+    duplicate(world, "a", "b")
+    world.clock.sleep(60)
+    restarted = World(zones=("a", "b"), beside=world)
+    with pytest.raises(PreconditionFailed, match=r"zone a .* and in zone b"):
+        restarted.create(topology=within("a", "b"), parameters=CLAIM)
+    world.publish(made.volume_id, capability=RWO)
+    assert restarted.create(topology=within("a", "b"), parameters=CLAIM) == made
+
+
+def test_another_volume_of_that_short_name_is_refused_in_any_zone() -> None:
+    world = two()
+    world.create(topology=within("b"))
+    (volume,) = world.zones["b"].all_volumes()
+    world.zones["b"].change(volume.name, metadata={"csi_name": "somebody else's"})
+    with pytest.raises(ExistsDifferently, match="somebody else"):
+        World(zones=("a", "b"), beside=world).create(topology=within("a", "b"))
+    assert volumes(world)["a"] == []
+
+
+# --- what a dead zone means ---------------------------------------------------------------------------------------
+
+
+def test_a_list_without_a_dead_zone_is_no_list() -> None:
+    world = two()
+    world.create()
+    world.zones["b"].is_reachable = False
+    with pytest.raises(StorageUnavailable):
+        world.inventory.volumes(0, "", deadline=world.deadline())
+
+
+def test_a_dead_zone_has_no_capacity(caplog: pytest.LogCaptureFixture) -> None:
+    world = two()
+    world.zones["a"].raw_bytes = world.zones["b"].raw_bytes = 8 * GIB
+    world.zones["b"].is_reachable = False
+
+    def free(zone: str | None) -> int:
+        segments = None if zone is None else {DEFAULT_TOPOLOGY_KEY: zone}
+        return world.inventory.capacity((), {}, segments, deadline=world.deadline()).available_bytes
+
+    assert (free("a"), free("b"), free(None)) == (8 * GIB, 0, 8 * GIB)
+    assert "the capacity of zone b counts as 0" in caplog.text
+
+
+def test_no_capacity_is_told_when_nobody_answers() -> None:
+    for zones in (("a",), ("a", "b")):
+        world = World(zones=zones)
+        for management in world.zones.values():
+            management.is_reachable = False
+        with pytest.raises(StorageUnavailable):
+            world.inventory.capacity((), {}, None, deadline=world.deadline())
+
+
+def test_a_dead_zone_leaves_the_volumes_of_others_usable() -> None:
+    world = two()
+    made = world.create(topology=within("a"))
+    world.zones["b"].is_reachable = False
+    world.publish(made.volume_id)
+    assert world.inventory.volume(made.volume_id, deadline=world.deadline()).volume.volume_id == made.volume_id
+    world.unpublish(made.volume_id)
+    world.delete(made.volume_id)
+    assert volumes(world)["a"] == []
+
+
+def test_a_handle_without_zone_needs_every_zone() -> None:
+    world = two()
+    made = world.create(topology=within("a"))
+    bare = made.volume_id.split(":")[1]
+    world.zones["b"].is_reachable = False
+    with pytest.raises(StorageUnavailable):
+        world.delete(bare)
+    assert len(volumes(world)["a"]) == 1
+
+
+def test_one_zone_that_answers_makes_the_controller_ready() -> None:
+    world = two()
+    world.zones["a"].is_reachable = False
+    assert world.inventory.ready(deadline=world.deadline())
