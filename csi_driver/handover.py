@@ -1,12 +1,16 @@
-"""What the controller hands to the node about one attachment: the publish context, and what its words mean."""
+"""What controller and node both know of one attachment: the publish context, what its words mean, and the name under
+which the attachment is held.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from csi_driver.model import is_uuid, is_volume_name
+from csi_driver.model import VolumeHandle, is_uuid, is_volume_name
 
 
 class History(StrEnum):
@@ -102,3 +106,26 @@ class PublishContext:
 
 def _natural(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+
+
+# --- under which name an attachment is held ---------------------------------------------------------------------
+
+_REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
+
+
+def reference_id(handle: VolumeHandle) -> str | None:
+    """Return the id under which the storage counts this handle's attachments; None when the handle names none.
+
+    What the storage would not take, or would confuse with its default id (the volume's uuid), is hashed.
+    """
+    reference = handle.reference
+    if reference is None:
+        return None
+    if _REFERENCE.fullmatch(reference) and not is_uuid(reference):
+        return reference
+    return "r-" + hashlib.sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
+    """Return the reference id as it shows in the storage: its default is the volume's uuid."""
+    return reference_id(handle) or volume_uuid

@@ -15,7 +15,7 @@ from csi_driver.controller import access, handing, record
 from csi_driver.controller.detach import Detach
 from csi_driver.controller.holding import ABSENT, client_absent, held_otherwise, is_leaving, missing, references
 from csi_driver.controller.locate import Located, find_client, issued_handle, require, sole_management
-from csi_driver.controller.naming import derived_spelling, held_reference, reference_id
+from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Attachments
 from csi_driver.controller.requests import ControllerSettings, PublishRequest
@@ -30,7 +30,7 @@ from csi_driver.errors import (
     ReservationConflict,
     VolumeNotFound,
 )
-from csi_driver.handover import History, PublishContext
+from csi_driver.handover import History, PublishContext, held_reference, reference_id
 from csi_driver.model import BlockAccess, Client, ClientStatus, ReservationMode, VolumeHandle
 
 _log = logging.getLogger(__name__)

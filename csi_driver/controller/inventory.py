@@ -8,7 +8,7 @@ from functools import partial
 
 from csi_driver.controller import access
 from csi_driver.controller.locate import described, issued_handle, require
-from csi_driver.controller.naming import derived_spelling, held_reference
+from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.parameters import VolumeParameters, is_compared, parse
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation
@@ -19,6 +19,7 @@ from csi_driver.controller.tokens import LAST, Position, mark, read_token
 from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest, StaleToken, shown
+from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, Client, ListedVolume, Segments, Volume, VolumeHandle
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]

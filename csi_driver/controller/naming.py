@@ -1,4 +1,4 @@
-"""Names: of volumes in the storage, of attachments (reference ids), and the handles that CSI sees."""
+"""Names: of volumes in the storage, and the handles that CSI sees. Those of attachments are in `handover`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import base64
 import hashlib
 import re
 
-from csi_driver.model import Volume, VolumeHandle, is_uuid
+from csi_driver.model import Volume, VolumeHandle
 
 _PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
 _PREFIX = "csi-"
 _NAME_LIMIT = 22
 """The management refuses longer names."""
@@ -38,24 +37,6 @@ def issued_reference(zone: str, name: str, reference: str) -> str | None:
         return None
     handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
     return reference if handle is not None and handle.reference == reference else None
-
-
-def reference_id(handle: VolumeHandle) -> str | None:
-    """Return the id under which the storage counts this handle's attachments; None when the handle names none.
-
-    What the storage would not take, or would confuse with its default id (the volume's uuid), is hashed.
-    """
-    reference = handle.reference
-    if reference is None:
-        return None
-    if _REFERENCE.fullmatch(reference) and not is_uuid(reference):
-        return reference
-    return "r-" + hashlib.sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
-    """Return the reference id as it shows in the storage: its default is the volume's uuid."""
-    return reference_id(handle) or volume_uuid
 
 
 def derived_spelling(zone: str, volume: Volume, reference: str) -> str:

@@ -77,6 +77,10 @@ class Devices(Protocol):
         """Return what the storage client says of a volume; None while it says nothing. Touches no device."""
         ...
 
+    def reference_ids(self, name: str) -> tuple[str, ...] | None:
+        """Return the reference ids under which this node holds the volume; None when that cannot be told."""
+        ...
+
     def path_of(self, name: str) -> Path:
         """Return where the device of a volume appears: what a mount of it names as its source."""
         ...

@@ -94,6 +94,7 @@ class FakeDisk:
     claimed: int | None = None
     superblock_read_only: bool = False
     status: VolumeStatus | None = None
+    references: tuple[str, ...] | None = None
     luks: FakeLuks | None = None
     below: FakeDisk | None = None
     """What an opened encrypted device lies over."""
@@ -341,6 +342,10 @@ class FakeDevices:
         self._host.step("before set_read_only")
         disk.read_only = True
         self._host.step("after set_read_only")
+
+    def reference_ids(self, name: str) -> tuple[str, ...] | None:
+        disk = self._host.disks.get(name)
+        return disk.references if disk is not None else None
 
     def client(self) -> StorageClient:
         host = self._host
