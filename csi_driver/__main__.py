@@ -25,6 +25,7 @@ from csi_driver.config.made import (
     NodeCommand,
     StorageCommand,
     VersionCommand,
+    VolumeCommand,
 )
 from csi_driver.config.version import driver_version
 from csi_driver.errors import DriverError
@@ -66,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(command: ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand) -> int:
+def _run(
+    command: ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VolumeCommand,
+) -> int:
     match command:
+        case VolumeCommand():
+            return _volume(command)
         case ControllerCommand():
             return _controller(command)
         case NodeCommand():
@@ -214,6 +219,23 @@ def _leave_now() -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(OK)
+
+
+def _volume(command: VolumeCommand) -> int:
+    from csi_driver.config.volume import ALLOW_FORMAT
+    from csi_driver.controller.override import Override
+    from csi_driver.deadline import Deadline
+    from csi_driver.management.client import ManagementClient
+    from csi_driver.management.clusters import OneCluster
+
+    override = Override(OneCluster(command.zone, ManagementClient(command.management)))
+    deadline = Deadline.after(command.timeout_s)
+    if command.action == ALLOW_FORMAT:
+        print(override.allow_format(command.handle, deadline=deadline))
+    else:
+        for what, how in override.show(command.handle, deadline=deadline):
+            print(f"{what + ':':<15} {how}")
+    return OK
 
 
 def _storage(command: StorageCommand) -> int:

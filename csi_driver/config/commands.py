@@ -25,6 +25,7 @@ _COMMANDS = {
     "storage": "Run the embedded storage manager: the management's REST API over files of this machine.",
     "local": "Run storage, controller and node on this machine in one command.",
     "demo": "Show the life of volumes here, and leave no trace.",
+    "volume": "Act by hand on one volume: see how it stands, or allow that it be formatted over old data, once.",
     "version": "Print the version.",
 }
 
@@ -67,6 +68,10 @@ def definition(name: str) -> Definition:
             from csi_driver.config import onebox
 
             return onebox.DEMO_FLAGS, onebox.demo
+        case "volume":
+            from csi_driver.config import volume
+
+            return volume.VOLUME_FLAGS, volume.volume
         case _:
             return (), lambda values: VersionCommand()
 

@@ -147,10 +147,15 @@ _DETACH_WAIT = Flag(
     metavar="TIME",
 )
 
+MANAGEMENT_FLAGS = (
+    _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
+    _REQUEST_TIMEOUT, _REQUESTS, _ALLOW_INCOMPATIBLE, ZONE,
+)  # fmt: skip
+"""How the storage is reached."""
+
 CONTROLLER_FLAGS = table(
-    *ENDPOINT_FLAGS, _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE,
-    _CLIENT_KEY, _REQUEST_TIMEOUT, _REQUESTS, _ALLOW_INCOMPATIBLE, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH,
-    _FENCING, _USE_PREEMPT, _USABLE_WAIT, _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
+    *ENDPOINT_FLAGS, *MANAGEMENT_FLAGS, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH, _FENCING, _USE_PREEMPT, _USABLE_WAIT,
+    _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -169,7 +174,7 @@ def controller(values: Values) -> ControllerCommand:
             attach_wait_s=values.one(_ATTACH_WAIT),
             detach_wait_s=values.one(_DETACH_WAIT),
         ),
-        management=_management(values),
+        management=management(values),
         zone=values.one(ZONE),
     )
 
@@ -183,7 +188,8 @@ def _fencing(values: Values) -> Fencing:
     return Fencing.ALWAYS
 
 
-def _management(values: Values) -> ManagementSettings:
+def management(values: Values) -> ManagementSettings:
+    """Make the settings of the client of the storage management."""
     servers = values.all(_SERVERS)
     username_file, password_file = values.one(_USER_FILE), values.one(_PASSWORD_FILE)
     settings = ManagementSettings(

@@ -45,12 +45,19 @@ class Flag(Generic[T]):
         return self.environment or _PREFIX + self.name.removeprefix("--").replace("-", "_").upper()
 
     @property
+    def is_positional(self) -> bool:
+        """Whether it is a word by its place, not a flag: then it must be given, and the environment has none."""
+        return not self.name.startswith("--")
+
+    @property
     def is_switch(self) -> bool:
         """Whether the flag may stand without a value."""
         return isinstance(self.default, bool)
 
     def describe(self) -> str:
         """Write the help: effect, unit, default, environment."""
+        if self.is_positional:
+            return self.help
         parts = [self.help]
         if self.repeatable:
             parts.append("May be repeated; separated by commas in the environment.")
@@ -89,6 +96,8 @@ class Values:
         given = self._given.get(flag.name)
         if given:
             return flag.name, given
+        if flag.is_positional:
+            return flag.name, ()
         found = self._environ.get(flag.variable, "")
         if not found:
             return flag.variable, ()
@@ -111,6 +120,9 @@ class Parser(argparse.ArgumentParser):
 
 def add(parser: argparse.ArgumentParser, flag: Flag[T]) -> None:
     """Make the parser accept the flag."""
+    if flag.is_positional:
+        parser.add_argument(flag.name, action="append", help=flag.describe())
+        return
     parser.add_argument(
         flag.name,
         dest=flag.name,

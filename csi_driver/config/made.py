@@ -69,8 +69,20 @@ class DemoCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeCommand:
+    """`nvmesh-csi volume`. `action`: allow-format or show."""
+
+    log: LogSettings
+    management: ManagementSettings
+    zone: str
+    action: str
+    handle: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class VersionCommand:
     """`nvmesh-csi version`."""
 
 
-Command = ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VersionCommand
+Command = ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VolumeCommand | VersionCommand

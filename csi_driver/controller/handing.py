@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from csi_driver.capacity import stripes_of
 from csi_driver.controller.record import Creation, read_creation, read_permission
 from csi_driver.handover import Encryption, PublishContext
 from csi_driver.model import Volume
+
+_log = logging.getLogger(__name__)
 
 
 def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) -> Encryption:
@@ -39,11 +42,14 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
     """Add to a publish context what the volume's making says, and the permission to format where it has one."""
     unit_bytes, stripe_bytes = stripes_of(volume.layout)
     permitted = read_permission(volume.metadata)
+    # An attachment whose number is not proven has 0, and nothing is permitted for that.
+    may_format = permitted != 0 and permitted == context.attachment and not context.read_only
+    if may_format:
+        _log.warning("attachment %d of volume %s may format over old data, as was allowed", permitted, volume.name)
     return replace(
         context,
         encryption=encryption_of(volume, read_creation(volume.metadata), given),
-        # An attachment whose number is not proven has 0, and nothing is permitted for that.
-        format_allowed=permitted != 0 and permitted == context.attachment and not context.read_only,
+        format_allowed=may_format,
         stripe_unit_bytes=unit_bytes,
         stripe_bytes=stripe_bytes,
     )

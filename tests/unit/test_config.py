@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.config import controller, node, onebox, storage, values
+from csi_driver.config import controller, node, onebox, storage, values, volume
 from csi_driver.config.commands import parse
 from csi_driver.config.flags import Flag, UsageError
 from csi_driver.config.made import (
@@ -20,6 +20,7 @@ from csi_driver.config.made import (
     NodeCommand,
     StorageCommand,
     VersionCommand,
+    VolumeCommand,
 )
 from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
@@ -32,6 +33,7 @@ TABLES = {
     "storage": storage.STORAGE_FLAGS,
     "local": onebox.LOCAL_FLAGS,
     "demo": onebox.DEMO_FLAGS,
+    "volume": [flag for flag in volume.VOLUME_FLAGS if not flag.is_positional],
 }
 FLAGS = [pytest.param(role, flag, id=f"{role}{flag.name}") for role, table in TABLES.items() for flag in table]
 
@@ -99,6 +101,20 @@ def test_the_demo_has_the_defaults_of_its_settings() -> None:
     made = command(["demo"])
     assert isinstance(made, DemoCommand)
     assert made.settings == DemoSettings()
+
+
+def test_what_is_done_by_hand_needs_an_action_a_handle_and_a_server() -> None:
+    made = command(["volume", "allow-format", "z:v1", *CONTROLLER[2:]])
+    assert isinstance(made, VolumeCommand)
+    assert (made.action, made.handle, made.timeout_s) == ("allow-format", "z:v1", 60.0)
+    assert made.management.servers == ("https://m:4000",)
+    assert "HANDLE" in problems(["volume", "show"])[0]
+    assert any("allow-format" in problem for problem in problems(["volume", "format", "v1", *CONTROLLER[2:]]))
+
+
+def test_words_by_their_place_are_not_read_from_the_environment() -> None:
+    environ = {"NVMESH_CSI_HANDLE": "v1", "NVMESH_CSI_ACTION": "allow-format"}
+    assert problems(["volume"], environ) == ("the following arguments are required: ACTION, HANDLE",)
 
 
 def test_version_takes_nothing() -> None:

@@ -1,0 +1,37 @@
+"""`nvmesh-csi volume`: its words, flags and settings."""
+
+from __future__ import annotations
+
+from csi_driver.config import shared
+from csi_driver.config import values as read
+from csi_driver.config.controller import MANAGEMENT_FLAGS, management
+from csi_driver.config.flags import Flag, Values
+from csi_driver.config.made import VolumeCommand
+from csi_driver.config.shared import DRIVER_NAME, LOG_FLAGS, ZONE, table
+
+ALLOW_FORMAT, SHOW = "allow-format", "show"
+
+_ACTION = Flag(
+    "ACTION",
+    read.choice(ALLOW_FORMAT, SHOW),
+    SHOW,
+    "",
+    f"{SHOW}: tell how the volume stands, who holds it, and when it would be formatted. {ALLOW_FORMAT}: let the next"
+    " attachment, and no other, format it over whatever it holds; the volume must be detached.",
+)
+_HANDLE = Flag("HANDLE", read.text, "", "", "The volume's handle, as volumeHandle of its PersistentVolume.")
+_TIMEOUT = Flag("--timeout", read.seconds, 60.0, "60", "Time that it may take.", unit="seconds", metavar="TIME")
+
+VOLUME_FLAGS = table(_ACTION, _HANDLE, _TIMEOUT, *MANAGEMENT_FLAGS, DRIVER_NAME, *LOG_FLAGS)
+
+
+def volume(values: Values) -> VolumeCommand:
+    """Make the settings of what is done by hand with one volume."""
+    return VolumeCommand(
+        log=shared.log(values),
+        management=management(values),
+        zone=values.one(ZONE),
+        action=values.one(_ACTION),
+        handle=values.one(_HANDLE),
+        timeout_s=values.one(_TIMEOUT),
+    )
