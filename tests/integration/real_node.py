@@ -1,0 +1,166 @@
+"""The node's use-cases in this process, over real loop devices; and devices that go wrong in ways of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.handover import History, PublishContext
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.facts import MachineTools
+from csi_driver.host.mounts import LinuxMounts
+from csi_driver.host.paths import LinuxPaths
+from csi_driver.model import MIB, AccessMode, Capability, MountAccess
+from csi_driver.node.marks import Mark
+from csi_driver.node.requests import NodeSettings, StageRequest
+from csi_driver.node.service import assemble, mark_files
+from tests.contract.host_machine import HostMachine, Volume, shell
+
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+
+
+class RealNode:
+    """Stages volumes of a machine as kubelet would; by default one that was made now and is attached first."""
+
+    def __init__(self, machine: HostMachine) -> None:
+        self.machine = machine
+        self.root = machine.directory / "kubelet"
+        self.root.mkdir()
+        settings = NodeSettings(node_name="real", state_directory=str(machine.directory / "state"))
+        self.marks = mark_files(settings)
+        self.paths = LinuxPaths([self.root])
+        self.use = assemble(
+            devices=machine.devices,
+            read_only_devices=ReadOnlyLoops(LoopDevices()),
+            mounts=LinuxMounts(self.paths.open),
+            filesystems=machine.filesystems,
+            paths=self.paths,
+            tools=MachineTools([self.root]),
+            settings=settings,
+            marks=self.marks,
+        )
+
+    def staging(self, volume: Volume) -> Path:
+        return self.root / f"{volume.name}.staging"
+
+    def stage(
+        self,
+        volume: Volume,
+        fs_type: str = "ext4",
+        *,
+        history: History = History.FIRST,
+        attachment: int = 1,
+        allowed: bool = False,
+        flags: tuple[str, ...] = (),
+        volume_context: dict[str, str] | None = None,
+        within_s: float = 60.0,
+    ) -> Path:
+        """Stage the volume; return where it is mounted."""
+        context = PublishContext(volume.name, volume.uuid, attachment, history, format_allowed=allowed)
+        capability = Capability(MountAccess(fs_type, flags), AccessMode.SINGLE_NODE_WRITER)
+        request = StageRequest(
+            f"zone:{volume.name}:{volume.uuid}", str(self.staging(volume)), capability, context.as_map(),
+            volume_context or {},
+        )  # fmt: skip
+        self.use.stage.stage(request, deadline=Deadline.after(within_s))
+        return self.staging(volume)
+
+    def unstage(self, volume: Volume) -> None:
+        volume_id = f"zone:{volume.name}:{volume.uuid}"
+        self.use.stage.unstage(volume_id, str(self.staging(volume)), deadline=Deadline.after(60))
+
+    def mark(self, volume: Volume) -> Mark | None:
+        return self.marks.read(volume.uuid)
+
+
+def write(volume: Volume, offset: int, data: bytes) -> None:
+    """Write to the volume's device and see it on disk."""
+    fd = os.open(volume.loop.node or volume.file, os.O_RDWR | os.O_SYNC)
+    try:
+        os.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
+
+
+_PIECE_BYTES = 65536
+
+
+def everything(volume: Volume) -> dict[int, bytes]:
+    """Return all that is not zero on the device, in pieces of 64 KiB by their offset."""
+    device = os.open(volume.loop.node or volume.file, os.O_RDONLY)
+    os.fsync(device)
+    os.close(device)
+    found: dict[int, bytes] = {}
+    with volume.file.open("rb", buffering=0) as file:
+        at, size = 0, volume.file.stat().st_size
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // _PIECE_BYTES * _PIECE_BYTES
+            except OSError:  # nothing but holes from here on
+                break
+            piece = os.pread(file.fileno(), _PIECE_BYTES, at)
+            if piece.strip(b"\0"):
+                found[at] = piece
+            at += _PIECE_BYTES
+    return found
+
+
+def clear(volume: Volume) -> None:
+    """Make the volume blank again."""
+    shell("blkdiscard", "--force", str(volume.loop.node))
+
+
+@contextlib.contextmanager
+def volumes_with_a_bad_block(machine: HostMachine, offsets: list[int], size_bytes: int) -> Iterator[dict[int, Volume]]:
+    """Give a volume for each offset that is blank but for one block, there, which the kernel answers with EIO.
+
+    Their files lie on a btrfs, which keeps a checksum of every block; the block's bytes are then changed below it.
+    """
+    image, ground = machine.directory / "ground.img", machine.directory / "ground"
+    with image.open("wb") as made:
+        made.truncate(512 * MIB)
+    shell("mkfs.btrfs", "-q", str(image))
+    ground.mkdir()
+    patterns = {offset: os.urandom(4096) for offset in offsets}
+    volumes: dict[int, Volume] = {}
+    shell("mount", "-o", "loop", str(image), str(ground))
+    try:
+        for offset, pattern in patterns.items():
+            with (ground / f"{offset}.img").open("wb") as file:
+                file.truncate(size_bytes)
+                file.seek(offset)
+                file.write(pattern)
+        shell("umount", str(ground))
+        spoil(image, list(patterns.values()))
+        shell("mount", "-o", "loop", str(image), str(ground))
+        for offset in offsets:
+            name, identity, image_file = f"csi-{offset}", str(uuid.uuid4()), ground / f"{offset}.img"
+            loop = machine.loops.attach(
+                image_file, machine.device_root / name, label=f"{identity}/test", read_only=False
+            )
+            machine.write_status(name, identity, size_bytes)
+            volumes[offset] = Volume(name, identity, image_file, loop)
+        yield volumes
+    finally:
+        for volume in volumes.values():
+            machine.loops.detach(volume.loop)
+        subprocess.run(["umount", str(ground)], check=False, capture_output=True)
+
+
+def spoil(image: Path, patterns: list[bytes]) -> None:
+    """Change the blocks that hold these patterns, wherever the filesystem put them."""
+    data = image.read_bytes()
+    with image.open("r+b") as file:
+        for pattern in patterns:
+            at = data.find(pattern)
+            assert at >= 0
+            file.seek(at)
+            file.write(b"\0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
