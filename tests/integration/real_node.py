@@ -14,6 +14,7 @@ from csi_driver.handover import History, PublishContext
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.facts import MachineTools
+from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
@@ -37,6 +38,7 @@ class RealNode:
         self.paths = LinuxPaths([self.root])
         self.use = assemble(
             devices=machine.devices,
+            encryption=LinuxEncryption(machine.devices),
             read_only_devices=ReadOnlyLoops(LoopDevices()),
             mounts=LinuxMounts(self.paths.open),
             filesystems=machine.filesystems,

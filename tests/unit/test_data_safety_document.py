@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -19,8 +18,11 @@ def sentences() -> dict[int, list[str]]:
 
 def defined() -> set[str]:
     """Return the names of all tests that there are."""
-    trees = [ast.parse(path.read_text()) for path in TESTS.rglob("test_*.py")]
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {
+        name
+        for path in TESTS.rglob("test_*.py")
+        for name in re.findall(r"(?m)^(?:    )?def (test_\w+)\(", path.read_text())
+    }
 
 
 def test_every_sentence_is_numbered_in_order_and_has_a_test() -> None:
