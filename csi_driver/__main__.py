@@ -32,6 +32,7 @@ from csi_driver.errors import DriverError
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
+    from csi_driver.controller.ports import Clusters
     from csi_driver.node.faults import PortHook
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import Health
@@ -96,15 +97,13 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.controller.expand import Expand
     from csi_driver.controller.inventory import Inventory
     from csi_driver.controller.provision import Provision
-    from csi_driver.management.client import ManagementClient
-    from csi_driver.management.clusters import OneCluster
     from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import ControllerHealth
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
 
     settings = replace(command.controller, driver_version=driver_version())
-    clusters = OneCluster(command.zone, ManagementClient(command.management))
+    clusters = _clusters(command)
     inventory = Inventory(clusters, settings)
     use_cases = ControllerUseCases(
         provision=Provision(clusters, settings),
@@ -116,11 +115,21 @@ def _controller(command: ControllerCommand) -> int:
     health = ControllerHealth(lambda deadline: inventory.ready(deadline=deadline))
     return _serve(
         command.endpoint,
-        command.zone,
+        command.zone if command.clusters is None else None,
         settings.driver_name,
         health,
         lambda server: add_ControllerServicer_to_server(servicer, server),
     )
+
+
+def _clusters(command: ControllerCommand | VolumeCommand) -> Clusters:
+    from csi_driver.management.client import ManagementClient
+    from csi_driver.management.clusters import FileClusters, OneCluster
+
+    place = command.clusters
+    if place is None:
+        return OneCluster(command.zone, ManagementClient(command.management))
+    return FileClusters(place.path, place.defaults)
 
 
 def _node(command: NodeCommand) -> int:
@@ -185,7 +194,7 @@ def _as_it_is(name: str, port: Port) -> Port:
 
 def _serve(
     settings: EndpointSettings,
-    zone: str,
+    zone: str | None,
     driver_name: str,
     health: Health,
     register: Register,
@@ -225,10 +234,8 @@ def _volume(command: VolumeCommand) -> int:
     from csi_driver.config.volume import ALLOW_FORMAT
     from csi_driver.controller.override import Override
     from csi_driver.deadline import Deadline
-    from csi_driver.management.client import ManagementClient
-    from csi_driver.management.clusters import OneCluster
 
-    override = Override(OneCluster(command.zone, ManagementClient(command.management)))
+    override = Override(_clusters(command))
     deadline = Deadline.after(command.timeout_s)
     if command.action == ALLOW_FORMAT:
         print(override.allow_format(command.handle, deadline=deadline))

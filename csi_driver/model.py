@@ -139,6 +139,11 @@ def is_volume_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and text.strip(".") != ""
 
 
+def is_zone_name(text: str) -> bool:
+    """Tell whether `text` can be the name of a zone: a topology value, and the first part of a handle."""
+    return _ZONE.fullmatch(text) is not None
+
+
 def is_uuid(text: str) -> bool:
     """Tell whether `text` is a UUID in its usual spelling."""
     return _UUID.fullmatch(text) is not None

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
+from csi_driver.config.clusters import (
+    CLUSTERS_FILE,
+    NO_CLUSTERS,
+    chosen_log,
+    chosen_topology_key,
+    read_clusters,
+)
 from csi_driver.config.flags import Flag, Values
-from csi_driver.config.made import ControllerCommand
+from csi_driver.config.made import ClustersPlace, ControllerCommand
 from csi_driver.config.shared import (
     DRIVER_NAME,
     ENDPOINT_FLAGS,
@@ -16,14 +23,16 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
-from csi_driver.controller.requests import ControllerSettings, Fencing
+from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
+from csi_driver.errors import shown
+from csi_driver.management.clusters_file import ClustersFile, Defaults
 from csi_driver.management.settings import ManagementSettings
 
 _SERVERS = Flag(
     "--management-server",
     read.text,
     "",
-    "",
+    "none, with --clusters-file; else at least one must be given",
     "URL of a management server, as https://HOST:PORT, in order of preference.",
     metavar="URL",
     repeatable=True,
@@ -147,43 +156,90 @@ _DETACH_WAIT = Flag(
     metavar="TIME",
 )
 
+_ZONE_POLICY = Flag(
+    "--zone-selection-policy",
+    read.choice(*ZonePolicy),
+    ZonePolicy.FREE_SPACE.value,
+    "free-space",
+    "Zone of a new volume, among those that its request prefers alike: in proportion to free-space, random,"
+    " round-robin (each controller counts for itself).",
+    metavar="POLICY",
+)
+_ZONE_SKIP = Flag(
+    "--allow-zone-skip",
+    read.boolean,
+    False,
+    "false",
+    "Make volumes although an allowed zone cannot be asked; it may have the volume already, which is reported later.",
+)
+
 MANAGEMENT_FLAGS = (
-    _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
+    CLUSTERS_FILE, _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
     _REQUEST_TIMEOUT, _REQUESTS, _ALLOW_INCOMPATIBLE, ZONE,
 )  # fmt: skip
 """How the storage is reached."""
 
 CONTROLLER_FLAGS = table(
-    *ENDPOINT_FLAGS, *MANAGEMENT_FLAGS, TOPOLOGY_KEY, MAX_VOLUMES, _FORCE_DETACH, _FENCING, _USE_PREEMPT, _USABLE_WAIT,
-    _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
+    *ENDPOINT_FLAGS, *MANAGEMENT_FLAGS, TOPOLOGY_KEY, _ZONE_POLICY, _ZONE_SKIP, MAX_VOLUMES, _FORCE_DETACH, _FENCING,
+    _USE_PREEMPT, _USABLE_WAIT, _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
 )  # fmt: skip
 
 
 def controller(values: Values) -> ControllerCommand:
     """Make the settings of the controller."""
+    settings = management(values)
+    place = clusters_place(values, settings)
+    described = read_clusters(values, place) if place is not None else NO_CLUSTERS
+    old = described.old
     return ControllerCommand(
-        log=shared.log(values),
+        log=chosen_log(values, old.log_level),
         endpoint=shared.endpoint(values),
         controller=ControllerSettings(
             driver_name=values.one(DRIVER_NAME),
-            topology_key=values.one(TOPOLOGY_KEY),
+            topology_key=chosen_topology_key(values, described),
+            zone_policy=_zone_policy(values, described),
+            allow_zone_skip=values.one(_ZONE_SKIP),
             max_volumes_per_node=values.one(MAX_VOLUMES),
-            force_detach=values.one(_FORCE_DETACH),
-            fencing=_fencing(values),
+            force_detach=values.chosen(_FORCE_DETACH, old.force_detach),
+            fencing=_fencing(values, use_preempt=values.chosen(_USE_PREEMPT, old.use_preempt)),
             usable_wait_s=values.one(_USABLE_WAIT),
-            attach_wait_s=values.one(_ATTACH_WAIT),
-            detach_wait_s=values.one(_DETACH_WAIT),
+            attach_wait_s=values.chosen(_ATTACH_WAIT, old.attach_wait_s),
+            detach_wait_s=values.chosen(_DETACH_WAIT, old.detach_wait_s),
         ),
-        management=management(values),
+        management=settings,
         zone=values.one(ZONE),
+        clusters=place,
     )
 
 
-def _fencing(values: Values) -> Fencing:
+def clusters_place(values: Values, settings: ManagementSettings) -> ClustersPlace | None:
+    """Return where the clusters are described; None where the flags give the servers of the only one."""
+    path = values.one(CLUSTERS_FILE)
+    if path is None:
+        if not settings.servers:
+            values.problems.append(
+                f"neither {_SERVERS.name} (or {_SERVERS.variable}) nor {CLUSTERS_FILE.name} is given, wanted one"
+            )
+        return None
+    if settings.servers:
+        values.problems.append(f"{CLUSTERS_FILE.name} and {_SERVERS.name} are both given, wanted one")
+    return ClustersPlace(path, Defaults(settings, values.one(ZONE), tls_is_decided=values.given(_TLS_VERIFY)))
+
+
+def _zone_policy(values: Values, described: ClustersFile) -> ZonePolicy:
+    word = values.chosen(_ZONE_POLICY, described.zone_policy)
+    try:
+        return ZonePolicy(word)
+    except ValueError:
+        values.problems.append(f"zoneSelectionPolicy is {shown(word)}, wanted one of {', '.join(ZonePolicy)}")
+        return ZonePolicy.FREE_SPACE
+
+
+def _fencing(values: Values, *, use_preempt: bool) -> Fencing:
     fencing = Fencing(values.one(_FENCING))
-    if not values.one(_USE_PREEMPT):
+    if not use_preempt:
         return fencing
-    if fencing is Fencing.NEVER:
+    if fencing is Fencing.NEVER and values.given(_FENCING):
         values.problems.append("--use-preempt contradicts --fencing never")
     return Fencing.ALWAYS
 

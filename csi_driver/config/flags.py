@@ -92,6 +92,14 @@ class Values:
             self.problems.append(f"{flag.name} (or {flag.variable}) is required, at least once")
         return tuple(self._read(flag, source, word) for word in words)
 
+    def given(self, flag: Flag[T]) -> bool:
+        """Tell whether a flag was set, by argument or environment."""
+        return bool(self._words(flag)[1])
+
+    def chosen(self, flag: Flag[T], elsewhere: T | None) -> T:
+        """Return the value of a flag that was set, else what stands elsewhere, else the flag's default."""
+        return self.one(flag) if self.given(flag) or elsewhere is None else elsewhere
+
     def _words(self, flag: Flag[T]) -> tuple[str, Sequence[str]]:
         given = self._given.get(flag.name)
         if given:

@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings
+    from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.node.requests import NodeSettings
     from csi_driver.rpc.settings import EndpointSettings
     from csi_driver.telemetry.log import LogSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ClustersPlace:
+    """Where several storage clusters are described, and what holds where the description says nothing."""
+
+    path: Path
+    defaults: Defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class ControllerCommand:
     controller: ControllerSettings
     management: ManagementSettings
     zone: str
+    clusters: ClustersPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,7 @@ class VolumeCommand:
     action: str
     handle: str
     timeout_s: float
+    clusters: ClustersPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)

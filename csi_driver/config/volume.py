@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
-from csi_driver.config.controller import MANAGEMENT_FLAGS, management
+from csi_driver.config.clusters import read_clusters
+from csi_driver.config.controller import MANAGEMENT_FLAGS, clusters_place, management
 from csi_driver.config.flags import Flag, Values
 from csi_driver.config.made import VolumeCommand
 from csi_driver.config.shared import DRIVER_NAME, LOG_FLAGS, ZONE, table
@@ -27,10 +28,15 @@ VOLUME_FLAGS = table(_ACTION, _HANDLE, _TIMEOUT, *MANAGEMENT_FLAGS, DRIVER_NAME,
 
 def volume(values: Values) -> VolumeCommand:
     """Make the settings of what is done by hand with one volume."""
+    settings = management(values)
+    place = clusters_place(values, settings)
+    if place is not None:
+        read_clusters(values, place)
     return VolumeCommand(
         log=shared.log(values),
-        management=management(values),
+        management=settings,
         zone=values.one(ZONE),
+        clusters=place,
         action=values.one(_ACTION),
         handle=values.one(_HANDLE),
         timeout_s=values.one(_TIMEOUT),

@@ -36,6 +36,8 @@ def _read(settings: ManagementSettings) -> Credentials:
     username = settings.username
     if settings.username_file is not None:
         username = _content(settings.username_file, "user")
+    if settings.password:
+        return Credentials(username, settings.password)
     if settings.password_file is None:
         raise Unauthenticated(f"no password file is configured for user {username!r}")
     return Credentials(username, _content(settings.password_file, "password"))

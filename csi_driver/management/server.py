@@ -131,7 +131,7 @@ class Server:
             raise Unauthenticated(
                 f"management server {self.url} wants the password of user {self._username()!r} to be changed "
                 f"before anything else: change it in the management's user interface or by POST /users/changePassword, "
-                f"then put the new one into {self._settings.password_file}"
+                f"then put the new one into {self._settings.password_place}"
             )
         if request.path == SYSTEM_INFO and answer.status == 200 and isinstance(answer.body, dict):
             self._take_version(answer.body)
@@ -196,7 +196,7 @@ class Server:
         if reply.status == 401 or (reply.status == 200 and envelope.get("success") is False):
             raise Unauthenticated(
                 f"management server {self.url} does not accept user {credentials.username!r} "
-                f"with the password in {self._settings.password_file}"
+                f"with the password in {self._settings.password_place}"
             )
         if reply.status in _NO_GATEWAY:
             raise ServerUnreachable(self.url, f"it answers a login with HTTP {reply.status}")

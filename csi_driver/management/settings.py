@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +24,8 @@ class ManagementSettings:
     username: str = ""
     username_file: Path | None = None
     password_file: Path | None = None
+    password: str = field(default="", repr=False)
+    """Only where an older driver's configuration holds it; a file is read again, this is not."""
     ca_file: Path | None = None
     tls_verify: bool = True
     client_certificate: Path | None = None
@@ -38,6 +40,11 @@ class ManagementSettings:
         """Whether we log in with a password; else the client certificate says who we are."""
         return bool(self.username) or self.username_file is not None
 
+    @property
+    def password_place(self) -> str:
+        """Where the password stands, for messages."""
+        return str(self.password_file or "the description of the clusters")
+
     def problems(self) -> tuple[str, ...]:
         """Return all that makes these settings unusable, each a sentence naming the setting; empty = sound."""
         found = [] if self.servers else ["no management server is given, wanted at least one URL"]
@@ -45,7 +52,7 @@ class ManagementSettings:
             found.extend(_server_problems(server))
         if len(set(self.servers)) != len(self.servers):
             found.append("a management server is given twice")
-        if self.has_user and self.password_file is None:
+        if self.has_user and self.password_file is None and not self.password:
             found.append(f"the management user {self.username or self.username_file} has no password file")
         if not self.has_user and self.client_certificate is None:
             found.append("neither a management user nor a client certificate is given")

@@ -31,11 +31,11 @@ class Claim:
 class Claims:
     """How requests become claims.
 
-    `default_zone` is the zone of handles that name none. `volume_name` derives the storage's name of a volume from
-    its CSI name.
+    `default_zone` is the zone of handles that name none; where there is none such a handle claims its name in every
+    zone. `volume_name` derives the storage's name of a volume from its CSI name.
     """
 
-    default_zone: str
+    default_zone: str | None
     volume_name: Callable[[str], str]
 
     def creation(self, csi_name: str) -> tuple[Claim, ...]:
@@ -49,6 +49,8 @@ class Claims:
         if handle is None:
             return (Claim(("strange", volume_id), what, shared),)
         zone = handle.zone or self.default_zone
+        if zone is None:
+            return (Claim(("name", handle.name), what, shared),)
         return (
             Claim(("name", handle.name), what, shared=True),
             Claim(("volume", zone, handle.name), what, shared),

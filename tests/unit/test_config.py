@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from csi_driver.config.made import (
     VersionCommand,
     VolumeCommand,
 )
-from csi_driver.controller.requests import ControllerSettings, Fencing
+from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.node.requests import NodeSettings
@@ -203,6 +204,52 @@ def test_incompatible_managements_are_worked_with_where_that_is_asked_for(given:
     made = command([*CONTROLLER, *given])
     assert isinstance(made, ControllerCommand)
     assert made.management.allow_incompatible_versions is wanted
+
+
+# --- several clusters -------------------------------------------------------------------------------------------
+
+ZONED = ["controller", "--endpoint=/c.sock", "--management-password-file=/p"]
+
+
+def described(path: Path, text: str, *flags: str) -> ControllerCommand:
+    path.write_text(text)
+    made = command([*ZONED, f"--clusters-file={path}", *flags])
+    assert isinstance(made, ControllerCommand)
+    return made
+
+
+def test_a_description_of_clusters_brings_its_topology_key_and_policy(tmp_path: Path) -> None:
+    text = "{topologyKey: a.com/z, zoneSelectionPolicy: random, zones: {a: {servers: m}}}"
+    made = described(tmp_path / "c", text)
+    assert (made.controller.topology_key, made.controller.zone_policy) == ("a.com/z", ZonePolicy.RANDOM)
+    assert made.clusters is not None
+    flags = ("--topology-key=b.com/z", "--zone-selection-policy=round-robin")
+    made = described(tmp_path / "c", text, *flags)
+    assert (made.controller.topology_key, made.controller.zone_policy) == ("b.com/z", ZonePolicy.ROUND_ROBIN)
+
+
+def test_an_older_config_map_sets_what_no_flag_sets(tmp_path: Path) -> None:
+    values = {
+        "management.servers": "m", "tlsVerify": "true", "attachIOEnabledTimeout": "7", "detachTimeout": "8",
+        "forceDetach": "true", "usePreempt": "true", "logLevel": "WARNING",
+    }  # fmt: skip
+    made = described(tmp_path / "c", json.dumps(values), "--detach-timeout=9")
+    settings = made.controller
+    assert (settings.attach_wait_s, settings.detach_wait_s, settings.force_detach) == (7, 9, True)
+    assert (settings.fencing, made.log.level) == (Fencing.ALWAYS, "warning")
+
+
+def test_what_is_wrong_with_a_description_is_told_with_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    path.write_text("{topologyKey: '-', zoneSelectionPolicy: best, zones: {a: {servers: m}}}")
+    found = problems([*ZONED, f"--clusters-file={path}", "--management-server=https://m:1", "--nonsense"])
+    text = "\n".join(found)
+    for wanted in ("topologyKey is '-'", "zoneSelectionPolicy is 'best'", "both given", "--nonsense"):
+        assert wanted in text
+    path.write_text("{zones: {a: {servers: m, colour: red}}, shape: round}")
+    text = "\n".join(problems([*ZONED, f"--clusters-file={path}"]))
+    assert "'colour' is not known" in text
+    assert "'shape' is not known" in text
 
 
 # --- problems ---------------------------------------------------------------------------------------------------

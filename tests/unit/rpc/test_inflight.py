@@ -41,6 +41,13 @@ def test_the_same_name_in_another_zone_does_not_conflict() -> None:
     assert not conflict(CLAIMS.volume("zone-1:csi-1"), CLAIMS.volume("zone-2:csi-1"))
 
 
+def test_where_several_zones_are_served_a_handle_without_zone_may_mean_a_volume_in_any() -> None:
+    claims = Claims(None, lambda name: f"csi-{name}")
+    assert conflict(claims.volume("csi-1"), claims.volume("zone-1:csi-1"))
+    assert conflict(claims.volume("zone-2:csi-1"), claims.volume("csi-1"))
+    assert not conflict(claims.volume("zone-2:csi-1"), claims.volume("zone-1:csi-1"))
+
+
 @pytest.mark.parametrize("handle", SPELLINGS)
 def test_creation_conflicts_with_work_on_the_volume_that_it_makes(handle: str) -> None:
     assert conflict(CLAIMS.creation("1"), CLAIMS.volume(handle))

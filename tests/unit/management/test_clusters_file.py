@@ -1,0 +1,299 @@
+"""The description of several clusters: its own form and the older drivers', what is demanded, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver.management.clusters_file import (
+    ClustersFile,
+    ClustersFileUnusable,
+    Defaults,
+    read_source,
+    server_url,
+    understand,
+)
+from csi_driver.management.settings import ManagementSettings
+
+NOTHING = Defaults(ManagementSettings(()), "single-zone-cluster")
+USER = Defaults(
+    ManagementSettings((), username="admin@nvidia.com", password_file=Path("/secret/password")),
+    "single-zone-cluster",
+    tls_is_decided=True,
+)
+OWN = """
+topologyKey: example.com/cluster
+zoneSelectionPolicy: round-robin
+zones:
+  east:
+    servers: [https://m1:4000, "m2:4001"]
+    user: csi@nvidia.com
+    passwordFile: /secrets/east/password
+    caFile: /secrets/east/ca.pem
+    requestTimeout: 7
+  west:
+    servers: m3, m4:4000
+    tlsVerify: false
+    clientCertificateFile: /secrets/west/tls.crt
+    clientKeyFile: /secrets/west/tls.key
+"""
+TOPOLOGY = {
+    "type": "multiple-nvmesh-clusters",
+    "topologyKey": "nvmesh-csi.excelero.com/zone",
+    "zoneSelectionPolicy": "random",
+    "zones": {
+        "a": {"management": {"servers": "a1:4000,a2:4000", "user": "admin", "password": "hush-a", "tlsVerify": False}},
+        "b": {
+            "management": {
+                "servers": "b1:4000", "username": "csi", "password": "hush-b", "protocol": "http", "ws_port": 4001,
+            }
+        },
+    },
+}  # fmt: skip
+CONFIG_MAP = {
+    "management.servers": "m1:4000,m2:4000",
+    "management.protocol": "https",
+    "attachIOEnabledTimeout": "45",
+    "detachTimeout": "90",
+    "forceDetach": "true",
+    "usePreempt": "false",
+    "sdkHttpRequestTimeout": "20",
+    "grpcMaxWorkers": "50",
+    "zoneMaxDisabledTimeInSeconds": "120",
+    "logLevel": "DEBUG",
+    "sdkLogLevel": "DEBUG",
+    "kubeClientLogLevel": "INFO",
+    "printStackTraces": "false",
+    "topologyConfigMapName": "nvmesh-csi-topology",
+    "csiConfigMapName": "nvmesh-csi-config",
+    "tlsVerify": "true",
+    "allowIncompatibleVersions": "true",
+    "topology": "",
+}
+
+
+def problems(source: str | Mapping[str, str], defaults: Defaults = NOTHING) -> list[str]:
+    with pytest.raises(ClustersFileUnusable) as caught:
+        understand(source, defaults)
+    return list(caught.value.problems)
+
+
+def one(file: ClustersFile) -> ManagementSettings:
+    (settings,) = file.zones.values()
+    return settings
+
+
+# --- the own form ------------------------------------------------------------------------------------------------
+
+
+def test_each_zone_has_its_servers_and_credentials() -> None:
+    file = understand(OWN, NOTHING)
+    assert list(file.zones) == ["east", "west"]
+    assert (file.topology_key, file.zone_policy) == ("example.com/cluster", "round-robin")
+    east, west = file.zones.values()
+    assert east.servers == ("https://m1:4000", "https://m2:4001")
+    assert (east.username, east.password_file) == ("csi@nvidia.com", Path("/secrets/east/password"))
+    assert (east.ca_file, east.tls_verify, east.request_timeout_s) == (Path("/secrets/east/ca.pem"), True, 7)
+    assert west.servers == ("https://m3:4000", "https://m4:4000")
+    assert (west.username, west.tls_verify) == ("", False)
+    assert (west.client_certificate, west.client_key) == (Path("/secrets/west/tls.crt"), Path("/secrets/west/tls.key"))
+
+
+def test_json_says_the_same_as_yaml() -> None:
+    text = json.dumps({"zones": {"a": {"servers": ["https://m:4000"]}}}, indent="\t")
+    assert understand(text, USER) == understand("zones: {a: {servers: ['https://m:4000']}}", USER)
+
+
+def test_what_a_zone_does_not_say_the_command_line_does() -> None:
+    defaults = replace(USER, management=replace(USER.management, ca_file=Path("/ca.pem"), request_timeout_s=3))
+    settings = one(understand("zones: {a: {servers: m}}", defaults))
+    assert settings == replace(defaults.management, servers=("https://m:4000",))
+
+
+def test_a_zone_with_a_certificate_takes_no_user_from_the_command_line() -> None:
+    settings = one(understand("zones: {a: {servers: m, clientCertificateFile: /tls.crt}}", USER))
+    assert (settings.username, settings.password_file, settings.client_certificate) == ("", None, Path("/tls.crt"))
+
+
+def test_a_zone_with_a_user_of_its_own_takes_the_other_file_from_the_command_line() -> None:
+    settings = one(understand("zones: {a: {servers: m, userFile: /u}}", USER))
+    assert (settings.username, settings.username_file, settings.password_file) == (
+        "", Path("/u"), Path("/secret/password")
+    )  # fmt: skip
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    text = """
+    zones:
+      a: {servers: 5, tlsVerify: perhaps, colour: red}
+      b: {servers: "ftp://m", passwordFile: /p, requestTimeout: -1}
+      "not a name": {}
+      c: nothing
+    shape: round
+    """
+    told = "\n".join(problems(text))
+    for wanted in (
+        "'shape' is not known", "zone a: 'colour' is not known", "zone a: servers is no list", "zone a: tlsVerify is",
+        "zone b: management server is 'ftp://m'", "zone b: requestTimeout is no number", "zone 'not a name' has no",
+        "zone c holds no mapping",
+    ):  # fmt: skip
+        assert wanted in told
+
+
+@pytest.mark.parametrize("text", ["", "[]", "zones: {}", "zones: 5", "5", "{}", '"text"'])
+def test_a_file_without_zones_is_refused(text: str) -> None:
+    assert problems(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("zones:\n  a:\n    password: hush\n   x: y\n", "line 4"),
+        ('{"zones": {"a": {"password": "hush"}}\n "x": 1}', "line 2"),
+        ("zones: {a: {servers: m, password: hush, password: hush}}", "'password' twice"),
+        ('{"zones": {"a": {"password": "hush", "password": "hush"}}}', "'password' twice"),
+        ("zones: {a: {servers: m, password: hush}}", "wanted passwordFile"),
+        ("zones: {a: {servers: m, passwordFile: [hush]}}", "passwordFile is no text"),
+        ("hush", "no mapping"),
+        ("zones: !!python/object/apply:os.system ['hush']", "line 1"),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_place_never_by_its_value(text: str, place: str) -> None:
+    told = "; ".join(problems(text, USER))
+    assert place in told
+    assert "hush" not in told
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("m", "https://m:4000"),
+        ("m:1", "https://m:1"),
+        ("http://m:1/", "http://m:1"),
+        ("10.0.0.1", "https://10.0.0.1:4000"),
+        ("[::1]:1", "https://[::1]:1"),
+        ("[::1]", "https://[::1]:4000"),
+        ("fe80::1", "https://[fe80::1]:4000"),
+    ],
+)
+def test_servers_may_be_written_short(address: str, url: str) -> None:
+    assert server_url(address, "https") == url
+
+
+# --- the older drivers' ------------------------------------------------------------------------------------------
+
+
+def test_the_old_topology_is_taken_as_it_is() -> None:
+    file = understand(json.dumps(TOPOLOGY), NOTHING)
+    a, b = file.zones["a"], file.zones["b"]
+    assert (a.servers, a.username, a.password) == (("https://a1:4000", "https://a2:4000"), "admin", "hush-a")
+    assert (b.servers, b.username, b.password) == (("http://b1:4000",), "csi", "hush-b")
+    assert (file.topology_key, file.zone_policy) == ("nvmesh-csi.excelero.com/zone", "random")
+    assert any("ws_port means nothing" in warning for warning in file.warnings)
+
+
+def test_a_password_shows_in_nothing_that_is_printed() -> None:
+    assert "hush" not in repr(understand(json.dumps(TOPOLOGY), NOTHING))
+
+
+def test_the_old_config_map_is_taken_as_it_is() -> None:
+    file = understand(CONFIG_MAP, replace(USER, tls_is_decided=False))
+    settings = file.zones["single-zone-cluster"]
+    assert settings.servers == ("https://m1:4000", "https://m2:4000")
+    assert (settings.tls_verify, settings.request_timeout_s, settings.allow_incompatible_versions) == (True, 20, True)
+    old = file.old
+    assert (old.attach_wait_s, old.detach_wait_s, old.force_detach, old.use_preempt, old.log_level) == (
+        45, 90, True, False, "debug"
+    )  # fmt: skip
+    told = " ".join(file.warnings)
+    for key in (
+        "grpcMaxWorkers", "zoneMaxDisabledTimeInSeconds", "sdkLogLevel", "kubeClientLogLevel", "printStackTraces",
+        "topologyConfigMapName", "csiConfigMapName",
+    ):  # fmt: skip
+        assert f"{key} means nothing any more" in told
+
+
+def test_the_topology_inside_the_config_map_counts_before_its_servers() -> None:
+    file = understand({**CONFIG_MAP, "topology": json.dumps(TOPOLOGY)}, NOTHING)
+    assert list(file.zones) == ["a", "b"]
+    assert file.zones["b"].request_timeout_s == 20
+
+
+def test_the_config_map_may_be_one_file() -> None:
+    assert understand(json.dumps(CONFIG_MAP), USER) == understand(CONFIG_MAP, USER)
+
+
+def test_the_api_parameters_of_the_last_older_driver_are_taken() -> None:
+    params = {
+        "managementServers": "m1:4000,m2:4000",
+        "managementProtocol": "https",
+        "user": "csi@nvidia.com",
+        "password": "hush",
+        "tlsVerify": False,
+    }
+    settings = one(understand(json.dumps({"apiParams": params}), NOTHING))
+    assert settings.servers == ("https://m1:4000", "https://m2:4000")
+    assert (settings.username, settings.password, settings.tls_verify) == ("csi@nvidia.com", "hush", False)
+
+
+def test_preempting_of_old_is_told_to_do_something_now() -> None:
+    assert "usePreempt takes volumes" in " ".join(understand({**CONFIG_MAP, "usePreempt": "True"}, USER).warnings)
+
+
+def test_an_old_configuration_without_word_on_certificates_stops() -> None:
+    old = {key: value for key, value in CONFIG_MAP.items() if key != "tlsVerify"}
+    assert "tlsVerify is not set" in "; ".join(problems(old, replace(USER, tls_is_decided=False)))
+    assert understand(old, USER).zones
+    plain = {**old, "management.protocol": "http"}
+    assert understand(plain, replace(USER, tls_is_decided=False)).zones
+
+
+def test_an_old_configuration_without_credentials_stops() -> None:
+    told = problems({key: value for key, value in CONFIG_MAP.items() if key != "tlsVerify"})
+    assert len(told) == 2
+    assert "user and password is not set, and the account that was built into the older driver" in told[0]
+    assert "tlsVerify is not set" in told[1]
+    without = json.loads(json.dumps(TOPOLOGY))
+    del without["zones"]["a"]["management"]["password"]
+    (problem,) = problems(json.dumps(without))
+    assert problem.startswith("zone a: password is not set")
+
+
+def test_keys_that_no_older_driver_had_are_refused() -> None:
+    assert "'shape' is not known" in problems({**CONFIG_MAP, "shape": "round"}, USER)[0]
+    wrong = json.loads(json.dumps(TOPOLOGY))
+    wrong["zones"]["a"]["management"]["shape"] = "round"
+    assert "zone a: management: 'shape' is not known" in problems(json.dumps(wrong))[0]
+
+
+def test_old_values_are_texts_that_must_make_sense() -> None:
+    told = "; ".join(
+        problems({**CONFIG_MAP, "forceDetach": "perhaps", "detachTimeout": "soon", "logLevel": "LOUD"}, USER)
+    )
+    assert "forceDetach is neither" in told
+    assert "detachTimeout is no number" in told
+    assert "logLevel is 'LOUD'" in told
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mounted_config_map_is_read_as_one_version(tmp_path: Path) -> None:
+    version = tmp_path / "..2026_11_24"
+    version.mkdir()
+    (version / "management.servers").write_text("m:4000\n")
+    (tmp_path / "..data").symlink_to(version.name)
+    (tmp_path / "management.servers").symlink_to("..data/management.servers")
+    assert read_source(tmp_path) == {"management.servers": "m:4000\n"}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClustersFileUnusable, match=r"absent cannot be read: No such file"):
+        read_source(tmp_path / "absent")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    with pytest.raises(ClustersFileUnusable, match="is not UTF-8"):
+        read_source(tmp_path / "binary")
