@@ -301,13 +301,18 @@ class Attacher:
     def _cut_off(self, pair: Pair, volume: Volume, wish: Attachment | None) -> bool:
         """Take a client's device away, or where it is in use its I/O, as a reservation does; False if neither can be.
 
-        The files of a client that is DOWN stay as they are: it does not know yet.
+        A client that is DOWN does not know yet: its files stay, and so does its device, without I/O, for a workload may
+        still have the device's number, which must not become another device's meanwhile.
         """
         device = self._devices.get(pair)
-        if device is None or device.fenced or self._detach(pair, device, volume.name):
+        if device is None or device.fenced:
+            return True
+        if not self.is_down(pair[0]) and self._detach(pair, device, volume.name):
             return True
         fenced = self._loops.fence(device)
         if fenced is None:
+            if self._detach(pair, device, volume.name):
+                return True
             _log.warning("loop%d, volume %s on client %s, is in use and stays", device.number, volume.name, pair[0])
             return False
         self._devices[pair] = fenced

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.cluster import Cluster, clustered
 from tests.integration.rig import Rig, running
 
 
@@ -43,3 +44,11 @@ def fresh_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A rig of the test's own, which may kill and stop it. Its roles may die often and are back at once."""
     with running(tmp_path_factory.mktemp("own") / "d", "--restart-window", "0.05") as rig:
         yield rig
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Several clients, two controllers and two nodes, for all tests that need more than one of each."""
+    with clustered(tmp_path_factory.mktemp("cluster") / "d") as running:
+        yield running
+    assert not list(running.directory.glob("node-*/dev/*")), "a test left a volume attached"
