@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 CACHE := .cache
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+VM_TESTS := tests/contract/test_host_encryption.py tests/vm
 IMAGE ?= nvmesh-csi:dev
 
 SANITY_VERSION := v5.6.0
@@ -33,6 +34,12 @@ demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s
 test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (5 min / 4 min)
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-vm
+test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (12 min / 10 min)
+	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
+	@echo '== pytest in the guest'
+	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
 
 .PHONY: bench
 bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import CommandFailed, Denied, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import CommandFailed, Denied, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import device_mapper, ioctls
 from csi_driver.host.ciphertext import read_header
 from csi_driver.host.command import Completed, run
@@ -38,7 +38,7 @@ _BUSY_GRACE_S = 5.0
 """udev looks at a mapped device for a moment whenever it changes; a filesystem that was unmounted may still be busy."""
 
 # cryptsetup(8), "RETURN CODES"
-_WRONG_PASSPHRASE, _BUSY = 2, 5
+_WRONG_PARAMETERS, _WRONG_PASSPHRASE, _BUSY = 1, 2, 5
 # Without it cryptsetup waits for udev to answer through a semaphore that is another one in a container.
 _ENVIRONMENT = {"DM_DISABLE_UDEV": "1"}
 
@@ -60,15 +60,22 @@ class LinuxEncryption:
         return read_header(device)
 
     def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
-        """Make a LUKS2 header that names the volume, destroying what is there. Has half an hour."""
+        """Make a LUKS2 header that names the volume, destroying what is there. Has half an hour.
+
+        Raises `InvalidField` for a cipher or a key size that cryptsetup or this kernel does not have; it finds that
+        out before it writes anything.
+        """
         label = ("--label", volume_uuid, "--subsystem", LUKS_SUBSYSTEM)
-        with _secret(passphrase) as key:
-            self._cryptsetup(
-                ("luksFormat", "--type", "luks2", *label, *_arguments(settings), "--key-file", _path(key)),
-                device,
-                (key,),
-                timeout_s=_WRITE_LIMIT_S,
-            )
+        words = ("luksFormat", "--type", "luks2", *label, *_arguments(settings), "--key-file")
+        try:
+            with _secret(passphrase) as key:
+                self._cryptsetup((*words, _path(key)), device, (key,), timeout_s=_WRITE_LIMIT_S)
+        except CommandFailed as failure:
+            if failure.status == _WRONG_PARAMETERS and (settings.cipher or settings.key_bits):
+                asked = " ".join(_arguments(LuksSettings(settings.cipher, settings.key_bits)))
+                reason = failure.stderr.strip().splitlines()[-1:] or ["it printed no reason"]
+                raise InvalidField("encryption", asked, f"what cryptsetup takes here ({reason[0]})") from failure
+            raise
 
     def opens(self, device: OpenDevice, passphrase: str) -> bool:
         """Tell whether the passphrase opens the volume; nothing is opened."""

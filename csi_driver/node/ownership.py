@@ -129,7 +129,8 @@ class Ownership:
     def name_at(self, path: Path) -> str | None:
         """Return the name of the volume whose device appears at that path; None when none of ours does."""
         try:
-            return path.name if self._devices.path_of(path.name) == path else None
+            paths = (self._devices.path_of(path.name), self._encryption.path_of(path.name))
+            return path.name if path in paths else None
         except InvalidField:
             return None
 

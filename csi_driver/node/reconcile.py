@@ -16,8 +16,9 @@ from pathlib import Path
 
 from csi_driver.errors import DriverError, InvalidField, PreconditionFailed
 from csi_driver.machine import DeviceNumber, Mounted
+from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.kubelet import publication_data, staging_data
-from csi_driver.node.ownership import Ownership, number_of
+from csi_driver.node.ownership import NamedVolume, Ownership, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Reconcile:
         mounts: Mounts,
         paths: Paths,
         ownership: Ownership,
+        encrypted: EncryptedVolumes,
         driver_name: str,
     ) -> None:
         self._devices = devices
@@ -70,6 +72,7 @@ class Reconcile:
         self._mounts = mounts
         self._paths = paths
         self._ownership = ownership
+        self._encrypted = encrypted
         self._driver_name = driver_name
         self._seen: frozenset[Finding] = frozenset()
 
@@ -144,6 +147,7 @@ class Reconcile:
         while (mounted := self._mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
             self._unmount(finding)
         logger.info("%s: unmounted", finding)
+        self._encrypted.close(NamedVolume(finding.name, finding.name, None))
         return True
 
     def _unmount(self, finding: Finding) -> None:

@@ -82,6 +82,6 @@ def assemble(
     identity = Identity(devices=devices, tools=tools, settings=settings)
     reconcile = Reconcile(
         devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, ownership=ownership,
-        driver_name=settings.driver_name
+        encrypted=encrypted, driver_name=settings.driver_name
     )  # fmt: skip
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)

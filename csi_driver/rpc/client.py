@@ -268,6 +268,7 @@ class CsiClient:
         *,
         publish_context: Mapping[str, str] = EMPTY,
         volume_context: Mapping[str, str] = EMPTY,
+        secrets: Mapping[str, str] = EMPTY,
     ) -> None:
         """NodeStageVolume."""
         request = pb.NodeStageVolumeRequest(
@@ -276,6 +277,7 @@ class CsiClient:
             volume_capability=capability_message(capability),
             publish_context=dict(publish_context),
             volume_context=dict(volume_context),
+            secrets=dict(secrets),
         )
         self.call(self.node.NodeStageVolume, request)
 

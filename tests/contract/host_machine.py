@@ -113,10 +113,20 @@ class HostMachine:
         """Take off every mount and loop device below the directory, by tools that are not under test."""
         for point in mounts_below(self.directory):
             subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+        self._close_encrypted()
         for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
             with contextlib.suppress(OSError):
                 if entry.read_text().startswith(f"{self.directory}/"):
                     subprocess.run(["losetup", "--detach", f"/dev/{entry.parts[3]}"], check=False, capture_output=True)
+
+    def _close_encrypted(self) -> None:
+        """Close every encrypted device over a loop device of this directory."""
+        for slave in Path("/sys/block").glob("dm-*/slaves/loop*"):
+            with contextlib.suppress(OSError):
+                if (slave / "loop/backing_file").read_text().startswith(f"{self.directory}/"):
+                    name = (slave.parents[1] / "dm/name").read_text().strip()
+                    subprocess.run(["dmsetup", "resume", name], check=False, capture_output=True)
+                    subprocess.run(["cryptsetup", "close", name], check=False, capture_output=True)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Protocol
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
 from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.machine import Content, Device
@@ -31,6 +32,8 @@ class Host(Protocol):
     def root(self) -> Path: ...
     @property
     def devices(self) -> ports.Devices: ...
+    @property
+    def encryption(self) -> ports.Encryption: ...
     @property
     def read_only_devices(self) -> ports.ReadOnlyDevices: ...
     @property
@@ -78,6 +81,7 @@ class FakeSide:
         self._host = FakeHost()
         self.root = self._host.root
         self.devices: ports.Devices = self._host.devices
+        self.encryption: ports.Encryption = self._host.encryption
         self.read_only_devices: ports.ReadOnlyDevices = self._host.read_only_devices
         self.mounts: ports.Mounts = self._host.mounts
         self.filesystems: ports.Filesystems = self._host.filesystems
@@ -139,6 +143,7 @@ class LinuxSide:
         self.root.mkdir()
         paths = LinuxPaths([self.root])
         self.devices: ports.Devices = machine.devices
+        self.encryption: ports.Encryption = LinuxEncryption(machine.devices)
         self.read_only_devices: ports.ReadOnlyDevices = ReadOnlyLoops(machine.loops)
         self.mounts: ports.Mounts = LinuxMounts(paths.open)
         self.filesystems: ports.Filesystems = machine.filesystems

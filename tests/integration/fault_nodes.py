@@ -16,7 +16,7 @@ from typing import Protocol
 
 from csi_driver.__main__ import FAULTS_VARIABLE
 from csi_driver.deadline import Deadline
-from csi_driver.handover import History, PublishContext
+from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.contract.host_machine import HostMachine
@@ -45,6 +45,9 @@ class Subject:
     format_allowed: bool = False
     staging_path: Path | None = None
     target_path: Path | None = None
+    encryption: Encryption = Encryption.NONE
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def volume_id(self) -> str:
@@ -73,6 +76,7 @@ class Subject:
             self.history,
             self.attached_read_only,
             size,
+            self.encryption,
             format_allowed=self.format_allowed,
         ).as_map()
 
@@ -109,6 +113,7 @@ class ForkedNode:
             "target": str(subject.target), "kind": subject.kind, "flags": subject.flags,
             "read_only": subject.read_only, "context": subject.context,
             "required_bytes": subject.loop.file.stat().st_size,
+            "secrets": dict(subject.secrets), "parameters": dict(subject.parameters),
         }  # fmt: skip
         self._server.stdin.write(json.dumps(call) + "\n")
         self._server.stdin.flush()

@@ -59,7 +59,9 @@ def carry_out(use: NodeUseCases, call: dict[str, Any]) -> None:
     deadline = Deadline.after(CALL_TIME_S)
     match call["verb"]:
         case "stage":
-            use.stage.stage(StageRequest(volume_id, staging, capability, call["context"]), deadline=deadline)
+            parameters, secrets = call["parameters"], call["secrets"]
+            stage = StageRequest(volume_id, staging, capability, call["context"], parameters, secrets)
+            use.stage.stage(stage, deadline=deadline)
         case "unstage":
             use.stage.unstage(volume_id, staging, deadline=deadline)
         case "publish":
@@ -68,10 +70,9 @@ def carry_out(use: NodeUseCases, call: dict[str, Any]) -> None:
         case "unpublish":
             use.publish.unpublish(volume_id, target, deadline=deadline)
         case "expand":
-            use.expand.expand(
-                NodeExpandRequest(volume_id, target, CapacityRange(call["required_bytes"]), staging, capability),
-                deadline=deadline,
-            )
+            size = CapacityRange(call["required_bytes"])
+            expand = NodeExpandRequest(volume_id, target, size, staging, capability, call["secrets"])
+            use.expand.expand(expand, deadline=deadline)
         case other:
             raise ValueError(other)
 

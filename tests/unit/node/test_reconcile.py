@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import OperationPending
+from csi_driver.handover import Encryption
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
 from csi_driver.node.reconcile import Finding, Kind
-from tests.fakes.node import NAME, UUID, FakeNode
+from tests.fakes.node import NAME, UUID, FakeNode, publish_context
 
 ROOT = Path("/var/lib/kubelet")
 CSI = ROOT / "plugins/kubernetes.io/csi"
@@ -108,6 +109,17 @@ def test_a_forgotten_staging_is_unmounted_by_the_second_sweep(kubelet: Kubelet) 
     assert kubelet.sweep() == []
     assert kubelet.host.mounts_at(STAGING) == 0
     assert kubelet.claimed == [NAME]
+
+
+def test_a_forgotten_staging_of_an_encrypted_volume_is_closed_as_well(kubelet: Kubelet) -> None:
+    kubelet.host.tree[STAGING_RECORD] = "file"
+    context = publish_context(encryption=Encryption.LUKS)
+    kubelet.node.stage(staging=STAGING, context=context, secrets={"passphrase": "correct horse"})
+    kubelet.forget(STAGING_RECORD)
+    assert kubelet.sweep() == [Kind.FORGOTTEN]
+    assert NAME in kubelet.host.mappers
+    assert kubelet.sweep() == []
+    assert kubelet.host.mappers == {}
 
 
 def test_mounts_that_are_stacked_at_a_forgotten_staging_are_all_unmounted(kubelet: Kubelet) -> None:

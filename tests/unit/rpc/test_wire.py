@@ -60,6 +60,14 @@ def test_the_secrets_of_a_request_are_not_in_its_representation() -> None:
     assert "hidden" not in repr(request)
 
 
+def test_the_secrets_of_a_node_call_reach_it_and_are_not_shown() -> None:
+    secrets = {"passphrase": "hidden"}
+    staged = wire.stage_from(csi_pb2.NodeStageVolumeRequest(secrets=secrets, volume_capability=mounted()))
+    expanded = wire.node_expand_from(csi_pb2.NodeExpandVolumeRequest(secrets=secrets))
+    assert staged.secrets == expanded.secrets == secrets
+    assert "hidden" not in repr((staged, expanded))
+
+
 def test_a_content_source_is_refused() -> None:
     source = csi_pb2.VolumeContentSource(volume=csi_pb2.VolumeContentSource.VolumeSource(volume_id="v"))
     with pytest.raises(InvalidRequest, match="volume_content_source"):

@@ -1,0 +1,453 @@
+"""Encrypted volumes on a kernel with device-mapper: the node's calls, judged by cryptsetup, dmsetup and findmnt."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import Denied, MissingField, PreconditionFailed
+from csi_driver.handover import Encryption, History, PublishContext
+from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.facts import MachineTools
+from csi_driver.host.luks import LinuxEncryption
+from csi_driver.host.mounts import LinuxMounts
+from csi_driver.host.paths import LinuxPaths
+from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
+from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.service import assemble
+from csi_driver.rpc.client import CallFailed, CsiClient
+from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
+from tests.integration.fault_nodes import ServingNode, Subject, World
+
+pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
+
+FAST = {"encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "1000"}
+SECRET = {"passphrase": "correct horse"}
+HEADER_BYTES = 16 * MIB
+BLOCK, EXT4, XFS = BlockAccess(), MountAccess("ext4"), MountAccess("xfs")
+SIZES = {"ext4": 128 * MIB, "xfs": 400 * MIB, "block": 64 * MIB}
+
+
+class Machine:
+    """A node over this kernel, and one encrypted volume of it."""
+
+    def __init__(self, machine: HostMachine, access: MountAccess | BlockAccess, by: Encryption) -> None:
+        self.machine, self.access, self.by = machine, access, by
+        kind = access.fs_type if isinstance(access, MountAccess) else "block"
+        self.volume: Volume = machine.volume(f"csi-vm-{os.urandom(4).hex()}", SIZES[kind])
+        root = machine.directory / "kubelet"
+        root.mkdir()
+        self.staging, self.target = root / "staging", root / "target"
+        self.staging.mkdir()
+        self.secrets: Mapping[str, str] = SECRET
+        self.attachment, self.attached_read_only = 1, False
+        paths = LinuxPaths([root])
+        self.use = assemble(
+            devices=machine.devices,
+            encryption=LinuxEncryption(machine.devices),
+            read_only_devices=ReadOnlyLoops(machine.loops),
+            mounts=LinuxMounts(paths.open),
+            filesystems=machine.filesystems,
+            paths=paths,
+            tools=MachineTools([root]),
+            settings=NodeSettings(node_name="vm", state_directory=str(machine.directory / "state")),
+        )
+
+    # --- calls ---
+
+    @property
+    def volume_id(self) -> str:
+        return f"zone:{self.volume.name}:{self.volume.uuid}"
+
+    @property
+    def context(self) -> dict[str, str]:
+        history = History.FIRST if self.attachment == 1 else History.ATTACHED
+        size = self.volume.file.stat().st_size
+        return PublishContext(
+            self.volume.name, self.volume.uuid, self.attachment, history, self.attached_read_only, size, self.by
+        ).as_map()
+
+    @property
+    def capability(self) -> Capability:
+        return Capability(self.access, AccessMode.SINGLE_NODE_WRITER)
+
+    def stage(self) -> None:
+        request = StageRequest(self.volume_id, str(self.staging), self.capability, self.context, FAST, self.secrets)
+        self.use.stage.stage(request, deadline=Deadline.after(120))
+
+    def publish(self, *, read_only: bool = False) -> None:
+        request = NodePublishRequest(
+            self.volume_id, str(self.staging), str(self.target), self.capability, read_only, self.context
+        )
+        self.use.publish.publish(request, deadline=Deadline.after(60))
+
+    def expand(self, size_bytes: int, secrets: Mapping[str, str] = EMPTY) -> int:
+        self.machine.grow(self.volume, size_bytes)
+        capacity = CapacityRange(size_bytes)
+        request = NodeExpandRequest(
+            self.volume_id, str(self.target), capacity, str(self.staging), self.capability, secrets
+        )
+        return self.use.expand.expand(request, deadline=Deadline.after(60))
+
+    def up(self) -> None:
+        self.stage()
+        self.publish()
+
+    def down(self) -> None:
+        self.use.publish.unpublish(self.volume_id, str(self.target), deadline=Deadline.after(60))
+        self.use.stage.unstage(self.volume_id, str(self.staging), deadline=Deadline.after(60))
+
+    # --- the storage, and oracles ---
+
+    def make_native_header(self) -> None:
+        """Make the header as the storage does, without a word of which volume it is."""
+        with passphrase_file(self.machine.directory, SECRET["passphrase"]) as key:
+            shell(
+                "cryptsetup", "luksFormat", "--batch-mode", "--type", "luks2", "--pbkdf", "pbkdf2",
+                "--pbkdf-force-iterations", "1000", "--key-file", str(key), str(self.volume.file),
+            )  # fmt: skip
+
+    def header_digest(self) -> str:
+        shell("sync")
+        with self.volume.file.open("rb") as file:
+            return hashlib.sha256(file.read(HEADER_BYTES)).hexdigest()
+
+    def dump(self) -> str:
+        return shell("cryptsetup", "luksDump", str(self.volume.file))
+
+    def is_open(self) -> bool:
+        return bool(shell("dmsetup", "info", self.volume.name, accept=(0, 1)).count("State:"))
+
+    def opens(self, passphrase: str) -> bool:
+        with passphrase_file(self.machine.directory, passphrase) as key:
+            argv = ("cryptsetup", "open", "--test-passphrase", "--key-file", str(key), str(self.volume.file))
+            return subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+    def size_in_table(self) -> int:
+        return int(shell("dmsetup", "table", self.volume.name).split()[1]) * 512
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write over the first bytes of a file or device, down to the disk."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        assert os.write(fd, data) == len(data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def head(path: Path, length: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(length)
+
+
+@contextlib.contextmanager
+def passphrase_file(directory: Path, passphrase: str) -> Iterator[Path]:
+    path = directory / "key"
+    path.write_text(passphrase)
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[HostMachine]:
+    with host_machine(tmp_path) as made:
+        yield made
+
+
+def luks(machine: HostMachine, access: MountAccess | BlockAccess) -> Machine:
+    return Machine(machine, access, Encryption.LUKS)
+
+
+# --- filesystems ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("access", [EXT4, XFS], ids=["ext4", "xfs"])
+def test_an_encrypted_filesystem_keeps_its_data_and_shows_none_of_it_below(
+    machine: HostMachine, access: MountAccess
+) -> None:
+    node = luks(machine, access)
+    node.up()
+    assert shell("findmnt", "-no", "SOURCE", str(node.target)).strip() == f"/dev/mapper/{node.volume.name}"
+    assert shell("findmnt", "-no", "FSTYPE", str(node.target)).strip() == access.fs_type
+    (node.target / "file").write_bytes(b"plain text" * 1000)
+    node.down()
+    assert not node.is_open()
+    shell("sync")
+    assert b"plain text" not in node.volume.file.read_bytes()
+    assert f"Label:         \t{node.volume.uuid}" in node.dump()
+    node.attachment = 3
+    node.up()
+    assert (node.target / "file").read_bytes() == b"plain text" * 1000
+    node.down()
+
+
+def test_a_wrong_passphrase_is_denied_and_the_header_stays_as_it_was(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    node.down()
+    before = node.header_digest()
+    node.secrets = {"passphrase": "another horse"}
+    node.attachment = 3
+    with pytest.raises(Denied):
+        node.stage()
+    assert node.header_digest() == before
+    assert not node.is_open()
+
+
+@pytest.mark.parametrize("access", [EXT4, XFS], ids=["ext4", "xfs"])
+def test_an_encrypted_filesystem_grows_while_it_is_in_use(machine: HostMachine, access: MountAccess) -> None:
+    node = luks(machine, access)
+    node.up()
+    before = os.statvfs(node.target)
+    size = 2 * node.volume.file.stat().st_size
+    with pytest.raises(MissingField, match="node-expand"):
+        node.expand(size)
+    assert node.expand(size, SECRET) == size
+    after = os.statvfs(node.target)
+    assert after.f_blocks * after.f_frsize > 1.7 * before.f_blocks * before.f_frsize
+    assert node.size_in_table() == size - HEADER_BYTES
+    node.down()
+
+
+def test_growth_without_the_secret_comes_with_the_next_stage(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    with pytest.raises(MissingField):
+        node.expand(256 * MIB)
+    node.down()
+    node.up()
+    status = os.statvfs(node.target)
+    assert status.f_blocks * status.f_frsize > 200 * MIB
+    node.down()
+
+
+def test_the_use_of_an_encrypted_volume_is_told(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    usage = node.use.statistics.usage(node.volume_id, str(node.target), "", deadline=Deadline.after(60))
+    assert 80 * MIB < usage.total_bytes < 112 * MIB
+    node.down()
+
+
+# --- raw block ------------------------------------------------------------------------------------------------
+
+
+def test_an_encrypted_block_volume_shows_the_opened_device_and_never_its_own(machine: HostMachine) -> None:
+    node = luks(machine, BLOCK)
+    node.up()
+    published = os.stat(node.target).st_rdev
+    assert published == os.stat(f"/dev/mapper/{node.volume.name}").st_rdev
+    assert published != os.stat(machine.device_root / node.volume.name).st_rdev
+    before = node.header_digest()
+    overwrite(node.target, b"overwritten from the first byte on" * 4096)
+    assert node.header_digest() == before
+    node.down()
+    assert not node.is_open()
+    assert b"overwritten" not in node.volume.file.read_bytes()
+    node.attachment = 3
+    node.up()
+    assert head(node.target, 11) == b"overwritten"
+    node.down()
+
+
+def test_a_read_only_publication_of_an_encrypted_block_volume_refuses_writes(machine: HostMachine) -> None:
+    node = luks(machine, BLOCK)
+    node.stage()
+    node.publish(read_only=True)
+    with pytest.raises(OSError, match=r"not permitted|Read-only|denied"):
+        overwrite(node.target, b"x")
+    node.down()
+    assert not node.is_open()
+
+
+def test_an_encrypted_block_volume_that_is_attached_read_only_is_opened_read_only(machine: HostMachine) -> None:
+    node = luks(machine, BLOCK)
+    node.up()
+    node.down()
+    node.attachment, node.attached_read_only = 3, True
+    node.stage()
+    node.publish(read_only=True)
+    assert "mode:    readonly" in shell("cryptsetup", "status", node.volume.name)
+    with pytest.raises(OSError, match=r"not permitted|Read-only|denied"):
+        overwrite(node.target, b"x")
+    node.down()
+
+
+# --- native ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("access", [EXT4, BLOCK], ids=["ext4", "block"])
+def test_a_volume_that_the_storage_encrypts_is_opened_and_its_header_never_written(
+    machine: HostMachine, access: MountAccess | BlockAccess
+) -> None:
+    node = Machine(machine, access, Encryption.NATIVE)
+    node.make_native_header()
+    before = node.header_digest()
+    for attachment in (1, 3):
+        node.attachment = attachment
+        node.up()
+        place = node.target if access is BLOCK else node.target / "file"
+        if attachment == 1:
+            place.touch()
+            overwrite(place, b"kept")
+        assert head(place, 4) == b"kept"
+        node.down()
+    node.secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
+    node.up()
+    node.down()
+    assert node.header_digest() == before
+
+
+# --- the passphrase changes -----------------------------------------------------------------------------------
+
+
+def test_the_new_passphrase_takes_the_place_of_the_previous_one(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    (node.target / "file").write_text("kept")
+    node.down()
+    node.attachment = 3
+    node.secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
+    node.up()
+    assert (node.target / "file").read_text() == "kept"
+    node.down()
+    assert [node.opens(told) for told in ("new passphrase", "correct horse")] == [True, False]
+    assert node.dump().count("PBKDF:") == 1
+
+
+# --- what a crash leaves --------------------------------------------------------------------------------------
+
+
+def test_a_device_that_a_killed_cryptsetup_left_without_a_table_is_taken_down(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    node.down()
+    header = next(line.split()[1] for line in node.dump().splitlines() if line.startswith("UUID:"))
+    uuid = f"CRYPT-LUKS2-{header.replace('-', '')}-{node.volume.name}"
+    shell("dmsetup", "create", "--notable", "--uuid", uuid, node.volume.name)
+    node.attachment = 3
+    node.up()
+    assert node.size_in_table() == 112 * MIB
+    node.down()
+
+
+@pytest.mark.parametrize("call", ["expand", "down"])
+def test_a_device_that_a_killed_resize_left_suspended_carries_on(machine: HostMachine, call: str) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    (node.target / "file").write_text("kept")
+    shell("dmsetup", "suspend", "--nolockfs", node.volume.name)
+    if call == "expand":
+        node.expand(256 * MIB, SECRET)
+        assert (node.target / "file").read_text() == "kept"
+    node.down()
+    assert not node.is_open()
+
+
+def test_a_name_that_is_open_over_another_device_is_refused_and_left_alone(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    node.down()
+    other = machine.volume("csi-other", 64 * MIB)
+    with passphrase_file(machine.directory, "key of another") as key:
+        shell(
+            "cryptsetup", "luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000",
+            "--key-file", str(key), str(machine.device_root / other.name),
+        )  # fmt: skip
+        shell("cryptsetup", "open", "--key-file", str(key), str(machine.device_root / other.name), node.volume.name)
+    node.attachment = 3
+    with pytest.raises(PreconditionFailed, match="lies over"):
+        node.stage()
+    node.down()
+    assert node.is_open()
+    shell("cryptsetup", "close", node.volume.name)
+
+
+def test_a_passphrase_shows_up_in_no_argument_list(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+                    if b"cryptsetup" in words:
+                        seen.add(words.decode(errors="replace"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    node.up()
+    node.down()
+    done.set()
+    watcher.join()
+    assert seen
+    assert not [words for words in seen if "horse" in words]
+
+
+# --- a driver that is killed while cryptsetup works -----------------------------------------------------------
+
+SLOW = {"encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "400000"}
+
+
+def test_a_driver_killed_while_the_header_is_made_waits_for_what_it_left_running(machine: HostMachine) -> None:
+    world = World(machine, machine.directory)
+    subject = world.subject("ext4", encryption=Encryption.LUKS, secrets=SECRET, parameters=SLOW)
+    node = ServingNode(machine.directory)
+    try:
+        caller = threading.Thread(target=stage, args=(node.client, subject))
+        caller.start()
+        wait_for_program("cryptsetup", subject.loop.uuid)
+        node.process.kill()
+        node.process.wait()
+        caller.join()
+        node.start()
+        end = time.monotonic() + 300
+        while (outcome := stage(node.client, subject)) != "ok":
+            assert outcome == "FAILED_PRECONDITION", outcome
+            assert time.monotonic() < end
+        assert shell("findmnt", "-no", "SOURCE", str(subject.staging)).strip() == f"/dev/mapper/{subject.name}"
+        node.client.unstage(subject.volume_id, subject.staging)
+    finally:
+        node.close()
+    world.end(subject)
+
+
+def stage(client: CsiClient, subject: Subject) -> str:
+    try:
+        client.stage(
+            subject.volume_id,
+            subject.staging,
+            subject.capability,
+            publish_context=subject.context,
+            volume_context=dict(subject.parameters),
+            secrets=dict(subject.secrets),
+        )
+    except CallFailed as failure:
+        return failure.code
+    return "ok"
+
+
+def wait_for_program(name: str, argument: str) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = process.read_bytes()
+                if words.startswith(name.encode()) and argument.encode() in words:
+                    return
+    pytest.fail(f"{name} was never started")
