@@ -34,8 +34,10 @@ from csi_driver.telemetry import log
 if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters
     from csi_driver.node.faults import PortHook
+    from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import Health
+    from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.server import Register
     from csi_driver.rpc.settings import EndpointSettings
 
@@ -96,10 +98,12 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.controller.attach import Attach
     from csi_driver.controller.expand import Expand
     from csi_driver.controller.inventory import Inventory
+    from csi_driver.controller.naming import volume_name
     from csi_driver.controller.provision import Provision
     from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import ControllerHealth
+    from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
 
     settings = replace(command.controller, driver_version=driver_version())
@@ -115,7 +119,7 @@ def _controller(command: ControllerCommand) -> int:
     health = ControllerHealth(lambda deadline: inventory.ready(deadline=deadline))
     return _serve(
         command.endpoint,
-        command.zone if command.clusters is None else None,
+        Claims(command.zone if command.clusters is None else None, volume_name),
         settings.driver_name,
         health,
         lambda server: add_ControllerServicer_to_server(servicer, server),
@@ -133,6 +137,7 @@ def _clusters(command: ControllerCommand | VolumeCommand) -> Clusters:
 
 
 def _node(command: NodeCommand) -> int:
+    from csi_driver.controller.naming import volume_name
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.connectors.reader import ReadOnlyLoops
     from csi_driver.host.devices import LinuxDevices
@@ -145,6 +150,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.node.service import assemble, mark_files
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
+    from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
 
@@ -163,18 +169,34 @@ def _node(command: NodeCommand) -> int:
         paths=on("paths", paths),
         marks=on("marks", mark_files(command.node)),
         tools=tools,
+        zone=_node_zone(command),
         settings=command.node,
     )
     servicer = NodeServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))
     return _serve(
         command.endpoint,
-        command.node.zone,
+        Claims("", volume_name, tells_zones=False),
         command.driver_name,
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
         lambda boundary: Rounds(
             lambda: use_cases.reconcile.sweep(boundary.keeping_off), command.node.reconcile_interval_s, name="reconcile"
         ),
+    )
+
+
+def _node_zone(command: NodeCommand) -> NodeZone:
+    from csi_driver.host.client_config import management_hosts
+    from csi_driver.management.cluster_names import read_cluster_names
+    from csi_driver.node.zone import NodeZone
+
+    evidence = command.evidence
+    return NodeZone(
+        given=evidence.zone,
+        topology_key=evidence.topology_key,
+        node_name=command.node.node_name,
+        client_servers=lambda: management_hosts(evidence.client_config),
+        clusters=lambda: read_cluster_names(evidence.clusters_file, evidence.nodes_file),
     )
 
 
@@ -194,17 +216,15 @@ def _as_it_is(name: str, port: Port) -> Port:
 
 def _serve(
     settings: EndpointSettings,
-    zone: str | None,
+    claims: Claims,
     driver_name: str,
     health: Health,
     register: Register,
     beside: Callable[[Boundary], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> int:
     """Serve until told to end, with what `beside` makes running along."""
-    from csi_driver.controller.naming import volume_name
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import IdentityServicer
-    from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.lanes import Lanes
     from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
     from csi_driver.rpc.server import Server
@@ -213,7 +233,7 @@ def _serve(
     lanes = Lanes()
     identity = IdentityServicer(driver_name, driver_version, health)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    boundary = Boundary(Claims(zone, volume_name), lanes)
+    boundary = Boundary(claims, lanes)
     server = Server(settings, boundary, lanes, services)
     with Termination() as termination, beside(boundary):
         server.start()

@@ -7,7 +7,7 @@ inside `csi_driver.management`, except where a stored value must be sent back un
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
 from types import MappingProxyType
@@ -396,6 +396,15 @@ class Feature(Enum):
     NATIVE_ENCRYPTION = (8,)
     REFERENCE_ID = (10,)
     VPG_RECLAIM = (17, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNames:
+    """What may be known of the storage clusters without credentials: by zone, management hosts and names of nodes."""
+
+    servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    nodes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    topology_key: str | None = None
 
 
 # --- answers of use-cases ------------------------------------------------------------------------------------

@@ -42,6 +42,17 @@ class ControllerCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class ZoneEvidence:
+    """Where the node finds out to which cluster it belongs. None = nothing is said there."""
+
+    zone: str | None
+    topology_key: str | None
+    clusters_file: Path | None
+    nodes_file: Path
+    client_config: Path
+
+
+@dataclass(frozen=True, slots=True)
 class NodeCommand:
     """`nvmesh-csi node`."""
 
@@ -52,6 +63,7 @@ class NodeCommand:
     path_roots: tuple[Path, ...]
     device_directory: Path
     status_directory: Path
+    evidence: ZoneEvidence
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
-from csi_driver.config.made import NodeCommand
+from csi_driver.config.made import NodeCommand, ZoneEvidence
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
@@ -20,6 +21,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
+from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
 
 _KUBELET = Path("/var/lib/kubelet")
@@ -69,9 +71,36 @@ _RECONCILE = Flag(
     metavar="TIME",
 )
 
+_CLUSTERS_FILE = Flag(
+    "--clusters-file",
+    read.path,
+    NO_PATH,
+    "none",
+    "The controller's description of the clusters, or a copy without credentials: tells this node's zone by the"
+    " management servers that its storage client uses.",
+    metavar="FILE",
+)
+_NODES_FILE = Flag(
+    "--older-topology-file",
+    read.path,
+    Path("/topology/zones"),
+    "/topology/zones, if it exists",
+    "Where the older driver's ConfigMap nvmesh-csi-topology is mounted: tells this node's zone by its name.",
+    metavar="FILE",
+)
+_CLIENT_CONFIG = Flag(
+    "--client-configuration",
+    read.path,
+    Path("/etc/nvmesh/nvmesh.conf"),
+    "/etc/nvmesh/nvmesh.conf, if it exists",
+    "The storage client's configuration, for its management servers.",
+    metavar="FILE",
+)
+_ZONE = replace(ZONE, default="", shown_default=f"found out from the files below, else {DEFAULT_ZONE}")
+
 NODE_FLAGS = table(
-    *ENDPOINT_FLAGS, NODE_NAME, _STATE, ZONE, TOPOLOGY_KEY, MAX_VOLUMES, _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY,
-    _RECONCILE, *LOG_FLAGS,
+    *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, MAX_VOLUMES,
+    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -84,7 +113,7 @@ def node(values: Values) -> NodeCommand:
         node=NodeSettings(
             node_name=values.one(NODE_NAME) or shared.host_name(),
             state_directory=str(values.one(_STATE) or _KUBELET / "plugins" / driver_name / "state"),
-            zone=values.one(ZONE),
+            zone=values.one(_ZONE) or DEFAULT_ZONE,
             topology_key=values.one(TOPOLOGY_KEY),
             max_volumes_per_node=values.one(MAX_VOLUMES),
             heavy_operations=values.one(_HEAVY),
@@ -95,4 +124,11 @@ def node(values: Values) -> NodeCommand:
         path_roots=values.all(_PATH_ROOTS) or (_PATH_ROOTS.default,),
         device_directory=values.one(DEVICES),
         status_directory=values.one(_NODE_STATUS),
+        evidence=ZoneEvidence(
+            zone=values.one(_ZONE) or None,
+            topology_key=values.one(TOPOLOGY_KEY) if values.given(TOPOLOGY_KEY) else None,
+            clusters_file=values.one(_CLUSTERS_FILE),
+            nodes_file=values.one(_NODES_FILE),
+            client_config=values.one(_CLIENT_CONFIG),
+        ),
     )

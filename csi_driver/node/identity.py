@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csi_driver.errors import StorageUnavailable
+from csi_driver.errors import DriverError, StorageUnavailable
 from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.requests import NodeInfo, NodeSettings
+from csi_driver.node.zone import NodeZone
 
 
 class Identity:
     """NodeGetInfo, and the node's part of Probe."""
 
-    def __init__(self, *, devices: Devices, tools: Tools, settings: NodeSettings) -> None:
+    def __init__(self, *, devices: Devices, tools: Tools, zone: NodeZone, settings: NodeSettings) -> None:
         self._devices = devices
+        self._zone = zone
         self._tools = tools
         self._settings = settings
         self._client_uuid: str | None = None
@@ -22,13 +24,13 @@ class Identity:
         """Tell the node's id (its storage client's uuid, else its name), volume limit and topology.
 
         Raises `StorageUnavailable` while the id cannot be told: where a client belongs and has not shown itself since
-        this process began.
+        this process began; `PreconditionFailed` where it is not clear to which zone the node belongs.
         """
         settings = self._settings
         return NodeInfo(
             node_id=self._client_id() or settings.node_name,
             max_volumes=settings.max_volumes_per_node,
-            topology={settings.topology_key: settings.zone},
+            topology=self._zone.segments(),
         )
 
     def _client_id(self) -> str | None:
@@ -45,4 +47,9 @@ class Identity:
 
     def problems(self) -> Sequence[str]:
         """Tell what keeps this machine from serving volumes, a sentence each; empty = all well."""
-        return self._tools.problems()
+        found = list(self._tools.problems())
+        try:
+            self._zone.segments()
+        except DriverError as problem:
+            found.append(str(problem))
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.model import ClusterNames
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.identity import Identity
@@ -18,6 +19,7 @@ from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import Statistics
+from csi_driver.node.zone import NodeZone
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,9 @@ def assemble(
     tools: Tools,
     settings: NodeSettings,
     marks: Marks | None = None,
+    zone: NodeZone | None = None,
 ) -> NodeUseCases:
-    """Build the use-cases over these ports. `marks` defaults to `mark_files`."""
+    """Build the use-cases over these ports. `marks` defaults to `mark_files`, `zone` to what the settings say."""
     kept = marks if marks is not None else mark_files(settings)
     heavy = HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
@@ -79,9 +82,19 @@ def assemble(
     statistics = Statistics(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
     )
-    identity = Identity(devices=devices, tools=tools, settings=settings)
+    identity = Identity(devices=devices, tools=tools, zone=zone or _zone_given(settings), settings=settings)
     reconcile = Reconcile(
         devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, ownership=ownership,
         encrypted=encrypted, driver_name=settings.driver_name
     )  # fmt: skip
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)
+
+
+def _zone_given(settings: NodeSettings) -> NodeZone:
+    return NodeZone(
+        given=settings.zone,
+        topology_key=settings.topology_key,
+        node_name=settings.node_name,
+        client_servers=tuple,
+        clusters=ClusterNames,
+    )

@@ -32,11 +32,13 @@ class Claims:
     """How requests become claims.
 
     `default_zone` is the zone of handles that name none; where there is none such a handle claims its name in every
-    zone. `volume_name` derives the storage's name of a volume from its CSI name.
+    zone. `volume_name` derives the storage's name of a volume from its CSI name. `tells_zones`: volumes of one name in
+    two zones are two; a node has the volumes of one cluster only, and names its devices by their names.
     """
 
     default_zone: str | None
     volume_name: Callable[[str], str]
+    tells_zones: bool = True
 
     def creation(self, csi_name: str) -> tuple[Claim, ...]:
         """Claim the derived name in every zone: the zone is chosen later."""
@@ -48,7 +50,7 @@ class Claims:
         what = f"volume {shown(volume_id)}"
         if handle is None:
             return (Claim(("strange", volume_id), what, shared),)
-        zone = handle.zone or self.default_zone
+        zone = handle.zone or self.default_zone if self.tells_zones else ""
         if zone is None:
             return (Claim(("name", handle.name), what, shared),)
         return (

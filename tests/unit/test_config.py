@@ -252,6 +252,18 @@ def test_what_is_wrong_with_a_description_is_told_with_the_rest(tmp_path: Path) 
     assert "'shape' is not known" in text
 
 
+def test_a_node_finds_its_zone_out_unless_it_is_told() -> None:
+    made = command(NODE)
+    assert isinstance(made, NodeCommand)
+    assert (made.evidence.zone, made.evidence.topology_key, made.node.zone) == (None, None, "single-zone-cluster")
+    assert (made.evidence.client_config, made.evidence.nodes_file) == (
+        Path("/etc/nvmesh/nvmesh.conf"), Path("/topology/zones")
+    )  # fmt: skip
+    made = command([*NODE, "--zone=a", "--topology-key=a.com/b"])
+    assert isinstance(made, NodeCommand)
+    assert (made.evidence.zone, made.evidence.topology_key) == ("a", "a.com/b")
+
+
 # --- problems ---------------------------------------------------------------------------------------------------
 
 

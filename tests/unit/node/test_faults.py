@@ -15,6 +15,7 @@ from csi_driver.node import faults, service
 from csi_driver.node.faults import PORTS, Faults
 from csi_driver.node.ports import Tools
 from csi_driver.node.requests import NodeSettings
+from csi_driver.node.zone import NodeZone
 from tests.fakes.node import FakeNode
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "fault-points.md"
@@ -25,7 +26,7 @@ def port_protocols() -> dict[str, Any]:
     hints = get_type_hints(service.assemble)
     del hints["return"]
     kinds = {name: next(k for k in getattr(hint, "__args__", (hint,))) for name, hint in hints.items()}
-    return {name: kind for name, kind in kinds.items() if kind not in (NodeSettings, Tools)}
+    return {name: kind for name, kind in kinds.items() if kind not in (NodeSettings, Tools, NodeZone)}
 
 
 def test_every_port_has_its_row() -> None:

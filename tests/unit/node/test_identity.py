@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from csi_driver.errors import PreconditionFailed
+from csi_driver.model import ClusterNames
+from csi_driver.node.identity import Identity
 from csi_driver.node.requests import NodeInfo, NodeSettings
+from csi_driver.node.zone import NodeZone
 from tests.fakes.node import FakeNode
 
 SETTINGS = NodeSettings("node-1", "/nowhere", zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
@@ -24,3 +30,16 @@ def test_the_problems_of_the_machine_are_passed_on() -> None:
     node = FakeNode(settings=SETTINGS)
     node.host.present_problems = ["mkfs.ext4 is not installed"]
     assert list(node.use.identity.problems()) == ["mkfs.ext4 is not installed"]
+
+
+def test_a_zone_that_is_not_clear_keeps_the_node_from_work_and_is_told_to_probe() -> None:
+    node = FakeNode(settings=SETTINGS)
+    zone = NodeZone(
+        given=None, topology_key=None, node_name="n", client_servers=tuple,
+        clusters=lambda: ClusterNames({"a": ("m1",), "b": ("m2",)}),
+    )  # fmt: skip
+    identity = Identity(devices=node.host.devices, tools=node.host.tools, zone=zone, settings=SETTINGS)
+    with pytest.raises(PreconditionFailed, match="none of the zones a, b"):
+        identity.info()
+    (problem,) = identity.problems()
+    assert "none of the zones a, b" in problem

@@ -48,6 +48,12 @@ def test_where_several_zones_are_served_a_handle_without_zone_may_mean_a_volume_
     assert not conflict(claims.volume("zone-2:csi-1"), claims.volume("zone-1:csi-1"))
 
 
+def test_on_a_node_the_zone_makes_no_other_volume() -> None:
+    claims = Claims("", lambda name: f"csi-{name}", tells_zones=False)
+    assert conflict(claims.volume("csi-1", shared=True), claims.volume("zone-1:csi-1"))
+    assert conflict(claims.volume("zone-2:csi-1"), claims.volume("zone-1:csi-1"))
+
+
 @pytest.mark.parametrize("handle", SPELLINGS)
 def test_creation_conflicts_with_work_on_the_volume_that_it_makes(handle: str) -> None:
     assert conflict(CLAIMS.creation("1"), CLAIMS.volume(handle))

@@ -1,0 +1,38 @@
+"""The storage client's configuration: only the hosts of its management servers are taken from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import HostFailure
+from csi_driver.host.client_config import hosts_in, management_hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ('MANAGEMENT_PROTOCOL="https"\nMANAGEMENT_SERVERS="m1:4001,m2:4001"\n', ("m1", "m2")),
+        ("MANAGEMENT_SERVERS=m1:4001", ("m1",)),
+        ("export MANAGEMENT_SERVERS='m1:4001 m2'  # both", ("m1", "m2")),
+        ('MANAGEMENT_SERVERS = "wss://m1.example.com:4001/"', ("m1.example.com",)),
+        ('MANAGEMENT_SERVERS="[fe80::1]:4001,10.0.0.1:4001,fe80::2"', ("fe80::1", "10.0.0.1", "fe80::2")),
+        ('# MANAGEMENT_SERVERS="m1:4001"', ()),
+        ('MANAGEMENT_SERVERS="m1:4001"\nMANAGEMENT_SERVERS="m2:4001"', ("m2",)),
+        ('MANAGEMENT_SERVERS="m1"\nMANAGEMENT_SERVERS=""', ()),
+        ('OTHER_MANAGEMENT_SERVERS="m1"', ()),
+        ("", ()),
+    ],
+)
+def test_the_hosts_are_read_as_a_shell_would(text: str, hosts: tuple[str, ...]) -> None:
+    assert hosts_in(text) == hosts
+
+
+def test_a_node_without_client_has_no_configuration(tmp_path: Path) -> None:
+    assert management_hosts(tmp_path / "nvmesh.conf") == ()
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostFailure, match="cannot be read"):
+        management_hosts(tmp_path)
