@@ -28,7 +28,7 @@ from csi_driver.config.made import (
     VolumeCommand,
 )
 from csi_driver.config.version import driver_version
-from csi_driver.errors import DriverError
+from csi_driver.errors import DriverError, ToolMissing
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
@@ -268,8 +268,14 @@ def _volume(command: VolumeCommand) -> int:
 def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
+    from csi_driver.host.luks_files import LuksFiles
 
-    return serve(command.storage, LoopDevices())
+    # Cheap keys where tests run the manager.
+    headers = LuksFiles(iterations=1000 if command.storage.test_switches.enabled else None)
+    if not headers.are_possible():
+        _LOG.warning("volumes cannot be encrypted by the storage: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
+        return serve(command.storage, LoopDevices())
+    return serve(command.storage, LoopDevices(), headers)
 
 
 if __name__ == "__main__":

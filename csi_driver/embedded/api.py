@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from csi_driver.embedded import schemas
+from csi_driver.embedded import encryption, schemas
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.documents import chunks_of, client_document, group_document, reserve_document, volume_document
+from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.groups import Groups
 from csi_driver.embedded.overview import Overview
 from csi_driver.embedded.query import Query
@@ -22,7 +23,6 @@ from csi_driver.embedded.refusals import (
     Document,
     Refusal,
     SchemaRefusal,
-    detail,
     envelope,
     refused_item,
 )
@@ -91,6 +91,7 @@ class Api:
         clients: Clients,
         attacher: Attacher,
         overview: Overview,
+        encryptions: Encryptions,
         holds: Holds,
         *,
         test_routes: bool,
@@ -102,6 +103,7 @@ class Api:
         self._clients = clients
         self._attacher = attacher
         self._overview = overview
+        self._encryptions = encryptions
         self._holds = holds
         self._test_routes = test_routes
         self._shown: dict[str, tuple[Volume, Document]] = {}
@@ -125,8 +127,33 @@ class Api:
             Route("POST", "/volumes/extend", self._extend_volumes, "Make volumes larger", schemas.EXTEND),
             Route("POST", "/volumes/update", self._update_volumes, "Change volumes", schemas.UPDATE),
             Route("POST", "/volumes/delete", self._delete_volumes, "Delete volumes", schemas.NAMED),
-            Route("POST", "/volumes/initEncryption", self._init_encryption, "Refused", schemas.INIT_ENCRYPTION),
+            *self._encryption_routes(),
         ]
+
+    def _encryption_routes(self) -> list[Route]:
+        passphrases = [
+            (encryption.INIT, "Begin encryption", schemas.INIT_ENCRYPTION),
+            (encryption.ADD, "Add a passphrase", schemas.ADD_PASSPHRASE),
+            (encryption.ROTATE, "Replace a passphrase", schemas.ADD_PASSPHRASE),
+            (encryption.DELETE, "Remove a passphrase", schemas.DELETE_PASSPHRASE),
+        ]
+        do = self._encryptions
+        return [
+            *(
+                Route("POST", f"/volumes/{name}", self._command(name), summary, schema)
+                for name, summary, schema in passphrases
+            ),
+            Route(
+                "POST",
+                "/volumes/acknowledgeResponse",
+                lambda call: [do.acknowledge(item) for item in call.items],
+                "Note that a command's answer was read",
+                schemas.ACKNOWLEDGE,
+            ),
+        ]
+
+    def _command(self, name: str) -> Handler:
+        return lambda call: [self._encryptions.command(name, item) for item in call.items]
 
     def _client_routes(self) -> list[Route]:
         return [
@@ -261,19 +288,6 @@ class Api:
     def _delete_volumes(self, call: Call) -> list[Document]:
         return [self._volumes.delete(item) for item in call.items]
 
-    def _init_encryption(self, call: Call) -> list[Document]:
-        answers = []
-        for item in call.items:
-            name, identity = str(item["_id"]), str(item["uuid"])
-            volume = self._store.get(VOLUMES, name)
-            keys: Document = {"volumeID": name, "volumeUUID": identity}
-            refusal = Refusal(VOLUME_NOT_FOUND, "Volume not found", keys)
-            if volume is not None and volume.uuid == identity:
-                inner = detail(16793, "Volume must be created with isEncrypted: true")
-                refusal = Refusal(14591, "Running encryption command failed", keys, inner)
-            answers.append(refused_item(name, identity, refusal))
-        return answers
-
     # --- clients ----------------------------------------------------------------------------------------
 
     def _client_document(self, client: Client) -> Document:
@@ -341,7 +355,7 @@ class Api:
         return envelope(user, str(uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{user}")), True)
 
     def _hold(self, call: Call) -> Document:
-        """Hold back "initialize", "delete", "client:<name>" or "slow:<name>", or let it go on."""
+        """Hold back one of the kinds that `Holds` knows, or let it go on."""
         kind, held = str(call.fields["kind"]), bool(call.fields["held"])
         self.hold(kind, held=held)
         return envelope(None, None, True)
@@ -351,6 +365,10 @@ class Api:
         self._holds.set(kind, held)
         if held:
             return
+        if kind == encryption.HELD:
+            self._encryptions.release()
+        elif kind == "reclaim":
+            self._groups.finish_reclaims()
         for volume in self._store.all(VOLUMES):
             if kind == "initialize":
                 self._volumes.initialize(volume.name)

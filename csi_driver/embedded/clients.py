@@ -65,7 +65,7 @@ class Clients:
             inner: Document = {"volumeID": name, "volumeUUID": identity, "clientID": client}
             if volume.action == "markedForDeletion":
                 raise _not_attached(keys, detail(11212, "Volume is being deleted", **inner), loses_uuid=True)
-            if volume.status == "offline":
+            if volume.status == "offline" or not volume.ready:
                 raise _not_attached(keys, detail(1569, "Volume is not ready", **inner), loses_uuid=True)
             try:
                 reservation = reserved(

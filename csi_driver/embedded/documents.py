@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
-from csi_driver.embedded.records import DOWN, READY, Attachment, Client, Group, Report, Volume
+from csi_driver.embedded.records import DOWN, READY, Attachment, Client, Encryption, Group, Report, Volume
 from csi_driver.embedded.refusals import Document
 from csi_driver.embedded.status_files import VERSION
 
@@ -32,7 +32,7 @@ def volume_document(volume: Volume) -> Document:
         "_id": volume.name,
         "version": volume.version,
         "isReserved": False,
-        "isReady": True,
+        "isReady": volume.ready,
         **volume.layout.parameters(),
         "status": volume.status,
         "handledBy": _HANDLED_BY,
@@ -59,6 +59,17 @@ def volume_document(volume: Volume) -> Document:
         document |= {"VPG": volume.group, "diskClasses": [], "serverClasses": [], "allowOverflow": True}
     else:
         document.setdefault("isEncrypted", False)
+    if volume.encryption is not None:
+        document |= {"isEncrypted": True, "encryption": _encryption(volume.encryption)}
+    return document
+
+
+def _encryption(state: Encryption) -> Document:
+    document: Document = {"headerSize": state.header_mib}
+    if state.initialized:
+        document["isInitialized"] = True
+    if state.command:
+        document |= {"command": state.command, "lastMessageSent": state.last_message}
     return document
 
 
@@ -237,6 +248,7 @@ def group_document(group: Group) -> Document:
         "docVersion": "1.0.0",
         **group.given,
         **_group_layout(group.layout),
+        **({"isEncrypted": True, "encryption": _encryption(group.encryption)} if group.encryption else {}),
     }
 
 

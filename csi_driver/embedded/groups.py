@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
 
+from csi_driver.embedded.encryption import wished
 from csi_driver.embedded.layouts import (
     BLOCK_SIZE,
     CONCATENATED,
@@ -27,6 +28,7 @@ from csi_driver.embedded.records import GROUPS, VOLUMES, Group
 from csi_driver.embedded.refusals import GROUP_NOT_FOUND, Document, Refusal, detail, envelope, refused_item
 from csi_driver.embedded.space import NoSpace, Space
 from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.work import Holds
 
 
 def _mirrored(level: str, width: int, protection: str) -> Layout:
@@ -78,9 +80,10 @@ def default_layout(item: Mapping[str, object]) -> Layout:
 class Groups:
     """The use-cases on VPGs."""
 
-    def __init__(self, store: Store, space: Space) -> None:
+    def __init__(self, store: Store, space: Space, holds: Holds) -> None:
         self._store = store
         self._space = space
+        self._holds = holds
 
     def install(self, moment: str) -> None:
         """Put the built-in VPGs into a new store."""
@@ -115,6 +118,7 @@ class Groups:
                 created=moment,
                 modified=moment,
                 given={key: item[key] for key in ("description", "domain") if key in item},
+                encryption=wished(item, None),
             )
             self._space.record_group(change, group)
             return group
@@ -172,14 +176,33 @@ class Groups:
         return self._changed(item, put)
 
     def reclaim(self, item: Mapping[str, object], moment: str) -> Document:
-        """Give a VPG's unused reserve back to the pool."""
+        """Give a VPG's unused reserve back to the pool; until that is done no volume is made from it."""
+        nothing: list[Document] = []
 
         def put(change: Change) -> None:
             group = self._own(change, item)
-            smaller = replace(group, blocks=group.used, capacity=gigabytes(group.used), modified=moment)
-            self._space.record_group(change, smaller, group)
+            if group.blocks == group.used:
+                nothing.append({"message": "Nothing to reclaim", "id": 16353, "vpgID": group.name})
+                return
+            change.put(GROUPS, group.name, replace(group, reclaiming=True, modified=moment))
 
-        return self._changed(item, put)
+        answer = self._changed(item, put)
+        self.finish_reclaims()
+        # A refusal of the level WARNING comes with success.
+        return {**answer, "error": nothing[0]} if nothing else answer
+
+    def finish_reclaims(self) -> None:
+        """Give back what is to be reclaimed, unless a test holds that back."""
+
+        def put(change: Change) -> None:
+            for known in self._store.all(GROUPS):
+                group = change.get(GROUPS, known.name)
+                if group is not None and group.reclaiming:
+                    smaller = replace(group, blocks=group.used, capacity=gigabytes(group.used), reclaiming=False)
+                    self._space.record_group(change, smaller, group)
+
+        if "reclaim" not in self._holds:
+            self._store.write(put)
 
     def _changed(self, item: Mapping[str, object], put: Callable[[Change], None]) -> Document:
         name, identity = str(item["_id"]), str(item["uuid"])

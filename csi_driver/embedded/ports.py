@@ -39,6 +39,31 @@ class LoopDevice(Protocol):
         ...
 
 
+class LuksHeaders(Protocol):
+    """LUKS2 headers in files. Every method raises HostFailure where a tool refuses, Denied for a wrong passphrase.
+
+    Slots count from 0. What is changed is on disk when a method returns.
+    """
+
+    def format(
+        self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
+    ) -> None:
+        """Make a header whose data begins `header_bytes` in, over whatever is there."""
+        ...
+
+    def opens(self, file: Path, passphrase: str) -> bool:
+        """Tell whether the passphrase opens it."""
+        ...
+
+    def add(self, file: Path, current: str, new: str, *, slot: int | None) -> None:
+        """Let a new passphrase open it, in this slot or in any that is free."""
+        ...
+
+    def remove(self, file: Path, passphrase: str) -> None:
+        """Let a passphrase open it no more; the last one is never removed (PreconditionFailed)."""
+        ...
+
+
 class LoopDevices(Protocol):
     """The loop devices of this machine. Every method raises HostFailure where the kernel refuses."""
 

@@ -36,6 +36,22 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class Encryption:
+    """How far the storage is with encrypting a volume. `command` is the latest one, as the API shows it."""
+
+    header_mib: int = 16
+    initialized: bool = False
+    command: Document = field(default_factory=dict)
+    last_message: Document = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        """Number of the latest command; 0 = there was none."""
+        number = self.command.get("commandIndex")
+        return number if isinstance(number, int) else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
     name: str
     uuid: str
@@ -61,6 +77,7 @@ class Volume:
     made: bool = False
     """Its file is known to be on disk and may hold data: never to be made anew."""
     reservation: Reservation = field(default_factory=Reservation)
+    encryption: Encryption | None = None
 
     @property
     def blocks(self) -> int:
@@ -78,6 +95,11 @@ class Volume:
     @property
     def read_only(self) -> bool:
         return self.given.get("isReadOnly") is True
+
+    @property
+    def ready(self) -> bool:
+        """Whether clients may have it: not before its encryption has begun."""
+        return self.encryption is None or self.encryption.initialized
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +119,10 @@ class Group:
     created: str = ""
     modified: str = ""
     version: int = 1
+    encryption: Encryption | None = None
+    """What its volumes begin with."""
+    reclaiming: bool = False
+    """Its unused reserve is being given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +247,18 @@ def _kept(kind: Callable[..., R], *tuples: str) -> Callable[[Mapping[str, object
 def _volume(stored: Mapping[str, object]) -> Volume:
     layout = Layout(**stored["layout"])  # type: ignore[arg-type]
     reservation = _kept(Reservation, "attached")(stored["reservation"])  # type: ignore[arg-type]
-    return _kept(Volume, "extents")({**stored, "layout": layout, "reservation": reservation})
+    own = {"layout": layout, "reservation": reservation, "encryption": _encryption(stored)}
+    return _kept(Volume, "extents")({**stored, **own})
 
 
 def _group(stored: Mapping[str, object]) -> Group:
-    return _kept(Group)({**stored, "layout": Layout(**stored["layout"])})  # type: ignore[arg-type]
+    own = {"layout": Layout(**stored["layout"]), "encryption": _encryption(stored)}  # type: ignore[arg-type]
+    return _kept(Group)({**stored, **own})
+
+
+def _encryption(stored: Mapping[str, object]) -> Encryption | None:
+    kept = stored.get("encryption")
+    return Encryption(**kept) if isinstance(kept, dict) else None
 
 
 VOLUMES: Table[Volume] = Table("volumes", _volume)

@@ -29,6 +29,12 @@ _DESCRIPTION: JsonSchema = {"type": ["string", "null"], "maxLength": 1024}
 _METADATA: JsonSchema = {"type": "object", "maxBytes": 256 * 1024}
 _CAPACITY: JsonSchema = {"anyOf": [{"type": "number", "minimum": 1, "maximum": _MAX_SAFE_INTEGER}, {"const": "MAX"}]}
 
+_ENCRYPTION: JsonSchema = {
+    "type": "object",
+    "properties": {"headerSize": {"type": "integer", "minimum": 1, "maximum": 100}, "isInitialized": _BOOLEAN},
+    "additionalProperties": False,
+}
+
 _LAYOUT: dict[str, JsonSchema] = {
     "stripeSize": {"type": "integer", "minimum": 32},
     "stripeWidth": {"type": "integer", "minimum": 1, "maximum": 300},
@@ -59,7 +65,7 @@ _ALWAYS: dict[str, JsonSchema] = {
 _WITHOUT_GROUP: dict[str, JsonSchema] = {
     "RAIDLevel": {"type": "string"},
     "type": {"type": "string"},
-    "encryption": {"type": "object"},
+    "encryption": _ENCRYPTION,
     "VSGs": _STRINGS,
     "diskClasses": _STRINGS,
     "serverClasses": _STRINGS,
@@ -121,17 +127,51 @@ UPDATE = _list_of(
 )
 NAMED = _list_of(_object({"_id": {"type": "string"}, "uuid": _UUID_TEXT}, ["_id", "uuid"]))
 IS_EXISTS = _object({"name": {"type": "string"}}, ["name"])
+_PASSPHRASE: JsonSchema = {"type": "string", "pattern": r"^.{8,4096}$"}
+_SLOT: JsonSchema = {"type": "integer", "minimum": 1, "maximum": 32}
 INIT_ENCRYPTION = _list_of(
     _object(
         {
             "_id": {"type": "string"},
             "uuid": _UUID_TEXT,
-            "passphrase": {"type": "string", "pattern": r"^.{8,4096}$"},
-            "slot": {"type": "integer", "minimum": 1, "maximum": 32},
+            "passphrase": _PASSPHRASE,
+            "slot": _SLOT,
             "keySize": {"type": "integer", "enum": [256, 512]},
         },
         ["_id", "uuid", "passphrase"],
     )
+)
+ADD_PASSPHRASE = _list_of(
+    _object(
+        {
+            "_id": {"type": "string"},
+            "uuid": _UUID_TEXT,
+            "currentPassphrase": _PASSPHRASE,
+            "newPassphrase": _PASSPHRASE,
+            "slot": _SLOT,
+        },
+        ["_id", "uuid", "currentPassphrase", "newPassphrase"],
+    )
+)
+DELETE_PASSPHRASE = _list_of(
+    _object(
+        {"_id": {"type": "string"}, "uuid": _UUID_TEXT, "currentPassphrase": _PASSPHRASE},
+        ["_id", "uuid", "currentPassphrase"],
+    )
+)
+_NUMBERED: JsonSchema = {
+    "type": "object", "required": ["commandIndex"], "properties": {"commandIndex": {"type": "integer"}},
+}  # fmt: skip
+ACKNOWLEDGE = _list_of(
+    {
+        "type": "object",
+        "required": ["_id", "uuid", "encryption"],
+        "properties": {
+            "_id": {"type": "string"},
+            "uuid": _UUID_TEXT,
+            "encryption": {"type": "object", "required": ["command"], "properties": {"command": _NUMBERED}},
+        },
+    }
 )
 
 _RESERVATION = _object(
@@ -190,6 +230,7 @@ GROUP = _list_of(
             "domain": {"type": ["string", "null"]},
             "VSGs": _STRINGS,
             "isEncrypted": _BOOLEAN,
+            "encryption": _ENCRYPTION,
             **_LAYOUT,
         },
         ["name", "RAIDLevel", "capacity"],

@@ -18,10 +18,11 @@ import uvicorn
 from csi_driver.embedded.api import Api
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.groups import Groups
 from csi_driver.embedded.overview import Overview
 from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.ports import LoopDevices
+from csi_driver.embedded.ports import LoopDevices, LuksHeaders
 from csi_driver.embedded.recovery import recover
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
@@ -58,8 +59,11 @@ class CannotListen(HostFailure):
 class StorageServer:
     """A storage manager on one pool. `start` serves from a thread of its own, `run` from the caller's."""
 
-    def __init__(self, settings: StorageSettings, loops: LoopDevices) -> None:
-        """Open the pool, mend it, carry out every wish. Raises leaves of DriverError if that cannot be."""
+    def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
+        """Open the pool, mend it, carry out every wish. Raises leaves of DriverError if that cannot be.
+
+        Without `headers` volumes that the storage is to encrypt are refused.
+        """
         self.settings = settings
         for client in settings.clients:
             _check_device_directory(client.device_directory)
@@ -70,12 +74,12 @@ class StorageServer:
             undo.callback(self._listener.close)
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
-            self._build(loops)
+            self._build(loops, headers)
             undo.pop_all()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
-    def _build(self, loops: LoopDevices) -> None:
+    def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
         settings, store, pool = self.settings, self.store, self.pool
         self.holds = holds = Holds()
         for name in settings.test_switches.down_clients:
@@ -87,14 +91,27 @@ class StorageServer:
         self._workers = ThreadPoolExecutor(_THREADS, "storage-api")
         sessions = Sessions(settings, self.password)
         volumes = Volumes(settings, store, self.space, pool, locks, self.worker, holds)
-        groups = Groups(store, self.space)
+        groups = Groups(store, self.space, holds)
         clients = Clients(settings, store)
         self.attacher = Attacher(settings, store, pool, volumes, loops, locks, self.worker, holds)
         overview = Overview(settings, store, self.space, holds, now())
+        self.encryptions = Encryptions(
+            store,
+            pool,
+            locks,
+            holds,
+            headers,
+            volumes.has_device,
+            tuple(overview.servers()),
+            settings.test_switches.fault,
+        )
+        volumes.can_encrypt = headers is not None
         groups.install(now())
         clients.install()
         overview.install()
         recover(store, pool, volumes, self.attacher)
+        self.encryptions.recover()
+        groups.finish_reclaims()
         self.api = Api(
             store,
             sessions,
@@ -103,6 +120,7 @@ class StorageServer:
             clients,
             self.attacher,
             overview,
+            self.encryptions,
             holds,
             test_routes=settings.test_switches.enabled,
         )
@@ -125,7 +143,7 @@ class StorageServer:
         self._server = self._uvicorn()
         self._thread = threading.Thread(target=self._serve, name="storage-http", daemon=True)
         self._listener.listen(_BACKLOG)
-        self.worker.start()
+        self._start_workers()
         self._thread.start()
 
     def run(self, ready: Callable[[], None]) -> None:
@@ -138,12 +156,16 @@ class StorageServer:
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._listener.listen(_BACKLOG)
-            self.worker.start()
+            self._start_workers()
             ready()
             self._serve()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _start_workers(self) -> None:
+        self.worker.start()
+        self.encryptions.worker.start()
 
     def _serve(self) -> None:
         if self._server is not None:
@@ -175,6 +197,7 @@ class StorageServer:
             self._thread.join()
         self._listener.close()
         self.worker.stop()
+        self.encryptions.worker.stop()
         self._workers.shutdown(wait=True)
         self.store.close()
         self.pool.close()
@@ -187,9 +210,9 @@ class _HttpServer(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def serve(settings: StorageSettings, loops: LoopDevices) -> int:
+def serve(settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> int:
     """Run the manager in this process until SIGTERM or SIGINT; return the exit status."""
-    server = StorageServer(settings, loops)
+    server = StorageServer(settings, loops, headers)
     try:
         server.run(lambda: _announce(server))
     finally:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 
+from csi_driver.embedded.encryption import REQUIRED, wished
 from csi_driver.embedded.groups import default_layout
-from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, LEVELS, gigabytes
+from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, LEVELS, PARAMETERS, gigabytes
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, GROUPS, REPORTS, SHARED_READ_ONLY, VOLUMES, Group, Volume
 from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, refused_item, volume_not_found
@@ -39,7 +40,8 @@ _LAYOUT_FIELDS = frozenset(
         "parityBlocks",
     )
 )
-_NOT_KEPT = _LAYOUT_FIELDS | {"name", "capacity", "VPG", "sourceID", "sourceUUID", "mdvSpec"}
+_OWN_FIELDS = {"name", "capacity", "VPG", "isEncrypted", "encryption", "sourceID", "sourceUUID", "mdvSpec"}
+_NOT_KEPT = _LAYOUT_FIELDS | _OWN_FIELDS
 _CLASSES = (("diskClasses", 1512, "Drive class not found"), ("serverClasses", 1513, "Target class not found"))
 _LOCKED_BY_GROUP = ("diskClasses", "serverClasses", "limitByDisks", "limitByNodes", "enableCrcCheck", "VSGs")
 
@@ -72,6 +74,8 @@ class Volumes:
         self._fault = settings.test_switches.fault
         self.has_device: Callable[[str], bool] = lambda identity: False
         """Tells whether a device is bound to the volume's file; set by whoever binds devices."""
+        self.can_encrypt = False
+        """Whether headers can be made; set by whoever makes them."""
 
     # --- save -------------------------------------------------------------------------------------------
 
@@ -94,8 +98,6 @@ class Volumes:
             raise _not_saved(name, detail(1552, "Illegal Volume name", innerMessage={}))
         if "sourceID" in item:
             raise self._snapshot_refusal(name, str(item["sourceID"]), str(item.get("sourceUUID")))
-        if item.get("isEncrypted"):
-            raise _not_saved(name, detail(16825, "Encrypted volumes are not served by the embedded storage manager"))
         for field, number, message in _CLASSES:
             if item.get(field):
                 raise _not_saved(name, detail(number, message))
@@ -123,6 +125,11 @@ class Volumes:
         level = str(item.get("RAIDLevel"))
         if group is None and level not in LEVELS:
             raise _not_saved(name, detail(1606, "Unknown RAID level"))
+        if group and group.reclaiming:
+            raise _not_saved(name, detail(16358, "The VPG's reserved space is being reclaimed", vpgID=group.name))
+        encryption = wished(item, group)
+        if encryption is not None and not self.can_encrypt:
+            raise _not_saved(name, detail(16825, "Volumes cannot be encrypted here: cryptsetup is not installed"))
         layout = group.layout if group else default_layout(item)
         capacity = cast("float | str", item["capacity"])
         if not self._placeable(item):
@@ -145,9 +152,10 @@ class Volumes:
             modified_by=user,
             created=moment,
             modified=moment,
-            action="initializing" if slow else "none",
+            action="initializing" if slow else "none" if encryption is None else REQUIRED,
             status="unavailable" if slow else "online",
             from_reserved=taken.from_reserved,
+            encryption=encryption,
         )
         self._space.record(change, volume)
         if group and taken.from_reserved:
@@ -184,7 +192,8 @@ class Volumes:
         def online(change: Change) -> None:
             current = change.get(VOLUMES, name)
             if current is not None and current.action == "initializing":
-                change.put(VOLUMES, name, replace(current, action="none", status="online"))
+                action = "none" if current.ready else REQUIRED
+                change.put(VOLUMES, name, replace(current, action=action, status="online"))
 
         self._store.write(online)
         return True
@@ -283,12 +292,21 @@ class Volumes:
             raise Refusal(1605, "Cannot set volume as ReadOnly. Volume is reserved with a ReadWrite permission", keys)
         if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
             raise Refusal(168412, "The volume's VPG sets its classes, limits and checks", keys)
-        changes = {key: value for key, value in item.items() if key not in ("_id", "uuid")}
+        _refuse_classes(item, keys)
+        changes = {key: value for key, value in item.items() if key not in ("_id", "uuid", "enableCrcCheck")}
+        layout = volume.layout
+        if "enableCrcCheck" in item and "enableCrcCheck" in PARAMETERS[layout.level]:
+            layout = replace(layout, crc=item["enableCrcCheck"] is True)
         change.put(
             VOLUMES,
             name,
             replace(
-                volume, given={**volume.given, **changes}, version=volume.version + 1, modified=now(), modified_by=user
+                volume,
+                given={**volume.given, **changes},
+                layout=layout,
+                version=volume.version + 1,
+                modified=now(),
+                modified_by=user,
             ),
         )
 
@@ -361,6 +379,13 @@ class Volumes:
         for client in self._store.all(CLIENTS):
             if change.get(REPORTS, volume.uuid, client.name) is not None:
                 change.delete(REPORTS, volume.uuid, client.name)
+
+
+def _refuse_classes(item: Mapping[str, object], keys: Mapping[str, object]) -> None:
+    """Refuse classes, of which there are none here."""
+    for field, number, message in _CLASSES:
+        if item.get(field):
+            raise Refusal(1677, "Failed to update volume", keys, detail(number, message))
 
 
 def _found(change: Change, name: str, identity: str) -> Volume:

@@ -120,7 +120,8 @@ class Worker:
 
 
 class Holds:
-    """Work that tests hold back: "initialize", "delete", "client:<name>" (it is DOWN), "slow:<name>" (it is not)."""
+    """Work that tests hold back: "initialize", "encrypt", "reclaim", "delete", "client:<name>" (it is DOWN),
+    "slow:<name>" (it is not)."""
 
     def __init__(self) -> None:
         self._held: frozenset[str] = frozenset()

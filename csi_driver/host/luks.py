@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -20,6 +20,8 @@ from csi_driver.host import device_mapper, ioctls
 from csi_driver.host.ciphertext import read_header
 from csi_driver.host.command import Completed, run
 from csi_driver.host.devices import LinuxDevices
+from csi_driver.host.passphrases import held as _secret
+from csi_driver.host.passphrases import path_of as _path
 from csi_driver.machine import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
@@ -241,21 +243,6 @@ def _arguments(settings: LuksSettings, *, with_key: bool = True) -> tuple[str, .
         ("--pbkdf-force-iterations", settings.pbkdf_iterations),
     ]
     return tuple(word for option, value in wanted if value for word in (option, str(value)))
-
-
-@contextlib.contextmanager
-def _secret(passphrase: str) -> Iterator[int]:
-    """Hold a passphrase in a file that exists in memory alone, has no name, and ends with the last who holds it."""
-    fd = os.memfd_create("passphrase", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.write(fd, passphrase.encode())
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _path(fd: int) -> str:
-    return f"/proc/self/fd/{fd}"
 
 
 def _node_number(node: Path) -> DeviceNumber | None:

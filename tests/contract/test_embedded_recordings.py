@@ -18,6 +18,7 @@ import requests
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 FILES = ("1-session", "2-volumes", "3-attach-extend-delete", "4-reservations-vpg-snapshots")
@@ -25,14 +26,13 @@ Key = tuple[int, int]
 """File (1 to 4) and line, from 0."""
 
 LEFT_OUT: dict[Key, str] = {
-    **dict.fromkeys([(4, 36), (4, 37), (4, 38), (4, 39), (4, 42), (4, 43)], "encrypted volumes are refused"),
     **dict.fromkeys([(4, 45), (4, 46), (4, 47), (4, 50)], "snapshots are refused"),
 }
 
 SHAPE_ONLY: dict[Key, str] = {
     (1, 10): "versions and host are the manager's own",
     (2, 19): "the pool has another size",
-    (4, 51): "the snapshots and encrypted volumes of the recording are missing",
+    (4, 51): "the snapshots of the recording are missing",
     (4, 52): "as above",
     (4, 59): "as above, and the pool has another size",
     (4, 60): "the pool has another size",
@@ -40,12 +40,12 @@ SHAPE_ONLY: dict[Key, str] = {
     (4, 62): "the pool has another size",
     (4, 63): "the pool has another size",
     (4, 64): "versions, host and port are the manager's own",
-    (4, 65): "the snapshots and encrypted volumes of the recording are missing",
+    (4, 65): "the snapshots of the recording are missing",
     (4, 66): "settings are the manager's own",
     (4, 68): "versions are the manager's own",
-    (4, 69): "the snapshots and encrypted volumes of the recording are missing",
-    (4, 70): "the snapshots and encrypted volumes of the recording are missing",
-    (4, 72): "the snapshots and encrypted volumes of the recording are missing",
+    (4, 69): "the snapshots of the recording are missing",
+    (4, 70): "the snapshots of the recording are missing",
+    (4, 72): "the snapshots of the recording are missing",
 }
 
 # Where the server was between two states: what is held back before an exchange, and what goes on.
@@ -58,6 +58,7 @@ HELD: dict[Key, list[tuple[str, bool]]] = {
     (3, 57): [("slow:node-1", False)],
     (4, 28): [("initialize", True), ("slow:node-1", True)],
     (4, 36): [("initialize", False), ("slow:node-1", False)],
+    (4, 42): [("encrypt", True)],
 }
 
 # Not compared by value, only by kind: ids, moments, and what depends on the machinery behind the server.
@@ -160,7 +161,7 @@ def exchanges(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Exchange]:
         pretend_targets=3,
         test_switches=TestSwitches(must_change_password=True),
     )
-    server = StorageServer(settings, FakeLoopDevices())
+    server = StorageServer(settings, FakeLoopDevices(), FakeLuksHeaders())
     server.start()
     try:
         return {exchange.key: exchange for exchange in Replay(server).run()}

@@ -20,6 +20,7 @@ from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import Client, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
 EXCLUSIVE = ReservationMode.EXCLUSIVE_READ_WRITE
 READ_ONLY = ReservationMode.SHARED_READ_ONLY
@@ -35,6 +36,7 @@ class Work(Enum):
     MAKING = "initialize"
     DETACHING = "slow:node-1"
     DELETING = "delete"
+    ENCRYPTING = "encrypt"
 
 
 class Side(Protocol):
@@ -67,6 +69,8 @@ class FakeSide:
                 self._fake.detach_s = float("inf")
             case Work.DELETING:
                 self._fake.delete_s = float("inf")
+            case Work.ENCRYPTING:
+                self._fake.encrypt_s = float("inf")
 
 
 @dataclass(slots=True)
@@ -101,7 +105,7 @@ class Storage:
             tls_key=key,
         )
         loops = FakeLoopDevices()
-        server = StorageServer(settings, loops)
+        server = StorageServer(settings, loops, FakeLuksHeaders())
         server.start()
         return cls(settings, loops, server)
 

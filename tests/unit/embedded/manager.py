@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlsplit
 
 from csi_driver.embedded.api import Call
-from csi_driver.embedded.ports import LoopDevices
+from csi_driver.embedded.ports import LoopDevices, LuksHeaders
 from csi_driver.embedded.refusals import SchemaRefusal
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
@@ -37,8 +37,8 @@ def settings_in(directory: Path, **changes: Json) -> StorageSettings:
 class Manager:
     """One manager; `loops` is the kernel, which outlives it."""
 
-    def __init__(self, settings: StorageSettings, loops: LoopDevices) -> None:
-        self.server = StorageServer(settings, loops)
+    def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
+        self.server = StorageServer(settings, loops, headers)
         self._routes = self.server.api.routes()
 
     def request(self, method: str, target: str, body: object = None) -> Json:
@@ -121,8 +121,10 @@ class Manager:
 
 
 @contextmanager
-def running(settings: StorageSettings, loops: LoopDevices | None = None) -> Iterator[Manager]:
-    manager = Manager(settings, loops or FakeLoopDevices())
+def running(
+    settings: StorageSettings, loops: LoopDevices | None = None, headers: LuksHeaders | None = None
+) -> Iterator[Manager]:
+    manager = Manager(settings, loops or FakeLoopDevices(), headers)
     try:
         yield manager
     finally:

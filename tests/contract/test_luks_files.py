@@ -1,0 +1,117 @@
+"""Headers in files: the model that the embedded manager's tests run on and cryptsetup itself keep one contract."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from csi_driver.embedded.ports import LuksHeaders
+from csi_driver.errors import Denied, DriverError, PreconditionFailed
+from csi_driver.host.luks_files import LuksFiles
+from tests.unit.embedded.fake_luks import FakeLuksHeaders
+
+FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"
+SIZE_BYTES = 64 << 20
+UUID = "11111111-2222-3333-4444-555555555555"
+
+needs_cryptsetup = pytest.mark.skipif(
+    not LuksFiles.are_possible(), reason="cryptsetup is not installed: as root, `make test` installs it"
+)
+
+
+@pytest.fixture(params=["fake", pytest.param("cryptsetup", marks=needs_cryptsetup)])
+def headers(request: pytest.FixtureRequest) -> LuksHeaders:
+    return FakeLuksHeaders() if request.param == "fake" else LuksFiles(iterations=1000)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / f"{UUID}.img"
+    with path.open("wb") as opened:
+        opened.truncate(SIZE_BYTES)
+    return path
+
+
+def make(headers: LuksHeaders, file: Path, *, slot: int = 0, bits: int = 512, header_bytes: int = 16 << 20) -> None:
+    headers.format(file, FIRST, slot=slot, key_size_bits=bits, header_bytes=header_bytes, volume_uuid=UUID)
+
+
+def test_the_passphrase_opens_it_and_the_size_stays(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file)
+    assert (headers.opens(file, FIRST), headers.opens(file, WRONG)) == (True, False)
+    assert file.stat().st_size == SIZE_BYTES
+
+
+def test_made_again_it_is_another(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file, slot=3)
+    headers.format(file, SECOND, slot=0, key_size_bits=256, header_bytes=16 << 20, volume_uuid=UUID)
+    assert (headers.opens(file, FIRST), headers.opens(file, SECOND)) == (False, True)
+
+
+@pytest.mark.parametrize("slot", [None, 7])
+def test_a_second_passphrase_opens_it_too(headers: LuksHeaders, file: Path, slot: int | None) -> None:
+    make(headers, file)
+    headers.add(file, FIRST, SECOND, slot=slot)
+    assert (headers.opens(file, FIRST), headers.opens(file, SECOND)) == (True, True)
+
+
+def test_nothing_is_added_for_a_wrong_passphrase(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file)
+    with pytest.raises(Denied):
+        headers.add(file, WRONG, SECOND, slot=None)
+    assert not headers.opens(file, SECOND)
+
+
+def test_a_slot_that_is_taken_is_refused(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file, slot=2)
+    with pytest.raises(PreconditionFailed):
+        headers.add(file, FIRST, SECOND, slot=2)
+    assert (headers.opens(file, FIRST), headers.opens(file, SECOND)) == (True, False)
+
+
+def test_one_of_two_is_removed_and_the_last_stays(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file)
+    headers.add(file, FIRST, SECOND, slot=None)
+    headers.remove(file, FIRST)
+    with pytest.raises(PreconditionFailed):
+        headers.remove(file, SECOND)
+    assert (headers.opens(file, FIRST), headers.opens(file, SECOND)) == (False, True)
+
+
+def test_a_wrong_passphrase_removes_nothing(headers: LuksHeaders, file: Path) -> None:
+    make(headers, file)
+    headers.add(file, FIRST, SECOND, slot=None)
+    with pytest.raises(Denied):
+        headers.remove(file, WRONG)
+    assert (headers.opens(file, FIRST), headers.opens(file, SECOND)) == (True, True)
+
+
+@needs_cryptsetup
+@pytest.mark.parametrize(("header_bytes", "bits", "slot"), [(16 << 20, 512, 0), (1 << 20, 256, 1), (32 << 20, 512, 5)])
+def test_cryptsetup_itself_shows_what_was_asked_for(file: Path, header_bytes: int, bits: int, slot: int) -> None:
+    make(LuksFiles(iterations=1000), file, slot=slot, bits=bits, header_bytes=header_bytes)
+    shown = subprocess.run(["cryptsetup", "luksDump", str(file)], capture_output=True, text=True, check=True).stdout
+    assert f"offset: {header_bytes} [bytes]" in shown
+    assert f"Key:        {bits} bits" in shown
+    assert f"{UUID}" in shown
+    assert f"\n  {slot}: luks2\n" in shown
+    assert "Version:       \t2" in shown
+
+
+@needs_cryptsetup
+def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    small = tmp_path / "small.img"
+    small.write_bytes(b"")
+    with pytest.raises(DriverError):
+        make(LuksFiles(iterations=1000), small)
+
+
+@needs_cryptsetup
+def test_no_failure_shows_a_passphrase(file: Path) -> None:
+    headers = LuksFiles(iterations=1000)
+    with pytest.raises(DriverError) as caught:
+        headers.add(file, FIRST, SECOND, slot=None)
+    assert FIRST not in str(caught.value)
+    assert SECOND not in str(caught.value)
