@@ -93,7 +93,7 @@ class Reconcile:
         for mounted in table:
             over = readers.get(mounted.node_number) if mounted.node_number is not None else None
             name = self._ownership.name_at(over.over) if over is not None else self._ownership.name_of(mounted)
-            kind = self._kind_of(mounted, table) if name is not None and self._is_below_a_root(mounted.path) else None
+            kind = self._judged(name, mounted, table) if name is not None else None
             if name is not None and kind is not None:
                 yield Finding(kind, name, mounted.path, number_of(mounted))
         shown = {number_of(mounted) for mounted in table}
@@ -102,13 +102,19 @@ class Reconcile:
             if name is not None and number not in shown:
                 yield Finding(Kind.READER, name, reader.over, number)
 
+    def _judged(self, name: str, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
+        """Judge a mount; one that cannot be judged does not keep the others from it."""
+        try:
+            return self._kind_of(mounted, table) if self._is_below_a_root(mounted.path) else None
+        except DriverError as error:
+            logger.warning("volume %s at %s cannot be judged: %s", name, mounted.path, error)
+            return None
+
     def _kind_of(self, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
         """Judge a mount of ours; None where nothing is wrong with it."""
         staged = staging_data(mounted.path, self._driver_name)
         record = staged or publication_data(mounted.path)
-        # The mount's own directory is looked at as well: a file that is out of sight is not gone.
-        is_in_sight = self._paths.kind(mounted.path.parent) == "directory"
-        is_forgotten = record is not None and is_in_sight and self._paths.kind(record) == "absent"
+        is_forgotten = record is not None and self._is_absent(record, mounted.path)
         number = number_of(mounted)
         if number.major and not self._devices.size_bytes(number):
             return Kind.DEAD if is_forgotten else Kind.BROKEN
@@ -116,6 +122,10 @@ class Reconcile:
             return None
         elsewhere = (other for other in table if number in (other.number, other.node_number))
         return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
+
+    def _is_absent(self, record: Path, path: Path) -> bool:
+        """Tell whether kubelet's file is gone. One that is out of sight, as is then the mount's directory, is not."""
+        return self._paths.kind(path.parent) == "directory" and self._paths.kind(record) == "absent"
 
     def _is_below_a_root(self, path: Path) -> bool:
         try:

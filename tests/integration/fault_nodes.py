@@ -43,6 +43,7 @@ class Subject:
     attachment: int = 1
     history: History = History.FIRST
     format_allowed: bool = False
+    fixed_size_bytes: int = 0
     staging_path: Path | None = None
     target_path: Path | None = None
     encryption: Encryption = Encryption.NONE
@@ -52,6 +53,10 @@ class Subject:
     @property
     def volume_id(self) -> str:
         return f"zone:{self.name}:{self.loop.uuid}"
+
+    @property
+    def size_bytes(self) -> int:
+        return self.fixed_size_bytes or self.loop.file.stat().st_size
 
     @property
     def staging(self) -> Path:
@@ -68,7 +73,7 @@ class Subject:
 
     @property
     def context(self) -> dict[str, str]:
-        size = self.loop.file.stat().st_size
+        size = self.size_bytes
         return PublishContext(
             self.name,
             self.loop.uuid,

@@ -63,7 +63,8 @@ def let_it_look_again() -> None:
 
 
 def test_a_staging_that_kubelet_forgot_is_unmounted_and_said_so(world: World, node: ServingNode) -> None:
-    forgotten, kept = kubelets(world), kubelets(world)
+    forgotten, kept, not_kubelets = kubelets(world), kubelets(world), world.subject("ext4")
+    assert node.call("stage", not_kubelets) == "ok"
     for subject in (forgotten, kept):
         assert node.call("stage", subject) == "ok"
         (subject.staging.parent / "vol_data.json").unlink()
@@ -74,6 +75,8 @@ def test_a_staging_that_kubelet_forgot_is_unmounted_and_said_so(world: World, no
     let_it_look_again()
     assert digest(kept.staging / "data", MIB) == wanted
     world.end(forgotten)
+    assert node.call("unstage", not_kubelets) == "ok"
+    world.end(not_kubelets)
     for verb in ("unpublish", "unstage"):
         assert node.call(verb, kept) == "ok"
     world.end(kept)

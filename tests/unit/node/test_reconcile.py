@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import OperationPending
+from csi_driver.errors import OperationPending, SystemCallFailed
 from csi_driver.handover import Encryption
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
 from csi_driver.node.reconcile import Finding, Kind
-from tests.fakes.node import NAME, UUID, FakeNode, publish_context
+from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
 ROOT = Path("/var/lib/kubelet")
 CSI = ROOT / "plugins/kubernetes.io/csi"
@@ -208,6 +209,29 @@ def test_a_mount_of_a_foreign_device_at_our_path_is_never_touched(kubelet: Kubel
     kubelet.host.detach("sda")
     assert kubelet.sweep() == kubelet.sweep() == []
     assert kubelet.host.mounts_at(STAGING) == 1
+
+
+def test_a_mount_that_cannot_be_judged_hinders_no_other(
+    kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = CSI / DEFAULT_DRIVER_NAME / ("00" * 32) / "globalmount"
+    kubelet.host.make_tree(other)
+    kubelet.host.attach("csi-0", OTHER_UUID)
+    context = publish_context(name="csi-0", uuid=OTHER_UUID)
+    kubelet.node.stage(volume_id=f"z:csi-0:{OTHER_UUID}", staging=other, context=context)
+    kubelet.stage()
+    kubelet.forget(STAGING_RECORD)
+    kind = kubelet.host.paths.kind
+
+    def refuse(path: Path) -> str:
+        if path.is_relative_to(other.parent):
+            raise SystemCallFailed(f"open {path}", errno.EIO)
+        return kind(path)
+
+    monkeypatch.setattr(kubelet.host.paths, "kind", refuse)
+    assert kubelet.sweep() == [Kind.FORGOTTEN]
+    assert "csi-0" in caplog.text
+    assert kubelet.sweep() == []
 
 
 # --- dead devices ---------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""A device that hangs, fails or is frozen under a volume: no call hangs with it, nothing written is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.model import MIB
+from csi_driver.rpc.client import CallFailed
+from tests.contract.host_machine import Volume as LoopVolume
+from tests.contract.host_machine import host_machine
+from tests.integration.fault_nodes import ServingNode, Subject, World, until_ok
+from tests.integration.rig import digest, fill
+from tests.integration.stalling_disk import StallingDisk, stalling_disk
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="needs /dev/fuse for a device that can hang"),
+]
+
+SIZE = 64 * MIB
+SOON_S = 5.0
+_FREEZE, _THAW = 0xC0045877, 0xC0045878
+_EXT4_SHUTDOWN = 0x8004587D
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    directory = tmp_path_factory.mktemp("h")
+    with host_machine(directory) as machine:
+        yield World(machine, directory)
+
+
+@pytest.fixture(scope="module")
+def node(world: World) -> Iterator[ServingNode]:
+    with contextlib.closing(ServingNode(world.directory, "node.sock", "--reconcile-interval", "0.2")) as node:
+        yield node
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[StallingDisk]:
+    with stalling_disk(tmp_path, SIZE) as disk:
+        yield disk
+
+
+def over(world: World, disk: StallingDisk) -> Subject:
+    """Make a volume whose device hangs when the disk does."""
+    name, identity = f"csi-{uuid.uuid4().hex[:8]}", str(uuid.uuid4())
+    loop = world.machine.loops.attach(
+        disk.path, world.directory / "dev" / name, label=f"{identity}/test", read_only=False
+    )
+    world.machine.write_status(name, identity, SIZE)
+    volume = LoopVolume(name, identity, disk.path, loop)
+    subject = Subject(name, "ext4", volume, world.directory / "kubelet", fixed_size_bytes=SIZE)
+    subject.staging.mkdir()
+    return subject
+
+
+def staged_and_published(world: World, node: ServingNode, disk: StallingDisk) -> Subject:
+    subject = over(world, disk)
+    for verb in ("stage", "publish"):
+        assert node.call(verb, subject) == "ok"
+    return subject
+
+
+def ask_for_statistics(node: ServingNode, subject: Subject) -> float:
+    """Ask as kubelet does; return how long the answer took, whatever it was."""
+    begun = time.monotonic()
+    with contextlib.suppress(CallFailed):
+        node.client.stats(subject.volume_id, subject.target)
+    return time.monotonic() - begun
+
+
+def test_a_device_that_hangs_delays_its_own_unstage_alone_and_loses_nothing(
+    world: World, node: ServingNode, disk: StallingDisk
+) -> None:
+    subject, other = staged_and_published(world, node, disk), world.subject("ext4")
+    wanted = fill(subject.target / "data", MIB)
+    (subject.target / "data").rename(subject.target / "renamed")  # in the journal alone: umount has to write it
+    disk.stall()
+    try:
+        assert ask_for_statistics(node, subject) < SOON_S
+        assert node.call("unpublish", subject, timeout_s=SOON_S) == "ok"
+        assert node.call("unstage", subject, timeout_s=1.0).startswith("DEADLINE_EXCEEDED")
+        assert node.call("unstage", subject, timeout_s=SOON_S).startswith("ABORTED")
+        for verb in ("stage", "publish", "unpublish", "unstage"):
+            assert node.call(verb, other, timeout_s=4 * SOON_S) == "ok"
+        assert node.client.is_ready()
+    finally:
+        disk.go_on()
+    until_ok(node, "unstage", subject)
+    for verb in ("stage", "publish"):
+        assert node.call(verb, subject) == "ok"
+    assert digest(subject.target / "renamed", MIB) == wanted
+    for verb in ("unpublish", "unstage"):
+        assert node.call(verb, subject) == "ok"
+    assert world.machine.loops.detach(subject.loop.loop)
+    world.end(other)
+
+
+def test_a_device_that_hangs_while_it_is_looked_at_is_told_within_the_deadline(
+    world: World, node: ServingNode, disk: StallingDisk
+) -> None:
+    subject = over(world, disk)
+    disk.stall()
+    try:
+        assert node.call("stage", subject, timeout_s=1.0).startswith("DEADLINE_EXCEEDED")
+        assert node.call("stage", subject, timeout_s=SOON_S).startswith("ABORTED")
+        assert node.call("unstage", subject, timeout_s=SOON_S).startswith("ABORTED")
+    finally:
+        disk.go_on()
+    until_ok(node, "stage", subject)
+    until_ok(node, "unstage", subject)
+    assert world.machine.loops.detach(subject.loop.loop)
+
+
+def test_a_device_that_fails_every_write_is_taken_back(world: World, node: ServingNode, disk: StallingDisk) -> None:
+    subject = staged_and_published(world, node, disk)
+    fill(subject.target / "data", MIB)
+    (subject.target / "data").rename(subject.target / "renamed")
+    disk.die()
+    assert ask_for_statistics(node, subject) < SOON_S
+    for verb in ("unpublish", "unstage"):
+        assert node.call(verb, subject, timeout_s=4 * SOON_S) == "ok"
+    assert world.mounted(subject.target) == world.mounted(subject.staging) == 0
+    assert world.machine.loops.detach(subject.loop.loop)
+
+
+def test_a_filesystem_that_was_shut_down_is_taken_back(world: World, node: ServingNode) -> None:
+    subject = world.subject("ext4")
+    for verb in ("stage", "publish"):
+        assert node.call(verb, subject) == "ok"
+    fd = os.open(subject.target, os.O_RDONLY)
+    fcntl.ioctl(fd, _EXT4_SHUTDOWN, (2).to_bytes(4, "little"))
+    os.close(fd)
+    assert ask_for_statistics(node, subject) < SOON_S
+    for verb in ("unpublish", "unstage"):
+        assert node.call(verb, subject) == "ok"
+    world.end(subject)
+
+
+def test_a_frozen_filesystem_is_answered_for_and_taken_back_when_it_thaws(world: World, node: ServingNode) -> None:
+    subject = world.subject("ext4")
+    for verb in ("stage", "publish"):
+        assert node.call(verb, subject) == "ok"
+    fd = os.open(subject.staging, os.O_RDONLY)
+    fcntl.ioctl(fd, _FREEZE, 0)
+    try:
+        assert ask_for_statistics(node, subject) < SOON_S
+        assert node.call("unpublish", subject, timeout_s=SOON_S) == "ok"
+    finally:
+        fcntl.ioctl(fd, _THAW, 0)
+        os.close(fd)
+    until_ok(node, "unstage", subject)
+    world.end(subject)
