@@ -25,8 +25,8 @@ def test_work_is_done_at_once_and_again_even_after_a_failure() -> None:
 
 
 def test_an_interval_of_zero_is_never() -> None:
-    with Rounds(lambda: pytest.fail("it ran"), 0, name="test"):
-        assert not [thread for thread in threading.enumerate() if thread.name == "test"]
+    with Rounds(lambda: pytest.fail("it ran"), 0, name="none"):
+        assert not [thread for thread in threading.enumerate() if thread.name == "none"]
 
 
 def test_nothing_is_begun_after_the_end() -> None:
