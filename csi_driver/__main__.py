@@ -238,6 +238,7 @@ def _serve(
     with Termination() as termination, beside(boundary):
         server.start()
         termination.wait()
+        server.linger()
         if not server.drain():
             _leave_now()
     return OK

@@ -64,6 +64,16 @@ DRAIN = Flag(
     unit="seconds",
     metavar="TIME",
 )
+PRE_SHUTDOWN = Flag(
+    "--pre-shutdown-delay",
+    read.duration,
+    0.0,
+    "0",
+    "Time to go on serving after SIGTERM, before new calls are refused: what the workloads of a node that shuts down "
+    "need to be taken down.",
+    unit="seconds",
+    metavar="TIME",
+)
 ZONE = Flag(
     "--zone",
     read.zone,
@@ -108,7 +118,7 @@ DEVICES = Flag(
 )
 
 LOG_FLAGS = (LOG_LEVEL, LOG_FORMAT)
-ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN)
+ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN, PRE_SHUTDOWN)
 
 
 def table(*flags: object) -> Sequence[Flag[object]]:
@@ -123,7 +133,9 @@ def log(values: Values) -> LogSettings:
 
 def endpoint(values: Values) -> EndpointSettings:
     """Make the settings of a CSI endpoint."""
-    return EndpointSettings(values.one(ENDPOINT), values.one(DEFAULT_DEADLINE), values.one(DRAIN))
+    return EndpointSettings(
+        values.one(ENDPOINT), values.one(DEFAULT_DEADLINE), values.one(DRAIN), values.one(PRE_SHUTDOWN)
+    )
 
 
 def host_name() -> str:

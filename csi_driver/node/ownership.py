@@ -6,14 +6,14 @@ compares paths or takes a device for another one's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import PublishContext
-from csi_driver.machine import Device, DeviceNumber, Mounted
+from csi_driver.machine import Device, DeviceNumber, Mapping, Mounted
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.ports import Devices, Encryption, Mounts
 
@@ -38,7 +38,7 @@ class Owner(Enum):
     OTHER = "of something else"
 
 
-def named(volume_id: str, publish_context: Mapping[str, str] = EMPTY) -> tuple[NamedVolume, PublishContext | None]:
+def named(volume_id: str, publish_context: Dictionary[str, str] = EMPTY) -> tuple[NamedVolume, PublishContext | None]:
     """Read which volume is meant. Raises `VolumeNotFound` for an id of no form of ours or of a volume that is gone."""
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
@@ -81,8 +81,7 @@ class Ownership:
         device = self._devices.find(volume.name, volume.uuid)
         if device is not None and device.number in (number, self._encryption.below(number)):
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
-        # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
-        if number.major and not self._devices.size_bytes(number):
+        if self.is_gone(number):
             return Owner.DEAD
         return Owner.OURS if self._was_made_from(mounted, volume) else Owner.OTHER
 
@@ -117,14 +116,40 @@ class Ownership:
         return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
 
     def name_of(self, mounted: Mounted) -> str | None:
-        """Return the name of the volume from whose device's path a mount was made; None when from none of ours."""
-        if mounted.node_number is None:
-            return self.name_at(Path(mounted.source))
-        name = PurePosixPath(mounted.root.removesuffix("//deleted")).name
+        """Return the name of the volume from whose device's path a mount was made; None when from none of ours.
+
+        Of an opened encrypted device the path proves little, others have theirs there too: it must lie over the
+        volume's device now, or over one that is gone.
+        """
+        source = PurePosixPath(mounted.source if mounted.node_number is None else _root_of(mounted))
+        name = source.name
         try:
-            return name if self._was_made_from(mounted, NamedVolume(name, name, None)) else None
+            if not self._was_made_from(mounted, NamedVolume(name, name, None)):
+                return None
         except InvalidField:
             return None
+        if source.parts[-2:] == self._devices.path_of(name).parts[-2:]:
+            return name
+        mapping = self._mapping(name, mounted)
+        device = self._devices.find(name)
+        is_ours = mapping is not None and (mapping.below is None or (device and device.number == mapping.below))
+        return name if is_ours else None
+
+    def is_dead(self, mounted: Mounted, name: str) -> bool:
+        """Tell whether the device of a mount is gone, or the one under it when it is the opened device of a volume."""
+        mapping = self._mapping(name, mounted)
+        return self.is_gone(number_of(mounted)) or (mapping is not None and mapping.below is None)
+
+    def is_gone(self, number: DeviceNumber) -> bool:
+        """Tell whether a device is no more: nothing can be read from it or written to it."""
+        # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
+        return bool(number.major) and not self._devices.size_bytes(number)
+
+    def _mapping(self, name: str, mounted: Mounted) -> Mapping | None:
+        """Return the opened encrypted device that a mount is of."""
+        mapping = self._encryption.mapping(name)
+        is_it = mapping is not None and mapping.is_encryption and mapping.number == number_of(mounted)
+        return mapping if is_it else None
 
     def name_at(self, path: Path) -> str | None:
         """Return the name of the volume whose device appears at that path; None when none of ours does."""
@@ -138,9 +163,12 @@ class Ownership:
         paths = (self._devices.path_of(volume.name), self._encryption.path_of(volume.name))
         if mounted.node_number is None:
             return mounted.source in map(str, paths)
-        # The root of a bound node is its path within /dev's filesystem; the kernel appends //deleted once it is gone.
-        root = PurePosixPath(mounted.root.removesuffix("//deleted"))
-        return root.parts[-2:] in [path.parts[-2:] for path in paths]
+        return _root_of(mounted).parts[-2:] in [path.parts[-2:] for path in paths]
+
+
+def _root_of(mounted: Mounted) -> PurePosixPath:
+    """Return a bound node's path within /dev's filesystem; the kernel appends //deleted once it is gone."""
+    return PurePosixPath(mounted.root.removesuffix("//deleted"))
 
 
 def number_of(mounted: Mounted) -> DeviceNumber:

@@ -19,7 +19,7 @@ from csi_driver.machine import DeviceNumber, Mounted
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.kubelet import publication_data, staging_data
 from csi_driver.node.ownership import NamedVolume, Ownership, number_of
-from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.ports import Mounts, Paths, ReadOnlyDevices
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +59,18 @@ class Reconcile:
     def __init__(
         self,
         *,
-        devices: Devices,
         read_only_devices: ReadOnlyDevices,
         mounts: Mounts,
         paths: Paths,
-        ownership: Ownership,
         encrypted: EncryptedVolumes,
+        ownership: Ownership,
         driver_name: str,
     ) -> None:
-        self._devices = devices
+        self._encrypted = encrypted
         self._read_only_devices = read_only_devices
         self._mounts = mounts
         self._paths = paths
         self._ownership = ownership
-        self._encrypted = encrypted
         self._driver_name = driver_name
         self._seen: frozenset[Finding] = frozenset()
 
@@ -93,8 +91,7 @@ class Reconcile:
         for mounted in table:
             over = readers.get(mounted.node_number) if mounted.node_number is not None else None
             name = self._ownership.name_at(over.over) if over is not None else self._ownership.name_of(mounted)
-            kind = self._judged(name, mounted, table) if name is not None else None
-            if name is not None and kind is not None:
+            if name is not None and (kind := self._judged(name, mounted, table)) is not None:
                 yield Finding(kind, name, mounted.path, number_of(mounted))
         shown = {number_of(mounted) for mounted in table}
         for number, reader in readers.items():
@@ -105,21 +102,21 @@ class Reconcile:
     def _judged(self, name: str, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
         """Judge a mount; one that cannot be judged does not keep the others from it."""
         try:
-            return self._kind_of(mounted, table) if self._is_below_a_root(mounted.path) else None
+            return self._kind_of(name, mounted, table) if self._is_below_a_root(mounted.path) else None
         except DriverError as error:
             logger.warning("volume %s at %s cannot be judged: %s", name, mounted.path, error)
             return None
 
-    def _kind_of(self, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
+    def _kind_of(self, name: str, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
         """Judge a mount of ours; None where nothing is wrong with it."""
         staged = staging_data(mounted.path, self._driver_name)
         record = staged or publication_data(mounted.path)
         is_forgotten = record is not None and self._is_absent(record, mounted.path)
-        number = number_of(mounted)
-        if number.major and not self._devices.size_bytes(number):
+        if self._ownership.is_dead(mounted, name):
             return Kind.DEAD if is_forgotten else Kind.BROKEN
         if staged is None or not is_forgotten:
             return None
+        number = number_of(mounted)
         elsewhere = (other for other in table if number in (other.number, other.node_number))
         return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
 
@@ -156,15 +153,15 @@ class Reconcile:
             return done
         while (mounted := self._mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
             self._unmount(finding)
-        logger.info("%s: unmounted", finding)
         self._encrypted.close(NamedVolume(finding.name, finding.name, None))
+        logger.info("%s: unmounted", finding)
         return True
 
     def _unmount(self, finding: Finding) -> None:
         try:
             self._mounts.unmount(finding.path)
         except PreconditionFailed:
-            if finding.kind is not Kind.DEAD:
+            if finding.kind is not Kind.DEAD or not self._ownership.is_gone(finding.number):
                 raise
             logger.warning("%s, and a program holds on to it: detached lazily", finding)
             self._mounts.unmount(finding.path, lazy=True)

@@ -84,8 +84,8 @@ def assemble(
     )
     identity = Identity(devices=devices, tools=tools, zone=zone or _zone_given(settings), settings=settings)
     reconcile = Reconcile(
-        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, ownership=ownership,
-        encrypted=encrypted, driver_name=settings.driver_name
+        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
+        driver_name=settings.driver_name
     )  # fmt: skip
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)
 

@@ -68,6 +68,12 @@ class Server:
         self._server.start()
         _LOG.info("serving CSI on %s", path)
 
+    def linger(self) -> None:
+        """Go on serving for the time given before the end: kubelet takes workloads down by calls."""
+        if self._settings.pre_shutdown_s:
+            _LOG.info("told to end, still serving for %g s", self._settings.pre_shutdown_s)
+            time.sleep(self._settings.pre_shutdown_s)
+
     def drain(self) -> bool:
         """Take no more calls and let running ones end; False when some still run after the time given to them."""
         until_s = time.monotonic() + self._settings.drain_s

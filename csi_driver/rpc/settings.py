@@ -15,3 +15,5 @@ class EndpointSettings:
     """For a call that comes without a deadline."""
     drain_s: float = 30.0
     """How long running calls may go on after SIGTERM."""
+    pre_shutdown_s: float = 0.0
+    """How long all calls are still served after SIGTERM, before that."""

@@ -379,6 +379,18 @@ def test_sigterm_lets_running_work_finish(world: World, forked: ForkedNode, own:
     life.end()
 
 
+def test_calls_are_served_during_the_delay_before_the_end(own: ServingNode) -> None:
+    own.process.terminate()
+    own.process.wait(60)
+    own.start("--pre-shutdown-delay", "60")
+    own.process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        own.process.wait(0.3)
+    assert own.client.is_ready()
+    own.process.terminate()
+    assert own.process.wait(10) == 128 + signal.SIGTERM
+
+
 def test_a_second_sigterm_ends_it_at_once_and_the_next_start_goes_on(
     world: World, forked: ForkedNode, own: ServingNode
 ) -> None:

@@ -60,7 +60,7 @@ def test_the_controller_needs_an_endpoint_and_a_server_and_has_defaults_for_the_
     made = command(CONTROLLER)
     assert isinstance(made, ControllerCommand)
     assert made.endpoint.socket == Path("/c.sock")
-    assert (made.endpoint.default_deadline_s, made.endpoint.drain_s) == (60, 30)
+    assert (made.endpoint.default_deadline_s, made.endpoint.drain_s, made.endpoint.pre_shutdown_s) == (60, 30, 0)
     assert made.management.servers == ("https://m:4000",)
     assert made.controller == ControllerSettings()
     assert made.zone == "single-zone-cluster"

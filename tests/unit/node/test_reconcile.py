@@ -279,6 +279,58 @@ def test_a_device_that_came_back_is_another_one_to_its_old_mount(kubelet: Kubele
     assert kubelet.sweep() == [Kind.BROKEN]
 
 
+# --- encrypted volumes ---
+
+
+@pytest.fixture
+def locked(kubelet: Kubelet) -> Kubelet:
+    """A volume that is opened and staged."""
+    kubelet.host.tree[STAGING_RECORD] = "file"
+    context = publish_context(encryption=Encryption.LUKS)
+    kubelet.node.stage(staging=STAGING, context=context, secrets={"passphrase": "correct horse"})
+    return kubelet
+
+
+def test_an_encrypted_volume_in_use_is_no_finding(locked: Kubelet) -> None:
+    assert locked.sweep() == locked.sweep() == []
+
+
+def test_a_forgotten_encrypted_staging_is_unmounted_and_closed(locked: Kubelet) -> None:
+    locked.forget(STAGING_RECORD)
+    assert locked.sweep() == [Kind.FORGOTTEN]
+    assert locked.sweep() == []
+    assert locked.host.mounts_at(STAGING) == 0
+    assert locked.host.mappers == {}
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_an_opened_device_over_one_that_is_gone_is_dead(locked: Kubelet, is_forgotten: bool) -> None:
+    locked.host.detach(NAME)
+    if is_forgotten:
+        locked.forget(STAGING_RECORD)
+    assert locked.sweep() == [Kind.DEAD if is_forgotten else Kind.BROKEN]
+    assert locked.sweep() == ([] if is_forgotten else [Kind.BROKEN])
+    assert (locked.host.mappers == {}) == is_forgotten
+
+
+def test_an_opened_device_that_the_kernel_still_has_is_not_detached_lazily(locked: Kubelet) -> None:
+    locked.host.detach(NAME)
+    locked.forget(STAGING_RECORD)
+    entry = locked.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = True
+    locked.sweep()
+    assert locked.sweep() == [Kind.DEAD]
+    assert locked.host.mounts_at(STAGING) == 1
+
+
+def test_an_opened_device_of_that_name_over_another_device_is_somebody_elses(locked: Kubelet) -> None:
+    locked.host.attach(NAME, UUID)
+    locked.forget(STAGING_RECORD)
+    assert locked.sweep() == locked.sweep() == []
+    assert locked.host.mounts_at(STAGING) == 1
+
+
 # --- readers --------------------------------------------------------------------------------------------------
 
 
