@@ -131,20 +131,22 @@ class Provision:
         if located is None:
             return
         management, volume = located.management, located.volume
+
+        def is_gone() -> bool:
+            present = management.volume(volume.name, deadline=deadline)
+            return present is None or present.uuid != volume.uuid
+
         if not volume.is_being_deleted:
             _refuse_copy(volume_id, located.handle, located.creation)
             holders = management.clients_holding(volume.uuid, deadline=deadline)
             if holders:
                 names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in holders))
                 raise PreconditionFailed(f"volume {shown(volume_id)} is still attached to {names}; wanted it detached")
-            if not management.delete_volume(volume, deadline=deadline):
-                return
-            _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
-
-        def is_gone() -> bool:
-            present = management.volume(volume.name, deadline=deadline)
-            return present is None or present.uuid != volume.uuid
-
+            if management.delete_volume(volume, deadline=deadline):
+                _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
+            elif not is_gone():
+                # "Not found" is no proof that it is gone: the server says it as well of what is pending.
+                raise OperationPending(f"volume {volume.name} is there, but was not found to be deleted; call again")
         if not self._wait(deadline).wait_until(is_gone):
             raise OperationPending(f"volume {volume.name} is being deleted; call again to learn that it is gone")
 

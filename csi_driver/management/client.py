@@ -195,14 +195,20 @@ class ManagementClient:
         """Create the volume and return its uuid; None when a volume (or a VPG's reservation) has that name.
 
         Where no answer comes the name is looked up: a volume that is there then counts as one that was there, and
-        the caller compares it as it does any other. Raises as `csi_driver.controller.ports` says.
+        the caller compares it as it does any other. If there is none, and another server works, that one is asked:
+        should the first come to it after all, one name is still one volume. Raises as
+        `csi_driver.controller.ports` says.
         """
+        body = [specification(spec)]
         try:
-            envelope, refusal = self._act("/volumes/save", [specification(spec)], Operation.CREATE, deadline)
+            envelope, refusal = self._act("/volumes/save", body, Operation.CREATE, deadline)
         except OutcomeUnknown:
-            if self.volume(spec.name, deadline=deadline) is None:
+            is_served = self._session.is_served()
+            if self.volume(spec.name, deadline=deadline) is not None:
+                return None
+            if not is_served:
                 raise
-            return None
+            envelope, refusal = self._act("/volumes/save", body, Operation.CREATE, deadline)
         if refusal is not None:
             if meaning_of(Operation.CREATE, refusal)[0] is Meaning.EXISTS:
                 return None

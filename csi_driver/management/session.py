@@ -44,6 +44,10 @@ class ManagementSession:
         for server in self._servers:
             server.close()
 
+    def is_served(self) -> bool:
+        """Tell whether there is a server that has not failed when it was last asked."""
+        return any(server.gate.is_open() for server in self._servers)
+
     def api_version(self, *, deadline: Deadline) -> ApiVersion:
         """Return the version of the server that is asked first; it is asked for once a session, not at every call."""
         for server in self._servers:
@@ -101,7 +105,7 @@ class ManagementSession:
 
         One that shows life again is tried by one call at a time, with what may be repeated elsewhere.
         """
-        if not any(server.gate.is_open() for server in self._servers):
+        if not self.is_served():
             # At once, so that a call waits for their answers together.
             for server in self._servers:
                 server.probe(urgent=True)

@@ -17,6 +17,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.transport import Transport
 from tests.contract.pki import Authority, Pair
 from tests.contract.two_managements import Storage
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says, sample
@@ -312,17 +313,19 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_sent(
 
 
 def test_a_handshake_that_hangs_is_left_at_the_deadline_and_the_change_was_not_sent(
-    connect: Connect, authority: Authority, server_pair: Pair
+    authority: Authority, server_pair: Pair
 ) -> None:
     """Whoever accepts and says nothing has not read what was never sent: another server may be asked."""
     silent = TlsDouble(server_pair)  # not serving: the kernel accepts
+    transport = Transport(silent.url, ManagementSettings(servers=(silent.url,), ca_file=authority.certificate))
     try:
         deadline = Deadline.after(0.4)
         with pytest.raises(ServerUnreachable) as caught:
-            connect(silent.url, ca_file=authority.certificate).system_info(deadline=deadline)
+            transport.exchange("POST", "/volumes/update", b"[]", None, deadline)
         assert caught.value.timed_out
         assert deadline.elapsed_s() < 2
     finally:
+        transport.close()
         silent.server_close()
 
 

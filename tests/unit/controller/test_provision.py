@@ -479,6 +479,17 @@ def test_a_slow_deletion_is_waited_for() -> None:
     assert world.management.all_volumes() == []
 
 
+def test_a_volume_that_is_there_but_was_not_found_to_be_deleted_is_not_declared_deleted() -> None:
+    world = World()
+    made = world.create()
+    world.management.pending.add(world.stored().name)
+    with pytest.raises(OperationPending):
+        world.delete(made.volume_id)
+    world.management.pending.clear()
+    world.delete(made.volume_id)
+    assert world.management.all_volumes() == []
+
+
 def test_a_deletion_that_takes_too_long_is_pending_and_gone_on_with() -> None:
     world = World()
     world.management.delete_s = 20

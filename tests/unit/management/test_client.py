@@ -22,6 +22,7 @@ from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import OneCluster
 from csi_driver.management.documents import decode_client, decode_volume
 from csi_driver.model import Layout, RaidLevel, ReservationMode, VolumeSpec
+from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, ManagementDouble, Says, SaysRaw, sample
 
 VOLUME = decode_volume(sample("volume"))
@@ -192,6 +193,25 @@ def test_a_creation_without_an_answer_and_without_a_volume_has_an_unknown_outcom
     with pytest.raises(OutcomeUnknown):
         client.create_volume(SPEC, deadline=deadline)
     assert len(server.seen(SAVE)) == 1
+
+
+def test_a_creation_without_an_answer_and_without_a_volume_is_asked_of_another_server(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, Breaks())
+    other_server.on("GET", "/volumes/v1", absent(1543))
+    other_server.on("POST", SAVE, done())
+    assert connect(server.url, other_server.url).create_volume(SPEC, deadline=deadline) == VOLUME.uuid
+    assert (len(server.seen(SAVE)), len(other_server.seen(SAVE))) == (1, 1)
+
+
+def test_a_creation_that_was_made_without_an_answer_is_asked_of_nobody_else(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, Breaks())
+    other_server.on("GET", "/volumes/v1", Says(volume_row(_id="v1", name="v1")))
+    assert connect(server.url, other_server.url).create_volume(SPEC, deadline=deadline) is None
+    assert not other_server.seen(SAVE)
 
 
 @pytest.mark.parametrize("uuid", [None, "undefined", 7])

@@ -223,6 +223,48 @@ def test_a_server_that_shows_life_and_hangs_again_costs_one_call_its_time(
     assert not began.expired()
 
 
+def test_a_server_that_was_left_alone_is_looked_at_when_the_other_one_fails(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    """In the very request that finds the other one failed, although no probe was due yet."""
+    server.on("GET", INFO, Hangs(), Says(sample("system-info")))
+    client = connect(server.url, other_server.url, request_timeout_s=0.3)
+    client.system_info(deadline=deadline)
+    other_server.on("GET", INFO, retired(16268))
+    assert client.system_info(deadline=deadline).api_version == "18.0.0"
+
+
+def test_no_change_is_the_trial_of_a_server_that_shows_life(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/v1", Hangs())
+    other_server.on("GET", "/volumes/v1", Says(sample("volume")))
+    client = connect(server.url, other_server.url, request_timeout_s=0.3)
+    client.system_info(deadline=deadline)
+    client.volume("v1", deadline=deadline)
+    gate = client._session._servers[0].gate
+
+    def shows_life() -> bool:
+        client._session._servers[0].probe()
+        return gate.shows_life(deadline)
+
+    assert deadline.wait_until(shows_life)
+    client.set_metadata(VOLUME, {}, deadline=Deadline.after(10))
+    assert not server.seen("/volumes/update")
+
+
+def test_a_trial_gets_a_few_seconds_where_others_would_answer(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect
+) -> None:
+    session = connect(server.url, other_server.url)._session
+    first = session._servers[0]
+    deadline = Deadline.after(100)
+    assert session._limit(first, deadline, others_wait=True).remaining_s() > 25
+    first.gate.failed(0.01, timed_out=False)
+    assert session._limit(first, deadline, others_wait=True).remaining_s() < 6
+    assert session._limit(first, deadline, others_wait=False).remaining_s() > 25
+
+
 @pytest.mark.parametrize("answer", [SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"<html>", 200)])
 def test_a_read_that_gets_no_usable_answer_is_asked_of_another_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline, answer: SaysRaw
