@@ -28,14 +28,12 @@ _DRY_RUN_LIMIT_S = 60.0
 _GROWTH_SLACK_BYTES = 16 * MIB
 """A filesystem may leave a rest of its device unused that is too small for a block group or allocation group."""
 
-# No discard: a fresh volume has nothing to give back, and a mirrored volume discards slowly.
-# ext4: no blocks kept for root, which owns nothing on a volume. Inode tables and journal are cleared by the kernel
-# after the first mount, as mke2fs does by default: group checksums keep it from reading what was not cleared yet.
-# xfs and btrfs: -f, because a half-made filesystem of ours is made again; the node decided that before.
+# -F, -f: because a half-made filesystem of ours is made again; the node decided that before. Never -F twice: it would
+# format what is mounted.
 _MAKE: dict[str, tuple[str, ...]] = {
-    "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"),
-    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
-    "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
+    "ext4": ("mkfs.ext4", "-q", "-F"),
+    "xfs": ("mkfs.xfs", "-q", "-f"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
 _WITH_UUID: dict[str, Callable[[str], tuple[str, str]]] = {
     "ext4": lambda uuid: ("-U", uuid),
@@ -102,10 +100,13 @@ class LinuxFilesystems:
         with self._proven_again(device):
             blank.wipe_places(device)
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
-        """Make a filesystem with that uuid, destroying what is there; `options` are added to the driver's own.
+    def make(
+        self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
+    ) -> None:
+        """Make a filesystem with that uuid, destroying what is there.
 
-        Raises `PreconditionFailed` for a device too small for it, or that is no longer the one that was opened;
+        `asked`: what of `options` the caller wanted, who is told when mkfs does not take it. Raises
+        `PreconditionFailed` for a device too small for it, or that is no longer the one that was opened;
         `InvalidField` for options that mkfs does not take or that make another kind of filesystem than the one named.
         Has half an hour.
         """
@@ -122,14 +123,14 @@ class LinuxFilesystems:
         except OSError as error:
             raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
         except CommandFailed as failure:
-            if options and failure.status > 0 and _are_to_blame(device, argv, options, _MAKE_NOTHING.get(fs_type)):
+            if asked and failure.status > 0 and _are_to_blame(device, argv, options, _MAKE_NOTHING.get(fs_type)):
                 wanted = f"options that {argv[0]} takes here ({_first_reason(failure.stderr)})"
-                raise InvalidField(_MAKE_OPTIONS, " ".join(options), wanted) from failure
+                raise InvalidField(_MAKE_OPTIONS, " ".join(asked), wanted) from failure
             raise
         if _superblock(device, fs_type).uuid != uuid:
             raise HostFailure(f"{argv[0]} left {device.device.path} without the uuid {uuid}")
-        if options:
-            _require_kind(device, fs_type, options)
+        if asked:
+            _require_kind(device, fs_type, asked)
 
     @contextlib.contextmanager
     def _proven_again(self, device: OpenDevice) -> Iterator[None]:

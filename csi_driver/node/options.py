@@ -1,4 +1,4 @@
-"""Mount options and mkfs options as callers write them: what is taken, what is refused, what follows from the access.
+"""Mount options as callers write them: what is taken, what is refused, what follows from the access.
 
 The one list of options that are refused is here. What passes it and is unknown to the filesystem is refused by the
 kernel when it mounts. Values may be sensitive (CSI marks mount_flags so): messages show an option's name alone.
@@ -7,7 +7,6 @@ kernel when it mounts. Values may be sensitive (CSI marks mount_flags so): messa
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +14,10 @@ from csi_driver.errors import InvalidField
 from csi_driver.machine import Mounted
 from csi_driver.model import AccessMode, MountAccess
 from csi_driver.node.content import Wish
+from csi_driver.node.mkfs import MkfsArguments, MkfsWish
 
 MOUNT_FLAGS = "volume_capability.mount.mount_flags"
 FS_TYPE = "fsType"
-MKFS_OPTIONS = "mkfsOptions"
 
 _SHAPE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*(?:=[A-Za-z0-9_.:+-]+)?")
 _SELINUX = re.compile(r'(context|fscontext|defcontext|rootcontext)=("?)([A-Za-z0-9_.:,-]+)\2')
@@ -62,7 +61,7 @@ class MountPlan:
     wish: Wish
     flags: tuple[str, ...]
     root_mode: int | None
-    mkfs_options: tuple[str, ...]
+    mkfs: MkfsArguments
 
     @property
     def read_only(self) -> bool:
@@ -79,7 +78,7 @@ def plan_mount(
     mode: AccessMode,
     *,
     read_only: bool,
-    mkfs_options: str,
+    mkfs: MkfsWish,
     supported: Sequence[str],
     fs_type_of_class: str = "",
 ) -> MountPlan:
@@ -105,7 +104,7 @@ def plan_mount(
             if _name(flag) in _NO_REPLAY:
                 raise InvalidField(MOUNT_FLAGS, _name(flag), "no option that leaves the journal unread while writing")
     wish = Wish(fs_type, readers)
-    return MountPlan(wish, kept, None if readers else root_mode, mkfs_arguments(mkfs_options, wish.to_make))
+    return MountPlan(wish, kept, None if readers else root_mode, mkfs.arguments(wish.to_make))
 
 
 def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
@@ -181,122 +180,3 @@ def _differing_values(shown: Collection[str], wanted: Collection[str]) -> list[s
 
 def _access(read_only: bool) -> str:
     return "read-only" if read_only else "read-write"
-
-
-# --- mkfs ---------------------------------------------------------------------------------------------------
-
-_NUMBER = r"[0-9]{1,12}"
-_SIZE = r"[0-9]{1,12}[kKmMgGsb]?"
-_FEATURES = r"[\^A-Za-z0-9_]+(?:,[\^A-Za-z0-9_]+)*"
-
-
-def _settings(*names: str) -> str:
-    """Return the expression for a comma-separated list of name or name=number, of these names alone."""
-    one = rf"(?:{'|'.join(names)})(?:={_SIZE})?"
-    return rf"{one}(?:,{one})*"
-
-
-_MKFS: dict[str, dict[str, str | None]] = {
-    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space;
-    # -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
-    "ext4": {
-        "-b": r"(?:1024|2048|4096)",
-        "-C": _SIZE,
-        "-D": None,
-        "-e": r"(?:continue|remount-ro)",
-        "-E": _settings(
-            "stride",
-            "stripe_width",
-            "stripe-width",
-            "lazy_itable_init",
-            "lazy_journal_init",
-            "discard",
-            "nodiscard",
-            "packed_meta_blocks",
-            "num_backup_sb",
-        ),
-        "-g": _NUMBER,
-        "-G": _NUMBER,
-        "-i": _NUMBER,
-        "-I": _NUMBER,
-        "-J": _settings("size", "fast_commit_size"),
-        "-K": None,
-        "-L": r"[A-Za-z0-9_.-]{1,16}",
-        "-m": r"[0-9]{1,2}(?:\.[0-9]{1,3})?",
-        "-N": _NUMBER,
-        "-O": _FEATURES,
-        "-q": None,
-        "-T": r"[a-z0-9]+(?:,[a-z0-9]+)*",
-    },
-    # mkfs.xfs(8). Left out on purpose: -c, -f, -N, -p, -r and what names a file, a log device or a smaller size.
-    "xfs": {
-        "-b": _settings("size"),
-        "-d": _settings("agcount", "agsize", "su", "sw", "sunit", "swidth", "noalign", "cowextsize", "extszinherit"),
-        "-i": _settings("size", "perblock", "maxpct", "align", "attr", "sparse", "nrext64", "exchange"),
-        "-K": None,
-        "-l": _settings("size", "su", "sunit", "version", "lazy-count"),
-        "-L": r"[A-Za-z0-9_.-]{1,12}",
-        "-m": _settings("crc", "finobt", "inobtcount", "reflink", "rmapbt", "bigtime", "metadir", "autofsck"),
-        "-n": _settings("size", "version", "ftype", "parent"),
-        "-q": None,
-        "-s": _settings("size"),
-    },
-    # mkfs.btrfs(8). Left out on purpose: -b, -f, -r, -U and what takes a path.
-    "btrfs": {
-        "-d": r"(?:single|dup)",
-        "-K": None,
-        "-L": r"[A-Za-z0-9_.-]{1,64}",
-        "-m": r"(?:single|dup)",
-        "-M": None,
-        "-n": _SIZE,
-        "-O": _FEATURES,
-        "-q": None,
-        "-R": _FEATURES,
-        "-s": _SIZE,
-        "--csum": r"(?:crc32c|xxhash|sha256|blake2)",
-        "--data": r"(?:single|dup)",
-        "--metadata": r"(?:single|dup)",
-        "--mixed": None,
-        "--nodesize": _SIZE,
-        "--nodiscard": None,
-        "--features": _FEATURES,
-        "--sectorsize": _SIZE,
-    },
-}
-
-
-def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
-    """Split and check options for mkfs; each must be on the list of its filesystem, with a value of the right shape.
-
-    Raises `InvalidField` naming the option.
-    """
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InvalidField(MKFS_OPTIONS, text, f"words as a shell splits them ({error})") from error
-    known = _MKFS.get(fs_type, {})
-    taken: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        flag, attached = _flag_and_value(word)
-        if flag not in known:
-            raise InvalidField(MKFS_OPTIONS, word, f"options of mkfs.{fs_type} among {', '.join(known) or 'none'}")
-        shape = known[flag]
-        if shape is None:
-            if attached is not None:
-                raise InvalidField(MKFS_OPTIONS, word, f"{flag} without a value")
-            taken.append(flag)
-            continue
-        value = attached if attached is not None else next(rest, "")
-        if re.fullmatch(shape, value) is None:
-            raise InvalidField(MKFS_OPTIONS, f"{flag} {value}", f"a value of {flag} that mkfs.{fs_type} may be given")
-        taken.extend([f"{flag}={value}"] if flag.startswith("--") else [flag, value])
-    return tuple(taken)
-
-
-def _flag_and_value(word: str) -> tuple[str, str | None]:
-    """Take `-m0`, `--csum=x` and `-m` apart into the option and the value in the same word, if any."""
-    if word.startswith("--"):
-        flag, has_value, value = word.partition("=")
-        return flag, value if has_value else None
-    return word[:2], word[2:] or None

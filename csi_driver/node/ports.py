@@ -230,9 +230,12 @@ class Filesystems(Protocol):
         """Write zeroes over all that `probe` reads, so that nothing is recognised there any more."""
         ...
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
+    def make(
+        self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
+    ) -> None:
         """Make a filesystem with that uuid, destroying what is there; on disk when the call returns.
 
+        `asked`: what of the options the caller wanted; `InvalidField` names it where it does not do.
         The device's identity is proven once more right before. Has a generous time limit of its own.
         """
         ...

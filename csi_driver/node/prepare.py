@@ -172,7 +172,8 @@ class Preparation:
             if not isinstance(verdict, Format):
                 logger.warning("volume %s (%s) is now formatted %s", task.volume, uuid, how)
                 self._filesystems.wipe(opened)
-            self._filesystems.make(opened, verdict.fs_type, task.plan.mkfs_options, uuid=uuid)
+            mkfs = task.plan.mkfs
+            self._filesystems.make(opened, verdict.fs_type, mkfs.every, uuid=uuid, asked=mkfs.asked)
         logger.info("formatted volume %s (%s) as %s %s", task.volume, uuid, verdict.fs_type, how)
 
     def _claim(

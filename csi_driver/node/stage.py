@@ -12,7 +12,8 @@ from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.luks_options import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
-from csi_driver.node.options import FS_TYPE, MKFS_OPTIONS, MountPlan, differences, plan_mount
+from csi_driver.node.mkfs import MkfsWish
+from csi_driver.node.options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
@@ -98,7 +99,7 @@ class Stage:
             access,
             request.capability.mode,
             read_only=context is not None and context.read_only,
-            mkfs_options=request.volume_context.get(MKFS_OPTIONS, ""),
+            mkfs=_mkfs_wish(request, context),
             supported=self._filesystems.supported(),
             fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
         )
@@ -215,3 +216,9 @@ class Stage:
             self._paths.make_directory(path)
         elif kind != "directory":
             raise PreconditionFailed(f"staging path {path} is a {kind}, wanted a directory")
+
+
+def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsWish:
+    if context is None:
+        return MkfsWish(request.volume_context)
+    return MkfsWish(request.volume_context, context.stripe_unit_bytes, context.stripe_bytes, context.size_bytes)

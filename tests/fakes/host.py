@@ -553,7 +553,9 @@ class FakeFilesystems:
         disk.raw = {offset: data for offset, data in disk.raw.items() if PROBED_BYTES <= offset < tail}
         self._host.step("after wipe")
 
-    def make(self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str) -> None:
+    def make(
+        self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
+    ) -> None:
         disk = self._opened(device)
         if disk.claimed != device.fd:
             raise AssertionError("mkfs on a device that was not claimed")

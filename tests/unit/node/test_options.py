@@ -1,4 +1,4 @@
-"""Mount flags and mkfs options: what is taken and what is refused."""
+"""Mount flags: what is taken and what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from csi_driver.errors import InvalidField
 from csi_driver.machine import DeviceNumber, Mounted
 from csi_driver.model import AccessMode, MountAccess
-from csi_driver.node.options import MountPlan, differences, mkfs_arguments, mount_flags, plan_mount
+from csi_driver.node.mkfs import MkfsWish
+from csi_driver.node.options import MountPlan, differences, mount_flags, plan_mount
 
 SUPPORTED = ("ext4", "xfs", "btrfs")
 
@@ -17,7 +18,7 @@ SUPPORTED = ("ext4", "xfs", "btrfs")
 def plan(
     *flags: str, fs_type: str = "ext4", mode: AccessMode = AccessMode.SINGLE_NODE_WRITER, read_only: bool = False
 ) -> MountPlan:
-    return plan_mount(MountAccess(fs_type, flags), mode, read_only=read_only, mkfs_options="", supported=SUPPORTED)
+    return plan_mount(MountAccess(fs_type, flags), mode, read_only=read_only, mkfs=MkfsWish(), supported=SUPPORTED)
 
 
 @pytest.mark.parametrize(
@@ -134,41 +135,3 @@ def test_a_mount_as_wanted_is_never_called_wrong(shown: Mounted, wanted: MountPl
 )
 def test_a_difference_is_named(shown: Mounted, wanted: MountPlan, said: str) -> None:
     assert said in differences(shown, wanted)
-
-
-# --- mkfs ---
-
-
-@pytest.mark.parametrize(
-    ("text", "fs_type", "arguments"),
-    [
-        ("", "ext4", ()),
-        ("-m0 -E nodiscard,lazy_itable_init=1", "ext4", ("-m", "0", "-E", "nodiscard,lazy_itable_init=1")),
-        ("-b 4096 -I 256 -O ^has_journal,quota", "ext4", ("-b", "4096", "-I", "256", "-O", "^has_journal,quota")),
-        ("-m reflink=1,crc=1 -K", "xfs", ("-m", "reflink=1,crc=1", "-K")),
-        ("-d su=128k,sw=8", "xfs", ("-d", "su=128k,sw=8")),
-        ("--csum xxhash -n 16k", "btrfs", ("--csum=xxhash", "-n", "16k")),
-        ("--csum=xxhash", "btrfs", ("--csum=xxhash",)),
-        ("'-L' \"data\"", "ext4", ("-L", "data")),
-    ],
-)
-def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tuple[str, ...]) -> None:
-    assert mkfs_arguments(text, fs_type) == arguments
-
-
-@pytest.mark.parametrize(
-    ("text", "fs_type"),
-    [
-        ("-F", "ext4"), ("-n", "ext4"), ("-S", "ext4"), ("/dev/sda", "ext4"), ("-- /dev/sda", "ext4"),
-        ("-d /etc", "ext4"), ("-J device=/dev/sda", "ext4"), ("-E offset=4096", "ext4"), ("-E root_owner=0:0", "ext4"),
-        ("-b", "ext4"), ("-b 4096 1g", "ext4"), ("-m 0;reboot", "ext4"), ("-e panic", "ext4"), ("-K1", "ext4"),
-        ("-q -q /dev/x", "ext4"), ("-m '", "ext4"), ("-L 'a b'", "ext4"), ("-f", "xfs"), ("-N", "xfs"),
-        ("-p /etc/passwd", "xfs"),
-        ("-l logdev=/dev/sda", "xfs"), ("-d name=/dev/sda", "xfs"), ("-d file", "xfs"), ("-d size=1m", "xfs"),
-        ("-r rtdev=/dev/x", "xfs"), ("-c options=/x", "xfs"), ("-b 100m", "btrfs"), ("-r /etc", "btrfs"),
-        ("--rootdir=/etc", "btrfs"), ("-U clear", "btrfs"), ("-m0", "zfs"), ("-mé", "ext4"),
-    ],
-)  # fmt: skip
-def test_other_options_of_mkfs_are_refused(text: str, fs_type: str) -> None:
-    with pytest.raises(InvalidField, match="mkfsOptions"):
-        mkfs_arguments(text, fs_type)

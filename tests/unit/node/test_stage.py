@@ -223,11 +223,22 @@ def test_an_old_mark_does_not_make_data_formattable(node: FakeNode) -> None:
     assert (node.host.formats, held.files) == ([], {"a": b"precious"})
 
 
-def test_mkfs_options_reach_mkfs(node: FakeNode) -> None:
+def test_what_the_storage_class_and_the_volume_say_reaches_mkfs(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
-    node.stage(volume_context={"mkfsOptions": "-m 0"})
+    context = {**publish_context(), "stripeUnitBytes": "131072", "stripeBytes": "1048576"}
+    node.stage(context=context, volume_context={"mkfsOptions": "-O quota", "mkfs/inodeSize": "512"})
     assert disk.filesystem is not None
-    assert disk.filesystem.options == ("-m", "0")
+    words = " ".join(disk.filesystem.options)
+    assert all(said in words for said in ("-O quota", "-I 512", "stride=32,stripe_width=256", "nodiscard"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mkfs/inodeSize", "300"), ("mkfs/blockSize", "512"), ("mkfs/discard", "1"), ("mkfs/nothing", "1")],
+)
+def test_wrong_keys_for_mkfs_are_refused_before_the_device_is_looked_for(node: FakeNode, key: str, value: str) -> None:
+    with pytest.raises(InvalidField, match=key):
+        node.stage(volume_context={key: value})
 
 
 @pytest.mark.parametrize(("asked", "made"), [("", "xfs"), ("btrfs", "btrfs")])

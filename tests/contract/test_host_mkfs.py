@@ -1,0 +1,130 @@
+"""What mkfs makes of what it is told, as the tools of each filesystem show it afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from csi_driver.errors import InvalidField
+from csi_driver.model import MIB
+from csi_driver.node.mkfs import MkfsWish
+from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
+
+pytestmark = pytest.mark.root
+
+KIB = 1024
+GB = 1_000_001_536
+"""The smallest volume of the storage, in whole blocks."""
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[HostMachine]:
+    with host_machine(tmp_path) as made:
+        yield made
+
+
+def make(
+    machine: HostMachine,
+    fs_type: str,
+    context: Mapping[str, str],
+    stripes: tuple[int, int] = (0, 0),
+    size_bytes: int = 0,
+) -> Volume:
+    """Make the filesystem as the node would, with these keys of the StorageClass."""
+    volume = machine.volume(size_bytes=size_bytes or SIZES[fs_type])
+    told = MkfsWish(context, *stripes, volume.file.stat().st_size).arguments(fs_type)
+    with machine.devices.open(machine.device(volume), write=True, exclusive=True) as opened:
+        machine.filesystems.make(opened, fs_type, told.every, uuid=volume.uuid, asked=told.asked)
+    return volume
+
+
+def shown(fs_type: str, volume: Volume) -> str:
+    """Return what the filesystem's own tool says of it, on one line."""
+    device = str(volume.loop.node)
+    argv = {
+        "ext4": ("dumpe2fs", "-h", device),
+        "xfs": ("xfs_db", "-r", "-c", "sb 0", "-c", "print", device),
+        "btrfs": ("btrfs", "inspect-internal", "dump-super", device),
+    }[fs_type]
+    return re.sub(r"\s+", " ", shell(*argv))
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "context", "said"),
+    [
+        ("ext4", {}, "Reserved block count: 0 "),
+        ("ext4", {"mkfs/blockSize": "4096"}, "Block size: 4096 "),
+        ("ext4", {"mkfs/inodeSize": "512"}, "Inode size: 512 "),
+        ("ext4", {"mkfs/bytesPerInode": "65536"}, "Inode count: 1024 "),
+        ("ext4", {"mkfs/reservedBlocksPercent": "10"}, "Reserved block count: 1638 "),
+        ("xfs", {"mkfs/blockSize": "4096"}, "blocksize = 4096 "),
+        ("xfs", {"mkfs/inodeSize": "1024"}, "inodesize = 1024 "),
+        ("btrfs", {"mkfs/blockSize": "32768"}, "nodesize 32768 "),
+    ],
+)
+def test_a_key_shows_in_the_filesystem(machine: HostMachine, fs_type: str, context: dict[str, str], said: str) -> None:
+    assert said in shown(fs_type, make(machine, fs_type, context))
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "said"),
+    [("ext4", ("RAID stride: 32 ", "RAID stripe width: 256 ")), ("xfs", ("unit = 32 ", "width = 256 "))],
+)
+def test_the_stripes_of_the_volume_show_in_the_filesystem(
+    machine: HostMachine, fs_type: str, said: tuple[str, ...]
+) -> None:
+    seen = shown(fs_type, make(machine, fs_type, {}, (128 * KIB, 1024 * KIB), GB))
+    assert [words in seen for words in said] == [True, True]
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+@pytest.mark.parametrize("unit_bytes", [4 * KIB, 128 * KIB, 4 * MIB])
+def test_no_stripes_of_a_volume_make_mkfs_fail(machine: HostMachine, fs_type: str, unit_bytes: int) -> None:
+    """They are the driver's own doing: nobody could be told to ask for something else. From the smallest volume on."""
+    for drives in (1, 20):
+        for size_bytes in (SIZES[fs_type], GB):
+            volume = make(machine, fs_type, {}, (unit_bytes, unit_bytes * drives), size_bytes)
+            machine.loops.detach(volume.loop)
+            volume.file.unlink()
+
+
+def allocated_bytes(volume: Volume) -> int:
+    return volume.file.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_only_where_it_is_asked_for_does_mkfs_discard(machine: HostMachine, fs_type: str) -> None:
+    left = {}
+    for word in ("false", "true"):
+        volume = machine.volume(f"csi-{word}", SIZES[fs_type])
+        with volume.file.open("r+b") as file:
+            file.seek(SIZES[fs_type] * 3 // 4 + 4 * MIB)
+            file.write(b"x" * (8 * MIB))
+        before = allocated_bytes(volume)
+        told = MkfsWish({"mkfs/discard": word}).arguments(fs_type)
+        with machine.devices.open(machine.device(volume), write=True, exclusive=True) as opened:
+            machine.filesystems.make(opened, fs_type, told.every, uuid=volume.uuid, asked=told.asked)
+        left[word] = allocated_bytes(volume)
+        assert before >= 8 * MIB
+    assert left["false"] >= 8 * MIB
+    assert left["true"] < left["false"] - 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "context"),
+    [
+        ("ext4", {"mkfsOptions": "-O nosuch"}),
+        ("xfs", {"mkfsOptions": "-d agcount=999999"}),
+        ("btrfs", {"mkfsOptions": "-O nosuch"}),
+    ],
+)
+def test_what_mkfs_itself_refuses_is_told_with_what_was_asked_for_alone(
+    machine: HostMachine, fs_type: str, context: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidField) as refusal:
+        make(machine, fs_type, context)
+    assert f"mkfsOptions is '{context['mkfsOptions']}'" in str(refusal.value)
