@@ -34,6 +34,7 @@ from csi_driver.telemetry import log
 if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters
     from csi_driver.node.faults import PortHook
+    from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.identity import Health
@@ -97,12 +98,13 @@ def _controller(command: ControllerCommand) -> int:
 
     from csi_driver.controller.attach import Attach
     from csi_driver.controller.expand import Expand
+    from csi_driver.controller.health import ControllerHealth
     from csi_driver.controller.inventory import Inventory
     from csi_driver.controller.naming import volume_name
     from csi_driver.controller.provision import Provision
     from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
     from csi_driver.rpc.deadlines import Deadlines
-    from csi_driver.rpc.identity import ControllerHealth
+    from csi_driver.rpc.identity import ControllerHealth as Readiness
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
 
@@ -114,9 +116,12 @@ def _controller(command: ControllerCommand) -> int:
         attach=Attach(clusters, settings),
         expand=Expand(clusters, settings),
         inventory=inventory,
+        health=ControllerHealth(clusters, inventory, settings),
     )
-    servicer = ControllerServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))
-    health = ControllerHealth(lambda deadline: inventory.ready(deadline=deadline))
+    servicer = ControllerServicer(
+        use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
+    )
+    health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
     return _serve(
         command.endpoint,
         Claims(command.zone if command.clusters is None else None, volume_name),
@@ -138,41 +143,17 @@ def _clusters(command: ControllerCommand | VolumeCommand) -> Clusters:
 
 def _node(command: NodeCommand) -> int:
     from csi_driver.controller.naming import volume_name
-    from csi_driver.host.connectors.loop import LoopDevices
-    from csi_driver.host.connectors.reader import ReadOnlyLoops
-    from csi_driver.host.devices import LinuxDevices
-    from csi_driver.host.facts import MachineTools
-    from csi_driver.host.filesystem import LinuxFilesystems
-    from csi_driver.host.luks import LinuxEncryption
-    from csi_driver.host.mounts import LinuxMounts
-    from csi_driver.host.paths import LinuxPaths
     from csi_driver.node.rounds import Rounds
-    from csi_driver.node.service import assemble, mark_files
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
 
-    tools = MachineTools(command.path_roots)
-    for warning in tools.warnings():
-        _LOG.warning("%s", warning)
-    on = _port_hook()
-    devices = LinuxDevices(command.device_directory, command.status_directory)
-    paths = LinuxPaths(command.path_roots)
-    use_cases = assemble(
-        devices=on("devices", devices),
-        encryption=on("encryption", LinuxEncryption(devices)),
-        read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
-        mounts=on("mounts", LinuxMounts(paths.open)),
-        filesystems=on("filesystems", LinuxFilesystems(devices)),
-        paths=on("paths", paths),
-        marks=on("marks", mark_files(command.node)),
-        tools=tools,
-        zone=_node_zone(command),
-        settings=command.node,
+    use_cases = _node_use_cases(command)
+    servicer = NodeServicer(
+        use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
     )
-    servicer = NodeServicer(use_cases, Deadlines(command.endpoint.default_deadline_s))
     return _serve(
         command.endpoint,
         Claims("", volume_name, tells_zones=False),
@@ -182,6 +163,39 @@ def _node(command: NodeCommand) -> int:
         lambda boundary: Rounds(
             lambda: use_cases.reconcile.sweep(boundary.keeping_off), command.node.reconcile_interval_s, name="reconcile"
         ),
+    )
+
+
+def _node_use_cases(command: NodeCommand) -> NodeUseCases:
+    from csi_driver.host.connectors.loop import LoopDevices
+    from csi_driver.host.connectors.reader import ReadOnlyLoops
+    from csi_driver.host.devices import LinuxDevices
+    from csi_driver.host.facts import MachineTools
+    from csi_driver.host.filesystem import LinuxFilesystems
+    from csi_driver.host.luks import LinuxEncryption
+    from csi_driver.host.mounts import LinuxMounts
+    from csi_driver.host.paths import LinuxPaths
+    from csi_driver.host.probes import LinuxProbes
+    from csi_driver.node.service import assemble, mark_files
+
+    tools = MachineTools(command.path_roots)
+    for warning in tools.warnings():
+        _LOG.warning("%s", warning)
+    on = _port_hook()
+    devices = LinuxDevices(command.device_directory, command.status_directory)
+    paths = LinuxPaths(command.path_roots)
+    return assemble(
+        devices=on("devices", devices),
+        encryption=on("encryption", LinuxEncryption(devices)),
+        read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
+        mounts=on("mounts", LinuxMounts(paths.open)),
+        filesystems=on("filesystems", LinuxFilesystems(devices)),
+        paths=on("paths", paths),
+        probes=on("probes", LinuxProbes()),
+        marks=on("marks", mark_files(command.node)),
+        tools=tools,
+        zone=_node_zone(command),
+        settings=command.node,
     )
 
 
@@ -224,6 +238,7 @@ def _serve(
 ) -> int:
     """Serve until told to end, with what `beside` makes running along."""
     from csi_driver.rpc.boundary import Boundary
+    from csi_driver.rpc.contract import HEALTH
     from csi_driver.rpc.identity import IdentityServicer
     from csi_driver.rpc.lanes import Lanes
     from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
@@ -233,7 +248,7 @@ def _serve(
     lanes = Lanes()
     identity = IdentityServicer(driver_name, driver_version, health)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    boundary = Boundary(claims, lanes)
+    boundary = Boundary(claims, lanes, frozenset() if settings.volume_health else HEALTH)
     server = Server(settings, boundary, lanes, services)
     with Termination() as termination, beside(boundary):
         server.start()

@@ -6,6 +6,7 @@ Values only. `csi_driver.host` makes them, `csi_driver.node` decides by them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 
@@ -105,6 +106,8 @@ class Mounted:
     the node lies in; then `node_number` is the device that the node stands for.
     `source` is what the mount was made from, e.g. `/dev/nvmesh/csi-1`. `root` is the path within the filesystem.
     `options` are those of the mount and of the filesystem as the kernel spells them, without `ro` and `rw`.
+    `turned_read_only`: the filesystem refuses writes although this mount of it does not: it was read-only from the
+    first moment where that was wanted of the mount, so this is what its errors did to it.
     """
 
     path: Path
@@ -115,6 +118,27 @@ class Mounted:
     read_only: bool
     options: frozenset[str]
     node_number: DeviceNumber | None = None
+    turned_read_only: bool = False
+
+
+class FaultKind(Enum):
+    """What can be found wrong with a device or a filesystem by looking at it."""
+
+    DEVICE_READ_ONLY = "the device refuses writes"
+    BACKING_FILE_GONE = "the file behind the device was deleted"
+    BACKING_FILE_CUT_SHORT = "the file behind the device is shorter than the device"
+    SHUT_DOWN = "the filesystem was shut down"
+    TURNED_READ_ONLY = "the filesystem turned read-only"
+    ERRORS = "the filesystem has recorded errors"
+    IO_ERROR = "the filesystem answers with an error"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that was found wrong. `detail` says more for people."""
+
+    kind: FaultKind
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)

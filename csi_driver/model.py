@@ -422,10 +422,11 @@ class ProvisionedVolume:
 
 @dataclass(frozen=True, slots=True)
 class ListedVolume:
-    """A volume with the ids of the nodes that hold it."""
+    """A volume with the ids of the nodes that hold it. `stored`: what the management says of it, where it was asked."""
 
     volume: ProvisionedVolume
     published_node_ids: tuple[str, ...]
+    stored: Volume | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,16 @@ from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
 from csi_driver.config.made import DemoCommand, LocalCommand
-from csi_driver.config.shared import DRIVER_NAME, LOG_FLAGS, LOG_LEVEL, MAX_VOLUMES, NO_PATH, NODE_NAME, table
+from csi_driver.config.shared import (
+    DRIVER_NAME,
+    LOG_FLAGS,
+    LOG_LEVEL,
+    MAX_VOLUMES,
+    NO_PATH,
+    NODE_NAME,
+    VOLUME_HEALTH,
+    table,
+)
 from csi_driver.config.storage import OVERCOMMIT, PREALLOCATE
 from csi_driver.local.settings import DemoSettings, LocalSettings
 
@@ -90,7 +99,7 @@ _WINDOW = Flag(
 
 LOCAL_FLAGS = table(
     _DIRECTORY, _LOCAL_SIZE, OVERCOMMIT, PREALLOCATE, DRIVER_NAME, NODE_NAME, _EXTRA_CLIENTS, MAX_VOLUMES,
-    _LOCAL_ROOTS, _START, _STOP, _RESTARTS, _WINDOW, *LOG_FLAGS,
+    VOLUME_HEALTH, _LOCAL_ROOTS, _START, _STOP, _RESTARTS, _WINDOW, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -105,6 +114,7 @@ def local(values: Values) -> LocalCommand:
         node_name=values.one(NODE_NAME),
         extra_clients=values.all(_EXTRA_CLIENTS),
         max_volumes_per_node=values.one(MAX_VOLUMES),
+        volume_health=values.one(VOLUME_HEALTH),
         path_roots=values.all(_LOCAL_ROOTS) or (_ANYWHERE,),
         log_level=values.one(LOG_LEVEL),
         start_timeout_s=values.one(_START),

@@ -117,8 +117,12 @@ DEVICES = Flag(
     metavar="DIR",
 )
 
+VOLUME_HEALTH = Flag(
+    "--volume-health", read.boolean, False, "false", "Serve the health RPCs of CSI 1.13, which are alpha."
+)
+
 LOG_FLAGS = (LOG_LEVEL, LOG_FORMAT)
-ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN, PRE_SHUTDOWN)
+ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN, PRE_SHUTDOWN, VOLUME_HEALTH)
 
 
 def table(*flags: object) -> Sequence[Flag[object]]:
@@ -134,7 +138,11 @@ def log(values: Values) -> LogSettings:
 def endpoint(values: Values) -> EndpointSettings:
     """Make the settings of a CSI endpoint."""
     return EndpointSettings(
-        values.one(ENDPOINT), values.one(DEFAULT_DEADLINE), values.one(DRAIN), values.one(PRE_SHUTDOWN)
+        socket=values.one(ENDPOINT),
+        default_deadline_s=values.one(DEFAULT_DEADLINE),
+        drain_s=values.one(DRAIN),
+        pre_shutdown_s=values.one(PRE_SHUTDOWN),
+        volume_health=values.one(VOLUME_HEALTH),
     )
 
 

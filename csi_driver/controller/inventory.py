@@ -215,14 +215,14 @@ class Inventory:
         issued = issued_handle(zone, volume, creation)
         key = self._settings.topology_key
         if not held:
-            yield LAST, ListedVolume(described(zone, volume, creation, key, issued.format()), ())
+            yield LAST, ListedVolume(described(zone, volume, creation, key, issued.format()), (), volume)
             return
         spellings = _spellings(zone, volume, issued, held)
         for order, volume_id in sorted(spellings.items()):
             shape = described(zone, volume, creation, key, volume_id)
             handle = VolumeHandle.parse(volume_id)
             nodes = held.get(held_reference(handle, volume.uuid), ()) if handle is not None else ()
-            yield LAST if order == max(spellings) else order, ListedVolume(shape, nodes)
+            yield LAST if order == max(spellings) else order, ListedVolume(shape, nodes, volume)
 
 
 def _spellings(zone: str, volume: Volume, issued: VolumeHandle, held: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

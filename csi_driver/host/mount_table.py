@@ -30,6 +30,7 @@ class Entry:
     read_only: bool
     options: frozenset[str]
     shared: bool
+    turned_read_only: bool = False
 
 
 def parse(text: str) -> list[Entry]:
@@ -55,6 +56,7 @@ def _entries(text: str) -> Iterator[Entry]:
             read_only="ro" in mount_options or "ro" in own_options,
             options=frozenset(map(unescape, (*mount_options, *own_options))) - _ACCESS,
             shared=any(field.startswith("shared:") for field in left[6:]),
+            turned_read_only="ro" in own_options and "ro" not in mount_options,
         )
 
 

@@ -75,6 +75,7 @@ class LinuxMounts:
             read_only=bool((known.attributes & syscalls.MOUNT_ATTR_RDONLY) | (known.superblock_flags & 1)),
             options=own | shown_options(known.attributes, known.superblock_flags),
             node_number=_node_number(status),
+            turned_read_only=bool(known.superblock_flags & 1) and not known.attributes & syscalls.MOUNT_ATTR_RDONLY,
         )
 
     def table(self) -> list[Mounted]:
@@ -229,6 +230,7 @@ def _mounted(entry: mount_table.Entry, path: Path) -> Mounted:
         read_only=entry.read_only,
         options=entry.options,
         node_number=node,
+        turned_read_only=entry.turned_read_only,
     )
 
 

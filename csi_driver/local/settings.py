@@ -37,6 +37,8 @@ class LocalSettings:
     """`--client NAME=DIR`, repeatable: further storage clients on this machine, each with its own device directory."""
     max_volumes_per_node: int = 0
     """`--max-volumes-per-node`: 0 is no limit."""
+    volume_health: bool = False
+    """`--volume-health`: serve the alpha health RPCs."""
     path_roots: tuple[Path, ...] = (Path("/"),)
     """`--path-root`, repeatable: staging and target paths must lie below one of these."""
     log_level: str = "info"

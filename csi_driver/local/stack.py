@@ -261,11 +261,13 @@ def role_argv(role: Role, settings: LocalSettings, places: Places, port: int) ->
             argv += ["--management-server", management]
             argv += ["--management-password-file", str(places.password)]
             argv += ["--max-volumes-per-node", str(settings.max_volumes_per_node)]
+            argv += ["--volume-health"] if settings.volume_health else []
         case Role.NODE:
             argv += ["--endpoint", f"unix://{places.node_socket}", "--driver-name", settings.driver_name]
             argv += ["--node-name", node_name, "--state-directory", str(places.node_state)]
             argv += ["--device-directory", str(places.devices), "--status-directory", str(places.status_files)]
             argv += ["--max-volumes-per-node", str(settings.max_volumes_per_node)]
+            argv += ["--volume-health"] if settings.volume_health else []
             for root in settings.path_roots:
                 argv += ["--path-root", str(root)]
     return argv

@@ -17,6 +17,7 @@ from csi_driver.machine import (
     DamagedHeader,
     Device,
     DeviceNumber,
+    Fault,
     LuksHeader,
     LuksSettings,
     Mapping,
@@ -264,6 +265,18 @@ class Filesystems(Protocol):
 
     def usage(self, path: Path) -> Usage:
         """Return the use of the filesystem at `path` (statfs). May hang on a dead device: call it in a worker."""
+        ...
+
+
+class Probes(Protocol):
+    """What can be found wrong by looking. May hang on a dead device: call them in a worker."""
+
+    def device(self, number: DeviceNumber) -> Sequence[Fault]:
+        """Return what the kernel shows to be wrong with a device; it is not opened."""
+        ...
+
+    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+        """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
         ...
 
 

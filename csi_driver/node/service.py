@@ -8,11 +8,12 @@ from pathlib import Path
 from csi_driver.model import ClusterNames
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
+from csi_driver.node.health import NodeHealth
 from csi_driver.node.identity import Identity
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import MarkFiles, Marks
 from csi_driver.node.ownership import Ownership
-from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, ReadOnlyDevices, Tools
+from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices, Tools
 from csi_driver.node.prepare import Preparation
 from csi_driver.node.publish import Publish
 from csi_driver.node.reconcile import Reconcile
@@ -32,6 +33,7 @@ class NodeUseCases:
     statistics: Statistics
     identity: Identity
     reconcile: Reconcile
+    health: NodeHealth
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
@@ -49,6 +51,7 @@ def assemble(
     mounts: Mounts,
     filesystems: Filesystems,
     paths: Paths,
+    probes: Probes,
     tools: Tools,
     settings: NodeSettings,
     marks: Marks | None = None,
@@ -67,14 +70,9 @@ def assemble(
         preparation=preparation, encrypted=encrypted, settings=settings
     )  # fmt: skip
     publish = Publish(
-        devices=devices,
-        read_only_devices=read_only_devices,
-        mounts=mounts,
-        paths=paths,
-        marks=kept,
-        ownership=ownership,
-        encrypted=encrypted,
-    )
+        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, marks=kept,
+        ownership=ownership, encrypted=encrypted
+    )  # fmt: skip
     expand = Expand(
         read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, heavy=heavy,
         ownership=ownership, encrypted=encrypted, settings=settings
@@ -87,7 +85,11 @@ def assemble(
         read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
         driver_name=settings.driver_name
     )  # fmt: skip
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile)
+    health = NodeHealth(
+        devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
+        tools=tools, ownership=ownership, settings=settings
+    )  # fmt: skip
+    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health)
 
 
 def _zone_given(settings: NodeSettings) -> NodeZone:

@@ -78,9 +78,11 @@ class Running:
 class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every handler of a server."""
 
-    def __init__(self, claims: Claims, lanes: Lanes) -> None:
+    def __init__(self, claims: Claims, lanes: Lanes, withheld: frozenset[str] = frozenset()) -> None:
+        """`withheld`: methods that are answered UNIMPLEMENTED although they are there."""
         self.running = Running()
         self._claims = claims
+        self._withheld = withheld
         self._lanes = lanes
         self._in_flight = InFlight()
         self._wrapped: dict[str, MethodHandler] = {}
@@ -107,7 +109,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
     def _wrap(
         self, method: str, handler: MethodHandler, inner: Handler, parse: Callable[[bytes], Message]
     ) -> MethodHandler:
-        row = CONTRACT.get(method)
+        row = None if method in self._withheld else CONTRACT.get(method)
         pool = self._lanes.pool(row.lane if row else Lane.ANSWER)
         return grpc.unary_unary_rpc_method_handler(
             _Behaviour(self, row, method, inner, pool),

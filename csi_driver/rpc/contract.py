@@ -107,6 +107,8 @@ _ROWS = (
     Row("Controller/ControllerGetVolume", Lane.READ, required=("volume_id",), quiet=True),
     Row("Controller/ListVolumes", Lane.READ, quiet=True),
     Row("Controller/GetCapacity", Lane.READ, quiet=True),
+    Row("Controller/ControllerGetVolumeHealth", Lane.READ, required=("volume_id",), quiet=True),
+    Row("Controller/ControllerListVolumeHealth", Lane.READ, quiet=True),
     _answer("Node/NodeGetCapabilities"),
     _answer("Node/NodeGetInfo"),
     Row(
@@ -123,6 +125,8 @@ _ROWS = (
     Row("Node/NodeUnpublishVolume", required=("volume_id", "target_path"), rules=(_SHARED, _TARGET)),
     Row("Node/NodeExpandVolume", required=("volume_id", "volume_path"), rules=(_VOLUME,)),
     Row("Node/NodeGetVolumeStats", Lane.READ, required=("volume_id", "volume_path"), quiet=True),
+    Row("Node/NodeGetVolumeHealth", Lane.READ, required=("volume_id",), quiet=True),
+    Row("Node/NodeGetStorageHealth", Lane.READ, quiet=True),
 )
 
 CONTRACT: Mapping[str, Row] = MappingProxyType(
@@ -133,3 +137,6 @@ CONTRACT: Mapping[str, Row] = MappingProxyType(
     }
 )
 """gRPC method path to row."""
+
+HEALTH = frozenset(method for method in CONTRACT if method.endswith("Health"))
+"""The methods of the alpha health interface, which are served only where they are switched on."""

@@ -11,8 +11,9 @@ import grpc
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.handover import PublishContext
+from csi_driver.health import VolumeHealth
 from csi_driver.model import Capability, Capacity, CapacityRange, ListedVolume, ProvisionedVolume, Segments
-from csi_driver.rpc import wire
+from csi_driver.rpc import health, wire
 from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 
@@ -29,6 +30,7 @@ CAPABILITIES = (
     _Rpc.GET_VOLUME,
     _Rpc.SINGLE_NODE_MULTI_WRITER,
 )
+HEALTH_CAPABILITIES = (_Rpc.GET_VOLUME_HEALTH, _Rpc.LIST_VOLUME_HEALTH)
 
 
 class Provision(Protocol):
@@ -76,6 +78,16 @@ class Inventory(Protocol):
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None: ...
 
 
+class Health(Protocol):
+    """What is wrong with volumes."""
+
+    def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth: ...
+
+    def volumes(
+        self, max_entries: int, starting_token: str, *, deadline: Deadline
+    ) -> tuple[list[VolumeHealth], str]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerUseCases:
     """All that the controller service delegates to."""
@@ -84,20 +96,22 @@ class ControllerUseCases:
     attach: Attach
     expand: Expand
     inventory: Inventory
+    health: Health
 
 
 class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     """Translates, delegates, translates back."""
 
-    def __init__(self, use_cases: ControllerUseCases, deadlines: Deadlines) -> None:
+    def __init__(self, use_cases: ControllerUseCases, deadlines: Deadlines, *, volume_health: bool = False) -> None:
         self._do = use_cases
         self._deadlines = deadlines
+        self._capabilities = (*CAPABILITIES, *(HEALTH_CAPABILITIES if volume_health else ()))
 
     def ControllerGetCapabilities(
         self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerGetCapabilitiesResponse:
         return csi_pb2.ControllerGetCapabilitiesResponse(
-            capabilities=[csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=kind)) for kind in CAPABILITIES]
+            capabilities=[csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=kind)) for kind in self._capabilities]
         )
 
     def CreateVolume(
@@ -166,3 +180,19 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
             deadline=self._deadlines.of(context),
         )
         return wire.capacity_to(capacity)
+
+    def ControllerGetVolumeHealth(
+        self, request: csi_pb2.ControllerGetVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerGetVolumeHealthResponse:
+        found = self._do.health.volume(request.volume_id, deadline=self._deadlines.of(context))
+        return csi_pb2.ControllerGetVolumeHealthResponse(volume_health=health.volume_to(found))
+
+    def ControllerListVolumeHealth(
+        self, request: csi_pb2.ControllerListVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerListVolumeHealthResponse:
+        found, next_token = self._do.health.volumes(
+            request.max_entries, request.starting_token, deadline=self._deadlines.of(context)
+        )
+        return csi_pb2.ControllerListVolumeHealthResponse(
+            entries=[health.volume_to(each) for each in found], next_token=next_token
+        )

@@ -7,9 +7,10 @@ from typing import Protocol
 import grpc
 
 from csi_driver.deadline import Deadline
+from csi_driver.health import StorageEntry, VolumeHealth
 from csi_driver.model import Usage
 from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
-from csi_driver.rpc import wire
+from csi_driver.rpc import health, wire
 from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 
@@ -21,6 +22,7 @@ CAPABILITIES = (
     _Rpc.EXPAND_VOLUME,
     _Rpc.SINGLE_NODE_MULTI_WRITER,
 )
+HEALTH_CAPABILITIES = (_Rpc.GET_VOLUME_HEALTH, _Rpc.GET_STORAGE_HEALTH)
 
 
 class Stage(Protocol):
@@ -57,6 +59,16 @@ class Identity(Protocol):
     def info(self) -> NodeInfo: ...
 
 
+class Health(Protocol):
+    """What is wrong with a volume on this node, and with the node's way to the storage."""
+
+    def volume(
+        self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
+    ) -> VolumeHealth: ...
+
+    def storage(self) -> tuple[StorageEntry, ...]: ...
+
+
 class NodeUseCases(Protocol):
     """All that the node service delegates to."""
 
@@ -75,19 +87,23 @@ class NodeUseCases(Protocol):
     @property
     def identity(self) -> Identity: ...
 
+    @property
+    def health(self) -> Health: ...
+
 
 class NodeServicer(csi_pb2_grpc.NodeServicer):
     """Translates, delegates, translates back."""
 
-    def __init__(self, use_cases: NodeUseCases, deadlines: Deadlines) -> None:
+    def __init__(self, use_cases: NodeUseCases, deadlines: Deadlines, *, volume_health: bool = False) -> None:
         self._do = use_cases
         self._deadlines = deadlines
+        self._capabilities = (*CAPABILITIES, *(HEALTH_CAPABILITIES if volume_health else ()))
 
     def NodeGetCapabilities(
         self, request: csi_pb2.NodeGetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> csi_pb2.NodeGetCapabilitiesResponse:
         return csi_pb2.NodeGetCapabilitiesResponse(
-            capabilities=[csi_pb2.NodeServiceCapability(rpc=_Rpc(type=kind)) for kind in CAPABILITIES]
+            capabilities=[csi_pb2.NodeServiceCapability(rpc=_Rpc(type=kind)) for kind in self._capabilities]
         )
 
     def NodeGetInfo(
@@ -135,3 +151,19 @@ class NodeServicer(csi_pb2_grpc.NodeServicer):
             deadline=self._deadlines.of(context),
         )
         return wire.usage_to(usage)
+
+    def NodeGetVolumeHealth(
+        self, request: csi_pb2.NodeGetVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.NodeGetVolumeHealthResponse:
+        found = self._do.health.volume(
+            request.volume_id,
+            request.volume_publish_path,
+            request.staging_target_path,
+            deadline=self._deadlines.of(context),
+        )
+        return csi_pb2.NodeGetVolumeHealthResponse(volume_health=health.volume_to(found))
+
+    def NodeGetStorageHealth(
+        self, request: csi_pb2.NodeGetStorageHealthRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.NodeGetStorageHealthResponse:
+        return health.storage_to(self._do.health.storage())

@@ -17,3 +17,5 @@ class EndpointSettings:
     """How long running calls may go on after SIGTERM."""
     pre_shutdown_s: float = 0.0
     """How long all calls are still served after SIGTERM, before that."""
+    volume_health: bool = False
+    """Whether the alpha health RPCs of CSI 1.13 are served."""

@@ -175,7 +175,7 @@ def validated_to(
 ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
     """Confirm what was asked, or say what speaks against it."""
     if objection is not None:
-        return csi_pb2.ValidateVolumeCapabilitiesResponse(message=_cut(objection))
+        return csi_pb2.ValidateVolumeCapabilitiesResponse(message=cut(objection))
     return csi_pb2.ValidateVolumeCapabilitiesResponse(
         confirmed=csi_pb2.ValidateVolumeCapabilitiesResponse.Confirmed(
             volume_context=dict(message.volume_context),
@@ -185,7 +185,7 @@ def validated_to(
     )
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     """Shorten text to the 128 bytes that a CSI string may have."""
     encoded = text.encode("utf-8", "backslashreplace")
     if len(encoded) <= _STRING_BYTES:

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed
-from csi_driver.machine import Blank, DeviceNumber, Filesystem, OtherContent, ReadOnlyDevice
+from csi_driver.machine import Blank, DeviceNumber, FaultKind, Filesystem, OtherContent, ReadOnlyDevice
 from csi_driver.model import MIB
 from tests.contract.host_machine import soon
 from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side
@@ -103,6 +103,20 @@ def test_a_device_that_was_made_read_only_refuses_writers(host: Host, actor: Act
     host.devices.set_read_only(device)
     target = actor.bound_device(device)
     assert (actor.device().read_only, host.write(target)) == (True, False)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_nothing_is_wrong_with_what_is_well(host: Host, actor: Actor, read_only: bool) -> None:
+    found = host.mounts.at(actor.mounted(read_only=read_only))
+    assert found is not None
+    assert (list(host.probes.device(found.number)), list(host.probes.filesystem(found))) == ([], [])
+    assert not found.turned_read_only
+
+
+def test_a_device_that_was_made_read_only_is_found_so(host: Host, actor: Actor) -> None:
+    device = actor.attached()
+    host.devices.set_read_only(device)
+    assert [fault.kind for fault in host.probes.device(device.number)] == [FaultKind.DEVICE_READ_ONLY]
 
 
 # --- read-only devices ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
+from csi_driver.host.probes import LinuxProbes
 from csi_driver.machine import Content, Device
 from csi_driver.model import MIB
 from csi_driver.node import ports
@@ -42,6 +43,8 @@ class Host(Protocol):
     def filesystems(self) -> ports.Filesystems: ...
     @property
     def paths(self) -> ports.Paths: ...
+    @property
+    def probes(self) -> ports.Probes: ...
 
     def attach(self, name: str, size_bytes: int) -> str:
         """Let the device of a new volume appear; return its uuid."""
@@ -86,6 +89,7 @@ class FakeSide:
         self.mounts: ports.Mounts = self._host.mounts
         self.filesystems: ports.Filesystems = self._host.filesystems
         self.paths: ports.Paths = self._host.paths
+        self.probes: ports.Probes = self._host.probes
         self._attached = 0
 
     def attach(self, name: str, size_bytes: int) -> str:
@@ -148,6 +152,7 @@ class LinuxSide:
         self.mounts: ports.Mounts = LinuxMounts(paths.open)
         self.filesystems: ports.Filesystems = machine.filesystems
         self.paths: ports.Paths = paths
+        self.probes: ports.Probes = LinuxProbes()
 
     def attach(self, name: str, size_bytes: int) -> str:
         self._volumes[name] = self._machine.volume(name, size_bytes)

@@ -30,6 +30,8 @@ from csi_driver.machine import (
     Content,
     Device,
     DeviceNumber,
+    Fault,
+    FaultKind,
     Filesystem,
     Mounted,
     OpenDevice,
@@ -157,6 +159,9 @@ class FakeHost:
         self.mounts = FakeMounts(self)
         self.filesystems = FakeFilesystems(self)
         self.paths = FakePaths(self)
+        self.probes = FakeProbes(self)
+        self.wrong_devices: dict[DeviceNumber, list[Fault]] = {}
+        self.wrong_filesystems: dict[DeviceNumber, list[Fault]] = {}
         self.tools = FakeTools(self)
         self.make_tree(root)
 
@@ -503,6 +508,7 @@ def _shown(entry: _Entry) -> Mounted:
         read_only=entry.read_only or superblock_read_only,
         options=entry.options,
         node_number=entry.node.number if entry.node is not None else None,
+        turned_read_only=superblock_read_only and not entry.read_only,
     )
 
 
@@ -683,6 +689,21 @@ class FakePaths:
         self._host.step("before create")
         tree[path] = kind
         self._host.step("after create")
+
+
+class FakeProbes:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def device(self, number: DeviceNumber) -> Sequence[Fault]:
+        disk = self._host.by_number(number)
+        read_only = [Fault(FaultKind.DEVICE_READ_ONLY, str(number))] if disk is not None and disk.read_only else []
+        return [*read_only, *self._host.wrong_devices.get(number, [])]
+
+    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+        self._host.answers.wait()
+        turned = [Fault(FaultKind.TURNED_READ_ONLY, mounted.source)] if mounted.turned_read_only else []
+        return [*turned, *self._host.wrong_filesystems.get(mounted.number, [])]
 
 
 class FakeTools:

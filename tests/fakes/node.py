@@ -74,6 +74,7 @@ class FakeNode:
             mounts=self.host.mounts,
             filesystems=self.host.filesystems,
             paths=self.host.paths,
+            probes=self.host.probes,
             tools=self.host.tools,
             settings=self.settings,
             marks=self.marks,

@@ -24,6 +24,7 @@ from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
+from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node.faults import Faults
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
@@ -45,6 +46,7 @@ def node(directory: Path) -> NodeUseCases:
         mounts=on("mounts", LinuxMounts(paths.open)),
         filesystems=on("filesystems", LinuxFilesystems(devices)),
         paths=on("paths", paths),
+        probes=on("probes", LinuxProbes()),
         marks=on("marks", mark_files(settings)),
         tools=MachineTools([directory / "kubelet"]),
         settings=settings,

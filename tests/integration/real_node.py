@@ -17,6 +17,7 @@ from csi_driver.host.facts import MachineTools
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
+from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import Mark
 from csi_driver.node.requests import NodeSettings, StageRequest
@@ -43,6 +44,7 @@ class RealNode:
             mounts=LinuxMounts(self.paths.open),
             filesystems=machine.filesystems,
             paths=self.paths,
+            probes=LinuxProbes(),
             tools=MachineTools([self.root]),
             settings=settings,
             marks=self.marks,

@@ -24,7 +24,10 @@ def main(argv: list[str]) -> int:
         print("csi-sanity is not installed: `make test` installs it", file=sys.stderr)
         return 1
     failures = 0
-    with tempfile.TemporaryDirectory(prefix="nvmesh-csi-sanity-") as place, running(Path(place) / "d") as rig:
+    with (
+        tempfile.TemporaryDirectory(prefix="nvmesh-csi-sanity-") as place,
+        running(Path(place) / "d", "--volume-health") as rig,
+    ):
         for number in range(1, runs + 1):
             for access in ("mount", "block"):
                 start = time.monotonic()

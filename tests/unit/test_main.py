@@ -206,7 +206,8 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
-    loaded = loaded_by(START | {"csi_driver.config.node"} | imported_in("_node") | imported_in("_serve"))
+    node = imported_in("_node") | imported_in("_node_use_cases")
+    loaded = loaded_by(START | {"csi_driver.config.node"} | node | imported_in("_serve"))
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
     assert not {

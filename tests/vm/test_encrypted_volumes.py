@@ -21,6 +21,7 @@ from csi_driver.host.facts import MachineTools
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
+from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble
@@ -58,6 +59,7 @@ class Machine:
             mounts=LinuxMounts(paths.open),
             filesystems=machine.filesystems,
             paths=paths,
+            probes=LinuxProbes(),
             tools=MachineTools([root]),
             settings=NodeSettings(node_name="vm", state_directory=str(machine.directory / "state")),
         )

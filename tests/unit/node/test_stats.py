@@ -87,13 +87,13 @@ def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -
     for path in (TARGET, OTHER_TARGET) * 20:
         with pytest.raises(StorageUnavailable, match="still owes"):
             hanging.usage(path)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_a_filesystem_that_answers_again_is_asked_again(hanging: FakeNode) -> None:
     with pytest.raises(StorageUnavailable):
         hanging.usage()
-    call = hanging.use.statistics._calls._open[NAME]
+    call = hanging.use.statistics._questions._open[NAME]
     hanging.host.answers.set()
     assert call.done.wait(10)
     assert hanging.usage().total_bytes == 64 * MIB

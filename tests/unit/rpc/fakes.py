@@ -17,6 +17,7 @@ from csi_driver.controller.requests import CreateRequest, PublishRequest, Valida
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NodeNotFound, VolumeNotFound
 from csi_driver.handover import PublishContext
+from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     BlockAccess,
     Capability,
@@ -29,7 +30,7 @@ from csi_driver.model import (
 )
 from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import Row
+from csi_driver.rpc.contract import HEALTH, Row
 from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
 from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.identity import Health, IdentityServicer
@@ -192,6 +193,30 @@ class _Identity:
         return NodeInfo("node-1", 7, {"nvmesh-csi.excelero.com/zone": ZONE})
 
 
+DEGRADED = VolumeEntry(VolumeFault.DEGRADED, Reason.FILESYSTEM_FULL, "x" * 200)
+
+
+class _ControllerHealth:
+    def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth:
+        if volume_id != VOLUME_ID:
+            raise VolumeNotFound(volume_id)
+        return VolumeHealth(volume_id, (DEGRADED,))
+
+    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[VolumeHealth], str]:
+        listed = [VolumeHealth(VOLUME_ID, (DEGRADED,)), VolumeHealth("z:healthy")]
+        return listed[: max_entries or None], "next" if max_entries else ""
+
+
+class _NodeHealth:
+    def volume(
+        self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
+    ) -> VolumeHealth:
+        return VolumeHealth(volume_id, () if volume_publish_path or staging_target_path else (DEGRADED,))
+
+    def storage(self) -> tuple[StorageEntry, ...]:
+        return (StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_ABSENT, "none"),)
+
+
 @dataclass
 class FakeNode:
     """What is staged and published, in dicts by path."""
@@ -204,6 +229,7 @@ class FakeNode:
         self.expand = _Expand(self.trace)
         self.statistics = _Statistics(self.trace)
         self.identity = _Identity()
+        self.health = _NodeHealth()
 
 
 @dataclass
@@ -246,24 +272,28 @@ class Endpoint:
 @contextmanager
 def serving(
     socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, lanes: Lanes | None = None,
-    health: Health | None = None,
+    health: Health | None = None, volume_health: bool = True,
 ) -> Iterator[Endpoint]:  # fmt: skip
     """Serve all three services on one socket, over fakes."""
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
     lanes = lanes or Lanes()
-    boundary = Boundary(Claims(ZONE, derived_name), lanes)
+    boundary = Boundary(Claims(ZONE, derived_name), lanes, frozenset() if volume_health else HEALTH)
     deadlines = Deadlines(default_deadline_s)
     identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
-    use_cases = ControllerUseCases(controller, controller, controller, controller)
+    use_cases = ControllerUseCases(controller, controller, controller, controller, _ControllerHealth())
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,
         lanes,
         (
             lambda s: csi_pb2_grpc.add_IdentityServicer_to_server(identity, s),
-            lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(ControllerServicer(use_cases, deadlines), s),
-            lambda s: csi_pb2_grpc.add_NodeServicer_to_server(NodeServicer(node, deadlines), s),
+            lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(
+                ControllerServicer(use_cases, deadlines, volume_health=volume_health), s
+            ),
+            lambda s: csi_pb2_grpc.add_NodeServicer_to_server(
+                NodeServicer(node, deadlines, volume_health=volume_health), s
+            ),
         ),
     )
     server.start()

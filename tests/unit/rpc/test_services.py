@@ -50,13 +50,17 @@ def test_the_controller_capabilities_are_these(endpoint: Endpoint) -> None:
     assert names == {
         "CREATE_DELETE_VOLUME", "PUBLISH_UNPUBLISH_VOLUME", "PUBLISH_READONLY", "LIST_VOLUMES",
         "LIST_VOLUMES_PUBLISHED_NODES", "GET_CAPACITY", "EXPAND_VOLUME", "GET_VOLUME", "SINGLE_NODE_MULTI_WRITER",
+        "GET_VOLUME_HEALTH", "LIST_VOLUME_HEALTH",
     }  # fmt: skip
 
 
 def test_the_node_capabilities_are_these(endpoint: Endpoint) -> None:
     found = endpoint.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest()).capabilities
     names = {csi_pb2.NodeServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
-    assert names == {"STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER"}
+    assert names == {
+        "STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER", "GET_VOLUME_HEALTH",
+        "GET_STORAGE_HEALTH",
+    }  # fmt: skip
 
 
 def test_a_volume_lives_its_life_on_the_controller(endpoint: Endpoint) -> None:
@@ -129,7 +133,63 @@ def test_the_node_says_who_and_where_it_is(endpoint: Endpoint) -> None:
     assert dict(info.accessible_topology.segments) == {"nvmesh-csi.excelero.com/zone": ZONE}
 
 
-# --- health -----------------------------------------------------------------------------------------------------
+# --- health of volumes ------------------------------------------------------------------------------------------
+
+
+def test_health_that_is_switched_off_is_neither_offered_nor_served(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", volume_health=False) as endpoint:
+        offered = [
+            *endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities,
+            *endpoint.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest()).capabilities,
+        ]
+        assert not [each for each in offered if "HEALTH" in str(each)]
+        calls = [
+            lambda: endpoint.controller.ControllerGetVolumeHealth(
+                csi_pb2.ControllerGetVolumeHealthRequest(volume_id=VOLUME_ID)
+            ),
+            lambda: endpoint.controller.ControllerListVolumeHealth(csi_pb2.ControllerListVolumeHealthRequest()),
+            lambda: endpoint.node.NodeGetVolumeHealth(csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID)),
+            lambda: endpoint.node.NodeGetStorageHealth(csi_pb2.NodeGetStorageHealthRequest()),
+        ]
+        assert [code_of(call) for call in calls] == [grpc.StatusCode.UNIMPLEMENTED] * 4
+
+
+def test_the_health_of_a_volume_comes_through_with_its_text_cut(endpoint: Endpoint) -> None:
+    request = csi_pb2.ControllerGetVolumeHealthRequest(volume_id=VOLUME_ID)
+    health = endpoint.controller.ControllerGetVolumeHealth(request).volume_health
+    (entry,) = health.health_statuses
+    assert (health.volume_id, entry.status, entry.reason) == (VOLUME_ID, csi_pb2.DEGRADED, "FilesystemFull")
+    assert len(entry.message) == 128
+    absent = csi_pb2.ControllerGetVolumeHealthRequest(volume_id="z:none")
+    call = endpoint.controller.ControllerGetVolumeHealth
+    assert code_of(lambda: call(absent)) is grpc.StatusCode.NOT_FOUND
+    assert code_of(lambda: call(csi_pb2.ControllerGetVolumeHealthRequest())) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_health_of_volumes_comes_in_pages(endpoint: Endpoint) -> None:
+    ask = endpoint.controller.ControllerListVolumeHealth
+    everything = ask(csi_pb2.ControllerListVolumeHealthRequest())
+    assert [len(each.health_statuses) for each in everything.entries] == [1, 0]
+    page = ask(csi_pb2.ControllerListVolumeHealthRequest(max_entries=1))
+    assert (len(page.entries), page.next_token) == (1, "next")
+    wrong = csi_pb2.ControllerListVolumeHealthRequest(max_entries=-1)
+    assert code_of(lambda: ask(wrong)) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_health_on_a_node_comes_through(endpoint: Endpoint) -> None:
+    ask = endpoint.node.NodeGetVolumeHealth
+    named = csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID)
+    published = csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID, volume_publish_path="/a")
+    staged = csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID, staging_target_path="/a")
+    found = [ask(request).volume_health for request in (named, published, staged)]
+    assert [(each.volume_id, len(each.health_statuses)) for each in found] == [(VOLUME_ID, n) for n in (1, 0, 0)]
+    assert code_of(lambda: ask(csi_pb2.NodeGetVolumeHealthRequest())) is grpc.StatusCode.INVALID_ARGUMENT
+    (backend,) = endpoint.node.NodeGetStorageHealth(csi_pb2.NodeGetStorageHealthRequest()).backend_health
+    shown = (backend.status, backend.reason, backend.message)
+    assert shown == (csi_pb2.STORAGE_UNREACHABLE, "ClientAbsent", "none")
+
+
+# --- health of the driver ---------------------------------------------------------------------------------------
 
 
 def test_an_unhealthy_node_fails_its_probe_with_every_reason(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What is wrong with a device or a mounted filesystem, as far as looking tells; nothing is opened for writing.
+
+The kernel's own records come first (sysfs, the mount's options): they answer also for what hangs. The filesystem's
+root is asked last, which may hang: callers do it in a thread that they can do without.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from csi_driver.errors import SystemCallFailed
+from csi_driver.host import ioctls
+from csi_driver.machine import DeviceNumber, Fault, FaultKind, Mounted
+
+_SECTOR_BYTES = 512
+_SHUT_DOWN = frozenset({"shutdown"})
+# Mount options by which ext4 shows what its errors did to it (fs/ext4/super.c, ext4_show_options).
+_EMERGENCY = frozenset({"emergency_ro"})
+_SHUT_DOWN_ERRORS = (errno.ESHUTDOWN,)
+
+
+class LinuxProbes:
+    """Fits `csi_driver.node.ports.Probes`. `sys` is where sysfs is mounted."""
+
+    def __init__(self, sys: Path = Path("/sys")) -> None:
+        self._sys = sys
+
+    # --- devices ---
+
+    def device(self, number: DeviceNumber) -> Sequence[Fault]:
+        """Return what the kernel shows to be wrong with a device; it is not opened."""
+        return list(self._device(number))
+
+    def _device(self, number: DeviceNumber) -> Iterator[Fault]:
+        block = self._sys / "dev/block" / str(number)
+        if _text(block / "ro") == "1":
+            yield Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes")
+        backing = _text(block / "loop/backing_file")
+        if backing is None:
+            return
+        if backing.endswith(" (deleted)"):
+            yield Fault(FaultKind.BACKING_FILE_GONE, f"{backing.removesuffix(' (deleted)')}: its data ends with it")
+            return
+        size_bytes = _number(block / "size") * _SECTOR_BYTES
+        offset_bytes = _number(block / "loop/offset")
+        try:
+            status = os.stat(backing)
+        except OSError:
+            return  # perhaps of another mount namespace: nothing is known
+        if os.path.isfile(backing) and status.st_size < offset_bytes + size_bytes:
+            yield Fault(
+                FaultKind.BACKING_FILE_CUT_SHORT, f"{backing} has {status.st_size} bytes, the device {size_bytes}"
+            )
+
+    # --- filesystems ---
+
+    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+        """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
+        found = list(self._recorded(mounted))
+        answered = _ask_root(mounted.path)
+        if answered is not None and all(fault.kind is not FaultKind.SHUT_DOWN for fault in found):
+            found.append(answered)
+        return found
+
+    def _recorded(self, mounted: Mounted) -> Iterator[Fault]:
+        if mounted.options & _SHUT_DOWN:
+            yield Fault(FaultKind.SHUT_DOWN, f"the {mounted.fs_type} of {mounted.source} was shut down")
+        elif mounted.turned_read_only or mounted.options & _EMERGENCY:
+            yield Fault(FaultKind.TURNED_READ_ONLY, f"the {mounted.fs_type} of {mounted.source} turned read-only")
+        match mounted.fs_type:
+            case "ext4":
+                yield from self._ext4_errors(mounted)
+            case "btrfs":
+                yield from self._btrfs_errors(mounted)
+
+    def _ext4_errors(self, mounted: Mounted) -> Iterator[Fault]:
+        """Read the count that ext4 keeps in its superblock until e2fsck has repaired it."""
+        name = (self._sys / "dev/block" / str(mounted.number)).resolve().name
+        count = _number(self._sys / "fs/ext4" / name / "errors_count")
+        if count:
+            function = _text(self._sys / "fs/ext4" / name / "last_error_func") or "?"
+            yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
+
+    def _btrfs_errors(self, mounted: Mounted) -> Iterator[Fault]:
+        try:
+            fd = os.open(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return
+        try:
+            root = self._sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
+        except SystemCallFailed:
+            return
+        finally:
+            os.close(fd)
+        counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
+        if counts:
+            yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
+
+
+def _btrfs_counts(text: str) -> list[str]:
+    pairs = (line.rpartition(" ") for line in text.splitlines())
+    return [f"{name} {count}" for name, _, count in pairs if count.isdigit() and int(count)]
+
+
+def _ask_root(path: Path) -> Fault | None:
+    """Ask the filesystem for its numbers and its root's first entry; None when it answers."""
+    try:
+        os.statvfs(path)
+        with os.scandir(path) as entries:
+            next(entries, None)
+    except OSError as error:
+        number = error.errno or 0
+        name = errno.errorcode.get(number, str(number))
+        kind = FaultKind.SHUT_DOWN if number in _SHUT_DOWN_ERRORS else FaultKind.IO_ERROR
+        return Fault(kind, f"the root of the filesystem answers {os.strerror(number)} ({name})")
+    return None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(errors="surrogateescape").rstrip("\n")
+    except OSError:
+        return None
+
+
+def _number(file: Path) -> int:
+    text = _text(file) or ""
+    return int(text) if text.isascii() and text.isdigit() else 0

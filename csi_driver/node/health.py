@@ -1,0 +1,203 @@
+"""Health of a volume on this node, and of the node's way to its storage (CSI 1.13, alpha).
+
+What may hang is asked in threads that can be lost: a device is never touched by the thread that answers the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import VolumeNotFound
+from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth, each_once
+from csi_driver.machine import DeviceNumber, Fault, FaultKind, Mounted, VolumeStatus
+from csi_driver.node.expand import known_path
+from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
+from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, Tools
+from csi_driver.node.questions import NoAnswer, Questions
+from csi_driver.node.requests import NodeSettings
+
+_MEANING: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
+    {
+        FaultKind.DEVICE_READ_ONLY: (VolumeFault.DEGRADED, Reason.DEVICE_READ_ONLY),
+        FaultKind.BACKING_FILE_GONE: (VolumeFault.DEGRADED, Reason.BACKING_FILE_GONE),
+        FaultKind.BACKING_FILE_CUT_SHORT: (VolumeFault.DATA_LOSS, Reason.BACKING_FILE_CUT_SHORT),
+        FaultKind.SHUT_DOWN: (VolumeFault.INACCESSIBLE, Reason.FILESYSTEM_SHUT_DOWN),
+        FaultKind.TURNED_READ_ONLY: (VolumeFault.DEGRADED, Reason.FILESYSTEM_READ_ONLY),
+        FaultKind.ERRORS: (VolumeFault.DEGRADED, Reason.FILESYSTEM_ERRORS),
+        FaultKind.IO_ERROR: (VolumeFault.INACCESSIBLE, Reason.IO_ERROR),
+    }
+)
+
+
+class NodeHealth:
+    """NodeGetVolumeHealth and NodeGetStorageHealth."""
+
+    def __init__(
+        self,
+        *,
+        devices: Devices,
+        encryption: Encryption,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        paths: Paths,
+        probes: Probes,
+        tools: Tools,
+        ownership: Ownership,
+        settings: NodeSettings,
+    ) -> None:
+        self._devices = devices
+        self._encryption = encryption
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._paths = paths
+        self._probes = probes
+        self._tools = tools
+        self._ownership = ownership
+        self._timeout_s = settings.statistics_timeout_s
+        self._margin_s = settings.answer_margin_s
+        self._questions: Questions[list[VolumeEntry]] = Questions("volume-health")
+
+    def volume(
+        self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
+    ) -> VolumeHealth:
+        """Tell what is wrong with a volume here, looking at the paths that are given, else at every mount of it.
+
+        A filesystem or device that does not answer in time is an entry. Raises `VolumeNotFound` when nothing of the
+        volume is on this node.
+        """
+        volume, _ = named(volume_id)
+        texts = [text for text in (volume_publish_path, staging_target_path) if text]
+        paths = [known_path(self._paths, volume, text) for text in texts]
+        told = list(_told(self._status_of(volume)))
+        timeout_s = min(self._timeout_s, max(0.0, deadline.remaining_s() - self._margin_s))
+        about = " and ".join(map(str, paths)) or "its device"
+        try:
+            seen = self._questions.ask(volume.name, about, lambda: self._seen(volume, paths), timeout_s)
+        except NoAnswer as silence:
+            seen = [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NOT_RESPONDING, str(silence))]
+        return VolumeHealth(volume_id, each_once(told + seen))
+
+    def storage(self) -> tuple[StorageEntry, ...]:
+        """Tell what is wrong with this node's way to the storage; touches no device."""
+        return tuple(self._storage())
+
+    # --- the volume ---
+
+    def _status_of(self, volume: NamedVolume) -> VolumeStatus | None:
+        status = self._devices.status(volume.name)
+        return status if status is not None and is_same(status.uuid, volume.uuid) else None
+
+    def _seen(self, volume: NamedVolume, paths: list[Path]) -> list[VolumeEntry]:
+        """Look at the volume's mounts and devices. May hang."""
+        mounts = self._mounts_at(volume, paths)
+        devices = self._devices_of(volume)
+        if not mounts:
+            mounts = [mounted for number in devices for mounted in self._mounts.of_device(number)]
+        if not mounts and not devices:
+            if self._status_of(volume) is None:
+                raise VolumeNotFound(volume.volume_id, "nothing of it is on this node")
+            return [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE, f"the device of {volume} is not there")]
+        numbers = dict.fromkeys((*map(number_of, mounts), *devices))
+        return [entry for number in numbers for entry in self._judge_device(number, mounts)] + [
+            entry for mounted in _one_of_each(mounts) for entry in self._judge_filesystem(mounted)
+        ]
+
+    def _devices_of(self, volume: NamedVolume) -> list[DeviceNumber]:
+        """Return the volume's device as it is now, and the encrypted one opened over it."""
+        device = self._ownership.device_of(volume)
+        if device is None:
+            return []
+        mapping = self._encryption.mapping(volume.name)
+        opened = [mapping.number] if mapping is not None and mapping.below == device.number else []
+        return [device.number, *opened]
+
+    def _mounts_at(self, volume: NamedVolume, paths: list[Path]) -> list[Mounted]:
+        found = (self._mounts.at(path) for path in paths)
+        return [
+            mounted
+            for mounted in found
+            if mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
+        ]
+
+    def _judge_device(self, number: DeviceNumber, mounts: list[Mounted]) -> Iterator[VolumeEntry]:
+        if not number.major:
+            return
+        if not self._devices.size_bytes(number):
+            yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE, f"device {number} is gone")
+            return
+        is_written = any(number_of(mounted) == number and not mounted.read_only for mounted in mounts)
+        for fault in self._probes.device(number):
+            if is_written or fault.kind is not FaultKind.DEVICE_READ_ONLY:
+                yield _entry(fault)
+
+    def _judge_filesystem(self, mounted: Mounted) -> Iterator[VolumeEntry]:
+        faults = self._probes.filesystem(mounted)
+        yield from map(_entry, faults)
+        if any(fault.kind in (FaultKind.SHUT_DOWN, FaultKind.IO_ERROR) for fault in faults):
+            return
+        usage = self._filesystems.usage(mounted.path)
+        if usage.available_bytes == 0:
+            yield VolumeEntry(
+                VolumeFault.DEGRADED, Reason.FILESYSTEM_FULL, f"no byte of {usage.total_bytes} is available"
+            )
+        if usage.total_inodes and usage.available_inodes == 0:
+            yield VolumeEntry(
+                VolumeFault.DEGRADED, Reason.INODES_EXHAUSTED, f"no inode of {usage.total_inodes} is available"
+            )
+
+    # --- the storage ---
+
+    def _storage(self) -> Iterator[StorageEntry]:
+        unreachable, client = StorageFault.STORAGE_UNREACHABLE, self._devices.client()
+        if client.problem:
+            yield StorageEntry(
+                unreachable, Reason.CLIENT_UNUSABLE, f"the storage client is of no use: {client.problem}"
+            )
+        if client.uuid is None:
+            yield _absence(is_expected=client.is_expected, is_upgrading=client.is_upgrading)
+        problems = "; ".join(self._tools.problems())
+        if problems:
+            yield StorageEntry(StorageFault.STORAGE_DEGRADED, Reason.NODE_NOT_EQUIPPED, problems)
+
+
+def _absence(*, is_expected: bool, is_upgrading: bool) -> StorageEntry:
+    if is_upgrading:
+        return StorageEntry(
+            StorageFault.STORAGE_DEGRADED,
+            Reason.CLIENT_UPGRADING,
+            "the storage client is being upgraded, or starts; volumes in use stay",
+        )
+    if is_expected:
+        return StorageEntry(
+            StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_NOT_RUNNING, "the storage client does not show itself"
+        )
+    return StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_ABSENT, "this node has no storage client")
+
+
+def _told(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
+    """Turn what the client says of the volume into entries."""
+    if status is None:
+        return
+    if status.refusal:
+        yield VolumeEntry(VolumeFault.DATA_LOSS, Reason.DATA_NOT_WRITTEN, status.refusal)
+    if status.io_enabled is False:
+        yield VolumeEntry(
+            VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client carries no I/O for it: {status.words}"
+        )
+
+
+def _one_of_each(mounts: list[Mounted]) -> list[Mounted]:
+    """Choose one mount of each filesystem, one that was meant to be writable where there is one."""
+    chosen: dict[DeviceNumber, Mounted] = {}
+    for mounted in sorted(mounts, key=lambda each: (not each.turned_read_only, each.read_only)):
+        if mounted.node_number is None:
+            chosen.setdefault(mounted.number, mounted)
+    return list(chosen.values())
+
+
+def _entry(fault: Fault) -> VolumeEntry:
+    status, reason = _MEANING[fault.kind]
+    return VolumeEntry(status, reason, fault.detail)

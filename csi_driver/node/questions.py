@@ -1,0 +1,144 @@
+"""Questions to filesystems and devices that may never answer, asked from threads that may be lost to them.
+
+One question at a time per volume: whoever asks while it is open shares its answer, and once it was given up the next
+are told so at once. A thread that hangs in the kernel is written off and replaced, so that one dead volume takes no
+time from the others; it goes when its device answers after all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, StorageUnavailable
+
+WORKERS = 32
+"""Threads that wait for answers at once, not counting those that were written off."""
+LOST_LIMIT = 512
+"""Threads that may be written off. Beyond that each further one is missing until a device answers."""
+
+Answer = TypeVar("Answer")
+
+
+class NoAnswer(StorageUnavailable):
+    """A filesystem or device did not answer in time, or still owes the answer to an earlier question."""
+
+
+@dataclass(slots=True)
+class _Call(Generic[Answer]):
+    """One question under way. `gave_up` once somebody waited for it in vain; `began` once a thread took it up."""
+
+    about: str
+    work: Callable[[], Answer]
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: Answer | None = None
+    failure: DriverError | None = None
+    has_ended: bool = False
+    gave_up: bool = False
+    began: bool = False
+    is_lost: bool = False
+
+    def run(self) -> None:
+        try:
+            self.answer = self.work()
+            self.has_ended = True
+        except DriverError as error:
+            self.failure = error
+
+    def result(self) -> Answer:
+        if self.failure is not None:
+            raise self.failure
+        if not self.has_ended:
+            raise RuntimeError(f"the question about {self.about} ended by a bug; see its traceback")
+        return self.answer  # type: ignore[return-value]  # None where that is an answer
+
+
+class Questions(Generic[Answer]):
+    """Questions under way, by volume, and the daemon threads that wait for the answers.
+
+    Daemons: a thread that hangs in the kernel must not keep the program from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()
+        self._open: dict[str, _Call[Answer]] = {}
+        self._waiting: deque[tuple[str, _Call[Answer]]] = deque()
+        self._threads = 0
+        self._idle = 0
+        self._lost = 0
+
+    def ask(self, volume: str, about: str, work: Callable[[], Answer], timeout_s: float) -> Answer:
+        """Run `work` in a thread and return its result; an open question of the same volume about the same is shared.
+
+        Raises `NoAnswer` after `timeout_s`, or at once while an earlier question about the volume, given up before, is
+        still open.
+        """
+        deadline = Deadline.after(timeout_s)
+        while True:
+            with self._changed:
+                call = self._open.get(volume)
+                if call is None:
+                    call = _Call(about, work)
+                    self._open[volume] = call
+                    self._waiting.append((volume, call))
+                    self._provide_thread()
+                elif call.gave_up:
+                    raise NoAnswer(f"{call.about} of volume {volume} still owes the answer to an earlier call")
+            if not call.done.wait(deadline.remaining_s()):
+                self._give_up(call)
+                raise NoAnswer(f"{call.about} of volume {volume} did not answer within {timeout_s:g} s")
+            if call.about == about:
+                return call.result()
+
+    def _provide_thread(self) -> None:
+        """See that somebody takes up what waits: idle threads, or a new one. The lock is held."""
+        if len(self._waiting) > self._idle and self._threads < WORKERS:
+            self._threads += 1
+            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+        self._changed.notify()
+
+    def _give_up(self, call: _Call[Answer]) -> None:
+        with self._changed:
+            call.gave_up = True
+            if call.began and not call.is_lost and not call.done.is_set() and self._lost < LOST_LIMIT:
+                call.is_lost = True
+                self._lost += 1
+                self._threads -= 1
+                self._provide_thread()
+
+    def _serve(self) -> None:
+        call: _Call[Answer] | None = None
+        try:
+            while call is None or not call.is_lost:
+                volume, call = self._next()
+                self._carry_out(volume, call)
+        finally:
+            with self._changed:
+                if call is not None and call.is_lost:
+                    self._lost -= 1
+                else:
+                    self._threads -= 1
+
+    def _next(self) -> tuple[str, _Call[Answer]]:
+        with self._changed:
+            while not self._waiting:
+                self._idle += 1
+                self._changed.wait()
+                self._idle -= 1
+            volume, call = self._waiting.popleft()
+            call.began = True
+            return volume, call
+
+    def _carry_out(self, volume: str, call: _Call[Answer]) -> None:
+        try:
+            if not call.gave_up:  # nobody waits any more for one that was given up before it began
+                call.run()
+        finally:
+            with self._changed:
+                self._open.pop(volume, None)
+                call.done.set()
