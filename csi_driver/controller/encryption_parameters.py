@@ -26,7 +26,7 @@ LUKS_HEADER_BYTES = 16 * MIB
 _DOTTED = "encryption."
 _OLD_KEYS = {"dmcrypt/type", "dmcrypt/cipher"}
 _NATIVE_KEYS = {"encryption/headerSize", "encryption/slot", "encryption/numberOfSlots"}
-_LUKS_KEYS = {"encryption/cipher", "encryption/pbkdfMemory"}
+_LUKS_KEYS = {"encryption/cipher", "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"}
 _BOTH_KEYS = {"encryption/keySize", "encryption/allowDiscards"}
 ENCRYPTION_KEYS = {"encryption"} | _OLD_KEYS | _NATIVE_KEYS | _LUKS_KEYS | _BOTH_KEYS
 NODE_KEYS = tuple(sorted({"encryption", "encryption/keySize", "encryption/allowDiscards"} | _OLD_KEYS | _LUKS_KEYS))
@@ -119,7 +119,11 @@ def _check_luks(own: Mapping[str, str]) -> None:
     for key in ("dmcrypt/cipher", "encryption/cipher"):
         read.text(own, key, _CIPHER, "a cipher, such as aes-xts-plain64")
     read.number(own, "encryption/keySize", 128, 1024)
-    read.number(own, "encryption/pbkdfMemory", 32, 4 << 20)
+    pbkdf = read.chosen(own, "encryption/pbkdf", {word: word for word in ("argon2id", "argon2i", "pbkdf2")})
+    memory = read.number(own, "encryption/pbkdfMemory", 32, 4 << 20)
+    if pbkdf == "pbkdf2" and memory is not None:
+        raise InvalidField("parameters.encryption/pbkdfMemory", memory, "no memory limit with pbkdf2, which takes none")
+    read.number(own, "encryption/pbkdfIterations", 4, 100_000_000)
     read.switch(own, "encryption/allowDiscards")
 
 

@@ -90,6 +90,10 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"encryption": "native", "dmcrypt/cipher": "aes-xts-plain64"}, "dmcrypt/cipher"),
         ({"encryption": "native", "encryption/cipher": "aes-xts-plain64"}, "encryption/cipher"),
         ({"encryption": "native", "encryption/pbkdfMemory": "1024"}, "pbkdfMemory"),
+        ({"encryption": "native", "encryption/pbkdf": "pbkdf2"}, "encryption/pbkdf"),
+        ({"encryption": "luks", "encryption/pbkdf": "scrypt"}, "encryption/pbkdf"),
+        ({"encryption": "luks", "encryption/pbkdfIterations": "1"}, "pbkdfIterations"),
+        ({"encryption": "luks", "encryption/pbkdf": "pbkdf2", "encryption/pbkdfMemory": "1024"}, "pbkdfMemory"),
         ({"encryption": "dmcrypt", "encryption/headerSize": "0"}, "headerSize"),
         ({"encryption": "dmcrypt", "encryption/headerSize": "101"}, "headerSize"),
         ({"encryption": "dmcrypt", "encryption/slot": "33"}, "slot"),
@@ -164,6 +168,7 @@ def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str],
         ({"encryption": "dmcrypt", "dmcrypt/cipher": "aes-xts-plain64"}, Encryption.LUKS),
         ({"encryption": "luks", "encryption/cipher": "capi:xts(aes)-plain64"}, Encryption.LUKS),
         ({"encryption": "LUKS", "encryption/keySize": "256", "encryption/pbkdfMemory": "65536"}, Encryption.LUKS),
+        ({"encryption": "luks", "encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "1000"}, Encryption.LUKS),
     ],
 )
 def test_the_keys_beside_the_word_say_who_encrypts(words: dict[str, str], by: Encryption) -> None:
