@@ -315,8 +315,10 @@ class EncryptedVolumes:
             header = self._encryption.header(opened)
         if not isinstance(header, LuksHeader):
             raise PreconditionFailed(f"volume {volume} is open and has no LUKS header that is whole: keep it open")
-        if mapping.read_only or mapping.size_bytes + header.data_offset_bytes >= device.size_bytes:
+        if mapping.size_bytes + header.data_offset_bytes >= device.size_bytes:
             return used
+        if mapping.read_only:
+            raise PreconditionFailed(f"volume {volume} is open read-only; it grows when it is staged writable")
         self._resize(volume, mapping, secrets)
         return self.opened_over(volume, device) or used
 

@@ -164,6 +164,19 @@ def test_a_volume_attached_before_gets_a_header_only_when_every_block_is_zero(lo
     assert locked.luks.keys == ["correct horse"]
 
 
+def test_a_device_smaller_than_its_volume_gets_no_header(locked: Locked) -> None:
+    locked.disk.size_bytes = 63 * MIB
+    with pytest.raises(PreconditionFailed, match="wanted"):
+        locked.stage()
+    assert locked.disk.luks is None
+
+
+def test_a_finished_header_has_no_mark(locked: Locked) -> None:
+    locked.access = BLOCK
+    locked.stage()
+    assert locked.node.marks.read(UUID) is None
+
+
 def test_a_blank_volume_that_is_to_be_read_only_gets_no_header(locked: Locked) -> None:
     with pytest.raises(PreconditionFailed, match="blank"):
         locked.stage(read_only=True)
@@ -350,6 +363,13 @@ def test_a_previous_passphrase_left_in_the_secret_costs_nothing_after_the_change
     assert in_use.node.host.encryption.tried == ["new passphrase"]
 
 
+def test_a_key_that_nobody_named_stays(in_use: Locked) -> None:
+    in_use.secrets = ROTATION
+    in_use.luks.keys[:] = ["new passphrase", "for the safe"]
+    in_use.up()
+    assert in_use.luks.keys == ["new passphrase", "for the safe"]
+
+
 ROTATION_POINTS = ["before luksAddKey", "after luksAddKey", "before luksRemoveKey", "after luksRemoveKey"]
 
 
@@ -483,6 +503,55 @@ def test_an_opened_device_of_another_header_is_refused(locked: Locked) -> None:
         locked.stage()
 
 
+def test_what_is_open_over_another_device_is_not_published(block: Locked) -> None:
+    block.stage()
+    assert block.mapper is not None
+    block.mapper.below = block.node.host.attach("csi-2", OTHER_UUID)
+    with pytest.raises(PreconditionFailed, match="not open"):
+        block.publish()
+    assert block.node.host.topmost(TARGET) is None
+
+
+def test_what_turns_out_to_be_open_over_another_device_is_not_used(locked: Locked) -> None:
+    other = locked.node.host.attach("csi-2", OTHER_UUID)
+
+    def step(reached: str) -> None:
+        if reached == "after open" and locked.mapper is not None:
+            locked.mapper.below = other
+
+    locked.node.host.step = step
+    with pytest.raises(PreconditionFailed, match=OPENED):
+        locked.stage()
+    assert locked.node.host.table == []
+
+
+def test_a_suspended_device_is_resumed_before_it_is_used(locked: Locked) -> None:
+    locked.stage()
+    locked.node.host.table.clear()
+    assert locked.mapper is not None
+    locked.mapper.is_suspended = True
+    locked.stage()
+    assert not locked.mapper.is_suspended
+
+
+def test_a_volume_open_read_only_and_in_use_is_not_opened_writable(locked: Locked) -> None:
+    locked.up()
+    locked.down()
+    locked.stage(read_only=True)
+    locked.disk.read_only = False
+    other = KUBELET / "plugins/staging2/globalmount"
+    locked.node.host.make_tree(other)
+    with pytest.raises(PreconditionFailed, match="open read-only"):
+        locked.node.stage(staging=other, context=context(attachment=2), secrets=SECRET)
+
+
+def test_unstage_leaves_what_is_open_for_another_volume_of_the_name(locked: Locked) -> None:
+    locked.stage()
+    locked.node.host.table.clear()
+    locked.node.unstage(volume_id=f"z:{NAME}:{OTHER_UUID}")
+    assert locked.mapper is not None
+
+
 def test_a_mapped_device_that_is_no_encryption_is_left_alone(locked: Locked) -> None:
     strange = locked.node.host.inner_disk(locked.disk, HEADER_BYTES)
     strange.is_gone = False
@@ -600,6 +669,16 @@ def test_growing_without_the_secret_names_it_and_the_next_stage_grows(locked: Lo
     locked.up()
     assert locked.luks.inner.filesystem is not None
     assert locked.luks.inner.filesystem.size_bytes == 112 * MIB
+
+
+def test_a_reader_does_not_grow_what_it_reads(in_use: Locked) -> None:
+    in_use.stage(read_only=True)
+    in_use.publish(read_only=True)
+    in_use.disk.size_bytes = 128 * MIB
+    with pytest.raises(PreconditionFailed, match="read-only"):
+        in_use.node.expand(required_bytes=128 * MIB, staging=STAGING)
+    assert in_use.mapper is not None
+    assert in_use.mapper.size_bytes == 48 * MIB
 
 
 def test_growing_with_a_wrong_passphrase_is_denied(locked: Locked) -> None:
