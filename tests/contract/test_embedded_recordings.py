@@ -32,6 +32,7 @@ LEFT_OUT: dict[Key, str] = {
 SHAPE_ONLY: dict[Key, str] = {
     (1, 10): "versions and host are the manager's own",
     (2, 19): "the pool has another size",
+    (4, 34): "the recorded client reported once, and not again after it was preempted",
     (4, 51): "the snapshots of the recording are missing",
     (4, 52): "as above",
     (4, 59): "as above, and the pool has another size",
@@ -55,6 +56,8 @@ HELD: dict[Key, list[tuple[str, bool]]] = {
     (3, 40): [("delete", True)],
     (3, 48): [("delete", False)],
     (3, 55): [("slow:node-1", True)],
+    (4, 12): [("slow:node-1", True)],
+    (4, 15): [("slow:node-1", False)],
     (3, 57): [("slow:node-1", False)],
     (4, 28): [("initialize", True), ("slow:node-1", True)],
     (4, 36): [("initialize", False), ("slow:node-1", False)],
