@@ -24,10 +24,11 @@ from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.bench.measure import Timing, resident_mib, timed
+from tests.bench.rate import measure_create_rate
 from tests.bench.storm import Weather, ideal_s, storm
 
 GIB = 1 << 30
-PARTS = ("start", "memory", "calls", "mounts", "probe", "shell", "storm", "list")
+PARTS = ("start", "memory", "rate", "calls", "mounts", "probe", "shell", "storm", "list")
 ROLES = ("storage", "controller", "node")
 EXT4 = Capability(MountAccess(fs_type="ext4"), AccessMode.SINGLE_NODE_WRITER)
 XFS = Capability(MountAccess(fs_type="xfs"), AccessMode.SINGLE_NODE_WRITER)
@@ -499,23 +500,33 @@ def main() -> None:
     try:
         if "start" in wanted:
             measure_start(directory, 2 if quick else 7)
-        with running_stack(directory) as stack:
-            if "memory" in wanted:
-                measure_memory(stack, directory, 300 if quick else 10_000)
-            if "calls" in wanted:
-                measure_calls(stack, directory, {1: 4, 16: 16} if quick else {1: 40, 16: 160, 100: 300})
-            if "mounts" in wanted:
-                measure_mounts(stack, directory, (10, 100) if quick else (10, 2000), 20 if quick else 100)
-            if "probe" in wanted:
-                measure_probe_during_stages(stack, directory, 10 if quick else 100)
-            if "shell" in wanted:
-                measure_shell(stack, directory, 1 if quick else 5)
-            if "storm" in wanted:
-                measure_storm(stack, directory, *((20, 50) if quick else (300, 1000)))
-            if "list" in wanted:
-                measure_list(stack, 200 if quick else 10_000)
+        if "rate" in wanted:
+            columns = ("50 ms a request", "at once", "p50 ms", "p99 ms", "per second", "requests", "most at once")
+            counts = {1: 4, 16: 32} if quick else {1: 40, 16: 320, 100: 800}
+            measure_create_rate(directory, counts, (1, 2), Table("Rate on a slow management", columns).row)
+        if not wanted <= {"start", "rate"}:
+            with running_stack(directory) as stack:
+                measure_stack(stack, directory, wanted, quick=quick)
     finally:
         shutil.rmtree(directory)
+
+
+def measure_stack(stack: Stack, directory: Path, wanted: set[str], *, quick: bool) -> None:
+    """Measure what is wanted of one running stack."""
+    if "memory" in wanted:
+        measure_memory(stack, directory, 300 if quick else 10_000)
+    if "calls" in wanted:
+        measure_calls(stack, directory, {1: 4, 16: 16} if quick else {1: 40, 16: 160, 100: 300})
+    if "mounts" in wanted:
+        measure_mounts(stack, directory, (10, 100) if quick else (10, 2000), 20 if quick else 100)
+    if "probe" in wanted:
+        measure_probe_during_stages(stack, directory, 10 if quick else 100)
+    if "shell" in wanted:
+        measure_shell(stack, directory, 1 if quick else 5)
+    if "storm" in wanted:
+        measure_storm(stack, directory, *((20, 50) if quick else (300, 1000)))
+    if "list" in wanted:
+        measure_list(stack, 200 if quick else 10_000)
 
 
 if __name__ == "__main__":
