@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
@@ -39,7 +39,9 @@ _log = logging.getLogger(__name__)
 SETTLED_S = 30.0
 WITHDRAW_S = 10.0
 _GIVE_WAY_S = 3.0
-_MOST_CONFIRMED = 4096
+_MOST_KNOWN = 4096
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Search:
     wall_s: Callable[[], float] = time.time
     _confirmed: dict[str, None] = field(default_factory=dict)
     """Uuids of volumes that this process made and saw alone: it knows them to be settled."""
+    _first_seen: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def find(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | list[str]:
@@ -99,7 +102,7 @@ class Search:
             if found.volume.uuid in self._confirmed:
                 return found
         for found in alive:
-            _refuse_unsettled(found, asked_at_s)
+            self._refuse_unsettled(found, asked_at_s)
         if len(alive) < 2:
             return next(iter(alive), None)
         report_double(alive)
@@ -110,6 +113,25 @@ class Search:
             f"volume {alive[0].volume.name} exists in {' and in '.join(str(found) for found in alive)}, left by a "
             "controller that died; wanted one: delete the one that no PersistentVolume names"
         )
+
+    def _refuse_unsettled(self, found: Found, asked_at_s: float) -> None:
+        """Raise `OperationPending` while the volume's maker may withdraw it.
+
+        Its age is judged by what its maker wrote down; where that clock is ahead, by when it was first seen here.
+        """
+        made_at_s = found.creation.made_at_s
+        if made_at_s is None:
+            return
+        uuid = found.volume.uuid
+        with self._lock:
+            _make_room(self._first_seen)
+            seen_at_s = self._first_seen.setdefault(uuid, asked_at_s)
+        left_s = min(made_at_s, seen_at_s) + SETTLED_S - asked_at_s
+        if left_s > 0:
+            raise OperationPending(
+                f"volume {found.volume.name} has just been made in {found} by a call that did not answer here; "
+                f"call again in {left_s:.0f} s"
+            )
 
     def confirm(self, made: Found, allowed: Sequence[str], sent_at_s: float, *, deadline: Deadline) -> None:
         """Return when no other zone has the volume that we have just made.
@@ -192,19 +214,15 @@ class Search:
 
     def _remember(self, uuid: str) -> None:
         with self._lock:
-            if len(self._confirmed) >= _MOST_CONFIRMED:
-                for old in list(self._confirmed)[: _MOST_CONFIRMED // 2]:
-                    del self._confirmed[old]
+            _make_room(self._confirmed)
             self._confirmed[uuid] = None
 
 
-def _refuse_unsettled(found: Found, asked_at_s: float) -> None:
-    made_at_s = found.creation.made_at_s
-    if made_at_s is not None and (left_s := made_at_s + SETTLED_S - asked_at_s) > 0:
-        raise OperationPending(
-            f"volume {found.volume.name} has just been made in {found} by a call that did not answer here; "
-            f"call again in {left_s:.0f} s"
-        )
+def _make_room(known: dict[str, T]) -> None:
+    """Forget the older half of what is known of single volumes when it is much."""
+    if len(known) >= _MOST_KNOWN:
+        for old in list(known)[: _MOST_KNOWN // 2]:
+            del known[old]
 
 
 def _comes_first(made: Found, others: Sequence[Found]) -> bool:

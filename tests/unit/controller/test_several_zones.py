@@ -216,6 +216,20 @@ def test_after_a_crash_the_volume_is_waited_for_and_found_again() -> None:
     assert volumes(world)["b"] == []
 
 
+def test_a_maker_whose_clock_is_ahead_keeps_nobody_waiting_longer() -> None:
+    world = two()
+    made = world.create(topology=within("a"))
+    (volume,) = world.zones["a"].all_volumes()
+    own = {**volume.metadata["nvmesh-csi"], "made": int(world.clock.now_s) + 9999}  # type: ignore[dict-item]
+    world.zones["a"].change(volume.name, metadata={**volume.metadata, "nvmesh-csi": own})
+    restarted = World(zones=("a", "b"), beside=world)
+    for _ in range(2):
+        with pytest.raises(OperationPending):
+            restarted.create(topology=within("a"))
+        world.clock.sleep(SETTLED_S / 2 + 1)
+    assert restarted.create(topology=within("a")) == made
+
+
 def test_after_a_crash_nothing_is_made_while_the_zone_of_the_volume_is_down() -> None:
     world = two()
     world.create(topology=within("a", "b"))
