@@ -100,6 +100,7 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.controller.expand import Expand
     from csi_driver.controller.health import ControllerHealth
     from csi_driver.controller.inventory import Inventory
+    from csi_driver.controller.modify import Modify
     from csi_driver.controller.naming import volume_name
     from csi_driver.controller.provision import Provision
     from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
@@ -115,6 +116,7 @@ def _controller(command: ControllerCommand) -> int:
         provision=Provision(clusters, settings),
         attach=Attach(clusters, settings),
         expand=Expand(clusters, settings),
+        modify=Modify(clusters),
         inventory=inventory,
         health=ControllerHealth(clusters, inventory, settings),
     )

@@ -37,8 +37,9 @@ _WORDS: Mapping[str, Encryption] = {
     "luks": Encryption.LUKS,
     "dmcrypt": Encryption.NATIVE,
 }
-_CIPHER = re.compile(r"[A-Za-z0-9][A-Za-z0-9:()_,.+-]{0,63}")
-_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,15}")
+_CIPHER = re.compile(r"[a-z0-9][a-z0-9:()_,-]{0,63}")
+_TYPES = {name: name for name in ("luks", "luks1", "luks2")}
+_PBKDFS = {name: name for name in ("argon2id", "argon2i", "pbkdf2")}
 _SHORTEST, _LONGEST = 8, 4096
 _SLOTS = 32
 _LINE_BREAK = re.compile("[\n\r\u2028\u2029]")
@@ -113,13 +114,13 @@ def _native(own: Mapping[str, str]) -> EncryptionWish:
 
 
 def _check_luks(own: Mapping[str, str]) -> None:
-    """Check shapes; what cryptsetup knows of ciphers and types, the node finds out."""
+    """Check shapes; what goes together, and what cryptsetup knows, the node finds out."""
     read.refuse_keys(own, _NATIVE_KEYS, "it is for encryption by the storage (wanted encryption: native for it)")
-    read.text(own, "dmcrypt/type", _TYPE, "a type of encryption, such as luks2")
+    read.chosen(own, "dmcrypt/type", _TYPES)
     for key in ("dmcrypt/cipher", "encryption/cipher"):
         read.text(own, key, _CIPHER, "a cipher, such as aes-xts-plain64")
     read.number(own, "encryption/keySize", 128, 1024)
-    pbkdf = read.chosen(own, "encryption/pbkdf", {word: word for word in ("argon2id", "argon2i", "pbkdf2")})
+    pbkdf = read.chosen(own, "encryption/pbkdf", _PBKDFS)
     memory = read.number(own, "encryption/pbkdfMemory", 32, 4 << 20)
     if pbkdf == "pbkdf2" and memory is not None:
         raise InvalidField("parameters.encryption/pbkdfMemory", memory, "no memory limit with pbkdf2, which takes none")
@@ -129,7 +130,10 @@ def _check_luks(own: Mapping[str, str]) -> None:
 
 def passphrase_in(secrets: Mapping[str, str]) -> str | None:
     """Return the passphrase that a Secret holds, under whichever of its names; None where it holds none."""
-    return next((secrets[key] for key in SECRET_KEYS if secrets.get(key)), None)
+    found = {secrets[key] for key in SECRET_KEYS if secrets.get(key)}
+    if len(found) > 1:
+        raise InvalidRequest(f"secrets.{' and secrets.'.join(SECRET_KEYS)} differ, wanted one of them")
+    return next(iter(found), None)
 
 
 def required_passphrase(secrets: Mapping[str, str]) -> str:

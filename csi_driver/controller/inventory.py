@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from csi_driver.controller import access
+from csi_driver.controller import access, mutable_parameters
 from csi_driver.controller.locate import described, issued_handle, require
 from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.parameters import VolumeParameters, is_compared, parse
@@ -101,6 +101,8 @@ class Inventory:
             access.check_all(request.capabilities)
             read = parse(request.parameters)
             fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
+            mutable_parameters.parse(request.mutable_parameters)
+            mutable_parameters.check(located.volume, request.mutable_parameters)
         except InvalidRequest as problem:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity
-from csi_driver.controller import access, parameters, record
+from csi_driver.controller import access, mutable_parameters, parameters, record
 from csi_driver.controller.compare import differences, is_short
 from csi_driver.controller.encryption_parameters import EncryptionWish, passphrase_in, required_passphrase
 from csi_driver.controller.handing import reserved_bytes
@@ -279,7 +279,7 @@ class Provision:
 
 
 def _understood(request: CreateRequest) -> _Wanted:
-    read = parameters.parse(request.parameters)
+    read = parameters.parse(mutable_parameters.merged(request.parameters, request.mutable_parameters))
     if read.encryption.is_native:
         required_passphrase(request.secrets)
     access.check_all(request.capabilities)

@@ -36,6 +36,7 @@ class CreateRequest:
     parameters: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     topology: TopologyRequirement | None = None
+    mutable_parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class ValidateRequest:
     capabilities: tuple[Capability, ...]
     context: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
+    mutable_parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 class Fencing(StrEnum):

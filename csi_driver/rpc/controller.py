@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,7 @@ CAPABILITIES = (
     _Rpc.GET_CAPACITY,
     _Rpc.EXPAND_VOLUME,
     _Rpc.GET_VOLUME,
+    _Rpc.MODIFY_VOLUME,
     _Rpc.SINGLE_NODE_MULTI_WRITER,
 )
 HEALTH_CAPABILITIES = (_Rpc.GET_VOLUME_HEALTH, _Rpc.LIST_VOLUME_HEALTH)
@@ -55,6 +56,12 @@ class Expand(Protocol):
     def expand(
         self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
     ) -> tuple[int, bool]: ...
+
+
+class Modify(Protocol):
+    """Volumes change in what they can be changed in."""
+
+    def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None: ...
 
 
 class Inventory(Protocol):
@@ -95,6 +102,7 @@ class ControllerUseCases:
     provision: Provision
     attach: Attach
     expand: Expand
+    modify: Modify
     inventory: Inventory
     health: Health
 
@@ -150,6 +158,13 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
         return csi_pb2.ControllerExpandVolumeResponse(
             capacity_bytes=capacity_bytes, node_expansion_required=node_expansion_required
         )
+
+    def ControllerModifyVolume(
+        self, request: csi_pb2.ControllerModifyVolumeRequest, context: grpc.ServicerContext
+    ) -> csi_pb2.ControllerModifyVolumeResponse:
+        parameters = dict(request.mutable_parameters)
+        self._do.modify.modify(request.volume_id, parameters, deadline=self._deadlines.of(context))
+        return csi_pb2.ControllerModifyVolumeResponse()
 
     def ValidateVolumeCapabilities(
         self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, context: grpc.ServicerContext

@@ -5,7 +5,7 @@ Requests come here after `rpc.shape`: fields that must be set are set, numbers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.wrappers_pb2 import Int64Value
 
@@ -74,7 +74,6 @@ def create_from(message: csi_pb2.CreateVolumeRequest) -> CreateRequest:
     """Read CreateVolume. Raises `InvalidRequest` for what is only sent to plugins with capabilities we lack."""
     if message.HasField("volume_content_source"):
         raise InvalidRequest("volume_content_source is set, wanted none: this driver fills no volume from another")
-    _refuse_mutable(message.mutable_parameters)
     return CreateRequest(
         name=message.name,
         capacity=range_from(message.capacity_range),
@@ -82,12 +81,8 @@ def create_from(message: csi_pb2.CreateVolumeRequest) -> CreateRequest:
         parameters=dict(message.parameters),
         secrets=dict(message.secrets),
         topology=_topology_from(message),
+        mutable_parameters=dict(message.mutable_parameters),
     )
-
-
-def _refuse_mutable(parameters: Mapping[str, str]) -> None:
-    if parameters:
-        raise InvalidRequest("mutable_parameters are set, wanted none: this driver cannot modify volumes")
 
 
 def publish_from(message: csi_pb2.ControllerPublishVolumeRequest) -> PublishRequest:
@@ -103,12 +98,12 @@ def publish_from(message: csi_pb2.ControllerPublishVolumeRequest) -> PublishRequ
 
 def validate_from(message: csi_pb2.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
     """Read ValidateVolumeCapabilities."""
-    _refuse_mutable(message.mutable_parameters)
     return ValidateRequest(
         volume_id=message.volume_id,
         capabilities=capabilities_from(message.volume_capabilities),
         context=dict(message.volume_context),
         parameters=dict(message.parameters),
+        mutable_parameters=dict(message.mutable_parameters),
     )
 
 
@@ -181,6 +176,7 @@ def validated_to(
             volume_context=dict(message.volume_context),
             volume_capabilities=message.volume_capabilities,
             parameters=dict(message.parameters),
+            mutable_parameters=dict(message.mutable_parameters),
         )
     )
 

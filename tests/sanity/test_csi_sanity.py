@@ -43,11 +43,6 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         f"{_CREATE} create volume from an existing source volume",
         f"{_CREATE} fail when the volume source volume is not found",
     ),
-    "MODIFY_VOLUME": (
-        "ModifyVolume ",
-        f"{_CREATE} create volume with a volume attribute class",
-        f"{_CREATE} not create volume with an invalid volume attribute class",
-    ),
     "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
 }
 """What the driver does not offer, and the beginnings of the names of the tests that the suite leaves out for it."""
@@ -104,6 +99,8 @@ def sanity_rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def run(program: str, rig: Rig, *flags: str) -> Report:
     """Run the suite once over both endpoints."""
     report = rig.directory.with_name("junit.xml")
+    attributes = rig.directory.with_name("attributes.yaml")
+    attributes.write_text('description: "modified"\nrelativeRebuildPriority: "3"\n')
     argv = [
         program,
         f"--csi.endpoint=unix://{rig.directory}/node.sock",
@@ -112,6 +109,7 @@ def run(program: str, rig: Rig, *flags: str) -> Report:
         f"--csi.stagingdir={rig.directory.parent}/stage",
         f"--csi.testvolumesize={VOLUME_BYTES}",
         f"--csi.testvolumeexpandsize={EXPANDED_BYTES}",
+        f"--csi.testvolumemutableparameters={attributes}",
         f"--ginkgo.junit-report={report}",
         "--ginkgo.no-color",
         *flags,

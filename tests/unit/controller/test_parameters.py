@@ -11,6 +11,7 @@ from csi_driver.controller.encryption_parameters import EncryptionWish, required
 from csi_driver.errors import InvalidRequest
 from csi_driver.handover import Encryption
 from csi_driver.model import Layout, RaidLevel
+from csi_driver.node import luks_options, mkfs
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,8 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"encryption": "luks", "encryption/cipher": "aes xts"}, "cipher"),
         ({"encryption": "luks", "encryption/keySize": "many"}, "keySize"),
         ({"encryption": "luks", "encryption/allowDiscards": "1"}, "allowDiscards"),
+        ({"encryption": "luks", "encryption/pbkdf": "md5"}, "pbkdf"),
+        ({"encryption": "dmcrypt", "dmcrypt/type": "plain"}, "dmcrypt/type"),
         ({"encryption": "dmcrypt", "dmcrypt/type": "luks 2"}, "dmcrypt/type"),
         ({"mkfs/blockSize": "3000"}, "mkfs/blockSize"),
         ({"mkfs/blockSize": "256"}, "mkfs/blockSize"),
@@ -193,6 +196,19 @@ def test_a_passphrase_that_the_storage_would_not_take_is_refused_without_being_s
     with pytest.raises(InvalidRequest, match=r"secrets\.dmcryptKey") as caught:
         required_passphrase({"dmcryptKey": value})
     assert value.strip() not in str(caught.value)
+
+
+def test_two_passphrases_that_differ_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="differ"):
+        required_passphrase({"passphrase": "correct horse", "dmcryptKey": "battery staple"})
+
+
+def test_what_the_node_reads_is_handed_to_it() -> None:
+    constants = [value for module in (luks_options, mkfs) for name, value in vars(module).items() if name.isupper()]
+    texts = {value for value in constants if isinstance(value, str)}
+    on_the_node = {text for text in texts if text.startswith(("encryption", "dmcrypt", "mkfs"))}
+    assert len(on_the_node) > 12
+    assert on_the_node <= set(parameters.CONTEXT_KEYS)
 
 
 def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from csi_driver.controller.attach import Attach
 from csi_driver.controller.expand import Expand
 from csi_driver.controller.inventory import Inventory
+from csi_driver.controller.modify import Modify
 from csi_driver.controller.provision import Provision
 from csi_driver.controller.requests import (
     ControllerSettings,
@@ -66,6 +67,7 @@ class World:
         self.provision = Provision(self.clusters, self.settings, crew=crew, wall_s=self.clock.monotonic)
         self.attach = Attach(self.clusters, self.settings)
         self.expand = Expand(self.clusters, self.settings)
+        self.modify = Modify(self.clusters)
         self.inventory = Inventory(self.clusters, self.settings, crew=crew)
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
@@ -80,10 +82,11 @@ class World:
         parameters: Mapping[str, str] = EMPTY,
         topology: TopologyRequirement | None = None,
         secrets: Mapping[str, str] = EMPTY,
+        mutable: Mapping[str, str] = EMPTY,
         seconds: float = 60.0,
     ) -> ProvisionedVolume:
         asked = capacity if capacity is not None else CapacityRange(GIB)
-        request = CreateRequest(name, asked, capabilities, parameters, secrets, topology)
+        request = CreateRequest(name, asked, capabilities, parameters, secrets, topology, mutable)
         return self.provision.create(request, deadline=self.deadline(seconds))
 
     def delete(self, volume_id: str, *, seconds: float = 60.0) -> None:

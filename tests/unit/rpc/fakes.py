@@ -74,6 +74,7 @@ class FakeController:
     published: dict[str, set[str]] = field(default_factory=dict)
     requests: list[CreateRequest | PublishRequest | ValidateRequest] = field(default_factory=list)
     objection: str | None = None
+    modified: list[dict[str, str]] = field(default_factory=list)
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
         self.trace.enter("create", deadline)
@@ -106,6 +107,11 @@ class FakeController:
         self._find(volume_id)
         is_block = capability is not None and isinstance(capability.access, BlockAccess)
         return capacity.required_bytes, not is_block
+
+    def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None:
+        self.trace.enter("modify", deadline)
+        self._find(volume_id)
+        self.modified.append(dict(parameters))
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
         self.trace.enter("volumes", deadline)
@@ -281,7 +287,7 @@ def serving(
     boundary = Boundary(Claims(ZONE, derived_name), lanes, frozenset() if volume_health else HEALTH)
     deadlines = Deadlines(default_deadline_s)
     identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
-    use_cases = ControllerUseCases(controller, controller, controller, controller, _ControllerHealth())
+    use_cases = ControllerUseCases(controller, controller, controller, controller, controller, _ControllerHealth())
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,

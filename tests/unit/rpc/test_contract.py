@@ -16,6 +16,8 @@ from csi_driver.rpc.pb import csi_pb2
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
 SERVED = {"Identity": IdentityServicer, "Controller": ControllerServicer, "Node": NodeServicer}
+LEFT_TO_THE_USE_CASE = {"ControllerModifyVolume": {"mutable_parameters"}}
+"""Required, but csi-sanity 5.6 calls without it and wants NOT_FOUND of an unknown volume, success of a known one."""
 ROWS = [pytest.param(row, id=row.name) for row in CONTRACT.values()]
 
 
@@ -40,7 +42,7 @@ def presence_shows(field: FieldDescriptor) -> bool:
 def test_required_fields_are_those_that_the_specification_marks(row: Row) -> None:
     request = method_of(row).input_type
     visible = {name for name in marked(request.name) if presence_shows(request.fields_by_name[name])}
-    assert set(row.required) == visible
+    assert set(row.required) == visible - LEFT_TO_THE_USE_CASE.get(row.name, set())
 
 
 def test_the_marks_are_really_read() -> None:

@@ -49,8 +49,8 @@ def test_the_controller_capabilities_are_these(endpoint: Endpoint) -> None:
     names = {csi_pb2.ControllerServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
     assert names == {
         "CREATE_DELETE_VOLUME", "PUBLISH_UNPUBLISH_VOLUME", "PUBLISH_READONLY", "LIST_VOLUMES",
-        "LIST_VOLUMES_PUBLISHED_NODES", "GET_CAPACITY", "EXPAND_VOLUME", "GET_VOLUME", "SINGLE_NODE_MULTI_WRITER",
-        "GET_VOLUME_HEALTH", "LIST_VOLUME_HEALTH",
+        "LIST_VOLUMES_PUBLISHED_NODES", "GET_CAPACITY", "EXPAND_VOLUME", "GET_VOLUME", "MODIFY_VOLUME",
+        "SINGLE_NODE_MULTI_WRITER", "GET_VOLUME_HEALTH", "LIST_VOLUME_HEALTH",
     }  # fmt: skip
 
 
@@ -83,6 +83,10 @@ def test_a_volume_lives_its_life_on_the_controller(endpoint: Endpoint) -> None:
         )
     )
     assert (grown.capacity_bytes, grown.node_expansion_required) == (2 << 30, True)
+    controller.ControllerModifyVolume(
+        csi_pb2.ControllerModifyVolumeRequest(volume_id=VOLUME_ID, mutable_parameters={"description": "new"})
+    )
+    assert endpoint.controller_fake.modified == [{"description": "new"}]
     controller.ControllerUnpublishVolume(
         csi_pb2.ControllerUnpublishVolumeRequest(volume_id=VOLUME_ID, node_id="node-1")
     )

@@ -74,9 +74,16 @@ def test_a_content_source_is_refused() -> None:
         wire.create_from(csi_pb2.CreateVolumeRequest(name="v", volume_content_source=source))
 
 
-def test_mutable_parameters_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="mutable_parameters"):
-        wire.create_from(csi_pb2.CreateVolumeRequest(name="v", mutable_parameters={"k": "v"}))
+def test_mutable_parameters_are_read_apart_from_the_others() -> None:
+    message = csi_pb2.CreateVolumeRequest(name="v", parameters={"a": "1"}, mutable_parameters={"k": "v"})
+    read = wire.create_from(message)
+    assert (read.parameters, read.mutable_parameters) == ({"a": "1"}, {"k": "v"})
+
+
+def test_what_is_confirmed_is_all_that_was_asked_for() -> None:
+    message = csi_pb2.ValidateVolumeCapabilitiesRequest(parameters={"a": "1"}, mutable_parameters={"k": "v"})
+    assert wire.validate_from(message).mutable_parameters == {"k": "v"}
+    assert wire.validated_to(message, None).confirmed.mutable_parameters == {"k": "v"}
 
 
 def test_a_volume_is_written_whole() -> None:

@@ -1,0 +1,79 @@
+"""What of a volume can be changed after it was made: the parameters of a VolumeAttributesClass.
+
+Not everything that the management would change is offered. `isReadOnly` is not: it would leave the claims of its pods
+unattachable, and readers have access modes of their own. `metadata` is not: it is the controllers' memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from csi_driver.controller import parameter_values as read
+from csi_driver.controller.layout_parameters import takes
+from csi_driver.errors import InvalidRequest, shown
+from csi_driver.model import Volume, VolumeChanges
+
+_CLASS_KEYS = {"diskClasses", "serverClasses"}
+_LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
+_LIST_KEYS = _CLASS_KEYS | _LIMIT_KEYS
+_DECIDED_BY_GROUP = _LIST_KEYS | {"enableCrcCheck"}
+MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _DECIDED_BY_GROUP
+_DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
+
+
+def parse(parameters: Mapping[str, str]) -> VolumeChanges:
+    """Read what is to be changed; `InvalidRequest` names the first key or value that cannot be used.
+
+    Lists replace what was there; an empty text means none.
+    """
+    for key in parameters:
+        if key not in MUTABLE_KEYS:
+            wanted = ", ".join(sorted(MUTABLE_KEYS))
+            raise InvalidRequest(f"mutable parameter {shown(key)} is not known, wanted some of {wanted}")
+    if any(parameters.get(key) for key in _CLASS_KEYS) and any(parameters.get(key) for key in _LIMIT_KEYS):
+        raise InvalidRequest("mutable parameters name classes and limitBy..., wanted one kind of them")
+    return VolumeChanges(
+        description=read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters"),
+        relative_rebuild_priority=read.number(parameters, "relativeRebuildPriority", 0, 10),
+        enable_crc_check=read.switch(parameters, "enableCrcCheck"),
+        drive_classes=_names(parameters, "diskClasses"),
+        target_classes=_names(parameters, "serverClasses"),
+        limit_by_drives=_names(parameters, "limitByDisks"),
+        limit_by_targets=_names(parameters, "limitByNodes"),
+    )
+
+
+def merged(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of a new volume: what can be changed later beats what cannot (CSI, CreateVolume)."""
+    parse(mutable)
+    if "vpg" in parameters:
+        read.refuse_keys(mutable, _DECIDED_BY_GROUP, f"the provisioning group {shown(parameters['vpg'])} decides it")
+    result = {**parameters, **mutable}
+    return {key: value for key, value in result.items() if value or key not in _LIST_KEYS & mutable.keys()}
+
+
+def check(volume: Volume, parameters: Mapping[str, str]) -> None:
+    """Refuse, as `InvalidRequest`, what this volume cannot have."""
+    if volume.vpg is not None:
+        read.refuse_keys(parameters, _DECIDED_BY_GROUP, f"the provisioning group {volume.vpg} decides it")
+    level = volume.layout.raid_level
+    if "enableCrcCheck" in parameters and not takes(level, "enableCrcCheck"):
+        raise InvalidRequest(f"parameter enableCrcCheck cannot be used: the volume is {level.value}")
+
+
+def is_so(volume: Volume, changes: VolumeChanges) -> bool:
+    """Tell whether the volume shows all of it already; of lists it shows nothing."""
+    lists = (changes.drive_classes, changes.target_classes, changes.limit_by_drives, changes.limit_by_targets)
+    return (
+        all(names is None for names in lists)
+        and changes.description in (None, volume.description)
+        and changes.relative_rebuild_priority in (None, volume.relative_rebuild_priority)
+        and changes.enable_crc_check in (None, volume.layout.enable_crc_check)
+    )
+
+
+def _names(parameters: Mapping[str, str], key: str) -> tuple[str, ...] | None:
+    if key not in parameters:
+        return None
+    return read.names(parameters, key) if parameters[key].strip() else ()
