@@ -59,7 +59,8 @@ class SlowServer:
                 await writer.drain()
             writer.close()
 
-        with contextlib.suppress(ConnectionError):
+        # Cancelled when serving ends while clients are still connected.
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             await asyncio.gather(requests(), answers())
 
     def _begin(self) -> None:

@@ -59,6 +59,19 @@ class Clusters:
         assert reason is None, self.log(name)
         return client
 
+    def node(self, name: str, *flags: str) -> CsiClient:
+        """Start a node, which may find that it cannot work, and wait until it serves."""
+        socket = self.directory / f"{name}.sock"
+        argv = [*PROGRAM, "node", "--endpoint", str(socket), "--node-name", name, *flags]
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [*argv, "--state-directory", str(self.directory / "state"), "--path-root", str(self.directory)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY,
+            )  # fmt: skip
+        client = self.clients[name] = CsiClient(socket, timeout_s=20)
+        wait_for(socket.exists, "the node to serve")
+        return client
+
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text()
 
@@ -200,3 +213,21 @@ def test_two_controllers_that_prefer_different_zones_make_each_name_once(cluster
     assert [len(handles) for handles in told] == [1] * len(names)
     wait_for(lambda: len(clusters.names()) == len(names), "what was withdrawn to be gone")
     assert {handle.split(":")[1] for handles in told for handle in handles} == set(clusters.names())
+
+
+def test_a_node_finds_its_zone_by_its_storage_clients_management(clusters: Clusters) -> None:
+    names, configuration = clusters.directory / "names.yaml", clusters.directory / "nvmesh.conf"
+    names.write_text("zones: {a: {servers: [m1.east.example]}, b: {servers: [m1.west.example, 10.0.0.9]}}")
+    configuration.write_text('MANAGEMENT_PROTOCOL="https"\nMANAGEMENT_SERVERS="m9:4001"\n')
+    node = clusters.node("node-1", f"--clusters-file={names}", f"--client-configuration={configuration}")
+    with pytest.raises(CallFailed) as refused:
+        node.node_info()
+    assert refused.value.code == "FAILED_PRECONDITION"
+    assert "fits none of the zones a, b" in refused.value.message
+    configuration.write_text('MANAGEMENT_SERVERS="m9:4001,10.0.0.9:4001"')
+    assert node.node_info().topology == {DEFAULT_TOPOLOGY_KEY: "b"}
+
+
+def test_a_node_of_the_only_cluster_goes_on_saying_what_old_volumes_demand(clusters: Clusters) -> None:
+    node = clusters.node("node-1", f"--client-configuration={clusters.directory / 'absent'}")
+    assert node.node_info().topology == {"nvmesh-csi.excelero.com/zone": "single-zone-cluster"}
