@@ -100,21 +100,24 @@ class Gate:
 
     # --- how it went ------------------------------------------------------------------------------------
 
-    def answered(self) -> None:
-        """Note that the server works."""
+    def answered(self) -> bool:
+        """Note that the server works; tell whether that is news."""
         if self._state is _State.WORKS:
-            return
+            return False
         with self._changed:
+            is_news = self._failures > 0
             self._state = _State.WORKS
             self._failures = 0
             self._is_slow = False
+            return is_news
 
-    def failed(self, took_s: float, *, timed_out: bool) -> None:
+    def failed(self, took_s: float, *, timed_out: bool) -> bool:
         """Note a failure: the server rests, twice as long at every failure in a row; those in line are sent away.
 
-        What fails while it rests already is the same failure, met by several.
+        What fails while it rests already is the same failure, met by several. Tell whether it worked until now.
         """
         with self._changed:
+            was = self._state
             now_s = self._clock.monotonic()
             self._failed_at_s = now_s
             if timed_out or took_s > _SLOW_S:
@@ -123,6 +126,7 @@ class Gate:
             if self._state is not _State.RESTS or now_s >= self._rests_until_s:
                 self._rest(now_s)
             self._changed.notify_all()
+            return was is _State.WORKS
 
     def _rest(self, now_s: float) -> None:
         self._state = _State.RESTS

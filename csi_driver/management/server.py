@@ -108,13 +108,18 @@ class Server:
                 if answer.status in _NO_GATEWAY and (request.is_repeatable or _is_retired(answer)):
                     raise ServerUnreachable(self.url, f"HTTP {answer.status}, management id {answer.error_id}")
             except (ServerUnreachable, OutcomeUnknown) as error:
-                self.gate.failed(self._clock.monotonic() - began_s, timed_out=error.timed_out)
+                if self.gate.failed(self._clock.monotonic() - began_s, timed_out=error.timed_out):
+                    _log.warning("management server %s is left alone for a while: %s", self.url, error)
                 raise
             except (Unauthenticated, ManagementTooOld):
-                self.gate.answered()  # whoever refuses works
+                self._answered()  # whoever refuses works
                 raise
-            self.gate.answered()
+            self._answered()
             return answer
+
+    def _answered(self) -> None:
+        if self.gate.answered():
+            _log.info("management server %s works again", self.url)
 
     def _asked(self, request: Request, deadline: Deadline) -> Answer:
         self._open(request, None, deadline)

@@ -6,9 +6,12 @@ netrc of the environment are not used, and no cookie jar is kept: the server obj
 
 from __future__ import annotations
 
+import http.client
+import io
+import socket
 import ssl
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import urllib3
@@ -18,6 +21,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
 from csi_driver.management import tls
 from csi_driver.management.settings import ManagementSettings
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 _CONNECT_TIMEOUT_S = 5.0
 _CHUNK_BYTES = 1 << 16
@@ -36,7 +42,45 @@ class _NotConnected(Exception):
     """No connection came about, whatever the cause: the request was not sent."""
 
 
+class _Timed(io.RawIOBase):
+    """What a server sends, up to a deadline: the socket's own time-out begins anew with every byte that drips in."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self._connection = connection
+        self._raw = connection.makefile("rb", buffering=0)
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int | None:
+        left_s = self._deadline.remaining_s()
+        if left_s <= 0:
+            raise TimeoutError("the answer did not end in time")
+        self._connection.settimeout(left_s)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+_thread = threading.local()
+"""Holds the `deadline` of the exchange that a thread is at."""
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    def __init__(
+        self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(sock, debuglevel, method, url)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Timed(sock, _thread.deadline))
+
+
 class _PlainConnection(HTTPConnection):
+    response_class = _TimedResponse
+
     def connect(self) -> None:
         try:
             super().connect()
@@ -45,6 +89,8 @@ class _PlainConnection(HTTPConnection):
 
 
 class _TlsConnection(HTTPSConnection):
+    response_class = _TimedResponse
+
     # The library tells a handshake that fails or hangs like an answer that does not come.
     def connect(self) -> None:
         try:
@@ -99,6 +145,7 @@ class Transport:
         if body is not None:
             headers["Content-Type"] = "application/json"
         what = f"{method} {path.partition('?')[0]}"
+        _thread.deadline = deadline
         try:
             response = self._current_pool().urlopen(
                 method,
@@ -112,7 +159,7 @@ class Transport:
             )
         except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:
             raise self._failure(what, error) from error
-        content = self._content(what, response, deadline)
+        content = self._content(what, response)
         cookies = response.headers.getlist("Set-Cookie")
         cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
         return Reply(response.status, response.headers.get("Location", ""), cookie, content)
@@ -138,15 +185,11 @@ class Transport:
         except tls.BadCertificateFile as error:
             raise ServerUnreachable(self.server, str(error)) from error
 
-    def _content(self, what: str, response: urllib3.BaseHTTPResponse, deadline: Deadline) -> bytes:
-        # Read piece by piece: the read time-out bounds each wait, only the deadline bounds their sum.
+    def _content(self, what: str, response: urllib3.BaseHTTPResponse) -> bytes:
         pieces: list[bytes] = []
         try:
             while piece := response.read1(_CHUNK_BYTES, decode_content=True):
                 pieces.append(piece)
-                if deadline.expired():
-                    response.close()
-                    raise OutcomeUnknown(self.server, what, "the answer did not end in time", timed_out=True)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             response.close()
             raise self._failure(what, error) from error

@@ -88,6 +88,11 @@ class Kept:
         parsed = VolumeHandle.parse(self.handle)
         return (parsed.uuid if parsed is not None else None) or ""
 
+    @property
+    def storage_name(self) -> str:
+        parsed = VolumeHandle.parse(self.handle)
+        return parsed.name if parsed is not None else ""
+
 
 @dataclass
 class World:
@@ -101,6 +106,15 @@ class World:
     failures: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     restarts: int = 0
+    attached: set[str] = field(default_factory=set)
+    """Names, in the storage, of the volumes whose attachment was acknowledged, and their detachment not asked for."""
+    wrongly_deleted: list[str] = field(default_factory=list)
+    """Volumes that a controller asked to be deleted while they were attached, whatever the storage made of it."""
+
+    def watch(self, request: Seen) -> None:
+        """Look at a request on its way to the server."""
+        if request.path == "/volumes/delete" and request.subject in self.attached:
+            self.wrongly_deleted.append(request.subject)
 
     def restart(self) -> None:
         """Let the storage manager die while requests are under way, and start it on its pool again."""
@@ -186,11 +200,13 @@ class Worker:
         node = volume.node or self.random.choice(NODES)
         context = self._until_done("attach", lambda controller: self._publish(controller, volume, node))
         volume.node = node
+        self.world.attached.add(volume.storage_name)
         assert context.uuid == volume.uuid
         assert self.world.nodes_of(volume.uuid) == {node}
 
     def detach(self, volume: Kept) -> None:
         node = self.world.client_uuid(volume.node)
+        self.world.attached.discard(volume.storage_name)
         self._until_done(
             "detach",
             lambda controller: controller.attach.unpublish(volume.handle, node, deadline=Deadline.after(CALL_S)),
@@ -298,7 +314,8 @@ class Weather:
         self._due.release()
         self._thread.join()
 
-    def _count(self, _: Seen) -> None:
+    def _count(self, request: Seen) -> None:
+        self._world.watch(request)
         with self._world.lock:
             self._requests += 1
             if self._requests % self._every == 0:

@@ -231,6 +231,17 @@ def test_a_server_that_dies_in_the_middle_of_a_change_leaves_its_outcome_unknown
     proxy.go_on()
 
 
+def test_a_request_whose_sender_has_left_does_not_arrive_any_more(
+    storage: Storage, client: ManagementClient, proxy: FaultProxy, volume: Volume, deadline: Deadline
+) -> None:
+    proxy.hang()
+    with pytest.raises(OutcomeUnknown):
+        client.set_metadata(volume, {"csi_name": "changed"}, deadline=deadline)
+    proxy.go_on()
+    assert client.volume("v1", deadline=Deadline.after(20)) == volume
+    assert proxy.forwarded[f"POST {CHANGE}"] == 0
+
+
 def test_of_two_servers_one_may_lie_dead(
     storage: Storage, proxy: FaultProxy, volume: Volume, deadline: Deadline
 ) -> None:

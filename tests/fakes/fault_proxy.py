@@ -254,7 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
         seen = proxy.seen(self.command, urlsplit(self.path).path, decoded)
         fault = proxy.choose(seen)
         proxy.held.wait()
-        if fault in (Fault.RESET_BEFORE, Fault.HANG_BEFORE) or proxy.upstream is None:
+        if _has_left(self.connection) or proxy.upstream is None:
+            self._fall_silent(hang=False)
+        elif fault in (Fault.RESET_BEFORE, Fault.HANG_BEFORE):
             self._fall_silent(fault is Fault.HANG_BEFORE)
         elif (instead := _INSTEAD.get(fault or Fault.DELAY)) is not None:
             self._send(instead)
@@ -320,6 +322,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.proxy.stopping.wait(self.server.proxy.hang_s)
         self.close_connection = True
         _break(self.connection)
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Tell whether the client has given up: then its request must not arrive any more."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _break(connection: socket.socket) -> None:

@@ -1,0 +1,142 @@
+"""What single connections do: how answers may be framed, how slowly they may come, and that connections are kept."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import OutcomeUnknown
+from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.transport import Transport
+
+LONG = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Filler: " + b"x" * 20
+
+
+class RawServer:
+    """Sends every connection these bytes, in these pieces with pauses between them; `ends`: and then its end."""
+
+    def __init__(self, *pieces: bytes, pause_s: float = 0.0, ends: bool = True) -> None:
+        self._pieces, self._pause_s, self._ends = pieces, pause_s, ends
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._stopped = threading.Event()
+        self.connections = 0
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def _accept(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+            self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                while connection.recv(65536):
+                    for piece in self._pieces:
+                        connection.sendall(piece)
+                        self._stopped.wait(self._pause_s)
+                    if self._ends:
+                        return
+            except OSError:
+                return  # the client has left
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(5)
+
+
+@pytest.fixture
+def made() -> Iterator[list[RawServer | Transport]]:
+    """What a test makes; closed in the end, clients before servers."""
+    things: list[RawServer | Transport] = []
+    yield things
+    for thing in reversed(things):
+        if isinstance(thing, Transport):
+            thing.close()
+        else:
+            thing.stop()
+
+
+def connected(made: list[RawServer | Transport], server: RawServer) -> Transport:
+    transport = Transport(server.url, ManagementSettings(servers=(server.url,)))
+    made.extend([server, transport])
+    return transport
+
+
+def asked(transport: Transport, seconds: float = 10.0) -> bytes:
+    return transport.exchange("GET", "/", None, None, Deadline.after(seconds)).content
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n[1, 2]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n[1, 2]",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[1, 2]",
+        b"HTTP/1.0 200 OK\r\n\r\n[1, 2]",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[1,\r\n3\r\n 2]\r\n0\r\n\r\n",
+    ],
+    ids=["length", "length and close", "until the end", "1.0", "chunked"],
+)
+@pytest.mark.parametrize("size", [1, 10_000], ids=["byte by byte", "at once"])
+def test_an_answer_is_read_however_it_is_framed(made: list[RawServer | Transport], answer: bytes, size: int) -> None:
+    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
+    assert asked(connected(made, RawServer(*pieces))) == b"[1, 2]"
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"], ids=["header", "body"]
+)
+def test_an_answer_that_drips_is_left_at_the_deadline(made: list[RawServer | Transport], beginning: bytes) -> None:
+    """Each byte comes soon enough; all of them never do."""
+    drops = [beginning, *(LONG[start : start + 1] for start in range(len(LONG)))]
+    transport = connected(made, RawServer(*drops, pause_s=0.05))
+    deadline = Deadline.after(0.4)
+    with pytest.raises(OutcomeUnknown) as caught:
+        transport.exchange("POST", "/", b"{}", None, deadline)
+    assert caught.value.timed_out
+    assert deadline.elapsed_s() < 2.0
+
+
+def test_one_connection_serves_many_requests(made: list[RawServer | Transport]) -> None:
+    server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ends=False)
+    transport = connected(made, server)
+    assert [asked(transport) for _ in range(20)] == [b"[]"] * 20
+    assert server.connections == 1
+
+
+def test_requests_at_the_same_time_share_as_many_connections_as_there_are_of_them(
+    made: list[RawServer | Transport],
+) -> None:
+    server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ends=False)
+    transport = connected(made, server)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: asked(transport), range(200))) == {b"[]"}
+    assert server.connections <= 8
+
+
+def test_cookies_are_handed_over_without_their_attributes(made: list[RawServer | Transport]) -> None:
+    answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: connect.sid=s%3Aa.b; Path=/; HttpOnly\r\n"
+        b"Set-Cookie: route=m1; Path=/\r\n\r\n[]"
+    )
+    transport = connected(made, RawServer(answer))
+    reply = transport.exchange("GET", "/", None, None, Deadline.after(10))
+    assert reply.cookie == "connect.sid=s%3Aa.b; route=m1"
