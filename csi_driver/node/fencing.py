@@ -66,6 +66,18 @@ def hold_of(shown: Shown, handle: VolumeHandle, uuid: str) -> Hold:
     return Hold.FENCED if status.io_enabled is False else Hold.WITHDRAWN
 
 
+def is_cut_off(shown: Shown, name: str) -> bool:
+    """Tell whether a volume of which only the name is known is certainly dead here: nobody's, and cut off.
+
+    Whatever handle it was staged under: no reference at all is left. Ask twice, as of `is_fenced`.
+    """
+    client = shown.client()
+    if client.uuid is None or client.is_upgrading or client.problem:
+        return False
+    status = shown.status(name)
+    return status is not None and status.io_enabled is False and shown.reference_ids(name) == ()
+
+
 def is_fenced(shown: Shown, handle: VolumeHandle, uuid: str) -> bool:
     """Tell whether what is staged of the volume is certainly dead: held no more, and cut off from the storage.
 

@@ -6,6 +6,7 @@ compares paths or takes a device for another one's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +16,10 @@ from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, DeviceNumber, Mapping, Mounted
 from csi_driver.model import EMPTY, VolumeHandle
+from csi_driver.node.fencing import is_cut_off, is_fenced
 from csi_driver.node.ports import Devices, Encryption, Mounts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,21 @@ class Ownership:
             return Owner.DEAD
         return Owner.OURS if self._was_made_from(mounted, volume) else Owner.OTHER
 
+    def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
+        """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.
+
+        That is where the volume came back as another device: the old one's mounts are of no use to anybody.
+        """
+        while (mounted := self._mounts.at(path)) is not None and self._is_outlived(mounted, volume):
+            logger.warning("volume %s: %s at %s is taken off", volume, self.describe(mounted), path)
+            self.take_off_one(mounted, path, volume)
+        return mounted
+
+    def _is_outlived(self, mounted: Mounted, volume: NamedVolume) -> bool:
+        is_its_filesystem = mounted.node_number is None and self._was_made_from(mounted, volume)
+        is_back = is_its_filesystem and self.device_of(volume) is not None
+        return is_back and self.owner_of(mounted, volume) is Owner.DEAD
+
     def take_off(self, path: Path, volume: NamedVolume) -> bool:
         """Unmount what is the volume's, or dead, at `path`, one by one; False when something else is mounted there.
 
@@ -101,13 +120,31 @@ class Ownership:
             case Owner.OTHER:
                 return False
             case Owner.OURS:
-                self._mounts.unmount(path)
+                self._unmount(path, volume)
             case Owner.DEAD:
                 try:
                     self._mounts.unmount(path)
                 except PreconditionFailed:
                     self._mounts.unmount(path, lazy=True)
         return True
+
+    def _unmount(self, path: Path, volume: NamedVolume) -> None:
+        """Unmount the volume at the path; lazily only where it is in use and the storage has taken it from this node.
+
+        That is asked before and after: trying to unmount what is in use takes a moment.
+        """
+        was_fenced = self._is_fenced(volume)
+        try:
+            self._mounts.unmount(path)
+        except PreconditionFailed:
+            if not was_fenced or not self._is_fenced(volume):
+                raise
+            logger.warning("volume %s was taken from this node and is in use at %s: detached lazily", volume, path)
+            self._mounts.unmount(path, lazy=True)
+
+    def _is_fenced(self, volume: NamedVolume) -> bool:
+        handle = VolumeHandle.parse(volume.volume_id)
+        return handle is not None and volume.uuid is not None and is_fenced(self._devices, handle, volume.uuid)
 
     def describe(self, mounted: Mounted) -> str:
         """Say what is mounted, for a message."""
@@ -136,9 +173,22 @@ class Ownership:
         return name if is_ours else None
 
     def is_dead(self, mounted: Mounted, name: str) -> bool:
-        """Tell whether the device of a mount is gone, or the one under it when it is the opened device of a volume."""
+        """Tell whether nothing written through a mount can ever reach the volume.
+
+        Its device is gone, or the one under it when it is the opened device of a volume, or was taken from this node.
+        """
+        number = number_of(mounted)
+        if self.is_gone(number):
+            return True
         mapping = self._mapping(name, mounted)
-        return self.is_gone(number_of(mounted)) or (mapping is not None and mapping.below is None)
+        if mapping is not None and mapping.below is None:
+            return True
+        return self.is_cut_off(name, number if mapping is None else mapping.below)
+
+    def is_cut_off(self, name: str, number: DeviceNumber | None) -> bool:
+        """Tell whether the volume's device, which has that number, was taken from this node."""
+        device = self._devices.find(name)
+        return device is not None and device.number == number and is_cut_off(self._devices, name)
 
     def is_gone(self, number: DeviceNumber) -> bool:
         """Tell whether a device is no more: nothing can be read from it or written to it."""

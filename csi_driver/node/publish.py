@@ -129,7 +129,7 @@ class Publish:
             raise PreconditionFailed(f"volume {volume} is staged as {staged.fs_type}, wanted {access.fs_type}")
         if staged.read_only and not read_only:
             raise PreconditionFailed(f"volume {volume} is staged read-only at {staging}, wanted write access")
-        published = self._mounts.at(target)
+        published = self._ownership.at(target, volume)
         if published is not None:
             self._accept(published, volume, target, device, staged.root, read_only=read_only)
             return

@@ -32,9 +32,9 @@ class Kind(Enum):
 
     FORGOTTEN = "staged where kubelet has no record of it, and published nowhere"
     """kubelet lost its file and will never unstage it. Live, so it is unmounted in the ordinary way or not at all."""
-    DEAD = "a mount of a device that is gone, and kubelet has no record of it"
+    DEAD = "a mount of a device that is gone or was taken from this node, and kubelet has no record of it"
     """Nothing can be read or written through it any more. Unmounted; lazily where a program holds on to it."""
-    BROKEN = "a mount of a device that is gone; kubelet will take it back"
+    BROKEN = "a mount of a device that is gone or was taken from this node; kubelet will take it back"
     """Only reported: kubelet calls NodeUnpublishVolume and NodeUnstageVolume, which take it off."""
     READER = "a read-only device that is published nowhere"
     """What a crash left of a read-only publication of raw block. Taken down only if nobody has it open."""
@@ -161,7 +161,9 @@ class Reconcile:
         try:
             self._mounts.unmount(finding.path)
         except PreconditionFailed:
-            if finding.kind is not Kind.DEAD or not self._ownership.is_gone(finding.number):
+            name, number = finding.name, finding.number
+            can_flush = not self._ownership.is_gone(number) and not self._ownership.is_cut_off(name, number)
+            if finding.kind is not Kind.DEAD or can_flush:
                 raise
             logger.warning("%s, and a program holds on to it: detached lazily", finding)
             self._mounts.unmount(finding.path, lazy=True)

@@ -71,7 +71,7 @@ class Stage:
                 self._stage_block(volume, context, path, locks, read_only=read_only, deadline=in_time)
             case MountAccess() as access:
                 plan = self._plan(access, request, context)
-                mounted = self._mounts.at(path)
+                mounted = self._ownership.at(path, volume)
                 if mounted is None:
                     self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
                 else:

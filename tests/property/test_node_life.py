@@ -130,6 +130,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(name=volumes, path=stagings, block=st.booleans(), read_only=st.booleans(), death=deaths, again=st.booleans())
     def stage(self, name: str, path: Path, block: bool, read_only: bool, death: int, again: bool) -> None:
         mode = AccessMode.SINGLE_NODE_READER_ONLY if read_only else AccessMode.SINGLE_NODE_WRITER
+        was_outlived = not block and self.is_outlived(name, path)
         expected = self.may_stage_block(name, path) if block else self.may_stage(name, path, read_only)
         done = self.call(
             lambda: self.node.stage(
@@ -144,6 +145,8 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
+        if was_outlived:
+            self.look_again(path)
         if done and not block and life.disk is not None:
             if path not in self.places and not self.elsewhere(name):
                 life.holds, life.begun = "filesystem", 0
@@ -157,6 +160,7 @@ class NodeLife(RuleBasedStateMachine):
         self, name: str, staging: Path, at: Path, block: bool, read_only: bool, death: int, again: bool
     ) -> None:
         expected = (self.may_publish_block if block else self.may_publish)(name, staging, at, read_only)
+        was_outlived = not block and self.is_outlived(name, at)
         done = self.call(
             lambda: self.node.publish(
                 at,
@@ -171,6 +175,8 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
+        if was_outlived:
+            self.look_again(at)
         if done and at not in self.places and life.disk is not None:
             if block and not read_only:
                 life.begun = 0
@@ -234,7 +240,7 @@ class NodeLife(RuleBasedStateMachine):
         there = self.places.get(path)
         if life.disk is None:
             return False
-        if there is not None:
+        if there is not None and not self.is_outlived(name, path):
             same = there.name == name and not there.is_dead and not there.block
             return same and there.is_filesystem_read_only == read_only
         shared = self.elsewhere(name)
@@ -248,6 +254,12 @@ class NodeLife(RuleBasedStateMachine):
             return unfinished and not read_only
         return life.holds == "blank" and not read_only
 
+    def is_outlived(self, name: str, path: Path) -> bool:
+        """Tell whether the path holds what is left of the volume's filesystem since it came back as another device."""
+        there = self.places.get(path)
+        is_left = there is not None and there.name == name and there.is_dead and not there.block
+        return is_left and self.lives[name].disk is not None
+
     def may_stage_block(self, name: str, path: Path) -> bool:
         return self.lives[name].disk is not None and path not in self.places
 
@@ -257,7 +269,9 @@ class NodeLife(RuleBasedStateMachine):
             return False
         if origin.read_only and not read_only:
             return False
-        return there is None or self.is_so(there, name, block=False, read_only=read_only)
+        if there is None or self.is_outlived(name, target):
+            return True
+        return self.is_so(there, name, block=False, read_only=read_only)
 
     def may_publish_block(self, name: str, staging: Path, target: Path, read_only: bool) -> bool:
         there = self.places.get(target)
@@ -280,6 +294,11 @@ class NodeLife(RuleBasedStateMachine):
 
     def elsewhere(self, name: str) -> list[Place]:
         return [place for place in self.places.values() if place.name == name and not (place.block or place.is_dead)]
+
+    def look_again(self, path: Path) -> None:
+        """What was dead at the path may be off, whatever came of the call."""
+        del self.places[path]
+        self.look()
 
     def look(self) -> None:
         """After a death that nobody repeated: what is, is what the next call starts from."""

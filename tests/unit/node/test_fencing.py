@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.machine import Device, DeviceNumber, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
-from csi_driver.node.fencing import Hold, hold_of, is_fenced
+from csi_driver.node.fencing import Hold, hold_of, is_cut_off, is_fenced
 
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
@@ -89,3 +89,22 @@ def test_a_handle_without_a_last_part_is_held_under_the_volumes_uuid(uuid: str) 
     plain = VolumeHandle("v", "z")
     assert hold_of(Client(references=(UUID,)), plain, uuid) is Hold.HELD
     assert hold_of(Client(its_status=CUT, references=("team-a",)), plain, uuid) is Hold.FENCED
+
+
+@pytest.mark.parametrize(
+    ("client", "is_cut"),
+    [
+        (Client(its_status=CUT, references=()), True),
+        # Held under some reference, or not known under which: an outage, or a client that is not done yet.
+        (Client(its_status=CUT, references=("team-b",)), False),
+        (Client(its_status=CUT, references=None), False),
+        (Client(its_status=SILENT, references=()), False),
+        (Client(references=()), False),
+        (Client(its_status=None, references=()), False),
+        (Client(its_status=CUT, references=(), its_client=StorageClient("c", is_upgrading=True)), False),
+        (Client(its_status=CUT, references=(), its_client=StorageClient("c", problem="x")), False),
+        (Client(its_status=CUT, references=(), its_client=StorageClient(None)), False),
+    ],
+)
+def test_without_a_handle_only_a_volume_that_nobody_holds_is_cut_off(client: Client, is_cut: bool) -> None:
+    assert is_cut_off(client, "v") is is_cut

@@ -12,6 +12,7 @@ import pytest
 
 from csi_driver.errors import OperationPending, SystemCallFailed
 from csi_driver.handover import Encryption
+from csi_driver.machine import VolumeStatus
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
 from csi_driver.node.reconcile import Finding, Kind
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
@@ -271,6 +272,28 @@ def test_dead_publications_that_kubelet_forgot_are_unmounted(kubelet: Kubelet) -
     assert kubelet.sweep() == [Kind.BROKEN]
     assert kubelet.host.mounts_at(TARGET) == 0
     assert kubelet.host.mounts_at(STAGING) == 1
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_mount_of_a_volume_that_was_taken_away_is_dead(kubelet: Kubelet, in_use: bool) -> None:
+    kubelet.stage()
+    entry = kubelet.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = in_use
+    disk = kubelet.host.disks[NAME]
+    disk.status, disk.references = VolumeStatus(NAME, UUID, io_enabled=False), ()
+    assert kubelet.sweep() == [Kind.BROKEN]
+    kubelet.forget(STAGING_RECORD)
+    assert kubelet.sweep() == [Kind.DEAD]
+    assert kubelet.sweep() == []
+    assert kubelet.host.mounts_at(STAGING) == 0
+
+
+def test_a_mount_of_a_volume_whose_io_is_off_for_a_while_is_no_finding(kubelet: Kubelet) -> None:
+    kubelet.stage()
+    disk = kubelet.host.disks[NAME]
+    disk.status, disk.references = VolumeStatus(NAME, UUID, io_enabled=False), (UUID,)
+    assert kubelet.sweep() == kubelet.sweep() == []
 
 
 def test_a_device_that_came_back_is_another_one_to_its_old_mount(kubelet: Kubelet) -> None:

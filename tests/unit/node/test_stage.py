@@ -16,6 +16,7 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.handover import History
+from csi_driver.machine import VolumeStatus
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.node.requests import StageRequest
@@ -351,12 +352,41 @@ def test_a_mount_is_not_taken_for_a_volume_of_the_same_name_and_another_uuid(nod
         node.stage(volume_id=f"z:{NAME}:{OTHER_UUID}", context=publish_context(uuid=OTHER_UUID))
 
 
-def test_a_staging_path_that_holds_a_dead_device_is_refused_naming_it(node: FakeNode) -> None:
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_volume_that_came_back_as_another_device_is_staged_in_place_of_the_dead_one(
+    node: FakeNode, in_use: bool
+) -> None:
     formatted(node)
     node.stage()
-    node.host.attach(NAME, UUID, like=node.host.detach(NAME))
+    entry = node.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = in_use
+    back = node.host.attach(NAME, UUID, like=node.host.detach(NAME))
+    node.stage()
+    assert node.host.mounts_at(STAGING) == 1
+    mounted = node.host.mounts.at(STAGING)
+    assert mounted is not None
+    assert mounted.number == back.number
+    assert node.host.destroyed == []
+
+
+def test_a_staging_path_that_holds_a_dead_device_stays_while_the_volume_is_not_back(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.host.detach(NAME)
     with pytest.raises(PreconditionFailed, match="gone"):
         node.stage()
+    assert node.host.mounts_at(STAGING) == 1
+
+
+def test_a_staging_path_that_holds_the_dead_device_of_another_volume_is_refused(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.host.detach(NAME)
+    node.host.attach("csi-2", OTHER_UUID)
+    with pytest.raises(PreconditionFailed, match="gone"):
+        node.stage(volume_id=f"z:csi-2:{OTHER_UUID}", context=publish_context(name="csi-2", uuid=OTHER_UUID))
+    assert node.host.mounts_at(STAGING) == 1
 
 
 def test_a_second_staging_path_shares_the_filesystem(node: FakeNode) -> None:
@@ -615,3 +645,26 @@ def test_what_another_process_staged_in_the_meantime_is_taken_and_not_mounted_ag
     monkeypatch.setattr(node.marks, "remove", remove_while_another_stages)
     node.stage()
     assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
+
+
+# --- what another node has taken over ---
+
+
+@pytest.mark.parametrize("references", [(), ("another",), (UUID,), None])
+def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_node(
+    node: FakeNode, references: tuple[str, ...] | None
+) -> None:
+    formatted(node)
+    node.stage()
+    entry = node.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = True
+    disk = node.host.disks[NAME]
+    disk.status, disk.references = VolumeStatus(NAME, UUID, io_enabled=False), references
+    if references in ((), ("another",)):
+        node.unstage()
+        assert node.host.mounts_at(STAGING) == 0
+    else:
+        with pytest.raises(PreconditionFailed):
+            node.unstage()
+        assert node.host.mounts_at(STAGING) == 1
