@@ -183,6 +183,9 @@ class LinuxFilesystems:
         except OSError as error:
             raise SystemCallFailed(f"open {path}", error.errno or 0) from error
         try:
+            mounted = ioctls.device_number(os.fstat(fd).st_dev)
+            if fs_type != "btrfs" and mounted != device.number:  # btrfs shows a number of its own
+                raise PreconditionFailed(f"{path} holds device {mounted}, expected {device.number}")
             match fs_type:
                 case "ext2" | "ext3" | "ext4":
                     recorded = self._grow_mounted_ext4(fd, device, fs_type)

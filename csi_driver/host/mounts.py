@@ -156,31 +156,51 @@ class LinuxMounts:
         what = f"bind {source} at {target}"
         with contextlib.ExitStack() as held:
             target_fd = _held(held, self._open_at(target))
+            source_fd = _held(held, self._open_source(source))
             if not syscalls.has_mount_api():
-                _bind_classic(source, target, target_fd, read_only=read_only)
+                _bind_classic(source_fd, target, target_fd, what, read_only=read_only)
                 return
-            mount_fd = _held(held, syscalls.open_tree_clone(source))
+            mount_fd = _held(held, syscalls.open_tree_clone(source_fd, what))
             if read_only:
                 syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
                 _verify_read_only(mount_fd, what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
+    def _open_source(self, source: Path) -> int:
+        """Open what is to be bound: a device node wherever it is, a directory only where mounts may be made."""
+        try:
+            is_node = stat.S_ISBLK(os.lstat(source).st_mode)
+        except OSError as error:
+            raise SystemCallFailed(f"look at {source}", error.errno or 0) from error
+        return open_target(source) if is_node else self._open_at(source)
+
     def unmount(self, path: Path, *, lazy: bool = False) -> None:
         """Take off the topmost mount at `path`; nothing mounted there is success.
 
+        The directory that it lies in is held open, and its own name not followed, so that no link leads elsewhere.
         `lazy` takes it off the tree at once and lets the kernel finish when the last user is gone.
         A mount that is busy is tried again for a moment: a program that another thread starts holds a copy of every
         descriptor of this process, those that looked at the mount included, from its fork to its exec.
         """
         flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0)
         refusal: SystemCallFailed | None = None
+        try:
+            parent_fd = self._open_at(path.parent)
+        except SystemCallFailed as failure:
+            if failure.errno in _ABSENT:
+                return
+            raise
+        held_path = Path(f"/proc/self/fd/{parent_fd}", path.name)
 
         def settled() -> bool:
             nonlocal refusal
-            refusal = _refusal_to_unmount(path, flags)
+            refusal = _refusal_to_unmount(held_path, flags)
             return refusal is None or refusal.errno != errno.EBUSY
 
-        Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(settled, first_s=0.001, most_s=0.1)
+        try:
+            Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(settled, first_s=0.001, most_s=0.1)
+        finally:
+            os.close(parent_fd)
         if refusal is not None:
             raise _refused(f"unmount {path}", refusal.errno) from refusal
 
@@ -354,9 +374,10 @@ def _verify_read_only(mount_fd: int, what: str) -> None:
         raise HostFailure(f"{what}: it became read-write, wanted read-only")
 
 
-def _bind_classic(source: Path, target: Path, target_fd: int, *, read_only: bool) -> None:
+def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
     """Bind by mount(2): read-only needs a second call, and is taken off again where that one fails."""
-    syscalls.mount(str(source), Path(f"/proc/self/fd/{target_fd}"), "none", syscalls.MS_BIND, "")
+    place = Path(f"/proc/self/fd/{target_fd}")
+    syscalls.mount(f"/proc/self/fd/{source_fd}", place, "none", syscalls.MS_BIND, "")
     if not read_only:
         return
     kept = _flags_of(os.statvfs(target).f_flag)
@@ -364,7 +385,7 @@ def _bind_classic(source: Path, target: Path, target_fd: int, *, read_only: bool
         flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
         syscalls.mount("none", target, "none", flags, "")
         if not os.statvfs(target).f_flag & os.ST_RDONLY:
-            raise HostFailure(f"bind {source} at {target}: it became read-write, wanted read-only")
+            raise HostFailure(f"{what}: it became read-write, wanted read-only")
     except BaseException:
         syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
         raise

@@ -58,8 +58,8 @@ class LinuxPaths:
                 raise
 
     def open(self, path: Path) -> int:
-        """Hold what is at the path (O_PATH): for a mount to be put onto."""
-        return _open_below(self._root_of(path), path)
+        """Hold what is at the path (O_PATH), which may be a root: for a mount to be put onto, or taken off in it."""
+        return _open_below(self._root_of(path, itself=True), path)
 
     def kind(self, path: Path) -> str:
         """Tell what is at the path itself: "directory", "file", "device", "other" or "absent"."""
@@ -155,9 +155,9 @@ class LinuxPaths:
         finally:
             os.close(fd)
 
-    def _root_of(self, path: Path) -> Path:
+    def _root_of(self, path: Path, *, itself: bool = False) -> Path:
         for _, root in self._roots:
-            if path.is_relative_to(root) and path != root and ".." not in path.parts:
+            if path.is_relative_to(root) and (itself or path != root) and ".." not in path.parts:
                 return root
         raise PreconditionFailed(f"{path} lies below no path root")
 

@@ -142,11 +142,10 @@ def fsmount(context: int, attributes: int) -> int:
     )
 
 
-def open_tree_clone(source: Path) -> int:
-    """Make a bind mount of `source`, visible nowhere yet. A link as the last component is not followed."""
-    flags = _OPEN_TREE_CLONE | _CLOEXEC | AT_SYMLINK_NOFOLLOW
-    path = ctypes.c_char_p(os.fsencode(source))
-    return _syscall(f"bind {source}", _OPEN_TREE, ctypes.c_int(AT_FDCWD), path, ctypes.c_uint(flags))
+def open_tree_clone(source_fd: int, what: str) -> int:
+    """Make a bind mount of what the descriptor holds, visible nowhere yet."""
+    flags = _OPEN_TREE_CLONE | _CLOEXEC | AT_EMPTY_PATH
+    return _syscall(what, _OPEN_TREE, ctypes.c_int(source_fd), ctypes.c_char_p(b""), ctypes.c_uint(flags))
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:

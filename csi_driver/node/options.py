@@ -29,7 +29,7 @@ _MEANINGLESS = frozenset({"defaults", "_netdev", "nofail", "rw"})
 _REFUSED = {
     "another operation than mounting the volume": (
         "bind rbind remount move loop offset sizelimit shared rshared slave rslave private rprivate unbindable "
-        "runbindable user users owner group auto noauto helper uhelper"
+        "runbindable user users owner group auto noauto helper uhelper source"
     ),
     "another device or place on disk": (
         "device logdev rtdev journal_path journal_dev journal sb subvol subvolid usrjquota grpjquota"
@@ -121,7 +121,7 @@ def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
             taken[f"{selinux[1]}={selinux[3]}"] = None
             continue
         name = _name(option)
-        if _SHAPE.fullmatch(option) is None or name.startswith("x-"):
+        if _SHAPE.fullmatch(option) is None or name.lower().startswith("x-"):
             raise InvalidField(MOUNT_FLAGS, name, "an option of the filesystem, such as noatime or commit=30")
         reason = _REFUSED_WHOLE.get(option) or _REFUSED_BY_NAME.get(name)
         if reason is not None:

@@ -139,6 +139,11 @@ class Publish:
             self._paths.remove(target)
         self._paths.make_directory(target)
         self._mounts.bind(staging, target, read_only=read_only)
+        bound = self._mounts.at(target)
+        if bound is None or (bound.number, bound.root) != (staged.number, staged.root):
+            # Whoever may write on the way to the staging path has put something else there since it was looked at.
+            self._mounts.unmount(target)
+            raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; call again")
 
     def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mounted:
         staged = self._mounts.at(staging)

@@ -220,3 +220,28 @@ def test_nothing_is_mounted_through_a_link(paths: LinuxPaths, root: Path) -> Non
     with pytest.raises(SystemCallFailed, match="ELOOP"):
         LinuxMounts(paths.open).bind(root, root / "link" / "target", read_only=False)
     assert not mounts_below(outside)
+
+
+@pytest.mark.root
+def test_nothing_is_bound_from_or_unmounted_through_a_link(paths: LinuxPaths, root: Path, mounted: Path) -> None:
+    link, target = root / "link", root / "bound"
+    target.mkdir()
+    link.symlink_to(mounted.parent)
+    mounts = LinuxMounts(paths.open)
+    with pytest.raises(SystemCallFailed, match="ELOOP"):
+        mounts.bind(link / mounted.name, target, read_only=False)
+    with pytest.raises(SystemCallFailed, match="ELOOP"):
+        mounts.unmount(link / mounted.name)
+    assert str(mounted) in mounts_below(mounted)
+
+
+@pytest.mark.root
+def test_what_lies_in_a_root_itself_is_unmounted_and_nothing_outside(
+    paths: LinuxPaths, root: Path, mounted: Path, tmp_path: Path
+) -> None:
+    mounts = LinuxMounts(paths.open)
+    mounts.unmount(root / "nothing" / "there")
+    with pytest.raises(PreconditionFailed, match="below no path root"):
+        mounts.unmount(tmp_path / "elsewhere" / "target")
+    mounts.unmount(mounted)
+    assert mounts_below(mounted) == []

@@ -26,7 +26,10 @@ def plan(
     [
         "-o", "--bind", "-t", "bind", "rbind", "remount", "move", "rprivate", "loop=/dev/loop1", "offset=4096", "a b",
         "noatime\n", "x\0y", "", "noatime,bind", ",", "device=/dev/sda", "logdev=/dev/sda", "journal_dev=8",
-        "subvol=/x", "errors=panic", "suid", "dev", "x-mount.mkdir", "noatime=/etc/passwd", "é", "nvmesh:chmod=99",
+        "subvol=/x", "errors=panic", "suid", "dev", "nosuid,suid", "x-mount.mkdir", "X-mount.idmap=b:0:0:1",
+        "x-systemd.automount",
+        "source=/dev/sda", "shared", "rslave", "unbindable", "sizelimit=4096", "subvolid=5", "journal_path=/dev/sda",
+        "test_dummy_encryption", "skip_balance", "uhelper=x", "noatime=/etc/passwd", "é", "nvmesh:chmod=99",
         "nvmesh:chmod=u+s", "helper=evil", "sb=8193", "context=a;b", "abort", "a" * 5000 + "!",
     ],
 )  # fmt: skip

@@ -71,6 +71,22 @@ def test_publishing_again_leaves_exactly_one_mount(staged: FakeNode) -> None:
     assert staged.host.mounts_at(TARGET) == 1
 
 
+def test_a_staging_path_that_is_exchanged_meanwhile_leaves_nothing_of_the_other_at_the_target(staged: FakeNode) -> None:
+    staged.host.attach("csi-2", OTHER_UUID)
+    staged.host.make_tree(OTHER_STAGING)
+    staged.stage(volume_id=OTHER_ID, staging=OTHER_STAGING, context=OTHER_CONTEXT)
+
+    def exchange(point: str) -> None:
+        if point == "before create":
+            for entry in staged.host.table:
+                entry.path = {STAGING: OTHER_STAGING, OTHER_STAGING: STAGING}[entry.path]
+
+    staged.host.step = exchange
+    with pytest.raises(PreconditionFailed, match="changed while"):
+        staged.publish()
+    assert staged.host.mounts_at(TARGET) == 0
+
+
 def test_publishing_without_a_staging_path_is_refused(staged: FakeNode) -> None:
     with pytest.raises(PreconditionFailed, match="staging_target_path"):
         staged.publish(staging="")
