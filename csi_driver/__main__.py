@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +34,7 @@ from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters
+    from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.node.faults import PortHook
     from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
@@ -153,6 +155,15 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
 
     use_cases = _node_use_cases(command)
+
+    def beside(boundary: Boundary) -> ExitStack:
+        running = ExitStack()
+        sweep = partial(use_cases.reconcile.sweep, boundary.keeping_off)
+        running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
+        if command.kubernetes is not None:
+            running.enter_context(_node_label(command.kubernetes, command.node.node_name, use_cases))
+        return running
+
     servicer = NodeServicer(
         use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
     )
@@ -162,10 +173,15 @@ def _node(command: NodeCommand) -> int:
         command.driver_name,
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
-        lambda boundary: Rounds(
-            lambda: use_cases.reconcile.sweep(boundary.keeping_off), command.node.reconcile_interval_s, name="reconcile"
-        ),
+        beside,
     )
+
+
+def _node_label(settings: ApiSettings, node_name: str, use_cases: NodeUseCases) -> AbstractContextManager[object]:
+    from csi_driver.kubernetes.api import ApiServer
+    from csi_driver.kubernetes.label import ClientLabel
+
+    return ClientLabel(ApiServer(settings), node_name, use_cases.health.why_unusable)
 
 
 def _node_use_cases(command: NodeCommand) -> NodeUseCases:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
+    from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
@@ -64,6 +65,8 @@ class NodeCommand:
     device_directory: Path
     status_directory: Path
     evidence: ZoneEvidence
+    kubernetes: ApiSettings | None = None
+    """Set where the node keeps its own label."""
 
 
 @dataclass(frozen=True, slots=True)

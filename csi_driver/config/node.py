@@ -21,6 +21,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
+from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
 
@@ -96,11 +97,47 @@ _CLIENT_CONFIG = Flag(
     "The storage client's configuration, for its management servers.",
     metavar="FILE",
 )
+_LABEL = Flag(
+    "--node-label",
+    read.boolean,
+    False,
+    "false",
+    "Keep the label nvmesh-csi/client-status=ready on this node's object in Kubernetes for as long as its storage"
+    " client can be used.",
+)
+_API_HOST = Flag(
+    "--kubernetes-host",
+    read.text,
+    "",
+    "none",
+    "Host of the Kubernetes API server, for --node-label.",
+    metavar="HOST",
+    environment="KUBERNETES_SERVICE_HOST",
+)
+_API_PORT = Flag(
+    "--kubernetes-port",
+    read.positive_count,
+    443,
+    "443",
+    "Where the API server speaks HTTPS.",
+    unit="TCP port",
+    metavar="PORT",
+    environment="KUBERNETES_SERVICE_PORT",
+)
+_ACCOUNT = Flag(
+    "--kubernetes-account",
+    read.path,
+    Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+    "/var/run/secrets/kubernetes.io/serviceaccount",
+    "Directory with the service account's files token and ca.crt; both are read again for every request.",
+    metavar="DIR",
+)
 _ZONE = replace(ZONE, default="", shown_default=f"found out from the files below, else {DEFAULT_ZONE}")
 
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, MAX_VOLUMES,
-    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, *LOG_FLAGS,
+    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, _LABEL, _API_HOST, _API_PORT, _ACCOUNT,
+    *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -131,4 +168,14 @@ def node(values: Values) -> NodeCommand:
             nodes_file=values.one(_NODES_FILE),
             client_config=values.one(_CLIENT_CONFIG),
         ),
+        kubernetes=_kubernetes(values),
     )
+
+
+def _kubernetes(values: Values) -> ApiSettings | None:
+    if not values.one(_LABEL):
+        return None
+    host = values.one(_API_HOST)
+    if not host:
+        values.problems.append("--node-label needs --kubernetes-host (or KUBERNETES_SERVICE_HOST, set in every pod)")
+    return ApiSettings(host, values.one(_API_PORT), values.one(_ACCOUNT))

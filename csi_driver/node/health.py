@@ -84,6 +84,10 @@ class NodeHealth:
         """Tell what is wrong with this node's way to the storage; touches no device."""
         return tuple(self._storage())
 
+    def why_unusable(self) -> str:
+        """Say why no volume can be used on this node now; empty = they can."""
+        return "; ".join(entry.message for entry in self._storage())
+
     # --- the volume ---
 
     def _status_of(self, volume: NamedVolume) -> VolumeStatus | None:

@@ -25,6 +25,7 @@ from csi_driver.config.made import (
 )
 from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
+from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.node.requests import NodeSettings
 
@@ -78,6 +79,21 @@ def test_a_node_is_called_as_its_host_unless_told_otherwise() -> None:
     made = command(NODE)
     assert isinstance(made, NodeCommand)
     assert made.node.node_name == Path("/proc/sys/kernel/hostname").read_text().strip()
+
+
+def test_a_node_keeps_no_label_unless_told_to_and_then_needs_to_know_where() -> None:
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "6443"}
+    account = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    for argv, environ, expected in (
+        (NODE, pod, None),
+        ([*NODE, "--node-label"], pod, ApiSettings("10.0.0.1", 6443, account)),
+        ([*NODE, "--node-label", "--kubernetes-host", "h"], {}, ApiSettings("h", 443, account)),
+    ):
+        made = parse(argv, environ)
+        assert isinstance(made, NodeCommand)
+        assert made.kubernetes == expected
+    with pytest.raises(UsageError, match="--kubernetes-host"):
+        parse([*NODE, "--node-label"], {})
 
 
 def test_the_storage_has_the_defaults_of_its_settings() -> None:

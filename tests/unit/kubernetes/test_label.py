@@ -1,0 +1,140 @@
+"""The node's label says what is so: set while the client can be used, taken away when it cannot, and no oftener."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from csi_driver.errors import StorageUnavailable
+from csi_driver.kubernetes import label
+from csi_driver.kubernetes.label import LABEL, PATIENCE, READY, ClientLabel
+from tests.fakes.host import FakeClock
+
+
+@dataclass
+class FakeNodes:
+    """The labels of one node, and every change that was asked for."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    asked: list[str | None] = field(default_factory=list)
+    is_down: bool = False
+    was_asked: threading.Event = field(default_factory=threading.Event)
+
+    def label_node(self, name: str, labels: Mapping[str, str | None]) -> None:
+        assert name == "node-1"
+        self.asked.append(labels[LABEL])
+        self.was_asked.set()
+        if self.is_down:
+            raise StorageUnavailable("nobody answers")
+        for key, value in labels.items():
+            if value is None:
+                self.labels.pop(key, None)
+            else:
+                self.labels[key] = value
+
+
+class Kept:
+    """A label that is kept over fakes; `pass_time` lets it be tended as its thread would."""
+
+    def __init__(self) -> None:
+        self.nodes = FakeNodes({"other": "label"})
+        self.clock = FakeClock()
+        self.reason = ""
+        self.keeper = self.restarted()
+
+    def restarted(self) -> ClientLabel:
+        self.keeper = ClientLabel(self.nodes, "node-1", lambda: self.reason, self.clock, lambda: 1.0)
+        return self.keeper
+
+    def look(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.clock.sleep(self.keeper.tend())
+
+    @property
+    def value(self) -> str | None:
+        return self.nodes.labels.get(LABEL)
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+def test_a_usable_client_is_told_at_once_and_once(kept: Kept) -> None:
+    kept.look(10)
+    assert (kept.value, kept.nodes.asked) == (READY, [READY])
+    assert kept.nodes.labels["other"] == "label"
+
+
+def test_an_unusable_client_is_told_at_the_start(kept: Kept) -> None:
+    kept.nodes.labels[LABEL] = READY
+    kept.reason = "there is none"
+    kept.look(10)
+    assert (kept.value, kept.nodes.asked) == (None, [None])
+
+
+def test_a_client_that_goes_loses_its_label_and_gets_it_back(kept: Kept) -> None:
+    kept.look()
+    kept.reason = "it does not run"
+    kept.look(PATIENCE)
+    assert kept.value is None
+    kept.reason = ""
+    kept.look()
+    assert kept.nodes.asked == [READY, None, READY]
+    assert LABEL in kept.nodes.labels
+
+
+def test_a_client_that_is_upgraded_under_its_volumes_keeps_its_label(kept: Kept) -> None:
+    kept.look()
+    for _ in range(5):
+        kept.reason = "it is being upgraded"
+        kept.look(PATIENCE - 1)
+        assert kept.value == READY
+        kept.reason = ""
+        kept.look()
+    assert kept.nodes.asked == [READY]
+
+
+def test_a_label_that_somebody_took_away_comes_back(kept: Kept) -> None:
+    kept.look()
+    del kept.nodes.labels[LABEL]
+    kept.look(int(label.ASSERT_S / label.LOOK_S) + 1)
+    assert (kept.value, len(kept.nodes.asked)) == (READY, 2)
+
+
+def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(kept: Kept) -> None:
+    kept.nodes.is_down = True
+    pauses = [kept.keeper.tend() for _ in range(14)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (1.0, 300.0)
+    kept.nodes.is_down = False
+    kept.look()
+    assert kept.value == READY
+    kept.nodes.is_down, kept.reason = True, "it does not run"
+    kept.look(PATIENCE - 1)
+    assert kept.keeper.tend() == 1.0
+
+
+def test_a_thousand_nodes_do_not_come_back_at_once() -> None:
+    kept = Kept()
+    kept.nodes.is_down = True
+    kept.keeper.jitter = iter((0.0, 0.5, 1.0)).__next__
+    assert [kept.keeper.tend() for _ in range(3)] == [0.5, 1.5, 4.0]
+
+
+def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kept: Kept) -> None:
+    kept.look()
+    kept.nodes.is_down, kept.reason = True, "it does not run"
+    kept.look(PATIENCE + 2)
+    kept.reason, kept.nodes.is_down = "", False
+    kept.look(50)
+    assert kept.value == READY
+
+
+def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
+    with kept.keeper:
+        assert kept.nodes.was_asked.wait(10)
+    assert kept.value == READY
