@@ -264,7 +264,8 @@ class EncryptedVolumes:
             logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
 
         logger.info("reading every block of volume %s before it gets a LUKS header", volume)
-        offset = self._filesystems.first_data(opened, deadline=None, progress=log)
+        with self._heavy.reading():
+            offset = self._filesystems.first_data(opened, deadline=None, progress=log)
         if offset is not None:
             raise PreconditionFailed(
                 f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "

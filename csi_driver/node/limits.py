@@ -1,4 +1,4 @@
-"""How much heavy work (formatting, checking, growing) runs at once on this node."""
+"""How much work of each kind runs at once on this node: short heavy work, and the reading of whole volumes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from csi_driver.errors import DeadlineReached
 
 
 class HeavyWork:
-    """A limited number of places; who finds none waits inside its RPC, so that a boot storm meets no errors."""
+    """A limited number of places; who finds none waits inside its RPC, so that a boot storm meets no errors.
+
+    Formatting, checking and growing take seconds and have the places. To read a whole volume may take hours: who does
+    that gives its place to others meanwhile, so that a few large old volumes do not hold up every other one. As many
+    volumes are read at once as there are places.
+    """
 
     def __init__(self, places: int) -> None:
         self._places = threading.BoundedSemaphore(places)
+        self._readers = threading.BoundedSemaphore(places)
 
     @contextmanager
     def place(self, what: str, *, deadline: Deadline) -> Iterator[None]:
@@ -25,3 +31,16 @@ class HeavyWork:
             yield
         finally:
             self._places.release()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Give up the place that is held, for a block that reads a whole volume, and take one again afterwards.
+
+        Both are waited for as long as it takes: what was read must not have to be read again.
+        """
+        self._places.release()
+        try:
+            with self._readers:
+                yield
+        finally:
+            self._places.acquire()

@@ -204,7 +204,8 @@ class Preparation:
     def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
         """Read every block. It takes no deadline: a large volume would never be done, and a retry finds it at work."""
         logger.info("reading every block of volume %s before it is formatted", volume)
-        offset = self._filesystems.first_data(opened, deadline=None, progress=_progress_of(volume))
+        with self._heavy.reading():
+            offset = self._filesystems.first_data(opened, deadline=None, progress=_progress_of(volume))
         if offset is not None:
             raise PreconditionFailed(
                 f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "

@@ -1,0 +1,76 @@
+"""Limits by kind of work: many format one after the other, and none waits for a volume that is read whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, HostFailure
+from csi_driver.handover import Encryption, History
+from csi_driver.machine import OpenDevice
+from csi_driver.node.limits import HeavyWork
+from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
+
+OTHER = "csi-2"
+OTHER_STAGING = Path("/var/lib/kubelet/plugins/other/globalmount")
+
+
+@pytest.mark.parametrize("encryption", [Encryption.NONE, Encryption.LUKS])
+def test_a_volume_that_is_read_whole_holds_up_no_other(encryption: Encryption) -> None:
+    node = FakeNode(heavy_operations=1)
+    node.host.attach(NAME, UUID)
+    node.host.attach(OTHER, OTHER_UUID)
+    node.host.make_tree(OTHER_STAGING)
+    reads, goes_on = threading.Event(), threading.Event()
+
+    def read_on(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> None:
+        reads.set()
+        assert goes_on.wait(30)
+
+    node.host.filesystems.first_data = read_on  # type: ignore[method-assign]
+    secrets = {"passphrase": "correct horse"}
+    old = publish_context(attachment=3, history=History.ATTACHED, encryption=encryption)
+    worker = threading.Thread(target=lambda: node.stage(context=old, secrets=secrets))
+    worker.start()
+    try:
+        assert reads.wait(30)
+        node.stage(
+            volume_id=f"z:{OTHER}:{OTHER_UUID}",
+            staging=OTHER_STAGING,
+            context=publish_context(name=OTHER, uuid=OTHER_UUID),
+        )
+        assert node.host.formats == [OTHER_UUID]
+    finally:
+        goes_on.set()
+        worker.join(30)
+    assert len(node.host.formats) == 2
+
+
+def test_only_so_many_volumes_are_read_at_once() -> None:
+    heavy = HeavyWork(1)
+    soon = Deadline.after(30)
+    second_reads, ended = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with heavy.place("read", deadline=soon), heavy.reading():
+            second_reads.set()
+        ended.set()
+
+    with heavy.place("read", deadline=soon), heavy.reading():
+        worker = threading.Thread(target=second)
+        worker.start()
+        assert not second_reads.wait(0.05)
+    assert ended.wait(30)
+    worker.join()
+
+
+def test_the_place_is_had_again_after_a_read_that_failed() -> None:
+    heavy = HeavyWork(1)
+    with pytest.raises(HostFailure), heavy.place("read", deadline=Deadline.after(1)), heavy.reading():
+        raise HostFailure("no")
+    with heavy.place("format", deadline=Deadline.after(1)), pytest.raises(DeadlineReached):
+        heavy.place("format", deadline=Deadline.after(0)).__enter__()
