@@ -23,6 +23,7 @@ from csi_driver.config.made import (
     ControllerCommand,
     DemoCommand,
     LocalCommand,
+    NodeAttaching,
     NodeCommand,
     StorageCommand,
     VersionCommand,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters
     from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.node.faults import PortHook
+    from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
@@ -123,7 +125,10 @@ def _controller(command: ControllerCommand) -> int:
         health=ControllerHealth(clusters, inventory, settings),
     )
     servicer = ControllerServicer(
-        use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
+        use_cases,
+        Deadlines(command.endpoint.default_deadline_s),
+        volume_health=command.endpoint.volume_health,
+        attaches=command.attaches,
     )
     health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
     return _serve(
@@ -135,7 +140,7 @@ def _controller(command: ControllerCommand) -> int:
     )
 
 
-def _clusters(command: ControllerCommand | VolumeCommand) -> Clusters:
+def _clusters(command: ControllerCommand | VolumeCommand | NodeAttaching) -> Clusters:
     from csi_driver.management.client import ManagementClient
     from csi_driver.management.clusters import FileClusters, OneCluster
 
@@ -194,7 +199,7 @@ def _node_use_cases(command: NodeCommand) -> NodeUseCases:
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
     from csi_driver.host.probes import LinuxProbes
-    from csi_driver.node.service import assemble, mark_files
+    from csi_driver.node.service import assemble, attaching, mark_files
 
     tools = MachineTools(command.path_roots)
     for warning in tools.warnings():
@@ -202,7 +207,7 @@ def _node_use_cases(command: NodeCommand) -> NodeUseCases:
     on = _port_hook()
     devices = LinuxDevices(command.device_directory, command.status_directory)
     paths = LinuxPaths(command.path_roots)
-    return assemble(
+    use_cases = assemble(
         devices=on("devices", devices),
         encryption=on("encryption", LinuxEncryption(devices)),
         read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
@@ -215,6 +220,8 @@ def _node_use_cases(command: NodeCommand) -> NodeUseCases:
         zone=_node_zone(command),
         settings=command.node,
     )
+    own = _own_attachments(command, lambda: use_cases.identity.info().node_id)
+    return use_cases if own is None else attaching(use_cases, own)
 
 
 def _node_zone(command: NodeCommand) -> NodeZone:
@@ -230,6 +237,16 @@ def _node_zone(command: NodeCommand) -> NodeZone:
         client_servers=lambda: management_hosts(evidence.client_config),
         clusters=lambda: read_cluster_names(evidence.clusters_file, evidence.nodes_file),
     )
+
+
+def _own_attachments(command: NodeCommand, node_id: Callable[[], str]) -> Attachments | None:
+    """Return what the node attaches by, where it does so itself: only then does it know a management at all."""
+    if command.attaching is None:
+        return None
+    from csi_driver.controller.attach import Attach
+    from csi_driver.controller.own_attachments import OwnAttachments
+
+    return OwnAttachments(Attach(_clusters(command.attaching), command.attaching.controller), node_id)
 
 
 def _port_hook() -> PortHook:

@@ -74,6 +74,10 @@ class StorageUnavailable(DriverError):
     """The storage management cannot be reached, does not answer in time, or answers what cannot be read."""
 
 
+class NotOffered(DriverError):
+    """The call belongs to a capability that is not offered as this process is configured."""
+
+
 class HostFailure(DriverError):
     """The kernel or a tool of this machine refused."""
 

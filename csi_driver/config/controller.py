@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
+from csi_driver.config.attaching import ATTACH_BY, ATTACH_FLAGS, AttachBy, attaching
 from csi_driver.config.clusters import (
     CLUSTERS_FILE,
     NO_CLUSTERS,
@@ -23,7 +24,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
-from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
+from csi_driver.controller.requests import ControllerSettings, ZonePolicy
 from csi_driver.errors import shown
 from csi_driver.management.clusters_file import ClustersFile, Defaults
 from csi_driver.management.settings import ManagementSettings
@@ -113,21 +114,6 @@ _ALLOW_INCOMPATIBLE = Flag(
     "false",
     "Work with a management whose API is older than version 15, at your own risk.",
 )
-_FORCE_DETACH = Flag(
-    "--force-detach", read.boolean, False, "false", "Detach volumes by force, even where their device is in use."
-)
-_FENCING = Flag(
-    "--fencing",
-    read.choice(*Fencing),
-    Fencing.RECORDED.value,
-    Fencing.RECORDED.value,
-    "When a volume is taken from a node that holds it: never, when it was given up there and the node's storage client"
-    " is down (recorded), always.",
-    metavar="WHEN",
-)
-_USE_PREEMPT = Flag(
-    "--use-preempt", read.boolean, False, "false", "The older drivers' usePreempt: the same as --fencing always."
-)
 _USABLE_WAIT = Flag(
     "--volume-usable-timeout",
     read.seconds,
@@ -137,25 +123,6 @@ _USABLE_WAIT = Flag(
     unit="seconds",
     metavar="TIME",
 )
-_ATTACH_WAIT = Flag(
-    "--attach-io-enabled-timeout",
-    read.seconds,
-    30.0,
-    "30",
-    "Time that an attachment may take until it carries I/O.",
-    unit="seconds",
-    metavar="TIME",
-)
-_DETACH_WAIT = Flag(
-    "--detach-timeout",
-    read.seconds,
-    60.0,
-    "60",
-    "Time that a detachment may take.",
-    unit="seconds",
-    metavar="TIME",
-)
-
 _ZONE_POLICY = Flag(
     "--zone-selection-policy",
     read.choice(*ZonePolicy),
@@ -180,8 +147,8 @@ MANAGEMENT_FLAGS = (
 """How the storage is reached."""
 
 CONTROLLER_FLAGS = table(
-    *ENDPOINT_FLAGS, *MANAGEMENT_FLAGS, TOPOLOGY_KEY, _ZONE_POLICY, _ZONE_SKIP, MAX_VOLUMES, _FORCE_DETACH, _FENCING,
-    _USE_PREEMPT, _USABLE_WAIT, _ATTACH_WAIT, _DETACH_WAIT, *LOG_FLAGS,
+    *ENDPOINT_FLAGS, *MANAGEMENT_FLAGS, TOPOLOGY_KEY, _ZONE_POLICY, _ZONE_SKIP, MAX_VOLUMES, _USABLE_WAIT, ATTACH_BY,
+    *ATTACH_FLAGS, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -194,21 +161,22 @@ def controller(values: Values) -> ControllerCommand:
     return ControllerCommand(
         log=chosen_log(values, old.log_level),
         endpoint=shared.endpoint(values),
-        controller=ControllerSettings(
-            driver_name=values.one(DRIVER_NAME),
-            topology_key=chosen_topology_key(values, described),
-            zone_policy=_zone_policy(values, described),
-            allow_zone_skip=values.one(_ZONE_SKIP),
-            max_volumes_per_node=values.one(MAX_VOLUMES),
-            force_detach=values.chosen(_FORCE_DETACH, old.force_detach),
-            fencing=_fencing(values, use_preempt=values.chosen(_USE_PREEMPT, old.use_preempt)),
-            usable_wait_s=values.one(_USABLE_WAIT),
-            attach_wait_s=values.chosen(_ATTACH_WAIT, old.attach_wait_s),
-            detach_wait_s=values.chosen(_DETACH_WAIT, old.detach_wait_s),
+        controller=attaching(
+            ControllerSettings(
+                driver_name=values.one(DRIVER_NAME),
+                topology_key=chosen_topology_key(values, described),
+                zone_policy=_zone_policy(values, described),
+                allow_zone_skip=values.one(_ZONE_SKIP),
+                max_volumes_per_node=values.one(MAX_VOLUMES),
+                usable_wait_s=values.one(_USABLE_WAIT),
+            ),
+            values,
+            old,
         ),
         management=settings,
         zone=values.one(ZONE),
         clusters=place,
+        attaches=values.one(ATTACH_BY) == AttachBy.CONTROLLER,
     )
 
 
@@ -233,15 +201,6 @@ def _zone_policy(values: Values, described: ClustersFile) -> ZonePolicy:
     except ValueError:
         values.problems.append(f"zoneSelectionPolicy is {shown(word)}, wanted one of {', '.join(ZonePolicy)}")
         return ZonePolicy.FREE_SPACE
-
-
-def _fencing(values: Values, *, use_preempt: bool) -> Fencing:
-    fencing = Fencing(values.one(_FENCING))
-    if not use_preempt:
-        return fencing
-    if fencing is Fencing.NEVER and values.given(_FENCING):
-        values.problems.append("--use-preempt contradicts --fencing never")
-    return Fencing.ALWAYS
 
 
 def management(values: Values) -> ManagementSettings:

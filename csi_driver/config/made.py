@@ -40,6 +40,17 @@ class ControllerCommand:
     management: ManagementSettings
     zone: str
     clusters: ClustersPlace | None = None
+    attaches: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAttaching:
+    """What a node needs that attaches its volumes itself."""
+
+    controller: ControllerSettings
+    management: ManagementSettings
+    zone: str
+    clusters: ClustersPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,8 @@ class NodeCommand:
     evidence: ZoneEvidence
     kubernetes: ApiSettings | None = None
     """Set where the node keeps its own label."""
+    attaching: NodeAttaching | None = None
+    """None: the controller attaches."""
 
 
 @dataclass(frozen=True, slots=True)

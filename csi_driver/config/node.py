@@ -7,8 +7,11 @@ from pathlib import Path
 
 from csi_driver.config import shared
 from csi_driver.config import values as read
+from csi_driver.config.attaching import ATTACH_BY, ATTACH_FLAGS, AttachBy, attaching
+from csi_driver.config.clusters import NO_CLUSTERS, read_clusters
+from csi_driver.config.controller import MANAGEMENT_FLAGS, clusters_place, management
 from csi_driver.config.flags import Flag, Values
-from csi_driver.config.made import NodeCommand, ZoneEvidence
+from csi_driver.config.made import NodeAttaching, NodeCommand, ZoneEvidence
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
@@ -21,6 +24,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
+from csi_driver.controller.requests import ControllerSettings
 from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
@@ -134,10 +138,14 @@ _ACCOUNT = Flag(
 )
 _ZONE = replace(ZONE, default="", shown_default=f"found out from the files below, else {DEFAULT_ZONE}")
 
+_OWN_ATTACHMENTS = tuple(
+    flag for flag in (*MANAGEMENT_FLAGS, *ATTACH_FLAGS) if flag.name not in (_ZONE.name, _CLUSTERS_FILE.name)
+)
+
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, MAX_VOLUMES,
-    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, _LABEL, _API_HOST, _API_PORT, _ACCOUNT,
-    *LOG_FLAGS,
+    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, _LABEL, _API_HOST, _API_PORT,
+    _ACCOUNT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -169,6 +177,7 @@ def node(values: Values) -> NodeCommand:
             client_config=values.one(_CLIENT_CONFIG),
         ),
         kubernetes=_kubernetes(values),
+        attaching=_attaching(values),
     )
 
 
@@ -179,3 +188,23 @@ def _kubernetes(values: Values) -> ApiSettings | None:
     if not host:
         values.problems.append("--node-label needs --kubernetes-host (or KUBERNETES_SERVICE_HOST, set in every pod)")
     return ApiSettings(host, values.one(_API_PORT), values.one(_ACCOUNT))
+
+
+def _attaching(values: Values) -> NodeAttaching | None:
+    """Make what a node needs that attaches for itself; one that does not is given no credentials."""
+    if values.one(ATTACH_BY) != AttachBy.NODE:
+        given = ", ".join(flag.name for flag in table(*_OWN_ATTACHMENTS) if values.given(flag))
+        if given:
+            values.problems.append(
+                f"{given} given without {ATTACH_BY.name} {AttachBy.NODE}: this node attaches nothing"
+            )
+        return None
+    settings = management(values)
+    place = clusters_place(values, settings)
+    described = read_clusters(values, place) if place is not None else NO_CLUSTERS
+    own = ControllerSettings(
+        driver_name=values.one(DRIVER_NAME),
+        topology_key=values.one(TOPOLOGY_KEY),
+        max_volumes_per_node=values.one(MAX_VOLUMES),
+    )
+    return NodeAttaching(attaching(own, values, described.old), settings, values.one(_ZONE) or DEFAULT_ZONE, place)

@@ -7,6 +7,7 @@ the text below names another family.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as StringMap
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +28,7 @@ from csi_driver.machine import (
     StorageClient,
     VolumeStatus,
 )
-from csi_driver.model import Usage
+from csi_driver.model import Capability, Usage
 
 
 class Devices(Protocol):
@@ -84,6 +85,23 @@ class Devices(Protocol):
 
     def path_of(self, name: str) -> Path:
         """Return where the device of a volume appears: what a mount of it names as its source."""
+        ...
+
+
+class Attachments(Protocol):
+    """Attachments that a node makes itself, where nobody attaches volumes to it. Both calls may be repeated."""
+
+    def attach(
+        self, volume_id: str, capability: Capability, volume_context: StringMap[str, str], *, deadline: Deadline
+    ) -> StringMap[str, str]:
+        """Attach the volume to this node, wait until it carries I/O, and return its publish context.
+
+        Raises `VolumeNotFound`, `PreconditionFailed` naming the node that holds it, `DeadlineReached`.
+        """
+        ...
+
+    def detach(self, volume_id: str, *, deadline: Deadline) -> None:
+        """Give up this handle's hold of the volume on this node, and wait until that is so."""
         ...
 
 

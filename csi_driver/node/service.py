@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csi_driver.model import ClusterNames
+from csi_driver.node.attaching import AttachingPublish, AttachingStage
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.health import NodeHealth
@@ -13,7 +14,17 @@ from csi_driver.node.identity import Identity
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import MarkFiles, Marks
 from csi_driver.node.ownership import Ownership
-from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices, Tools
+from csi_driver.node.ports import (
+    Attachments,
+    Devices,
+    Encryption,
+    Filesystems,
+    Mounts,
+    Paths,
+    Probes,
+    ReadOnlyDevices,
+    Tools,
+)
 from csi_driver.node.prepare import Preparation
 from csi_driver.node.publish import Publish
 from csi_driver.node.reconcile import Reconcile
@@ -27,8 +38,8 @@ from csi_driver.node.zone import NodeZone
 class NodeUseCases:
     """One object per verb; all are safe to call from several threads, one call per volume at a time (see rpc)."""
 
-    stage: Stage
-    publish: Publish
+    stage: Stage | AttachingStage
+    publish: Publish | AttachingPublish
     expand: Expand
     statistics: Statistics
     identity: Identity
@@ -90,6 +101,15 @@ def assemble(
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health)
+
+
+def attaching(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
+    """Let the node attach for itself what it stages."""
+    return replace(
+        use_cases,
+        stage=AttachingStage(use_cases.stage, attachments),
+        publish=AttachingPublish(use_cases.publish, attachments),
+    )
 
 
 def _zone_given(settings: NodeSettings) -> NodeZone:

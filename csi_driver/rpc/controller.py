@@ -10,6 +10,7 @@ import grpc
 
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
+from csi_driver.errors import NotOffered
 from csi_driver.handover import PublishContext
 from csi_driver.health import VolumeHealth
 from csi_driver.model import Capability, Capacity, CapacityRange, ListedVolume, ProvisionedVolume, Segments
@@ -32,6 +33,8 @@ CAPABILITIES = (
     _Rpc.SINGLE_NODE_MULTI_WRITER,
 )
 HEALTH_CAPABILITIES = (_Rpc.GET_VOLUME_HEALTH, _Rpc.LIST_VOLUME_HEALTH)
+_OF_ATTACHING = (_Rpc.PUBLISH_UNPUBLISH_VOLUME, _Rpc.PUBLISH_READONLY, _Rpc.LIST_VOLUMES_PUBLISHED_NODES)
+"""What is offered only where the controller attaches volumes."""
 
 
 class Provision(Protocol):
@@ -110,10 +113,15 @@ class ControllerUseCases:
 class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     """Translates, delegates, translates back."""
 
-    def __init__(self, use_cases: ControllerUseCases, deadlines: Deadlines, *, volume_health: bool = False) -> None:
+    def __init__(
+        self, use_cases: ControllerUseCases, deadlines: Deadlines, *, volume_health: bool = False, attaches: bool = True
+    ) -> None:
+        """`attaches`: the controller attaches volumes, not each node for itself."""
         self._do = use_cases
         self._deadlines = deadlines
-        self._capabilities = (*CAPABILITIES, *(HEALTH_CAPABILITIES if volume_health else ()))
+        self._attaches = attaches
+        offered = (*CAPABILITIES, *(HEALTH_CAPABILITIES if volume_health else ()))
+        self._capabilities = tuple(kind for kind in offered if attaches or kind not in _OF_ATTACHING)
 
     def ControllerGetCapabilities(
         self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: grpc.ServicerContext
@@ -137,14 +145,20 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     def ControllerPublishVolume(
         self, request: csi_pb2.ControllerPublishVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerPublishVolumeResponse:
+        self._require_attaching()
         published = self._do.attach.publish(wire.publish_from(request), deadline=self._deadlines.of(context))
         return csi_pb2.ControllerPublishVolumeResponse(publish_context=published.as_map())
 
     def ControllerUnpublishVolume(
         self, request: csi_pb2.ControllerUnpublishVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerUnpublishVolumeResponse:
+        self._require_attaching()
         self._do.attach.unpublish(request.volume_id, request.node_id, deadline=self._deadlines.of(context))
         return csi_pb2.ControllerUnpublishVolumeResponse()
+
+    def _require_attaching(self) -> None:
+        if not self._attaches:
+            raise NotOffered("this controller attaches nothing, each node does so for itself (--attach-by node)")
 
     def ControllerExpandVolume(
         self, request: csi_pb2.ControllerExpandVolumeRequest, context: grpc.ServicerContext

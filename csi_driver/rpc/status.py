@@ -23,6 +23,7 @@ _CODES: dict[type[errors.DriverError], grpc.StatusCode] = {
     errors.Denied: grpc.StatusCode.PERMISSION_DENIED,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.NotOffered: grpc.StatusCode.UNIMPLEMENTED,
     errors.HostFailure: grpc.StatusCode.INTERNAL,
 }
 

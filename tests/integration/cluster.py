@@ -41,21 +41,24 @@ class Cluster:
         self._session = requests.Session()
         self._session.headers["Accept"] = "application/json"
         self.url = ""
+        self.node_flags: Sequence[str] = ()
 
     @property
     def password_file(self) -> Path:
         return self.directory / "pool" / "password"
 
-    def start(self, *, controller_flags: Sequence[str] = (), node_flags: Sequence[str] = ()) -> None:
+    def start(self, *, attach_by_node: bool = False) -> None:
         """Start everything and wait until it serves."""
         self.start_storage()
+        who = ("--attach-by", "node") if attach_by_node else ()
+        self.node_flags = (*who, *self.management_flags()) if attach_by_node else ()
         for number, _ in enumerate(self.controllers, 1):
             self._spawn(
                 f"controller-{number}", "controller", "--endpoint", str(self.directory / f"controller-{number}.sock"),
-                *self.management_flags(), *controller_flags,
+                *self.management_flags(), *who,
             )  # fmt: skip
         for name in self.nodes:
-            self._spawn(name, "node", *self.node_argv(name), *node_flags)
+            self._spawn(name, "node", *self.node_argv(name), *self.node_flags)
         for client in (*self.controllers, *self.nodes.values()):
             reason = client.wait_ready(Deadline.after(60))
             assert reason is None, f"{reason}\n{self.logs()}"
@@ -93,12 +96,15 @@ class Cluster:
         self.processes.append(process)
         return process
 
-    def restart_node(self, name: str, *flags: str) -> None:
-        """Kill a node's process and start another."""
+    def kill_node(self, name: str) -> None:
+        """Kill a node's process."""
         for pid in processes_of(self.directory / f"{name}.sock"):
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not processes_of(self.directory / f"{name}.sock"), f"{name} to die")
-        self._spawn(name, "node", *self.node_argv(name), *flags)
+
+    def start_node(self, name: str) -> None:
+        """Start it again."""
+        self._spawn(name, "node", *self.node_argv(name), *self.node_flags)
         assert self.nodes[name].wait_ready(Deadline.after(60)) is None, self.logs()
 
     def close(self) -> None:
@@ -242,14 +248,13 @@ def clustered(
     *,
     clients: Sequence[str] = ("node-1", "node-2", "node-3"),
     nodes: Sequence[str] = ("node-1", "node-2"),
-    controller_flags: Sequence[str] = (),
-    node_flags: Sequence[str] = (),
+    attach_by_node: bool = False,
 ) -> Iterator[Cluster]:
     """Run a cluster for the length of a with-block."""
     directory.mkdir(parents=True)
     cluster = Cluster(directory, clients=clients, nodes=nodes)
     try:
-        cluster.start(controller_flags=controller_flags, node_flags=node_flags)
+        cluster.start(attach_by_node=attach_by_node)
         yield cluster
     finally:
         cluster.close()

@@ -198,6 +198,28 @@ def test_fencing_is_told_by_either_name(given: list[str], wanted: Fencing) -> No
     assert made.controller.fencing is wanted
 
 
+def test_a_node_that_attaches_for_itself_is_told_how() -> None:
+    own = ["--attach-by=node", "--management-server=https://m:4000", "--management-password-file=/p", "--use-preempt"]
+    made = command([*NODE, *own, "--zone=west", "--max-volumes-per-node=3", "--detach-timeout=7"])
+    assert isinstance(made, NodeCommand)
+    assert made.attaching is not None
+    assert (made.attaching.management.servers, made.attaching.zone) == (("https://m:4000",), "west")
+    wanted = ControllerSettings(max_volumes_per_node=3, fencing=Fencing.ALWAYS, detach_wait_s=7)
+    assert made.attaching.controller == wanted
+
+
+def test_a_node_that_attaches_nothing_is_given_no_credentials() -> None:
+    with pytest.raises(UsageError, match="--management-password-file given without --attach-by node"):
+        command([*NODE, "--management-password-file=/p"])
+
+
+@pytest.mark.parametrize(("given", "attaches"), [([], True), (["--attach-by=node"], False)])
+def test_the_controller_attaches_unless_the_nodes_do(given: list[str], attaches: bool) -> None:
+    made = command([*CONTROLLER, *given])
+    assert isinstance(made, ControllerCommand)
+    assert made.attaches is attaches
+
+
 def test_fencing_is_not_told_two_ways() -> None:
     with pytest.raises(UsageError, match="--use-preempt contradicts --fencing never"):
         command([*CONTROLLER, "--use-preempt", "--fencing=never"])

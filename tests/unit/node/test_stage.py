@@ -20,6 +20,7 @@ from csi_driver.machine import VolumeStatus
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.node.requests import StageRequest
+from csi_driver.node.stage import Stage
 from tests.fakes.host import MIB, FakeFilesystem
 from tests.fakes.node import (
     BLOCK,
@@ -273,7 +274,9 @@ def test_a_device_that_somebody_holds_is_refused(node: FakeNode) -> None:
 def test_a_format_waits_for_a_place_no_longer_than_its_caller() -> None:
     node = FakeNode(heavy_operations=1)
     node.host.attach(NAME, UUID)
-    heavy = node.use.stage._preparation._heavy
+    stage = node.use.stage
+    assert isinstance(stage, Stage)
+    heavy = stage._preparation._heavy
     request = StageRequest(VOLUME_ID, str(STAGING), Capability(EXT4, AccessMode.SINGLE_NODE_WRITER), publish_context())
     with heavy.place("occupy it", deadline=node.soon()), pytest.raises(DeadlineReached, match="place"):
         node.use.stage.stage(request, deadline=Deadline.after(0, node.clock))

@@ -278,7 +278,7 @@ class Endpoint:
 @contextmanager
 def serving(
     socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, lanes: Lanes | None = None,
-    health: Health | None = None, volume_health: bool = True,
+    health: Health | None = None, volume_health: bool = True, attaches: bool = True,
 ) -> Iterator[Endpoint]:  # fmt: skip
     """Serve all three services on one socket, over fakes."""
     trace = Trace()
@@ -295,7 +295,7 @@ def serving(
         (
             lambda s: csi_pb2_grpc.add_IdentityServicer_to_server(identity, s),
             lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(
-                ControllerServicer(use_cases, deadlines, volume_health=volume_health), s
+                ControllerServicer(use_cases, deadlines, volume_health=volume_health, attaches=attaches), s
             ),
             lambda s: csi_pb2_grpc.add_NodeServicer_to_server(
                 NodeServicer(node, deadlines, volume_health=volume_health), s

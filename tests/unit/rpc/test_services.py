@@ -54,6 +54,24 @@ def test_the_controller_capabilities_are_these(endpoint: Endpoint) -> None:
     }  # fmt: skip
 
 
+def test_a_controller_that_attaches_nothing_offers_nothing_of_it(tmp_path: Path) -> None:
+    with serving(tmp_path / "s", attaches=False, volume_health=False) as endpoint:
+        found = endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities
+        names = {csi_pb2.ControllerServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
+        assert names == {
+            "CREATE_DELETE_VOLUME", "LIST_VOLUMES", "GET_CAPACITY", "EXPAND_VOLUME", "GET_VOLUME", "MODIFY_VOLUME",
+            "SINGLE_NODE_MULTI_WRITER",
+        }  # fmt: skip
+        publish = csi_pb2.ControllerPublishVolumeRequest(
+            volume_id=VOLUME_ID, node_id="n", volume_capability=capability()
+        )
+        assert code_of(lambda: endpoint.controller.ControllerPublishVolume(publish)) is grpc.StatusCode.UNIMPLEMENTED
+        unpublish = csi_pb2.ControllerUnpublishVolumeRequest(volume_id=VOLUME_ID)
+        assert (
+            code_of(lambda: endpoint.controller.ControllerUnpublishVolume(unpublish)) is grpc.StatusCode.UNIMPLEMENTED
+        )
+
+
 def test_the_node_capabilities_are_these(endpoint: Endpoint) -> None:
     found = endpoint.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest()).capabilities
     names = {csi_pb2.NodeServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}

@@ -14,7 +14,7 @@ from csi_driver.rpc.status import CODES, code_of, message_of
 WANTED = {
     "InvalidRequest": 3, "NotFound": 5, "Incompatible": 6, "CapacityOutOfRange": 11, "Exhausted": 8,
     "PreconditionFailed": 9, "OperationPending": 10, "StaleToken": 10, "Denied": 7, "Unauthenticated": 16,
-    "StorageUnavailable": 14, "HostFailure": 13,
+    "StorageUnavailable": 14, "NotOffered": 12, "HostFailure": 13,
 }  # fmt: skip
 
 # The storage manager has refusals of its own, which leave it as HTTP answers and never come here.

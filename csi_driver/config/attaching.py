@@ -1,0 +1,87 @@
+"""Who attaches volumes, and how: flags of the controller, and of a node that attaches for itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from csi_driver.config import values as read
+from csi_driver.config.flags import Flag, Values
+from csi_driver.controller.requests import ControllerSettings, Fencing
+
+if TYPE_CHECKING:
+    from csi_driver.management.clusters_file import OldSettings
+
+
+class AttachBy(StrEnum):
+    """Who attaches: the controller, asked by the orchestrator; or each node for itself, when it stages."""
+
+    CONTROLLER = "controller"
+    NODE = "node"
+
+
+ATTACH_BY = Flag(
+    "--attach-by",
+    read.choice(*AttachBy),
+    AttachBy.CONTROLLER.value,
+    AttachBy.CONTROLLER.value,
+    "Who attaches volumes: the controller, or each node for itself, where the orchestrator has no attacher; the same on"
+    " controller and nodes. Nodes then need the management's address and credentials.",
+    metavar="WHO",
+)
+_FORCE_DETACH = Flag(
+    "--force-detach", read.boolean, False, "false", "Detach volumes by force, even where their device is in use."
+)
+_FENCING = Flag(
+    "--fencing",
+    read.choice(*Fencing),
+    Fencing.RECORDED.value,
+    Fencing.RECORDED.value,
+    "When a volume is taken from a node that holds it: never, when it was given up there and the node's storage client"
+    " is down (recorded), always.",
+    metavar="WHEN",
+)
+_USE_PREEMPT = Flag(
+    "--use-preempt", read.boolean, False, "false", "The older drivers' usePreempt: the same as --fencing always."
+)
+_ATTACH_WAIT = Flag(
+    "--attach-io-enabled-timeout",
+    read.seconds,
+    30.0,
+    "30",
+    "Time that an attachment may take until it carries I/O.",
+    unit="seconds",
+    metavar="TIME",
+)
+_DETACH_WAIT = Flag(
+    "--detach-timeout",
+    read.seconds,
+    60.0,
+    "60",
+    "Time that a detachment may take.",
+    unit="seconds",
+    metavar="TIME",
+)
+
+ATTACH_FLAGS = (_FORCE_DETACH, _FENCING, _USE_PREEMPT, _ATTACH_WAIT, _DETACH_WAIT)
+
+
+def attaching(settings: ControllerSettings, values: Values, old: OldSettings) -> ControllerSettings:
+    """Add how volumes are attached to the settings; what no flag says may stand in an old driver's configuration."""
+    return replace(
+        settings,
+        force_detach=values.chosen(_FORCE_DETACH, old.force_detach),
+        fencing=_fencing(values, use_preempt=values.chosen(_USE_PREEMPT, old.use_preempt)),
+        attach_wait_s=values.chosen(_ATTACH_WAIT, old.attach_wait_s),
+        detach_wait_s=values.chosen(_DETACH_WAIT, old.detach_wait_s),
+    )
+
+
+def _fencing(values: Values, *, use_preempt: bool) -> Fencing:
+    fencing = Fencing(values.one(_FENCING))
+    if not use_preempt:
+        return fencing
+    if fencing is Fencing.NEVER and values.given(_FENCING):
+        values.problems.append("--use-preempt contradicts --fencing never")
+    return Fencing.ALWAYS

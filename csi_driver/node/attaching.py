@@ -1,0 +1,70 @@
+"""Stage and publish on a node that attaches its volumes itself (`--attach-by node`).
+
+Nobody asks for ControllerPublish then, so the publish context, by which the node knows the volume's history and who
+encrypts it, is made here. Attaching is repeated with every call: that finds the attachment as it is, and mends one that
+a crash cut short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from csi_driver.deadline import Deadline
+from csi_driver.node.ports import Attachments
+from csi_driver.node.requests import NodePublishRequest, StageRequest
+
+
+class Staging(Protocol):
+    """What `stage.Stage` does."""
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None: ...
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None: ...
+
+
+class Publishing(Protocol):
+    """What `publish.Publish` does."""
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None: ...
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None: ...
+
+
+class AttachingStage:
+    """Attaches before it stages, and detaches after it has unstaged."""
+
+    def __init__(self, stage: Staging, attachments: Attachments) -> None:
+        self._stage = stage
+        self._attachments = attachments
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
+        """Attach the volume and stage it. Raises what `Attachments.attach` and `Stage.stage` raise."""
+        context = self._attachments.attach(
+            request.volume_id, request.capability, request.volume_context, deadline=deadline
+        )
+        self._stage.stage(replace(request, publish_context=context), deadline=deadline)
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
+        """Unstage the volume, then give it up: also what an earlier call, or an earlier driver, has left attached."""
+        self._stage.unstage(volume_id, staging_target_path, deadline=deadline)
+        self._attachments.detach(volume_id, deadline=deadline)
+
+
+class AttachingPublish:
+    """Publishes with the context of the attachment that is there."""
+
+    def __init__(self, publish: Publishing, attachments: Attachments) -> None:
+        self._publish = publish
+        self._attachments = attachments
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
+        """Publish the staged volume. Raises what `Attachments.attach` and `Publish.publish` raise."""
+        context = self._attachments.attach(
+            request.volume_id, request.capability, request.volume_context, deadline=deadline
+        )
+        self._publish.publish(replace(request, publish_context=context), deadline=deadline)
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
+        """Take the volume off the target path; it stays attached until it is unstaged."""
+        self._publish.unpublish(volume_id, target_path, deadline=deadline)
