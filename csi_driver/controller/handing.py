@@ -46,9 +46,12 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
     may_format = permitted != 0 and permitted == context.attachment and not context.read_only
     if may_format:
         _log.warning("attachment %d of volume %s may format over old data, as was allowed", permitted, volume.name)
+    encryption = encryption_of(volume, read_creation(volume.metadata), given)
+    if encryption is Encryption.UNKNOWN:
+        _log.error("volume %s was to be encrypted by the storage and is not: no node will touch it", volume.name)
     return replace(
         context,
-        encryption=encryption_of(volume, read_creation(volume.metadata), given),
+        encryption=encryption,
         format_allowed=may_format,
         stripe_unit_bytes=unit_bytes,
         stripe_bytes=stripe_bytes,

@@ -15,10 +15,14 @@ T = TypeVar("T")
 def number(own: Mapping[str, str], key: str, least: int, most: int) -> int | None:
     """Return a whole number within bounds; None where the key is absent."""
 
-    def read(text: str) -> int | None:
-        return int(text) if _NUMBER.fullmatch(text) and least <= int(text) <= most else None
-
-    return _read(own, key, read, f"a whole number from {least} to {most}" if least != most else str(least))
+    given = own.get(key)
+    if given is None:
+        return None
+    if not _NUMBER.fullmatch(given) or not least <= int(given) <= most:
+        raise InvalidField(
+            f"parameters.{key}", given, f"a whole number from {least} to {most}" if least != most else str(least)
+        )
+    return int(given)
 
 
 def power_of_two(own: Mapping[str, str], key: str, least: int, most: int) -> int | None:

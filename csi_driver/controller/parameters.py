@@ -27,6 +27,7 @@ _RESERVED = "csi.storage.k8s.io/"
 _KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
 _FS_TYPE_KEYS = ("fsType", f"{_RESERVED}fstype")
 _MKFS_LIMIT_BYTES = 1024
+_SWITCH = re.compile("true|false")
 _VPG_NAME = re.compile(r"[A-Za-z0-9_+=-]{1,100}")
 _CLASS_KEYS = {"diskClasses", "serverClasses"}
 _LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
@@ -126,12 +127,12 @@ def _refuse_unknown(own: Mapping[str, str]) -> None:
 
 def _check_mkfs(own: Mapping[str, str]) -> None:
     """Check the shape of what mkfs will be told; what a filesystem makes of it, the node knows."""
-    read.power_of_two(own, "mkfs/blockSize", 512, 65536)
+    read.power_of_two(own, "mkfs/blockSize", 4096, 65536)
     read.power_of_two(own, "mkfs/inodeSize", 128, 65536)
     read.number(own, "mkfs/bytesPerInode", 1024, 64 << 20)
     read.number(own, "mkfs/reservedBlocksPercent", 0, 50)
-    read.switch(own, "mkfs/stripeGeometry")
-    read.switch(own, "mkfs/discard")
+    for key in ("mkfs/stripeGeometry", "mkfs/discard"):
+        read.text(own, key, _SWITCH, "true or false")
 
 
 def _fs_type(parameters: Mapping[str, str]) -> str:

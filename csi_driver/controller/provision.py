@@ -178,6 +178,10 @@ class Provision:
             layout, encryption = group.layout, encryption.in_group(group)
         if encryption.is_native:
             required_passphrase(wanted.secrets)
+        elif encryption.by is Encryption.NONE and passphrase_in(wanted.secrets) is not None:
+            _log.warning(
+                "volume %s is not encrypted: nothing asks for it, though a Secret has a passphrase", wanted.name
+            )
         size = capacity.size_to_create(capacity.with_reserved(wanted.capacity, encryption.header_bytes), layout)
         creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()))
         return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
@@ -303,8 +307,6 @@ def _tell(request: CreateRequest, read: VolumeParameters) -> None:
     if read.ignored:
         ignored = ", ".join(read.ignored)
         _log.warning("volume %s: its provisioning group %s decides, so %s is ignored", name, read.vpg, ignored)
-    if read.vpg is None and read.encryption.by is Encryption.NONE and passphrase_in(request.secrets) is not None:
-        _log.warning("volume %s is not encrypted: a Secret holds a passphrase, but no parameter asks for it", name)
 
 
 def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:

@@ -6,6 +6,7 @@ from csi_driver import capacity as sizes
 from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
+from csi_driver.errors import InvalidRequest
 
 
 def room(management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
@@ -21,7 +22,10 @@ def room(management: Management, read: VolumeParameters, *, deadline: Deadline) 
         if vpg is None:
             return 0, None
         layout = vpg.layout
-        header = read.encryption.in_group(vpg).header_bytes
+        try:
+            header = read.encryption.in_group(vpg).header_bytes
+        except InvalidRequest:
+            return 0, None  # no volume of this kind can ever be made here
         reserved = management.vpg_free_bytes(name, deadline=deadline)
         if reserved is not None:
             granule = sizes.granule_bytes(layout)

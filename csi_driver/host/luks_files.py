@@ -17,6 +17,9 @@ from csi_driver.host.passphrases import held, path_of
 _LIMIT_S = 10 * 60.0
 """Deriving a key takes seconds on a busy machine; a program that takes longer hangs."""
 _SECTOR_BYTES = 512
+_MEMORY_KIB = 64 * 1024
+_COST_MS = "500"
+"""What deriving a key costs on this machine; every start of a pod costs it again."""
 
 # cryptsetup(8), "RETURN CODES"
 _REFUSED, _WRONG_PASSPHRASE = 1, 2
@@ -26,7 +29,8 @@ class LuksFiles:
     """Fits `csi_driver.embedded.ports.LuksHeaders`. `iterations` makes keys cheap to derive, for tests alone."""
 
     def __init__(self, *, iterations: int | None = None) -> None:
-        self._cost: tuple[str, ...] = ()
+        # As much memory as nodes take by default: they derive the same key whenever they open the volume.
+        self._cost: tuple[str, ...] = ("--pbkdf-memory", str(_MEMORY_KIB), "--iter-time", _COST_MS)
         if iterations is not None:
             self._cost = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", str(iterations))
 

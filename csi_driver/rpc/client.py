@@ -171,6 +171,7 @@ class CsiClient:
         limit_bytes: int = 0,
         capabilities: Sequence[Capability] = (FILESYSTEM,),
         parameters: Mapping[str, str] = EMPTY,
+        secrets: Mapping[str, str] = EMPTY,
         requisite: Sequence[Mapping[str, str]] = (),
     ) -> CreatedVolume:
         """CreateVolume."""
@@ -178,6 +179,7 @@ class CsiClient:
             name=name,
             volume_capabilities=[capability_message(each) for each in capabilities],
             parameters=dict(parameters),
+            secrets=dict(secrets),
         )
         if required_bytes or limit_bytes:
             request.capacity_range.CopyFrom(_range(required_bytes, limit_bytes))

@@ -89,6 +89,33 @@ def test_a_passphrase_that_nothing_asks_for_is_told_and_the_volume_is_plain(capl
     assert [record.levelname for record in caplog.records if "not encrypted" in record.message] == ["WARNING"]
 
 
+def test_the_same_is_told_beside_a_group_that_does_not_encrypt(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.management.add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True))
+    create(world, {"vpg": "gold"})
+    assert "not encrypted" in caplog.text
+    caplog.clear()
+    world.management.add_vpg(Vpg("safe", Layout(), 0, allow_overflow=True, is_encrypted=True, header_bytes=16 * MIB))
+    world.create("other", parameters={"vpg": "safe"}, secrets={"passphrase": SECRET})
+    assert "not encrypted" not in caplog.text
+
+
+def test_two_controllers_that_make_one_volume_send_the_passphrase_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    world = World()
+    other = World(beside=world)
+    made: list[ProvisionedVolume] = []
+
+    def slip_in(request: str) -> None:
+        if request == "init_encryption":
+            world.management.before = lambda request: None
+            made.append(create(other))
+
+    world.management.before = slip_in
+    assert [create(world)] == made
+    assert caplog.text.count("handed the passphrase") == 1
+
+
 def test_a_call_that_was_cut_off_goes_on_waiting_without_sending_again() -> None:
     world = World()
     world.management.encrypt_s = 10.0
@@ -270,6 +297,13 @@ def test_what_others_made_is_encrypted_as_they_did(
 def test_of_our_own_volumes_the_record_counts_and_not_the_context() -> None:
     world = World()
     assert world.publish(world.create().volume_id, context={"encryption": "luks"}).encryption is Encryption.NONE
+
+
+def test_no_room_is_told_for_what_a_group_would_encrypt_twice() -> None:
+    world = World()
+    world.management.add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True, is_encrypted=True, header_bytes=16 * MIB))
+    room = world.inventory.capacity((RWO,), {"vpg": "gold", **LUKS}, None, deadline=world.deadline())
+    assert room.available_bytes == 0
 
 
 def test_a_volume_that_lost_its_encryption_is_unknown() -> None:
