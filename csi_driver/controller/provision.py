@@ -183,7 +183,7 @@ class Provision:
                 "volume %s is not encrypted: nothing asks for it, though a Secret has a passphrase", wanted.name
             )
         size = capacity.size_to_create(capacity.with_reserved(wanted.capacity, encryption.header_bytes), layout)
-        creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()))
+        creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
         return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
 
     def _answer(

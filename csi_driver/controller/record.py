@@ -46,6 +46,8 @@ class Creation:
     """What a header that the node makes takes of the volume beside what was asked for."""
     made_at_s: int | None = None
     """Seconds since the epoch, by the clock of the controller that asked for it."""
+    maker: str | None = None
+    """Which process asked for it."""
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
@@ -62,6 +64,8 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
     own["modes"] = sorted(mode.value for mode in creation.modes or ())
     if creation.made_at_s is not None:
         own["made"] = creation.made_at_s
+    if creation.maker is not None:
+        own["maker"] = creation.maker
     metadata: dict[str, object] = dict(creation.parameters)
     metadata["csi_name"] = creation.csi_name
     metadata["volumeMode"] = "block" if creation.is_block else "mount"
@@ -90,6 +94,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
         header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
         made_at_s=made if _natural(made) else None,
+        maker=_text(own, "maker"),
     )
 
 

@@ -7,8 +7,9 @@ Zones share nothing, so nothing makes "create, unless another zone has it" one s
    the other's, and nobody who sees another's answers.
 3. Whoever sees another's volume withdraws the own one, which nobody was told of, within `WITHDRAW_S`; when both are
    there the zone that comes first by a hash of the name gives the other a moment to go.
-4. A volume that this process did not make is answered only when it is older than `SETTLED_S`: its maker, whoever that
-   was, has then either answered or ended, and withdraws nothing any more.
+4. A volume that another process made is answered only when it is older than `SETTLED_S`: its maker has then either
+   answered or ended, and withdraws nothing any more. One that this process made, in a call that ended without an
+   answer, is confirmed like a new one.
 
 So a volume that was answered is never withdrawn, and there is no other. Only where two make it at once and one of them
 dies, or loses its zone, between making it and looking again, two are left: they are reported and never deleted, and the
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
+from uuid import uuid4
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
@@ -71,6 +73,7 @@ class Search:
     settings: ControllerSettings
     crew: Crew = field(default=CREW)
     wall_s: Callable[[], float] = time.time
+    maker: str = field(default_factory=lambda: uuid4().hex)
     _confirmed: dict[str, None] = field(default_factory=dict)
     """Uuids of volumes that this process made and saw alone: it knows them to be settled."""
     _first_seen: dict[str, float] = field(default_factory=dict)
@@ -86,6 +89,11 @@ class Search:
         asked_at_s = self.wall_s()
         here, elsewhere, silent = self._look(name, allowed, deadline=deadline)
         alive = [found for found in (*here, *elsewhere) if found.is_of(csi_name)]
+        if len(alive) == 1 and self._is_own(alive[0]) and alive[0].zone in allowed:
+            # The call that made it has ended: calls for one name exclude each other within a process.
+            age_s = asked_at_s - (alive[0].creation.made_at_s or 0)
+            self.confirm(alive[0], allowed, deadline.clock.monotonic() - age_s, deadline=deadline)
+            return alive[0]
         the_one = self._the_one(alive, asked_at_s)
         if the_one is not None:
             if the_one.zone in allowed:
@@ -113,6 +121,9 @@ class Search:
             f"volume {alive[0].volume.name} exists in {' and in '.join(str(found) for found in alive)}, left by a "
             "controller that died; wanted one: delete the one that no PersistentVolume names"
         )
+
+    def _is_own(self, found: Found) -> bool:
+        return found.creation.maker == self.maker and found.volume.uuid not in self._confirmed
 
     def _refuse_unsettled(self, found: Found, asked_at_s: float) -> None:
         """Raise `OperationPending` while the volume's maker may withdraw it.

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csi_driver.controller.requests import TopologyRequirement
+from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, ProvisionedVolume, Volume
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, ProvisionedVolume, Volume, VolumeSpec
+from tests.fakes.management import FakeManagement
 from tests.property.test_controller_two import Turns
 from tests.unit.controller.world import CLAIM, World
 
@@ -50,7 +52,9 @@ class Fault:
 
     controller: int
     request: int
-    kind: str  # lost: it never arrived; unanswered: it was carried out; killed before or after it; stalled
+    kind: str
+    """lost: it never arrived; unanswered: it was carried out; late: a creation that is carried out when nobody waits
+    any more; killed before or after it; stalled."""
     stall_s: float = 0.0
 
 
@@ -59,7 +63,7 @@ FAULTS = st.lists(
         Fault,
         controller=st.integers(0, 1),
         request=st.integers(0, 24),
-        kind=st.sampled_from(["lost", "unanswered", "killed before", "killed after", "stalled"]),
+        kind=st.sampled_from(["lost", "unanswered", "late", "killed before", "killed after", "stalled"]),
         stall_s=st.sampled_from([1.0, 8.0, 12.0, 29.0, 31.0]),
     ),
     max_size=3,
@@ -78,6 +82,25 @@ class Zoned:
         for management in self.one.zones.values():
             management.before = self.before
             management.after = self.after
+            management.create_volume = self.perhaps_late(management, management.create_volume)  # type: ignore[method-assign]
+
+    def perhaps_late(self, management: FakeManagement, create: Callable[..., str | None]) -> Callable[..., str | None]:
+        def create_volume(spec: VolumeSpec, *, deadline: Deadline) -> str | None:
+            fault = self._fault()
+            if fault is not None and fault.kind == "late":
+                self.counts[fault.controller] += 1
+                soon = Deadline.after(1e9, self.one.clock)
+                management._later(fault.stall_s, lambda: self.unless_it_is_there(lambda: create(spec, deadline=soon)))
+                raise StorageUnavailable("still on its way there")
+            return create(spec, deadline=deadline)
+
+        return create_volume
+
+    def unless_it_is_there(self, create: Callable[[], object]) -> None:
+        before = self.turns.local.__dict__.pop("me", None)  # the server does it, no controller
+        create()
+        if before is not None:
+            self.turns.local.me = before
 
     def _fault(self) -> Fault | None:
         me: int | None = getattr(self.turns.local, "me", None)
@@ -91,7 +114,7 @@ class Zoned:
         self.one.clock.now_s += fault.stall_s if fault.kind == "stalled" else 0
         if fault.kind == "killed before":
             raise Killed
-        if fault.kind == "lost":
+        if fault.kind == "lost" or fault.kind == "late":
             self.counts[fault.controller] += 1
             raise StorageUnavailable("lost on the way there")
 
@@ -128,7 +151,7 @@ class Zoned:
 def test_one_name_is_answered_as_one_volume_that_stays(
     schedule: list[int], faults: list[Fault], here: tuple[str, ...], there: tuple[str, ...], slow_s: float
 ) -> None:
-    if any(fault.kind in ("lost", "unanswered") for fault in faults) and set(here) != set(there):
+    if any(fault.kind in ("lost", "late", "unanswered") for fault in faults) and set(here) != set(there):
         # A zone that a call does not allow is asked too, but only its answer counts, not its silence.
         there = here[::-1]
     zoned = Zoned(schedule, faults)
@@ -151,7 +174,7 @@ def test_one_name_is_answered_as_one_volume_that_stays(
 def test_one_controller_that_dies_leaves_no_second_volume(
     faults: list[Fault], where: tuple[str, ...], full: set[str]
 ) -> None:
-    zoned = Zoned([], [fault for fault in faults if fault.controller == 0])
+    zoned = Zoned([], [fault for fault in faults if fault.controller == 0 and fault.kind != "late"])
     for zone in full - {where[-1]}:
         zoned.one.zones[zone].raw_bytes = 0
     zoned.turns.run(lambda: zoned.answer(zoned.one, where, 2), lambda: None)

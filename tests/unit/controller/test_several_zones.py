@@ -264,6 +264,22 @@ def test_a_lost_answer_moves_no_volume_to_the_next_zone() -> None:
     assert [len(each) for each in volumes(world).values()] == [1, 0]
 
 
+def test_a_lost_answer_is_made_good_by_the_next_call() -> None:
+    world = two()
+
+    def lose(request: str) -> None:
+        if request == "create_volume":
+            raise OutcomeUnknown("server", "POST /volumes/save", "reset")
+
+    world.zones["a"].after = lose
+    with pytest.raises(OutcomeUnknown):
+        world.create(topology=within("a", "b"))
+    world.zones["a"].after = lambda _: None
+    looked = world.zones["b"].requests.count("volume")
+    assert world.create(topology=within("a", "b")).topology == ({DEFAULT_TOPOLOGY_KEY: "a"},)
+    assert world.zones["b"].requests.count("volume") == looked + 2  # before it was believed, and after
+
+
 def test_a_zone_may_be_skipped_and_what_that_leaves_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     world = two(SKIPPING)
     world.zones["a"].is_reachable = False
