@@ -81,13 +81,15 @@ class StorageClient:
 
     `uuid` is None while it cannot be read: before the client has started, for the moment of an upgrade under running
     volumes (`is_upgrading`), or for good where there is none. `is_expected`: a client belongs here, so an absent one
-    comes back. `problem`: why it is of no use although it is there; empty = it is.
+    comes back. `problem`: why it is of no use although it is there; empty = it is. `volume_limit`: how many volumes it
+    can have attached for use, 0 where it knows no limit.
     """
 
     uuid: str | None
     is_expected: bool = False
     is_upgrading: bool = False
     problem: str = ""
+    volume_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

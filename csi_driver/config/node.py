@@ -136,6 +136,11 @@ _ACCOUNT = Flag(
     "Directory with the service account's files token and ca.crt; both are read again for every request.",
     metavar="DIR",
 )
+_MOST = replace(
+    MAX_VOLUMES,
+    shown_default="0, as many as the storage client can have: 1024 on NVMesh, less its own; any number on the embedded"
+    " manager",
+)
 _ZONE = replace(ZONE, default="", shown_default=f"found out from the files below, else {DEFAULT_ZONE}")
 
 _OWN_ATTACHMENTS = tuple(
@@ -143,7 +148,7 @@ _OWN_ATTACHMENTS = tuple(
 )
 
 NODE_FLAGS = table(
-    *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, MAX_VOLUMES,
+    *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, _MOST,
     _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, _LABEL, _API_HOST, _API_PORT,
     _ACCOUNT, *LOG_FLAGS,
 )  # fmt: skip
@@ -160,7 +165,7 @@ def node(values: Values) -> NodeCommand:
             state_directory=str(values.one(_STATE) or _KUBELET / "plugins" / driver_name / "state"),
             zone=values.one(_ZONE) or DEFAULT_ZONE,
             topology_key=values.one(TOPOLOGY_KEY),
-            max_volumes_per_node=values.one(MAX_VOLUMES),
+            max_volumes_per_node=values.one(_MOST),
             heavy_operations=values.one(_HEAVY),
             driver_name=driver_name,
             reconcile_interval_s=values.one(_RECONCILE),

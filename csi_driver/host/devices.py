@@ -300,13 +300,19 @@ class LinuxDevices:
     # --- the client ---
 
     def client(self) -> StorageClient:
-        """Return what is known now of this node's storage client."""
+        """Return what is known now of this node's storage client.
+
+        Attachments without a device are the client's own (hidden): they take places that no volume can have.
+        """
         client = self._status.client()
-        if client.is_expected:
-            return client
-        with contextlib.suppress(OSError):
-            return replace(client, is_expected=any(self._root.iterdir()))
-        return client
+        try:
+            devices = {entry.name for entry in self._root.iterdir()}
+        except OSError:
+            devices = set()
+        limit = client.volume_limit
+        if limit:
+            limit = max(1, limit - len(self._status.shown() - devices))
+        return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
 
     def status(self, name: str) -> VolumeStatus | None:
         """Return what the client says of a volume; None while it says nothing that can be read."""

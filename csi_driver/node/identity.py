@@ -19,6 +19,7 @@ class Identity:
         self._tools = tools
         self._settings = settings
         self._client_uuid: str | None = None
+        self._client_limit = 0
 
     def info(self) -> NodeInfo:
         """Tell the node's id (its storage client's uuid, else its name), volume limit and topology.
@@ -29,7 +30,7 @@ class Identity:
         settings = self._settings
         return NodeInfo(
             node_id=self._client_id() or settings.node_name,
-            max_volumes=settings.max_volumes_per_node,
+            max_volumes=self._limit(),
             topology=self._zone.segments(),
         )
 
@@ -39,11 +40,17 @@ class Identity:
         A node that changed its id for a moment would be another node for the CO: its volumes could not be detached.
         """
         client = self._devices.client()
-        self._client_uuid = client.uuid or self._client_uuid
+        if client.uuid is not None:
+            self._client_uuid, self._client_limit = client.uuid, client.volume_limit
         if self._client_uuid is None and client.is_expected:
             state = "is being upgraded, or starts" if client.is_upgrading else "does not show itself yet"
             raise StorageUnavailable(f"the storage client of this node {state}: its uuid, the node's id, is not known")
         return self._client_uuid
+
+    def _limit(self) -> int:
+        """Return how many volumes this node takes: what was configured, at most what its client can; 0 = no limit."""
+        limits = (self._settings.max_volumes_per_node, self._client_limit)
+        return min((limit for limit in limits if limit), default=0)
 
     def problems(self) -> Sequence[str]:
         """Tell what keeps this machine from serving volumes, a sentence each; empty = all well."""

@@ -199,3 +199,14 @@ def test_devices_without_status_files_are_a_sign_of_a_client(machine: HostMachin
     machine.status_root.mkdir()
     (machine.status_root / "status.json").write_text(f'{{"main": {{"uuid": "{UUID}"}}}}')
     assert devices.client().uuid == UUID
+    assert devices.client().volume_limit == 1024
+
+
+def test_what_the_client_has_attached_for_itself_takes_places(machine: HostMachine) -> None:
+    machine.volume(NAME)
+    machine.write_status("hidden-1", OTHER, 64 * MIB, type="hidden")
+    machine.write_status("hidden-2", OTHER, 64 * MIB, type="hidden")
+    (machine.status_root / "status.json").write_text(f'{{"main": {{"uuid": "{UUID}"}}}}')
+    assert machine.devices.client().volume_limit == 1022
+    (machine.status_root / "version").write_text('{"module": "embedded", "version": "1"}')
+    assert machine.devices.client().volume_limit == 0

@@ -152,6 +152,7 @@ class FakeHost:
         self.client: str | None = "1f0e8a52-0000-4000-8000-000000000001"
         self.client_is_expected = False
         self.client_problem = ""
+        self.client_limit = 0
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
         self.encryption = FakeEncryption(self)
@@ -359,6 +360,7 @@ class FakeDevices:
             is_expected=host.client is not None or host.client_is_expected,
             is_upgrading=host.client is None and host.client_is_expected,
             problem=host.client_problem,
+            volume_limit=host.client_limit if host.client is not None else 0,
         )
 
     def status(self, name: str) -> VolumeStatus | None:

@@ -23,6 +23,8 @@ _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
 _IO_ENABLED = 0x200
+CLIENT_VOLUME_LIMIT = 1024
+"""Volumes that one NVMesh client can have attached, hidden ones included (NVMesh User Guide 3.5, limits)."""
 _MODES = {mode.name: mode for mode in ReservationMode}
 
 UPGRADE_MARKS = (Path("/var/run/nvmesh/nvmeshclient/upgrade"), Path("/proc/nvmeiba"))
@@ -136,6 +138,14 @@ def parse_client_uuid(text: str) -> str | None:
     return uuid.lower() if isinstance(uuid, str) and is_uuid(uuid) else None
 
 
+def parse_volume_limit(text: str) -> int:
+    """Read from the client's `version` how many volumes it can have attached; 0 = no limit.
+
+    The embedded manager's are loop devices, of which the kernel makes as many as there is memory for.
+    """
+    return 0 if _object(text).get("module") == "embedded" else CLIENT_VOLUME_LIMIT
+
+
 def parse_client_problem(text: str) -> str:
     """Read from the client's `version` whether its module was built wrongly and never registers; empty = no."""
     version = _object(text).get("version")
@@ -189,12 +199,21 @@ class StatusFiles:
         text = _read(self._root / "status.json")
         uuid = parse_client_uuid(text) if text is not None else None
         upgrading = any(mark.exists() for mark in self._upgrade_marks)
+        version = _read(self._root / "version") or ""
         return StorageClient(
             uuid=uuid,
             is_expected=uuid is not None or any(sign.exists() for sign in self._client_signs),
             is_upgrading=upgrading and uuid is None,
-            problem=parse_client_problem(_read(self._root / "version") or ""),
+            problem=parse_client_problem(version),
+            volume_limit=parse_volume_limit(version) if uuid is not None else 0,
         )
+
+    def shown(self) -> frozenset[str]:
+        """Return the names of the attachments that the client shows, hidden ones too."""
+        try:
+            return frozenset(entry.name for entry in (self._root / "volumes").iterdir())
+        except OSError:
+            return frozenset()
 
 
 def _read(path: Path) -> str | None:

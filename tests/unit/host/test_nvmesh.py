@@ -161,11 +161,13 @@ def test_a_client_is_known_by_its_status_and_its_version(tmp_path: Path) -> None
     root.mkdir()
     (root / "status.json").write_text(json.dumps({"main": {"uuid": UUID}}))
     (tmp_path / "upgrade").touch()
-    assert files(tmp_path).client() == StorageClient(UUID, is_expected=True)
+    assert files(tmp_path).client() == StorageClient(UUID, is_expected=True, volume_limit=1024)
     (root / "version").write_text(json.dumps({"module": "nvmeibc", "version": "3.5.0"}))
     assert not files(tmp_path).client().problem
     (root / "version").write_text(json.dumps({"module": "nvmeibc", "version": ""}))
     assert "built wrongly" in files(tmp_path).client().problem
+    (root / "version").write_text(json.dumps({"module": "embedded", "version": "3.5.0"}))
+    assert files(tmp_path).client() == StorageClient(UUID, is_expected=True)
 
 
 def test_the_serial_number_of_a_uuid_has_twenty_of_its_digits() -> None:

@@ -26,6 +26,17 @@ def test_the_node_name_is_the_node_id_where_there_is_no_storage_client() -> None
     assert node.use.identity.info().node_id == "node-1"
 
 
+@pytest.mark.parametrize(
+    ("configured", "of_client", "told"), [(0, 0, 0), (7, 0, 7), (0, 1024, 1024), (7, 1024, 7), (2000, 1024, 1024)]
+)
+def test_the_volume_limit_is_never_above_what_the_client_can(configured: int, of_client: int, told: int) -> None:
+    node = FakeNode(settings=NodeSettings("node-1", "/nowhere", max_volumes_per_node=configured))
+    node.host.client_limit = of_client
+    assert node.use.identity.info().max_volumes == told
+    node.host.upgrade_client()
+    assert node.use.identity.info().max_volumes == told
+
+
 def test_the_problems_of_the_machine_are_passed_on() -> None:
     node = FakeNode(settings=SETTINGS)
     node.host.present_problems = ["mkfs.ext4 is not installed"]
