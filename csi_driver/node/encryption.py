@@ -15,7 +15,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
 from csi_driver.handover import Encryption as By
 from csi_driver.handover import History, PublishContext
-from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, LuksHeader, Mapping, OpenDevice
+from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, DeviceNumber, LuksHeader, Mapping, OpenDevice
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, Wish, decide
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in
@@ -91,6 +91,10 @@ class EncryptedVolumes:
         if mapping is None or not mapping.is_encryption or mapping.below != device.number or not mapping.size_bytes:
             return None
         return self._encryption.device(mapping, volume.uuid or device.uuid)
+
+    def is_opened(self, number: DeviceNumber) -> bool:
+        """Tell whether a device is the opened one of some encrypted volume."""
+        return self._encryption.below(number) is not None
 
     def require_plain(self, volume: NamedVolume, device: Device) -> None:
         """Refuse to hand out, as it is, what this driver encrypted: its header would be overwritten."""

@@ -248,7 +248,7 @@ class Publish:
 
     def _release_reader(self, taken_off: Mounted, volume: NamedVolume) -> None:
         """Take down the read-only device that a publication had of its own; never the volume's device itself."""
-        if taken_off.node_number is None:
+        if taken_off.node_number is None or self._encrypted.is_opened(taken_off.node_number):
             return
         device = self._ownership.device_of(volume)
         if device is None or device.number != taken_off.node_number:
