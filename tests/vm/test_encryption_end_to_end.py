@@ -1,0 +1,135 @@
+"""The whole program, manager, controller and node, with volumes that the storage or the node encrypts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from csi_driver.model import Capability
+from csi_driver.rpc.client import CallFailed, capability_message
+from csi_driver.rpc.pb import csi_pb2 as pb
+from tests.contract.host_machine import shell
+from tests.integration.rig import MIB, Rig, Volume, filesystem, findmnt, raw_block
+
+pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
+
+SECRET = {"passphrase": "correct horse battery"}
+FAST = {"encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "1000"}
+KINDS = {"native": {"encryption": "native"}, "luks": {"encryption": "luks"} | FAST}
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    made = Rig(tmp_path_factory.mktemp("encrypted") / "rig", "--start-timeout", "300", size="4GiB")
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+@dataclass
+class Encrypted(Volume):
+    """A volume whose calls carry the secret, as the sidecars and kubelet hand it over."""
+
+    def stage_with(self, secrets: Mapping[str, str]) -> None:
+        self.staging.mkdir(exist_ok=True)
+        self.rig.node.stage(
+            self.id,
+            self.staging,
+            self.capability,
+            publish_context=self.publish_context,
+            volume_context=self.context,
+            secrets=secrets,
+        )
+
+    def up(self) -> Path:
+        self.attach()
+        self.stage_with(SECRET)
+        return self.publish()
+
+    def grow(self, size: int) -> None:
+        self.expand(size)
+        request = pb.NodeExpandVolumeRequest(
+            volume_id=self.id,
+            volume_path=str(self.target),
+            staging_target_path=str(self.staging),
+            volume_capability=capability_message(self.capability),
+            secrets=SECRET,
+        )
+        request.capacity_range.required_bytes = size
+        self.rig.node.call(self.rig.node.node.NodeExpandVolume, request)
+
+
+def created(rig: Rig, kind: str, capability: Capability, size: int = 256 * MIB) -> Encrypted:
+    request = pb.CreateVolumeRequest(
+        name=f"{kind}-{os.urandom(4).hex()}",
+        volume_capabilities=[capability_message(capability)],
+        parameters=KINDS[kind],
+        secrets=SECRET,
+    )
+    request.capacity_range.required_bytes = size
+    volume = rig.controller.call(rig.controller.controller.CreateVolume, request).volume
+    paths = rig.directory.with_name("paths")
+    paths.mkdir(exist_ok=True)
+    return Encrypted(rig, request.name, volume.volume_id, capability, paths, dict(volume.volume_context))
+
+
+def write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encrypted_filesystem_lives_its_life(rig: Rig, kind: str) -> None:
+    volume = created(rig, kind, filesystem())
+    target = volume.up()
+    shown = findmnt(target)
+    assert shown is not None
+    assert shown["source"] == f"/dev/mapper/{volume.short}"
+    write(target / "file", b"plain text" * 1000)
+    file = volume.file
+    volume.grow(512 * MIB)
+    status = os.statvfs(target)
+    assert status.f_blocks * status.f_frsize > 400 * MIB
+    volume.down()
+    assert volume.short not in shell("dmsetup", "ls")
+    assert b"plain text" not in file.read_bytes()
+    volume.attach()
+    with pytest.raises(CallFailed) as refusal:
+        volume.stage_with({"passphrase": "another horse"})
+    assert refusal.value.code == "PERMISSION_DENIED"
+    volume.stage_with(SECRET)
+    volume.publish()
+    assert (target / "file").read_bytes() == b"plain text" * 1000
+    volume.end()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encrypted_block_volume_publishes_the_opened_device(rig: Rig, kind: str) -> None:
+    volume = created(rig, kind, raw_block())
+    target = volume.up()
+    assert target.stat().st_rdev == os.stat(f"/dev/mapper/{volume.short}").st_rdev
+    write(target, b"from the first byte on")
+    shell("cryptsetup", "luksDump", str(volume.device))
+    volume.end()
+
+
+def test_the_node_killed_while_a_volume_is_in_use_finds_it_open(rig: Rig) -> None:
+    volume = created(rig, "native", filesystem())
+    target = volume.up()
+    write(target / "file", b"kept")
+    rig.kill("node")
+    volume.stage_with(SECRET)
+    volume.publish()
+    assert (target / "file").read_bytes() == b"kept"
+    volume.end()
+    assert shell("dmsetup", "ls").count(volume.short) == 0
