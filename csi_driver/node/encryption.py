@@ -17,6 +17,7 @@ from csi_driver.handover import Encryption as By
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, DeviceNumber, LuksHeader, Mapping, OpenDevice
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, Wish, decide
+from csi_driver.node.fencing import is_cut_off
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in
 from csi_driver.node.marks import LUKS, Mark, Marks
@@ -352,12 +353,22 @@ class EncryptedVolumes:
     def close(self, volume: NamedVolume) -> None:
         """Close the volume when nothing on this node uses it any more; not open is success.
 
-        Raises `PreconditionFailed` when something other than a mount uses it: the same call later will do.
+        Raises `PreconditionFailed` when something other than a mount uses it: the same call later will do. One over a
+        device that is gone, or was taken from this node, is left to the sweeps then: its last user may hang for long.
         """
         mapping = self._encryption.mapping(volume.name)
         if mapping is None or not self._is_of(mapping, volume) or self._mounts.of_device(mapping.number):
             return
-        self._encryption.close(mapping)
+        try:
+            self._encryption.close(mapping)
+        except PreconditionFailed as busy:
+            if not self._is_lost(mapping, volume):
+                raise
+            logger.warning("volume %s is lost to this node and stays open for now: %s", volume, busy)
+
+    def _is_lost(self, mapping: Mapping, volume: NamedVolume) -> bool:
+        is_gone = mapping.below is None or not self._devices.size_bytes(mapping.below)
+        return is_gone or is_cut_off(self._devices, volume.name)
 
     def _is_of(self, mapping: Mapping, volume: NamedVolume) -> bool:
         """Tell whether an opened device is the volume's; a name alone proves nothing while there is a device below."""

@@ -87,7 +87,10 @@ class Ownership:
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
         if self.is_gone(number):
             return Owner.DEAD
-        return Owner.OURS if self._was_made_from(mounted, volume) else Owner.OTHER
+        if not self._was_made_from(mounted, volume):
+            return Owner.OTHER
+        mapping = self._mapping(volume.name, mounted)
+        return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
     def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
         """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.

@@ -339,7 +339,9 @@ class FakeDevices:
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
         disk = self._host.by_number(number)
-        return disk.uuid if disk is not None and disk.claims_uuid else None
+        # An opened encrypted device says nothing of itself: the one below it does.
+        is_mute = disk is None or not disk.claims_uuid or (disk.below is not None and disk.below.is_gone)
+        return None if disk is None or is_mute else disk.uuid
 
     def set_read_only(self, device: Device) -> None:
         disk = self._host.by_number(device.number)

@@ -571,6 +571,31 @@ def test_an_opened_device_whose_volume_is_gone_is_closed_and_opened_anew(locked:
     assert locked.mapper.below is locked.disk
 
 
+def test_a_mount_over_an_opened_device_whose_volume_came_back_is_taken_off(locked: Locked) -> None:
+    locked.up()
+    locked.node.host.write_file(TARGET, "a", b"kept")
+    locked.reattach()
+    with pytest.raises(PreconditionFailed, match="busy"):
+        locked.stage()
+    locked.node.unpublish()
+    locked.up()
+    assert locked.mapper is not None
+    assert locked.mapper.below is locked.disk
+    assert locked.node.host.mounts_at(STAGING) == 1
+    assert locked.node.host.files_at(TARGET) == {"a": b"kept"}
+
+
+def test_an_opened_device_that_is_held_hinders_unstage_unless_its_volume_is_gone(locked: Locked) -> None:
+    locked.stage()
+    assert locked.mapper is not None
+    locked.mapper.claimed = 7
+    with pytest.raises(PreconditionFailed, match="busy"):
+        locked.node.unstage()
+    locked.node.host.detach(NAME)
+    locked.node.unstage()
+    assert locked.mapper is not None
+
+
 def test_a_volume_left_open_read_only_is_opened_writable(locked: Locked) -> None:
     locked.up()
     locked.down()
