@@ -25,10 +25,11 @@ from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.bench.measure import Timing, resident_mib, timed
 from tests.bench.rate import measure_create_rate
+from tests.bench.scan import measure_scan
 from tests.bench.storm import Weather, ideal_s, storm
 
 GIB = 1 << 30
-PARTS = ("start", "memory", "rate", "calls", "mounts", "probe", "shell", "storm", "list")
+PARTS = ("start", "memory", "rate", "calls", "mounts", "probe", "shell", "storm", "list", "scan")
 ROLES = ("storage", "controller", "node")
 EXT4 = Capability(MountAccess(fs_type="ext4"), AccessMode.SINGLE_NODE_WRITER)
 XFS = Capability(MountAccess(fs_type="xfs"), AccessMode.SINGLE_NODE_WRITER)
@@ -504,7 +505,10 @@ def main() -> None:
             columns = ("50 ms a request", "at once", "p50 ms", "p99 ms", "per second", "requests", "most at once")
             counts = {1: 4, 16: 32} if quick else {1: 40, 16: 320, 100: 800}
             measure_create_rate(directory, counts, (1, 2), Table("Rate on a slow management", columns).row)
-        if not wanted <= {"start", "rate"}:
+        if "scan" in wanted:
+            table = Table("Scan of every block", ("reading before a format", "MiB", "GB/s"))
+            measure_scan(directory, (64 << 20) if quick else (4 << 30), table.row)
+        if not wanted <= {"start", "rate", "scan"}:
             with running_stack(directory) as stack:
                 measure_stack(stack, directory, wanted, quick=quick)
     finally:
