@@ -331,6 +331,16 @@ def test_a_mounted_ext4_grows_or_the_missing_capability_is_named(machine: HostMa
             machine.filesystems.grow_mounted(target, grown, "ext4")
 
 
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
+def test_a_path_that_holds_another_device_is_not_grown(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    _, other = machine.formatted(fs_type, SIZES[fs_type], "csi-2")
+    target = machine.place()
+    machine.mounts.mount(other, target, fs_type, [], read_only=False)
+    with pytest.raises(PreconditionFailed, match=f"holds device {other.number}, expected {device.number}"):
+        machine.filesystems.grow_mounted(target, device, fs_type)
+
+
 def test_an_unmounted_ext4_grows_and_keeps_its_data(machine: HostMachine) -> None:
     volume, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()

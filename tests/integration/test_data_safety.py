@@ -255,6 +255,18 @@ def test_a_filesystem_formatted_over_leaves_no_second_signature(
     assert probed(machine, volume) == Filesystem(after, volume.uuid)
 
 
+def test_copies_that_mkfs_itself_would_leave_are_gone_after_a_format_over(machine: HostMachine, node: RealNode) -> None:
+    volume = machine.volume(size_bytes=END)
+    behind = {name: place for name, place in SIGNATURES.items() if place[0] >= 4 * MIB}
+    for offset, signature in behind.values():
+        write(volume, offset, signature)
+    node.stage(volume, "ext4", history=History.ATTACHED, attachment=3, allowed=True)
+    node.unstage(volume)
+    found = everything(volume)
+    kept = [name for name, (_, signature) in behind.items() if any(signature in piece for piece in found.values())]
+    assert (len(behind) > 4, kept) == (True, [])
+
+
 def test_one_sector_in_the_middle_stops_every_history_but_a_first(machine: HostMachine, node: RealNode) -> None:
     volume = machine.volume(size_bytes=GIB)
     write(volume, 777 * MIB + 4096, b"x")
