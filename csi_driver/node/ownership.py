@@ -81,7 +81,8 @@ class Ownership:
             return Owner.OURS
         claimed = self._devices.uuid_of(number)
         if claimed is not None and volume.uuid is not None:
-            return Owner.OURS if is_same(claimed, volume.uuid) else Owner.OTHER
+            is_ours = is_same(claimed, volume.uuid) or self._is_left_behind(mounted, volume)
+            return Owner.OURS if is_ours else Owner.OTHER
         device = self._devices.find(volume.name, volume.uuid)
         if device is not None and device.number in (number, self._encryption.below(number)):
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
@@ -91,6 +92,14 @@ class Ownership:
             return Owner.OTHER
         mapping = self._mapping(volume.name, mounted)
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
+
+    def _is_left_behind(self, mounted: Mounted, volume: NamedVolume) -> bool:
+        """Tell whether the volume's device went away under the mount and its number is another volume's now.
+
+        The mount holds on to the device that was; the new owner's mounts name its own path as their source.
+        """
+        is_known_as = self._devices.name_of(number_of(mounted))
+        return is_known_as not in (None, volume.name) and self._was_made_from(mounted, volume)
 
     def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
         """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.
@@ -190,8 +199,10 @@ class Ownership:
 
     def is_cut_off(self, name: str, number: DeviceNumber | None) -> bool:
         """Tell whether the volume's device, which has that number, was taken from this node."""
+        if not is_cut_off(self._devices, name):
+            return False
         device = self._devices.find(name)
-        return device is not None and device.number == number and is_cut_off(self._devices, name)
+        return device is not None and device.number == number
 
     def is_gone(self, number: DeviceNumber) -> bool:
         """Tell whether a device is no more: nothing can be read from it or written to it."""

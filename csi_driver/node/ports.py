@@ -83,6 +83,10 @@ class Devices(Protocol):
         """Return the reference ids under which this node holds the volume; None when that cannot be told."""
         ...
 
+    def name_of(self, number: DeviceNumber) -> str | None:
+        """Return the name of the volume whose device has that number now; None when none of ours has."""
+        ...
+
     def path_of(self, name: str) -> Path:
         """Return where the device of a volume appears: what a mount of it names as its source."""
         ...

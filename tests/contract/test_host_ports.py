@@ -181,6 +181,14 @@ def test_read_only_devices_are_listed_with_what_they_stand_over(host: Host, acto
     assert made.number not in [each.number for each in host.read_only_devices.present()]
 
 
+def test_a_device_is_known_by_its_number(host: Host, actor: Actor) -> None:
+    number = actor.attached().number
+    assert host.devices.name_of(number) == "csi-1"
+    assert host.devices.name_of(DeviceNumber(0, 1)) is None
+    host.lose("csi-1")
+    assert host.devices.name_of(number) is None
+
+
 # --- what devices hold ------------------------------------------------------------------------------------------
 
 

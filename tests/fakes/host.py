@@ -369,6 +369,9 @@ class FakeDevices:
         disk = self._host.disks.get(name)
         return disk.status if disk is not None else None
 
+    def name_of(self, number: DeviceNumber) -> str | None:
+        return next((disk.name for disk in self._host.disks.values() if disk.number == number), None)
+
     def path_of(self, name: str) -> Path:
         return DEVICE_DIRECTORY / name
 

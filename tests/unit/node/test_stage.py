@@ -650,6 +650,25 @@ def test_what_another_process_staged_in_the_meantime_is_taken_and_not_mounted_ag
     assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
 
 
+def test_a_mount_whose_device_number_is_another_volumes_now_is_unstaged(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    gone = node.host.detach(NAME)
+    node.host.attach("csi-2", OTHER_UUID).number = gone.number
+    node.unstage()
+    assert node.host.mounts_at(STAGING) == 0
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_newer_volume_of_the_same_name_is_not_unstaged(node: FakeNode, is_renamed: bool) -> None:
+    formatted(node)
+    node.stage()
+    if is_renamed:
+        node.host.topmost(STAGING).source = "/dev/nvmesh/csi-2"  # type: ignore[union-attr]
+    node.unstage(volume_id=f"z:{NAME}:{OTHER_UUID}")
+    assert node.host.mounts_at(STAGING) == 1
+
+
 # --- what another node has taken over ---
 
 
