@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import threading
@@ -108,10 +109,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, Pair, Auth
     return authority, authority.issue("apiserver"), Authority(directory / "other", "other")
 
 
-@pytest.fixture
-def api(tmp_path: Path, pki: tuple[Authority, Pair, Authority]) -> Iterator[Api]:
-    authority, pair, _ = pki
-    cluster = Cluster()
+@contextlib.contextmanager
+def served(cluster: Cluster, authority: Authority, pair: Pair, account: Path) -> Iterator[Api]:
+    """Serve the cluster, with a service account's files in `account`."""
     handler = type("Bound", (Handler,), {"cluster": cluster})
     server = Quiet(("127.0.0.1", 0), handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -119,15 +119,22 @@ def api(tmp_path: Path, pki: tuple[Authority, Pair, Authority]) -> Iterator[Api]
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    (tmp_path / "token").write_text(f"{cluster.token}\n")
-    (tmp_path / "ca.crt").write_bytes(authority.certificate.read_bytes())
+    (account / "token").write_text(f"{cluster.token}\n")
+    (account / "ca.crt").write_bytes(authority.certificate.read_bytes())
     try:
-        yield Api(cluster, tmp_path, server.server_address[1], authority)
+        yield Api(cluster, account, server.server_address[1], authority)
     finally:
         cluster.released.set()
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def api(tmp_path: Path, pki: tuple[Authority, Pair, Authority]) -> Iterator[Api]:
+    authority, pair, _ = pki
+    with served(Cluster(), authority, pair, tmp_path) as api:
+        yield api
 
 
 def test_a_label_is_set_and_taken_away_and_the_others_stay(api: Api) -> None:
