@@ -166,3 +166,58 @@ def test_another_filesystem_than_the_one_asked_for_is_refused(rig: Rig) -> None:
     volume.up()
     assert digest(volume.target / "data", MIB) == wanted
     volume.end()
+
+
+def test_the_storage_class_and_the_volumes_stripes_shape_the_filesystem(rig: Rig) -> None:
+    """All the way: parameters of CreateVolume, the volume's layout, the publish context, mkfs; read by dumpe2fs."""
+    capability = filesystem("ext4")
+    parameters = {
+        "raidLevel": "striped", "stripeWidth": "2", "stripeSize": "32", "mkfs/inodeSize": "512",
+        "mkfs/bytesPerInode": "65536",
+    }  # fmt: skip
+    created = rig.controller.create_volume(
+        "test-mkfs-keys", required_bytes=GIB, capabilities=[capability], parameters=parameters
+    )
+    paths = rig.directory.with_name(f"{rig.directory.name}.paths")
+    paths.mkdir(exist_ok=True)
+    volume = Volume(rig, "test-mkfs-keys", created.volume_id, capability, paths, dict(created.context))
+    volume.up()
+    shown = subprocess.run(["dumpe2fs", "-h", str(volume.device)], check=True, capture_output=True, text=True).stdout
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in shown.splitlines())}
+    blocks = int(said["Block count"])
+    assert (said["Inode size"], said["RAID stride"], said["RAID stripe width"]) == ("512", "32", "64")
+    assert int(said["Inode count"]) <= blocks * 4096 // 65536 * 1.05
+    volume.end()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"mkfs/inodeSize": "8192"}, "mkfs/inodeSize is '8192', wanted a power of two from 128 to 4096, for ext4"),
+        (
+            {"mkfs/blockSize": "4096", "mkfsOptions": "-b 4096"},
+            "mkfsOptions is '-b', wanted no option that mkfs/blockSize sets as well",
+        ),
+    ],
+)
+def test_a_key_that_the_filesystem_cannot_have_is_told_and_formats_nothing(
+    rig: Rig, parameters: dict[str, str], said: str
+) -> None:
+    capability = filesystem("ext4")
+    name = f"test-mkfs-refused-{len(parameters)}"
+    created = rig.controller.create_volume(name, required_bytes=GIB, capabilities=[capability], parameters=parameters)
+    paths = rig.directory.with_name(f"{rig.directory.name}.paths")
+    paths.mkdir(exist_ok=True)
+    volume = Volume(rig, name, created.volume_id, capability, paths, dict(created.context))
+    volume.attach()
+    with pytest.raises(CallFailed, match=f"INVALID_ARGUMENT: {said}"):
+        volume.stage()
+    assert found_by_blkid(volume.device) == ""
+    volume.unstage()
+    volume.detach()
+    volume.delete()
+
+
+def found_by_blkid(device: Path) -> str:
+    """Return what blkid finds on the device; empty when it finds nothing."""
+    return subprocess.run(["blkid", "-p", str(device)], check=False, capture_output=True, text=True).stdout
