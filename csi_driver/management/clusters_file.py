@@ -1,8 +1,8 @@
 """The file that describes several storage clusters: zone, management servers, how to log in there.
 
 It is YAML or JSON, or one of the forms that older drivers of this name had (see `old_clusters`). What a zone does not
-say is taken from the defaults, which are the command line's. Everything wrong with it is found in one go. Values are
-never quoted in what is reported: some of them are passwords.
+say is taken from the defaults, which are the command line's. Everything wrong with it is found in one go. What is
+reported names keys and places; a value that may be a password is never quoted.
 """
 
 from __future__ import annotations
@@ -222,8 +222,16 @@ def finished(
 
 
 def unknown_keys(what: str, entry: Entry, known: Sequence[str]) -> list[str]:
-    """Return a problem for each key that is not known."""
-    return [f"{what}: {shown(key)} is not known, wanted one of {', '.join(known)}" for key in entry if key not in known]
+    """Return a problem for each key that is not known.
+
+    One without a value is not named: a slip of the pen makes such a key of what was meant to be a value.
+    """
+    wanted = f"wanted one of {', '.join(known)}"
+    return [
+        f"{what}: {'a key without a value' if value is None else shown(key)} is not known, {wanted}"
+        for key, value in entry.items()
+        if key not in known
+    ]
 
 
 # --- one zone -----------------------------------------------------------------------------------------------------
