@@ -41,7 +41,11 @@ class Gate:
         self._url = url
         self._clock = clock
         self._free = limit
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        """Life or death."""
+        self._place = threading.Condition(lock)
+        """Somebody leaves, or all have to."""
         self._state = _State.WORKS
         self._is_slow = False
         self._failures = 0
@@ -86,7 +90,7 @@ class Gate:
         with self._changed:
             failed_at_s = self._failed_at_s
             while self._free == 0:
-                if not self._changed.wait(deadline.remaining_s()) and deadline.expired():
+                if not self._place.wait(deadline.remaining_s()) and self._free == 0 and deadline.expired():
                     raise DeadlineReached(f"a free connection to management server {self._url}", deadline.elapsed_s())
                 if self._failed_at_s != failed_at_s:
                     raise SentAway(self._url, "it failed while a free connection to it was awaited")
@@ -96,7 +100,7 @@ class Gate:
         finally:
             with self._changed:
                 self._free += 1
-                self._changed.notify_all()
+                self._place.notify()
 
     # --- how it went ------------------------------------------------------------------------------------
 
@@ -126,6 +130,7 @@ class Gate:
             if self._state is not _State.RESTS or now_s >= self._rests_until_s:
                 self._rest(now_s)
             self._changed.notify_all()
+            self._place.notify_all()
             return was is _State.WORKS
 
     def _rest(self, now_s: float) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from csi_driver.deadline import Clock, Deadline
-from csi_driver.errors import DriverError, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
+from csi_driver.errors import DriverError, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated, shown
 from csi_driver.management.credentials import Credentials, read_credentials
 from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, refusal_in
 from csi_driver.management.gate import Gate
@@ -77,6 +77,7 @@ class Server:
         self._rule = VersionRule(self.url, allow_incompatible=settings.allow_incompatible_versions)
         self._cookie: str | None = None
         self._version: ApiVersion | None = None
+        self._version_told: ApiVersion | None = None
         self._credentials: Credentials | None = None
         self._opening = threading.Lock()
         self._openings = 0
@@ -162,10 +163,10 @@ class Server:
         try:
             if self._openings != seen and self._opening_failure is not None:
                 raise _same_again(self._opening_failure)
+            self._opening_failure = None
             self._log_in_again(stale, deadline)
             if needs_version and self._version is None:
                 self._ask_version(deadline)
-            self._opening_failure = None
         except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
             self._opening_failure = _same_again(error)
             raise
@@ -250,6 +251,10 @@ class Server:
             return  # a refusal
         version = ApiVersion.read(info.get("APIVersion"))
         self._rule.judge(version)
+        if version != self._version_told:
+            self._version_told = version
+            management = shown(info.get("version") or info.get("managementVersion"))
+            _log.info("management server %s works: management %s, %s", self.url, management, version)
         self._version = version
 
     # --- signs of life ----------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_whoever_stands_in_line_is_sent_away_when_the_server_fails(clock: HandCl
 
     with ThreadPoolExecutor(4) as pool, gate.entered(deadline):
         waiting = [pool.submit(stand_in_line) for _ in range(4)]
-        assert deadline.wait_until(lambda: len(gate._changed._waiters) == 4)  # type: ignore[attr-defined]
+        assert deadline.wait_until(lambda: len(gate._place._waiters) == 4)  # type: ignore[attr-defined]
         gate.failed(0.2, timed_out=True)
         assert [type(one.exception(10)) for one in waiting] == [SentAway] * 4
 
@@ -156,6 +156,25 @@ def test_whoever_gets_no_place_in_time_is_told(clock: HandClock) -> None:
     gate = Gate("https://m1:4000", 1, clock)
     with gate.entered(Deadline.after(1)), pytest.raises(DeadlineReached), gate.entered(Deadline.after(0.05)):
         pytest.fail("two at once")
+
+
+def test_more_callers_than_places_all_come_to_their_turn(clock: HandClock) -> None:
+    gate = Gate("https://m1:4000", 2, clock)
+    inside, most = [0], [0]
+    lock = threading.Lock()
+
+    def ask(_: int) -> None:
+        with gate.entered(Deadline.after(20)):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            threading.Event().wait(0.001)
+            with lock:
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(ask, range(320)))
+    assert most == [2]
 
 
 def test_a_place_is_given_back_when_a_request_fails(clock: HandClock) -> None:

@@ -205,6 +205,21 @@ def test_a_failed_login_is_shared_by_all_who_waited_for_it(
     assert len(server.logins) == 1
 
 
+def test_a_refusal_of_old_is_not_told_to_those_who_wait_for_a_later_login(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.login_answer = Says({"success": False, "error": "no"}, 401)
+    with pytest.raises(Unauthenticated):
+        client.system_info(deadline=deadline)
+    broken = Waits(Says({}, 500))
+    server.login_answer = broken
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.system_info, deadline=deadline) for _ in range(4)]
+        assert deadline.wait_until(lambda: in_login() == 4)
+        broken.until.set()
+        assert {type(one.exception(10)) for one in asked} == {StorageUnavailable}
+
+
 # --- what an answer means -------------------------------------------------------------------------------
 
 
