@@ -16,6 +16,7 @@ from csi_driver.capacity import granule_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
+    DriverError,
     InvalidRequest,
     OperationPending,
     OutcomeUnknown,
@@ -246,7 +247,7 @@ class ManagementClient:
             return
         if NOT_ENOUGH in refusal.ids and self._same(volume, deadline).capacity_gb >= capacity_gb:
             return  # somebody else was first
-        raise failure_of(Operation.EXTEND, refusal, volume=volume.name)
+        raise self._refused(Operation.EXTEND, refusal, volume, deadline)
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
         """Mark the volume for deletion; False when it does not exist any more.
@@ -267,14 +268,14 @@ class ManagementClient:
         body = [{"_id": volume.name, "uuid": volume.uuid, "metadata": dict(metadata)}]
         _, refusal = self._act("/volumes/update", body, Operation.UPDATE, deadline)
         if refusal is not None:
-            raise failure_of(Operation.UPDATE, refusal, volume=volume.name)
+            raise self._refused(Operation.UPDATE, refusal, volume, deadline)
 
     def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
         """Set what is named of the volume; nothing else is sent, so nothing else changes."""
         body = [{"_id": volume.name, "uuid": volume.uuid, **changed_fields(changes)}]
         _, refusal = self._act("/volumes/update", body, Operation.UPDATE, deadline)
         if refusal is not None:
-            raise failure_of(Operation.UPDATE, refusal, volume=volume.name)
+            raise self._refused(Operation.UPDATE, refusal, volume, deadline)
 
     def init_encryption(
         self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
@@ -315,7 +316,7 @@ class ManagementClient:
         body = _attachment(client, volume, reference_id, {"reservation": reservation})
         _, refusal = self._act("/clients/attach", body, Operation.ATTACH, deadline)
         if refusal is not None:
-            raise failure_of(Operation.ATTACH, refusal, volume=volume.name, client=client.id)
+            raise self._refused(Operation.ATTACH, refusal, volume, deadline, client=client.id)
 
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
@@ -351,6 +352,18 @@ class ManagementClient:
         if refusal is not None and meaning_of(operation, refusal)[0] is Meaning.DONE:
             refusal = None
         return envelope, refusal
+
+    def _refused(
+        self, operation: Operation, refusal: Refusal, volume: Volume, deadline: Deadline, *, client: str = ""
+    ) -> DriverError:
+        """Return the failure for a change that was refused. Looks where the server says that there is no volume.
+
+        It says so as well of one that is pending, and callers give up for good what does not exist.
+        """
+        if meaning_of(operation, refusal)[0] is Meaning.VOLUME_ABSENT:
+            self._same(volume, deadline)
+            return OperationPending(f"volume {volume.name} is there, but was not found to {operation} it; call again")
+        return failure_of(operation, refusal, volume=volume.name, client=client)
 
     def _found(self, path: str, what: str, deadline: Deadline) -> Document:
         """Return one document that is always there. Raises for an envelope with an error."""

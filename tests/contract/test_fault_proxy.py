@@ -13,9 +13,9 @@ from csi_driver.errors import (
     Denied,
     DriverError,
     InvalidRequest,
+    OperationPending,
     OutcomeUnknown,
     ServerUnreachable,
-    VolumeNotFound,
 )
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
@@ -108,7 +108,7 @@ NEVER_SEEN = [
     (Fault.GATEWAY_BEFORE, OutcomeUnknown),
     (Fault.UPGRADING, ServerUnreachable),
     (Fault.SHUTTING_DOWN, ServerUnreachable),
-    (Fault.OTHER_UUID_ASKED, VolumeNotFound),
+    (Fault.OTHER_UUID_ASKED, OperationPending),
 ]
 DONE_BEHIND_OUR_BACK = [
     Fault.RESET_AFTER,

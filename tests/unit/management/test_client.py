@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -523,3 +524,45 @@ def test_no_drive_is_no_space(server: ManagementDouble, client: ManagementClient
     server.on("POST", "/servers/totalSpace", Says(None))
     server.on("POST", "/servers/allocatedSpace", SaysRaw(b"null"))
     assert client.raw_free_bytes(vpg="gold", deadline=deadline) == 0
+
+
+# --- "not found" ----------------------------------------------------------------------------------------
+
+
+CHANGES: dict[str, Callable[[ManagementClient, Deadline], object]] = {
+    EXTEND: lambda client, deadline: client.extend_volume(VOLUME, 12.0, deadline=deadline),
+    UPDATE: lambda client, deadline: client.set_metadata(VOLUME, {}, deadline=deadline),
+    ATTACH: lambda client, deadline: client.attach(
+        CLIENT, VOLUME, mode=ReservationMode.SHARED_READ_WRITE, reference_id=None, deadline=deadline
+    ),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CHANGES))
+def test_a_volume_that_is_there_but_was_not_found_is_pending(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
+) -> None:
+    server.on("POST", path, refused(1543))
+    server.on("GET", "/volumes/vol1", Says(sample("volume")))
+    with pytest.raises(OperationPending):
+        CHANGES[path](client, deadline)
+
+
+@pytest.mark.parametrize("path", sorted(CHANGES))
+def test_a_volume_that_is_not_there_was_not_found(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
+) -> None:
+    server.on("POST", path, refused(1543))
+    there = [Says(sample("volume"))] if path == EXTEND else []
+    server.on("GET", "/volumes/vol1", *there, absent(1543))
+    with pytest.raises(VolumeNotFound):
+        CHANGES[path](client, deadline)
+
+
+def test_a_volume_in_the_place_of_ours_was_not_found(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", UPDATE, refused(1543))
+    server.on("GET", "/volumes/vol1", Says(volume_row(uuid="00000000-0000-1000-8000-000000000000")))
+    with pytest.raises(VolumeNotFound):
+        client.set_metadata(VOLUME, {}, deadline=deadline)

@@ -19,7 +19,7 @@ from csi_driver.errors import (
 from csi_driver.management.client import ManagementClient
 from csi_driver.model import Layout, VolumeChanges
 from tests.unit.management.double import Breaks, ManagementDouble, Says, Step
-from tests.unit.management.test_client import SAVE, SPEC, UPDATE, VOLUME, done, refused
+from tests.unit.management.test_client import SAVE, SPEC, UPDATE, VOLUME, absent, done, refused
 
 INIT = "/volumes/initEncryption"
 PASSPHRASE = "correct horse battery"
@@ -107,6 +107,7 @@ def test_a_change_that_is_refused_says_what_kind_of_refusal_it_is(
     failure: type[Exception],
 ) -> None:
     server.on("POST", UPDATE, refused(*ids))
+    server.on("GET", f"/volumes/{VOLUME.name}", absent(1543))
     with pytest.raises(failure):
         client.update_volume(VOLUME, VolumeChanges(description="x"), deadline=deadline)
 
