@@ -127,7 +127,7 @@ def told(error: BaseException) -> str:
     return "\n".join(words)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.sampled_from(sorted(CALLS)), st.booleans())
 def test_no_secret_shows_in_any_log_or_error(data: st.DataObject, name: str, at_login: bool) -> None:
     method, path, call = CALLS[name]

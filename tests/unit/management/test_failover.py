@@ -199,7 +199,7 @@ def test_the_only_server_is_back_as_soon_as_it_shows_life(
 ) -> None:
     hangs = Hangs()
     server.on("GET", INFO, hangs, Says(sample("system-info")))
-    client = connect(server.url, request_timeout_s=0.3)
+    client = connect(server.url, request_timeout_s=0.5)
     with pytest.raises(OutcomeUnknown):
         client.system_info(deadline=deadline)
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
@@ -228,7 +228,7 @@ def test_a_server_that_was_left_alone_is_looked_at_when_the_other_one_fails(
 ) -> None:
     """In the very request that finds the other one failed, although no probe was due yet."""
     server.on("GET", INFO, Hangs(), Says(sample("system-info")))
-    client = connect(server.url, other_server.url, request_timeout_s=0.3)
+    client = connect(server.url, other_server.url, request_timeout_s=0.5)
     client.system_info(deadline=deadline)
     other_server.on("GET", INFO, retired(16268))
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
@@ -239,7 +239,7 @@ def test_no_change_is_the_trial_of_a_server_that_shows_life(
 ) -> None:
     server.on("GET", "/volumes/v1", Hangs())
     other_server.on("GET", "/volumes/v1", Says(sample("volume")))
-    client = connect(server.url, other_server.url, request_timeout_s=0.3)
+    client = connect(server.url, other_server.url, request_timeout_s=0.5)
     client.system_info(deadline=deadline)
     client.volume("v1", deadline=deadline)
     gate = client._session._servers[0].gate
