@@ -112,7 +112,7 @@ class EncryptedVolumes:
     def open(self, task: LockedVolume, *, deadline: Deadline) -> tuple[Device, PublishContext | None]:
         """Open the volume, with a new header where it has none and may get one; open already is success.
 
-        Return the opened device, and the context as it holds for that one: its size is without the header.
+        Return the opened device, and the context as it holds for that one.
         Raises `Denied` when no passphrase given opens it, `PreconditionFailed` when what it holds forbids it.
         """
         with self._heavy.place(f"open the encryption of volume {task.volume}", deadline=deadline):
@@ -310,6 +310,14 @@ class EncryptedVolumes:
 
     # --- growing and closing ---
 
+    def header_bytes(self, volume: NamedVolume, device: Device) -> int:
+        """Return what its header takes of a volume that is open."""
+        with self._devices.open(device) as opened:
+            header = self._encryption.header(opened)
+        if not isinstance(header, LuksHeader):
+            raise PreconditionFailed(f"volume {volume} is open and has no LUKS header that is whole: keep it open")
+        return header.data_offset_bytes
+
     def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Dictionary[str, str]) -> Device:
         """Let the opened device over a grown one take its size, and return it as it is then; `used` if it is plain."""
         mapping = self._encryption.mapping(volume.name)
@@ -317,11 +325,7 @@ class EncryptedVolumes:
             return used
         if mapping.is_suspended:
             self._encryption.resume(mapping)
-        with self._devices.open(device) as opened:
-            header = self._encryption.header(opened)
-        if not isinstance(header, LuksHeader):
-            raise PreconditionFailed(f"volume {volume} is open and has no LUKS header that is whole: keep it open")
-        if mapping.size_bytes + header.data_offset_bytes >= device.size_bytes:
+        if mapping.size_bytes + self.header_bytes(volume, device) >= device.size_bytes:
             return used
         if mapping.read_only:
             raise PreconditionFailed(f"volume {volume} is open read-only; it grows when it is staged writable")

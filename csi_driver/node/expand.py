@@ -44,6 +44,7 @@ class Expand:
     def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
         """Wait until the device has the size asked for, grow its filesystem to it, and return the size in bytes.
 
+        A header of encryption is not counted where it lies beside what was asked for.
         Raises `VolumeNotFound` when the volume is not at the path, `CapacityOutOfRange` when it is larger than the
         limit, `PreconditionFailed` when its filesystem cannot grow as it is mounted, `DeadlineReached`.
         """
@@ -53,13 +54,15 @@ class Expand:
         used = self._encrypted.opened_over(volume, device) or device
         if mounted is not None:
             self._require_same(volume, used, mounted)
+        header_bytes = self._encrypted.header_bytes(volume, device) if used.number != device.number else 0
+        size_bytes = max(device.size_bytes - header_bytes, request.capacity.required_bytes)
         limit = request.capacity.limit_bytes
-        if limit and device.size_bytes > limit:
-            raise CapacityOutOfRange(f"volume {volume} has {device.size_bytes} bytes, wanted at most {limit}")
+        if limit and size_bytes > limit:
+            raise CapacityOutOfRange(f"volume {volume} has {size_bytes} bytes, wanted at most {limit}")
         used = self._encrypted.grow(volume, device, used, request.secrets)
         if mounted is not None and mounted.node_number is None:
             self._grow(volume, used, mounted, deadline)
-        return device.size_bytes
+        return size_bytes
 
     def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mounted | None:
         """Return the volume's mount, at the staging path if it is there; None for a block volume that has none yet."""

@@ -20,6 +20,8 @@ ENCRYPTION, TYPE, OLD_CIPHER = "encryption", "dmcrypt/type", "dmcrypt/cipher"
 CIPHER, KEY_SIZE, DISCARDS = "encryption/cipher", "encryption/keySize", "encryption/allowDiscards"
 PBKDF, MEMORY, ITERATIONS = "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"
 
+HEADER_BYTES = 16 << 20
+"""What a LUKS2 header takes by cryptsetup's default, and a native one by the management's."""
 _DEFAULT_MEMORY_KIB = 64 * 1024
 """RFC 9106, section 4, the recommendation for memory-constrained places: every start of a pod costs as much."""
 _MEMORY_KIB = (32, 4 << 20)

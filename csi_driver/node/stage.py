@@ -11,7 +11,7 @@ from csi_driver.handover import Encryption, PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
-from csi_driver.node.luks_options import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
+from csi_driver.node.luks_options import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.node.mkfs import MkfsWish
 from csi_driver.node.options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
@@ -221,4 +221,7 @@ class Stage:
 def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsWish:
     if context is None:
         return MkfsWish(request.volume_context)
+    if context.encryption is not Encryption.NONE and context.stripe_bytes and HEADER_BYTES % context.stripe_bytes:
+        # Behind the header the filesystem begins in the middle of a stripe.
+        return MkfsWish(request.volume_context, size_bytes=context.size_bytes)
     return MkfsWish(request.volume_context, context.stripe_unit_bytes, context.stripe_bytes, context.size_bytes)

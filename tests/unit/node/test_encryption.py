@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from csi_driver.errors import (
+    CapacityOutOfRange,
     Denied,
     ExistsDifferently,
     InvalidField,
@@ -675,6 +676,26 @@ def test_an_encrypted_filesystem_grows_with_its_volume(locked: Locked, fs_type: 
     held = locked.mapper.filesystem
     assert held is not None
     assert (locked.mapper.size_bytes, held.size_bytes) == (112 * MIB, 112 * MIB)
+
+
+def test_a_header_beside_the_volume_counts_neither_as_size_nor_against_the_limit(locked: Locked) -> None:
+    locked.up()
+    locked.disk.size_bytes = 144 * MIB
+    size = 128 * MIB
+    assert locked.node.expand(required_bytes=size, limit_bytes=size, staging=STAGING, secrets=SECRET) == size
+    with pytest.raises(CapacityOutOfRange):
+        locked.node.expand(limit_bytes=127 * MIB, staging=STAGING, secrets=SECRET)
+
+
+@pytest.mark.parametrize(("stripe_bytes", "is_told"), [(512 << 10, True), (384 << 10, False)])
+def test_stripes_are_told_to_mkfs_only_where_the_header_ends_with_one(
+    locked: Locked, stripe_bytes: int, is_told: bool
+) -> None:
+    given = context() | {"stripeUnitBytes": str(128 << 10), "stripeBytes": str(stripe_bytes)}
+    locked.node.stage(context=given, secrets=SECRET)
+    held = locked.luks.inner.filesystem
+    assert held is not None
+    assert ("stride=32" in " ".join(held.options)) == is_told
 
 
 def test_an_encrypted_block_volume_grows(block: Locked) -> None:
