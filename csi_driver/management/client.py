@@ -44,7 +44,6 @@ from csi_driver.management.failures import (
     failure_of,
     meaning_of,
     refusal_in,
-    without_text,
 )
 from csi_driver.management.fields import changed_fields, specification
 from csi_driver.management.session import ManagementSession
@@ -289,7 +288,7 @@ class ManagementClient:
             return True
         if meaning_of(Operation.ENCRYPT, refusal)[0] is Meaning.UNDER_WAY:
             return False
-        raise failure_of(Operation.ENCRYPT, without_text(refusal), volume=volume.name)
+        raise failure_of(Operation.ENCRYPT, refusal, volume=volume.name)
 
     # --- attachments ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ id, so that string is the only sign there is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 
 from csi_driver.errors import (
@@ -178,11 +178,6 @@ def refusal_in(envelope: Mapping[str, object]) -> Refusal | None:
         current_version=next((v for link in links if isinstance(v := link.get("volumeReservation"), int)), None),
         no_allocation=inner == _NO_ALLOCATION,
     )
-
-
-def without_text(refusal: Refusal) -> Refusal:
-    """Return the refusal without what the server says of it, for requests whose words nobody may read."""
-    return replace(refusal, text="the server's reason is left out, as it may repeat what was sent")
 
 
 def meaning_of(operation: Operation, refusal: Refusal) -> tuple[Meaning, int | None]:

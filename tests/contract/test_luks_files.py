@@ -103,9 +103,10 @@ def test_cryptsetup_itself_shows_what_was_asked_for(file: Path, header_bytes: in
 @needs_cryptsetup
 def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small = tmp_path / "small.img"
-    small.write_bytes(b"")
-    with pytest.raises(DriverError):
-        make(LuksFiles(iterations=1000), small)
+    with small.open("wb") as opened:
+        opened.truncate(20 << 20)
+    with pytest.raises(PreconditionFailed, match="fit"):
+        make(LuksFiles(iterations=1000), small, header_bytes=32 << 20)
 
 
 @needs_cryptsetup

@@ -76,10 +76,10 @@ def test_the_same_call_again_finds_the_volume_and_sends_nothing() -> None:
 
 @pytest.mark.parametrize("secrets", [{}, {"password": SECRET}, {"passphrase": "short"}, {"dmcryptKey": ""}])
 def test_without_a_usable_passphrase_nothing_is_asked_of_the_storage(secrets: dict[str, str]) -> None:
-    world = World()
+    world = World(zones=("a", "b"))
     with pytest.raises(InvalidRequest, match=r"secrets\.passphrase"):
         world.create(parameters=NATIVE, secrets=secrets)
-    assert world.management.requests == []
+    assert [zone.requests for zone in world.zones.values()] == [[], []]
 
 
 def test_a_passphrase_that_nothing_asks_for_is_told_and_the_volume_is_plain(caplog: pytest.LogCaptureFixture) -> None:

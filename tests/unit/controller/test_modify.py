@@ -48,6 +48,14 @@ def test_the_same_again_asks_nothing_of_the_storage() -> None:
     assert world.management.requests.count("update_volume") == 1
 
 
+def test_lists_are_set_whatever_the_volume_shows() -> None:
+    world = World()
+    made = world.create()
+    for _ in range(2):
+        modify(world, made.volume_id, limitByNodes="a, b")
+    assert world.management.requests.count("update_volume") == 2
+
+
 def test_nothing_to_change_is_success() -> None:
     world = World()
     modify(world, world.create().volume_id)
@@ -87,6 +95,7 @@ def test_what_its_group_decides_is_refused_and_nothing_changes(key: str) -> None
     with pytest.raises(InvalidRequest, match="gold"):
         modify(world, made.volume_id, **{key: "true", "description": "new"})
     assert world.stored().description == ""
+    assert "update_volume" not in world.management.requests
 
 
 def test_a_check_that_the_level_does_not_have_is_refused() -> None:

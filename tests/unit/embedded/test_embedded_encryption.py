@@ -201,6 +201,7 @@ def test_a_rotation_that_was_cut_off_after_the_new_passphrase_is_finished_by_the
     command(manager, "rotatePassphrase", currentPassphrase=FIRST, newPassphrase=SECOND)
     proceed(manager)
     assert [headers.opens(file(manager), word) for word in (FIRST, SECOND)] == [False, True]
+    assert len(headers.slots(file(manager))) == 1
 
 
 def test_a_failure_is_answered_and_the_next_try_succeeds(manager: Manager, headers: FakeLuksHeaders) -> None:
