@@ -13,9 +13,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 
-from csi_driver.embedded.encryption import REQUIRED, wished
-from csi_driver.embedded.groups import default_layout
-from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, LEVELS, PARAMETERS, gigabytes
+from csi_driver.embedded.admission import absent_classes, admitted, not_saved, refuse_unsupported
+from csi_driver.embedded.encryption import REQUIRED
+from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, PARAMETERS, gigabytes
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, GROUPS, REPORTS, SHARED_READ_ONLY, VOLUMES, Group, Volume
 from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, refused_item, volume_not_found
@@ -42,7 +42,6 @@ _LAYOUT_FIELDS = frozenset(
 )
 _OWN_FIELDS = {"name", "capacity", "VPG", "isEncrypted", "encryption", "sourceID", "sourceUUID", "mdvSpec"}
 _NOT_KEPT = _LAYOUT_FIELDS | _OWN_FIELDS
-_CLASSES = (("diskClasses", 1512, "Drive class not found"), ("serverClasses", 1513, "Target class not found"))
 _LOCKED_BY_GROUP = ("diskClasses", "serverClasses", "limitByDisks", "limitByNodes", "enableCrcCheck", "VSGs")
 
 
@@ -83,7 +82,7 @@ class Volumes:
         """Make a volume: space promised, row committed, file made."""
         name = str(item["name"])
         try:
-            self._refuse_unsupported(item)
+            refuse_unsupported(item, lambda source: self._store.get(VOLUMES, source))
             volume = self._store.write(lambda change: self._promise(change, item, user))
             self._fault("save:row")
             self._make(volume)
@@ -92,52 +91,15 @@ class Volumes:
         self._fault("save:file")
         return envelope(name, volume.uuid, True)
 
-    def _refuse_unsupported(self, item: Mapping[str, object]) -> None:
-        name = str(item["name"])
-        if name.endswith("_MD"):
-            raise _not_saved(name, detail(1552, "Illegal Volume name", innerMessage={}))
-        if "sourceID" in item:
-            raise self._snapshot_refusal(name, str(item["sourceID"]), str(item.get("sourceUUID")))
-        for field, number, message in _CLASSES:
-            if item.get(field):
-                raise _not_saved(name, detail(number, message))
-        if item.get("VSGs"):
-            raise _not_saved(name, detail(1721, "VSG not found"))
-
-    def _snapshot_refusal(self, name: str, source_name: str, source_uuid: str) -> Refusal:
-        source = self._store.get(VOLUMES, source_name)
-        keys = {"volumeID": name, "volumeUUID": "undefined", "sourceVolumeID": source_name}
-        if source is None or source.uuid != source_uuid:
-            return Refusal(1521, "Snapshot source volume not found", keys, loses_uuid=True)
-        if not source.read_only:
-            return Refusal(1522, "Snapshot source volume is not read-only", keys, loses_uuid=True)
-        return _not_saved(name, detail(16825, "Snapshots are not served by the embedded storage manager"))
-
     def _promise(self, change: Change, item: Mapping[str, object], user: str) -> Volume:
         name = str(item["name"])
-        group_name = str(item.get("VPG") or "") or None
-        group = change.get(GROUPS, group_name) if group_name else None
-        homonym = change.get(GROUPS, name)
-        if change.get(VOLUMES, name) is not None or (homonym is not None and homonym.blocks):
-            raise Refusal(1523, "Volume name already exists", {"volumeID": name})
-        if group_name and group is None:
-            raise _not_saved(name, detail(1514, "VPG not found while creating volume", vpgID=group_name))
-        level = str(item.get("RAIDLevel"))
-        if group is None and level not in LEVELS:
-            raise _not_saved(name, detail(1606, "Unknown RAID level"))
-        if group and group.reclaiming:
-            raise _not_saved(name, detail(16358, "The VPG's reserved space is being reclaimed", vpgID=group.name))
-        encryption = wished(item, group)
-        if encryption is not None and not self.can_encrypt:
-            raise _not_saved(name, detail(16825, "Volumes cannot be encrypted here: cryptsetup is not installed"))
-        layout = group.layout if group else default_layout(item)
+        wanted = admitted(change, item, self._settings, can_encrypt=self.can_encrypt)
+        group, layout, encryption = wanted.group, wanted.layout, wanted.encryption
         capacity = cast("float | str", item["capacity"])
-        if not self._placeable(item):
-            raise _not_saved(name, "Failed to allocate")
         try:
             taken = self._space.take(change, layout, capacity, group)
         except NoSpace as problem:
-            raise _not_saved(name, "Failed to allocate") from problem
+            raise not_saved(name, "Failed to allocate") from problem
         moment = now()
         slow = self._settings.preallocate or "initialize" in self._holds
         volume = Volume(
@@ -146,7 +108,7 @@ class Volumes:
             capacity=capacity if not isinstance(capacity, str) else gigabytes(taken.blocks),
             extents=(taken.blocks,),
             layout=layout,
-            group=group_name,
+            group=group.name if group else None,
             given={key: value for key, value in item.items() if key not in _NOT_KEPT},
             created_by=user,
             modified_by=user,
@@ -162,13 +124,6 @@ class Volumes:
             change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
         return volume
 
-    def _placeable(self, item: Mapping[str, object]) -> bool:
-        """Tell whether the targets and drives that the request is limited to are among those we have."""
-        targets = {f"target{number + 1}.sim" for number in range(self._settings.pretend_targets)}
-        targets.update(client.name for client in self._settings.clients[:1])
-        nodes = cast("list[str]", item.get("limitByNodes") or [])
-        return not item.get("limitByDisks") and (not nodes or not targets.isdisjoint(nodes))
-
     def _make(self, volume: Volume) -> None:
         try:
             with self._locks.hold(volume.uuid):
@@ -178,7 +133,7 @@ class Volumes:
         except HostFailure as problem:
             self._pool.remove(volume.uuid)
             self._store.write(lambda change: self._forget(change, volume.name, volume.uuid))
-            raise _not_saved(volume.name, "Failed to allocate") from problem
+            raise not_saved(volume.name, "Failed to allocate") from problem
         self.initialize(volume.name)
 
     def initialize(self, name: str) -> bool:
@@ -292,7 +247,8 @@ class Volumes:
             raise Refusal(1605, "Cannot set volume as ReadOnly. Volume is reserved with a ReadWrite permission", keys)
         if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
             raise Refusal(168412, "The volume's VPG sets its classes, limits and checks", keys)
-        _refuse_classes(item, keys)
+        for _, number, message in absent_classes(item):
+            raise Refusal(1677, "Failed to update volume", keys, detail(number, message))
         changes = {key: value for key, value in item.items() if key not in ("_id", "uuid", "enableCrcCheck")}
         layout = volume.layout
         if "enableCrcCheck" in item and "enableCrcCheck" in PARAMETERS[layout.level]:
@@ -381,13 +337,6 @@ class Volumes:
                 change.delete(REPORTS, volume.uuid, client.name)
 
 
-def _refuse_classes(item: Mapping[str, object], keys: Mapping[str, object]) -> None:
-    """Refuse classes, of which there are none here."""
-    for field, number, message in _CLASSES:
-        if item.get(field):
-            raise Refusal(1677, "Failed to update volume", keys, detail(number, message))
-
-
 def _found(change: Change, name: str, identity: str) -> Volume:
     volume = change.get(VOLUMES, name)
     if volume is None or volume.uuid != identity:
@@ -404,10 +353,6 @@ def refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> Non
             f"Volume with action {volume.action} can not be {verb}.",
             {"volumeAction": volume.action, "volumeID": volume.name, "volumeUUID": volume.uuid},
         )
-
-
-def _not_saved(name: str, inner: object) -> Refusal:
-    return Refusal(1664, "Failed to save volume", {"volumeID": name}, inner)
 
 
 def _extension_refused(name: str, identity: str, number: int, reason: str, inner: str | None = None) -> Refusal:

@@ -1,0 +1,88 @@
+"""What volumes may be made: everything that `save` refuses before any space is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from csi_driver.embedded.encryption import wished
+from csi_driver.embedded.groups import default_layout
+from csi_driver.embedded.layouts import LEVELS, Layout
+from csi_driver.embedded.records import GROUPS, VOLUMES, Encryption, Group, Volume
+from csi_driver.embedded.refusals import Refusal, detail
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.store import Change
+
+_CLASSES = (("diskClasses", 1512, "Drive class not found"), ("serverClasses", 1513, "Target class not found"))
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may be carried out: its group, its layout, and who encrypts."""
+
+    group: Group | None
+    layout: Layout
+    encryption: Encryption | None
+
+
+def not_saved(name: str, inner: object) -> Refusal:
+    """Return the refusal of a volume for a reason."""
+    return Refusal(1664, "Failed to save volume", {"volumeID": name}, inner)
+
+
+def refuse_unsupported(item: Mapping[str, object], find: Callable[[str], Volume | None]) -> None:
+    """Refuse what this manager never makes. `find` returns the volume of a name."""
+    name = str(item["name"])
+    if name.endswith("_MD"):
+        raise not_saved(name, detail(1552, "Illegal Volume name", innerMessage={}))
+    if "sourceID" in item:
+        raise _snapshot_refusal(name, find(str(item["sourceID"])), item)
+    for _, number, message in absent_classes(item):
+        raise not_saved(name, detail(number, message))
+    if item.get("VSGs"):
+        raise not_saved(name, detail(1721, "VSG not found"))
+
+
+def absent_classes(item: Mapping[str, object]) -> list[tuple[str, int, str]]:
+    """Return the classes that a request names, with what the API says of them: there are none here."""
+    return [each for each in _CLASSES if item.get(each[0])]
+
+
+def admitted(change: Change, item: Mapping[str, object], settings: StorageSettings, *, can_encrypt: bool) -> Admitted:
+    """Return what the request comes to, or raise why it cannot be carried out now."""
+    name = str(item["name"])
+    group_name = str(item.get("VPG") or "") or None
+    group = change.get(GROUPS, group_name) if group_name else None
+    homonym = change.get(GROUPS, name)
+    if change.get(VOLUMES, name) is not None or (homonym is not None and homonym.blocks):
+        raise Refusal(1523, "Volume name already exists", {"volumeID": name})
+    if group_name and group is None:
+        raise not_saved(name, detail(1514, "VPG not found while creating volume", vpgID=group_name))
+    if group is None and str(item.get("RAIDLevel")) not in LEVELS:
+        raise not_saved(name, detail(1606, "Unknown RAID level"))
+    if group and group.reclaiming:
+        raise not_saved(name, detail(16358, "The VPG's reserved space is being reclaimed", vpgID=group.name))
+    encryption = wished(item, group)
+    if encryption is not None and not can_encrypt:
+        raise not_saved(name, detail(16825, "Volumes cannot be encrypted here: cryptsetup is not installed"))
+    if not _placeable(item, settings):
+        raise not_saved(name, "Failed to allocate")
+    return Admitted(group, group.layout if group else default_layout(item), encryption)
+
+
+def _placeable(item: Mapping[str, object], settings: StorageSettings) -> bool:
+    """Tell whether the targets and drives that the request is limited to are among those we have."""
+    targets = {f"target{number + 1}.sim" for number in range(settings.pretend_targets)}
+    targets.update(client.name for client in settings.clients[:1])
+    nodes = cast("list[str]", item.get("limitByNodes") or [])
+    return not item.get("limitByDisks") and (not nodes or not targets.isdisjoint(nodes))
+
+
+def _snapshot_refusal(name: str, source: Volume | None, item: Mapping[str, object]) -> Refusal:
+    keys = {"volumeID": name, "volumeUUID": "undefined", "sourceVolumeID": str(item["sourceID"])}
+    if source is None or source.uuid != str(item.get("sourceUUID")):
+        return Refusal(1521, "Snapshot source volume not found", keys, loses_uuid=True)
+    if not source.read_only:
+        return Refusal(1522, "Snapshot source volume is not read-only", keys, loses_uuid=True)
+    return not_saved(name, detail(16825, "Snapshots are not served by the embedded storage manager"))
