@@ -28,7 +28,7 @@ _PLACE_BYTES = 4096
 _AG_WINDOW_BYTES = 64 * 1024
 _PROBE_BUFFER_BYTES = 1 * MIB
 _SCAN_BUFFER_BYTES = 4 * MIB
-_PROGRESS_EVERY_BYTES = 1 * GIB
+_PROGRESS_EVERY_BYTES, _PROGRESS_STEPS = 1 * GIB, 20
 
 
 def probe_places(size_bytes: int) -> list[tuple[int, int]]:
@@ -174,13 +174,18 @@ def wipe_places(device: OpenDevice) -> None:
         raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
 
 
+def progress_step(size_bytes: int) -> int:
+    """Return after how many bytes of a device of this size its reader tells how far it is."""
+    return max(_PROGRESS_EVERY_BYTES, -(-size_bytes // _PROGRESS_STEPS))
+
+
 def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> int | None:
     """Read the whole device; return the offset of the first byte that is not zero, or None when there is none.
 
-    `progress(done_bytes, total_bytes)` is called after every GiB and at the end.
+    `progress(done_bytes, total_bytes)` is called after every twentieth, but at least a GiB, and at the end.
     """
     size = device.device.size_bytes
-    reported = 0
+    reported, step = 0, progress_step(size)
     with DirectReader(device, _SCAN_BUFFER_BYTES) as reader:
         for offset in range(0, size, _SCAN_BUFFER_BYTES):
             if deadline is not None and deadline.expired():
@@ -190,7 +195,7 @@ def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Calla
             found = reader.first_data(offset, min(_SCAN_BUFFER_BYTES, size - offset))
             if found is not None:
                 return found
-            if offset - reported >= _PROGRESS_EVERY_BYTES:
+            if offset - reported >= step:
                 reported = offset
                 progress(offset, size)
     progress(size, size)

@@ -12,7 +12,7 @@ import pytest
 from csi_driver.errors import HostFailure
 from csi_driver.host import blank
 from csi_driver.machine import Device, DeviceNumber, OpenDevice
-from csi_driver.model import MIB
+from csi_driver.model import GIB, MIB
 
 
 @contextmanager
@@ -58,3 +58,9 @@ def test_a_device_that_ends_early_is_not_known_to_be_blank(tmp_path: Path, there
     path.write_bytes(bytes(there_bytes))
     with pytest.raises(HostFailure, match=f"ends at byte {there_bytes}, expected {5 * MIB}"):
         first_data(path, 5 * MIB)
+
+
+@pytest.mark.parametrize(("size_bytes", "most"), [(GIB, 1), (5 * GIB, 5), (10 << 40, 20), ((10 << 40) + 4096, 20)])
+def test_the_largest_volume_fills_no_log_with_its_progress(size_bytes: int, most: int) -> None:
+    step = blank.progress_step(size_bytes)
+    assert (step >= GIB, -(-size_bytes // step)) == (True, most)
