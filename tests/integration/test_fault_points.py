@@ -222,7 +222,10 @@ def points_by_step(world: World, node: Node, story: Story) -> list[tuple[int, st
 def strike_each(world: World, node: Node, story: Story, action: str, ended: Callable[[str], bool]) -> int:
     """Let a fresh volume meet the action at each point of its story; return how many points there were."""
     steps = points_by_step(world, node, story)
-    struck = [(number, point) for number, point in steps if ALL or point.startswith(story.struck)]
+    if not ALL:  # once each, in the first call of its kind that passes it
+        once = {(story.verbs[number], point): number for number, point in reversed(steps)}
+        steps = [(number, point) for (_, point), number in once.items() if point.startswith(story.struck)]
+    struck = sorted(steps)
     for number, point in struck:
         life = Life(world, node, story)
         for verb in story.verbs[:number]:

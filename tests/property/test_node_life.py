@@ -7,6 +7,7 @@ succeeded should have left there, and per volume, what its device holds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.errors import DriverError
 from csi_driver.handover import History
-from csi_driver.model import AccessMode
+from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode
 from csi_driver.node.marks import RAW, USED
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
@@ -25,7 +26,10 @@ UUIDS = {
     "csi-a": "aaaaaaaa-0000-4000-8000-000000000001",
     "csi-b": "bbbbbbbb-0000-4000-8000-000000000002",
 }
-STAGINGS = (KUBELET / "staging/1", KUBELET / "staging/2")
+STAGINGS = tuple(
+    KUBELET / "plugins/kubernetes.io/csi" / DEFAULT_DRIVER_NAME / (digit * 64) / "globalmount" for digit in "12"
+)
+"""Where kubelet stages; its records are absent throughout, so that every sweep takes what nothing else shows in use."""
 TARGETS = (KUBELET / "pods/1", KUBELET / "pods/2", KUBELET / "pods/3")
 
 volumes = st.sampled_from(sorted(UUIDS))
@@ -124,6 +128,29 @@ class NodeLife(RuleBasedStateMachine):
         disk = self.lives[name].disk
         if disk is not None and disk.size_bytes < 512 * MIB:
             disk.size_bytes += 64 * MIB
+
+    @rule(death=deaths)
+    def sweep_twice(self, death: int) -> None:
+        """What is staged and dead, or live and in use nowhere else, goes; and only that."""
+        gone = [path for path in STAGINGS if path in self.places and self.is_in_nobodys_way(path)]
+        self.host.step = _dying_at(death)
+        try:
+            for _ in range(2):
+                self.node.use.reconcile.sweep(lambda name: nullcontext())
+        except Died:
+            self.host.step = lambda point: None
+            self.node.restart()
+            for _ in range(2):
+                self.node.use.reconcile.sweep(lambda name: nullcontext())
+        finally:
+            self.host.step = lambda point: None
+        for path in gone:
+            del self.places[path]
+
+    def is_in_nobodys_way(self, path: Path) -> bool:
+        place = self.places[path]
+        others = [other for at, other in self.places.items() if at != path and other.disk is place.disk]
+        return place.is_dead or all(other.block and other.read_only for other in others)
 
     # --- the calls ---
 
