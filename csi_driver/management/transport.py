@@ -6,8 +6,11 @@ netrc of the environment are not used, and no cookie jar is kept: the server obj
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import http.client
 import io
+import re
 import socket
 import ssl
 import threading
@@ -25,6 +28,7 @@ from csi_driver.management.settings import ManagementSettings
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer as Buffer
 
+_ADDRESS = re.compile(r"[0-9.]+|.*:.*")  # of IPv4 or IPv6: nothing to look up
 _CONNECT_TIMEOUT_S = 5.0
 _CHUNK_BYTES = 1 << 16
 
@@ -78,11 +82,31 @@ class _TimedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Timed(sock, _thread.deadline))
 
 
+def _look_up(host: str, port: int, limit_s: object) -> None:
+    """Wait until the name is looked up, no longer than a connection may take: the resolver has time-outs of its own.
+
+    The connection then looks it up again, which a resolver that has just answered does at once.
+    """
+    if _ADDRESS.fullmatch(host) or not isinstance(limit_s, int | float):
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        with contextlib.suppress(OSError):  # the connection's own attempt tells it
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ended.set()
+
+    threading.Thread(target=look, name="name-lookup", daemon=True).start()
+    if not ended.wait(limit_s):
+        raise TimeoutError(errno.ETIMEDOUT, f"the name {host} could not be looked up in time")
+
+
 class _PlainConnection(HTTPConnection):
     response_class = _TimedResponse
 
     def connect(self) -> None:
         try:
+            _look_up(self.host, self.port, self.timeout)
             super().connect()
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise _NotConnected from error
@@ -94,6 +118,7 @@ class _TlsConnection(HTTPSConnection):
     # The library tells a handshake that fails or hangs like an answer that does not come.
     def connect(self) -> None:
         try:
+            _look_up(self.host, self.port, self.timeout)
             super().connect()
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise _NotConnected from error

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import OutcomeUnknown
+from csi_driver.errors import OutcomeUnknown, ServerUnreachable
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Transport
 
@@ -113,6 +113,23 @@ def test_an_answer_that_drips_is_left_at_the_deadline(made: list[RawServer | Tra
         transport.exchange("POST", "/", b"{}", None, deadline)
     assert caught.value.timed_out
     assert deadline.elapsed_s() < 2.0
+
+
+def test_a_name_whose_lookup_hangs_is_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver answers when it likes; nothing was sent until then."""
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(30))
+    url = "http://slow.example.com:4000"
+    transport = Transport(url, ManagementSettings(servers=(url,)))
+    deadline = Deadline.after(0.3)
+    try:
+        with pytest.raises(ServerUnreachable, match="looked up") as caught:
+            transport.exchange("POST", "/", b"{}", None, deadline)
+        assert caught.value.timed_out
+        assert deadline.elapsed_s() < 5
+    finally:
+        ended.set()
+        transport.close()
 
 
 def test_one_connection_serves_many_requests(made: list[RawServer | Transport]) -> None:
