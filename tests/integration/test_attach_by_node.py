@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -10,7 +11,8 @@ import pytest
 from csi_driver.model import AccessMode
 from csi_driver.rpc.client import CallFailed
 from tests.integration.cluster import Cluster, ClusterVolume, clustered
-from tests.integration.rig import MIB, digest, filesystem, fill, findmnt, raw_block
+from tests.integration.rig import GIB, MIB, digest, filesystem, fill, findmnt, raw_block
+from tests.sanity.test_csi_sanity import find_csi_sanity
 
 pytestmark = pytest.mark.root
 
@@ -87,3 +89,32 @@ def test_two_namespaces_of_one_node_hold_two_references(cluster: Cluster) -> Non
     second.put_away("node-1")
     assert cluster.holders(volume) == []
     volume.delete()
+
+
+@pytest.mark.skipif(find_csi_sanity() is None, reason="csi-sanity is not installed: `make test` installs it")
+def test_the_conformance_suite_passes_without_an_attacher(cluster: Cluster) -> None:
+    paths = cluster.paths / "sanity"
+    paths.mkdir()
+    done = subprocess.run(
+        [
+            str(find_csi_sanity()),
+            f"--csi.endpoint=unix://{cluster.directory}/node-1.sock",
+            f"--csi.controllerendpoint=unix://{cluster.directory}/controller-1.sock",
+            f"--csi.mountdir={paths}/mnt",
+            f"--csi.stagingdir={paths}/stage",
+            "--csi.testvolumeaccesstype=block",
+            f"--csi.testvolumesize={GIB}",
+            f"--csi.testvolumeexpandsize={2 * GIB}",
+            "--ginkgo.no-color",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    passed = re.search(r"SUCCESS! -- ([0-9]+) Passed \| 0 Failed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 50
+    assert list(cluster.controllers[0].volumes()) == []
+    assert not list(cluster.directory.glob("node-*/dev/*"))

@@ -107,6 +107,29 @@ def test_a_raw_device_of_a_lost_node_is_written_by_its_new_node_alone(cluster: C
     volume.delete()
 
 
+def test_a_pod_that_hangs_on_the_lost_node_does_not_keep_its_dead_mount(cluster: Cluster) -> None:
+    volume = cluster.volume()
+    old = lost_with(cluster, volume)
+    fill(old / "data", MIB)
+    with (old / "data").open("r+b", buffering=0) as hanging:
+        given_up(cluster, volume)
+        new = volume.up("node-2")
+        wanted = fill(new / "data", MIB)
+        cluster.find_again("node-1")
+        wait_for(lambda: cluster.report(volume, "node-1")["ioEnabled"] == 0, "the client to be back")  # type: ignore[index]
+        volume.put_away("node-1")
+        assert findmnt(volume.staging("node-1")) is None
+        hanging.write(b"x" * MIB)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.fsync(hanging.fileno())
+    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    assert digest(new / "data", MIB) == wanted
+    volume.down("node-2")
+    assert digest(volume.up("node-2") / "data", MIB) == wanted
+    volume.down("node-2")
+    volume.delete()
+
+
 def test_a_lost_node_keeps_its_volume_until_it_is_given_up(cluster: Cluster) -> None:
     volume = cluster.volume()
     old = lost_with(cluster, volume)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.settings import TestSwitches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
 
@@ -149,4 +150,19 @@ def test_a_manager_that_starts_again_knows_which_device_is_cut_off(tmp_path: Pat
     with running(settings_in(tmp_path), loops) as manager:
         assert loops.writers(file) == [1]
         assert manager.report("data", "node-1")["vol_status"] == BUSY
+        assert manager.report("data", "node-2")["vol_status"] == ATTACHED
+
+
+def test_a_crash_right_after_the_cut_is_mended_at_the_next_start(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    def die(point: str) -> None:
+        if point == "fence:device":
+            raise KeyboardInterrupt
+
+    with running(settings_in(tmp_path, test_switches=TestSwitches(fault=die)), loops) as manager:
+        file = lost(manager, loops)
+        with pytest.raises(KeyboardInterrupt):
+            take_over(manager)
+        assert loops.writers(file) == []
+    with running(settings_in(tmp_path), loops) as manager:
+        assert loops.writers(file) == [1]
         assert manager.report("data", "node-2")["vol_status"] == ATTACHED

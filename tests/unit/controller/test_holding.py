@@ -1,0 +1,125 @@
+"""What a client's document says of a volume: what an attachment still lacks, and when one is over."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.controller.holding import is_leaving, is_released, is_withdrawn, missing
+from csi_driver.controller.locate import Located
+from csi_driver.model import (
+    AttachmentWish,
+    Client,
+    ClientStatus,
+    DeviceReport,
+    DeviceStatus,
+    ReservationMode,
+    Volume,
+    VolumeHandle,
+)
+from tests.fakes.management import FakeManagement
+
+UUID = "11111111-2222-3333-4444-555555555555"
+VOLUME = Volume("v", UUID, 262144, 4096, 1.1, "online", "none")
+LOCATED = Located(VolumeHandle("v", "z", UUID, "team-a"), "z", FakeManagement(), VOLUME)
+EXCLUSIVE, NONE, READ = (
+    ReservationMode.EXCLUSIVE_READ_WRITE,
+    ReservationMode.NONE,
+    ReservationMode.SHARED_READ_ONLY,
+)
+OURS, THEIRS = frozenset({"team-a"}), frozenset({"team-b"})
+
+
+def report(
+    status: DeviceStatus = DeviceStatus.ATTACHED,
+    *,
+    io: bool = True,
+    mode: ReservationMode = EXCLUSIVE,
+    references: frozenset[str] | None = OURS,
+) -> DeviceReport:
+    return DeviceReport(UUID, "v", status, io, mode, references)
+
+
+def wish(action: str = "attaching", references: frozenset[str] = OURS) -> AttachmentWish:
+    return AttachmentWish(UUID, "v", action, EXCLUSIVE, references)
+
+
+def client(
+    wished: AttachmentWish | None = None, told: DeviceReport | None = None, status: ClientStatus = ClientStatus.READY
+) -> Client:
+    wishes = {UUID: wished} if wished is not None else {}
+    return Client("node-1", "c", status, wishes, {UUID: told} if told is not None else {})
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (client(told=report()), ""),
+        # Servers and clients that say nothing of a reservation or of references are believed.
+        (client(told=report(mode=NONE)), ""),
+        (client(told=report(references=None)), ""),
+        (client(), "the attachment (the client reports no device)"),
+        (client(told=report(DeviceStatus.ATTACHING)), "the attachment (device attaching)"),
+        (client(told=report(DeviceStatus.ATTACH_FAILED)), "the attachment (device attach_failed)"),
+        (
+            client(told=report(DeviceStatus.RESERVATION_DENIED)),
+            "the reservation (device reservation_denied, held as exclusive_read_write)",
+        ),
+        (client(told=report(mode=READ)), "the reservation (device attached, held as shared_read_only)"),
+        (client(told=report(io=False)), "I/O, which is not enabled on the attached device,"),
+        (client(told=report(references=THEIRS)), "the reference team-a on the attached device"),
+        (
+            client(told=report(), status=ClientStatus.DOWN),
+            "a sign of life of the storage client (it is down): the attachment",
+        ),
+    ],
+)
+def test_what_an_attachment_lacks_is_named(found: Client, reason: str) -> None:
+    assert missing(found, LOCATED, EXCLUSIVE) == reason
+
+
+@pytest.mark.parametrize(
+    ("found", "is_gone"),
+    [
+        (client(), True),
+        (client(told=report(DeviceStatus.DETACHED)), True),
+        (client(told=report(DeviceStatus.DETACHED, references=None)), True),
+        (client(told=report(DeviceStatus.DETACHED, references=frozenset())), True),
+        (client(told=report(DeviceStatus.DETACHED_AFTER_SHUTDOWN)), True),
+        (client(told=report(DeviceStatus.RESERVATION_DENIED)), True),
+        (client(told=report()), False),
+        (client(told=report(DeviceStatus.BUSY, references=None)), False),
+        (client(wish("detaching", frozenset()), report(DeviceStatus.DETACHING)), False),
+        (client(wish("detaching", frozenset())), False),
+        (client(wish(), report()), False),
+        # Others on the node still have it: our reference alone has to be gone.
+        (client(wish(references=THEIRS), report(references=THEIRS)), True),
+        (client(wish(references=THEIRS), report(references=None)), True),
+        (client(wish(references=THEIRS), report(references=frozenset())), True),
+        (client(wish(references=THEIRS), report(references=OURS | THEIRS)), False),
+    ],
+)
+def test_a_hold_is_over_when_reference_and_device_are_gone(found: Client, is_gone: bool) -> None:
+    assert is_released(found, LOCATED) is is_gone
+
+
+@pytest.mark.parametrize(
+    ("wished", "recorded"),
+    [(None, True), (wish("detaching"), True), (wish(references=THEIRS), True), (wish(), False)],
+)
+def test_a_wish_to_give_up_is_recorded_when_the_reference_has_gone(wished: AttachmentWish, recorded: bool) -> None:
+    assert is_withdrawn(client(wished, report()), LOCATED) is recorded
+
+
+@pytest.mark.parametrize(
+    ("found", "leaving"),
+    [
+        (client(), False),
+        (client(wish(), report()), False),
+        (client(wish("detaching"), report()), True),
+        (client(told=report()), True),
+        (client(told=report(DeviceStatus.DETACHED)), False),
+        (client(told=report(DeviceStatus.ATTACH_FAILED)), False),
+    ],
+)
+def test_a_device_without_a_wish_is_on_its_way_out(found: Client, leaving: bool) -> None:
+    assert is_leaving(found, UUID) is leaving
