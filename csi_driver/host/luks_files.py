@@ -6,8 +6,11 @@ memory (see `passphrases`).
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.errors import Denied, PreconditionFailed, SystemCallFailed
@@ -43,16 +46,17 @@ class LuksFiles:
         self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
     ) -> None:
         """Make a header whose data begins `header_bytes` in, over whatever is there. The size of the file stays."""
-        size_bytes = file.stat().st_size
         options = (
             "--type", "luks2", "--uuid", volume_uuid, "--cipher", "aes-xts-plain64", "--key-size", str(key_size_bits),
             "--key-slot", str(slot), "--offset", str(header_bytes // _SECTOR_BYTES), "--sector-size", "4096",
         )  # fmt: skip
-        with held(passphrase) as key:
-            self._run("luksFormat", (*options, *self._cost, "--key-file", path_of(key)), file, keys=(key,))
-        if file.stat().st_size != size_bytes:
-            raise PreconditionFailed(f"the header of {header_bytes} bytes does not fit into {file}")
-        _sync(file)
+        with claimed(file) as claim, held(passphrase) as key:
+            size_bytes = os.fstat(claim).st_size
+            self._run("luksFormat", (*options, *self._cost, "--key-file", path_of(key)), file, keys=(key, claim))
+            if os.fstat(claim).st_size != size_bytes:
+                os.ftruncate(claim, size_bytes)
+                raise PreconditionFailed(f"the header of {header_bytes} bytes does not fit into {file}")
+            os.fsync(claim)
 
     def opens(self, file: Path, passphrase: str) -> bool:
         """Tell whether the passphrase opens it."""
@@ -63,29 +67,34 @@ class LuksFiles:
     def add(self, file: Path, current: str, new: str, *, slot: int | None) -> None:
         """Let a new passphrase open it, in this slot or in any that is free. Raises `Denied`, `PreconditionFailed`."""
         where = () if slot is None else ("--key-slot", str(slot))
-        with held(current) as key, held(new) as new_key:
+        with claimed(file) as claim, held(current) as key, held(new) as new_key:
             answer = self._run(
                 "luksAddKey",
                 (*where, *self._cost, "--key-file", path_of(key)),
                 file,
-                keys=(key, new_key),
+                keys=(key, new_key, claim),
                 operand=path_of(new_key),
                 accept=(0, _REFUSED, _WRONG_PASSPHRASE),
             )
+            os.fsync(claim)
         _require(answer, file)
-        _sync(file)
 
     def remove(self, file: Path, passphrase: str) -> None:
         """Let a passphrase open it no more. Raises `Denied`, and `PreconditionFailed` for the last one."""
-        with held(passphrase) as key:
+        with claimed(file) as claim, held(passphrase) as key:
             dump = self._run("luksDump", ("--dump-json-metadata",), file, keys=())
             if dump.stdout.count(b'"type":"luks2"') < 2 and self.opens(file, passphrase):
                 raise PreconditionFailed(f"the passphrase given is the only one that opens {file.name}")
             answer = self._run(
-                "luksRemoveKey", (), file, keys=(key,), operand=path_of(key), accept=(0, _REFUSED, _WRONG_PASSPHRASE)
+                "luksRemoveKey",
+                (),
+                file,
+                keys=(key, claim),
+                operand=path_of(key),
+                accept=(0, _REFUSED, _WRONG_PASSPHRASE),
             )
+            os.fsync(claim)
         _require(answer, file)
-        _sync(file)
 
     def _run(
         self,
@@ -102,6 +111,30 @@ class LuksFiles:
         return run(argv, timeout_s=_LIMIT_S, accept=accept, pass_fds=keys)
 
 
+@contextlib.contextmanager
+def claimed(file: Path) -> Iterator[int]:
+    """Hold a file for a change of its header. Raises `PreconditionFailed` while anybody else does.
+
+    The lock belongs to the descriptor, which cryptsetup inherits: one that outlives a killed manager keeps it, so that
+    nobody makes another header, and has data written under it, before the first one has stopped writing. It is an
+    OFD lock because cryptsetup takes flock(2) locks of its own on the file.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as problem:
+        raise SystemCallFailed(f"open {file}", problem.errno or 0) from problem
+    try:
+        # struct flock of <fcntl.h>: the whole file, from its start; an OFD lock wants the process id 0.
+        whole = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole)
+        except (BlockingIOError, PermissionError) as problem:
+            raise PreconditionFailed(f"another program still changes the header of {file.name}") from problem
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def _require(answer: Completed, file: Path) -> None:
     if answer.status == _WRONG_PASSPHRASE:
         raise Denied(f"the passphrase given does not open {file.name}")
@@ -109,14 +142,3 @@ def _require(answer: Completed, file: Path) -> None:
         raise PreconditionFailed(
             f"cryptsetup refuses to change the keys of {file.name}: {answer.stderr.strip()[-200:]}"
         )
-
-
-def _sync(file: Path) -> None:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as problem:
-        raise SystemCallFailed(f"sync {file}", problem.errno or 0) from problem

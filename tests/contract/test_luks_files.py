@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.embedded.ports import LuksHeaders
-from csi_driver.errors import Denied, DriverError, PreconditionFailed
-from csi_driver.host.luks_files import LuksFiles
+from csi_driver.errors import Denied, DriverError, HostFailure, PreconditionFailed
+from csi_driver.host.luks_files import LuksFiles, claimed
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
 FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"
@@ -107,6 +107,33 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         opened.truncate(20 << 20)
     with pytest.raises(PreconditionFailed, match="fit"):
         make(LuksFiles(iterations=1000), small, header_bytes=32 << 20)
+    assert small.stat().st_size == 20 << 20
+
+
+@needs_cryptsetup
+def test_while_a_program_of_a_killed_manager_still_writes_nobody_else_changes_the_header(file: Path) -> None:
+    headers = LuksFiles(iterations=1000)
+    make(headers, file)
+    before = file.read_bytes()
+    with claimed(file) as claim:
+        left_over = subprocess.Popen(["sleep", "60"], pass_fds=(claim,))
+    try:
+        with pytest.raises(PreconditionFailed, match="another program"):
+            headers.format(file, SECOND, slot=0, key_size_bits=512, header_bytes=16 << 20, volume_uuid=UUID)
+        with pytest.raises(PreconditionFailed, match="another program"):
+            headers.add(file, FIRST, SECOND, slot=None)
+        assert file.read_bytes() == before
+    finally:
+        left_over.kill()
+        left_over.wait()
+    headers.format(file, SECOND, slot=0, key_size_bits=512, header_bytes=16 << 20, volume_uuid=UUID)
+    assert headers.opens(file, SECOND)
+
+
+@needs_cryptsetup
+def test_a_file_that_is_gone_is_a_failure_of_the_host(tmp_path: Path) -> None:
+    with pytest.raises(HostFailure):
+        make(LuksFiles(iterations=1000), tmp_path / "gone.img")
 
 
 @needs_cryptsetup
