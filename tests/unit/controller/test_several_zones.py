@@ -79,6 +79,22 @@ def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
         hung.set()
 
 
+def test_no_question_is_lost_however_few_the_threads() -> None:
+    crew = Threads(per_zone=3)
+    asked = [crew.submit("few", lambda number=number: number) for number in range(500)]  # type: ignore[misc]
+    assert [future.result(30) for future in asked] == list(range(500))
+    assert len([each for each in threading.enumerate() if each.name.startswith("zone-few-")]) <= 3
+
+
+def test_a_question_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
+    hung = threading.Event()
+    try:
+        Threads().submit("dead", lambda: hung.wait(30))
+        assert all(each.daemon for each in threading.enumerate() if each.name.startswith("zone-dead"))
+    finally:
+        hung.set()
+
+
 def test_a_zone_that_is_only_welcome_is_not_waited_for() -> None:
     hung = threading.Event()
     try:
