@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping as Dictionary
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
@@ -19,7 +20,7 @@ from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, DeviceNumb
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, Wish, decide
 from csi_driver.node.fencing import is_cut_off
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in
+from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
 from csi_driver.node.marks import LUKS, Mark, Marks
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
@@ -120,7 +121,7 @@ class EncryptedVolumes:
             if mapping is None:
                 # Opening for writing and closing makes udev read the device again: only where it is likely of use.
                 is_first = task.context is not None and task.context.history is History.FIRST
-                likely = is_first or task.plan.previous is not None
+                likely = is_first or bool(task.plan.previous)
                 header = self._unlock(task, write=likely and task.may_write_header, deadline=deadline)
             else:
                 header = self._join(task, mapping)
@@ -171,7 +172,7 @@ class EncryptedVolumes:
                 raise PreconditionFailed(
                     f"{self._encryption.path_of(mapping.name)} was opened by another header than {task.volume} has"
                 )
-            passphrase = next((told for told in task.plan.passphrases if self._encryption.opens(opened, told)), None)
+            passphrase = self._first_fitting(opened, task.plan.passphrases)
         if passphrase is None:
             raise _denied(task.volume)
         if mapping.size_bytes + header.data_offset_bytes < task.device.size_bytes and not mapping.read_only:
@@ -288,12 +289,16 @@ class EncryptedVolumes:
 
         In this order, so that at every moment one of the two opens it: add the new one, prove it, remove the old one.
         """
-        plan, previous = task.plan, task.plan.previous
-        if self._encryption.opens(opened, plan.passphrase):
-            if may_write and previous is not None and header.key_slots > 1 and self._encryption.opens(opened, previous):
+        plan = task.plan
+        fitting = self._first_fitting(opened, (plan.passphrase, *plan.spelled))
+        if fitting is not None and not (may_write and plan.previous and header.key_slots > 1):
+            return fitting
+        previous = self._first_fitting(opened, plan.previous)
+        if fitting is not None:
+            if previous is not None:
                 self._remove_key(opened, task, previous)
-            return plan.passphrase
-        if previous is None or not self._encryption.opens(opened, previous):
+            return fitting
+        if previous is None:
             raise _denied(task.volume)
         if not may_write:
             return previous
@@ -303,6 +308,9 @@ class EncryptedVolumes:
             raise HostFailure(f"the key added to volume {task.volume} does not open it; the previous one still does")
         self._remove_key(opened, task, previous)
         return plan.passphrase
+
+    def _first_fitting(self, opened: OpenDevice, passphrases: Sequence[str]) -> str | None:
+        return next((told for told in passphrases if self._encryption.opens(opened, told)), None)
 
     def _remove_key(self, opened: OpenDevice, task: LockedVolume, previous: str) -> None:
         self._encryption.remove_key(opened, previous)
@@ -334,8 +342,9 @@ class EncryptedVolumes:
 
     def _resize(self, volume: NamedVolume, mapping: Mapping, secrets: Dictionary[str, str]) -> None:
         passphrase = passphrase_in(secrets)
-        told = (passphrase, secrets.get(PREVIOUS_KEY))
-        for each in told[: 1 if told[1] is None else 2]:
+        given = (passphrase, secrets.get(PREVIOUS_KEY))
+        told: list[str | None] = [each for text in given if text is not None for each in spellings(text)]
+        for each in told or [None]:
             try:
                 self._encryption.resize(mapping, each)
             except Denied:

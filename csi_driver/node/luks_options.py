@@ -37,19 +37,21 @@ _PBKDFS = ("argon2id", "argon2i", "pbkdf2")
 class EncryptionPlan:
     """How a volume is to be opened, and by whom it is encrypted: NATIVE or LUKS.
 
-    `previous` is the passphrase that `passphrase` is to replace.
+    `spelled` is how else the passphrase may have been understood when the header was made, `previous` what it is to
+    replace (see `spellings`).
     """
 
     by: Encryption
     passphrase: str = field(repr=False)
-    previous: str | None = field(default=None, repr=False)
+    spelled: tuple[str, ...] = field(default=(), repr=False)
+    previous: tuple[str, ...] = field(default=(), repr=False)
     settings: LuksSettings = field(default_factory=LuksSettings)
     allow_discards: bool = False
 
     @property
     def passphrases(self) -> tuple[str, ...]:
         """What may open the volume, best first."""
-        return (self.passphrase,) if self.previous is None else (self.passphrase, self.previous)
+        return (self.passphrase, *self.spelled, *self.previous)
 
     def require_good_passphrase(self) -> None:
         """Refuse to begin with a passphrase that the storage would not take either."""
@@ -98,8 +100,10 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
     passphrase = passphrase_in(secrets)
     if passphrase is None:
         raise MissingField(f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}), which opens the volume,")
-    previous = secrets.get(PREVIOUS_KEY) or None
-    return EncryptionPlan(by, passphrase, previous if previous != passphrase else None, settings, discards)
+    first, *others = spellings(passphrase)
+    previous = secrets.get(PREVIOUS_KEY, "")
+    replaced = spellings(previous) if previous not in ("", passphrase) else ()
+    return EncryptionPlan(by, first, tuple(others), replaced, settings, discards)
 
 
 def passphrase_in(secrets: Mapping[str, str]) -> str | None:
@@ -108,6 +112,19 @@ def passphrase_in(secrets: Mapping[str, str]) -> str | None:
     if len(found) > 1:
         raise InvalidRequest(f"secrets.{' and secrets.'.join(PASSPHRASE_KEYS)} differ, wanted one of them")
     return next(iter(found), None)
+
+
+def spellings(text: str) -> tuple[str, ...]:
+    """Return what a Secret's value may mean as a passphrase, best first.
+
+    The 1.4 driver let cryptsetup read it like something typed, up to the first line feed (cryptsetup(8), "Notes on
+    passphrase processing"); whoever makes headers through the management passes every byte. A line feed at the very end
+    was meant by nobody.
+    """
+    line, feed, rest = text.partition("\n")
+    if not feed or not line:
+        return (text,)
+    return (text, line) if rest else (line, text)
 
 
 def _settings(own: Mapping[str, str]) -> LuksSettings:

@@ -305,6 +305,31 @@ def test_the_secret_of_the_older_driver_does(locked: Locked) -> None:
     assert locked.luks.keys == ["correct horse"]
 
 
+@pytest.mark.parametrize("key", ["correct horse", "correct horse\n"])
+def test_a_line_feed_at_the_end_of_the_secret_is_no_part_of_a_new_passphrase(locked: Locked, key: str) -> None:
+    locked.secrets = {"dmcryptKey": key}
+    locked.stage()
+    assert locked.luks.keys == ["correct horse"]
+
+
+@pytest.mark.parametrize(
+    ("secret", "key"),
+    [
+        ("one line\n", "one line"),
+        ("one line\n", "one line\n"),
+        ("several\nlines\n", "several"),
+        ("several\nlines\n", "several\nlines\n"),
+    ],
+)
+def test_a_header_is_opened_however_its_maker_understood_the_secret(native: Locked, secret: str, key: str) -> None:
+    native.luks.keys[:] = [key]
+    native.secrets = {"dmcryptKey": secret}
+    native.up()
+    native.disk.size_bytes = 128 * MIB
+    native.node.expand(required_bytes=112 * MIB, staging=STAGING, secrets=native.secrets)
+    assert native.luks.keys == [key]
+
+
 def test_two_passphrases_that_differ_are_refused_without_showing_them(locked: Locked) -> None:
     locked.secrets = {"dmcryptKey": "correct horse", "passphrase": "other horse"}
     with pytest.raises(InvalidRequest) as refusal:
