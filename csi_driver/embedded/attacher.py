@@ -194,7 +194,7 @@ class Attacher:
                     self._loops.grow(device)
                 volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
                 if device is not None and wish is not None and volume is not None and wish.action == "attaching":
-                    self._files[client].show(volume, wish)
+                    self._files[client].show(volume, wish, io_enabled=not device.fenced)
         return True
 
     def _held_back(self, client: str) -> bool:

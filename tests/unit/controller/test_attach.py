@@ -179,6 +179,22 @@ def test_a_writers_volume_becomes_a_readers_volume() -> None:
     assert world.holders() == ["node-1", "node-2"]
 
 
+def test_what_the_oldest_driver_attached_without_a_reference_is_adopted_and_given_up() -> None:
+    """Its pods go on after an upgrade: the orchestrator's first publish finds the attachment, its unpublish ends it."""
+    world, volume_id = made()
+    bare = ":".join(volume_id.split(":")[:2])
+    client = world.management.client("node-1", deadline=world.deadline())
+    assert client is not None
+    mode = ReservationMode.EXCLUSIVE_READ_WRITE
+    world.management.attach(client, world.stored(), mode=mode, reference_id=None, deadline=world.deadline())
+    version = world.stored().reservation.version
+    context = world.publish(bare)
+    assert (context.attachment, context.history is History.FIRST) == (0, False)
+    assert world.stored().reservation.version == version
+    world.unpublish(bare)
+    assert world.holders() == []
+
+
 # --- refusals, in the order of the specification --------------------------------------------------------------
 
 

@@ -119,6 +119,8 @@ def test_a_client_that_is_preempted_but_not_sent_away_loses_its_io(
     assert loops.writers(file) == [1]
     shown, blob = status(manager, tmp_path)
     assert (shown["dbg"], blob[4:]) == ("0x0", ["old"])
+    manager.extend("data", 2)
+    assert status(manager, tmp_path)[0]["dbg"] == "0x0"
 
 
 def test_a_client_that_is_sent_away_may_write_out_what_it_has_first(manager: Manager, loops: FakeLoopDevices) -> None:
