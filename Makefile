@@ -36,7 +36,7 @@ test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on 
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (12 min / 10 min)
+test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (14 min / 11 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest'
 	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
