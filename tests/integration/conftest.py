@@ -48,7 +48,8 @@ def fresh_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Several clients, two controllers and two nodes, for all tests that need more than one of each."""
-    with clustered(tmp_path_factory.mktemp("cluster") / "d") as running:
+    """Three clients with their nodes, and two controllers, for all tests that need more than one of each."""
+    three = ("node-1", "node-2", "node-3")
+    with clustered(tmp_path_factory.mktemp("cluster") / "d", clients=three, nodes=three) as running:
         yield running
     assert not list(running.directory.glob("node-*/dev/*")), "a test left a volume attached"
