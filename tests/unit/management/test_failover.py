@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable
+from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
+from csi_driver.management.server import Request
 from csi_driver.model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, SaysRaw, closed_port, sample
@@ -262,6 +264,52 @@ def test_a_trial_gets_a_few_seconds_where_others_would_answer(
     first.gate.failed(0.01, timed_out=False)
     assert session._limit(first, deadline, others_wait=True).remaining_s() < 6
     assert session._limit(first, deadline, others_wait=False).remaining_s() > 25
+
+
+def test_a_call_that_a_server_made_wait_gives_it_less_time_and_no_trial(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect
+) -> None:
+    session = connect(server.url, other_server.url)._session
+    first, second = session._servers
+    made_wait = Deadline.after(100)
+    first.gate.failed(30, timed_out=True)
+    assert first.gate.take_probe(urgent=True)
+    first.gate.probed(alive=True)
+    assert session._limit(first, made_wait, others_wait=False).remaining_s() < 11
+    assert session._in_order(Request("GET", INFO), made_wait) == [second, first]
+    later = Deadline.after(100)
+    assert session._limit(first, later, others_wait=False).remaining_s() > 25
+    assert session._in_order(Request("GET", INFO), later) == [first, second]
+
+
+def test_a_server_that_refuses_the_login_works(server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
+    client = connect(server.url)
+    gate = client._session._servers[0].gate
+    gate.failed(0.01, timed_out=False)
+    server.password = "another"
+    with pytest.raises(Unauthenticated):
+        client.system_info(deadline=deadline)
+    assert gate.is_open()
+
+
+def test_a_failure_and_its_end_are_told_once(
+    server: ManagementDouble, connect: Connect, deadline: Deadline, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "csi_driver")
+    client = connect(server.url)
+    client.system_info(deadline=deadline)
+    caplog.clear()
+    server.on("GET", INFO, Breaks())
+    for _ in range(3):
+        with pytest.raises(StorageUnavailable):
+            client.system_info(deadline=deadline)
+    server.on("GET", INFO, Says(sample("system-info")))
+    for _ in range(3):
+        client.system_info(deadline=deadline)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in told] == ["WARNING", "INFO"]
+    assert "left alone" in told[0][1]
+    assert "works again" in told[1][1]
 
 
 @pytest.mark.parametrize("answer", [SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"<html>", 200)])
