@@ -22,24 +22,32 @@ from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings, CreateRequest
 from csi_driver.controller.search import Found, Search
 from csi_driver.controller.waiting import within
-from csi_driver.controller.zones import CREW, Crew
+from csi_driver.controller.zones import CREW, UNANSWERED, Crew
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
+    CapacityOutOfRange,
     DeadlineReached,
+    Denied,
     DriverError,
     Exhausted,
     ExistsDifferently,
     InvalidField,
     InvalidRequest,
+    NotFound,
     OperationPending,
     PreconditionFailed,
     StorageUnavailable,
+    Unauthenticated,
     shown,
 )
 from csi_driver.handover import Encryption
 from csi_driver.model import CapacityRange, Layout, ProvisionedVolume, Volume, VolumeHandle, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
+
+_FINAL = (InvalidRequest, NotFound, CapacityOutOfRange, Exhausted, PreconditionFailed, Denied, Unauthenticated)
+"""What the orchestrator takes for "nothing was made, and nothing is being made": it never comes back to such a volume.
+(kubernetes-csi/external-provisioner, pkg/controller/controller.go, checkError.)"""
 
 
 class VpgMissing(InvalidField):
@@ -98,12 +106,50 @@ class Provision:
         """Make the volume, or find it again when it was made before, and wait until it is usable.
 
         Raises `ExistsDifferently` naming each difference, `Exhausted` when no allowed zone has room,
-        `CapacityOutOfRange`, `InvalidRequest` before any request is made, and `DeadlineReached` or `OperationPending`
-        when the same call must come again.
+        `CapacityOutOfRange`, `InvalidRequest`, and `StorageUnavailable` or `OperationPending` when the same call must
+        come again: always, where an earlier call has left the volume behind, or may have.
         """
         wanted = _understood(request)
+        zones = allowed_zones(self._clusters.zones(), request.topology, self._settings.topology_key)
+        try:
+            return self._found_or_made(request, wanted, zones, deadline=deadline)
+        except _FINAL as problem:
+            return self._left_behind(problem, wanted, zones, deadline=deadline)
+
+    def _left_behind(
+        self, problem: DriverError, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline
+    ) -> ProvisionedVolume:
+        """Go on with the volume that an earlier call left, although it could not be made now; else raise the problem.
+
+        What was right then may be wrong now: a Secret lost its key, a group changed, the storage is full.
+        """
+        try:
+            found = self._left_in(wanted, zones, deadline=deadline)
+        except UNANSWERED as silence:
+            reasons = "; ".join(dict.fromkeys((str(problem), str(silence))))
+            raise StorageUnavailable(
+                f"{reasons}; so it is not known whether volume {wanted.name} is there"
+            ) from problem
+        if found is None:
+            raise problem
+        try:
+            return self._finish(found.zone, wanted, found.volume, deadline=deadline)
+        except _FINAL as again:
+            raise StorageUnavailable(f"volume {wanted.name} is there, but not usable yet: {again}") from problem
+
+    def _left_in(self, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline) -> Found | None:
+        """Return the volume of this CSI name, None where there is none."""
+        if not self._is_alone():
+            found = self._search.find(wanted.name, wanted.csi_name, zones, deadline=deadline)
+        else:
+            volume = self._management(zones[0]).volume(wanted.name, deadline=deadline)
+            found = Found(zones[0], volume) if volume is not None else []
+        return found if isinstance(found, Found) and found.is_of(wanted.csi_name) else None
+
+    def _found_or_made(
+        self, request: CreateRequest, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline
+    ) -> ProvisionedVolume:
         key = self._settings.topology_key
-        zones = allowed_zones(self._clusters.zones(), request.topology, key)
         if not self._is_alone():
             # Nothing is made anywhere before each allowed zone has said that it does not have the volume.
             found = self._search.find(wanted.name, wanted.csi_name, zones, deadline=deadline)
@@ -284,8 +330,6 @@ class Provision:
 
 def _understood(request: CreateRequest) -> _Wanted:
     read = parameters.parse(mutable_parameters.merged(request.parameters, request.mutable_parameters))
-    if read.encryption.is_native:
-        required_passphrase(request.secrets)
     access.check_all(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(

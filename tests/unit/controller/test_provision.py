@@ -344,11 +344,11 @@ def test_a_full_pool_is_exhausted() -> None:
         world.create(capacity=CapacityRange(2 * GIB))
 
 
-def test_a_size_that_does_not_exist_is_out_of_range_without_a_request() -> None:
+def test_a_size_that_does_not_exist_is_out_of_range_and_nothing_is_made() -> None:
     world = World()
     with pytest.raises(CapacityOutOfRange):
         world.create(capacity=CapacityRange(GIB + 1, GIB + 2))
-    assert world.management.requests == []
+    assert world.management.requests == ["volume"]
 
 
 @pytest.mark.parametrize(
