@@ -22,8 +22,7 @@ MIB = 1 << 20
 
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
-Segments = Mapping[str, str]
-"""Topology segments: key to value."""
+Segments = Mapping[str, str]  # of topology: key to value
 
 
 # --- access ---------------------------------------------------------------------------------------------
@@ -224,11 +223,12 @@ class ReservationMode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The current reservation of a volume. `version` grows with every transition, from 1."""
+    """The current reservation of a volume. `version` grows with every transition, from 1. `attached`: client ids."""
 
     mode: ReservationMode = ReservationMode.NONE
     version: int = 1
     reserved_by: str | None = None
+    attached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Attach:
         access.check(request.capability)
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._found(request, deadline=deadline)
+        handing.check(located.volume, request.context)
         if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.
@@ -73,11 +74,11 @@ class Attach:
             raise held_otherwise(located.volume, client, wish.mode, mode)
         writes = isinstance(request.capability.access, BlockAccess) and mode is not ReservationMode.SHARED_READ_ONLY
         new = mode if wish is None else None
-        self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
+        known = self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
         if wish is None or located.reference not in references(wish, located.volume):
             self._attach(located, client, mode, taken, deadline=deadline)
         self._await_device(located, client, mode, deadline=deadline)
-        return self._context(located, client, mode, request.context, deadline=deadline)
+        return self._context(located, client, mode, known, request.context, deadline=deadline)
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
         """Give up the handle's hold of the volume on the node: see `Detach.unpublish`."""
@@ -145,7 +146,7 @@ class Attach:
         *,
         writes: bool,
         deadline: Deadline,
-    ) -> None:
+    ) -> Attachments:
         """Write what must be known for good before the node can touch the device; nothing where nothing changes.
 
         `new` is the mode of an attachment that is about to be made, and to be counted.
@@ -162,6 +163,7 @@ class Attach:
         if attachments != known:
             metadata = record.with_attachments(volume.metadata, attachments)
             located.management.set_metadata(volume, metadata, deadline=deadline)
+        return attachments
 
     def _attach(
         self, located: Located, client: Client, mode: ReservationMode, taken: int | None, *, deadline: Deadline
@@ -216,11 +218,16 @@ class Attach:
         located: Located,
         client: Client,
         mode: ReservationMode,
+        known: Attachments,
         given: Mapping[str, str],
         *,
         deadline: Deadline,
     ) -> PublishContext:
-        """Say what the node may believe, from the volume as it is now that it is attached."""
+        """Say what the node may believe, from the volume as it is now that it is attached.
+
+        `known` is the record as this call left it. What is read now may come from another server, which has not yet
+        heard of that and shows an earlier attachment of the same node: then nothing is believed.
+        """
         volume = located.management.volume(located.volume.name, deadline=deadline)
         if volume is None or volume.uuid != located.volume.uuid:
             raise VolumeNotFound(located.volume.name, "it was deleted while it was being attached")
@@ -228,12 +235,16 @@ class Attach:
         number = attachments.clients.get(client.uuid, 0)
         # A number that is not the storage's own (somebody was attached in between, or the version was set back)
         # could have been another attachment's.
-        if number != volume.reservation.version - 1 or number < attachments.number:
+        is_old = (
+            number != known.clients.get(client.uuid, 0)
+            or volume.reservation.version < located.volume.reservation.version
+        )
+        if is_old or number != volume.reservation.version - 1 or number < attachments.number:
             number = 0
         history = History.ATTACHED
         if not record.read_creation(volume.metadata).is_ours or attachments.is_broken:
             history = History.UNKNOWN
-        elif attachments.written:
+        elif attachments.written or known.written:
             history = History.WRITTEN
         elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE:
             history = History.FIRST

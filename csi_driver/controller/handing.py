@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from csi_driver.capacity import stripes_of
 from csi_driver.controller.record import Creation, read_creation, read_permission
+from csi_driver.errors import PreconditionFailed
 from csi_driver.handover import Encryption, PublishContext
 from csi_driver.model import Volume
 
@@ -33,6 +34,15 @@ def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) 
     return Encryption.UNKNOWN
 
 
+def check(volume: Volume, given: Mapping[str, str]) -> None:
+    """Refuse a volume that the storage was to encrypt and does not, before any node has it."""
+    if encryption_of(volume, read_creation(volume.metadata), given) is Encryption.UNKNOWN:
+        raise PreconditionFailed(
+            f"volume {volume.name} was to be encrypted by the storage, and the management shows it without encryption: "
+            "it is not attached, as it would be read and written in the clear"
+        )
+
+
 def reserved_bytes(volume: Volume, creation: Creation) -> int:
     """Return what of the volume its user does not get: a header of encryption."""
     return volume.encryption.header_bytes if volume.encryption is not None else creation.header_bytes
@@ -46,12 +56,9 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
     may_format = permitted != 0 and permitted == context.attachment and not context.read_only
     if may_format:
         _log.warning("attachment %d of volume %s may format over old data, as was allowed", permitted, volume.name)
-    encryption = encryption_of(volume, read_creation(volume.metadata), given)
-    if encryption is Encryption.UNKNOWN:
-        _log.error("volume %s was to be encrypted by the storage and is not: no node will touch it", volume.name)
     return replace(
         context,
-        encryption=encryption,
+        encryption=encryption_of(volume, read_creation(volume.metadata), given),
         format_allowed=may_format,
         stripe_unit_bytes=unit_bytes,
         stripe_bytes=stripe_bytes,

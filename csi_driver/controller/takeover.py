@@ -42,7 +42,26 @@ class TakeOver:
             raise _held_elsewhere(volume, holders, kept)
         if not holders and self._fencing is Fencing.NEVER:
             raise OperationPending(f"volume {volume.name} was held until just now; call again")
+        if self._fencing is Fencing.RECORDED:
+            self._refuse_contradiction(located, {client.id, *(holder.id for holder in holders)}, deadline=deadline)
         return volume.reservation.version
+
+    def _refuse_contradiction(self, located: Located, judged: set[str], *, deadline: Deadline) -> None:
+        """Raise `OperationPending` where the volume's document names one who has it and whom nobody has judged.
+
+        The clients' documents may come from a server that has not yet heard of an attachment. Of a client that is down
+        such an answer is new enough, or it would not say so; one that is gone has nothing any more.
+        """
+        volume = located.volume
+        for name in volume.reservation.attached:
+            if name in judged:
+                continue
+            unseen = located.management.client(name, deadline=deadline)
+            if unseen is not None and unseen.status is not ClientStatus.DOWN:
+                raise OperationPending(
+                    f"volume {volume.name} is attached to {name} as its own document says, and not as that client's "
+                    "says; call again (if it stays so, attach it there and detach it again in the management)"
+                )
 
     def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
         """Judge again right before the volume is taken. Raises as `judge` does, and `OperationPending` when the

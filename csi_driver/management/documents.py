@@ -213,6 +213,7 @@ def _reservation(row: Document) -> Reservation:
         _MODES.get(held.get("mode"), ReservationMode.NONE),
         int(held.get("version") or 1),
         held.get("reservedBy") or None,
+        tuple(str(client) for client in held.get("attachedClients") or ()),
     )
 
 

@@ -121,6 +121,10 @@ class FakeManagement:
         self.api_version: tuple[int, ...] = (18, 0, 0)
         self.pending: set[str] = set()
         """Volumes that a deletion does not find although they are there, as the server has it at times."""
+        self.old_news: dict[str, Volume] = {}
+        """Volumes as a server shows them that has not yet heard of what became of them."""
+        self.unheard_of: set[str] = set()
+        """Clients whose documents come from a server that has not yet heard of their attachments."""
         self.before: Callable[[str], None] = lambda request: None
         """Called before a request is carried out; what it raises, the caller gets."""
         self.after: Callable[[str], None] = lambda request: None
@@ -192,6 +196,7 @@ class FakeManagement:
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         with self._request("volume", deadline):
             found = self._volumes.get(name)
+            found = self.old_news.get(name, found)
             return None if found is None or found.is_reserved else deepcopy(found)
 
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
@@ -312,19 +317,19 @@ class FakeManagement:
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
         with self._request("client", deadline):
             found = self._clients.get(client_id)
-            return _shown(found) if found is not None else None
+            return self._shown(found) if found is not None else None
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
         with self._request("client_by_uuid", deadline):
-            return next((_shown(client) for client in self._clients.values() if client.uuid == uuid), None)
+            return next((self._shown(client) for client in self._clients.values() if client.uuid == uuid), None)
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
         with self._request("clients", deadline):
-            return [_shown(client) for client in self._clients.values()]
+            return [self._shown(client) for client in self._clients.values()]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         with self._request("clients_holding", deadline):
-            return [shown for client in self._clients.values() if (shown := _shown(client)).holds(volume_uuid)]
+            return [shown for client in self._clients.values() if (shown := self._shown(client)).holds(volume_uuid)]
 
     def attach(
         self,
@@ -466,6 +471,10 @@ class FakeManagement:
         if present is not None and present.uuid == volume.uuid:
             del self._volumes[volume.name]
 
+    def _shown(self, client: _Client) -> Client:
+        shown = _shown(client)
+        return replace(shown, wishes={}, devices={}) if client.id in self.unheard_of else shown
+
     def _is_wished(self, client: _Client, volume_uuid: str) -> bool:
         wish = client.wishes.get(volume_uuid)
         return wish is not None and not wish.is_detaching
@@ -484,7 +493,9 @@ class FakeManagement:
         if volume.is_read_only and mode is not ReservationMode.SHARED_READ_ONLY:
             raise ReservationConflict(volume.name, 1716, held.version)
         exclusive = mode is ReservationMode.EXCLUSIVE_READ_WRITE
+        attached = (*(name for name in held.attached if name != client.id), client.id)
         if held.mode is mode and (not exclusive or held.reserved_by == client.id):
+            self._volumes[volume.name] = replace(volume, reservation=replace(held, attached=attached))
             return
         if held.mode is not ReservationMode.NONE:
             if version != held.version:
@@ -497,7 +508,8 @@ class FakeManagement:
                     other.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
                     self._later(self.detach_s, lambda other=other: self._detached(other, volume.uuid, force=True))  # type: ignore[misc]
         owner = client.id if exclusive else None
-        self._volumes[volume.name] = replace(volume, reservation=Reservation(mode, held.version + 1, owner))
+        attached = (client.id,) if detach_others else attached
+        self._volumes[volume.name] = replace(volume, reservation=Reservation(mode, held.version + 1, owner, attached))
 
     def _attached(self, client: _Client, volume: Volume, *, io_enabled: bool) -> None:
         wish = client.wishes.get(volume.uuid)
@@ -526,7 +538,9 @@ class FakeManagement:
         volume = next((v for v in self._volumes.values() if v.uuid == volume_uuid), None)
         if volume is None:
             return
-        held = volume.reservation
+        left = tuple(name for name in volume.reservation.attached if name != client.id)
+        held = replace(volume.reservation, attached=left)
+        self._volumes[volume.name] = volume = replace(volume, reservation=held)
         others = any(volume_uuid in other.wishes for other in self._clients.values())
         if held.mode is ReservationMode.EXCLUSIVE_READ_WRITE and held.reserved_by != client.id:
             return

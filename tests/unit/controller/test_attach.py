@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from csi_driver.controller import record
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.errors import (
     DeadlineReached,
@@ -328,6 +329,38 @@ def test_a_count_whose_attachment_never_came_about_is_used_again() -> None:
     world.management.before = lambda request: None
     context = world.publish(volume_id, NODE_2)
     assert (context.history, context.attachment) == (History.FIRST, 1)
+
+
+def test_a_server_that_shows_an_earlier_attachment_of_this_node_is_not_believed() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    before = world.stored()
+    metadata = record.with_permission(before.metadata, 1)  # what was allowed then must not be allowed now
+    world.unpublish(volume_id)
+
+    def show_old(request: str) -> None:
+        if request == "attach":
+            world.management.old_news[before.name] = replace(before, metadata=metadata)
+
+    world.management.after = show_old
+    context = world.publish(volume_id)
+    assert (context.attachment, context.history, context.format_allowed) == (0, History.ATTACHED, False)
+    world.management.old_news.clear()
+    assert world.publish(volume_id).attachment == 3
+
+
+def test_a_raw_writer_is_not_forgotten_for_a_server_that_has_not_heard_of_it() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    before = world.stored()
+    world.unpublish(volume_id)
+
+    def show_old(request: str) -> None:
+        if request == "attach":
+            world.management.old_news[before.name] = before
+
+    world.management.after = show_old
+    assert world.publish(volume_id, capability=BLOCK).history is History.WRITTEN
 
 
 def test_the_second_attachment_is_not_the_first() -> None:

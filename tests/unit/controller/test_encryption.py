@@ -284,7 +284,6 @@ def test_the_form_of_the_1_4_driver_is_encrypted_on_the_node() -> None:
         ({"csi_name": "x", "encryption": "aes"}, {}, Encryption.NONE),
         ({}, {"encryption": "luks"}, Encryption.LUKS),
         ({}, {"encryption": "dmcrypt"}, Encryption.LUKS),
-        ({}, {"encryption": "native"}, Encryption.UNKNOWN),
     ],
 )
 def test_what_others_made_is_encrypted_as_they_did(
@@ -307,11 +306,21 @@ def test_no_room_is_told_for_what_a_group_would_encrypt_twice() -> None:
     assert room.available_bytes == 0
 
 
-def test_a_volume_that_lost_its_encryption_is_unknown() -> None:
+def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is_told() -> None:
     world = World()
     made = create(world)
     world.management.change(world.stored().name, encryption=None)
-    assert world.publish(made.volume_id).encryption is Encryption.UNKNOWN
+    with pytest.raises(PreconditionFailed, match="was to be encrypted by the storage, and the management shows"):
+        world.publish(made.volume_id)
+    assert world.holders() == []
+
+
+def test_a_volume_of_others_that_is_said_to_be_encrypted_by_the_storage_and_is_not_is_attached_nowhere() -> None:
+    world = World()
+    world.management.add_volume(Volume("old", UUID, 1 << 20, 4096, 4.3, "online", "none"))
+    with pytest.raises(PreconditionFailed, match="was to be encrypted by the storage"):
+        world.publish("old", context={"encryption": "native"})
+    assert world.holders() == []
 
 
 def test_a_volume_that_waits_for_its_passphrase_is_not_attached() -> None:

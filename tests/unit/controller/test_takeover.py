@@ -174,6 +174,37 @@ def test_the_storage_refuses_who_judged_an_older_reservation() -> None:
 # --- afterwards -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use", [RWO, ROX])
+def test_a_node_of_whose_attachment_a_server_has_not_heard_is_not_preempted(use: Capability) -> None:
+    world, volume_id = held(capability=use)
+    world.management.unheard_of.add("node-1")
+    with pytest.raises(OperationPending, match="attached to node-1 as its own document says"):
+        world.publish(volume_id, NODE_2, BLOCK)
+    assert attaches(world) == 1
+    world.management.unheard_of.clear()
+    with pytest.raises(PreconditionFailed, match="the storage client is ready and the volume is attached there"):
+        world.publish(volume_id, NODE_2, BLOCK)
+
+
+def test_a_holder_that_is_gone_from_the_management_is_no_contradiction() -> None:
+    world, volume_id = lost()
+    world.management.remove_client("node-1")
+    assert world.stored().reservation.attached == ("node-1",)
+    world.publish(volume_id, NODE_2)
+    assert world.stored().reservation.attached == ("node-2",)
+
+
+def test_what_a_lost_node_is_told_to_give_up_later_leaves_the_new_holder_alone() -> None:
+    world, volume_id = lost()
+    first = world.publish(volume_id, NODE_2)
+    version = world.stored().reservation.version
+    world.unpublish(volume_id, NODE_1)
+    world.management.set_status("node-1", ClientStatus.READY)
+    world.unpublish(volume_id, NODE_1)
+    assert (world.publish(volume_id, NODE_2), world.stored().reservation.version) == (first, version)
+    assert world.holders() == ["node-2"]
+
+
 def test_a_node_that_returns_gives_up_what_was_taken_from_it() -> None:
     world, volume_id = lost()
     world.publish(volume_id, NODE_2)

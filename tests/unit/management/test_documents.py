@@ -41,7 +41,7 @@ def test_metadata_of_older_servers_is_found_under_their_name() -> None:
 
 def test_reservation_of_a_held_volume_names_its_holder() -> None:
     held = decode_volume(sample("volume-held"))
-    assert held.reservation == Reservation(ReservationMode.EXCLUSIVE_READ_WRITE, 2, "node-1")
+    assert held.reservation == Reservation(ReservationMode.EXCLUSIVE_READ_WRITE, 2, "node-1", ("node-1",))
 
 
 def test_name_identity_and_size_are_all_that_a_volume_needs() -> None:
