@@ -3,7 +3,10 @@
 It is on disk before mkfs starts and replaced on disk before the first mount, so while it is there, nobody has
 used what mkfs left. What replaces it says that the volume is in use: under this attachment nothing is formatted any
 more, though the attachment may be told to be the volume's first, or one that may format over old data. A volume that
-was handed out raw under such an attachment gets a mark as well: from then on a blank head and tail prove nothing.
+was handed out raw gets a mark as well: from then on a blank head and tail prove nothing.
+
+One volume may be held under several handles at once, each with what it was told when it was attached. So what says
+that a volume is in use is never taken away by another handle's call, and counts for every attachment up to its own.
 """
 
 from __future__ import annotations
@@ -35,8 +38,18 @@ class Mark:
     attachment: int
     filesystem: str
 
+    @property
+    def tells_use(self) -> bool:
+        """Whether it says that somebody may have written to the volume; else it says what was begun to be made."""
+        return self.filesystem in (RAW, USED)
+
     def is_of(self, attachment: int) -> bool:
-        """Tell whether it was set under this very attachment; attachments that nobody counts are never the same."""
+        """Tell whether it says something of this attachment; attachments that nobody counts are never the same.
+
+        What was begun was so under one attachment; what was used since is known to no earlier one.
+        """
+        if self.tells_use:
+            return 0 < attachment <= self.attachment
         return attachment > 0 and self.attachment == attachment
 
 
@@ -50,6 +63,21 @@ class Marks(Protocol):
     def remove(self, volume_uuid: str) -> None:
         """Remove the volume's mark; none there is success."""
         ...
+
+
+def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str, *, is_needed: bool) -> None:
+    """Put on record that the volume is in use (`how`: RAW or USED) under this attachment, and maybe under earlier ones.
+
+    Where no mark is there, one is set only if it `is_needed`. A format that was begun is over with it.
+    """
+    mark = marks.read(volume_uuid)
+    last = max(attachment, mark.attachment if mark is not None else 0)
+    if last and (is_needed or mark is not None):
+        used = Mark(volume_uuid, last, how)
+        if mark != used:
+            marks.write(used)
+    elif mark is not None:
+        marks.remove(volume_uuid)
 
 
 class MarkFiles:
@@ -78,7 +106,7 @@ class MarkFiles:
             mark = self.read(volume_uuid)
         except HostFailure:
             return False  # whoever stages the volume is told
-        return mark is not None and mark.filesystem in (RAW, USED)
+        return mark is not None and mark.tells_use
 
     def read(self, volume_uuid: str) -> Mark | None:
         """Return the volume's mark. Raises `HostFailure` when there is one that cannot be read."""

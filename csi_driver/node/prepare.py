@@ -28,7 +28,7 @@ from csi_driver.node.content import (
     decide,
 )
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import USED, Mark, Marks
+from csi_driver.node.marks import USED, Mark, Marks, remember_use
 from csi_driver.node.options import MountPlan
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
@@ -110,17 +110,9 @@ class Preparation:
         Under an attachment that allows more than others (its volume's first; with a permission to format over old
         data; with a format begun) nothing may be formatted from here on. A mark of an earlier one has served its time.
         """
-        uuid = task.uuid
-        if uuid is None:
-            return
-        mark = self._marks.read(uuid)
-        allows_more = task.history is History.FIRST or task.format_allowed
-        if task.attachment > 0 and (allows_more or (mark is not None and mark.is_of(task.attachment))):
-            used = Mark(uuid, task.attachment, USED)
-            if mark != used:
-                self._marks.write(used)
-        elif mark is not None:
-            self._marks.remove(uuid)
+        if task.uuid is not None:
+            allows_more = task.history is History.FIRST or task.format_allowed
+            remember_use(self._marks, task.uuid, task.attachment, USED, is_needed=allows_more)
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""

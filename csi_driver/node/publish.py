@@ -6,12 +6,12 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
-from csi_driver.handover import History, PublishContext
+from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.luks_options import encrypted_by
-from csi_driver.node.marks import RAW, Mark, Marks
+from csi_driver.node.marks import RAW, Marks, remember_use
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
@@ -233,18 +233,12 @@ class Publish:
     def _remember_raw(self, volume: NamedVolume, device: Device, context: PublishContext | None) -> None:
         """Put on record, before the device is handed out, that its content is no longer ours to judge.
 
-        A format mark would let the next stage format over what is written now; and where the attachment counts as the
-        volume's first, a blank head and tail would, and the permission to format over old data where it has that.
+        A format mark would let the next stage format over what is written now; and a blank head and tail would, where
+        another handle of the same volume was told that its attachment is the first one, or that it may format.
         """
         uuid = volume.uuid or device.uuid
-        if uuid is None:
-            return
-        if context is not None and (context.history is History.FIRST or context.format_allowed):
-            mark = Mark(uuid, context.attachment, RAW)
-            if self._marks.read(uuid) != mark:
-                self._marks.write(mark)
-        else:
-            self._marks.remove(uuid)
+        if uuid is not None:
+            remember_use(self._marks, uuid, context.attachment if context else 0, RAW, is_needed=True)
 
     def _release_reader(self, taken_off: Mounted, volume: NamedVolume) -> None:
         """Take down the read-only device that a publication had of its own; never the volume's device itself."""

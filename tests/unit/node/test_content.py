@@ -50,8 +50,10 @@ class Case(NamedTuple):
 
     @property
     def own_mark(self) -> str | None:
-        """What a mark of this very attachment says, written out independently of the code."""
-        if self.mark is None or self.attachment == 0 or self.mark.attachment != self.attachment:
+        """What a mark says of this attachment, written out independently of the code."""
+        if self.mark is None or self.attachment == 0 or self.mark.attachment < self.attachment:
+            return None
+        if self.mark.attachment > self.attachment and self.mark.filesystem not in ("raw", "used"):
             return None
         return self.mark.filesystem
 

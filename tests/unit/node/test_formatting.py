@@ -128,6 +128,30 @@ def test_a_volume_that_was_handed_out_raw_is_not_formatted_after_a_quick_look(
     assert node.host.destroyed == []
 
 
+@pytest.mark.parametrize("is_staged_first", [True, False])
+@pytest.mark.parametrize("attachment", [1, 2])
+def test_what_one_handle_wrote_raw_is_not_formatted_over_by_another_that_was_told_to_be_the_first(
+    node: FakeNode, attachment: int, is_staged_first: bool
+) -> None:
+    """Two handles of a volume share one attachment, or follow one another; what the first was told stays with it."""
+    disk = node.host.attach(NAME, UUID)
+    if is_staged_first:
+        node.stage(context=FIRST)
+        node.unstage()
+        disk.filesystem, disk.was_used = None, False
+    raw = publish_context(attachment=attachment, history=History.WRITTEN)
+    other = f"single-zone-cluster:{NAME}:{UUID}:other"
+    node.stage(volume_id=other, access=BLOCK, context=raw)
+    node.publish(volume_id=other, access=BLOCK, context=raw)
+    node.host.write_raw(TARGET, 32 * MIB, b"precious")
+    node.unpublish(volume_id=other)
+    node.unstage(volume_id=other)
+    formats = len(node.host.formats)
+    with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB}"):
+        node.stage(context=FIRST)
+    assert (node.host.destroyed, len(node.host.formats)) == ([], formats)
+
+
 def test_a_format_that_was_begun_does_not_cover_what_was_written_raw_after_it(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     node.marks.kept[UUID] = Mark(UUID, 3, "ext4")

@@ -40,8 +40,13 @@ def test_without_a_mark_there_is_none_to_read(marks: MarkFiles) -> None:
     assert marks.read(UUID) is None
 
 
-def test_a_mark_is_of_its_own_attachment_alone() -> None:
+def test_what_was_begun_was_so_under_its_own_attachment_alone() -> None:
     assert [Mark(UUID, 3, "xfs").is_of(attachment) for attachment in (2, 3, 4)] == [False, True, False]
+
+
+@pytest.mark.parametrize("how", [RAW, USED])
+def test_what_was_used_was_so_for_every_earlier_attachment_too(how: str) -> None:
+    assert [Mark(UUID, 3, how).is_of(attachment) for attachment in (0, 2, 3, 4)] == [False, True, True, False]
 
 
 def test_a_mark_of_an_attachment_that_nobody_counts_is_of_none() -> None:

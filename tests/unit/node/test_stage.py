@@ -80,10 +80,24 @@ def test_a_volume_in_use_is_on_record_before_it_is_mounted(node: FakeNode) -> No
     assert looked
 
 
-def test_an_attachment_that_allows_no_more_than_others_leaves_no_mark(node: FakeNode) -> None:
+def test_an_attachment_that_allows_no_more_than_others_leaves_no_mark_where_there_was_none(node: FakeNode) -> None:
+    formatted(node)
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=3))
+    assert node.marks.kept == {}
+
+
+@pytest.mark.parametrize(("attachment", "last"), [(0, 1), (1, 1), (3, 3)])
+def test_a_volume_in_use_stays_on_record_under_later_attachments(node: FakeNode, attachment: int, last: int) -> None:
     formatted(node)
     node.marks.kept[UUID] = Mark(UUID, 1, USED)
-    node.stage(context=publish_context(history=History.ATTACHED, attachment=3))
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=attachment))
+    assert node.marks.kept == {UUID: Mark(UUID, last, USED)}
+
+
+def test_a_format_begun_under_an_attachment_that_nobody_counts_is_over_once_it_is_used(node: FakeNode) -> None:
+    formatted(node)
+    node.marks.kept[UUID] = Mark(UUID, 0, "ext4")
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=0))
     assert node.marks.kept == {}
 
 
