@@ -10,13 +10,13 @@ Nothing of a Secret's value is ever kept, logged or put into an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csi_driver.controller import parameter_values as read
 from csi_driver.errors import InvalidField, InvalidRequest, MissingField
 from csi_driver.handover import Encryption
-from csi_driver.model import MIB, Vpg
+from csi_driver.model import MIB, AccessMode, Capability, Vpg
 
 SECRET_KEYS = ("passphrase", "dmcryptKey")
 """Keys of the Secret that may hold the passphrase: the 1.9 driver's and the 1.4 driver's."""
@@ -58,6 +58,14 @@ class EncryptionWish:
     @property
     def is_native(self) -> bool:
         return self.by is Encryption.NATIVE
+
+    def check_access(self, capabilities: Sequence[Capability]) -> None:
+        """Refuse encryption by the nodes where several of them write: nothing keeps two from making the header."""
+        if self.by is Encryption.LUKS and any(c.mode is AccessMode.MULTI_NODE_MULTI_WRITER for c in capabilities):
+            raise InvalidRequest(
+                f"encryption by the nodes does not go with access mode {AccessMode.MULTI_NODE_MULTI_WRITER}, "
+                "wanted encryption by the storage (encryption: native) or one writing node"
+            )
 
     def in_group(self, group: Vpg) -> EncryptionWish:
         """Return what comes of the wish in a provisioning group, which may encrypt whatever is made in it."""

@@ -331,6 +331,7 @@ class Provision:
 def _understood(request: CreateRequest) -> _Wanted:
     read = parameters.parse(mutable_parameters.merged(request.parameters, request.mutable_parameters))
     access.check_all(request.capabilities)
+    read.encryption.check_access(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(
         csi_name=request.name,

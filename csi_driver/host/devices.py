@@ -18,7 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import DeadlineReached, IdentityNotProven, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import (
+    DeadlineReached,
+    IdentityNotProven,
+    InvalidField,
+    OperationPending,
+    PreconditionFailed,
+    SystemCallFailed,
+)
 from csi_driver.host import device_mapper, ioctls
 from csi_driver.host.alarms import device_alarm
 from csi_driver.host.claims import Claims
@@ -189,8 +196,9 @@ class LinuxDevices:
         `exclusive` also proves that nothing has it mounted or claimed, and holds its lock (flock, as udev and others
         respect it: systemd.io/BLOCK_DEVICE_LOCKING), which a program that inherits the descriptor holds on to.
         It is no claim (O_EXCL) by itself, because mkfs and fsck make that claim.
-        Raises `PreconditionFailed` when it is another device, is busy or carries no I/O, and `IdentityNotProven` when
-        it is to be written to and nothing proves at this moment who it is.
+        Raises `PreconditionFailed` when it is another device, is busy or carries no I/O, `OperationPending` while
+        another program holds its lock, and `IdentityNotProven` when it is to be written to and nothing proves now who
+        it is.
         """
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
         try:
@@ -208,7 +216,7 @@ class LinuxDevices:
 
     def _seize(self, fd: int, path: Path) -> None:
         if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _try_lock(fd)):
-            raise PreconditionFailed(f"{path} is busy: another program works on it (its lock is held)")
+            raise OperationPending(f"{path} is busy: another program works on it (its lock is held); call again later")
         if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _is_unclaimed(fd, path)):
             raise PreconditionFailed(f"{path} is busy: it is mounted or otherwise in use")
 

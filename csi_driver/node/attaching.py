@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, OperationPending, StorageUnavailable
 from csi_driver.node.ports import Attachments
 from csi_driver.node.requests import NodePublishRequest, StageRequest
 
@@ -31,19 +32,36 @@ class Publishing(Protocol):
     def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None: ...
 
 
+class StillAttached(StorageUnavailable):
+    """The volume is attached by this node and could not be staged; whoever gives it up for that must unstage it."""
+
+    def __init__(self, reason: DriverError) -> None:
+        super().__init__(f"{reason}; the volume stays attached to this node until it is unstaged here")
+
+
 class AttachingStage:
-    """Attaches before it stages, and detaches after it has unstaged."""
+    """Attaches before it stages, and detaches after it has unstaged.
+
+    What fails in between is answered by an error after which kubelet unstages. After most others it takes the volume
+    for not staged (pkg/volume/csi, csi_client.go `isFinalError`), and nobody would ever detach it. It is not detached
+    here: what a retry may do goes by the attachment's number, such as to make a half-made filesystem again.
+    """
 
     def __init__(self, stage: Staging, attachments: Attachments) -> None:
         self._stage = stage
         self._attachments = attachments
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Attach the volume and stage it. Raises what `Attachments.attach` and `Stage.stage` raise."""
+        """Attach the volume and stage it. Raises what `Attachments.attach` raises, else `StorageUnavailable`."""
         context = self._attachments.attach(
             request.volume_id, request.capability, request.volume_context, deadline=deadline
         )
-        self._stage.stage(replace(request, publish_context=context), deadline=deadline)
+        try:
+            self._stage.stage(replace(request, publish_context=context), deadline=deadline)
+        except (OperationPending, StorageUnavailable):
+            raise
+        except DriverError as error:
+            raise StillAttached(error) from error
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Unstage the volume, then give it up: also what an earlier call, or an earlier driver, has left attached."""

@@ -27,16 +27,22 @@ from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
 
 logger = logging.getLogger(__name__)
 
+SHARED_WAY_OUT = "stage it for one node alone first, or let the storage encrypt it (encryption: native)"
+
 
 @dataclass(frozen=True, slots=True)
 class LockedVolume:
-    """A volume that is to be opened: its own device, who encrypts it and how, and what the controller told of it."""
+    """A volume that is to be opened: its own device, who encrypts it and how, and what the controller told of it.
+
+    `is_shared`: other nodes may write to it at the same time, and nothing keeps two of them from making its header.
+    """
 
     volume: NamedVolume
     device: Device
     plan: EncryptionPlan
     context: PublishContext | None
     read_only: bool
+    is_shared: bool = False
 
     @property
     def uuid(self) -> str | None:
@@ -44,7 +50,7 @@ class LockedVolume:
 
     @property
     def may_write_header(self) -> bool:
-        return self.plan.by is By.LUKS and not self.read_only
+        return self.plan.by is By.LUKS and not self.read_only and not self.is_shared
 
 
 class EncryptedVolumes:
@@ -223,7 +229,10 @@ class EncryptedVolumes:
             may_go = evidence.may_format_over and task.may_write_header
             return FormatOver(LUKS, refusal) if may_go else Refuse(f"holds {refusal}, wanted its own")
         content = self._filesystems.probe(opened, deadline=deadline)
-        return decide(content, Wish(LUKS, task.read_only), evidence, supported=(LUKS,))
+        verdict = decide(content, Wish(LUKS, task.read_only), evidence, supported=(LUKS,))
+        if task.is_shared and not isinstance(verdict, Refuse):
+            return Refuse("has no LUKS header, and gets none while other nodes may write to it: " + SHARED_WAY_OUT)
+        return verdict
 
     def _evidence(self, task: LockedVolume) -> Evidence:
         context = task.context or PublishContext(task.volume.name, task.uuid or "")

@@ -55,7 +55,8 @@ class Devices(Protocol):
         """Hold the device open; name, uuid and size are verified again on the descriptor.
 
         Raises `PreconditionFailed` when it is not the device that was found, carries no I/O or, with `exclusive`, is
-        busy; `IdentityNotProven` with `write` while nothing proves who it is.
+        busy; `OperationPending` while another program works on it, which may be one that a killed driver left;
+        `IdentityNotProven` with `write` while nothing proves who it is.
         """
         ...
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import Device, Mounted, OpenDevice
 from csi_driver.node.content import (
@@ -173,12 +173,12 @@ class Preparation:
     ) -> OpenDevice | list[Mounted]:
         """Open the device for ourselves alone; where it is mounted already, return its mounts instead."""
         opened: list[OpenDevice] = []
-        refusals: list[PreconditionFailed] = []
+        refusals: list[PreconditionFailed | OperationPending] = []
 
         def attempt() -> bool:
             try:
                 opened.append(stack.enter_context(self._devices.open(device, write=write, exclusive=True)))
-            except PreconditionFailed as refusal:
+            except (PreconditionFailed, OperationPending) as refusal:
                 refusals.append(refusal)
                 return False
             return True

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, PreconditionFailed
+from csi_driver.errors import (
+    DriverError,
+    ExistsDifferently,
+    HostFailure,
+    OperationPending,
+    PreconditionFailed,
+    StorageUnavailable,
+)
 from csi_driver.handover import Encryption, PublishContext
 from csi_driver.machine import Device, Mounted
-from csi_driver.model import BlockAccess, MountAccess, VolumeHandle
+from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.luks_options import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.node.mkfs import MkfsWish
 from csi_driver.node.options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
-from csi_driver.node.prepare import Preparation, Task
+from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
 
 logger = logging.getLogger(__name__)
@@ -67,8 +76,7 @@ class Stage:
             logger.warning("volume %s comes with a passphrase, and nothing says that it is encrypted", volume)
         match request.capability.access:
             case BlockAccess():
-                read_only = request.capability.mode.is_read_only
-                self._stage_block(volume, context, path, locks, read_only=read_only, deadline=in_time)
+                self._stage_block(volume, context, path, locks, request.capability.mode, deadline=in_time)
             case MountAccess() as access:
                 plan = self._plan(access, request, context)
                 mounted = self._ownership.at(path, volume)
@@ -117,23 +125,49 @@ class Stage:
         device = self._ready_device(volume, context, read_only=plan.read_only, deadline=deadline)
         self._require_directory(path)
         by = Encryption.NONE
-        if locks is not None:
-            by = locks.by
-            locked = LockedVolume(volume, device, locks, context, plan.read_only)
-            device, context = self._encrypted.open(locked, deadline=deadline)
-        task = Task(volume, device, plan, context)
-        prepared = self._preparation.prepare(task, deadline=deadline)
-        self._preparation.hand_over(task)
-        mounted = self._mounts.at(path)
-        if mounted is not None:
+        with self._nothing_left(volume):
+            if locks is not None:
+                by = locks.by
+                locked = LockedVolume(volume, device, locks, context, plan.read_only)
+                device, context = self._encrypted.open(locked, deadline=deadline)
+            task = Task(volume, device, plan, context)
+            prepared = self._preparation.prepare(task, deadline=deadline)
+            self._preparation.hand_over(task)
+            mounted = self._mounts.at(path)
+            if mounted is None:
+                self._mount(task, prepared, path)
+                return
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.
             self._accept(mounted, volume, path, plan, by)
-            return
-        options = plan.options_for(prepared.fs_type)
-        self._mounts.mount(device, path, prepared.fs_type, options, read_only=plan.read_only)
-        if prepared.grow_mounted:
-            self._filesystems.grow_mounted(path, device, prepared.fs_type)
-        self._apply_root_mode(path, plan)
+
+    def _mount(self, task: Task, prepared: Prepared, path: Path) -> None:
+        options = task.plan.options_for(prepared.fs_type)
+        self._mounts.mount(task.device, path, prepared.fs_type, options, read_only=task.plan.read_only)
+        with self._nothing_left(task.volume, path):
+            if prepared.grow_mounted:
+                self._filesystems.grow_mounted(path, task.device, prepared.fs_type)
+            self._apply_root_mode(path, task.plan)
+
+    @contextmanager
+    def _nothing_left(self, volume: NamedVolume, path: Path | None = None) -> Iterator[None]:
+        """Take back what a call opened, or mounted at `path`, when it fails: nobody else would.
+
+        After most errors kubelet takes the volume for not staged, forgets it and lets it be detached (pkg/volume/csi:
+        csi_client.go `isFinalError`, csi_attacher.go `MountDevice`). What cannot be taken back is answered with an
+        error after which it does unstage; so is what the same call, repeated, goes on from.
+        """
+        try:
+            yield
+        except (OperationPending, StorageUnavailable):
+            raise
+        except DriverError as error:
+            try:
+                if path is not None:
+                    self._mounts.unmount(path)
+                self._encrypted.close(volume)
+            except DriverError as problem:
+                raise StorageUnavailable(f"{error}; what was done for it cannot be undone now: {problem}") from error
+            raise
 
     def _accept(self, mounted: Mounted, volume: NamedVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
         """Take what is mounted at the staging path for what is wanted, finishing what a crash left, or say why not."""
@@ -146,17 +180,16 @@ class Stage:
         if found:
             raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)
         if not plan.read_only:
-            self._finish_growth(device, mounted, path)
+            self._finish_growth(volume, device, mounted, path)
         self._apply_root_mode(path, plan)
 
-    def _finish_growth(self, device: Device, mounted: Mounted, path: Path) -> None:
-        if not self._preparation.is_too_small(device, mounted.fs_type):
-            return
+    def _finish_growth(self, volume: NamedVolume, device: Device, mounted: Mounted, path: Path) -> None:
+        """Grow what a crash left too small. It is staged as asked: that it cannot is NodeExpandVolume's to tell."""
         try:
-            self._filesystems.grow_mounted(path, device, mounted.fs_type)
-        except PreconditionFailed:
-            # It is staged as asked; that it cannot grow while mounted is NodeExpandVolume's to tell.
-            return
+            if self._preparation.is_too_small(device, mounted.fs_type):
+                self._filesystems.grow_mounted(path, device, mounted.fs_type)
+        except (PreconditionFailed, HostFailure) as problem:
+            logger.warning("volume %s is staged and stays smaller than its device: %s", volume, problem)
 
     def _apply_root_mode(self, path: Path, plan: MountPlan) -> None:
         if plan.root_mode is not None:
@@ -170,8 +203,8 @@ class Stage:
         context: PublishContext | None,
         path: Path,
         locks: EncryptionPlan | None,
+        mode: AccessMode,
         *,
-        read_only: bool,
         deadline: Deadline,
     ) -> None:
         mounted = self._mounts.at(path)
@@ -184,13 +217,15 @@ class Stage:
             ):
                 raise ExistsDifferently(f"the staging of volume {volume} at {path}", ["access is mount, wanted block"])
             raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
-        readers = read_only or (context is not None and context.read_only)
+        readers = mode.is_read_only or (context is not None and context.read_only)
         device = self._ready_device(volume, context, read_only=readers, deadline=deadline)
         self._require_directory(path)
         if locks is None:
             self._encrypted.require_plain(volume, device)
-        else:
-            self._encrypted.open(LockedVolume(volume, device, locks, context, readers), deadline=deadline)
+            return
+        locked = LockedVolume(volume, device, locks, context, readers, is_shared=mode.is_multi_node and not readers)
+        with self._nothing_left(volume):
+            self._encrypted.open(locked, deadline=deadline)
 
     # --- both ---
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import CommandFailed, DeadlineReached, PreconditionFailed
+from csi_driver.errors import CommandFailed, DeadlineReached, OperationPending, PreconditionFailed
 from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.reader import ReadOnlyLoops
@@ -228,7 +228,7 @@ def test_a_device_opened_exclusively_is_not_opened_so_again(machine: HostMachine
     device = machine.device(machine.volume())
     with (
         machine.devices.open(device, write=True, exclusive=True),
-        pytest.raises(PreconditionFailed, match="lock"),
+        pytest.raises(OperationPending, match="lock"),
         quick(machine).open(device, exclusive=True),
     ):
         pass
@@ -242,7 +242,7 @@ def test_a_helper_that_outlives_its_driver_keeps_the_device_locked(machine: Host
             [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=(opened.fd,)
         )
     try:
-        with pytest.raises(PreconditionFailed, match="lock"), quick(machine).open(device, exclusive=True):
+        with pytest.raises(OperationPending, match="lock"), quick(machine).open(device, exclusive=True):
             pass
     finally:
         helper.communicate()

@@ -20,7 +20,7 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import Encryption
 from csi_driver.model import EMPTY, GIB, MIB, CapacityRange, Layout, ProvisionedVolume, RaidLevel, Volume, Vpg
-from tests.unit.controller.world import BLOCK, RWO, World
+from tests.unit.controller.world import BLOCK, RWO, RWX_BLOCK, World
 
 SECRET = "correct horse battery"
 NATIVE = {"encryption": "native"}
@@ -258,6 +258,15 @@ def test_a_volume_for_luks_has_room_for_its_header_and_the_node_is_told() -> Non
     assert not world.stored().is_encrypted
     assert world.publish(answer.volume_id).encryption is Encryption.LUKS
     assert world.create(parameters=LUKS, capacity=CapacityRange(2 * GIB)) == answer
+
+
+def test_nodes_do_not_encrypt_what_several_of_them_write() -> None:
+    """Each would make a header of its own; what the storage encrypts has one before anybody attaches it."""
+    world = World()
+    with pytest.raises(InvalidRequest, match="MULTI_NODE_MULTI_WRITER"):
+        world.create(parameters=LUKS, capabilities=(RWX_BLOCK,))
+    assert world.management.requests.count("create_volume") == 0
+    world.create(parameters=NATIVE, capabilities=(RWX_BLOCK,), secrets={"passphrase": SECRET})
 
 
 def test_a_luks_volume_grows_by_what_is_asked_for_and_the_node_has_work() -> None:

@@ -8,7 +8,7 @@ from csi_driver.controller.attach import Attach
 from csi_driver.controller.own_attachments import OwnAttachments
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
-from csi_driver.errors import HostFailure, PreconditionFailed
+from csi_driver.errors import HostFailure, PreconditionFailed, StorageUnavailable
 from csi_driver.handover import History, PublishContext
 from csi_driver.model import EMPTY, Capability, ReservationMode
 from csi_driver.node.attaching import AttachingPublish, AttachingStage
@@ -96,12 +96,24 @@ def test_stage_and_publish_are_told_the_same_as_an_attacher_would_tell() -> None
 def test_a_stage_that_failed_goes_on_under_the_same_attachment() -> None:
     node = Node()
     node.machine.broken = True
-    with pytest.raises(HostFailure):
+    with pytest.raises(StorageUnavailable):
         node.stage()
     node.machine.broken = False
     node.stage()
     first, second = node.machine.contexts
     assert first == second
+
+
+def test_a_volume_that_could_not_be_staged_is_attached_and_told_to_be() -> None:
+    """By an error that leaves the outcome open: after any other one kubelet would never unstage it."""
+    node = Node()
+    node.machine.broken = True
+    with pytest.raises(StorageUnavailable, match="the machine refuses; the volume stays attached"):
+        node.stage()
+    assert node.world.holders() == ["node-1"]
+    node.machine.broken = False
+    node.unstage()
+    assert node.world.holders() == []
 
 
 def test_what_cannot_be_unstaged_is_not_detached() -> None:

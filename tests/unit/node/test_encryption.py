@@ -15,10 +15,11 @@ from csi_driver.errors import (
     InvalidRequest,
     MissingField,
     PreconditionFailed,
+    StorageUnavailable,
     SystemCallFailed,
 )
 from csi_driver.handover import Encryption, History
-from csi_driver.model import BlockAccess, MountAccess
+from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.marks import LUKS, Mark
 from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.luks import HEADER_BYTES, FakeLuks
@@ -103,6 +104,116 @@ def locked(node: FakeNode) -> Locked:
 @pytest.fixture
 def native(node: FakeNode) -> Locked:
     return Locked(node, Encryption.NATIVE)
+
+
+# --- what a failed call leaves ---------------------------------------------------------------------------------
+
+
+def failing_at(node: FakeNode, point: str, failure: Exception) -> Callable[[str], None]:
+    def step(passed: str) -> None:
+        if passed == point:
+            raise failure
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("access", "point"),
+    [
+        (BLOCK, "after open"),
+        (EXT4, "after open"),
+        (EXT4, "before make"),
+        (EXT4, "before mount"),
+        (MountAccess("xfs"), "before grow"),
+    ],
+)
+def test_a_stage_that_is_refused_leaves_nothing_mounted_and_nothing_open(
+    locked: Locked, access: MountAccess | BlockAccess, point: str
+) -> None:
+    """After such an error kubelet takes the volume for not staged: it never unstages it, and lets it be detached."""
+    locked.access = access
+    if point == "before grow":
+        locked.stage()
+        locked.node.unstage()
+        assert locked.luks.inner.filesystem is not None
+        locked.luks.inner.filesystem.size_bytes -= 16 * MIB
+    locked.node.host.step = failing_at(locked.node, point, SystemCallFailed(point, 5))
+    with pytest.raises(SystemCallFailed, match=point):
+        locked.stage()
+    assert (locked.mapper, locked.node.host.table) == (None, [])
+    locked.node.host.step = lambda point: None
+    locked.up()
+
+
+def test_a_stage_that_goes_on_with_the_same_call_keeps_the_volume_open(locked: Locked) -> None:
+    locked.node.host.step = failing_at(locked.node, "before mount", StorageUnavailable("later"))
+    with pytest.raises(StorageUnavailable, match="later"):
+        locked.stage()
+    assert locked.mapper is not None
+
+
+def test_what_cannot_be_undone_is_told_so_that_it_is_unstaged(locked: Locked) -> None:
+    def step(passed: str) -> None:
+        if passed == "before mount":
+            assert locked.mapper is not None
+            locked.mapper.claimed = 99
+            raise SystemCallFailed("mount", 5)
+
+    locked.node.host.step = step
+    with pytest.raises(StorageUnavailable, match=r"mount: .*cannot be undone now: .*busy"):
+        locked.stage()
+
+
+def test_a_stage_that_is_refused_leaves_alone_what_is_in_use(locked: Locked) -> None:
+    locked.up()
+    with pytest.raises(ExistsDifferently):
+        locked.node.stage(access=MountAccess("ext4", ("noexec",)), context=context(), secrets=SECRET)
+    with pytest.raises(Denied):
+        locked.node.stage(staging=KUBELET / "plugins/staging", context=context(), secrets=WRONG)
+    assert locked.mapper is not None
+    assert locked.node.host.mounts_at(TARGET) == 1
+
+
+# --- several nodes at once -------------------------------------------------------------------------------------
+
+
+def shared(locked: Locked, given: Mapping[str, str] | None = None) -> None:
+    locked.node.stage(
+        access=BLOCK,
+        mode=AccessMode.MULTI_NODE_MULTI_WRITER,
+        context=given or context(attachment=2),
+        secrets=locked.secrets,
+    )
+
+
+@pytest.mark.parametrize("format_allowed", [False, True])
+def test_no_header_is_made_where_another_node_may_make_one_at_the_same_time(
+    locked: Locked, format_allowed: bool
+) -> None:
+    """Each would prove it blank, and the later header would be the end of what was written under the earlier one."""
+    given = plain_context(
+        encryption=Encryption.LUKS, attachment=2, history=History.WRITTEN, format_allowed=format_allowed
+    )
+    with pytest.raises(PreconditionFailed, match="other nodes may write"):
+        shared(locked, given)
+    assert locked.disk.luks is None
+
+
+def test_a_volume_with_a_header_is_opened_by_several_nodes(locked: Locked) -> None:
+    locked.access = BLOCK
+    locked.stage()
+    locked.node.unstage()
+    shared(locked)
+    assert locked.mapper is not None
+
+
+def test_no_key_is_changed_where_another_node_may_change_one_at_the_same_time(locked: Locked) -> None:
+    locked.access = BLOCK
+    locked.stage()
+    locked.node.unstage()
+    locked.secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
+    shared(locked)
+    assert (locked.luks.keys, locked.mapper is None) == (["correct horse"], False)
 
 
 # --- luks: the node makes the header ------------------------------------------------------------------------------
