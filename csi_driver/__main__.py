@@ -133,7 +133,7 @@ def _controller(command: ControllerCommand) -> int:
     health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
     return _serve(
         command.endpoint,
-        Claims(command.zone if command.clusters is None else None, volume_name),
+        Claims(volume_name),
         settings.driver_name,
         health,
         lambda server: add_ControllerServicer_to_server(servicer, server),
@@ -174,7 +174,7 @@ def _node(command: NodeCommand) -> int:
     )
     return _serve(
         command.endpoint,
-        Claims("", volume_name, tells_zones=False),
+        Claims(volume_name),
         command.driver_name,
         NodeHealth(use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),

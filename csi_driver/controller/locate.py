@@ -11,9 +11,9 @@ from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
 from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
-from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
+from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, shown
 from csi_driver.handover import held_reference
-from csi_driver.model import Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
+from csi_driver.model import DEFAULT_ZONE, Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 
@@ -53,21 +53,34 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
         return None
-    if handle.zone is not None and clusters.management(handle.zone) is None:
-        raise ZoneNotServed(volume_id, handle.zone)
-    zones = [handle.zone] if handle.zone is not None else clusters.zones()
+    zones = zones_of(clusters, handle)
+    if not zones:
+        raise ZoneNotServed(volume_id, handle.zone or "")
     answers = ask(zones, lambda zone: _locate_in(clusters, zone, handle, deadline=deadline), deadline=deadline).all()
     found = [located for zone in zones if (located := answers[zone]) is not None]
     if len(found) > 1:
-        zones = ", ".join(located.zone for located in found)
-        raise PreconditionFailed(f"volume {shown(volume_id)} exists in the zones {zones}; wanted an id that names one")
+        places = ", ".join(located.zone for located in found)
+        raise PreconditionFailed(f"volume {shown(volume_id)} exists in the zones {places}; wanted an id that names one")
     return found[0] if found else None
+
+
+def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
+    """Return the zones that a handle may mean; none when it names one that is not served.
+
+    Older drivers of one cluster wrote `single-zone-cluster`, a name that says no more than that there was one: where
+    there still is one, it is meant, whatever it is called by now.
+    """
+    served = list(clusters.zones())
+    if handle.zone is None or (handle.zone == DEFAULT_ZONE and len(served) == 1):
+        return served
+    return [handle.zone] if clusters.management(handle.zone) is not None else []
 
 
 def _locate_in(clusters: Clusters, zone: str, handle: VolumeHandle, *, deadline: Deadline) -> Located | None:
     management = clusters.management(zone)
     if management is None:
-        return None
+        # Taken out of the description in this moment: its volumes are not gone, as "none" would mean.
+        raise StorageUnavailable(f"zone {zone} is not served any more")
     volume = management.volume(handle.name, deadline=deadline)
     if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
         return None
@@ -92,9 +105,8 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
         return None
-    zones = clusters.zones()
-    zone = handle.zone or (zones[0] if len(zones) == 1 else None)
-    return clusters.management(zone) if zone is not None else None
+    zones = zones_of(clusters, handle)
+    return clusters.management(zones[0]) if len(zones) == 1 else None
 
 
 def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:

@@ -209,6 +209,7 @@ def finished(
     zones: Mapping[str, ManagementSettings], document: Entry, findings: Findings, old: OldSettings | None = None
 ) -> ClustersFile:
     """Return the result, or raise with what was found wrong."""
+    findings.problems += _shared_servers(zones)
     words = {}
     for key in ("topologyKey", "zoneSelectionPolicy"):
         value = document.get(key)
@@ -219,6 +220,16 @@ def finished(
         raise ClustersFileUnusable(findings.problems)
     found = tuple(dict.fromkeys(findings.warnings))
     return ClustersFile(zones, words["topologyKey"], words["zoneSelectionPolicy"], old or OldSettings(), found)
+
+
+def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
+    """Yield a problem for each server that two zones name: one cluster as two zones has every volume twice."""
+    owners: dict[str, str] = {}
+    for zone, settings in zones.items():
+        for server in settings.servers:
+            owner = owners.setdefault(server.rstrip("/").lower(), zone)
+            if owner != zone:
+                yield f"zone {zone} names a server that zone {owner} names too, wanted each cluster to be one zone"
 
 
 def unknown_keys(what: str, entry: Entry, known: Sequence[str]) -> list[str]:

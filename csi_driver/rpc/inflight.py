@@ -29,19 +29,17 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """How requests become claims.
+    """How requests become claims: of the volume's name in the storage, in whatever zone.
 
-    `default_zone` is the zone of handles that name none; where there is none such a handle claims its name in every
-    zone. `volume_name` derives the storage's name of a volume from its CSI name. `tells_zones`: volumes of one name in
-    two zones are two; a node has the volumes of one cluster only, and names its devices by their names.
+    Handles of one volume may name its zone, or none, or a name that the zone had before, and the zones change while
+    the driver runs. Two volumes of one name in two zones wait for each other, which costs a repetition and no more.
+    `volume_name` derives the storage's name of a volume from its CSI name.
     """
 
-    default_zone: str | None
     volume_name: Callable[[str], str]
-    tells_zones: bool = True
 
     def creation(self, csi_name: str) -> tuple[Claim, ...]:
-        """Claim the derived name in every zone: the zone is chosen later."""
+        """Claim the name that the volume will have."""
         return (Claim(("name", self.volume_name(csi_name)), f"volume {shown(csi_name)}"),)
 
     def volume(self, volume_id: str, *, shared: bool = False) -> tuple[Claim, ...]:
@@ -50,16 +48,10 @@ class Claims:
         what = f"volume {shown(volume_id)}"
         if handle is None:
             return (Claim(("strange", volume_id), what, shared),)
-        zone = handle.zone or self.default_zone if self.tells_zones else ""
-        if zone is None:
-            return (Claim(("name", handle.name), what, shared),)
-        return (
-            Claim(("name", handle.name), what, shared=True),
-            Claim(("volume", zone, handle.name), what, shared),
-        )
+        return (Claim(("name", handle.name), what, shared),)
 
     def named(self, name: str) -> tuple[Claim, ...]:
-        """Claim the storage's name of a volume in every zone: against every call that is about it."""
+        """Claim the storage's name of a volume: against every call that is about it."""
         return (Claim(("name", name), f"volume {shown(name)}"),)
 
     def path(self, path: str) -> tuple[Claim, ...]:

@@ -11,6 +11,7 @@ import pytest
 
 from csi_driver.controller.parameters import parse
 from csi_driver.controller.placement import Placement, by_free_space
+from csi_driver.controller.provision import Provision
 from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ZonePolicy
 from csi_driver.controller.search import SETTLED_S
 from csi_driver.controller.zones import Threads, any_says_yes, ask
@@ -25,9 +26,14 @@ from csi_driver.errors import (
     PreconditionFailed,
     StorageUnavailable,
 )
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Layout, Volume, Vpg
-from tests.unit.controller.world import CLAIM, RWO, World
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, CapacityRange, Layout, Volume, Vpg
+from tests.fakes.management import FakeManagement
+from tests.unit.controller.world import CLAIM, NODE_1, RWO, World
 
+OLD = Volume(
+    "csi-old", "99999999-0000-0000-0000-000000000000", GIB // 4096, 4096, 1.1, "online", "none",
+    metadata={"csi_name": "pvc-old", "zone": "single-zone-cluster", "csi-storage-k8s-io/pvc/namespace": "team-a"},
+)  # fmt: skip
 TIB = 1 << 40
 SKIPPING = ControllerSettings(allow_zone_skip=True)
 
@@ -400,3 +406,57 @@ def test_one_zone_that_answers_makes_the_controller_ready() -> None:
     world = two()
     world.zones["a"].is_reachable = False
     assert world.inventory.ready(deadline=world.deadline())
+
+
+# --- zones that change their names, or go -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["{name}", "single-zone-cluster:{name}", "single-zone-cluster:{name}:{uuid}:team-a"])
+def test_handles_from_before_the_only_zone_had_a_name_are_served_in_every_call(form: str) -> None:
+    world = World(zones=("paris",))
+    world.zones["paris"].add_volume(OLD)
+    old = form.format(name=OLD.name, uuid=OLD.uuid)
+    world.publish(old)
+    listed, _ = world.inventory.volumes(0, "", deadline=world.deadline())
+    held = [(each.volume.volume_id, each.published_node_ids) for each in listed if each.published_node_ids]
+    assert (old, (NODE_1,)) in held
+    assert world.inventory.volume(old, deadline=world.deadline()).volume.volume_id == old
+    world.expand.expand(old, CapacityRange(2 * GIB), RWO, deadline=world.deadline())
+    world.modify.modify(old, {"description": "x"}, deadline=world.deadline())
+    world.unpublish(old)
+    assert world.holders(OLD) == []
+    world.delete(old)
+    assert world.zones["paris"].all_volumes() == []
+
+
+def test_among_several_zones_that_name_is_nobodys_unless_one_has_it() -> None:
+    world = World(zones=("paris", "rome"))
+    world.zones["paris"].add_volume(OLD)
+    with pytest.raises(PreconditionFailed, match="which this driver does not serve"):
+        world.delete(f"single-zone-cluster:{OLD.name}")
+    with pytest.raises(PreconditionFailed, match="which this driver does not serve"):
+        world.unpublish(f"single-zone-cluster:{OLD.name}")
+    named = World(zones=("rome", "single-zone-cluster"))
+    named.zones["single-zone-cluster"].add_volume(OLD)
+    named.delete(f"single-zone-cluster:{OLD.name}")
+    assert named.zones["single-zone-cluster"].all_volumes() == []
+
+
+@pytest.mark.parametrize("handle", ["a:{name}:{uuid}", "{name}"])
+def test_a_zone_that_goes_while_a_call_looks_into_it_has_not_lost_its_volumes(handle: str) -> None:
+    world = two()
+    world.zones["a"].add_volume(OLD)
+    asked = iter(range(10))
+
+    class Going:
+        """Serves zone a when it is first asked about, and no more when the call comes to it."""
+
+        def zones(self) -> Sequence[str]:
+            return ("a", "b")
+
+        def management(self, zone: str) -> FakeManagement | None:
+            return None if zone == "a" and (handle == "{name}" or next(asked)) else world.zones[zone]
+
+    provision = Provision(Going(), world.settings)
+    with pytest.raises(StorageUnavailable, match="zone a is not served any more"):
+        provision.delete(handle.format(name=OLD.name, uuid=OLD.uuid), deadline=world.deadline())

@@ -297,3 +297,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(ClustersFileUnusable, match="is not UTF-8"):
         read_source(tmp_path / "binary")
+
+
+@pytest.mark.parametrize("server", ["https://m1:4000", "M1", "https://m1:4000/"])
+def test_one_cluster_is_not_two_zones(server: str) -> None:
+    zones = {"a": {"servers": ["m1:4000"]}, "b": {"servers": ["m2", server]}}
+    with pytest.raises(ClustersFileUnusable, match="zone b names a server that zone a names too"):
+        understand(json.dumps({"zones": zones}), USER)
+    old = {
+        zone: {"management": {"servers": "m1:4000", "user": "csi", "password": "x", "tlsVerify": True}} for zone in "ab"
+    }
+    with pytest.raises(ClustersFileUnusable, match="zone b names a server that zone a names too"):
+        understand(json.dumps({"zones": old}), NOTHING)

@@ -284,7 +284,7 @@ def serving(
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
     lanes = lanes or Lanes()
-    boundary = Boundary(Claims(ZONE, derived_name), lanes, frozenset() if volume_health else HEALTH)
+    boundary = Boundary(Claims(derived_name), lanes, frozenset() if volume_health else HEALTH)
     deadlines = Deadlines(default_deadline_s)
     identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
     use_cases = ControllerUseCases(controller, controller, controller, controller, controller, _ControllerHealth())

@@ -12,7 +12,7 @@ from csi_driver.errors import OperationPending
 from csi_driver.rpc.inflight import Claim, Claims, InFlight
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
-CLAIMS = Claims("zone-1", lambda name: f"csi-{name}")
+CLAIMS = Claims(lambda name: f"csi-{name}")
 
 SPELLINGS = ["csi-1", "zone-1:csi-1", f"zone-1:csi-1:{UUID}", f"zone-1:csi-1:{UUID}:namespace"]
 
@@ -37,21 +37,8 @@ def test_another_volume_does_not_conflict() -> None:
     assert not conflict(CLAIMS.volume("csi-1"), CLAIMS.volume("csi-2"))
 
 
-def test_the_same_name_in_another_zone_does_not_conflict() -> None:
-    assert not conflict(CLAIMS.volume("zone-1:csi-1"), CLAIMS.volume("zone-2:csi-1"))
-
-
-def test_where_several_zones_are_served_a_handle_without_zone_may_mean_a_volume_in_any() -> None:
-    claims = Claims(None, lambda name: f"csi-{name}")
-    assert conflict(claims.volume("csi-1"), claims.volume("zone-1:csi-1"))
-    assert conflict(claims.volume("zone-2:csi-1"), claims.volume("csi-1"))
-    assert not conflict(claims.volume("zone-2:csi-1"), claims.volume("zone-1:csi-1"))
-
-
-def test_on_a_node_the_zone_makes_no_other_volume() -> None:
-    claims = Claims("", lambda name: f"csi-{name}", tells_zones=False)
-    assert conflict(claims.volume("csi-1", shared=True), claims.volume("zone-1:csi-1"))
-    assert conflict(claims.volume("zone-2:csi-1"), claims.volume("zone-1:csi-1"))
+def test_a_zone_by_another_name_makes_no_other_volume() -> None:
+    assert conflict(CLAIMS.volume("zone-1:csi-1"), CLAIMS.volume(f"single-zone-cluster:csi-1:{UUID}"))
 
 
 @pytest.mark.parametrize("handle", SPELLINGS)
@@ -114,7 +101,7 @@ def test_whatever_was_taken_nothing_is_left(wanted: list[tuple[str, bool]]) -> N
 @pytest.mark.parametrize("volume_id", ["csi-1", "z1:csi-1", "z2:csi-1:0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_name_kept_for_oneself_excludes_every_call_about_it(volume_id: str, shared: bool) -> None:
-    claims, in_flight = Claims("z1", lambda name: name), InFlight()
+    claims, in_flight = Claims(lambda name: name), InFlight()
     with in_flight.holding(claims.named("csi-1")), pytest.raises(OperationPending):
         in_flight.holding(claims.volume(volume_id, shared=shared)).__enter__()
     with in_flight.holding(claims.volume(volume_id, shared=shared)), pytest.raises(OperationPending):
