@@ -2,6 +2,9 @@
 
 What the exchange means is decided in `csi_driver.management.session`. Redirects are never followed, proxies and
 netrc of the environment are not used, and no cookie jar is kept: the server object owns its cookie.
+
+Requests are prepared by hand and sent by an adapter: `requests.Session` would merge settings that never change here,
+and take some from the environment.
 """
 
 from __future__ import annotations
@@ -17,8 +20,12 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+import requests
 import urllib3
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import ConnectionPool
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
@@ -132,6 +139,42 @@ class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
+class _Adapter(HTTPAdapter):
+    """The way to one server, on `terms` alone.
+
+    What the library would do for `verify`, `cert` and `proxies` is left out: it would add the authorities that come
+    with it (certifi) to those of `terms`.
+    """
+
+    def __init__(self, server: str, terms: ssl.SSLContext | None, most: int) -> None:
+        url = urlsplit(server)
+        self._place = (url.hostname, url.port, url.scheme)
+        self._terms = terms
+        super().__init__(pool_connections=1, pool_maxsize=most, max_retries=urllib3.Retry(total=False))
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: object) -> None:
+        super().init_poolmanager(connections, maxsize, block, ssl_context=self._terms, **pool_kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+
+    def get_connection_with_tls_context(self, *_: object, **__: object) -> ConnectionPool:
+        pool: ConnectionPool = self.poolmanager.connection_from_host(*self._place)
+        return pool
+
+    def cert_verify(self, *_: object) -> None:
+        """Leave the connection's terms as they are."""
+
+    def request_url(self, request: requests.PreparedRequest, _proxies: object) -> str:
+        return request.path_url
+
+    def build_response(self, req: requests.PreparedRequest, resp: urllib3.BaseHTTPResponse) -> requests.Response:
+        """Hand over status and bytes: a jar for cookies and an encoding cost an eighth of a request, for nobody."""
+        response = requests.Response()
+        response.status_code = resp.status
+        response.raw = resp
+        response.request = req
+        return response
+
+
 class Transport:
     """A connection pool to one server. Thread-safe. Certificate files are read again when they change."""
 
@@ -141,7 +184,7 @@ class Transport:
         self._is_tls = urlsplit(self.server).scheme == "https"
         self._headers = {"Accept": "application/json", "User-Agent": settings.driver_name}
         self._lock = threading.Lock()
-        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._adapter: _Adapter | None = None
         self._stamp: tls.Stamp = ()
         if not settings.tls_verify:
             # Said once in our own log (`ManagementSettings.warnings`), not at every connection.
@@ -150,9 +193,9 @@ class Transport:
     def close(self) -> None:
         """Close the idle connections."""
         with self._lock:
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
+            if self._adapter is not None:
+                self._adapter.close()
+                self._adapter = None
 
     def exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Reply:
         """Send one request and read its whole answer.
@@ -164,51 +207,53 @@ class Transport:
         left_s = deadline.remaining_s()
         if left_s <= 0:
             raise DeadlineReached(f"an answer of management server {self.server}", deadline.elapsed_s())
-        headers = dict(self._headers)
+        what = f"{method} {path.partition('?')[0]}"
+        _thread.deadline = deadline
+        try:
+            response = self._current_adapter().send(
+                self._prepared(method, path, body, cookie),
+                stream=True,
+                timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
+            )
+        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter: all of requests' too
+            raise self._failure(what, error) from error
+        content = self._content(what, response.raw)
+        cookies = response.raw.headers.getlist("Set-Cookie")
+        cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
+        return Reply(response.status_code, response.raw.headers.get("Location", ""), cookie, content)
+
+    def _prepared(self, method: str, path: str, body: bytes | None, cookie: str | None) -> requests.PreparedRequest:
+        headers: CaseInsensitiveDict[str] = CaseInsensitiveDict(self._headers)
         if cookie:
             headers["Cookie"] = cookie
         if body is not None:
             headers["Content-Type"] = "application/json"
-        what = f"{method} {path.partition('?')[0]}"
-        _thread.deadline = deadline
-        try:
-            response = self._current_pool().urlopen(
-                method,
-                path,
-                body,
-                headers,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                timeout=urllib3.Timeout(total=left_s, connect=min(left_s, _CONNECT_TIMEOUT_S)),
-            )
-        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:
-            raise self._failure(what, error) from error
-        content = self._content(what, response)
-        cookies = response.headers.getlist("Set-Cookie")
-        cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
-        return Reply(response.status, response.headers.get("Location", ""), cookie, content)
+            headers["Content-Length"] = str(len(body))
+        request = requests.PreparedRequest()
+        request.method = method
+        request.url = self.server + path
+        request.headers = headers
+        request.body = body
+        return request
 
-    def _current_pool(self) -> urllib3.HTTPConnectionPool:
-        """Return the pool; a new one where the certificate files have changed, so that no old connection is used."""
+    def _current_adapter(self) -> _Adapter:
+        """Return the adapter; a new one where the certificate files have changed, so that no old connection is used."""
         stamp = tls.stamp(self._settings) if self._is_tls else ()
         with self._lock:
-            if self._pool is None or stamp != self._stamp:
-                made = self._new_pool()
-                if self._pool is not None:
-                    self._pool.close()
-                self._pool, self._stamp = made, stamp
-            return self._pool
+            if self._adapter is None or stamp != self._stamp:
+                made = self._new_adapter()
+                if self._adapter is not None:
+                    self._adapter.close()
+                self._adapter, self._stamp = made, stamp
+            return self._adapter
 
-    def _new_pool(self) -> urllib3.HTTPConnectionPool:
-        url = urlsplit(self.server)
-        host, most = url.hostname or "", self._settings.max_requests_in_flight + 1  # a probe goes beside them
-        if not self._is_tls:
-            return _PlainPool(host, url.port or 80, maxsize=most)
+    def _new_adapter(self) -> _Adapter:
+        most = self._settings.max_requests_in_flight + 1  # a probe goes beside them
         try:
-            return _TlsPool(host, url.port or 443, maxsize=most, ssl_context=tls.context(self._settings))
+            terms = tls.context(self._settings) if self._is_tls else None
         except tls.BadCertificateFile as error:
             raise ServerUnreachable(self.server, str(error)) from error
+        return _Adapter(self.server, terms, most)
 
     def _content(self, what: str, response: urllib3.BaseHTTPResponse) -> bytes:
         pieces: list[bytes] = []

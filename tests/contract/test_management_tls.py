@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import requests
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ServerUnreachable, StorageUnavailable, Unauthenticated
@@ -166,6 +167,33 @@ def test_without_a_named_authority_those_of_the_system_decide(
 ) -> None:
     with pytest.raises(ServerUnreachable, match="cannot be verified"):
         connect(server.url).system_info(deadline=deadline)
+    assert not server.logins
+
+
+def test_the_authorities_of_the_system_are_believed_where_none_is_named(
+    server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))  # where OpenSSL finds the system's
+    assert connect(server.url).system_info(deadline=deadline).api_version == "18.0.0"
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["the system's", "a named one"])
+@pytest.mark.parametrize("way", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "certifi"])
+def test_the_http_library_adds_no_authorities_of_its_own(
+    server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
+    monkeypatch: pytest.MonkeyPatch, way: str, is_named: bool,
+) -> None:  # fmt: skip
+    """The server's authority stands only where the library looks for authorities when it is left alone."""
+    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(variable, raising=False)
+    if way == "certifi":
+        monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(authority.certificate))
+    else:
+        monkeypatch.setenv(way, str(authority.certificate))
+    requests.get(server.url, timeout=20, allow_redirects=False).close()  # left alone, it believes the server
+    named = {"ca_file": other_authority.certificate} if is_named else {}
+    with pytest.raises(ServerUnreachable, match="cannot be verified"):
+        connect(server.url, **named).system_info(deadline=deadline)
     assert not server.logins
 
 

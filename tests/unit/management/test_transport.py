@@ -6,13 +6,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import requests
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OutcomeUnknown, ServerUnreachable
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Transport
+from tests.unit.management.double import closed_port, running
 
 LONG = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Filler: " + b"x" * 20
 
@@ -157,3 +160,51 @@ def test_cookies_are_handed_over_without_their_attributes(made: list[RawServer |
     transport = connected(made, RawServer(answer))
     reply = transport.exchange("GET", "/", None, None, Deadline.after(10))
     assert reply.cookie == "connect.sid=s%3Aa.b; route=m1"
+
+
+def test_nothing_of_the_environment_changes_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A session of the HTTP library would ask the proxy, and with the password of a netrc file."""
+    proxy = f"http://127.0.0.1:{closed_port()}"
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.upper(), proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with running() as server:
+        server.opens_sessions = True
+        with pytest.raises(requests.exceptions.ProxyError):
+            requests.get(f"{server.url}/systemInfo", timeout=10)
+        requests.get(f"{server.url}/systemInfo", timeout=10, proxies={"no_proxy": "127.0.0.1"}).close()
+        transport = Transport(server.url, ManagementSettings(servers=(server.url,), driver_name="csi.example.com"))
+        try:
+            reply = transport.exchange("GET", "/systemInfo", None, "route=m1", Deadline.after(10))
+        finally:
+            transport.close()
+        by_library, ours = server.seen("/systemInfo")
+    assert reply.status == 200
+    assert "Authorization" in by_library.headers
+    assert ours.headers == {
+        "Host": server.url.removeprefix("http://"),
+        "Accept-Encoding": "identity",
+        "Accept": "application/json",
+        "User-Agent": "csi.example.com",
+        "Cookie": "route=m1",
+    }
+
+
+def test_a_cookie_is_sent_by_whom_it_was_given_to_and_never_kept() -> None:
+    with running() as server:
+        server.opens_sessions = True
+        transport = Transport(server.url, ManagementSettings(servers=(server.url,)))
+        try:
+            first = transport.exchange("GET", "/systemInfo", None, None, Deadline.after(10))
+            transport.exchange("GET", "/systemInfo", None, None, Deadline.after(10))
+            transport.exchange("GET", "/systemInfo", None, first.cookie, Deadline.after(10))
+        finally:
+            transport.close()
+        sent = [request.headers.get("Cookie") for request in server.seen("/systemInfo")]
+    assert sent == [None, None, "connect.sid=opened"]
