@@ -217,7 +217,10 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 
 
 def _read_table() -> list[mount_table.Entry]:
-    return mount_table.parse(_TABLE.read_text(errors="surrogateescape"))
+    try:
+        return mount_table.parse(_TABLE.read_text(errors="surrogateescape"))
+    except OSError as error:
+        raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
 
 
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mounted | None:

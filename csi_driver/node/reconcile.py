@@ -3,6 +3,9 @@
 Everything else is reported and left alone. What is proven, and why nothing else can be meant, is written at each kind
 of `Finding`. A proof must hold in two sweeps, one interval apart, and once more while no call works on the volume; no
 filesystem that still can be written to is ever detached lazily.
+
+To look opens devices, of other volumes too, and goes through paths that lie on anything: it may hang. So a thread that
+can be lost does it, and a volume that was claimed to be looked at once more is given back after a moment.
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from csi_driver.errors import DriverError, InvalidField, PreconditionFailed
+from csi_driver.errors import DriverError, InvalidField, PreconditionFailed, StorageUnavailable
 from csi_driver.machine import DeviceNumber, Mounted
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.kubelet import publication_data, staging_data
 from csi_driver.node.ownership import NamedVolume, Ownership, number_of
 from csi_driver.node.ports import Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.questions import NoAnswer, Questions
 
 logger = logging.getLogger(__name__)
+
+LOOK_LIMIT_S = 30.0
+"""A node with hundreds of volumes is looked at within a second."""
 
 Claim = Callable[[str], AbstractContextManager[None]]
 """Keeps every call off the volume of that name inside a block; `OperationPending` where one is at work."""
@@ -72,11 +79,12 @@ class Reconcile:
         self._paths = paths
         self._ownership = ownership
         self._driver_name = driver_name
+        self._looks: Questions[frozenset[Finding]] = Questions("reconcile-look")
         self._seen: frozenset[Finding] = frozenset()
 
     def sweep(self, claim: Claim) -> Sequence[Finding]:
         """Look once; clean up what the sweep before saw as well. Return what is left, each reported when it is new."""
-        found = frozenset(self._findings())
+        found = self._look()
         for finding in sorted(found - self._seen, key=str):
             logger.warning("%s", finding)
         cleaned = {finding for finding in found & self._seen if self._clean(finding, claim)}
@@ -84,6 +92,15 @@ class Reconcile:
         return sorted(self._seen, key=str)
 
     # --- looking ------------------------------------------------------------------------------------------
+
+    def _look(self) -> frozenset[Finding]:
+        """Find what there is now. Raises `StorageUnavailable` where that takes too long."""
+        try:
+            return self._looks.ask("any", "a look", lambda: frozenset(self._findings()), LOOK_LIMIT_S)
+        except NoAnswer as silence:
+            raise StorageUnavailable(
+                "a mount or device of this node does not answer, wanted all looked at"
+            ) from silence
 
     def _findings(self) -> Iterator[Finding]:
         table = self._mounts.table()
@@ -138,7 +155,7 @@ class Reconcile:
             return False
         try:
             with claim(finding.name):
-                if finding not in set(self._findings()):
+                if finding not in self._look():
                     return True
                 return self._take_away(finding)
         except DriverError as error:

@@ -336,3 +336,12 @@ def test_a_system_call_that_is_refused_names_its_reason() -> None:
     with pytest.raises(SystemCallFailed, match=r"bind nothing.*EBADF") as caught:
         syscalls.open_tree_clone(-1, "bind nothing")
     assert caught.value.errno == errno.EBADF
+
+
+def test_a_table_that_cannot_be_read_is_a_failure_and_no_empty_table(
+    machine: HostMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    for look in (machine.mounts.table, lambda: machine.mounts.of_device(DeviceNumber(7, 0))):
+        with pytest.raises(SystemCallFailed, match="mountinfo"):
+            look()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import OperationPending, SystemCallFailed
+from csi_driver.errors import OperationPending, StorageUnavailable, SystemCallFailed
 from csi_driver.handover import Encryption
-from csi_driver.machine import VolumeStatus
+from csi_driver.machine import Mounted, VolumeStatus
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
+from csi_driver.node import reconcile
 from csi_driver.node.reconcile import Finding, Kind
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
@@ -233,6 +235,44 @@ def test_a_mount_that_cannot_be_judged_hinders_no_other(
     assert kubelet.sweep() == [Kind.FORGOTTEN]
     assert "csi-0" in caplog.text
     assert kubelet.sweep() == []
+
+
+# --- looking may hang -----------------------------------------------------------------------------------------
+
+
+def test_a_look_that_hangs_gives_the_volume_back_and_the_next_sweep_says_so(
+    kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claimed for ever, the volume would be answered ABORTED for as long as some other device hangs."""
+    answers, table = threading.Event(), kubelet.host.mounts.table
+    answers.set()
+    given_back: list[str] = []
+
+    def slow() -> list[Mounted]:
+        answers.wait()
+        return table()
+
+    @contextmanager
+    def claim(name: str) -> Iterator[None]:
+        answers.clear()
+        monkeypatch.setattr(reconcile, "LOOK_LIMIT_S", 0.01)
+        try:
+            yield
+        finally:
+            given_back.append(name)
+
+    monkeypatch.setattr(kubelet.host.mounts, "table", slow)
+    kubelet.stage()
+    kubelet.forget(STAGING_RECORD)
+    sweep = kubelet.node.use.reconcile.sweep
+    sweep(claim)
+    try:
+        assert [finding.kind for finding in sweep(claim)] == [Kind.FORGOTTEN]
+        assert (given_back, kubelet.host.mounts_at(STAGING)) == ([NAME], 1)
+        with pytest.raises(StorageUnavailable, match="does not answer"):
+            sweep(claim)
+    finally:
+        answers.set()
 
 
 # --- dead devices ---------------------------------------------------------------------------------------------
