@@ -28,6 +28,8 @@ from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
 logger = logging.getLogger(__name__)
 
 SHARED_WAY_OUT = "stage it for one node alone first, or let the storage encrypt it (encryption: native)"
+_ONLY_OURS = frozenset(History) - {History.UNKNOWN}
+"""What tells that the volume was made by this driver, so that nobody else has put a header on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,8 @@ class EncryptedVolumes:
         if isinstance(header, LuksHeader):
             if header.subsystem == LUKS_SUBSYSTEM and header.label != task.uuid:
                 refusal = f"the LUKS header of volume {header.label}"
+            elif task.plan.by is By.LUKS and header.subsystem != LUKS_SUBSYSTEM and evidence.history in _ONLY_OURS:
+                refusal = "a LUKS header that was not made for it: old data of another volume, by all that is known"
             elif header.key_slots:
                 return header
             elif evidence.begun == LUKS and task.may_write_header:

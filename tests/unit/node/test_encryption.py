@@ -106,6 +106,24 @@ def native(node: FakeNode) -> Locked:
     return Locked(node, Encryption.NATIVE)
 
 
+@pytest.mark.parametrize("access", [EXT4, BLOCK])
+@pytest.mark.parametrize("history", list(History))
+def test_a_header_of_another_maker_is_opened_only_where_the_volume_is_another_makers_too(
+    locked: Locked, access: MountAccess | BlockAccess, history: History
+) -> None:
+    """Volumes of one StorageClass may share a passphrase: it would open what another one left on reused space."""
+    locked.make_native().inner.filesystem = FakeFilesystem("ext4", 48 * MIB, uuid=OTHER_UUID)
+    given = plain_context(encryption=Encryption.LUKS, attachment=1, history=history)
+    if history is History.UNKNOWN:
+        locked.node.stage(access=access, context=given, secrets=SECRET)
+        assert locked.mapper is not None
+        return
+    with pytest.raises(PreconditionFailed, match="not made for it"):
+        locked.node.stage(access=access, context=given, secrets=SECRET)
+    assert locked.mapper is None
+    assert locked.disk.luks is not None
+
+
 # --- what a failed call leaves ---------------------------------------------------------------------------------
 
 
