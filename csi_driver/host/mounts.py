@@ -16,6 +16,7 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls, mount_table, syscalls
+from csi_driver.host.going_down import shut_down
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
 from csi_driver.machine import Device, DeviceNumber, Mounted
 
@@ -174,15 +175,16 @@ class LinuxMounts:
             raise SystemCallFailed(f"look at {source}", error.errno or 0) from error
         return open_target(source) if is_node else self._open_at(source)
 
-    def unmount(self, path: Path, *, lazy: bool = False) -> None:
+    def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
         """Take off the topmost mount at `path`; nothing mounted there is success.
 
         The directory that it lies in is held open, and its own name not followed, so that no link leads elsewhere.
-        `lazy` takes it off the tree at once and lets the kernel finish when the last user is gone.
+        `lost`: the device it is of, which is gone or another node's by now. It is taken off the tree at once, whoever
+        uses it, and its filesystem shut down first: what a user held back must never meet the device when it is back.
         A mount that is busy is tried again for a moment: a program that another thread starts holds a copy of every
         descriptor of this process, those that looked at the mount included, from its fork to its exec.
         """
-        flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0)
+        flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lost is not None else 0)
         refusal: SystemCallFailed | None = None
         try:
             parent_fd = self._open_at(path.parent)
@@ -191,6 +193,8 @@ class LinuxMounts:
                 return
             raise
         held_path = Path(f"/proc/self/fd/{parent_fd}", path.name)
+        if lost is not None:
+            shut_down(held_path, lost)
 
         def settled() -> bool:
             nonlocal refusal

@@ -132,15 +132,15 @@ class Ownership:
             case Owner.OTHER:
                 return False
             case Owner.OURS:
-                self._unmount(path, volume)
+                self._unmount(mounted, path, volume)
             case Owner.DEAD:
                 try:
                     self._mounts.unmount(path)
                 except PreconditionFailed:
-                    self._mounts.unmount(path, lazy=True)
+                    self._mounts.unmount(path, lost=number_of(mounted))
         return True
 
-    def _unmount(self, path: Path, volume: NamedVolume) -> None:
+    def _unmount(self, mounted: Mounted, path: Path, volume: NamedVolume) -> None:
         """Unmount the volume at the path; lazily only where it is in use and the storage has taken it from this node.
 
         That is asked before and after: trying to unmount what is in use takes a moment.
@@ -152,7 +152,7 @@ class Ownership:
             if not was_fenced or not self._is_fenced(volume):
                 raise
             logger.warning("volume %s was taken from this node and is in use at %s: detached lazily", volume, path)
-            self._mounts.unmount(path, lazy=True)
+            self._mounts.unmount(path, lost=number_of(mounted))
 
     def _is_fenced(self, volume: NamedVolume) -> bool:
         handle = VolumeHandle.parse(volume.volume_id)

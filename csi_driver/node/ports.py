@@ -221,8 +221,12 @@ class Mounts(Protocol):
         """Bind a directory, or a device node onto a file; read-only from the first moment where asked."""
         ...
 
-    def unmount(self, path: Path, *, lazy: bool = False) -> None:
-        """Take off the topmost mount at `path`; none there is success. Raises `PreconditionFailed` if busy."""
+    def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
+        """Take off the topmost mount at `path`; none there is success. Raises `PreconditionFailed` if busy.
+
+        `lost`: the device it is of, where that is gone or was taken from this node. Then it is taken off also where it
+        is busy, and nothing that its users still hold back is ever written.
+        """
         ...
 
 

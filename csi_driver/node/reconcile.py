@@ -183,4 +183,4 @@ class Reconcile:
             if finding.kind is not Kind.DEAD or can_flush:
                 raise
             logger.warning("%s, and a program holds on to it: detached lazily", finding)
-            self._mounts.unmount(finding.path, lazy=True)
+            self._mounts.unmount(finding.path, lost=number)

@@ -16,7 +16,7 @@ import pytest
 
 from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import mounts, syscalls
+from csi_driver.host import going_down, mounts, syscalls
 from csi_driver.machine import DeviceNumber
 from csi_driver.model import MIB
 from tests.contract.host_machine import HostMachine, host_machine, mounts_below, shell
@@ -310,13 +310,47 @@ def test_a_mount_that_is_busy_for_a_moment_is_taken_off(machine: HostMachine) ->
     assert machine.mounts.at(target) is None
 
 
-def test_a_busy_mount_is_taken_off_lazily(machine: HostMachine) -> None:
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
+def test_a_busy_mount_of_a_lost_device_is_taken_off(machine: HostMachine, fs_type: str) -> None:
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    with (target / "file").open("w"):
+        machine.mounts.unmount(target, lost=device.number)
+        assert machine.mounts.at(target) is None
+
+
+HELD_BACK = b"what a program held back for too long"
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
+def test_what_users_of_a_lost_device_held_back_is_never_written(machine: HostMachine, fs_type: str) -> None:
+    """The device may come back to this node after another one has written to the volume."""
+    volume, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    shell("sync", "--file-system", str(target))
+    with (target / "file").open("wb", buffering=0) as file:
+        file.write(HELD_BACK)
+        machine.mounts.unmount(target, lost=device.number)
+        with pytest.raises(OSError, match="rror"):
+            os.fsync(file.fileno())
+    shell("sync")
+    assert HELD_BACK not in volume.file.read_bytes()
+
+
+def test_no_filesystem_but_that_of_the_lost_device_is_shut_down(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
-    with (target / "file").open("w"):
-        machine.mounts.unmount(target, lazy=True)
-        assert machine.mounts.at(target) is None
+    assert not going_down.shut_down(target, DeviceNumber(device.number.major, device.number.minor + 1))
+    with (target / "file").open("wb", buffering=0) as file:
+        file.write(HELD_BACK)
+        os.fsync(file.fileno())
+    assert not going_down.shut_down(machine.place("plain"), device.number)
+    assert going_down.shut_down(target, device.number)
+    with pytest.raises(OSError, match="rror"):
+        (target / "other").write_bytes(HELD_BACK)
 
 
 def test_looking_at_one_path_never_reads_the_table(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:

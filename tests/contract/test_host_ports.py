@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, PreconditionFailed
+from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, OperationPending, PreconditionFailed
 from csi_driver.machine import Blank, DeviceNumber, FaultKind, Filesystem, OtherContent, ReadOnlyDevice
 from csi_driver.model import MIB
 from tests.contract.host_machine import soon
@@ -83,7 +83,7 @@ def test_a_mounted_device_is_not_opened_exclusively(host: Host, actor: Actor) ->
 
 def test_a_device_is_opened_exclusively_by_one_at_a_time(host: Host, actor: Actor) -> None:
     device = actor.attached()
-    with host.devices.open(device, exclusive=True), pytest.raises(PreconditionFailed):  # noqa: SIM117
+    with host.devices.open(device, exclusive=True), pytest.raises(OperationPending):  # noqa: SIM117
         with host.devices.open(device, exclusive=True):
             pass
     with host.devices.open(device, exclusive=True) as opened:
@@ -345,7 +345,9 @@ def test_a_mount_in_use_is_taken_off_lazily_alone(host: Host, actor: Actor) -> N
         with pytest.raises(PreconditionFailed):
             host.mounts.unmount(path)
         assert host.mounts.at(path) is not None
-        host.mounts.unmount(path, lazy=True)
+        found = host.mounts.at(path)
+        assert found is not None
+        host.mounts.unmount(path, lost=found.number)
         assert host.mounts.at(path) is None
 
 

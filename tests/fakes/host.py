@@ -22,6 +22,7 @@ from csi_driver.errors import (
     HostFailure,
     IdentityNotProven,
     InvalidField,
+    OperationPending,
     PreconditionFailed,
     SystemCallFailed,
 )
@@ -146,6 +147,8 @@ class FakeHost:
         self.formats: list[str] = []
         self.can_grow_mounted_ext4 = True
         self.modes: dict[Path, int] = {}
+        self.lost: list[DeviceNumber] = []
+        """Devices whose filesystems were to write nothing any more."""
         self.answers: threading.Event = threading.Event()
         self.answers.set()
         self.present_problems: list[str] = []
@@ -321,17 +324,22 @@ class FakeDevices:
             raise SystemCallFailed(f"open {device.path} for writing", errno.EROFS)
         fd = next(self._fds)
         if exclusive:
-            if disk.busy_for:
-                disk.busy_for -= 1
-                raise PreconditionFailed(f"{device.path} is busy")
-            if disk.claimed is not None or self._host.is_mounted(disk) or self._host.is_mapped(disk):
-                raise PreconditionFailed(f"{device.path} is in use")
-            disk.claimed = fd
+            self._seize(disk, fd)
         try:
             yield OpenDevice(fd, disk.as_device())
         finally:
             if disk.claimed == fd:
                 disk.claimed = None
+
+    def _seize(self, disk: FakeDisk, fd: int) -> None:
+        if disk.busy_for:
+            disk.busy_for -= 1
+            raise PreconditionFailed(f"{disk.path} is busy")
+        if disk.claimed is not None:
+            raise OperationPending(f"{disk.path} is in use: somebody works on it")
+        if self._host.is_mounted(disk) or self._host.is_mapped(disk):
+            raise PreconditionFailed(f"{disk.path} is in use")
+        disk.claimed = fd
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
         disk = self._host.by_number(number)
@@ -488,7 +496,7 @@ class FakeMounts:
         host.table.append(entry)
         host.step("after bind")
 
-    def unmount(self, path: Path, *, lazy: bool = False) -> None:
+    def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
         host = self._host
         entry = host.topmost(path)
         if entry is None:
@@ -496,8 +504,10 @@ class FakeMounts:
         is_last = sum(other.disk is entry.disk for other in host.table) == 1
         if entry.disk is not None and entry.disk.is_suspended and is_last:
             raise AssertionError(f"the unmount of {path} waits for ever: its device is suspended")
-        if entry.in_use and not lazy:
+        if entry.in_use and lost is None:
             raise PreconditionFailed(f"unmount {path}: it is in use")
+        if lost is not None:
+            host.lost.append(lost)
         host.step("before unmount")
         host.table.remove(entry)
         host.step("after unmount")

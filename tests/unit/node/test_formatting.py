@@ -9,7 +9,7 @@ import logging
 
 import pytest
 
-from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.handover import History
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
@@ -266,7 +266,7 @@ def test_a_permission_does_not_format_what_is_mounted(node: FakeNode) -> None:
 
 def test_a_permission_does_not_format_what_somebody_holds(node: FakeNode) -> None:
     old(node).claimed = 7
-    with pytest.raises(PreconditionFailed, match="in use"):
+    with pytest.raises(OperationPending, match="in use"):
         node.stage(context=ALLOWED)
     assert node.host.formats == []
 
