@@ -50,10 +50,14 @@ class Detach:
     def _withdraw(self, located: Located, client: Client, *, deadline: Deadline) -> None:
         volume = located.volume
         wish = client.wishes.get(volume.uuid)
-        if wish is None or wish.is_detaching or located.reference not in references(wish, volume):
+        if wish is None and client.id in volume.reservation.attached:
+            # The client's document may come from a server that has not yet heard of the attachment.
+            named: str | None = located.reference
+        elif wish is None or wish.is_detaching or located.reference not in references(wish, volume):
             return
-        # Named, although it may be the default: without a name every reference would go.
-        named = located.reference if located.reference in wish.reference_ids else None
+        else:
+            # Named, although it may be the default: without a name every reference would go.
+            named = located.reference if located.reference in wish.reference_ids else None
         force = self._settings.force_detach
         located.management.detach(client, volume, reference_id=named, force=force, deadline=deadline)
         _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)

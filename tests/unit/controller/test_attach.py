@@ -363,6 +363,27 @@ def test_a_raw_writer_is_not_forgotten_for_a_server_that_has_not_heard_of_it() -
     assert world.publish(volume_id, capability=BLOCK).history is History.WRITTEN
 
 
+@pytest.mark.parametrize("handle", [CLAIM, {}])
+def test_what_a_server_has_not_heard_of_is_detached_all_the_same(handle: dict[str, str]) -> None:
+    world = World()
+    volume_id = world.create(parameters=handle).volume_id
+    world.publish(volume_id)
+    world.management.unheard_of.add("node-1")
+    world.unpublish(volume_id)
+    world.management.unheard_of.clear()
+    assert world.holders() == []
+
+
+def test_what_a_server_has_not_heard_of_keeps_the_references_of_others() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.publish(other_reference(volume_id, "team-b"))
+    world.management.unheard_of.add("node-1")
+    world.unpublish(volume_id)
+    world.management.unheard_of.clear()
+    assert world.holders() == ["node-1"]
+
+
 def test_the_second_attachment_is_not_the_first() -> None:
     world, volume_id = made()
     world.publish(volume_id)
