@@ -280,12 +280,12 @@ def _text(row: Document, *keys: str) -> str:
 
 def _object(value: object, what: str) -> Mapping[str, object]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {value!r}")
+        raise ValueError(f"{what} is {shown(value)}")
     return value
 
 
 def _natural(row: Document, key: str) -> int:
     value = row[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{key} is {value!r}")
+        raise ValueError(f"{key} is {shown(value)}")
     return value

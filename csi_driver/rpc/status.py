@@ -47,5 +47,6 @@ def message_of(error: errors.DriverError) -> str:
     """Return what the caller is told: never empty, one line, encodable, short enough for a trailer."""
     text = str(error) or type(error).__name__
     encodable = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    line = " ".join(encodable.split())
+    words = " ".join(encodable.split())
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words)
     return line if len(line) <= _MESSAGE_LIMIT_CHARACTERS else f"{line[: _MESSAGE_LIMIT_CHARACTERS - 3]}..."

@@ -1,4 +1,8 @@
-"""The format of the log: one line of text, or one JSON object, per record, on standard error."""
+"""The format of the log: one line of text, or one JSON object, per record, on standard error.
+
+What a record says may come from a storage management or a program that was started: it is one line, of bounded length,
+whatever they say. Tracebacks, which only bugs and debugging have, stand below it.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,19 @@ class LogSettings:
     format: LogFormat = LogFormat.TEXT
 
 
+_LONGEST_CHARACTERS = 8192
+
+
+def bounded(text: str) -> str:
+    """Return the text, its beginning where it is endless."""
+    return text if len(text) <= _LONGEST_CHARACTERS else f"{text[:_LONGEST_CHARACTERS]}... ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """Return the text without what a terminal or a reader of lines would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO logger: message`, in UTC."""
 
@@ -35,6 +52,10 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(bounded(record.message))
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,7 +70,7 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": bounded(record.getMessage()),
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)

@@ -56,3 +56,7 @@ def test_a_message_is_one_line_that_fits_a_trailer() -> None:
     message = message_of(errors.HostFailure("line\n" * 5000))
     assert "\n" not in message
     assert len(message) <= 1000
+
+
+def test_a_message_holds_nothing_that_a_terminal_obeys() -> None:
+    assert message_of(errors.HostFailure("a\x1b[2Jb\x00c\u2028d")) == "a\\x1b[2Jb\\x00c d"
