@@ -191,6 +191,16 @@ class SystemCallFailed(HostFailure):
 # --- leaves: attachments ----------------------------------------------------------------------------------
 
 
+class NotAttached(PreconditionFailed):
+    """An attachment that was to be there is not: what was made on top of it is worth nothing any more."""
+
+    def __init__(self, volume_name: str, node: str) -> None:
+        super().__init__(
+            f"volume {volume_name} is not attached to node {node} any more, wanted it attached as when it was staged; "
+            "it must be unstaged, and staged again"
+        )
+
+
 class ReservationConflict(PreconditionFailed):
     """The management refused an attachment because the volume is held otherwise (its ids 1716, 1717, 1718).
 

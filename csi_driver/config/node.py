@@ -36,7 +36,8 @@ _STATE = Flag(
     read.path,
     NO_PATH,
     "/var/lib/kubelet/plugins/DRIVER-NAME/state",
-    "Directory of this node's only state: marks of filesystems being made.",
+    "Directory of this node's only state: marks of volumes in use and of filesystems being made. By them old data is"
+    " told from new: keep it for as long as volumes are attached, also over reboots.",
     metavar="DIR",
 )
 _PATH_ROOTS = Flag(
@@ -61,7 +62,7 @@ _HEAVY = Flag(
     read.positive_count,
     4,
     "4",
-    "Volumes that are formatted, checked or grown at the same time; more wait.",
+    "Volumes that are formatted, checked, grown or opened (encrypted ones) at the same time; more wait.",
     unit="volumes",
     metavar="N",
 )

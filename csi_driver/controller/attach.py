@@ -26,6 +26,7 @@ from csi_driver.errors import (
     DeadlineReached,
     Exhausted,
     NodeNotFound,
+    NotAttached,
     OperationPending,
     ReservationConflict,
     VolumeNotFound,
@@ -68,6 +69,8 @@ class Attach:
             if is_leaving(client, located.volume.uuid):
                 raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}")
         taken: int | None = None
+        if request.is_again and (wish is None or located.reference not in references(wish, located.volume)):
+            raise NotAttached(located.volume.name, client.id)
         if wish is None:
             taken = self._admit(located, client, request, deadline=deadline)
         elif wish.mode is not mode:

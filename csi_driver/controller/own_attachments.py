@@ -21,10 +21,17 @@ class OwnAttachments:
         self._node_id = node_id
 
     def attach(
-        self, volume_id: str, capability: Capability, volume_context: Mapping[str, str], *, deadline: Deadline
+        self,
+        volume_id: str,
+        capability: Capability,
+        volume_context: Mapping[str, str],
+        *,
+        is_again: bool = False,
+        deadline: Deadline,
     ) -> Mapping[str, str]:
-        """Attach the volume to this node and return its publish context."""
-        request = PublishRequest(volume_id, self._node_id(), capability, read_only=False, context=volume_context)
+        """Attach the volume to this node, or find it attached, and return its publish context."""
+        node_id = self._node_id()
+        request = PublishRequest(volume_id, node_id, capability, False, context=volume_context, is_again=is_again)
         return self._attach.publish(request, deadline=deadline).as_map()
 
     def detach(self, volume_id: str, *, deadline: Deadline) -> None:

@@ -41,13 +41,14 @@ class CreateRequest:
 
 @dataclass(frozen=True, slots=True)
 class PublishRequest:
-    """ControllerPublishVolume."""
+    """ControllerPublishVolume. `is_again`: only an attachment that is there already will do."""
 
     volume_id: str
     node_id: str
     capability: Capability
     read_only: bool
     context: Mapping[str, str] = field(default_factory=dict)
+    is_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,10 +97,17 @@ class Attachments(Protocol):
     """Attachments that a node makes itself, where nobody attaches volumes to it. Both calls may be repeated."""
 
     def attach(
-        self, volume_id: str, capability: Capability, volume_context: StringMap[str, str], *, deadline: Deadline
+        self,
+        volume_id: str,
+        capability: Capability,
+        volume_context: StringMap[str, str],
+        *,
+        is_again: bool = False,
+        deadline: Deadline,
     ) -> StringMap[str, str]:
         """Attach the volume to this node, wait until it carries I/O, and return its publish context.
 
+        `is_again`: it was attached before and must still be, or this raises `NotAttached`.
         Raises `VolumeNotFound`, `PreconditionFailed` naming the node that holds it, `DeadlineReached`.
         """
         ...

@@ -100,6 +100,15 @@ class Stage:
             self._ownership.take_off(path, volume)
             self._encrypted.close(volume)
 
+    def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
+        """Tell whether a filesystem of the volume is mounted at its staging path, dead or alive."""
+        handle = VolumeHandle.parse(volume_id)
+        if handle is None:
+            return False
+        mounted = self._mounts.at(self._paths.check(staging_target_path, STAGING_PATH))
+        volume = NamedVolume(volume_id, handle.name, handle.uuid)
+        return mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
+
     # --- filesystem ---
 
     def _plan(self, access: MountAccess, request: StageRequest, context: PublishContext | None) -> MountPlan:

@@ -8,7 +8,7 @@ from csi_driver.controller.attach import Attach
 from csi_driver.controller.own_attachments import OwnAttachments
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
-from csi_driver.errors import HostFailure, PreconditionFailed, StorageUnavailable
+from csi_driver.errors import HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
 from csi_driver.handover import History, PublishContext
 from csi_driver.model import EMPTY, Capability, ReservationMode
 from csi_driver.node.attaching import AttachingPublish, AttachingStage
@@ -24,6 +24,7 @@ class Machine:
         self.contexts: list[PublishContext | None] = []
         self.seen: list[str] = []
         self.broken = False
+        self.mounted = False
 
     def _do(self, what: str) -> None:
         holders = ",".join(self.world.holders()) or "nobody"
@@ -34,9 +35,14 @@ class Machine:
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
         self.contexts.append(PublishContext.from_map(request.publish_context))
         self._do("stage")
+        self.mounted = True
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         self._do("unstage")
+        self.mounted = False
+
+    def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
+        return self.mounted
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
         self.contexts.append(PublishContext.from_map(request.publish_context))
@@ -158,3 +164,48 @@ def test_a_handle_of_the_oldest_driver_gives_up_what_that_driver_attached() -> N
     node.world.management.attach(client, volume, mode=mode, reference_id=None, deadline=node.world.deadline())
     node.unstage()
     assert node.world.holders() == []
+
+
+# --- the volume was taken from the node while it was staged ---------------------------------------------------------
+
+
+def taken_away() -> Node:
+    """Return a node that has staged a volume, which another node had meanwhile and gave up again."""
+    node = Node()
+    node.stage()
+    node.world.unpublish(node.volume_id, NODE_1)
+    other = Node(NODE_2, node.world)
+    other.volume_id = node.volume_id
+    other.stage()
+    other.unstage()
+    node.machine.seen.clear()
+    return node
+
+
+def test_what_was_staged_under_an_attachment_that_is_gone_is_not_published_under_a_new_one() -> None:
+    """The mount is of the time before the other node wrote."""
+    node = taken_away()
+    with pytest.raises(NotAttached, match="must be unstaged"):
+        node.publish()
+    assert (node.machine.seen, node.world.holders()) == ([], [])
+
+
+def test_what_was_staged_under_an_attachment_that_is_gone_is_unstaged_before_it_is_attached_again() -> None:
+    node = taken_away()
+    node.stage()
+    assert node.machine.seen == ["unstage while nobody holds it", "stage while node-1 holds it"]
+
+
+def test_what_cannot_be_unstaged_is_not_attached_again() -> None:
+    node = taken_away()
+    node.machine.broken = True
+    with pytest.raises(HostFailure):
+        node.stage()
+    assert node.world.holders() == []
+
+
+def test_a_stage_that_is_repeated_leaves_the_mount_alone() -> None:
+    node = Node()
+    node.stage()
+    node.stage()
+    assert node.machine.seen == ["stage while node-1 holds it"] * 2

@@ -685,6 +685,19 @@ def test_a_newer_volume_of_the_same_name_is_not_unstaged(node: FakeNode, is_rena
     assert node.host.mounts_at(STAGING) == 1
 
 
+def test_a_volume_is_staged_where_its_filesystem_is_mounted_dead_or_alive(node: FakeNode) -> None:
+    formatted(node)
+    is_staged = node.use.stage.is_staged
+    assert not is_staged(VOLUME_ID, str(STAGING))
+    node.stage()
+    assert is_staged(VOLUME_ID, str(STAGING))
+    assert not is_staged(f"z:{NAME}:{OTHER_UUID}", str(STAGING))
+    node.host.detach(NAME)
+    assert is_staged(VOLUME_ID, str(STAGING))
+    node.unstage()
+    assert not is_staged(VOLUME_ID, str(STAGING))
+
+
 # --- what another node has taken over ---
 
 
