@@ -37,7 +37,8 @@ class TakeOver:
         """
         volume = located.volume
         holders = others(located, client, deadline=deadline)
-        kept = {holder.id: reason for holder in holders if (reason := self._reason_to_keep(volume, holder))}
+        owner = self._owner(located, client, holders, deadline=deadline)
+        kept = {holder.id: reason for holder in holders if (reason := self._reason_to_keep(volume, holder, owner))}
         if kept:
             raise _held_elsewhere(volume, holders, kept)
         if not holders and self._fencing is Fencing.NEVER:
@@ -83,10 +84,26 @@ class TakeOver:
         holders = others(located, client, deadline=deadline)
         if not holders:
             return OperationPending(f"volume {volume.name} was held until just now; call again")
-        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h) for h in holders})
+        owner = self._owner(located, client, holders, deadline=deadline)
+        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
 
-    def _reason_to_keep(self, volume: Volume, holder: Client) -> str:
-        """Say why the volume may not be taken from this holder; empty when it may."""
+    def _owner(self, located: Located, client: Client, holders: list[Client], *, deadline: Deadline) -> str | None:
+        """Return the id of the one client for whom the volume is reserved; None where it is nobody's alone.
+
+        None as well for an id that no client has: it may be the old one of a holder that was given another name.
+        """
+        reservation = located.volume.reservation
+        owner = reservation.reserved_by
+        if not holders or owner is None or reservation.mode is not ReservationMode.EXCLUSIVE_READ_WRITE:
+            return None
+        is_known = owner in {client.id, *(holder.id for holder in holders)}
+        return owner if is_known or located.management.client(owner, deadline=deadline) is not None else None
+
+    def _reason_to_keep(self, volume: Volume, holder: Client, owner: str | None) -> str:
+        """Say why the volume may not be taken from this holder; empty when it may.
+
+        A holder that was preempted by the owner has no I/O any more, whether or not it has noticed.
+        """
         wish = holder.wishes.get(volume.uuid)
         is_given_up = wish is None or wish.is_detaching
         match self._fencing:
@@ -94,7 +111,7 @@ class TakeOver:
                 return ""
             case Fencing.NEVER:
                 return "volumes are never taken over (--fencing never)"
-        if is_given_up and _has_lost(volume.reservation.mode, volume.reservation.reserved_by, holder):
+        if is_given_up and owner not in (None, holder.id):
             return ""
         if holder.status is not ClientStatus.DOWN:
             state = "is being detached there" if is_given_up else "is attached there"
@@ -109,11 +126,6 @@ _LEAVES = {
     Fencing.ALWAYS: "as --fencing always says",
     Fencing.NEVER: "",
 }
-
-
-def _has_lost(mode: ReservationMode, reserved_by: str | None, holder: Client) -> bool:
-    """Tell whether a holder was preempted before: it has no I/O any more, whether or not it has noticed."""
-    return mode is ReservationMode.EXCLUSIVE_READ_WRITE and reserved_by not in (None, holder.id)
 
 
 def _held_elsewhere(volume: Volume, holders: list[Client], kept: dict[str, str]) -> PreconditionFailed:

@@ -186,6 +186,19 @@ def test_a_node_of_whose_attachment_a_server_has_not_heard_is_not_preempted(use:
         world.publish(volume_id, NODE_2, BLOCK)
 
 
+def test_a_node_that_was_given_another_name_while_it_lets_go_has_not_lost_the_volume() -> None:
+    world, volume_id = held()
+    world.management.set_busy("node-1", world.stored())
+    with pytest.raises(PreconditionFailed):
+        world.unpublish(volume_id, NODE_1)
+    reservation = world.stored().reservation
+    world.management.rename_client("node-1", "node-1.example.com")
+    world.management.change(world.stored().name, reservation=reservation)  # which was written under the old name
+    with pytest.raises(PreconditionFailed, match=r"node-1\.example\.com: the storage client is ready .*being detached"):
+        world.publish(volume_id, NODE_2)
+    assert attaches(world) == 1
+
+
 def test_a_holder_that_is_gone_from_the_management_is_no_contradiction() -> None:
     world, volume_id = lost()
     world.management.remove_client("node-1")
