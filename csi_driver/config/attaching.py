@@ -31,7 +31,11 @@ ATTACH_BY = Flag(
     metavar="WHO",
 )
 _FORCE_DETACH = Flag(
-    "--force-detach", read.boolean, False, "false", "Detach volumes by force, even where their device is in use."
+    "--force-detach",
+    read.boolean,
+    False,
+    "false",
+    "Detach volumes by force, even where their device is in use: what was not written yet is lost.",
 )
 _FENCING = Flag(
     "--fencing",
@@ -39,7 +43,7 @@ _FENCING = Flag(
     Fencing.RECORDED.value,
     Fencing.RECORDED.value,
     "When a volume is taken from a node that holds it: never, when it was given up there and the node's storage client"
-    " is down (recorded), always.",
+    " is down (recorded; never so with --attach-by node, where nobody gives up for a lost node), always.",
     metavar="WHEN",
 )
 _USE_PREEMPT = Flag(

@@ -79,7 +79,8 @@ ZONE = Flag(
     read.zone,
     DEFAULT_ZONE,
     DEFAULT_ZONE,
-    "Name of the storage cluster: first part of volume handles, value of the topology key.",
+    "Name of the storage cluster: first part of volume handles, value of the topology key; it is kept for good. The"
+    " zones of a --clusters-file have names of their own.",
     metavar="NAME",
 )
 TOPOLOGY_KEY = Flag(
