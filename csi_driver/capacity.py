@@ -13,7 +13,8 @@ import math
 from dataclasses import dataclass
 
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest
-from csi_driver.model import CapacityRange, Layout, RaidLevel, Volume
+from csi_driver.model import CapacityRange
+from csi_driver.storage_model import Layout, RaidLevel, Volume
 
 BLOCK_BYTES = 4096
 BLOCKS_PER_SET = 256

@@ -1,7 +1,7 @@
-"""The nouns of the driver: volumes, handles, access, attachments, clients, topology.
+"""The nouns of CSI as the driver has them: access, handles, zones, what use-cases answer.
 
-Plain immutable values shared by all layers. Sizes are int bytes (the management API's decimal gigabytes stay
-inside `csi_driver.management`, except where a stored value must be sent back unchanged).
+Plain immutable values shared by all layers. Sizes are int bytes. The storage management's nouns are in
+`csi_driver.storage_model`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum, StrEnum
+from enum import StrEnum
 from types import MappingProxyType
+
+from csi_driver.storage_model import Volume
 
 DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
 DEFAULT_ZONE = "single-zone-cluster"
@@ -22,7 +24,8 @@ MIB = 1 << 20
 
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
-Segments = Mapping[str, str]  # of topology: key to value
+Segments = Mapping[str, str]
+"""Topology segments: key to value."""
 
 
 # --- access ---------------------------------------------------------------------------------------------
@@ -146,256 +149,6 @@ def is_zone_name(text: str) -> bool:
 def is_uuid(text: str) -> bool:
     """Tell whether `text` is a UUID in its usual spelling."""
     return _UUID.fullmatch(text) is not None
-
-
-# --- the storage management's nouns -----------------------------------------------------------------------
-
-
-class RaidLevel(StrEnum):
-    """The management's own names of its layouts."""
-
-    CONCATENATED = "Concatenated"
-    STRIPED = "Striped RAID-0"
-    MIRRORED = "Mirrored RAID-1"
-    STRIPED_MIRRORED = "Striped & Mirrored RAID-10"
-    ERASURE_CODED = "Erasure Coding"
-    STRIPED_ERASURE_CODED = "Striped Erasure Coding"
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the bytes of a volume lie on drives. None = the management's default for the level."""
-
-    raid_level: RaidLevel = RaidLevel.CONCATENATED
-    stripe_width: int | None = None
-    stripe_size_blocks: int | None = None
-    data_blocks: int | None = None
-    parity_blocks: int | None = None
-    number_of_mirrors: int | None = None
-    protection_level: str | None = None
-    enable_crc_check: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeSpec:
-    """What to create. Exactly one of `vpg` and `layout` is set.
-
-    `capacity_gb` is decimal gigabytes as the API takes them, made by `csi_driver.capacity` from a layout's granule.
-    """
-
-    name: str
-    capacity_gb: float
-    metadata: Mapping[str, object]
-    vpg: str | None = None
-    layout: Layout | None = None
-    description: str | None = None
-    relative_rebuild_priority: int | None = None
-    drive_classes: tuple[str, ...] = ()
-    target_classes: tuple[str, ...] = ()
-    limit_by_drives: tuple[str, ...] = ()
-    limit_by_targets: tuple[str, ...] = ()
-    domain: str | None = None
-    encrypted_header_bytes: int = 0
-    """Where the storage is to encrypt the volume: what its header takes of it. A group has a header size of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeChanges:
-    """What is to be set of a volume that is there; None = as it is. Lists replace what was there."""
-
-    description: str | None = None
-    relative_rebuild_priority: int | None = None
-    enable_crc_check: bool | None = None
-    drive_classes: tuple[str, ...] | None = None
-    target_classes: tuple[str, ...] | None = None
-    limit_by_drives: tuple[str, ...] | None = None
-    limit_by_targets: tuple[str, ...] | None = None
-
-
-class ReservationMode(IntEnum):
-    """How a volume is held cluster-wide, with the management's own numbers."""
-
-    NONE = 0
-    SHARED_READ_ONLY = 1
-    SHARED_READ_WRITE = 2
-    EXCLUSIVE_READ_WRITE = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """The current reservation of a volume. `version` grows with every transition, from 1. `attached`: client ids."""
-
-    mode: ReservationMode = ReservationMode.NONE
-    version: int = 1
-    reserved_by: str | None = None
-    attached: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StorageEncryption:
-    """How far the storage is with encrypting a volume by itself. `command_*` tell of the latest command on its keys.
-
-    `command_result`: 1 = done, other numbers = it went wrong, None = no answer yet.
-    """
-
-    header_bytes: int
-    is_initialized: bool = False
-    command_index: int = 0
-    command_result: int | None = None
-    command_error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """A volume as the management shows it."""
-
-    name: str
-    uuid: str
-    blocks: int
-    block_size: int
-    capacity_gb: float
-    status: str
-    action: str
-    health: str = "healthy"
-    is_ready: bool = True
-    is_reserved: bool = False
-    is_read_only: bool = False
-    encryption: StorageEncryption | None = None
-    """None: the storage does not encrypt it."""
-    layout: Layout = field(default_factory=Layout)
-    vpg: str | None = None
-    reservation: Reservation = field(default_factory=Reservation)
-    description: str = ""
-    relative_rebuild_priority: int | None = None
-    metadata: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def size_bytes(self) -> int:
-        """Real size; `capacity_gb` is only what was once asked for."""
-        return self.blocks * self.block_size
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether the storage encrypts it, and its head is a header that no user gets."""
-        return self.encryption is not None
-
-    @property
-    def wants_passphrase(self) -> bool:
-        """Whether the storage waits for the passphrase that its encryption begins with."""
-        return self.action == "initEncryptionRequired"
-
-    @property
-    def is_being_deleted(self) -> bool:
-        return self.action in ("markedForDeletion", "deleting") or self.status == "toBeDeleted"
-
-    @property
-    def is_being_made(self) -> bool:
-        """Whether the space is there but the volume cannot be used yet."""
-        return self.action == "initializing" or self.status == "pending"
-
-
-class ClientStatus(IntEnum):
-    """State of a storage client (a node), with the management's own numbers."""
-
-    INITIALIZING = 0
-    READY = 1
-    PREPARING_REMOVAL = 2
-    REMOVAL_READY = 3
-    EXITING = 4
-    DOWN = 5
-    UNKNOWN = 6
-
-
-class DeviceStatus(IntEnum):
-    """State of a block device as its client reports it (`vol_status`)."""
-
-    BUSY = 1
-    DETACHED = 2
-    DETACH_FAILED = 3
-    ATTACHED = 4
-    ATTACH_FAILED = 5
-    ATTACHING = 6
-    DETACHING = 7
-    DETACHED_AFTER_SHUTDOWN = 9
-    RESERVATION_DENIED = 17
-    UNKNOWN_VOLUME = 94
-    OTHER = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AttachmentWish:
-    """What the management wants of a volume on a client. `action` stays "attaching" while it is to be attached."""
-
-    volume_uuid: str
-    volume_name: str
-    action: str
-    mode: ReservationMode
-    reference_ids: frozenset[str]
-
-    @property
-    def is_detaching(self) -> bool:
-        return self.action.startswith("detaching")
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceReport:
-    """What a client reports of a volume's block device. Hidden devices are left out by the decoder."""
-
-    volume_uuid: str
-    volume_name: str
-    status: DeviceStatus
-    io_enabled: bool
-    mode: ReservationMode
-    reference_ids: frozenset[str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """A storage client: one node as the management knows it."""
-
-    id: str
-    uuid: str
-    status: ClientStatus
-    wishes: Mapping[str, AttachmentWish] = field(default_factory=dict)
-    """By volume uuid."""
-    devices: Mapping[str, DeviceReport] = field(default_factory=dict)
-    """By volume uuid."""
-
-    def holds(self, volume_uuid: str) -> bool:
-        """Whether the volume is attached here, or wished for, or not yet known to be gone."""
-        report = self.devices.get(volume_uuid)
-        gone = report is None or report.status in (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
-        return volume_uuid in self.wishes or not gone
-
-
-@dataclass(frozen=True, slots=True)
-class Vpg:
-    """A volume provisioning group: a named layout, perhaps with space of its own."""
-
-    name: str
-    layout: Layout
-    capacity_bytes: int
-    allow_overflow: bool
-    is_encrypted: bool = False
-    header_bytes: int = 0
-    """What encryption takes of each of its volumes."""
-
-
-@dataclass(frozen=True, slots=True)
-class SystemInfo:
-    """Who answers: version of the management and of its API, identity of the cluster."""
-
-    version: str
-    api_version: str
-    cluster_id: str
-
-
-class Feature(Enum):
-    """What not every management offers; the value is the first version of its API that does."""
-
-    NATIVE_ENCRYPTION = (8,)
-    REFERENCE_ID = (10,)
-    VPG_RECLAIM = (17, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from csi_driver.errors import InvalidField, InvalidRequest
-from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capability, MountAccess, ReservationMode
+from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.storage_model import ReservationMode
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 

@@ -32,7 +32,8 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.handover import History, PublishContext, held_reference, reference_id
-from csi_driver.model import BlockAccess, Client, ClientStatus, ReservationMode, VolumeHandle
+from csi_driver.model import BlockAccess, VolumeHandle
+from csi_driver.storage_model import Client, ClientStatus, ReservationMode
 
 _log = logging.getLogger(__name__)
 

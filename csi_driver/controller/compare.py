@@ -8,7 +8,8 @@ from __future__ import annotations
 from csi_driver.controller.parameters import is_compared
 from csi_driver.controller.record import Creation
 from csi_driver.errors import shown
-from csi_driver.model import CapacityRange, Volume
+from csi_driver.model import CapacityRange
+from csi_driver.storage_model import Volume
 
 
 def differences(

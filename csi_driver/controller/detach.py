@@ -11,7 +11,7 @@ from csi_driver.controller.requests import ControllerSettings
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, PreconditionFailed
-from csi_driver.model import Client, ClientStatus, DeviceReport
+from csi_driver.storage_model import Client, ClientStatus, DeviceReport
 
 _log = logging.getLogger(__name__)
 

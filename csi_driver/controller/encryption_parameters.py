@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from csi_driver.controller import parameter_values as read
 from csi_driver.errors import InvalidField, InvalidRequest, MissingField
 from csi_driver.handover import Encryption
-from csi_driver.model import MIB, AccessMode, Capability, Vpg
+from csi_driver.model import MIB, AccessMode, Capability
+from csi_driver.storage_model import Vpg
 
 SECRET_KEYS = ("passphrase", "dmcryptKey")
 """Keys of the Secret that may hold the passphrase: the 1.9 driver's and the 1.4 driver's."""

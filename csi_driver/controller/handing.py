@@ -10,7 +10,7 @@ from csi_driver.capacity import stripes_of
 from csi_driver.controller.record import Creation, read_creation, read_permission
 from csi_driver.errors import PreconditionFailed
 from csi_driver.handover import Encryption, PublishContext
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)
 

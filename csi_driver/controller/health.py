@@ -11,7 +11,8 @@ from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
-from csi_driver.model import Client, ClientStatus, DeviceStatus, ListedVolume, Volume
+from csi_driver.model import ListedVolume
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 
 _STATUSES: Mapping[str, tuple[VolumeFault, Reason]] = MappingProxyType(
     {

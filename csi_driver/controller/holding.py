@@ -8,7 +8,7 @@ from __future__ import annotations
 from csi_driver.controller.locate import Located
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, StorageUnavailable
-from csi_driver.model import AttachmentWish, Client, ClientStatus, DeviceStatus, ReservationMode, Volume
+from csi_driver.storage_model import AttachmentWish, Client, ClientStatus, DeviceStatus, ReservationMode, Volume
 
 _NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
 _NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)

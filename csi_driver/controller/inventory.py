@@ -20,7 +20,8 @@ from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailab
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
-from csi_driver.model import Capability, Capacity, Client, ListedVolume, Segments, Volume, VolumeHandle
+from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
+from csi_driver.storage_model import Client, Volume
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Volume uuid, then reference id, to the node ids that hold it so."""

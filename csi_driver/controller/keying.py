@@ -18,7 +18,7 @@ from csi_driver.controller.encryption_parameters import EncryptionWish, required
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest, StorageUnavailable, shown
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)
 _DONE = 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from csi_driver.controller import parameter_values as read
 from csi_driver.errors import InvalidField
-from csi_driver.model import Layout, RaidLevel
+from csi_driver.storage_model import Layout, RaidLevel
 
 RAID_LEVELS: Mapping[str, RaidLevel] = {
     **{level.value.lower(): level for level in RaidLevel},

@@ -13,7 +13,8 @@ from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, shown
 from csi_driver.handover import held_reference
-from csi_driver.model import DEFAULT_ZONE, Client, ProvisionedVolume, Volume, VolumeHandle, is_uuid
+from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
+from csi_driver.storage_model import Client, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from csi_driver.controller import parameter_values as read
 from csi_driver.controller.layout_parameters import takes
 from csi_driver.errors import InvalidRequest, shown
-from csi_driver.model import Volume, VolumeChanges
+from csi_driver.storage_model import Volume, VolumeChanges
 
 _CLASS_KEYS = {"diskClasses", "serverClasses"}
 _LIMIT_KEYS = {"limitByDisks", "limitByNodes"}

@@ -6,7 +6,8 @@ import base64
 import hashlib
 import re
 
-from csi_driver.model import Volume, VolumeHandle
+from csi_driver.model import VolumeHandle
+from csi_driver.storage_model import Volume
 
 _PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PREFIX = "csi-"

@@ -15,7 +15,7 @@ from csi_driver.controller.ports import Clusters
 from csi_driver.controller.record import next_number, read_attachments, read_permission, with_permission
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
-from csi_driver.model import Client, ReservationMode, Volume
+from csi_driver.storage_model import Client, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
 

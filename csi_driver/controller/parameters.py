@@ -21,7 +21,7 @@ from csi_driver.controller.encryption_parameters import (
 )
 from csi_driver.controller.layout_parameters import LAYOUT_KEYS, layout
 from csi_driver.errors import InvalidField, InvalidRequest, shown
-from csi_driver.model import Layout
+from csi_driver.storage_model import Layout
 
 _RESERVED = "csi.storage.k8s.io/"
 _KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import Client, Feature, ReservationMode, SystemInfo, Volume, VolumeChanges, VolumeSpec, Vpg
+from csi_driver.storage_model import (
+    Client,
+    Feature,
+    ReservationMode,
+    SystemInfo,
+    Volume,
+    VolumeChanges,
+    VolumeSpec,
+    Vpg,
+)
 
 
 class Management(Protocol):

@@ -41,7 +41,8 @@ from csi_driver.errors import (
     shown,
 )
 from csi_driver.handover import Encryption
-from csi_driver.model import CapacityRange, Layout, ProvisionedVolume, Volume, VolumeHandle, VolumeSpec, Vpg
+from csi_driver.model import CapacityRange, ProvisionedVolume, VolumeHandle
+from csi_driver.storage_model import Layout, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
 

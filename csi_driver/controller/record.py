@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
-from csi_driver.model import AccessMode, CapacityRange, Reservation, ReservationMode
+from csi_driver.model import AccessMode, CapacityRange
+from csi_driver.storage_model import Reservation, ReservationMode
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")

@@ -34,7 +34,7 @@ from csi_driver.controller.waiting import within
 from csi_driver.controller.zones import CREW, Crew, ask, unavailable
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable, shown
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)
 

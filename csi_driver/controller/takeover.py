@@ -17,7 +17,7 @@ from csi_driver.controller.locate import Located
 from csi_driver.controller.requests import Fencing
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
-from csi_driver.model import Client, ClientStatus, ReservationMode, Volume
+from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
 

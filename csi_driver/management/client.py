@@ -1,4 +1,4 @@
-"""The storage management behind its REST API, in nouns of `csi_driver.model`.
+"""The storage management behind its REST API, in nouns of `csi_driver.storage_model`.
 
 One method per operation; it fits `csi_driver.controller.ports.Management`. No URL stands outside this package.
 Every mutating call carries one object: the order of several in an answer is not promised.
@@ -48,7 +48,8 @@ from csi_driver.management.failures import (
 from csi_driver.management.fields import changed_fields, specification
 from csi_driver.management.session import ManagementSession
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import (
+from csi_driver.model import is_uuid, is_volume_name
+from csi_driver.storage_model import (
     Client,
     Feature,
     ReservationMode,
@@ -57,8 +58,6 @@ from csi_driver.model import (
     VolumeChanges,
     VolumeSpec,
     Vpg,
-    is_uuid,
-    is_volume_name,
 )
 
 _LOG = logging.getLogger(__name__)

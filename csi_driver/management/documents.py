@@ -1,4 +1,4 @@
-"""From the management's JSON documents to nouns of `csi_driver.model`; each document is read in one place.
+"""From the management's JSON documents to nouns of `csi_driver.storage_model`; each document is read in one place.
 
 Tolerant of absent and additional fields, strict about those that identify and size an object. Numbers and names
 that are not known yet become OTHER or UNKNOWN.
@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from csi_driver.errors import StorageUnavailable, shown
-from csi_driver.model import (
-    MIB,
+from csi_driver.model import MIB
+from csi_driver.storage_model import (
     AttachmentWish,
     Client,
     ClientStatus,

@@ -1,4 +1,4 @@
-"""What is sent of nouns of `csi_driver.model`, in the API's words. Pure.
+"""What is sent of nouns of `csi_driver.storage_model`, in the API's words. Pure.
 
 A field that is not set is left out: the server refuses what does not apply, and keeps what is not named.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from csi_driver.model import MIB, Layout, VolumeChanges, VolumeSpec
+from csi_driver.model import MIB
+from csi_driver.storage_model import Layout, VolumeChanges, VolumeSpec
 
 
 def specification(spec: VolumeSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 
 from csi_driver.errors import PreconditionFailed, shown
-from csi_driver.model import Feature
+from csi_driver.storage_model import Feature
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from csi_driver.errors import (
 )
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Layout, Volume, VolumeSpec
+from csi_driver.storage_model import Layout, Volume, VolumeSpec
 from tests.contract.two_managements import Actor, Storage, embedded_storage
 from tests.fakes.fault_proxy import Drawn, Fault, FaultProxy, Seen
 

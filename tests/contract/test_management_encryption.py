@@ -24,19 +24,8 @@ from csi_driver.handover import Encryption
 from csi_driver.host.luks_files import LuksFiles
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import (
-    GIB,
-    MIB,
-    AccessMode,
-    Capability,
-    CapacityRange,
-    Layout,
-    MountAccess,
-    ProvisionedVolume,
-    RaidLevel,
-    Volume,
-    VolumeChanges,
-)
+from csi_driver.model import GIB, MIB, AccessMode, Capability, CapacityRange, MountAccess, ProvisionedVolume
+from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
 from tests.contract.two_managements import OTHER_UUID, Actor, FakeSide, Side, Work, embedded_side
 from tests.fakes.management import FakeClusters
 from tests.unit.embedded.fake_loops import FakeLoopDevices

@@ -22,7 +22,7 @@ from csi_driver.errors import (
     ReservationConflict,
     VolumeNotFound,
 )
-from csi_driver.model import Client, DeviceStatus, Layout, RaidLevel, Volume, VolumeSpec
+from csi_driver.storage_model import Client, DeviceStatus, Layout, RaidLevel, Volume, VolumeSpec
 from tests.contract.two_managements import (
     EXCLUSIVE,
     OTHER_UUID,

@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.management.documents import decode_client, decode_volume
 from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, meaning_of, refusal_in
-from csi_driver.model import DeviceStatus
+from csi_driver.storage_model import DeviceStatus
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 OPERATIONS = {

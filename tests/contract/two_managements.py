@@ -17,7 +17,7 @@ from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Client, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
+from csi_driver.storage_model import Client, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders

@@ -29,8 +29,8 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
-from csi_driver.model import (
-    DEFAULT_ZONE,
+from csi_driver.model import DEFAULT_ZONE
+from csi_driver.storage_model import (
     AttachmentWish,
     Client,
     ClientStatus,

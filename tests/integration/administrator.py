@@ -13,7 +13,7 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import DeviceStatus, Layout, ReservationMode, Volume, VolumeSpec
+from csi_driver.storage_model import DeviceStatus, Layout, ReservationMode, Volume, VolumeSpec
 from tests.integration.rig import Rig, wait_for
 
 USER = "admin@nvidia.com"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.model import AccessMode, Capability, ReservationMode
+from csi_driver.model import AccessMode, Capability
 from csi_driver.rpc.client import CallFailed
+from csi_driver.storage_model import ReservationMode
 from tests.integration.administrator import Administrator, administrator, make_filesystem, mount
 from tests.integration.rig import MIB, Rig, Volume, digest, filesystem, fill, findmnt, mounts_below, raw_block
 

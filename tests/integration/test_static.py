@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from csi_driver.model import AccessMode, Capability
-from csi_driver.model import Volume as Stored
 from csi_driver.rpc.client import CallFailed
+from csi_driver.storage_model import Volume as Stored
 from tests.integration.administrator import Administrator, administrator, make_filesystem, mount, unmount
 from tests.integration.rig import MIB, Rig, Volume, digest, filesystem, fill, findmnt, raw_block
 

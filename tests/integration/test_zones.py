@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, Volume
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY
 from csi_driver.rpc.client import CallFailed, CsiClient
 from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.storage_model import Volume
 from tests.contract.two_managements import Storage
 from tests.integration.rig import PROGRAM, REPOSITORY, wait_for
 

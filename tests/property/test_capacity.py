@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from csi_driver import capacity
 from csi_driver.errors import CapacityOutOfRange
-from csi_driver.model import CapacityRange, Layout, RaidLevel, Volume
+from csi_driver.model import CapacityRange
+from csi_driver.storage_model import Layout, RaidLevel, Volume
 from tests.fakes.management import server_blocks
 
 MIB = 1 << 20

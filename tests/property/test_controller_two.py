@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from csi_driver.errors import DriverError, OperationPending, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import History, PublishContext
-from csi_driver.model import GIB, Capability, CapacityRange, Client, ClientStatus, ProvisionedVolume
+from csi_driver.model import GIB, Capability, CapacityRange, ProvisionedVolume
+from csi_driver.storage_model import Client, ClientStatus
 from tests.fakes.management import client_uuid
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from csi_driver.controller.requests import TopologyRequirement
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, ProvisionedVolume, Volume, VolumeSpec
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, ProvisionedVolume
+from csi_driver.storage_model import Volume, VolumeSpec
 from tests.fakes.management import FakeManagement
 from tests.property.test_controller_two import Turns
 from tests.unit.controller.world import CLAIM, World

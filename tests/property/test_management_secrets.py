@@ -18,7 +18,7 @@ from csi_driver.errors import DriverError
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.failures import Operation, failure_of
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 from tests.unit.management.double import USER, Breaks, ManagementDouble, Says, SaysRaw, Step, running, sample
 
 PASSWORD = "canary-password-7f3a"

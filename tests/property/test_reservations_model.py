@@ -26,7 +26,7 @@ from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.errors import OperationPending, PreconditionFailed, ReservationConflict, VolumeNotFound
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Client, ClientStatus, Layout, ReservationMode, Volume, VolumeSpec
+from csi_driver.storage_model import Client, ClientStatus, Layout, ReservationMode, Volume, VolumeSpec
 from tests.unit.embedded.fake_loops import FakeLoop, FakeLoopDevices
 
 USUAL_EXAMPLES = 25

@@ -6,7 +6,8 @@ import pytest
 
 from csi_driver import capacity
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest
-from csi_driver.model import GIB, MIB, CapacityRange, Layout, RaidLevel, Volume
+from csi_driver.model import GIB, MIB, CapacityRange
+from csi_driver.storage_model import Layout, RaidLevel, Volume
 
 PLAIN = Layout()
 RAID_10 = Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=2)

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from csi_driver.machine import StorageClient, VolumeStatus
-from csi_driver.model import ReservationMode, is_uuid, is_volume_name
+from csi_driver.model import is_uuid, is_volume_name
+from csi_driver.storage_model import ReservationMode
 
 # A volume of many pieces lists each of them.
 _STATUS_LIMIT_BYTES = 16 << 20

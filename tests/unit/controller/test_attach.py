@@ -21,16 +21,8 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.handover import History
-from csi_driver.model import (
-    AccessMode,
-    Capability,
-    ClientStatus,
-    DeviceStatus,
-    MountAccess,
-    Reservation,
-    ReservationMode,
-    Volume,
-)
+from csi_driver.model import AccessMode, Capability, MountAccess
+from csi_driver.storage_model import ClientStatus, DeviceStatus, Reservation, ReservationMode, Volume
 from tests.unit.controller.world import (
     BLOCK,
     CLAIM,

@@ -9,7 +9,7 @@ import pytest
 from csi_driver.controller.health import ControllerHealth, judge
 from csi_driver.errors import StaleToken, VolumeNotFound
 from csi_driver.health import Reason, VolumeFault
-from csi_driver.model import (
+from csi_driver.storage_model import (
     AttachmentWish,
     Client,
     ClientStatus,

@@ -6,7 +6,8 @@ import pytest
 
 from csi_driver.controller.holding import is_leaving, is_released, is_withdrawn, missing
 from csi_driver.controller.locate import Located
-from csi_driver.model import (
+from csi_driver.model import VolumeHandle
+from csi_driver.storage_model import (
     AttachmentWish,
     Client,
     ClientStatus,
@@ -14,7 +15,6 @@ from csi_driver.model import (
     DeviceStatus,
     ReservationMode,
     Volume,
-    VolumeHandle,
 )
 from tests.fakes.management import FakeManagement
 

@@ -8,19 +8,8 @@ import pytest
 
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import InvalidRequest, StaleToken, VolumeNotFound
-from csi_driver.model import (
-    DEFAULT_TOPOLOGY_KEY,
-    GIB,
-    Capability,
-    CapacityRange,
-    ClientStatus,
-    Layout,
-    ListedVolume,
-    RaidLevel,
-    Segments,
-    Volume,
-    Vpg,
-)
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Capability, CapacityRange, ListedVolume, Segments
+from csi_driver.storage_model import ClientStatus, Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
     CLAIM,

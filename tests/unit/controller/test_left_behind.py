@@ -8,7 +8,8 @@ import pytest
 
 from csi_driver.controller.keying import EncryptionNotBegun
 from csi_driver.errors import DeadlineReached, Denied, Exhausted, OutcomeUnknown, StorageUnavailable, Unauthenticated
-from csi_driver.model import EMPTY, GIB, MIB, CapacityRange, Layout, RaidLevel, Vpg
+from csi_driver.model import EMPTY, GIB, MIB, CapacityRange
+from csi_driver.storage_model import Layout, RaidLevel, Vpg
 from tests.unit.controller.world import World
 
 NATIVE = {"encryption": "native"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from csi_driver.controller import mutable_parameters
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import ExistsDifferently, InvalidRequest, OperationPending, VolumeNotFound
-from csi_driver.model import Layout, RaidLevel, VolumeChanges, Vpg
+from csi_driver.storage_model import Layout, RaidLevel, VolumeChanges, Vpg
 from tests.unit.controller.world import RWO, World
 
 

@@ -9,7 +9,8 @@ import pytest
 from csi_driver.controller.override import Override
 from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import History
-from csi_driver.model import CapacityRange, ReservationMode, Volume
+from csi_driver.model import CapacityRange
+from csi_driver.storage_model import ReservationMode, Volume
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, World, other_reference
 
 UUID = "11111111-2222-3333-4444-555555555555"

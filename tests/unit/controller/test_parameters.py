@@ -10,8 +10,8 @@ from csi_driver.controller import parameters
 from csi_driver.controller.encryption_parameters import EncryptionWish, required_passphrase
 from csi_driver.errors import InvalidRequest
 from csi_driver.handover import Encryption
-from csi_driver.model import Layout, RaidLevel
 from csi_driver.node import luks_options, mkfs
+from csi_driver.storage_model import Layout, RaidLevel
 
 
 @pytest.mark.parametrize(

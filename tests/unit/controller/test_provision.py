@@ -19,18 +19,8 @@ from csi_driver.errors import (
     PreconditionFailed,
     StorageUnavailable,
 )
-from csi_driver.model import (
-    DEFAULT_TOPOLOGY_KEY,
-    GIB,
-    Capability,
-    CapacityRange,
-    Layout,
-    MountAccess,
-    RaidLevel,
-    Volume,
-    VolumeHandle,
-    Vpg,
-)
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Capability, CapacityRange, MountAccess, VolumeHandle
+from csi_driver.storage_model import Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
     CLAIM,

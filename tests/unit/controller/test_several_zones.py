@@ -26,7 +26,8 @@ from csi_driver.errors import (
     PreconditionFailed,
     StorageUnavailable,
 )
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, CapacityRange, Layout, Volume, Vpg
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, CapacityRange
+from csi_driver.storage_model import Layout, Volume, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.controller.world import CLAIM, NODE_1, RWO, World
 

@@ -9,7 +9,8 @@ import pytest
 from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
 from csi_driver.handover import History
-from csi_driver.model import Capability, Client, ClientStatus, DeviceStatus, ReservationMode
+from csi_driver.model import Capability
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, ReservationMode
 from tests.fakes.management import client_uuid
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
 

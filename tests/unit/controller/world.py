@@ -28,8 +28,8 @@ from csi_driver.model import (
     CapacityRange,
     MountAccess,
     ProvisionedVolume,
-    Volume,
 )
+from csi_driver.storage_model import Volume
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
 
 PVC = "pvc-01234567-89ab-cdef-0123-456789abcdef"

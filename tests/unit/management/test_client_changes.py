@@ -17,7 +17,7 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.management.client import ManagementClient
-from csi_driver.model import Layout, VolumeChanges
+from csi_driver.storage_model import Layout, VolumeChanges
 from tests.unit.management.double import Breaks, ManagementDouble, Says, Step
 from tests.unit.management.test_client import SAVE, SPEC, UPDATE, VOLUME, absent, done, refused
 

@@ -12,7 +12,7 @@ from csi_driver.errors import Denied, Unauthenticated
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.credentials import Credentials, read_credentials
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says
 
 INFO = "/systemInfo"

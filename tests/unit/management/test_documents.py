@@ -9,13 +9,7 @@ from csi_driver.management.documents import (
     decode_volume,
     decode_vpg,
 )
-from csi_driver.model import (
-    ClientStatus,
-    DeviceStatus,
-    RaidLevel,
-    Reservation,
-    ReservationMode,
-)
+from csi_driver.storage_model import ClientStatus, DeviceStatus, RaidLevel, Reservation, ReservationMode
 from tests.unit.management.double import sample
 
 VOLUME_UUID = "74025fd0-e73d-11f1-a2b3-7550e9e5980f"

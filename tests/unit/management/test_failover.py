@@ -10,7 +10,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management.server import Request
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, SaysRaw, closed_port, sample
 

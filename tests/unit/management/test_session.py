@@ -23,7 +23,7 @@ from csi_driver.errors import (
     Unauthenticated,
 )
 from csi_driver.management.client import ManagementClient
-from csi_driver.model import Volume
+from csi_driver.storage_model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import (
     PASSWORD,
