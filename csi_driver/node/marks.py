@@ -65,19 +65,29 @@ class Marks(Protocol):
         ...
 
 
-def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str, *, is_needed: bool) -> None:
+def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str) -> None:
     """Put on record that the volume is in use (`how`: RAW or USED) under this attachment, and maybe under earlier ones.
 
-    Where no mark is there, one is set only if it `is_needed`. A format that was begun is over with it.
+    A format that was begun is over with it. Attachments that nobody counts leave no record of their own.
     """
     mark = marks.read(volume_uuid)
     last = max(attachment, mark.attachment if mark is not None else 0)
-    if last and (is_needed or mark is not None):
+    if last:
         used = Mark(volume_uuid, last, how)
         if mark != used:
             marks.write(used)
     elif mark is not None:
         marks.remove(volume_uuid)
+
+
+def put_to_use_before(marks: Marks, volume_uuid: str | None, attachment: int) -> int:
+    """Return the attachment under which the volume was put to use, where that is an earlier one than this; else 0.
+
+    What is still mounted of it then belongs to a device that was taken from this node in between.
+    """
+    mark = marks.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
+    is_earlier = mark is not None and mark.tells_use and 0 < mark.attachment < attachment
+    return mark.attachment if mark is not None and is_earlier else 0
 
 
 class MarkFiles:

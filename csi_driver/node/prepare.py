@@ -28,7 +28,7 @@ from csi_driver.node.content import (
     decide,
 )
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import USED, Mark, Marks, remember_use
+from csi_driver.node.marks import USED, Mark, Marks, put_to_use_before, remember_use
 from csi_driver.node.options import MountPlan
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
@@ -107,12 +107,20 @@ class Preparation:
     def hand_over(self, task: Task) -> None:
         """Put on record, before the mount, that what the device holds is its user's from now on.
 
-        Under an attachment that allows more than others (its volume's first; with a permission to format over old
-        data; with a format begun) nothing may be formatted from here on. A mark of an earlier one has served its time.
+        Nothing may be formatted under this attachment from here on, and nothing that was mounted under it may be used
+        under a later one.
         """
         if task.uuid is not None:
-            allows_more = task.history is History.FIRST or task.format_allowed
-            remember_use(self._marks, task.uuid, task.attachment, USED, is_needed=allows_more)
+            remember_use(self._marks, task.uuid, task.attachment, USED)
+
+    def outlived(self, volume: NamedVolume, attachment: int) -> str:
+        """Say why what is mounted of the volume may not be used under this attachment; empty = it may.
+
+        Another node may have written to the volume since, and this kernel may hold back what it wrote before.
+        """
+        earlier = put_to_use_before(self._marks, volume.uuid, attachment)
+        said = f"volume {volume} is still mounted as it was under its attachment {earlier}, and this is {attachment}"
+        return f"{said}: it was taken from this node in between, and must be unmounted everywhere first" * bool(earlier)
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
@@ -123,6 +131,9 @@ class Preparation:
         with ExitStack() as stack:
             claim = self._claim(stack, task.device, write=write, deadline=deadline)
             if not isinstance(claim, OpenDevice):
+                outlived = self.outlived(task.volume, task.attachment)
+                if outlived:
+                    raise PreconditionFailed(outlived)
                 return _join(claim, task)
             verdict = self._judge(claim, task, deadline)
             match verdict:

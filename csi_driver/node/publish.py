@@ -11,7 +11,7 @@ from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.luks_options import encrypted_by
-from csi_driver.node.marks import RAW, Marks, remember_use
+from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
@@ -69,6 +69,12 @@ class Publish:
         match request.capability.access:
             case MountAccess() as access:
                 flags, _ = mount_flags(access.mount_flags)
+                earlier = put_to_use_before(self._marks, volume.uuid, context.attachment if context else 0)
+                if earlier:
+                    raise PreconditionFailed(
+                        f"volume {volume} was staged under its attachment {earlier}, wanted it staged under the one "
+                        "of now: it was taken from this node in between, and must be unstaged and staged again"
+                    )
                 self._publish_mount(
                     volume, device, staging, target, access, read_only=read_only or "ro" in flags, mode=mode
                 )
@@ -238,7 +244,7 @@ class Publish:
         """
         uuid = volume.uuid or device.uuid
         if uuid is not None:
-            remember_use(self._marks, uuid, context.attachment if context else 0, RAW, is_needed=True)
+            remember_use(self._marks, uuid, context.attachment if context else 0, RAW)
 
     def _release_reader(self, taken_off: Mounted, volume: NamedVolume) -> None:
         """Take down the read-only device that a publication had of its own; never the volume's device itself."""

@@ -80,6 +80,10 @@ class Stage:
             case MountAccess() as access:
                 plan = self._plan(access, request, context)
                 mounted = self._ownership.at(path, volume)
+                outlived = self._preparation.outlived(volume, context.attachment if context else 0)
+                if mounted is not None and outlived and self._ownership.take_off(path, volume):
+                    logger.warning("%s: it was unmounted at %s", outlived, path)
+                    mounted = None
                 if mounted is None:
                     self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
                 else:

@@ -28,6 +28,7 @@ from tests.fakes.node import (
     EXT4,
     KUBELET,
     NAME,
+    OTHER_TARGET,
     OTHER_UUID,
     READER,
     STAGING,
@@ -81,10 +82,13 @@ def test_a_volume_in_use_is_on_record_before_it_is_mounted(node: FakeNode) -> No
     assert looked
 
 
-def test_an_attachment_that_allows_no_more_than_others_leaves_no_mark_where_there_was_none(node: FakeNode) -> None:
+@pytest.mark.parametrize(("attachment", "kept"), [(0, {}), (3, {UUID: Mark(UUID, 3, USED)})])
+def test_every_attachment_that_is_counted_leaves_its_mark(
+    node: FakeNode, attachment: int, kept: dict[str, Mark]
+) -> None:
     formatted(node)
-    node.stage(context=publish_context(history=History.ATTACHED, attachment=3))
-    assert node.marks.kept == {}
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=attachment))
+    assert node.marks.kept == kept
 
 
 @pytest.mark.parametrize(("attachment", "last"), [(0, 1), (1, 1), (3, 3)])
@@ -699,6 +703,47 @@ def test_a_volume_is_staged_where_its_filesystem_is_mounted_dead_or_alive(node: 
 
 
 # --- what another node has taken over ---
+
+
+def staged_under(node: FakeNode, attachment: int) -> dict[str, str]:
+    """Stage and publish a volume under an attachment, and return the context of the next one."""
+    formatted(node)
+    given = publish_context(history=History.ATTACHED, attachment=attachment)
+    node.stage(context=given)
+    node.publish(context=given)
+    return publish_context(history=History.ATTACHED, attachment=attachment + 2)
+
+
+def test_what_was_mounted_under_an_earlier_attachment_is_not_published_under_the_present_one(node: FakeNode) -> None:
+    """Another node had the volume in between: this kernel shows what was, and may hold back what it wrote then."""
+    later = staged_under(node, 3)
+    with pytest.raises(PreconditionFailed, match="under its attachment 3, wanted"):
+        node.publish(OTHER_TARGET, context=later)
+    assert node.host.mounts_at(OTHER_TARGET) == 0
+    node.unpublish()
+    node.unstage()
+    node.stage(context=later)
+    node.publish(OTHER_TARGET, context=later)
+
+
+def test_what_was_mounted_under_an_earlier_attachment_is_mounted_anew_once_nobody_uses_it(node: FakeNode) -> None:
+    later = staged_under(node, 3)
+    with pytest.raises(PreconditionFailed, match="attachment 3, and this is 5"):
+        node.stage(context=later)
+    node.unpublish()
+    checked = node.host.disks[NAME].filesystem.checks  # type: ignore[union-attr]
+    node.stage(context=later)
+    assert node.host.mounts_at(STAGING) == 1
+    assert node.host.disks[NAME].filesystem.checks > checked  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("attachment", [0, 3, 2])
+def test_an_attachment_that_is_not_known_to_be_later_is_the_same(node: FakeNode, attachment: int) -> None:
+    staged_under(node, 3)
+    again = publish_context(history=History.ATTACHED, attachment=attachment)
+    node.stage(context=again)
+    node.publish(OTHER_TARGET, context=again)
+    assert node.host.mounts_at(OTHER_TARGET) == 1
 
 
 @pytest.mark.parametrize("references", [(), ("another",), (UUID,), None])
