@@ -69,7 +69,7 @@ class Questions(Generic[Answer]):
         self._open: dict[str, _Call[Answer]] = {}
         self._waiting: deque[tuple[str, _Call[Answer]]] = deque()
         self._threads = 0
-        self._idle = 0
+        self._free = 0
         self._lost = 0
 
     def ask(self, volume: str, about: str, work: Callable[[], Answer], timeout_s: float) -> Answer:
@@ -96,10 +96,11 @@ class Questions(Generic[Answer]):
                 return call.result()
 
     def _provide_thread(self) -> None:
-        """See that somebody takes up what waits: idle threads, or a new one. The lock is held."""
-        if len(self._waiting) > self._idle and self._threads < WORKERS:
-            self._threads += 1
+        """See that somebody takes up what waits: threads that are free, or a new one. The lock is held."""
+        if len(self._waiting) > self._free and self._threads < WORKERS:
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+            self._threads += 1
+            self._free += 1
         self._changed.notify()
 
     def _give_up(self, call: _Call[Answer]) -> None:
@@ -121,16 +122,17 @@ class Questions(Generic[Answer]):
             with self._changed:
                 if call is not None and call.is_lost:
                     self._lost -= 1
-                else:
+                else:  # by a bug, which must not take the thread of those that wait
                     self._threads -= 1
+                    self._free -= 1
+                    self._provide_thread()
 
     def _next(self) -> tuple[str, _Call[Answer]]:
         with self._changed:
             while not self._waiting:
-                self._idle += 1
                 self._changed.wait()
-                self._idle -= 1
             volume, call = self._waiting.popleft()
+            self._free -= 1
             call.began = True
             return volume, call
 
@@ -141,4 +143,7 @@ class Questions(Generic[Answer]):
         finally:
             with self._changed:
                 self._open.pop(volume, None)
+                if not call.is_lost:
+                    # Before anybody can learn of the answer: whoever asks next needs no other thread.
+                    self._free += 1
                 call.done.set()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from csi_driver.deadline import Deadline
+from csi_driver.errors import StorageUnavailable
 from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
 from csi_driver.node.marks import Mark
+from csi_driver.node.questions import Questions
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble
 from tests.fakes.host import MIB, FakeClock, FakeHost
@@ -80,6 +85,18 @@ class FakeNode:
             marks=self.marks,
         )
         return self.use
+
+    def write_off(self, questions: Questions[Any], ask: Callable[[Deadline], object]) -> threading.Event:
+        """Ask about the volume, which hangs, until a thread was lost to it; return what tells that it is answered.
+
+        On a busy machine a question may be given up before a thread has taken it up: that one costs nobody a thread.
+        """
+        while True:
+            with contextlib.suppress(StorageUnavailable):
+                ask(self.soon(self.settings.answer_margin_s + 0.02))
+            call = questions._open.get(NAME)
+            if call is not None and call.is_lost:
+                return call.done
 
     def soon(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)

@@ -17,6 +17,7 @@ from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOL
 from tests.unit.node.test_encryption import Locked
 
 NO_PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=0.02)
+PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=60)
 Found = set[tuple[VolumeFault, Reason]]
 
 
@@ -171,8 +172,8 @@ def test_a_volume_that_was_not_mounted_yet_is_judged_by_its_device(node: FakeNod
 
 
 @pytest.fixture
-def hanging() -> Iterator[FakeNode]:
-    node = FakeNode(settings=NO_PATIENCE)
+def hanging(request: pytest.FixtureRequest) -> Iterator[FakeNode]:
+    node = FakeNode(settings=getattr(request, "param", NO_PATIENCE))
     node.host.attach(NAME, UUID)
     node.stage()
     node.publish()
@@ -194,11 +195,12 @@ def test_what_the_client_says_of_a_device_that_hangs_is_told_too(hanging: FakeNo
     assert {reason for _, reason in health(hanging)} == {Reason.NOT_RESPONDING, Reason.IO_DISABLED}
 
 
+@pytest.mark.parametrize("hanging", [PATIENCE], indirect=True)
 def test_a_filesystem_that_answers_again_is_well_again(hanging: FakeNode) -> None:
-    assert health(hanging)
-    call = hanging.use.health._questions._open[NAME]
+    asked = hanging.use.health
+    answered = hanging.write_off(asked._questions, lambda limit: asked.volume(VOLUME_ID, "", "", deadline=limit))
     hanging.host.answers.set()
-    assert call.done.wait(10)
+    assert answered.wait(10)
     assert health(hanging) == set()
 
 

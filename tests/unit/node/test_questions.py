@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -11,62 +13,134 @@ from csi_driver.node import questions
 from csi_driver.node.questions import NoAnswer, Questions
 
 SHORT_S = 0.02
+PATIENT_S = 60.0
 
 
 @pytest.fixture
-def never() -> threading.Event:
-    return threading.Event()
+def never() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 def threads(name: str) -> int:
     return sum(thread.name == name for thread in threading.enumerate())
 
 
-def hang(asked: Questions[bool], never: threading.Event, name: str) -> None:
+def until(state: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + PATIENT_S
+    while not state():
+        assert time.monotonic() < end_s
+        time.sleep(0.002)
+
+
+@contextmanager
+def asking(asked: Questions[bool], work: Callable[[], bool], name: str) -> Iterator[None]:
+    """Ask patiently; inside the block a thread has taken the question up."""
+    began = threading.Event()
+
+    def noted() -> bool:
+        began.set()
+        return work()
+
+    asker = threading.Thread(target=lambda: asked.ask(name, "x", noted, PATIENT_S))
+    asker.start()
+    assert began.wait(PATIENT_S)
+    yield
+    asker.join(PATIENT_S)
+
+
+def hang(asked: Questions[bool], never: threading.Event, name: str, stack: ExitStack) -> None:
+    """Ask what is not answered, and give it up once a thread waits for the answer."""
+    stack.enter_context(asking(asked, never.wait, name))
     with pytest.raises(NoAnswer):
-        asked.ask(name, "x", never.wait, SHORT_S)
+        asked.ask(name, "x", never.wait, 0.0)  # shares the question
 
 
 def test_more_volumes_than_threads_may_hang_and_the_others_are_answered(never: threading.Event) -> None:
     asked: Questions[bool] = Questions("questioning")
-    for number in range(questions.WORKERS + 5):
-        hang(asked, never, f"dead-{number}")
-    assert asked.ask("alive", "x", lambda: True, 10.0)
-    never.set()
+    with ExitStack() as stack:
+        for number in range(questions.WORKERS + 5):
+            hang(asked, never, f"dead-{number}", stack)
+        assert asked.ask("alive", "x", lambda: True, PATIENT_S)
+        never.set()
 
 
 def test_volumes_that_hang_all_at_once_leave_the_next_question_its_thread(never: threading.Event) -> None:
     asked: Questions[bool] = Questions("questioning")
-    names = [f"dead-{number}" for number in range(2 * questions.WORKERS)]
-    callers = [threading.Thread(target=hang, args=(asked, never, name)) for name in names]
+
+    def ask(name: str) -> None:
+        with pytest.raises(NoAnswer):
+            asked.ask(name, "x", never.wait, SHORT_S)
+
+    callers = [threading.Thread(target=ask, args=(f"dead-{number}",)) for number in range(2 * questions.WORKERS)]
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(10)
-    assert asked.ask("alive", "x", lambda: True, 10.0)
-    never.set()
+        caller.join(PATIENT_S)
+    assert asked.ask("alive", "x", lambda: True, PATIENT_S)
 
 
 def test_threads_that_were_written_off_go_when_their_device_answers(never: threading.Event) -> None:
     asked: Questions[bool] = Questions("written-off")
-    for number in range(20):
-        hang(asked, never, f"dead-{number}")
-    # Where the machine is busy, a question may be given up before its thread has begun with it: that one stays.
-    assert threads("written-off") > 10
-    never.set()
-    until = time.monotonic() + 10
-    while threads("written-off") > 1 and time.monotonic() < until:
-        time.sleep(0.005)
-    assert threads("written-off") <= 1
-    assert asked.ask("dead-1", "x", lambda: True, 10.0)
+    with ExitStack() as stack:
+        for number in range(20):
+            hang(asked, never, f"dead-{number}", stack)
+        assert threads("written-off") == 20
+        never.set()
+    until(lambda: threads("written-off") == 0)
+    assert asked.ask("dead-1", "x", lambda: True, PATIENT_S)
+
+
+def test_a_question_given_up_before_it_began_is_not_asked(
+    never: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "WORKERS", 1)
+    asked: Questions[bool] = Questions("questioning")
+    late = threading.Event()
+
+    def ask_late() -> bool:
+        late.set()
+        return True
+
+    with asking(asked, never.wait, "slow"):
+        with pytest.raises(NoAnswer):
+            asked.ask("late", "x", ask_late, 0.0)
+        never.set()
+    assert asked.ask("next", "x", lambda: True, PATIENT_S)
+    assert not late.is_set()
+
+
+def test_a_bug_in_one_question_takes_no_thread_from_the_others(
+    never: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "WORKERS", 1)
+    ended: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: ended.append(args.exc_type))
+    asked: Questions[bool] = Questions("questioning")
+
+    def bug() -> bool:
+        never.wait()
+        raise ZeroDivisionError
+
+    answers: list[bool] = []
+    other = threading.Thread(target=lambda: answers.append(asked.ask("right", "x", lambda: True, PATIENT_S)))
+    with asking(asked, bug, "wrong"):
+        other.start()
+        until(lambda: bool(asked._waiting))
+        never.set()
+    other.join(PATIENT_S)
+    assert answers == [True]
+    until(lambda: len(ended) == 2)  # of the thread, and of the caller who is told of the bug
+    assert set(ended) == {ZeroDivisionError, RuntimeError}
 
 
 def test_one_thread_serves_questions_that_come_one_by_one() -> None:
     asked: Questions[int] = Questions("one-by-one")
-    assert [asked.ask("v", "x", lambda number=number: number, 10.0) for number in range(50)] == list(range(50))  # type: ignore[misc]
-    assert threads("one-by-one") <= 2
+    assert [asked.ask("v", "x", lambda number=number: number, PATIENT_S) for number in range(50)] == list(range(50))  # type: ignore[misc]
+    assert threads("one-by-one") == 1
 
 
 def test_none_is_an_answer() -> None:
     asked: Questions[None] = Questions("questioning")
-    assert asked.ask("v", "x", lambda: None, 10.0) is None
+    assert asked.ask("v", "x", lambda: None, PATIENT_S) is None

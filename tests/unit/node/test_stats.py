@@ -16,6 +16,7 @@ from tests.fakes.host import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 
 NO_PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=0.02)
+PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=60)
 
 
 @pytest.fixture
@@ -26,10 +27,15 @@ def published(node: FakeNode) -> FakeNode:
     return node
 
 
+def write_off(node: FakeNode) -> threading.Event:
+    asked = node.use.statistics
+    return node.write_off(asked._questions, lambda limit: asked.usage(VOLUME_ID, str(TARGET), "", deadline=limit))
+
+
 @pytest.fixture
-def hanging() -> Iterator[FakeNode]:
+def hanging(request: pytest.FixtureRequest) -> Iterator[FakeNode]:
     """A published volume whose filesystem does not answer; it does at the end, so that its thread can go."""
-    node = FakeNode(settings=NO_PATIENCE)
+    node = FakeNode(settings=getattr(request, "param", NO_PATIENCE))
     node.host.attach(NAME, UUID)
     node.stage()
     node.publish()
@@ -81,8 +87,7 @@ def test_a_filesystem_that_hangs_is_given_up(hanging: FakeNode) -> None:
 
 
 def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -> None:
-    with pytest.raises(StorageUnavailable):
-        hanging.usage()
+    write_off(hanging)
     threads = threading.active_count()
     for path in (TARGET, OTHER_TARGET) * 20:
         with pytest.raises(StorageUnavailable, match="still owes"):
@@ -90,12 +95,11 @@ def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -
     assert threading.active_count() <= threads
 
 
+@pytest.mark.parametrize("hanging", [PATIENCE], indirect=True)
 def test_a_filesystem_that_answers_again_is_asked_again(hanging: FakeNode) -> None:
-    with pytest.raises(StorageUnavailable):
-        hanging.usage()
-    call = hanging.use.statistics._questions._open[NAME]
+    answered = write_off(hanging)
     hanging.host.answers.set()
-    assert call.done.wait(10)
+    assert answered.wait(10)
     assert hanging.usage().total_bytes == 64 * MIB
 
 
