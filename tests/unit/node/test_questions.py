@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -21,6 +22,12 @@ def never() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
+
+
+@pytest.fixture
+def name() -> str:
+    """Of threads that no other test has: theirs may still be there, waiting for the next question."""
+    return f"questioning-{uuid.uuid4()}"
 
 
 def threads(name: str) -> int:
@@ -81,14 +88,14 @@ def test_volumes_that_hang_all_at_once_leave_the_next_question_its_thread(never:
     assert asked.ask("alive", "x", lambda: True, PATIENT_S)
 
 
-def test_threads_that_were_written_off_go_when_their_device_answers(never: threading.Event) -> None:
-    asked: Questions[bool] = Questions("written-off")
+def test_threads_that_were_written_off_go_when_their_device_answers(never: threading.Event, name: str) -> None:
+    asked: Questions[bool] = Questions(name)
     with ExitStack() as stack:
         for number in range(20):
             hang(asked, never, f"dead-{number}", stack)
-        assert threads("written-off") == 20
+        assert threads(name) == 20
         never.set()
-    until(lambda: threads("written-off") == 0)
+    until(lambda: threads(name) == 0)
     assert asked.ask("dead-1", "x", lambda: True, PATIENT_S)
 
 
@@ -135,10 +142,10 @@ def test_a_bug_in_one_question_takes_no_thread_from_the_others(
     assert set(ended) == {ZeroDivisionError, RuntimeError}
 
 
-def test_one_thread_serves_questions_that_come_one_by_one() -> None:
-    asked: Questions[int] = Questions("one-by-one")
+def test_one_thread_serves_questions_that_come_one_by_one(name: str) -> None:
+    asked: Questions[int] = Questions(name)
     assert [asked.ask("v", "x", lambda number=number: number, PATIENT_S) for number in range(50)] == list(range(50))  # type: ignore[misc]
-    assert threads("one-by-one") == 1
+    assert threads(name) == 1
 
 
 def test_none_is_an_answer() -> None:
