@@ -93,12 +93,13 @@ class Publish:
             return
         volume = NamedVolume(volume_id, handle.name, handle.uuid)
         taken_off, is_clear = self._take_off(volume, target)
-        kind = self._paths.kind(target)
-        if taken_off == 0 and kind != "absent":
-            # A crash left it so, or another volume is there: the only cases that pay for looking at all loop devices.
+        if taken_off == 0:
+            # A call is repeated, a crash left it so, or another volume is or was there and took the path with it: the
+            # only cases that pay for looking at all loop devices.
             self._release_left_over(volume, target)
         if not is_clear:
             return
+        kind = self._paths.kind(target)
         if kind in ("directory", "file"):
             self._paths.remove(target)
         elif kind != "absent":

@@ -422,6 +422,14 @@ def test_unpublish_takes_down_a_reader_of_a_target_that_another_volume_has_now(b
     assert (block.host.readers, block.host.mounts_at(TARGET)) == ([], 1)
 
 
+def test_unpublish_takes_down_a_reader_whose_target_another_volume_took_with_it(block: FakeNode) -> None:
+    cut_off(block)
+    block.unpublish(volume_id=OTHER_ID)
+    assert (len(block.host.readers), TARGET in block.host.tree) == (1, False)
+    block.unpublish()
+    assert block.host.readers == []
+
+
 def test_unpublish_of_another_volume_leaves_the_reader_of_this_one(block: FakeNode) -> None:
     block.publish(access=BLOCK, read_only=True)
     block.unpublish(volume_id=OTHER_ID)
