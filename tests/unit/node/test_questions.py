@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import uuid
@@ -142,9 +143,20 @@ def test_a_bug_in_one_question_takes_no_thread_from_the_others(
     assert set(ended) == {ZeroDivisionError, RuntimeError}
 
 
+@pytest.fixture
+def _hasty_threads() -> Iterator[None]:
+    """Let threads be interrupted as often as they can."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before_s)
+
+
+@pytest.mark.usefixtures("_hasty_threads")
 def test_one_thread_serves_questions_that_come_one_by_one(name: str) -> None:
     asked: Questions[int] = Questions(name)
-    assert [asked.ask("v", "x", lambda number=number: number, PATIENT_S) for number in range(50)] == list(range(50))  # type: ignore[misc]
+    for number in range(2000):
+        assert asked.ask("v", "x", lambda number=number: number, PATIENT_S) == number  # type: ignore[misc]
     assert threads(name) == 1
 
 
