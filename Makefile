@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 CACHE := .cache
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+QUICK_TESTS := tests/unit tests/property
+MACHINE_TESTS := tests/contract tests/sanity tests/integration
 VM_TESTS := tests/contract/test_host_encryption.py tests/vm
 IMAGE ?= nvmesh-csi:dev
 
@@ -32,8 +34,18 @@ demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s
 
 .PHONY: test
 test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (5 min / 4 min)
+ifdef PYTEST_ARGS
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	@# What touches nothing but its own process first, side by side; then what shares this machine, one after the other.
+	@echo '== pytest: $(QUICK_TESTS), side by side' ; \
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(QUICK_TESTS) ; quick=$$? ; \
+	echo '== pytest: $(MACHINE_TESTS)' ; \
+	$(BIN)/python -m pytest $(MACHINE_TESTS) ; machine=$$? ; \
+	[ $$quick = 0 ] || echo '== failed above: $(QUICK_TESTS)' ; \
+	[ $$quick = 0 ] && [ $$machine = 0 ]
+endif
 
 .PHONY: test-vm
 test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (14 min / 11 min)

@@ -66,6 +66,7 @@ STORIES = {
             "marks.write filesystems.wipe filesystems.make mounts.mount paths.make_directory mounts.bind "
             "mounts.unmount paths.remove filesystems.check filesystems.grow_mounted"
         ),
+        ("filesystems.",),
     ),
     "block": Story(
         "block",

@@ -1,7 +1,11 @@
-"""The capacity rule against a model of the server's rounding, written apart from it in the server's own floats."""
+"""The capacity rule against a model of the server's rounding, written apart from it in the server's own floats.
+
+`NVMESH_CSI_CAPACITY_EXAMPLES=N` tries N creations, and a fifth as many lives with extensions.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from hypothesis import assume, given, settings
@@ -13,6 +17,7 @@ from csi_driver.model import CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Volume
 from tests.fakes.management import server_blocks
 
+EXAMPLES = int(os.environ.get("NVMESH_CSI_CAPACITY_EXAMPLES", "1500"))
 MIB = 1 << 20
 STRIPES = st.sampled_from([None, 32, 33, 48, 64, 100, 128, 200, 256, 300, 384, 512, 1024])
 WIDTHS = st.integers(2, 24)
@@ -60,7 +65,7 @@ def possible_sizes_between(low: int, high: int, layout: Layout) -> bool:
     return (high // granule) * granule >= low
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(layout=LAYOUTS, asked=RANGES)
 def test_a_created_volume_is_never_short_and_never_over_the_limit(layout: Layout, asked: CapacityRange) -> None:
     limit = asked.limit_bytes or 2**63 - 1
@@ -75,7 +80,7 @@ def test_a_created_volume_is_never_short_and_never_over_the_limit(layout: Layout
     assert made - capacity.granule_bytes(layout) < max(asked.required_bytes or 5_000_000_000, 1_000_000_000)
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=EXAMPLES // 5, deadline=None)
 @given(layout=LAYOUTS, first=RANGES, steps=st.lists(RANGES, min_size=1, max_size=4))
 def test_an_extended_volume_is_never_short_nor_over_nor_grown_by_less_than_a_granule(
     layout: Layout, first: CapacityRange, steps: list[CapacityRange]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,9 @@ def test_the_example_of_clusters_in_the_readme_is_taken_as_it_stands() -> None:
 def test_every_key_that_describes_clusters_is_explained(keys: tuple[str, ...]) -> None:
     explained = set(re.findall(r"`([\w.]+)`", text_of("clusters.md")))
     assert sorted(set(keys) - explained) == []
+
+
+def test_make_test_runs_every_directory_of_tests() -> None:
+    quick, machine = re.findall(r"(?m)^(?:QUICK|MACHINE)_TESTS := (.*)$", (ROOT / "Makefile").read_text())
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert quick.split() + machine.split() == settings["tool"]["pytest"]["ini_options"]["testpaths"]
