@@ -54,7 +54,7 @@ STORIES = {
         {"flags": ("nvmesh:chmod=0750",)},
         (*UP, "write", *DOWN, "reattach", "grow", *UP, "read", *DOWN),
         effects(
-            "marks.write filesystems.make marks.remove mounts.mount paths.set_mode paths.make_directory mounts.bind "
+            "marks.write filesystems.make mounts.mount paths.set_mode paths.make_directory mounts.bind "
             "mounts.unmount paths.remove filesystems.check filesystems.grow_unmounted"
         ),
     ),
@@ -201,8 +201,8 @@ class Life:
         """Bring the volume down from wherever it is, and see that nothing is left of it."""
         for verb in DOWN:
             self.do(verb)
-        is_marked = self.subject.attachment == 1 and not self.subject.read_only
-        marks = [f"{self.subject.loop.uuid}.mark"] if is_marked else []
+        # What says that a volume was used stays, whatever comes after.
+        marks = [] if self.subject.read_only else [f"{self.subject.loop.uuid}.mark"]
         assert [mark for mark in self.world.marks() if mark.startswith(self.subject.loop.uuid)] == marks
         self.world.end(self.subject)
 
