@@ -113,9 +113,10 @@ def test_publishing_excludes_staging_of_the_volume_and_the_same_target(endpoint:
 
 def test_the_volume_stays_busy_while_its_work_goes_on_after_the_caller_left(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("stage")
-    first = endpoint.node.NodeStageVolume.future(stage(), timeout=0.2)
+    first = endpoint.node.NodeStageVolume.future(stage())
     gate.wait_for()
-    assert code_of(first.result) is Code.DEADLINE_EXCEEDED
+    first.cancel()  # type: ignore[no-untyped-call]
+    assert first.code() is Code.CANCELLED
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.ABORTED
     gate.open()
     assert endpoint.boundary.running.wait_for_none(5) == []
