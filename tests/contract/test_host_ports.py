@@ -411,7 +411,8 @@ def test_all_mounts_of_a_device_are_found_and_no_others(host: Host, actor: Actor
     actor.mounted("elsewhere", "csi-2")
     assert all(found in host.mounts.table() for found in host.mounts.of_device(actor.device().number))
     found = {mounted.path for mounted in host.mounts.of_device(actor.device().number)}
-    assert found == {staged, target, node}
+    # Whoever else uses this machine may have a raw device published whose number is another's by now: this one's.
+    assert {path for path in found if path.is_relative_to(host.root)} == {staged, target, node}
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
