@@ -420,7 +420,7 @@ def test_a_driver_killed_while_the_header_is_made_waits_for_what_it_left_running
         node.start()
         end = time.monotonic() + 300
         while (outcome := stage(node.client, subject)) != "ok":
-            assert outcome == "FAILED_PRECONDITION", outcome
+            assert outcome == "ABORTED", outcome
             assert time.monotonic() < end
         assert shell("findmnt", "-no", "SOURCE", str(subject.staging)).strip() == f"/dev/mapper/{subject.name}"
         node.client.unstage(subject.volume_id, subject.staging)
