@@ -48,7 +48,7 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (14 min / 11 min)
+test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in an emulated machine (14 min / 7 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest'
 	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
