@@ -192,6 +192,8 @@ class AttachmentWish:
     action: str
     mode: ReservationMode
     reference_ids: frozenset[str]
+    version: int = 0
+    """The reservation's version that the attachment came about with; 0 = not told."""
 
     @property
     def is_detaching(self) -> bool:

@@ -81,7 +81,7 @@ class Attach:
         known = self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
         if wish is None or located.reference not in references(wish, located.volume):
             self._attach(located, client, mode, taken, deadline=deadline)
-        self._await_device(located, client, mode, deadline=deadline)
+        client = self._await_device(located, client, mode, deadline=deadline)
         return self._context(located, client, mode, known, request.context, deadline=deadline)
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
@@ -196,15 +196,15 @@ class Attach:
             raise self._take_over.refusal(located, client, deadline=deadline) from conflict
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode.name.lower())
 
-    def _await_device(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> None:
-        """Wait until the client reports a usable device, and the wish still stands in that same answer.
+    def _await_device(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> Client:
+        """Wait until the client reports a usable device, and the wish still stands in that same answer: return it.
 
         The wish is looked at again because servers before 3.5 may lose one that was accepted.
         """
-        lacks = "the attachment"
+        lacks, latest = "the attachment", client
 
         def is_usable() -> bool:
-            nonlocal lacks
+            nonlocal lacks, latest
             latest = self._again(located.management, client, deadline=deadline)
             wish = latest.wishes.get(located.volume.uuid)
             if wish is None or wish.is_detaching or located.reference not in references(wish, located.volume):
@@ -216,6 +216,7 @@ class Attach:
 
         if not self._attach_wait(deadline).wait_until(is_usable):
             raise DeadlineReached(f"{lacks} of volume {located.volume.name} on node {client.id}", deadline.elapsed_s())
+        return latest
 
     def _context(
         self,
@@ -229,8 +230,8 @@ class Attach:
     ) -> PublishContext:
         """Say what the node may believe, from the volume as it is now that it is attached.
 
-        `known` is the record as this call left it. What is read now may come from another server, which has not yet
-        heard of that and shows an earlier attachment of the same node: then nothing is believed.
+        `known` is the record as this call left it, and `client` shows the attachment. The volume may come from a server
+        that has not yet heard of either and shows an earlier attachment of the same node: then nothing is believed.
         """
         volume = located.management.volume(located.volume.name, deadline=deadline)
         if volume is None or volume.uuid != located.volume.uuid:
@@ -241,6 +242,7 @@ class Attach:
         # could have been another attachment's.
         is_old = (
             number != known.clients.get(client.uuid, 0)
+            or client.wishes[volume.uuid].version not in (0, volume.reservation.version)
             or volume.reservation.version < located.volume.reservation.version
         )
         if is_old or number != volume.reservation.version - 1 or number < attachments.number:

@@ -250,6 +250,7 @@ def _wish(uuid: str, wish: Document) -> AttachmentWish:
         action=str(wish.get("action") or ""),
         mode=_mode(wish),
         reference_ids=frozenset(wish.get("referenceIDs") or ()),
+        version=_whole((wish.get("reservation") or {}).get("version")) or 0,
     )
 
 

@@ -355,7 +355,8 @@ class FakeManagement:
             self._reserve(present, target, mode, version=version, preempt=preempt, detach_others=detach_others)
             earlier = target.wishes.get(present.uuid)
             references = {reference_id or present.uuid} | (earlier.reference_ids if earlier is not None else set())
-            wish = AttachmentWish(present.uuid, present.name, "attaching", mode, frozenset(references))
+            version = self._existing(volume).reservation.version
+            wish = AttachmentWish(present.uuid, present.name, "attaching", mode, frozenset(references), version)
             target.wishes[present.uuid] = wish
             self._later(self.attach_s, lambda: self._attached(target, present, io_enabled=self.io_s == 0))
             if self.io_s:

@@ -341,6 +341,17 @@ def test_a_server_that_shows_an_earlier_attachment_of_this_node_is_not_believed(
     assert world.publish(volume_id).attachment == 3
 
 
+def test_a_volume_that_a_server_shows_as_it_was_all_along_is_not_believed() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    before = world.stored()
+    world.unpublish(volume_id)
+    world.publish(volume_id)
+    world.management.old_news[before.name] = before
+    context = world.publish(volume_id)
+    assert (context.attachment, context.history) == (0, History.ATTACHED)
+
+
 def test_a_raw_writer_is_not_forgotten_for_a_server_that_has_not_heard_of_it() -> None:
     world, volume_id = made()
     world.publish(volume_id)

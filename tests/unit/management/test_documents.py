@@ -94,12 +94,13 @@ def test_a_reported_device_carries_status_io_and_references() -> None:
     )
 
 
-def test_a_wish_carries_action_mode_and_references() -> None:
+def test_a_wish_carries_action_mode_references_and_the_reservations_version() -> None:
     wish = decode_client(sample("client")).wishes[VOLUME_UUID]
-    assert (wish.action, wish.mode, wish.reference_ids) == (
+    assert (wish.action, wish.mode, wish.reference_ids, wish.version) == (
         "attaching",
         ReservationMode.EXCLUSIVE_READ_WRITE,
         frozenset({VOLUME_UUID}),
+        2,
     )
 
 
