@@ -32,11 +32,15 @@ _MOST_KEPT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What was begun on a volume, and under which of its attachments (0 = not counted)."""
+    """What was begun on a volume, and under which of its attachments (0 = not counted).
+
+    `uncounted`: the volume was put to use last under an attachment that nobody counts; `attachment` is an earlier one.
+    """
 
     volume_uuid: str
     attachment: int
     filesystem: str
+    uncounted: bool = False
 
     @property
     def tells_use(self) -> bool:
@@ -68,12 +72,13 @@ class Marks(Protocol):
 def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str) -> None:
     """Put on record that the volume is in use (`how`: RAW or USED) under this attachment, and maybe under earlier ones.
 
-    A format that was begun is over with it. Attachments that nobody counts leave no record of their own.
+    A format that was begun is over with it. Attachments that nobody counts leave no record of their own, but that
+    they came after the one on record.
     """
     mark = marks.read(volume_uuid)
     last = max(attachment, mark.attachment if mark is not None else 0)
     if last:
-        used = Mark(volume_uuid, last, how)
+        used = Mark(volume_uuid, last, how, uncounted=attachment == 0)
         if mark != used:
             marks.write(used)
     elif mark is not None:
@@ -83,11 +88,13 @@ def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str) -> N
 def put_to_use_before(marks: Marks, volume_uuid: str | None, attachment: int) -> int:
     """Return the attachment under which the volume was put to use, where that is an earlier one than this; else 0.
 
-    What is still mounted of it then belongs to a device that was taken from this node in between.
+    What is still mounted of it then belongs to a device that was taken from this node in between. Where it was put to
+    use last under an attachment that nobody counts, that may be this very one.
     """
     mark = marks.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
-    is_earlier = mark is not None and mark.tells_use and 0 < mark.attachment < attachment
-    return mark.attachment if mark is not None and is_earlier else 0
+    if mark is None or not mark.tells_use or mark.uncounted or mark.attachment >= attachment:
+        return 0
+    return mark.attachment
 
 
 class MarkFiles:
@@ -129,8 +136,13 @@ class MarkFiles:
             raise SystemCallFailed(f"read {path}", error.errno or 0) from error
         try:
             fields = json.loads(text)
-            mark = Mark(str(fields["volume"]), int(fields["attachment"]), str(fields["filesystem"]))
-        except (ValueError, KeyError, TypeError) as error:
+            mark = Mark(
+                str(fields["volume"]),
+                int(fields["attachment"]),
+                str(fields["filesystem"]),
+                uncounted=fields.get("uncounted") is True,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HostFailure(f"format mark {path} cannot be read, and no format goes ahead without it") from error
         if mark.volume_uuid != volume_uuid:
             raise HostFailure(f"format mark {path} is of volume {mark.volume_uuid}, wanted {volume_uuid}")
@@ -140,7 +152,8 @@ class MarkFiles:
         """Set the mark, replacing an older one of the volume, and see it on disk."""
         path = self._path(mark.volume_uuid)
         draft = path.with_suffix(".new")
-        text = json.dumps({"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem})
+        fields = {"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem}
+        text = json.dumps({**fields, "uncounted": True} if mark.uncounted else fields)
         try:
             if not self._directory.is_dir():
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)

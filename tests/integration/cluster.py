@@ -171,7 +171,8 @@ class ClusterVolume:
     id: str
     capability: Capability
     context: dict[str, str] = field(default_factory=dict)
-    publish_context: dict[str, str] = field(default_factory=dict)
+    publish_contexts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By node, as every node has a VolumeAttachment of its own."""
 
     @property
     def name(self) -> str:
@@ -202,7 +203,7 @@ class ClusterVolume:
         return next((self.cluster.directory / "pool").rglob(f"{self.uuid}*"))
 
     def attach(self, node: str, *, controller: int = 0) -> None:
-        self.publish_context = self.cluster.controllers[controller].attach(
+        self.publish_contexts[node] = self.cluster.controllers[controller].attach(
             self.id, self.cluster.ids[node], self.capability, volume_context=self.context
         )
 
@@ -213,13 +214,13 @@ class ClusterVolume:
         self.staging(node).mkdir(exist_ok=True)
         self.cluster.nodes[node].stage(
             self.id, self.staging(node), self.capability,
-            publish_context=self.publish_context, volume_context=self.context,
+            publish_context=self.publish_contexts.get(node, {}), volume_context=self.context,
         )  # fmt: skip
 
     def publish(self, node: str) -> Path:
         self.cluster.nodes[node].publish(
             self.id, self.staging(node), self.target(node), self.capability,
-            publish_context=self.publish_context, volume_context=self.context,
+            publish_context=self.publish_contexts.get(node, {}), volume_context=self.context,
         )  # fmt: skip
         return self.target(node)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import HostFailure
-from csi_driver.node.marks import RAW, USED, Mark, MarkFiles
+from csi_driver.node.marks import RAW, USED, Mark, MarkFiles, put_to_use_before, remember_use
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 
@@ -47,6 +47,16 @@ def test_what_was_begun_was_so_under_its_own_attachment_alone() -> None:
 @pytest.mark.parametrize("how", [RAW, USED])
 def test_what_was_used_was_so_for_every_earlier_attachment_too(how: str) -> None:
     assert [Mark(UUID, 3, how).is_of(attachment) for attachment in (0, 2, 3, 4)] == [False, True, True, False]
+
+
+def test_use_under_an_attachment_that_nobody_counts_forgets_no_earlier_one(marks: MarkFiles) -> None:
+    marks.write(Mark(UUID, 3, USED))
+    remember_use(marks, UUID, 0, USED)
+    assert marks.read(UUID) == Mark(UUID, 3, USED, uncounted=True)
+    assert put_to_use_before(marks, UUID, 5) == 0
+    remember_use(marks, UUID, 5, USED)
+    assert marks.read(UUID) == Mark(UUID, 5, USED)
+    assert put_to_use_before(marks, UUID, 7) == 5
 
 
 def test_a_mark_of_an_attachment_that_nobody_counts_is_of_none() -> None:

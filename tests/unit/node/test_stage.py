@@ -96,7 +96,7 @@ def test_a_volume_in_use_stays_on_record_under_later_attachments(node: FakeNode,
     formatted(node)
     node.marks.kept[UUID] = Mark(UUID, 1, USED)
     node.stage(context=publish_context(history=History.ATTACHED, attachment=attachment))
-    assert node.marks.kept == {UUID: Mark(UUID, last, USED)}
+    assert node.marks.kept == {UUID: Mark(UUID, last, USED, uncounted=attachment == 0)}
 
 
 def test_a_format_begun_under_an_attachment_that_nobody_counts_is_over_once_it_is_used(node: FakeNode) -> None:
@@ -735,6 +735,20 @@ def test_what_was_mounted_under_an_earlier_attachment_is_mounted_anew_once_nobod
     node.stage(context=later)
     assert node.host.mounts_at(STAGING) == 1
     assert node.host.disks[NAME].filesystem.checks > checked  # type: ignore[union-attr]
+
+
+def test_what_was_mounted_under_an_attachment_that_nobody_counted_may_be_that_of_a_counted_one(node: FakeNode) -> None:
+    """An earlier use is on record; the attachment of now was told without its number first, and with it later."""
+    later = staged_under(node, 3)
+    node.unpublish()
+    node.unstage()
+    node.stage(context=publish_context(history=History.ATTACHED, attachment=0))
+    node.publish(context=later)
+    node.unpublish()
+    node.unstage()
+    node.stage(context=later)
+    with pytest.raises(PreconditionFailed, match="under its attachment 5, wanted"):
+        node.publish(OTHER_TARGET, context=publish_context(history=History.ATTACHED, attachment=7))
 
 
 @pytest.mark.parametrize("attachment", [0, 3, 2])
