@@ -96,7 +96,10 @@ def test_a_narrower_bind_is_no_fault(machine: HostMachine) -> None:
 def test_errors_that_ext4_met_are_found(machine: HostMachine, option: str, expected: set[FaultKind]) -> None:
     before = mounted(machine, "ext4", option)
     device = (Path("/sys/dev/block") / str(before.number)).resolve().name
-    (Path("/sys/fs/ext4") / device / "trigger_fs_error").write_text("made by a test")
+    shown = Path("/sys/fs/ext4") / device
+    (shown / "trigger_fs_error").write_text("made by a test")
+    # The kernel counts an error after it has gone on, in a work item (fs/ext4/super.c, flush_stashed_error_work).
+    assert Deadline.after(20).wait_until(lambda: int((shown / "errors_count").read_text()) > 0, most_s=0.01)
     target = machine.place("publication")
     machine.mounts.bind(before.path, target, read_only=False)
     for path in (before.path, target):
