@@ -79,6 +79,10 @@ coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines 
 proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/csi.proto (2 s)
 	@$(BIN)/python proto/generate.py
 
+.PHONY: docs
+docs: $(VENV)/runtime ## write the tables of docs/parameters.md again (1 s)
+	@$(BIN)/python docs/generate.py
+
 .PHONY: lock
 lock: $(CACHE)/lock ## write requirements/*.txt again with the newest versions (10 s)
 	@UV=$(CACHE)/lock/bin/uv tests/tools/lock-requirements

@@ -19,7 +19,7 @@ _EXIT_STATUS = """exit status:
   128 + N  ended at once by the second signal, number N
 """
 
-_COMMANDS = {
+COMMANDS = {
     "controller": "Serve the CSI identity and controller services over the storage management.",
     "node": "Serve the CSI identity and node services on this machine.",
     "storage": "Run the embedded storage manager: the management's REST API over files of this machine.",
@@ -32,11 +32,11 @@ _COMMANDS = {
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     """Read the arguments after the program's name. Raises `UsageError` with every problem; --help ends the process."""
-    name = next((argument for argument in argv if argument in _COMMANDS), "")
+    name = next((argument for argument in argv if argument in COMMANDS), "")
     flags, make = definition(name)
     names, unknown = _parser(name, flags).parse_known_args(list(argv))
     if names.command is None:
-        raise UsageError([f"no command is given, wanted one of {', '.join(_COMMANDS)}"])
+        raise UsageError([f"no command is given, wanted one of {', '.join(COMMANDS)}"])
     values = Values({flag.name: getattr(names, flag.name) or [] for flag in flags}, environ)
     values.problems.extend(f"{argument} is not known to {PROGRAM} {name}" for argument in unknown)
     command = make(values)
@@ -85,7 +85,7 @@ def _parser(chosen: str, flags: Sequence[Flag[object]]) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, purpose in _COMMANDS.items():
+    for name, purpose in COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=purpose,

@@ -38,8 +38,8 @@ _MKFS_KEYS = {
     "mkfs/discard",
 }  # fmt: skip
 _ANYWHERE_KEYS = {"relativeRebuildPriority", "description", "mkfsOptions", "fsType"}
-_KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | _MKFS_KEYS | ENCRYPTION_KEYS
-_THIN_KEYS = {
+KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | _MKFS_KEYS | ENCRYPTION_KEYS
+THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
     "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
 }  # fmt: skip
@@ -98,7 +98,7 @@ def parse(parameters: Mapping[str, str]) -> VolumeParameters:
         domain=own.get("domain"),
         encryption=encryption(own),
         pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
-        recorded={metadata_key(key): parameters[key] for key in parameters if key in _KNOWN_KEYS or key in _KEPT},
+        recorded={metadata_key(key): parameters[key] for key in parameters if key in KNOWN_KEYS or key in _KEPT},
         ignored=ignored,
     )
 
@@ -115,14 +115,12 @@ def is_compared(key: str) -> bool:
 
 def _refuse_unknown(own: Mapping[str, str]) -> None:
     for key in own:
-        if key in _THIN_KEYS:
+        if key in THIN_KEYS:
             raise InvalidRequest(f"parameter {key} asks for a thin volume, which is not supported")
         if key == "isEncrypted":
             raise InvalidRequest("parameter isEncrypted is not known, wanted encryption: native")
-        if key not in _KNOWN_KEYS:
-            raise InvalidRequest(
-                f"parameter {shown(key)} is not known, wanted some of {', '.join(sorted(_KNOWN_KEYS))}"
-            )
+        if key not in KNOWN_KEYS:
+            raise InvalidRequest(f"parameter {shown(key)} is not known, wanted some of {', '.join(sorted(KNOWN_KEYS))}")
 
 
 def _check_mkfs(own: Mapping[str, str]) -> None:

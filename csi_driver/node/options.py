@@ -26,7 +26,7 @@ _ROOT_MODE = re.compile(r"nvmesh:(?:chmod|permissions)=([0-7]{3,4})")
 _MEANINGLESS = frozenset({"defaults", "_netdev", "nofail", "rw"})
 """Taken and dropped: mount(8) keeps them for itself (fstab), the kernel does not know them."""
 
-_REFUSED = {
+REFUSED = {
     "another operation than mounting the volume": (
         "bind rbind remount move loop offset sizelimit shared rshared slave rslave private rprivate unbindable "
         "runbindable user users owner group auto noauto helper uhelper source"
@@ -38,9 +38,9 @@ _REFUSED = {
         "abort debug dev suid test_dummy_encryption data_err clear_cache skip_balance check_int check_int_data"
     ),
 }
-_REFUSED_BY_NAME = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
+_REFUSED_BY_NAME = {name: reason for reason, names in REFUSED.items() for name in names.split()}
 _REFUSED_WHOLE = {"errors=panic": "harmful to the machine or to data"}
-_NO_REPLAY = frozenset({"noload", "norecovery", "nologreplay", "rescue"})
+NO_REPLAY = frozenset({"noload", "norecovery", "nologreplay", "rescue"})
 """Leave the journal unread: right for a reader, destructive for a writer."""
 
 _ALWAYS = {"xfs": ("nouuid",)}
@@ -101,7 +101,7 @@ def plan_mount(
     kept = tuple(flag for flag in flags if flag != "ro")
     if not readers:
         for flag in kept:
-            if _name(flag) in _NO_REPLAY:
+            if _name(flag) in NO_REPLAY:
                 raise InvalidField(MOUNT_FLAGS, _name(flag), "no option that leaves the journal unread while writing")
     wish = Wish(fs_type, readers)
     return MountPlan(wish, kept, None if readers else root_mode, mkfs.arguments(wish.to_make))

@@ -224,7 +224,7 @@ def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:
     assert dict(read.recorded) == {"csi-storage-k8s-io/pvc/namespace": "team-a"}
 
 
-@given(st.dictionaries(st.sampled_from(sorted(parameters._KNOWN_KEYS)) | st.text(max_size=20), st.text(max_size=40)))
+@given(st.dictionaries(st.sampled_from(sorted(parameters.KNOWN_KEYS)) | st.text(max_size=20), st.text(max_size=40)))
 def test_any_parameters_are_read_or_refused(given_parameters: dict[str, str]) -> None:
     try:
         read = parameters.parse(given_parameters)
