@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from csi_driver.management import old_clusters
 from csi_driver.management.clusters_file import ZONE_KEYS, Defaults, understand
 from csi_driver.management.settings import ManagementSettings
+from tests.documents import NAMES, ROOT, anchors, fenced, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = [document.name for document in DOCUMENTS]
 
-
-def text_of(name: str) -> str:
-    return next(document for document in DOCUMENTS if document.name == name).read_text()
-
-
-def examples(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text_of(name), re.DOTALL)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
-def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
+    document, text = ROOT / name, text_of(name)
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", unfenced(text)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         there = (document.parent / path).resolve() if path else document
-        headings = re.findall(r"(?m)^#+ (.*)$", there.read_text()) if there.suffix == ".md" and there.exists() else []
-        slugs = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        if not there.exists() or (anchor and anchor not in slugs):
+        if not there.exists() or (anchor and anchor not in anchors(there.read_text())):
             broken.append(target)
     assert broken == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
-def test_every_test_that_a_document_names_exists(document: Path) -> None:
-    assert sorted(set(re.findall(r"`(test_\w+)`", document.read_text())) - defined()) == []
+@pytest.mark.parametrize("name", NAMES)
+def test_every_test_that_a_document_names_exists(name: str) -> None:
+    assert sorted(set(re.findall(r"`(test_\w+)`", text_of(name))) - defined()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_that_a_document_names_exists(name: str) -> None:
+    named = re.findall(r"`((?:csi_driver|tests|docs|deploy|proto|requirements)/[\w./-]+)`", text_of(name))
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_every_known_fault_of_the_older_drivers_has_its_tests() -> None:
@@ -54,13 +47,13 @@ def test_every_known_fault_of_the_older_drivers_has_its_tests() -> None:
 
 @pytest.mark.parametrize(("language", "zones"), [("yaml", ["single-zone-cluster", "west"]), ("json", ["a", "b"])])
 def test_the_examples_of_clusters_are_taken_as_they_stand(language: str, zones: list[str]) -> None:
-    (example,) = examples("clusters.md", language)
+    (example,) = fenced(text_of("clusters.md"), language)
     described = understand(example, Defaults(ManagementSettings(()), "single-zone-cluster"))
     assert list(described.zones) == zones
 
 
 def test_the_example_of_clusters_in_the_readme_is_taken_as_it_stands() -> None:
-    (example,) = (each for each in examples("README.md", "yaml") if each.startswith("zones:"))
+    (example,) = (each for each in fenced(text_of("README.md"), "yaml") if each.startswith("zones:"))
     assert list(understand(example, Defaults(ManagementSettings(()), "z")).zones) == ["east", "west"]
 
 
