@@ -83,6 +83,10 @@ proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/csi.proto (2 s)
 docs: $(VENV)/runtime ## write the tables of docs/parameters.md again (1 s)
 	@$(BIN)/python docs/generate.py
 
+.PHONY: chart
+chart: $(VENV)/test ## write what the Helm chart has of the program's flags again (1 s)
+	@$(BIN)/python -m tests.tools.chart_schema
+
 .PHONY: lock
 lock: $(CACHE)/lock ## write requirements/*.txt again with the newest versions (10 s)
 	@UV=$(CACHE)/lock/bin/uv tests/tools/lock-requirements

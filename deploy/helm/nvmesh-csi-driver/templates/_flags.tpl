@@ -1,0 +1,81 @@
+{{/* The program's arguments. */}}
+
+{{/* Flags by their names in camelCase, as arguments. A list is a flag that is repeated. */}}
+{{- define "nvmesh-csi.flags" -}}
+{{- range $name, $value := . }}
+{{- range $one := (kindIs "slice" $value | ternary $value (list $value)) }}
+- {{ printf "--%s=%s" (kebabcase $name) (include "nvmesh-csi.word" $one) | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* A value as a word: numbers out of YAML are floating point, and 1000000 would be 1e+06. */}}
+{{- define "nvmesh-csi.word" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{- int64 . -}}
+{{- else -}}
+{{- toString . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What every role is told. */}}
+{{- define "nvmesh-csi.logArgs" -}}
+- --log-level={{ .Values.logLevel }}
+- --log-format={{ .Values.logFormat }}
+{{- end -}}
+
+{{/* What controller and node are told alike. */}}
+{{- define "nvmesh-csi.commonArgs" -}}
+- --driver-name={{ .Values.driverName }}
+{{- with .Values.zone }}
+- --zone={{ . }}
+{{- end }}
+{{- with .Values.topologyKey }}
+- --topology-key={{ . }}
+{{- end }}
+{{- with .Values.maxVolumesPerNode }}
+- --max-volumes-per-node={{ int64 . }}
+{{- end }}
+{{- if ne .Values.attachBy "controller" }}
+- --attach-by={{ .Values.attachBy }}
+{{- end }}
+{{ include "nvmesh-csi.logArgs" . }}
+{{- end -}}
+
+{{/* Address of a role's HTTP server. Call with (dict "root" $ "role" NAME). */}}
+{{- define "nvmesh-csi.httpHost" -}}
+{{- $values := index .root.Values .role -}}
+{{- $values.http.host | default (ternary "127.0.0.1" "0.0.0.0" ($values.hostNetwork | default false)) -}}
+{{- end -}}
+
+{{/* Probes of the driver's container. Call with (dict "root" $ "role" NAME "sidecarPort" PORT). */}}
+{{- define "nvmesh-csi.probes" -}}
+{{- $host := include "nvmesh-csi.httpHost" . -}}
+{{- $port := (index .root.Values .role).http.port -}}
+{{- $sidecar := and .sidecarPort .root.Values.sidecars.livenessprobe.enabled -}}
+{{- if or $sidecar $port }}
+livenessProbe:
+  httpGet:
+    path: /healthz
+    port: {{ ternary "healthz" "http" (not (not $sidecar)) }}
+    {{- if and (not $sidecar) (hasPrefix "127." $host) }}
+    host: {{ $host }}
+    {{- end }}
+  initialDelaySeconds: 5
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 5
+{{- end }}
+{{- if $port }}
+readinessProbe:
+  httpGet:
+    path: /readyz
+    port: http
+    {{- if hasPrefix "127." $host }}
+    host: {{ $host }}
+    {{- end }}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+{{- end }}
+{{- end -}}

@@ -1,0 +1,52 @@
+{{/* Where the node finds what it works with, as paths of the host that are the same in the container. */}}
+
+{{- define "nvmesh-csi.deviceDirectory" -}}
+{{- .Values.node.deviceDirectory | default (ternary .Values.storage.deviceDirectory "/dev/nvmesh" .Values.storage.enabled) -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.statusDirectory" -}}
+{{- .Values.node.statusDirectory | default (ternary .Values.storage.statusDirectory "/proc/nvmeibc" .Values.storage.enabled) -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.pluginDirectory" -}}
+{{- printf "%s/plugins/%s" (trimSuffix "/" .Values.kubeletDirectory) .Values.driverName -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.stateDirectory" -}}
+{{- .Values.node.stateDirectory | default (printf "%s/state" (include "nvmesh-csi.pluginDirectory" .)) -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.startupTaintKey" -}}
+{{- .Values.node.startupTaint.key | default (printf "%s/agent-not-ready" .Values.driverName) -}}
+{{- end -}}
+
+{{/* "true" where the node's pod talks to the API server. */}}
+{{- define "nvmesh-csi.nodeUsesApi" -}}
+{{- if or .Values.node.nodeLabel .Values.node.startupTaint.enabled .Values.node.preStop.enabled -}}true{{- end -}}
+{{- end -}}
+
+{{/* Directories of the host that the node's container sees beside kubelet's and /dev, as a list of {path, mode} in
+     YAML: `shared` ones show mounts of the container to the host, `read` ones are read-only. */}}
+{{- define "nvmesh-csi.nodeDirectories" -}}
+{{- $kubelet := .Values.kubeletDirectory -}}
+{{- $devices := include "nvmesh-csi.deviceDirectory" . -}}
+{{- if not (include "nvmesh-csi.isBelow" (list $devices "/dev")) }}
+- {path: {{ $devices }}, mode: follow}
+{{- end }}
+{{- $status := include "nvmesh-csi.statusDirectory" . -}}
+{{- if not (or (include "nvmesh-csi.isBelow" (list $status "/proc")) (include "nvmesh-csi.isBelow" (list $status "/dev"))) }}
+- {path: {{ $status }}, mode: read}
+{{- end }}
+{{- $state := include "nvmesh-csi.stateDirectory" . -}}
+{{- if not (include "nvmesh-csi.isBelow" (list $state $kubelet)) }}
+- {path: {{ $state }}, mode: write}
+{{- end }}
+{{- range .Values.node.extraPathRoots }}
+- {path: {{ . }}, mode: shared}
+{{- end }}
+{{- if not .Values.storage.enabled }}
+{{- range .Values.node.clientDirectories }}
+- {path: {{ . }}, mode: read}
+{{- end }}
+{{- end }}
+{{- end -}}

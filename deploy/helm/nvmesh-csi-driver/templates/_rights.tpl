@@ -1,0 +1,103 @@
+{{/* A ClusterRole with its binding. Call with (dict "root" $ "name" NAME "role" ACCOUNT'S ROLE "rules" YAML). */}}
+{{- define "nvmesh-csi.clusterRole" -}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
+rules: {{- .rules | nindent 2 }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end -}}
+
+{{/* A Role with its binding, in the release's namespace or another. Call as above, with "namespace". */}}
+{{- define "nvmesh-csi.role" -}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+  namespace: {{ .namespace | default .root.Release.Namespace }}
+  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
+rules: {{- .rules | nindent 2 }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+  namespace: {{ .namespace | default .root.Release.Namespace }}
+  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: Role
+  name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end -}}
+
+{{- define "nvmesh-csi.leaseRule" -}}
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [get, create, update]
+{{- end -}}
+
+{{- define "nvmesh-csi.provisionerRules" -}}
+- {apiGroups: [""], resources: [persistentvolumes], verbs: [get, list, watch, create, patch, delete]}
+- {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, watch, update]}
+- {apiGroups: [""], resources: [nodes], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [events], verbs: [list, watch, create, update, patch]}
+- {apiGroups: [storage.k8s.io], resources: [storageclasses, csinodes, volumeattributesclasses], verbs: [get, list, watch]}
+# A volume is deleted when it is detached everywhere, not before.
+- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list, watch]}
+{{- end -}}
+
+{{- define "nvmesh-csi.provisionerNamespacedRules" -}}
+{{ include "nvmesh-csi.leaseRule" . }}
+{{- if .Values.sidecars.provisioner.capacity.enabled }}
+- {apiGroups: [storage.k8s.io], resources: [csistoragecapacities], verbs: [get, list, watch, create, update, patch, delete]}
+# From the pod up to the Deployment, which owns the capacity objects.
+- {apiGroups: [""], resources: [pods], verbs: [get]}
+- {apiGroups: [apps], resources: [replicasets], verbs: [get]}
+{{- end -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.attacherRules" -}}
+- {apiGroups: [""], resources: [persistentvolumes], verbs: [get, list, watch, patch]}
+- {apiGroups: [storage.k8s.io], resources: [csinodes], verbs: [get, list, watch]}
+- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list, watch, patch]}
+- {apiGroups: [storage.k8s.io], resources: [volumeattachments/status], verbs: [patch]}
+{{- end -}}
+
+{{- define "nvmesh-csi.resizerRules" -}}
+- {apiGroups: [""], resources: [persistentvolumes], verbs: [get, list, watch, patch]}
+- {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [persistentvolumeclaims/status], verbs: [patch]}
+- {apiGroups: [""], resources: [events], verbs: [list, watch, create, update, patch]}
+- {apiGroups: [storage.k8s.io], resources: [volumeattributesclasses], verbs: [get, list, watch]}
+{{- end -}}
+
+{{- define "nvmesh-csi.nodeRules" -}}
+{{- $node := .Values.node -}}
+{{- $verbs := list -}}
+{{- if or $node.startupTaint.enabled $node.preStop.enabled -}}{{- $verbs = append $verbs "get" -}}{{- end -}}
+{{- if or $node.startupTaint.enabled $node.nodeLabel -}}{{- $verbs = append $verbs "patch" -}}{{- end -}}
+- {apiGroups: [""], resources: [nodes], verbs: {{ toJson $verbs }}}
+{{- if $node.preStop.enabled }}
+- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list]}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,114 @@
+{{/* The sidecars' containers. */}}
+
+{{/* Arguments of every sidecar that talks to the API server. Call with (dict "root" $ "sidecar" VALUES). */}}
+{{- define "nvmesh-csi.sidecarArgs" -}}
+{{- $all := .root.Values.sidecars -}}
+- --csi-address=/run/csi/csi.sock
+- --leader-election
+- --leader-election-namespace=$(NAMESPACE)
+- --leader-election-lease-duration={{ int $all.leaderElection.leaseDurationSeconds }}s
+- --leader-election-renew-deadline={{ int $all.leaderElection.renewDeadlineSeconds }}s
+- --leader-election-retry-period={{ int $all.leaderElection.retryPeriodSeconds }}s
+- --kube-api-qps={{ $all.kubeApiQps }}
+- --kube-api-burst={{ int $all.kubeApiBurst }}
+- --retry-interval-start={{ int .sidecar.retryIntervalStartSeconds }}s
+- --retry-interval-max={{ int .sidecar.retryIntervalMaxSeconds }}s
+{{- with .sidecar.httpPort }}
+- --http-endpoint=:{{ int . }}
+{{- end }}
+- --v={{ int $all.logVerbosity }}
+{{- end -}}
+
+{{- define "nvmesh-csi.sidecarEnv" -}}
+- name: NAMESPACE
+  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+{{- end -}}
+
+{{/* A sidecar of the controller. Call with (dict "root" $ "name" NAME "args" TEXT). */}}
+{{- define "nvmesh-csi.controllerSidecar" -}}
+{{- $sidecar := index .root.Values.sidecars .name -}}
+- name: {{ .name }}
+  image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
+  imagePullPolicy: {{ $sidecar.image.pullPolicy }}
+  args:
+    {{- include "nvmesh-csi.sidecarArgs" (dict "root" .root "sidecar" $sidecar) | nindent 4 }}
+    {{- .args | nindent 4 }}
+    {{- range $sidecar.extraArgs }}
+    - {{ . | quote }}
+    {{- end }}
+  env: {{- include "nvmesh-csi.sidecarEnv" .root | nindent 4 }}
+  {{- if $sidecar.httpPort }}
+  ports:
+    - {name: {{ .name }}, containerPort: {{ int $sidecar.httpPort }}}
+  # A leader that cannot renew its lease and goes on all the same is started anew.
+  livenessProbe:
+    httpGet: {path: /healthz/leader-election, port: {{ .name }}}
+    initialDelaySeconds: 10
+    periodSeconds: 20
+    timeoutSeconds: 10
+    failureThreshold: 3
+  {{- end }}
+  resources: {{- $sidecar.resources | default .root.Values.sidecars.resources | toYaml | nindent 4 }}
+  securityContext: {{- include "nvmesh-csi.unprivileged" . | nindent 4 }}
+  volumeMounts:
+    - {name: socket, mountPath: /run/csi}
+{{- end -}}
+
+{{/* livenessprobe in a pod. Call with (dict "root" $ "port" PORT "socket" PATH "mount" VOLUMEMOUNT "user" UID). */}}
+{{- define "nvmesh-csi.livenessSidecar" -}}
+{{- $sidecar := .root.Values.sidecars.livenessprobe -}}
+- name: livenessprobe
+  image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
+  imagePullPolicy: {{ $sidecar.image.pullPolicy }}
+  args:
+    - --csi-address={{ .socket }}
+    - --probe-timeout={{ int $sidecar.probeTimeoutSeconds }}s
+    - --http-endpoint={{ .host }}:{{ int .port }}
+    - --v={{ int .root.Values.sidecars.logVerbosity }}
+    {{- range $sidecar.extraArgs }}
+    - {{ . | quote }}
+    {{- end }}
+  resources: {{- $sidecar.resources | default .root.Values.sidecars.resources | toYaml | nindent 4 }}
+  securityContext:
+    {{- include "nvmesh-csi.unprivileged" . | nindent 4 }}
+    {{- with .runAs }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  volumeMounts:
+    - {{ toJson .mount }}
+{{- end -}}
+
+{{- define "nvmesh-csi.provisionerArgs" -}}
+{{- $sidecar := .Values.sidecars.provisioner -}}
+- --timeout={{ int $sidecar.timeoutSeconds }}s
+- --worker-threads={{ int $sidecar.workerThreads }}
+- --default-fstype={{ $sidecar.defaultFsType }}
+- --extra-create-metadata={{ $sidecar.extraCreateMetadata }}
+- --strict-topology={{ $sidecar.strictTopology }}
+- --immediate-topology={{ $sidecar.immediateTopology }}
+{{- if $sidecar.capacity.enabled }}
+- --enable-capacity
+# The objects belong to the Deployment, two levels above the pod, so that they outlive pods and end with it.
+- --capacity-ownerref-level=2
+- --capacity-poll-interval={{ int $sidecar.capacity.pollIntervalSeconds }}s
+{{- end }}
+{{- end -}}
+
+{{- define "nvmesh-csi.attacherArgs" -}}
+{{- $sidecar := .Values.sidecars.attacher -}}
+- --timeout={{ int $sidecar.timeoutSeconds }}s
+- --worker-threads={{ int $sidecar.workerThreads }}
+- --reconcile-sync={{ int $sidecar.reconcileSyncSeconds }}s
+- --default-fstype={{ $sidecar.defaultFsType }}
+{{- end -}}
+
+{{- define "nvmesh-csi.resizerArgs" -}}
+{{- $sidecar := .Values.sidecars.resizer -}}
+- --resize-timeout={{ int $sidecar.resizeTimeoutSeconds }}s
+- --modify-timeout={{ int $sidecar.modifyTimeoutSeconds }}s
+- --workers={{ int $sidecar.workerThreads }}
+# Volumes grow while they are in use: nobody needs to watch every pod for that.
+- --handle-volume-inuse-error=false
+{{- end -}}

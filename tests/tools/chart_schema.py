@@ -1,0 +1,131 @@
+"""Write into the chart's values.schema.json which flags each role's `flags` takes: what the program's own tables say.
+
+`make chart` runs it; a test holds the file to what it would write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from csi_driver.config import values as read
+from csi_driver.config.commands import definition
+from csi_driver.config.flags import Flag
+
+SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"
+
+_CSI = {
+    "--endpoint": "the chart's own",
+    "--driver-name": "driverName",
+    "--zone": "zone",
+    "--topology-key": "topologyKey",
+    "--max-volumes-per-node": "maxVolumesPerNode",
+    "--attach-by": "attachBy",
+}
+_LOG = {"--log-level": "logLevel", "--log-format": "logFormat"}
+_MANAGEMENT = {
+    "--clusters-file": "management.zones and management.existingClusters",
+    "--management-server": "management.servers",
+    "--management-user": "management.user",
+    "--management-user-file": "management.existingSecret",
+    "--management-password-file": "management.existingSecret",
+    "--management-ca-file": "management.tls.caSecret",
+    "--management-tls-verify": "management.tls.verify",
+    "--management-client-certificate": "management.tls.clientCertificateSecret",
+    "--management-client-key": "management.tls.clientCertificateSecret",
+}
+OWN_VALUES: Mapping[str, Mapping[str, str]] = {
+    "controller": {**_CSI, **_LOG, **_MANAGEMENT, "--http-listen": "controller.http"},
+    "node": {
+        **_CSI,
+        **_LOG,
+        **_MANAGEMENT,
+        "--http-listen": "node.http",
+        "--node-name": "the chart's own",
+        "--path-root": "kubeletDirectory and node.extraPathRoots",
+        "--state-directory": "node.stateDirectory",
+        "--device-directory": "node.deviceDirectory",
+        "--status-directory": "node.statusDirectory",
+        "--kubelet-registration-directory": "kubeletDirectory",
+        "--node-label": "node.nodeLabel",
+        "--startup-taint": "node.startupTaint",
+    },
+    "storage": {
+        **_LOG,
+        "--pool": "storage.poolDirectory",
+        "--size": "storage.size",
+        "--node-name": "the chart's own",
+        "--device-directory": "storage.deviceDirectory",
+        "--status-directory": "storage.statusDirectory",
+        "--listen": "storage.listenHost and storage.service.port",
+        "--user": "storage.user",
+        "--password-file": "storage.existingSecret",
+        "--tls-certificate": "storage.tls.existingSecret",
+        "--tls-key": "storage.tls.existingSecret",
+        "--http-listen": "storage.http",
+    },
+}
+"""Flags that the templates set from values of their own, with where; all others are in the role's `flags`."""
+
+_SHAPES: Mapping[Callable[[str], object], Mapping[str, Any]] = {
+    read.boolean: {"type": "boolean"},
+    read.count: {"type": "integer", "minimum": 0},
+    read.positive_count: {"type": "integer", "minimum": 1},
+    read.duration: {"$ref": "#/$defs/duration"},
+    read.seconds: {"$ref": "#/$defs/duration"},
+    read.size: {"$ref": "#/$defs/size"},
+    read.positive_size: {"$ref": "#/$defs/size"},
+    read.path: {"type": "string", "pattern": "^/"},
+}
+
+
+def flags_of(role: str) -> tuple[Flag[object], ...]:
+    """Return the flags of a role."""
+    return tuple(definition(role)[0])
+
+
+def value_name(flag: Flag[object]) -> str:
+    """Return a flag's name in camelCase, as values have it."""
+    first, *rest = flag.name.removeprefix("--").split("-")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def flags_schema(role: str) -> dict[str, Any]:
+    """Return the schema of a role's `flags`."""
+    own = OWN_VALUES[role]
+    return {
+        "title": f"flags of nvmesh-csi {role} that have no value of their own, in camelCase",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {value_name(flag): _shape(flag) for flag in flags_of(role) if flag.name not in own},
+    }
+
+
+def _shape(flag: Flag[object]) -> dict[str, Any]:
+    one = dict(_SHAPES.get(flag.read) or _choice(flag) or {"type": "string", "minLength": 1})
+    shape = {"type": "array", "items": one} if flag.repeatable else one
+    return {"description": flag.describe().replace("%%", "%")} | shape
+
+
+def _choice(flag: Flag[object]) -> dict[str, Any] | None:
+    """Return the words that a flag takes, as its reader names them when it refuses another one."""
+    try:
+        flag.read("\0")
+    except ValueError as refusal:
+        words = str(refusal)
+        return {"enum": words.removeprefix("one of ").split(", ")} if words.startswith("one of ") else None
+    return None
+
+
+def fresh(text: str) -> str:
+    """Return the schema with its parts about flags written anew."""
+    schema = json.loads(text)
+    for role in OWN_VALUES:
+        schema["$defs"][f"{role}Flags"] = flags_schema(role)
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(fresh(SCHEMA.read_text()))
