@@ -63,6 +63,10 @@ class Deadline:
         """Return the deadline `seconds` before this one: what a wait inside a call may use of it."""
         return Deadline(self.at_s - seconds, self.started_s, self.clock)
 
+    def at_most(self, seconds: float) -> Deadline:
+        """Return this deadline, or the moment `seconds` from now where that comes first."""
+        return Deadline(min(self.at_s, self.clock.monotonic() + seconds), self.started_s, self.clock)
+
     def wait_until(self, ready: Callable[[], bool], *, first_s: float = 0.01, most_s: float = 0.5) -> bool:
         """Ask `ready` at growing intervals until it is true (return True) or the time is up (False).
 

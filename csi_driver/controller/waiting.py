@@ -7,5 +7,4 @@ from csi_driver.deadline import Deadline
 
 def within(deadline: Deadline, limit_s: float, *, margin_s: float) -> Deadline:
     """Return when to stop waiting: `limit_s` from now, at the latest `margin_s` before the caller gives up."""
-    latest_s = deadline.at_s - margin_s
-    return Deadline(min(latest_s, deadline.clock.monotonic() + limit_s), deadline.started_s, deadline.clock)
+    return deadline.earlier(margin_s).at_most(limit_s)

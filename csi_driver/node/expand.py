@@ -16,6 +16,10 @@ from csi_driver.node.prepare import GROWTH_SLACK_BYTES
 from csi_driver.node.readers import reader_over
 from csi_driver.node.requests import NodeExpandRequest, NodeSettings
 
+# Clients show a new size within seconds. kubelet asks for sizes that never come, too: that of a static PersistentVolume
+# which claims more than its volume has. Until the answer, no pod with the volume can end.
+_NEW_SIZE_WAIT_S = 20.0
+
 
 class Expand:
     """NodeExpandVolume."""
@@ -87,8 +91,8 @@ class Expand:
         return known_path(self._paths, volume, text)
 
     def _device(self, volume: NamedVolume, required_bytes: int, deadline: Deadline) -> Device:
-        """Wait until the device has `required_bytes`; clients announce no new size."""
-        in_time = deadline.earlier(self._settings.answer_margin_s)
+        """Wait a while until the device has `required_bytes`; clients announce no new size."""
+        in_time = deadline.earlier(self._settings.answer_margin_s).at_most(_NEW_SIZE_WAIT_S)
         found: list[Device] = []
 
         def is_large_enough() -> bool:

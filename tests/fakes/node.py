@@ -149,10 +149,11 @@ class FakeNode:
         volume_id: str = VOLUME_ID,
         capability: Capability | None = None,
         secrets: Mapping[str, str] = EMPTY,
+        seconds: float = 60.0,
     ) -> int:
         capacity = CapacityRange(required_bytes, limit_bytes)
         request = NodeExpandRequest(volume_id, str(path), capacity, str(staging), capability, secrets)
-        return self.use.expand.expand(request, deadline=self.soon())
+        return self.use.expand.expand(request, deadline=self.soon(seconds))
 
     def usage(self, path: Path | str = TARGET, volume_id: str = VOLUME_ID) -> Usage:
         return self.use.statistics.usage(volume_id, str(path), "", deadline=self.soon())
