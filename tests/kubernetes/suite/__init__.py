@@ -1,0 +1,1 @@
+"""The official external-storage suite of Kubernetes (e2e.test), run in the test cluster, and its report."""
