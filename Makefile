@@ -81,7 +81,7 @@ proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/csi.proto (2 s)
 
 .PHONY: docs
 docs: $(VENV)/runtime ## write the tables of docs/parameters.md again (1 s)
-	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m tests.tools.document_tables
 
 .PHONY: chart
 chart: $(VENV)/test ## write what the Helm chart has of the program's flags again (1 s)

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
+import yaml
 
 from csi_driver import capacity
-from csi_driver.config.commands import COMMANDS
+from csi_driver.config.commands import COMMANDS, definition
 from csi_driver.controller import mutable_parameters, parameters
 from csi_driver.controller.encryption_parameters import SECRET_KEYS
 from csi_driver.controller.layout_parameters import LAYOUT_KEYS, RAID_LEVELS, takes
@@ -17,8 +18,8 @@ from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.errors import InvalidField, InvalidRequest
 from csi_driver.node import options
 from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY
-from docs.generate import flags_of, fresh
 from tests.documents import Row, code, section, table, text_of
+from tests.tools.document_tables import VALUES, fresh
 
 DOCUMENT = text_of("parameters.md")
 ROWS = table(section(DOCUMENT, "Parameters"), "parameter", "values")
@@ -203,20 +204,45 @@ def test_the_generated_tables_are_fresh() -> None:
 
 def test_every_command_with_flags_has_its_table() -> None:
     tables = re.findall(r"<!-- table: flags (\S+) -->", DOCUMENT)
-    assert tables == [command for command in COMMANDS if flags_of(command)]
+    assert tables == [command for command in COMMANDS if definition(command)[0]]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if flags_of(command)])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if definition(command)[0]])
 def test_every_flag_with_its_variable_is_in_the_document(command: str) -> None:
     (text,) = re.findall(rf"(?s)<!-- table: flags {command} -->(.*?)<!-- end of table -->", DOCUMENT)
     words = {word for span in code(text) for word in span.split()}
     missing = [
         word
-        for flag in flags_of(command)
+        for flag in definition(command)[0]
         for word in ((flag.name,) if flag.is_positional else (flag.name, flag.variable))
         if word not in words
     ]
     assert missing == []
     assert {word for word in words if word.startswith("--")} == {
-        flag.name for flag in flags_of(command) if not flag.is_positional
+        flag.name for flag in definition(command)[0] if not flag.is_positional
     }
+
+
+def test_every_value_of_the_chart_is_in_the_document_and_explained() -> None:
+    values = yaml.safe_load(VALUES.read_text())
+    rows = {
+        span: row for row in table(section(DOCUMENT, "Values of the chart"), "value") for span in code(row["value"])
+    }
+    assert [path for path, row in rows.items() if not row["what it does"]] == []
+    assert sorted(path for path in _paths(values) if not _is_covered(path, set(rows))) == []
+    assert sorted(set(rows) - set(_paths(values))) == []
+
+
+def _paths(values: Mapping[str, object], above: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{above}{key}.")
+
+
+def _is_covered(path: str, rows: set[str]) -> bool:
+    """Tell whether a value has a row, or one of what it is part of, or those of all its parts."""
+    parts = path.split(".")
+    return any(".".join(parts[:length]) in rows for length in range(1, len(parts) + 1)) or any(
+        row.startswith(f"{path}.") for row in rows
+    )
