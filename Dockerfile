@@ -9,6 +9,8 @@ FROM ${BASE} AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# Where pip finds packages, if not at PyPI; nothing of it reaches the final stage.
+ARG PIP_CONFIG_FILE
 WORKDIR /src
 COPY requirements/runtime.txt requirements/build.txt requirements/
 RUN python3 -m venv /build \
