@@ -24,7 +24,7 @@ export PATH := $(CURDIR)/$(CACHE)/bin:$(PATH)
 .PHONY: help
 help: ## list the targets
 	@echo 'usage: make TARGET        (times: 2 cores, first run / later runs)'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s)
@@ -52,6 +52,22 @@ test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest'
 	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
+
+.PHONY: cluster-up
+cluster-up: $(VENV)/test ## as root: a Kubernetes cluster on this machine with the driver in it (12 min / 1 min)
+	@tests/kubernetes/cluster/build cluster
+	@tests/kubernetes/cluster/image
+	@tests/kubernetes/cluster/up
+	@tests/kubernetes/cluster/install
+	@tests/kubernetes/cluster/in true && echo 'Next: tests/kubernetes/cluster/in kubectl get pods -A; make cluster-down ends it.'
+
+.PHONY: cluster-down
+cluster-down: ## end that cluster without a trace; its state is kept (3 s)
+	@tests/kubernetes/cluster/down
+
+.PHONY: cluster-wipe
+cluster-wipe: ## end it, forget its state and remove what was built for it
+	@tests/kubernetes/cluster/wipe
 
 .PHONY: bench
 bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)
