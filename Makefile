@@ -92,7 +92,7 @@ coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines 
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 .PHONY: proto
-proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/csi.proto (2 s)
+proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/*.proto (3 s)
 	@$(BIN)/python proto/generate.py
 
 .PHONY: docs

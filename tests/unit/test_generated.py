@@ -16,7 +16,7 @@ COMMITTED = ROOT / "csi_driver" / "rpc" / "pb"
 def test_generated_code_is_fresh(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "proto" / "generate.py", tmp_path], check=True)
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    committed = {path.name: path.read_text() for path in COMMITTED.glob("csi_*")}
+    committed = {path.name: path.read_text() for path in COMMITTED.glob("*_pb2*")}
     assert sorted(fresh) == sorted(committed)
     stale = [name for name, text in fresh.items() if committed[name] != text]
-    assert not stale, f"{', '.join(stale)} differ from what proto/csi.proto says: run `make proto`"
+    assert not stale, f"{', '.join(stale)} differ from what the descriptions in proto/ say: run `make proto`"
