@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,17 +34,25 @@ from csi_driver.errors import DriverError, ToolMissing
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
+    from csi_driver.controller.inventory import Inventory
     from csi_driver.controller.ports import Clusters
+    from csi_driver.controller.requests import ControllerSettings
+    from csi_driver.embedded.server import StorageServer
     from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.node.faults import PortHook
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
+    from csi_driver.rpc.controller import ControllerUseCases
     from csi_driver.rpc.identity import Health
     from csi_driver.rpc.inflight import Claims
+    from csi_driver.rpc.itself import Itself
+    from csi_driver.rpc.registration import Registration
     from csi_driver.rpc.server import Register
-    from csi_driver.rpc.settings import EndpointSettings
+    from csi_driver.rpc.settings import EndpointSettings, RegistrationSettings
+    from csi_driver.telemetry.health import Check
+    from csi_driver.telemetry.settings import HttpSettings
 
 _LOG = logging.getLogger(PROGRAM)
 Port = TypeVar("Port")
@@ -100,23 +108,50 @@ def _run(
 def _controller(command: ControllerCommand) -> int:
     from dataclasses import replace
 
-    from csi_driver.controller.attach import Attach
-    from csi_driver.controller.expand import Expand
-    from csi_driver.controller.health import ControllerHealth
     from csi_driver.controller.inventory import Inventory
-    from csi_driver.controller.modify import Modify
     from csi_driver.controller.naming import volume_name
-    from csi_driver.controller.provision import Provision
-    from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
+    from csi_driver.rpc.controller import ControllerServicer
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import ControllerHealth as Readiness
     from csi_driver.rpc.inflight import Claims
+    from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
 
     settings = replace(command.controller, driver_version=driver_version())
     clusters = _clusters(command)
     inventory = Inventory(clusters, settings)
-    use_cases = ControllerUseCases(
+    servicer = ControllerServicer(
+        _controller_use_cases(clusters, inventory, settings),
+        Deadlines(command.endpoint.default_deadline_s),
+        volume_health=command.endpoint.volume_health,
+        attaches=command.attaches,
+    )
+    health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
+
+    def beside(_: Boundary) -> AbstractContextManager[object]:
+        itself = Itself(command.endpoint.socket)
+        ready: dict[str, Check] = {"csi": itself.why_not_ready, "management": inventory.why_unreachable}
+        return _pages(command.http, healthy={"csi": itself.why_silent}, ready=ready)
+
+    return _serve(
+        command.endpoint,
+        Claims(volume_name),
+        settings.driver_name,
+        health,
+        lambda server: add_ControllerServicer_to_server(servicer, server),
+        beside,
+    )
+
+
+def _controller_use_cases(clusters: Clusters, inventory: Inventory, settings: ControllerSettings) -> ControllerUseCases:
+    from csi_driver.controller.attach import Attach
+    from csi_driver.controller.expand import Expand
+    from csi_driver.controller.health import ControllerHealth
+    from csi_driver.controller.modify import Modify
+    from csi_driver.controller.provision import Provision
+    from csi_driver.rpc.controller import ControllerUseCases
+
+    return ControllerUseCases(
         provision=Provision(clusters, settings),
         attach=Attach(clusters, settings),
         expand=Expand(clusters, settings),
@@ -124,20 +159,19 @@ def _controller(command: ControllerCommand) -> int:
         inventory=inventory,
         health=ControllerHealth(clusters, inventory, settings),
     )
-    servicer = ControllerServicer(
-        use_cases,
-        Deadlines(command.endpoint.default_deadline_s),
-        volume_health=command.endpoint.volume_health,
-        attaches=command.attaches,
-    )
-    health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
-    return _serve(
-        command.endpoint,
-        Claims(volume_name),
-        settings.driver_name,
-        health,
-        lambda server: add_ControllerServicer_to_server(servicer, server),
-    )
+
+
+def _pages(
+    settings: HttpSettings | None, *, healthy: Mapping[str, Check], ready: Mapping[str, Check]
+) -> AbstractContextManager[object]:
+    """Serve health over HTTP, where that is asked for."""
+    if settings is None:
+        return nullcontext()
+    from csi_driver.telemetry import health
+    from csi_driver.telemetry.http_server import HttpServer
+
+    pages = {health.HEALTHY: partial(health.page, healthy), health.READY: partial(health.page, ready)}
+    return HttpServer(settings, pages)
 
 
 def _clusters(command: ControllerCommand | VolumeCommand | NodeAttaching) -> Clusters:
@@ -156,6 +190,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.inflight import Claims
+    from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
 
@@ -167,6 +202,13 @@ def _node(command: NodeCommand) -> int:
         running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
         if command.kubernetes is not None:
             running.enter_context(_node_label(command.kubernetes, command.node.node_name, use_cases))
+        itself = Itself(command.endpoint.socket)
+        healthy: dict[str, Check] = {"csi": itself.why_silent}
+        ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
+        if command.registration is not None:
+            registration = running.enter_context(_registration(command.registration, itself))
+            healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
+        running.enter_context(_pages(command.http, healthy=healthy, ready=ready))
         return running
 
     servicer = NodeServicer(
@@ -180,6 +222,12 @@ def _node(command: NodeCommand) -> int:
         lambda server: add_NodeServicer_to_server(servicer, server),
         beside,
     )
+
+
+def _registration(settings: RegistrationSettings, itself: Itself) -> Registration:
+    from csi_driver.rpc.registration import Registration
+
+    return Registration(settings, itself.check_node)
 
 
 def _node_label(settings: ApiSettings, node_name: str, use_cases: NodeUseCases) -> AbstractContextManager[object]:
@@ -285,11 +333,14 @@ def _serve(
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
     boundary = Boundary(claims, lanes, frozenset() if settings.volume_health else HEALTH)
     server = Server(settings, boundary, lanes, services)
-    with Termination() as termination, beside(boundary):
+    with Termination() as termination, ExitStack() as running:
+        running.enter_context(beside(boundary))
         server.start()
         termination.wait()
         server.linger()
-        if not server.drain():
+        is_done = server.drain()
+        running.close()
+        if not is_done:
             _leave_now()
     return OK
 
@@ -321,12 +372,16 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.luks_files import LuksFiles
 
+    def beside(server: StorageServer) -> AbstractContextManager[object]:
+        healthy = {"api": server.why_silent}
+        return _pages(command.http, healthy=healthy, ready={**healthy, "pool": server.why_unusable})
+
     # Cheap keys where tests run the manager.
     headers = LuksFiles(iterations=1000 if command.storage.test_switches.enabled else None)
     if not headers.are_possible():
         _LOG.warning("volumes cannot be encrypted by the storage: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
-        return serve(command.storage, LoopDevices())
-    return serve(command.storage, LoopDevices(), headers)
+        return serve(command.storage, LoopDevices(), beside=beside)
+    return serve(command.storage, LoopDevices(), headers, beside)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def controller(values: Values) -> ControllerCommand:
         zone=values.one(ZONE),
         clusters=place,
         attaches=values.one(ATTACH_BY) == AttachBy.CONTROLLER,
+        http=shared.http(values),
     )
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.node.requests import NodeSettings
-    from csi_driver.rpc.settings import EndpointSettings
+    from csi_driver.rpc.settings import EndpointSettings, RegistrationSettings
     from csi_driver.telemetry.log import LogSettings
+    from csi_driver.telemetry.settings import HttpSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class ControllerCommand:
     zone: str
     clusters: ClustersPlace | None = None
     attaches: bool = True
+    http: HttpSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ class NodeCommand:
     """Set where the node keeps its own label."""
     attaching: NodeAttaching | None = None
     """None: the controller attaches."""
+    registration: RegistrationSettings | None = None
+    """Set where the node registers itself with kubelet."""
+    http: HttpSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class StorageCommand:
 
     log: LogSettings
     storage: StorageSettings
+    http: HttpSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

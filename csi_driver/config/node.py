@@ -15,6 +15,7 @@ from csi_driver.config.made import NodeAttaching, NodeCommand, ZoneEvidence
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
+    ENDPOINT,
     ENDPOINT_FLAGS,
     LOG_FLAGS,
     MAX_VOLUMES,
@@ -28,6 +29,7 @@ from csi_driver.controller.requests import ControllerSettings
 from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
+from csi_driver.rpc.settings import RegistrationSettings
 
 _KUBELET = Path("/var/lib/kubelet")
 
@@ -137,6 +139,23 @@ _ACCOUNT = Flag(
     "Directory with the service account's files token and ca.crt; both are read again for every request.",
     metavar="DIR",
 )
+_REGISTRATION_DIRECTORY = Flag(
+    "--kubelet-registration-directory",
+    read.path,
+    NO_PATH,
+    "none, something else registers the driver",
+    "Register the driver with kubelet, by a socket in this directory, kubelet's plugins_registry. Best reached through"
+    " a mount of kubelet's own directory: then it is found again when it was removed and made anew.",
+    metavar="DIR",
+)
+_KUBELET_ENDPOINT = Flag(
+    "--kubelet-endpoint",
+    read.endpoint,
+    NO_PATH,
+    "the same as --endpoint",
+    "Path of the CSI socket as kubelet sees it.",
+    metavar="SOCKET",
+)
 _MOST = replace(
     MAX_VOLUMES,
     shown_default="0, as many as the storage client can have: 1024 on NVMesh, less its own; any number on the embedded"
@@ -151,7 +170,7 @@ _OWN_ATTACHMENTS = tuple(
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, _MOST,
     _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, _LABEL, _API_HOST, _API_PORT,
-    _ACCOUNT, *LOG_FLAGS,
+    _ACCOUNT, _REGISTRATION_DIRECTORY, _KUBELET_ENDPOINT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -184,7 +203,25 @@ def node(values: Values) -> NodeCommand:
         ),
         kubernetes=_kubernetes(values),
         attaching=_attaching(values),
+        registration=_registration(values),
+        http=shared.http(values),
     )
+
+
+def _registration(values: Values) -> RegistrationSettings | None:
+    directory, endpoint = values.one(_REGISTRATION_DIRECTORY), values.one(_KUBELET_ENDPOINT)
+    if directory is None:
+        if endpoint is not None:
+            values.problems.append(f"{_KUBELET_ENDPOINT.name} given without {_REGISTRATION_DIRECTORY.name}")
+        return None
+    settings = RegistrationSettings(directory, values.one(DRIVER_NAME), endpoint or values.one(ENDPOINT))
+    length = len(str(settings.socket).encode())
+    if length > read.SOCKET_PATH_BYTES:
+        values.problems.append(
+            f"the registration socket would be {settings.socket}, {length} bytes long, wanted at most"
+            f" {read.SOCKET_PATH_BYTES}: {_REGISTRATION_DIRECTORY.name} or {DRIVER_NAME.name} is too long"
+        )
+    return settings
 
 
 def _kubernetes(values: Values) -> ApiSettings | None:

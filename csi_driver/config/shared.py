@@ -12,6 +12,7 @@ from csi_driver.config.flags import Flag, Values
 from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE
 from csi_driver.rpc.settings import EndpointSettings
 from csi_driver.telemetry.log import LogFormat, LogSettings
+from csi_driver.telemetry.settings import HttpSettings
 
 NO_PATH: Path | None = None
 
@@ -122,8 +123,19 @@ VOLUME_HEALTH = Flag(
     "--volume-health", read.boolean, False, "false", "Serve the health RPCs of CSI 1.13, which are alpha."
 )
 
+NO_ADDRESS: tuple[str, int] | None = None
+
+HTTP_LISTEN = Flag(
+    "--http-listen",
+    read.listen_address,
+    NO_ADDRESS,
+    "none, nothing is served",
+    "Address to serve /healthz and /readyz on over HTTP; :PORT is every address, port 0 any that is free.",
+    metavar="HOST:PORT",
+)
+
 LOG_FLAGS = (LOG_LEVEL, LOG_FORMAT)
-ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN, PRE_SHUTDOWN, VOLUME_HEALTH)
+ENDPOINT_FLAGS = (ENDPOINT, DRIVER_NAME, DEFAULT_DEADLINE, DRAIN, PRE_SHUTDOWN, VOLUME_HEALTH, HTTP_LISTEN)
 
 
 def table(*flags: object) -> Sequence[Flag[object]]:
@@ -134,6 +146,12 @@ def table(*flags: object) -> Sequence[Flag[object]]:
 def log(values: Values) -> LogSettings:
     """Make the settings of the log."""
     return LogSettings(values.one(LOG_LEVEL), LogFormat(values.one(LOG_FORMAT)))
+
+
+def http(values: Values) -> HttpSettings | None:
+    """Make the settings of health and metrics; None where they are not served."""
+    address = values.one(HTTP_LISTEN)
+    return None if address is None else HttpSettings(*address)
 
 
 def endpoint(values: Values) -> EndpointSettings:

@@ -8,7 +8,7 @@ from csi_driver.config import shared
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
 from csi_driver.config.made import StorageCommand
-from csi_driver.config.shared import DEVICES, LOG_FLAGS, NO_PATH, NODE_NAME, table
+from csi_driver.config.shared import DEVICES, HTTP_LISTEN, LOG_FLAGS, NO_PATH, NODE_NAME, table
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
 
 _STORAGE = StorageSettings(pool_directory=Path())
@@ -105,7 +105,8 @@ _TEST_SWITCHES = Flag(
 
 STORAGE_FLAGS = table(
     _POOL, _SIZE, OVERCOMMIT, PREALLOCATE, _RESERVE, _CLIENTS, NODE_NAME, DEVICES, _STORAGE_STATUS, _LISTEN,
-    _API_USER, _API_PASSWORD, _SESSION_IDLE, _PRETEND, _TLS_CERTIFICATE, _TLS_KEY, _TEST_SWITCHES, *LOG_FLAGS,
+    _API_USER, _API_PASSWORD, _SESSION_IDLE, _PRETEND, _TLS_CERTIFICATE, _TLS_KEY, _TEST_SWITCHES, HTTP_LISTEN,
+    *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def storage(values: Values) -> StorageCommand:
     )
     if (settings.tls_certificate is None) != (settings.tls_key is None):
         values.problems.append("--tls-certificate and --tls-key must be given together")
-    return StorageCommand(shared.log(values), settings)
+    return StorageCommand(shared.log(values), settings, shared.http(values))
 
 
 def _clients(values: Values) -> tuple[ClientSettings, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -17,7 +18,7 @@ _UNITS = {
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 _SECONDS = {"": Decimal(1), "ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
-_SOCKET_PATH_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
+SOCKET_PATH_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
 # The specification wants a domain name of at most 63 characters; letters at both ends satisfy csi-sanity as well.
 _DRIVER_NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9.-]{0,61}[A-Za-z])?")
 _ZONE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -107,8 +108,8 @@ def endpoint(value: str) -> Path:
     if "://" in bare or not bare or bare.endswith("/"):
         raise ValueError("the path of a Unix socket, such as unix:///csi/csi.sock")
     socket = path(bare)
-    if len(str(socket).encode()) > _SOCKET_PATH_BYTES:
-        raise ValueError(f"the path of a Unix socket, which has at most {_SOCKET_PATH_BYTES} bytes")
+    if len(str(socket).encode()) > SOCKET_PATH_BYTES:
+        raise ValueError(f"the path of a Unix socket, which has at most {SOCKET_PATH_BYTES} bytes")
     return socket
 
 
@@ -154,6 +155,27 @@ def host_port(value: str) -> tuple[str, int]:
     if match is None or int(match[3]) > 65535:
         raise ValueError("HOST:PORT")
     return match[1] or match[2], int(match[3])
+
+
+def listen_address(value: str) -> tuple[str, int]:
+    """Read an address to listen on: HOST:PORT, [IPv6]:PORT, or :PORT for every address.
+
+    An IPv6 address may also stand without brackets, as pods are told their own: what follows its last colon is the
+    port.
+    """
+    host, colon, port = value.rpartition(":")
+    if colon and not host:
+        return host_port(f"[::]{value}")
+    bare = ":" in host and not host.startswith("[")
+    return host_port(f"[{host}]:{port}" if bare and _is_ipv6(host) else value)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
+        return False
+    return True
 
 
 def choice(*allowed: str) -> Callable[[str], str]:

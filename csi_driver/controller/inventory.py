@@ -18,7 +18,7 @@ from csi_driver.controller.search import Found, doubles, report_double
 from csi_driver.controller.tokens import LAST, Position, mark, read_token
 from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import InvalidRequest, StaleToken, shown
+from csi_driver.errors import DriverError, InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
 from csi_driver.storage_model import Client, Volume
@@ -28,6 +28,7 @@ _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 _Entry = tuple[Position, ListedVolume]
 _JUDGED_AT_ONCE = 16
 """Names in several zones that one call looks into; the next call goes on."""
+_REACHABLE_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +126,22 @@ class Inventory:
                 zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
             )
         return self._was_ready
+
+    def why_unreachable(self) -> str:
+        """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""
+        deadline = Deadline.after(_REACHABLE_S)
+        try:
+            answers = ask(
+                self._clusters.zones(),
+                lambda zone: self._answers(zone, deadline=deadline),
+                deadline=deadline,
+                crew=self._crew,
+            )
+        except DriverError as error:
+            return str(error)
+        if any(answers.given.values()):
+            return ""
+        return str(unavailable(answers.missing)) if answers.missing else "no storage management is known"
 
     def _answers(self, zone: str, *, deadline: Deadline) -> bool:
         management = self._clusters.management(zone)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from csi_driver.embedded import health
 from csi_driver.embedded.api import Api
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
@@ -138,6 +139,14 @@ class StorageServer:
         scheme = "https" if self.settings.tls_certificate else "http"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
+    def why_silent(self) -> str:
+        """Say why the API does not answer; empty = it does."""
+        return health.why_silent(*self.address, tls=self.settings.tls_certificate is not None)
+
+    def why_unusable(self) -> str:
+        """Say why the pool cannot be used; empty = it can."""
+        return health.why_unusable(self.pool)
+
     def start(self) -> None:
         """Serve from a thread. Connections are accepted from now on."""
         self._server = self._uvicorn()
@@ -210,11 +219,20 @@ class _HttpServer(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def serve(settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> int:
-    """Run the manager in this process until SIGTERM or SIGINT; return the exit status."""
+def serve(
+    settings: StorageSettings,
+    loops: LoopDevices,
+    headers: LuksHeaders | None = None,
+    beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> int:
+    """Run the manager in this process until SIGTERM or SIGINT, with what `beside` makes running along.
+
+    Returns the exit status.
+    """
     server = StorageServer(settings, loops, headers)
     try:
-        server.run(lambda: _announce(server))
+        with beside(server):
+            server.run(lambda: _announce(server))
     finally:
         server.stop()
     return 0

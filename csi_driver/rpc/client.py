@@ -2,7 +2,7 @@
 
 Thin over the generated stubs, which stay reachable (`identity`, `controller`, `node`) for requests that no method
 here would make. Takes and gives nouns of `csi_driver.model`; a call that does not end with OK raises `CallFailed`.
-Never used by the driver itself.
+The driver itself uses it only to ask whether its own endpoint answers (`csi_driver.rpc.itself`).
 """
 
 from __future__ import annotations

@@ -94,6 +94,18 @@ def make_way(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemCallFailed(f"look at {path}", error.errno or 0) from error
+    check_free(path)
+    path.unlink(missing_ok=True)
+
+
+def check_free(path: Path) -> None:
+    """Do nothing where nothing is at the path, or a socket that nobody serves any more.
+
+    Raises `PreconditionFailed` where something else is there, or somebody answers.
+    """
+    try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
@@ -103,7 +115,6 @@ def make_way(path: Path) -> None:
         raise PreconditionFailed(f"{path} is there and is no socket; it is left alone, wanted the path of a new socket")
     if _somebody_answers(path):
         raise PreconditionFailed(f"another process serves on {path}")
-    path.unlink(missing_ok=True)
 
 
 def _somebody_answers(path: Path) -> bool:

@@ -19,3 +19,19 @@ class EndpointSettings:
     """How long all calls are still served after SIGTERM, before that."""
     volume_health: bool = False
     """Whether the alpha health RPCs of CSI 1.13 are served."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationSettings:
+    """How a node registers itself with kubelet."""
+
+    directory: Path
+    """The directory that kubelet watches, as this process sees it."""
+    driver_name: str
+    endpoint: Path
+    """Our CSI socket, as kubelet sees it."""
+
+    @property
+    def socket(self) -> Path:
+        """The socket that kubelet finds the driver by."""
+        return self.directory / f"{self.driver_name}-reg.sock"

@@ -28,6 +28,8 @@ from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.node.requests import NodeSettings
+from csi_driver.rpc.settings import RegistrationSettings
+from csi_driver.telemetry.settings import HttpSettings
 
 TABLES = {
     "controller": controller.CONTROLLER_FLAGS,
@@ -136,6 +138,43 @@ def test_words_by_their_place_are_not_read_from_the_environment() -> None:
 
 def test_version_takes_nothing() -> None:
     assert isinstance(command(["version"]), VersionCommand)
+
+
+@pytest.mark.parametrize("argv", [CONTROLLER, NODE, STORAGE])
+def test_nothing_is_served_over_http_unless_an_address_is_given(argv: list[str]) -> None:
+    made = command(argv)
+    assert isinstance(made, (ControllerCommand, NodeCommand, StorageCommand))
+    assert made.http is None
+    made = command([*argv, "--http-listen", "127.0.0.1:9808"])
+    assert isinstance(made, (ControllerCommand, NodeCommand, StorageCommand))
+    assert made.http == HttpSettings("127.0.0.1", 9808)
+
+
+def test_a_node_registers_itself_where_it_is_told_the_directory() -> None:
+    made = command(NODE)
+    assert isinstance(made, NodeCommand)
+    assert made.registration is None
+    made = command([*NODE, "--kubelet-registration-directory=/r", "--driver-name=d.example.com"])
+    assert isinstance(made, NodeCommand)
+    assert made.registration == RegistrationSettings(Path("/r"), "d.example.com", Path("/n.sock"))
+    assert made.registration.socket == Path("/r/d.example.com-reg.sock")
+    made = command([*NODE, "--kubelet-registration-directory=/r", "--kubelet-endpoint=unix:///k/csi.sock"])
+    assert isinstance(made, NodeCommand)
+    assert made.registration is not None
+    assert made.registration.endpoint == Path("/k/csi.sock")
+
+
+def test_a_registration_socket_whose_path_is_too_long_is_refused_at_start() -> None:
+    room = 107 - len("/-reg.sock") - len("nvmesh-csi.excelero.com")
+    fits, exceeds = (["--kubelet-registration-directory", "/" + "d" * (length - 1)] for length in (room, room + 1))
+    assert isinstance(command([*NODE, *fits]), NodeCommand)
+    with pytest.raises(UsageError, match="108 bytes long, wanted at most 107"):
+        command([*NODE, *exceeds])
+
+
+def test_an_endpoint_for_kubelet_is_refused_where_nothing_is_registered() -> None:
+    with pytest.raises(UsageError, match="--kubelet-endpoint given without --kubelet-registration-directory"):
+        command([*NODE, "--kubelet-endpoint=/k.sock"])
 
 
 # --- flags and environment --------------------------------------------------------------------------------------
@@ -400,6 +439,22 @@ def test_every_whole_number_of_gibibytes_is_exact(number: int) -> None:
 )
 def test_a_time_is_read_in_its_unit(text: str, seconds: float) -> None:
     assert values.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("0.0.0.0:9808", ("0.0.0.0", 9808)), ("localhost:0", ("localhost", 0)), (":9808", ("::", 9808)),
+        ("[::]:9808", ("::", 9808)), ("[fd00::a]:9808", ("fd00::a", 9808)), ("fd00::a:9808", ("fd00::a", 9808)),
+        ("9808", None), ("::", None), ("h:65536", None), ("[h]:1", None), ("h", None), ("", None), ("a:b:1", None),
+    ],
+)  # fmt: skip
+def test_an_address_to_listen_on_is_read_with_brackets_or_without(text: str, address: tuple[str, int] | None) -> None:
+    if address is None:
+        with pytest.raises(ValueError, match="HOST:PORT"):
+            values.listen_address(text)
+    else:
+        assert values.listen_address(text) == address
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import http.client
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -17,8 +20,11 @@ import pytest
 
 import csi_driver
 from csi_driver import __main__ as program
+from csi_driver.deadline import Deadline
+from csi_driver.local.stack import free_port
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.telemetry import log
+from tests.fakes.kubelet import Kubelet
 
 SOURCE = Path(csi_driver.__file__).parent
 
@@ -127,6 +133,93 @@ def test_a_controller_serves_and_is_not_ready_without_its_management(tmp_path: P
     assert asking.ready is False
 
 
+def watched(argv: list[str], port: int, look: Callable[[], None]) -> None:
+    """Run the program, look at it in another thread as soon as it is healthy, and end it with SIGTERM."""
+
+    def is_healthy() -> bool:
+        try:
+            return page(port, "/healthz")[0] == 200
+        except OSError:
+            return False
+
+    def watch() -> None:
+        try:
+            assert Deadline.after(30).wait_until(is_healthy)
+            look()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        assert program.main(argv) == 0
+        watching.result()
+
+
+def page(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.mktemp("n")
+    kubelet, port = Kubelet(directory / "r"), free_port()
+    flags = ["--kubelet-registration-directory", str(kubelet.directory), "--http-listen", f"127.0.0.1:{port}"]
+
+    def look() -> None:
+        assert page(port, "/healthz") == (200, "csi: ok\nregistration: ok\n")
+        status, text = page(port, "/readyz")
+        assert status == 503
+        assert "storage: this node has no storage client" in text
+        assert Deadline.after(30).wait_until(lambda: bool(kubelet.visit()))
+        assert kubelet.nodes == {"nvmesh-csi.excelero.com": "node-1"}
+        assert "registration: ok" in page(port, "/readyz")[1]
+
+    watched([*node_argv(directory), *flags], port, look)
+    kubelet.visit()
+    assert kubelet.nodes == {}
+
+
+def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: Path) -> None:
+    port = free_port()
+
+    def look() -> None:
+        assert page(port, "/healthz") == (200, "csi: ok\n")
+        status, text = page(port, "/readyz")
+        assert status == 503
+        assert re.search(r"(?m)^management: .*127\.0\.0\.1:1", text)
+
+    argv = [*controller_argv(tmp_path), "--http-listen", f"127.0.0.1:{port}"]
+    watched(argv, port, look)
+
+
+def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
+    port = free_port()
+
+    def look() -> None:
+        assert page(port, "/healthz") == (200, "api: ok\n")
+        assert page(port, "/readyz") == (200, "api: ok\npool: ok\n")
+
+    argv = [
+        "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{port}",
+        "--device-directory", str(tmp_path / "dev"), "--status-directory", str(tmp_path / "proc"), "--reserve", "0",
+    ]  # fmt: skip
+    watched(argv, port, look)
+
+
+def test_an_address_that_is_taken_keeps_a_role_from_starting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert program.main([*node_argv(tmp_path), "--http-listen", address]) == 1
+    assert f"cannot listen on {address}" in capsys.readouterr().err
+
+
 # --- what is loaded ---------------------------------------------------------------------------------------------
 
 
@@ -206,7 +299,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
-    node = imported_in("_node") | imported_in("_node_use_cases")
+    node = {name for each in ("_node", "_node_use_cases", "_pages", "_registration") for name in imported_in(each)}
     loaded = loaded_by(START | {"csi_driver.config.node"} | node | imported_in("_serve"))
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
@@ -219,7 +312,13 @@ def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
 
 
 def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:
-    loaded = loaded_by(START | {"csi_driver.config.controller"} | imported_in("_controller") | imported_in("_serve"))
+    loaded = loaded_by(
+        START
+        | {"csi_driver.config.controller"}
+        | imported_in("_controller")
+        | imported_in("_serve")
+        | imported_in("_pages")
+    )
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"fastapi", "uvicorn", "sqlite3", "ctypes", "pyudev"}
 

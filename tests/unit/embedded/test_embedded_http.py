@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from csi_driver.embedded import health
+from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings, TestSwitches
@@ -178,3 +181,35 @@ def test_answers_are_plain_json(caller: Caller) -> None:
     answer = caller.call("GET", "/systemInfo")
     assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
     assert json.loads(answer.text)["APIVersion"] == "18.0.0"
+
+
+# --- health -----------------------------------------------------------------------------------------------------
+
+
+def test_a_manager_answers_itself(server: StorageServer) -> None:
+    assert server.why_silent() == ""
+    assert server.why_unusable() == ""
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["hangs", "gone"])
+def test_an_api_that_does_not_answer_is_told(listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "ANSWER_TIME_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if not listens:
+            silent.close()
+        said = health.why_silent("0.0.0.0", port, tls=False)
+    assert ("timed out" if listens else "refused") in said
+
+
+def test_an_answer_of_somebody_else_is_told(stranger: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_OPEN_TO_ALL", "/volumes/all/0/0")
+    assert stranger.server.why_silent() == "the API answers with HTTP status 302"
+
+
+def test_a_pool_that_is_gone_cannot_be_used(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "pool")
+    assert health.why_unusable(pool) == ""
+    pool.volumes.rmdir()
+    assert "No such file" in health.why_unusable(pool)
+    pool.close()

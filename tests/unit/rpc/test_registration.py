@@ -1,0 +1,453 @@
+"""The registration with kubelet, against a kubelet that speaks the published protocol, on real sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, PreconditionFailed, StorageUnavailable
+from csi_driver.rpc import itself as itself_module
+from csi_driver.rpc import registration as module
+from csi_driver.rpc.itself import Itself
+from csi_driver.rpc.registration import Registration
+from csi_driver.rpc.settings import RegistrationSettings
+from tests.fakes.kubelet import Kubelet, Plugin
+from tests.unit.rpc.fakes import Endpoint, FakeHealth, serving
+
+NAME = "nvmesh-csi.example.com"
+
+
+@dataclass
+class Clock:
+    """Stands still unless it is moved."""
+
+    now_s: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@dataclass
+class Node:
+    """A node service that answers, or not."""
+
+    problem: DriverError | None = None
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+
+@dataclass
+class Scene:
+    """A kubelet, its directory, an endpoint that is served, and what registers it."""
+
+    kubelet: Kubelet
+    directory: Path
+    endpoint: Endpoint
+    clock: Clock = field(default_factory=Clock)
+    node: Node = field(default_factory=Node)
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+    def registration(self, name: str = NAME) -> Registration:
+        settings = RegistrationSettings(self.directory, name, self.endpoint.socket)
+        made = Registration(settings, self.node.check, clock=self.clock, jitter=lambda: 1.0)
+        self.cleanup.callback(made.close)
+        return made
+
+    def socket(self, name: str = NAME) -> Path:
+        return self.directory / f"{name}-reg.sock"
+
+
+@pytest.fixture
+def scene(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("r") / "plugins_registry"  # the path of a socket is short
+    directory.mkdir()
+    scene = Scene(Kubelet(directory), directory, endpoint)
+    with scene.cleanup:
+        yield scene
+
+
+# --- the ordinary way -------------------------------------------------------------------------------------------
+
+
+def test_kubelet_finds_the_driver_and_its_node(scene: Scene) -> None:
+    registration = scene.registration()
+    assert registration.tend() == module.LOOK_S
+    assert registration.why_not_registered() == "kubelet has not registered the driver yet"
+    scene.kubelet.visit()
+    assert scene.kubelet.told == ["registered"]
+    assert scene.kubelet.nodes == {NAME: "node-1"}
+    assert registration.is_registered
+
+
+def test_the_socket_is_for_its_owner_alone_and_stands_alone(scene: Scene) -> None:
+    scene.registration().tend()
+    assert stat.S_IMODE(scene.socket().stat().st_mode) == 0o600
+    assert os.listdir(scene.directory) == [scene.socket().name]
+
+
+def test_what_kubelet_is_told_is_what_the_interface_wants(scene: Scene) -> None:
+    seen: list[Plugin] = []
+
+    def look(plugin: Plugin) -> str:
+        seen.append(plugin)
+        return ""
+
+    scene.kubelet.objection = look
+    scene.registration().tend()
+    scene.kubelet.visit()
+    assert seen == [Plugin("CSIPlugin", NAME, str(scene.endpoint.socket), ("1.0.0",))]
+
+
+def test_a_look_changes_nothing_that_is_in_place(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    before = scene.socket().stat()
+    registration.tend()
+    assert scene.socket().stat() == before
+
+
+def test_nothing_is_registered_until_the_node_service_answers(scene: Scene) -> None:
+    scene.node.problem = StorageUnavailable("the storage client does not show itself yet")
+    registration = scene.registration()
+    registration.tend()
+    assert not scene.socket().exists()
+    assert "does not show itself" in registration.why_not_registered()
+    scene.node.problem = None
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.is_registered
+
+
+def test_a_node_that_does_not_answer_is_asked_ever_less_often_and_no_reason_to_restart(scene: Scene) -> None:
+    scene.node.problem = StorageUnavailable("no")
+    registration = scene.registration()
+    assert [registration.tend() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    scene.clock.now_s += 50
+    registration.tend()
+    assert registration.why_restart() == ""
+
+
+def test_the_same_problem_is_logged_once(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.node.problem = StorageUnavailable("no")
+    registration = scene.registration()
+    for _ in range(5):
+        registration.tend()
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+# --- what is taken away -----------------------------------------------------------------------------------------
+
+
+def test_a_socket_that_was_removed_is_made_anew(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    scene.socket().unlink()
+    scene.kubelet.visit()
+    assert scene.kubelet.nodes == {}
+    registration.tend()
+    assert not registration.is_registered
+    scene.kubelet.visit()
+    assert scene.kubelet.nodes == {NAME: "node-1"}
+    assert registration.is_registered
+
+
+def test_a_directory_that_was_removed_is_made_anew_as_kubelet_makes_it(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    shutil.rmtree(scene.directory)
+    scene.kubelet.visit()
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.is_registered
+    assert stat.S_IMODE(scene.directory.stat().st_mode) == 0o750
+
+
+def test_a_directory_that_was_replaced_gets_a_socket_of_its_own(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.directory.rename(scene.directory.with_name("old"))
+    scene.directory.mkdir()
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.is_registered
+
+
+def test_where_kubelet_has_no_directory_at_all_nothing_is_made_and_a_restart_may_help(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    home = scene.directory.parent / "kubelet"
+    settings = RegistrationSettings(home / "plugins_registry", NAME, scene.endpoint.socket)
+    lost = Registration(settings, scene.node.check, clock=scene.clock, jitter=lambda: 1.0)
+    scene.cleanup.callback(lost.close)
+    lost.tend()
+    assert not home.exists()
+    assert "ENOENT" in lost.why_not_registered()
+    assert lost.why_restart() == ""
+    scene.clock.now_s += module.OUT_OF_PLACE_S + 1
+    lost.tend()
+    assert "cannot be made" in lost.why_restart()
+    home.mkdir()
+    lost.tend()
+    assert lost.why_restart() == ""
+
+
+def test_kubelet_finds_the_driver_again_after_its_own_restart(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    scene.kubelet.restart()
+    assert scene.kubelet.told == ["registered", "registered"]
+    assert registration.is_registered
+
+
+def test_a_kubelet_that_never_comes_is_no_reason_to_restart(scene: Scene) -> None:
+    registration = scene.registration()
+    for _ in range(100):
+        scene.clock.now_s += registration.tend() + 30
+    assert registration.why_restart() == ""
+    assert not registration.is_registered
+
+
+# --- what is in the way -----------------------------------------------------------------------------------------
+
+
+def test_a_stale_socket_of_a_former_life_is_replaced(scene: Scene) -> None:
+    with socket.socket(socket.AF_UNIX) as former:
+        former.bind(str(scene.socket()))
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.is_registered
+
+
+def test_a_socket_that_somebody_else_serves_is_left_to_him(scene: Scene) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(scene.socket()))
+        other.listen()
+        inode = scene.socket().stat().st_ino
+        registration = scene.registration()
+        registration.tend()
+        assert "another process serves" in registration.why_not_registered()
+        assert scene.socket().stat().st_ino == inode
+        scene.clock.now_s += 1000
+        registration.tend()
+        assert registration.why_restart() == ""
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.is_registered
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_no_socket_is_left_alone(scene: Scene, kind: str) -> None:
+    path = scene.socket()
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(scene.endpoint.socket)
+    before = path.lstat()
+    registration = scene.registration()
+    registration.tend()
+    assert path.lstat().st_ino == before.st_ino
+    assert "no socket" in registration.why_not_registered()
+    assert os.listdir(scene.directory) == [path.name]
+
+
+def test_two_of_one_name_do_not_take_the_path_from_each_other(scene: Scene) -> None:
+    first, second = scene.registration(), scene.registration()
+    first.tend()
+    inode = scene.socket().stat().st_ino
+    for _ in range(3):
+        second.tend()
+        first.tend()
+    assert scene.socket().stat().st_ino == inode
+    first.close()
+    second.tend()
+    scene.kubelet.visit()
+    assert second.is_registered
+
+
+def test_instances_of_different_names_are_registered_side_by_side(scene: Scene) -> None:
+    names = ("a.example.com", "b.example.com")
+    both = [scene.registration(name) for name in names]
+    for each in both:
+        each.tend()
+    scene.kubelet.visit()
+    assert set(scene.kubelet.nodes) == set(names)
+    both[0].close()
+    scene.kubelet.visit()
+    assert set(scene.kubelet.nodes) == {names[1]}
+    assert both[1].is_registered
+
+
+# --- what kubelet refuses ---------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_logged_with_its_reason_and_registered_anew_ever_less_often(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.kubelet.objection = lambda plugin: "the topology label has another value\x1b[2J"
+    registration = scene.registration()
+    registration.tend()
+    pauses = []
+    for _ in range(8):
+        scene.kubelet.visit()
+        assert "the topology label has another value" in registration.why_not_registered()
+        inode, began_s = scene.socket().stat().st_ino, scene.clock.now_s
+        while scene.socket().stat().st_ino == inode:
+            scene.clock.now_s += 1
+            registration.tend()
+        pauses.append(scene.clock.now_s - began_s)
+    assert pauses == [2, 4, 8, 16, 32, 64, 120, 120]
+    refusals = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(refusals) == 8
+    assert all("another value" in each and "\x1b" not in each for each in refusals)
+
+
+def test_a_refusal_that_ends_is_forgotten(scene: Scene) -> None:
+    scene.kubelet.objection = lambda plugin: "not now"
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    scene.kubelet.objection = lambda plugin: ""
+    scene.kubelet.retry()
+    assert registration.is_registered
+    inode = scene.socket().stat().st_ino
+    scene.clock.now_s += 1000
+    registration.tend()
+    assert scene.socket().stat().st_ino == inode
+    assert registration.why_restart() == ""
+
+
+def test_a_refusal_that_lasts_is_in_the_end_a_reason_to_restart(scene: Scene) -> None:
+    scene.kubelet.objection = lambda plugin: "never"
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    scene.clock.now_s += module.REFUSED_S - 1
+    registration.tend()
+    scene.kubelet.visit()
+    assert registration.why_restart() == ""
+    scene.clock.now_s += 2
+    registration.tend()
+    assert "never" in registration.why_restart()
+
+
+def test_nobody_looking_is_a_reason_to_restart(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.clock.now_s += module.STALLED_S + 1
+    assert "nobody has looked" in registration.why_restart()
+
+
+# --- the end ----------------------------------------------------------------------------------------------------
+
+
+def test_at_the_end_the_socket_goes(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.kubelet.visit()
+    registration.close()
+    assert os.listdir(scene.directory) == []
+    scene.kubelet.visit()
+    assert scene.kubelet.nodes == {}
+
+
+def test_the_socket_of_a_successor_stays_and_serves_on(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.tend()
+    scene.socket().unlink()
+    successor = scene.registration()
+    successor.tend()
+    registration.close()
+    scene.kubelet.visit()
+    assert scene.kubelet.told == ["registered"]
+    assert successor.is_registered
+
+
+def test_after_the_end_no_socket_is_made(scene: Scene) -> None:
+    registration = scene.registration()
+    registration.close()
+    registration.tend()
+    assert os.listdir(scene.directory) == []
+
+
+def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
+    asked = Itself(scene.endpoint.socket)
+    settings = RegistrationSettings(scene.directory, NAME, scene.endpoint.socket)
+
+    def is_known() -> bool:
+        return NAME in scene.kubelet.visit()
+
+    with Registration(settings, asked.check_node):
+        assert Deadline.after(30).wait_until(is_known)
+        scene.socket().unlink()
+        scene.kubelet.visit()
+        assert Deadline.after(30).wait_until(is_known)
+    assert os.listdir(scene.directory) == []
+
+
+# --- asking itself ----------------------------------------------------------------------------------------------
+
+
+def test_an_endpoint_that_is_not_there_does_not_tell_who_it_is(tmp_path: Path) -> None:
+    with pytest.raises(StorageUnavailable, match="UNAVAILABLE"):
+        Itself(tmp_path / "none.sock").check_node()
+
+
+def lacks_a_tool() -> bool:
+    raise PreconditionFailed("mkfs.ext4 is missing")
+
+
+def has_a_bug() -> bool:
+    raise RuntimeError("x")
+
+
+@pytest.mark.parametrize(
+    ("answer", "why_silent", "why_not_ready"),
+    [
+        (lambda: True, "", ""),
+        (lambda: False, "", "not ready yet"),
+        (lacks_a_tool, "", "mkfs.ext4 is missing"),
+        (has_a_bug, "INTERNAL", "INTERNAL"),
+    ],
+)
+def test_an_endpoint_that_answers_is_healthy_though_it_is_not_ready(
+    tmp_path: Path, answer: Callable[[], bool], why_silent: str, why_not_ready: str
+) -> None:
+    itself = Itself(tmp_path / "csi.sock")
+    with serving(tmp_path / "csi.sock", health=FakeHealth(answer)):
+        silent, not_ready = itself.why_silent(), itself.why_not_ready()
+    assert (why_silent in silent, bool(silent)) == (True, bool(why_silent))
+    assert (why_not_ready in not_ready, bool(not_ready)) == (True, bool(why_not_ready))
+    assert "UNAVAILABLE" in itself.why_silent()
+
+
+def test_an_endpoint_that_hangs_is_not_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(itself_module, "PROBE_TIMEOUT_S", 0.3)
+    held = threading.Event()
+
+    def hangs() -> bool:
+        return held.wait(60)
+
+    with serving(tmp_path / "csi.sock", health=FakeHealth(hangs)):
+        assert "DEADLINE_EXCEEDED" in Itself(tmp_path / "csi.sock").why_silent()
+        held.set()

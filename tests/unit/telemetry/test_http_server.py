@@ -1,0 +1,275 @@
+"""The small HTTP server: what it serves, and what clients of bad will cannot do to it. Asked by http.client."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import PreconditionFailed
+from csi_driver.telemetry import health
+from csi_driver.telemetry import http_server as module
+from csi_driver.telemetry.http_server import Answer, HttpServer, Pages
+from csi_driver.telemetry.settings import HttpSettings
+
+PAGES: Pages = {
+    "/healthz": lambda: Answer(200, "csi: ok\n"),
+    "/readyz": lambda: Answer(503, "management: away\n"),
+}
+
+
+@contextmanager
+def serving(pages: Pages = PAGES, host: str = "127.0.0.1") -> Iterator[HttpServer]:
+    with HttpServer(HttpSettings(host, 0), pages) as server:
+        yield server
+
+
+def connect(server: HttpServer, host: str | None = None) -> socket.socket:
+    return socket.create_connection((host or server.address.host, server.address.port), timeout=30)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: str
+
+
+def ask(server: HttpServer, path: str, method: str = "GET", host: str | None = None) -> Reply:
+    with closing(http.client.HTTPConnection(host or server.address.host, server.address.port, timeout=30)) as client:
+        client.request(method, path)
+        answer = client.getresponse()
+        return Reply(answer.status, dict(answer.getheaders()), answer.read().decode())
+
+
+def say(server: HttpServer, data: bytes) -> bytes:
+    """Send bytes as they are, and return all that comes back."""
+    with connect(server) as client:
+        client.sendall(data)
+        return all_of(client)
+
+
+def all_of(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(4096), b""))
+
+
+@dataclass
+class Gate:
+    """A page that is made when the gate is opened; counts how often."""
+
+    made: int = 0
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self) -> Answer:
+        self.made += 1
+        self.entered.release()
+        assert self.opened.wait(60)
+        return Answer(200, f"made {self.made}\n")
+
+
+# --- what is served ---------------------------------------------------------------------------------------------
+
+
+def test_a_page_is_served_with_its_status_and_its_length() -> None:
+    with serving() as server:
+        fine, away = ask(server, "/healthz"), ask(server, "/readyz")
+    assert (fine.status, fine.body) == (200, "csi: ok\n")
+    assert (away.status, away.body) == (503, "management: away\n")
+    assert fine.headers["Content-Length"] == "8"
+    assert fine.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert fine.headers["Connection"] == "close"
+
+
+def test_head_is_the_answer_without_the_page() -> None:
+    with serving() as server:
+        reply = ask(server, "/healthz", "HEAD")
+    assert (reply.status, reply.body, reply.headers["Content-Length"]) == (200, "", "8")
+
+
+def test_a_question_mark_and_a_whole_url_lead_to_the_same_page() -> None:
+    with serving() as server:
+        assert ask(server, "/healthz?verbose").status == 200
+        assert ask(server, f"http://{server.address}/healthz").status == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz/", "/metrics/../healthz", "//healthz", "*"])
+def test_other_paths_are_not_found(path: str) -> None:
+    with serving() as server:
+        assert ask(server, path).status == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get"])
+def test_other_methods_are_not_allowed(method: str) -> None:
+    with serving() as server:
+        reply = ask(server, "/healthz", method)
+    assert (reply.status, reply.headers["Allow"]) == (405, "GET, HEAD")
+
+
+def test_a_request_of_bare_newlines_is_understood() -> None:
+    with serving() as server:
+        assert say(server, b"GET /healthz HTTP/1.0\n\n").startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_page_that_raises_is_an_internal_error_without_details(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Answer:
+        raise RuntimeError("secret")
+
+    with serving({"/p": broken}) as server:
+        reply = ask(server, "/p")
+    assert reply.status == 500
+    assert "secret" not in reply.body
+    assert [record.levelno for record in caplog.records if record.exc_info] == [logging.ERROR]
+
+
+def test_a_page_of_any_size_arrives_whole() -> None:
+    text = "x" * (8 << 20)
+    with serving({"/p": lambda: Answer(200, text)}) as server:
+        assert ask(server, "/p").body == text
+
+
+# --- where ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "asked"), [("::1", "::1"), ("::", "127.0.0.1"), ("::", "::1"), ("", "127.0.0.1")])
+def test_addresses_of_both_kinds_are_listened_on(host: str, asked: str) -> None:
+    with serving(host=host) as server:
+        assert ask(server, "/healthz", host=asked).status == 200
+
+
+def test_an_address_that_is_taken_is_told_at_start() -> None:
+    with serving() as server, pytest.raises(PreconditionFailed, match=rf"listen on {server.address}: .*in use"):
+        HttpServer(server.address, PAGES)
+
+
+def test_an_address_of_another_machine_is_told_at_start() -> None:
+    with pytest.raises(PreconditionFailed, match=r"cannot listen on 192\.0\.2\.1:0"):
+        HttpServer(HttpSettings("192.0.2.1", 0), PAGES)
+
+
+def test_the_address_can_be_had_again_at_once() -> None:
+    with serving() as server:
+        ask(server, "/healthz")
+        address = server.address
+    with HttpServer(address, PAGES) as server:
+        assert ask(server, "/healthz").status == 200
+
+
+# --- clients of bad will ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400), (b"\r\n\r\n", 400), (b"GET /healthz\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1 more\r\n\r\n", 400), (b"GET /healthz HTTP/2.0\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"GET " + b"/" * 9000, 431), (b"\x00" * 9000, 431),
+        (b"GET /\xff\xfe HTTP/1.1\r\n\r\n", 404),
+    ],
+)  # fmt: skip
+def test_garbage_is_refused_in_the_words_of_http(sent: bytes, status: int) -> None:
+    with serving() as server:
+        assert say(server, sent).startswith(f"HTTP/1.1 {status} ".encode())
+        assert ask(server, "/healthz").status == 200
+
+
+def test_a_request_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REQUEST_TIME_S", 0.2)
+    with serving() as server, connect(server) as silent, connect(server) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        assert all_of(slow).startswith(b"HTTP/1.1 408 ")
+        assert all_of(silent) == b""
+
+
+def test_clients_that_say_nothing_keep_nobody_from_being_served() -> None:
+    before = threading.active_count()
+    with serving() as server, ExitStack() as held:
+        for _ in range(3 * module.MOST_CONNECTIONS):
+            client = held.enter_context(connect(server))
+            client.send(b"G")
+        assert ask(server, "/healthz").status == 200
+        assert len(server._clients) <= module.MOST_CONNECTIONS
+        assert threading.active_count() - before <= 1 + len(PAGES)
+
+
+def test_a_client_that_waits_for_its_page_is_not_dropped_for_those_that_say_nothing() -> None:
+    gate = Gate()
+    with serving({"/p": gate}) as server, ExitStack() as held:
+        patient = held.enter_context(connect(server))
+        patient.sendall(b"GET /p HTTP/1.1\r\n\r\n")
+        assert gate.entered.acquire(timeout=30)
+        for _ in range(2 * module.MOST_CONNECTIONS):
+            held.enter_context(connect(server))
+        gate.opened.set()
+        assert b"made 1" in all_of(patient)
+
+
+def test_a_page_is_made_once_for_all_who_ask_meanwhile() -> None:
+    gate = Gate()
+    with serving({"/p": gate}) as server, ExitStack() as held:
+        clients = [held.enter_context(connect(server)) for _ in range(20)]
+        for client in clients:
+            client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
+        assert gate.entered.acquire(timeout=30)
+        assert Deadline.after(30).wait_until(lambda: len(server._waiting.get("/p", ())) == len(clients))
+        gate.opened.set()
+        assert all(b"made 1" in all_of(client) for client in clients)
+        assert ask(server, "/p").body == "made 2\n"
+
+
+def test_a_page_that_hangs_holds_up_no_other_and_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAGE_TIME_S", 0.2)
+    gate = Gate()
+    with serving({"/p": gate, **PAGES}) as server:
+        assert say(server, b"GET /p HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+        assert ask(server, "/healthz").status == 200
+        gate.opened.set()
+
+
+def test_a_client_that_leaves_before_its_answer_harms_nothing() -> None:
+    gate = Gate()
+    with serving({"/p": gate, **PAGES}) as server:
+        with connect(server) as client:
+            client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
+            assert gate.entered.acquire(timeout=30)
+        gate.opened.set()
+        assert ask(server, "/p").status == 200
+        assert ask(server, "/healthz").status == 200
+
+
+def test_a_body_that_nobody_wants_does_not_take_the_answer_back() -> None:
+    with serving() as server:
+        assert b"405" in say(server, b"POST /healthz HTTP/1.1\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300000)
+
+
+def test_the_end_is_at_once_whoever_is_connected() -> None:
+    gate = Gate()
+    with serving({"/p": gate}) as server, connect(server) as client:
+        client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
+        assert gate.entered.acquire(timeout=30)
+        address = server.address
+    gate.opened.set()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address.host, address.port))
+
+
+# --- health -----------------------------------------------------------------------------------------------------
+
+
+def checks(*results: str) -> dict[str, Callable[[], str]]:
+    return {f"check-{number}": (lambda why=why: why) for number, why in enumerate(results)}  # type: ignore[misc]
+
+
+def test_health_is_fine_when_no_check_fails() -> None:
+    assert health.page(checks("", "")) == Answer(200, "check-0: ok\ncheck-1: ok\n")
+
+
+def test_every_check_has_a_line_and_one_that_fails_says_why() -> None:
+    assert health.page(checks("", "away\nfor good")) == Answer(503, "check-0: ok\ncheck-1: away\\nfor good\n")
