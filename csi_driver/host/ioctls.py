@@ -77,10 +77,11 @@ _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
 class LoopStatus:
     """What a bound loop device says of itself. `label` is lo_file_name, `flags` a sum of LOOP_ constants.
 
-    `backing` is the device under it, where it lies over a block device. `limit_bytes`: no more of its file is shown;
-    0 = all of it.
+    `file` is what tells its file from every other: the device of its filesystem, and its inode. `backing` is the device
+    under it, where it lies over a block device. `limit_bytes`: no more of its file is shown; 0 = all of it.
     """
 
+    file: tuple[int, int]
     backing: DeviceNumber | None
     label: str
     flags: int
@@ -112,7 +113,7 @@ def loop_status(fd: int) -> LoopStatus | None:
     fields = _LOOP_INFO.unpack(raw)
     label = bytes(fields[9]).split(b"\0", 1)[0].decode(errors="replace")
     backing = device_number(fields[2]) if fields[2] else None
-    return LoopStatus(backing, label, fields[8], fields[4], bytes(raw))
+    return LoopStatus((fields[0], fields[1]), backing, label, fields[8], fields[4], bytes(raw))
 
 
 def loop_set_flags(fd: int, status: LoopStatus, flags: int) -> None:

@@ -213,6 +213,66 @@ def test_kill_9_loses_no_volume_and_no_attachment(tmp_path: Path, loops: LoopDev
         assert not loops.bound_to(tmp_path)
 
 
+ATTACH_IN_A_CONTAINER = """
+import sys
+from pathlib import Path
+from csi_driver.host.connectors.loop import LoopDevices
+from tests.unit.embedded.manager import running, settings_in
+with running(settings_in(Path(sys.argv[1])), LoopDevices()) as manager:
+    manager.save("data")
+    manager.attach("data")
+"""
+
+
+def in_a_container(directory: Path, inside: Path, program: str) -> subprocess.Popen[str]:
+    """Run a program that sees `directory` as `inside`, in a mount namespace that ends when its input does."""
+    script = 'mount --bind "$1" "$2" && "$3" -c "$4" "$2" && echo done && read -r end'
+    return subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", directory, inside, sys.executable, program],
+        cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_what_a_container_attached_is_found_again_by_the_next_one(tmp_path: Path, loops: LoopDevices) -> None:
+    pool, inside = tmp_path / "host", tmp_path / "inside"
+    pool.mkdir()
+    inside.mkdir()
+    with in_a_container(pool, inside, ATTACH_IN_A_CONTAINER) as container:
+        assert container.communicate(timeout=60)[0] == "done\n"
+    (device,) = loops.bound_to(pool)
+    assert not device.file.is_relative_to(pool), "the kernel tells the container's path: nothing is shown by this"
+    # What uses the device, a mount of a pod, goes on: a second device over the same file would tear the file apart.
+    with running(settings_in(pool), loops) as manager:
+        assert [found.number for found in loops.bound_to(pool)] == [device.number]
+        assert node(pool, "data").stat().st_rdev == os.makedev(*device.device)
+        assert manager.detach("data")["success"]
+    assert not loops.bound_to(pool)
+
+
+BIND_IN_A_CONTAINER = """
+import sys
+from pathlib import Path
+from csi_driver.host.connectors.loop import LoopDevices
+file = Path(sys.argv[1], "x.img")
+file.write_bytes(bytes(4096))
+LoopDevices().attach(file, None, label="b3a7e1e2-7a0a-4b4b-9d4d-000000000001", read_only=False)
+"""
+
+
+def test_a_device_of_another_container_is_not_ours_by_its_path(tmp_path: Path, loops: LoopDevices) -> None:
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    pool.mkdir()
+    other.mkdir()
+    with in_a_container(other, pool, BIND_IN_A_CONTAINER) as container:
+        assert container.stdout is not None
+        assert container.stdout.readline() == "done\n"
+        (device,) = loops.bound_to(other)
+        assert device.file == pool / "x.img", "both have their files in the same place: nothing is shown else"
+        (pool / "x.img").write_bytes(bytes(4096))
+        assert not loops.bound_to(pool)
+        container.communicate(timeout=60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_leaves_devices_attached(tmp_path: Path, loops: LoopDevices, number: int) -> None:
     manager = Process(tmp_path)

@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -37,9 +37,12 @@ _FENCED_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class LoopDevice:
-    """A bound loop device. `file_is_gone`: the backing file was unlinked while it was bound.
+    """A bound loop device.
 
-    `backing` is the device under it, where `file` is a device node. `fenced`: it carries no I/O any more.
+    `file` is its file's path as the kernel tells it here and now, which need not be the one that it was opened by: what
+    a container bound that is gone has a path below what was mounted there. `identity` is the file's filesystem and
+    inode. `file_is_gone`: it was unlinked while it was bound. `backing` is the device under it, where `file` is a
+    device node. `fenced`: it carries no I/O any more.
     """
 
     number: int
@@ -51,6 +54,7 @@ class LoopDevice:
     file_is_gone: bool = False
     backing: DeviceNumber | None = None
     fenced: bool = False
+    identity: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def device(self) -> tuple[int, int]:
@@ -144,11 +148,14 @@ class LoopDevices:
     def bound_to(self, directory: Path, nodes: Path | None = None) -> tuple[LoopDevice, ...]:
         """Return every loop device whose file lies, or lay, under `directory`, lowest number first.
 
-        `node` is filled in from the directory `nodes`, None where none there has the device's number.
+        Files are told apart by inode: their paths are those of whoever bound the device, who may have seen another
+        tree (a container). `node` is filled in from the directory `nodes`, None where none there has the device's
+        number.
         """
         root = directory.resolve()
         by_number = _nodes_in(nodes) if nodes is not None else {}
-        found = [device for device in self.bound() if device.file.is_relative_to(root)]
+        identities = _files_below(root)
+        found = [device for device in self.bound() if _lies_in(device, root, identities)]
         return tuple(replace(device, node=by_number.get(device.device_number)) for device in found)
 
     def bound(self) -> Iterator[LoopDevice]:
@@ -214,9 +221,8 @@ class LoopDevices:
         waiting = Deadline.after(_GRACE_S, self._clock)
         if not waiting.wait_until(lambda: self._unbind(device)):
             return False
-        text = str(device.file)
         gone = Deadline.after(_GONE_WITHIN_S, self._clock).wait_until(
-            lambda: (_backing_text(device.number) or "").removesuffix(_DELETED) != text or not self._is_still(device)
+            lambda: _backing_text(device.number) is None or not self._is_still(device)
         )
         if not gone:
             return False
@@ -332,7 +338,33 @@ def _described(number: int, backing_text: str, status: ioctls.LoopStatus) -> Loo
         file_is_gone=file_is_gone,
         backing=status.backing,
         fenced=0 < status.limit_bytes <= _FENCED_BYTES,
+        identity=status.file,
     )
+
+
+def _files_below(root: Path) -> set[tuple[int, int]]:
+    return {
+        (status.st_dev, status.st_ino)
+        for directory, _, names in os.walk(root)
+        for status in (_status(f"{directory}/{name}") for name in names)
+        if status is not None
+    }
+
+
+def _lies_in(device: LoopDevice, root: Path, identities: set[tuple[int, int]]) -> bool:
+    if not device.file_is_gone:
+        return device.identity in identities
+    # Nothing is left to compare with but its path, and that it lay on this filesystem.
+    here = _status(root)
+    on_it = here is not None and device.identity is not None and device.identity[0] == here.st_dev
+    return on_it and device.file.is_relative_to(root)
+
+
+def _status(path: Path | str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
 
 
 def _require_same(fd: int, device: Bound) -> None:
