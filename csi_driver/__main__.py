@@ -25,6 +25,7 @@ from csi_driver.config.made import (
     LocalCommand,
     NodeAttaching,
     NodeCommand,
+    PreStopCommand,
     StorageCommand,
     VersionCommand,
     VolumeCommand,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.server import StorageServer
     from csi_driver.kubernetes.settings import ApiSettings
+    from csi_driver.machine import RunningRole
     from csi_driver.node.faults import PortHook
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
@@ -66,7 +68,7 @@ FAULTS_VARIABLE = "NVMESH_CSI_INJECT_FAULTS_FOR_TESTS_ONLY"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     try:
-        command = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        command = parse(sys.argv[1:] if argv is None else argv, os.environ, _running_here)
     except UsageError as error:
         for problem in error.problems:
             print(f"{PROGRAM}: {problem}", file=sys.stderr)
@@ -83,10 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _running_here(roles: Sequence[str]) -> RunningRole | None:
+    from csi_driver.host.running import find_running
+
+    return find_running(roles)
+
+
 def _run(
-    command: ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VolumeCommand,
+    command: ControllerCommand
+    | NodeCommand
+    | StorageCommand
+    | LocalCommand
+    | DemoCommand
+    | VolumeCommand
+    | PreStopCommand,
 ) -> int:
     match command:
+        case PreStopCommand():
+            return _pre_stop(command)
         case VolumeCommand():
             return _volume(command)
         case ControllerCommand():
@@ -201,7 +217,7 @@ def _node(command: NodeCommand) -> int:
         sweep = partial(use_cases.reconcile.sweep, boundary.keeping_off)
         running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
         if command.kubernetes is not None:
-            running.enter_context(_node_label(command.kubernetes, command.node.node_name, use_cases))
+            running.enter_context(_own_object(command, command.kubernetes, use_cases))
         itself = Itself(command.endpoint.socket)
         healthy: dict[str, Check] = {"csi": itself.why_silent}
         ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
@@ -230,11 +246,22 @@ def _registration(settings: RegistrationSettings, itself: Itself) -> Registratio
     return Registration(settings, itself.check_node)
 
 
-def _node_label(settings: ApiSettings, node_name: str, use_cases: NodeUseCases) -> AbstractContextManager[object]:
+def _own_object(command: NodeCommand, settings: ApiSettings, use_cases: NodeUseCases) -> ExitStack:
+    """Keep what this node's object in Kubernetes says of the driver true."""
     from csi_driver.kubernetes.api import ApiServer
     from csi_driver.kubernetes.label import ClientLabel
+    from csi_driver.kubernetes.pace import Tending
+    from csi_driver.kubernetes.taint import StartupTaint
 
-    return ClientLabel(ApiServer(settings), node_name, use_cases.health.why_unusable)
+    server, name = ApiServer(settings), command.node.node_name
+    kept = ExitStack()
+    if command.label:
+        label = ClientLabel(server, name, use_cases.health.why_unusable)
+        kept.enter_context(Tending(label.tend, "node-label"))
+    if command.startup_taint:
+        taint = StartupTaint(server, name, command.driver_name, command.startup_taint, use_cases.identity.why_not_ready)
+        kept.enter_context(Tending(taint.tend, "startup-taint"))
+    return kept
 
 
 def _node_use_cases(command: NodeCommand) -> NodeUseCases:
@@ -365,6 +392,16 @@ def _volume(command: VolumeCommand) -> int:
         for what, how in override.show(command.handle, deadline=deadline):
             print(f"{what + ':':<15} {how}")
     return OK
+
+
+def _pre_stop(command: PreStopCommand) -> int:
+    from csi_driver.host.running import find_running, log_of
+    from csi_driver.local.prestop import run_pre_stop
+
+    node = find_running(["node"])
+    if node is not None and (stream := log_of(node)) is not None:
+        log.configure(command.log, stream)  # nobody is shown what a hook prints
+    return run_pre_stop(command.kubernetes, command.node_name, command.driver_name, command.timeout_s)
 
 
 def _storage(command: StorageCommand) -> int:

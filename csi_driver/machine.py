@@ -5,7 +5,8 @@ Values only. `csi_driver.host` makes them, `csi_driver.node` decides by them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping as StringMap
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -90,6 +91,16 @@ class StorageClient:
     is_upgrading: bool = False
     problem: str = ""
     volume_limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRole:
+    """A process of this program: which role it is, the arguments behind the role's name, and its environment."""
+
+    pid: int
+    role: str
+    arguments: tuple[str, ...]
+    environ: StringMap[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

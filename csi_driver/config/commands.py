@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from csi_driver.config.flags import Flag, Parser, UsageError, Values, add
 from csi_driver.config.made import Command, VersionCommand
+
+if TYPE_CHECKING:
+    from csi_driver.machine import RunningRole
 
 PROGRAM = "nvmesh-csi"
 
@@ -25,19 +29,36 @@ COMMANDS = {
     "storage": "Run the embedded storage manager: the management's REST API over files of this machine.",
     "local": "Run storage, controller and node on this machine in one command.",
     "demo": "Show the life of volumes here, and leave no trace.",
+    "pre-stop": "Wait, before the node's pod is stopped, until a node that is being drained has no volume left.",
     "volume": "Act by hand on one volume: see how it stands, or allow that it be formatted over old data, once.",
     "version": "Print the version.",
 }
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
-    """Read the arguments after the program's name. Raises `UsageError` with every problem; --help ends the process."""
+BESIDE: Mapping[str, Sequence[str]] = {"pre-stop": ("node",)}
+"""Commands that are run beside a role, and work with what that role was told where they are told nothing else."""
+
+Running = Callable[[Sequence[str]], "RunningRole | None"]
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str], running: Running = lambda _: None) -> Command:
+    """Read the arguments after the program's name. Raises `UsageError` with every problem; --help ends the process.
+
+    `running` returns the process of one of these roles that runs here.
+    """
     name = next((argument for argument in argv if argument in COMMANDS), "")
     flags, make = definition(name)
     names, unknown = _parser(name, flags).parse_known_args(list(argv))
     if names.command is None:
         raise UsageError([f"no command is given, wanted one of {', '.join(COMMANDS)}"])
-    values = Values({flag.name: getattr(names, flag.name) or [] for flag in flags}, environ)
+    given = {flag.name: getattr(names, flag.name) or [] for flag in flags}
+    beside = running(BESIDE[name]) if name in BESIDE else None
+    if beside is not None:
+        # What it was told and this command does not know says nothing to this command.
+        told, _ = _parser(name, flags).parse_known_args([name, *beside.arguments])
+        given = {flag: words or getattr(told, flag) or [] for flag, words in given.items()}
+        environ = {**beside.environ, **environ}
+    values = Values(given, environ)
     values.problems.extend(f"{argument} is not known to {PROGRAM} {name}" for argument in unknown)
     command = make(values)
     if values.problems:
@@ -68,6 +89,10 @@ def definition(name: str) -> Definition:
             from csi_driver.config import onebox
 
             return onebox.DEMO_FLAGS, onebox.demo
+        case "pre-stop":
+            from csi_driver.config import prestop
+
+            return prestop.PRE_STOP_FLAGS, prestop.pre_stop
         case "volume":
             from csi_driver.config import volume
 

@@ -79,7 +79,11 @@ class NodeCommand:
     status_directory: Path
     evidence: ZoneEvidence
     kubernetes: ApiSettings | None = None
-    """Set where the node keeps its own label."""
+    """Set where the node keeps its own object in Kubernetes."""
+    label: bool = False
+    """Whether it keeps its label there."""
+    startup_taint: str = ""
+    """Key of the taint that it takes off there; empty = none."""
     attaching: NodeAttaching | None = None
     """None: the controller attaches."""
     registration: RegistrationSettings | None = None
@@ -126,8 +130,28 @@ class VolumeCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class PreStopCommand:
+    """`nvmesh-csi pre-stop`."""
+
+    log: LogSettings
+    driver_name: str
+    node_name: str
+    timeout_s: float
+    kubernetes: ApiSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class VersionCommand:
     """`nvmesh-csi version`."""
 
 
-Command = ControllerCommand | NodeCommand | StorageCommand | LocalCommand | DemoCommand | VolumeCommand | VersionCommand
+Command = (
+    ControllerCommand
+    | NodeCommand
+    | StorageCommand
+    | LocalCommand
+    | DemoCommand
+    | VolumeCommand
+    | PreStopCommand
+    | VersionCommand
+)

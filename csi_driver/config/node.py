@@ -11,6 +11,7 @@ from csi_driver.config.attaching import ATTACH_BY, ATTACH_FLAGS, AttachBy, attac
 from csi_driver.config.clusters import NO_CLUSTERS, read_clusters
 from csi_driver.config.controller import MANAGEMENT_FLAGS, clusters_place, management
 from csi_driver.config.flags import Flag, Values
+from csi_driver.config.kubernetes import LABEL, OWN_OBJECT_FLAGS, STARTUP_TAINT, own_object
 from csi_driver.config.made import NodeAttaching, NodeCommand, ZoneEvidence
 from csi_driver.config.shared import (
     DEVICES,
@@ -26,7 +27,6 @@ from csi_driver.config.shared import (
     table,
 )
 from csi_driver.controller.requests import ControllerSettings
-from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
 from csi_driver.rpc.settings import RegistrationSettings
@@ -104,41 +104,6 @@ _CLIENT_CONFIG = Flag(
     "The storage client's configuration, for its management servers.",
     metavar="FILE",
 )
-_LABEL = Flag(
-    "--node-label",
-    read.boolean,
-    False,
-    "false",
-    "Keep the label nvmesh-csi/client-status=ready on this node's object in Kubernetes for as long as its storage"
-    " client can be used.",
-)
-_API_HOST = Flag(
-    "--kubernetes-host",
-    read.text,
-    "",
-    "none",
-    "Host of the Kubernetes API server, for --node-label.",
-    metavar="HOST",
-    environment="KUBERNETES_SERVICE_HOST",
-)
-_API_PORT = Flag(
-    "--kubernetes-port",
-    read.positive_count,
-    443,
-    "443",
-    "Where the API server speaks HTTPS.",
-    unit="TCP port",
-    metavar="PORT",
-    environment="KUBERNETES_SERVICE_PORT",
-)
-_ACCOUNT = Flag(
-    "--kubernetes-account",
-    read.path,
-    Path("/var/run/secrets/kubernetes.io/serviceaccount"),
-    "/var/run/secrets/kubernetes.io/serviceaccount",
-    "Directory with the service account's files token and ca.crt; both are read again for every request.",
-    metavar="DIR",
-)
 _REGISTRATION_DIRECTORY = Flag(
     "--kubelet-registration-directory",
     read.path,
@@ -169,8 +134,8 @@ _OWN_ATTACHMENTS = tuple(
 
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, _MOST,
-    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, _LABEL, _API_HOST, _API_PORT,
-    _ACCOUNT, _REGISTRATION_DIRECTORY, _KUBELET_ENDPOINT, *LOG_FLAGS,
+    _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, *OWN_OBJECT_FLAGS,
+    _REGISTRATION_DIRECTORY, _KUBELET_ENDPOINT, *LOG_FLAGS,
 )  # fmt: skip
 
 
@@ -201,7 +166,9 @@ def node(values: Values) -> NodeCommand:
             nodes_file=values.one(_NODES_FILE),
             client_config=values.one(_CLIENT_CONFIG),
         ),
-        kubernetes=_kubernetes(values),
+        kubernetes=own_object(values),
+        label=values.one(LABEL),
+        startup_taint=values.one(STARTUP_TAINT),
         attaching=_attaching(values),
         registration=_registration(values),
         http=shared.http(values),
@@ -222,15 +189,6 @@ def _registration(values: Values) -> RegistrationSettings | None:
             f" {read.SOCKET_PATH_BYTES}: {_REGISTRATION_DIRECTORY.name} or {DRIVER_NAME.name} is too long"
         )
     return settings
-
-
-def _kubernetes(values: Values) -> ApiSettings | None:
-    if not values.one(_LABEL):
-        return None
-    host = values.one(_API_HOST)
-    if not host:
-        values.problems.append("--node-label needs --kubernetes-host (or KUBERNETES_SERVICE_HOST, set in every pod)")
-    return ApiSettings(host, values.one(_API_PORT), values.one(_ACCOUNT))
 
 
 def _attaching(values: Values) -> NodeAttaching | None:

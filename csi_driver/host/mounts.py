@@ -81,12 +81,12 @@ class LinuxMounts:
 
     def table(self) -> list[Mounted]:
         """Return every mount of the namespace, in the kernel's order. Costs time for each of them."""
-        return [_mounted(entry, entry.path) for entry in _read_table()]
+        return [_mounted(entry, entry.path) for entry in read_table()]
 
     def of_device(self, number: DeviceNumber) -> list[Mounted]:
         """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
         found = []
-        for entry in _read_table():
+        for entry in read_table():
             asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
             if entry.number == number or asks_path:
                 mounted = _mounted(entry, entry.path)
@@ -104,7 +104,7 @@ class LinuxMounts:
             known = syscalls.statmount(status.unique_mount_id)
             if known is not None:
                 return bool(known.propagation & syscalls.MS_SHARED)
-        entries = [e for e in _read_table() if e.mount_id == status.mount_id or path.is_relative_to(e.path)]
+        entries = [e for e in read_table() if e.mount_id == status.mount_id or path.is_relative_to(e.path)]
         exact = [entry for entry in entries if entry.mount_id == status.mount_id]
         closest = exact or sorted(entries, key=lambda entry: len(entry.path.parts))
         return bool(closest) and closest[-1].shared
@@ -220,7 +220,8 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-def _read_table() -> list[mount_table.Entry]:
+def read_table() -> list[mount_table.Entry]:
+    """Return the mount table as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
     try:
         return mount_table.parse(_TABLE.read_text(errors="surrogateescape"))
     except OSError as error:
@@ -228,7 +229,7 @@ def _read_table() -> list[mount_table.Entry]:
 
 
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mounted | None:
-    entries = _read_table()
+    entries = read_table()
     if status is not None and status.mount_id is not None:
         found = [e for e in entries if e.mount_id == status.mount_id]
         if status.is_mount_root is None:

@@ -8,15 +8,13 @@ ready. At the driver's own end it stays: an update of the driver is no reason to
 from __future__ import annotations
 
 import logging
-import random
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError
+from csi_driver.kubernetes.pace import Backoff
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,7 +27,6 @@ ASSERT_S = 300.0
 """The label is set anew after this time, in case that somebody took it away; the server then changes nothing."""
 PATIENCE = 3
 """Looks in a row that must find the client unusable: an upgrade of it under running volumes takes a second or two."""
-_FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 300.0
 
 
@@ -43,21 +40,19 @@ class Nodes(Protocol):
 class ClientLabel:
     """The label of one node. `why_unusable` says why no volume can be used here; empty = they can.
 
-    `tend` does what is due and never raises a `DriverError`; `__enter__` begins to tend it in a thread.
+    `tend` does what is due, never raises a `DriverError`, and returns the seconds until it is due again.
     """
 
     nodes: Nodes
     node_name: str
     why_unusable: Callable[[], str]
     clock: Clock = SYSTEM_CLOCK
-    jitter: Callable[[], float] = random.random
+    backoff: Backoff = field(default_factory=lambda: Backoff(_LONGEST_PAUSE_S))
     _set_to: str | None = None
     _was_set: bool = False
     _assert_at_s: float = 0.0
     _bad_looks: int = 0
-    _failures: int = 0
     _last_reason: str = ""
-    _ended: threading.Event = field(default_factory=threading.Event)
 
     def tend(self) -> float:
         """Look at the client, change the label where that is due, and return the seconds until the next look."""
@@ -67,10 +62,13 @@ class ClientLabel:
         try:
             self.nodes.label_node(self.node_name, {LABEL: wanted})
         except DriverError as error:
-            return self._pause_after(error)
+            pause_s = self.backoff.after_failure_s()
+            _LOG.warning("%s; tried again in %.1f s", error, pause_s)
+            return pause_s
         if not self._was_set or wanted != self._set_to:
             _LOG.info("node %s: %s is %s now", self.node_name, LABEL, wanted or "taken away")
-        self._failures, self._was_set, self._set_to = 0, True, wanted
+        self.backoff.succeeded()
+        self._was_set, self._set_to = True, wanted
         self._assert_at_s = self.clock.monotonic() + ASSERT_S
         return LOOK_S
 
@@ -86,24 +84,3 @@ class ClientLabel:
             self._last_reason = reason
         is_settled = self._bad_looks >= PATIENCE or not self._was_set
         return None if is_settled else self._set_to
-
-    def _pause_after(self, error: DriverError) -> float:
-        """Return how long to wait: doubled with every failure, and never the same for a thousand nodes at once."""
-        longest_s = min(_FIRST_PAUSE_S * float(1 << min(self._failures, 16)), _LONGEST_PAUSE_S)
-        self._failures += 1
-        pause_s = longest_s * (0.5 + 0.5 * self.jitter())
-        _LOG.warning("%s; tried again in %.1f s", error, pause_s)
-        return pause_s
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._run, name="node-label", daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            self._ended.wait(self.tend())

@@ -52,6 +52,14 @@ class Identity:
         limits = (self._settings.max_volumes_per_node, self._client_limit)
         return min((limit for limit in limits if limit), default=0)
 
+    def why_not_ready(self) -> str:
+        """Tell why this node could not be registered, or serve, now; empty = it could."""
+        try:
+            self.info()
+        except DriverError as problem:
+            return str(problem)
+        return "; ".join(self.problems())
+
     def problems(self) -> Sequence[str]:
         """Tell what keeps this machine from serving volumes, a sentence each; empty = all well."""
         found = list(self._tools.problems())

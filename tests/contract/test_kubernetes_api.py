@@ -1,105 +1,35 @@
-"""The label of a node, against a small API server that speaks real HTTPS: its patches, its tokens, and its faults."""
+"""The node's object, against a small API server that speaks real HTTPS: labels, taints, tokens, and its faults."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import ssl
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from csi_driver.kubernetes.api import ApiFailed, ApiServer
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, TaintsChanged
+from csi_driver.kubernetes.objects import Node, attachment_name
 from csi_driver.kubernetes.settings import ApiSettings
 from tests.contract.pki import Authority, Pair
+from tests.contract.small_api_server import Api, Cluster, served
 
 NODE = "/api/v1/nodes/node-1"
 LABEL = "nvmesh-csi/client-status"
+TAINT, OTHER = "driver/agent-not-ready", {"key": "other", "effect": "NoExecute"}
 
 
-@dataclass
-class Cluster:
-    """What the server knows: the labels of its nodes, who may ask, and what goes wrong next."""
-
-    nodes: dict[str, dict[str, str]] = field(default_factory=lambda: {NODE: {"kubernetes.io/os": "linux"}})
-    token: str = "first"
-    faults: list[str] = field(default_factory=list)
-    requests: int = 0
-    released: threading.Event = field(default_factory=threading.Event)
+def labels(api: Api) -> dict[str, str]:
+    found: dict[str, str] = api.cluster.objects[NODE]["metadata"]["labels"]
+    return found
 
 
-class Handler(BaseHTTPRequestHandler):
-    """PATCH of a node with a JSON merge patch (RFC 7386), as far as labels go."""
-
-    cluster: Cluster
-
-    def do_PATCH(self) -> None:
-        self.cluster.requests += 1
-        change = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault = self.cluster.faults.pop(0) if self.cluster.faults else ""
-        if fault == "hang":
-            self.cluster.released.wait(30)
-        elif fault == "close":
-            pass
-        elif fault == "garbage":
-            self.wfile.write(b"not HTTP at all\r\n\r\n")
-        elif fault:
-            self._answer(int(fault), {"kind": "Status", "message": f"fault {fault}"})
-        else:
-            self._patch(change)
-
-    def _patch(self, change: dict[str, dict[str, dict[str, str | None]]]) -> None:
-        if self.headers["Authorization"] != f"Bearer {self.cluster.token}":
-            self._answer(401, {"message": "Unauthorized"})
-        elif self.headers["Content-Type"] != "application/merge-patch+json":
-            self._answer(415, {"message": "the body of the request was in an unknown format"})
-        elif self.path not in self.cluster.nodes:
-            self._answer(404, {"message": "nodes not found"})
-        else:
-            labels = self.cluster.nodes[self.path]
-            for key, value in change["metadata"]["labels"].items():
-                if value is None:
-                    labels.pop(key, None)
-                else:
-                    labels[key] = value
-            self._answer(200, {"metadata": {"labels": labels}})
-
-    def _answer(self, status: int, body: dict[str, object]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
-        pass
+def label(api: Api, value: str | None = "ready", node: str = "node-1") -> None:
+    api.client().label_node(node, {LABEL: value})
 
 
-class Quiet(ThreadingHTTPServer):
-    """Says nothing about clients that refuse it or go away."""
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass
-
-
-@dataclass
-class Api:
-    """A served cluster, with a service account's files to reach it."""
-
-    cluster: Cluster
-    account: Path
-    port: int
-    authority: Authority
-
-    def client(self, timeout_s: float = 10.0) -> ApiServer:
-        return ApiServer(ApiSettings("127.0.0.1", self.port, self.account, timeout_s))
-
-    def label(self, value: str | None = "ready", node: str = "node-1") -> None:
-        self.client().label_node(node, {LABEL: value})
+def a_node(**spec: Any) -> dict[str, Any]:
+    return {"metadata": {"name": "node-1", "labels": {"kubernetes.io/os": "linux"}}, "spec": spec}
 
 
 @pytest.fixture(scope="module")
@@ -109,38 +39,17 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, Pair, Auth
     return authority, authority.issue("apiserver"), Authority(directory / "other", "other")
 
 
-@contextlib.contextmanager
-def served(cluster: Cluster, authority: Authority, pair: Pair, account: Path) -> Iterator[Api]:
-    """Serve the cluster, with a service account's files in `account`."""
-    handler = type("Bound", (Handler,), {"cluster": cluster})
-    server = Quiet(("127.0.0.1", 0), handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair.certificate, pair.key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    (account / "token").write_text(f"{cluster.token}\n")
-    (account / "ca.crt").write_bytes(authority.certificate.read_bytes())
-    try:
-        yield Api(cluster, account, server.server_address[1], authority)
-    finally:
-        cluster.released.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def api(tmp_path: Path, pki: tuple[Authority, Pair, Authority]) -> Iterator[Api]:
     authority, pair, _ = pki
-    with served(Cluster(), authority, pair, tmp_path) as api:
+    with served(Cluster({NODE: a_node()}), authority, pair, tmp_path) as api:
         yield api
 
 
 def test_a_label_is_set_and_taken_away_and_the_others_stay(api: Api) -> None:
     for value, expected in (("ready", {LABEL: "ready"}), ("ready", {LABEL: "ready"}), (None, {}), (None, {})):
-        api.label(value)
-        assert api.cluster.nodes[NODE] == {"kubernetes.io/os": "linux"} | expected
+        label(api, value)
+        assert labels(api) == {"kubernetes.io/os": "linux"} | expected
 
 
 def test_a_token_that_was_replaced_is_taken_without_a_restart(api: Api) -> None:
@@ -152,28 +61,28 @@ def test_a_token_that_was_replaced_is_taken_without_a_restart(api: Api) -> None:
     assert refused.value.status == 401
     (api.account / "token").write_text("second")
     client.label_node("node-1", {LABEL: None})
-    assert LABEL not in api.cluster.nodes[NODE]
+    assert LABEL not in labels(api)
 
 
 def test_a_server_that_cannot_be_verified_is_told_nothing(api: Api, pki: tuple[Authority, Pair, Authority]) -> None:
     _, _, other = pki
     (api.account / "ca.crt").write_bytes(other.certificate.read_bytes())
     with pytest.raises(ApiFailed, match="CERTIFICATE_VERIFY_FAILED"):
-        api.label()
-    assert api.cluster.requests == 0
+        label(api)
+    assert api.cluster.requests == []
     (api.account / "ca.crt").write_bytes(api.authority.certificate.read_bytes())
-    api.label()
+    label(api)
 
 
 @pytest.mark.parametrize("fault", ["302", "401", "403", "404", "409", "422", "429", "500", "503", "close", "garbage"])
 def test_a_fault_is_told_and_the_next_try_succeeds(api: Api, fault: str) -> None:
     api.cluster.faults.append(fault)
     with pytest.raises(ApiFailed) as failed:
-        api.label()
+        label(api)
     assert failed.value.status == (int(fault) if fault.isdigit() else None)
     assert "first" not in str(failed.value), "the token"
-    api.label()
-    assert api.cluster.nodes[NODE][LABEL] == "ready"
+    label(api)
+    assert labels(api)[LABEL] == "ready"
 
 
 def test_a_server_that_hangs_is_given_up(api: Api) -> None:
@@ -184,14 +93,103 @@ def test_a_server_that_hangs_is_given_up(api: Api) -> None:
 
 def test_what_is_missing_is_named(api: Api) -> None:
     with pytest.raises(ApiFailed, match="not found") as absent:
-        api.label(node="no such/node")
+        label(api, node="no such/node")
     assert absent.value.status == 404
     (api.account / "token").unlink()
     with pytest.raises(ApiFailed, match="token"):
-        api.label()
+        label(api)
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path: Path, api: Api) -> None:
     client = ApiServer(ApiSettings("127.0.0.1", 1, api.account))
     with pytest.raises(ApiFailed, match="refused"):
         client.label_node("node-1", {LABEL: "ready"})
+
+
+# --- taints and what stands for attachments -------------------------------------------------------------------------
+
+
+def test_a_taint_is_taken_off_and_the_others_stay(api: Api) -> None:
+    api.cluster.objects[NODE] = a_node(taints=[OTHER, {"key": TAINT, "effect": "NoSchedule", "value": "x"}])
+    node = api.client().node("node-1")
+    assert node is not None
+    assert node.has_taint(TAINT)
+    api.client().set_taints(node, [OTHER])
+    assert api.cluster.objects[NODE]["spec"] == {"taints": [OTHER]}
+
+
+def test_taints_that_changed_in_between_are_not_written_over(api: Api) -> None:
+    api.cluster.objects[NODE] = a_node(taints=[{"key": TAINT, "effect": "NoSchedule"}])
+    node = api.client().node("node-1")
+    assert node is not None
+    api.cluster.objects[NODE] = changed = a_node(taints=[*node.taints, OTHER])
+    with pytest.raises(TaintsChanged):
+        api.client().set_taints(node, [])
+    assert api.cluster.objects[NODE] == changed
+
+
+def test_a_driver_is_registered_where_the_nodes_storage_object_lists_it(api: Api) -> None:
+    client, path = api.client(), "/apis/storage.k8s.io/v1/csinodes"
+    assert client.node_id("node-1", "driver") is None
+    one = {"metadata": {"name": "node-1"}, "spec": {"drivers": [{"name": "driver", "nodeID": "id-1"}]}}
+    two = {"metadata": {"name": "node-2"}, "spec": {"drivers": [{"name": "driver", "nodeID": "id-2"}]}}
+    api.cluster.objects |= {f"{path}/node-1": one, path: {"items": [one, two, {"spec": None}]}}
+    assert (client.node_id("node-1", "driver"), client.node_id("node-1", "other")) == ("id-1", None)
+    assert client.node_ids("driver") == {"node-1": "id-1", "node-2": "id-2"}
+
+
+def test_an_attachment_is_asked_for_by_its_name(api: Api) -> None:
+    name = attachment_name("z:v:u:n", "nvmesh-csi.excelero.com", "node-1")
+    assert not api.client().has_attachment(name)
+    api.cluster.objects[f"/apis/storage.k8s.io/v1/volumeattachments/{name}"] = {"kind": "VolumeAttachment"}
+    assert api.client().has_attachment(name)
+
+
+def test_a_node_tells_what_drains_it_and_which_volumes_are_its(api: Api) -> None:
+    node = a_node()
+    node["status"] = {
+        "volumesAttached": [{"name": "kubernetes.io/csi/driver^a"}, {"name": "kubernetes.io/csi/driver-2^b"}],
+        "volumesInUse": ["kubernetes.io/csi/driver^a", "kubernetes.io/csi/driver^c"],
+    }
+    api.cluster.objects[NODE] = node
+    found = api.client().node("node-1")
+    assert found is not None
+    assert (found.why_draining(), sorted(found.handles("driver"))) == ("", ["a", "c"])
+    assert api.client().node("node-2") is None
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "why"),
+    [
+        ("spec", {"unschedulable": True}, "cordoned"),
+        ("spec", {"taints": [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]}, "unschedulable"),
+        ("spec", {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}, "ToBeDeleted"),
+        ("spec", {"taints": [{"key": "karpenter.sh/disrupted", "effect": "NoSchedule"}]}, "karpenter"),
+        ("metadata", {"name": "node-1", "deletionTimestamp": "2026-01-01T00:00:00Z"}, "being deleted"),
+        ("status", {"conditions": [{"type": "Ready", "message": "node is shutting down"}]}, "shutting down"),
+        ("spec", {"taints": [{"key": "node.kubernetes.io/not-ready"}, "torn"], "unschedulable": "no"}, ""),
+        ("status", {"conditions": [{"type": "DiskPressure", "message": "node is shutting down"}, None]}, ""),
+    ],
+)
+def test_a_drain_is_known_by_every_sign_of_it(api: Api, part: str, value: dict[str, Any], why: str) -> None:
+    api.cluster.objects[NODE] = a_node() | {part: value}
+    found = api.client().node("node-1")
+    assert found is not None
+    assert bool(why) == bool(found.why_draining())
+    assert why in found.why_draining()
+
+
+@pytest.mark.parametrize("fault", ["403", "500", "close", "garbage", "hang"])
+def test_an_answer_that_does_not_come_is_not_taken_for_absence(api: Api, fault: str) -> None:
+    client = api.client(timeout_s=0.2 if fault == "hang" else 10)
+    for ask in (
+        lambda: client.node("node-1"),
+        lambda: client.node_id("node-1", "d"),
+        lambda: client.has_attachment("a"),
+    ):
+        api.cluster.faults.append(fault)
+        with pytest.raises(ApiFailed):
+            ask()
+    api.cluster.faults.append(fault)
+    with pytest.raises(ApiFailed):
+        client.set_taints(Node("node-1"), [])

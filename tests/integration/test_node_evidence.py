@@ -11,7 +11,8 @@ import pytest
 from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.contract.pki import Authority
-from tests.contract.test_kubernetes_api import LABEL, NODE, Cluster, served
+from tests.contract.small_api_server import Cluster, served
+from tests.contract.test_kubernetes_api import LABEL, NODE
 from tests.integration.rig import Rig, Volume, raw_block, running, wait_for
 
 
@@ -88,7 +89,7 @@ def test_troubles_are_told_by_both_services(lone_rig: Rig) -> None:
 
 def test_a_node_labels_itself(lone_rig: Rig, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "pki", "cluster")
-    cluster = Cluster()
+    cluster = Cluster({NODE: {"metadata": {"labels": {}}}})
     with served(cluster, authority, authority.issue("apiserver"), tmp_path) as api:
         lone_rig.spawn(
             *lone_rig.role_argv("node"),
@@ -97,4 +98,4 @@ def test_a_node_labels_itself(lone_rig: Rig, tmp_path: Path) -> None:
             *("--kubernetes-account", str(api.account)),
             log=tmp_path / "node.log",
         )
-        wait_for(lambda: cluster.nodes[NODE].get(LABEL) == "ready", "the label of the node")
+        wait_for(lambda: cluster.objects[NODE]["metadata"]["labels"].get(LABEL) == "ready", "the label of the node")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.config import controller, node, onebox, storage, values, volume
+from csi_driver.config import controller, node, onebox, prestop, storage, values, volume
 from csi_driver.config.commands import parse
 from csi_driver.config.flags import Flag, UsageError
 from csi_driver.config.made import (
@@ -19,6 +19,7 @@ from csi_driver.config.made import (
     DemoCommand,
     LocalCommand,
     NodeCommand,
+    PreStopCommand,
     StorageCommand,
     VersionCommand,
     VolumeCommand,
@@ -27,6 +28,7 @@ from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePoli
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
+from csi_driver.machine import RunningRole
 from csi_driver.node.requests import NodeSettings
 from csi_driver.rpc.settings import RegistrationSettings
 from csi_driver.telemetry.settings import HttpSettings
@@ -37,6 +39,7 @@ TABLES = {
     "storage": storage.STORAGE_FLAGS,
     "local": onebox.LOCAL_FLAGS,
     "demo": onebox.DEMO_FLAGS,
+    "pre-stop": prestop.PRE_STOP_FLAGS,
     "volume": [flag for flag in volume.VOLUME_FLAGS if not flag.is_positional],
 }
 FLAGS = [pytest.param(role, flag, id=f"{role}{flag.name}") for role, table in TABLES.items() for flag in table]
@@ -96,6 +99,38 @@ def test_a_node_keeps_no_label_unless_told_to_and_then_needs_to_know_where() -> 
         assert made.kubernetes == expected
     with pytest.raises(UsageError, match="--kubernetes-host"):
         parse([*NODE, "--node-label"], {})
+
+
+def test_a_node_takes_off_a_taint_where_it_is_told_its_key() -> None:
+    made = command([*NODE, "--startup-taint=a.com/b", "--kubernetes-host=h"])
+    assert isinstance(made, NodeCommand)
+    assert (made.startup_taint, made.label, made.kubernetes is not None) == ("a.com/b", False, True)
+    with pytest.raises(UsageError, match="--startup-taint given without --kubernetes-host"):
+        parse([*NODE, "--startup-taint=a.com/b"], {})
+
+
+def beside(*arguments: str, environ: Mapping[str, str] | None = None) -> Callable[[object], RunningRole]:
+    return lambda roles: RunningRole(1, "node", arguments, environ or {})
+
+
+def test_what_is_run_beside_a_node_works_with_what_the_node_was_told() -> None:
+    running = beside(
+        "--driver-name", "d.com", "--endpoint=/e", "--node-name=n", environ={"KUBERNETES_SERVICE_HOST": "h"}
+    )
+    made = parse(["pre-stop", "--node-name", "mine"], {}, running)
+    assert isinstance(made, PreStopCommand)
+    assert (made.driver_name, made.node_name, made.timeout_s) == ("d.com", "mine", 25)
+    assert made.kubernetes is not None
+    assert made.kubernetes.host == "h"
+    alone = parse(["pre-stop"], {})
+    assert isinstance(alone, PreStopCommand)
+    assert (alone.driver_name, alone.kubernetes) == ("nvmesh-csi.excelero.com", None)
+
+
+def test_no_role_takes_what_another_was_told() -> None:
+    assert problems(["node"]) != ()
+    with pytest.raises(UsageError):
+        parse(["node"], {}, beside("--endpoint=/e"))
 
 
 def test_the_storage_has_the_defaults_of_its_settings() -> None:

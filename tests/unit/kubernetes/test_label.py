@@ -11,6 +11,7 @@ import pytest
 from csi_driver.errors import StorageUnavailable
 from csi_driver.kubernetes import label
 from csi_driver.kubernetes.label import LABEL, PATIENCE, READY, ClientLabel
+from csi_driver.kubernetes.pace import Backoff, Tending
 from tests.fakes.host import FakeClock
 
 
@@ -46,7 +47,7 @@ class Kept:
         self.keeper = self.restarted()
 
     def restarted(self) -> ClientLabel:
-        self.keeper = ClientLabel(self.nodes, "node-1", lambda: self.reason, self.clock, lambda: 1.0)
+        self.keeper = ClientLabel(self.nodes, "node-1", lambda: self.reason, self.clock, Backoff(300.0, lambda: 1.0))
         return self.keeper
 
     def look(self, times: int = 1) -> None:
@@ -121,7 +122,7 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(kept: Kept) -> 
 def test_a_thousand_nodes_do_not_come_back_at_once() -> None:
     kept = Kept()
     kept.nodes.is_down = True
-    kept.keeper.jitter = iter((0.0, 0.5, 1.0)).__next__
+    kept.keeper.backoff.jitter = iter((0.0, 0.5, 1.0)).__next__
     assert [kept.keeper.tend() for _ in range(3)] == [0.5, 1.5, 4.0]
 
 
@@ -135,6 +136,6 @@ def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kep
 
 
 def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
-    with kept.keeper:
+    with Tending(kept.keeper.tend, "node-label"):
         assert kept.nodes.was_asked.wait(10)
     assert kept.value == READY

@@ -97,7 +97,10 @@ subjects:
 {{- if or $node.startupTaint.enabled $node.preStop.enabled -}}{{- $verbs = append $verbs "get" -}}{{- end -}}
 {{- if or $node.startupTaint.enabled $node.nodeLabel -}}{{- $verbs = append $verbs "patch" -}}{{- end -}}
 - {apiGroups: [""], resources: [nodes], verbs: {{ toJson $verbs }}}
+{{- if $node.startupTaint.enabled }}
+- {apiGroups: [storage.k8s.io], resources: [csinodes], verbs: [get]}
+{{- end }}
 {{- if $node.preStop.enabled }}
-- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list]}
+- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get]}
 {{- end -}}
 {{- end -}}

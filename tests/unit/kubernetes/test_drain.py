@@ -1,0 +1,168 @@
+"""Before the node's pod is stopped: nothing is waited for but the volumes of a node that is being drained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import HostFailure
+from csi_driver.kubernetes.api import ApiFailed
+from csi_driver.kubernetes.drain import PreStop
+from csi_driver.kubernetes.objects import Node, attachment_name
+from tests.fakes.host import FakeClock
+
+DRIVER, TIME_S = "driver", 100.0
+
+
+@dataclass
+class FakeCluster:
+    """A node and its VolumeAttachments. `refuses`: HTTP status of every answer; None = it answers."""
+
+    handles: set[str] = field(default_factory=set)
+    attachments: set[str] = field(default_factory=set)
+    is_cordoned: bool = True
+    is_there: bool = True
+    is_down: bool = False
+    attachments_status: int | None = None
+
+    def node(self, name: str) -> Node | None:
+        assert name == "node-1"
+        if self.is_down:
+            raise ApiFailed("tell the node", "nobody answers")
+        volumes = tuple(f"kubernetes.io/csi/{DRIVER}^{handle}" for handle in self.handles)
+        foreign = ("kubernetes.io/csi/other^x",)
+        return Node(name, unschedulable=self.is_cordoned, volumes=volumes + foreign) if self.is_there else None
+
+    def has_attachment(self, name: str) -> bool:
+        if self.attachments_status is not None:
+            raise ApiFailed("tell the attachment", "refused", self.attachments_status)
+        return name in {attachment_name(handle, DRIVER, "node-1") for handle in self.attachments}
+
+
+class Stop:
+    """A pre-stop over fakes. `events`: what happens at which second."""
+
+    def __init__(self) -> None:
+        self.cluster = FakeCluster({"a", "b"}, {"a", "b"})
+        self.mounted = {"a"}
+        self.clock = FakeClock()
+        self.events: dict[float, Callable[[], None]] = {}
+        self.mounts_fail = False
+
+    def wait(self, cluster: FakeCluster | None = None, *, alone: bool = False) -> tuple[str, float]:
+        began_s = self.clock.monotonic()
+        hook = PreStop(None if alone else cluster or self.cluster, "node-1", DRIVER, self.held)
+        end = hook.wait(Deadline.after(TIME_S, self.clock))
+        return end, self.clock.monotonic() - began_s
+
+    def held(self) -> set[str]:
+        now_s = self.clock.monotonic()
+        for at_s in [at_s for at_s in self.events if at_s <= now_s]:
+            self.events.pop(at_s)()
+        if self.mounts_fail:
+            raise HostFailure("/proc is not mounted")
+        return set(self.mounted)
+
+    def later(self, seconds: float, event: Callable[[], None]) -> None:
+        self.events[self.clock.monotonic() + seconds] = event
+
+
+@pytest.fixture
+def stop() -> Stop:
+    return Stop()
+
+
+def test_a_node_that_is_not_drained_stops_at_once_with_all_its_volumes(stop: Stop) -> None:
+    stop.cluster.is_cordoned = False
+    assert stop.wait() == ("node node-1 is not being drained", 0.0)
+
+
+def test_a_drained_node_without_volumes_stops_at_once(stop: Stop) -> None:
+    stop.mounted, stop.cluster = set(), FakeCluster()
+    assert stop.wait() == ("it is cordoned, and no volume is left", 0.0)
+
+
+def test_a_drained_node_waits_for_mounts_then_attachments_then_their_end(stop: Stop) -> None:
+    stop.later(10, stop.mounted.clear)
+    stop.later(20, stop.cluster.handles.clear)
+    stop.later(30, lambda: stop.cluster.attachments.remove("a"))
+    stop.later(40, lambda: stop.cluster.attachments.remove("b"))
+    end, took_s = stop.wait()
+    assert (end, took_s) == ("it is cordoned, and no volume is left", 40.0)
+
+
+def test_a_volume_that_never_goes_is_waited_for_until_the_time_is_over(stop: Stop) -> None:
+    stop.mounted.clear()
+    end, took_s = stop.wait()
+    assert end == "the time is over, and it is cordoned, and a, b are attached"
+    assert took_s == TIME_S
+
+
+def test_a_node_that_is_no_longer_drained_stops(stop: Stop) -> None:
+    def uncordon() -> None:
+        stop.cluster.is_cordoned = False
+
+    stop.later(6, uncordon)
+    assert stop.wait() == ("node node-1 is not being drained", 6.0)
+
+
+def test_a_node_whose_object_is_gone_waits_for_its_mounts(stop: Stop) -> None:
+    stop.cluster.is_there = False
+    stop.cluster.attachments.clear()
+    stop.later(8, stop.mounted.clear)
+    end, took_s = stop.wait()
+    assert (end, took_s) == ("the API server knows no such node any more, and no volume is left", 8.0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_without_an_api_server_the_mounts_decide(stop: Stop, alone: bool) -> None:
+    stop.cluster.is_down = True
+    stop.later(10, stop.mounted.clear)
+    end, took_s = stop.wait(alone=alone)
+    assert end.startswith("no volume is mounted")
+    assert took_s == 10
+    stop.mounted.add("a")
+    end, took_s = stop.wait(alone=alone)
+    assert "a is mounted, and whether the node is being drained is not known" in end
+    assert took_s == TIME_S
+
+
+def test_an_api_server_that_comes_back_decides(stop: Stop) -> None:
+    stop.cluster.is_down, stop.cluster.is_cordoned = True, False
+
+    def answer() -> None:
+        stop.cluster.is_down = False
+
+    stop.later(4, answer)
+    assert stop.wait() == ("node node-1 is not being drained", 4.0)
+
+
+def test_who_may_not_ask_for_attachments_goes_by_the_nodes_own_list(stop: Stop) -> None:
+    stop.cluster.attachments_status = 403
+    stop.later(10, stop.mounted.clear)
+    stop.later(20, stop.cluster.handles.clear)
+    assert stop.wait() == ("it is cordoned, and no volume is left", 20.0)
+
+
+def test_an_attachment_that_cannot_be_asked_for_is_taken_to_be_there(stop: Stop) -> None:
+    stop.mounted.clear()
+    stop.cluster.handles.clear()
+    stop.mounted.add("a")
+    stop.later(2, stop.mounted.clear)
+    stop.cluster.attachments_status = 500
+    end, took_s = stop.wait()
+    assert "a is being detached" in end
+    assert took_s == TIME_S
+
+
+def test_mounts_that_cannot_be_read_do_not_keep_the_pod(stop: Stop) -> None:
+    stop.mounts_fail, stop.cluster.is_down = True, True
+    assert stop.wait()[1] == 0.0
+
+
+def test_of_many_volumes_three_are_named(stop: Stop) -> None:
+    stop.mounted = {f"v{number}" for number in range(5)}
+    assert "v0, v1, v2 and 2 more are mounted" in stop.wait()[0]

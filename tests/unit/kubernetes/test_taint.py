@@ -1,0 +1,136 @@
+"""The start-up taint goes when the driver serves, and whenever it comes back; nothing else of the node changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from csi_driver.errors import StorageUnavailable
+from csi_driver.kubernetes.api import TaintsChanged
+from csi_driver.kubernetes.objects import Node
+from csi_driver.kubernetes.taint import LOOK_S, WAIT_S, StartupTaint
+from tests.fakes.host import FakeClock
+
+KEY = "driver/agent-not-ready"
+STARTUP: Mapping[str, object] = {"key": KEY, "effect": "NoSchedule", "value": "any"}
+OTHER: Mapping[str, object] = {"key": "other", "effect": "NoSchedule", "timeAdded": "2026-01-01T00:00:00Z"}
+
+
+@dataclass
+class FakeNodes:
+    """One node with its taints. `between` is done between its reading and its change, once."""
+
+    taints: list[Mapping[str, object]] = field(default_factory=lambda: [STARTUP, OTHER])
+    is_registered: bool = True
+    is_down: bool = False
+    is_there: bool = True
+    between: list[Mapping[str, object]] | None = None
+    asked: list[str] = field(default_factory=list)
+
+    def node(self, name: str) -> Node | None:
+        self._asked("node")
+        return Node(name, taints=tuple(self.taints)) if self.is_there else None
+
+    def node_id(self, node_name: str, driver_name: str) -> str | None:
+        self._asked("node_id")
+        assert (node_name, driver_name) == ("node-1", "driver")
+        return "id" if self.is_registered else None
+
+    def set_taints(self, node: Node, taints: Sequence[Mapping[str, object]]) -> None:
+        self._asked("set_taints")
+        if self.between is not None:
+            self.taints, self.between = self.between, None
+        if node.taints != tuple(self.taints):
+            raise TaintsChanged("change the taints", "test failed", 422)
+        self.taints = list(taints)
+
+    def _asked(self, what: str) -> None:
+        self.asked.append(what)
+        if self.is_down:
+            raise StorageUnavailable("nobody answers")
+
+
+class Tended:
+    """A taint that is tended over fakes as its thread would do it."""
+
+    def __init__(self) -> None:
+        self.nodes = FakeNodes()
+        self.clock = FakeClock()
+        self.reason = ""
+        self.taint = StartupTaint(self.nodes, "node-1", "driver", KEY, lambda: self.reason, lambda: 1.0)
+        self.taint._backoff.jitter = lambda: 1.0
+
+    def tend_for(self, seconds: float) -> None:
+        until_s = self.clock.monotonic() + seconds
+        while self.clock.monotonic() < until_s:
+            self.clock.sleep(self.taint.tend())
+
+
+@pytest.fixture
+def tended() -> Tended:
+    return Tended()
+
+
+def test_the_taint_goes_once_the_driver_is_registered_and_the_others_stay(tended: Tended) -> None:
+    tended.nodes.is_registered = False
+    tended.tend_for(30)
+    assert tended.nodes.taints == [STARTUP, OTHER]
+    tended.nodes.is_registered = True
+    tended.tend_for(WAIT_S)
+    assert tended.nodes.taints == [OTHER]
+
+
+def test_the_taint_stays_while_the_driver_cannot_serve_and_the_api_server_is_left_alone(tended: Tended) -> None:
+    tended.reason = "the storage client does not show itself yet"
+    tended.tend_for(300)
+    assert (tended.nodes.taints, tended.nodes.asked) == ([STARTUP, OTHER], [])
+    tended.reason = ""
+    tended.tend_for(WAIT_S)
+    assert tended.nodes.taints == [OTHER]
+
+
+@pytest.mark.parametrize("effect", ["NoSchedule", "PreferNoSchedule", "NoExecute"])
+def test_whatever_its_effect_it_goes(tended: Tended, effect: str) -> None:
+    tended.nodes.taints = [{"key": KEY, "effect": effect}, STARTUP]
+    tended.taint.tend()
+    assert tended.nodes.taints == []
+
+
+def test_a_taint_that_comes_back_goes_again(tended: Tended) -> None:
+    tended.tend_for(1000)
+    tended.nodes.taints = [STARTUP]
+    tended.tend_for(LOOK_S)
+    assert tended.nodes.taints == []
+
+
+def test_a_change_of_somebody_else_in_between_is_kept(tended: Tended) -> None:
+    third: Mapping[str, object] = {"key": "third", "effect": "NoExecute"}
+    tended.nodes.between = [third, STARTUP, OTHER]
+    tended.tend_for(1)
+    assert tended.nodes.taints == [third, OTHER]
+
+
+def test_a_server_that_is_down_is_tried_for_ever_at_most_once_a_minute(tended: Tended) -> None:
+    tended.nodes.is_down = True
+    pauses = [tended.taint.tend() for _ in range(12)]
+    assert (pauses[0], pauses[-1]) == (1.0, 60.0)
+    assert pauses == sorted(pauses)
+    tended.nodes.is_down = False
+    tended.taint.tend()
+    assert tended.nodes.taints == [OTHER]
+
+
+def test_a_node_without_the_taint_costs_one_question_a_minute(tended: Tended) -> None:
+    tended.nodes.taints = [OTHER]
+    tended.tend_for(600)
+    assert tended.nodes.asked == ["node"] * 10
+
+
+def test_a_node_that_is_not_known_yet_is_looked_for_again(tended: Tended) -> None:
+    tended.nodes.is_there = False
+    tended.tend_for(LOOK_S)
+    tended.nodes.is_there = True
+    tended.tend_for(LOOK_S)
+    assert tended.nodes.taints == [OTHER]
