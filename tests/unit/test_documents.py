@@ -52,11 +52,6 @@ def test_the_examples_of_clusters_are_taken_as_they_stand(language: str, zones: 
     assert list(described.zones) == zones
 
 
-def test_the_example_of_clusters_in_the_readme_is_taken_as_it_stands() -> None:
-    (example,) = (each for each in fenced(text_of("README.md"), "yaml") if each.startswith("zones:"))
-    assert list(understand(example, Defaults(ManagementSettings(()), "z")).zones) == ["east", "west"]
-
-
 @pytest.mark.parametrize(
     "keys", [ZONE_KEYS, old_clusters._CONFIG_MAP, old_clusters._API_PARAMS], ids=["zone", "ConfigMap", "apiParams"]
 )
