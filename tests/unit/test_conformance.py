@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
 
 from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY
+from csi_driver.telemetry.log import TextFormatter
 from tests.kubernetes.suite import driver_log, report, results
 from tests.kubernetes.suite.selections import HERE, NAMES, NOT_RUN, SELECTIONS
+from tests.unit.rpc.fakes import create, serving, stage
 
 DEFINITIONS = sorted((HERE / "definitions").glob("*.yaml"))
 CLASSES = sorted((HERE / "classes").glob("*.yaml"))
@@ -119,6 +124,19 @@ def test_calls_refusals_and_warnings_are_counted_and_equal_ones_are_counted_toge
         driver_log.Refusals("NodeExpandVolume", "UNAVAILABLE", "waiting for volume <volume> (<uuid>)", 2),
     )
     assert calls.warnings == {"csi_driver.node: volume <volume> (<uuid>) is lost": 1}
+
+
+def test_lines_are_read_as_the_boundary_writes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "csi_driver.rpc.boundary")
+    with serving(tmp_path / "csi.sock") as endpoint:
+        endpoint.controller.CreateVolume(create())
+        with contextlib.suppress(grpc.RpcError):
+            endpoint.node.NodeStageVolume(stage(volume_id=""))
+    calls = driver_log.read(TextFormatter().format(record) for record in caplog.records)
+    assert calls.answered == {"CreateVolume": 1}
+    assert [(refusal.call, refusal.code, refusal.count) for refusal in calls.refused] == [
+        ("NodeStageVolume", "INVALID_ARGUMENT", 1)
+    ]
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -127,7 +127,11 @@ def _ginkgo(selection: Selection, settings: Settings) -> None:
         f"--procs={processes}", f"--focus={focus}", f"--skip={skip}", f"--timeout={settings.hours}h", "--no-color",
         "--silence-skips", f"--output-dir={directory}", "--json-report=ginkgo.json", "--junit-report=junit.xml",
     )  # fmt: skip
-    environment = {**os.environ, **_login(), "SUITE_ARGUMENTS": " ".join(_suite_arguments(selection))}
+    environment = {
+        **os.environ,
+        **_login(selection, settings.cluster),
+        "SUITE_ARGUMENTS": " ".join(_suite_arguments(selection)),
+    }
     with (directory / "ginkgo.log").open("wb") as log:
         process = subprocess.Popen(
             argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
@@ -152,10 +156,11 @@ def _suite_arguments(selection: Selection) -> list[str]:
     ]
 
 
-def _login() -> dict[str, str]:
-    """Return what lets disruptive tests log in to the node (`tests/kubernetes/suite/ssh-up` prints it)."""
-    key = os.environ.get("LOCAL_SSH_KEY", "")
-    return {"KUBE_SSH_USER": "root", "LOCAL_SSH_KEY": key} if key else {}
+def _login(selection: Selection, cluster: Cluster) -> dict[str, str]:
+    """Return what lets tests that stop the kubelet log in to the node."""
+    if not selection.logs_in:
+        return {}
+    return {"KUBE_SSH_USER": "root", "LOCAL_SSH_KEY": os.environ.get("LOCAL_SSH_KEY") or cluster.login_key()}
 
 
 def _undefined(selection: Selection, settings: Settings) -> list[results.Undefined]:

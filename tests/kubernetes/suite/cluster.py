@@ -69,6 +69,13 @@ class Cluster:
                 found[f"{name}.{container}"] = lines
         return found
 
+    def login_key(self) -> str:
+        """Make it possible to log in to the node and return the file of the key."""
+        done = subprocess.run([str(self._enter.parent / "ssh-up")], stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise NoCluster("no login to the node, which the tests that stop the kubelet need")
+        return done.stdout.strip()
+
     def versions(self, namespace: str) -> dict[str, str]:
         """Return the versions of what takes part."""
         server = json.loads(self.output("kubectl", "version", "--output=json"))["serverVersion"]["gitVersion"]

@@ -13,7 +13,10 @@ _SLOW_OR_FEATURE = r"\[Slow\]|\[Feature:"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """One run of the suite. `focus` and `skip` are regular expressions on the names of tests, as ginkgo takes them."""
+    """One run of the suite. `focus` and `skip` are regular expressions on the names of tests, as ginkgo takes them.
+
+    `logs_in`: it has tests that log in to the node, to stop and start the kubelet.
+    """
 
     name: str
     title: str
@@ -21,6 +24,7 @@ class Selection:
     focus: str
     skip: str
     side_by_side: bool = True
+    logs_in: bool = False
 
     @property
     def definition_file(self) -> Path:
@@ -86,6 +90,7 @@ SELECTIONS = (
         f"External.Storage.*({_HEAVY})",
         "$^",
         side_by_side=False,
+        logs_in=True,
     ),
     Selection("ext4", "ext4", "ext4", r"External.Storage.*(\(default fs\)|\(filesystem volmode\))", _HEAVY),
     Selection("btrfs", "btrfs", "btrfs", r"External.Storage.*(\(default fs\)|\(filesystem volmode\))", _HEAVY),
