@@ -22,6 +22,13 @@ COPY csi_driver csi_driver
 RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
  && /opt/nvmesh-csi/bin/pip install --no-deps /wheels/*.whl \
  && /opt/nvmesh-csi/bin/pip uninstall --yes pip setuptools
+# Each Python package's terms, under its name: its licence files, and its metadata, which name the licence in any case.
+RUN cd /opt/nvmesh-csi/lib/python3*/site-packages \
+ && for info in *.dist-info; do \
+        mkdir -p "/licenses/$info" && cp "$info/METADATA" "/licenses/$info/" \
+        && find "$info" -type f \( -iname '*licen[cs]e*' -o -iname 'copying*' -o -iname 'notice*' -o -iname 'authors*' \) \
+               -exec cp --parents {} /licenses/ ';' || exit 1 ; \
+    done
 
 FROM ${BASE}
 RUN apt-get update \
@@ -30,12 +37,28 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/* /var/log/*.log /var/log/apt
 COPY --from=build /opt/nvmesh-csi /opt/nvmesh-csi
 
+# The licences of what was put in: Debian's packages keep theirs in /usr/share/doc.
+COPY --from=build /licenses /licenses
+
 ARG VERSION=dev
 ARG REVISION=unknown
+# Whoever publishes the image gives names of their own, and counts the builds of one version.
+ARG VENDOR=nvmesh-csi
+ARG MAINTAINER=nvmesh-csi
+ARG RELEASE=1
+# Without a prefix: what certifications ask for.
 LABEL org.opencontainers.image.title="nvmesh-csi" \
       org.opencontainers.image.description="Container Storage Interface driver for NVMesh" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.vendor="${VENDOR}" \
+      name="nvmesh-csi" \
+      vendor="${VENDOR}" \
+      maintainer="${MAINTAINER}" \
+      version="${VERSION}" \
+      release="${RELEASE}" \
+      summary="CSI driver for NVMesh" \
+      description="Container Storage Interface driver for NVMesh: controller, node and embedded storage manager"
 
 ENV PATH=/opt/nvmesh-csi/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1
 # The controller needs no rights at all. The node and the storage manager make mounts and devices: their pods say
