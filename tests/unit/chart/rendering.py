@@ -78,17 +78,24 @@ def render(
     release: str = "nvmesh-csi",
     namespace: str = "nvmesh-csi",
     kubernetes: str = "1.37.2",
+    apis: tuple[str, ...] = (),
 ) -> Rendered:
-    """Render with --set words and a mapping of values. Raises `Refused` with Helm's words."""
-    text = _template(sets, yaml.safe_dump(dict(values or {})), release, namespace, kubernetes)
+    """Render with --set words and a mapping of values, as for a cluster that serves `apis` too.
+
+    Raises `Refused` with Helm's words.
+    """
+    text = _template(sets, yaml.safe_dump(dict(values or {})), release, namespace, kubernetes, apis)
     return Rendered([manifest for manifest in yaml.safe_load_all(text) if manifest])
 
 
 @cache
-def _template(sets: tuple[str, ...], values: str, release: str, namespace: str, kubernetes: str) -> str:
+def _template(
+    sets: tuple[str, ...], values: str, release: str, namespace: str, kubernetes: str, apis: tuple[str, ...]
+) -> str:
     program = helm()
     assert program is not None, "helm is not there: tests/tools/install-helm builds it"
     words = [word for one in sets for word in ("--set", one)]
+    words += [word for one in apis for word in ("--api-versions", one)]
     done = subprocess.run(
         [program, "template", release, CHART, "-n", namespace, "--kube-version", kubernetes, "-f", "-", *words],
         input=values,

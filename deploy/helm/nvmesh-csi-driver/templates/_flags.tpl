@@ -30,7 +30,7 @@
 {{- with .Values.zone }}
 - --zone={{ . }}
 {{- end }}
-{{- with .Values.topologyKey }}
+{{- with include "nvmesh-csi.topologyKey" . }}
 - --topology-key={{ . }}
 {{- end }}
 {{- with .Values.maxVolumesPerNode }}

@@ -1,11 +1,11 @@
 {{/* Where the node finds what it works with, as paths of the host that are the same in the container. */}}
 
 {{- define "nvmesh-csi.deviceDirectory" -}}
-{{- .Values.node.deviceDirectory | default (ternary .Values.storage.deviceDirectory "/dev/nvmesh" .Values.storage.enabled) -}}
+{{- .Values.node.deviceDirectory | default (ternary (include "nvmesh-csi.storageDirectory" (dict "root" . "of" "device")) "/dev/nvmesh" .Values.storage.enabled) -}}
 {{- end -}}
 
 {{- define "nvmesh-csi.statusDirectory" -}}
-{{- .Values.node.statusDirectory | default (ternary .Values.storage.statusDirectory "/proc/nvmeibc" .Values.storage.enabled) -}}
+{{- .Values.node.statusDirectory | default (ternary (include "nvmesh-csi.storageDirectory" (dict "root" . "of" "status")) "/proc/nvmeibc" .Values.storage.enabled) -}}
 {{- end -}}
 
 {{- define "nvmesh-csi.pluginDirectory" -}}

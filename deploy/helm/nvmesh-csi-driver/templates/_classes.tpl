@@ -1,0 +1,100 @@
+{{/*
+What stands before the names of the default classes: "nvmesh-" for the driver that the older ones were, so that their
+names are kept; any other driver name stands there itself, so that several drivers in one cluster do not meet.
+*/}}
+{{- define "nvmesh-csi.classPrefix" -}}
+{{- with .Values.defaultStorageClasses.namePrefix }}{{ . }}
+{{- else }}{{ ternary "nvmesh" .Values.driverName (eq (include "nvmesh-csi.hasOlderName" .) "true") }}-{{ end -}}
+{{- end }}
+
+{{/*
+The parameters of a class (dict class) as YAML: what the values say, the filesystem, and the Secrets of encryption.
+*/}}
+{{- define "nvmesh-csi.classParameters" -}}
+{{- $class := .class }}
+{{- $parameters := dict }}
+{{- range $key, $value := $class.parameters }}{{ $_ := set $parameters $key (include "nvmesh-csi.word" $value) }}{{ end }}
+{{- $own := dict }}
+{{- with $class.fsType }}{{ $_ := set $own "csi.storage.k8s.io/fstype" . }}{{ end }}
+{{- $secrets := dict }}
+{{- with $class.encryptionSecret }}
+{{- $secrets = dict "provisioner" . "nodeStage" . "nodeExpand" . }}
+{{- end }}
+{{- range $use, $secret := merge (dict) ($class.secrets | default dict) $secrets }}
+{{- $_ := set $own (printf "csi.storage.k8s.io/%s-secret-name" (kebabcase $use)) $secret.name }}
+{{- $_ := set $own (printf "csi.storage.k8s.io/%s-secret-namespace" (kebabcase $use)) $secret.namespace }}
+{{- end }}
+{{- range $key, $value := $own }}
+{{- if hasKey $parameters $key }}
+{{- fail (printf "storageClasses: class %s says %s twice: among its parameters and by fsType, secrets or encryptionSecret" $class.name $key) }}
+{{- end }}
+{{- $_ := set $parameters $key $value }}
+{{- end }}
+{{- with $parameters }}{{ toYaml . }}{{ end -}}
+{{- end }}
+
+{{/*
+One StorageClass (dict root, class).
+*/}}
+{{- define "nvmesh-csi.storageClass" -}}
+{{- $class := .class }}
+{{- $annotations := $class.annotations | default dict }}
+{{- if $class.isDefault }}
+{{- $annotations = merge (dict "storageclass.kubernetes.io/is-default-class" "true") $annotations }}
+{{- end }}
+---
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata:
+  name: {{ $class.name }}
+  labels:
+    {{- include "nvmesh-csi.labels" (dict "root" .root "component" "") | nindent 4 }}
+    {{- with $class.labels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+provisioner: {{ .root.Values.driverName }}
+reclaimPolicy: {{ $class.reclaimPolicy | default "Delete" }}
+volumeBindingMode: {{ $class.volumeBindingMode | default "WaitForFirstConsumer" }}
+allowVolumeExpansion: {{ hasKey $class "allowVolumeExpansion" | ternary $class.allowVolumeExpansion true }}
+{{- with $class.mountOptions }}
+mountOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with include "nvmesh-csi.classParameters" . }}
+parameters:
+  {{- . | nindent 2 }}
+{{- end }}
+{{- with $class.allowedTopologies }}
+allowedTopologies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{ end }}
+
+{{/*
+One of the default classes (dict root, class), as it is or, where the cluster has a class of its name:
+one of this release keeps what Kubernetes lets nobody change; any other is left to whoever made it.
+*/}}
+{{- define "nvmesh-csi.defaultClass" -}}
+{{- $class := .class }}
+{{- $there := lookup "storage.k8s.io/v1" "StorageClass" "" $class.name }}
+{{- if not $there }}
+{{- include "nvmesh-csi.storageClass" . }}
+{{- else if ne $there.provisioner .root.Values.driverName }}
+{{- fail (printf "StorageClass %s exists and is of the driver %s, not %s: set defaultStorageClasses.namePrefix, or defaultStorageClasses.enabled=false" $class.name $there.provisioner .root.Values.driverName) }}
+{{- else if include "nvmesh-csi.isOfThisRelease" (dict "root" .root "object" $there) }}
+{{- $kept := pick $there "parameters" "reclaimPolicy" "volumeBindingMode" }}
+{{- include "nvmesh-csi.storageClass" (dict "root" .root "class" (merge (dict) $kept (omit $class "parameters" "reclaimPolicy" "volumeBindingMode"))) }}
+{{- end }}
+{{- end }}
+
+{{/*
+Whether an object of the cluster (dict root, object) belongs to this release; empty = it does not.
+*/}}
+{{- define "nvmesh-csi.isOfThisRelease" -}}
+{{- $annotations := .object.metadata.annotations | default dict }}
+{{- if and (eq (index $annotations "meta.helm.sh/release-name" | default "") .root.Release.Name) (eq (index $annotations "meta.helm.sh/release-namespace" | default "") .root.Release.Namespace) }}true{{ end -}}
+{{- end }}
