@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,11 @@ if TYPE_CHECKING:
     from csi_driver.rpc.controller import ControllerUseCases
     from csi_driver.rpc.identity import Health
     from csi_driver.rpc.inflight import Claims
-    from csi_driver.rpc.itself import Itself
-    from csi_driver.rpc.registration import Registration
     from csi_driver.rpc.server import Register
-    from csi_driver.rpc.settings import EndpointSettings, RegistrationSettings
+    from csi_driver.rpc.settings import EndpointSettings
     from csi_driver.telemetry.health import Check
-    from csi_driver.telemetry.settings import HttpSettings
+    from csi_driver.telemetry.measured import ManagementMetrics
+    from csi_driver.telemetry.metrics import Measurement
 
 _LOG = logging.getLogger(PROGRAM)
 Port = TypeVar("Port")
@@ -132,9 +131,12 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
+    from csi_driver.telemetry.measured import ManagementMetrics
+    from csi_driver.telemetry.pages import serving
 
     settings = replace(command.controller, driver_version=driver_version())
-    clusters = _clusters(command)
+    metrics = ManagementMetrics()
+    clusters = _clusters(command, metrics)
     inventory = Inventory(clusters, settings)
     servicer = ControllerServicer(
         _controller_use_cases(clusters, inventory, settings),
@@ -144,10 +146,14 @@ def _controller(command: ControllerCommand) -> int:
     )
     health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
 
-    def beside(_: Boundary) -> AbstractContextManager[object]:
+    def beside(boundary: Boundary) -> AbstractContextManager[object]:
         itself = Itself(command.endpoint.socket)
-        ready: dict[str, Check] = {"csi": itself.why_not_ready, "management": inventory.why_unreachable}
-        return _pages(command.http, healthy={"csi": itself.why_silent}, ready=ready)
+        return serving(
+            command.http,
+            healthy={"csi": itself.why_silent},
+            ready={"csi": itself.why_not_ready, "management": inventory.why_unreachable},
+            measurements=[*_own("controller", settings.driver_name), *boundary.measurements(), *metrics.measurements()],
+        )
 
     return _serve(
         command.endpoint,
@@ -177,27 +183,25 @@ def _controller_use_cases(clusters: Clusters, inventory: Inventory, settings: Co
     )
 
 
-def _pages(
-    settings: HttpSettings | None, *, healthy: Mapping[str, Check], ready: Mapping[str, Check]
-) -> AbstractContextManager[object]:
-    """Serve health over HTTP, where that is asked for."""
-    if settings is None:
-        return nullcontext()
-    from csi_driver.telemetry import health
-    from csi_driver.telemetry.http_server import HttpServer
+def _own(role: str, driver_name: str) -> list[Measurement]:
+    """Measure what every role has: its process and its build."""
+    from csi_driver.host.process import figures
+    from csi_driver.telemetry import measured
 
-    pages = {health.HEALTHY: partial(health.page, healthy), health.READY: partial(health.page, ready)}
-    return HttpServer(settings, pages)
+    build = measured.build(version=driver_version(), role=role, driver_name=driver_name, python=sys.version.split()[0])
+    return [build, *measured.process(figures)]
 
 
-def _clusters(command: ControllerCommand | VolumeCommand | NodeAttaching) -> Clusters:
+def _clusters(
+    command: ControllerCommand | VolumeCommand | NodeAttaching, metrics: ManagementMetrics | None = None
+) -> Clusters:
     from csi_driver.management.client import ManagementClient
     from csi_driver.management.clusters import FileClusters, OneCluster
 
     place = command.clusters
     if place is None:
-        return OneCluster(command.zone, ManagementClient(command.management))
-    return FileClusters(place.path, place.defaults)
+        return OneCluster(command.zone, ManagementClient(command.management, metrics=metrics))
+    return FileClusters(place.path, place.defaults, connect=partial(ManagementClient, metrics=metrics))
 
 
 def _node(command: NodeCommand) -> int:
@@ -206,11 +210,12 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.inflight import Claims
-    from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
+    from csi_driver.telemetry.measured import ManagementMetrics
 
-    use_cases = _node_use_cases(command)
+    metrics = ManagementMetrics()
+    use_cases = _node_use_cases(command, metrics)
 
     def beside(boundary: Boundary) -> ExitStack:
         running = ExitStack()
@@ -218,13 +223,7 @@ def _node(command: NodeCommand) -> int:
         running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
         if command.kubernetes is not None:
             running.enter_context(_own_object(command, command.kubernetes, use_cases))
-        itself = Itself(command.endpoint.socket)
-        healthy: dict[str, Check] = {"csi": itself.why_silent}
-        ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
-        if command.registration is not None:
-            registration = running.enter_context(_registration(command.registration, itself))
-            healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
-        running.enter_context(_pages(command.http, healthy=healthy, ready=ready))
+        _tell_of_node(command, use_cases, [*boundary.measurements(), *metrics.measurements()], running)
         return running
 
     servicer = NodeServicer(
@@ -240,10 +239,25 @@ def _node(command: NodeCommand) -> int:
     )
 
 
-def _registration(settings: RegistrationSettings, itself: Itself) -> Registration:
+def _tell_of_node(
+    command: NodeCommand, use_cases: NodeUseCases, measurements: list[Measurement], running: ExitStack
+) -> None:
+    """Register with kubelet and serve health and measurements, as far as either is asked for."""
+    from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.registration import Registration
+    from csi_driver.telemetry import measured
+    from csi_driver.telemetry.pages import serving
 
-    return Registration(settings, itself.check_node)
+    itself, heavy = Itself(command.endpoint.socket), use_cases.heavy
+    healthy: dict[str, Check] = {"csi": itself.why_silent}
+    ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
+    measurements = [*_own("node", command.driver_name), *measurements]
+    measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
+    if command.registration is not None:
+        registration = running.enter_context(Registration(command.registration, itself.check_node))
+        healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
+        measurements += measured.registration(lambda: registration.is_registered, registration.verdicts)
+    running.enter_context(serving(command.http, healthy=healthy, ready=ready, measurements=measurements))
 
 
 def _own_object(command: NodeCommand, settings: ApiSettings, use_cases: NodeUseCases) -> ExitStack:
@@ -264,7 +278,7 @@ def _own_object(command: NodeCommand, settings: ApiSettings, use_cases: NodeUseC
     return kept
 
 
-def _node_use_cases(command: NodeCommand) -> NodeUseCases:
+def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUseCases:
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.connectors.reader import ReadOnlyLoops
     from csi_driver.host.devices import LinuxDevices
@@ -295,7 +309,7 @@ def _node_use_cases(command: NodeCommand) -> NodeUseCases:
         zone=_node_zone(command),
         settings=command.node,
     )
-    own = _own_attachments(command, lambda: use_cases.identity.info().node_id)
+    own = _own_attachments(command, metrics, lambda: use_cases.identity.info().node_id)
     return use_cases if own is None else attaching(use_cases, own)
 
 
@@ -314,14 +328,16 @@ def _node_zone(command: NodeCommand) -> NodeZone:
     )
 
 
-def _own_attachments(command: NodeCommand, node_id: Callable[[], str]) -> Attachments | None:
+def _own_attachments(
+    command: NodeCommand, metrics: ManagementMetrics, node_id: Callable[[], str]
+) -> Attachments | None:
     """Return what the node attaches by, where it does so itself: only then does it know a management at all."""
     if command.attaching is None:
         return None
     from csi_driver.controller.attach import Attach
     from csi_driver.controller.own_attachments import OwnAttachments
 
-    return OwnAttachments(Attach(_clusters(command.attaching), command.attaching.controller), node_id)
+    return OwnAttachments(Attach(_clusters(command.attaching, metrics), command.attaching.controller), node_id)
 
 
 def _port_hook() -> PortHook:
@@ -408,10 +424,15 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.luks_files import LuksFiles
+    from csi_driver.telemetry.pages import serving
 
     def beside(server: StorageServer) -> AbstractContextManager[object]:
-        healthy = {"api": server.why_silent}
-        return _pages(command.http, healthy=healthy, ready={**healthy, "pool": server.why_unusable})
+        return serving(
+            command.http,
+            healthy={"api": server.why_silent},
+            ready={"api": server.why_silent, "pool": server.why_unusable},
+            measurements=[*_own("storage", ""), *server.measurements()],
+        )
 
     # Cheap keys where tests run the manager.
     headers = LuksFiles(iterations=1000 if command.storage.test_switches.enabled else None)

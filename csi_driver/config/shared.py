@@ -130,7 +130,7 @@ HTTP_LISTEN = Flag(
     read.listen_address,
     NO_ADDRESS,
     "none, nothing is served",
-    "Address to serve /healthz and /readyz on over HTTP; :PORT is every address, port 0 any that is free.",
+    "Address to serve /healthz, /readyz and /metrics on over HTTP; :PORT is every address, port 0 any that is free.",
     metavar="HOST:PORT",
 )
 

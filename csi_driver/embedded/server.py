@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.groups import Groups
+from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.overview import Overview
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.ports import LoopDevices, LuksHeaders
+from csi_driver.embedded.records import ATTACHMENTS
 from csi_driver.embedded.recovery import recover
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
@@ -33,6 +35,8 @@ from csi_driver.embedded.volumes import Volumes, now
 from csi_driver.embedded.web import application
 from csi_driver.embedded.work import Holds, Locks, Worker
 from csi_driver.errors import HostFailure, PreconditionFailed
+from csi_driver.telemetry import measured
+from csi_driver.telemetry.metrics import Measurement
 
 _log = logging.getLogger(__name__)
 _THREADS = 64
@@ -146,6 +150,20 @@ class StorageServer:
     def why_unusable(self) -> str:
         """Say why the pool cannot be used; empty = it can."""
         return health.why_unusable(self.pool)
+
+    def measurements(self) -> list[Measurement]:
+        """Return what is measured of the pool."""
+        return measured.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
+
+    def _pool_bytes(self) -> Mapping[str, int]:
+        return {
+            "capacity": self.space.size_bytes,
+            "promised": self.space.totals.promised * BLOCK_SIZE,
+            "available": self.pool.free_bytes(),
+        }
+
+    def _attachments(self) -> int:
+        return sum(1 for _ in self.store.everywhere(ATTACHMENTS))
 
     def start(self) -> None:
         """Serve from a thread. Connections are accepted from now on."""

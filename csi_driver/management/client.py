@@ -59,6 +59,7 @@ from csi_driver.storage_model import (
     VolumeSpec,
     Vpg,
 )
+from csi_driver.telemetry.measured import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,12 +81,14 @@ _CLIENT_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(CLIENT_FIELDS, 1
 class ManagementClient:
     """The storage management of one cluster, over its REST API. Thread-safe; close it when done."""
 
-    def __init__(self, settings: ManagementSettings, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, settings: ManagementSettings, *, clock: Clock = SYSTEM_CLOCK, metrics: ManagementMetrics | None = None
+    ) -> None:
         if problems := settings.problems():
             raise InvalidRequest("; ".join(problems))
         for warning in settings.warnings():
             _LOG.warning("%s", warning)
-        self._session = ManagementSession(settings, clock)
+        self._session = ManagementSession(settings, clock, metrics)
 
     def close(self) -> None:
         """Close the idle connections."""

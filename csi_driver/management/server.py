@@ -19,6 +19,7 @@ from csi_driver.management.gate import Gate
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Reply, Transport
 from csi_driver.management.versions import ApiVersion, ManagementTooOld, VersionRule
+from csi_driver.telemetry.measured import ManagementMetrics
 
 SYSTEM_INFO = "/systemInfo"
 
@@ -68,7 +69,9 @@ class Answer:
 class Server:
     """A management server with our session on it. Thread-safe."""
 
-    def __init__(self, url: str, settings: ManagementSettings, clock: Clock) -> None:
+    def __init__(
+        self, url: str, settings: ManagementSettings, clock: Clock, metrics: ManagementMetrics | None = None
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._transport = Transport(url, settings)
@@ -83,6 +86,8 @@ class Server:
         self._openings = 0
         self._opening_failure: DriverError | None = None
         self._is_closed = False
+        self._metrics = ManagementMetrics() if metrics is None else metrics
+        self._metrics.begin(self.url)
 
     @property
     def version(self) -> ApiVersion | None:
@@ -92,6 +97,7 @@ class Server:
     def close(self) -> None:
         """Close the idle connections. The session on the server ends by its own expiry."""
         self._is_closed = True
+        self._metrics.up.pop(self.url, None)
         self._transport.close()
 
     # --- asking -----------------------------------------------------------------------------------------
@@ -103,22 +109,33 @@ class Server:
         `Unauthenticated` where the login is refused, `ManagementTooOld`.
         """
         with self.gate.entered(deadline):
-            began_s = self._clock.monotonic()
+            began_s, outcome = self._clock.monotonic(), "failed"
             try:
                 answer = self._asked(request, deadline)
                 if answer.status in _NO_GATEWAY and (request.is_repeatable or _is_retired(answer)):
                     raise ServerUnreachable(self.url, f"HTTP {answer.status}, management id {answer.error_id}")
+                outcome = "answered"
             except (ServerUnreachable, OutcomeUnknown) as error:
-                if self.gate.failed(self._clock.monotonic() - began_s, timed_out=error.timed_out):
-                    _log.warning("management server %s is left alone for a while: %s", self.url, error)
+                outcome = "unreachable" if isinstance(error, ServerUnreachable) else "unknown"
+                self._failed(error, self._clock.monotonic() - began_s)
                 raise
             except (Unauthenticated, ManagementTooOld):
+                outcome = "refused"
                 self._answered()  # whoever refuses works
                 raise
+            finally:
+                self._metrics.asked(self.url, outcome, self._clock.monotonic() - began_s)
             self._answered()
             return answer
 
+    def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
+        self._metrics.up[self.url] = False
+        if self.gate.failed(took_s, timed_out=error.timed_out):
+            self._metrics.failures.add(self.url)
+            _log.warning("management server %s is left alone for a while: %s", self.url, error)
+
     def _answered(self) -> None:
+        self._metrics.up[self.url] = True
         if self.gate.answered():
             _log.info("management server %s works again", self.url)
 
@@ -213,6 +230,7 @@ class Server:
                 f"{'a' if reply.cookie else 'no'} session cookie, wanted 200 with one"
             )
         self._credentials = credentials
+        self._metrics.logins.add(self.url)
         return reply.cookie
 
     def _has_other_credentials(self) -> bool:

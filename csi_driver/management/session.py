@@ -25,6 +25,7 @@ from csi_driver.management.server import SYSTEM_INFO, Answer, Request, Server
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.versions import ApiVersion
 from csi_driver.model import is_uuid
+from csi_driver.telemetry.measured import ManagementMetrics
 
 _TRIAL_S = 5.0
 """What a server gets of the call that tries it after a failure, where others would answer."""
@@ -35,9 +36,11 @@ _SECOND_CHANCE_S = 10.0
 class ManagementSession:
     """The servers of one management. Thread-safe."""
 
-    def __init__(self, settings: ManagementSettings, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, settings: ManagementSettings, clock: Clock = SYSTEM_CLOCK, metrics: ManagementMetrics | None = None
+    ) -> None:
         self._request_timeout_s = settings.request_timeout_s
-        self._servers = [Server(url, settings, clock) for url in settings.servers]
+        self._servers = [Server(url, settings, clock, metrics) for url in settings.servers]
 
     def close(self) -> None:
         """Close the idle connections."""

@@ -19,18 +19,39 @@ class HeavyWork:
     """
 
     def __init__(self, places: int) -> None:
+        self.places = places
         self._places = threading.BoundedSemaphore(places)
+        self._lock = threading.Lock()
+        self._running = self._waiting = 0
         self._readers = threading.BoundedSemaphore(places)
 
     @contextmanager
     def place(self, what: str, *, deadline: Deadline) -> Iterator[None]:
         """Hold a place for the block. Raises `DeadlineReached` when none came free; `what` names the work."""
-        if not self._places.acquire(timeout=deadline.remaining_s()):
+        with self._counted(waiting=1):
+            is_in = self._places.acquire(timeout=deadline.remaining_s())
+        if not is_in:
             raise DeadlineReached(f"a place among the heavy operations of this node to {what}", deadline.elapsed_s())
+        try:
+            with self._counted(running=1):
+                yield
+        finally:
+            self._places.release()
+
+    def under_way(self) -> tuple[int, int]:
+        """Return how many operations run, those that read a whole volume included, and how many wait for a place."""
+        with self._lock:
+            return self._running, self._waiting
+
+    @contextmanager
+    def _counted(self, *, running: int = 0, waiting: int = 0) -> Iterator[None]:
+        with self._lock:
+            self._running, self._waiting = self._running + running, self._waiting + waiting
         try:
             yield
         finally:
-            self._places.release()
+            with self._lock:
+                self._running, self._waiting = self._running - running, self._waiting - waiting
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from csi_driver.model import ClusterNames
 from csi_driver.node.attaching import AttachingPublish, AttachingStage
+from csi_driver.node.census import Census
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.health import NodeHealth
@@ -45,6 +46,8 @@ class NodeUseCases:
     identity: Identity
     reconcile: Reconcile
     health: NodeHealth
+    census: Census
+    heavy: HeavyWork
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
@@ -100,7 +103,10 @@ def assemble(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health)
+    census = Census(
+        mounts=mounts, read_only_devices=read_only_devices, ownership=ownership, driver_name=settings.driver_name
+    )
+    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy)
 
 
 def attaching(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:

@@ -26,6 +26,8 @@ from csi_driver.rpc.inflight import Claims, InFlight
 from csi_driver.rpc.lanes import Lanes
 from csi_driver.rpc.redaction import describe
 from csi_driver.rpc.status import code_of, message_of
+from csi_driver.telemetry.measured import rpc_durations, work_under_way
+from csi_driver.telemetry.metrics import Measurement
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,24 +57,37 @@ class Running:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._names: dict[int, str] = {}
+        self._calls: dict[int, tuple[Row, float]] = {}
+        self._met: dict[str, Row] = {}
 
-    def begin(self, number: int, name: str) -> None:
+    def begin(self, number: int, row: Row, began_s: float) -> None:
         """Note that a call begins."""
         with self._changed:
-            self._names[number] = name
+            self._calls[number] = (row, began_s)
+            self._met.setdefault(row.method, row)
 
     def end(self, number: int) -> None:
         """Note that it has ended."""
         with self._changed:
-            del self._names[number]
+            del self._calls[number]
             self._changed.notify_all()
+
+    def by_method(self) -> dict[tuple[str, str], tuple[int, float]]:
+        """Return how many calls run and the age of the oldest, in seconds, by service and method called so far."""
+        with self._changed:
+            calls, met = list(self._calls.values()), list(self._met.values())
+        now_s = time.monotonic()
+        found = {(row.service, row.name): (0, 0.0) for row in met}
+        for row, began_s in calls:
+            count, oldest_s = found[row.service, row.name]
+            found[row.service, row.name] = count + 1, max(oldest_s, now_s - began_s)
+        return found
 
     def wait_for_none(self, timeout_s: float) -> list[str]:
         """Wait until nothing runs, at most so long; return the names of the calls that still do."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._names, timeout_s)
-            return sorted(self._names.values())
+            self._changed.wait_for(lambda: not self._calls, timeout_s)
+            return sorted(f"{row.name}#{number}" for number, (row, _) in self._calls.items())
 
 
 class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
@@ -81,6 +96,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
     def __init__(self, claims: Claims, lanes: Lanes, withheld: frozenset[str] = frozenset()) -> None:
         """`withheld`: methods that are answered UNIMPLEMENTED although they are there."""
         self.running = Running()
+        self.durations = rpc_durations()
         self._claims = claims
         self._withheld = withheld
         self._lanes = lanes
@@ -117,14 +133,28 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             response_serializer=handler.response_serializer,
         )
 
+    def measurements(self) -> list[Measurement]:
+        """Return what is measured of the calls."""
+        return [self.durations, *work_under_way(self.running.by_method)]
+
     def answer(
         self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
     ) -> Message | Refusal:
         """Carry out one call; every outcome but OK is a `Refusal`."""
-        number = next(self._numbers)
-        name = f"{row.name}#{number}"
+        number, began_s = next(self._numbers), time.monotonic()
+        self.running.begin(number, row, began_s)
+        try:
+            outcome = self._outcome(row, f"{row.name}#{number}", inner, request, context)
+        finally:
+            self.running.end(number)
+        code = outcome.code if isinstance(outcome, Refusal) else grpc.StatusCode.OK
+        self.durations.observe(time.monotonic() - began_s, row.service, row.name, code.name)
+        return outcome
+
+    def _outcome(
+        self, row: Row, name: str, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+    ) -> Message | Refusal:
         began_s = time.monotonic()
-        self.running.begin(number, name)
         try:
             if isinstance(request, Unreadable):
                 raise errors.InvalidRequest(request.reason)
@@ -141,8 +171,6 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         except Exception:  # noqa: BLE001  # a bug: the only place that catches one
             _LOG.exception("%s met a bug in the driver", name)
             return Refusal(grpc.StatusCode.INTERNAL, _BUG_MESSAGE)
-        finally:
-            self.running.end(number)
         _LOG.debug("%s is done after %.3f s", name, time.monotonic() - began_s)
         return response
 

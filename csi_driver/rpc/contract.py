@@ -61,6 +61,11 @@ class Row:
         """The RPC's own name."""
         return self.method.rpartition("/")[2]
 
+    @property
+    def service(self) -> str:
+        """The service that has it."""
+        return self.method.rpartition("/")[0].removeprefix("/")
+
     def claims(self, claims: Claims, request: Message) -> tuple[Claim, ...]:
         """Return what this call needs while it runs."""
         return tuple(claim for rule in self.rules for claim in _claims(claims, rule, getattr(request, rule.field)))

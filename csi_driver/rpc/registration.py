@@ -72,6 +72,8 @@ class _Verdict:
     is_registered: bool = False
     refusal: str = ""
     refusals: int = 0
+    """In a row."""
+    given: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "refused": 0})
     refused_since_s: float = 0.0
     anew_at_s: float | None = None
 
@@ -132,6 +134,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         verdict = self._verdict
         with verdict.lock:
             verdict.is_registered, verdict.refusal, verdict.refusals, verdict.anew_at_s = True, "", 0, None
+            verdict.given["accepted"] += 1
         _LOG.info("kubelet has registered the driver %s", self._settings.driver_name)
 
     def _refused(self, reason: str) -> None:
@@ -141,6 +144,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             if not verdict.refusal:
                 verdict.refused_since_s = now_s
             verdict.is_registered, verdict.refusal = False, reason
+            verdict.given["refused"] += 1
             pause_s = 0.0
             if verdict.anew_at_s is None:
                 pause_s = self._pause_s(verdict.refusals, FIRST_REFUSAL_S, LONGEST_REFUSAL_S)
@@ -165,6 +169,11 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             if verdict.refusal:
                 return f"kubelet refuses the registration: {verdict.refusal}"
             return "" if verdict.is_registered else "kubelet has not registered the driver yet"
+
+    def verdicts(self) -> dict[str, int]:
+        """Return how often kubelet accepted and refused the registration."""
+        with self._verdict.lock:
+            return dict(self._verdict.given)
 
     def why_restart(self) -> str:
         """Say what a restart of this process may cure; empty = nothing. A kubelet that does not come is no reason."""

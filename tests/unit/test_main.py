@@ -24,6 +24,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.local.stack import free_port
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.telemetry import log
+from tests.documents import code, table, text_of
 from tests.fakes.kubelet import Kubelet
 
 SOURCE = Path(csi_driver.__file__).parent
@@ -165,6 +166,19 @@ def page(port: int, path: str) -> tuple[int, str]:
         connection.close()
 
 
+def measured_as_explained(port: int, role: str) -> dict[str, float]:
+    """Check that a role measures exactly what docs/metrics.md says, and return the samples by name and labels."""
+    status, text = page(port, "/metrics")
+    assert status == 200
+    rows = {code(row["metric"])[0]: row for row in table(text_of("metrics.md"), "metric", "kind", "labels", "roles")}
+    explained = {name: row["kind"] for name, row in rows.items() if role in row["roles"].split(", ")}
+    assert dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text)) == explained
+    for name, labels in re.findall(r"(?m)^([^#{ ]+)\{(.*)\} ", text):
+        family = rows.get(name) or rows[re.sub("_(bucket|sum|count)$", "", name)]
+        assert set(re.findall(r'(\w+)="', labels)) - {"le"} == set(code(family["labels"]))
+    return {name: float(value) for name, value in re.findall(r"(?m)^([^#].*) (\S+)$", text)}
+
+
 def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("n")
     kubelet, port = Kubelet(directory / "r"), free_port()
@@ -178,6 +192,13 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
         assert Deadline.after(30).wait_until(lambda: bool(kubelet.visit()))
         assert kubelet.nodes == {"nvmesh-csi.excelero.com": "node-1"}
         assert "registration: ok" in page(port, "/readyz")[1]
+        samples = measured_as_explained(port, "node")
+        assert samples["nvmesh_csi_kubelet_registered"] == 1
+        assert samples['nvmesh_csi_kubelet_verdicts_total{verdict="accepted"}'] == 1
+        assert samples['nvmesh_csi_node_volumes{state="published"}'] == 0
+        assert (
+            samples['nvmesh_csi_rpc_duration_seconds_count{service="csi.v1.Node",method="NodeGetInfo",code="OK"}'] >= 2
+        )
 
     watched([*node_argv(directory), *flags], port, look)
     kubelet.visit()
@@ -192,6 +213,10 @@ def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: 
         status, text = page(port, "/readyz")
         assert status == 503
         assert re.search(r"(?m)^management: .*127\.0\.0\.1:1", text)
+        samples = measured_as_explained(port, "controller")
+        assert samples['nvmesh_csi_management_server_up{server="http://127.0.0.1:1"}'] == 0
+        assert samples['nvmesh_csi_management_server_failures_total{server="http://127.0.0.1:1"}'] == 1
+        assert samples['nvmesh_csi_management_requests_total{server="http://127.0.0.1:1",outcome="unreachable"}'] >= 1
 
     argv = [*controller_argv(tmp_path), "--http-listen", f"127.0.0.1:{port}"]
     watched(argv, port, look)
@@ -203,6 +228,7 @@ def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
     def look() -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
         assert page(port, "/readyz") == (200, "api: ok\npool: ok\n")
+        assert measured_as_explained(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
 
     argv = [
         "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{port}",
@@ -299,7 +325,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
-    node = {name for each in ("_node", "_node_use_cases", "_pages", "_registration") for name in imported_in(each)}
+    node = {name for each in ("_node", "_node_use_cases", "_tell_of_node", "_own") for name in imported_in(each)}
     loaded = loaded_by(START | {"csi_driver.config.node"} | node | imported_in("_serve"))
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
@@ -317,7 +343,7 @@ def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None
         | {"csi_driver.config.controller"}
         | imported_in("_controller")
         | imported_in("_serve")
-        | imported_in("_pages")
+        | imported_in("_own")
     )
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"fastapi", "uvicorn", "sqlite3", "ctypes", "pyudev"}

@@ -8,6 +8,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.telemetry.measured import ManagementMetrics
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, running
 
 Connect = Callable[..., ManagementClient]
@@ -37,14 +38,14 @@ def connect(password_file: Path) -> Iterator[Connect]:
     """Return a function that makes a client of these servers; all are closed in the end."""
     clients: list[ManagementClient] = []
 
-    def make(*servers: str, **options: object) -> ManagementClient:
+    def make(*servers: str, metrics: ManagementMetrics | None = None, **options: object) -> ManagementClient:
         settings = ManagementSettings(
             servers=servers,
             username=USER,
             password_file=password_file,
             **options,  # type: ignore[arg-type]
         )
-        clients.append(ManagementClient(settings))
+        clients.append(ManagementClient(settings, metrics=metrics))
         return clients[-1]
 
     yield make

@@ -74,3 +74,35 @@ def test_the_place_is_had_again_after_a_read_that_failed() -> None:
         raise HostFailure("no")
     with heavy.place("format", deadline=Deadline.after(1)), pytest.raises(DeadlineReached):
         heavy.place("format", deadline=Deadline.after(0)).__enter__()
+
+
+def test_what_runs_and_what_waits_is_told_apart() -> None:
+    heavy = HeavyWork(1)
+    soon = Deadline.after(30)
+    entered, leaves = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with heavy.place("check", deadline=soon):
+            entered.set()
+            assert leaves.wait(30)
+
+    assert heavy.under_way() == (0, 0)
+    with heavy.place("format", deadline=soon):
+        assert heavy.under_way() == (1, 0)
+        worker = threading.Thread(target=second)
+        worker.start()
+        assert soon.wait_until(lambda: heavy.under_way() == (1, 1))
+        with heavy.reading():
+            assert entered.wait(30)
+            assert heavy.under_way() == (2, 0)
+            leaves.set()
+    worker.join()
+    assert heavy.under_way() == (0, 0)
+
+
+def test_what_waited_in_vain_waits_no_more() -> None:
+    heavy = HeavyWork(1)
+    with heavy.place("format", deadline=Deadline.after(1)):
+        with pytest.raises(DeadlineReached):
+            heavy.place("grow", deadline=Deadline.after(0)).__enter__()
+        assert heavy.under_way() == (1, 0)

@@ -16,6 +16,7 @@ from csi_driver import errors
 from csi_driver.rpc.contract import CONTRACT, Row
 from csi_driver.rpc.lanes import Lanes
 from csi_driver.rpc.pb import csi_pb2
+from csi_driver.telemetry.metrics import exposition
 from tests.unit.rpc.fakes import (
     VOLUME_ID,
     Endpoint,
@@ -278,3 +279,46 @@ def test_a_hundred_volumes_are_worked_on_at_once(endpoint: Endpoint) -> None:
     gate.open()
     for call in calls:
         call.result()
+
+
+# --- what is measured -------------------------------------------------------------------------------------------
+
+
+def lines(endpoint: Endpoint, name: str) -> list[str]:
+    text = exposition(endpoint.boundary.measurements())
+    return [line for line in text.splitlines() if line.startswith(f"nvmesh_csi_{name}")]
+
+
+def test_every_call_is_counted_by_the_code_of_its_answer(endpoint: Endpoint) -> None:
+    endpoint.controller.CreateVolume(create())
+    assert code_of(lambda: endpoint.controller.CreateVolume(csi_pb2.CreateVolumeRequest())) is Code.INVALID_ARGUMENT
+    endpoint.trace.hook = raising(RuntimeError("x"))
+    assert code_of(lambda: endpoint.controller.CreateVolume(create())) is Code.INTERNAL
+    assert endpoint.boundary.running.wait_for_none(30) == []
+    labels = 'service="csi.v1.Controller",method="CreateVolume",code='
+    assert lines(endpoint, "rpc_duration_seconds_count") == [
+        f'nvmesh_csi_rpc_duration_seconds_count{{{labels}"{code}"}} 1'
+        for code in ("INTERNAL", "INVALID_ARGUMENT", "OK")
+    ]
+
+
+def test_a_method_that_nobody_serves_is_not_measured(endpoint: Endpoint) -> None:
+    assert code_of(lambda: endpoint.send("/csi.v1.Node/Nonsense", b"")) is Code.UNIMPLEMENTED
+    assert code_of(lambda: endpoint.send("/csi.v1.Controller/CreateSnapshot", b"")) is Code.UNIMPLEMENTED
+    assert lines(endpoint, "rpc") == []
+
+
+def test_work_that_outlives_its_caller_is_under_way_and_grows_older(endpoint: Endpoint) -> None:
+    gate = Gate("stage")
+    endpoint.trace.hook = gate
+    with pytest.raises(grpc.RpcError):
+        endpoint.node.NodeStageVolume(stage(), timeout=0.3)
+    gate.wait_for()
+    call = 'service="csi.v1.Node",method="NodeStageVolume"'
+    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 1"]
+    first, second = (float(lines(endpoint, "operation_age_seconds")[0].split()[-1]) for _ in range(2))
+    assert 0.3 <= first < second
+    gate.open()
+    assert endpoint.boundary.running.wait_for_none(30) == []
+    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 0"]
+    assert lines(endpoint, "operation_age_seconds") == [f"nvmesh_csi_operation_age_seconds{{{call}}} 0"]

@@ -1,0 +1,82 @@
+"""What is measured of the management's servers."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError
+from csi_driver.telemetry.measured import ManagementMetrics
+from csi_driver.telemetry.metrics import exposition
+from tests.unit.management.conftest import Connect
+from tests.unit.management.double import PASSWORD, Breaks, ManagementDouble, Says, sample
+
+INFO = "/systemInfo"
+
+
+@pytest.fixture
+def metrics() -> ManagementMetrics:
+    return ManagementMetrics()
+
+
+@pytest.fixture(autouse=True)
+def _info(server: ManagementDouble, other_server: ManagementDouble) -> None:
+    for double in (server, other_server):
+        double.on("GET", INFO, Says(sample("system-info")))
+
+
+def value(metrics: ManagementMetrics, sample: str) -> float:
+    """Return a sample, by its name less the prefix and its labels."""
+    for line in exposition(metrics.measurements()).splitlines():
+        name, _, number = line.rpartition(" ")
+        if name == f"nvmesh_csi_management_{sample}":
+            return float(number)
+    return 0
+
+
+def test_requests_logins_and_their_time_are_measured(
+    server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
+) -> None:
+    client = connect(server.url, metrics=metrics)
+    for _ in range(3):
+        client.system_info(deadline=deadline)
+    assert value(metrics, f'requests_total{{server="{server.url}",outcome="answered"}}') == 3
+    assert value(metrics, f'request_duration_seconds_count{{server="{server.url}"}}') == 3
+    assert value(metrics, f'logins_total{{server="{server.url}"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 0
+
+
+def test_a_server_that_breaks_is_down_and_the_other_is_asked(
+    server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline,
+    metrics: ManagementMetrics,
+) -> None:  # fmt: skip
+    client = connect(server.url, other_server.url, metrics=metrics)
+    client.system_info(deadline=deadline)
+    server.on("GET", INFO, Breaks())
+    for _ in range(3):
+        client.system_info(deadline=deadline)
+    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}"}}') == 0
+    assert value(metrics, f'server_up{{server="{other_server.url}"}}') == 1
+    assert value(metrics, f'requests_total{{server="{other_server.url}",outcome="answered"}}') == 3
+
+
+def test_credentials_that_are_refused_are_no_failure_of_the_server_and_stand_nowhere(
+    server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
+) -> None:
+    server.password = "another"
+    with pytest.raises(DriverError):
+        connect(server.url, metrics=metrics).system_info(deadline=deadline)
+    assert value(metrics, f'requests_total{{server="{server.url}",outcome="refused"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+    assert PASSWORD not in exposition(metrics.measurements())
+
+
+def test_a_server_that_is_served_no_more_is_not_shown_as_up(
+    server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
+) -> None:
+    client = connect(server.url, metrics=metrics)
+    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+    client.close()
+    assert "server_up{" not in exposition(metrics.measurements())
