@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 QUICK_TESTS := tests/unit tests/property
 MACHINE_TESTS := tests/contract tests/sanity tests/integration
+CLUSTER := tests/kubernetes/cluster
 VM_TESTS := tests/contract/test_host_encryption.py tests/vm
 IMAGE ?= nvmesh-csi:dev
 
@@ -55,19 +56,23 @@ test-vm: $(VENV)/test ## as root: encrypted volumes on a kernel of their own, in
 
 .PHONY: cluster-up
 cluster-up: $(VENV)/test ## as root: a Kubernetes cluster on this machine with the driver in it (12 min / 1 min)
-	@tests/kubernetes/cluster/build cluster
-	@tests/kubernetes/cluster/image
-	@tests/kubernetes/cluster/up
-	@tests/kubernetes/cluster/install
-	@tests/kubernetes/cluster/in true && echo 'Next: tests/kubernetes/cluster/in kubectl get pods -A; make cluster-down ends it.'
+	@$(CLUSTER)/build
+	@$(CLUSTER)/image
+	@$(CLUSTER)/up
+	@$(CLUSTER)/install
+	@echo 'Next: $(CLUSTER)/in kubectl get pods -A; what to try stands in deploy/examples. make cluster-down ends it.'
 
 .PHONY: cluster-down
 cluster-down: ## end that cluster without a trace; its state is kept (3 s)
-	@tests/kubernetes/cluster/down
+	@$(CLUSTER)/down
 
 .PHONY: cluster-wipe
-cluster-wipe: ## end it, forget its state and remove what was built for it
-	@tests/kubernetes/cluster/wipe
+cluster-wipe: ## end it, forget it, and remove what was built for it
+	@$(CLUSTER)/wipe
+
+.PHONY: test-kubernetes
+test-kubernetes: $(VENV)/test ## as root: the tests on that cluster and the official suite; KEEP=1 leaves it running (2 h)
+	@tests/kubernetes/run
 
 .PHONY: bench
 bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)
