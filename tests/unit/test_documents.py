@@ -13,6 +13,8 @@ from csi_driver.management.settings import ManagementSettings
 from tests.documents import NAMES, ROOT, anchors, fenced, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
 
+_METRIC = re.compile(r"\bnvmesh_csi_[a-z_]+")
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
@@ -37,6 +39,13 @@ def test_every_test_that_a_document_names_exists(name: str) -> None:
 def test_every_file_that_a_document_names_exists(name: str) -> None:
     named = re.findall(r"`((?:csi_driver|tests|docs|deploy|proto|requirements)/[\w./-]+)`", text_of(name))
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_that_a_document_names_is_measured(name: str) -> None:
+    measured = {metric for path in (ROOT / "csi_driver").rglob("*.py") for metric in _METRIC.findall(path.read_text())}
+    named = {re.sub("_(count|sum|bucket)$", "", metric) for metric in _METRIC.findall(text_of(name))}
+    assert sorted(named - measured) == []
 
 
 def test_every_known_fault_of_the_older_drivers_has_its_tests() -> None:
