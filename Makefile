@@ -108,6 +108,10 @@ docs: $(VENV)/runtime ## write the tables of docs/parameters.md again (1 s)
 chart: $(VENV)/test ## write what the Helm chart has of the program's flags again (1 s)
 	@$(BIN)/python -m tests.tools.chart_schema
 
+.PHONY: manifests
+manifests: $(VENV)/test ## write deploy/kubernetes/*.yaml again, from the Helm chart (2 s; needs helm)
+	@$(BIN)/python -m tests.tools.manifests
+
 .PHONY: lock
 lock: $(CACHE)/lock ## write requirements/*.txt again with the newest versions (10 s)
 	@UV=$(CACHE)/lock/bin/uv tests/tools/lock-requirements

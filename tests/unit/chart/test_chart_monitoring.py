@@ -1,0 +1,221 @@
+"""What Prometheus and Grafana are given: every metric and label in it is one that the program or the scraping has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from csi_driver.telemetry import measured
+from csi_driver.telemetry.metrics import Kind, Measurement
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Manifest, Refused, helm, render
+
+with_helm = pytest.mark.skipif(helm() is None, reason="needs helm: make helm")
+tool = pytest.mark.tool
+
+ALERTS = CHART / "monitoring" / "alerts.yaml"
+DASHBOARD = CHART / "monitoring" / "dashboard.json"
+SCRAPED = {"driver", "component", "node", "namespace", "pod", "container", "instance", "job"}
+"""Labels that scraping adds: Prometheus Operator's own, and those of the chart's PodMonitor."""
+NAME = re.compile(r"\b(?:nvmesh_csi|process)_[a-z_]+\b|\bup\b")
+SELECTOR = re.compile(r"\b([a-z_]+)\{([^}]*)\}")
+
+
+def measurements() -> Iterator[Measurement]:
+    """Yield everything that any role measures."""
+    yield measured.rpc_durations()
+    yield from measured.work_under_way(dict)
+    yield from measured.ManagementMetrics().measurements()
+    yield from measured.node(dict, lambda: (0, 0), 4)
+    yield from measured.registration(lambda: True, dict)
+    yield from measured.storage(dict, lambda: 0, lambda: 0)
+    yield from measured.process(lambda: measured.ProcessFigures(0, 0, 0, 0, 0, 0, 0))
+    yield measured.build(version="", role="", driver_name="", python="")
+
+
+def series() -> dict[str, set[str]]:
+    """Return the labels of every series by its name, as it is written for Prometheus."""
+    found: dict[str, set[str]] = {"up": set()}
+    for each in measurements():
+        name, labels = each.description.name, set(each.description.labels)
+        if each.kind is Kind.HISTOGRAM:
+            found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
+        else:
+            found[name] = labels
+    return found
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+
+
+def targets() -> list[dict[str, Any]]:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target for panel in panels for target in panel.get("targets", ())]
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Yield every expression of alerts and dashboard, and what stands around it."""
+    for rule in rules():
+        yield rule["expr"], " ".join(rule["annotations"].values())
+    for target in targets():
+        yield target["expr"], target["legendFormat"]
+
+
+def labels_by_hand(text: str) -> set[str]:
+    """Return the labels that an expression groups by and ignores, or a text shows."""
+    grouped = re.findall(r"\b(?:by|without|on|ignoring) ?\(([^)]*)\)", text)
+    shown = re.findall(r"\{\{ ?(?:\$labels\.)?([a-z_]+) ?\}\}", text)
+    return {label.strip() for each in grouped for label in each.split(",")} | set(shown)
+
+
+def test_every_metric_exists() -> None:
+    known = series()
+    used = [name for expression, _ in expressions() for name in NAME.findall(expression)]
+    assert len(set(used)) > 15
+    assert [name for name in used if name not in known] == []
+
+
+def test_every_selected_label_is_one_of_its_metric() -> None:
+    known = series()
+    selected = [
+        (name, label)
+        for expression, _ in expressions()
+        for name, matchers in SELECTOR.findall(expression)
+        for label in re.findall(r"([a-z_]+)\s*(?:=~|!~|!=|=)", matchers)
+    ]
+    assert len(selected) > 40
+    assert [(name, label) for name, label in selected if label not in known[name] | SCRAPED] == []
+
+
+def test_every_label_that_is_grouped_by_or_shown_is_one_of_a_metric_there() -> None:
+    known = series()
+    strange = []
+    for expression, around in expressions():
+        labels = {label for name in NAME.findall(expression) for label in known[name]} | SCRAPED
+        strange += [label for label in labels_by_hand(f"{expression} {around}") if label not in labels]
+    assert strange == []
+
+
+def test_every_metric_of_the_drivers_own_is_watched_or_shown() -> None:
+    used = {name for expression, _ in expressions() for name in NAME.findall(expression)}
+    shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} | used
+    own = {each.description.name for each in measurements() if each.description.name.startswith("nvmesh_csi_")}
+    assert own - shown == set()
+
+
+def test_every_expression_is_about_one_driver() -> None:
+    by_alert = [rule["expr"].count('driver="nvmesh-csi.excelero.com"') for rule in rules()]
+    assert by_alert == [len(NAME.findall(rule["expr"])) for rule in rules()]
+    assert [target["expr"].count('driver="$driver"') for target in targets()] == [
+        len(NAME.findall(target["expr"])) for target in targets()
+    ]
+
+
+def test_every_alert_says_how_grave_it_is_and_what_it_means() -> None:
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert {"summary", "description"} == set(rule["annotations"])
+
+
+def test_no_two_panels_lie_on_one_another() -> None:
+    taken: set[tuple[int, int]] = set()
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + dx, at["y"] + dy) for dx in range(at["w"]) for dy in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+# --- what the chart makes of it ---------------------------------------------------------------------------------
+
+ON = tuple(f"monitoring.{part}.enabled=true" for part in ("podMonitor", "alerts", "dashboard"))
+
+
+def rule_of(*sets: str, **values: Any) -> Manifest:
+    (found,) = render(*NVMESH, *ON, *sets, values=values).of("PrometheusRule")
+    return found
+
+
+@tool
+@with_helm
+def test_nothing_is_there_unless_it_is_wanted() -> None:
+    rendered = render(*NVMESH)
+    assert [*rendered.of("PodMonitor"), *rendered.of("PrometheusRule"), *rendered.of("ConfigMap")] == []
+
+
+@tool
+@with_helm
+def test_alerts_come_out_as_they_stand() -> None:
+    (group,) = rule_of()["spec"]["groups"]
+    assert group["rules"] == rules()
+
+
+@tool
+@with_helm
+def test_alerts_bear_the_drivers_name_the_age_and_more_labels() -> None:
+    alerts = {"operationAgeSeconds": 120, "alertLabels": {"team": "storage"}, "disabled": ["NvmeshCsiVersionsDiffer"]}
+    made = rule_of("driverName=fast.example.com", monitoring={"alerts": {**alerts, "labels": {"release": "prom"}}})
+    (group,) = made["spec"]["groups"]
+    assert made["metadata"]["labels"]["release"] == "prom"
+    assert "excelero" not in json.dumps(group)
+    by_name = {rule["alert"]: rule for rule in group["rules"]}
+    assert {rule["alert"] for rule in rules()} - by_name.keys() == {"NvmeshCsiVersionsDiffer"}
+    assert by_name["NvmeshCsiOperationHangs"]["expr"].endswith("> 120")
+    assert {rule["labels"]["team"] for rule in group["rules"]} == {"storage"}
+    assert by_name["NvmeshCsiControllerMissing"]["labels"]["severity"] == "critical"
+
+
+@tool
+@with_helm
+def test_an_alert_that_does_not_exist_cannot_be_left_out() -> None:
+    with pytest.raises(Refused, match="disabled/0"):
+        rule_of(monitoring={"alerts": {"disabled": ["NvmeshCsiNoSuchThing"]}})
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["monitoring"]["properties"]
+    assert schema["alerts"]["properties"]["disabled"]["items"]["enum"] == [rule["alert"] for rule in rules()]
+
+
+@tool
+@with_helm
+def test_the_dashboard_comes_out_as_it_stands() -> None:
+    (found,) = render(*NVMESH, *ON).of("ConfigMap")
+    assert found["data"] == {"nvmesh-csi.json": DASHBOARD.read_text()}
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+@tool
+@with_helm
+@pytest.mark.parametrize("engine", [NVMESH, EMBEDDED], ids=["nvmesh", "embedded"])
+def test_every_port_that_serves_metrics_is_scraped_with_the_labels_of_the_alerts(engine: tuple[str, ...]) -> None:
+    rendered = render(*engine, *ON, "monitoring.podMonitor.labels.release=prom")
+    (monitor,) = rendered.of("PodMonitor")
+    assert monitor["metadata"]["labels"]["release"] == "prom"
+    serving = {
+        port["name"]
+        for _, container in rendered.containers()
+        for port in container.get("ports", ())
+        if port["name"] != "api"
+    }
+    endpoints = monitor["spec"]["podMetricsEndpoints"]
+    assert {endpoint["port"] for endpoint in endpoints} == serving == {"http", "provisioner", "attacher", "resizer"}
+    for endpoint in endpoints:
+        assert {each["targetLabel"] for each in endpoint["relabelings"]} == {"driver", "component", "node"}
+    selector = monitor["spec"]["selector"]["matchLabels"].items()
+    for kind in ("Deployment", "DaemonSet", "StatefulSet"):
+        for workload in rendered.of(kind):
+            assert selector <= workload["spec"]["template"]["metadata"]["labels"].items()
+
+
+@tool
+@with_helm
+def test_metrics_that_nobody_can_reach_are_refused() -> None:
+    with pytest.raises(Refused, match=r"node\.http\.host"):
+        render(*NVMESH, *ON, "node.hostNetwork=true")
+    assert render(*NVMESH, *ON, "node.hostNetwork=true", "node.http.host=0.0.0.0").of("PodMonitor") != []
