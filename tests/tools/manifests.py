@@ -20,23 +20,29 @@ RELEASE = NAMESPACE = "nvmesh-csi"
 KUBERNETES = "1.34.0"
 """The manifests are for this version and newer ones."""
 
-_HELM_ONLY = re.compile(r"^ *(helm\.sh/chart: .*|app\.kubernetes\.io/managed-by: Helm|helm\.sh/resource-policy: .*)\n", re.M)
-_SOURCE = re.compile(r"^# Source: .*\n", re.M)
+_HELM_ONLY = re.compile(
+    r"^ *(helm\.sh/chart: .*|app\.kubernetes\.io/managed-by: Helm|helm\.sh/resource-policy: .*)\n", re.MULTILINE
+)
+_SOURCE = re.compile(r"^# Source: .*\n", re.MULTILINE)
 _BLANKS = re.compile(r"\n(?: *\n)+(?=---\n|\Z)")
 _CREDENTIALS = (
     "kubectl -n nvmesh-csi create secret generic nvmesh-csi-credentials"
     " --from-literal=username=... --from-literal=password=..."
 )
+_SERVERS = (
+    "Name your management servers below (--management-server), apply this file, and make the Secret:\n"
+    f"#   {_CREDENTIALS}"
+)
 _BEFORE = {
-    "nvmesh": f"Name your management servers below (--management-server), apply this file, and make the Secret:\n#   {_CREDENTIALS}",
-    "openshift": f"Name your management servers below (--management-server), apply this file, and make the Secret:\n#   {_CREDENTIALS}",
+    "nvmesh": _SERVERS,
+    "openshift": _SERVERS,
     "one-box": "Name the node below (node-1.example.com), apply this file, and make the Secret:\n"
     "#   kubectl -n nvmesh-csi create secret generic nvmesh-csi-storage"
     ' --from-literal=password="$(openssl rand -hex 16)"',
 }
 _HEADER = """\
-# The CSI driver as plain manifests, for Kubernetes {kubernetes} and newer. Made by `make manifests` of the Helm chart with
-# deploy/kubernetes/values/{name}.yaml; change it there, or with a kustomization.
+# The CSI driver as plain manifests, for Kubernetes {kubernetes} and newer. `make manifests` makes them of the Helm
+# chart and deploy/kubernetes/values/{name}.yaml: change it there, or with a kustomization.
 #
 # {before}
 #
@@ -67,7 +73,7 @@ def digest(name: str) -> str:
 
 def said_digest(text: str) -> str:
     """Return the state that a file says it was made of."""
-    found = re.search(r"^# state of chart and values: ([0-9a-f]+)$", text, re.M)
+    found = re.search(r"^# state of chart and values: ([0-9a-f]+)$", text, re.MULTILINE)
     return found[1] if found else ""
 
 

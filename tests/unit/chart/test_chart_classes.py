@@ -10,7 +10,7 @@ import pytest
 from csi_driver.controller import mutable_parameters, parameters
 from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Manifest, Refused, helm, render
 
-pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")]
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
 # github.com/Excelero/nvmesh-csi-driver, deploy/kubernetes/helm/nvmesh-csi-driver/templates/storage-classes: as shipped.
 OLDER = {

@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Refused, Rendered, helm, render
 
-pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")]
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
 ON = "networkPolicy.enabled=true"
 EGRESS = (ON, "networkPolicy.egress.enabled=true", "networkPolicy.egress.apiServer.cidrs={10.0.0.1/32}")

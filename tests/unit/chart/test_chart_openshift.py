@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
 
-pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")]
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
 API = "security.openshift.io/v1"
 ZONES = {"management": {"zones": {"a": {"servers": ["https://m:4000"], "existingSecret": "s"}}}}
