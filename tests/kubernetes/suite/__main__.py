@@ -130,7 +130,7 @@ def _ginkgo(selection: Selection, settings: Settings) -> None:
     environment = {
         **os.environ,
         **_login(selection, settings.cluster),
-        "SUITE_ARGUMENTS": " ".join(_suite_arguments(selection)),
+        "SUITE_ARGUMENTS": " ".join(_suite_arguments(selection, settings.cluster)),
     }
     with (directory / "ginkgo.log").open("wb") as log:
         process = subprocess.Popen(
@@ -145,10 +145,10 @@ def _ginkgo(selection: Selection, settings: Settings) -> None:
         raise NoCluster(f"the suite wrote no report; its last words: {(directory / 'ginkgo.log').read_text()[-2000:]}")
 
 
-def _suite_arguments(selection: Selection) -> list[str]:
+def _suite_arguments(selection: Selection, cluster: Cluster) -> list[str]:
     return [
         "-provider=local",
-        "-num-nodes=1",
+        f"-num-nodes={len(cluster.nodes())}",
         f"-repo-root={HERE}",
         f"-storage.testdriver={selection.definition_file}",
         "-kubelet-root-dir=/var/lib/kubelet",
@@ -166,7 +166,7 @@ def _login(selection: Selection, cluster: Cluster) -> dict[str, str]:
 def _undefined(selection: Selection, settings: Settings) -> list[results.Undefined]:
     """Ask the suite for which patterns it defines no tests with this driver."""
     said = settings.cluster.output(
-        "e2e.test", "-ginkgo.dry-run", "-ginkgo.focus=External.Storage", *_suite_arguments(selection),
+        "e2e.test", "-ginkgo.dry-run", "-ginkgo.focus=External.Storage", *_suite_arguments(selection, settings.cluster),
         environment={"DEBUG_STORAGE_TESTSUITE": "1"},
     )  # fmt: skip
     return results.undefined(said, DRIVER)

@@ -69,6 +69,10 @@ class Cluster:
                 found[f"{name}.{container}"] = lines
         return found
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes that take pods."""
+        return [node for node in self.objects("nodes") if not node["spec"].get("unschedulable")]
+
     def login_key(self) -> str:
         """Make it possible to log in to the node and return the file of the key."""
         done = subprocess.run([str(self._enter.parent / "ssh-up")], stdout=subprocess.PIPE, text=True)
@@ -79,11 +83,13 @@ class Cluster:
     def versions(self, namespace: str) -> dict[str, str]:
         """Return the versions of what takes part."""
         server = json.loads(self.output("kubectl", "version", "--output=json"))["serverVersion"]["gitVersion"]
-        node = self.objects("nodes")[0]["status"]["nodeInfo"]
+        nodes = self.nodes()
+        node = nodes[0]["status"]["nodeInfo"]
         found = {
             "Kubernetes": server,
             "container runtime": node["containerRuntimeVersion"],
             "kernel": node["kernelVersion"],
+            "nodes": str(len(nodes)),
         }
         for pod in self.driver_pods(namespace):
             for container in pod["spec"]["containers"]:
