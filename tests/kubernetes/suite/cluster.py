@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,11 @@ class Cluster:
         return dict(sorted(found.items()))
 
 
-def revision(arguments: Sequence[str] = ("describe", "--always", "--dirty", "--abbrev=12")) -> str:
-    """Return which commit of the repository this is."""
-    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+def revision() -> str:
+    """Return which commit was the last to change what is deployed, with a mark where that was changed since."""
+    what = ("--", "csi_driver", "deploy/helm", "Dockerfile")
+    commit = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "log", "-1", "--format=%h", "--abbrev=12", *what], capture_output=True, text=True
+    )
+    changed = subprocess.run(["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD", *what])
+    return (commit.stdout.strip() or "unknown") + ("" if changed.returncode == 0 else " and changes")

@@ -12,9 +12,10 @@ _HEAD = """\
 # Conformance
 
 What the official external-storage suite of Kubernetes (`e2e.test`) finds with this driver, deployed by its chart in
-a one-node cluster of real components, over the embedded storage manager. `python -m tests.kubernetes.suite report`
-writes this page from the results of the runs; nothing in it is written by hand. The definitions of the driver, which
-say what it can do and so which tests there are, lie in `tests/kubernetes/suite/definitions`.
+a cluster of real components on one machine, over the embedded storage manager. `python -m tests.kubernetes.suite
+report` writes this page from the results of the runs; nothing in it is written by hand. The definitions of the
+driver, which say what it can do and so which tests there are, lie in `tests/kubernetes/suite/definitions` ([how it
+is run](../tests/kubernetes/README.md)).
 """
 
 
@@ -62,7 +63,7 @@ def _not_run(runs: Sequence[Run]) -> Iterator[str]:
     for definition, names in there.items():
         for name in names - ran[definition]:
             if reason := reason_left_out(name, definition):
-                reasons[reason].add(f"{name} (`{definition}`)")
+                reasons[reason].add(f"{name} (definition {definition})")
     if reasons:
         yield "## Not run\n"
         yield from _by_reason(reasons)
@@ -77,20 +78,21 @@ def reason_left_out(name: str, definition: str) -> str:
 
 
 def _undefined(runs: Sequence[Run]) -> Iterator[str]:
-    found: defaultdict[str, dict[Undefined, None]] = defaultdict(dict)
+    """Name what no definition of the driver has tests for, with the reason that the first of them met."""
+    by_definition: defaultdict[str, dict[tuple[str, str], Undefined]] = defaultdict(dict)
     for run in runs:
         for entry in run.undefined:
-            found[named(run.selection).definition].setdefault(entry)
-    if not found:
+            by_definition[named(run.selection).definition].setdefault((entry.suite, entry.pattern), entry)
+    if not by_definition:
         return
+    first, *others = by_definition.values()
+    reasons: defaultdict[str, set[str]] = defaultdict(set)
+    for (suite, pattern), entry in first.items():
+        if all((suite, pattern) in other for other in others):
+            reasons[entry.reason].add(f"{suite}, {pattern}")
     yield "## What the suite defines no tests for\n"
-    yield "In the suite's own words, by definition of the driver.\n"
-    for definition, entries in found.items():
-        reasons: defaultdict[str, set[str]] = defaultdict(set)
-        for entry in entries:
-            reasons[entry.reason].add(f"{entry.suite}, {entry.pattern}")
-        yield f"### With `{definition}`\n"
-        yield from _by_reason(reasons)
+    yield "In the suite's own words; what one of the definitions has tests for is not listed.\n"
+    yield from _by_reason(reasons)
 
 
 def _by_reason(reasons: dict[str, set[str]]) -> Iterator[str]:
