@@ -43,7 +43,7 @@ class Incompatible(DriverError):
 
 
 class CapacityOutOfRange(DriverError):
-    """The capacity range cannot be honoured, whatever space there is."""
+    """The capacity range cannot be honoured: by no volume, or by none that is there already, for lack of room."""
 
 
 class Exhausted(DriverError):

@@ -12,7 +12,7 @@ from csi_driver.controller.ports import Clusters
 from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
-from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
+from csi_driver.errors import CapacityOutOfRange, Exhausted, OperationPending, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import Encryption
 from csi_driver.model import BlockAccess, Capability, CapacityRange
 from csi_driver.storage_model import Volume
@@ -35,7 +35,9 @@ class Expand:
 
         A header of encryption is not the user's: the volume has that much more.
 
-        A volume that is large enough is left alone. Raises `CapacityOutOfRange`, `Exhausted`, `VolumeNotFound`.
+        A volume that is large enough is left alone. Raises `CapacityOutOfRange`, also where there is no room: an
+        orchestrator takes `Exhausted` for an expansion that may still go on, and lets nobody ask for less instead.
+        `VolumeNotFound`.
         """
         if capability is not None:
             access.check(capability)
@@ -49,13 +51,18 @@ class Expand:
                 return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
             if volume.is_being_made:
                 raise OperationPending(f"volume {volume.name} is still being made (action {volume.action})")
-            refusal: PreconditionFailed | OperationPending | None = None
+            refusal: PreconditionFailed | OperationPending | CapacityOutOfRange | None = None
             try:
                 management.extend_volume(volume, more.capacity_gb, deadline=deadline)
                 _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
             except (PreconditionFailed, OperationPending) as problem:
                 # Another controller may have extended it since it was read; then the volume shows it.
                 refusal = problem
+            except Exhausted as problem:
+                refusal = CapacityOutOfRange(
+                    f"there is no room for volume {volume.name} to have {more.size_bytes} bytes: {problem}"
+                )
+                refusal.__cause__ = problem
             before = volume
             present = management.volume(before.name, deadline=deadline)
             if present is None or present.uuid != before.uuid:

@@ -69,13 +69,16 @@ def test_a_limit_below_the_present_size_is_out_of_range() -> None:
         expand(world, made.volume_id, GIB, GIB)
 
 
-def test_no_room_is_exhausted_and_nothing_changes() -> None:
+def test_no_room_is_out_of_range_so_that_less_can_be_asked_for_instead() -> None:
+    """csi-resizer 2.3 (util.IsFinalError) asks for the same size until it is told so, or the expansion is done."""
     world = World()
     made = world.create(capacity=CapacityRange(GIB))
     world.management.raw_bytes = 2 * GIB
-    with pytest.raises(Exhausted):
+    with pytest.raises(CapacityOutOfRange, match="3221225472") as refused:
         expand(world, made.volume_id, 3 * GIB)
+    assert isinstance(refused.value.__cause__, Exhausted)
     assert world.stored().size_bytes == GIB
+    assert expand(world, made.volume_id, 2 * GIB)[0] == 2 * GIB
 
 
 def test_an_unknown_volume_is_not_found() -> None:
