@@ -22,6 +22,7 @@ from csi_driver.config.flags import UsageError
 from csi_driver.config.made import (
     ControllerCommand,
     DemoCommand,
+    DoctorCommand,
     LocalCommand,
     NodeAttaching,
     NodeCommand,
@@ -97,11 +98,20 @@ def _run(
     | LocalCommand
     | DemoCommand
     | VolumeCommand
-    | PreStopCommand,
+    | PreStopCommand
+    | DoctorCommand,
 ) -> int:
     match command:
         case PreStopCommand():
-            return _pre_stop(command)
+            from csi_driver.local.prestop import run_pre_stop
+
+            return run_pre_stop(
+                command.log, command.kubernetes, command.node_name, command.driver_name, command.timeout_s
+            )
+        case DoctorCommand():
+            from csi_driver.local.doctor import run_doctor
+
+            return run_doctor(command.settings)
         case VolumeCommand():
             return _volume(command)
         case ControllerCommand():
@@ -408,16 +418,6 @@ def _volume(command: VolumeCommand) -> int:
         for what, how in override.show(command.handle, deadline=deadline):
             print(f"{what + ':':<15} {how}")
     return OK
-
-
-def _pre_stop(command: PreStopCommand) -> int:
-    from csi_driver.host.running import find_running, log_of
-    from csi_driver.local.prestop import run_pre_stop
-
-    node = find_running(["node"])
-    if node is not None and (stream := log_of(node)) is not None:
-        log.configure(command.log, stream)  # nobody is shown what a hook prints
-    return run_pre_stop(command.kubernetes, command.node_name, command.driver_name, command.timeout_s)
 
 
 def _storage(command: StorageCommand) -> int:

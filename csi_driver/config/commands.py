@@ -29,13 +29,14 @@ COMMANDS = {
     "storage": "Run the embedded storage manager: the management's REST API over files of this machine.",
     "local": "Run storage, controller and node on this machine in one command.",
     "demo": "Show the life of volumes here, and leave no trace.",
+    "doctor": "Look at this machine and at what it needs, and say how to mend it; 1 where it keeps it from work.",
     "pre-stop": "Wait, before the node's pod is stopped, until a node that is being drained has no volume left.",
     "volume": "Act by hand on one volume: see how it stands, or allow that it be formatted over old data, once.",
     "version": "Print the version.",
 }
 
 
-BESIDE: Mapping[str, Sequence[str]] = {"pre-stop": ("node",)}
+BESIDE: Mapping[str, Sequence[str]] = {"doctor": ("node", "controller"), "pre-stop": ("node",)}
 """Commands that are run beside a role, and work with what that role was told where they are told nothing else."""
 
 Running = Callable[[Sequence[str]], "RunningRole | None"]
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], running: Running = la
         told, _ = _parser(name, flags).parse_known_args([name, *beside.arguments])
         given = {flag: words or getattr(told, flag) or [] for flag, words in given.items()}
         environ = {**beside.environ, **environ}
-    values = Values(given, environ)
+    values = Values(given, environ, beside)
     values.problems.extend(f"{argument} is not known to {PROGRAM} {name}" for argument in unknown)
     command = make(values)
     if values.problems:
@@ -89,6 +90,10 @@ def definition(name: str) -> Definition:
             from csi_driver.config import onebox
 
             return onebox.DEMO_FLAGS, onebox.demo
+        case "doctor":
+            from csi_driver.config import doctor
+
+            return doctor.DOCTOR_FLAGS, doctor.doctor
         case "pre-stop":
             from csi_driver.config import prestop
 

@@ -70,7 +70,7 @@ _CA_FILE = Flag(
     "PEM certificates that the servers' certificates are checked against.",
     metavar="FILE",
 )
-_TLS_VERIFY = Flag(
+TLS_VERIFY = Flag(
     "--management-tls-verify", read.boolean, True, "true", "Refuse servers whose certificate cannot be verified."
 )
 _CLIENT_CERTIFICATE = Flag(
@@ -141,7 +141,7 @@ _ZONE_SKIP = Flag(
 )
 
 MANAGEMENT_FLAGS = (
-    CLUSTERS_FILE, _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, _TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
+    CLUSTERS_FILE, _SERVERS, _USER, _USER_FILE, _PASSWORD_FILE, _CA_FILE, TLS_VERIFY, _CLIENT_CERTIFICATE, _CLIENT_KEY,
     _REQUEST_TIMEOUT, _REQUESTS, _ALLOW_INCOMPATIBLE, ZONE,
 )  # fmt: skip
 """How the storage is reached."""
@@ -192,7 +192,7 @@ def clusters_place(values: Values, settings: ManagementSettings) -> ClustersPlac
         return None
     if settings.servers:
         values.problems.append(f"{CLUSTERS_FILE.name} and {_SERVERS.name} are both given, wanted one")
-    return ClustersPlace(path, Defaults(settings, values.one(ZONE), tls_is_decided=values.given(_TLS_VERIFY)))
+    return ClustersPlace(path, Defaults(settings, values.one(ZONE), tls_is_decided=values.given(TLS_VERIFY)))
 
 
 def _zone_policy(values: Values, described: ClustersFile) -> ZonePolicy:
@@ -214,7 +214,7 @@ def management(values: Values) -> ManagementSettings:
         username_file=username_file,
         password_file=password_file,
         ca_file=values.one(_CA_FILE),
-        tls_verify=values.one(_TLS_VERIFY),
+        tls_verify=values.one(TLS_VERIFY),
         client_certificate=values.one(_CLIENT_CERTIFICATE),
         client_key=values.one(_CLIENT_KEY),
         request_timeout_s=values.one(_REQUEST_TIMEOUT),

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from csi_driver.errors import shown
+
+if TYPE_CHECKING:
+    from csi_driver.machine import RunningRole
 
 T = TypeVar("T")
 
@@ -71,8 +74,15 @@ class Flag(Generic[T]):
 class Values:
     """The words given for the flags of one command, read when they are asked for."""
 
-    def __init__(self, given: Mapping[str, Sequence[str]], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Sequence[str]],
+        environ: Mapping[str, str],
+        beside: RunningRole | None = None,
+    ) -> None:
+        """Take the words; `beside` is the role that runs here, for a command that is run beside one."""
         self.problems: list[str] = []
+        self.beside = beside
         self._given = given
         self._environ = environ
 

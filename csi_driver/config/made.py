@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
     from csi_driver.kubernetes.settings import ApiSettings
+    from csi_driver.local.doctor_settings import DoctorSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
@@ -64,6 +65,18 @@ class ZoneEvidence:
     clusters_file: Path | None
     nodes_file: Path
     client_config: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlaces:
+    """Where what a node needs is."""
+
+    state_directory: Path
+    path_roots: tuple[Path, ...]
+    device_directory: Path
+    status_directory: Path
+    registration_directory: Path | None
+    evidence: ZoneEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,14 @@ class PreStopCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class DoctorCommand:
+    """`nvmesh-csi doctor`."""
+
+    log: LogSettings
+    settings: DoctorSettings
+
+
+@dataclass(frozen=True, slots=True)
 class VersionCommand:
     """`nvmesh-csi version`."""
 
@@ -153,5 +174,6 @@ Command = (
     | DemoCommand
     | VolumeCommand
     | PreStopCommand
+    | DoctorCommand
     | VersionCommand
 )

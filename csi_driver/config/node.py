@@ -12,7 +12,7 @@ from csi_driver.config.clusters import NO_CLUSTERS, read_clusters
 from csi_driver.config.controller import MANAGEMENT_FLAGS, clusters_place, management
 from csi_driver.config.flags import Flag, Values
 from csi_driver.config.kubernetes import LABEL, OWN_OBJECT_FLAGS, STARTUP_TAINT, own_object
-from csi_driver.config.made import NodeAttaching, NodeCommand, ZoneEvidence
+from csi_driver.config.made import NodeAttaching, NodeCommand, NodePlaces, ZoneEvidence
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
@@ -132,6 +132,13 @@ _OWN_ATTACHMENTS = tuple(
     flag for flag in (*MANAGEMENT_FLAGS, *ATTACH_FLAGS) if flag.name not in (_ZONE.name, _CLUSTERS_FILE.name)
 )
 
+_MANAGEMENT = tuple(flag for flag in _OWN_ATTACHMENTS if flag not in ATTACH_FLAGS)
+PLACE_FLAGS = (
+    DRIVER_NAME, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, _PATH_ROOTS,
+    DEVICES, _NODE_STATUS, _REGISTRATION_DIRECTORY, *_MANAGEMENT, *OWN_OBJECT_FLAGS,
+)  # fmt: skip
+"""Those that say where something is: what a look at the machine goes by."""
+
 NODE_FLAGS = table(
     *ENDPOINT_FLAGS, NODE_NAME, _STATE, _ZONE, _CLUSTERS_FILE, _NODES_FILE, _CLIENT_CONFIG, TOPOLOGY_KEY, _MOST,
     _PATH_ROOTS, DEVICES, _NODE_STATUS, _HEAVY, _RECONCILE, ATTACH_BY, *_OWN_ATTACHMENTS, *OWN_OBJECT_FLAGS,
@@ -142,12 +149,13 @@ NODE_FLAGS = table(
 def node(values: Values) -> NodeCommand:
     """Make the settings of the node."""
     driver_name = values.one(DRIVER_NAME)
+    where = places(values)
     return NodeCommand(
         log=shared.log(values),
         endpoint=shared.endpoint(values),
         node=NodeSettings(
             node_name=values.one(NODE_NAME) or shared.host_name(),
-            state_directory=str(values.one(_STATE) or _KUBELET / "plugins" / driver_name / "state"),
+            state_directory=str(where.state_directory),
             zone=values.one(_ZONE) or DEFAULT_ZONE,
             topology_key=values.one(TOPOLOGY_KEY),
             max_volumes_per_node=values.one(_MOST),
@@ -156,9 +164,27 @@ def node(values: Values) -> NodeCommand:
             reconcile_interval_s=values.one(_RECONCILE),
         ),
         driver_name=driver_name,
+        path_roots=where.path_roots,
+        device_directory=where.device_directory,
+        status_directory=where.status_directory,
+        evidence=where.evidence,
+        kubernetes=own_object(values),
+        label=values.one(LABEL),
+        startup_taint=values.one(STARTUP_TAINT),
+        attaching=_attaching(values),
+        registration=_registration(values),
+        http=shared.http(values),
+    )
+
+
+def places(values: Values) -> NodePlaces:
+    """Return where what a node needs is, as the flags have it."""
+    return NodePlaces(
+        state_directory=values.one(_STATE) or _KUBELET / "plugins" / values.one(DRIVER_NAME) / "state",
         path_roots=values.all(_PATH_ROOTS) or (_PATH_ROOTS.default,),
         device_directory=values.one(DEVICES),
         status_directory=values.one(_NODE_STATUS),
+        registration_directory=values.one(_REGISTRATION_DIRECTORY),
         evidence=ZoneEvidence(
             zone=values.one(_ZONE) or None,
             topology_key=values.one(TOPOLOGY_KEY) if values.given(TOPOLOGY_KEY) else None,
@@ -166,12 +192,6 @@ def node(values: Values) -> NodeCommand:
             nodes_file=values.one(_NODES_FILE),
             client_config=values.one(_CLIENT_CONFIG),
         ),
-        kubernetes=own_object(values),
-        label=values.one(LABEL),
-        startup_taint=values.one(STARTUP_TAINT),
-        attaching=_attaching(values),
-        registration=_registration(values),
-        http=shared.http(values),
     )
 
 

@@ -12,7 +12,9 @@ from csi_driver.host.command import find_tool, package_of, run
 from csi_driver.host.mounts import LinuxMounts
 
 _NEEDED_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "blkid")
-_VERSION_OPTION = {"mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V"}
+_VERSION_OPTION = {
+    "mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V", "cryptsetup": "--version",
+}  # fmt: skip
 # Below this root nothing is mounted for others to see: a node of one machine, not of a container.
 _ROOT = Path("/")
 _SYS_DEV_BLOCK = Path("/sys/dev/block")

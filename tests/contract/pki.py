@@ -49,9 +49,32 @@ class Authority:
         self._make(pair, subject or f"/CN={name}", extensions, *signed_by)
         return pair
 
+    def issue_between(self, name: str, first: str, last: str) -> Pair:
+        """Issue a certificate for a server on 127.0.0.1 that is valid between two moments, YYYYMMDDHHMMSSZ."""
+        pair = self.issue(name)
+        home = self._directory / f"{name}.ca"
+        home.mkdir()
+        (home / "index").touch()
+        (home / "serial").write_text("01\n")
+        (home / "conf").write_text(
+            "[ca]\ndefault_ca=own\n[own]\npolicy=any\ndefault_md=sha256\n[any]\ncommonName=supplied\n"
+            f"[own]\ndatabase={home}/index\nserial={home}/serial\nnew_certs_dir={home}\n"
+            "[server]\nsubjectAltName=IP:127.0.0.1\n"
+        )
+        request = home / "request"
+        _openssl("req", "-new", "-key", str(pair.key), "-subj", f"/CN={name}", "-out", str(request))
+        signed_by = ("-cert", str(self._own.certificate), "-keyfile", str(self._own.key))
+        dates = ("-startdate", first, "-enddate", last, "-extensions", "server", "-notext", "-batch")
+        config = ("-config", str(home / "conf"), "-in", str(request), "-out", str(pair.certificate))
+        _openssl("ca", *config, *signed_by, *dates)
+        return pair
+
     def _make(self, pair: Pair, subject: str, extensions: tuple[str, ...], *options: str) -> None:
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
         files = ("-keyout", str(pair.key), "-out", str(pair.certificate), "-days", "2", "-subj", subject)
         added = [word for extension in extensions for word in ("-addext", extension)]
-        command = ["openssl", "req", "-x509", *curve, *files, *added, *options]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        _openssl("req", "-x509", *curve, *files, *added, *options)
+
+
+def _openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.config import controller, node, onebox, prestop, storage, values, volume
+from csi_driver.config import controller, doctor, node, onebox, prestop, storage, values, volume
 from csi_driver.config.commands import parse
 from csi_driver.config.flags import Flag, UsageError
 from csi_driver.config.made import (
@@ -39,6 +39,7 @@ TABLES = {
     "storage": storage.STORAGE_FLAGS,
     "local": onebox.LOCAL_FLAGS,
     "demo": onebox.DEMO_FLAGS,
+    "doctor": doctor.DOCTOR_FLAGS,
     "pre-stop": prestop.PRE_STOP_FLAGS,
     "volume": [flag for flag in volume.VOLUME_FLAGS if not flag.is_positional],
 }

@@ -1,0 +1,170 @@
+"""What can be seen of this machine without changing it: for whoever wants to know why something does not work.
+
+Nothing here opens a device or asks a filesystem of a volume: what hangs is not touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.host import mount_table, syscalls
+from csi_driver.host.mounts import LinuxMounts, read_table
+from csi_driver.machine import DeviceNumber
+
+DEVICES = Path("/dev")
+LOOP_CONTROL = Path("/dev/loop-control")
+DEVICE_MAPPER = Path("/dev/mapper/control")
+SYSFS_BLOCK = Path("/sys/dev/block")
+ETC = Path("/etc")
+_PROC, _SYS = Path("/proc"), Path("/sys")
+_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
+
+
+def kernel_release() -> str:
+    """Return the kernel's release, as `uname -r`."""
+    return os.uname().release
+
+
+# --- modules --------------------------------------------------------------------------------------------------
+
+
+def known_filesystems() -> frozenset[str]:
+    """Return the filesystems that the kernel can mount now, without loading a module."""
+    lines = _text(_PROC / "filesystems").splitlines()
+    return frozenset(line.split("\t")[-1] for line in lines)
+
+
+def is_loaded(module: str) -> bool:
+    """Tell whether a module is loaded, or built in with something to show."""
+    return (_SYS / "module" / module).is_dir()
+
+
+def can_be_loaded(module: str) -> bool | None:
+    """Tell whether the kernel's modules hold one of this name; None where they cannot be seen from here."""
+    directory = Path("/lib/modules") / kernel_release()
+    listed = [_text(directory / name) for name in ("modules.dep", "modules.builtin")]
+    if not any(listed):
+        return None
+    name = module.replace("-", "_")
+    files = (line.partition(":")[0] for text in listed for line in text.splitlines())
+    return any(Path(file).name.partition(".")[0].replace("-", "_") == name for file in files)
+
+
+# --- this process, or the one that is asked about ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Powers:
+    """Which of the capabilities that mounting and growing need a process has in effect."""
+
+    may_mount: bool
+    may_grow_mounted: bool
+
+
+def powers_of(pid: int | None) -> Powers:
+    """Return what a process may do, None = this one."""
+    lines = _text(_process(pid) / "status").splitlines()
+    effective = int(next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0"), 16)
+    return Powers(bool(effective >> _CAP_SYS_ADMIN & 1), bool(effective >> _CAP_SYS_RESOURCE & 1))
+
+
+def confinement_of(pid: int | None) -> str:
+    """Return the security module's label of a process, None = this one; empty where there is none."""
+    return _text(_process(pid) / "attr/current").strip("\0\n ")
+
+
+def selinux_enforces() -> bool:
+    """Tell whether SELinux is there and refuses what its policy does not allow."""
+    return _text(_SYS / "fs/selinux/enforce").strip() == "1"
+
+
+def _process(pid: int | None) -> Path:
+    return _PROC / ("self" if pid is None else str(pid))
+
+
+# --- mounts ---------------------------------------------------------------------------------------------------
+
+
+def closest_mount(path: Path) -> mount_table.Entry | None:
+    """Return the mount that a path lies in, by its spelling with links resolved."""
+    resolved = path.resolve()
+    closest: mount_table.Entry | None = None
+    for entry in read_table():
+        is_closer = closest is None or len(entry.path.parts) >= len(closest.path.parts)
+        if is_closer and resolved.is_relative_to(entry.path):
+            closest = entry  # of mounts stacked at one path the later is on top
+    return closest
+
+
+def is_shared(path: Path) -> bool:
+    """Tell whether mounts made below a path reach the other mount namespaces of the machine."""
+    return LinuxMounts().propagation_is_shared(path)
+
+
+def is_there(number: DeviceNumber) -> bool:
+    """Tell whether a block device is there; an anonymous number, as of btrfs, says nothing and counts as there."""
+    return number.major == 0 or (SYSFS_BLOCK / str(number)).exists()
+
+
+# --- devices --------------------------------------------------------------------------------------------------
+
+
+def loops_without_file() -> Iterator[tuple[str, str]]:
+    """Yield the loop devices whose file was deleted, each with the file."""
+    for text in sorted((_SYS / "block").glob("loop*/loop/backing_file")):
+        file = _text(text).rstrip("\n")
+        if file.endswith(" (deleted)"):
+            yield text.parts[-3], file.removesuffix(" (deleted)")
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeIdentity:
+    """By which names this machine is known to NVMe targets; empty where it has none. Times of change in seconds."""
+
+    nqn: str
+    host_id: str
+    board_uuid: str
+    nqn_made_s: float
+    machine_made_s: float
+
+
+def nvme_identity() -> NvmeIdentity:
+    """Return the machine's identity for NVMe over fabrics, and what it is usually derived from."""
+    nqn = ETC / "nvme/hostnqn"
+    return NvmeIdentity(
+        nqn=_text(nqn).strip(),
+        host_id=_text(ETC / "nvme/hostid").strip().lower(),
+        board_uuid=_text(_SYS / "class/dmi/id/product_uuid").strip().lower(),
+        nqn_made_s=_changed_s(nqn),
+        machine_made_s=_changed_s(ETC / "machine-id"),
+    )
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+_TIMEX_BYTES = 512  # more than struct timex has; modes = 0 only reads (adjtimex(2))
+_TIME_ERROR = 5
+
+
+def clock_is_kept() -> bool | None:
+    """Tell whether something keeps the clock in step with another one; None where the kernel does not say."""
+    state = syscalls.libc().adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    return None if state < 0 else state != _TIME_ERROR
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

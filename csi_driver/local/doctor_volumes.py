@@ -1,0 +1,79 @@
+"""Looks at the volumes that are mounted here, and at what the node remembers of volumes. No volume is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from csi_driver.errors import HostFailure
+from csi_driver.host import survey
+from csi_driver.host.connectors.nvmesh import StatusFiles
+from csi_driver.host.mounts import read_table
+from csi_driver.local.doctor_findings import Check, Finding, fine, unknown, warning
+from csi_driver.local.doctor_settings import Patient
+from csi_driver.local.held import held_in
+from csi_driver.node.marks import RAW, USED, MarkFiles
+
+_USE = (RAW, USED)
+
+
+def volumes(patient: Patient) -> Iterator[Finding]:
+    """Look whether what is mounted still has its device, and kubelet its record."""
+    table = {entry.path: entry for entry in read_table()}
+    client = StatusFiles(patient.status_directory)
+    held = list(held_in(table, patient.driver_name))
+    for mount in held:
+        entry = table[mount.path]
+        if not survey.is_there(entry.number):
+            yield warning(
+                Check.VOLUMES,
+                f"volume {mount.name} is mounted at {mount.path}, and its device {entry.number} is gone",
+                "the device that was mounted",
+                "delete the pods that use it: kubelet then takes the mount off, and the volume is attached anew",
+            )
+        elif not mount.handle:
+            yield warning(
+                Check.VOLUMES,
+                f"{mount.path} is mounted, and kubelet has no record of it",
+                "kubelet's vol_data.json beside it",
+                "nothing, where the node runs: what two looks prove orphaned it unmounts; else: umount that path",
+            )
+        elif (status := client.volume(Path(entry.source).name)) is not None and status.io_enabled is False:
+            yield warning(
+                Check.VOLUMES,
+                f"volume {mount.name} at {mount.path} carries no I/O: {status.words}",
+                "an attachment that carries I/O",
+                "look at the volume in the management; where another node took it: delete the pods here",
+            )
+    yield fine(Check.VOLUMES, f"{len(held)} mounts of volumes of this driver, by kubelet's layout")
+
+
+def marks(patient: Patient) -> Iterator[Finding]:
+    """Look through what the node remembers of formats and of use."""
+    directory = patient.state_directory / "format-marks"
+    kept = MarkFiles(directory)
+    begun = used = 0
+    for path in sorted(directory.glob("*.mark")):
+        try:
+            mark = kept.read(path.stem)
+        except HostFailure as error:
+            yield warning(
+                Check.MARKS,
+                str(error),
+                "a mark that can be read: until then this volume is not formatted here",
+                f"see what the volume holds, then remove {path}",
+            )
+            continue
+        if mark is not None and mark.filesystem in _USE:
+            used += 1
+        elif mark is not None:
+            begun += 1
+            yield unknown(
+                Check.MARKS,
+                f"a format ({mark.filesystem}) of volume {mark.volume_uuid} was begun and not finished",
+                "nothing, where a pod is about to use it: the next stage makes it again",
+            )
+    yield fine(Check.MARKS, f"{used} volumes in use on record, {begun} formats begun")
+
+
+LOOKS = ((Check.VOLUMES, volumes), (Check.MARKS, marks))

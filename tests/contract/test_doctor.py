@@ -1,0 +1,452 @@
+"""`nvmesh-csi doctor` by real processes, over faults that are really there: in namespaces, over sockets, in TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from csi_driver.config.commands import parse
+from csi_driver.config.made import DoctorCommand
+from csi_driver.local.doctor import run_doctor
+from csi_driver.local.doctor_findings import Check
+from tests.contract.pki import Authority, Pair
+from tests.contract.small_api_server import Cluster, served
+from tests.contract.test_management_tls import TlsDouble, serving
+from tests.unit.management.double import PASSWORD, USER, Hangs, ManagementDouble, Says
+
+pytestmark = pytest.mark.root
+
+ROOT = Path(__file__).parents[2]
+DRIVER, UUID = "d.com", "0d1c7c56-6f0e-4d43-9a5f-000000000001"
+NODES, CSI_NODES = "/api/v1/nodes", "/apis/storage.k8s.io/v1/csinodes"
+_PATIENCE_S = 60
+
+
+@dataclass
+class Findings:
+    """What was found, by check and gravity; `text` is all of it."""
+
+    status: int
+    text: str
+    entries: list[dict[str, str]] = field(default_factory=list)
+
+    def of(self, check: Check, gravity: str) -> str:
+        """Return what is said of a check with a gravity, joined; empty where nothing is."""
+        chosen = (entry for entry in self.entries if entry["check"] == check and entry["gravity"] == gravity)
+        return "; ".join(f"{entry['what']} | {entry.get('wanted')} | {entry.get('mend')}" for entry in chosen)
+
+    def faults(self) -> set[str]:
+        return {entry["check"] for entry in self.entries if entry["gravity"] == "fault"}
+
+
+class Machine:
+    """Directories as a node has them, below one of pytest's; looked at in a mount namespace of its own.
+
+    `prepare` is what is done there before the look, in a shell.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.kubelet = directory / "kubelet"
+        self.status = directory / "proc"
+        self.prepare = [f"mount --bind {self.kubelet} {self.kubelet}", f"mount --make-shared {self.kubelet}"]
+        self.flags = [
+            "--timeout=60", "--role", "node", "--driver-name", DRIVER, "--node-name", "node-1",
+            "--path-root", str(self.kubelet),
+            "--state-directory", str(self.kubelet / "plugins" / DRIVER / "state"),
+            "--device-directory", str(directory / "dev"), "--status-directory", str(self.status),
+            "--client-configuration", str(directory / "nvmesh.conf"), "--endpoint", str(directory / "csi.sock"),
+        ]  # fmt: skip
+        for made in ("pods", "plugins_registry", f"plugins/{DRIVER}"):
+            (self.kubelet / made).mkdir(parents=True)
+        (directory / "dev").mkdir()
+        self.status.mkdir()
+        (self.status / "status.json").write_text(json.dumps({"main": {"uuid": UUID}}))
+        (self.status / "version").write_text(json.dumps({"module": "embedded"}))
+
+    def run(self, *flags: str, how: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        script = " && ".join([*self.prepare, 'exec "$@"'])
+        inside = ["unshare", "--mount", "--propagation", "private", "--", "sh", "-ec", script, "sh", *how]
+        argv = [*inside, sys.executable, "-m", "csi_driver", "doctor", *self.flags, *flags]
+        environ = {"PATH": os.environ["PATH"], "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=_PATIENCE_S)
+
+    def look_inside(self, *flags: str, how: Sequence[str] = ()) -> Findings:
+        """Look from a process in a mount namespace of its own."""
+        done = self.run("--json", *flags, how=how)
+        assert done.stderr == "", done.stderr
+        return Findings(done.returncode, done.stdout, json.loads(done.stdout)["findings"])
+
+    def look(self, *flags: str) -> Findings:
+        """Look from this process, where no namespace is needed: what is looked at is as real."""
+        command = parse(["doctor", *self.flags, "--json", *flags], {})
+        assert isinstance(command, DoctorCommand)
+        lines: list[str] = []
+        status = run_doctor(command.settings, lines.append)
+        return Findings(status, "\n".join(lines), json.loads("\n".join(lines))["findings"])
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("pki") / "one", "one")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_is_well_is_told_so(machine: Machine) -> None:
+    machine.flags = machine.flags[:-2]  # no driver runs
+    told = machine.run()
+    assert told.returncode == 0, told.stdout
+    assert told.stdout.startswith(f"driver {DRIVER}, node node-1\n")
+    assert "\n0 faults, " in told.stdout
+    for check in ("kernel", "tools", "device-nodes", "path-roots", "propagation", "state-directory", "client", "zone"):
+        assert re.search(rf"(?m)^ok +{check} ", told.stdout), told.stdout
+    assert UUID in told.stdout
+
+
+def test_warnings_count_where_that_is_asked_for(machine: Machine) -> None:
+    machine.flags = machine.flags[:-2]
+    (machine.kubelet / "pods").rmdir()
+    (machine.kubelet / "plugins_registry").rmdir()
+    assert machine.look_inside("--strict").status == 1
+    found = machine.look_inside()
+    assert "no kubelet works in it" in found.of(Check.PATH_ROOTS, "warning")
+    assert found.status == 0
+
+
+def test_what_a_container_lacks_is_told(machine: Machine) -> None:
+    tools = ("mkfs.ext4", "blkid", "mkfs.xfs", "cryptsetup")
+    places = [f"{place}/{tool}" for tool in tools for place in ("/usr/local/sbin", "/usr/sbin", "/usr/bin", "/sbin")]
+    state = machine.kubelet / "plugins" / DRIVER
+    machine.prepare += [
+        f"mount --make-private {machine.kubelet}",
+        f"for t in {' '.join(places)}; do [ ! -e $t ] || [ /dev/null -ef $t ] || mount --bind /dev/null $t; done",
+        "mount -t tmpfs none /dev",
+        "mknod -m 666 /dev/null c 1 3",
+        f"mount -t tmpfs -o size=1M none {state}",
+    ]
+    found = machine.look_inside("--encrypted-volumes", "--device-directory", "/dev/nvmesh")
+    assert found.status == 1
+    assert f"mount --make-rshared {machine.kubelet}" in found.of(Check.PROPAGATION, "fault")
+    assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "fault")
+    assert "lost at a reboot" in found.of(Check.STATE_DIRECTORY, "fault")
+    assert "has 1 MiB" in found.of(Check.STATE_DIRECTORY, "warning")
+    missing = found.of(Check.TOOLS, "fault")
+    for tool, package in (("mkfs.ext4", "e2fsprogs"), ("blkid", "util-linux"), ("cryptsetup", "cryptsetup-bin")):
+        assert f"{tool} is not installed" in missing
+        assert f"install the package {package}" in missing
+    assert "mkfs.xfs is not installed" in found.of(Check.TOOLS, "warning")
+    found = machine.look_inside(how=("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--inh-caps=-all"))
+    assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "warning")
+    assert "cryptsetup is not installed" in found.of(Check.TOOLS, "warning")
+    assert "as root" in found.of(Check.CAPABILITIES, "unknown")
+
+
+def test_another_user_is_told_what_root_would_see(machine: Machine) -> None:
+    for directory in (machine.directory, *list(machine.directory.parents)[:2]):
+        directory.chmod(0o755)
+    found = machine.look_inside(how=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+    assert "user 65534" in found.of(Check.STATE_DIRECTORY, "fault")
+    assert found.of(Check.KERNEL, "fine")
+
+
+def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> None:
+    (machine.status / "version").write_text(json.dumps({"version": ""}))
+    assert "of no use" in machine.look().of(Check.CLIENT, "fault")
+    (machine.status / "status.json").unlink()
+    assert "does not show itself" in machine.look().of(Check.CLIENT, "fault")
+    (machine.status / "version").unlink()
+    machine.status.rmdir()
+    assert "no storage client" in machine.look().of(Check.CLIENT, "fault")
+
+
+def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
+    staging = machine.kubelet / "plugins/kubernetes.io/csi" / DRIVER / "0123/globalmount"
+    staging.mkdir(parents=True)
+    marks = machine.kubelet / "plugins" / DRIVER / "state/format-marks"
+    marks.mkdir(parents=True)
+    (marks / f"{UUID}.mark").write_text("torn")
+    other = UUID.replace("1", "2")
+    (marks / f"{other}.mark").write_text(json.dumps({"volume": other, "attachment": 1, "filesystem": "ext4"}))
+    machine.prepare.append(f"mount -t tmpfs none {staging}")
+    found = machine.look_inside()
+    assert "kubelet has no record of it" in found.of(Check.VOLUMES, "warning")
+    assert f"{UUID}.mark cannot be read" in found.of(Check.MARKS, "warning")
+    assert f"a format (ext4) of volume {other} was begun" in found.of(Check.MARKS, "unknown")
+
+
+def test_a_loop_device_without_its_file_is_told(machine: Machine) -> None:
+    file = machine.directory / "pool"
+    file.write_bytes(bytes(1 << 20))
+    device = subprocess.run(
+        ["losetup", "--find", "--show", file], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        assert device not in machine.look().of(Check.LOOP_DEVICES, "warning")
+        file.unlink()
+        assert f"losetup --detach {device}" in machine.look().of(Check.LOOP_DEVICES, "warning")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize(
+    ("uuid", "age_s", "host_id", "gravity", "word"),
+    [
+        ("03000200-0400-0500-0006-000700080009", 0, UUID, "warning", "placeholder"),
+        (UUID, 10 * 86400, UUID, "warning", "came with the image"),
+        (UUID, 0, "", "warning", "without /etc/nvme/hostid"),
+        (UUID, 0, UUID, "fine", UUID),
+    ],
+)
+def test_an_nvme_identity_that_others_may_have_is_told(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, uuid: str, age_s: float, host_id: str, gravity: str, word: str
+) -> None:
+    etc = machine.directory / "etc"
+    (etc / "nvme").mkdir(parents=True)
+    (etc / "machine-id").write_text("0123")
+    nqn = etc / "nvme/hostnqn"
+    nqn.write_text(f"nqn.2014-08.org.nvmexpress:uuid:{uuid}\n")
+    os.utime(nqn, (time.time() - age_s,) * 2)
+    (etc / "nvme/hostid").write_text(host_id)
+    monkeypatch.setattr("csi_driver.host.survey.ETC", etc)
+    assert word in machine.look().of(Check.HOST_IDENTITY, gravity)
+
+
+# --- who else is there ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        yield server
+
+
+def test_another_driver_of_the_same_name_is_a_fault(machine: Machine) -> None:
+    registry, plugin = machine.kubelet / "plugins_registry", machine.kubelet / "plugins" / DRIVER
+    with listening(registry / f"{DRIVER}-reg.sock"):
+        assert "is served" in machine.look().of(Check.SOCKETS, "fine")
+        with listening(registry / f"{DRIVER}.sock"), listening(plugin / "csi.sock"):
+            said = machine.look().of(Check.SOCKETS, "fault")
+        assert "registered with kubelet by" in said
+        assert f"{plugin}/csi.sock is served by something else" in said
+        assert "nobody serves it" in machine.look().of(Check.SOCKETS, "warning")
+
+
+def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machine) -> None:
+    with listening(machine.directory / "csi.sock"):
+        began_s = time.monotonic()
+        found = machine.look("--timeout=2")
+    assert found.of(Check.DRIVER, "unknown") or found.of(Check.DRIVER, "fault")
+    assert found.of(Check.KERNEL, "fine")
+    assert time.monotonic() - began_s < _PATIENCE_S / 2
+
+
+# --- the management ---------------------------------------------------------------------------------------------
+
+
+def told_of(machine: Machine, *servers: str, ca: Path | None = None) -> list[str]:
+    """Return the flags by which the management is known."""
+    password = machine.directory / "password"
+    password.write_text(PASSWORD)
+    flags = [flag for server in servers for flag in ("--management-server", server)]
+    flags += ["--management-user", USER, "--management-password-file", str(password)]
+    return [*flags, *(("--management-ca-file", str(ca)) if ca is not None else ())]
+
+
+def clients(*rows: tuple[str, str]) -> Says:
+    return Says([{"_id": name, "uuid": uuid, "client_status": 1} for name, uuid in rows])
+
+
+@contextmanager
+def plain() -> Iterator[ManagementDouble]:
+    double = ManagementDouble()
+    thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield double
+    finally:
+        double.stop()
+        thread.join(5)
+
+
+def test_a_management_that_answers_knows_this_machines_client(machine: Machine) -> None:
+    with plain() as double:
+        double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID.replace("1", "2"))))
+        found = machine.look(*told_of(machine, double.url))
+        assert "accepts the login" in found.of(Check.LOGIN, "fine")
+        assert "is node-1 there, READY" in found.of(Check.CLIENTS, "fine")
+        double.on("GET", "/clients/all/0/0", clients(("node-2", UUID.replace("1", "2"))))
+        assert "does not know" in machine.look(*told_of(machine, double.url)).of(Check.CLIENTS, "warning")
+        double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID)))
+        assert "node-1, node-2 have one uuid" in machine.look(*told_of(machine, double.url)).of(Check.CLIENTS, "fault")
+
+
+def test_a_login_that_is_refused_is_a_fault_and_no_password_is_shown(machine: Machine) -> None:
+    with plain() as double:
+        double.password = "another one"
+        done = machine.run(*told_of(machine, double.url))
+        assert f"does not accept user '{USER}'" in done.stdout
+        assert PASSWORD not in done.stdout + done.stderr
+        assert done.returncode == 1
+
+
+def test_an_old_api_is_a_fault(machine: Machine) -> None:
+    with plain() as double:
+        double.on("GET", "/systemInfo", Says({"APIVersion": "14.1.0", "version": "2.0"}))
+        assert "wanted API version 15 or newer" in machine.look(*told_of(machine, double.url)).of(Check.LOGIN, "fault")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "gravity", "word"),
+    [
+        ("20200101000000Z", "20200201000000Z", "fault", "renew the server's certificate"),
+        ("20200101000000Z", "20991231000000Z", "fine", "good until 2099-12-31"),
+        ("", "", "warning", "ends on"),
+    ],
+)
+def test_a_certificate_is_judged_by_its_end(
+    machine: Machine, authority: Authority, first: str, last: str, gravity: str, word: str
+) -> None:
+    pair = authority.issue_between(f"until-{last}", first, last) if first else authority.issue("two-days")
+    with serving(TlsDouble(pair)) as double:
+        found = machine.look(*told_of(machine, double.url, ca=authority.certificate))
+        assert word in found.of(Check.CERTIFICATE, gravity), found.text
+
+
+def test_a_certificate_that_nobody_verifies_is_read_nevertheless(machine: Machine, authority: Authority) -> None:
+    with serving(TlsDouble(authority.issue("unverified"))) as double:
+        found = machine.look(*told_of(machine, double.url), "--management-tls-verify=false")
+        assert "is not verified" in found.of(Check.CERTIFICATE, "warning")
+        assert "ends on" in found.of(Check.CERTIFICATE, "warning")
+
+
+def test_a_certificate_of_somebody_else_is_a_fault(machine: Machine, authority: Authority, tmp_path: Path) -> None:
+    pair: Pair = Authority(tmp_path / "other", "other").issue("server")
+    with serving(TlsDouble(pair)) as double:
+        said = machine.look(*told_of(machine, double.url, ca=authority.certificate)).of(Check.CERTIFICATE, "fault")
+        assert "--management-ca-file" in said
+
+
+def test_servers_that_cannot_be_reached_or_hang_do_not_hide_the_others(machine: Machine) -> None:
+    with plain() as good, plain() as hanging, socket.create_server(("127.0.0.1", 0)) as silent:
+        good.on("GET", "/clients/all/0/0", clients(("node-1", UUID)))
+        hanging.on("GET", "/systemInfo", Hangs())
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        servers = ("http://127.0.0.1:1", "http://no-such-host.invalid:4000", mute, hanging.url, good.url)
+        found = machine.look(*told_of(machine, *servers), "--timeout=4")
+    warned = found.of(Check.MANAGEMENT, "warning")
+    assert "http://127.0.0.1:1 at 127.0.0.1: cannot connect to it" in warned
+    assert "no-such-host.invalid:4000: cannot look up its name" in warned
+    assert f"{mute} at 127.0.0.1: cannot get an answer" in warned
+    assert f"{good.url} accepts the login" in found.of(Check.LOGIN, "fine")
+    assert f"{hanging.url} lets one wait: to be logged in to" in found.of(Check.MANAGEMENT, "unknown")
+    assert found.of(Check.KERNEL, "fine")
+
+
+def test_the_clients_own_servers_are_tried(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (machine.directory / "nvmesh.conf").write_text(f'MANAGEMENT_SERVERS="127.0.0.1:{port},127.0.0.1:1"\n')
+        found = machine.look()
+        assert f"127.0.0.1:{port} accept connections" in found.of(Check.CLIENT_MANAGEMENT, "fine")
+        assert "127.0.0.1:1 cannot be reached" in found.of(Check.CLIENT_MANAGEMENT, "warning")
+    assert "cannot be reached" in machine.look().of(Check.CLIENT_MANAGEMENT, "fault")
+
+
+def test_a_zone_that_is_not_clear_is_a_fault(machine: Machine) -> None:
+    description = machine.directory / "clusters"
+    description.write_text("{zones: {a: {servers: [m1]}, b: {servers: [m2]}}}")
+    found = machine.look("--clusters-file", str(description))
+    assert "none of the zones a, b" in found.of(Check.ZONE, "fault")
+    description.write_text("zones: [")
+    assert str(description) in machine.look("--clusters-file", str(description)).of(Check.DESCRIPTION, "fault")
+
+
+# --- Kubernetes -------------------------------------------------------------------------------------------------
+
+
+def csi_node(name: str, node_id: str) -> dict[str, object]:
+    return {"metadata": {"name": name}, "spec": {"drivers": [{"name": DRIVER, "nodeID": node_id}]}}
+
+
+def test_kubernetes_is_asked_for_node_taint_registration_and_duplicates(
+    machine: Machine, authority: Authority, tmp_path: Path
+) -> None:
+    account = tmp_path / "account"
+    account.mkdir()
+    cluster = Cluster()
+    with served(cluster, authority, authority.issue("api"), account) as api:
+        flags = ["--kubernetes-host=127.0.0.1", f"--kubernetes-port={api.port}", f"--kubernetes-account={account}"]
+        flags += ["--startup-taint=key.example.com/x"]
+        found = machine.look(*flags)
+        assert "knows no node node-1" in found.of(Check.NODE_OBJECT, "fault")
+        assert "kubelet has not registered" in found.of(Check.REGISTRATION, "fault")
+        taints = [{"key": "key.example.com/x", "effect": "NoSchedule"}]
+        cluster.objects[f"{NODES}/node-1"] = {"metadata": {"name": "node-1"}, "spec": {"taints": taints}}
+        one, two = csi_node("node-1", UUID), csi_node("node-2", UUID)
+        cluster.objects |= {f"{CSI_NODES}/node-1": one, CSI_NODES: {"items": [one, two]}}
+        found = machine.look(*flags)
+        assert "kubectl taint node node-1 key.example.com/x-" in found.of(Check.NODE_OBJECT, "warning")
+        assert "node-1, node-2 are registered with one id" in found.of(Check.REGISTRATION, "fault")
+        cluster.objects[f"{CSI_NODES}/node-1"] = csi_node("node-1", "old-id")
+        assert f"registered as old-id, and is {UUID} now" in machine.look(*flags).of(Check.REGISTRATION, "fault")
+        cluster.forbidden = (f"GET {CSI_NODES}", f"GET {NODES}")
+        found = machine.look(*flags)
+        assert "may not get nodes" in found.of(Check.API_SERVER, "unknown")
+        assert "uniq -d" in found.of(Check.REGISTRATION, "unknown")
+        (account / "token").write_text("top secret")
+        assert "top secret" not in machine.run(*flags).stdout
+    assert "refused" in machine.look(*flags).of(Check.API_SERVER, "fault")
+
+
+# --- nothing is changed -----------------------------------------------------------------------------------------
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return of every file below what a change would change. Times of access are nobody's business."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted([directory, *directory.rglob("*")]):
+        status = path.lstat()
+        changes = 0 if stat.S_ISSOCK(status.st_mode) else status.st_ctime_ns
+        found[str(path)] = (status.st_mode, status.st_size, status.st_mtime_ns, changes)
+    return found
+
+
+def test_nothing_is_changed_and_nothing_need_be_writable(machine: Machine) -> None:
+    (machine.directory / "nvmesh.conf").write_text('MANAGEMENT_SERVERS="127.0.0.1:1"\n')
+    (machine.kubelet / "plugins" / DRIVER / "state/format-marks").mkdir(parents=True)
+    mounts = [Path("/run") / f"{machine.directory.name}-{name}" for name in ("before", "after")]
+    compare = 'cat /proc/self/mountinfo > $0-before; "$@"; s=$?; cat /proc/self/mountinfo > $0-after; exit $s'
+    with listening(machine.directory / "csi.sock"):
+        before = snapshot(machine.directory)
+        machine.look_inside("--timeout=1", how=("sh", "-c", compare, f"/run/{machine.directory.name}"))
+        assert snapshot(machine.directory) == before
+    assert mounts[0].read_text() == mounts[1].read_text()
+    for file in mounts:
+        file.unlink()
+    # Where nothing at all can be written it finds the same, but for the state directory.
+    machine.prepare.append(f"mount -o remount,bind,ro / && mount -o remount,bind,ro {machine.kubelet}")
+    found = machine.look_inside()
+    assert found.of(Check.KERNEL, "fine")
+    assert "cannot be written" in found.of(Check.STATE_DIRECTORY, "fault")
