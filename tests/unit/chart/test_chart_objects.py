@@ -1,56 +1,250 @@
-"""What the chart renders is whole: every object refers to what is there."""
+"""What the chart renders is whole: every object refers to what is there, and its name is its own."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, helm, render
+from csi_driver.config.controller import CONTROLLER_FLAGS
+from csi_driver.config.shared import DRAIN
+from csi_driver.config.version import driver_version
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, Manifest, Rendered, helm, render
+from tests.unit.chart.variants import VARIANTS, Variant
 
-pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")]
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
-VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "nvmesh": (NVMESH, {}),
-    "embedded": (EMBEDDED, {}),
-    "embedded, directories below /run": (
-        (*EMBEDDED, "storage.deviceDirectory=/run/c/dev", "storage.statusDirectory=/run/c/proc"),
-        {},
-    ),
-    "embedded, TLS": ((*EMBEDDED, "storage.tls.existingSecret=tls"), {}),
-    "sidecars of the node": (
-        (*NVMESH, "sidecars.registrar.enabled=true", "sidecars.livenessprobe.enabled=true"),
-        {},
-    ),
-    "node on the host's network": ((*NVMESH, "node.hostNetwork=true"), {}),
-    "label, taint and preStop": (
-        (*NVMESH, "node.nodeLabel=true", "node.startupTaint.enabled=true", "node.preStop.enabled=true"),
-        {},
-    ),
-    "attached by the node": ((*NVMESH, "attachBy=node"), {}),
-    "several zones": (
-        (),
-        {
-            "management": {
-                "zones": {
-                    "east": {"servers": ["https://e:4000"], "existingSecret": "east", "tls": {"caSecret": "ca"}},
-                    "west_2": {"servers": ["https://w:4000"], "tls": {"clientCertificateSecret": "cert"}},
-                }
-            }
-        },
-    ),
-    "older configuration": ((), {"management": {"existingClusters": {"configMap": "old"}}}),
-    "one replica": ((*NVMESH, "controller.replicas=1"), {}),
-}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+CLUSTER_SCOPED = {"CSIDriver", "ClusterRole", "ClusterRoleBinding", "StorageClass", "SecurityContextConstraints"}
+WORKLOADS = ("Deployment", "DaemonSet", "StatefulSet")
 
 
-@pytest.mark.parametrize(("sets", "values"), VARIANTS.values(), ids=list(VARIANTS))
-def test_volumes_and_mounts_match(sets: tuple[str, ...], values: dict[str, Any]) -> None:
-    for role, pod in render(*sets, values=values).pods().items():
+def workloads(rendered: Rendered) -> list[Manifest]:
+    return [manifest for kind in WORKLOADS for manifest in rendered.of(kind)]
+
+
+# --- references -------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_volumes_and_mounts_match(variant: Variant) -> None:
+    for role, pod in render(*variant[0], values=variant[1]).pods().items():
         volumes = [volume["name"] for volume in pod["volumes"]]
         assert len(set(volumes)) == len(volumes), role
-        mounted = [mount for container in pod["containers"] for mount in container["volumeMounts"]]
-        assert {mount["name"] for mount in mounted} == set(volumes), role
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == set(volumes), role
         for container in pod["containers"]:
             paths = [mount["mountPath"] for mount in container["volumeMounts"]]
             assert len(set(paths)) == len(paths), role
+
+
+@every_variant
+def test_selectors_select_the_pods_of_their_own_role(variant: Variant) -> None:
+    rendered = render(*variant[0], values=variant[1])
+    labels = {
+        workload["metadata"]["name"]: workload["spec"]["template"]["metadata"]["labels"]
+        for workload in workloads(rendered)
+    }
+    for workload in workloads(rendered):
+        assert selected(workload["spec"]["selector"]["matchLabels"], labels) == {workload["metadata"]["name"]}
+    for budget in rendered.of("PodDisruptionBudget"):
+        assert selected(budget["spec"]["selector"]["matchLabels"], labels) == {budget["metadata"]["name"]}
+    for service in rendered.of("Service"):
+        assert selected(service["spec"]["selector"], labels) == {service["metadata"]["name"]}
+
+
+def selected(selector: dict[str, str], labels: dict[str, dict[str, str]]) -> set[str]:
+    return {name for name, has in labels.items() if selector.items() <= has.items()}
+
+
+@every_variant
+def test_ports_that_probes_and_services_name_are_there_and_no_two_are_one(variant: Variant) -> None:
+    rendered = render(*variant[0], values=variant[1])
+    for role, pod in rendered.pods().items():
+        ports = [port for container in pod["containers"] for port in container.get("ports", [])]
+        assert len({port["containerPort"] for port in ports}) == len(ports), role
+        for container in pod["containers"]:
+            own = {port["name"] for port in container.get("ports", [])}
+            probes = [container[kind] for kind in ("livenessProbe", "readinessProbe") if kind in container]
+            assert all(probe["httpGet"]["port"] in own for probe in probes), role
+    for service in rendered.of("Service"):
+        pods = {port["name"] for each in rendered.pods()["storage"]["containers"] for port in each["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= pods
+
+
+def test_the_controller_finds_the_storage_under_its_services_name() -> None:
+    rendered = render(*EMBEDDED, release="x", namespace="y")
+    service = rendered.one("Service", "storage")
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert f"--management-server=http://{name}.y.svc:{port}" in rendered.args("controller/driver")
+    fixed = render(*EMBEDDED, "storage.service.clusterIP=fd00::5", "storage.tls.existingSecret=t")
+    assert "--management-server=https://[fd00::5]:4000" in fixed.args("controller/driver")
+
+
+def test_probes_of_a_node_on_the_hosts_network_ask_where_it_listens() -> None:
+    for sets in ((), ("sidecars.livenessprobe.enabled=true",)):
+        rendered = render(*NVMESH, "node.hostNetwork=true", *sets)
+        container = rendered.container("node/driver")
+        assert "--http-listen=127.0.0.1:9809" in container["args"]
+        assert container["readinessProbe"]["httpGet"]["host"] == "127.0.0.1"
+        assert container["livenessProbe"]["httpGet"]["host"] == "127.0.0.1"
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "release", ["r", "nvmesh-csi", "a" * 53, "my-nvmesh-csi-of-the-second-cluster-in-the-east-wing"]
+)
+def test_names_are_short_enough(release: str) -> None:
+    everything = ("rbac.secrets.namespaces={keys}", "networkPolicy.enabled=true", "openshift.enabled=true")
+    for manifest in render(*EMBEDDED, *everything, release=release).manifests:
+        if manifest["kind"] not in ("CSIDriver", "StorageClass"):
+            assert len(manifest["metadata"]["name"]) <= 63
+    for workload in workloads(render(*EMBEDDED, release=release)):
+        # Kubernetes makes the label controller-revision-hash of a StatefulSet's name and up to 11 characters.
+        assert len(workload["metadata"]["name"]) <= 63 - 11
+        for value in workload["spec"]["template"]["metadata"]["labels"].values():
+            assert len(value) <= 63
+
+
+def test_long_names_that_begin_alike_stay_two() -> None:
+    one, two = (render(*NVMESH, release="a" * 52 + end).one("Deployment", "controller") for end in "xy")
+    assert one["metadata"]["name"] != two["metadata"]["name"]
+
+
+def test_releases_share_no_name_that_the_whole_cluster_knows() -> None:
+    def names(release: str, driver: str) -> set[tuple[str, str]]:
+        sets = (*EMBEDDED, f"driverName={driver}", "rbac.secrets.clusterWide=true", "openshift.enabled=true")
+        manifests = render(*sets, release=release).manifests
+        return {(each["kind"], each["metadata"]["name"]) for each in manifests if each["kind"] in CLUSTER_SCOPED}
+
+    one, two = names("one", "one.example.com"), names("two", "two.example.com")
+    assert len(one) == len(two) >= 8
+    assert not one & two
+
+
+@every_variant
+def test_objects_have_their_place_and_their_labels(variant: Variant) -> None:
+    seen = set()
+    for manifest in render(*variant[0], values=variant[1]).manifests:
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        assert ("namespace" in metadata) is (kind not in CLUSTER_SCOPED), f"{kind} {metadata['name']}"
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "nvmesh-csi"
+        seen.add((kind, metadata.get("namespace"), metadata["name"]))
+    assert len(seen) == len(render(*variant[0], values=variant[1]).manifests)
+
+
+# --- images -----------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_wins_over_a_tag() -> None:
+    digest = f"sha256:{'0' * 64}"
+    rendered = render(*NVMESH, f"image.digest={digest}", "image.tag=v9", f"sidecars.resizer.image.digest={digest}")
+    assert rendered.container("node/driver")["image"] == f"nvmesh-csi@{digest}"
+    assert rendered.container("controller/resizer")["image"] == f"registry.k8s.io/sig-storage/csi-resizer@{digest}"
+
+
+def test_a_mirror_takes_the_place_of_every_registry() -> None:
+    rendered = render(*NVMESH, "global.imageRegistry=mirror.example.com:5000/k8s", "global.imagePullSecrets={pull}")
+    images = {name: container["image"] for name, container in rendered.containers()}
+    assert images["controller/provisioner"] == "mirror.example.com:5000/k8s/sig-storage/csi-provisioner:v6.4.0"
+    assert images["node/driver"] == f"mirror.example.com:5000/k8s/nvmesh-csi:{driver_version()}"
+    assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for pod in rendered.pods().values())
+
+
+def test_the_chart_and_the_program_have_one_version() -> None:
+    chart = (CHART / "Chart.yaml").read_text()
+    assert f"\nversion: {driver_version()}\n" in chart
+    assert f"\nappVersion: {driver_version()}\n" in chart
+    assert f'\nversion = "{driver_version()}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+# --- what must fit together --------------------------------------------------------------------------------------
+
+
+def defaults_s(*names: str) -> float:
+    """Return the sum of the program's defaults of these flags."""
+    flags = {flag.name: flag.default for flag in CONTROLLER_FLAGS}
+    return sum(float(str(flags[name])) for name in names)
+
+
+def seconds(rendered: Rendered, container: str, flag: str) -> float:
+    (word,) = [word for word in rendered.args(container) if word.startswith(f"{flag}=")]
+    return float(word.partition("=")[2].removesuffix("s"))
+
+
+def test_sidecars_wait_for_what_the_driver_may_take() -> None:
+    rendered = render(*NVMESH)
+    assert seconds(rendered, "controller/provisioner", "--timeout") > defaults_s("--volume-usable-timeout")
+    attacher = seconds(rendered, "controller/attacher", "--timeout")
+    assert attacher > defaults_s("--attach-io-enabled-timeout")
+    assert attacher > defaults_s("--detach-timeout")
+    for flag in ("--resize-timeout", "--modify-timeout"):
+        assert seconds(rendered, "controller/resizer", flag) > defaults_s("--management-request-timeout")
+
+
+def test_pods_get_the_time_that_the_driver_takes_to_end() -> None:
+    pods = render(*NVMESH).pods()
+    for role in ("controller", "node"):
+        assert pods[role]["terminationGracePeriodSeconds"] > DRAIN.default
+
+
+def test_leaders_are_elected_wherever_two_may_run() -> None:
+    rendered = render(*NVMESH)
+    assert rendered.one("Deployment", "controller")["spec"]["replicas"] == 2
+    for name in ("provisioner", "attacher", "resizer"):
+        args = rendered.args(f"controller/{name}")
+        assert "--leader-election" in args
+        assert "--leader-election-namespace=$(NAMESPACE)" in args
+
+
+def test_capacity_is_published_and_asked_for_together() -> None:
+    on, off = render(*NVMESH), render(*NVMESH, "sidecars.provisioner.capacity.enabled=false")
+    for rendered, wanted in ((on, True), (off, False)):
+        assert rendered.one("CSIDriver", "")["spec"]["storageCapacity"] is wanted
+        assert ("--enable-capacity" in rendered.args("controller/provisioner")) is wanted
+    assert "--capacity-ownerref-level=2" in on.args("controller/provisioner")
+
+
+def test_the_driver_object_follows_what_the_cluster_serves() -> None:
+    def spec(kubernetes: str, *sets: str) -> Manifest:
+        return dict(render(*NVMESH, *sets, kubernetes=kubernetes).one("CSIDriver", "")["spec"])
+
+    assert spec("1.37.0") == {
+        "attachRequired": True,
+        "volumeLifecycleModes": ["Persistent"],
+        "podInfoOnMount": False,
+        "requiresRepublish": False,
+        "fsGroupPolicy": "File",
+        "storageCapacity": True,
+        "seLinuxMount": True,
+        "nodeAllocatableUpdatePeriodSeconds": 60,
+    }
+    assert "nodeAllocatableUpdatePeriodSeconds" not in spec("1.32.9")
+    wanted = "csiDriver.preventPodSchedulingIfMissing=true"
+    assert spec("1.37.0", wanted)["preventPodSchedulingIfMissing"] is True
+    assert "preventPodSchedulingIfMissing" not in spec("1.36.4", wanted)
+
+
+def test_nobody_attaches_twice() -> None:
+    by_node = render(*NVMESH, "attachBy=node")
+    assert by_node.one("CSIDriver", "")["spec"]["attachRequired"] is False
+    assert "controller/attacher" not in dict(by_node.containers())
+    for container in ("controller/driver", "node/driver"):
+        assert "--attach-by=node" in by_node.args(container)
+
+
+def test_one_replica_has_no_budget_that_would_hold_up_every_drain() -> None:
+    assert render(*NVMESH, "controller.replicas=1").of("PodDisruptionBudget") == []
+    (budget,) = render(*NVMESH).of("PodDisruptionBudget")
+    assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_the_storage_stays_on_its_node() -> None:
+    rendered = render(*EMBEDDED)
+    assert rendered.one("StatefulSet", "storage")["spec"]["replicas"] == 1
+    pod = rendered.pods()["storage"]
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert required["nodeSelectorTerms"] == [
+        {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["box"]}]}
+    ]
+    assert {"operator": "Exists"} in pod["tolerations"], "a cordoned node would not take it back"

@@ -42,10 +42,16 @@
 {{ include "nvmesh-csi.logArgs" . }}
 {{- end -}}
 
-{{/* Address of a role's HTTP server. Call with (dict "root" $ "role" NAME). */}}
+{{/* Address of a role's HTTP server, without the port: empty is every address. Call with (dict "root" $ "role" NAME). */}}
 {{- define "nvmesh-csi.httpHost" -}}
 {{- $values := index .root.Values .role -}}
-{{- $values.http.host | default (ternary "127.0.0.1" "0.0.0.0" ($values.hostNetwork | default false)) -}}
+{{- $values.http.host | default (ternary "127.0.0.1" "" ($values.hostNetwork | default false)) -}}
+{{- end -}}
+
+{{- define "nvmesh-csi.httpArg" -}}
+{{- with (index .root.Values .role).http.port -}}
+- --http-listen={{ include "nvmesh-csi.httpHost" $ }}:{{ int . }}
+{{- end -}}
 {{- end -}}
 
 {{/* Probes of the driver's container. Call with (dict "root" $ "role" NAME "sidecarPort" PORT). */}}
@@ -58,7 +64,11 @@ livenessProbe:
   httpGet:
     path: /healthz
     port: {{ ternary "healthz" "http" (not (not $sidecar)) }}
-    {{- if and (not $sidecar) (hasPrefix "127." $host) }}
+    {{- if $sidecar }}
+    {{- if (index .root.Values .role).hostNetwork }}
+    host: 127.0.0.1
+    {{- end }}
+    {{- else if hasPrefix "127." $host }}
     host: {{ $host }}
     {{- end }}
   initialDelaySeconds: 5
@@ -74,7 +84,8 @@ readinessProbe:
     {{- if hasPrefix "127." $host }}
     host: {{ $host }}
     {{- end }}
-  periodSeconds: 10
+  initialDelaySeconds: 2
+  periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 3
 {{- end }}

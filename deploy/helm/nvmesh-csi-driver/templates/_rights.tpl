@@ -50,24 +50,24 @@ subjects:
     namespace: {{ .root.Release.Namespace }}
 {{- end -}}
 
-{{- define "nvmesh-csi.leaseRule" -}}
-- apiGroups: [coordination.k8s.io]
-  resources: [leases]
-  verbs: [get, create, update]
+{{/* To lead, and to say so in an event of the lease. */}}
+{{- define "nvmesh-csi.leaseRules" -}}
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, create, update]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}
 {{- end -}}
 
 {{- define "nvmesh-csi.provisionerRules" -}}
 - {apiGroups: [""], resources: [persistentvolumes], verbs: [get, list, watch, create, patch, delete]}
 - {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, watch, update]}
 - {apiGroups: [""], resources: [nodes], verbs: [get, list, watch]}
-- {apiGroups: [""], resources: [events], verbs: [list, watch, create, update, patch]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}
 - {apiGroups: [storage.k8s.io], resources: [storageclasses, csinodes, volumeattributesclasses], verbs: [get, list, watch]}
 # A volume is deleted when it is detached everywhere, not before.
 - {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list, watch]}
 {{- end -}}
 
 {{- define "nvmesh-csi.provisionerNamespacedRules" -}}
-{{ include "nvmesh-csi.leaseRule" . }}
+{{ include "nvmesh-csi.leaseRules" . }}
 {{- if .Values.sidecars.provisioner.capacity.enabled }}
 - {apiGroups: [storage.k8s.io], resources: [csistoragecapacities], verbs: [get, list, watch, create, update, patch, delete]}
 # From the pod up to the Deployment, which owns the capacity objects.
@@ -87,7 +87,7 @@ subjects:
 - {apiGroups: [""], resources: [persistentvolumes], verbs: [get, list, watch, patch]}
 - {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, watch]}
 - {apiGroups: [""], resources: [persistentvolumeclaims/status], verbs: [patch]}
-- {apiGroups: [""], resources: [events], verbs: [list, watch, create, update, patch]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}
 - {apiGroups: [storage.k8s.io], resources: [volumeattributesclasses], verbs: [get, list, watch]}
 {{- end -}}
 

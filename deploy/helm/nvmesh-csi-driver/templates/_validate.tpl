@@ -28,20 +28,18 @@
 {{- if and $v.storage.enabled (not $v.storage.nodeName) -}}
 {{- fail "storage.enabled is true and storage.nodeName is empty: name the Kubernetes node that holds the pool; on another one the manager would begin with an empty pool" -}}
 {{- end -}}
-{{- range $role := list "controller" "node" -}}
-{{- include "nvmesh-csi.validateGrace" (dict "role" $role "values" (index $v $role)) -}}
-{{- end -}}
+{{- include "nvmesh-csi.validateGrace" (dict "role" "controller" "values" $v.controller) -}}
+{{- include "nvmesh-csi.validateGrace" (dict "role" "node" "values" $v.node) -}}
 {{- end -}}
 
 {{/* The time that a pod gets to end must hold what the driver was told to take. Times with units are not looked at. */}}
 {{- define "nvmesh-csi.validateGrace" -}}
-{{- $flags := .values.flags -}}
-{{- $drain := dig "drainSeconds" 30 $flags -}}
-{{- $delay := dig "preShutdownDelay" 0 $flags -}}
+{{- $drain := dig "drainSeconds" 30 .values.flags -}}
+{{- $delay := dig "preShutdownDelay" 0 .values.flags -}}
 {{- if not (or (kindIs "string" $drain) (kindIs "string" $delay)) -}}
 {{- $needs := addf $drain $delay -}}
 {{- if le (float64 .values.terminationGracePeriodSeconds) $needs -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds is %v, wanted more than the %v seconds of --drain-seconds and --pre-shutdown-delay together" .role .values.terminationGracePeriodSeconds $needs) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds is %v, wanted more than the %v seconds that --drain-seconds and --pre-shutdown-delay take together" .role .values.terminationGracePeriodSeconds $needs) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

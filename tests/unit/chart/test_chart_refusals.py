@@ -1,0 +1,98 @@
+"""Values that cannot be used are refused before anything is installed, in words that say which and why."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Refused, helm, render
+
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"controler": {}}, "additional properties 'controler' not allowed"),
+        ({"controller": {"replica": 3}}, "at '/controller': additional properties 'replica' not allowed"),
+        ({"controller": {"replicas": 0}}, "at '/controller/replicas': minimum: got 0, want 1"),
+        ({"controller": {"replicas": "two"}}, "at '/controller/replicas': got string, want integer"),
+        ({"controller": {"flags": {"volumeUsableTime": 5}}}, "additional properties 'volumeUsableTime' not allowed"),
+        ({"controller": {"flags": {"fencing": "maybe"}}}, "one of 'never', 'recorded', 'always'"),
+        ({"controller": {"flags": {"endpoint": "/x"}}}, "additional properties 'endpoint' not allowed"),
+        ({"node": {"flags": {"heavyOperations": 0}}}, "at '/node/flags/heavyOperations': minimum: got 0, want 1"),
+        ({"node": {"flags": {"reconcileInterval": "5 min"}}}, "at '/node/flags/reconcileInterval'"),
+        ({"node": {"updateStrategy": {"type": "Recreate"}}}, "one of 'RollingUpdate', 'OnDelete'"),
+        ({"node": {"tolerations": [{"operator": "Exist"}]}}, "one of 'Exists', 'Equal'"),
+        ({"node": {"extraPathRoots": ["srv"]}}, "at '/node/extraPathRoots/0': 'srv' does not match pattern"),
+        ({"logLevel": "loud"}, "at '/logLevel': value must be one of 'debug', 'info', 'warning', 'error'"),
+        ({"driverName": "Nvmesh.Example"}, "at '/driverName': 'Nvmesh.Example' does not match pattern"),
+        ({"driverName": "a" * 64}, "at '/driverName'"),
+        ({"image": {"digest": "sha256:beef"}}, "at '/image/digest'"),
+        ({"image": {"pullPolicy": "Sometimes"}}, "one of 'Always', 'IfNotPresent', 'Never'"),
+        ({"management": {"servers": ["mgmt:4000"]}}, "at '/management/servers/0'"),
+        ({"management": {"password": "secret"}}, "additional properties 'password' not allowed"),
+        ({"management": {"zones": {"a/b": {"servers": ["https://m"]}}}}, "a/b"),
+        ({"management": {"zones": {"a": {}}}}, "missing property 'servers'"),
+        ({"storage": {"size": "lots"}}, "at '/storage/size'"),
+        ({"storage": {"flags": {"overcommit": "yes"}}}, "at '/storage/flags/overcommit': got string, want boolean"),
+        ({"csiDriver": {"nodeAllocatableUpdatePeriodSeconds": 5}}, "nodeAllocatableUpdatePeriodSeconds"),
+        ({"fullnameOverride": "a" * 41}, "at '/fullnameOverride'"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        render(*EMBEDDED, values=values)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ((), "no storage management is given: set management.servers"),
+        (("management.servers={https://m:4000}",), "management.servers is given without credentials"),
+        ((*NVMESH, "management.existingClusters.secret=x"), "are both given, wanted one"),
+        (("management.existingClusters.secret=x", "management.existingClusters.configMap=y"), "more than one is given"),
+        (("management.zones.a.servers={https://m}",), "management.zones.a is given without credentials"),
+        (("storage.enabled=true",), "storage.nodeName is empty: name the Kubernetes node that holds the pool"),
+        ((*NVMESH, "sidecars.snapshotter.enabled=true"), "the driver offers no snapshots"),
+        ((*NVMESH, "node.terminationGracePeriodSeconds=30"), "node.terminationGracePeriodSeconds is 30, wanted more"),
+        ((*NVMESH, "controller.flags.preShutdownDelay=40"), "wanted more than the 70 seconds"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_values_that_contradict_one_another_are_refused(sets: tuple[str, ...], words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        render(*sets)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("sets", [NVMESH, EMBEDDED, ()], ids=["nvmesh", "embedded", "as it is"])
+def test_helm_lint_finds_nothing(sets: tuple[str, ...]) -> None:
+    words = [word for one in sets for word in ("--set", one)]
+    done = subprocess.run([str(helm()), "lint", "--strict", CHART, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_value_is_explained() -> None:
+    """A value without a comment above it, beside it, or above what it is in is nobody's to understand."""
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    assert isinstance(yaml.safe_load("\n".join(lines)), dict)
+    sections = [number for number, line in enumerate(lines) if line and line[0] not in " #-{"]
+    bare = [lines[number] for number in sections if not explained(lines, number)]
+    assert not bare
+
+
+def explained(lines: list[str], number: int) -> bool:
+    if lines[number - 1].startswith("#") and not lines[number - 1].startswith("# ---"):
+        return True
+    first = next((line for line in lines[number + 1 :] if line.strip()), "")
+    if lines[number].endswith(":") and first.strip().startswith("#"):
+        return True
+    # One of a group under one comment: the line before is a value of it.
+    before = lines[number - 1]
+    return bool(before) and not before.startswith("#") and explained(lines, number - 1)

@@ -1,0 +1,128 @@
+"""What the accounts may do, against a table of what the sidecars were seen to do and their documentation says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
+from tests.unit.chart.variants import VARIANTS, Variant
+
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
+
+Rights = dict[str, set[str]]
+READ = {"get", "list", "watch"}
+LEAD: Rights = {"coordination.k8s.io/leases": {"get", "create", "update"}, "/events": {"create", "patch"}}
+# Sidecars' own deploy/kubernetes/rbac.yaml of the pinned releases, less what they do not use: lists of events, and
+# snapshots, which the driver does not offer.
+CLUSTER: dict[str, Rights] = {
+    "provisioner": {
+        "/persistentvolumes": READ | {"create", "patch", "delete"},
+        "/persistentvolumeclaims": READ | {"update"},
+        "/nodes": READ,
+        "/events": {"create", "patch"},
+        "storage.k8s.io/storageclasses": READ,
+        "storage.k8s.io/csinodes": READ,
+        "storage.k8s.io/volumeattributesclasses": READ,
+        "storage.k8s.io/volumeattachments": READ,
+    },
+    "attacher": {
+        "/persistentvolumes": READ | {"patch"},
+        "storage.k8s.io/csinodes": READ,
+        "storage.k8s.io/volumeattachments": READ | {"patch"},
+        "storage.k8s.io/volumeattachments/status": {"patch"},
+    },
+    "resizer": {
+        "/persistentvolumes": READ | {"patch"},
+        "/persistentvolumeclaims": READ,
+        "/persistentvolumeclaims/status": {"patch"},
+        "/events": {"create", "patch"},
+        "storage.k8s.io/volumeattributesclasses": READ,
+    },
+    "node": {"/nodes": {"get"}, "storage.k8s.io/volumeattachments": {"get"}},
+}
+NAMESPACE: dict[str, Rights] = {
+    "provisioner": {
+        **LEAD,
+        "storage.k8s.io/csistoragecapacities": READ | {"create", "update", "patch", "delete"},
+        "/pods": {"get"},
+        "apps/replicasets": {"get"},
+    },
+    "attacher": LEAD,
+    "resizer": LEAD,
+}
+
+
+def rights(role: Manifest) -> Rights:
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for rule in role["rules"]:
+        assert "resourceNames" not in rule, "a rule about one object has to be in the table as such"
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                found[f"{group}/{resource}"] |= set(rule["verbs"])
+    return dict(found)
+
+
+def by_name(rendered: Rendered, kind: str) -> dict[str, Rights]:
+    prefix = "nvmesh-csi-"
+    return {role["metadata"]["name"].removeprefix(prefix): rights(role) for role in rendered.of(kind)}
+
+
+@pytest.mark.parametrize("sets", [NVMESH, EMBEDDED], ids=["nvmesh", "embedded"])
+def test_rights_are_those_of_the_table(sets: tuple[str, ...]) -> None:
+    rendered = render(*sets)
+    assert by_name(rendered, "ClusterRole") == CLUSTER
+    assert by_name(rendered, "Role") == NAMESPACE
+
+
+def test_nobody_gets_a_right_for_what_is_off() -> None:
+    off = render(*NVMESH, "sidecars.provisioner.capacity.enabled=false", "attachBy=node", "node.preStop.enabled=false")
+    assert by_name(off, "ClusterRole") == {name: CLUSTER[name] for name in ("provisioner", "resizer")}
+    assert by_name(off, "Role") == {"provisioner": LEAD, "resizer": LEAD}
+
+
+def test_secrets_are_read_only_where_that_is_asked_for() -> None:
+    def who_reads(*sets: str) -> set[tuple[str, str, frozenset[str]]]:
+        rendered = render(*NVMESH, *sets)
+        return {
+            (role["kind"], role["metadata"].get("namespace", ""), frozenset(rights(role)["/secrets"]))
+            for kind in ("Role", "ClusterRole")
+            for role in rendered.of(kind)
+            if "/secrets" in rights(role)
+        }
+
+    get = frozenset({"get"})
+    assert who_reads() == set()
+    assert who_reads("rbac.secrets.namespaces={keys,more}") == {("Role", "keys", get), ("Role", "more", get)}
+    assert who_reads("rbac.secrets.clusterWide=true") == {("ClusterRole", "", get)}
+
+
+def test_no_roles_are_made_where_that_is_asked_for() -> None:
+    rendered = render(*NVMESH, "rbac.create=false")
+    assert not [role for kind in ("Role", "ClusterRole", "RoleBinding") for role in rendered.of(kind)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+def test_no_role_has_a_wildcard_or_a_right_to_become_somebody_else(variant: Variant) -> None:
+    rendered = render(*variant[0], values=variant[1])
+    for role in [*rendered.of("Role"), *rendered.of("ClusterRole")]:
+        for rule in role["rules"]:
+            words = {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
+            assert not words & {"*", "escalate", "bind", "impersonate", "deletecollection"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+def test_bindings_bind_what_there_is(variant: Variant) -> None:
+    rendered = render(*variant[0], values=variant[1])
+    accounts = {account["metadata"]["name"] for account in rendered.of("ServiceAccount")}
+    for binding in [*rendered.of("RoleBinding"), *rendered.of("ClusterRoleBinding")]:
+        reference = binding["roleRef"]
+        roles = rendered.of(reference["kind"])
+        places = {(role["metadata"]["name"], role["metadata"].get("namespace")) for role in roles}
+        here = None if reference["kind"] == "ClusterRole" else binding["metadata"]["namespace"]
+        assert (reference["name"], here) in places
+        assert all(subject["name"] in accounts for subject in binding["subjects"])
+        assert all(subject["namespace"] == "nvmesh-csi" for subject in binding["subjects"])
+    for pod in rendered.pods().values():
+        assert pod["serviceAccountName"] in accounts
