@@ -1,0 +1,54 @@
+"""The files of deploy/examples as the tests use them, with the two changes that deploy/examples/README.md names."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
+SHARE_CLAIM = EXAMPLES / "share-claim.sh"
+IMAGE = os.environ.get("NVMESH_CSI_TEST_IMAGE", "localhost/busybox:1")
+_WRITTEN_IMAGE = "docker.io/library/busybox:"
+
+Document = dict[str, Any]
+
+
+def files() -> list[Path]:
+    """Return every example."""
+    return sorted(EXAMPLES.glob("*.yaml"))
+
+
+def written(name: str) -> list[Document]:
+    """Return the documents of an example as they stand there."""
+    return [document for document in yaml.safe_load_all((EXAMPLES / name).read_text()) if document is not None]
+
+
+def documents(name: str, schedulers: Collection[str] = ()) -> list[Document]:
+    """Return an example for the cluster of the tests. `schedulers`: those that run there beside the default one."""
+    changed = copy.deepcopy(written(name))
+    for document in changed:
+        for spec in pod_specs(document):
+            for container in spec["containers"]:
+                if container["image"].startswith(_WRITTEN_IMAGE):
+                    container["image"] = IMAGE
+            if spec.get("schedulerName") not in schedulers:
+                spec.pop("schedulerName", None)
+    return changed
+
+
+def pod_specs(document: Document) -> Iterator[Document]:
+    """Yield the specification of the pod that a document describes, by itself or as a template."""
+    if document["kind"] == "Pod":
+        yield document["spec"]
+    elif "template" in document.get("spec", {}):
+        yield document["spec"]["template"]["spec"]
+
+
+def of_kind(kind: str, among: list[Document]) -> list[Document]:
+    """Return the documents of a kind."""
+    return [document for document in among if document["kind"] == kind]

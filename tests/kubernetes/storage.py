@@ -1,0 +1,116 @@
+"""The storage management as its administrator sees it: straight at the REST API, from inside its pod.
+
+Nothing here goes through the driver, so that what it says of the driver's work is somebody else's word.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Document = dict[str, Any]
+
+_CALL = """
+import http.cookiejar, json, sys, urllib.request
+asked = json.load(sys.stdin)
+session = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+def call(method, path, body):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    with session.open(urllib.request.Request(asked["url"] + path, data, headers, method=method), timeout=60) as answer:
+        return json.load(answer)
+call("POST", "/login", {"username": asked["user"], "password": asked["password"]})
+json.dump(call(asked["method"], asked["path"], asked["body"]), sys.stdout)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Where the management is and who may ask it."""
+
+    url: str
+    user: str
+    password: str
+
+
+class Storage:
+    """Calls the management's API. `python` runs a script with its input where the API can be reached."""
+
+    def __init__(self, python: Callable[[str, str], str], login: Login) -> None:
+        self._python = python
+        self._login = login
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """Log in, make one request, and return the answer."""
+        asked = {
+            "url": self._login.url, "user": self._login.user, "password": self._login.password,
+            "method": method, "path": path, "body": body,
+        }  # fmt: skip
+        return json.loads(self._python(_CALL, json.dumps(asked)))
+
+    def volumes(self) -> dict[str, Document]:
+        """Return every volume by its name."""
+        return {str(volume["name"]): volume for volume in self.call("GET", "/volumes/all/0/10000")}
+
+    def clients(self) -> dict[str, Document]:
+        """Return every storage client by its id."""
+        return {str(client["_id"]): client for client in self.call("GET", "/clients/all/0/1000")}
+
+    def create(self, name: str, gigabytes: float) -> Document:
+        """Make a volume, as an administrator does by hand, and return it."""
+        self._done("/volumes/save", {"name": name, "capacity": gigabytes, "RAIDLevel": "Concatenated", "metadata": {}})
+        return self.volumes()[name]
+
+    def delete(self, name: str) -> None:
+        """Delete a volume."""
+        self._done("/volumes/delete", {"_id": name, "uuid": self.volumes()[name]["uuid"]})
+
+    def make_group(self, name: str, gigabytes: float) -> None:
+        """Make a volume provisioning group."""
+        self._done("/volumeProvisioningGroups/save", {"name": name, "capacity": gigabytes, "RAIDLevel": "Concatenated"})
+
+    def groups(self) -> dict[str, Document]:
+        """Return every volume provisioning group by its name."""
+        return {str(group["name"]): group for group in self.call("GET", "/volumeProvisioningGroups/all/0/1000")}
+
+    def delete_group(self, name: str) -> None:
+        """Delete a volume provisioning group."""
+        self._done("/volumeProvisioningGroups/delete", {"_id": name, "uuid": self.groups()[name]["uuid"]})
+
+    def _done(self, path: str, item: Mapping[str, object]) -> None:
+        (answer,) = self.call("POST", path, [item])
+        assert answer["success"], answer
+
+
+# --- loop devices -----------------------------------------------------------------------------------------------
+
+_LOOP_GET_STATUS64 = 0x4C05  # include/uapi/linux/loop.h
+_LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
+
+
+def loop_devices(uuid: str) -> list[Path]:
+    """Return the loop devices of this machine that are bound for the volume: their labels begin with its uuid."""
+    devices = sorted(Path("/dev").glob("loop[0-9]*"))
+    return [device for device in devices if _label(device).startswith(uuid)]
+
+
+def _label(device: Path) -> str:
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        info = bytearray(_LOOP_INFO.size)
+        fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, info)
+    except OSError:
+        return ""  # bound to nothing
+    finally:
+        os.close(descriptor)
+    name: bytes = _LOOP_INFO.unpack(bytes(info))[9]
+    return name.rstrip(b"\0").decode(errors="replace")
