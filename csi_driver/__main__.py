@@ -264,7 +264,12 @@ def _tell_of_node(
     measurements = [*_own("node", command.driver_name), *measurements]
     measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
     if command.registration is not None:
-        registration = running.enter_context(Registration(command.registration, itself.check_node))
+
+        def check_node() -> None:
+            use_cases.identity.info()  # at first within this process: a call that fails is logged each time
+            itself.check_node()
+
+        registration = running.enter_context(Registration(command.registration, check_node))
         healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
         measurements += measured.registration(lambda: registration.is_registered, registration.verdicts)
     running.enter_context(serving(command.http, healthy=healthy, ready=ready, measurements=measurements))

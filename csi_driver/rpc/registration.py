@@ -38,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 PLUGIN_TYPE = "CSIPlugin"
 VERSIONS = ("1.0.0",)
 
+FIRST_LOOK_S = 0.3
+"""After the start: the endpoint is served a moment after this begins."""
 LOOK_S = 1.0
 LONGEST_PAUSE_S = 10.0
 """Between two tries to make the socket."""
@@ -252,10 +254,10 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             identity = _identity(draft)
             draft.rename(path)
         except OSError as error:
-            server.stop(None)
+            server.stop(None).wait(_STOP_S)  # takes the draft away
             raise SystemCallFailed(f"put the registration socket {path} into place", error.errno or 0) from error
         with self._verdict.lock:
-            self._verdict.is_registered, self._verdict.anew_at_s = False, None
+            self._verdict.anew_at_s = None
         self._served = _Served(server, identity)
         if before is not None:
             before.server.stop(_STOP_S)
@@ -299,6 +301,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         self.close()
 
     def _run(self) -> None:
+        self._ended.wait(FIRST_LOOK_S)
         while not self._ended.is_set():
             self._ended.wait(self.tend())
 

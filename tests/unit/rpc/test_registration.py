@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -151,6 +152,26 @@ def test_the_same_problem_is_logged_once(scene: Scene, caplog: pytest.LogCapture
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
+def test_what_is_served_is_hidden_until_it_is_complete_and_goes_where_that_cannot_be(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def refused(draft: Path, target: Path) -> None:
+        assert draft.is_socket()
+        scene.kubelet.visit()
+        seen.extend(os.listdir(scene.directory))
+        raise OSError(errno.EXDEV, "no")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    registration = scene.registration()
+    registration.tend()
+    assert "EXDEV" in registration.why_not_registered()
+    assert [name[0] for name in seen] == ["."]
+    assert scene.kubelet.told == []
+    assert os.listdir(scene.directory) == []
+
+
 # --- what is taken away -----------------------------------------------------------------------------------------
 
 
@@ -203,9 +224,13 @@ def test_where_kubelet_has_no_directory_at_all_nothing_is_made_and_a_restart_may
     scene.clock.now_s += module.OUT_OF_PLACE_S + 1
     lost.tend()
     assert "cannot be made" in lost.why_restart()
-    home.mkdir()
+    scene.node.problem = StorageUnavailable("the storage client is gone, too")
     lost.tend()
     assert lost.why_restart() == ""
+    scene.node.problem = None
+    home.mkdir()
+    lost.tend()
+    assert lost.why_not_registered() == "kubelet has not registered the driver yet"
 
 
 def test_kubelet_finds_the_driver_again_after_its_own_restart(scene: Scene) -> None:
