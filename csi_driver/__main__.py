@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -48,10 +48,6 @@ if TYPE_CHECKING:
     from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.controller import ControllerUseCases
-    from csi_driver.rpc.identity import Health
-    from csi_driver.rpc.inflight import Claims
-    from csi_driver.rpc.server import Register
-    from csi_driver.rpc.settings import EndpointSettings
     from csi_driver.telemetry.health import Check
     from csi_driver.telemetry.measured import ManagementMetrics
     from csi_driver.telemetry.metrics import Measurement
@@ -135,12 +131,14 @@ def _controller(command: ControllerCommand) -> int:
 
     from csi_driver.controller.inventory import Inventory
     from csi_driver.controller.naming import volume_name
+    from csi_driver.host.process import own_measurements
     from csi_driver.rpc.controller import ControllerServicer
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import ControllerHealth as Readiness
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
+    from csi_driver.serving import serve
     from csi_driver.telemetry.measured import ManagementMetrics
     from csi_driver.telemetry.pages import serving
 
@@ -155,6 +153,7 @@ def _controller(command: ControllerCommand) -> int:
         attaches=command.attaches,
     )
     health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
+    own = own_measurements("controller", settings.driver_name, settings.driver_version)
 
     def beside(boundary: Boundary) -> AbstractContextManager[object]:
         itself = Itself(command.endpoint.socket)
@@ -162,10 +161,10 @@ def _controller(command: ControllerCommand) -> int:
             command.http,
             healthy={"csi": itself.why_silent},
             ready={"csi": itself.why_not_ready, "management": inventory.why_unreachable},
-            measurements=[*_own("controller", settings.driver_name), *boundary.measurements(), *metrics.measurements()],
+            measurements=[*own, *boundary.measurements(), *metrics.measurements()],
         )
 
-    return _serve(
+    return serve(
         command.endpoint,
         Claims(volume_name),
         settings.driver_name,
@@ -193,15 +192,6 @@ def _controller_use_cases(clusters: Clusters, inventory: Inventory, settings: Co
     )
 
 
-def _own(role: str, driver_name: str) -> list[Measurement]:
-    """Measure what every role has: its process and its build."""
-    from csi_driver.host.process import figures
-    from csi_driver.telemetry import measured
-
-    build = measured.build(version=driver_version(), role=role, driver_name=driver_name, python=sys.version.split()[0])
-    return [build, *measured.process(figures)]
-
-
 def _clusters(
     command: ControllerCommand | VolumeCommand | NodeAttaching, metrics: ManagementMetrics | None = None
 ) -> Clusters:
@@ -222,6 +212,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.node import NodeServicer
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
+    from csi_driver.serving import serve
     from csi_driver.telemetry.measured import ManagementMetrics
 
     metrics = ManagementMetrics()
@@ -239,7 +230,7 @@ def _node(command: NodeCommand) -> int:
     servicer = NodeServicer(
         use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
     )
-    return _serve(
+    return serve(
         command.endpoint,
         Claims(volume_name),
         command.driver_name,
@@ -253,6 +244,7 @@ def _tell_of_node(
     command: NodeCommand, use_cases: NodeUseCases, measurements: list[Measurement], running: ExitStack
 ) -> None:
     """Register with kubelet and serve health and measurements, as far as either is asked for."""
+    from csi_driver.host.process import own_measurements
     from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.registration import Registration
     from csi_driver.telemetry import measured
@@ -261,7 +253,7 @@ def _tell_of_node(
     itself, heavy = Itself(command.endpoint.socket), use_cases.heavy
     healthy: dict[str, Check] = {"csi": itself.why_silent}
     ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
-    measurements = [*_own("node", command.driver_name), *measurements]
+    measurements = [*own_measurements("node", command.driver_name, driver_version()), *measurements]
     measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
     if command.registration is not None:
 
@@ -369,47 +361,6 @@ def _as_it_is(name: str, port: Port) -> Port:
     return port
 
 
-def _serve(
-    settings: EndpointSettings,
-    claims: Claims,
-    driver_name: str,
-    health: Health,
-    register: Register,
-    beside: Callable[[Boundary], AbstractContextManager[object]] = lambda _: nullcontext(),
-) -> int:
-    """Serve until told to end, with what `beside` makes running along."""
-    from csi_driver.rpc.boundary import Boundary
-    from csi_driver.rpc.contract import HEALTH
-    from csi_driver.rpc.identity import IdentityServicer
-    from csi_driver.rpc.lanes import Lanes
-    from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
-    from csi_driver.rpc.server import Server
-    from csi_driver.rpc.signals import Termination
-
-    lanes = Lanes()
-    identity = IdentityServicer(driver_name, driver_version, health)
-    services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    boundary = Boundary(claims, lanes, frozenset() if settings.volume_health else HEALTH)
-    server = Server(settings, boundary, lanes, services)
-    with Termination() as termination, ExitStack() as running:
-        running.enter_context(beside(boundary))
-        server.start()
-        termination.wait()
-        server.linger()
-        is_done = server.drain()
-        running.close()
-        if not is_done:
-            _leave_now()
-    return OK
-
-
-def _leave_now() -> None:
-    """End without waiting for the threads that are still at work: the time they had is over."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(OK)
-
-
 def _volume(command: VolumeCommand) -> int:
     from csi_driver.config.volume import ALLOW_FORMAT
     from csi_driver.controller.override import Override
@@ -429,6 +380,7 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.luks_files import LuksFiles
+    from csi_driver.host.process import own_measurements
     from csi_driver.telemetry.pages import serving
 
     def beside(server: StorageServer) -> AbstractContextManager[object]:
@@ -436,7 +388,7 @@ def _storage(command: StorageCommand) -> int:
             command.http,
             healthy={"api": server.why_silent},
             ready={"api": server.why_silent, "pool": server.why_unusable},
-            measurements=[*_own("storage", ""), *server.measurements()],
+            measurements=[*own_measurements("storage", "", driver_version()), *server.measurements()],
         )
 
     # Cheap keys where tests run the manager.

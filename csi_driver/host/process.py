@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
 
+from csi_driver.telemetry import measured
 from csi_driver.telemetry.measured import ProcessFigures
+from csi_driver.telemetry.metrics import Measurement
 
 _SELF = Path("/proc/self")
+
+
+def own_measurements(role: str, driver_name: str, version: str) -> list[Measurement]:
+    """Measure what every role has: its build and its process."""
+    build = measured.build(version=version, role=role, driver_name=driver_name, python=sys.version.split()[0])
+    return [build, *measured.process(figures)]
 
 
 def figures() -> ProcessFigures:

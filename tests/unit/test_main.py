@@ -325,8 +325,8 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
-    node = {name for each in ("_node", "_node_use_cases", "_tell_of_node", "_own") for name in imported_in(each)}
-    loaded = loaded_by(START | {"csi_driver.config.node"} | node | imported_in("_serve"))
+    node = {name for each in ("_node", "_node_use_cases", "_tell_of_node") for name in imported_in(each)}
+    loaded = loaded_by(START | {"csi_driver.config.node"} | node)
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
     assert not loaded & {
@@ -338,15 +338,16 @@ def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
 
 
 def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:
-    loaded = loaded_by(
-        START
-        | {"csi_driver.config.controller"}
-        | imported_in("_controller")
-        | imported_in("_serve")
-        | imported_in("_own")
-    )
+    controller = imported_in("_controller") | imported_in("_controller_use_cases")
+    loaded = loaded_by(START | {"csi_driver.config.controller"} | controller)
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"fastapi", "uvicorn", "sqlite3", "ctypes", "pyudev"}
+
+
+def test_the_storage_manager_loads_no_grpc() -> None:
+    loaded = loaded_by(START | {"csi_driver.config.storage"} | imported_in("_storage"))
+    assert "fastapi" in top_levels(loaded)
+    assert not top_levels(loaded) & {"grpc", "google"}
 
 
 def test_only_the_composition_root_reads_the_environment() -> None:
