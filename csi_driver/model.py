@@ -18,6 +18,8 @@ DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
 DEFAULT_ZONE = "single-zone-cluster"
 DEFAULT_TOPOLOGY_KEY = "nvmesh-csi.excelero.com/zone"
 DEFAULT_FS_TYPE = "ext4"
+CSI_NAME_PREFIX = "csi-"
+"""With it begins the storage's name of every volume that a driver of this family made."""
 
 GIB = 1 << 30
 MIB = 1 << 20

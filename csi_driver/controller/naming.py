@@ -6,11 +6,10 @@ import base64
 import hashlib
 import re
 
-from csi_driver.model import VolumeHandle
+from csi_driver.model import CSI_NAME_PREFIX, VolumeHandle
 from csi_driver.storage_model import Volume
 
 _PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_PREFIX = "csi-"
 _NAME_LIMIT = 22
 """The management refuses longer names."""
 _ANY_UUID = "00000000-0000-0000-0000-000000000000"
@@ -22,11 +21,11 @@ def volume_name(csi_name: str) -> str:
     `pvc-<uuid>` keeps the form that earlier drivers of this name gave it; anything else, CSI names being any Unicode,
     is hashed (90 bits).
     """
-    length = _NAME_LIMIT - len(_PREFIX)
+    length = _NAME_LIMIT - len(CSI_NAME_PREFIX)
     if _PROVISIONED.fullmatch(csi_name):
-        return _PREFIX + csi_name[4 : 4 + length]
+        return CSI_NAME_PREFIX + csi_name[4 : 4 + length]
     digest = hashlib.sha256(csi_name.encode("utf-8", "surrogatepass")).digest()
-    return _PREFIX + base64.b32encode(digest).decode().lower()[:length]
+    return CSI_NAME_PREFIX + base64.b32encode(digest).decode().lower()[:length]
 
 
 def issued_reference(zone: str, name: str, reference: str) -> str | None:

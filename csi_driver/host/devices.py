@@ -31,7 +31,7 @@ from csi_driver.host.alarms import device_alarm
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import loop, nvmesh
 from csi_driver.machine import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
-from csi_driver.model import is_volume_name
+from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
 _NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
 _BUSY_GRACE_S = 2.0
@@ -321,6 +321,22 @@ class LinuxDevices:
         if limit:
             limit = max(1, limit - len(self._status.shown() - devices))
         return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
+
+    def foreign(self) -> int:
+        """Return how many volumes are attached here that no CSI driver attached. Reads a small file for each volume.
+
+        Drivers attach under an id of the handle; whoever names none gets the volume's uuid. So do handles without such
+        an id, of the drivers up to 1.4: those volumes are told by the name that all drivers of this family give.
+        """
+        try:
+            names = [entry.name for entry in self._root.iterdir()]
+        except OSError:
+            return 0
+        return sum(self._is_foreign(name) for name in names)
+
+    def _is_foreign(self, name: str) -> bool:
+        ids = self._status.reference_ids(name) if is_volume_name(name) else None
+        return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
 
     def status(self, name: str) -> VolumeStatus | None:
         """Return what the client says of a volume; None while it says nothing that can be read."""

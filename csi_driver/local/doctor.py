@@ -60,7 +60,8 @@ def run_doctor(settings: DoctorSettings, write: Callable[[str], None] = print) -
 def _title(patient: Patient) -> str:
     running = patient.running
     of = f", as process {running.pid} ({running.role}) was told" if running is not None else ""
-    return f"driver {patient.driver_name}, node {patient.node_name}{of}"
+    where = f"node {patient.node_name}" if patient.role == NODE else patient.role
+    return f"driver {patient.driver_name}, {where}{of}"
 
 
 # --- looking --------------------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ _START = "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: syste
 def client(patient: Patient) -> Iterator[Finding]:
     """Look whether the client runs and can be used."""
     directory = patient.status_directory
-    found = LinuxDevices(patient.device_directory, directory).client()
+    devices = LinuxDevices(patient.device_directory, directory)
+    found, foreign = devices.client(), devices.foreign()
     if found.problem:
         yield fault(Check.CLIENT, f"the storage client is of no use: {found.problem}", "a working client", _START)
     if found.uuid is not None:
         limit = f"at most {found.volume_limit} volumes" if found.volume_limit else "any number of volumes"
-        yield fine(Check.CLIENT, f"the storage client runs; its uuid, the node's id, is {found.uuid}; {limit}")
+        others = f", of which {foreign} are attached by something else than CSI" if foreign else ""
+        yield fine(Check.CLIENT, f"the storage client runs; its uuid, the node's id, is {found.uuid}; {limit}{others}")
     elif found.is_upgrading:
         yield warning(
             Check.CLIENT, "the storage client is being upgraded, or starts", "that it comes back",
@@ -52,8 +54,11 @@ def client(patient: Patient) -> Iterator[Finding]:
 def names(patient: Patient) -> Iterator[Finding]:
     """Look whether node, host and client go by one name."""
     uuid = StatusFiles(patient.status_directory).client().uuid
-    told = f"node {patient.node_name}, host {patient.host_name}, client {uuid or 'unknown'}"
-    if uuid is None and not same_host(patient.node_name, patient.host_name):
+    # A pod has a host name of its own.
+    is_pod = patient.api is not None
+    host = "" if is_pod else f", host {patient.host_name}"
+    told = f"node {patient.node_name}{host}, client {uuid or 'unknown'}"
+    if uuid is None and not is_pod and not same_host(patient.node_name, patient.host_name):
         yield warning(
             Check.NAMES,
             f"{told}: without a client's uuid the node is known by its name alone, which is not the host's",

@@ -58,7 +58,8 @@ def _methods(*effects: str, reads: str = "") -> Methods:
 PORTS: Mapping[str, Methods] = MappingProxyType(
     {
         "devices": _methods(
-            "set_read_only", reads="wait_for find open size_bytes uuid_of client status reference_ids path_of name_of"
+            "set_read_only",
+            reads="wait_for find open size_bytes uuid_of client foreign status reference_ids path_of name_of",
         ),
         "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(

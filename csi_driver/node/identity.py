@@ -48,9 +48,14 @@ class Identity:
         return self._client_uuid
 
     def _limit(self) -> int:
-        """Return how many volumes this node takes: what was configured, at most what its client can; 0 = no limit."""
+        """Return how many volumes of CSI this node takes: what was configured, at most what its client can; 0 = any.
+
+        The orchestrator counts its own volumes alone against it, so what others attached is taken off. Full of those
+        it says 1, as 0 means no limit; the controller then refuses.
+        """
         limits = (self._settings.max_volumes_per_node, self._client_limit)
-        return min((limit for limit in limits if limit), default=0)
+        limit = min((limit for limit in limits if limit), default=0)
+        return max(1, limit - self._devices.foreign()) if limit else 0
 
     def why_not_ready(self) -> str:
         """Tell why this node could not be registered, or serve, now; empty = it could."""

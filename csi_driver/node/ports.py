@@ -76,6 +76,10 @@ class Devices(Protocol):
         """Return what is known now of this node's storage client. Cheap; touches no device."""
         ...
 
+    def foreign(self) -> int:
+        """Return how many volumes are attached here that no CSI driver attached. Touches no device."""
+        ...
+
     def status(self, name: str) -> VolumeStatus | None:
         """Return what the storage client says of a volume; None while it says nothing. Touches no device."""
         ...

@@ -139,7 +139,10 @@ def test_a_driver_is_registered_where_the_nodes_storage_object_lists_it(api: Api
 
 
 def test_an_attachment_is_asked_for_by_its_name(api: Api) -> None:
-    name = attachment_name("z:v:u:n", "nvmesh-csi.excelero.com", "node-1")
+    handle = "single-zone-cluster:csi-66163eba-3bf3-48d4:128da7e3-f73d-491c-8555-27075a80c69a:default"
+    name = attachment_name(handle, "nvmesh-csi.excelero.com", "node1")
+    # As the control plane of Kubernetes 1.37 named it.
+    assert name == "csi-22f1fdd33aea6e5b6e4ad34ecfbcbb0307b19b2c8d59f617e613cc5b95f6247a"
     assert not api.client().has_attachment(name)
     api.cluster.objects[f"/apis/storage.k8s.io/v1/volumeattachments/{name}"] = {"kind": "VolumeAttachment"}
     assert api.client().has_attachment(name)

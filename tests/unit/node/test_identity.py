@@ -37,6 +37,22 @@ def test_the_volume_limit_is_never_above_what_the_client_can(configured: int, of
     assert node.use.identity.info().max_volumes == told
 
 
+@pytest.mark.parametrize(
+    ("configured", "of_client", "foreign", "told"),
+    [(0, 1024, 24, 1000), (16, 1024, 6, 10), (16, 0, 16, 1), (16, 0, 40, 1), (0, 0, 5, 0)],
+)
+def test_what_others_attached_is_taken_off_the_limit_and_asked_for_each_time(
+    configured: int, of_client: int, foreign: int, told: int
+) -> None:
+    node = FakeNode(settings=NodeSettings("node-1", "/nowhere", max_volumes_per_node=configured))
+    node.host.client_limit = of_client
+    before = node.use.identity.info().max_volumes
+    node.host.foreign_attachments = foreign
+    assert node.use.identity.info().max_volumes == told
+    node.host.foreign_attachments = 0
+    assert node.use.identity.info().max_volumes == before
+
+
 def test_the_problems_of_the_machine_are_passed_on() -> None:
     node = FakeNode(settings=SETTINGS)
     node.host.present_problems = ["mkfs.ext4 is not installed"]

@@ -1,0 +1,63 @@
+"""What the storage client has attached, and what of it takes places that no volume of CSI can have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host.devices import LinuxDevices
+
+UUID = "01234567-89ab-4567-89ab-0123456789ef"
+BY_CSI, BY_HAND = "default", UUID
+
+
+def machine(tmp_path: Path) -> LinuxDevices:
+    (tmp_path / "proc/volumes").mkdir(parents=True)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "proc/status.json").write_text(json.dumps({"main": {"uuid": UUID}}))
+    return LinuxDevices(tmp_path / "dev", tmp_path / "proc")
+
+
+def attach(tmp_path: Path, name: str, *ids: str, has_device: bool = True) -> None:
+    """Write what the client shows of an attachment."""
+    shown = tmp_path / "proc/volumes" / name
+    shown.mkdir()
+    (shown / "blob.txt").write_text("\n".join(("encoding_version=1", f"n_strings={len(ids)}", *ids, "")))
+    if has_device:
+        (tmp_path / "dev" / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "foreign"),
+    [
+        ("csi-0123", (BY_CSI,), 0),
+        ("by-hand", (BY_HAND,), 1),
+        ("shared", (BY_HAND, BY_CSI), 0),
+        ("csi-of-1.4", (BY_HAND,), 0),
+        ("fenced", (), 0),
+        ("static", ("r-0123",), 0),
+    ],
+)
+def test_an_attachment_is_foreign_where_no_driver_holds_it(
+    tmp_path: Path, name: str, ids: tuple[str, ...], foreign: int
+) -> None:
+    devices = machine(tmp_path)
+    attach(tmp_path, name, *ids)
+    assert devices.foreign() == foreign
+
+
+def test_an_attachment_that_says_nothing_is_not_foreign(tmp_path: Path) -> None:
+    devices = machine(tmp_path)
+    (tmp_path / "dev/by-hand").touch()
+    assert devices.foreign() == 0
+
+
+def test_hidden_attachments_take_places_and_every_answer_is_a_new_one(tmp_path: Path) -> None:
+    devices = machine(tmp_path)
+    assert (devices.client().volume_limit, devices.foreign()) == (1024, 0)
+    attach(tmp_path, "hidden", BY_HAND, has_device=False)
+    assert (devices.client().volume_limit, devices.foreign()) == (1023, 0)
+    attach(tmp_path, "by-hand", BY_HAND)
+    assert (devices.client().volume_limit, devices.foreign()) == (1023, 1)
