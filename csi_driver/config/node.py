@@ -201,7 +201,8 @@ def _registration(values: Values) -> RegistrationSettings | None:
         if endpoint is not None:
             values.problems.append(f"{_KUBELET_ENDPOINT.name} given without {_REGISTRATION_DIRECTORY.name}")
         return None
-    settings = RegistrationSettings(directory, values.one(DRIVER_NAME), endpoint or values.one(ENDPOINT))
+    own = values.one(ENDPOINT)
+    settings = RegistrationSettings(directory, values.one(DRIVER_NAME), endpoint or own, own.parent)
     length = len(str(settings.socket).encode())
     if length > read.SOCKET_PATH_BYTES:
         values.problems.append(

@@ -245,9 +245,25 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
 
     def _make(self) -> None:
         """Put a new socket into place that is served already; whatever of ours was there is replaced in one step."""
-        path, before = self._settings.socket, self._served
-        draft = self._settings.directory / f".{os.urandom(4).hex()}"  # kubelet passes over names that begin so
-        _make_directory(self._settings.directory)
+        settings, before = self._settings, self._served
+        _make_directory(settings.directory)
+        try:
+            self._served = self._put(settings.drafts)
+        except DriverError as error:  # the directories are two mounts here, or its path is too long
+            _LOG.debug("the registration socket is made in its own directory: %s", error)
+            self._served = self._put(settings.directory)
+        with self._verdict.lock:
+            self._verdict.anew_at_s = None
+        if before is not None:
+            before.server.stop(_STOP_S)
+        _LOG.info("the registration socket %s is in place, for the endpoint %s", settings.socket, settings.endpoint)
+
+    def _put(self, place: Path) -> _Served:
+        """Serve a new socket in this directory, and move it into place.
+
+        Kubelet passes over names that begin with a dot, but complains in its log of one that it saw for a moment only.
+        """
+        path, draft = self._settings.socket, place / f".{os.urandom(3).hex()}"
         server = self._serve(draft)
         try:
             draft.chmod(_SOCKET_MODE)
@@ -256,12 +272,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         except OSError as error:
             server.stop(None).wait(_STOP_S)  # takes the draft away
             raise SystemCallFailed(f"put the registration socket {path} into place", error.errno or 0) from error
-        with self._verdict.lock:
-            self._verdict.anew_at_s = None
-        self._served = _Served(server, identity)
-        if before is not None:
-            before.server.stop(_STOP_S)
-        _LOG.info("the registration socket %s is in place, for the endpoint %s", path, self._settings.endpoint)
+        return _Served(server, identity)
 
     def _serve(self, path: Path) -> grpc.Server:
         server = grpc.server(

@@ -30,6 +30,8 @@ class RegistrationSettings:
     driver_name: str
     endpoint: Path
     """Our CSI socket, as kubelet sees it."""
+    drafts: Path
+    """A directory of our own, where the socket is made before it is moved into place."""
 
     @property
     def socket(self) -> Path:

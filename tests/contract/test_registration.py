@@ -44,14 +44,14 @@ def no_problem() -> None:
     """Answer as a node service that works."""
 
 
-def registration(directory: Path) -> Registration:
-    return Registration(RegistrationSettings(directory, NAME, Path("/csi.sock")), no_problem)
+def registration(directory: Path, drafts: Path) -> Registration:
+    return Registration(RegistrationSettings(directory, NAME, Path("/csi.sock"), drafts), no_problem)
 
 
 @pytest.mark.root
 def test_a_directory_below_the_mount_is_found_again_when_it_was_made_anew(home: Path) -> None:
     with bound(home / "host", home / "here"):
-        made = registration(home / "here" / "reg")
+        made = registration(home / "here" / "reg", home / "here")
         made.tend()
         assert (home / "host" / "reg" / f"{NAME}-reg.sock").is_socket()
         (home / "host" / "reg").rename(home / "host" / "old")
@@ -68,7 +68,7 @@ def test_a_directory_that_was_replaced_under_its_own_mount_is_told_and_needs_a_n
 ) -> None:
     monkeypatch.setattr(module, "OUT_OF_PLACE_S", 0.0)
     with bound(home / "host" / "reg", home / "here"):
-        made = registration(home / "here")
+        made = registration(home / "here", home)
         made.tend()
         (home / "host" / "reg" / f"{NAME}-reg.sock").unlink()
         (home / "host" / "reg").rmdir()

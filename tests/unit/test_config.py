@@ -192,7 +192,7 @@ def test_a_node_registers_itself_where_it_is_told_the_directory() -> None:
     assert made.registration is None
     made = command([*NODE, "--kubelet-registration-directory=/r", "--driver-name=d.example.com"])
     assert isinstance(made, NodeCommand)
-    assert made.registration == RegistrationSettings(Path("/r"), "d.example.com", Path("/n.sock"))
+    assert made.registration == RegistrationSettings(Path("/r"), "d.example.com", Path("/n.sock"), Path("/"))
     assert made.registration.socket == Path("/r/d.example.com-reg.sock")
     made = command([*NODE, "--kubelet-registration-directory=/r", "--kubelet-endpoint=unix:///k/csi.sock"])
     assert isinstance(made, NodeCommand)

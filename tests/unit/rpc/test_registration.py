@@ -59,13 +59,14 @@ class Scene:
 
     kubelet: Kubelet
     directory: Path
+    drafts: Path
     endpoint: Endpoint
     clock: Clock = field(default_factory=Clock)
     node: Node = field(default_factory=Node)
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def registration(self, name: str = NAME) -> Registration:
-        settings = RegistrationSettings(self.directory, name, self.endpoint.socket)
+        settings = RegistrationSettings(self.directory, name, self.endpoint.socket, self.drafts)
         made = Registration(settings, self.node.check, clock=self.clock, jitter=lambda: 1.0)
         self.cleanup.callback(made.close)
         return made
@@ -78,7 +79,9 @@ class Scene:
 def scene(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("r") / "plugins_registry"  # the path of a socket is short
     directory.mkdir()
-    scene = Scene(Kubelet(directory), directory, endpoint)
+    drafts = directory.parent / "own"
+    drafts.mkdir()
+    scene = Scene(Kubelet(directory), directory, drafts, endpoint)
     with scene.cleanup:
         yield scene
 
@@ -152,24 +155,54 @@ def test_the_same_problem_is_logged_once(scene: Scene, caplog: pytest.LogCapture
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
-def test_what_is_served_is_hidden_until_it_is_complete_and_goes_where_that_cannot_be(
+def test_a_socket_is_complete_when_kubelet_first_sees_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Path.rename
+
+    def looked_at(draft: Path, target: Path) -> None:
+        assert draft.is_socket()
+        assert draft.parent == scene.drafts
+        assert os.listdir(scene.directory) == []
+        move(draft, target)
+        scene.kubelet.visit()
+        assert scene.kubelet.told == ["registered"]
+
+    monkeypatch.setattr(Path, "rename", looked_at)
+    scene.registration().tend()
+    assert scene.kubelet.told == ["registered"]
+    assert os.listdir(scene.drafts) == []
+
+
+def test_where_nothing_can_be_moved_from_elsewhere_it_is_hidden_until_it_is_complete(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    move = Path.rename
     seen: list[str] = []
 
-    def refused(draft: Path, target: Path) -> None:
-        assert draft.is_socket()
+    def as_from_another_mount(draft: Path, target: Path) -> None:
+        if draft.parent != target.parent:
+            raise OSError(errno.EXDEV, "no")
         scene.kubelet.visit()
         seen.extend(os.listdir(scene.directory))
-        raise OSError(errno.EXDEV, "no")
+        move(draft, target)
+
+    monkeypatch.setattr(Path, "rename", as_from_another_mount)
+    registration = scene.registration()
+    registration.tend()
+    assert [name[0] for name in seen] == ["."]
+    scene.kubelet.visit()
+    assert registration.is_registered
+    assert (os.listdir(scene.directory), os.listdir(scene.drafts)) == ([scene.socket().name], [])
+
+
+def test_what_cannot_be_put_into_place_leaves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(draft: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "no")
 
     monkeypatch.setattr(Path, "rename", refused)
     registration = scene.registration()
     registration.tend()
-    assert "EXDEV" in registration.why_not_registered()
-    assert [name[0] for name in seen] == ["."]
-    assert scene.kubelet.told == []
-    assert os.listdir(scene.directory) == []
+    assert "ENOSPC" in registration.why_not_registered()
+    assert (os.listdir(scene.directory), os.listdir(scene.drafts)) == ([], [])
 
 
 # --- what is taken away -----------------------------------------------------------------------------------------
@@ -214,7 +247,7 @@ def test_where_kubelet_has_no_directory_at_all_nothing_is_made_and_a_restart_may
     registration = scene.registration()
     registration.tend()
     home = scene.directory.parent / "kubelet"
-    settings = RegistrationSettings(home / "plugins_registry", NAME, scene.endpoint.socket)
+    settings = RegistrationSettings(home / "plugins_registry", NAME, scene.endpoint.socket, scene.drafts)
     lost = Registration(settings, scene.node.check, clock=scene.clock, jitter=lambda: 1.0)
     scene.cleanup.callback(lost.close)
     lost.tend()
@@ -417,7 +450,7 @@ def test_after_the_end_no_socket_is_made(scene: Scene) -> None:
 
 def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
     asked = Itself(scene.endpoint.socket)
-    settings = RegistrationSettings(scene.directory, NAME, scene.endpoint.socket)
+    settings = RegistrationSettings(scene.directory, NAME, scene.endpoint.socket, scene.drafts)
 
     def is_known() -> bool:
         return NAME in scene.kubelet.visit()
