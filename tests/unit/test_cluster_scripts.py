@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -89,3 +90,35 @@ def test_no_module_is_compiled_without_its_sum() -> None:
         missing = [module for module, version in wanted.items() if f"{module} v{version}/go.mod h1:" not in sums]
         assert len(wanted) > 100
         assert missing == []
+
+
+@pytest.mark.tool
+def test_the_short_form_compiles_nothing_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    empty = tmp_path / "cluster"
+    done = subprocess.run(
+        [CLUSTER.parent / "run", "--short"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NVMESH_CSI_CLUSTER_CACHE": str(empty)},
+    )
+    assert done.returncode == 0
+    assert "left out: the tests on a Kubernetes cluster" in done.stderr
+    assert "make test-kubernetes" in done.stderr
+    assert not empty.exists()
+
+
+@pytest.mark.tool
+def test_a_program_of_another_version_counts_as_missing(tmp_path: Path) -> None:
+    for name in ("kubectl", "helm"):
+        (tmp_path / "bin" / ".made").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bin" / name).write_text("")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / ".made" / "helm").write_text("made of something else\n")
+    done = subprocess.run(
+        [CLUSTER / "build", "--check"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NVMESH_CSI_CLUSTER_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert re.match(r"of (\d+) programs \1 are missing or of other versions in .*: kubectl .*helm", done.stdout)
