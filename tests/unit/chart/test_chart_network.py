@@ -28,6 +28,13 @@ def ports(rules: list[Manifest]) -> set[int]:
     return {port["port"] for rule in rules for port in rule.get("ports", ())}
 
 
+def api_rule(rendered: Rendered) -> Manifest:
+    """Return the rule about the embedded manager's API."""
+    rules: list[Manifest] = policy(rendered, "storage")["spec"]["ingress"]
+    (found,) = (rule for rule in rules if ports([rule]) == {4000})
+    return found
+
+
 def refusal(*sets: str, **values: Any) -> str:
     with pytest.raises(Refused) as refused:
         render(*sets, values=values)
@@ -51,14 +58,15 @@ def test_policies_select_the_pods_of_their_role_and_no_others() -> None:
         assert [other for other, has in labels.items() if selector <= has.items()] == [role]
 
 
-def test_the_controller_takes_in_what_its_containers_serve_and_nothing_else() -> None:
-    rendered = render(*NVMESH, ON)
+@pytest.mark.parametrize("role", ["controller", "storage"])
+def test_a_role_takes_in_what_its_containers_serve_and_nothing_else(role: str) -> None:
+    rendered = render(*EMBEDDED, ON)
     served = {
         port["containerPort"]
-        for container in rendered.pods()["controller"]["containers"]
+        for container in rendered.pods()[role]["containers"]
         for port in container.get("ports", ())
     }
-    assert ports(policy(rendered, "controller")["spec"]["ingress"]) == served != set()
+    assert ports(policy(rendered, role)["spec"]["ingress"]) == served != set()
 
 
 def test_a_controller_that_serves_nothing_takes_nothing_in() -> None:
@@ -68,16 +76,19 @@ def test_a_controller_that_serves_nothing_takes_nothing_in() -> None:
 
 def test_metrics_are_for_those_who_are_named() -> None:
     peers = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
-    rendered = render(*NVMESH, ON, values={"networkPolicy": {"metricsFrom": peers}})
+    rendered = render(*EMBEDDED, ON, values={"networkPolicy": {"metricsFrom": peers}})
     (rule,) = policy(rendered, "controller")["spec"]["ingress"]
     assert rule["from"] == peers
+    assert [rule["from"] for rule in policy(rendered, "storage")["spec"]["ingress"] if ports([rule]) == {9807}] == [
+        peers
+    ]
 
 
 def test_the_embedded_managers_api_is_for_the_controller() -> None:
     rendered = render(*EMBEDDED, ON)
-    (rule,) = policy(rendered, "storage")["spec"]["ingress"]
     (service,) = rendered.of("Service")
-    assert {port["port"] for port in rule["ports"]} == {port["port"] for port in service["spec"]["ports"]}
+    rule = api_rule(rendered)
+    assert ports([rule]) == {port["port"] for port in service["spec"]["ports"]}
     (peer,) = rule["from"]
     controller = pods_labels(rendered, "Deployment", "controller").items()
     assert peer["podSelector"]["matchLabels"].items() <= controller
@@ -85,7 +96,7 @@ def test_the_embedded_managers_api_is_for_the_controller() -> None:
 
 def test_nodes_that_attach_for_themselves_reach_the_embedded_manager() -> None:
     rendered = render(*EMBEDDED, ON, "attachBy=node")
-    (rule,) = policy(rendered, "storage")["spec"]["ingress"]
+    rule = api_rule(rendered)
     node = pods_labels(rendered, "DaemonSet", "node").items()
     assert any(peer["podSelector"]["matchLabels"].items() <= node for peer in rule["from"])
 
@@ -94,8 +105,7 @@ def test_nodes_that_no_selector_reaches_must_be_named() -> None:
     on_host = (*EMBEDDED, ON, "attachBy=node", "node.hostNetwork=true")
     assert "storageFrom" in refusal(*on_host)
     nodes = {"ipBlock": {"cidr": "10.2.0.0/16"}}
-    (rule,) = policy(render(*on_host, values={"networkPolicy": {"storageFrom": [nodes]}}), "storage")["spec"]["ingress"]
-    assert nodes in rule["from"]
+    assert nodes in api_rule(render(*on_host, values={"networkPolicy": {"storageFrom": [nodes]}}))["from"]
 
 
 @pytest.mark.parametrize("engine", [NVMESH, EMBEDDED], ids=["nvmesh", "embedded"])

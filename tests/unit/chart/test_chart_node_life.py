@@ -9,7 +9,7 @@ from csi_driver.config.made import PreStopCommand
 from csi_driver.machine import RunningRole
 from tests.unit.chart.rendering import NVMESH, Manifest, Rendered, helm, render
 
-pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")]
+pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
 NOTHING = ("node.preStop.enabled=false", "node.startupTaint.enabled=false", "node.nodeLabel=false")
 NODES, CSI_NODES, ATTACHMENTS = ("", "nodes"), ("storage.k8s.io", "csinodes"), ("storage.k8s.io", "volumeattachments")
