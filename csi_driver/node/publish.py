@@ -10,11 +10,13 @@ from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
+from csi_driver.node.joining import ROOT, Joining
 from csi_driver.node.luks_options import encrypted_by
 from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
 from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.prepare import Task
 from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
@@ -35,6 +37,7 @@ class Publish:
         marks: Marks,
         ownership: Ownership,
         encrypted: EncryptedVolumes,
+        joining: Joining,
     ) -> None:
         self._devices = devices
         self._read_only_devices = read_only_devices
@@ -43,6 +46,7 @@ class Publish:
         self._marks = marks
         self._ownership = ownership
         self._encrypted = encrypted
+        self._joining = joining
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
         """Publish the volume at the target path; repeated, it changes nothing.
@@ -75,6 +79,10 @@ class Publish:
                         f"volume {volume} was staged under its attachment {earlier}, wanted it staged under the one "
                         "of now: it was taken from this node in between, and must be unstaged and staged again"
                     )
+                if self._mounts.at(staging) is None and self._joining.is_staged(volume, context, staging):
+                    plan = self._joining.plan(access, request)
+                    self._publish_joined(Task(volume, device, plan, context), target, deadline=deadline)
+                    return
                 self._publish_mount(
                     volume, device, staging, target, access, read_only=read_only or "ro" in flags, mode=mode
                 )
@@ -141,16 +149,29 @@ class Publish:
             self._accept(published, volume, target, device, staged.root, read_only=read_only)
             return
         self._require_single(volume, device, mode, staged.root, {staging, staged.path, target})
-        if self._paths.kind(target) == "file":
-            self._release_left_over(volume, target)
-            self._paths.remove(target)
-        self._paths.make_directory(target)
+        self._make_target_directory(volume, target)
         self._mounts.bind(staging, target, read_only=read_only)
         bound = self._mounts.at(target)
         if bound is None or (bound.number, bound.root) != (staged.number, staged.root):
             # Whoever may write on the way to the staging path has put something else there since it was looked at.
             self._mounts.unmount(target)
             raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; call again")
+
+    def _publish_joined(self, task: Task, target: Path, *, deadline: Deadline) -> None:
+        """Publish what was staged without a mount, as it joined other readers: by a mount of its own."""
+        published = self._ownership.at(target, task.volume)
+        if published is None:
+            self._make_target_directory(task.volume, target)
+            published = self._joining.mount(task, target, deadline=deadline)
+        if published is None:
+            raise PreconditionFailed(f"nothing is mounted at {target}, wanted volume {task.volume}; call again")
+        self._accept(published, task.volume, target, task.device, ROOT, read_only=True)
+
+    def _make_target_directory(self, volume: NamedVolume, target: Path) -> None:
+        if self._paths.kind(target) == "file":
+            self._release_left_over(volume, target)
+            self._paths.remove(target)
+        self._paths.make_directory(target)
 
     def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mounted:
         staged = self._mounts.at(staging)

@@ -12,6 +12,7 @@ from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.health import NodeHealth
 from csi_driver.node.identity import Identity
+from csi_driver.node.joining import Joining
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import MarkFiles, Marks
 from csi_driver.node.ownership import Ownership
@@ -79,13 +80,14 @@ def assemble(
     encrypted = EncryptedVolumes(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy
     )
+    joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, preparation=preparation, marks=kept)
     stage = Stage(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-        preparation=preparation, encrypted=encrypted, settings=settings
+        preparation=preparation, encrypted=encrypted, joining=joining, settings=settings
     )  # fmt: skip
     publish = Publish(
         devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, marks=kept,
-        ownership=ownership, encrypted=encrypted
+        ownership=ownership, encrypted=encrypted, joining=joining
     )  # fmt: skip
     expand = Expand(
         read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, heavy=heavy,
@@ -103,9 +105,8 @@ def assemble(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
-    census = Census(
-        mounts=mounts, read_only_devices=read_only_devices, ownership=ownership, driver_name=settings.driver_name
-    )
+    name = settings.driver_name
+    census = Census(mounts=mounts, read_only_devices=read_only_devices, ownership=ownership, driver_name=name)
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy)
 
 

@@ -20,6 +20,7 @@ from csi_driver.handover import Encryption, PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
+from csi_driver.node.joining import Joining
 from csi_driver.node.luks_options import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.node.mkfs import MkfsWish
 from csi_driver.node.options import FS_TYPE, MountPlan, differences, plan_mount
@@ -36,8 +37,9 @@ STAGING_PATH = "staging_target_path"
 class Stage:
     """NodeStageVolume and NodeUnstageVolume.
 
-    A filesystem is mounted at the staging path. A block volume is only waited for, proven and, where its attachment
-    is read-only, made read-only: its staging directory stays empty.
+    A filesystem is mounted at the staging path, but for that of a reader that joins others (`joining`). A block volume
+    is only waited for, proven and, where its attachment is read-only, made read-only: its staging directory stays
+    empty.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Stage:
         ownership: Ownership,
         preparation: Preparation,
         encrypted: EncryptedVolumes,
+        joining: Joining,
         settings: NodeSettings,
     ) -> None:
         self._devices = devices
@@ -59,6 +62,7 @@ class Stage:
         self._ownership = ownership
         self._preparation = preparation
         self._encrypted = encrypted
+        self._joining = joining
         self._settings = settings
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
@@ -148,7 +152,8 @@ class Stage:
             self._preparation.hand_over(task)
             mounted = self._mounts.at(path)
             if mounted is None:
-                self._mount(task, prepared, path)
+                if not self._joining.joins(task):
+                    self._mount(task, prepared, path)
                 return
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.
             self._accept(mounted, volume, path, plan, by)

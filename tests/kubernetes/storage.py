@@ -5,10 +5,8 @@ Nothing here goes through the driver, so that what it says of the driver's work 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,27 +88,15 @@ class Storage:
 
 # --- loop devices -----------------------------------------------------------------------------------------------
 
-_LOOP_GET_STATUS64 = 0x4C05  # include/uapi/linux/loop.h
-_LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
-
 
 def loop_devices(uuid: str) -> list[Path]:
-    """Return the loop devices of this machine that are bound for the volume: their labels begin with its uuid."""
-    devices = sorted(Path("/dev").glob("loop[0-9]*"))
-    return [device for device in devices if _label(device).startswith(uuid)]
+    """Return the loop devices of this machine that are bound for the volume: its file is named by its uuid.
 
-
-def _label(device: Path) -> str:
-    try:
-        descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return ""
-    try:
-        info = bytearray(_LOOP_INFO.size)
-        fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, info)
-    except OSError:
-        return ""  # bound to nothing
-    finally:
-        os.close(descriptor)
-    name: bytes = _LOOP_INFO.unpack(bytes(info))[9]
-    return name.rstrip(b"\0").decode(errors="replace")
+    No device is opened for it: one that is open cannot be detached meanwhile, whosever it is.
+    """
+    found = []
+    for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):  # let go of while we looked
+            if uuid in backing.read_text():
+                found.append(Path("/dev", backing.parts[3]))
+    return found

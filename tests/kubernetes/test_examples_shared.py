@@ -82,6 +82,35 @@ def test_many_pods_of_several_namespaces_read_one_volume(
     assert storage.volumes()[NAME]["reservation"]["mode"] == SHARED_READ_ONLY
 
 
+def test_copies_with_handles_of_their_own_leave_a_node_one_after_the_other(
+    stage: Stage, cluster: Cluster, storage: Storage
+) -> None:
+    """One PersistentVolume for each namespace, whose name is the last part of the handle, as older drivers have it."""
+    volume = stage.by_hand(NAME, 2.2)
+    wanted = filled(stage, cluster)
+
+    def handle(document: Document) -> str:
+        return f"{ZONE}:{NAME}:{volume['uuid']}:{document['spec']['claimRef']['namespace']}"
+
+    readers = stage.apply(with_handle(examples.documents("read-only-many.yaml"), handle))
+    for namespace in ("team-vision", "team-speech"):
+        assert_many_read(cluster, namespace, wanted)
+    assert references(storage, volume) == {"team-vision", "team-speech"}
+    for left, gone in (("team-speech", "team-vision"), ("", "team-speech")):
+        cluster.delete(
+            [each for each in examples.of_kind("Deployment", readers) if each["metadata"]["namespace"] == gone]
+        )
+        if left:
+            assert_many_read(cluster, left, wanted)
+    cluster.wait_for(lambda: references(storage, volume) == set(), "the volume to leave the node")
+
+
+def references(storage: Storage, volume: Document) -> set[str]:
+    """Return under which references the node is to hold the volume."""
+    wishes = [client.get("attachments", {}).get(volume["uuid"], {}) for client in storage.clients().values()]
+    return {reference for wish in wishes for reference in wish.get("referenceIDs", [])}
+
+
 def filled(stage: Stage, cluster: Cluster) -> str:
     """Let the writer of static.yaml fill the volume and go; return the checksums of its files."""
     writer = stage.example("static.yaml")
