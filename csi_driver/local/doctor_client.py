@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from csi_driver.errors import DriverError
+from csi_driver.host import survey
 from csi_driver.host.client_config import management_hosts, management_servers
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.host.devices import LinuxDevices
@@ -15,6 +16,7 @@ from csi_driver.management.cluster_names import read_cluster_names
 from csi_driver.node.zone import NodeZone, same_host
 
 _CONNECT_S = 3.0
+_MODULE = "nvmeibc"
 _START = "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"
 
 
@@ -37,7 +39,8 @@ def client(patient: Patient) -> Iterator[Finding]:
     elif found.is_expected:
         yield fault(
             Check.CLIENT,
-            f"a storage client belongs here and does not show itself in {directory}",
+            f"a storage client belongs here and does not show itself in {directory} (its module"
+            f" {_MODULE} is {'' if survey.is_loaded(_MODULE) else 'not '}loaded)",
             "its status files",
             f"{_START}; in the pod the host's {directory} must be visible (--status-directory)",
         )
