@@ -30,6 +30,21 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
     assert broken == []
 
 
+def test_every_document_is_found_from_the_readme() -> None:
+    found, new = set[str](), {"README.md"}
+    while new:
+        found |= new
+        new = {there for name in new for there in _linked_from(name)} - found
+    # What describes recordings is for whoever looks at them.
+    assert sorted(set(NAMES) - found) == ["tests/recordings/README.md"]
+
+
+def _linked_from(name: str) -> set[str]:
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", unfenced(text_of(name)))
+    paths = {((ROOT / name).parent / target).resolve() for target in targets if not re.match(r"[a-z]+:", target)}
+    return {str(path.relative_to(ROOT)) for path in paths} & set(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_test_that_a_document_names_exists(name: str) -> None:
     assert sorted(set(re.findall(r"`(test_\w+)`", text_of(name))) - defined()) == []
