@@ -165,7 +165,7 @@ def listen_address(value: str) -> tuple[str, int]:
     """
     host, colon, port = value.rpartition(":")
     if colon and not host:
-        return host_port(f"[::]{value}")
+        return "", host_port(f"every{value}")[1]
     bare = ":" in host and not host.startswith("[")
     return host_port(f"[{host}]:{port}" if bare and _is_ipv6(host) else value)
 

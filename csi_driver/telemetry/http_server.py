@@ -10,6 +10,7 @@ of a request nor the number of threads, and loads an HTTP client.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import queue
 import selectors
@@ -38,6 +39,7 @@ _HEAD_LIMIT_BYTES = 8 << 10
 _CHUNK_BYTES = 16 << 10
 _BACKLOG = 128
 _FULL_PAUSE_S = 0.1
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # where the kernel has none, or it is switched off
 
 _REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
@@ -290,10 +292,19 @@ def _path_of(target: str) -> str:
 
 
 def _bound(settings: HttpSettings) -> socket.socket:
+    if settings.host:
+        return _listening(settings)
     try:
-        found = socket.getaddrinfo(
-            settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        return _listening(HttpSettings("::", settings.port))
+    except PreconditionFailed as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _NO_IPV6:
+            raise
+        return _listening(HttpSettings("0.0.0.0", settings.port))
+
+
+def _listening(settings: HttpSettings) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:

@@ -480,9 +480,10 @@ def test_a_time_is_read_in_its_unit(text: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("text", "address"),
     [
-        ("0.0.0.0:9808", ("0.0.0.0", 9808)), ("localhost:0", ("localhost", 0)), (":9808", ("::", 9808)),
+        ("0.0.0.0:9808", ("0.0.0.0", 9808)), ("localhost:0", ("localhost", 0)), (":9808", ("", 9808)),
         ("[::]:9808", ("::", 9808)), ("[fd00::a]:9808", ("fd00::a", 9808)), ("fd00::a:9808", ("fd00::a", 9808)),
         ("9808", None), ("::", None), ("h:65536", None), ("[h]:1", None), ("h", None), ("", None), ("a:b:1", None),
+        (":", None), (":x", None), (":65536", None),
     ],
 )  # fmt: skip
 def test_an_address_to_listen_on_is_read_with_brackets_or_without(text: str, address: tuple[str, int] | None) -> None:

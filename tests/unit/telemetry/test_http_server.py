@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import logging
 import socket
@@ -144,6 +145,21 @@ def test_a_page_of_any_size_arrives_whole() -> None:
 def test_addresses_of_both_kinds_are_listened_on(host: str, asked: str) -> None:
     with serving(host=host) as server:
         assert ask(server, "/healthz", host=asked).status == 200
+
+
+def test_without_ipv6_every_address_is_that_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = socket.socket
+
+    def without_ipv6(family: int = -1, *more: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "no")
+        return make(family, *more)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    with serving(host="") as server:
+        monkeypatch.undo()
+        assert server.address.host == "0.0.0.0"
+        assert ask(server, "/healthz", host="127.0.0.1").status == 200
 
 
 def test_an_address_that_is_taken_is_told_at_start() -> None:
