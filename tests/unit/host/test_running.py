@@ -1,0 +1,27 @@
+"""Which command lines start a role of this program, and what they tell it."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.host.running import called_in
+
+
+@pytest.mark.parametrize(
+    ("argv", "called"),
+    [
+        (["/opt/nvmesh-csi/bin/python3", "/opt/nvmesh-csi/bin/nvmesh-csi", "node", "--zone=a"], ["node", "--zone=a"]),
+        (["nvmesh-csi", "node"], ["node"]),
+        (["python3", "-m", "csi_driver", "node", "--node-name", "node"], ["node", "--node-name", "node"]),
+        (["python3", "-I", "-m", "csi_driver", "node"], ["node"]),
+        (["nvmesh-csi", "controller"], []),
+        (["nvmesh-csi", "pre-stop", "node"], []),
+        (["nvmesh-csi"], []),
+        (["grep", "-r", "csi_driver", "node"], []),
+        (["sh", "-c", "sleep 1; nvmesh-csi node"], []),
+        (["a", "b", "c", "d", "nvmesh-csi", "node"], []),
+        ([], []),
+    ],
+)
+def test_a_role_is_known_by_its_command_line(argv: list[str], called: list[str]) -> None:
+    assert list(called_in(argv, ["node"])) == called
