@@ -62,6 +62,12 @@ def _asked(patient: Patient, endpoint: Path) -> Iterator[Finding]:
 
 def sockets(patient: Patient) -> Iterator[Finding]:
     """Look for other drivers of the same name in kubelet's directories."""
+    given = patient.registration_directory
+    if given is not None and not given.is_dir():
+        yield fault(
+            Check.SOCKETS, f"{given} does not exist: kubelet finds no driver there", "kubelet's plugins_registry",
+            "correct --kubelet-registration-directory (value kubeletDirectory), or mount it into the container",
+        )  # fmt: skip
     for registry in _registries(patient):
         yield from _registered(patient, registry)
     for root in patient.path_roots:

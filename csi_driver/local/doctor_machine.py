@@ -77,12 +77,26 @@ def modules(patient: Patient) -> Iterator[Finding]:
                 f"install the kernel's package of further modules, then: modprobe {module}",
             )
     yield from _device_mapper(patient)
+    if not survey.LOOP_CONTROL.exists():
+        yield warning(
+            Check.MODULES,
+            f"{survey.LOOP_CONTROL} is not there: no read-only reader of a raw device beside its writers",
+            "loop devices, if volumes are used so",
+            "modprobe loop",
+        )
     yield fine(
         Check.MODULES, f"filesystems at hand: {', '.join(sorted(known & set(_MODULES))) or 'none is loaded yet'}"
     )
 
 
 def _device_mapper(patient: Patient) -> Iterator[Finding]:
+    if patient.encrypted_volumes and not survey.DEVICE_MAPPER.exists():
+        yield fault(
+            Check.MODULES,
+            f"{survey.DEVICE_MAPPER} is not there: no encrypted volume can be opened",
+            "device-mapper",
+            "modprobe dm_mod; in a container: the host's /dev",
+        )
     can = survey.can_be_loaded("dm_crypt")
     if survey.is_loaded("dm_crypt") or (can and not patient.encrypted_volumes):
         return

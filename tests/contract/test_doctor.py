@@ -155,6 +155,8 @@ def test_what_a_container_lacks_is_told(machine: Machine) -> None:
         assert f"{tool} is not installed" in missing
         assert f"install the package {package}" in missing
     assert "mkfs.xfs is not installed" in found.of(Check.TOOLS, "warning")
+    assert "/dev/mapper/control is not there" in found.of(Check.MODULES, "fault")
+    assert "/dev/loop-control is not there" in found.of(Check.MODULES, "warning")
     found = machine.look_inside(how=("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--inh-caps=-all"))
     assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "warning")
     assert "cryptsetup is not installed" in found.of(Check.TOOLS, "warning")
@@ -251,6 +253,11 @@ def test_another_driver_of_the_same_name_is_a_fault(machine: Machine) -> None:
         assert "registered with kubelet by" in said
         assert f"{plugin}/csi.sock is served by something else" in said
         assert "nobody serves it" in machine.look().of(Check.SOCKETS, "warning")
+    flag = "--kubelet-registration-directory"
+    assert "does not exist" in machine.look(flag, str(machine.directory / "none")).of(Check.SOCKETS, "fault")
+    (registry / f"{DRIVER}-reg.sock").unlink()
+    (registry / f"{DRIVER}.sock").unlink()
+    assert f"has no socket of {DRIVER}" in machine.look(flag, str(registry)).of(Check.SOCKETS, "fault")
 
 
 def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machine) -> None:
