@@ -75,3 +75,15 @@ def test_the_taint_is_named_after_the_driver_unless_it_is_named() -> None:
     for sets, key in (((), "d.example.com/agent-not-ready"), (("node.startupTaint.key=a.com/b",), "a.com/b")):
         args = driver(rendered("driverName=d.example.com", "node.startupTaint.enabled=true", *sets))["args"]
         assert f"--startup-taint={key}" in args
+
+
+def test_who_may_patch_nodes_is_held_to_its_own_unless_that_is_switched_off() -> None:
+    for patching in ("node.nodeLabel=true", "node.startupTaint.enabled=true"):
+        found = rendered(patching, "driverName=d.example.com")
+        policy, binding = found.of("ValidatingAdmissionPolicy"), found.of("ValidatingAdmissionPolicyBinding")
+        assert [each["spec"]["policyName"] for each in binding] == [each["metadata"]["name"] for each in policy]
+        (condition,) = policy[0]["spec"]["matchConditions"]
+        account = found.pods()["node"]["serviceAccountName"]
+        assert condition["expression"] == f"request.userInfo.username == 'system:serviceaccount:nvmesh-csi:{account}'"
+        assert rendered(patching, "node.ownObjectPolicy=false").of("ValidatingAdmissionPolicy") == []
+    assert rendered("node.preStop.enabled=true").of("ValidatingAdmissionPolicy") == []

@@ -13,7 +13,15 @@ from tests.unit.chart.variants import VARIANTS, Variant
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
-CLUSTER_SCOPED = {"CSIDriver", "ClusterRole", "ClusterRoleBinding", "StorageClass", "SecurityContextConstraints"}
+CLUSTER_SCOPED = {
+    "CSIDriver",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "SecurityContextConstraints",
+    "StorageClass",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+}
 WORKLOADS = ("Deployment", "DaemonSet", "StatefulSet")
 
 
@@ -113,12 +121,18 @@ def test_long_names_that_begin_alike_stay_two() -> None:
 
 def test_releases_share_no_name_that_the_whole_cluster_knows() -> None:
     def names(release: str, driver: str) -> set[tuple[str, str]]:
-        sets = (*EMBEDDED, f"driverName={driver}", "rbac.secrets.clusterWide=true", "openshift.enabled=true")
+        sets = (
+            *EMBEDDED,
+            f"driverName={driver}",
+            "rbac.secrets.clusterWide=true",
+            "openshift.enabled=true",
+            "node.nodeLabel=true",
+        )
         manifests = render(*sets, release=release).manifests
         return {(each["kind"], each["metadata"]["name"]) for each in manifests if each["kind"] in CLUSTER_SCOPED}
 
     one, two = names("one", "one.example.com"), names("two", "two.example.com")
-    assert len(one) == len(two) >= 8
+    assert len(one) == len(two) >= 10
     assert not one & two
 
 
