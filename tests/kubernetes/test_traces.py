@@ -20,13 +20,17 @@ metadata: {name: busy}
 spec:
   containers: [{name: c, image: localhost/busybox:1, command: [sleep, "1000"]}]
 """
-USE_A_LOOP_DEVICE = """
+USE_LOOP_DEVICES = r"""
 set -e
 truncate --size 400M /var/lib/nvmesh-csi/volume.img
 device=$(losetup --find --show /var/lib/nvmesh-csi/volume.img)
 mkfs.xfs -q "$device"
 mkdir /run/volume
 mount "$device" /run/volume
+# As the kubelet does for a volume that is a raw device: one on the device node of another.
+truncate --size 10M /var/lib/nvmesh-csi/raw.img
+mknod /run/raw b $(stat --format 0x%t\ 0x%T "$(losetup --find --show /var/lib/nvmesh-csi/raw.img)")
+exec 3<>"$(losetup --find --show /run/raw)"
 cd /run/volume
 sleep 1000 >/dev/null 2>&1 </dev/null &
 """
@@ -59,15 +63,15 @@ def test_a_cluster_that_has_ended_has_left_nothing_on_this_machine() -> None:
     machine = traces.of_machine()
     run("up")
     directory = Path(run("in", "printenv", "KUBECONFIG").strip()).parents[1]
-    run("in", "bash", "-c", USE_A_LOOP_DEVICE)
+    run("in", "bash", "-c", USE_LOOP_DEVICES)
     run("in", "kubectl", "apply", "-f", "-", stdin=POD)
     run("in", "kubectl", "wait", "--for=condition=Ready", "pod/busy", "--timeout=60s")
     running = traces.of_cluster(NAME, directory)
-    # What the check is worth: it has seen the daemons and a pod, their groups, their namespaces, and the device.
+    # What the check is worth: it has seen the daemons and a pod, their groups, their namespaces, and the devices.
     assert len(running.processes) > 10
     assert running.groups
     assert len(running.namespaces) > 5
-    assert len(running.loops) == 1
+    assert len(running.loops) == 3
 
     run("down")
     assert traces.left_of(running) == traces.Traces(frozenset(), frozenset(), frozenset(), frozenset())

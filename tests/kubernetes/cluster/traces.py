@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Loop:
     """A loop device and the file behind it, by the numbers that stay right wherever the file is seen from."""
 
     device: str
+    file_system: str
     inode: int
 
 
@@ -44,7 +46,7 @@ def of_cluster(name: str, directory: Path) -> Traces:
         frozenset((pid, _start(pid)) for pid in pids),
         frozenset(groups),
         frozenset(namespaces - outside - {""}),
-        frozenset(_loops_on(directory)),
+        frozenset(_loops_on(directory, _file_systems(pids) - _file_systems([os.getpid()]))),
     )
 
 
@@ -77,18 +79,29 @@ def _start(pid: int) -> int:
     return int(fields[19]) if fields and fields[0] not in ("Z", "X") else 0
 
 
-def _loops_on(directory: Path) -> list[Loop]:
+def _loops_on(directory: Path, file_systems: set[str]) -> list[Loop]:
+    """Return the loop devices on files below the directory, and on file systems that nobody else has."""
     inodes = {path.stat().st_ino for path in directory.rglob("*") if path.is_file() and not path.is_symlink()}
-    return [loop for loop in _all_loops() if loop.inode in inodes]
+    of_directory = f"{os.major(directory.stat().st_dev)}:{os.minor(directory.stat().st_dev)}"
+    return [
+        loop
+        for loop in _all_loops()
+        if loop.file_system in file_systems or (loop.file_system == of_directory and loop.inode in inodes)
+    ]
+
+
+def _file_systems(pids: Iterable[int]) -> set[str]:
+    return {line.split()[2] for pid in pids for line in _read(f"/proc/{pid}/mountinfo").splitlines()}
 
 
 def _all_loops() -> list[Loop]:
+    columns = ("NAME", "BACK-MAJ:MIN", "BACK-INO")
     listed = subprocess.run(
-        ["losetup", "--json", "--list", "--output", "NAME,BACK-INO"], capture_output=True, text=True
+        ["losetup", "--noheadings", "--list", "--output", ",".join(columns)], capture_output=True, text=True
     )
     return [
-        Loop(each["name"], int(each["back-ino"]))
-        for each in json.loads(listed.stdout or '{"loopdevices": []}')["loopdevices"]
+        Loop(device, file_system, int(inode))
+        for device, file_system, inode in map(str.split, listed.stdout.splitlines())
     ]
 
 
