@@ -18,7 +18,7 @@ from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.errors import InvalidField, InvalidRequest
 from csi_driver.node import options
 from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY
-from tests.documents import Row, code, section, table, text_of
+from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
 
 DOCUMENT = text_of("parameters.md")
@@ -164,6 +164,17 @@ def test_the_attributes_of_a_persistent_volume_are_those_that_the_node_reads() -
 def test_the_keys_of_secrets_are_those_that_are_read() -> None:
     text = section(DOCUMENT, "Secrets")
     assert {*SECRET_KEYS, *PASSPHRASE_KEYS, PREVIOUS_KEY} <= set(code(text))
+    management = yaml.safe_load(VALUES.read_text())["management"]
+    assert {management["usernameKey"], management["passwordKey"], management["tls"]["caKey"]} <= set(code(text))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_storage_classes_in_documents_have_parameters_that_are_taken(name: str) -> None:
+    for block in fenced(text_of(name), "yaml"):
+        for made in yaml.safe_load_all(block):
+            classes = made.get("storageClasses", []) + [made] * (made.get("kind") == "StorageClass")
+            for each in classes:
+                parameters.parse({key: str(value) for key, value in each.get("parameters", {}).items()})
 
 
 def test_mount_options_are_treated_as_the_document_says() -> None:
