@@ -1,0 +1,108 @@
+"""The life of a CSI role: what runs along begins before the first call and ends after the last."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+
+from csi_driver import serving
+from csi_driver.deadline import Deadline
+from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.deadlines import Deadlines
+from csi_driver.rpc.inflight import Claims
+from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+from csi_driver.rpc.settings import EndpointSettings
+from tests.unit.rpc.fakes import FakeHealth, FakeNode, Gate, Trace, derived_name, stage
+
+
+@dataclass
+class Role:
+    """A node over fakes, and what happened to it in order."""
+
+    socket: Path
+    drain_s: float
+    node: FakeNode = field(default_factory=lambda: FakeNode(Trace()))
+    events: list[str] = field(default_factory=list)
+
+    def run(self, during: Callable[[csi_pb2_grpc.NodeStub], Callable[[], None]]) -> int:
+        """Serve, call `during` in another thread, send SIGTERM, and call what `during` returned."""
+
+        def act() -> None:
+            with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+                node = csi_pb2_grpc.NodeStub(channel)
+                try:
+                    node.NodeGetInfo(csi_pb2.NodeGetInfoRequest(), timeout=30, wait_for_ready=True)
+                    afterwards = during(node)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                afterwards()
+
+        servicer = NodeServicer(self.node, Deadlines(60))
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(act)
+            status = serving.serve(
+                EndpointSettings(self.socket, drain_s=self.drain_s),
+                Claims(derived_name),
+                "nvmesh-csi.example.com",
+                FakeHealth(),
+                lambda server: csi_pb2_grpc.add_NodeServicer_to_server(servicer, server),
+                self.beside,
+            )
+            acting.result()
+        return status
+
+    @contextmanager
+    def beside(self, boundary: Boundary) -> Iterator[None]:
+        self.events.append("along: begins")
+        yield
+        self.events.append("along: ends")
+
+
+def test_what_runs_along_ends_after_the_last_call(tmp_path: Path) -> None:
+    role = Role(tmp_path / "n.sock", drain_s=30)
+    gate = Gate("stage")
+
+    def is_draining() -> bool:
+        return not role.socket.exists()
+
+    def during(node: csi_pb2_grpc.NodeStub) -> Callable[[], None]:
+        call = node.NodeStageVolume.future(stage())
+        gate.wait_for()
+
+        def afterwards() -> None:
+            assert Deadline.after(30).wait_until(is_draining)
+            role.events.append("call: ends")
+            gate.open()
+            call.result(30)
+
+        return afterwards
+
+    role.node.trace.hook = gate
+    assert role.run(during) == 0
+    assert role.events == ["along: begins", "call: ends", "along: ends"]
+
+
+def test_what_runs_along_ends_also_where_work_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    role = Role(tmp_path / "n.sock", drain_s=0.1)
+    gate = Gate("stage")
+    monkeypatch.setattr(serving, "_leave_now", lambda: role.events.append("leaves"))
+
+    def during(node: csi_pb2_grpc.NodeStub) -> Callable[[], None]:
+        call = node.NodeStageVolume.future(stage())
+        gate.wait_for()
+        call.cancel()  # type: ignore[no-untyped-call]  # the work goes on
+        return lambda: None
+
+    role.node.trace.hook = gate
+    role.run(during)
+    gate.open()
+    assert role.events == ["along: begins", "along: ends", "leaves"]
