@@ -30,6 +30,11 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_document_holds_what_a_merge_left(name: str) -> None:
+    assert re.findall(r"(?m)^(?:<{7}|={7}|>{7})(?: .*)?$", text_of(name)) == []
+
+
 def test_every_document_is_found_from_the_readme() -> None:
     found, new = set[str](), {"README.md"}
     while new:

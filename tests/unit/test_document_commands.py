@@ -41,7 +41,8 @@ KUBECTL: Mapping[str, frozenset[str]] = {
     }.items()
 }
 _OF_A_RELEASE = (
-    "--namespace --create-namespace --set --values --reset-then-reuse-values --install --take-ownership -n -f"
+    "--namespace --create-namespace --set --values --reset-then-reuse-values --install --take-ownership "
+    "--force-conflicts -n -f"
 )
 HELM: Mapping[str, frozenset[str]] = {
     verb: frozenset(flags.split())
@@ -182,7 +183,7 @@ VALUES = [
 @pytest.mark.skipif(helm() is None, reason="needs helm: tests/tools/install-helm")
 @pytest.mark.parametrize("words", RELEASES)
 def test_every_release_in_a_document_can_be_rendered(words: Words) -> None:
-    for_a_cluster = ("--install", "--create-namespace", "--take-ownership")
+    for_a_cluster = ("--install", "--create-namespace", "--take-ownership", "--force-conflicts")
     given = [word.replace("NODE", "node-1") for word in words[2:] if word not in for_a_cluster]
     done = subprocess.run([str(helm()), "template", *given], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
