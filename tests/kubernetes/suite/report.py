@@ -45,7 +45,8 @@ def _overview(runs: Sequence[Run]) -> Iterator[str]:
     minutes = sum(run.seconds for run in runs) / 60
     yield f"| **all** | | **{total[0]}** | **{total[1]}** | **{total[2]}** | {minutes:.0f} | |"
     yield ""
-    versions = {f"{name} {version}" for run in runs for name, version in run.versions.items()}
+    # Without the commit: each selection has its own, and the day tells.
+    versions = {f"{name} {version.partition(' (')[0]}" for run in runs for name, version in run.versions.items()}
     yield f"With {', '.join(sorted(versions))}."
     yield ""
 
