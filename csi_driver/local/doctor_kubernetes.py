@@ -79,7 +79,8 @@ def _registration(patient: Patient, server: ApiServer) -> Iterator[Finding]:
     except ApiFailed as error:
         yield _refused(Check.REGISTRATION, error, "csinodes", "get") or unknown(Check.REGISTRATION, str(error))
         return
-    own = StatusFiles(patient.status_directory).client().uuid or patient.node_name
+    client = StatusFiles(patient.status_directory).client()
+    own = client.uuid or patient.node_name
     if registered is None:
         yield fault(
             Check.REGISTRATION,
@@ -87,6 +88,11 @@ def _registration(patient: Patient, server: ApiServer) -> Iterator[Finding]:
             "it in the node's CSINode object: without it no volume is attached here",
             "see driver and sockets above, and the log of the node's container: it repeats what kubelet says",
         )
+    elif client.uuid is None and client.is_expected:
+        yield unknown(
+            Check.REGISTRATION, f"registered with the node id {registered}; the client does not show its own now",
+            "see client",
+        )  # fmt: skip
     elif registered != own:
         yield fault(
             Check.REGISTRATION,

@@ -418,6 +418,10 @@ def test_kubernetes_is_asked_for_node_taint_registration_and_duplicates(
         assert "node-1, node-2 are registered with one id" in found.of(Check.REGISTRATION, "fault")
         cluster.objects[f"{CSI_NODES}/node-1"] = csi_node("node-1", "old-id")
         assert f"registered as old-id, and is {UUID} now" in machine.look(*flags).of(Check.REGISTRATION, "fault")
+        (machine.status / "status.json").write_text("{}")
+        found = machine.look(*flags)
+        assert "does not show its own now" in found.of(Check.REGISTRATION, "unknown")
+        assert "registered as old-id" not in found.text
         cluster.forbidden = (f"GET {CSI_NODES}", f"GET {NODES}")
         found = machine.look(*flags)
         assert "may not get nodes" in found.of(Check.API_SERVER, "unknown")
