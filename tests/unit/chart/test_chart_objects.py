@@ -262,3 +262,19 @@ def test_the_storage_stays_on_its_node() -> None:
         {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["box"]}]}
     ]
     assert {"operator": "Exists"} in pod["tolerations"], "a cordoned node would not take it back"
+
+
+def test_services_of_the_namespace_do_not_reach_the_programs_environment() -> None:
+    """A Service nvmesh-csi-storage is NVMESH_CSI_STORAGE_PORT to every pod: the program's variables begin so too."""
+    assert [pod["enableServiceLinks"] for pod in render(*EMBEDDED).pods().values()] == [False] * 3
+
+
+def test_only_a_rolling_update_has_terms() -> None:
+    ways = ("controller.updateStrategy.type=Recreate", "node.updateStrategy.type=OnDelete")
+    rendered = render(*NVMESH, *ways)
+    assert rendered.one("Deployment", "controller")["spec"]["strategy"] == {"type": "Recreate"}
+    assert rendered.one("DaemonSet", "node")["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    rolling = render(*NVMESH)
+    terms = rolling.one("DaemonSet", "node")["spec"]["updateStrategy"]["rollingUpdate"]
+    assert terms == {"maxUnavailable": "10%", "maxSurge": 0}
+    assert rolling.one("Deployment", "controller")["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 1

@@ -98,3 +98,11 @@ capabilities: {drop: [ALL]}
 {{- define "nvmesh-csi.hostVolume" -}}
 {{- printf "host-%s" (. | sha256sum | trunc 10) -}}
 {{- end -}}
+
+{{/* How a workload is updated: of another way than RollingUpdate Kubernetes takes no terms of it. */}}
+{{- define "nvmesh-csi.updateStrategy" -}}
+type: {{ .type }}
+{{- if and (eq .type "RollingUpdate") .rollingUpdate }}
+rollingUpdate: {{- toYaml .rollingUpdate | nindent 2 }}
+{{- end }}
+{{- end -}}
