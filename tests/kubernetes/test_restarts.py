@@ -38,7 +38,6 @@ def assert_volumes_come_and_go(stage: Stage, cluster: Cluster, name: str) -> Non
     cluster.wait_gone("pv", volume.volume)
 
 
-@pytest.mark.short
 def test_the_node_plugin_is_upgraded_under_mounted_volumes(stage: Stage, cluster: Cluster, driver: Driver) -> None:
     writers = [Writer(stage, cluster, f"upgraded-{number}") for number in range(2)]
     before = {pod["metadata"]["uid"] for pod in driver.pods("node")}
