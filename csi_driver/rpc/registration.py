@@ -247,13 +247,13 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         """Put a new socket into place that is served already; whatever of ours was there is replaced in one step."""
         settings, before = self._settings, self._served
         _make_directory(settings.directory)
+        with self._verdict.lock:
+            self._verdict.anew_at_s = None  # kubelet may say more before this ends
         try:
             self._served = self._put(settings.drafts)
         except DriverError as error:  # the directories are two mounts here, or its path is too long
             _LOG.debug("the registration socket is made in its own directory: %s", error)
             self._served = self._put(settings.directory)
-        with self._verdict.lock:
-            self._verdict.anew_at_s = None
         if before is not None:
             before.server.stop(_STOP_S)
         _LOG.info("the registration socket %s is in place, for the endpoint %s", settings.socket, settings.endpoint)

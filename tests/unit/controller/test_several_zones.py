@@ -409,6 +409,20 @@ def test_one_zone_that_answers_makes_the_controller_ready() -> None:
     assert world.inventory.ready(deadline=world.deadline())
 
 
+def test_whether_a_management_answers_now_is_asked_anew_and_one_zone_is_enough() -> None:
+    world = two()
+    assert world.inventory.why_unreachable() == ""
+    world.zones["a"].is_reachable = False
+    assert world.inventory.why_unreachable() == ""
+    world.zones["b"].is_reachable = False
+    why = world.inventory.why_unreachable()
+    assert all(f"zone {zone}: " in why for zone in "ab")
+    world.zones["b"].is_reachable = True
+    assert world.inventory.why_unreachable() == ""
+    world.zones.clear()
+    assert world.inventory.why_unreachable() == "no storage management is known"
+
+
 # --- zones that change their names, or go -----------------------------------------------------------------------
 
 

@@ -172,6 +172,27 @@ def test_a_socket_is_complete_when_kubelet_first_sees_it(scene: Scene, monkeypat
     assert os.listdir(scene.drafts) == []
 
 
+@pytest.mark.parametrize("objection", ["", "not now"])
+def test_what_kubelet_says_at_once_is_not_forgotten(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, objection: str
+) -> None:
+    move = Path.rename
+
+    def answered_at_once(draft: Path, target: Path) -> None:
+        move(draft, target)
+        scene.kubelet.visit()
+
+    monkeypatch.setattr(Path, "rename", answered_at_once)
+    scene.kubelet.objection = lambda plugin: objection
+    registration = scene.registration()
+    registration.tend()
+    assert registration.is_registered is not bool(objection)
+    inode = scene.socket().stat().st_ino
+    scene.clock.now_s += module.FIRST_REFUSAL_S
+    registration.tend()
+    assert (scene.socket().stat().st_ino != inode) is bool(objection)
+
+
 def test_where_nothing_can_be_moved_from_elsewhere_it_is_hidden_until_it_is_complete(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
