@@ -136,6 +136,7 @@ def _values_below(node: yaml.Node | None, path: str, lines: list[str]) -> Iterat
         if not is_section:
             yield ChartValue(inner, _written(value), says)
             continue
+        is_said_above = False
         if comment:
             yield ChartValue(inner, "", comment)
         yield from _values_below(value, inner, lines)
