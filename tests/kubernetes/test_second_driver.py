@@ -24,6 +24,7 @@ VALUES: dict[str, Any] = {
     "storageClasses": [{"name": "fast-xfs", "fsType": "xfs", "parameters": {"raidLevel": "concatenated"}}],
     "volumeAttributesClasses": [{"name": "fast-first", "parameters": {"relativeRebuildPriority": 9}}],
     "networkPolicy": {"enabled": True},
+    "test": {"storageClass": "fast-xfs"},
 }
 THERE_BEFORE: Document = {
     "apiVersion": "storage.k8s.io/v1",
@@ -116,6 +117,16 @@ def test_one_pod_has_volumes_of_both_drivers(second: Release, cluster: Cluster) 
     cluster.delete(documents)
     for volume in volumes:
         cluster.wait_gone("pv", volume)
+
+
+def test_helm_tests_the_release_and_nothing_of_it_stays(second: Release, cluster: Cluster) -> None:
+    said = second.helm("test", RELEASE, "--logs", "--timeout", "5m")
+    assert "Succeeded" in said
+    assert "/volume/data: OK" in said
+    cluster.wait_for(
+        lambda: not [pv for pv in cluster.all("pv") if pv["spec"]["csi"]["driver"] == SECOND], "the volume to be gone"
+    )
+    assert cluster.all("pvc", RELEASE) == []
 
 
 def test_an_upgrade_keeps_what_cannot_be_changed_of_a_class(second: Release, cluster: Cluster) -> None:

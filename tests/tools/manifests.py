@@ -79,7 +79,17 @@ def said_digest(text: str) -> str:
 
 def manifests(name: str, program: str) -> str:
     """Render the manifests, with `program` as helm."""
-    words = [program, "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--kube-version", KUBERNETES]
+    words = [
+        program,
+        "template",
+        RELEASE,
+        str(CHART),
+        "--namespace",
+        NAMESPACE,
+        "--kube-version",
+        KUBERNETES,
+        "--skip-tests",
+    ]
     values = DIRECTORY / "values" / f"{name}.yaml"
     done = subprocess.run([*words, "--values", str(values)], capture_output=True, text=True, check=True)
     rendered = _BLANKS.sub("\n", _HELM_ONLY.sub("", _SOURCE.sub("", done.stdout)))

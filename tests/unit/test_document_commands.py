@@ -52,6 +52,7 @@ HELM: Mapping[str, frozenset[str]] = {
         "template": f"{_OF_A_RELEASE} --api-versions",
         "uninstall": "--namespace -n",
         "get": "--namespace -n",
+        "test": "--namespace -n --logs --timeout",
         "show": "",
         "lint": "--values --set -f",
     }.items()
