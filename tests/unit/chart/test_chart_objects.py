@@ -247,10 +247,13 @@ def test_nobody_attaches_twice() -> None:
         assert "--attach-by=node" in by_node.args(container)
 
 
-def test_one_replica_has_no_budget_that_would_hold_up_every_drain() -> None:
+def test_no_budget_holds_up_a_drain_for_ever() -> None:
+    """Of one replica, or where all are on one machine, none could come back before the last one has to go."""
     assert render(*NVMESH, "controller.replicas=1").of("PodDisruptionBudget") == []
+    assert render(*EMBEDDED).of("PodDisruptionBudget") == []
     (budget,) = render(*NVMESH).of("PodDisruptionBudget")
     assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+    assert budget["spec"]["maxUnavailable"] == 1
 
 
 def test_the_storage_stays_on_its_node() -> None:
