@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.client
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
@@ -74,6 +77,32 @@ class Gate:
         self.entered.release()
         assert self.opened.wait(60)
         return Answer(200, f"made {self.made}\n")
+
+
+class _Shared:
+    """One server for all examples of a property."""
+
+    def __init__(self) -> None:
+        self._life = ExitStack()
+        self._server: HttpServer | None = None
+
+    def get(self) -> HttpServer:
+        if self._server is None:
+            self._server = self._life.enter_context(serving())
+        return self._server
+
+    def close(self) -> None:
+        self._life.close()
+        self._server = None
+
+
+_SHARED = _Shared()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_served_afterwards() -> Iterator[None]:
+    yield
+    _SHARED.close()
 
 
 # --- what is served ---------------------------------------------------------------------------------------------
@@ -196,6 +225,28 @@ def test_garbage_is_refused_in_the_words_of_http(sent: bytes, status: int) -> No
     with serving() as server:
         assert say(server, sent).startswith(f"HTTP/1.1 {status} ".encode())
         assert ask(server, "/healthz").status == 200
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"GET", b"HEAD", b" ", b"/healthz", b"/", b" HTTP/1.1", b"HTTP/", b"\r\n", b"\n", b"http://", b"?"]
+        )
+        | st.binary(max_size=20),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_whatever_is_sent_is_answered_or_closed_and_others_are_served(parts: list[bytes], hangs_up: bool) -> None:
+    server = _SHARED.get()
+    with connect(server) as client:
+        client.sendall(b"".join(parts))
+        if not hangs_up:
+            client.shutdown(socket.SHUT_WR)
+            answer = all_of(client)
+            assert answer == b"" or re.match(rb"HTTP/1\.1 [2-5]\d\d ", answer)
+    assert ask(server, "/healthz").status == 200
 
 
 def test_a_request_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
