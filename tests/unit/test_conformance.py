@@ -159,6 +159,12 @@ def test_the_page_names_every_test_with_its_outcome_and_reason() -> None:
     assert "Kubernetes v1.2.3" in page
 
 
+def test_selections_that_were_not_run_are_named() -> None:
+    page = report.markdown([a_run(results.Outcome("[Testpattern: P] s works", "passed"))])
+    (line,) = (line for line in page.splitlines() if line.startswith("No result is at hand"))
+    assert [name for name in NAMES if f"{name} (" in line] == [name for name in NAMES if name != "fast"]
+
+
 def test_a_test_that_another_selection_ran_is_not_listed_as_not_run() -> None:
     name = "[Testpattern: P] suite [Feature:SELinux] mounts"
     alone = report.markdown([a_run(filtered=(name,))])

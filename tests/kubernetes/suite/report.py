@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from tests.kubernetes.suite.results import PASSED, SKIPPED, Outcome, Run, Undefined
-from tests.kubernetes.suite.selections import NOT_RUN, named
+from tests.kubernetes.suite.selections import NOT_RUN, SELECTIONS, named
 
 _HEAD = """\
 # Conformance
@@ -49,6 +49,11 @@ def _overview(runs: Sequence[Run]) -> Iterator[str]:
     versions = {f"{name} {version.partition(' (')[0]}" for run in runs for name, version in run.versions.items()}
     yield f"With {', '.join(sorted(versions))}."
     yield ""
+    if missing := [
+        f"{each.name} ({each.title})" for each in SELECTIONS if each.name not in {r.selection for r in runs}
+    ]:
+        yield f"No result is at hand of these selections: {', '.join(missing)}."
+        yield ""
 
 
 def _not_run(runs: Sequence[Run]) -> Iterator[str]:
