@@ -18,12 +18,13 @@ REGISTRY = "/var/lib/kubelet/plugins_registry"
 def driver_is_left_well(driver: Driver, cluster: Cluster) -> Iterator[None]:
     yield
     driver.wait_ready()
-    cluster.wait_for(lambda: is_registered(cluster), "the node to know the driver")
+    cluster.wait_for(lambda: is_registered(cluster), "every node to know the driver")
 
 
 def is_registered(cluster: Cluster) -> bool:
-    (node,) = cluster.all("csinodes")
-    return any(each["name"] == NAME for each in node["spec"].get("drivers") or [])
+    """Tell whether kubelet has the driver registered, on every node."""
+    known = [[each["name"] for each in node["spec"].get("drivers") or []] for node in cluster.all("csinodes")]
+    return bool(known) and all(NAME in names for names in known)
 
 
 def assert_volumes_come_and_go(stage: Stage, cluster: Cluster, name: str) -> None:
@@ -107,5 +108,5 @@ def test_a_registration_that_is_taken_away_comes_back(stage: Stage, cluster: Clu
         return there.status == 0 and there.stdout != inode
 
     cluster.wait_for(is_back, "the registration socket to be back")
-    cluster.wait_for(lambda: is_registered(cluster), "the node to know the driver again")
+    cluster.wait_for(lambda: is_registered(cluster), "every node to know the driver again")
     assert_volumes_come_and_go(stage, cluster, "registered-again")
