@@ -304,7 +304,9 @@ def _bound(settings: HttpSettings) -> socket.socket:
 
 def _listening(settings: HttpSettings) -> socket.socket:
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # For text Python loads its tables of international names, 1 MiB, before it looks what the text is.
+        host = settings.host.encode() if settings.host.isascii() else settings.host
+        found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:

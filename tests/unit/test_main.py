@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import http.client
+import importlib.metadata
 import json
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ import pytest
 
 import csi_driver
 from csi_driver import __main__ as program
+from csi_driver.config.version import driver_version
 from csi_driver.deadline import Deadline
 from csi_driver.local.stack import free_port
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
@@ -55,7 +58,12 @@ def test_a_command_line_that_cannot_be_used_is_status_2(capsys: pytest.CaptureFi
 
 def test_version_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["version"]) == 0
-    assert re.fullmatch(r"[0-9][^\s]*\n", capsys.readouterr().out)
+    assert capsys.readouterr().out == f"{importlib.metadata.version('nvmesh-csi-driver')}\n"
+
+
+def test_code_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", ["", "archive.zip", str(tmp_path)])
+    assert driver_version() == "0+source"
 
 
 def test_a_role_that_cannot_start_is_status_1_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
