@@ -322,19 +322,20 @@ class LinuxDevices:
             limit = max(1, limit - len(self._status.shown() - devices))
         return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
 
-    def foreign(self) -> int:
-        """Return how many volumes are attached here that no CSI driver attached. Reads a small file for each volume.
+    def unnamed(self) -> tuple[str, ...]:
+        """Return the uuids of attachments that no CSI driver is seen to hold. Reads a small file or two for each.
 
         Drivers attach under an id of the handle; whoever names none gets the volume's uuid. So do handles without such
-        an id, of the drivers up to 1.4: those volumes are told by the name that all drivers of this family give.
+        an id, static ones and those of the drivers up to 1.4: of the latter the volumes are told by their name.
         """
         try:
             names = [entry.name for entry in self._root.iterdir()]
         except OSError:
-            return 0
-        return sum(self._is_foreign(name) for name in names)
+            return ()
+        shown = (self._status.volume(name) for name in names if self._is_unnamed(name))
+        return tuple(status.uuid for status in shown if status is not None)
 
-    def _is_foreign(self, name: str) -> bool:
+    def _is_unnamed(self, name: str) -> bool:
         ids = self._status.reference_ids(name) if is_volume_name(name) else None
         return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
 

@@ -13,6 +13,8 @@ from csi_driver.host.devices import LinuxDevices
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.management.cluster_names import read_cluster_names
+from csi_driver.node.identity import foreign
+from csi_driver.node.marks import MarkFiles, mark_directory
 from csi_driver.node.zone import NodeZone, same_host
 
 _CONNECT_S = 3.0
@@ -24,12 +26,13 @@ def client(patient: Patient) -> Iterator[Finding]:
     """Look whether the client runs and can be used."""
     directory = patient.status_directory
     devices = LinuxDevices(patient.device_directory, directory)
-    found, foreign = devices.client(), devices.foreign()
+    found = devices.client()
+    others_hold = foreign(devices, MarkFiles(mark_directory(patient.state_directory)))
     if found.problem:
         yield fault(Check.CLIENT, f"the storage client is of no use: {found.problem}", "a working client", _START)
     if found.uuid is not None:
         limit = f"at most {found.volume_limit} volumes" if found.volume_limit else "any number of volumes"
-        others = f", of which {foreign} are attached by something else than CSI" if foreign else ""
+        others = f", of which {others_hold} are attached by something else than CSI" if others_hold else ""
         yield fine(Check.CLIENT, f"the storage client runs; its uuid, the node's id, is {found.uuid}; {limit}{others}")
     elif found.is_upgrading:
         yield warning(

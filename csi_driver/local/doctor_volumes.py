@@ -12,7 +12,7 @@ from csi_driver.host.mounts import read_table
 from csi_driver.local.doctor_findings import Check, Finding, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.local.held import held_in
-from csi_driver.node.marks import RAW, USED, MarkFiles
+from csi_driver.node.marks import RAW, USED, MarkFiles, mark_directory
 
 _USE = (RAW, USED)
 
@@ -50,7 +50,7 @@ def volumes(patient: Patient) -> Iterator[Finding]:
 
 def marks(patient: Patient) -> Iterator[Finding]:
     """Look through what the node remembers of formats and of use."""
-    directory = patient.state_directory / "format-marks"
+    directory = mark_directory(patient.state_directory)
     kept = MarkFiles(directory)
     begun = used = 0
     for path in sorted(directory.glob("*.mark")):

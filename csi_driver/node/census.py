@@ -27,7 +27,7 @@ class Census:
     """Counts volumes by the mount table, in a thread that can be lost to a mount that hangs."""
 
     def __init__(
-        self, *, mounts: Mounts, read_only_devices: ReadOnlyDevices, ownership: Ownership, driver_name: str
+        self, mounts: Mounts, read_only_devices: ReadOnlyDevices, ownership: Ownership, *, driver_name: str
     ) -> None:
         self._mounts = mounts
         self._read_only_devices = read_only_devices

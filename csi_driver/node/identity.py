@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csi_driver.errors import DriverError, StorageUnavailable
+from csi_driver.errors import DriverError, HostFailure, StorageUnavailable
+from csi_driver.node.marks import Marks
 from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.requests import NodeInfo, NodeSettings
 from csi_driver.node.zone import NodeZone
@@ -13,8 +14,9 @@ from csi_driver.node.zone import NodeZone
 class Identity:
     """NodeGetInfo, and the node's part of Probe."""
 
-    def __init__(self, *, devices: Devices, tools: Tools, zone: NodeZone, settings: NodeSettings) -> None:
+    def __init__(self, *, devices: Devices, tools: Tools, zone: NodeZone, marks: Marks, settings: NodeSettings) -> None:
         self._devices = devices
+        self._marks = marks
         self._zone = zone
         self._tools = tools
         self._settings = settings
@@ -55,7 +57,7 @@ class Identity:
         """
         limits = (self._settings.max_volumes_per_node, self._client_limit)
         limit = min((limit for limit in limits if limit), default=0)
-        return max(1, limit - self._devices.foreign()) if limit else 0
+        return max(1, limit - foreign(self._devices, self._marks)) if limit else 0
 
     def why_not_ready(self) -> str:
         """Tell why this node could not be registered, or serve, now; empty = it could."""
@@ -73,3 +75,20 @@ class Identity:
         except DriverError as problem:
             found.append(str(problem))
         return found
+
+
+def foreign(devices: Devices, marks: Marks) -> int:
+    """Return how many volumes somebody else than CSI attached to this node.
+
+    A static handle leaves nothing in the storage that tells it from a hand, but its use on this node is on record here.
+    One whose record outlived its use counts as CSI's: a limit too high is refused by the controller, one too low keeps
+    pods away for nothing.
+    """
+    return sum(not _was_used(marks, uuid) for uuid in devices.unnamed())
+
+
+def _was_used(marks: Marks, uuid: str) -> bool:
+    try:
+        return marks.read(uuid) is not None
+    except HostFailure:
+        return True  # there is one, though it cannot be read, and nobody but this driver makes any

@@ -97,6 +97,11 @@ def put_to_use_before(marks: Marks, volume_uuid: str | None, attachment: int) ->
     return mark.attachment
 
 
+def mark_directory(state_directory: Path) -> Path:
+    """Return where in a node's state its marks are."""
+    return state_directory / "format-marks"
+
+
 class MarkFiles:
     """Marks as small files, one per volume, in a directory that survives a reboot."""
 

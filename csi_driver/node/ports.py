@@ -76,8 +76,8 @@ class Devices(Protocol):
         """Return what is known now of this node's storage client. Cheap; touches no device."""
         ...
 
-    def foreign(self) -> int:
-        """Return how many volumes are attached here that no CSI driver attached. Touches no device."""
+    def unnamed(self) -> tuple[str, ...]:
+        """Return the uuids of attachments that no CSI driver is seen to hold. Touches no device."""
         ...
 
     def status(self, name: str) -> VolumeStatus | None:

@@ -14,7 +14,7 @@ from csi_driver.node.health import NodeHealth
 from csi_driver.node.identity import Identity
 from csi_driver.node.joining import Joining
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import MarkFiles, Marks
+from csi_driver.node.marks import MarkFiles, Marks, mark_directory
 from csi_driver.node.ownership import Ownership
 from csi_driver.node.ports import (
     Attachments,
@@ -53,7 +53,7 @@ class NodeUseCases:
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
     """Return the marks as files under the settings' state directory; the oldest that nobody needs go first."""
-    marks = MarkFiles(Path(settings.state_directory) / "format-marks")
+    marks = MarkFiles(mark_directory(Path(settings.state_directory)))
     marks.forget_oldest()
     return marks
 
@@ -96,7 +96,8 @@ def assemble(
     statistics = Statistics(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
     )
-    identity = Identity(devices=devices, tools=tools, zone=zone or _zone_given(settings), settings=settings)
+    where = zone or _zone_given(settings)
+    identity = Identity(devices=devices, tools=tools, zone=where, marks=kept, settings=settings)
     reconcile = Reconcile(
         read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
         driver_name=settings.driver_name
@@ -105,8 +106,7 @@ def assemble(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
-    name = settings.driver_name
-    census = Census(mounts=mounts, read_only_devices=read_only_devices, ownership=ownership, driver_name=name)
+    census = Census(mounts, read_only_devices, ownership, driver_name=settings.driver_name)
     return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy)
 
 

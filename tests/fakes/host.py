@@ -156,7 +156,7 @@ class FakeHost:
         self.client_is_expected = False
         self.client_problem = ""
         self.client_limit = 0
-        self.foreign_attachments = 0
+        self.unnamed_attachments: tuple[str, ...] = ()
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
         self.encryption = FakeEncryption(self)
@@ -374,8 +374,8 @@ class FakeDevices:
             volume_limit=host.client_limit if host.client is not None else 0,
         )
 
-    def foreign(self) -> int:
-        return self._host.foreign_attachments
+    def unnamed(self) -> tuple[str, ...]:
+        return self._host.unnamed_attachments
 
     def status(self, name: str) -> VolumeStatus | None:
         disk = self._host.disks.get(name)

@@ -10,6 +10,7 @@ import pytest
 from csi_driver.host.devices import LinuxDevices
 
 UUID = "01234567-89ab-4567-89ab-0123456789ef"
+OF_VOLUME = "11234567-89ab-4567-89ab-0123456789ef"
 BY_CSI, BY_HAND = "default", UUID
 
 
@@ -24,13 +25,14 @@ def attach(tmp_path: Path, name: str, *ids: str, has_device: bool = True) -> Non
     """Write what the client shows of an attachment."""
     shown = tmp_path / "proc/volumes" / name
     shown.mkdir()
+    (shown / "status.json").write_text(json.dumps({"name": name, "uuid": OF_VOLUME}))
     (shown / "blob.txt").write_text("\n".join(("encoding_version=1", f"n_strings={len(ids)}", *ids, "")))
     if has_device:
         (tmp_path / "dev" / name).touch()
 
 
 @pytest.mark.parametrize(
-    ("name", "ids", "foreign"),
+    ("name", "ids", "unnamed"),
     [
         ("csi-0123", (BY_CSI,), 0),
         ("by-hand", (BY_HAND,), 1),
@@ -40,24 +42,24 @@ def attach(tmp_path: Path, name: str, *ids: str, has_device: bool = True) -> Non
         ("static", ("r-0123",), 0),
     ],
 )
-def test_an_attachment_is_foreign_where_no_driver_holds_it(
-    tmp_path: Path, name: str, ids: tuple[str, ...], foreign: int
+def test_an_attachment_is_told_where_no_driver_is_seen_to_hold_it(
+    tmp_path: Path, name: str, ids: tuple[str, ...], unnamed: int
 ) -> None:
     devices = machine(tmp_path)
     attach(tmp_path, name, *ids)
-    assert devices.foreign() == foreign
+    assert devices.unnamed() == (OF_VOLUME,) * unnamed
 
 
-def test_an_attachment_that_says_nothing_is_not_foreign(tmp_path: Path) -> None:
+def test_an_attachment_that_says_nothing_is_not_told(tmp_path: Path) -> None:
     devices = machine(tmp_path)
     (tmp_path / "dev/by-hand").touch()
-    assert devices.foreign() == 0
+    assert devices.unnamed() == ()
 
 
 def test_hidden_attachments_take_places_and_every_answer_is_a_new_one(tmp_path: Path) -> None:
     devices = machine(tmp_path)
-    assert (devices.client().volume_limit, devices.foreign()) == (1024, 0)
+    assert (devices.client().volume_limit, len(devices.unnamed())) == (1024, 0)
     attach(tmp_path, "hidden", BY_HAND, has_device=False)
-    assert (devices.client().volume_limit, devices.foreign()) == (1023, 0)
+    assert (devices.client().volume_limit, len(devices.unnamed())) == (1023, 0)
     attach(tmp_path, "by-hand", BY_HAND)
-    assert (devices.client().volume_limit, devices.foreign()) == (1023, 1)
+    assert (devices.client().volume_limit, len(devices.unnamed())) == (1023, 1)

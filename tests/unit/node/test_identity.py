@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
+
 import pytest
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.model import ClusterNames
+from csi_driver.model import BlockAccess, ClusterNames, MountAccess
 from csi_driver.node.identity import Identity
+from csi_driver.node.marks import MarkFiles
 from csi_driver.node.requests import NodeInfo, NodeSettings
 from csi_driver.node.zone import NodeZone
-from tests.fakes.node import FakeNode
+from tests.fakes.node import BLOCK, EXT4, NAME, OTHER_UUID, UUID, FakeNode
 
 SETTINGS = NodeSettings("node-1", "/nowhere", zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
 
@@ -47,10 +51,34 @@ def test_what_others_attached_is_taken_off_the_limit_and_asked_for_each_time(
     node = FakeNode(settings=NodeSettings("node-1", "/nowhere", max_volumes_per_node=configured))
     node.host.client_limit = of_client
     before = node.use.identity.info().max_volumes
-    node.host.foreign_attachments = foreign
+    node.host.unnamed_attachments = tuple(str(uuid.uuid4()) for _ in range(foreign))
     assert node.use.identity.info().max_volumes == told
-    node.host.foreign_attachments = 0
+    node.host.unnamed_attachments = ()
     assert node.use.identity.info().max_volumes == before
+
+
+@pytest.mark.parametrize("access", [BLOCK, EXT4])
+def test_what_csi_uses_under_a_static_handle_is_not_taken_off_as_the_orchestrator_counts_it(
+    access: BlockAccess | MountAccess,
+) -> None:
+    node = FakeNode(settings=SETTINGS)
+    node.host.attach(NAME, UUID)
+    node.host.unnamed_attachments = (UUID, OTHER_UUID)
+    assert node.use.identity.info().max_volumes == 5
+    node.stage(access=access)
+    node.publish(access=access)
+    assert node.use.identity.info().max_volumes == 6
+
+
+def test_a_record_that_cannot_be_read_is_one_of_csi(tmp_path: Path) -> None:
+    node = FakeNode(settings=SETTINGS)
+    (tmp_path / f"{UUID}.mark").write_text("torn")
+    node.host.unnamed_attachments = (UUID, OTHER_UUID)
+    zone = NodeZone(given="z", topology_key=None, node_name="n", client_servers=tuple, clusters=ClusterNames)
+    identity = Identity(
+        devices=node.host.devices, tools=node.host.tools, zone=zone, marks=MarkFiles(tmp_path), settings=SETTINGS
+    )
+    assert identity.info().max_volumes == 6
 
 
 def test_the_problems_of_the_machine_are_passed_on() -> None:
@@ -65,7 +93,9 @@ def test_a_zone_that_is_not_clear_keeps_the_node_from_work_and_is_told_to_probe(
         given=None, topology_key=None, node_name="n", client_servers=tuple,
         clusters=lambda: ClusterNames({"a": ("m1",), "b": ("m2",)}),
     )  # fmt: skip
-    identity = Identity(devices=node.host.devices, tools=node.host.tools, zone=zone, settings=SETTINGS)
+    identity = Identity(
+        devices=node.host.devices, tools=node.host.tools, zone=zone, marks=node.marks, settings=SETTINGS
+    )
     with pytest.raises(PreconditionFailed, match="none of the zones a, b"):
         identity.info()
     (problem,) = identity.problems()
