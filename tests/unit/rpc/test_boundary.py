@@ -317,7 +317,7 @@ def test_work_that_outlives_its_caller_is_under_way_and_grows_older(endpoint: En
     call = 'service="csi.v1.Node",method="NodeStageVolume"'
     assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 1"]
     first, second = (float(lines(endpoint, "operation_age_seconds")[0].split()[-1]) for _ in range(2))
-    assert 0.3 <= first < second
+    assert 0 < first < second
     gate.open()
     assert endpoint.boundary.running.wait_for_none(30) == []
     assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 0"]
