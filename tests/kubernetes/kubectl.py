@@ -107,13 +107,14 @@ class Cluster:
     def delete(self, documents: Iterable[Document]) -> None:
         """Delete objects, pods first, and wait until they are gone."""
         ordered = sorted(documents, key=lambda document: _DELETED_LATE.get(document["kind"], 0))
+        groups: dict[tuple[str, str], list[str]] = {}
         for document in ordered:
-            self.kubectl(
-                "delete", document["kind"], document["metadata"]["name"], "-n", _namespace(document),
-                "--ignore-not-found", "--wait=false",
-            )  # fmt: skip
-        for document in ordered:
-            self.wait_gone(document["kind"], document["metadata"]["name"], _namespace(document))
+            groups.setdefault((document["kind"], _namespace(document)), []).append(document["metadata"]["name"])
+        for (kind, namespace), names in groups.items():
+            self.kubectl("delete", kind, *names, "-n", namespace, "--ignore-not-found", "--wait=false")
+        for (kind, namespace), names in groups.items():
+            there = ("get", kind, *names, "-n", namespace, "--ignore-not-found", "-o", "name")
+            self.wait_for(lambda there=there: not self.kubectl(*there), f"{kind} {names} in {namespace} to be gone")  # type: ignore[misc]
 
     def wait_gone(self, kind: str, name: str, namespace: str = "default") -> None:
         """Wait until an object does not exist any more."""
