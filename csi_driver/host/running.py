@@ -22,7 +22,8 @@ _PROGRAM_WITHIN = 4
 def find_running(roles: Sequence[str]) -> RunningRole | None:
     """Return the process of one of these roles; None where there is none, or one cannot be chosen.
 
-    Only those that see the same mounts are meant. Of several the container's first process is.
+    Only those that see the same mounts are meant, and that run as the same user: what one is told names files to read
+    and servers to log in to. Of several the container's first process is.
     """
     found = list(_running(roles))
     first = [each for each in found if each.pid == 1]
@@ -30,13 +31,14 @@ def find_running(roles: Sequence[str]) -> RunningRole | None:
 
 
 def _running(roles: Sequence[str]) -> Iterator[RunningRole]:
-    own = _mount_namespace(_PROC / "self")
+    own = _PROC / "self"
+    namespace, users = _mount_namespace(own), _users(own)
     for directory in _PROC.iterdir():
         if not directory.name.isdecimal() or int(directory.name) == os.getpid():
             continue
         try:
             called = called_in(_words(directory / "cmdline"), roles)
-            if not called or _mount_namespace(directory) != own:
+            if not called or _mount_namespace(directory) != namespace or _users(directory) != users:
                 continue
             environ = dict(word.partition("=")[::2] for word in _words(directory / "environ"))
         except OSError:
@@ -69,6 +71,12 @@ def log_of(role: RunningRole) -> TextIO | None:
 
 def _mount_namespace(directory: Path) -> str:
     return str((directory / "ns/mnt").readlink())
+
+
+def _users(directory: Path) -> str:
+    """Return the real, effective, saved and filesystem user: a program with set-user-ID is called by somebody else."""
+    lines = (directory / "status").read_text(errors="replace").splitlines()
+    return next((line for line in lines if line.startswith("Uid:")), "")
 
 
 def _words(file: Path) -> list[str]:

@@ -49,3 +49,10 @@ def test_a_node_of_another_container_is_not_meant() -> None:
 
 def test_of_several_nodes_none_is_guessed() -> None:
     assert found("", "") == "None None"
+
+
+@pytest.mark.parametrize("user", ["--reuid=65534", "--ruid=65534", "--euid=65534"])
+def test_what_another_user_calls_a_node_is_believed_nothing(user: str) -> None:
+    """A real user of its own is what a program with set-user-ID has, which anybody can call with any arguments."""
+    assert found(f"setpriv {user}") == "None None"
+    assert found("", f"setpriv {user}") == "--zone=plain None"
