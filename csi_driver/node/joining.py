@@ -23,8 +23,6 @@ from csi_driver.node.ports import Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
 from csi_driver.node.requests import NodePublishRequest
 
-ROOT = "/"
-
 
 class Joining:
     """Knows which readers join, and mounts the filesystem for their publications. Only read-only attachments do."""

@@ -10,7 +10,7 @@ from csi_driver.handover import PublishContext
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
-from csi_driver.node.joining import ROOT, Joining
+from csi_driver.node.joining import Joining
 from csi_driver.node.luks_options import encrypted_by
 from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
 from csi_driver.node.options import mount_flags
@@ -165,7 +165,8 @@ class Publish:
             published = self._joining.mount(task, target, deadline=deadline)
         if published is None:
             raise PreconditionFailed(f"nothing is mounted at {target}, wanted volume {task.volume}; call again")
-        self._accept(published, task.volume, target, task.device, ROOT, read_only=True)
+        # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.
+        self._accept(published, task.volume, target, task.device, published.root, read_only=True)
 
     def _make_target_directory(self, volume: NamedVolume, target: Path) -> None:
         if self._paths.kind(target) == "file":

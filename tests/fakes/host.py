@@ -56,7 +56,7 @@ _ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
 class FakeFilesystem:
     """A filesystem on a disk. `complete` is False while mkfs is at work, and stays so when it is cut off.
 
-    Without a `uuid` it has that of the volume it was made on.
+    Without a `uuid` it has that of the volume it was made on. `root` is what is mounted of it where nothing says other.
     """
 
     fs_type: str
@@ -68,6 +68,7 @@ class FakeFilesystem:
     uuid: str = ""
     is_damaged: bool = False
     checks: int = 0
+    root: str = "/"
 
 
 @dataclass
@@ -477,7 +478,7 @@ class FakeMounts:
         disk.superblock_read_only = read_only
         disk.was_used = True
         shown = frozenset(options) | (frozenset() if _ACCESS_TIMES & set(options) else {"relatime"})
-        host.table.append(_Entry(target, disk, None, str(device.path), "/", fs_type, read_only, shown))
+        host.table.append(_Entry(target, disk, None, str(device.path), held.root, fs_type, read_only, shown))
         host.step("after mount")
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:

@@ -80,6 +80,15 @@ def test_calls_that_are_repeated_change_nothing(readers: FakeNode) -> None:
     assert readers.host.mounts_at(STAGING_2) == 0
 
 
+def test_a_reader_joins_in_a_filesystem_whose_root_is_a_subvolume(readers: FakeNode) -> None:
+    filesystem = readers.host.disks[NAME].filesystem
+    assert filesystem is not None
+    filesystem.root = "/@/snapshot"
+    for _ in range(2):
+        publish(readers, SECOND, STAGING_2, TARGET)
+    assert readers.host.mounts_at(TARGET) == 1
+
+
 def test_the_first_reader_leaves_without_the_second(readers: FakeNode) -> None:
     publish(readers, FIRST, STAGING, OTHER_TARGET)
     publish(readers, SECOND, STAGING_2, TARGET)
