@@ -96,8 +96,9 @@ class Server:
 
     def close(self) -> None:
         """Close the idle connections. The session on the server ends by its own expiry."""
+        if not self._is_closed:
+            self._metrics.end(self.url)
         self._is_closed = True
-        self._metrics.up.pop(self.url, None)
         self._transport.close()
 
     # --- asking -----------------------------------------------------------------------------------------
@@ -129,13 +130,13 @@ class Server:
             return answer
 
     def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
-        self._metrics.up[self.url] = False
+        self._metrics.works(self.url, False)
         if self.gate.failed(took_s, timed_out=error.timed_out):
             self._metrics.failures.add(self.url)
             _log.warning("management server %s is left alone for a while: %s", self.url, error)
 
     def _answered(self) -> None:
-        self._metrics.up[self.url] = True
+        self._metrics.works(self.url, True)
         if self.gate.answered():
             _log.info("management server %s works again", self.url)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -77,8 +78,10 @@ class ManagementMetrics:
             )
         )
     )
-    up: dict[str, bool] = field(default_factory=dict)
-    """Whether a server worked when it was last asked; one that was never asked counts as working."""
+    _up: dict[str, bool] = field(default_factory=dict)
+    _users: dict[str, int] = field(default_factory=dict)
+    """Clients of each server: while credentials change there are two for a moment."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def asked(self, server: str, outcome: str, took_s: float) -> None:
         """Note what became of a request."""
@@ -86,18 +89,36 @@ class ManagementMetrics:
         self.durations.observe(took_s, server)
 
     def begin(self, server: str) -> None:
-        """Note that there is such a server."""
-        self.up[server] = True
+        """Note that a client has this server; one that was never asked counts as working."""
+        with self._lock:
+            self._users[server] = self._users.get(server, 0) + 1
+            self._up.setdefault(server, True)
         for counter in (self.logins, self.failures):
             counter.add(server, amount=0)
+
+    def works(self, server: str, does: bool) -> None:
+        """Note whether a server worked when it was asked; of one that no client has any more, nothing."""
+        with self._lock:
+            if server in self._up:
+                self._up[server] = does
+
+    def end(self, server: str) -> None:
+        """Note that a client has this server no more."""
+        with self._lock:
+            self._users[server] -= 1
+            if not self._users[server]:
+                del self._users[server], self._up[server]
+
+    def _states(self) -> list[Sample]:
+        with self._lock:
+            return [((server,), int(works)) for server, works in sorted(self._up.items())]
 
     def measurements(self) -> list[Measurement]:
         """Return all of it."""
         description = Description(
             "nvmesh_csi_management_server_up", "1: the management server worked when it was last asked.", _SERVER
         )
-        up = Reading(description, lambda: [((server,), int(works)) for server, works in sorted(self.up.items())])
-        return [self.requests, self.durations, self.logins, self.failures, up]
+        return [self.requests, self.durations, self.logins, self.failures, Reading(description, self._states)]
 
 
 def node(

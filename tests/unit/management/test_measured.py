@@ -80,3 +80,27 @@ def test_a_server_that_is_served_no_more_is_not_shown_as_up(
     assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
     client.close()
     assert "server_up{" not in exposition(metrics.measurements())
+
+
+def test_a_server_that_is_still_served_under_new_settings_keeps_its_state(
+    server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
+) -> None:
+    before = connect(server.url, metrics=metrics)
+    after = connect(server.url, metrics=metrics)
+    for _ in range(2):
+        before.close()
+        assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+    after.close()
+    assert "server_up{" not in exposition(metrics.measurements())
+
+
+def test_a_request_that_ends_after_its_server_was_given_up_leaves_no_alarm(
+    server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
+) -> None:
+    client = connect(server.url, metrics=metrics)
+    client.close()
+    server.on("GET", INFO, Breaks())
+    with pytest.raises(DriverError):
+        client.system_info(deadline=deadline)
+    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
+    assert "server_up{" not in exposition(metrics.measurements())
