@@ -93,6 +93,8 @@ def test_no_other_node_may_change(act: Change, node: str, pod_on: str) -> None:
         ('{"metadata": {"annotations": {"policy.example.com/x": "y"}}}', "it may change nothing else"),
         ('{"metadata": {"finalizers": ["policy.example.com/x"]}}', "it may change nothing else"),
         ('{"spec": {"unschedulable": true}}', "it may change nothing else"),
+        ('{"spec": {"providerID": "policy.example.com/x"}}', "it may change nothing else"),
+        ('{"spec": {"podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24"]}}', "it may change nothing else"),
         ('{"spec": {"taints": [{"key": "x", "effect": "PreferNoSchedule"}]}}', f"of taints it may remove {TAINT}"),
     ],
 )

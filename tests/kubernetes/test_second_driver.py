@@ -140,6 +140,16 @@ def test_an_upgrade_keeps_what_cannot_be_changed_of_a_class(second: Release, clu
     assert class_of(cluster, name) == ("Retain", "Immediate", {"raidLevel": "concatenated"})
 
 
+def test_an_upgrade_that_kubernetes_would_refuse_halfway_changes_nothing(second: Release, cluster: Cluster) -> None:
+    """`attachRequired` stays as it is, so everything does: a release without attacher could attach nothing."""
+    before = second.helm("get", "manifest", RELEASE)
+    words = ("upgrade", RELEASE, str(CHART), "-n", RELEASE, "--reset-then-reuse-values", "--set", "attachBy=node")
+    refused = cluster.run("helm", *words)
+    assert refused.status != 0
+    assert f"CSIDriver object {SECOND} of this cluster has attachRequired: true" in refused.stderr
+    assert second.helm("get", "manifest", RELEASE) == before
+
+
 def test_kubelet_refuses_a_second_driver_with_another_zone_under_the_same_key(
     second: Release, cluster: Cluster
 ) -> None:

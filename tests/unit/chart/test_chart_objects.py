@@ -71,7 +71,8 @@ def test_ports_that_probes_and_services_name_are_there_and_no_two_are_one(varian
         assert len({port["containerPort"] for port in ports}) == len(ports), role
         for container in pod["containers"]:
             own = {port["name"] for port in container.get("ports", [])}
-            probes = [container[kind] for kind in ("livenessProbe", "readinessProbe") if kind in container]
+            kinds = ("livenessProbe", "readinessProbe", "startupProbe")
+            probes = [container[kind] for kind in kinds if kind in container]
             assert all(probe["httpGet"]["port"] in own for probe in probes), role
     for service in rendered.of("Service"):
         pods = {port["name"] for each in rendered.pods()["storage"]["containers"] for port in each["ports"]}
@@ -200,6 +201,24 @@ def test_pods_get_the_time_that_the_driver_takes_to_end() -> None:
     pods = render(*NVMESH).pods()
     for role in ("controller", "node"):
         assert pods[role]["terminationGracePeriodSeconds"] > DRAIN.default
+
+
+def test_sidecars_outlive_a_management_that_is_away() -> None:
+    """They listen no sooner than the driver is ready: whoever kills them for that makes them start ever more rarely."""
+    for name in ("provisioner", "attacher", "resizer"):
+        probe = render(*NVMESH).container(f"controller/{name}")["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 24 * 60 * 60
+        assert probe["periodSeconds"] <= 5, "provisioning goes on as late as this after the management is back"
+
+
+def test_a_directory_that_is_named_twice_is_mounted_once() -> None:
+    """Kubernetes takes no two mounts at one place."""
+    for name, sets in {
+        "node/driver": (*NVMESH, "node.extraPathRoots={/srv,/srv,/var/lib/kubelet}"),
+        "storage/storage": (*EMBEDDED, "storage.poolDirectory=/run/x", "storage.statusDirectory=/run/x"),
+    }.items():
+        mounts = render(*sets).container(name)["volumeMounts"]
+        assert len({mount["mountPath"] for mount in mounts}) == len(mounts)
 
 
 def test_leaders_are_elected_wherever_two_may_run() -> None:

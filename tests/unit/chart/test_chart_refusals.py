@@ -41,6 +41,10 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
         ({"storage": {"flags": {"overcommit": "yes"}}}, "at '/storage/flags/overcommit': got string, want boolean"),
         ({"csiDriver": {"nodeAllocatableUpdatePeriodSeconds": 5}}, "nodeAllocatableUpdatePeriodSeconds"),
         ({"fullnameOverride": "a" * 41}, "at '/fullnameOverride'"),
+        ({"image": {"repository": "example.com/csi:1.0"}}, "at '/image/repository'"),
+        ({"image": {"repository": "https://example.com/csi"}}, "at '/image/repository'"),
+        ({"global": {"imageRegistry": "https://mirror.example.com"}}, "at '/global/imageRegistry'"),
+        ({"node": {"startupTaint": {"key": "example.com/a:NoSchedule"}}}, "at '/node/startupTaint/key'"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -62,6 +66,26 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ((*NVMESH, "sidecars.snapshotter.enabled=true"), "the driver offers no snapshots"),
         ((*NVMESH, "node.terminationGracePeriodSeconds=30"), "node.terminationGracePeriodSeconds is 30, wanted more"),
         ((*NVMESH, "controller.flags.preShutdownDelay=40"), "wanted more than the 70 seconds"),
+        ((*NVMESH, r"commonLabels.app\.kubernetes\.io/name=x"), "commonLabels has the label app.kubernetes.io/name"),
+        ((*NVMESH, r"node.podLabels.helm\.sh/chart=x"), "node.podLabels has the label helm.sh/chart"),
+        (
+            (*NVMESH, "sidecars.resizer.httpPort=9808"),
+            "controller.http.port and sidecars.resizer.httpPort are both 9808",
+        ),
+        (
+            (*NVMESH, "sidecars.livenessprobe.enabled=true", "node.http.port=9819"),
+            "node.http.port and sidecars.livenessprobe.nodePort are both 9819",
+        ),
+        (
+            (*EMBEDDED, "storage.http.port=4000"),
+            "storage.http.port and storage.service.port are both 4000",
+        ),
+        ((*NVMESH, "sidecars.leaderElection.renewDeadlineSeconds=15"), "leaseDurationSeconds is 15, wanted more than"),
+        ((*NVMESH, "sidecars.leaderElection.retryPeriodSeconds=9"), "renewDeadlineSeconds is 10, wanted more than 1.2"),
+        ((*NVMESH, "controller.podDisruptionBudget.maxUnavailable=0%"), "maxUnavailable is 0%, wanted at least 1"),
+        ((*NVMESH, "storageClasses[0].name=nvmesh-raid1"), "nvmesh-raid1 is there twice"),
+        ((*NVMESH, "storageClasses[0].name=a", "storageClasses[1].name=a"), "a is there twice"),
+        ((*EMBEDDED, "fullnameOverride=1st"), "Service would be called 1st-storage"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -46,7 +46,7 @@ One StorageClass (dict root, class).
 apiVersion: storage.k8s.io/v1
 kind: StorageClass
 metadata:
-  name: {{ $class.name }}
+  name: {{ $class.name | quote }}
   labels:
     {{- include "nvmesh-csi.labels" (dict "root" .root "component" "") | nindent 4 }}
     {{- with $class.labels }}

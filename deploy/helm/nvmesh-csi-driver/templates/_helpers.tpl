@@ -32,10 +32,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- define "nvmesh-csi.podLabels" -}}
 {{ include "nvmesh-csi.selector" . }}
 app.kubernetes.io/part-of: nvmesh-csi
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
-{{- with (index .root.Values .component).podLabels }}
+{{- with merge (dict) (index .root.Values .component).podLabels .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -43,7 +40,7 @@ app.kubernetes.io/part-of: nvmesh-csi
 {{/* Labels that tell a role's pods; a workload's selector cannot be changed, so these never do. */}}
 {{- define "nvmesh-csi.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
@@ -71,7 +68,7 @@ app.kubernetes.io/component: {{ . }}
 {{- with .Values.global.imagePullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- end -}}

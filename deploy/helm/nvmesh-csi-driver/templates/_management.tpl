@@ -38,7 +38,7 @@
 {{- $management := .Values.management -}}
 {{- if include "nvmesh-csi.isEmbedded" . }}
 - --management-server={{ include "nvmesh-csi.storageUrl" . }}
-- --management-user={{ .Values.storage.user }}
+- {{ printf "--management-user=%s" .Values.storage.user | quote }}
 - --management-password-file=/etc/nvmesh-csi/management/password
 {{- if .Values.storage.tls.existingSecret }}
 - --management-ca-file=/etc/nvmesh-csi/management-ca/ca.crt
@@ -48,11 +48,11 @@
 - --clusters-file={{ include "nvmesh-csi.clustersPath" . }}
 {{- end }}
 {{- range $management.servers }}
-- --management-server={{ . }}
+- {{ printf "--management-server=%s" . | quote }}
 {{- end }}
 {{- if $management.existingSecret }}
 {{- if $management.user }}
-- --management-user={{ $management.user }}
+- {{ printf "--management-user=%s" $management.user | quote }}
 {{- else }}
 - --management-user-file=/etc/nvmesh-csi/management/user
 {{- end }}
@@ -75,10 +75,10 @@
 {{- define "nvmesh-csi.managementSecrets" -}}
 {{- $management := .Values.management -}}
 {{- if include "nvmesh-csi.isEmbedded" . }}
-- {name: management, secret: {{ include "nvmesh-csi.storageSecret" . }}, items: [{key: {{ .Values.storage.passwordKey | quote }}, path: password}]}
+- {name: management, secret: {{ include "nvmesh-csi.storageSecret" . | quote }}, items: [{key: {{ .Values.storage.passwordKey | quote }}, path: password}]}
 {{- with .Values.storage.tls }}
 {{- if .existingSecret }}
-- {name: management-ca, secret: {{ .existingSecret }}, items: [{key: {{ .caKey | quote }}, path: ca.crt}]}
+- {name: management-ca, secret: {{ .existingSecret | quote }}, items: [{key: {{ .caKey | quote }}, path: ca.crt}]}
 {{- end }}
 {{- end }}
 {{- else }}
@@ -95,7 +95,7 @@
 {{- $tls := $cluster.tls | default dict -}}
 {{- with $cluster.existingSecret }}
 - name: {{ $.name }}
-  secret: {{ . }}
+  secret: {{ . | quote }}
   items:
     - {key: {{ $cluster.passwordKey | default $.defaults.passwordKey | quote }}, path: password}
     {{- if not $cluster.user }}
@@ -103,10 +103,10 @@
     {{- end }}
 {{- end }}
 {{- with $tls.caSecret }}
-- {name: {{ $.name }}-ca, secret: {{ . }}, items: [{key: {{ $tls.caKey | default $.defaults.tls.caKey | quote }}, path: ca.crt}]}
+- {name: {{ $.name }}-ca, secret: {{ . | quote }}, items: [{key: {{ $tls.caKey | default $.defaults.tls.caKey | quote }}, path: ca.crt}]}
 {{- end }}
 {{- with $tls.clientCertificateSecret }}
-- {name: {{ $.name }}-client, secret: {{ . }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
+- {name: {{ $.name }}-client, secret: {{ . | quote }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
 {{- end }}
 {{- end -}}
 
@@ -119,7 +119,7 @@
 {{- range (include "nvmesh-csi.managementSecrets" . | fromYamlArray) }}
 - name: {{ .name }}
   secret:
-    secretName: {{ .secret }}
+    secretName: {{ .secret | quote }}
     defaultMode: 0440
     items: {{ toJson .items }}
 {{- end }}
@@ -147,9 +147,9 @@
   configMap: {name: {{ include "nvmesh-csi.fullname" . }}-clusters}
 {{- else if eq $kind "secret" }}
 - name: clusters
-  secret: {secretName: {{ .Values.management.existingClusters.secret }}, defaultMode: 0440}
+  secret: {secretName: {{ .Values.management.existingClusters.secret | quote }}, defaultMode: 0440}
 {{- else if eq $kind "configMap" }}
 - name: clusters
-  configMap: {name: {{ .Values.management.existingClusters.configMap }}}
+  configMap: {name: {{ .Values.management.existingClusters.configMap | quote }}}
 {{- end }}
 {{- end -}}

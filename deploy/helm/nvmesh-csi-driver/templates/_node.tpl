@@ -41,8 +41,10 @@
 {{- if not (include "nvmesh-csi.isBelow" (list $state $kubelet)) }}
 - {path: {{ $state }}, mode: write}
 {{- end }}
-{{- range .Values.node.extraPathRoots }}
+{{- range uniq .Values.node.extraPathRoots }}
+{{- if not (include "nvmesh-csi.isBelow" (list . $kubelet)) }}
 - {path: {{ . }}, mode: shared}
+{{- end }}
 {{- end }}
 {{- if not .Values.storage.enabled }}
 {{- range .Values.node.clientDirectories }}

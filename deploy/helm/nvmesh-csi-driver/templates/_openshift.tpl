@@ -40,7 +40,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
   name: {{ .name }}-scc
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "nvmesh-csi.labels" (dict "root" .root "component" .component) | nindent 4 }}
 rules:
@@ -57,7 +57,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
   name: {{ include "nvmesh-csi.fullname" .root }}-{{ .component }}-scc
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "nvmesh-csi.labels" (dict "root" .root "component" .component) | nindent 4 }}
 roleRef:
@@ -66,6 +66,6 @@ roleRef:
   name: {{ .role }}
 subjects:
   - kind: ServiceAccount
-    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .component) }}
-    namespace: {{ .root.Release.Namespace }}
+    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .component) | quote }}
+    namespace: {{ .root.Release.Namespace | quote }}
 {{- end }}

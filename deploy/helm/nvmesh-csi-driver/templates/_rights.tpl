@@ -19,8 +19,8 @@ roleRef:
   name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
 subjects:
   - kind: ServiceAccount
-    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) }}
-    namespace: {{ .root.Release.Namespace }}
+    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) | quote }}
+    namespace: {{ .root.Release.Namespace | quote }}
 {{- end -}}
 
 {{/* A Role with its binding, in the release's namespace or another. Call as above, with "namespace". */}}
@@ -30,7 +30,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
   name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
-  namespace: {{ .namespace | default .root.Release.Namespace }}
+  namespace: {{ .namespace | default .root.Release.Namespace | quote }}
   labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
 rules: {{- .rules | nindent 2 }}
 ---
@@ -38,7 +38,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
   name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
-  namespace: {{ .namespace | default .root.Release.Namespace }}
+  namespace: {{ .namespace | default .root.Release.Namespace | quote }}
   labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" .role) | nindent 4 }}
 roleRef:
   apiGroup: rbac.authorization.k8s.io
@@ -46,8 +46,8 @@ roleRef:
   name: {{ include "nvmesh-csi.fullname" .root }}-{{ .name }}
 subjects:
   - kind: ServiceAccount
-    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) }}
-    namespace: {{ .root.Release.Namespace }}
+    name: {{ include "nvmesh-csi.serviceAccount" (dict "root" .root "role" .role) | quote }}
+    namespace: {{ .root.Release.Namespace | quote }}
 {{- end -}}
 
 {{/* To lead, and to say so in an event of the lease. */}}

@@ -42,10 +42,16 @@
   {{- if $sidecar.httpPort }}
   ports:
     - {name: {{ .name }}, containerPort: {{ int $sidecar.httpPort }}}
+  # It listens when the driver is ready, which takes as long as the management is away: to be killed meanwhile would have
+  # it wait in ever longer pauses after that. A day, and it is started anew.
+  startupProbe:
+    httpGet: {path: /healthz/leader-election, port: {{ .name }}}
+    periodSeconds: 5
+    timeoutSeconds: 5
+    failureThreshold: 17280
   # A leader that cannot renew its lease and goes on all the same is started anew.
   livenessProbe:
     httpGet: {path: /healthz/leader-election, port: {{ .name }}}
-    initialDelaySeconds: 10
     periodSeconds: 20
     timeoutSeconds: 10
     failureThreshold: 3

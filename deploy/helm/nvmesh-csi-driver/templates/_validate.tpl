@@ -28,6 +28,17 @@
 {{- if and $v.storage.enabled (not $v.storage.nodeName) -}}
 {{- fail "storage.enabled is true and storage.nodeName is empty: name the Kubernetes node that holds the pool; on another one the manager would begin with an empty pool" -}}
 {{- end -}}
+{{- $name := printf "%s-storage" (include "nvmesh-csi.fullname" .) -}}
+{{- if and $v.storage.enabled (not (regexMatch "^[a-z][a-z0-9-]*$" $name)) -}}
+{{- fail (printf "the storage's Service would be called %s, wanted letters, digits and '-', the first a letter: set fullnameOverride, or give the release another name" $name) -}}
+{{- end -}}
+{{- include "nvmesh-csi.validateLabels" . -}}
+{{- include "nvmesh-csi.validatePorts" . -}}
+{{- include "nvmesh-csi.validateLease" .Values.sidecars.leaderElection -}}
+{{- $away := $v.controller.podDisruptionBudget.maxUnavailable -}}
+{{- if and $v.controller.podDisruptionBudget.enabled (has (toString $away) (list "0" "0%")) -}}
+{{- fail (printf "controller.podDisruptionBudget.maxUnavailable is %v, wanted at least 1: no node with a controller could ever be drained; enabled: false leaves the budget out" $away) -}}
+{{- end -}}
 {{- include "nvmesh-csi.validateGrace" (dict "role" "controller" "values" $v.controller) -}}
 {{- include "nvmesh-csi.validateGrace" (dict "role" "node" "values" $v.node) -}}
 {{- end -}}
@@ -41,5 +52,59 @@
 {{- if le (float64 .values.terminationGracePeriodSeconds) $needs -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds is %v, wanted more than the %v seconds that --drain-seconds and --pre-shutdown-delay take together" .role .values.terminationGracePeriodSeconds $needs) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels by which objects find one another are the chart's. */}}
+{{- define "nvmesh-csi.validateLabels" -}}
+{{- $all := dict "commonLabels" .Values.commonLabels -}}
+{{- range $role := list "controller" "node" "storage" -}}
+{{- $_ := set $all (printf "%s.podLabels" $role) (index $.Values $role).podLabels -}}
+{{- end -}}
+{{- range $place, $labels := $all -}}
+{{- range $key, $_ := $labels -}}
+{{- if or (hasPrefix "app.kubernetes.io/" $key) (hasPrefix "helm.sh/" $key) -}}
+{{- fail (printf "%s has the label %s, wanted others: those below app.kubernetes.io and helm.sh are set by the chart, which finds its pods by them" $place $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What listens in one pod needs ports of its own. */}}
+{{- define "nvmesh-csi.validatePorts" -}}
+{{- $side := .Values.sidecars -}}
+{{- $probe := $side.livenessprobe.enabled -}}
+{{- $controller := dict "controller.http.port" .Values.controller.http.port "sidecars.provisioner.httpPort" $side.provisioner.httpPort "sidecars.resizer.httpPort" $side.resizer.httpPort "sidecars.livenessprobe.controllerPort" (ternary $side.livenessprobe.controllerPort 0 $probe) -}}
+{{- if eq .Values.attachBy "controller" -}}{{- $_ := set $controller "sidecars.attacher.httpPort" $side.attacher.httpPort -}}{{- end -}}
+{{- $node := dict "node.http.port" .Values.node.http.port "sidecars.livenessprobe.nodePort" (ternary $side.livenessprobe.nodePort 0 $probe) -}}
+{{- $storage := dict "storage.http.port" .Values.storage.http.port "storage.service.port" .Values.storage.service.port -}}
+{{- range list $controller $node $storage -}}
+{{- $taken := dict -}}
+{{- range $value, $port := . -}}
+{{- $key := int $port | toString -}}
+{{- if and $port (hasKey $taken $key) -}}
+{{- fail (printf "%s and %s are both %s, wanted two ports: they listen in one pod" (get $taken $key) $value $key) -}}
+{{- end -}}
+{{- $_ := set $taken $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Sidecars whose lease cannot hold end at once, for ever. */}}
+{{- define "nvmesh-csi.validateLease" -}}
+{{- if le (float64 .leaseDurationSeconds) (float64 .renewDeadlineSeconds) -}}
+{{- fail (printf "sidecars.leaderElection.leaseDurationSeconds is %v, wanted more than the %v of renewDeadlineSeconds" .leaseDurationSeconds .renewDeadlineSeconds) -}}
+{{- end -}}
+{{- if le (float64 .renewDeadlineSeconds) (mulf 1.2 .retryPeriodSeconds) -}}
+{{- fail (printf "sidecars.leaderElection.renewDeadlineSeconds is %v, wanted more than 1.2 times the %v of retryPeriodSeconds" .renewDeadlineSeconds .retryPeriodSeconds) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What Kubernetes would refuse when half of the release is changed already is refused before. */}}
+{{- define "nvmesh-csi.validateDriverObject" -}}
+{{- $there := lookup "storage.k8s.io/v1" "CSIDriver" "" .Values.driverName -}}
+{{- $wanted := eq .Values.attachBy "controller" -}}
+{{- if and $there (ne (dig "spec" "attachRequired" true $there) $wanted) -}}
+{{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, and attachBy: %s needs %t, which Kubernetes lets nobody change in place: docs/upgrading.md says when it may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $wanted) -}}
 {{- end -}}
 {{- end -}}
