@@ -20,6 +20,7 @@ from csi_driver.kubernetes.objects import Node, attachment_name
 _LOG = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
+_UNAUTHORIZED = 401
 _FORBIDDEN = 403
 
 
@@ -68,6 +69,9 @@ class PreStop:
         try:
             node = self.cluster.node(self.node_name) if self.cluster is not None else None
         except DriverError as error:
+            if isinstance(error, ApiFailed) and error.status == _UNAUTHORIZED:
+                # Its account is gone, as only an uninstallation takes it; the next installation waits for this end.
+                return f"this pod's account is gone, so the driver is being uninstalled: {error}", ""
             return self._judged_by_mounts(mounted, str(error))
         if self.cluster is None:
             return self._judged_by_mounts(mounted, "no API server is configured")

@@ -19,19 +19,22 @@ DRIVER, TIME_S = "driver", 100.0
 
 @dataclass
 class FakeCluster:
-    """A node and its VolumeAttachments. `refuses`: HTTP status of every answer; None = it answers."""
+    """A node and its VolumeAttachments. `..._status`: HTTP status of what is refused; None = it answers."""
 
     handles: set[str] = field(default_factory=set)
     attachments: set[str] = field(default_factory=set)
     is_cordoned: bool = True
     is_there: bool = True
     is_down: bool = False
+    node_status: int | None = None
     attachments_status: int | None = None
 
     def node(self, name: str) -> Node | None:
         assert name == "node-1"
         if self.is_down:
             raise ApiFailed("tell the node", "nobody answers")
+        if self.node_status is not None:
+            raise ApiFailed("tell the node", "refused", self.node_status)
         volumes = tuple(f"kubernetes.io/csi/{DRIVER}^{handle}" for handle in self.handles)
         foreign = ("kubernetes.io/csi/other^x",)
         return Node(name, unschedulable=self.is_cordoned, volumes=volumes + foreign) if self.is_there else None
@@ -128,6 +131,21 @@ def test_without_an_api_server_the_mounts_decide(stop: Stop, alone: bool) -> Non
     end, took_s = stop.wait(alone=alone)
     assert "a is mounted, and whether the node is being drained is not known" in end
     assert took_s == TIME_S
+
+
+def test_an_uninstallation_waits_for_nothing(stop: Stop) -> None:
+    """It takes the account away before the pod has ended, and mounts stay as they are."""
+    stop.cluster.node_status = 401
+    end, took_s = stop.wait()
+    assert end.startswith("this pod's account is gone")
+    assert took_s == 0.0
+
+
+def test_an_account_without_rights_goes_by_the_mounts(stop: Stop) -> None:
+    """That may be any drain, of a cluster whose roles others make."""
+    stop.cluster.node_status = 403
+    stop.later(10, stop.mounted.clear)
+    assert stop.wait()[1] == 10.0
 
 
 def test_an_api_server_that_comes_back_decides(stop: Stop) -> None:
