@@ -86,6 +86,10 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ((*NVMESH, "storageClasses[0].name=nvmesh-raid1"), "nvmesh-raid1 is there twice"),
         ((*NVMESH, "storageClasses[0].name=a", "storageClasses[1].name=a"), "a is there twice"),
         ((*EMBEDDED, "fullnameOverride=1st"), "Service would be called 1st-storage"),
+        (
+            (*EMBEDDED, "storageClasses[0].name=a", "storageClasses[0].isDefault=true"),
+            "nvmesh-local, a are all to be the cluster's default class",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
