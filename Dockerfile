@@ -60,7 +60,9 @@ LABEL org.opencontainers.image.title="nvmesh-csi" \
       summary="CSI driver for NVMesh" \
       description="Container Storage Interface driver for NVMesh: controller, node and embedded storage manager"
 
-ENV PATH=/opt/nvmesh-csi/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1
+# Each thread would get a heap of its own: with two for all of them a node that is probed and measured is 1 MiB smaller.
+ENV PATH=/opt/nvmesh-csi/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1 \
+    MALLOC_ARENA_MAX=2
 # The controller needs no rights at all. The node and the storage manager make mounts and devices: their pods say
 # runAsUser: 0 and privileged: true.
 USER 65532:65532

@@ -353,6 +353,7 @@ def _files_below(root: Path) -> set[tuple[int, int]]:
 
 def _lies_in(device: LoopDevice, root: Path, identities: set[tuple[int, int]]) -> bool:
     if not device.file_is_gone:
+        # While a device is bound to a file, its inode's number is given to no other.
         return device.identity in identities
     # Nothing is left to compare with but its path, and that it lay on this filesystem.
     here = _status(root)
