@@ -219,13 +219,13 @@ def _node(command: NodeCommand) -> int:
     use_cases = _node_use_cases(command, metrics)
 
     def beside(boundary: Boundary) -> ExitStack:
-        running = ExitStack()
         sweep = partial(use_cases.reconcile.sweep, boundary.keeping_off)
-        running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
-        if command.kubernetes is not None:
-            running.enter_context(_own_object(command, command.kubernetes, use_cases))
-        _tell_of_node(command, use_cases, [*boundary.measurements(), *metrics.measurements()], running)
-        return running
+        with ExitStack() as running:
+            running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
+            if command.kubernetes is not None:
+                running.enter_context(_own_object(command, command.kubernetes, use_cases))
+            _tell_of_node(command, use_cases, [*boundary.measurements(), *metrics.measurements()], running)
+            return running.pop_all()
 
     servicer = NodeServicer(
         use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health

@@ -250,8 +250,11 @@ def test_an_address_that_is_taken_keeps_a_role_from_starting(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert program.main([*node_argv(tmp_path), "--http-listen", address]) == 1
+        given = ["--http-listen", address, "--kubelet-registration-directory", str(tmp_path)]
+        assert program.main([*node_argv(tmp_path), *given]) == 1
     assert f"cannot listen on {address}" in capsys.readouterr().err
+    left = {"reconcile", "registration"}
+    assert Deadline.after(10).wait_until(lambda: not left & {thread.name for thread in threading.enumerate()})
 
 
 # --- what is loaded ---------------------------------------------------------------------------------------------
