@@ -6,6 +6,7 @@ The chart's policy and rights of a release that is never installed, for an accou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,19 @@ def act(cluster: Cluster, node: str) -> Iterator[Change]:
 
     try:
         cluster.apply(ours)
+        values = count()
         cluster.wait_for(
-            lambda: "denied request" in run("label", "node", node, "policy.example.com/x=y").stderr,
+            # Another value each time: one that was set before the policy was in force would change nothing, and pass.
+            lambda: (
+                "denied request"
+                in run("label", "node", node, "--overwrite", f"policy.example.com/x={next(values)}").stderr
+            ),
             "the policy to be in force",
         )
         yield run
     finally:
         cluster.delete(ours)
+        cluster.run("kubectl", "label", "node", node, "policy.example.com/x-")
         for key in (TAINT, "policy.example.com/other"):
             cluster.run("kubectl", "taint", "node", node, f"{key}-")  # gone already where all went well
 
