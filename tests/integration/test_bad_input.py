@@ -351,6 +351,12 @@ def send(client: CsiClient, name: str, request: Message) -> str:
     raise AssertionError(name)
 
 
+def told_of(rig: Rig, code: str) -> str:
+    """Return what the roles' logs say of answers with this code."""
+    logs = sorted(rig.directory.glob("*.log"))
+    return "".join(f"{line}\n" for log in logs for line in log.read_text().splitlines() if f"answers {code}" in line)
+
+
 def test_random_requests_meet_no_crash_and_no_internal_error(bounded: Rig) -> None:
     ids = [bounded.volume(filesystem(), label=f"random{number}").id for number in range(3)]
     before = everything_around(bounded)
@@ -362,7 +368,7 @@ def test_random_requests_meet_no_crash_and_no_internal_error(bounded: Rig) -> No
             name, request = generator.request()
             client = bounded.node if name.startswith("Node") else bounded.controller
             code = send(client, name, request)
-            assert code not in WRONG, f"{code}: {name} {request}"
+            assert code not in WRONG, f"{code}: {name} {request}{told_of(bounded, code)}"
             seen[code] += 1
         return seen
 
