@@ -63,7 +63,8 @@ class Clusters:
     def node(self, name: str, *flags: str) -> CsiClient:
         """Start a node, which may find that it cannot work, and wait until it serves."""
         socket = self.directory / f"{name}.sock"
-        argv = [*PROGRAM, "node", "--endpoint", str(socket), "--node-name", name, *flags]
+        own = ["--device-directory", str(self.directory / "dev"), "--status-directory", str(self.directory / "proc")]
+        argv = [*PROGRAM, "node", "--endpoint", str(socket), "--node-name", name, *own, *flags]
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*argv, "--state-directory", str(self.directory / "state"), "--path-root", str(self.directory)],
