@@ -1,9 +1,8 @@
-"""The files of deploy/examples as the tests use them, with the two changes that deploy/examples/README.md names."""
+"""The files of deploy/examples as the tests use them: unchanged, except for schedulers that the cluster does not run."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import yaml
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 SHARE_CLAIM = EXAMPLES / "share-claim.sh"
-IMAGE = os.environ.get("NVMESH_CSI_TEST_IMAGE", "localhost/busybox:1")
-_WRITTEN_IMAGE = "docker.io/library/busybox:"
+IMAGE = "docker.io/library/busybox:1.37"
+"""Image of all examples; tests/kubernetes/cluster/images.py puts one of this name into the cluster."""
 
 Document = dict[str, Any]
 
@@ -33,9 +32,6 @@ def documents(name: str, schedulers: Collection[str] = ()) -> list[Document]:
     changed = copy.deepcopy(written(name))
     for document in changed:
         for spec in pod_specs(document):
-            for container in spec["containers"]:
-                if container["image"].startswith(_WRITTEN_IMAGE):
-                    container["image"] = IMAGE
             if spec.get("schedulerName") not in schedulers:
                 spec.pop("schedulerName", None)
     return changed

@@ -16,6 +16,7 @@ from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode, BlockAccess, Capab
 from csi_driver.node.mkfs import MkfsWish
 from csi_driver.node.options import plan_mount
 from tests.kubernetes import examples
+from tests.kubernetes.cluster import images
 from tests.kubernetes.examples import EXAMPLES, Document
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,8 @@ def test_an_example_is_tried_on_a_cluster(name: str) -> None:
     assert f'"{name}"' in tests
 
 
-def test_every_container_is_of_the_image_that_the_cluster_of_the_tests_replaces() -> None:
+def test_every_container_is_of_an_image_that_the_cluster_of_the_tests_has_under_that_name() -> None:
+    assert examples.IMAGE in images.BUSYBOX_NAMES
     for name in NAMES:
         for document in examples.documents(name):
             for spec in examples.pod_specs(document):

@@ -34,6 +34,8 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 SEARCH_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PLATFORM = {"architecture": "amd64", "os": "linux"}
+# The second name is the one in deploy/examples: no example is changed for this cluster, which reaches no registry.
+BUSYBOX_NAMES = ("localhost/busybox:1", "docker.io/library/busybox:1.37")
 # nonroot is the user that images of one program are run as by most charts.
 PASSWD = b"""\
 root:x:0:0:root:/root:/bin/sh
@@ -150,7 +152,7 @@ def agnhost(program: Path) -> Callable[[Tree], None]:
 def images_of_the_cluster(bin_directory: Path, names: Iterable[str]) -> list[Image]:
     images = {
         "pause": Image(single(bin_directory / "pause", "/pause"), {"Entrypoint": ["/pause"]}, ["localhost/pause:1"]),
-        "busybox": Image(busybox, {"Cmd": ["sh"]}, ["localhost/busybox:1"]),
+        "busybox": Image(busybox, {"Cmd": ["sh"]}, [*BUSYBOX_NAMES]),
         "glibc-dns-testing": Image(gnu, {"Cmd": ["sh"]}, ["localhost/gnu:1"]),
         "agnhost": Image(agnhost(bin_directory / "agnhost"), {"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}, []),
     }
