@@ -44,6 +44,13 @@ def test_volumes_and_mounts_match(variant: Variant) -> None:
             assert len(set(paths)) == len(paths), role
 
 
+def test_controllers_of_a_rollout_are_spread_without_regard_to_the_outgoing_ones() -> None:
+    pod = render(*NVMESH).pods()["controller"]
+    (term,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    for spread in (term["podAffinityTerm"], *pod["topologySpreadConstraints"]):
+        assert spread["matchLabelKeys"] == ["pod-template-hash"]
+
+
 @every_variant
 def test_selectors_select_the_pods_of_their_own_role(variant: Variant) -> None:
     rendered = render(*variant[0], values=variant[1])
