@@ -1,4 +1,4 @@
-"""The files of deploy/examples as the tests use them: unchanged, except for schedulers that the cluster does not run."""
+"""The files of deploy/examples as the tests use them: as written, but for schedulers that the cluster does not run."""
 
 from __future__ import annotations
 
