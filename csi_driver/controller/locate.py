@@ -9,9 +9,9 @@ from csi_driver.controller.handing import reserved_bytes
 from csi_driver.controller.parameters import CONTEXT_KEYS
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
-from csi_driver.controller.zones import ask
+from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
-from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, shown
+from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
 from csi_driver.storage_model import Client, Volume
@@ -78,10 +78,7 @@ def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
 
 
 def _locate_in(clusters: Clusters, zone: str, handle: VolumeHandle, *, deadline: Deadline) -> Located | None:
-    management = clusters.management(zone)
-    if management is None:
-        # Taken out of the description in this moment: its volumes are not gone, as "none" would mean.
-        raise StorageUnavailable(f"zone {zone} is not served any more")
+    management = served(clusters, zone)
     volume = management.volume(handle.name, deadline=deadline)
     if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
         return None

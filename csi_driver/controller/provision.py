@@ -1,4 +1,4 @@
-"""CreateVolume and DeleteVolume."""
+"""CreateVolume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from csi_driver import capacity
 from csi_driver.controller import access, mutable_parameters, parameters, record
 from csi_driver.controller.compare import differences, is_short
+from csi_driver.controller.delete import Delete
 from csi_driver.controller.encryption_parameters import EncryptionWish, passphrase_in, required_passphrase
 from csi_driver.controller.handing import reserved_bytes
 from csi_driver.controller.keying import Keying
-from csi_driver.controller.locate import described, locate
+from csi_driver.controller.locate import described
 from csi_driver.controller.naming import issued_reference, volume_name
 from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.controller.placement import Placement, allowed_zones
@@ -22,7 +23,7 @@ from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings, CreateRequest
 from csi_driver.controller.search import Found, Search
 from csi_driver.controller.waiting import within
-from csi_driver.controller.zones import CREW, UNANSWERED, Crew
+from csi_driver.controller.zones import CREW, UNANSWERED, Crew, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -41,7 +42,7 @@ from csi_driver.errors import (
     shown,
 )
 from csi_driver.handover import Encryption
-from csi_driver.model import CapacityRange, ProvisionedVolume, VolumeHandle
+from csi_driver.model import CapacityRange, ProvisionedVolume
 from csi_driver.storage_model import Layout, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Provision:
         self._settings = settings
         self._wall_s = wall_s
         self._search = Search(clusters, settings, crew, wall_s)
+        self._delete = Delete(clusters, settings)
         self._placement = Placement(clusters, settings.zone_policy, crew)
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
@@ -169,33 +171,8 @@ class Provision:
         return len(self._clusters.zones()) == 1
 
     def delete(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Delete the volume and wait until it is gone; success when it does not exist (any more).
-
-        Raises `PreconditionFailed` while anybody holds it, and for a handle that was made from another one by
-        changing its last part: a reader's copy of the volume never deletes it.
-        """
-        located = locate(self._clusters, volume_id, deadline=deadline)
-        if located is None:
-            return
-        management, volume = located.management, located.volume
-
-        def is_gone() -> bool:
-            present = management.volume(volume.name, deadline=deadline)
-            return present is None or present.uuid != volume.uuid
-
-        if not volume.is_being_deleted:
-            _refuse_copy(volume_id, located.handle, located.creation)
-            holders = management.clients_holding(volume.uuid, deadline=deadline)
-            if holders:
-                names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in holders))
-                raise PreconditionFailed(f"volume {shown(volume_id)} is still attached to {names}; wanted it detached")
-            if management.delete_volume(volume, deadline=deadline):
-                _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
-            elif not is_gone():
-                # "Not found" is no proof that it is gone: the server says it as well of what is pending.
-                raise OperationPending(f"volume {volume.name} is there, but was not found to be deleted; call again")
-        if not self._wait(deadline).wait_until(is_gone):
-            raise OperationPending(f"volume {volume.name} is being deleted; call again to learn that it is gone")
+        """Delete the volume: see `Delete.delete`."""
+        self._delete.delete(volume_id, deadline=deadline)
 
     def _create_in_first(self, zones: Sequence[str], wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
         """Make the volume in the first zone that can have it.
@@ -320,10 +297,7 @@ class Provision:
         return management.volume(volume.name, deadline=deadline) or volume
 
     def _management(self, zone: str) -> Management:
-        management = self._clusters.management(zone)
-        if management is None:
-            raise StorageUnavailable(f"zone {zone} is not served any more")
-        return management
+        return served(self._clusters, zone)
 
     def _wait(self, deadline: Deadline) -> Deadline:
         return within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
@@ -382,14 +356,4 @@ def _spec(
         limit_by_targets=read.limit_by_targets,
         domain=read.domain,
         encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
-    )
-
-
-def _refuse_copy(volume_id: str, handle: VolumeHandle, creation: Creation) -> None:
-    if handle.reference is None or handle.reference == creation.reference:
-        return
-    issued = "none" if creation.reference is None else shown(creation.reference)
-    raise PreconditionFailed(
-        f"volume {shown(volume_id)} was issued with another last part ({issued}): this is a copy of its handle, "
-        "and deleting a copy does not delete the volume"
     )

@@ -31,9 +31,9 @@ from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.controller.waiting import within
-from csi_driver.controller.zones import CREW, Crew, ask, unavailable
+from csi_driver.controller.zones import CREW, Crew, ask, served, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable, shown
+from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, shown
 from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)
@@ -193,10 +193,7 @@ class Search:
         return self._management(zone).volume(name, deadline=deadline)
 
     def _management(self, zone: str) -> Management:
-        management = self.clusters.management(zone)
-        if management is None:
-            raise StorageUnavailable(f"zone {zone} is not served any more")
-        return management
+        return served(self.clusters, zone)
 
     def _withdraw(self, made: Found, seen: Sequence[Found], sent_at_s: float, *, deadline: Deadline) -> NoReturn:
         """Delete the volume that we have just made, as another call made it elsewhere. Always raises."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
+from csi_driver.controller.ports import Clusters, Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, Denied, DriverError, StorageUnavailable, Unauthenticated
 
@@ -103,6 +104,17 @@ class Answers(Generic[T]):
         if self.missing:
             raise unavailable(self.missing)
         return self.given
+
+
+def served(clusters: Clusters, zone: str) -> Management:
+    """Return the management of a zone that a call has begun to ask.
+
+    Raises `StorageUnavailable` for one that was taken out of the configuration since: its volumes are not gone.
+    """
+    management = clusters.management(zone)
+    if management is None:
+        raise StorageUnavailable(f"zone {zone} is not served any more: it was removed from the clusters' description")
+    return management
 
 
 def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
