@@ -15,6 +15,7 @@ from types import MappingProxyType
 from google.protobuf.message import Message
 
 from csi_driver.rpc.inflight import Claim, Claims
+from csi_driver.rpc.pb import csi_pb2
 
 
 class Lane(Enum):
@@ -35,6 +36,7 @@ class Kind(Enum):
     NEW_VOLUME = auto()
     VOLUME = auto()
     SHARED_VOLUME = auto()
+    PUBLISHED_VOLUME = auto()
     PATH = auto()
 
 
@@ -68,10 +70,11 @@ class Row:
 
     def claims(self, claims: Claims, request: Message) -> tuple[Claim, ...]:
         """Return what this call needs while it runs."""
-        return tuple(claim for rule in self.rules for claim in _claims(claims, rule, getattr(request, rule.field)))
+        return tuple(claim for rule in self.rules for claim in _claims(claims, rule, request))
 
 
-def _claims(claims: Claims, rule: Rule, value: str) -> tuple[Claim, ...]:
+def _claims(claims: Claims, rule: Rule, request: Message) -> tuple[Claim, ...]:
+    value: str = getattr(request, rule.field)
     match rule.kind:
         case Kind.NEW_VOLUME:
             return claims.creation(value)
@@ -79,13 +82,24 @@ def _claims(claims: Claims, rule: Rule, value: str) -> tuple[Claim, ...]:
             return claims.volume(value)
         case Kind.SHARED_VOLUME:
             return claims.volume(value, shared=True)
+        case Kind.PUBLISHED_VOLUME:
+            return claims.volume(value, shared=not _is_single_writer(request))
         case Kind.PATH:
             return claims.path(value)
+
+
+def _is_single_writer(request: Message) -> bool:
+    """Tell whether a publication may be the only one of its volume: of two at once each would find no other."""
+    return (
+        isinstance(request, csi_pb2.NodePublishVolumeRequest)
+        and request.volume_capability.access_mode.mode == csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_SINGLE_WRITER
+    )
 
 
 _NEW = Rule(Kind.NEW_VOLUME, "name")
 _VOLUME = Rule(Kind.VOLUME, "volume_id")
 _SHARED = Rule(Kind.SHARED_VOLUME, "volume_id")
+_PUBLISHED = Rule(Kind.PUBLISHED_VOLUME, "volume_id")
 _STAGING = Rule(Kind.PATH, "staging_target_path")
 _TARGET = Rule(Kind.PATH, "target_path")
 
@@ -117,7 +131,8 @@ _ROWS = (
     Row("Controller/ControllerGetVolumeHealth", Lane.READ, required=("volume_id",), quiet=True),
     Row("Controller/ControllerListVolumeHealth", Lane.READ, quiet=True),
     _answer("Node/NodeGetCapabilities"),
-    _answer("Node/NodeGetInfo"),
+    # It reads the usage records, and so may hang with the disk that they lie on.
+    Row("Node/NodeGetInfo", Lane.READ, quiet=True),
     Row(
         "Node/NodeStageVolume",
         required=("volume_id", "staging_target_path", "volume_capability"),
@@ -127,7 +142,7 @@ _ROWS = (
     Row(
         "Node/NodePublishVolume",
         required=("volume_id", "target_path", "volume_capability"),
-        rules=(_SHARED, _TARGET),
+        rules=(_PUBLISHED, _TARGET),
     ),
     Row("Node/NodeUnpublishVolume", required=("volume_id", "target_path"), rules=(_SHARED, _TARGET)),
     Row("Node/NodeExpandVolume", required=("volume_id", "volume_path"), rules=(_VOLUME,)),

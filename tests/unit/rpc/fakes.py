@@ -194,8 +194,12 @@ class _Statistics:
         return Usage(100, 40, 60, 10, 4, 6) if volume_path.startswith("/mount") else Usage(100)
 
 
+@dataclass
 class _Identity:
+    trace: Trace
+
     def info(self) -> NodeInfo:
+        self.trace.hook("info")
         return NodeInfo("node-1", 7, {"nvmesh-csi.excelero.com/zone": ZONE})
 
 
@@ -234,7 +238,7 @@ class FakeNode:
         self.publish = _Publish(self.trace)
         self.expand = _Expand(self.trace)
         self.statistics = _Statistics(self.trace)
-        self.identity = _Identity()
+        self.identity = _Identity(self.trace)
         self.health = _NodeHealth()
 
 
@@ -353,9 +357,13 @@ def stage(volume_id: str = "zone-1:csi-1", path: str = "/staging/1") -> csi_pb2.
     return csi_pb2.NodeStageVolumeRequest(volume_id=volume_id, staging_target_path=path, volume_capability=capability())
 
 
-def node_publish(volume_id: str = "zone-1:csi-1", path: str = "/target/1") -> csi_pb2.NodePublishVolumeRequest:
+def node_publish(
+    volume_id: str = "zone-1:csi-1",
+    path: str = "/target/1",
+    mode: int = csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_WRITER,
+) -> csi_pb2.NodePublishVolumeRequest:
     return csi_pb2.NodePublishVolumeRequest(
-        volume_id=volume_id, staging_target_path="/staging/1", target_path=path, volume_capability=capability()
+        volume_id=volume_id, staging_target_path="/staging/1", target_path=path, volume_capability=capability(mode)
     )
 
 

@@ -18,6 +18,7 @@ from csi_driver.rpc.lanes import Lanes
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.telemetry.metrics import exposition
 from tests.unit.rpc.fakes import (
+    UUID,
     VOLUME_ID,
     Endpoint,
     Gate,
@@ -100,6 +101,22 @@ def test_publishing_at_two_targets_goes_on_together(endpoint: Endpoint) -> None:
     gate.open()
     for call in calls:
         call.result()
+
+
+@pytest.mark.parametrize("first", ["SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_WRITER"])
+@pytest.mark.parametrize("handle", ["zone-1:csi-1", f"single-zone-cluster:csi-1:{UUID}"])
+def test_of_two_publications_at_once_that_a_single_writer_takes_part_in_one_runs(
+    endpoint: Endpoint, first: str, handle: str
+) -> None:
+    mode = csi_pb2.VolumeCapability.AccessMode.Mode
+    gate = endpoint.trace.hook = Gate("publish")
+    running = endpoint.node.NodePublishVolume.future(node_publish(path="/target/1", mode=mode.Value(first)))
+    gate.wait_for()
+    second = node_publish(handle, "/target/2", mode.SINGLE_NODE_SINGLE_WRITER)
+    assert code_of(lambda: endpoint.node.NodePublishVolume(second)) is Code.ABORTED
+    gate.open()
+    running.result()
+    assert set(endpoint.node_fake.publish.published) == {"/target/1"}
 
 
 def test_publishing_excludes_staging_of_the_volume_and_the_same_target(endpoint: Endpoint) -> None:
@@ -269,6 +286,17 @@ def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
         assert endpoint.identity.Probe(csi_pb2.ProbeRequest(), timeout=5).ready.value
         gate.open()
         for call in busy:
+            call.result()
+
+
+def test_probe_is_answered_while_what_tells_of_the_node_hangs(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+        gate = endpoint.trace.hook = Gate("info")
+        hanging = [endpoint.node.NodeGetInfo.future(csi_pb2.NodeGetInfoRequest()) for _ in range(2)]
+        gate.wait_for()
+        assert endpoint.identity.Probe(csi_pb2.ProbeRequest(), timeout=5).ready.value
+        gate.open()
+        for call in hanging:
             call.result()
 
 
