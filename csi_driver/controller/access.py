@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from csi_driver.errors import InvalidField, InvalidRequest
 from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.parameters.mkfs import check_fs_type
 from csi_driver.storage_model import ReservationMode
-
-FILESYSTEMS = ("ext4", "xfs", "btrfs")
 
 
 def check(capability: Capability) -> None:
@@ -26,12 +25,6 @@ def check(capability: Capability) -> None:
                 "use a raw block volume, or one writing node"
             )
         check_fs_type("volume_capability.mount.fs_type", access.fs_type)
-
-
-def check_fs_type(field: str, fs_type: str) -> None:
-    """Refuse a filesystem that the driver does not make; an empty one leaves the choice to it."""
-    if fs_type and fs_type not in FILESYSTEMS:
-        raise InvalidField(field, fs_type, f"one of {', '.join(FILESYSTEMS)}")
 
 
 def check_all(capabilities: Sequence[Capability]) -> None:

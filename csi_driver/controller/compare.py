@@ -5,10 +5,10 @@ Source of the rule: CSI specification, CreateVolume, "ALREADY_EXISTS".
 
 from __future__ import annotations
 
-from csi_driver.controller.parameters import is_compared
 from csi_driver.controller.record import Creation
 from csi_driver.errors import shown
 from csi_driver.model import CapacityRange
+from csi_driver.parameters.storage_class import is_compared
 from csi_driver.storage_model import Volume
 
 

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from csi_driver.controller import access, mutable_parameters
+from csi_driver.controller import access
 from csi_driver.controller.locate import described, issued_handle, require
 from csi_driver.controller.naming import derived_spelling
-from csi_driver.controller.parameters import VolumeParameters, is_compared, parse
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation
 from csi_driver.controller.requests import ControllerSettings, ValidateRequest
@@ -21,6 +20,8 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
+from csi_driver.parameters import mutable
+from csi_driver.parameters.storage_class import VolumeParameters, is_compared, parse
 from csi_driver.storage_model import Client, Volume
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -103,8 +104,8 @@ class Inventory:
             access.check_all(request.capabilities)
             read = parse(request.parameters)
             fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
-            mutable_parameters.parse(request.mutable_parameters)
-            mutable_parameters.check(located.volume, request.mutable_parameters)
+            mutable.parse(request.mutable_parameters)
+            mutable.check(located.volume, request.mutable_parameters)
         except InvalidRequest as problem:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):

@@ -14,10 +14,10 @@ import logging
 from collections.abc import Mapping
 
 from csi_driver.controller import record
-from csi_driver.controller.encryption_parameters import EncryptionWish, required_passphrase
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest, StorageUnavailable, shown
+from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
 from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class EncryptionNotBegun(StorageUnavailable):
 class Keying:
     """Hands the passphrase of one CreateVolume over, at most once."""
 
-    def __init__(self, management: Management, wish: EncryptionWish, secrets: Mapping[str, str]) -> None:
+    def __init__(self, management: Management, wish: EncryptionRequest, secrets: Mapping[str, str]) -> None:
         self._management = management
         self._wish = wish
         self._secrets = secrets

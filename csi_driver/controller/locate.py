@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from csi_driver.controller.handing import reserved_bytes
-from csi_driver.controller.parameters import CONTEXT_KEYS
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation, read_creation
 from csi_driver.controller.zones import ask, served
@@ -14,6 +13,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
+from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.storage_model import Client, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")

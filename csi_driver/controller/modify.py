@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from csi_driver.controller import mutable_parameters
 from csi_driver.controller.locate import require
 from csi_driver.controller.ports import Clusters
 from csi_driver.deadline import Deadline
+from csi_driver.parameters import mutable
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ class Modify:
 
         Raises `InvalidRequest` for what no volume, or not this one, can have, `VolumeNotFound`.
         """
-        changes = mutable_parameters.parse(parameters)
+        changes = mutable.parse(parameters)
         located = require(self._clusters, volume_id, deadline=deadline)
         volume = located.volume
-        mutable_parameters.check(volume, parameters)
-        if mutable_parameters.is_so(volume, changes):
+        mutable.check(volume, parameters)
+        if mutable.is_so(volume, changes):
             return
         located.management.update_volume(volume, changes, deadline=deadline)
         keys = ", ".join(sorted(parameters))

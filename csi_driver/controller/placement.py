@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import TopologyRequirement, ZonePolicy
 from csi_driver.controller.room import room
 from csi_driver.controller.zones import CREW, Crew, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Exhausted
+from csi_driver.parameters.storage_class import VolumeParameters
 
 _ROOM_KNOWN_S = 10.0
 """Free space only orders zones, so an answer serves the calls of this many seconds."""

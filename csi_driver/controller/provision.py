@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity
-from csi_driver.controller import access, mutable_parameters, parameters, record
+from csi_driver.controller import access, record
 from csi_driver.controller.compare import differences, is_short
 from csi_driver.controller.delete import Delete
-from csi_driver.controller.encryption_parameters import EncryptionWish, passphrase_in, required_passphrase
 from csi_driver.controller.handing import reserved_bytes
 from csi_driver.controller.keying import Keying
 from csi_driver.controller.locate import described
 from csi_driver.controller.naming import issued_reference, volume_name
-from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.controller.placement import Placement, allowed_zones
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Creation
@@ -43,6 +41,9 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import Encryption
 from csi_driver.model import CapacityRange, ProvisionedVolume
+from csi_driver.parameters import mutable, storage_class
+from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
+from csi_driver.parameters.storage_class import VolumeParameters
 from csi_driver.storage_model import Layout, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ class Provision:
 
 
 def _understood(request: CreateRequest) -> _Wanted:
-    read = parameters.parse(mutable_parameters.merged(request.parameters, request.mutable_parameters))
+    read = storage_class.parse(mutable.merged(request.parameters, request.mutable_parameters))
     access.check_all(request.capabilities)
     read.encryption.check_access(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
@@ -339,7 +340,7 @@ def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverErr
 
 
 def _spec(
-    wanted: _Wanted, creation: Creation, size_bytes: int, layout: Layout, encryption: EncryptionWish
+    wanted: _Wanted, creation: Creation, size_bytes: int, layout: Layout, encryption: EncryptionRequest
 ) -> VolumeSpec:
     read = wanted.parameters
     return VolumeSpec(

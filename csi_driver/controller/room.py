@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from csi_driver import capacity as sizes
-from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest
+from csi_driver.parameters.storage_class import VolumeParameters
 
 
 def room(management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from csi_driver.handover import History
 from csi_driver.machine import Blank, Content, Filesystem, OtherContent
-from csi_driver.model import DEFAULT_FS_TYPE
 from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.parameters.mount_options import FilesystemRequest
 
 ALLOW_FORMAT = "`nvmesh-csi volume allow-format`"
 """How an administrator lets old data be formatted over."""
@@ -61,18 +61,6 @@ class Refuse:
 
 
 Verdict = Use | Format | FormatAgain | FormatOver | Refuse
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the request asks for. An empty `fs_type` leaves the choice: what is there, else the default."""
-
-    fs_type: str
-    read_only: bool
-
-    @property
-    def to_make(self) -> str:
-        return self.fs_type or DEFAULT_FS_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +110,7 @@ class Evidence:
         return self.format_allowed and self.attachment > 0 and not self.was_handed_out
 
 
-def decide(content: Content, wish: Wish, evidence: Evidence, *, supported: Sequence[str]) -> Verdict:
+def decide(content: Content, wish: FilesystemRequest, evidence: Evidence, *, supported: Sequence[str]) -> Verdict:
     """Decide what to do with a device that holds `content`."""
     if evidence.begun:
         verdict = _unfinished(content, wish, evidence)
@@ -138,7 +126,7 @@ def _needs_permission(verdict: Verdict) -> bool:
     return isinstance(verdict, Refuse) or (isinstance(verdict, Format) and verdict.prove_every_block)
 
 
-def _unfinished(content: Content, wish: Wish, evidence: Evidence) -> Verdict | None:
+def _unfinished(content: Content, wish: FilesystemRequest, evidence: Evidence) -> Verdict | None:
     """Decide by a format mark of this very attachment; None when the content alone decides."""
     begun = evidence.begun
     said = f"holds a format as {begun} that was begun under this attachment and not finished"
@@ -156,7 +144,7 @@ def _unfinished(content: Content, wish: Wish, evidence: Evidence) -> Verdict | N
     return FormatAgain(begun)
 
 
-def _by_content(content: Content, wish: Wish, evidence: Evidence, supported: Sequence[str]) -> Verdict:
+def _by_content(content: Content, wish: FilesystemRequest, evidence: Evidence, supported: Sequence[str]) -> Verdict:
     match content:
         case Filesystem():
             return _held(content, wish, evidence, supported)
@@ -174,7 +162,7 @@ def _by_content(content: Content, wish: Wish, evidence: Evidence, supported: Seq
             return Format(wish.to_make, prove_every_block=not evidence.is_first)
 
 
-def _held(content: Filesystem, wish: Wish, evidence: Evidence, supported: Sequence[str]) -> Verdict:
+def _held(content: Filesystem, wish: FilesystemRequest, evidence: Evidence, supported: Sequence[str]) -> Verdict:
     held = content.fs_type
     if wish.fs_type and held != wish.fs_type:
         return Refuse(f"holds {held}, wanted {wish.fs_type}{_way_out(evidence)}")

@@ -17,13 +17,14 @@ from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFai
 from csi_driver.handover import Encryption as By
 from csi_driver.handover import History, PublishContext
 from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, DeviceNumber, LuksHeader, Mapping, OpenDevice
-from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, Wish, decide
+from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, decide
 from csi_driver.node.fencing import is_cut_off
 from csi_driver.node.limits import HeavyWork
-from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
 from csi_driver.node.marks import LUKS, Mark, Marks
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
+from csi_driver.parameters.luks import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
+from csi_driver.parameters.mount_options import FilesystemRequest
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class EncryptedVolumes:
             may_go = evidence.may_format_over and task.may_write_header
             return FormatOver(LUKS, refusal) if may_go else Refuse(f"holds {refusal}, wanted its own")
         content = self._filesystems.probe(opened, deadline=deadline)
-        verdict = decide(content, Wish(LUKS, task.read_only), evidence, supported=(LUKS,))
+        verdict = decide(content, FilesystemRequest(LUKS, task.read_only), evidence, supported=(LUKS,))
         if task.is_shared and not isinstance(verdict, Refuse):
             return Refuse("has no LUKS header, and gets none while other nodes may write to it: " + SHARED_WAY_OUT)
         return verdict

@@ -16,12 +16,12 @@ from csi_driver.handover import PublishContext
 from csi_driver.machine import Mounted
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import Marks
-from csi_driver.node.mkfs import MkfsWish
-from csi_driver.node.options import FS_TYPE, MountPlan, plan_mount
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
 from csi_driver.node.requests import NodePublishRequest
+from csi_driver.parameters.mkfs import MkfsRequest
+from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, plan_mount
 
 
 class Joining:
@@ -58,7 +58,7 @@ class Joining:
             access,
             request.capability.mode,
             read_only=True,
-            mkfs=MkfsWish(request.volume_context),
+            mkfs=MkfsRequest(request.volume_context),
             supported=self._filesystems.supported(),
             fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
         )

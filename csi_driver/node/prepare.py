@@ -29,9 +29,9 @@ from csi_driver.node.content import (
 )
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import USED, Mark, Marks, put_to_use_before, remember_use
-from csi_driver.node.options import MountPlan
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
+from csi_driver.parameters.mount_options import MountPlan
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.joining import Joining
-from csi_driver.node.luks_options import encrypted_by
 from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
-from csi_driver.node.options import mount_flags
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
 from csi_driver.node.prepare import Task
 from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
+from csi_driver.parameters.luks import encrypted_by
+from csi_driver.parameters.mount_options import mount_flags
 
 TARGET_PATH = "target_path"
 

@@ -21,13 +21,13 @@ from csi_driver.machine import Device, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.joining import Joining
-from csi_driver.node.luks_options import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
-from csi_driver.node.mkfs import MkfsWish
-from csi_driver.node.options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
+from csi_driver.parameters.luks import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
+from csi_driver.parameters.mkfs import MkfsRequest
+from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
 
 logger = logging.getLogger(__name__)
 
@@ -271,10 +271,10 @@ class Stage:
             raise PreconditionFailed(f"staging path {path} is a {kind}, wanted a directory")
 
 
-def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsWish:
+def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsRequest:
     if context is None:
-        return MkfsWish(request.volume_context)
+        return MkfsRequest(request.volume_context)
     if context.encryption is not Encryption.NONE and context.stripe_bytes and HEADER_BYTES % context.stripe_bytes:
         # Behind the header the filesystem begins in the middle of a stripe.
-        return MkfsWish(request.volume_context, size_bytes=context.size_bytes)
-    return MkfsWish(request.volume_context, context.stripe_unit_bytes, context.stripe_bytes, context.size_bytes)
+        return MkfsRequest(request.volume_context, size_bytes=context.size_bytes)
+    return MkfsRequest(request.volume_context, context.stripe_unit_bytes, context.stripe_bytes, context.size_bytes)

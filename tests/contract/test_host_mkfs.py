@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.errors import InvalidField
 from csi_driver.model import MIB
-from csi_driver.node.mkfs import MkfsWish
+from csi_driver.parameters.mkfs import MkfsRequest
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 
 pytestmark = pytest.mark.root
@@ -36,7 +36,7 @@ def make(
 ) -> Volume:
     """Make the filesystem as the node would, with these keys of the StorageClass."""
     volume = machine.volume(size_bytes=size_bytes or SIZES[fs_type])
-    told = MkfsWish(context, *stripes, volume.file.stat().st_size).arguments(fs_type)
+    told = MkfsRequest(context, *stripes, volume.file.stat().st_size).arguments(fs_type)
     with machine.devices.open(machine.device(volume), write=True, exclusive=True) as opened:
         machine.filesystems.make(opened, fs_type, told.every, uuid=volume.uuid, asked=told.asked)
     return volume
@@ -105,7 +105,7 @@ def test_only_where_it_is_asked_for_does_mkfs_discard(machine: HostMachine, fs_t
             file.seek(SIZES[fs_type] * 3 // 4 + 4 * MIB)
             file.write(b"x" * (8 * MIB))
         before = allocated_bytes(volume)
-        told = MkfsWish({"mkfs/discard": word}).arguments(fs_type)
+        told = MkfsRequest({"mkfs/discard": word}).arguments(fs_type)
         with machine.devices.open(machine.device(volume), write=True, exclusive=True) as opened:
             machine.filesystems.make(opened, fs_type, told.every, uuid=volume.uuid, asked=told.asked)
         left[word] = allocated_bytes(volume)

@@ -11,13 +11,12 @@ import yaml
 
 from csi_driver import capacity
 from csi_driver.config.commands import COMMANDS, definition
-from csi_driver.controller import mutable_parameters, parameters
-from csi_driver.controller.encryption_parameters import SECRET_KEYS
-from csi_driver.controller.layout_parameters import LAYOUT_KEYS, RAID_LEVELS, takes
-from csi_driver.controller.parameters import VolumeParameters
 from csi_driver.errors import InvalidField, InvalidRequest
-from csi_driver.node import options
-from csi_driver.node.luks_options import PASSPHRASE_KEYS, PREVIOUS_KEY
+from csi_driver.parameters import mount_options, mutable, storage_class
+from csi_driver.parameters.encryption import SECRET_KEYS
+from csi_driver.parameters.layout import LAYOUT_KEYS, RAID_LEVELS, takes
+from csi_driver.parameters.luks import PASSPHRASE_KEYS, PREVIOUS_KEY
+from csi_driver.parameters.storage_class import VolumeParameters
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
 
@@ -80,7 +79,7 @@ _CLAIMS: Sequence[tuple[str, Callable[..., Claim]]] = (
 
 def test_every_parameter_of_the_code_is_in_the_document_and_no_other() -> None:
     documented = [key for row in ROWS for key in code(row["parameter"])]
-    assert sorted(documented) == sorted(parameters.KNOWN_KEYS | {"csi.storage.k8s.io/fstype"})
+    assert sorted(documented) == sorted(storage_class.KNOWN_KEYS | {"csi.storage.k8s.io/fstype"})
 
 
 @pytest.mark.parametrize(("key", "row"), KEYED)
@@ -89,10 +88,10 @@ def test_the_values_that_the_document_gives_are_those_that_are_taken(key: str, r
     assert said or key in ("domain", "raidLevel", "dmcrypt/cipher"), f"nothing is said of the values of {key}"
     for base, accepted, refused in said:
         for value in accepted:
-            parameters.parse({**base, key: value})
+            storage_class.parse({**base, key: value})
         for value in refused:
             with pytest.raises(InvalidRequest):
-                parameters.parse({**base, key: value})
+                storage_class.parse({**base, key: value})
 
 
 def test_every_level_takes_what_the_document_says() -> None:
@@ -120,7 +119,7 @@ def test_a_default_that_the_document_gives_changes_nothing_where_it_is_written_o
 
 def _effect(given: Mapping[str, str]) -> object:
     """Return what comes of parameters: the arithmetic of their layout, and the rest as it was read."""
-    read = parameters.parse(given)
+    read = storage_class.parse(given)
     assert read.layout is not None
     rest = dataclasses.replace(read, layout=None, recorded={}, fs_type=read.fs_type or "ext4")
     return _sums(read), rest
@@ -134,31 +133,31 @@ def _sums(read: VolumeParameters) -> tuple[int, int, tuple[int, int]]:
 
 def test_what_can_be_changed_later_is_what_the_document_says() -> None:
     later = {key for row in ROWS if row["later"] == "yes" for key in code(row["parameter"])}
-    assert later == mutable_parameters.MUTABLE_KEYS
+    assert later == mutable.MUTABLE_KEYS
     rows = table(DOCUMENT, "key", "not for")
-    assert {key for row in rows for key in code(row["key"])} == mutable_parameters.MUTABLE_KEYS
+    assert {key for row in rows for key in code(row["key"])} == mutable.MUTABLE_KEYS
     of_groups = {key for row in rows if "`vpg`" in row["not for"] for key in code(row["key"])}
-    for key in mutable_parameters.MUTABLE_KEYS:
+    for key in mutable.MUTABLE_KEYS:
         value = {"relativeRebuildPriority": "3", "enableCrcCheck": "true"}.get(key, "a")
         if key in of_groups:
             with pytest.raises(InvalidRequest, match="provisioning group"):
-                mutable_parameters.merged({"vpg": "g"}, {key: value})
+                mutable.merged({"vpg": "g"}, {key: value})
         else:
-            assert mutable_parameters.merged({"vpg": "g"}, {key: value})[key] == value
+            assert mutable.merged({"vpg": "g"}, {key: value})[key] == value
 
 
 def test_what_is_refused_on_purpose_is_refused_with_its_reason() -> None:
     rows = table(section(DOCUMENT, "Refused on purpose"), "parameter")
     refused = [key for row in rows for key in code(row["parameter"])]
-    assert set(refused) == parameters.THIN_KEYS | {"isEncrypted"}
+    assert set(refused) == storage_class.THIN_KEYS | {"isEncrypted"}
     for key in refused:
         with pytest.raises(InvalidRequest, match=r"thin volume|encryption: native"):
-            parameters.parse({key: "x"})
+            storage_class.parse({key: "x"})
 
 
 def test_the_attributes_of_a_persistent_volume_are_those_that_the_node_reads() -> None:
     documented = {key for row in table(DOCUMENT, "attribute") for key in code(row["attribute"])}
-    assert documented == {*parameters.CONTEXT_KEYS, "fsType"}
+    assert documented == {*storage_class.CONTEXT_KEYS, "fsType"}
 
 
 def test_the_keys_of_secrets_are_those_that_are_read() -> None:
@@ -174,7 +173,7 @@ def test_storage_classes_in_documents_have_parameters_that_are_taken(name: str) 
         for made in yaml.safe_load_all(block):
             classes = made.get("storageClasses", []) + [made] * (made.get("kind") == "StorageClass")
             for each in classes:
-                parameters.parse({key: str(value) for key, value in each.get("parameters", {}).items()})
+                storage_class.parse({key: str(value) for key, value in each.get("parameters", {}).items()})
 
 
 def test_mount_options_are_treated_as_the_document_says() -> None:
@@ -183,14 +182,14 @@ def test_mount_options_are_treated_as_the_document_says() -> None:
         for text in code(row["option"]):
             option = (f"{text}x1" if text.endswith("=") else text).replace("...", "systemd.requires")
             assert _treated(option) == _said(row[""], option)
-    assert [reason for reason in options.REFUSED if not any(reason in row[""] for row in rows)] == []
+    assert [reason for reason in mount_options.REFUSED if not any(reason in row[""] for row in rows)] == []
     unread = {name.rstrip("=") for row in rows if "is not read destroys" in row[""] for name in code(row["option"])}
-    assert unread == options.NO_REPLAY
+    assert unread == mount_options.NO_REPLAY
 
 
 def _treated(option: str) -> object:
     try:
-        return options.mount_flags([option])
+        return mount_options.mount_flags([option])
     except InvalidField:
         return "refused"
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from csi_driver.controller import access, mutable_parameters, parameters
-from csi_driver.controller.parameters import CONTEXT_KEYS
+from csi_driver.controller import access
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode, BlockAccess, Capability, MountAccess, VolumeHandle
-from csi_driver.node.mkfs import MkfsWish
-from csi_driver.node.options import plan_mount
+from csi_driver.parameters import mutable, storage_class
+from csi_driver.parameters.mkfs import FILESYSTEMS, MkfsRequest
+from csi_driver.parameters.mount_options import plan_mount
+from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from tests.kubernetes import examples
 from tests.kubernetes.cluster import images
 from tests.kubernetes.examples import EXAMPLES, Document
@@ -167,28 +168,28 @@ def kept_parameters(storage_class: Document) -> dict[str, str]:
 
 
 def test_the_driver_takes_the_parameters_of_every_class() -> None:
-    for storage_class in every("StorageClass"):
-        given = kept_parameters(storage_class)
-        assert all(isinstance(value, str) for value in storage_class["parameters"].values())
-        assert parameters.parse(given).ignored == ()
+    for each in every("StorageClass"):
+        given = kept_parameters(each)
+        assert all(isinstance(value, str) for value in each["parameters"].values())
+        assert storage_class.parse(given).ignored == ()
 
 
 def test_the_driver_takes_the_parameters_of_every_attributes_class() -> None:
     for attributes_class in every("VolumeAttributesClass"):
-        mutable_parameters.parse(attributes_class["parameters"])
+        mutable.parse(attributes_class["parameters"])
 
 
 def test_nodes_take_what_every_class_says_of_mkfs_and_mount() -> None:
-    for storage_class in every("StorageClass"):
-        given: Mapping[str, str] = storage_class["parameters"]
+    for each in every("StorageClass"):
+        given: Mapping[str, str] = each["parameters"]
         context = {key: given[key] for key in CONTEXT_KEYS if key in given}
-        mounted = MountAccess(given.get(f"{RESERVED}fstype", ""), tuple(storage_class.get("mountOptions", ())))
+        mounted = MountAccess(given.get(f"{RESERVED}fstype", ""), tuple(each.get("mountOptions", ())))
         plan = plan_mount(
             mounted,
             AccessMode.SINGLE_NODE_WRITER,
             read_only=False,
-            mkfs=MkfsWish(context, size_bytes=2 << 30),
-            supported=access.FILESYSTEMS,
+            mkfs=MkfsRequest(context, size_bytes=2 << 30),
+            supported=FILESYSTEMS,
         )
         assert "noatime" in plan.flags or not mounted.mount_flags
 

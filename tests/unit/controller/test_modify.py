@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.controller import mutable_parameters
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import ExistsDifferently, InvalidRequest, OperationPending, VolumeNotFound
+from csi_driver.parameters import mutable
 from csi_driver.storage_model import Layout, RaidLevel, VolumeChanges, Vpg
 from tests.unit.controller.world import RWO, World
 
@@ -146,8 +146,8 @@ def test_what_a_group_decides_is_no_mutable_parameter_of_its_volumes() -> None:
 
 
 def test_an_empty_list_names_nothing() -> None:
-    assert mutable_parameters.merged({"diskClasses": "a"}, {"diskClasses": ""}) == {}
-    assert mutable_parameters.parse({"limitByNodes": ""}) == VolumeChanges(limit_by_targets=())
+    assert mutable.merged({"diskClasses": "a"}, {"diskClasses": ""}) == {}
+    assert mutable.parse({"limitByNodes": ""}) == VolumeChanges(limit_by_targets=())
 
 
 def test_the_same_creation_with_other_mutable_parameters_is_another() -> None:
@@ -178,10 +178,10 @@ def test_capabilities_are_validated_with_what_can_change() -> None:
     assert "Concatenated" in (objection(enableCrcCheck="true") or "")
 
 
-@given(st.dictionaries(st.sampled_from(sorted(mutable_parameters.MUTABLE_KEYS)) | st.text(max_size=9), st.text()))
+@given(st.dictionaries(st.sampled_from(sorted(mutable.MUTABLE_KEYS)) | st.text(max_size=9), st.text()))
 def test_any_mutable_parameters_are_read_or_refused(parameters: dict[str, str]) -> None:
     try:
-        mutable_parameters.parse(parameters)
+        mutable.parse(parameters)
     except InvalidRequest:
         return
-    assert set(parameters) <= mutable_parameters.MUTABLE_KEYS
+    assert set(parameters) <= mutable.MUTABLE_KEYS

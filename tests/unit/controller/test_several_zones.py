@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.parameters import parse
 from csi_driver.controller.placement import Placement, by_free_space
 from csi_driver.controller.provision import Provision
 from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ZonePolicy
@@ -27,6 +26,7 @@ from csi_driver.errors import (
     StorageUnavailable,
 )
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, CapacityRange
+from csi_driver.parameters.storage_class import parse
 from csi_driver.storage_model import Layout, Volume, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.controller.world import CLAIM, NODE_1, RWO, World

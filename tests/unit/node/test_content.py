@@ -10,8 +10,9 @@ import pytest
 
 from csi_driver.handover import History
 from csi_driver.machine import Blank, Content, Filesystem, OtherContent
-from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, Wish, decide
+from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
 from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.parameters.mount_options import FilesystemRequest
 
 SUPPORTED = ("ext4", "xfs", "btrfs")
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
@@ -25,7 +26,7 @@ CONTENTS: tuple[Content, ...] = (
     Filesystem("ntfs", "0123456789ABCDEF"),
     OtherContent("a partition table"),
 )
-WISHES = [Wish(fs_type, read_only) for fs_type in ("", "ext4", "xfs", "btrfs") for read_only in (False, True)]
+WISHES = [FilesystemRequest(fs, read_only) for fs in ("", "ext4", "xfs", "btrfs") for read_only in (False, True)]
 ATTACHMENTS = (0, 1, 7)
 MARKS = (
     None,
@@ -37,7 +38,7 @@ class Case(NamedTuple):
     """One question to `decide`."""
 
     content: Content
-    wish: Wish
+    wish: FilesystemRequest
     history: History
     attachment: int
     mark: Mark | None
@@ -165,7 +166,7 @@ def test_a_permission_that_nobody_counts_permits_nothing() -> None:
 
 @pytest.mark.parametrize("history", [History.FIRST, History.ATTACHED])
 def test_a_filesystem_of_another_uuid_on_a_volume_of_ours_is_not_handed_out(history: History) -> None:
-    case = Case(Filesystem("ext4", FOREIGN), Wish("ext4", read_only=False), history, 1, None, UUID, False)
+    case = Case(Filesystem("ext4", FOREIGN), FilesystemRequest("ext4", read_only=False), history, 1, None, UUID, False)
     verdict = case.verdict()
     assert isinstance(verdict, Refuse)
     assert (FOREIGN in verdict.reason, UUID in verdict.reason, "allow-format" in verdict.reason) == (True, True, True)
@@ -173,7 +174,7 @@ def test_a_filesystem_of_another_uuid_on_a_volume_of_ours_is_not_handed_out(hist
 
 @pytest.mark.parametrize("history", [History.WRITTEN, History.UNKNOWN])
 def test_a_filesystem_that_others_may_have_made_for_a_reason_is_used(history: History) -> None:
-    case = Case(Filesystem("ext4", FOREIGN), Wish("ext4", read_only=False), history, 1, None, UUID, False)
+    case = Case(Filesystem("ext4", FOREIGN), FilesystemRequest("ext4", read_only=False), history, 1, None, UUID, False)
     assert case.verdict() == Use("ext4")
 
 
@@ -187,6 +188,6 @@ def test_a_filesystem_that_others_may_have_made_for_a_reason_is_used(history: Hi
     ],
 )
 def test_a_refusal_says_what_was_found(content: Content, said: str) -> None:
-    verdict = Case(content, Wish("ext4", read_only=False), History.FIRST, 1, None, UUID, False).verdict()
+    verdict = Case(content, FilesystemRequest("ext4", read_only=False), History.FIRST, 1, None, UUID, False).verdict()
     assert isinstance(verdict, Refuse)
     assert said in verdict.reason

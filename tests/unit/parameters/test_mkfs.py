@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.errors import InvalidField
 from csi_driver.model import EMPTY
-from csi_driver.node.mkfs import MkfsWish, mkfs_arguments
+from csi_driver.parameters.mkfs import MkfsRequest, mkfs_arguments
 
 KIB = 1024
 STRIPES = (128 * KIB, 1024 * KIB)
@@ -26,7 +26,7 @@ def told(
 ) -> str:
     """Return the words for mkfs; keys without their prefix, `free` is the free text."""
     context = {f"mkfs/{key}": value for key, value in keys.items()} | {"mkfsOptions": free}
-    return " ".join(MkfsWish(context, *stripes, size_bytes, page_bytes).arguments(fs_type).every)
+    return " ".join(MkfsRequest(context, *stripes, size_bytes, page_bytes).arguments(fs_type).every)
 
 
 @pytest.mark.parametrize(("fs_type", "words"), [("ext4", EXT4_DEFAULTS), ("xfs", "-K"), ("btrfs", "-K")])
@@ -160,9 +160,9 @@ def test_extended_options_of_the_free_text_do_not_undo_the_defaults() -> None:
 
 
 def test_what_was_asked_for_is_told_apart_from_the_defaults() -> None:
-    wish = MkfsWish({"mkfsOptions": "-E num_backup_sb=1", "mkfs/inodeSize": "512"}, 128 * KIB, 1024 * KIB)
+    wish = MkfsRequest({"mkfsOptions": "-E num_backup_sb=1", "mkfs/inodeSize": "512"}, 128 * KIB, 1024 * KIB)
     assert wish.arguments("ext4").asked == ("-I", "512", "-E", "num_backup_sb=1")
-    assert MkfsWish({}, 128 * KIB, 1024 * KIB).arguments("ext4").asked == ()
+    assert MkfsRequest({}, 128 * KIB, 1024 * KIB).arguments("ext4").asked == ()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from csi_driver.errors import InvalidField
 from csi_driver.machine import DeviceNumber, Mounted
 from csi_driver.model import AccessMode, MountAccess
-from csi_driver.node.mkfs import MkfsWish
-from csi_driver.node.options import MountPlan, differences, mount_flags, plan_mount
+from csi_driver.parameters.mkfs import MkfsRequest
+from csi_driver.parameters.mount_options import MountPlan, differences, mount_flags, plan_mount
 
 SUPPORTED = ("ext4", "xfs", "btrfs")
 
@@ -18,7 +18,7 @@ SUPPORTED = ("ext4", "xfs", "btrfs")
 def plan(
     *flags: str, fs_type: str = "ext4", mode: AccessMode = AccessMode.SINGLE_NODE_WRITER, read_only: bool = False
 ) -> MountPlan:
-    return plan_mount(MountAccess(fs_type, flags), mode, read_only=read_only, mkfs=MkfsWish(), supported=SUPPORTED)
+    return plan_mount(MountAccess(fs_type, flags), mode, read_only=read_only, mkfs=MkfsRequest(), supported=SUPPORTED)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from csi_driver.controller import parameter_values as read
-from csi_driver.controller.access import check_fs_type
-from csi_driver.controller.encryption_parameters import (
+from csi_driver.errors import InvalidField, InvalidRequest, shown
+from csi_driver.parameters import values as read
+from csi_driver.parameters.encryption import (
     ENCRYPTION_KEYS,
     NODE_KEYS,
-    EncryptionWish,
+    EncryptionRequest,
     encryption,
     normalized,
 )
-from csi_driver.controller.layout_parameters import LAYOUT_KEYS, layout
-from csi_driver.errors import InvalidField, InvalidRequest, shown
+from csi_driver.parameters.layout import LAYOUT_KEYS, layout
+from csi_driver.parameters.mkfs import check_fs_type
 from csi_driver.storage_model import Layout
 
 _RESERVED = "csi.storage.k8s.io/"
@@ -67,7 +67,7 @@ class VolumeParameters:
     limit_by_drives: tuple[str, ...] = ()
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
-    encryption: EncryptionWish = field(default_factory=EncryptionWish)
+    encryption: EncryptionRequest = field(default_factory=EncryptionRequest)
     pvc_namespace: str = ""
     recorded: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()

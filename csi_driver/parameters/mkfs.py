@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from csi_driver.errors import InvalidField
 
+FILESYSTEMS = ("ext4", "xfs", "btrfs")
+"""What the driver makes."""
 OPTIONS = "mkfsOptions"
 BLOCK, INODE, BYTES_PER_INODE = "mkfs/blockSize", "mkfs/inodeSize", "mkfs/bytesPerInode"
 RESERVED, STRIPES, DISCARD = "mkfs/reservedBlocksPercent", "mkfs/stripeGeometry", "mkfs/discard"
@@ -27,6 +29,12 @@ _XFS_STRIPES_FROM_BYTES = 900 << 20
 """Where mkfs.xfs is told of stripes, it divides the log of a small filesystem anew, finds it too small and gives up."""
 
 
+def check_fs_type(field: str, fs_type: str) -> None:
+    """Refuse a filesystem that the driver does not make; an empty one leaves the choice to the driver."""
+    if fs_type and fs_type not in FILESYSTEMS:
+        raise InvalidField(field, fs_type, f"one of {', '.join(FILESYSTEMS)}")
+
+
 @dataclass(frozen=True, slots=True)
 class MkfsArguments:
     """The whole of what mkfs is told besides device and uuid; `asked` is what of it the StorageClass wanted."""
@@ -36,7 +44,7 @@ class MkfsArguments:
 
 
 @dataclass(frozen=True, slots=True)
-class MkfsWish:
+class MkfsRequest:
     """What the StorageClass says of mkfs (a volume's context), and the volume's stripes and size; 0 = not known."""
 
     context: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +69,7 @@ class MkfsWish:
 class _Settings:
     """The keys, read one by one for one filesystem; what was not read by then does not exist for it."""
 
-    def __init__(self, wish: MkfsWish, fs_type: str, block_bytes: int) -> None:
+    def __init__(self, wish: MkfsRequest, fs_type: str, block_bytes: int) -> None:
         self._wish = wish
         self._fs_type = fs_type
         self._read = {OPTIONS, STRIPES, DISCARD}

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.controller import parameters
-from csi_driver.controller.encryption_parameters import EncryptionWish, required_passphrase
 from csi_driver.errors import InvalidRequest
 from csi_driver.handover import Encryption
-from csi_driver.node import luks_options, mkfs
+from csi_driver.parameters import luks, mkfs, storage_class
+from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
 from csi_driver.storage_model import Layout, RaidLevel
 
 
@@ -31,17 +30,17 @@ from csi_driver.storage_model import Layout, RaidLevel
     ],
 )
 def test_a_raid_level_has_several_names(word: str, level: RaidLevel) -> None:
-    layout = parameters.parse({"raidLevel": word}).layout
+    layout = storage_class.parse({"raidLevel": word}).layout
     assert layout is not None
     assert layout.raid_level is level
 
 
 def test_no_parameters_mean_concatenated() -> None:
-    assert parameters.parse({}).layout == Layout(RaidLevel.CONCATENATED)
+    assert storage_class.parse({}).layout == Layout(RaidLevel.CONCATENATED)
 
 
 def test_everything_a_level_takes_reaches_the_layout() -> None:
-    read = parameters.parse(
+    read = storage_class.parse(
         {
             "raidLevel": "ec",
             "dataBlocks": "4",
@@ -128,11 +127,11 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
 )
 def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
-        parameters.parse(given_parameters)
+        storage_class.parse(given_parameters)
 
 
 def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did() -> None:
-    read = parameters.parse(
+    read = storage_class.parse(
         {"vpg": "gold", "raidLevel": "raid7", "stripeWidth": "x", "diskClasses": "a", "domain": "d"}
     )
     assert (read.vpg, read.layout, read.drive_classes, read.domain) == ("gold", None, (), None)
@@ -140,7 +139,7 @@ def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did
 
 
 def test_beside_a_group_the_rebuild_priority_counts() -> None:
-    assert parameters.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).relative_rebuild_priority == 3
+    assert storage_class.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).relative_rebuild_priority == 3
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_beside_a_group_the_rebuild_priority_counts() -> None:
     ],
 )
 def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str], layout: Layout) -> None:
-    assert parameters.parse(level).layout == layout
+    assert storage_class.parse(level).layout == layout
 
 
 @pytest.mark.parametrize(
@@ -176,14 +175,14 @@ def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str],
     ],
 )
 def test_the_keys_beside_the_word_say_who_encrypts(words: dict[str, str], by: Encryption) -> None:
-    assert parameters.parse(words).encryption.by is by
+    assert storage_class.parse(words).encryption.by is by
 
 
 @pytest.mark.parametrize("mark", [".", "/"])
 def test_both_spellings_of_the_keys_of_encryption_are_one(mark: str) -> None:
     words = {"encryption": "dmcrypt", f"encryption{mark}headerSize": "32", f"encryption{mark}slot": "3"}
-    read = parameters.parse({**words, f"encryption{mark}keySize": "256", f"encryption{mark}numberOfSlots": "6"})
-    assert read.encryption == EncryptionWish(Encryption.NATIVE, 32 << 20, slot=3, key_size_bits=256)
+    read = storage_class.parse({**words, f"encryption{mark}keySize": "256", f"encryption{mark}numberOfSlots": "6"})
+    assert read.encryption == EncryptionRequest(Encryption.NATIVE, 32 << 20, slot=3, key_size_bits=256)
     assert read.recorded["encryption/slot"] == "3"
 
 
@@ -205,15 +204,15 @@ def test_two_passphrases_that_differ_are_refused() -> None:
 
 
 def test_what_the_node_reads_is_handed_to_it() -> None:
-    constants = [value for module in (luks_options, mkfs) for name, value in vars(module).items() if name.isupper()]
+    constants = [value for module in (luks, mkfs) for name, value in vars(module).items() if name.isupper()]
     texts = {value for value in constants if isinstance(value, str)}
     on_the_node = {text for text in texts if text.startswith(("encryption", "dmcrypt", "mkfs"))}
     assert len(on_the_node) > 12
-    assert on_the_node <= set(parameters.CONTEXT_KEYS)
+    assert on_the_node <= set(storage_class.CONTEXT_KEYS)
 
 
 def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:
-    read = parameters.parse(
+    read = storage_class.parse(
         {
             "csi.storage.k8s.io/provisioner-secret-name": "secret",
             "csi.storage.k8s.io/pvc/namespace": "team-a",
@@ -224,10 +223,10 @@ def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:
     assert dict(read.recorded) == {"csi-storage-k8s-io/pvc/namespace": "team-a"}
 
 
-@given(st.dictionaries(st.sampled_from(sorted(parameters.KNOWN_KEYS)) | st.text(max_size=20), st.text(max_size=40)))
+@given(st.dictionaries(st.sampled_from(sorted(storage_class.KNOWN_KEYS)) | st.text(max_size=20), st.text(max_size=40)))
 def test_any_parameters_are_read_or_refused(given_parameters: dict[str, str]) -> None:
     try:
-        read = parameters.parse(given_parameters)
+        read = storage_class.parse(given_parameters)
     except InvalidRequest:
         return
     assert (read.vpg is None) != (read.layout is None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.controller import parameter_values as read
 from csi_driver.errors import InvalidField
+from csi_driver.parameters import values as read
 from csi_driver.storage_model import Layout, RaidLevel
 
 RAID_LEVELS: Mapping[str, RaidLevel] = {

@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from csi_driver.controller import parameter_values as read
 from csi_driver.errors import InvalidField, InvalidRequest, MissingField
 from csi_driver.handover import Encryption
 from csi_driver.model import MIB, AccessMode, Capability
+from csi_driver.parameters import values as read
 from csi_driver.storage_model import Vpg
 
 SECRET_KEYS = ("passphrase", "dmcryptKey")
@@ -47,7 +47,7 @@ _LINE_BREAK = re.compile("[\n\r\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
-class EncryptionWish:
+class EncryptionRequest:
     """Who is to encrypt a volume. `slot` and `key_size_bits` are what the storage is told when it does."""
 
     by: Encryption = Encryption.NONE
@@ -68,7 +68,7 @@ class EncryptionWish:
                 "wanted encryption by the storage (encryption: native) or one writing node"
             )
 
-    def in_group(self, group: Vpg) -> EncryptionWish:
+    def in_group(self, group: Vpg) -> EncryptionRequest:
         """Return what comes of the wish in a provisioning group, which may encrypt whatever is made in it."""
         if not group.is_encrypted:
             return self
@@ -91,21 +91,21 @@ def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def encryption(own: Mapping[str, str]) -> EncryptionWish:
+def encryption(own: Mapping[str, str]) -> EncryptionRequest:
     """Read who encrypts; a key that does not go with it is refused by name."""
     by = read.chosen(own, "encryption", _WORDS)
     if by is None:
         read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption beside it, native or luks")
-        return EncryptionWish()
+        return EncryptionRequest()
     if own["encryption"].strip().lower() == "dmcrypt" and _OLD_KEYS & own.keys():
         by = Encryption.LUKS
     if by is Encryption.LUKS:
         _check_luks(own)
-        return EncryptionWish(Encryption.LUKS, LUKS_HEADER_BYTES)
+        return EncryptionRequest(Encryption.LUKS, LUKS_HEADER_BYTES)
     return _native(own)
 
 
-def _native(own: Mapping[str, str]) -> EncryptionWish:
+def _native(own: Mapping[str, str]) -> EncryptionRequest:
     read.refuse_keys(own, _OLD_KEYS | _LUKS_KEYS, "the storage encrypts by itself (wanted encryption: luks for it)")
     read.switch(own, "encryption/allowDiscards")
     header = read.number(own, "encryption/headerSize", 1, 100)
@@ -114,7 +114,7 @@ def _native(own: Mapping[str, str]) -> EncryptionWish:
     # The management has no field for the number of slots: a header has 32. It only bounds the slot that is used.
     slots = read.number(own, "encryption/numberOfSlots", 1, _SLOTS) or _SLOTS
     key_size = read.chosen(own, "encryption/keySize", {"256": 256, "512": 512})
-    return EncryptionWish(
+    return EncryptionRequest(
         Encryption.NATIVE,
         LUKS_HEADER_BYTES if header is None else header * MIB,
         slot=read.number(own, "encryption/slot", 1, slots) or 1,

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from csi_driver.errors import InvalidField
 from csi_driver.machine import Mounted
-from csi_driver.model import AccessMode, MountAccess
-from csi_driver.node.content import Wish
-from csi_driver.node.mkfs import MkfsArguments, MkfsWish
+from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, MountAccess
+from csi_driver.parameters.mkfs import MkfsArguments, MkfsRequest
 
 MOUNT_FLAGS = "volume_capability.mount.mount_flags"
 FS_TYPE = "fsType"
@@ -55,10 +54,22 @@ _WHEN_READ_ONLY = {
 
 
 @dataclass(frozen=True, slots=True)
+class FilesystemRequest:
+    """The filesystem that a request asks for. An empty `fs_type` takes what the device holds, else the default."""
+
+    fs_type: str
+    read_only: bool
+
+    @property
+    def to_make(self) -> str:
+        return self.fs_type or DEFAULT_FS_TYPE
+
+
+@dataclass(frozen=True, slots=True)
 class MountPlan:
     """What a request for mount access comes to. `root_mode`: mode of the root directory, None = leave it."""
 
-    wish: Wish
+    wish: FilesystemRequest
     flags: tuple[str, ...]
     root_mode: int | None
     mkfs: MkfsArguments
@@ -78,7 +89,7 @@ def plan_mount(
     mode: AccessMode,
     *,
     read_only: bool,
-    mkfs: MkfsWish,
+    mkfs: MkfsRequest,
     supported: Sequence[str],
     fs_type_of_class: str = "",
 ) -> MountPlan:
@@ -103,7 +114,7 @@ def plan_mount(
         for flag in kept:
             if _name(flag) in NO_REPLAY:
                 raise InvalidField(MOUNT_FLAGS, _name(flag), "no option that leaves the journal unread while writing")
-    wish = Wish(fs_type, readers)
+    wish = FilesystemRequest(fs_type, readers)
     return MountPlan(wish, kept, None if readers else root_mode, mkfs.arguments(wish.to_make))
 
 

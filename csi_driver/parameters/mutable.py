@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from csi_driver.controller import parameter_values as read
-from csi_driver.controller.layout_parameters import takes
 from csi_driver.errors import InvalidRequest, shown
+from csi_driver.parameters import values as read
+from csi_driver.parameters.layout import takes
 from csi_driver.storage_model import Volume, VolumeChanges
 
 _CLASS_KEYS = {"diskClasses", "serverClasses"}
