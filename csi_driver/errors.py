@@ -4,8 +4,9 @@ A *family* (a direct child of `DriverError`) says what the caller can do about i
 maps each family to one gRPC code, and a test proves that table total. A *leaf* carries the data of one kind
 of failure and writes its own message, so that every place that meets it says the same thing.
 
-Messages say what is and what was wanted, with the facts an operator needs. They may reach end users, so
-nothing secret is ever put into one. Text that a caller sent goes through `shown` first.
+A message says what failed, why, and what to do: `<thing>: expected <X>, got <Y>; <what to do>`, with the names and
+numbers involved. Messages may reach end users, so nothing secret is ever put into one. Text that a caller sent goes
+through `shown` first.
 
 Source of the families' meanings: CSI specification, "Error Scheme" of every RPC.
 """
@@ -39,23 +40,23 @@ class NotFound(DriverError):
 
 
 class Incompatible(DriverError):
-    """It exists, or is staged or published there, with other properties than those asked for."""
+    """The object exists, is staged or is published, with properties other than the requested ones."""
 
 
 class CapacityOutOfRange(DriverError):
-    """The capacity range cannot be honoured: by no volume, or by none that is there already, for lack of room."""
+    """The capacity range cannot be met: by any volume, or by the existing one because its pool has no space."""
 
 
 class Exhausted(DriverError):
-    """The pool, the topology or the node has no room for it."""
+    """The pool, the topology or the node has no capacity left."""
 
 
 class PreconditionFailed(DriverError):
-    """The state of the volume, the device or the path forbids it now."""
+    """The current state of the volume, the device or the path forbids the operation."""
 
 
 class OperationPending(DriverError):
-    """Another operation on the same volume is under way; the same call later will do."""
+    """Another operation on the same volume is in progress; a retry helps."""
 
 
 class StaleToken(DriverError):
@@ -63,7 +64,7 @@ class StaleToken(DriverError):
 
 
 class Denied(DriverError):
-    """The identity given may not do this (a wrong passphrase, a management user without rights)."""
+    """The given identity lacks permission (a wrong passphrase, a management user without rights)."""
 
 
 class Unauthenticated(DriverError):
@@ -71,11 +72,11 @@ class Unauthenticated(DriverError):
 
 
 class StorageUnavailable(DriverError):
-    """The storage management cannot be reached, does not answer in time, or answers what cannot be read."""
+    """The storage management is unreachable, does not respond in time, or sends an invalid response."""
 
 
 class NotOffered(DriverError):
-    """The call belongs to a capability that is not offered as this process is configured."""
+    """The RPC belongs to a capability that this process is not configured to offer."""
 
 
 class HostFailure(DriverError):
@@ -90,15 +91,15 @@ class MissingField(InvalidRequest):
 
     def __init__(self, field: str) -> None:
         self.field = field
-        super().__init__(f"{field} is required and not set")
+        super().__init__(f"{field} is required but not set")
 
 
 class InvalidField(InvalidRequest):
-    """A field holds a value that cannot be used. `wanted` completes "wanted ..."."""
+    """A field holds a value that cannot be used. `expected` completes "expected ..."; `action` says what to do."""
 
-    def __init__(self, field: str, value: object, wanted: str) -> None:
+    def __init__(self, field: str, value: object, expected: str, action: str = "") -> None:
         self.field = field
-        super().__init__(f"{field} is {shown(value)}, wanted {wanted}")
+        super().__init__(f"{field}: expected {expected}, got {shown(value)}" + (f"; {action}" if action else ""))
 
 
 # --- leaves: objects ------------------------------------------------------------------------------------
@@ -117,54 +118,54 @@ class NodeNotFound(NotFound):
 
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
-        super().__init__(f"node {shown(node_id)} is not known to the storage management")
+        super().__init__(f"node {shown(node_id)} is not registered in the storage management")
 
 
 class ExistsDifferently(Incompatible):
-    """The object exists with other properties. Each difference reads "is X, wanted Y"."""
+    """The object exists with different properties. Each difference names one, with what was expected and found."""
 
     def __init__(self, what: str, differences: Sequence[str]) -> None:
         self.differences = tuple(differences)
-        super().__init__(f"{what} exists with other properties: {'; '.join(differences)}")
+        super().__init__(f"{what} already exists with different properties: {'; '.join(differences)}")
 
 
 # --- leaves: waiting ------------------------------------------------------------------------------------
 
 
 class DeadlineReached(StorageUnavailable):
-    """The caller's time ran out while something was awaited; the same call later goes on from there."""
+    """The caller's timeout expired during a wait. A retry continues the same operation."""
 
     def __init__(self, awaited: str, waited_s: float) -> None:
-        super().__init__(f"still waiting for {awaited} after {waited_s:.1f} s; call again to go on")
+        super().__init__(f"timed out after {waited_s:.0f} s waiting for {awaited}; a retry continues")
 
 
 class IdentityNotProven(StorageUnavailable):
-    """Nothing tells at this moment which volume a device is; it can be told again when the storage client is back."""
+    """The identity of a device cannot be proven now. It can be again once the storage client is back."""
 
     def __init__(self, device: object, why: str) -> None:
-        super().__init__(f"nothing on this machine proves now which volume {device} is: {why}; call again")
+        super().__init__(f"cannot prove which volume device {device} is: {why}; retry when the storage client works")
 
 
 # --- leaves: the machine --------------------------------------------------------------------------------
 
 
 class CommandFailed(HostFailure):
-    """A program ended with a status that is not an answer."""
+    """A program failed: it exited with an unexpected status, or was killed."""
 
     def __init__(self, argv: Sequence[str], status: int, stderr: str) -> None:
         self.argv = tuple(argv)
         self.status = status
         self.stderr = stderr
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        super().__init__(f"{' '.join(argv)} {how}: {stderr.strip()[-400:] or 'it printed no reason'}")
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        super().__init__(f"{' '.join(argv)} {how}: {stderr.strip()[-400:] or 'no error output'}")
 
 
 class CommandTimedOut(HostFailure):
-    """A program did not end within the time it was given; it was killed."""
+    """A program did not finish within its time limit and was killed."""
 
     def __init__(self, argv: Sequence[str], timeout_s: float) -> None:
         self.argv = tuple(argv)
-        super().__init__(f"{' '.join(argv)} did not end within {timeout_s:g} s and was killed")
+        super().__init__(f"{' '.join(argv)} did not finish within {timeout_s:g} s and was killed")
 
 
 class ToolMissing(HostFailure):
@@ -172,7 +173,7 @@ class ToolMissing(HostFailure):
 
     def __init__(self, program: str, package: str = "") -> None:
         self.program = program
-        super().__init__(f"{program} is not installed" + (f"; it is in the package {package}" if package else ""))
+        super().__init__(f"{program} is not installed" + (f"; install the package {package}" if package else ""))
 
 
 class SystemCallFailed(HostFailure):
@@ -192,19 +193,19 @@ class SystemCallFailed(HostFailure):
 
 
 class NotAttached(PreconditionFailed):
-    """An attachment that was to be there is not: what was made on top of it is worth nothing any more."""
+    """A staged volume has lost its attachment: its device and filesystem on the node are unusable."""
 
     def __init__(self, volume_name: str, node: str) -> None:
         super().__init__(
-            f"volume {volume_name} is not attached to node {node} any more, wanted it attached as when it was staged; "
-            "it must be unstaged, and staged again"
+            f"volume {volume_name} is no longer attached to node {node}, so its staged device is unusable; "
+            "unstage the volume and stage it again"
         )
 
 
 class ReservationConflict(PreconditionFailed):
-    """The management refused an attachment because the volume is held otherwise (its ids 1716, 1717, 1718).
+    """The management refused an attachment: the volume is reserved in a conflicting mode (ids 1716, 1717, 1718).
 
-    `current_version` is the volume's reservation version where the management told it.
+    `current_version` is the volume's reservation version where the management returned it.
     """
 
     def __init__(self, volume_name: str, management_id: int, current_version: int | None = None) -> None:
@@ -212,10 +213,10 @@ class ReservationConflict(PreconditionFailed):
         self.management_id = management_id
         self.current_version = current_version
         reason = {
-            1716: "it is a read-only volume and a write mode was asked for",
-            1717: "it is held in another mode or by another client",
-            1718: "it is held in another mode or by another client",
-        }.get(management_id, "it is held otherwise")
+            1716: "the volume is read-only and write access was requested",
+            1717: "it is reserved in another mode or by another client",
+            1718: "it is reserved in another mode or by another client",
+        }.get(management_id, "it is reserved in a conflicting mode")
         super().__init__(f"volume {volume_name} cannot be attached: {reason} (management id {management_id})")
 
 
@@ -223,17 +224,17 @@ class ReservationConflict(PreconditionFailed):
 
 
 class ServerUnreachable(StorageUnavailable):
-    """A management server could not be asked: the request certainly did not reach it, or it turned it away unread."""
+    """A management server is unreachable or refused the request unread: the request was certainly not carried out."""
 
     def __init__(self, server: str, reason: str, *, timed_out: bool = False) -> None:
         self.server = server
         self.reason = reason
         self.timed_out = timed_out
-        super().__init__(f"management server {server} cannot be asked: {reason}")
+        super().__init__(f"management server {server} is unavailable: {reason}")
 
 
 class OutcomeUnknown(StorageUnavailable):
-    """A request was sent and no readable answer came: it may have been carried out. Look before repeating it."""
+    """A request was sent and no valid response came: it may have been carried out. Look before repeating it."""
 
     def __init__(self, server: str, request: str, reason: str, *, timed_out: bool = False) -> None:
         self.server = server
@@ -241,5 +242,6 @@ class OutcomeUnknown(StorageUnavailable):
         self.reason = reason
         self.timed_out = timed_out
         super().__init__(
-            f"management server {server} gave no answer to {request} ({reason}); it is not known whether it did it"
+            f"management server {server} gave no valid response to {request} ({reason}); "
+            "the request may have been carried out"
         )

@@ -31,7 +31,7 @@ class MachineTools:
     def problems(self) -> Sequence[str]:
         """Return what keeps this machine from serving volumes, a sentence each; empty = all well."""
         found = [
-            f"{tool} is not installed; it is in the package {package_of(tool)}"
+            f"{tool} is not installed; install the package {package_of(tool)}"
             for tool in _NEEDED_TOOLS
             if find_tool(tool) is None
         ]

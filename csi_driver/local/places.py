@@ -38,7 +38,8 @@ class Places:
                 raise InvalidField(
                     "--directory",
                     str(places.directory),
-                    f"a path of at most {longest} bytes: sockets below it may have {SOCKET_PATH_LIMIT_BYTES} in all",
+                    f"a path of at most {longest} bytes",
+                    f"the paths of the sockets in it may have {SOCKET_PATH_LIMIT_BYTES} bytes",
                 )
         return places
 

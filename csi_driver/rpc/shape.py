@@ -74,7 +74,7 @@ def _check_text(field: FieldDescriptor, text: str, path: str) -> None:
         return
     limit = _limit_bytes(field)
     if len(text) > limit or len(text.encode()) > limit:
-        raise InvalidRequest(f"{path} is longer than {limit} bytes")
+        raise InvalidRequest(f"{path}: expected at most {limit} bytes, got {len(text.encode())}")
     if field.full_name == "csi.v1.CreateVolumeRequest.name":
         if _FORBIDDEN_IN_NAMES.search(text):
             raise InvalidField(path, text, "a name without control characters")

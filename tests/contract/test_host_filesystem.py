@@ -412,7 +412,7 @@ def test_a_status_that_is_an_answer_is_returned() -> None:
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SEARCH_PATH", "/nowhere")
-    with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; it is in the package xfsprogs"):
+    with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; install the package xfsprogs"):
         command.run(("mkfs.xfs",), timeout_s=5)
 
 
@@ -427,7 +427,7 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
     assert facts.MachineTools([tmp_path]).problems() == []
     monkeypatch.setattr(facts, "find_tool", lambda tool: None if tool == "blkid" else "/usr/sbin/any")
     problems = facts.MachineTools([tmp_path / "absent"]).problems()
-    assert problems[0] == "blkid is not installed; it is in the package util-linux"
+    assert problems[0] == "blkid is not installed; install the package util-linux"
     assert "absent does not exist" in problems[1]
 
 

@@ -145,7 +145,7 @@ def test_options_that_make_no_such_filesystem_are_the_callers_mistake(rig: Rig, 
     paths.mkdir(exist_ok=True)
     volume = Volume(rig, name, created.volume_id, capability, paths, dict(created.context))
     volume.attach()
-    with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: mkfsOptions is .*, wanted options that"):
+    with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: mkfsOptions: expected options that"):
         volume.stage()
     volume.unstage()
     volume.detach()
@@ -193,10 +193,10 @@ def test_the_storage_class_and_the_volumes_stripes_shape_the_filesystem(rig: Rig
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        ({"mkfs/inodeSize": "8192"}, "mkfs/inodeSize is '8192', wanted a power of two from 128 to 4096, for ext4"),
+        ({"mkfs/inodeSize": "8192"}, "mkfs/inodeSize: expected a power of two from 128 to 4096, for ext4, got '8192'"),
         (
             {"mkfs/blockSize": "4096", "mkfsOptions": "-b 4096"},
-            "mkfsOptions is '-b', wanted no option that mkfs/blockSize sets as well",
+            "mkfsOptions: expected no option that mkfs/blockSize sets as well",
         ),
     ],
 )

@@ -22,7 +22,7 @@ def test_the_longest_directory_whose_sockets_fit_is_taken() -> None:
 
 
 def test_a_directory_one_byte_too_long_is_refused_with_the_limit() -> None:
-    with pytest.raises(InvalidField, match=rf"--directory is .* at most {LONGEST} bytes"):
+    with pytest.raises(InvalidField, match=rf"--directory: expected .* at most {LONGEST} bytes"):
         Places.below(directory_of(LONGEST + 1))
 
 

@@ -186,7 +186,7 @@ def taken_away() -> Node:
 def test_what_was_staged_under_an_attachment_that_is_gone_is_not_published_under_a_new_one() -> None:
     """The mount is of the time before the other node wrote."""
     node = taken_away()
-    with pytest.raises(NotAttached, match="must be unstaged"):
+    with pytest.raises(NotAttached, match="unstage the volume and stage it again"):
         node.publish()
     assert (node.machine.seen, node.world.holders()) == ([], [])
 
