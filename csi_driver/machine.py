@@ -62,9 +62,11 @@ class OpenDevice:
 class VolumeStatus:
     """What the storage client of this machine says of a volume that is attached here. None = it does not say.
 
-    `refusal`: why the device may not be used although it is there; empty = it may. `io_enabled` is False where the
-    client carries no I/O for it, `words` then repeats what the client says: an attachment that is not finished, or one
-    that was fenced, suspended or lost its storage. Reading such a device hangs, or fails after half a minute.
+    `refusal`: why the device may not be used although it is there; empty = it may. `io_enabled` is True where the
+    client is known to carry I/O for it: only then may the device be opened. False is an attachment that is not
+    finished, or one that was fenced, suspended or lost its storage: reading it hangs, or fails after half a minute.
+    `refuses_writes`: writes to it fail. `preempted`: the reservation of another client has cut off its I/O for as long
+    as this attachment lasts. `words` repeats what the client says where any of these is not as it should be.
     """
 
     name: str
@@ -73,6 +75,7 @@ class VolumeStatus:
     refusal: str = ""
     io_enabled: bool | None = None
     refuses_writes: bool | None = None
+    preempted: bool = False
     words: str = ""
 
 

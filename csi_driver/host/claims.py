@@ -37,8 +37,11 @@ class Claims:
         return wanted if self.serial == serial_of(wanted) else f"serial number {self.serial}"
 
     def unusable(self, name: str) -> str | None:
-        """Say why the device carries no I/O at the moment; None when nothing says that it does not."""
-        if self.status is None or self.status.io_enabled is not False:
+        """Say why the device may carry no I/O at the moment; None when its client says that it does.
+
+        Of a client that shows nothing of the volume at all it is not known, as while that is replaced.
+        """
+        if self.status is None or self.status.io_enabled is True:
             return None
         return f"the client has not enabled I/O for {name}: {self.status.words}"
 
@@ -76,8 +79,9 @@ class Claims:
         """Say whatever speaks against using the device as this volume; None when nothing does."""
         return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
 
-    def proves(self, uuid: str | None) -> bool:
-        """Tell whether anything here names the volume; a loop device must do so itself."""
-        if self.is_loop:
-            return self.label_uuid is not None
-        return self.status is not None or (self.serial is not None and uuid is not None)
+    def proves(self) -> bool:
+        """Tell whether the device is known to be the volume: by its client's word, or a loop device's own.
+
+        A serial number proves nothing alone: without its client's word it is not known that the device carries I/O.
+        """
+        return (self.label_uuid if self.is_loop else self.status) is not None

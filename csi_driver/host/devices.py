@@ -105,7 +105,7 @@ class LinuxDevices:
         refusal = claims.refusal(name) or claims.mismatch(name, uuid)
         if refusal is not None:
             raise PreconditionFailed(refusal)
-        if not claims.proves(uuid):
+        if not claims.proves():
             return None, f"{self._silence()}: nothing on this machine says that it is {uuid or 'a volume at all'}"
         unusable = claims.unusable(name)
         if unusable is not None:
@@ -235,7 +235,7 @@ class LinuxDevices:
         ):
             if is_now != was:
                 raise PreconditionFailed(f"{device.path} claims {what} {is_now}, expected {was}")
-        if write and not claims.proves(device.uuid):
+        if write and not claims.proves():
             if not claims.is_loop:
                 raise IdentityNotProven(device.path, self._silence())
             raise PreconditionFailed(f"{device.path}: nothing on this machine proves which volume it is")

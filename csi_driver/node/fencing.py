@@ -5,6 +5,9 @@ then; what is mounted here is dead and must go, so that nothing that was not yet
 that is somebody else's by now. Three things on this machine tell it, and none of them touches the device: what the
 storage client shows of the volume, the reference ids that it shows, and whether the client shows itself at all. What is
 missing for a moment (a client that starts, or is upgraded under its volumes) tells nothing.
+
+A client that was preempted says so itself, and goes on showing its reference ids: the management cannot detach it while
+anything here has the device open.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ def hold_of(shown: Shown, handle: VolumeHandle, uuid: str) -> Hold:
         return Hold.FENCED if is_gone else Hold.UNKNOWN
     if status.uuid != uuid.lower():
         return Hold.WITHDRAWN
+    if status.preempted:
+        return Hold.FENCED
     if references is None:
         return Hold.UNKNOWN
     if held_reference(handle, uuid.lower()) in references:
@@ -69,13 +74,15 @@ def hold_of(shown: Shown, handle: VolumeHandle, uuid: str) -> Hold:
 def is_cut_off(shown: Shown, name: str) -> bool:
     """Tell whether a volume of which only the name is known is certainly dead here: nobody's, and cut off.
 
-    Whatever handle it was staged under: no reference at all is left. Ask twice, as of `is_fenced`.
+    Whatever handle it was staged under: it was preempted, or no reference at all is left. Ask twice, as of `is_fenced`.
     """
     client = shown.client()
     if client.uuid is None or client.is_upgrading or client.problem:
         return False
     status = shown.status(name)
-    return status is not None and status.io_enabled is False and shown.reference_ids(name) == ()
+    if status is None or status.io_enabled is not False:
+        return False
+    return status.preempted or shown.reference_ids(name) == ()
 
 
 def is_fenced(shown: Shown, handle: VolumeHandle, uuid: str) -> bool:

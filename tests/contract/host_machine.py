@@ -19,6 +19,16 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.machine import Device
 from csi_driver.model import MIB
 
+LIVE = {
+    "debug_di": 0,
+    "attach_status": "Attached",
+    "reservation": "EXCLUSIVE_READ_WRITE",
+    "status": "Live, with IO",
+    "dbg": "0x200",
+    "enforce_read_only": 1,
+}
+"""What an older client shows of every volume that is attached for writing (tests/recordings/nvmesh-client)."""
+
 
 def shell(*argv: str, accept: tuple[int, ...] = (0,)) -> str:
     """Run a tool of the machine, as an oracle or to prepare something; return what it printed."""
@@ -82,7 +92,7 @@ class HostMachine:
         }
         path = self.status_root / "volumes" / name / "status.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document | {"debug_di": 0, "status": "Live, with IO"} | more))
+        path.write_text(json.dumps(document | LIVE | more))
 
     def device(self, volume: Volume) -> Device:
         """Find the volume's device as the node does."""

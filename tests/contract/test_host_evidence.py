@@ -119,10 +119,10 @@ def test_the_volume_made_anew_under_the_name_is_refused(silent: Silent) -> None:
 
 
 def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
-    silent.says(enforce_read_only=1)
+    silent.says(reservation="SHARED_READ_ONLY")
     device = silent.machine.devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
     assert (device.read_only, device.client_read_only, device.takes_writes) == (False, True, False)
-    silent.says(enforce_read_only=0)
+    silent.says()
     found = silent.machine.devices.find(NAME)
     assert found is not None
     assert found.takes_writes
@@ -133,9 +133,11 @@ def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
 
 def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
-    off = {"status": "Live", "dbg": "0x0"}
+    off = {"status": "Live, no IO", "dbg": "0x1a1"}
     machine.write_status(NAME, volume.uuid, 64 * MIB, **off)
-    with pytest.raises(DeadlineReached, match="has not enabled I/O for csi-1: status is 'Live', dbg is '0x0'"):
+    with pytest.raises(
+        DeadlineReached, match=r"has not enabled I/O for csi-1: status is 'Live, no IO'.*dbg is '0x1a1'"
+    ):
         awaited(machine.devices, volume.uuid, ManualClock())
     clock = ManualClock()
     clock.on_sleep = lambda: machine.write_status(NAME, volume.uuid, 64 * MIB)
@@ -146,7 +148,7 @@ def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) ->
 def test_a_device_whose_io_was_stopped_is_not_read(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
     device = machine.device(volume)
-    machine.write_status(NAME, volume.uuid, 64 * MIB, status="Live", dbg="0x0")
+    machine.write_status(NAME, volume.uuid, 64 * MIB, status="Live, no IO, partial Error", dbg="0x2a1")
     with pytest.raises(PreconditionFailed, match="has not enabled I/O"), machine.devices.open(device):
         pass
     status = machine.devices.status(NAME)

@@ -117,7 +117,7 @@ class FakeDisk:
 
     @property
     def is_usable(self) -> bool:
-        return self.status is None or self.status.io_enabled is not False
+        return self.status is None or self.status.io_enabled is True
 
 
 @dataclass

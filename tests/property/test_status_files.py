@@ -12,10 +12,18 @@ from csi_driver.host.connectors import nvmesh
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 OTHER = "fedcba98-7654-3210-fedc-ba9876543210"
 IDENTITY = {"name": "csi-1", "uuid": UUID, "type": "visible"}
-HINTS = ("size[blks]", "block[b]", "debug_di", "status", "dbg", "reservation", "enforce_read_only", "topo", "uuid_old")
+HINTS = (
+    "size[blks]", "block[b]", "debug_di", "status", "attach_status", "dbg", "io_enabled", "reservation", "topo",
+    "uuid_old",
+)  # fmt: skip
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["0x200", OTHER, "Live"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["0x200", 0x1092, 1, OTHER, "Preempted"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["name", "uuid", "type", "dbg"]) | st.text(max_size=5), inner, max_size=3)
@@ -33,8 +41,10 @@ def test_any_bytes_are_read_or_not_known(data: bytes) -> None:
     assert nvmesh.parse_volume_status(text) is None
     assert nvmesh.parse_client_uuid(text) is None
     assert nvmesh.parse_reference_ids(text) in (None, ())
+    assert nvmesh.parse_opens(text) is None
     nvmesh.parse_client_problem(text)
     nvmesh.parse_serial_page(data)
+    assert not nvmesh.is_nvmesh(data[:16])
 
 
 @given(documents)
@@ -43,6 +53,7 @@ def test_whatever_other_fields_hold_the_identity_is_the_volumes_own(more: dict[s
     assert status is not None
     assert (status.name, status.uuid) == ("csi-1", UUID)
     assert status.size_bytes is None or 0 <= status.size_bytes < 1 << 63
+    assert not status.preempted or status.io_enabled is False
 
 
 @given(documents, st.data())

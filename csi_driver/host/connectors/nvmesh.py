@@ -21,9 +21,13 @@ from csi_driver.storage_model import ReservationMode
 # A volume of many pieces lists each of them.
 _STATUS_LIMIT_BYTES = 16 << 20
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
+_OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=(?P<opens>[0-9]{1,10})\n\Z", re.MULTILINE | re.ASCII)
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
-_IO_ENABLED = 0x200
+_LIVE, _DEGRADED_READ_ONLY = 0x200, 0x293
+"""Values of `dbg` while the client carries I/O, in the second state reads alone."""
+_PREEMPTED = 0x1000
+"""Bit of `dbg`."""
 CLIENT_VOLUME_LIMIT = 1024
 """Volumes that one NVMesh client can have attached, hidden ones included (NVMesh User Guide 3.5, limits)."""
 _MODES = {mode.name: mode for mode in ReservationMode}
@@ -47,15 +51,16 @@ def parse_volume_status(text: str) -> VolumeStatus | None:
         return None
     if document.get("type") == "hidden":
         return None
-    io_enabled = _io_enabled(document)
+    io_enabled, refuses_writes = _io_enabled(document), _refuses_writes(document)
     return VolumeStatus(
         name=name,
         uuid=uuid.lower(),
         size_bytes=_size_bytes(document),
         refusal=_refusal(document.get("debug_di")),
         io_enabled=io_enabled,
-        refuses_writes=_refuses_writes(document),
-        words=_words(document) if io_enabled is False else "",
+        refuses_writes=refuses_writes,
+        preempted=io_enabled is False and _is_preempted(document),
+        words="" if io_enabled and not refuses_writes else _words(document),
     )
 
 
@@ -75,31 +80,47 @@ def _refusal(debug_di: object) -> str:
 
 
 def _io_enabled(document: Mapping[str, object]) -> bool | None:
-    """Tell whether the client carries I/O. Either of two fields says so; only flags that can be read deny it.
+    """Tell whether the client carries I/O: True where everything it shows says so, False where nothing does, else None.
 
-    A wording that is not known denies nothing: a newer client changed a field before, and every device of it would be
-    waited for in vain.
+    `dbg` says it exactly: the attachment's status in its second byte, its errors in the first. Newer clients show
+    `io_enabled` beside it, some seconds late. ATTACHED stays set, in `dbg` and in `attach_status`, after I/O was lost.
+    A volume that is suspended or detaching has no `dbg`. Source: NVIDIA/nvmesh-kernel, nvmeibc_topology.c.
     """
-    status, flags = document.get("status"), _number(document.get("dbg"))
-    if isinstance(status, str) and "with IO" in status:
-        return True
-    return None if flags is None else bool(flags & _IO_ENABLED)
+    signs: set[bool | None] = set()
+    if "io_enabled" in document:
+        enabled = _number(document["io_enabled"])
+        signs.add(None if enabled is None else enabled == 1)
+    if "dbg" in document:
+        state = _number(document["dbg"])
+        signs.add(None if state is None else state in (_LIVE, _DEGRADED_READ_ONLY))
+    attached = document.get("attach_status")
+    if attached is not None and (attached != "Attached" or not signs):
+        signs.add(False)
+    return signs.pop() if len(signs) == 1 else None
+
+
+def _is_preempted(document: Mapping[str, object]) -> bool:
+    """Tell whether another client's reservation has cut off this attachment's I/O; it stays so until it is detached."""
+    state = _number(document.get("dbg"))
+    return document.get("attach_status") == "Preempted" or (state is not None and bool(state & _PREEMPTED))
 
 
 def _refuses_writes(document: Mapping[str, object]) -> bool | None:
-    enforced = _number(document.get("enforce_read_only"))
-    if enforced:
+    """Tell whether writes fail: to an attachment that is read-only, and to a volume that is degraded.
+
+    `enforce_read_only` is no sign of it: the client sets it for every volume.
+    """
+    if _number(document.get("dbg")) == _DEGRADED_READ_ONLY:
         return True
     reservation = document.get("reservation")
     mode = _MODES.get(reservation) if isinstance(reservation, str) else None
-    if mode is ReservationMode.SHARED_READ_ONLY:
-        return True
-    return None if enforced is None and mode is None else False
+    return None if mode is None else mode is ReservationMode.SHARED_READ_ONLY
 
 
 def _words(document: Mapping[str, object]) -> str:
-    shown = (f"{key} is {ascii(document.get(key))[:48]}" for key in ("status", "dbg", "reservation") if key in document)
-    return ", ".join(shown)
+    keys = ("status", "attach_status", "dbg", "io_enabled", "reservation")
+    shown = (f"{key} is {ascii(document.get(key))[:48]}" for key in keys if key in document)
+    return ", ".join(shown) or "its status names neither status, attach_status, dbg nor io_enabled"
 
 
 def _number(value: object) -> int | None:
@@ -130,6 +151,15 @@ def _reference_ids(values: Mapping[str, str], lines: Sequence[str]) -> tuple[str
         return None
     ids = tuple(line.strip() for line in lines[:count])
     return ids if all(each and each.isprintable() for each in ids) else None
+
+
+def parse_opens(text: str) -> int | None:
+    """Read how often a device is open from the last line of a volume's `client_processes`; None when it is torn.
+
+    The processes listed above that line are no answer: they are thread groups, and stay listed after they closed it.
+    """
+    last = _OPENS.search(text)
+    return int(last["opens"]) if last is not None else None
 
 
 def parse_client_uuid(text: str) -> str | None:
@@ -194,6 +224,11 @@ class StatusFiles:
         """Return the reference ids under which this node holds the volume; None when that cannot be told."""
         text = _read(self._root / "volumes" / name / "blob.txt")
         return parse_reference_ids(text) if text is not None else None
+
+    def opens(self, name: str) -> int | None:
+        """Return how often the volume's device is open now; None when the client does not tell it."""
+        text = _read(self._root / "volumes" / name / "client_processes")
+        return parse_opens(text) if text is not None else None
 
     def client(self) -> StorageClient:
         """Return what is known of this machine's client."""
@@ -270,10 +305,18 @@ def serial_of(uuid: str) -> str:
 def read_serial(fd: int) -> str | None:
     """Ask an open device for its serial number; None when it is not a device of NVMesh or cannot be asked."""
     standard = _inquire(fd, page=None)
-    if standard is None or standard[8:16].strip() != b"Excelero" or standard[16:32].strip() != b"NVMesh":
+    if standard is None or not is_nvmesh(standard):
         return None
     page = _inquire(fd, page=0x80)
     return parse_serial_page(page) if page is not None else None
+
+
+def is_nvmesh(standard: bytes) -> bool:
+    """Tell whether the standard answer to INQUIRY is of a device of NVMesh, of any version.
+
+    The product `NVMesh` is followed by the release and NULs; the vendor differs between versions.
+    """
+    return standard[8:16].strip(b" \0") in (b"Excelero", b"NVMesh") and standard[16:32].startswith(b"NVMesh")
 
 
 def parse_serial_page(page: bytes) -> str | None:

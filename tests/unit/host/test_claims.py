@@ -24,7 +24,7 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Cla
         (claims(), None, None, False),
         (claims(STATUS), UUID, UUID, True),
         (claims(STATUS), None, UUID, True),
-        (claims(None, serial_of(UUID)), UUID, UUID, True),
+        (claims(None, serial_of(UUID)), UUID, UUID, False),
         (claims(None, serial_of(UUID)), None, None, False),
         (claims(STATUS, serial_of(UUID)), UUID, UUID, True),
         (Claims(STATUS, None, None, is_loop=True), UUID, None, False),
@@ -34,7 +34,7 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Cla
 def test_a_device_is_who_the_evidence_says(
     evidence: Claims, wanted: str | None, uuid: str | None, proven: bool
 ) -> None:
-    assert (evidence.uuid_for(wanted), evidence.proves(wanted)) == (uuid, proven)
+    assert (evidence.uuid_for(wanted), evidence.proves()) == (uuid, proven)
     assert evidence.against("csi-1", wanted) is None
 
 
@@ -59,9 +59,9 @@ def test_what_speaks_against_a_device_is_said(evidence: Claims, name: str, wante
     assert why in (evidence.against(name, wanted) or "")
 
 
-def test_a_device_without_io_is_not_usable() -> None:
-    off = VolumeStatus("csi-1", UUID, io_enabled=False, words="dbg is '0x0'")
-    assert "dbg is '0x0'" in (claims(off).unusable("csi-1") or "")
-    for enabled in (True, None):
-        assert claims(VolumeStatus("csi-1", UUID, io_enabled=enabled)).unusable("csi-1") is None
+def test_a_device_is_not_usable_unless_its_client_says_that_it_carries_io() -> None:
+    for enabled in (False, None):
+        off = VolumeStatus("csi-1", UUID, io_enabled=enabled, words="dbg is '0x0'")
+        assert "dbg is '0x0'" in (claims(off).unusable("csi-1") or "")
+    assert claims(VolumeStatus("csi-1", UUID, io_enabled=True)).unusable("csi-1") is None
     assert claims().unusable("csi-1") is None

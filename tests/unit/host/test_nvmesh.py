@@ -15,7 +15,9 @@ STATUS = {"name": "csi-1", "uuid": UUID, "type": "visible", "size[blks]": 262144
 
 
 def test_the_status_of_a_volume_is_read() -> None:
-    assert nvmesh.parse_volume_status(json.dumps(STATUS)) == VolumeStatus("csi-1", UUID, 1 << 30)
+    assert nvmesh.parse_volume_status(json.dumps(STATUS | {"dbg": 512})) == VolumeStatus(
+        "csi-1", UUID, 1 << 30, io_enabled=True
+    )
 
 
 def test_what_other_versions_add_or_change_does_not_matter() -> None:
@@ -49,44 +51,85 @@ def test_a_device_that_may_not_write_data_is_told(debug_di: object, refused: boo
     assert bool(status.refusal) is refused
 
 
+LIVE, LOST = {"attach_status": "Attached", "dbg": 0x200}, {"attach_status": "Attached", "dbg": 0x2A1}
+
+
 @pytest.mark.parametrize(
     ("shown", "enabled"),
     [
+        ({"dbg": "0x200"}, True),
+        ({"dbg": 512, "status": 7}, True),
+        ({"io_enabled": 1}, True),
+        ({"io_enabled": 1, "attach_status": "Attached"}, True),
+        (LIVE | {"io_enabled": 1}, True),
+        # ATTACHED stays set after the I/O was lost.
+        ({"dbg": "0x201"}, False),
+        (LOST, False),
+        (LOST | {"io_enabled": 0}, False),
+        ({"dbg": "0x0"}, False),
+        ({"io_enabled": 0, "attach_status": "Attached"}, False),
+        # Suspended further, or detaching.
+        ({"attach_status": "Attached"}, False),
+        ({"attach_status": "Detaching"}, False),
+        ({"attach_status": "???"}, False),
+        # io_enabled follows some seconds later.
+        (LOST | {"io_enabled": 1}, None),
+        (LIVE | {"io_enabled": 0}, None),
+        (LIVE | {"attach_status": "Preempted"}, None),
+        # Nothing that is known here says it: a client older than the words, or newer.
         ({}, None),
-        ({"status": "Live, with IO", "dbg": "0x200"}, True),
-        ({"status": "Live, with IO", "dbg": "0x0"}, True),
-        ({"status": "Attached, Live, with IO (debug:0x200, 1)"}, True),
-        ({"status": 7, "dbg": 512}, True),
-        ({"status": {"live": True}, "dbg": "0x201"}, True),
-        ({"status": "Live", "dbg": "0x0"}, False),
-        ({"status": "Live, no IO", "dbg": "0x100"}, False),
-        ({"dbg": 0}, False),
-        ({"status": "a wording of later versions"}, None),
-        ({"status": None, "dbg": {"flags": 0}}, None),
-        ({"dbg": "0200"}, None),
+        ({"status": "Live, with IO"}, None),
+        ({"status": "Live, with IO", "dbg": "0200"}, None),
+        ({"dbg": {"flags": 0}}, None),
+        ({"dbg": "0x200", "io_enabled": "yes"}, None),
     ],
 )
-def test_io_is_off_only_where_flags_say_so(shown: dict[str, object], enabled: bool | None) -> None:
+def test_io_is_on_or_off_where_everything_that_the_client_shows_says_so(
+    shown: dict[str, object], enabled: bool | None
+) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
     assert status is not None
     assert status.io_enabled is enabled
-    assert bool(status.words) is (enabled is False)
+    assert bool(status.words) is (enabled is not True)
+
+
+@pytest.mark.parametrize(
+    ("shown", "preempted"),
+    [
+        ({"attach_status": "Preempted", "dbg": "0x1092"}, True),
+        ({"attach_status": "Preempted"}, True),
+        ({"dbg": 0x1092, "io_enabled": 0}, True),
+        # Until everything that the client shows agrees.
+        ({"attach_status": "Preempted", "dbg": 0x1092, "io_enabled": 1}, False),
+        ({"attach_status": "Preempted", "dbg": 0x200}, False),
+        (LOST, False),
+        ({"attach_status": "Detaching", "dbg": "0x400"}, False),
+        ({}, False),
+    ],
+)
+def test_an_attachment_that_was_preempted_is_told(shown: dict[str, object], preempted: bool) -> None:
+    status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
+    assert status is not None
+    assert status.preempted is preempted
 
 
 @pytest.mark.parametrize(
     ("shown", "refuses"),
     [
         ({}, None),
-        ({"enforce_read_only": 1}, True),
-        ({"enforce_read_only": "0x1"}, True),
+        ({"enforce_read_only": 1}, None),
         ({"reservation": "SHARED_READ_ONLY"}, True),
-        ({"reservation": "EXCLUSIVE_READ_WRITE", "enforce_read_only": 0}, False),
-        ({"reservation": "EXCLUSIVE_READ_WRITE", "enforce_read_only": 1}, True),
-        ({"reservation": {"mode": "SHARED_READ_ONLY"}, "enforce_read_only": "maybe"}, None),
+        ({"reservation": "SHARED_READ_ONLY", "enforce_read_only": 0}, True),
+        ({"reservation": "EXCLUSIVE_READ_WRITE"}, False),
+        ({"reservation": "EXCLUSIVE_READ_WRITE", "enforce_read_only": 1}, False),
+        ({"reservation": "EXCLUSIVE_READ_WRITE", "dbg": "0x293"}, True),
+        ({"reservation": {"mode": "SHARED_READ_ONLY"}}, None),
         ({"reservation": "Recovery Only"}, None),
     ],
 )
-def test_a_client_that_refuses_writes_is_told(shown: dict[str, object], refuses: bool | None) -> None:
+def test_writes_are_refused_to_a_read_only_attachment_and_a_degraded_volume(
+    shown: dict[str, object], refuses: bool | None
+) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
     assert status is not None
     assert status.refuses_writes is refuses

@@ -17,6 +17,7 @@ HANDLE = VolumeHandle("v", "z", UUID, "team-a")
 NODE = Device("v", Path("/dev/nvmesh/v"), DeviceNumber(252, 1), 1 << 30, False, UUID)
 WORKS, CUT = VolumeStatus("v", UUID, io_enabled=True), VolumeStatus("v", UUID, io_enabled=False)
 SILENT = VolumeStatus("v", UUID)
+PREEMPTED = VolumeStatus("v", UUID, io_enabled=False, preempted=True)
 
 
 @dataclass
@@ -50,6 +51,10 @@ class Client:
         (Client(its_status=CUT), Hold.HELD),
         (Client(its_status=CUT, references=()), Hold.FENCED),
         (Client(its_status=CUT, references=("team-b",)), Hold.FENCED),
+        # The client keeps its references until it is allowed to detach, which an open device prevents.
+        (Client(its_status=PREEMPTED), Hold.FENCED),
+        (Client(its_status=PREEMPTED, references=None), Hold.FENCED),
+        (Client(its_status=replace(PREEMPTED, uuid=OTHER)), Hold.WITHDRAWN),
         (Client(references=()), Hold.WITHDRAWN),
         (Client(references=("team-b",)), Hold.WITHDRAWN),
         # A client of a version whose words are not known does not say that there is no I/O.
@@ -77,7 +82,7 @@ def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold
         StorageClient("c", problem="never registers"),
     ],
 )
-@pytest.mark.parametrize("status", [None, CUT, WORKS])
+@pytest.mark.parametrize("status", [None, CUT, WORKS, PREEMPTED])
 def test_a_client_that_does_not_show_itself_tells_nothing(state: StorageClient, status: VolumeStatus | None) -> None:
     client = Client(status, None if status is None else (), None, state)
     assert hold_of(client, HANDLE, UUID) is Hold.UNKNOWN
@@ -95,6 +100,9 @@ def test_a_handle_without_a_last_part_is_held_under_the_volumes_uuid(uuid: str) 
     ("client", "is_cut"),
     [
         (Client(its_status=CUT, references=()), True),
+        (Client(its_status=PREEMPTED), True),
+        (Client(its_status=PREEMPTED, references=None), True),
+        (Client(its_status=PREEMPTED, its_client=StorageClient(None)), False),
         # Held under some reference, or not known under which: an outage, or a client that is not done yet.
         (Client(its_status=CUT, references=("team-b",)), False),
         (Client(its_status=CUT, references=None), False),

@@ -315,13 +315,17 @@ def test_dead_publications_that_kubelet_forgot_are_unmounted(kubelet: Kubelet) -
 
 
 @pytest.mark.parametrize("in_use", [False, True])
-def test_a_mount_of_a_volume_that_was_taken_away_is_dead(kubelet: Kubelet, in_use: bool) -> None:
+@pytest.mark.parametrize(("preempted", "references"), [(False, ()), (True, (UUID,))])
+def test_a_mount_of_a_volume_that_was_taken_away_is_dead(
+    kubelet: Kubelet, in_use: bool, preempted: bool, references: tuple[str, ...]
+) -> None:
     kubelet.stage()
     entry = kubelet.host.topmost(STAGING)
     assert entry is not None
     entry.in_use = in_use
     disk = kubelet.host.disks[NAME]
-    disk.status, disk.references = VolumeStatus(NAME, UUID, io_enabled=False), ()
+    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=preempted)
+    disk.references = references
     assert kubelet.sweep() == [Kind.BROKEN]
     kubelet.forget(STAGING_RECORD)
     assert kubelet.sweep() == [Kind.DEAD]

@@ -760,9 +760,10 @@ def test_an_attachment_that_is_not_known_to_be_later_is_the_same(node: FakeNode,
     assert node.host.mounts_at(OTHER_TARGET) == 1
 
 
+@pytest.mark.parametrize("preempted", [False, True])
 @pytest.mark.parametrize("references", [(), ("another",), (UUID,), None])
 def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_node(
-    node: FakeNode, references: tuple[str, ...] | None
+    node: FakeNode, references: tuple[str, ...] | None, preempted: bool
 ) -> None:
     formatted(node)
     node.stage()
@@ -770,8 +771,9 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
     assert entry is not None
     entry.in_use = True
     disk = node.host.disks[NAME]
-    disk.status, disk.references = VolumeStatus(NAME, UUID, io_enabled=False), references
-    if references in ((), ("another",)):
+    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=preempted)
+    disk.references = references
+    if preempted or references in ((), ("another",)):
         node.unstage()
         assert (node.host.mounts_at(STAGING), node.host.lost) == (0, [disk.number])
     else:

@@ -145,7 +145,7 @@ def test_a_volume_without_io_is_waited_for(attached: FakeNode, access: object) -
 
 @ACCESS
 def test_a_volume_that_its_client_keeps_read_only_is_not_staged_for_writing(attached: FakeNode, access: object) -> None:
-    shown(attached.host.disks[NAME], refuses_writes=True)
+    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True)
     with pytest.raises(PreconditionFailed, match="refuses writes"):
         attached.stage(access=access)  # type: ignore[arg-type]
     assert attached.host.formats == []
@@ -153,13 +153,13 @@ def test_a_volume_that_its_client_keeps_read_only_is_not_staged_for_writing(atta
 
 def test_a_raw_volume_that_its_client_keeps_read_only_is_not_published_for_writing(attached: FakeNode) -> None:
     attached.stage(access=BLOCK)
-    shown(attached.host.disks[NAME], refuses_writes=True)
+    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True)
     with pytest.raises(PreconditionFailed, match="refuses writes"):
         attached.publish(access=BLOCK)
 
 
 def test_a_device_that_may_not_be_used_is_not_staged(attached: FakeNode) -> None:
-    shown(attached.host.disks[NAME], refusal="it does not write data")
+    shown(attached.host.disks[NAME], io_enabled=True, refusal="it does not write data")
     with pytest.raises(PreconditionFailed, match="does not write data"):
         attached.stage()
 

@@ -1,0 +1,142 @@
+"""What the driver concludes from the files of a real client, in every state that its source can print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host.claims import Claims
+from csi_driver.host.connectors import nvmesh
+from csi_driver.machine import Device, StorageClient, VolumeStatus
+from csi_driver.model import VolumeHandle
+from csi_driver.node.fencing import is_fenced
+
+SAMPLES = Path(__file__).parents[2] / "recordings/nvmesh-client"
+NAME, UUID = "csi-1234567890abcdef12", "7f0e2a10-5b1c-11f1-8a3e-0123456789ab"
+WRITES, READS, NOT_READY, FENCED, NO_VOLUME = "ready for writing", "ready for reading", "not ready", "fenced", "none"
+STATES = {
+    "attaching-no-io": NOT_READY,
+    "degraded-read-only": READS,
+    "detaching": NOT_READY,
+    "hidden-recovery": NO_VOLUME,
+    "io-lost": NOT_READY,
+    "only-recovery": NOT_READY,
+    "preempted": FENCED,
+    "ro-attach-live": READS,
+    "rw-live": WRITES,
+    "rw-unprotected": WRITES,
+    "suspended": NOT_READY,
+    "suspended-no-topology": NOT_READY,
+}
+GENERATIONS = ("A", "B")
+
+
+def status_of(state: str, generation: str) -> VolumeStatus | None:
+    return nvmesh.parse_volume_status((SAMPLES / f"volumes/{generation}-{state}.json").read_text())
+
+
+class Shown:
+    """A client that shows a status, and the reference ids of the sample beside it."""
+
+    def __init__(self, status: VolumeStatus | None) -> None:
+        self._status = status
+
+    def client(self) -> StorageClient:
+        return StorageClient("c", is_expected=True)
+
+    def status(self, name: str) -> VolumeStatus | None:
+        return self._status
+
+    def reference_ids(self, name: str) -> tuple[str, ...] | None:
+        return nvmesh.parse_reference_ids((SAMPLES / "blob.txt").read_text())
+
+    def find(self, name: str, uuid: str | None = None) -> Device | None:
+        raise AssertionError("the device of a volume of which the client shows something need not be looked for")
+
+
+def judged(status: VolumeStatus | None) -> str:
+    if status is None:
+        return NO_VOLUME
+    assert (status.name, status.uuid, status.size_bytes, status.refusal) == (NAME, UUID, 1 << 30, "")
+    if is_fenced(Shown(status), VolumeHandle(NAME, "z", UUID, "team-a"), UUID):
+        return FENCED
+    if Claims(status, None, None, is_loop=False).unusable(NAME) is not None:
+        return NOT_READY
+    return READS if status.refuses_writes else WRITES
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("state", "judgement"), STATES.items())
+def test_every_state_of_a_volume_is_judged_as_it_is(state: str, generation: str, judgement: str) -> None:
+    assert judged(status_of(state, generation)) == judgement
+
+
+def test_every_sample_is_judged() -> None:
+    assert {path.stem for path in (SAMPLES / "volumes").iterdir()} == {f"{g}-{s}" for g in GENERATIONS for s in STATES}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    "state", [state for state, judgement in STATES.items() if judgement not in (WRITES, NO_VOLUME)]
+)
+def test_whatever_is_not_ready_for_writing_says_why(state: str, generation: str) -> None:
+    status = status_of(state, generation)
+    assert status is not None
+    assert status.words
+
+
+def test_how_often_a_device_is_open_is_read() -> None:
+    text = (SAMPLES / "client_processes").read_text()
+    assert nvmesh.parse_opens(text) == 1
+    # The process is still listed: closing it takes its entry away later, if at all.
+    assert nvmesh.parse_opens(text.replace("opens=1", "opens=0")) == 0
+    assert nvmesh.parse_opens("Processes holding handle:\nNum Processes=0, opens=0\n") == 0
+
+
+def test_a_list_of_openers_that_is_torn_anywhere_tells_no_count() -> None:
+    text = (SAMPLES / "client_processes").read_text().replace("opens=1", "opens=10")
+    assert {nvmesh.parse_opens(text[:length]) for length in range(len(text))} == {None}
+    assert nvmesh.parse_opens(text + "Num") is None
+
+
+def test_a_program_that_calls_itself_like_the_count_is_not_the_count() -> None:
+    named = "Processes holding handle:\n  0) 7 [Num Processes=0], mode=0x1f\nNum Processes=1, opens=3\n"
+    assert nvmesh.parse_opens(named) == 3
+
+
+def test_the_count_of_a_volume_is_read_from_its_directory(tmp_path: Path) -> None:
+    files = nvmesh.StatusFiles(tmp_path)
+    assert files.opens(NAME) is None
+    (tmp_path / "volumes" / NAME).mkdir(parents=True)
+    (tmp_path / "volumes" / NAME / "client_processes").write_bytes((SAMPLES / "client_processes").read_bytes())
+    assert files.opens(NAME) == 1
+
+
+@pytest.mark.parametrize("release", ["1", "12", "empty"])
+def test_a_device_of_the_client_is_known_by_its_answer_to_inquiry(release: str) -> None:
+    standard = (SAMPLES / f"client/inquiry-standard-release-{release}.bin").read_bytes()
+    assert nvmesh.is_nvmesh(standard + bytes(96 - len(standard)))
+    assert nvmesh.is_nvmesh(standard[:8] + b"NVMesh  " + standard[16:])
+    assert not nvmesh.is_nvmesh(standard[:8] + b"ATA     " + standard[16:])
+    assert not nvmesh.is_nvmesh(standard[:16] + b"Virtual disk    " + standard[32:])
+
+
+def test_the_serial_number_of_the_client_is_the_volumes() -> None:
+    page = (SAMPLES / "client/inquiry-vpd80.bin").read_bytes()
+    assert nvmesh.parse_serial_page(page + bytes(96 - len(page))) == nvmesh.serial_of(UUID)
+
+
+def test_the_files_of_the_client_tell_its_uuid_and_no_problem() -> None:
+    assert nvmesh.parse_client_uuid((SAMPLES / "client/status.json").read_text()) == (
+        "0d4c3b2a-1f0e-11f1-9abc-0123456789ab"
+    )
+    version = (SAMPLES / "client/version").read_text()
+    assert (nvmesh.parse_client_problem(version), nvmesh.parse_volume_limit(version)) == ("", 1024)
+
+
+def test_a_client_that_exits_shows_no_uuid() -> None:
+    exiting = json.loads((SAMPLES / "client/status.json").read_text())
+    del exiting["main"]
+    assert nvmesh.parse_client_uuid(json.dumps(exiting)) is None
