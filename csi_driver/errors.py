@@ -133,10 +133,13 @@ class ExistsDifferently(Incompatible):
 
 
 class DeadlineReached(StorageUnavailable):
-    """The caller's timeout expired during a wait. A retry continues the same operation."""
+    """The caller's timeout expired during a wait. A retry continues the same operation.
 
-    def __init__(self, awaited: str, waited_s: float) -> None:
-        super().__init__(f"timed out after {waited_s:.0f} s waiting for {awaited}; a retry continues")
+    How long the wait was is left to the log: Kubernetes counts events with equal texts as one.
+    """
+
+    def __init__(self, awaited: str) -> None:
+        super().__init__(f"timed out waiting for {awaited}; a retry continues")
 
 
 class IdentityNotProven(StorageUnavailable):
@@ -234,14 +237,17 @@ class ServerUnreachable(StorageUnavailable):
 
 
 class OutcomeUnknown(StorageUnavailable):
-    """A request was sent and no valid response came: it may have been carried out. Look before repeating it."""
+    """A request was sent and no valid response came: it may have been carried out. Look before repeating it.
 
-    def __init__(self, server: str, request: str, reason: str, *, timed_out: bool = False) -> None:
+    `is_read`: it changes nothing, carried out or not.
+    """
+
+    def __init__(
+        self, server: str, request: str, reason: str, *, timed_out: bool = False, is_read: bool = False
+    ) -> None:
         self.server = server
         self.request = request
         self.reason = reason
         self.timed_out = timed_out
-        super().__init__(
-            f"management server {server} gave no valid response to {request} ({reason}); "
-            "the request may have been carried out"
-        )
+        maybe = "" if is_read else "; the request may have been carried out"
+        super().__init__(f"management server {server} gave no valid response to {request} ({reason}){maybe}")

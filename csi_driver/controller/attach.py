@@ -215,7 +215,7 @@ class Attach:
             return not lacks
 
         if not self._attach_wait(deadline).wait_until(is_usable):
-            raise DeadlineReached(f"{lacks} of volume {located.volume.name} on node {client.id}", deadline.elapsed_s())
+            raise DeadlineReached(f"{lacks} of volume {located.volume.name} on node {client.id}")
         return latest
 
     def _context(

@@ -92,6 +92,4 @@ class Detach:
                 f"({report.status.name.lower()}); wanted it unmounted and closed"
             )
         state = "gone" if report is None else report.status.name.lower()
-        raise DeadlineReached(
-            f"volume {volume.name} to be detached from node {client.id} (device {state})", deadline.elapsed_s()
-        )
+        raise DeadlineReached(f"volume {volume.name} to be detached from node {client.id} (device {state})")

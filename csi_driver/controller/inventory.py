@@ -42,6 +42,7 @@ class Inventory:
         self._crew = crew
         self._settings = settings
         self._was_ready = False
+        self._silences: dict[str, str] = {}
         self._judged: set[str] = set()
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
@@ -124,9 +125,19 @@ class Inventory:
         if not self._was_ready:
             zones = self._clusters.zones()
             self._was_ready = any_says_yes(
-                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
+                zones,
+                lambda zone: self._answers(zone, deadline=deadline),
+                deadline=deadline,
+                on_silence=self._tell_silence,
+                crew=self._crew,
             )
         return self._was_ready
+
+    def _tell_silence(self, zone: str, reason: DriverError) -> None:
+        """Log why a zone does not answer a probe: each reason once, as probes come every few seconds."""
+        if self._silences.get(zone) != str(reason):
+            self._silences[zone] = str(reason)
+            _log.warning("not ready: zone %s does not answer: %s", zone, reason)
 
     def why_unreachable(self) -> str:
         """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""

@@ -282,8 +282,7 @@ class Provision:
 
         if not self._wait(deadline).wait_until(is_usable):
             raise DeadlineReached(
-                f"volume {volume.name} to become usable (status {latest.status}, action {latest.action})",
-                deadline.elapsed_s(),
+                f"volume {volume.name} to become usable (status {latest.status}, action {latest.action})"
             )
         return latest
 

@@ -137,11 +137,10 @@ class Search:
         with self._lock:
             _make_room(self._first_seen)
             seen_at_s = self._first_seen.setdefault(uuid, asked_at_s)
-        left_s = min(made_at_s, seen_at_s) + SETTLED_S - asked_at_s
-        if left_s > 0:
+        if asked_at_s < min(made_at_s, seen_at_s) + SETTLED_S:
             raise OperationPending(
                 f"volume {found.volume.name} has just been made in {found} by a call that did not answer here; "
-                f"call again in {left_s:.0f} s"
+                f"retry after {SETTLED_S:.0f} s"
             )
 
     def confirm(self, made: Found, allowed: Sequence[str], sent_at_s: float, *, deadline: Deadline) -> None:

@@ -148,7 +148,7 @@ def ask(
     for zone, future in asked.items():
         if not future.done():
             future.cancel()
-            missing[zone] = DeadlineReached(f"an answer of zone {zone}", deadline.elapsed_s())
+            missing[zone] = DeadlineReached(f"an answer of zone {zone}")
             continue
         try:
             given[zone] = future.result()
@@ -167,17 +167,27 @@ def _asked_alone(zone: str, question: Callable[[str], T]) -> Answers[T]:
 
 
 def any_says_yes(
-    zones: Iterable[str], question: Callable[[str], bool], *, deadline: Deadline, crew: Crew = CREW
+    zones: Iterable[str],
+    question: Callable[[str], bool],
+    *,
+    deadline: Deadline,
+    on_silence: Callable[[str, DriverError], None],
+    crew: Crew = CREW,
 ) -> bool:
-    """Tell whether any zone says yes, as soon as one does; one that cannot be asked says no."""
-    asked = [crew.submit(zone, lambda zone=zone: question(zone)) for zone in zones]  # type: ignore[misc]
+    """Tell whether any zone says yes, as soon as one does; one that cannot be asked says no.
+
+    `on_silence` is called with each zone that was found not to answer by then, and the reason.
+    """
+    asked = {crew.submit(zone, lambda zone=zone: question(zone)): zone for zone in zones}  # type: ignore[misc]
     try:
         for future in as_completed(asked, timeout=deadline.remaining_s() + _LAST_WORD_S):
             try:
                 if future.result():
                     return True
-            except UNANSWERED:
-                continue
+            except UNANSWERED as problem:
+                on_silence(asked[future], problem)
     except TimeoutError:
-        return False
+        for future, zone in asked.items():
+            if not future.done():
+                on_silence(zone, DeadlineReached(f"an answer of zone {zone}"))
     return False

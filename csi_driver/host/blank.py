@@ -150,7 +150,7 @@ def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Dea
     """Return where the first byte that is not zero lies in the places of the cheap check; None when all are zero."""
     for offset, length in probe_places(device.device.size_bytes):
         if deadline.expired():
-            raise DeadlineReached(f"reading {device.device.path}", deadline.elapsed_s())
+            raise DeadlineReached(f"reading {device.device.path}")
         found = reader.first_data(offset, length)
         if found is not None:
             return found
@@ -189,9 +189,7 @@ def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Calla
     with DirectReader(device, _SCAN_BUFFER_BYTES) as reader:
         for offset in range(0, size, _SCAN_BUFFER_BYTES):
             if deadline is not None and deadline.expired():
-                raise DeadlineReached(
-                    f"the reading of {device.device.path} ({offset} of {size} bytes)", deadline.elapsed_s()
-                )
+                raise DeadlineReached(f"the reading of {device.device.path} ({offset} of {size} bytes)")
             found = reader.first_data(offset, min(_SCAN_BUFFER_BYTES, size - offset))
             if found is not None:
                 return found

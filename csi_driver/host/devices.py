@@ -90,7 +90,7 @@ class LinuxDevices:
                     return device
                 left_s = deadline.remaining_s()
                 if left_s <= 0:
-                    raise DeadlineReached(f"the device {path} ({missing})", deadline.elapsed_s())
+                    raise DeadlineReached(f"the device {path} ({missing})")
                 pause(left_s)
 
     def _ready(self, name: str, uuid: str | None) -> tuple[Device | None, str]:

@@ -166,7 +166,7 @@ class Stack:
         if ending is not None:
             raise HostFailure(f"{role} {ended(ending)} while starting: {last_line(self.places.log(role))}")
         if not came:
-            raise DeadlineReached(f"{role} ({reason}), whose log is {self.places.log(role)}", deadline.elapsed_s())
+            raise DeadlineReached(f"{role} ({reason}), whose log is {self.places.log(role)}")
 
     def _ending_of(self, role: Role) -> int | None:
         process = self._roles[role].process

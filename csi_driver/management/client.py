@@ -186,8 +186,8 @@ class ManagementClient:
             if space.get("availableSpace") is not None:
                 return _bytes(space["availableSpace"], "the available space")
         only = {} if vpg is None else {"vpg": vpg}
-        total = self._session.post("/servers/totalSpace", only, repeatable=True, deadline=deadline)
-        allocated = self._session.post("/servers/allocatedSpace", only, repeatable=True, deadline=deadline)
+        total = self._session.post("/servers/totalSpace", only, repeatable=True, read=True, deadline=deadline)
+        allocated = self._session.post("/servers/allocatedSpace", only, repeatable=True, read=True, deadline=deadline)
         # null: no drive matches.
         return max(0, _bytes(total or 0, "the total space") - _bytes(allocated or 0, "the allocated space"))
 

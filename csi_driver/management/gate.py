@@ -91,7 +91,7 @@ class Gate:
             failed_at_s = self._failed_at_s
             while self._free == 0:
                 if not self._place.wait(deadline.remaining_s()) and self._free == 0 and deadline.expired():
-                    raise DeadlineReached(f"a free connection to management server {self._url}", deadline.elapsed_s())
+                    raise DeadlineReached(f"a free connection to management server {self._url}")
                 if self._failed_at_s != failed_at_s:
                     raise SentAway(self._url, "it failed while a free connection to it was awaited")
             self._free -= 1
@@ -139,11 +139,8 @@ class Gate:
         self._failures += 1
 
     def closed(self) -> ServerUnreachable:
-        """Return the failure for somebody who is not let in."""
-        ago_s = self._clock.monotonic() - self._failed_at_s
-        return ServerUnreachable(
-            self._url, f"it failed {ago_s:.1f} s ago and has shown no sign of life since", timed_out=self._is_slow
-        )
+        """Return the failure for somebody who is not let in. No number in it changes while the server is down."""
+        return ServerUnreachable(self._url, "it failed and has not answered a probe since", timed_out=self._is_slow)
 
     # --- probes -----------------------------------------------------------------------------------------
 

@@ -33,13 +33,17 @@ _NO_GATEWAY = frozenset({502, 503, 504})
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked. `is_repeatable`: doing it twice does the same as once. `is_secret`: no answer is ever quoted."""
+    """What is asked. `is_repeatable`: doing it twice does the same as once. `is_secret`: no answer is ever quoted.
+
+    `is_read`: a POST that changes nothing; a GET never does.
+    """
 
     method: str
     path: str
     body: bytes | None = field(default=None, repr=False)
     is_repeatable: bool = True
     is_secret: bool = False
+    is_read: bool = False
 
     @property
     def what(self) -> str:
@@ -150,6 +154,11 @@ class Server:
             answer = self._exchange(request, self._cookie, deadline)
             if _wants_login(answer):
                 raise Unauthenticated(f"management server {self.url} wants a login again right after it granted one")
+        if answer.status == 401 and not self._settings.has_user and not _lacks_rights(answer):
+            raise Unauthenticated(
+                f"management server {self.url} finds no user for the client certificate "
+                f"{self._settings.client_certificate}: its subject's OU must be the name of a user of the management"
+            )
         if answer.error_id == PASSWORD_CHANGE_REQUIRED:
             self._cookie = None  # the session knows the old password
             raise Unauthenticated(
@@ -162,7 +171,9 @@ class Server:
         return answer
 
     def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Answer:
-        reply = self._transport.exchange(request.method, request.path, request.body, cookie, deadline)
+        reply = self._transport.exchange(
+            request.method, request.path, request.body, cookie, deadline, is_read=request.is_read
+        )
         if reply.cookie and not self._settings.has_user and reply.cookie != self._cookie:
             # With a client certificate the first request of all opens the session.
             self._cookie = reply.cookie
@@ -317,6 +328,11 @@ def _wants_login(answer: Answer) -> bool:
     if answer.status in (301, 302, 303, 307, 308):
         return urlsplit(answer.location).path.rstrip("/") == "/login"
     return answer.error_id == LOGIN_REQUIRED
+
+
+def _lacks_rights(answer: Answer) -> bool:
+    """Tell whether the server knows who asks and refuses what is asked: it says so by an id, and only then."""
+    return isinstance(answer.body, dict) and answer.body.get("id") == 401
 
 
 def _is_retired(answer: Answer) -> bool:

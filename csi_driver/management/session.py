@@ -66,15 +66,19 @@ class ManagementSession:
         """Return the decoded answer to a GET. It is asked again elsewhere where no answer comes."""
         return self._request(Request("GET", path), deadline)
 
-    def post(self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False) -> object:
+    def post(
+        self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False, read: bool = False
+    ) -> object:
         """Return the decoded answer to a POST.
 
         `repeatable`: carrying it out twice does the same as once, so it may be sent again where no answer came.
         Otherwise raises `OutcomeUnknown` where it may have been carried out. `secret`: the body holds one, which an
-        answer may repeat: no text of the answer is kept but uuids.
+        answer may repeat: no text of the answer is kept but uuids. `read`: it changes nothing.
         """
         content = json.dumps(body, allow_nan=False).encode()
-        return self._request(Request("POST", path, content, is_repeatable=repeatable, is_secret=secret), deadline)
+        return self._request(
+            Request("POST", path, content, is_repeatable=repeatable, is_secret=secret, is_read=read), deadline
+        )
 
     def _request(self, request: Request, deadline: Deadline) -> object:
         waiting = self._in_order(request, deadline)
@@ -129,7 +133,7 @@ class ManagementSession:
         """Return the time for one server: while others wait, a hanging one gets at most half of what is left."""
         left_s = deadline.remaining_s()
         if left_s <= 0:
-            raise DeadlineReached("an answer of the management", deadline.elapsed_s())
+            raise DeadlineReached("an answer of the management")
         seconds = min(self._request_timeout_s, left_s / 2 if others_wait else left_s)
         if server.gate.wasted(deadline.started_s):
             seconds = min(seconds, _SECOND_CHANCE_S)

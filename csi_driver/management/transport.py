@@ -28,7 +28,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import ConnectionPool
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
+from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management import tls
 from csi_driver.management.settings import ManagementSettings
 
@@ -186,19 +186,30 @@ class Transport:
         self._lock = threading.Lock()
         self._adapter: _Adapter | None = None
         self._stamp: tls.Stamp = ()
+        self._is_closed = False
         if not settings.tls_verify:
             # Said once in our own log (`ManagementSettings.warnings`), not at every connection.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the idle connections; requests under way end, and no other one is sent."""
         with self._lock:
+            self._is_closed = True
             if self._adapter is not None:
                 self._adapter.close()
                 self._adapter = None
 
-    def exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Reply:
-        """Send one request and read its whole answer.
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        cookie: str | None,
+        deadline: Deadline,
+        *,
+        is_read: bool = False,
+    ) -> Reply:
+        """Send one request and read its whole answer. `is_read`: it changes nothing, which failures then do not doubt.
 
         Raises `ServerUnreachable` where it cannot have been read by the server, `OutcomeUnknown` where it may have
         been, `Unauthenticated` where the server refuses our certificate, `DeadlineReached` where the time is up before
@@ -206,8 +217,9 @@ class Transport:
         """
         left_s = deadline.remaining_s()
         if left_s <= 0:
-            raise DeadlineReached(f"an answer of management server {self.server}", deadline.elapsed_s())
+            raise DeadlineReached(f"an answer of management server {self.server}")
         what = f"{method} {path.partition('?')[0]}"
+        is_read = is_read or method == "GET"
         _thread.deadline = deadline
         try:
             response = self._current_adapter().send(
@@ -216,8 +228,8 @@ class Transport:
                 timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
             )
         except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter: all of requests' too
-            raise self._failure(what, error) from error
-        content = self._content(what, response.raw)
+            raise self._failure(what, error, is_read=is_read) from error
+        content = self._content(what, response.raw, is_read=is_read)
         cookies = response.raw.headers.getlist("Set-Cookie")
         cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
         return Reply(response.status_code, response.raw.headers.get("Location", ""), cookie, content)
@@ -240,6 +252,11 @@ class Transport:
         """Return the adapter; a new one where the certificate files have changed, so that no old connection is used."""
         stamp = tls.stamp(self._settings) if self._is_tls else ()
         with self._lock:
+            if self._is_closed:
+                # A new pool would be closed by nobody.
+                raise StorageUnavailable(
+                    f"management server {self.server} is no longer used: the description of its zone changed; retry"
+                )
             if self._adapter is None or stamp != self._stamp:
                 made = self._new_adapter()
                 if self._adapter is not None:
@@ -255,18 +272,20 @@ class Transport:
             raise ServerUnreachable(self.server, str(error)) from error
         return _Adapter(self.server, terms, most)
 
-    def _content(self, what: str, response: urllib3.BaseHTTPResponse) -> bytes:
+    def _content(self, what: str, response: urllib3.BaseHTTPResponse, *, is_read: bool) -> bytes:
         pieces: list[bytes] = []
         try:
             while piece := response.read1(_CHUNK_BYTES, decode_content=True):
                 pieces.append(piece)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             response.close()
-            raise self._failure(what, error) from error
+            raise self._failure(what, error, is_read=is_read) from error
         response.release_conn()
         return b"".join(pieces)
 
-    def _failure(self, what: str, error: Exception) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
+    def _failure(
+        self, what: str, error: Exception, *, is_read: bool
+    ) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
         chain = _chain(error)
         timed_out = any(isinstance(link, _TIMED_OUT) for link in chain)
         if any(_refuses_our_certificate(link) for link in chain):
@@ -280,7 +299,7 @@ class Transport:
         if self._settings.client_certificate is not None and not timed_out:
             # TLS 1.3 lets the client send before the server has judged it, and a quick end loses the alert.
             reason += f"; it may not accept the client certificate {self._settings.client_certificate}"
-        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out)
+        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out, is_read=is_read)
 
 
 _TIMED_OUT = (urllib3.exceptions.TimeoutError, TimeoutError)

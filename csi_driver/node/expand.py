@@ -104,9 +104,7 @@ class Expand:
 
         if not in_time.wait_until(is_large_enough):
             have = f"has {found[0].size_bytes} bytes" if found else "is not there"
-            raise DeadlineReached(
-                f"the device of volume {volume} to have {required_bytes} bytes, it {have}", deadline.elapsed_s()
-            )
+            raise DeadlineReached(f"the device of volume {volume} to have {required_bytes} bytes, it {have}")
         return found[0]
 
     def _require_same(self, volume: NamedVolume, device: Device, mounted: Mounted) -> None:

@@ -31,7 +31,7 @@ class HeavyWork:
         with self._counted(waiting=1):
             is_in = self._places.acquire(timeout=deadline.remaining_s())
         if not is_in:
-            raise DeadlineReached(f"a place among the heavy operations of this node to {what}", deadline.elapsed_s())
+            raise DeadlineReached(f"a place among the heavy operations of this node to {what}")
         try:
             with self._counted(running=1):
                 yield

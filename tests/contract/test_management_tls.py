@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ import pytest
 import requests
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ServerUnreachable, StorageUnavailable, Unauthenticated
+from csi_driver.errors import Denied, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Transport
@@ -287,6 +288,38 @@ def test_a_session_that_ended_is_opened_again_by_the_next_request(
     client.system_info(deadline=deadline)
     mutual.expire_sessions()
     client.system_info(deadline=deadline)
+
+
+def test_a_client_certificate_whose_ou_is_no_user_is_named_with_its_reason(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
+) -> None:
+    """The server's own words were recorded: 401 and a plain "Failed to authenticate."."""
+    refused = Says("Failed to authenticate.", 401)
+    mutual.on("GET", "/systemInfo", refused)
+    mutual.on("GET", "/volumes/v1", refused)
+    client = connect(
+        mutual.url,
+        ca_file=authority.certificate,
+        client_certificate=client_pair.certificate,
+        client_key=client_pair.key,
+    )
+    for ask in (client.system_info, partial(client.volume, "v1")):
+        with pytest.raises(Unauthenticated, match=r"finds no user for the client certificate .*OU must be the name"):
+            ask(deadline=deadline)
+
+
+def test_a_user_of_a_client_certificate_who_lacks_a_right_is_denied(
+    mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
+) -> None:
+    mutual.on("GET", "/volumes/v1", Says({"message": "", "id": 401}, 401))
+    client = connect(
+        mutual.url,
+        ca_file=authority.certificate,
+        client_certificate=client_pair.certificate,
+        client_key=client_pair.key,
+    )
+    with pytest.raises(Denied, match="does not let this user do GET /volumes/v1"):
+        client.volume("v1", deadline=deadline)
 
 
 def test_certificate_and_key_may_be_one_file(

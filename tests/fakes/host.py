@@ -298,7 +298,7 @@ class FakeDevices:
             return device is not None and device.uuid is not None and self._host.disks[name].is_usable
 
         if not deadline.wait_until(is_ready):
-            raise DeadlineReached(f"the device of volume {name}", deadline.elapsed_s())
+            raise DeadlineReached(f"the device of volume {name}")
         disk = self._host.disks[name]
         device = disk.as_device()
         if uuid is not None and device.uuid != uuid:
@@ -565,7 +565,7 @@ class FakeFilesystems:
     ) -> int | None:
         disk = self._opened(device)
         if deadline is not None and deadline.expired():
-            raise DeadlineReached(f"every block of {disk.name}", deadline.elapsed_s())
+            raise DeadlineReached(f"every block of {disk.name}")
         progress(disk.size_bytes, disk.size_bytes)
         return min(disk.raw, default=None)
 

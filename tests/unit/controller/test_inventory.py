@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
 
 from csi_driver.controller.requests import ValidateRequest
-from csi_driver.errors import InvalidRequest, StaleToken, VolumeNotFound
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Capability, CapacityRange, ListedVolume, Segments
+from csi_driver.errors import InvalidRequest, StaleToken, Unauthenticated, VolumeNotFound
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, GIB, Capability, CapacityRange, ListedVolume, Segments
 from csi_driver.storage_model import ClientStatus, Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
@@ -276,6 +277,22 @@ def test_validating_an_unknown_volume_is_not_found() -> None:
     world = World()
     with pytest.raises(VolumeNotFound):
         world.inventory.validate(ValidateRequest("none", (RWX_MOUNT,)), deadline=world.deadline())
+
+
+def test_why_a_probe_finds_no_management_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    refusal = Unauthenticated("user 'csi' with the password in /secret is not accepted")
+
+    def refuse(request: str) -> None:
+        raise refusal
+
+    world.management.before = refuse
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert not world.inventory.ready(deadline=world.deadline())
+    assert [record.getMessage() for record in caplog.records if str(refusal) in record.getMessage()] == [
+        f"not ready: zone {DEFAULT_ZONE} does not answer: {refusal}"
+    ]
 
 
 def test_ready_once_is_ready_for_good() -> None:

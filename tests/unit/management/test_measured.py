@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from csi_driver.deadline import Deadline
@@ -9,7 +11,7 @@ from csi_driver.errors import DriverError
 from csi_driver.telemetry.measured import ManagementMetrics
 from csi_driver.telemetry.metrics import exposition
 from tests.unit.management.conftest import Connect
-from tests.unit.management.double import PASSWORD, Breaks, ManagementDouble, Says, sample
+from tests.unit.management.double import PASSWORD, Breaks, Hangs, ManagementDouble, Says, sample
 
 INFO = "/systemInfo"
 
@@ -98,9 +100,14 @@ def test_a_request_that_ends_after_its_server_was_given_up_leaves_no_alarm(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
     client = connect(server.url, metrics=metrics)
-    client.close()
-    server.on("GET", INFO, Breaks())
-    with pytest.raises(DriverError):
-        client.system_info(deadline=deadline)
+    hung = Hangs()
+    server.on("GET", INFO, hung)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(client.system_info, deadline=deadline)
+        assert deadline.wait_until(lambda: bool(server.seen(INFO)), most_s=0.05)
+        client.close()
+        hung.until.set()
+        with pytest.raises(DriverError):
+            asked.result()
     assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
     assert "server_up{" not in exposition(metrics.measurements())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -419,3 +420,41 @@ def test_the_cookie_is_in_no_message_and_no_log(
     with pytest.raises(StorageUnavailable) as caught:
         client.system_info(deadline=deadline)
     assert "secretcookie" not in str(caught.value) + caplog.text
+
+
+# --- what a failure says ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/systemInfo", "/servers/totalSpace"])
+def test_a_read_that_gets_no_answer_is_not_said_to_have_been_done_perhaps(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
+) -> None:
+    server.on("GET", "/getSpaceAllocation", Says({"availableSpace": None}))
+    client.system_info(deadline=deadline)
+    server.on("POST" if path.startswith("/servers") else "GET", path, Breaks())
+    with pytest.raises(OutcomeUnknown, match="gave no valid response") as caught:
+        client.raw_free_bytes(deadline=deadline) if path != "/systemInfo" else client.system_info(deadline=deadline)
+    assert "may have been carried out" not in str(caught.value)
+
+
+def test_a_server_that_stays_away_is_described_by_the_same_words_every_time(connect: Connect) -> None:
+    """Kubernetes counts events of one text as one; a text with an age in it makes a new event each time."""
+    client = connect(f"http://127.0.0.1:{closed_port()}")
+    said = []
+    for _ in range(5):
+        with pytest.raises(StorageUnavailable) as caught:
+            client.system_info(deadline=Deadline.after(1))
+        said.append(str(caught.value))
+    assert len(set(said)) <= 2, said  # that it cannot be reached, and that it has not been since
+    assert not [text for text in said if re.search(r"[0-9] s\b", text)]
+
+
+def test_a_client_that_was_closed_sends_nothing_and_opens_no_connection_again(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    client.system_info(deadline=deadline)
+    asked = len(server.received)
+    client.close()
+    with pytest.raises(StorageUnavailable, match="no longer used: the description of its zone changed; retry"):
+        client.system_info(deadline=deadline)
+    assert len(server.received) == asked
