@@ -222,6 +222,9 @@ def _node(command: NodeCommand) -> int:
         sweep = partial(use_cases.reconcile.sweep, boundary.keeping_off)
         with ExitStack() as running:
             running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
+            running.enter_context(
+                Rounds(use_cases.records.sweep, command.node.reconcile_interval_s, name="usage-records")
+            )
             if command.kubernetes is not None:
                 running.enter_context(_own_object(command, command.kubernetes, use_cases))
             _tell_of_node(command, use_cases, [*boundary.measurements(), *metrics.measurements()], running)

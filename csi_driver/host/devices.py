@@ -335,6 +335,29 @@ class LinuxDevices:
         shown = (self._status.volume(name) for name in names if self._is_unnamed(name))
         return tuple(status.uuid for status in shown if status is not None)
 
+    def present(self) -> dict[str, str] | None:
+        """Return the uuid of every volume that this node has, by name; None when one of them cannot be told.
+
+        While the storage client does not run, is upgraded or starts, volumes that are attached may not be shown.
+        """
+        client = self._status.client()
+        if client.uuid is None or client.is_upgrading or client.problem:
+            return None
+        try:
+            nodes = {entry.name for entry in self._root.iterdir()}
+        except OSError:
+            nodes = set()
+        found: dict[str, str] = {}
+        for name in filter(is_volume_name, nodes | self._status.shown()):
+            status = self._status.volume(name)
+            device = self.find(name) if status is None and name in nodes else None
+            uuid = status.uuid if status is not None else device.uuid if device is not None else None
+            if uuid is not None:
+                found[name] = uuid
+            elif device is not None:
+                return None
+        return found
+
     def _is_unnamed(self, name: str) -> bool:
         ids = self._status.reference_ids(name) if is_volume_name(name) else None
         return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)

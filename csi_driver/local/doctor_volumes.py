@@ -8,13 +8,12 @@ from pathlib import Path
 from csi_driver.errors import HostFailure
 from csi_driver.host import survey
 from csi_driver.host.connectors.nvmesh import StatusFiles
+from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.mounts import read_table
 from csi_driver.local.doctor_findings import Check, Finding, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.local.held import held_in
-from csi_driver.node.marks import RAW, USED, MarkFiles, mark_directory
-
-_USE = (RAW, USED)
+from csi_driver.node.marks import MarkFiles, mark_directory
 
 
 def volumes(patient: Patient) -> Iterator[Finding]:
@@ -52,28 +51,35 @@ def marks(patient: Patient) -> Iterator[Finding]:
     """Look through what the node remembers of formats and of use."""
     directory = mark_directory(patient.state_directory)
     kept = MarkFiles(directory)
-    begun = used = 0
-    for path in sorted(directory.glob("*.mark")):
+    present = LinuxDevices(patient.device_directory, patient.status_directory).present()
+    here = None if present is None else {uuid.lower() for uuid in present.values()}
+    used = begun = absent = 0
+    for uuid in sorted(kept.recorded()):
         try:
-            mark = kept.read(path.stem)
+            mark = kept.read(uuid)
         except HostFailure as error:
             yield warning(
                 Check.MARKS,
                 str(error),
                 "a mark that can be read: until then this volume is not formatted here",
-                f"see what the volume holds, then remove {path}",
+                f"see what the volume holds, then remove {directory / uuid}.mark",
             )
             continue
-        if mark is not None and mark.filesystem in _USE:
+        if mark is None:
+            continue
+        if here is not None and uuid.lower() not in here:
+            absent += 1
+        elif mark.tells_use:
             used += 1
-        elif mark is not None:
+        else:
             begun += 1
             yield unknown(
                 Check.MARKS,
                 f"a format ({mark.filesystem}) of volume {mark.volume_uuid} was begun and not finished",
                 "nothing, where a pod is about to use it: the next stage makes it again",
             )
-    yield fine(Check.MARKS, f"{used} volumes in use on record, {begun} formats begun")
+    gone = f"; records of volumes that are no longer here: {absent} (the node removes them in time)" if absent else ""
+    yield fine(Check.MARKS, f"{used} volumes in use on record, {begun} formats begun{gone}")
 
 
 LOOKS = ((Check.VOLUMES, volumes), (Check.MARKS, marks))

@@ -294,9 +294,12 @@ class EncryptedVolumes:
 
     def _forget_half_made(self, task: LockedVolume) -> None:
         """Take the header for finished: it has a key, and is used from now on."""
-        mark = self._marks.read(task.uuid) if task.uuid else None
-        if mark is not None and mark.filesystem == LUKS:
-            self._marks.remove(mark.volume_uuid)
+        if task.uuid is None:
+            return
+        with self._marks.changing(task.uuid):
+            mark = self._marks.read(task.uuid)
+            if mark is not None and mark.filesystem == LUKS:
+                self._marks.remove(task.uuid)
 
     def _fitting(self, opened: OpenDevice, header: LuksHeader, task: LockedVolume, *, may_write: bool) -> str:
         """Return the passphrase that opens the volume, after it has replaced the previous one where that is asked.

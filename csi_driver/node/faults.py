@@ -59,7 +59,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
     {
         "devices": _methods(
             "set_read_only",
-            reads="wait_for find open size_bytes uuid_of client unnamed status reference_ids path_of name_of",
+            reads="wait_for find open size_bytes uuid_of client unnamed present status reference_ids path_of name_of",
         ),
         "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(
@@ -73,7 +73,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         ),
         "probes": _methods(reads="device filesystem"),
         "paths": _methods("make_directory", "make_file", "set_mode", "remove", reads="check kind"),
-        "marks": _methods("write", "remove", reads="read"),
+        "marks": _methods("write", "remove", reads="changing recorded read"),
     }
 )  # fmt: skip
 """By the name under which `service.assemble` takes the port."""

@@ -11,8 +11,14 @@ that a volume is in use is never taken away by another handle's call, and counts
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +32,8 @@ RAW = "raw"
 USED = "used"
 """Stands in `Mark.filesystem` where the volume was mounted writable, or is about to be."""
 
-_MOST_KEPT = 4096
-"""A node has at most 1024 volumes at once; a mark that outlived its attachment is of no use and does no harm."""
+# struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
+_FLOCK = struct.Struct("=hhxxxxqqixxxx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,14 @@ class Mark:
 class Marks(Protocol):
     """Where marks are kept. At most one per volume; every change is on disk when the call returns."""
 
+    def changing(self, *volume_uuids: str) -> AbstractContextManager[None]:
+        """Keep every other caller, of another process too, from changing these marks inside the block."""
+        ...
+
+    def recorded(self) -> Sequence[str]:
+        """Return the uuids of all volumes that have a mark, the one that was written first at the head."""
+        ...
+
     def read(self, volume_uuid: str) -> Mark | None: ...
 
     def write(self, mark: Mark) -> None: ...
@@ -75,14 +89,15 @@ def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str) -> N
     A format that was begun is over with it. Attachments that nobody counts leave no record of their own, but that
     they came after the one on record.
     """
-    mark = marks.read(volume_uuid)
-    last = max(attachment, mark.attachment if mark is not None else 0)
-    if last:
-        used = Mark(volume_uuid, last, how, uncounted=attachment == 0)
-        if mark != used:
-            marks.write(used)
-    elif mark is not None:
-        marks.remove(volume_uuid)
+    with marks.changing(volume_uuid):
+        mark = marks.read(volume_uuid)
+        last = max(attachment, mark.attachment if mark is not None else 0)
+        if last:
+            used = Mark(volume_uuid, last, how, uncounted=attachment == 0)
+            if mark != used:
+                marks.write(used)
+        elif mark is not None:
+            marks.remove(volume_uuid)
 
 
 def put_to_use_before(marks: Marks, volume_uuid: str | None, attachment: int) -> int:
@@ -103,32 +118,63 @@ def mark_directory(state_directory: Path) -> Path:
 
 
 class MarkFiles:
-    """Marks as small files, one per volume, in a directory that survives a reboot."""
+    """Marks as small files, one per volume, in a directory that survives a reboot.
 
-    def __init__(self, directory: Path, *, most_kept: int = _MOST_KEPT) -> None:
+    Two drivers use it for a moment while one replaces the other, and two publications of one volume at any time: who
+    changes a mark holds the volume's byte of the file `lock`.
+    """
+
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._most_kept = most_kept
+        self._held = threading.local()
 
-    def forget_oldest(self) -> None:
-        """Remove marks of volumes in use or handed out raw, the oldest first, beyond as many as are kept.
-
-        Nothing tells a node that an attachment is over. One whose mark went too early is judged as if it had not
-        been used yet; a mark of a format that was begun is never removed here.
-        """
+    @contextmanager
+    def changing(self, *volume_uuids: str) -> Iterator[None]:
+        """Hold these marks against every other thread and process inside the block; held already is success."""
+        held: frozenset[str] = getattr(self._held, "uuids", frozenset())
+        wanted = frozenset(volume_uuids) - held
+        if not wanted:
+            yield
+            return
+        fd = self._lock(wanted)
         try:
-            found = sorted(self._directory.glob("*.mark"), key=lambda path: path.stat().st_mtime)
-            for path in found[: max(0, len(found) - self._most_kept)]:
-                if self._may_be_forgotten(path.stem):
-                    path.unlink(missing_ok=True)
+            self._held.uuids = held | wanted
+            yield
+        finally:
+            self._held.uuids = held
+            os.close(fd)
+
+    def _lock(self, volume_uuids: frozenset[str]) -> int:
+        """Return a descriptor that holds the volumes' bytes of the lock file until it is closed."""
+        path = self._directory / "lock"
+        try:
+            self._make_directory()
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise SystemCallFailed(f"look through {self._directory}", error.errno or 0) from error
-
-    def _may_be_forgotten(self, volume_uuid: str) -> bool:
+            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
         try:
-            mark = self.read(volume_uuid)
-        except HostFailure:
-            return False  # whoever stages the volume is told
-        return mark is not None and mark.tells_use
+            for place in sorted(map(_place, volume_uuids)):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+        except OSError as error:
+            os.close(fd)
+            raise SystemCallFailed(f"lock {path}", error.errno or 0) from error
+        return fd
+
+    def recorded(self) -> list[str]:
+        """Return the uuids of all volumes that have a mark, the one that was written first at the head."""
+        found: list[tuple[float, str]] = []
+        try:
+            for entry in os.scandir(self._directory):
+                if entry.name.endswith(".mark"):
+                    try:
+                        found.append((entry.stat().st_mtime, entry.name.removesuffix(".mark")))
+                    except FileNotFoundError:
+                        continue  # another process has just removed it
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise SystemCallFailed(f"read the directory {self._directory}", error.errno or 0) from error
+        return [uuid for _, uuid in sorted(found)]
 
     def read(self, volume_uuid: str) -> Mark | None:
         """Return the volume's mark. Raises `HostFailure` when there is one that cannot be read."""
@@ -156,35 +202,46 @@ class MarkFiles:
     def write(self, mark: Mark) -> None:
         """Set the mark, replacing an older one of the volume, and see it on disk."""
         path = self._path(mark.volume_uuid)
-        draft = path.with_suffix(".new")
+        draft = path.with_suffix(".draft")
         fields = {"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem}
         text = json.dumps({**fields, "uncounted": True} if mark.uncounted else fields)
-        try:
-            if not self._directory.is_dir():
-                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _sync(self._directory.parent)
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            _sync(self._directory)
-        except OSError as error:
-            raise SystemCallFailed(f"write {path}", error.errno or 0) from error
+        with self.changing(mark.volume_uuid):
+            try:
+                with draft.open("w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(path)
+                _sync(self._directory)
+            except OSError as error:
+                raise SystemCallFailed(f"write {path}", error.errno or 0) from error
 
     def remove(self, volume_uuid: str) -> None:
         """Remove the mark and see it gone from disk."""
         path = self._path(volume_uuid)
-        try:
-            path.unlink()
-            _sync(self._directory)
-        except FileNotFoundError:
+        if not self._directory.is_dir():
             return
-        except OSError as error:
-            raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
+        with self.changing(volume_uuid):
+            try:
+                path.unlink()
+                _sync(self._directory)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
+
+    def _make_directory(self) -> None:
+        if not self._directory.is_dir():
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sync(self._directory.parent)
 
     def _path(self, volume_uuid: str) -> Path:
         return self._directory / f"{volume_uuid}.mark"
+
+
+def _place(volume_uuid: str) -> int:
+    """Return the byte of the lock file that is the volume's."""
+    return int.from_bytes(hashlib.sha256(volume_uuid.encode()).digest()[:7], "big")
 
 
 def _sync(directory: Path) -> None:

@@ -80,6 +80,10 @@ class Devices(Protocol):
         """Return the uuids of attachments that no CSI driver is seen to hold. Touches no device."""
         ...
 
+    def present(self) -> StringMap[str, str] | None:
+        """Return the uuid of every volume that this node has, by name; None when one of them cannot be told."""
+        ...
+
     def status(self, name: str) -> VolumeStatus | None:
         """Return what the storage client says of a volume; None while it says nothing. Touches no device."""
         ...

@@ -30,6 +30,7 @@ from csi_driver.node.ports import (
 from csi_driver.node.prepare import Preparation
 from csi_driver.node.publish import Publish
 from csi_driver.node.reconcile import Reconcile
+from csi_driver.node.record_cleanup import RecordCleanup
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import Statistics
@@ -49,13 +50,12 @@ class NodeUseCases:
     health: NodeHealth
     census: Census
     heavy: HeavyWork
+    records: RecordCleanup
 
 
 def mark_files(settings: NodeSettings) -> MarkFiles:
-    """Return the marks as files under the settings' state directory; the oldest that nobody needs go first."""
-    marks = MarkFiles(mark_directory(Path(settings.state_directory)))
-    marks.forget_oldest()
-    return marks
+    """Return the marks as files under the settings' state directory."""
+    return MarkFiles(mark_directory(Path(settings.state_directory)))
 
 
 def assemble(
@@ -73,8 +73,7 @@ def assemble(
     zone: NodeZone | None = None,
 ) -> NodeUseCases:
     """Build the use-cases over these ports. `marks` defaults to `mark_files`, `zone` to what the settings say."""
-    kept = marks if marks is not None else mark_files(settings)
-    heavy = HeavyWork(settings.heavy_operations)
+    kept, heavy = marks or mark_files(settings), HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
     encrypted = EncryptedVolumes(
@@ -99,15 +98,16 @@ def assemble(
     where = zone or _zone_given(settings)
     identity = Identity(devices=devices, tools=tools, zone=where, marks=kept, settings=settings)
     reconcile = Reconcile(
-        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
-        driver_name=settings.driver_name
+        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted,
+        ownership=ownership, driver_name=settings.driver_name
     )  # fmt: skip
     health = NodeHealth(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
     census = Census(mounts, read_only_devices, ownership, driver_name=settings.driver_name)
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy)
+    records = RecordCleanup(marks=kept, devices=devices, mounts=mounts, ownership=ownership)
+    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy, records)
 
 
 def attaching(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:

@@ -187,13 +187,18 @@ def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
     marks = machine.kubelet / "plugins" / DRIVER / "state/format-marks"
     marks.mkdir(parents=True)
     (marks / f"{UUID}.mark").write_text("torn")
-    other = UUID.replace("1", "2")
-    (marks / f"{other}.mark").write_text(json.dumps({"volume": other, "attachment": 1, "filesystem": "ext4"}))
+    other, deleted = UUID.replace("1", "2"), UUID.replace("1", "3")
+    for begun in (other, deleted):
+        (marks / f"{begun}.mark").write_text(json.dumps({"volume": begun, "attachment": 1, "filesystem": "ext4"}))
+    (machine.status / "volumes/csi-other").mkdir(parents=True)
+    (machine.status / "volumes/csi-other/status.json").write_text(json.dumps({"name": "csi-other", "uuid": other}))
     machine.prepare.append(f"mount -t tmpfs none {staging}")
     found = machine.look_inside()
     assert "kubelet has no record of it" in found.of(Check.VOLUMES, "warning")
     assert f"{UUID}.mark cannot be read" in found.of(Check.MARKS, "warning")
     assert f"a format (ext4) of volume {other} was begun" in found.of(Check.MARKS, "unknown")
+    assert deleted not in found.text
+    assert "no longer here: 1 " in found.of(Check.MARKS, "fine")
 
 
 def test_a_loop_device_without_its_file_is_told(machine: Machine) -> None:

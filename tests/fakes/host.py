@@ -361,6 +361,11 @@ class FakeDevices:
         disk.read_only = True
         self._host.step("after set_read_only")
 
+    def present(self) -> dict[str, str] | None:
+        if self._host.client is None:
+            return None
+        return {name: disk.uuid for name, disk in self._host.disks.items()}
+
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         disk = self._host.disks.get(name)
         return disk.references if disk is not None else None

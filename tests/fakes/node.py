@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,15 @@ class FakeMarks:
 
     host: FakeHost
     kept: dict[str, Mark] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextlib.contextmanager
+    def changing(self, *volume_uuids: str) -> Iterator[None]:
+        with self.lock:
+            yield
+
+    def recorded(self) -> list[str]:
+        return list(self.kept)
 
     def read(self, volume_uuid: str) -> Mark | None:
         return self.kept.get(volume_uuid)

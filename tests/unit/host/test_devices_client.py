@@ -63,3 +63,17 @@ def test_hidden_attachments_take_places_and_every_answer_is_a_new_one(tmp_path: 
     assert (devices.client().volume_limit, len(devices.unnamed())) == (1023, 0)
     attach(tmp_path, "by-hand", BY_HAND)
     assert (devices.client().volume_limit, len(devices.unnamed())) == (1023, 1)
+
+
+def test_the_volumes_of_a_node_are_those_with_files_of_the_client_or_a_device(tmp_path: Path) -> None:
+    devices = machine(tmp_path)
+    attach(tmp_path, "csi-0123", BY_CSI)
+    attach(tmp_path, "hidden", BY_HAND, has_device=False)
+    (tmp_path / "dev/.draft").touch()
+    assert devices.present() == {"csi-0123": OF_VOLUME, "hidden": OF_VOLUME}
+
+
+def test_a_client_that_does_not_run_tells_nothing_of_volumes(tmp_path: Path) -> None:
+    devices = machine(tmp_path)
+    (tmp_path / "proc/status.json").unlink()
+    assert devices.present() is None

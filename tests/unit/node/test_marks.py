@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,23 +73,54 @@ def test_a_mark_that_cannot_be_read_stops_everything(tmp_path: Path, text: str) 
         MarkFiles(tmp_path).read(UUID)
 
 
-def test_a_draft_left_by_a_crash_is_no_mark(tmp_path: Path) -> None:
-    (tmp_path / f"{UUID}.new").write_text("{")
-    assert MarkFiles(tmp_path).read(UUID) is None
+@pytest.mark.parametrize("draft", [f"{UUID}.new", f"{UUID}.draft"])
+def test_a_draft_left_by_a_crash_is_no_mark_and_hinders_none(tmp_path: Path, draft: str) -> None:
+    (tmp_path / draft).write_text("{")
+    marks = MarkFiles(tmp_path)
+    assert marks.read(UUID) is None
+    assert marks.recorded() == []
+    marks.write(Mark(UUID, 3, "xfs"))
+    assert marks.read(UUID) == Mark(UUID, 3, "xfs")
 
 
-def test_only_the_newest_marks_are_kept_and_none_of_a_format_that_was_begun_goes(tmp_path: Path) -> None:
-    marks = MarkFiles(tmp_path, most_kept=2)
-    words = [USED, "ext4", RAW, USED, "used by nobody", USED, RAW]
-    for age, word in enumerate(reversed(words)):
-        marks.write(Mark(f"uuid-{word}-{age}", 1, word))
-        os.utime(tmp_path / f"uuid-{word}-{age}.mark", (1000 - age, 1000 - age))
-    (tmp_path / "torn.mark").write_text("{")
-    os.utime(tmp_path / "torn.mark", (1, 1))
-    marks.forget_oldest()
-    kept = sorted(path.stem for path in tmp_path.glob("*.mark"))
-    assert kept == ["torn", "uuid-ext4-5", "uuid-raw-0", "uuid-used by nobody-2", "uuid-used-1"]
+def test_publications_at_once_by_two_drivers_lose_no_use(tmp_path: Path) -> None:
+    drivers = [MarkFiles(tmp_path), MarkFiles(tmp_path)]
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(remember_use, drivers[n % 2], UUID, n, RAW) for n in [*range(1, 41), *range(40, 0, -1)]]
+    assert [call.exception() for call in calls] == [None] * 80
+    assert MarkFiles(tmp_path).read(UUID) == Mark(UUID, 40, RAW)
 
 
-def test_nothing_to_forget_is_no_failure(tmp_path: Path) -> None:
-    MarkFiles(tmp_path / "absent").forget_oldest()
+def test_a_mark_that_another_driver_is_changing_is_waited_for(tmp_path: Path) -> None:
+    one, other = MarkFiles(tmp_path), MarkFiles(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with one.changing(UUID):
+            call = pool.submit(remember_use, other, UUID, 5, RAW)
+            with pytest.raises(TimeoutError):
+                call.result(timeout=0.2)
+            one.write(Mark(UUID, 4, USED))
+        call.result()
+    assert one.read(UUID) == Mark(UUID, 5, RAW)
+
+
+def test_a_mark_of_another_volume_is_not_waited_for(tmp_path: Path) -> None:
+    one, other = MarkFiles(tmp_path), MarkFiles(tmp_path)
+    with one.changing(UUID):
+        other.write(Mark("another", 1, USED))
+    assert other.recorded() == ["another"]
+
+
+def test_marks_are_listed_by_age_whatever_is_removed_meanwhile(tmp_path: Path) -> None:
+    marks = MarkFiles(tmp_path)
+    for age in range(300):
+        marks.write(Mark(f"uuid-{age}", 1, USED))
+        os.utime(tmp_path / f"uuid-{age}.mark", (1000 - age, 1000 - age))
+    with ThreadPoolExecutor(1) as pool:
+        removals = [pool.submit(marks.remove, f"uuid-{age}") for age in range(0, 300, 2)]
+        while not removals[-1].done():
+            marks.recorded()
+    assert marks.recorded() == [f"uuid-{age}" for age in range(299, 0, -2)]
+
+
+def test_where_nothing_was_written_nothing_is_recorded(tmp_path: Path) -> None:
+    assert MarkFiles(tmp_path / "absent").recorded() == []
