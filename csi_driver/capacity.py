@@ -1,8 +1,10 @@
-"""Sizes of volumes: which are possible, and how to ask for them so that the server's rounding meets them exactly.
+"""Sizes of volumes: which sizes are possible, and which request makes the server give exactly that size.
 
-The management takes decimal gigabytes as a float and rounds down, per leg of the layout, to whole stripes and then to
-whole sets of 256 blocks. Asking for half a granule more than is wanted lands in the middle between two
-roundings, so that no error of the float arithmetic matters.
+The management takes decimal gigabytes as a float. For striped layouts it divides them into whole stripes, multiplies
+the stripes back into blocks, both in floats, and rounds down to whole sets of 256 blocks on each leg. The product is
+often one block less than the stripes have, and the whole set is lost with it. `_leg_blocks` repeats this arithmetic
+(createRAID0 in utils.js of github.com/NVIDIA/nvmesh-management), so the size is known before anything is sent. Requests
+lie half a stripe above the wanted number of stripes: no float error changes that number.
 
 Pure arithmetic on bytes; nothing here knows the API.
 """
@@ -43,58 +45,81 @@ class Extension:
 
 
 def granule_bytes(layout: Layout) -> int:
-    """Return the step in which volumes of this layout grow; every size is a multiple of it."""
-    return _legs(layout) * _leg_blocks(layout) * BLOCK_BYTES
+    """Return the step of the sizes that have whole stripes and whole sets of blocks on each leg."""
+    return _legs(layout) * math.lcm(_stripe_blocks(layout), _set_blocks(layout)) * BLOCK_BYTES
+
+
+def least_extension_bytes(layout: Layout) -> int:
+    """Return the least that may be sent as an extension; the server searches forever for space of zero blocks."""
+    return _legs(layout) * max(_stripe_blocks(layout), _set_blocks(layout)) * BLOCK_BYTES
 
 
 def minimum_bytes(layout: Layout) -> int:
     """Return the smallest size that a volume of this layout can have."""
-    return _round_up(MINIMUM_BYTES, granule_bytes(layout))
+    return _size_of(_stripes_for(MINIMUM_BYTES, layout), layout)
 
 
-def size_to_create(capacity: CapacityRange, layout: Layout) -> int:
+def size_to_create(capacity: CapacityRange, layout: Layout, reserved_bytes: int = 0) -> int:
     """Choose the size of a new volume: never below `required_bytes`, never above `limit_bytes`.
 
-    Raises `CapacityOutOfRange` where no possible size lies between the two.
+    `reserved_bytes` of the size are not the user's (a header of encryption); the range is what the user gets.
+    Raises `CapacityOutOfRange` where no possible size lies in the range.
     """
     required, limit = _checked(capacity)
+    most = limit + reserved_bytes if limit else LARGEST_BYTES
     granule = granule_bytes(layout)
-    size = _round_up(max(required or DEFAULT_BYTES, MINIMUM_BYTES), granule)
-    if not required and limit and size > limit:
-        size = limit // granule * granule
-    if size < minimum_bytes(layout) or size > (limit or LARGEST_BYTES):
-        raise _out_of_range(capacity, granule, minimum_bytes(layout))
-    return size
+    wanted = (
+        [required + reserved_bytes]
+        if required
+        else [DEFAULT_BYTES + reserved_bytes, most // granule * granule, largest_size(most, layout)]
+    )
+    for least in wanted:
+        stripes = _stripes_between(max(least, MINIMUM_BYTES), most, layout)
+        if stripes is not None:
+            return _size_of(stripes, layout)
+    least = max(required + reserved_bytes, MINIMUM_BYTES)
+    below = largest_size(least - 1, layout)
+    above = _size_of(_stripes_for(least, layout), layout)
+    raise _out_of_range(capacity, below - reserved_bytes if below >= MINIMUM_BYTES else 0, above - reserved_bytes)
 
 
 def gigabytes_to_create(size_bytes: int, layout: Layout) -> float:
-    """Return what to ask for so that a volume of exactly `size_bytes` (a multiple of the granule) is made."""
-    return (size_bytes + _surplus_bytes(layout)) / GIGABYTE
+    """Return what to ask for so that a volume of exactly `size_bytes` (a size from `size_to_create`) is made."""
+    return _gigabytes(_stripes_for(size_bytes, layout), layout)
 
 
-def extension(volume: Volume, capacity: CapacityRange) -> Extension | None:
+def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) -> Extension | None:
     """Work out the extension of a volume; None when it is large enough.
 
-    Always at least one granule: the server does not survive less (it searches space for zero blocks without end).
+    The server rounds what it adds separately, by the same arithmetic. The result is always at least one set of blocks
+    for each leg: the server does not survive less (it searches for space of zero blocks without end).
     Raises `CapacityOutOfRange` where the range excludes the present size and every larger one that is possible.
     """
     required, limit = _checked(capacity)
     size = volume.size_bytes
-    if size >= required:
-        if limit and size > limit:
-            raise CapacityOutOfRange(f"the volume has {size} bytes, wanted at most {limit}; volumes do not shrink")
+    if size - reserved_bytes >= required:
+        if limit and size - reserved_bytes > limit:
+            raise CapacityOutOfRange(
+                f"the volume has {size - reserved_bytes} bytes, wanted at most {limit}; volumes do not shrink"
+            )
         return None
-    granule = granule_bytes(volume.layout)
-    more = _round_up(required - size, granule)
-    if size + more > (limit or LARGEST_BYTES):
-        raise _out_of_range(capacity, granule, size)
-    return Extension(size + more, volume.capacity_gb + (more + _surplus_bytes(volume.layout)) / GIGABYTE)
+    most = limit + reserved_bytes if limit else LARGEST_BYTES
+    stripes = _stripes_between(required + reserved_bytes - size, most - size, volume.layout)
+    if stripes is None:
+        missing = required + reserved_bytes - size
+        below = size - reserved_bytes + largest_size(missing - 1, volume.layout)
+        above = size - reserved_bytes + _size_of(_stripes_for(missing, volume.layout), volume.layout)
+        raise _out_of_range(capacity, below, above)
+    more = _size_of(stripes, volume.layout)
+    return Extension(size + more, volume.capacity_gb + _gigabytes(stripes, volume.layout))
 
 
-def with_reserved(capacity: CapacityRange, reserved_bytes: int) -> CapacityRange:
-    """Return the range of whole sizes that leaves a range of bytes to the user beside what is reserved."""
-    required, limit = capacity.required_bytes, capacity.limit_bytes
-    return CapacityRange(required + reserved_bytes if required else 0, limit + reserved_bytes if limit else 0)
+def largest_size(most_bytes: int, layout: Layout) -> int:
+    """Return the largest size of at most so many bytes that the server can make; 0 where there is none."""
+    stripes = most_bytes // (_legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES) + 1
+    while stripes > 0 and _size_of(stripes, layout) > most_bytes:
+        stripes -= 1
+    return _size_of(stripes, layout)
 
 
 def stripes_of(layout: Layout) -> tuple[int, int]:
@@ -116,8 +141,7 @@ def usable_bytes(raw_bytes: int, layout: Layout) -> int:
         usable = raw_bytes * data // (data + parity)
     else:
         usable = raw_bytes
-    granule = granule_bytes(layout)
-    return max(0, usable) // granule * granule
+    return largest_size(max(0, usable), layout)
 
 
 def _checked(capacity: CapacityRange) -> tuple[int, int]:
@@ -129,10 +153,13 @@ def _checked(capacity: CapacityRange) -> tuple[int, int]:
     return required, limit
 
 
-def _out_of_range(capacity: CapacityRange, granule: int, least: int) -> CapacityOutOfRange:
+def _out_of_range(capacity: CapacityRange, below: int, above: int) -> CapacityOutOfRange:
+    """Return the failure that names the possible sizes on both sides of the range; 0 below = none."""
+    largest = f"the largest possible size below is {below} bytes" if below > 0 else "none is smaller"
+    smallest = f"the smallest above is {above} bytes" if above <= LARGEST_BYTES else "none is larger"
     return CapacityOutOfRange(
-        f"no possible size lies between {capacity.required_bytes} and {capacity.limit_bytes or LARGEST_BYTES} bytes: "
-        f"this volume has at least {least} bytes and grows in steps of {granule}"
+        f"capacity_range {capacity.required_bytes} to {capacity.limit_bytes or LARGEST_BYTES} bytes: no volume of "
+        f"this layout can have such a size; {largest}, {smallest}"
     )
 
 
@@ -155,21 +182,51 @@ def _set_blocks(layout: Layout) -> int:
 
 
 def _stripe_blocks(layout: Layout) -> int:
-    """Blocks in which a leg is cut; 1 where the layout has no stripes."""
+    """Blocks in which a leg is cut; where the layout has no stripes, the set to which it is rounded."""
     if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
-        return 1
+        return BLOCKS_PER_SET
     stripe = layout.stripe_size_blocks or _DEFAULT_STRIPE_BLOCKS
     if layout.raid_level is RaidLevel.STRIPED_ERASURE_CODED:
         return _round_up(stripe, _DEFAULT_STRIPE_BLOCKS * _data_blocks(layout))
     return stripe
 
 
-def _leg_blocks(layout: Layout) -> int:
-    return math.lcm(_stripe_blocks(layout), _set_blocks(layout))
+def _leg_blocks(stripes: int, layout: Layout) -> int:
+    """Return the blocks that the server gives each leg for so many stripes, by its float arithmetic."""
+    stripe, per_set = _stripe_blocks(layout), _set_blocks(layout)
+    if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
+        return stripes * stripe
+    blocks = math.floor(stripe * BLOCK_BYTES / GIGABYTE * stripes / (BLOCK_BYTES / GIGABYTE))
+    return blocks - blocks % per_set
 
 
-def _surplus_bytes(layout: Layout) -> int:
-    """Half a granule; less where stripes and sets do not divide each other, lest it be rounded up to more sets."""
-    stripe, blocks = _stripe_blocks(layout), _set_blocks(layout)
-    even = blocks % stripe == 0 or stripe % blocks == 0
-    return _legs(layout) * (_leg_blocks(layout) if even else min(stripe, blocks)) * BLOCK_BYTES // 2
+def _size_of(stripes: int, layout: Layout) -> int:
+    return _legs(layout) * _leg_blocks(stripes, layout) * BLOCK_BYTES
+
+
+def _gigabytes(stripes: int, layout: Layout) -> float:
+    """Return the capacity in the middle between so many stripes and one more."""
+    stripe_bytes = _legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES
+    return (stripes * stripe_bytes + stripe_bytes // 2) / GIGABYTE
+
+
+def _stripes_for(least_bytes: int, layout: Layout) -> int:
+    """Return the lowest number of stripes for which the server gives at least so many bytes."""
+    stripes = -(-least_bytes // (_legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES))
+    while _size_of(stripes, layout) < least_bytes:
+        stripes += 1
+    return stripes
+
+
+def _stripes_between(least_bytes: int, most_bytes: int, layout: Layout) -> int | None:
+    """Return a number of stripes for which the server gives a size in this range; None where there is none.
+
+    The nearest multiple of the granule is preferred: sizes between two granules leave a part of a stripe at the end of
+    each leg. Where the server does not make that one, or it exceeds the range, the next size is taken that it makes.
+    """
+    for least in (_round_up(least_bytes, granule_bytes(layout)), least_bytes):
+        stripes = _stripes_for(least, layout)
+        size = _size_of(stripes, layout)
+        if size <= most_bytes and (size == least or least == least_bytes):
+            return stripes
+    return None

@@ -41,7 +41,7 @@ class Layout:
 class VolumeSpec:
     """What to create. Exactly one of `vpg` and `layout` is set.
 
-    `capacity_gb` is decimal gigabytes as the API takes them, made by `csi_driver.capacity` from a layout's granule.
+    `capacity_gb` is decimal gigabytes as the API takes them, made by `csi_driver.capacity`.
     """
 
     name: str

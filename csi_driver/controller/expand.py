@@ -44,9 +44,8 @@ class Expand:
         located = require(self._clusters, volume_id, deadline=deadline)
         management, volume = located.management, located.volume
         reserved = reserved_bytes(volume, located.creation)
-        whole = sizes.with_reserved(capacity, reserved)
         for _ in range(_MOST_ATTEMPTS):
-            more = sizes.extension(volume, whole)
+            more = sizes.extension(volume, capacity, reserved)
             if more is None:
                 return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
             if volume.is_being_made:
@@ -70,7 +69,7 @@ class Expand:
             volume = present
             if refusal is not None and volume.size_bytes == before.size_bytes:
                 raise refusal
-        if sizes.extension(volume, whole) is not None:
+        if sizes.extension(volume, capacity, reserved) is not None:
             raise OperationPending(f"volume {volume.name} has {volume.size_bytes} bytes and grows slower than asked")
         return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
 

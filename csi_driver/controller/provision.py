@@ -207,7 +207,7 @@ class Provision:
             _log.warning(
                 "volume %s is not encrypted: nothing asks for it, though a Secret has a passphrase", wanted.name
             )
-        size = capacity.size_to_create(capacity.with_reserved(wanted.capacity, encryption.header_bytes), layout)
+        size = capacity.size_to_create(wanted.capacity, layout, encryption.header_bytes)
         creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
         return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
 
@@ -290,7 +290,7 @@ class Provision:
         """Add what the volume is short of, so that it is as large as was asked for when it was made."""
         creation = record.read_creation(volume.metadata)
         reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
-        more = capacity.extension(volume, capacity.with_reserved(wanted.capacity, reserved))
+        more = capacity.extension(volume, wanted.capacity, reserved)
         if more is None:
             return volume
         management.extend_volume(volume, more.capacity_gb, deadline=deadline)

@@ -28,7 +28,6 @@ def room(management: Management, read: VolumeParameters, *, deadline: Deadline) 
             return 0, None  # no volume of this kind can ever be made here
         reserved = management.vpg_free_bytes(name, deadline=deadline)
         if reserved is not None:
-            granule = sizes.granule_bytes(layout)
-            return max(0, reserved // granule * granule - header), sizes.minimum_bytes(layout) - header
+            return max(0, sizes.largest_size(reserved, layout) - header), sizes.minimum_bytes(layout) - header
     raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
     return max(0, sizes.usable_bytes(raw, layout) - header), sizes.minimum_bytes(layout) - header

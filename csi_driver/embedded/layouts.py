@@ -106,8 +106,10 @@ class Layout:
         if self.level == STRIPED_EC:
             step = 32 * self.data_blocks
             stripe = math.ceil(stripe / step) * step
-        stripe_gb = stripe * _BLOCK_GB
-        leg = math.floor((capacity_gb / self.legs) / stripe_gb) * stripe
+        stripe_gb = stripe * BLOCK_SIZE / GIGABYTE
+        stripes = math.floor((capacity_gb / self.legs) / stripe_gb)
+        # The way back to blocks is by floats as well: it is often one block short, and then a whole set is lost.
+        leg = math.floor(stripe_gb * stripes / _BLOCK_GB)
         return (leg - leg % self.leg_set) * self.legs
 
     def parameters(self) -> dict[str, object]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from csi_driver.capacity import granule_bytes
+from csi_driver.capacity import least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -221,7 +221,7 @@ class ManagementClient:
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
         """Set a new total capacity. Looks at the volume right before: two requests.
 
-        The server adds `capacity_gb` less the capacity that it has stored. A difference below one granule makes it
+        The server adds `capacity_gb` less the capacity that it has stored. A difference below one set of blocks makes it
         search for ever while it holds the lock of the whole zone, so nothing is sent if the difference is too small
         or the stored capacity is not the one that the caller counted from.
         """
@@ -231,7 +231,7 @@ class ManagementClient:
                 f"volume {volume.name} has a capacity of {current.capacity_gb} GB, the extension was worked out from "
                 f"{volume.capacity_gb} GB: somebody else extends it"
             )
-        step = granule_bytes(current.layout)
+        step = least_extension_bytes(current.layout)
         if not (capacity_gb - current.capacity_gb) * GB >= step:
             raise CapacityOutOfRange(
                 f"volume {volume.name} of {current.capacity_gb} GB was to grow to {capacity_gb} GB, "

@@ -589,8 +589,9 @@ def server_blocks(capacity_gb: float, layout: Layout) -> int:
         step = 32 * data
         stripe = (stripe + step - 1) // step * step
         per_set = 256 * data
-    stripe_gb = stripe * block_gb
-    per_leg = int((capacity_gb / (data * width)) / stripe_gb) * stripe
+    stripe_gb = stripe * 4096 / 1e9
+    stripes = int((capacity_gb / (data * width)) / stripe_gb)
+    per_leg = int((stripe_gb * stripes) / block_gb)
     return (per_leg - per_leg % per_set) * width * data
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from csi_driver import capacity
+from csi_driver.embedded import layouts as embedded
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest
 from csi_driver.model import GIB, MIB, CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Volume
+from tests.fakes.management import server_blocks
 
 PLAIN = Layout()
 RAID_10 = Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=2)
 EC = Layout(RaidLevel.ERASURE_CODED, data_blocks=8, parity_blocks=2)
 STRIPED_EC = Layout(RaidLevel.STRIPED_ERASURE_CODED, data_blocks=8, parity_blocks=2, stripe_width=2)
+
+
+RECORDED = json.loads((Path(__file__).parents[1] / "recordings" / "sizes.json").read_text())
+"""Volumes that the server of NVMesh 3.5 made: layout, requested GB, resulting blocks; `had`: before an extension."""
+
+
+def layout_of(row: dict[str, Any]) -> Layout:
+    numbers = {key: row[key] for key in ("width", "stripe", "data", "parity", "mirrors")}
+    width, stripe, data, parity, mirrors = (value if isinstance(value, int) else None for value in numbers.values())
+    return Layout(RaidLevel(str(row["level"])), width, stripe, data, parity, mirrors)
 
 
 def volume_of(size_bytes: int, layout: Layout = PLAIN, capacity_gb: float | None = None) -> Volume:
@@ -113,3 +129,61 @@ def test_redundancy_is_taken_off_the_raw_space(layout: Layout, usable: int) -> N
 
 def test_overcommitted_space_is_no_space() -> None:
     assert capacity.usable_bytes(-GIB, PLAIN) == 0
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['level']}-{row['stripe']}-{row['capacity']}")
+def test_fake_and_embedded_manager_round_as_the_server_was_recorded(row: dict[str, Any]) -> None:
+    layout = layout_of(row)
+    same = embedded.Layout(
+        str(row["level"]),
+        layout.stripe_size_blocks or 32,
+        layout.stripe_width or 1,
+        data_blocks=layout.data_blocks or 1,
+    )
+    had_gb, had_blocks = row["had"] or (0, 0)
+    more_gb = row["capacity"] - had_gb
+    assert had_blocks + server_blocks(more_gb, layout) == row["blocks"]
+    assert had_blocks + same.blocks_of(more_gb) == row["blocks"]
+
+
+@pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['level']}-{row['stripe']}-{row['capacity']}")
+def test_every_recorded_size_is_known_to_be_possible(row: dict[str, Any]) -> None:
+    layout, size = layout_of(row), row["blocks"] * 4096
+    if size < 1_000_000_000:
+        return  # what exactly 1 GB is rounded down to; the driver makes no use of it
+    if row["had"] is None:
+        assert capacity.size_to_create(CapacityRange(size, size), layout) == size
+    else:
+        had_gb, had_blocks = row["had"]
+        before = volume_of(had_blocks * 4096, layout, had_gb)
+        more = capacity.extension(before, CapacityRange(size, size))
+        assert more is not None
+        assert more.size_bytes == size
+
+
+def test_the_recorded_volume_that_came_out_short_is_now_asked_for_with_one_stripe_more() -> None:
+    layout = Layout(RaidLevel.STRIPED, stripe_width=3, stripe_size_blocks=48)
+    asked = CapacityRange(10739515392, 10739515392)
+    assert server_blocks(10.739810304, layout) * 4096 == 10736369664
+    assert capacity.size_to_create(asked, layout) == 10739515392
+    assert server_blocks(capacity.gigabytes_to_create(10739515392, layout), layout) * 4096 == 10739515392
+
+
+def test_the_message_names_the_possible_sizes_on_both_sides() -> None:
+    with pytest.raises(CapacityOutOfRange, match=r"largest possible size below is 10737418240 bytes, .* 10738466816"):
+        capacity.size_to_create(CapacityRange(10 * GIB + 1, 10 * GIB + 2), PLAIN)
+
+
+def test_one_gigabyte_exactly_is_refused_with_the_smallest_size_that_is_possible() -> None:
+    with pytest.raises(CapacityOutOfRange, match="none is smaller, the smallest above is 1000341504 bytes"):
+        capacity.size_to_create(CapacityRange(1_000_000_000, 1_000_000_000), PLAIN)
+
+
+def test_the_sizes_named_are_those_that_the_user_would_have_beside_a_header() -> None:
+    with pytest.raises(CapacityOutOfRange, match="below is 10720641024 bytes, the smallest above is 10721689600"):
+        capacity.size_to_create(CapacityRange(10 * GIB - 16 * MIB + 1, 10 * GIB - 16 * MIB + 2), PLAIN, 16 * MIB)
+
+
+def test_an_extension_out_of_range_names_the_sizes_on_both_sides() -> None:
+    with pytest.raises(CapacityOutOfRange, match="below is 2155872256 bytes, the smallest above is 2164260864"):
+        capacity.extension(volume_of(2 * GIB, EC), CapacityRange(2 * GIB + 8 * MIB + 1, 2 * GIB + 9 * MIB))
