@@ -221,7 +221,7 @@ class ManagementClient:
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
         """Set a new total capacity. Looks at the volume right before: two requests.
 
-        The server adds `capacity_gb` less the capacity that it has stored. A difference below one set of blocks makes it
+        The server adds `capacity_gb` less the capacity that it has stored. A difference below one set makes it
         search for ever while it holds the lock of the whole zone, so nothing is sent if the difference is too small
         or the stored capacity is not the one that the caller counted from.
         """
