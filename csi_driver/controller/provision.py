@@ -17,7 +17,7 @@ from csi_driver.controller.locate import described
 from csi_driver.controller.naming import issued_reference, volume_name
 from csi_driver.controller.placement import Placement, allowed_zones
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import Creation
+from csi_driver.controller.record import Attachments, Creation
 from csi_driver.controller.requests import ControllerSettings, CreateRequest
 from csi_driver.controller.search import Found, Search
 from csi_driver.controller.waiting import within
@@ -44,7 +44,7 @@ from csi_driver.model import CapacityRange, ProvisionedVolume
 from csi_driver.parameters import mutable, storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import VolumeParameters
-from csi_driver.storage_model import Layout, Volume, VolumeSpec, Vpg
+from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Provision:
                 if not isinstance(found, Found):
                     raise OperationPending(f"volume {wanted.name} came and went; call again")
                 zone, volume = found.zone, found.volume
-        return self._finish(zone, wanted, volume, deadline=deadline)
+        return self._finish(zone, wanted, volume, is_new=is_ours, deadline=deadline)
 
     def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | None:
         """Return the provisioning group; None where it went after the volume was made."""
@@ -241,8 +241,14 @@ class Provision:
             raise VpgMissing(name)
         return vpg
 
-    def _finish(self, zone: str, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> ProvisionedVolume:
-        """Prove that the volume is the one wanted, wait until it can be used, and answer as the first time."""
+    def _finish(
+        self, zone: str, wanted: _Wanted, volume: Volume, *, is_new: bool = False, deadline: Deadline
+    ) -> ProvisionedVolume:
+        """Prove that the volume is the one wanted, wait until it can be used, and answer as the first time.
+
+        `is_new`: this call made it. A volume that is new, or that this driver made and that is still smaller than
+        required, was never returned by any call: where it cannot come into the requested range, it is deleted.
+        """
         management = self._management(zone)
         creation = record.read_creation(volume.metadata)
         if volume.is_being_deleted:
@@ -258,9 +264,14 @@ class Provision:
             different.append("the storage does not encrypt it, wanted it to")
         if different:
             raise ExistsDifferently(f"volume {shown(wanted.csi_name)}", different)
+        never_returned = is_new or (short and creation.is_ours)
+        if never_returned:
+            self._discard_out_of_range(management, wanted, volume, deadline=deadline)
         volume = self._usable(management, wanted, volume, deadline=deadline)
         if short:
             volume = self._lengthened(management, wanted, volume, deadline=deadline)
+            if never_returned:
+                self._discard_out_of_range(management, wanted, volume, deadline=deadline)
         return described(zone, volume, creation, self._settings.topology_key)
 
     def _usable(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
@@ -288,19 +299,70 @@ class Provision:
 
     def _lengthened(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
         """Add what the volume is short of, so that it is as large as was asked for when it was made."""
-        creation = record.read_creation(volume.metadata)
-        reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
-        more = capacity.extension(volume, wanted.capacity, reserved)
+        more = _missing(wanted, volume)
         if more is None:
             return volume
         management.extend_volume(volume, more.capacity_gb, deadline=deadline)
         return management.volume(volume.name, deadline=deadline) or volume
+
+    def _discard_out_of_range(
+        self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline
+    ) -> None:
+        """Delete a volume that was never returned and that no extension brings into the range; then raise.
+
+        Nobody can use it: it was never attached, by its reservation, its record and all clients, and nobody has its
+        handle. Returns for any other volume.
+        """
+        try:
+            _missing(wanted, volume)
+            return
+        except CapacityOutOfRange as problem:
+            reason = problem
+
+        def is_gone() -> bool:
+            present = management.volume(volume.name, deadline=deadline)
+            if present is None or present.uuid != volume.uuid or present.is_being_deleted:
+                return True
+            is_used = present.reservation != Reservation() or record.read_attachments(present.metadata) != Attachments()
+            if is_used or management.clients_holding(present.uuid, deadline=deadline):
+                raise PreconditionFailed(
+                    f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it is kept, as it was attached"
+                )
+            try:
+                management.delete_volume(present, deadline=deadline)
+            except OperationPending:  # it is not ready to be deleted yet
+                return False
+            return True
+
+        if not self._wait(deadline).wait_until(is_gone):
+            raise OperationPending(
+                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it could not be deleted yet, retry"
+            )
+        _log.info(
+            "deleted volume %s, uuid %s, which no call returned: its %d bytes are out of the requested range",
+            volume.name,
+            volume.uuid,
+            volume.size_bytes,
+        )
+        raise CapacityOutOfRange(
+            f"the management made a volume of {volume.size_bytes} bytes, which was deleted again: {reason}"
+        ) from reason
 
     def _management(self, zone: str) -> Management:
         return served(self._clusters, zone)
 
     def _wait(self, deadline: Deadline) -> Deadline:
         return within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
+
+
+def _missing(wanted: _Wanted, volume: Volume) -> capacity.Extension | None:
+    """Return the extension that brings a volume into the requested range; None where it lies in it.
+
+    Raises `CapacityOutOfRange` where none does.
+    """
+    creation = record.read_creation(volume.metadata)
+    reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
+    return capacity.extension(volume, wanted.capacity, reserved)
 
 
 def _understood(request: CreateRequest) -> _Wanted:
