@@ -1,8 +1,9 @@
 """The files that a real client shows under /proc/nvmeibc, kept in a directory of each client's own.
 
-Shapes: `status.json` and `blob.txt` per volume, `status.json` and `version` of the client. A file is replaced as a
-whole (rename), so a reader never sees half of one. `client_processes` is left out: only the kernel knows who has the
-device open, and a number that is not true is worse than none.
+Shapes: `status.json` and `blob.txt` per volume, `status.json` and `version` of the client, as a newer client prints
+them (NVIDIA/nvmesh-kernel), without statistics. A file is replaced as a whole (rename), so a reader never sees half of
+one. `client_processes` is left out: of a loop device the kernel does not tell who has it open, and a number that is not
+true is worse than none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from csi_driver.embedded.records import MODE_NAMES, Attachment, Client, Volume
 
 VERSION = "3.5.0-1.embedded"
+_LIVE, _PREEMPTED = 0x200, 0x1092
+"""Values of `dbg`, as in tests/recordings/nvmesh-client."""
 _VOLUME_FILES = ("status.json", "blob.txt")
 
 
@@ -27,18 +30,13 @@ class StatusFiles:
     def install(self, client: Client) -> None:
         """Write what belongs to the client itself."""
         (self._directory / "volumes").mkdir(mode=0o755, parents=True, exist_ok=True)
-        _write(self._directory / "status.json", _json({"main": {"uuid": client.uuid, "name": client.name}}))
+        main = {"uuid": client.uuid.upper(), "state": 1}
         _write(
-            self._directory / "version",
-            _json(
-                {
-                    "module": "embedded",
-                    "version": VERSION,
-                    "release": "1",
-                    "commit": "",
-                }
-            ),
+            self._directory / "status.json",
+            _json({"module": {"state": 1, "state_str": "Ready"}, "main": main, "format_version": 1}),
         )
+        version = {"module": "embedded", "commit": "", "release": "1", "version": VERSION, "format_version": 1}
+        _write(self._directory / "version", _json(version))
 
     def show(self, volume: Volume, attachment: Attachment, *, io_enabled: bool = True) -> None:
         """Write what belongs to an attached volume; status.json last, for it says whether I/O works."""
@@ -67,19 +65,25 @@ def _remove_files(directory: Path, names: Iterable[str]) -> None:
 
 
 def _status(volume: Volume, attachment: Attachment, *, io_enabled: bool) -> dict[str, object]:
+    """Return what a newer client prints of a volume. The manager takes no I/O from a client but by preempting it."""
     return {
         "name": volume.name,
         "uuid": volume.uuid,
         "type": "visible",
-        "type_num": "0x1",
+        "type_num": "0x2",
         "size[blks]": volume.blocks,
         "block[b]": 4096,
         "short_id": int(volume.uuid[:8], 16),
         "debug_di": 0,
-        "status": "Live, with IO" if io_enabled else "Live, IO disabled",
-        "attach_status": "Attached",
-        "dbg": "0x200" if io_enabled else "0x0",
+        "attach_status": "Attached" if io_enabled else "Preempted",
         "reservation": MODE_NAMES[attachment.mode],
+        "reservation_version": attachment.reservation["version"],
+        "preempt": "No",
+        "status": "Live, with IO" if io_enabled else "Reservation Preempted, Only recovery",
+        "dbg": _LIVE if io_enabled else _PREEMPTED,
+        "io_enabled": int(io_enabled),
+        "enforce_read_only": 1,
+        "format_version": 2,
     }
 
 

@@ -38,14 +38,30 @@ def test_status_files_say_what_is_attached(manager: Manager, tmp_path: Path) -> 
     manager.attach("data", reference="ref-b")
     files = tmp_path / "node-1" / "proc" / "volumes" / "data"
     status = json.loads((files / "status.json").read_text())
-    assert (status["name"], status["uuid"], status["dbg"]) == ("data", manager.uuid("data"), "0x200")
+    assert (status["name"], status["uuid"], status["dbg"]) == ("data", manager.uuid("data"), 0x200)
     assert status["size[blks]"] == manager.volume("data")["blocks"]
     assert (files / "blob.txt").read_text().splitlines()[-3:] == ["n_strings = 2", "ref-a", "ref-b"]
 
 
+def test_status_files_are_those_of_a_newer_client(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data", mode=EXCLUSIVE)
+    mine, real = tmp_path / "node-1/proc", Path(__file__).parents[2] / "recordings/nvmesh-client"
+    shown, sample = (
+        json.loads(path.read_text()) for path in (mine / "volumes/data/status.json", real / "volumes/B-rw-live.json")
+    )
+    differ = {key for key, value in shown.items() if sample[key] != value}
+    assert differ == {"name", "uuid", "size[blks]", "short_id", "reservation_version"}
+    assert [type(shown[key]) for key in differ] == [type(sample[key]) for key in differ]
+    for name in ("status.json", "version"):
+        shown, sample = (json.loads((root / name).read_text()) for root in (mine, real / "client"))
+        assert shown.keys() <= sample.keys()
+    assert (mine / "volumes/data/blob.txt").read_text().count(" = ") == 4
+
+
 def test_the_client_files_name_the_client(manager: Manager, tmp_path: Path) -> None:
     status = json.loads((tmp_path / "node-1" / "proc" / "status.json").read_text())
-    assert status["main"]["uuid"] == manager.get("/clients/node-1")["uuid"]
+    assert status["main"]["uuid"] == manager.get("/clients/node-1")["uuid"].upper()
 
 
 def test_the_client_uuid_outlives_the_manager(tmp_path: Path) -> None:
