@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from csi_driver.errors import DriverError
 from csi_driver.host import survey
 from csi_driver.host.client_config import management_hosts, management_servers
-from csi_driver.host.connectors.nvmesh import StatusFiles
+from csi_driver.host.connectors.nvmesh import UPDATER_MARK, StatusFiles
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
@@ -19,6 +19,7 @@ from csi_driver.node.zone import NodeZone, same_host
 
 _CONNECT_S = 3.0
 _MODULE = "nvmeibc"
+_LEFT_MARK = f"An upgrade that failed leaves {UPDATER_MARK}: repeat it until it succeeds, or reboot the machine"
 _START = "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"
 
 
@@ -34,11 +35,21 @@ def client(patient: Patient) -> Iterator[Finding]:
         limit = f"at most {found.volume_limit} volumes" if found.volume_limit else "any number of volumes"
         others = f", of which {others_hold} are attached by something else than CSI" if others_hold else ""
         yield fine(Check.CLIENT, f"the storage client runs; its uuid, the node's id, is {found.uuid}; {limit}{others}")
+        if UPDATER_MARK.exists():
+            yield warning(
+                Check.CLIENT,
+                f"the storage client runs, and {UPDATER_MARK} says that it is being upgraded: the upgrade has begun,"
+                " or it failed",
+                "no such mark while no upgrade runs: a client that is stopped then counts as being upgraded",
+                f"let the upgrade end. {_LEFT_MARK}",
+            )
     elif found.is_upgrading:
         yield warning(
-            Check.CLIENT, "the storage client is being upgraded, or starts", "that it comes back",
-            "wait; where it does not: " + _START,
-        )  # fmt: skip
+            Check.CLIENT,
+            "the storage client is being upgraded, or starts, or was stopped by an upgrade that failed",
+            "that it shows itself within minutes",
+            f"wait; where it does not: {_START}. {_LEFT_MARK}",
+        )
     elif found.is_expected:
         yield fault(
             Check.CLIENT,

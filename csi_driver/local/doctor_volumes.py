@@ -37,12 +37,19 @@ def volumes(patient: Patient) -> Iterator[Finding]:
                 "kubelet's vol_data.json beside it",
                 "nothing, where the node runs: what two looks prove orphaned it unmounts; else: umount that path",
             )
-        elif (status := client.volume(Path(entry.source).name)) is not None and status.io_enabled is False:
+        elif (status := client.volume(Path(entry.source).name)) is not None and status.preempted:
+            yield warning(
+                Check.VOLUMES,
+                f"volume {mount.name} at {mount.path} was taken over by another node: {status.words}",
+                "an attachment that carries I/O",
+                "delete the pods here: kubelet then takes the dead mount off, and the client gives the volume up",
+            )
+        elif status is not None and status.io_enabled is not True:
             yield warning(
                 Check.VOLUMES,
                 f"volume {mount.name} at {mount.path} carries no I/O: {status.words}",
                 "an attachment that carries I/O",
-                "look at the volume in the management; where another node took it: delete the pods here",
+                "look at the volume in the management: where its data has no path, programs wait until it has",
             )
     yield fine(Check.VOLUMES, f"{len(held)} mounts of volumes of this driver, by kubelet's layout")
 

@@ -181,6 +181,31 @@ def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> Non
     assert "no storage client" in machine.look().of(Check.CLIENT, "fault")
 
 
+def test_the_mark_of_an_upgrade_that_may_have_failed_is_told(machine: Machine) -> None:
+    """Only success or a reboot removes it."""
+    mark = "/var/run/nvmesh/nvmeshclient/upgrade"
+    machine.prepare += ["mount -t tmpfs none /run", f"mkdir -p {Path(mark).parent}", f"touch {mark}"]
+    assert f"upgrade that failed leaves {mark}" in machine.look_inside().of(Check.CLIENT, "warning")
+    (machine.status / "status.json").unlink()
+    assert f"upgrade that failed leaves {mark}" in machine.look_inside().of(Check.CLIENT, "warning")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [("preempted", "taken over by another node"), ("io-lost", "carries no I/O")]
+)
+def test_a_mounted_volume_without_io_is_told(machine: Machine, state: str, said: str) -> None:
+    name = "csi-1234567890abcdef12"
+    staging = machine.kubelet / "plugins/kubernetes.io/csi" / DRIVER / "0123/globalmount"
+    staging.mkdir(parents=True)
+    record = {"driverName": DRIVER, "volumeHandle": f"z:{name}:7f0e2a10-5b1c-11f1-8a3e-0123456789ab"}
+    (staging.parent / "vol_data.json").write_text(json.dumps(record))
+    status = machine.status / "volumes" / name / "status.json"
+    status.parent.mkdir(parents=True)
+    status.write_bytes((ROOT / f"tests/recordings/nvmesh-client/volumes/B-{state}.json").read_bytes())
+    machine.prepare.append(f"mount -t tmpfs {machine.directory}/dev/{name} {staging}")
+    assert said in machine.look_inside().of(Check.VOLUMES, "warning")
+
+
 def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
     staging = machine.kubelet / "plugins/kubernetes.io/csi" / DRIVER / "0123/globalmount"
     staging.mkdir(parents=True)

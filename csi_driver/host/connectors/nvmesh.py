@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from csi_driver.machine import StorageClient, VolumeStatus
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import ReservationMode
 
-# A volume of many pieces lists each of them.
-_STATUS_LIMIT_BYTES = 16 << 20
+_STATUS_LIMIT_BYTES = 4 << 20
+"""The client answers EFBIG to a status that is longer. A volume of many pieces lists each of them."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=(?P<opens>[0-9]{1,10})\n\Z", re.MULTILINE | re.ASCII)
 _SIZE_LIMIT_BYTES = 1 << 63
@@ -32,7 +33,9 @@ CLIENT_VOLUME_LIMIT = 1024
 """Volumes that one NVMesh client can have attached, hidden ones included (NVMesh User Guide 3.5, limits)."""
 _MODES = {mode.name: mode for mode in ReservationMode}
 
-UPGRADE_MARKS = (Path("/var/run/nvmesh/nvmeshclient/upgrade"), Path("/proc/nvmeiba"))
+UPDATER_MARK = Path("/var/run/nvmesh/nvmeshclient/upgrade")
+"""Made by the updater of the client, and removed by its success or by a reboot alone, not where it fails."""
+UPGRADE_MARKS = (UPDATER_MARK, Path("/proc/nvmeiba"))
 """What is there, without the status files, while a client is replaced under running volumes: the updater's mark, and
 the client's lower layer, which stays loaded."""
 CLIENT_SIGNS = (Path("/etc/nvmesh/nvmesh.conf"),)
@@ -253,9 +256,13 @@ class StatusFiles:
 
 
 def _read(path: Path) -> str | None:
+    """Read a file of the client's by one call: any that begins at its start makes it anew, for all its readers."""
     try:
-        with path.open("rb") as file:
-            return file.read(_STATUS_LIMIT_BYTES).decode(errors="replace")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _STATUS_LIMIT_BYTES).decode(errors="replace")
+        finally:
+            os.close(fd)
     except OSError:
         return None
 
