@@ -27,8 +27,8 @@ class Device:
     """A block device that was found and whose identity was verified once.
 
     `uuid` is the volume's as the evidence on this machine says it; None where nothing says it now.
-    `read_only`: the kernel refuses writes. `client_read_only`: the storage client says that it refuses them, whatever
-    the kernel shows.
+    `read_only`: the kernel refuses writes. `write_refusal`: what the storage client says where writes to it fail,
+    whatever the kernel shows; programs then meet I/O errors.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Device:
     read_only: bool
     uuid: str | None
     block_bytes: int = 4096
-    client_read_only: bool = False
+    write_refusal: str = ""
 
     @property
     def takes_writes(self) -> bool:
         """Whether nothing on this machine is known to refuse writes to it."""
-        return not (self.read_only or self.client_read_only)
+        return not (self.read_only or self.write_refusal)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ class Claims:
             return None
         return f"the client has not enabled I/O for {name}: {self.status.words}"
 
+    def write_refusal(self) -> str:
+        """Repeat what the client says of the volume where writes to it fail; empty where they do not."""
+        return self.status.words if self.status is not None and self.status.refuses_writes else ""
+
     def refusal(self, name: str) -> str | None:
         """Say why the volume's device may not be used at all; None when it may."""
         if self.status is not None and self.status.refusal:

@@ -164,7 +164,7 @@ class LinuxDevices:
             read_only=ioctls.is_read_only(fd),
             uuid=claims.uuid(),
             block_bytes=ioctls.logical_block_bytes(fd),
-            client_read_only=claims.status is not None and claims.status.refuses_writes is True,
+            write_refusal=claims.write_refusal(),
         )
         return device, claims
 

@@ -253,7 +253,8 @@ class Stage:
         """Wait for the volume's device; where its very attachment is read-only, make the kernel keep it so."""
         device = self._devices.wait_for(volume.name, volume.uuid, deadline=deadline)
         if not device.takes_writes and not read_only:
-            raise PreconditionFailed(f"the device of volume {volume} refuses writes, wanted write access")
+            why = device.write_refusal or "the kernel has it read-only"
+            raise PreconditionFailed(f"the device of volume {volume} refuses writes ({why}), expected write access")
         if context is not None and context.read_only and not device.read_only:
             writer = next((found for found in self._mounts.of_device(device.number) if not found.read_only), None)
             if writer is not None:

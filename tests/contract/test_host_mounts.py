@@ -18,7 +18,9 @@ from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import going_down, mounts, syscalls
 from csi_driver.machine import DeviceNumber
-from csi_driver.model import MIB
+from csi_driver.model import MIB, AccessMode, MountAccess
+from csi_driver.parameters.mkfs import MkfsRequest
+from csi_driver.parameters.mount_options import plan_mount
 from tests.contract.host_machine import HostMachine, host_machine, mounts_below, shell
 
 pytestmark = pytest.mark.root
@@ -180,6 +182,26 @@ def test_a_read_only_mount_refuses_writes(machine: HostMachine, fs_type: str, bo
     seen = machine.mounts.at(target)
     assert seen is not None
     assert seen.read_only
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
+def test_a_reader_mounts_a_filesystem_whose_log_nobody_may_replay(machine: HostMachine, fs_type: str) -> None:
+    """Its writer died, and this attachment is read-only: what the log holds stays there."""
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    for name in ("older", "newer"):
+        machine.mounts.mount(device, target, fs_type, [], read_only=False)
+        with (target / name).open("wb") as file:
+            os.fsync(file.fileno())
+        assert name == "older" or going_down.shut_down(target, device.number)
+        shell("umount", str(target))
+    machine.devices.set_read_only(device)
+    with pytest.raises(HostFailure):
+        machine.mounts.mount(device, target, fs_type, [], read_only=True)
+    reader = MountAccess(fs_type), AccessMode.MULTI_NODE_READER_ONLY
+    plan = plan_mount(*reader, read_only=True, mkfs=MkfsRequest(), supported=(fs_type,))
+    machine.mounts.mount(device, target, fs_type, plan.options_for(fs_type), read_only=True)
+    assert (target / "older").is_file()
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))

@@ -113,7 +113,7 @@ class FakeDisk:
         status = self.status
         claimed = self.uuid if self.claims_uuid else status.uuid if status is not None else None
         device = Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
-        return replace(device, client_read_only=status is not None and status.refuses_writes is True)
+        return replace(device, write_refusal=status.words if status is not None and status.refuses_writes else "")
 
     @property
     def is_usable(self) -> bool:

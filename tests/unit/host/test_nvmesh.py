@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -187,6 +191,25 @@ def test_the_uuid_of_the_client_is_read() -> None:
 
 def files(root: Path) -> nvmesh.StatusFiles:
     return nvmesh.StatusFiles(root / "nvmeibc", upgrade_marks=[root / "upgrade"], client_signs=[root / "nvmesh.conf"])
+
+
+def test_a_file_is_read_by_one_call(tmp_path: Path) -> None:
+    """A further one may meet what another reader has made of the file in between, here a second packet of a pipe."""
+    path = tmp_path / "nvmeibc/volumes/csi-1/status.json"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), path.open("wb", buffering=0) as pipe:
+            fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_DIRECT)
+            for _ in range(2):
+                pipe.write(json.dumps(STATUS).encode())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    status = files(tmp_path).volume("csi-1")
+    writer.join()
+    assert status is not None
 
 
 def test_a_machine_without_a_client_expects_none(tmp_path: Path) -> None:
