@@ -7,21 +7,26 @@ Format: proc_pid_mountinfo(5). Reading it costs time for every mount of the mach
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.machine import DeviceNumber
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
+_PEER_GROUP = re.compile(r"(?:shared|master):(\d+)")
 _ACCESS = frozenset({"ro", "rw"})
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the table. `path` is where the mount appears; `shared` tells whether its mounts propagate."""
+    """One line of the table. `path` is where the mount appears; `shared` tells whether its mounts propagate.
+
+    `peers` are the peer groups that mounts made on it propagate to, or come from.
+    """
 
     mount_id: int
+    parent_id: int
     number: DeviceNumber
     root: str
     path: Path
@@ -30,6 +35,7 @@ class Entry:
     read_only: bool
     options: frozenset[str]
     shared: bool
+    peers: frozenset[int] = frozenset()
     turned_read_only: bool = False
 
 
@@ -48,6 +54,7 @@ def _entries(text: str) -> Iterator[Entry]:
         mount_options, own_options = left[5].split(","), right[2].split(",")
         yield Entry(
             mount_id=int(left[0]),
+            parent_id=int(left[1]),
             number=DeviceNumber(int(major), int(minor)),
             root=unescape(left[3]),
             path=Path(unescape(left[4])),
@@ -56,8 +63,34 @@ def _entries(text: str) -> Iterator[Entry]:
             read_only="ro" in mount_options or "ro" in own_options,
             options=frozenset(map(unescape, (*mount_options, *own_options))) - _ACCESS,
             shared=any(field.startswith("shared:") for field in left[6:]),
+            peers=frozenset(int(group[1]) for field in left[6:] if (group := _PEER_GROUP.fullmatch(field))),
             turned_read_only="ro" in own_options and "ro" not in mount_options,
         )
+
+
+def twins(entries: Sequence[Entry], path: Path) -> list[Path]:
+    """Return where else the mount at `path` appears because the directory that it is on does.
+
+    Where that directory lies in a mount that is shared under two paths, the kernel mounts at both.
+    """
+    parents = {entry.mount_id: entry for entry in entries}
+    own = next((entry for entry in reversed(entries) if entry.path == path), None)
+    parent = parents.get(own.parent_id) if own is not None else None
+    if own is None or parent is None:
+        return []
+    found = []
+    for entry in entries:
+        other = parents.get(entry.parent_id)
+        is_of_the_same = (entry.number, entry.root) == (own.number, own.root) and entry.path != own.path
+        if is_of_the_same and other is not None and other.peers & parent.peers:
+            if _place_in(other, entry.path) == _place_in(parent, own.path):
+                found.append(entry.path)
+    return found
+
+
+def _place_in(parent: Entry, path: Path) -> tuple[DeviceNumber, Path]:
+    """Return the directory that a path below a mount is, by the mount's filesystem and the path within it."""
+    return parent.number, Path(parent.root) / path.relative_to(parent.path)
 
 
 def unescape(text: str) -> str:

@@ -94,6 +94,10 @@ class LinuxMounts:
                     found.append(mounted)
         return found
 
+    def twins(self, path: Path) -> list[Path]:
+        """Return where else the mount at `path` appears because the directory that it is on does. Reads the table."""
+        return mount_table.twins(read_table(), _canonical(path))
+
     def propagation_is_shared(self, path: Path) -> bool:
         """Tell whether mounts made below `path` reach the other mount namespaces of the machine."""
         try:

@@ -225,6 +225,10 @@ class Mounts(Protocol):
         """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
         ...
 
+    def twins(self, path: Path) -> Sequence[Path]:
+        """Return where else the mount at `path` appears, as the directory that it is on is shared under two paths."""
+        ...
+
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         """Mount the device; what was made is verified before it becomes visible.
 

@@ -294,8 +294,11 @@ class Publish:
         """
         if mode is not AccessMode.SINGLE_NODE_SINGLE_WRITER:
             return
-        for found in self._mounts.of_device(device.number):
-            if found.path not in own and (root is None or found.root == root):
+        mounts = [found for found in self._mounts.of_device(device.number) if root is None or found.root == root]
+        # Where kubelet's directory is a shared bind mount, each of its mounts appears under two paths.
+        own = own.union(*map(self._mounts.twins, own)) if any(found.path not in own for found in mounts) else own
+        for found in mounts:
+            if found.path not in own:
                 raise PreconditionFailed(
                     f"volume {volume} is for a single writer and is published at {found.path} already"
                 )

@@ -461,6 +461,9 @@ class FakeMounts:
         shown = [_shown(entry) for entry in self._host.table]
         return [mounted for mounted in shown if number in (mounted.number, mounted.node_number)]
 
+    def twins(self, path: Path) -> Sequence[Path]:
+        return ()
+
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         host = self._host
         disk = host.by_number(device.number)

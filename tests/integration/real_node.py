@@ -20,7 +20,7 @@ from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import Mark
-from csi_driver.node.requests import NodeSettings, StageRequest
+from csi_driver.node.requests import NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble, mark_files
 from tests.contract.host_machine import HostMachine, Volume, shell
 
@@ -63,11 +63,12 @@ class RealNode:
         allowed: bool = False,
         flags: tuple[str, ...] = (),
         volume_context: dict[str, str] | None = None,
+        mode: AccessMode = AccessMode.SINGLE_NODE_WRITER,
         within_s: float = 60.0,
     ) -> Path:
         """Stage the volume; return where it is mounted."""
         context = PublishContext(volume.name, volume.uuid, attachment, history, format_allowed=allowed)
-        capability = Capability(MountAccess(fs_type, flags), AccessMode.SINGLE_NODE_WRITER)
+        capability = Capability(MountAccess(fs_type, flags), mode)
         request = StageRequest(
             f"zone:{volume.name}:{volume.uuid}", str(self.staging(volume)), capability, context.as_map(),
             volume_context or {},
@@ -78,6 +79,29 @@ class RealNode:
     def unstage(self, volume: Volume) -> None:
         volume_id = f"zone:{volume.name}:{volume.uuid}"
         self.use.stage.unstage(volume_id, str(self.staging(volume)), deadline=Deadline.after(60))
+
+    def publish(
+        self,
+        volume: Volume,
+        pod: str = "pod-1",
+        fs_type: str = "ext4",
+        *,
+        mode: AccessMode = AccessMode.SINGLE_NODE_WRITER,
+        read_only: bool = False,
+    ) -> Path:
+        """Publish the staged volume to a pod; return where it is mounted."""
+        target = self.root / pod
+        context = PublishContext(volume.name, volume.uuid, 1, History.FIRST)
+        request = NodePublishRequest(
+            f"zone:{volume.name}:{volume.uuid}", str(self.staging(volume)), str(target),
+            Capability(MountAccess(fs_type), mode), read_only, context.as_map(), {},
+        )  # fmt: skip
+        self.use.publish.publish(request, deadline=Deadline.after(60))
+        return target
+
+    def unpublish(self, volume: Volume, pod: str = "pod-1") -> None:
+        volume_id = f"zone:{volume.name}:{volume.uuid}"
+        self.use.publish.unpublish(volume_id, str(self.root / pod), deadline=Deadline.after(60))
 
     def mark(self, volume: Volume) -> Mark | None:
         return self.marks.read(volume.uuid)

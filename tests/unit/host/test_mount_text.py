@@ -51,6 +51,37 @@ def test_a_mount_of_a_peer_group_propagates(mount_id: int, shared: bool) -> None
     assert entry(mount_id).shared is shared
 
 
+# /mnt/data/kubelet is bound at /var/lib/kubelet, both shared: what is mounted below one of them appears below the other.
+SHARED_DIRECTORY = """30 22 8:1 / /mnt/data rw shared:7 - ext4 /dev/sda1 rw
+31 22 8:1 /kubelet /var/lib/kubelet rw shared:7 - ext4 /dev/sda1 rw
+40 31 7:5 / /var/lib/kubelet/staging rw shared:9 - ext4 /dev/nvmesh/csi-1 rw
+41 30 7:5 / /mnt/data/kubelet/staging rw shared:9 - ext4 /dev/nvmesh/csi-1 rw
+42 31 7:5 / /var/lib/kubelet/pods/1 rw shared:9 - ext4 /dev/nvmesh/csi-1 rw
+43 30 7:5 / /mnt/data/kubelet/pods/1 rw shared:9 - ext4 /dev/nvmesh/csi-1 rw
+44 30 7:6 / /mnt/data/kubelet/staging rw shared:10 - ext4 /dev/nvmesh/csi-2 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/var/lib/kubelet/staging", ["/mnt/data/kubelet/staging"]),
+        ("/var/lib/kubelet/pods/1", ["/mnt/data/kubelet/pods/1"]),
+        ("/mnt/data/kubelet/pods/1", ["/var/lib/kubelet/pods/1"]),
+        ("/var/lib/kubelet/pods/2", []),
+        ("/mnt/data", []),
+    ],
+)
+def test_a_mount_is_found_again_where_its_directory_is_shared(path: str, expected: list[str]) -> None:
+    table = mount_table.parse(SHARED_DIRECTORY)
+    assert mount_table.twins(table, Path(path)) == [Path(each) for each in expected]
+
+
+def test_the_same_directory_of_mounts_that_do_not_propagate_makes_no_twin() -> None:
+    table = mount_table.parse(SHARED_DIRECTORY.replace("/var/lib/kubelet rw shared:7", "/var/lib/kubelet rw"))
+    assert mount_table.twins(table, Path("/var/lib/kubelet/staging")) == []
+
+
 # --- options ----------------------------------------------------------------------------------------------------
 
 
