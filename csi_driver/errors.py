@@ -113,6 +113,13 @@ class VolumeNotFound(NotFound):
         super().__init__(f"volume {shown(volume_id)} does not exist" + (f": {detail}" if detail else ""))
 
 
+class VolumeNotMounted(NotFound):
+    """The volume may exist, but it is not mounted where the request expects it."""
+
+    def __init__(self, volume: object, path: object) -> None:
+        super().__init__(f"volume {volume} is not mounted at {path}")
+
+
 class NodeNotFound(NotFound):
     """No node (storage client) has this id."""
 

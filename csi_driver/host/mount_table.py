@@ -78,14 +78,15 @@ def twins(entries: Sequence[Entry], path: Path) -> list[Path]:
     parent = parents.get(own.parent_id) if own is not None else None
     if own is None or parent is None:
         return []
-    found = []
-    for entry in entries:
-        other = parents.get(entry.parent_id)
-        is_of_the_same = (entry.number, entry.root) == (own.number, own.root) and entry.path != own.path
-        if is_of_the_same and other is not None and other.peers & parent.peers:
-            if _place_in(other, entry.path) == _place_in(parent, own.path):
-                found.append(entry.path)
-    return found
+    same = [entry for entry in entries if (entry.number, entry.root) == (own.number, own.root)]
+    return [
+        entry.path
+        for entry in same
+        if entry.path != own.path
+        and (other := parents.get(entry.parent_id)) is not None
+        and other.peers & parent.peers
+        and _place_in(other, entry.path) == _place_in(parent, own.path)
+    ]
 
 
 def _place_in(parent: Entry, path: Path) -> tuple[DeviceNumber, Path]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.host import ioctls
+from csi_driver.host import ioctls, syscalls
 from csi_driver.machine import DeviceNumber, Fault, FaultKind, Mounted
 
 _SECTOR_BYTES = 512
@@ -20,6 +20,9 @@ _SHUT_DOWN = frozenset({"shutdown"})
 # Mount options by which ext4 shows what its errors did to it (fs/ext4/super.c, ext4_show_options).
 _EMERGENCY = frozenset({"emergency_ro"})
 _SHUT_DOWN_ERRORS = (errno.ESHUTDOWN,)
+# What the root of an xfs that was shut down answers even to who only asks for its attributes (fs/xfs/xfs_iops.c).
+_DEAD_ROOT = (errno.EIO, errno.ESHUTDOWN)
+_WAY_OUT = "it is checked and mounted again when no pod of this node uses the volume: delete these pods"
 
 
 class LinuxProbes:
@@ -57,19 +60,28 @@ class LinuxProbes:
 
     # --- filesystems ---
 
+    def dead(self, mounted: Mounted) -> Fault | None:
+        """Return why nothing can be written to a filesystem any more; None when it can. Never waits for the device."""
+        if mounted.node_number is not None:
+            return None
+        if mounted.options & _SHUT_DOWN or _root_is_dead(mounted.path):
+            return Fault(FaultKind.SHUT_DOWN, f"its {mounted.fs_type} was shut down after an error; {_WAY_OUT}")
+        if mounted.turned_read_only or mounted.options & _EMERGENCY:
+            return Fault(
+                FaultKind.TURNED_READ_ONLY, f"its {mounted.fs_type} turned read-only after an error; {_WAY_OUT}"
+            )
+        return None
+
     def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
         """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
-        found = list(self._recorded(mounted))
+        dead = self.dead(mounted)
+        found = [*([] if dead is None else [dead]), *self._counted(mounted)]
         answered = _ask_root(mounted.path)
         if answered is not None and all(fault.kind is not FaultKind.SHUT_DOWN for fault in found):
             found.append(answered)
         return found
 
-    def _recorded(self, mounted: Mounted) -> Iterator[Fault]:
-        if mounted.options & _SHUT_DOWN:
-            yield Fault(FaultKind.SHUT_DOWN, f"the {mounted.fs_type} of {mounted.source} was shut down")
-        elif mounted.turned_read_only or mounted.options & _EMERGENCY:
-            yield Fault(FaultKind.TURNED_READ_ONLY, f"the {mounted.fs_type} of {mounted.source} turned read-only")
+    def _counted(self, mounted: Mounted) -> Iterator[Fault]:
         match mounted.fs_type:
             case "ext4":
                 yield from self._ext4_errors(mounted)
@@ -103,6 +115,15 @@ class LinuxProbes:
 def _btrfs_counts(text: str) -> list[str]:
     pairs = (line.rpartition(" ") for line in text.splitlines())
     return [f"{name} {count}" for name, _, count in pairs if count.isdigit() and int(count)]
+
+
+def _root_is_dead(path: Path) -> bool:
+    """Tell whether a filesystem's root does not even tell its attributes, which the kernel has in memory."""
+    try:
+        syscalls.statx(path)
+    except OSError as error:
+        return error.errno in _DEAD_ROOT
+    return False
 
 
 def _ask_root(path: Path) -> Fault | None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import CapacityOutOfRange, DeadlineReached, InvalidField, PreconditionFailed, VolumeNotFound
+from csi_driver.errors import (
+    CapacityOutOfRange,
+    DeadlineReached,
+    InvalidField,
+    PreconditionFailed,
+    VolumeNotFound,
+    VolumeNotMounted,
+)
 from csi_driver.machine import Device, Mounted
 from csi_driver.model import BlockAccess
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.limits import HeavyWork
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
-from csi_driver.node.ports import Filesystems, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.ports import Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.prepare import GROWTH_SLACK_BYTES
 from csi_driver.node.readers import reader_over
 from csi_driver.node.requests import NodeExpandRequest, NodeSettings
@@ -31,6 +38,7 @@ class Expand:
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
+        probes: Probes,
         heavy: HeavyWork,
         ownership: Ownership,
         encrypted: EncryptedVolumes,
@@ -40,6 +48,7 @@ class Expand:
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
+        self._probes = probes
         self._heavy = heavy
         self._ownership = ownership
         self._encrypted = encrypted
@@ -49,7 +58,7 @@ class Expand:
         """Wait until the device has the size asked for, grow its filesystem to it, and return the size in bytes.
 
         A header of encryption is not counted where it lies beside what was asked for.
-        Raises `VolumeNotFound` when the volume is not at the path, `CapacityOutOfRange` when it is larger than the
+        Raises `VolumeNotMounted` when the volume is not at the path, `CapacityOutOfRange` when it is larger than the
         limit, `PreconditionFailed` when its filesystem cannot grow as it is mounted, `DeadlineReached`.
         """
         volume, _ = named(request.volume_id)
@@ -79,7 +88,7 @@ class Expand:
         is_block = request.capability is not None and isinstance(request.capability.access, BlockAccess)
         if is_block and self._paths.kind(self._path(volume, request.volume_path)) != "absent":
             return None
-        raise VolumeNotFound(request.volume_id, "it is neither mounted nor published at the path given")
+        raise VolumeNotMounted(volume, request.volume_path)
 
     def _paths_mount(self, volume: NamedVolume, text: str) -> Mounted | None:
         mounted = self._mounts.at(self._path(volume, text))
@@ -123,6 +132,9 @@ class Expand:
     def _grow(self, volume: NamedVolume, device: Device, mounted: Mounted, deadline: Deadline) -> None:
         if self._filesystems.recorded_bytes(device, mounted.fs_type) + GROWTH_SLACK_BYTES >= device.size_bytes:
             return
+        dead = self._probes.dead(mounted)
+        if dead is not None:
+            raise PreconditionFailed(f"volume {volume} cannot be expanded: {dead.detail}")
         writable = mounted if not mounted.read_only else self._writable(volume, device)
         with self._heavy.place(f"grow the {mounted.fs_type} of volume {volume}", deadline=deadline):
             self._filesystems.grow_mounted(writable.path, device, mounted.fs_type)

@@ -71,7 +71,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
             "wipe", "make", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage",
         ),
-        "probes": _methods(reads="device filesystem"),
+        "probes": _methods(reads="dead device filesystem"),
         "paths": _methods("make_directory", "make_file", "set_mode", "remove", reads="check kind"),
         "marks": _methods("write", "remove", reads="changing recorded read"),
     }

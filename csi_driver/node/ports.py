@@ -315,7 +315,11 @@ class Filesystems(Protocol):
 
 
 class Probes(Protocol):
-    """What can be found wrong by looking. May hang on a dead device: call them in a worker."""
+    """What can be found wrong by looking. May hang on a dead device, but for `dead`: call them in a worker."""
+
+    def dead(self, mounted: Mounted) -> Fault | None:
+        """Return why nothing can be written to a filesystem any more; None when it can. Never waits for the device."""
+        ...
 
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
         """Return what the kernel shows to be wrong with a device; it is not opened."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
 from csi_driver.handover import PublishContext
-from csi_driver.machine import Device, Mounted
+from csi_driver.machine import Device, FaultKind, Mounted
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.joining import Joining
 from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
-from csi_driver.node.ports import Devices, Mounts, Paths, ReadOnlyDevices
+from csi_driver.node.ports import Devices, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.prepare import Task
 from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
@@ -34,6 +34,7 @@ class Publish:
         read_only_devices: ReadOnlyDevices,
         mounts: Mounts,
         paths: Paths,
+        probes: Probes,
         marks: Marks,
         ownership: Ownership,
         encrypted: EncryptedVolumes,
@@ -43,6 +44,7 @@ class Publish:
         self._read_only_devices = read_only_devices
         self._mounts = mounts
         self._paths = paths
+        self._probes = probes
         self._marks = marks
         self._ownership = ownership
         self._encrypted = encrypted
@@ -148,6 +150,7 @@ class Publish:
         if published is not None:
             self._accept(published, volume, target, device, staged.root, read_only=read_only)
             return
+        self._require_alive(staged, volume, read_only=read_only)
         self._require_single(volume, device, mode, staged.root, {staging, staged.path, target})
         self._make_target_directory(volume, target)
         self._mounts.bind(staging, target, read_only=read_only)
@@ -167,6 +170,12 @@ class Publish:
             raise PreconditionFailed(f"nothing is mounted at {target}, wanted volume {task.volume}; call again")
         # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.
         self._accept(published, task.volume, target, task.device, published.root, read_only=True)
+
+    def _require_alive(self, mounted: Mounted, volume: NamedVolume, *, read_only: bool) -> None:
+        """Refuse to hand out a filesystem that takes no writes any more, or, to a reader, one that is shut down."""
+        dead = self._probes.dead(mounted)
+        if dead is not None and not (read_only and dead.kind is FaultKind.TURNED_READ_ONLY):
+            raise PreconditionFailed(f"volume {volume} cannot be published: {dead.detail}")
 
     def _make_target_directory(self, volume: NamedVolume, target: Path) -> None:
         if self._paths.kind(target) == "file":

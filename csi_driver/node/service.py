@@ -82,24 +82,24 @@ def assemble(
     joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, preparation=preparation, marks=kept)
     stage = Stage(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-        preparation=preparation, encrypted=encrypted, joining=joining, settings=settings
+        probes=probes, preparation=preparation, encrypted=encrypted, joining=joining, settings=settings
     )  # fmt: skip
     publish = Publish(
-        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, marks=kept,
+        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, probes=probes, marks=kept,
         ownership=ownership, encrypted=encrypted, joining=joining
     )  # fmt: skip
     expand = Expand(
-        read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, heavy=heavy,
-        ownership=ownership, encrypted=encrypted, settings=settings
+        read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
+        heavy=heavy, ownership=ownership, encrypted=encrypted, settings=settings
     )  # fmt: skip
     statistics = Statistics(
-        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership, settings=settings
-    )
-    where = zone or _zone_given(settings)
-    identity = Identity(devices=devices, tools=tools, zone=where, marks=kept, settings=settings)
+        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes, ownership=ownership,
+        settings=settings
+    )  # fmt: skip
+    identity = Identity(devices=devices, tools=tools, zone=zone or _zone_given(settings), marks=kept, settings=settings)
     reconcile = Reconcile(
-        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted,
-        ownership=ownership, driver_name=settings.driver_name
+        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
+        driver_name=settings.driver_name
     )  # fmt: skip
     health = NodeHealth(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,

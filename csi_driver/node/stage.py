@@ -22,7 +22,7 @@ from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.joining import Joining
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
-from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes
 from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
 from csi_driver.parameters.luks import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
@@ -49,6 +49,7 @@ class Stage:
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
+        probes: Probes,
         ownership: Ownership,
         preparation: Preparation,
         encrypted: EncryptedVolumes,
@@ -59,6 +60,7 @@ class Stage:
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
+        self._probes = probes
         self._ownership = ownership
         self._preparation = preparation
         self._encrypted = encrypted
@@ -87,6 +89,9 @@ class Stage:
                 outlived = self._preparation.outlived(volume, context.attachment if context else 0)
                 if mounted is not None and outlived and self._ownership.take_off(path, volume):
                     logger.warning("%s: it was unmounted at %s", outlived, path)
+                    mounted = None
+                if mounted is not None and self._is_dead_and_unused(mounted, volume, path):
+                    self._ownership.take_off(path, volume)
                     mounted = None
                 if mounted is None:
                     self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
@@ -118,6 +123,19 @@ class Stage:
         return mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
 
     # --- filesystem ---
+
+    def _is_dead_and_unused(self, mounted: Mounted, volume: NamedVolume, path: Path) -> bool:
+        """Tell whether a filesystem died that is mounted at the staging path and nowhere else; both are logged."""
+        dead = self._probes.dead(mounted)
+        if dead is None or self._ownership.owner_of(mounted, volume) is not Owner.OURS:
+            return False
+        own = {path, mounted.path, *self._mounts.twins(path)}
+        used = [found.path for found in self._mounts.of_device(mounted.number) if found.path not in own]
+        if used:
+            logger.warning("volume %s is published at %s, and %s", volume, used[0], dead.detail)
+            return False
+        logger.warning("volume %s is unmounted at %s and mounted again: %s", volume, path, dead.detail)
+        return True
 
     def _plan(self, access: MountAccess, request: StageRequest, context: PublishContext | None) -> MountPlan:
         return plan_mount(
@@ -194,6 +212,8 @@ class Stage:
             device = self._encrypted.in_use(volume, device, by)
         if device is None or device.number != mounted.number or mounted.node_number is not None:
             raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
+        if self._probes.dead(mounted) is not None:
+            return  # pods have it: as they run on, it stays, and the next publication says what to do
         found = differences(mounted, plan)
         if found:
             raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)

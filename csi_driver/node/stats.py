@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import StorageUnavailable, VolumeNotFound
+from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotMounted
+from csi_driver.machine import FaultKind
 from csi_driver.model import Usage
 from csi_driver.node.expand import known_path
 from csi_driver.node.ownership import Owner, Ownership, named, number_of
-from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes
 from csi_driver.node.questions import Questions
 from csi_driver.node.requests import NodeSettings
 
@@ -22,6 +23,7 @@ class Statistics:
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
+        probes: Probes,
         ownership: Ownership,
         settings: NodeSettings,
     ) -> None:
@@ -29,6 +31,7 @@ class Statistics:
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
+        self._probes = probes
         self._ownership = ownership
         self._timeout_s = settings.statistics_timeout_s
         self._margin_s = settings.answer_margin_s
@@ -37,8 +40,9 @@ class Statistics:
     def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
         """Return the use of the volume at `volume_path`. A block volume has only its size.
 
-        Raises `VolumeNotFound` when the volume is not there, `StorageUnavailable` when its filesystem or device does
-        not answer: after the settings' time the first time, at once while that question is still open.
+        Raises `VolumeNotMounted`, `PreconditionFailed` when its filesystem was shut down, `StorageUnavailable` when its
+        filesystem or device does not answer: after the settings' time the first time, at once while that question is
+        still open.
         """
         volume, _ = named(volume_id)
         path = known_path(self._paths, volume, volume_path)
@@ -46,13 +50,16 @@ class Statistics:
         def ask() -> Usage:
             mounted = self._mounts.at(path)
             if mounted is None or self._ownership.owner_of(mounted, volume) is Owner.OTHER:
-                raise VolumeNotFound(volume_id, f"it is not at {path}")
+                raise VolumeNotMounted(volume, path)
             number = number_of(mounted)
             size = self._devices.size_bytes(number) if number.major else None
             if number.major and not size:
                 raise StorageUnavailable(f"the device {number} of volume {volume} at {path} is gone")
             if mounted.node_number is not None and size:
                 return Usage(total_bytes=size)
+            dead = self._probes.dead(mounted)
+            if dead is not None and dead.kind is FaultKind.SHUT_DOWN:
+                raise PreconditionFailed(f"volume {volume} at {path} has no statistics: {dead.detail}")
             return self._filesystems.usage(path)
 
         timeout_s = min(self._timeout_s, max(0.0, deadline.remaining_s() - self._margin_s))

@@ -730,10 +730,16 @@ class FakeProbes:
         read_only = [Fault(FaultKind.DEVICE_READ_ONLY, str(number))] if disk is not None and disk.read_only else []
         return [*read_only, *self._host.wrong_devices.get(number, [])]
 
+    def dead(self, mounted: Mounted) -> Fault | None:
+        found = self._turned(mounted) + self._host.wrong_filesystems.get(mounted.number, [])
+        return next((each for each in found if each.kind in (FaultKind.SHUT_DOWN, FaultKind.TURNED_READ_ONLY)), None)
+
+    def _turned(self, mounted: Mounted) -> list[Fault]:
+        return [Fault(FaultKind.TURNED_READ_ONLY, mounted.source)] if mounted.turned_read_only else []
+
     def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
         self._host.answers.wait()
-        turned = [Fault(FaultKind.TURNED_READ_ONLY, mounted.source)] if mounted.turned_read_only else []
-        return [*turned, *self._host.wrong_filesystems.get(mounted.number, [])]
+        return [*self._turned(mounted), *self._host.wrong_filesystems.get(mounted.number, [])]
 
 
 class FakeTools:

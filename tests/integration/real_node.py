@@ -70,15 +70,14 @@ class RealNode:
         context = PublishContext(volume.name, volume.uuid, attachment, history, format_allowed=allowed)
         capability = Capability(MountAccess(fs_type, flags), mode)
         request = StageRequest(
-            f"zone:{volume.name}:{volume.uuid}", str(self.staging(volume)), capability, context.as_map(),
+            volume_id(volume), str(self.staging(volume)), capability, context.as_map(),
             volume_context or {},
         )  # fmt: skip
         self.use.stage.stage(request, deadline=Deadline.after(within_s))
         return self.staging(volume)
 
     def unstage(self, volume: Volume) -> None:
-        volume_id = f"zone:{volume.name}:{volume.uuid}"
-        self.use.stage.unstage(volume_id, str(self.staging(volume)), deadline=Deadline.after(60))
+        self.use.stage.unstage(volume_id(volume), str(self.staging(volume)), deadline=Deadline.after(60))
 
     def publish(
         self,
@@ -93,18 +92,21 @@ class RealNode:
         target = self.root / pod
         context = PublishContext(volume.name, volume.uuid, 1, History.FIRST)
         request = NodePublishRequest(
-            f"zone:{volume.name}:{volume.uuid}", str(self.staging(volume)), str(target),
+            volume_id(volume), str(self.staging(volume)), str(target),
             Capability(MountAccess(fs_type), mode), read_only, context.as_map(), {},
         )  # fmt: skip
         self.use.publish.publish(request, deadline=Deadline.after(60))
         return target
 
     def unpublish(self, volume: Volume, pod: str = "pod-1") -> None:
-        volume_id = f"zone:{volume.name}:{volume.uuid}"
-        self.use.publish.unpublish(volume_id, str(self.root / pod), deadline=Deadline.after(60))
+        self.use.publish.unpublish(volume_id(volume), str(self.root / pod), deadline=Deadline.after(60))
 
     def mark(self, volume: Volume) -> Mark | None:
         return self.marks.read(volume.uuid)
+
+
+def volume_id(volume: Volume) -> str:
+    return f"zone:{volume.name}:{volume.uuid}"
 
 
 def write(volume: Volume, offset: int, data: bytes) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
-from csi_driver.model import AccessMode
+from csi_driver.model import MIB, AccessMode, CapacityRange
+from csi_driver.node.requests import NodeExpandRequest
 from tests.contract.host_machine import HostMachine, Volume, host_machine, mounts_below, shell
-from tests.integration.real_node import SIZES, RealNode
+from tests.contract.test_host_probes import shut_down
+from tests.integration.real_node import SIZES, RealNode, volume_id
 
 pytestmark = pytest.mark.root
 
@@ -60,3 +64,80 @@ def test_a_single_writer_is_published_where_kubelets_directory_is_a_shared_bind_
     node.unpublish(volume, "pod-2")
     node.unstage(volume)
     assert mounts_below(twin) == []
+
+
+# --- filesystems that died ---
+
+
+def meet_an_error(staging: Path) -> None:
+    """Let ext4 find an error, as errors=remount-ro was asked for; it counts it a moment later."""
+    device = shell("findmnt", "-no", "SOURCE", str(staging)).strip()
+    number = os.stat(staging).st_dev
+    name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+    Path("/sys/fs/ext4", name, "trigger_fs_error").write_text(f"made by a test on {device}")
+    counted = Path("/sys/fs/ext4", name, "errors_count")
+    assert Deadline.after(20).wait_until(lambda: int(counted.read_text()) > 0, most_s=0.01)
+
+
+DEATHS = [("ext4", meet_an_error), ("ext4", shut_down), ("xfs", shut_down)]
+
+
+def stage_with_data(node: RealNode, machine: HostMachine, fs_type: str) -> tuple[Volume, Path]:
+    if fs_type not in machine.filesystems.supported():
+        pytest.skip(f"mkfs.{fs_type} is not installed")
+    volume = machine.volume(size_bytes=SIZES[fs_type])
+    flags = ("errors=remount-ro",) if fs_type == "ext4" else ()
+    staging = node.stage(volume, fs_type, flags=flags)
+    (staging / "data").write_text("of the pod")
+    shell("sync", "--file-system", str(staging))
+    return volume, staging
+
+
+@pytest.mark.parametrize(("fs_type", "die"), DEATHS)
+def test_a_dead_filesystem_is_not_published_and_a_stage_makes_it_live_again(
+    node: RealNode, machine: HostMachine, fs_type: str, die: Callable[[Path], None]
+) -> None:
+    volume, staging = stage_with_data(node, machine, fs_type)
+    target = node.publish(volume, fs_type=fs_type)
+    die(staging)
+    flags = ("errors=remount-ro",) if fs_type == "ext4" else ()
+    node.stage(volume, fs_type, flags=flags)
+    with pytest.raises(PreconditionFailed, match=f"its {fs_type} .* after an error; .* delete these pods"):
+        node.publish(volume, "pod-2", fs_type)
+    node.publish(volume, fs_type=fs_type)
+    node.unpublish(volume)
+    node.stage(volume, fs_type, flags=flags)
+    target = node.publish(volume, fs_type=fs_type)
+    assert (target / "data").read_text() == "of the pod"
+    (target / "more").write_text("written")
+    node.unpublish(volume)
+    node.unstage(volume)
+    if fs_type == "ext4":
+        shell("e2fsck", "-f", "-n", str(volume.loop.node))
+
+
+def test_a_filesystem_that_turned_read_only_is_published_to_a_reader(node: RealNode, machine: HostMachine) -> None:
+    volume, staging = stage_with_data(node, machine, "ext4")
+    meet_an_error(staging)
+    target = node.publish(volume, read_only=True)
+    assert (target / "data").read_text() == "of the pod"
+
+
+def test_an_xfs_that_was_shut_down_has_no_statistics_and_says_what_to_do(node: RealNode, machine: HostMachine) -> None:
+    volume, staging = stage_with_data(node, machine, "xfs")
+    shut_down(staging)
+    with pytest.raises(PreconditionFailed, match=r"its xfs was shut down after an error; .* delete these pods"):
+        node.use.statistics.usage(volume_id(volume), str(staging), "", deadline=Deadline.after(60))
+
+
+@pytest.mark.parametrize(("fs_type", "die"), DEATHS)
+def test_a_dead_filesystem_is_not_grown_and_says_what_to_do(
+    node: RealNode, machine: HostMachine, fs_type: str, die: Callable[[Path], None]
+) -> None:
+    volume, staging = stage_with_data(node, machine, fs_type)
+    die(staging)
+    size_bytes = SIZES[fs_type] + 128 * MIB
+    machine.grow(volume, size_bytes)
+    request = NodeExpandRequest(volume_id(volume), str(staging), CapacityRange(size_bytes))
+    with pytest.raises(PreconditionFailed, match=f"its {fs_type} .* after an error"):
+        node.use.expand.expand(request, deadline=Deadline.after(60))

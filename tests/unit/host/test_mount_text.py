@@ -51,7 +51,7 @@ def test_a_mount_of_a_peer_group_propagates(mount_id: int, shared: bool) -> None
     assert entry(mount_id).shared is shared
 
 
-# /mnt/data/kubelet is bound at /var/lib/kubelet, both shared: what is mounted below one of them appears below the other.
+# /mnt/data/kubelet is bound at /var/lib/kubelet, both shared: each mount below one appears below the other as well.
 SHARED_DIRECTORY = """30 22 8:1 / /mnt/data rw shared:7 - ext4 /dev/sda1 rw
 31 22 8:1 /kubelet /var/lib/kubelet rw shared:7 - ext4 /dev/sda1 rw
 40 31 7:5 / /var/lib/kubelet/staging rw shared:9 - ext4 /dev/nvmesh/csi-1 rw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.errors import CapacityOutOfRange, DeadlineReached, PreconditionFailed, VolumeNotFound
+from csi_driver.errors import CapacityOutOfRange, DeadlineReached, NotFound, PreconditionFailed
 from csi_driver.model import Capability, MountAccess
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, READER, STAGING, TARGET, UUID, WRITER, FakeNode
@@ -128,14 +128,14 @@ def test_a_block_volume_that_is_only_staged_reports_its_size(node: FakeNode) -> 
 @pytest.mark.parametrize("path", ["some/path", "/var/lib/kubelet/nowhere", "/etc", "/var/lib/kubelet/../../x"])
 def test_a_path_without_the_volume_is_not_found(node: FakeNode, path: str) -> None:
     published(node)
-    with pytest.raises(VolumeNotFound):
+    with pytest.raises(NotFound):
         node.expand(path)
 
 
 @pytest.mark.parametrize("volume_id", ["no/such", "fake-vol", f"z:{NAME}:{OTHER_UUID}"])
 def test_another_volume_is_not_found_at_the_path(node: FakeNode, volume_id: str) -> None:
     published(node)
-    with pytest.raises(VolumeNotFound):
+    with pytest.raises(NotFound):
         node.expand(volume_id=volume_id)
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import StorageUnavailable, VolumeNotFound
+from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
 from csi_driver.node.requests import NodeSettings
 from tests.fakes.host import MIB
@@ -65,13 +65,13 @@ def test_a_block_volume_has_only_its_size(node: FakeNode, read_only: bool) -> No
 
 @pytest.mark.parametrize("path", ["some/path", "/var/lib/kubelet/nowhere", "/etc", str(STAGING.parent)])
 def test_a_path_without_the_volume_is_not_found(published: FakeNode, path: str) -> None:
-    with pytest.raises(VolumeNotFound):
+    with pytest.raises(NotFound):
         published.usage(path)
 
 
 @pytest.mark.parametrize("volume_id", ["no/such", "fake-vol", f"z:{NAME}:{OTHER_UUID}"])
 def test_another_volume_is_not_found_at_the_path(published: FakeNode, volume_id: str) -> None:
-    with pytest.raises(VolumeNotFound):
+    with pytest.raises(NotFound):
         published.usage(volume_id=volume_id)
 
 
