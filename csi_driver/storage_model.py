@@ -121,6 +121,7 @@ class Volume:
     is_ready: bool = True
     is_reserved: bool = False
     is_read_only: bool = False
+    is_snapshot: bool = False
     encryption: StorageEncryption | None = None
     """None: the storage does not encrypt it."""
     layout: Layout = field(default_factory=Layout)
@@ -242,6 +243,8 @@ class Vpg:
     is_encrypted: bool = False
     header_bytes: int = 0
     """What encryption takes of each of its volumes."""
+    is_for_metadata: bool = False
+    """Its volumes hold the metadata of snapshots: the management gives them no uuid, and never deletes one."""
 
 
 @dataclass(frozen=True, slots=True)

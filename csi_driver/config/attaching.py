@@ -35,7 +35,8 @@ _FORCE_DETACH = Flag(
     read.boolean,
     False,
     "false",
-    "Detach volumes by force, even where their device is in use: what was not written yet is lost.",
+    "Detach volumes by force, even where their device is in use: what was not written yet is lost. Applies to"
+    " detachments that begin after it was set.",
 )
 _FENCING = Flag(
     "--fencing",

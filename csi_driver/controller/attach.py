@@ -13,7 +13,15 @@ from collections.abc import Mapping
 
 from csi_driver.controller import access, handing, record
 from csi_driver.controller.detach import Detach
-from csi_driver.controller.holding import ABSENT, client_absent, held_otherwise, is_leaving, missing, references
+from csi_driver.controller.holding import (
+    ABSENT,
+    client_absent,
+    device_state,
+    held_otherwise,
+    is_leaving,
+    missing,
+    references,
+)
 from csi_driver.controller.locate import Located, find_client, issued_handle, require, sole_management
 from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.ports import Clusters, Management
@@ -28,6 +36,7 @@ from csi_driver.errors import (
     NodeNotFound,
     NotAttached,
     OperationPending,
+    PreconditionFailed,
     ReservationConflict,
     VolumeNotFound,
 )
@@ -57,6 +66,11 @@ class Attach:
         access.check(request.capability)
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._found(request, deadline=deadline)
+        if located.volume.is_snapshot:
+            raise PreconditionFailed(
+                f"volume {located.volume.name} is a snapshot, which the storage client of a node cannot attach: "
+                "create a volume from it in the management and publish that one"
+            )
         handing.check(located.volume, request.context)
         if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
@@ -117,10 +131,9 @@ class Attach:
         if client.status is ClientStatus.DOWN:
             raise client_absent(client)
         if not self._attach_wait(deadline).wait_until(is_settled):
-            report = latest.devices.get(uuid)
+            state = device_state(latest, located.volume)
             raise OperationPending(
-                f"volume {located.volume.name} is still being detached from node {client.id} "
-                f"(device {'gone' if report is None else report.status.name.lower()})"
+                f"volume {located.volume.name} is still being detached from node {client.id} ({state})"
             )
         return latest
 

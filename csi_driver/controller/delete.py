@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from csi_driver.controller.locate import locate
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.takeover import was_preempted
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, shown
 from csi_driver.model import VolumeHandle
+from csi_driver.storage_model import Client, ClientStatus, Volume
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +29,8 @@ class Delete:
     def delete(self, volume_id: str, *, deadline: Deadline) -> None:
         """Delete the volume and wait until it is gone; success when it does not exist (any more).
 
-        Raises `PreconditionFailed` while anybody holds it, and for a handle that was made from another one by
-        changing its last part: a reader's copy of the volume never deletes it.
+        Raises `PreconditionFailed` while anybody holds it who was not preempted (`takeover.was_preempted`), and for a
+        handle that was made from another one by changing its last part: a reader's copy never deletes the volume.
         """
         located = locate(self._clusters, volume_id, deadline=deadline)
         if located is None:
@@ -40,10 +43,7 @@ class Delete:
 
         if not volume.is_being_deleted:
             _refuse_copy(volume_id, located.handle, located.creation)
-            holders = management.clients_holding(volume.uuid, deadline=deadline)
-            if holders:
-                names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in holders))
-                raise PreconditionFailed(f"volume {shown(volume_id)} is still attached to {names}; wanted it detached")
+            _refuse_held(volume_id, volume, management.clients_holding(volume.uuid, deadline=deadline))
             if management.delete_volume(volume, deadline=deadline):
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
             elif not is_gone():
@@ -52,6 +52,27 @@ class Delete:
         wait = within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
         if not wait.wait_until(is_gone):
             raise OperationPending(f"volume {volume.name} is being deleted; call again to learn that it is gone")
+
+
+def _refuse_held(volume_id: str, volume: Volume, holders: Sequence[Client]) -> None:
+    """Raise `PreconditionFailed` naming the clients that have the volume; those that were preempted do not count."""
+    preempted = [client.id for client in holders if was_preempted(volume, client)]
+    left = sorted((client for client in holders if client.id not in preempted), key=lambda client: client.id)
+    if left:
+        names = ", ".join(f"{client.id} ({client.uuid})" for client in left)
+        down = ", ".join(client.id for client in left if client.status is ClientStatus.DOWN)
+        way_out = (
+            f"; the storage client of {down} is down, so the volume cannot be detached there: if the node does not "
+            "come back, delete its client from the management (POST /clients/delete)"
+        )
+        raise PreconditionFailed(
+            f"volume {shown(volume_id)} is still attached to {names}; detach it first{way_out if down else ''}"
+        )
+    if preempted:
+        _log.warning(
+            "deleting volume %s, uuid %s, which is still in the document of %s: it was preempted there (version %d)",
+            *(volume.name, volume.uuid, ", ".join(sorted(preempted)), volume.reservation.version),
+        )
 
 
 def _refuse_copy(volume_id: str, handle: VolumeHandle, creation: Creation) -> None:

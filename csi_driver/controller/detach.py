@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 
-from csi_driver.controller.holding import BUSY, is_released, is_withdrawn, references
-from csi_driver.controller.locate import Located, find_client, locate
+from csi_driver.controller.holding import device_state, is_released, is_withdrawn, references
+from csi_driver.controller.locate import Located, ZoneNotServed, find_client, locate
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.controller.waiting import within
+from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, PreconditionFailed
-from csi_driver.storage_model import Client, ClientStatus, DeviceReport
+from csi_driver.errors import DeadlineReached, shown
+from csi_driver.model import VolumeHandle
+from csi_driver.storage_model import Client, ClientStatus
 
 _log = logging.getLogger(__name__)
-
-_BUSY_WAIT_S = 10.0
-"""A device that was open for so long without a break is answered to be in use; the client goes on trying."""
 
 
 class Detach:
@@ -30,11 +29,18 @@ class Detach:
         """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
 
         Success when volume, node or attachment do not exist (any more), and for a client that is down once the wish is
-        recorded: by that wish `takeover` knows that the volume may be given to another node. Raises
-        `PreconditionFailed` when the device stays open there, `DeadlineReached` otherwise; the wish stands in both
-        cases.
+        recorded: by that wish `takeover` knows that the volume may be given to another node. Raises `DeadlineReached`
+        when the device does not go, which it may never do while a program has it open; the wish remains.
+
+        `force_detach` counts when the last reference is withdrawn. A volume that is being detached already is not
+        attached again to be detached by force: an attachment gives the node back what it was told to give up, and takes
+        the mark away by which `takeover` judges.
         """
-        located = locate(self._clusters, volume_id, deadline=deadline)
+        try:
+            located = locate(self._clusters, volume_id, deadline=deadline)
+        except ZoneNotServed as problem:
+            self._prove_never_attached(problem, volume_id, node_id, deadline=deadline)
+            return
         if located is None:
             return
         if node_id:
@@ -46,6 +52,37 @@ class Detach:
             self._withdraw(located, client, deadline=deadline)
         for client in clients:
             self._await_gone(located, client, deadline=deadline)
+
+    def _prove_never_attached(
+        self, problem: ZoneNotServed, volume_id: str, node_id: str, *, deadline: Deadline
+    ) -> None:
+        """Return where a volume of a zone that is not served cannot be attached to the node; raise otherwise.
+
+        A storage client belongs to one cluster. So no volume of another cluster was ever attached to a node whose
+        client a served zone knows: the PersistentVolume names a wrong zone. The zone may also be the served one under
+        an earlier name; then that client has the volume, or has it no longer.
+        """
+        handle = VolumeHandle.parse(volume_id)
+        clients = ask(
+            self._clusters.zones(),
+            lambda zone: find_client(served(self._clusters, zone), node_id, deadline=deadline) if node_id else None,
+            deadline=deadline,
+        ).all()
+        known = {zone: client for zone, client in clients.items() if client is not None}
+        if not known:
+            raise ZoneNotServed(
+                volume_id, problem.zone,
+                f"no zone that is served knows node {shown(node_id)}, so the volume may be attached there; serve the "
+                "zone again. If that cluster or node no longer exists, remove the finalizer of the VolumeAttachment",
+            ) from problem  # fmt: skip
+        for zone, client in known.items():
+            if handle is None or _has(client, handle):
+                raise ZoneNotServed(
+                    volume_id, problem.zone,
+                    f"node {client.id} has a volume of that name attached in zone {zone}; if that is the same cluster, "
+                    "give it its earlier name again, else retry when that volume is detached",
+                ) from problem  # fmt: skip
+        _log.warning("%s; it is not attached to %s, a node of %s", problem, node_id, ", ".join(sorted(known)))
 
     def _withdraw(self, located: Located, client: Client, *, deadline: Deadline) -> None:
         volume = located.volume
@@ -63,33 +100,26 @@ class Detach:
         _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)
 
     def _await_gone(self, located: Located, client: Client, *, deadline: Deadline) -> None:
-        volume = located.volume
-        report: DeviceReport | None = None
-        is_gone = False
-        busy: Deadline | None = None
+        latest: Client | None = client
 
-        def is_decided() -> bool:
-            nonlocal report, is_gone, busy
+        def is_gone() -> bool:
+            nonlocal latest
             latest = located.management.client(client.id, deadline=deadline)
             if latest is None or latest.uuid != client.uuid:
-                is_gone = True
                 return True
-            report = latest.devices.get(volume.uuid)
-            is_down = latest.status is ClientStatus.DOWN
-            is_gone = is_withdrawn(latest, located) if is_down else is_released(latest, located)
-            if report is None or report.status not in BUSY:
-                busy = None
-            elif busy is None:
-                busy = Deadline.after(_BUSY_WAIT_S, deadline.clock)
-            return is_gone or (busy is not None and busy.expired())
+            return (is_withdrawn if latest.status is ClientStatus.DOWN else is_released)(latest, located)
 
-        within(deadline, self._settings.detach_wait_s, margin_s=self._settings.answer_margin_s).wait_until(is_decided)
-        if is_gone:
-            return
-        if report is not None and report.status in BUSY:
-            raise PreconditionFailed(
-                f"volume {volume.name} cannot be detached from node {client.id}: its device is open there "
-                f"({report.status.name.lower()}); wanted it unmounted and closed"
-            )
-        state = "gone" if report is None else report.status.name.lower()
-        raise DeadlineReached(f"volume {volume.name} to be detached from node {client.id} (device {state})")
+        wait = within(deadline, self._settings.detach_wait_s, margin_s=self._settings.answer_margin_s)
+        if not wait.wait_until(is_gone) and latest is not None:
+            state = device_state(latest, located.volume)
+            raise DeadlineReached(f"volume {located.volume.name} to be detached from node {client.id} ({state})")
+
+
+def _has(client: Client, handle: VolumeHandle) -> bool:
+    """Tell whether the client holds a volume of the handle's name, and of its uuid where the handle has one."""
+    named = {uuid: wish.volume_name for uuid, wish in client.wishes.items()}
+    named |= {uuid: report.volume_name for uuid, report in client.devices.items()}
+    return any(
+        name == handle.name and handle.uuid in (None, uuid.lower()) and client.holds(uuid)
+        for uuid, name in named.items()
+    )

@@ -12,7 +12,6 @@ from csi_driver.storage_model import AttachmentWish, Client, ClientStatus, Devic
 
 _NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
 _NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
-BUSY = (DeviceStatus.BUSY, DeviceStatus.DETACH_FAILED)
 ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
 
 
@@ -62,6 +61,24 @@ def is_withdrawn(client: Client, located: Located) -> bool:
     """Tell whether the wish is recorded that the client give up the volume under this handle's reference."""
     wish = client.wishes.get(located.volume.uuid)
     return wish is None or wish.is_detaching or located.reference not in references(wish, located.volume)
+
+
+def device_state(client: Client, volume: Volume) -> str:
+    """Describe the device of a detachment that takes long, and how to find what keeps it: the management cannot tell.
+
+    It drops every report of a client that the device is busy, so that a busy one goes on to show as attached.
+    """
+    report = client.devices.get(volume.uuid)
+    if report is None:
+        return "device gone"
+    state = f"device {report.status.name.lower()}"
+    if report.status is not DeviceStatus.ATTACHED:
+        return state
+    name = volume.name
+    return (
+        f"{state}; a program on that node may have it open, which /proc/nvmeibc/volumes/{name}/client_processes "
+        f"and fuser -vam /dev/nvmesh/{name} show"
+    )
 
 
 def others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:

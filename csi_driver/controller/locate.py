@@ -22,8 +22,12 @@ _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 class ZoneNotServed(PreconditionFailed):
     """The handle names a zone that is not configured: what is there cannot be known, so nothing is claimed of it."""
 
-    def __init__(self, volume_id: str, zone: str) -> None:
-        super().__init__(f"volume {shown(volume_id)} lies in zone {shown(zone)}, which this driver does not serve")
+    def __init__(self, volume_id: str, zone: str, detail: str = "") -> None:
+        self.zone = zone
+        super().__init__(
+            f"volume {shown(volume_id)} lies in zone {shown(zone)}, which this driver does not serve"
+            + (f": {detail}" if detail else "")
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,6 +239,9 @@ class Provision:
         vpg = management.vpg(name, deadline=deadline)
         if vpg is None and management.volume(wanted.name, deadline=deadline) is None:
             raise VpgMissing(name)
+        if vpg is not None and vpg.is_for_metadata:
+            what = "a group for volumes; this one is for the metadata of snapshots (type METADATA_VOLUME)"
+            raise InvalidField("parameters.vpg", name, what)
         return vpg
 
     def _finish(

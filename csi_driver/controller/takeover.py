@@ -121,6 +121,23 @@ class TakeOver:
         return ""
 
 
+def was_preempted(volume: Volume, holder: Client) -> bool:
+    """Tell whether a client that is down can no longer write to a volume that nobody has now.
+
+    The wish keeps the version of the reservation under which the client had the volume. The storage raises the version
+    when the first client comes, when the last one goes, and when the volume is taken by preemption; a client that has
+    the volume goes only with its wish. So where the wish is still there and the volume went from that version to
+    nobody's in more than one step, another client had it in between, by preemption: the storage refuses the I/O of the
+    former holder until it is detached and attached again, whether or not it has noticed. One step alone would be its
+    own, and a version that is not told proves nothing.
+    """
+    wish, held = holder.wishes.get(volume.uuid), volume.reservation
+    if wish is None or not wish.is_detaching or holder.status is not ClientStatus.DOWN:
+        return False
+    is_nobodys = held.mode is ReservationMode.NONE and not held.attached
+    return is_nobodys and wish.version > 0 and held.version >= wish.version + 2
+
+
 _LEAVES = {
     Fencing.RECORDED: "it was given up there, and the storage client is down",
     Fencing.ALWAYS: "as --fencing always says",

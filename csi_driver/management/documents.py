@@ -49,6 +49,7 @@ VOLUME_FIELDS = (
     "isReady",
     "isReserved",
     "isReadOnly",
+    "sourceID",
     "isEncrypted",
     "encryption",
     "RAIDLevel",
@@ -119,6 +120,7 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
             is_ready=row.get("isReady") is not False,
             is_reserved=row.get("isReserved") is True,
             is_read_only=row.get("isReadOnly") is True,
+            is_snapshot=bool(row.get("sourceID")),
             encryption=_encryption(row),
             layout=_layout(row, listed=listed),
             vpg=row.get("VPG") or None,
@@ -155,6 +157,7 @@ def decode_vpg(row: Document) -> Vpg:
             layout=_layout(row, listed=False),
             capacity_bytes=gigabytes(row.get("capacity") or 0),
             allow_overflow=row.get("allowOverflow") is not False,
+            is_for_metadata=row.get("type") == "METADATA_VOLUME",
             is_encrypted=row.get("isEncrypted") is True,
             header_bytes=_header_bytes(row) if row.get("isEncrypted") is True else 0,
         )

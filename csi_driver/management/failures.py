@@ -131,7 +131,7 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ids(Meaning.CLIENT_ABSENT, 1621, 1608),
         **_ids(Meaning.HELD, 1716, 1717, 1718),
         **_ids(Meaning.PENDING, 1719, 16303, 11212),
-        **_ids(Meaning.FORBIDDEN, 1569, 1720, 162821),
+        **_ids(Meaning.FORBIDDEN, 1569, 1607, 1720, 162821),
         **_ids(Meaning.DENIED, 1620),
     },
     Operation.DETACH: {

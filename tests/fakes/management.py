@@ -75,6 +75,8 @@ class _Client:
     devices: dict[str, DeviceReport] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
     """Uuids of volumes whose device a program holds open."""
+    overtaken: set[str] = field(default_factory=set)
+    """Uuids of volumes whose wish went while the message to attach them was under way."""
 
 
 @dataclass
@@ -125,6 +127,10 @@ class FakeManagement:
         """Volumes as a server shows them that has not yet heard of what became of them."""
         self.unheard_of: set[str] = set()
         """Clients whose documents come from a server that has not yet heard of their attachments."""
+        self.unread: set[str] = set()
+        """Clients whose reports nobody reads, as for about 30 s after a management was killed."""
+        self.extend_s = 0.0
+        """How long a volume is `extending`: until its targets have reported, after its size has changed."""
         self.before: Callable[[str], None] = lambda request: None
         """Called before a request is carried out; what it raises, the caller gets."""
         self.after: Callable[[str], None] = lambda request: None
@@ -154,8 +160,10 @@ class FakeManagement:
         client.id = new_name
         self._clients[new_name] = client
         for volume in self._volumes.values():
-            if volume.reservation.reserved_by == name:
-                self.change(volume.name, reservation=replace(volume.reservation, reserved_by=new_name))
+            held = volume.reservation
+            owner = new_name if held.reserved_by == name else held.reserved_by
+            attached = tuple(new_name if each == name else each for each in held.attached)
+            self.change(volume.name, reservation=replace(held, reserved_by=owner, attached=attached))
 
     def set_status(self, name: str, status: ClientStatus) -> None:
         """Change a client's state; one that comes back reports what it was told to attach meanwhile."""
@@ -244,7 +252,7 @@ class FakeManagement:
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
         with self._request("extend_volume", deadline):
             present = self._existing(volume)
-            if present.is_being_made or present.is_being_deleted:
+            if present.is_being_made or present.is_being_deleted or present.action == "extending":
                 raise OperationPending(f"{present.name} is {present.action}")
             more_gb = capacity_gb - present.capacity_gb
             if present.capacity_gb != volume.capacity_gb:
@@ -255,7 +263,9 @@ class FakeManagement:
             if blocks <= 0:
                 raise AssertionError("the real server would now search space for zero blocks without end")
             self._take(blocks * 4096, present.layout, present.vpg)
-            self._volumes[present.name] = replace(present, blocks=present.blocks + blocks, capacity_gb=capacity_gb)
+            grown = replace(present, blocks=present.blocks + blocks, capacity_gb=capacity_gb, action="extending")
+            self._volumes[present.name] = grown
+            self._later(self.extend_s, lambda: self._extended(grown))
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
         with self._request("delete_volume", deadline):
@@ -275,6 +285,8 @@ class FakeManagement:
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         with self._request("set_metadata", deadline):
             present = self._existing(volume)
+            if present.is_snapshot:
+                raise InvalidRequest("not for a snapshot (1680)")
             self._volumes[present.name] = replace(present, metadata=deepcopy(dict(metadata)))
 
     def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
@@ -350,6 +362,8 @@ class FakeManagement:
             present = self._existing(volume)
             if present.is_being_deleted:
                 raise OperationPending(f"{present.name} is being deleted")
+            if present.is_snapshot:
+                raise PreconditionFailed("the client does not support snapshots (1607)")
             if not present.is_ready:
                 raise PreconditionFailed(f"{present.name} is not ready")
             self._reserve(present, target, mode, version=version, preempt=preempt, detach_others=detach_others)
@@ -368,8 +382,8 @@ class FakeManagement:
         with self._request("detach", deadline):
             target = self._clients.get(client.id)
             wish = target.wishes.get(volume.uuid) if target is not None else None
-            if target is None or wish is None:
-                return
+            if target is None or wish is None or wish.is_detaching:
+                return  # also with `force`, which counts when the last reference goes, and never again
             left = wish.reference_ids - {reference_id} if reference_id is not None else frozenset()
             if reference_id is not None and reference_id not in wish.reference_ids:
                 return
@@ -380,7 +394,9 @@ class FakeManagement:
                     target.devices[volume.uuid] = replace(report, reference_ids=left)
                 return
             if volume.uuid not in target.devices:
+                # The wish goes at once, though the client may have the attach message already: see `_attached`.
                 self._gone(target, volume.uuid)
+                target.overtaken.add(volume.uuid)
                 return
             target.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
             self._later(self.detach_s, lambda: self._detached(target, volume.uuid, force=force))
@@ -467,6 +483,11 @@ class FakeManagement:
         action = "none" if done else "initEncryptionRequired"
         self._volumes[present.name] = replace(present, action=action, is_ready=done, encryption=state)
 
+    def _extended(self, volume: Volume) -> None:
+        present = self._volumes.get(volume.name)
+        if present is not None and present.uuid == volume.uuid and present.action == "extending":
+            self._volumes[present.name] = replace(present, action="none")
+
     def _deleted(self, volume: Volume) -> None:
         present = self._volumes.get(volume.name)
         if present is not None and present.uuid == volume.uuid:
@@ -514,19 +535,35 @@ class FakeManagement:
 
     def _attached(self, client: _Client, volume: Volume, *, io_enabled: bool) -> None:
         wish = client.wishes.get(volume.uuid)
-        if client.status is ClientStatus.DOWN or wish is None or wish.is_detaching:
+        if client.status is ClientStatus.DOWN or client.id in self.unread:
+            return
+        if wish is None and volume.uuid in client.overtaken:
+            self._attached_in_passing(client, volume)
+        if wish is None or wish.is_detaching:
             return
         client.devices[volume.uuid] = DeviceReport(
             volume.uuid, volume.name, DeviceStatus.ATTACHED, io_enabled, wish.mode, wish.reference_ids
         )
+
+    def _attached_in_passing(self, client: _Client, volume: Volume) -> None:
+        """Report the device of an attach message that the detachment overtook, until the client reads of that too."""
+
+        def gone() -> None:
+            if volume.uuid not in client.wishes:
+                client.devices[volume.uuid] = replace(report, status=DeviceStatus.DETACHED)
+
+        client.overtaken.discard(volume.uuid)
+        mode = ReservationMode.EXCLUSIVE_READ_WRITE
+        report = DeviceReport(volume.uuid, volume.name, DeviceStatus.ATTACHED, False, mode, None)
+        client.devices[volume.uuid] = report
+        self._later(self.detach_s, gone)
 
     def _detached(self, client: _Client, volume_uuid: str, *, force: bool) -> None:
         wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
         if wish is None or not wish.is_detaching:
             return
         if client.status is ClientStatus.DOWN or (volume_uuid in client.busy and not force):
-            if report is not None and client.status is not ClientStatus.DOWN:
-                client.devices[volume_uuid] = replace(report, status=DeviceStatus.BUSY)
+            # A busy client says so, and the server drops what it says: the device goes on to show as attached.
             self._later(1.0, lambda: self._detached(client, volume_uuid, force=force))
             return
         if report is not None:
@@ -542,10 +579,8 @@ class FakeManagement:
         left = tuple(name for name in volume.reservation.attached if name != client.id)
         held = replace(volume.reservation, attached=left)
         self._volumes[volume.name] = volume = replace(volume, reservation=held)
-        others = any(volume_uuid in other.wishes for other in self._clients.values())
-        if held.mode is ReservationMode.EXCLUSIVE_READ_WRITE and held.reserved_by != client.id:
-            return
-        if held.mode is not ReservationMode.NONE and not others:
+        # A client that was sent away is not among those that have it, though it may go on to hold wish and device.
+        if held.mode is not ReservationMode.NONE and not left:
             self._volumes[volume.name] = replace(
                 volume, reservation=Reservation(ReservationMode.NONE, held.version + 1, None)
             )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller import record
+from csi_driver.controller.attach import Attach
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.errors import (
     DeadlineReached,
@@ -21,8 +22,8 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.handover import History
-from csi_driver.model import AccessMode, Capability, MountAccess
-from csi_driver.storage_model import ClientStatus, DeviceStatus, Reservation, ReservationMode, Volume
+from csi_driver.model import DEFAULT_ZONE, AccessMode, Capability, MountAccess
+from csi_driver.storage_model import ClientStatus, Reservation, ReservationMode, Volume
 from tests.unit.controller.world import (
     BLOCK,
     CLAIM,
@@ -560,45 +561,74 @@ def test_another_volume_under_the_same_name_is_left_alone() -> None:
     assert world.holders() == ["node-1"]
 
 
-def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_so() -> None:
+def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_how_to_find_who_has_it() -> None:
     world, volume_id = made()
     world.publish(volume_id)
     world.management.set_busy("node-1", world.stored())
-    with pytest.raises(PreconditionFailed, match="open"):
+    name = world.stored().name
+    with pytest.raises(
+        DeadlineReached,
+        match=f"a program on that node may have it open, .*/volumes/{name}/client_processes and fuser .*/{name} show",
+    ):
         world.unpublish(volume_id, seconds=5)
+    client = world.management.client("node-1", deadline=world.deadline())
+    assert client is not None
+    assert client.wishes[world.stored().uuid].is_detaching
     world.management.set_busy("node-1", world.stored(), busy=False)
     world.unpublish(volume_id)
     assert world.holders() == []
 
 
-def test_a_device_that_stays_open_is_told_long_before_the_caller_gives_up_and_is_still_to_go() -> None:
+def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> None:
+    """Force counts with the last reference; an attachment would give the node back what it was told to give up."""
     world, volume_id = made()
     world.publish(volume_id)
     world.management.set_busy("node-1", world.stored())
-    started_s = world.clock.now_s
-    with pytest.raises(PreconditionFailed, match="open"):
-        world.unpublish(volume_id, seconds=60)
-    assert 10 <= world.clock.now_s - started_s < 12
-    client = world.management.client("node-1", deadline=world.deadline())
-    assert client is not None
-    assert client.wishes[world.stored().uuid].is_detaching
+    with pytest.raises(DeadlineReached):
+        world.unpublish(volume_id, seconds=5)
+    by_force = Attach(world.clusters, replace(world.settings, force_detach=True))
+    with pytest.raises(DeadlineReached, match="may have it open"):
+        by_force.unpublish(volume_id, NODE_1, deadline=world.deadline(5))
+    assert world.management.requests.count("attach") == 1
+    assert world.holders() == ["node-1"]
 
 
-def test_a_device_that_was_closed_in_between_is_waited_for_anew() -> None:
+def test_a_detachment_that_overtakes_the_attachment_leaves_a_device_that_is_waited_for() -> None:
+    """The management forgets at once a wish whose device it was not told of, and the message is under way."""
     world, volume_id = made()
+    world.management.attach_s, world.management.detach_s = 40.0, 3.0
+    with pytest.raises(DeadlineReached, match="the client reports no device"):
+        world.publish(volume_id)
+    world.unpublish(volume_id)
+    world.clock.sleep(20)
+    assert world.holders() == ["node-1"]
+    with pytest.raises(PreconditionFailed, match="still attached to node-1"):
+        world.delete(volume_id)
+    world.management.attach_s = 0.0
     world.publish(volume_id)
-    volume = world.stored()
-    world.management.set_busy("node-1", volume)
-    started_s = world.clock.now_s
+    assert world.holders() == ["node-1"]
+    world.unpublish(volume_id)
+    world.delete(volume_id)
+    assert world.management.all_volumes() == []
 
-    def interrupt(request: str) -> None:
-        if request == "client" and 8 < world.clock.now_s - started_s < 10:
-            world.management.report("node-1", volume, DeviceStatus.ATTACHED)
 
-    world.management.before = interrupt
-    with pytest.raises(PreconditionFailed, match="open"):
-        world.unpublish(volume_id, seconds=60)
-    assert world.clock.now_s - started_s > 18
+def test_while_a_clients_reports_stay_unread_an_attachment_is_awaited_and_not_made_again() -> None:
+    world, volume_id = made()
+    world.management.unread.add("node-1")
+    with pytest.raises(DeadlineReached, match="the client reports no device"):
+        world.publish(volume_id)
+    world.management.unread.clear()
+    world.management.set_status("node-1", ClientStatus.READY)
+    world.publish(volume_id)
+    assert world.management.requests.count("attach") == 1
+
+
+def test_a_snapshot_is_refused_by_its_name_before_anything_is_written() -> None:
+    world, volume_id = made()
+    world.management.change(world.stored().name, is_snapshot=True)
+    with pytest.raises(PreconditionFailed, match="is a snapshot, which the storage client of a node cannot attach"):
+        world.publish(volume_id)
+    assert "set_metadata" not in world.management.requests
 
 
 def test_forced_detachment_reaches_the_storage() -> None:
@@ -627,6 +657,35 @@ def test_a_node_whose_client_is_deleted_meanwhile_is_done_with() -> None:
     world.unpublish(volume_id)
 
 
-def test_a_zone_that_is_not_served_is_not_declared_detached() -> None:
-    with pytest.raises(PreconditionFailed, match="mars"):
-        World().unpublish("mars:csi-1")
+def test_a_volume_of_an_unknown_zone_is_not_attached_to_a_node_of_a_known_one() -> None:
+    """A storage client belongs to one cluster: the PersistentVolume names a wrong zone, and must be able to go."""
+    world, volume_id = made()
+    world.unpublish(volume_id.replace(DEFAULT_ZONE, "mars"))
+    world.unpublish("mars:csi-1")
+
+
+def test_a_zone_that_is_served_under_another_name_is_not_declared_detached() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    for handle in (volume_id.replace(DEFAULT_ZONE, "mars"), f"mars:{world.stored().name}"):
+        with pytest.raises(PreconditionFailed, match="has a volume of that name attached in zone single"):
+            world.unpublish(handle)
+    world.management.detach_s = 100.0
+    with pytest.raises(DeadlineReached):
+        world.unpublish(volume_id, seconds=5)
+    with pytest.raises(PreconditionFailed, match="mars"):  # it is being detached, and not yet gone
+        world.unpublish(volume_id.replace(DEFAULT_ZONE, "mars"))
+    assert world.holders() == ["node-1"]
+
+
+@pytest.mark.parametrize("node_id", ["node-of-mars", "12345678-0000-0000-0000-000000000000", ""])
+def test_a_zone_that_is_not_served_is_not_declared_detached_from_a_node_that_nobody_knows(node_id: str) -> None:
+    with pytest.raises(PreconditionFailed, match=r"mars.*remove the finalizer of the VolumeAttachment"):
+        World().unpublish("mars:csi-1", node_id)
+
+
+def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown_zone() -> None:
+    world = World(zones=("a", "b"))
+    world.zones["b"].is_reachable = False
+    with pytest.raises(StorageUnavailable):
+        world.unpublish("mars:csi-1")

@@ -450,8 +450,10 @@ def test_among_several_zones_that_name_is_nobodys_unless_one_has_it() -> None:
     world.zones["paris"].add_volume(OLD)
     with pytest.raises(PreconditionFailed, match="which this driver does not serve"):
         world.delete(f"single-zone-cluster:{OLD.name}")
+    world.publish(f"paris:{OLD.name}")
     with pytest.raises(PreconditionFailed, match="which this driver does not serve"):
         world.unpublish(f"single-zone-cluster:{OLD.name}")
+    assert world.holders(OLD) == ["node-1"]
     named = World(zones=("rome", "single-zone-cluster"))
     named.zones["single-zone-cluster"].add_volume(OLD)
     named.delete(f"single-zone-cluster:{OLD.name}")

@@ -7,10 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from csi_driver.controller.requests import ControllerSettings, Fencing
+from csi_driver.controller.takeover import was_preempted
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
 from csi_driver.handover import History
 from csi_driver.model import Capability
-from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, ReservationMode
+from csi_driver.storage_model import (
+    AttachmentWish,
+    Client,
+    ClientStatus,
+    DeviceStatus,
+    Reservation,
+    ReservationMode,
+    Volume,
+)
 from tests.fakes.management import client_uuid
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
 
@@ -104,7 +113,7 @@ def test_a_node_that_is_down_keeps_what_nobody_gave_up() -> None:
 def test_a_node_that_is_there_keeps_what_it_is_still_giving_up(status: ClientStatus) -> None:
     world, volume_id = held()
     world.management.set_busy("node-1", world.stored())
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(DeadlineReached):
         world.unpublish(volume_id, NODE_1)
     world.management.set_status("node-1", status)
     with pytest.raises(PreconditionFailed, match="is being detached there"):
@@ -190,7 +199,7 @@ def test_a_node_of_whose_attachment_a_server_has_not_heard_is_not_preempted(use:
 def test_a_node_that_was_given_another_name_while_it_lets_go_has_not_lost_the_volume() -> None:
     world, volume_id = held()
     world.management.set_busy("node-1", world.stored())
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(DeadlineReached):
         world.unpublish(volume_id, NODE_1)
     reservation = world.stored().reservation
     world.management.rename_client("node-1", "node-1.example.com")
@@ -292,3 +301,73 @@ def test_for_a_lost_node_nothing_is_answered_before_the_wish_is_recorded() -> No
     world.management.after = forget_the_detach
     with pytest.raises(DeadlineReached):
         world.unpublish(volume_id, NODE_1, seconds=5)
+
+
+# --- deletion after a node died for good ------------------------------------------------------------------------------
+
+
+def test_a_volume_that_was_taken_from_a_dead_node_can_be_deleted(caplog: pytest.LogCaptureFixture) -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2)
+    with pytest.raises(PreconditionFailed, match=r"still attached to node-1 .*node-2"):
+        world.delete(volume_id)
+    world.unpublish(volume_id, NODE_2)
+    assert world.holders() == ["node-1"]  # whose document keeps wish and device until it comes back
+    with caplog.at_level("WARNING"):
+        world.delete(volume_id)
+    assert world.management.all_volumes() == []
+    assert any("preempted" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("use", [RWO, ROX])
+def test_a_volume_that_a_dead_node_gave_up_and_nobody_took_is_kept_and_the_way_out_is_named(use: Capability) -> None:
+    world, volume_id = lost(capability=use)
+    if use is ROX:
+        world.publish(volume_id, NODE_3, ROX)
+        world.unpublish(volume_id, NODE_3)
+    with pytest.raises(PreconditionFailed, match=r"node-1 is down.*delete its client .*POST /clients/delete"):
+        world.delete(volume_id)
+    world.management.remove_client("node-1")
+    world.delete(volume_id)
+    assert world.management.all_volumes() == []
+
+
+def test_a_node_that_came_back_with_the_device_open_keeps_the_volume_from_deletion() -> None:
+    world, volume_id = lost()
+    world.management.set_busy("node-1", world.stored())
+    world.publish(volume_id, NODE_2)
+    world.unpublish(volume_id, NODE_2)
+    world.management.set_status("node-1", ClientStatus.READY)
+    with pytest.raises(PreconditionFailed, match="still attached to node-1"):
+        world.delete(volume_id)
+
+
+NOBODYS = Reservation(version=4)
+
+
+@pytest.mark.parametrize(
+    ("version", "action", "status", "reservation", "proven"),
+    [
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, True),
+        (1, "detaching", ClientStatus.DOWN, NOBODYS, True),
+        (3, "detaching", ClientStatus.DOWN, NOBODYS, False),
+        (4, "detaching", ClientStatus.DOWN, NOBODYS, False),
+        (5, "detaching", ClientStatus.DOWN, NOBODYS, False),
+        (0, "detaching", ClientStatus.DOWN, NOBODYS, False),
+        (2, "attaching", ClientStatus.DOWN, NOBODYS, False),
+        (2, "detaching", ClientStatus.DOWN, Reservation(EXCLUSIVE, 4, "node-2", ("node-2",)), False),
+        (2, "detaching", ClientStatus.DOWN, Reservation(version=4, attached=("node-1",)), False),
+        *[(2, "detaching", status, NOBODYS, False) for status in STATES_OF_A_NODE_THAT_IS_THERE],
+    ],
+)
+def test_preemption_is_proven_by_versions_and_never_guessed(
+    version: int, action: str, status: ClientStatus, reservation: Reservation, *, proven: bool
+) -> None:
+    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=reservation)
+    wish = AttachmentWish("v", "csi-1", action, EXCLUSIVE, frozenset(), version)
+    assert was_preempted(volume, Client("node-1", "c", status, {"v": wish})) is proven
+
+
+def test_a_device_without_a_wish_proves_no_preemption() -> None:
+    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=NOBODYS)
+    assert not was_preempted(volume, Client("node-1", "c", ClientStatus.DOWN))

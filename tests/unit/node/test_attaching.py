@@ -8,7 +8,7 @@ from csi_driver.controller.attach import Attach
 from csi_driver.controller.own_attachments import OwnAttachments
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
-from csi_driver.errors import HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
+from csi_driver.errors import DeadlineReached, HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
 from csi_driver.handover import History, PublishContext
 from csi_driver.model import EMPTY, Capability
 from csi_driver.node.attaching import AttachingPublish, AttachingStage
@@ -136,7 +136,7 @@ def test_an_unstage_that_is_repeated_detaches_what_the_first_one_left() -> None:
     node = Node()
     node.stage()
     node.world.management.set_busy("node-1", node.world.stored())
-    with pytest.raises(PreconditionFailed, match="open"):
+    with pytest.raises(DeadlineReached, match="open"):
         node.unstage()
     node.world.management.set_busy("node-1", node.world.stored(), busy=False)
     node.unstage()
