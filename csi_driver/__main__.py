@@ -36,11 +36,11 @@ from csi_driver.errors import DriverError, ToolMissing
 from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
+    from csi_driver.background import Periodic
     from csi_driver.controller.inventory import Inventory
     from csi_driver.controller.ports import Clusters
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.server import StorageServer
-    from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.machine import RunningRole
     from csi_driver.node.faults import PortHook
     from csi_driver.node.ports import Attachments
@@ -205,8 +205,8 @@ def _clusters(
 
 
 def _node(command: NodeCommand) -> int:
+    from csi_driver.background import Periodic
     from csi_driver.controller.naming import volume_name
-    from csi_driver.node.rounds import Rounds
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.inflight import Claims
@@ -219,15 +219,18 @@ def _node(command: NodeCommand) -> int:
     use_cases = _node_use_cases(command, metrics)
 
     def beside(boundary: Boundary) -> ExitStack:
-        sweep = partial(use_cases.reconcile.sweep, boundary.keeping_off)
+        def sweep() -> None:
+            use_cases.reconcile.sweep(boundary.keeping_off)
+
+        loops = [
+            Periodic("reconcile", sweep, command.node.reconcile_interval_s),
+            Periodic("usage-records", use_cases.records.sweep, command.node.reconcile_interval_s),
+            *_node_object_loops(command, use_cases),
+        ]
         with ExitStack() as running:
-            running.enter_context(Rounds(sweep, command.node.reconcile_interval_s, name="reconcile"))
-            running.enter_context(
-                Rounds(use_cases.records.sweep, command.node.reconcile_interval_s, name="usage-records")
-            )
-            if command.kubernetes is not None:
-                running.enter_context(_own_object(command, command.kubernetes, use_cases))
-            _tell_of_node(command, use_cases, [*boundary.measurements(), *metrics.measurements()], running)
+            for loop in loops:
+                running.enter_context(loop)
+            _tell_of_node(command, use_cases, loops, [*boundary.measurements(), *metrics.measurements()], running)
             return running.pop_all()
 
     servicer = NodeServicer(
@@ -244,9 +247,13 @@ def _node(command: NodeCommand) -> int:
 
 
 def _tell_of_node(
-    command: NodeCommand, use_cases: NodeUseCases, measurements: list[Measurement], running: ExitStack
+    command: NodeCommand,
+    use_cases: NodeUseCases,
+    loops: Sequence[Periodic],
+    measurements: list[Measurement],
+    running: ExitStack,
 ) -> None:
-    """Register with kubelet and serve health and measurements, as far as either is asked for."""
+    """Register with kubelet and serve the health pages and metrics, where these are configured."""
     from csi_driver.host.process import own_measurements
     from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.registration import Registration
@@ -258,6 +265,10 @@ def _tell_of_node(
     ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
     measurements = [*own_measurements("node", command.driver_name, driver_version()), *measurements]
     measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
+    for loop in loops:
+        ready[loop.name] = loop.why_failing
+        if loop.name not in ("reconcile", "usage-records"):  # no restart frees a thread that waits for a disk
+            healthy[loop.name] = loop.why_stuck
     if command.registration is not None:
 
         def check_node() -> None:
@@ -267,25 +278,30 @@ def _tell_of_node(
         registration = running.enter_context(Registration(command.registration, check_node))
         healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
         measurements += measured.registration(lambda: registration.is_registered, registration.verdicts)
+        loops = [*loops, registration.loop]
+    measurements += measured.background(loops)
     running.enter_context(serving(command.http, healthy=healthy, ready=ready, measurements=measurements))
 
 
-def _own_object(command: NodeCommand, settings: ApiSettings, use_cases: NodeUseCases) -> ExitStack:
-    """Keep what this node's object in Kubernetes says of the driver true."""
+def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Periodic]:
+    """Return the loops that maintain the label and the start-up taint of this node's Kubernetes object."""
+    if command.kubernetes is None:
+        return []
+    from csi_driver.background import SelfPaced
+    from csi_driver.kubernetes import label, taint
     from csi_driver.kubernetes.api import ApiServer
-    from csi_driver.kubernetes.label import ClientLabel
-    from csi_driver.kubernetes.pace import Tending
-    from csi_driver.kubernetes.taint import StartupTaint
 
-    server, name = ApiServer(settings), command.node.node_name
-    kept = ExitStack()
+    server, name = ApiServer(command.kubernetes), command.node.node_name
+    loops: list[Periodic] = []
     if command.label:
-        label = ClientLabel(server, name, use_cases.health.why_unusable)
-        kept.enter_context(Tending(label.tend, "node-label"))
+        client = label.ClientLabel(server, name, use_cases.health.why_unusable)
+        loops.append(SelfPaced("node-label", client.tend, label.LOOK_S))
     if command.startup_taint:
-        taint = StartupTaint(server, name, command.driver_name, command.startup_taint, use_cases.identity.why_not_ready)
-        kept.enter_context(Tending(taint.tend, "startup-taint"))
-    return kept
+        startup = taint.StartupTaint(
+            server, name, command.driver_name, command.startup_taint, use_cases.identity.why_not_ready
+        )
+        loops.append(SelfPaced("startup-taint", startup.tend, taint.LOOK_S))
+    return loops
 
 
 def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUseCases:
@@ -390,7 +406,8 @@ def _storage(command: StorageCommand) -> int:
         return serving(
             command.http,
             healthy={"api": server.why_silent},
-            ready={"api": server.why_silent, "pool": server.why_unusable},
+            ready={"api": server.why_silent, "pool": server.why_unusable}
+            | {loop.name: loop.why_failing for loop in server.loops},
             measurements=[*own_measurements("storage", "", driver_version()), *server.measurements()],
         )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from csi_driver.background import Worker
 from csi_driver.embedded.clients import Pair
 from csi_driver.embedded.device_nodes import block_nodes, ensure_node, remove_nodes
 from csi_driver.embedded.pool import Pool
@@ -37,7 +38,7 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.status_files import StatusFiles
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from csi_driver.background import Worker
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.embedded.records import VOLUMES, Encryption, Group, Volume
 from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, refused_item, volume_not_found
 from csi_driver.embedded.store import Change, Store
-from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import DriverError
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Encryptions:
         self._fault = fault
         self._guard = threading.Lock()
         self._orders: dict[str, _Order] = {}
-        self.worker = Worker(_FIRST_RETRY_S, _MOST_RETRY_S)
+        self.worker = Worker("storage-encryption", _FIRST_RETRY_S, _MOST_RETRY_S)
 
     # --- requests ---------------------------------------------------------------------------------------
 

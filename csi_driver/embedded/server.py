@@ -9,12 +9,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import uvicorn
 
+from csi_driver.background import Worker
 from csi_driver.embedded import health
 from csi_driver.embedded.api import Api
 from csi_driver.embedded.attacher import Attacher
@@ -33,7 +34,7 @@ from csi_driver.embedded.space import Space
 from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes, now
 from csi_driver.embedded.web import application
-from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import HostFailure, PreconditionFailed
 from csi_driver.telemetry import measured
 from csi_driver.telemetry.metrics import Measurement
@@ -92,7 +93,7 @@ class StorageServer:
         locks = Locks()
         self.space = Space(settings, pool, store)
         self.password = Password(settings.password_file or pool.password, ours=settings.password_file is None)
-        self.worker = Worker(settings.retry_first_s, settings.retry_most_s)
+        self.worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
         self._workers = ThreadPoolExecutor(_THREADS, "storage-api")
         sessions = Sessions(settings, self.password)
         volumes = Volumes(settings, store, self.space, pool, locks, self.worker, holds)
@@ -151,9 +152,15 @@ class StorageServer:
         """Say why the pool cannot be used; empty = it can."""
         return health.why_unusable(self.pool)
 
+    @property
+    def loops(self) -> Sequence[Worker]:
+        """The background workers. They wait for disks, so a restart frees none that is stuck."""
+        return self.worker, self.encryptions.worker
+
     def measurements(self) -> list[Measurement]:
         """Return what is measured of the pool."""
-        return measured.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
+        pool = measured.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
+        return [*pool, *measured.background(self.loops)]
 
     def _pool_bytes(self) -> Mapping[str, int]:
         return {
@@ -191,8 +198,8 @@ class StorageServer:
                 signal.signal(number, handler)
 
     def _start_workers(self) -> None:
-        self.worker.start()
-        self.encryptions.worker.start()
+        for loop in self.loops:
+            loop.start()
 
     def _serve(self) -> None:
         if self._server is not None:
@@ -223,8 +230,8 @@ class StorageServer:
         if self._thread is not None:
             self._thread.join()
         self._listener.close()
-        self.worker.stop()
-        self.encryptions.worker.stop()
+        for loop in self.loops:
+            loop.stop()
         self._workers.shutdown(wait=True)
         self.store.close()
         self.pool.close()

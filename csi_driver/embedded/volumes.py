@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 
+from csi_driver.background import Worker
 from csi_driver.embedded.admission import absent_classes, admitted, not_saved, refuse_unsupported
 from csi_driver.embedded.encryption import REQUIRED
 from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, PARAMETERS, gigabytes
@@ -22,7 +23,7 @@ from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, re
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.space import NoSpace, Space
 from csi_driver.embedded.store import Change, Store
-from csi_driver.embedded.work import Holds, Locks, Worker
+from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import DriverError, HostFailure
 
 _log = logging.getLogger(__name__)

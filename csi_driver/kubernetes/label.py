@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from csi_driver.background import Backoff
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError
-from csi_driver.kubernetes.pace import Backoff
 
 _LOG = logging.getLogger(__name__)
 

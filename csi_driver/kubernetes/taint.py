@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from csi_driver.background import Backoff
 from csi_driver.errors import DriverError
 from csi_driver.kubernetes.api import TaintsChanged
 from csi_driver.kubernetes.objects import Node
-from csi_driver.kubernetes.pace import Backoff
 
 _LOG = logging.getLogger(__name__)
 

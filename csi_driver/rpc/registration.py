@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 import grpc
 
+from csi_driver.background import SelfPaced
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.rpc.pb import pluginregistration_pb2, pluginregistration_pb2_grpc
@@ -48,7 +49,8 @@ FIRST_REFUSAL_S, LONGEST_REFUSAL_S = 2.0, 120.0
 OUT_OF_PLACE_S = 30.0
 REFUSED_S = 600.0
 STALLED_S = 60.0
-"""How long the socket may be out of place, the registration refused, and nobody look: beyond, a restart may cure it."""
+"""How long the socket may be missing, the registration refused, the loop stuck or failing unexpectedly, before
+`why_restart` says so."""
 
 _SOCKET_MODE = 0o600  # kubelet is root
 _DIRECTORY_MODE = 0o750  # as kubelet makes it
@@ -105,10 +107,11 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         self._problem = ""
         self._failures = 0
         self._trying_since_s: float | None = None
-        self._looked_at_s = clock.monotonic()
-        self._ended = threading.Event()
+        self.loop = SelfPaced(
+            "registration", self.tend, LONGEST_PAUSE_S, first_s=FIRST_LOOK_S, stale_s=STALLED_S, clock=clock
+        )
+        self._ended = False
         self._making = threading.Lock()
-        self._thread: threading.Thread | None = None
 
     # --- what kubelet calls -------------------------------------------------------------------------------------
 
@@ -179,10 +182,9 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
 
     def why_restart(self) -> str:
         """Say what a restart of this process may cure; empty = nothing. A kubelet that does not come is no reason."""
+        if failing := self.loop.why_failing():
+            return failing
         now_s = self._clock.monotonic()
-        stalled_s = now_s - self._looked_at_s
-        if stalled_s > STALLED_S:
-            return f"nobody has looked at the registration for {stalled_s:.0f} s"
         tried_s = now_s - self._trying_since_s if self._trying_since_s is not None else 0.0
         if tried_s > OUT_OF_PLACE_S:
             return f"the registration socket cannot be made, tried for {tried_s:.0f} s: {self._problem}"
@@ -201,8 +203,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             self._look()
         except DriverError as error:
             return self._pause_after(error)
-        finally:
-            self._looked_at_s = self._clock.monotonic()
         self._problem, self._failures = "", 0
         return LOOK_S
 
@@ -217,7 +217,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         self._check_node()
         self._trying_since_s = self._clock.monotonic() if tried_since_s is None else tried_since_s
         with self._making:
-            if not self._ended.is_set():
+            if not self._ended:
                 self._make()
         self._trying_since_s = None
 
@@ -302,8 +302,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
     # --- life ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run, name="registration", daemon=True)
-        self._thread.start()
+        self.loop.start()
         return self
 
     def __exit__(
@@ -311,17 +310,11 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
     ) -> None:
         self.close()
 
-    def _run(self) -> None:
-        self._ended.wait(FIRST_LOOK_S)
-        while not self._ended.is_set():
-            self._ended.wait(self.tend())
-
     def close(self) -> None:
         """Take our socket away, so that kubelet forgets the driver; one that is not ours stays."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join(_STOP_S)
+        self.loop.stop(wait_s=_STOP_S)
         with self._making:
+            self._ended = True
             served, self._served = self._served, None
         if served is None:
             return

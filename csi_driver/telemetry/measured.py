@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from csi_driver.background import Background
 from csi_driver.telemetry.metrics import Counter, Description, Histogram, Kind, Measurement, Reading, Sample
 
 _CALL = ("service", "method")
@@ -167,6 +168,27 @@ def registration(is_registered: Callable[[], bool], verdicts: Callable[[], Mappi
             ),
             lambda: [((verdict,), count) for verdict, count in verdicts().items()],
             Kind.COUNTER,
+        ),
+    ]
+
+
+def background(loops: Sequence[Background]) -> list[Measurement]:
+    """Measure the background threads: their failures, and for how long each has failed or been stuck."""
+    return [
+        Reading(
+            Description(
+                "nvmesh_csi_background_failures_total", "Runs of background work that raised an error.", ("work",)
+            ),
+            lambda: [((loop.name,), loop.failures) for loop in loops],
+            Kind.COUNTER,
+        ),
+        Reading(
+            Description(
+                "nvmesh_csi_background_stalled_seconds",
+                "Time since background work began to fail, or since its present run began; 0 when idle.",
+                ("work",),
+            ),
+            lambda: [((loop.name,), loop.stalled_s()) for loop in loops],
         ),
     ]
 

@@ -197,6 +197,7 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
         status, text = page(port, "/readyz")
         assert status == 503
         assert "storage: this node has no storage client" in text
+        assert "reconcile: ok" in text
         assert Deadline.after(30).wait_until(lambda: bool(kubelet.visit()))
         assert kubelet.nodes == {"nvmesh-csi.excelero.com": "node-1"}
         assert "registration: ok" in page(port, "/readyz")[1]
@@ -235,7 +236,7 @@ def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
 
     def look() -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
-        assert page(port, "/readyz") == (200, "api: ok\npool: ok\n")
+        assert page(port, "/readyz") == (200, "api: ok\npool: ok\nstorage-worker: ok\nstorage-encryption: ok\n")
         assert measured_as_explained(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
 
     argv = [

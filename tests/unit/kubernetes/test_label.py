@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from csi_driver.background import Backoff, SelfPaced
 from csi_driver.errors import StorageUnavailable
 from csi_driver.kubernetes import label
 from csi_driver.kubernetes.label import LABEL, PATIENCE, READY, ClientLabel
-from csi_driver.kubernetes.pace import Backoff, Tending
 from tests.fakes.host import FakeClock
 
 
@@ -136,6 +136,6 @@ def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kep
 
 
 def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
-    with Tending(kept.keeper.tend, "node-label"):
+    with SelfPaced("node-label", kept.keeper.tend, label.LOOK_S):
         assert kept.nodes.was_asked.wait(10)
     assert kept.value == READY

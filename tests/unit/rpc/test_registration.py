@@ -430,11 +430,20 @@ def test_a_refusal_that_lasts_is_in_the_end_a_reason_to_restart(scene: Scene) ->
     assert "never" in registration.why_restart()
 
 
-def test_nobody_looking_is_a_reason_to_restart(scene: Scene) -> None:
+def test_an_unexpected_error_that_lasts_is_a_reason_to_restart(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_threads(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
     registration = scene.registration()
-    registration.tend()
-    scene.clock.now_s += module.STALLED_S + 1
-    assert "nobody has looked" in registration.why_restart()
+    with monkeypatch.context() as patched:
+        patched.setattr(Registration, "_look", no_threads)
+        assert registration.loop.run_once() == module.LONGEST_PAUSE_S
+        scene.clock.now_s += module.STALLED_S - 1
+        assert registration.why_restart() == ""
+        scene.clock.now_s += 2
+        assert "can't start new thread" in registration.why_restart()
+    registration.loop.run_once()
+    assert registration.why_restart() == ""
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,281 @@
+"""Long-lived background threads: periodic work, and a queue of jobs that are retried until they succeed.
+
+No exception ends such a thread: it is logged (an unexpected one with its traceback), counted and the work is retried.
+`why_stuck` reports a run that does not return, which a restart of the process may cure, so `/healthz` can show it.
+`why_failing` reports work that has failed for long, which a restart rarely cures: it belongs on `/readyz`.
+
+This module and `csi_driver.rpc.boundary` are the only places that may catch `Exception`. The threads are daemons: a
+system call or a request that hangs must not keep the process from exiting.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
+from csi_driver.errors import DriverError
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STALE_S = 600.0
+"""Default limit of one run, and of a series of failures, before a health page reports it."""
+_FIRST_PAUSE_S = 1.0
+
+
+@dataclass(slots=True)
+class Backoff:
+    """Pauses between retries: doubled after each failure, up to `longest_s`, with jitter of up to one half.
+
+    The jitter keeps a thousand nodes from retrying at the same moment.
+    """
+
+    longest_s: float
+    jitter: Callable[[], float] = random.random
+    _failures: int = 0
+
+    def after_failure_s(self) -> float:
+        """Count a failure and return the seconds until the retry."""
+        longest_s = min(_FIRST_PAUSE_S * float(1 << min(self._failures, 16)), self.longest_s)
+        self._failures += 1
+        return longest_s * (0.5 + 0.5 * self.jitter())
+
+    def succeeded(self) -> None:
+        """Start again with the shortest pause."""
+        self._failures = 0
+
+
+class Background:
+    """A daemon thread that runs jobs one at a time, and the record of their failures. Base of the two kinds."""
+
+    def __init__(self, name: str, stale_s: float, clock: Clock) -> None:
+        self.name = name
+        self.failures = 0
+        """Runs that raised an exception, since the start."""
+        self._stale_s = stale_s
+        self._clock = clock
+        self._record = threading.Lock()
+        self._running: tuple[str, float] | None = None
+        self._failing: dict[str, tuple[float, str]] = {}
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def why_stuck(self) -> str:
+        """Return why a restart of the process may help: a run does not return, or the thread has ended; else ""."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopping:
+            return f"the thread {self.name} has ended; restart the process"
+        running, stuck_s = self._running, self._since(self._running[1] if self._running is not None else None)
+        if running is None or stuck_s <= self._stale_s:
+            return ""
+        return f"{running[0]} has been running for {stuck_s:.0f} s, expected at most {self._stale_s:.0f} s"
+
+    def why_failing(self) -> str:
+        """Return what is stuck, or has failed for longer than the limit, with its last error; "" when all is well."""
+        with self._record:
+            oldest = min(((since_s, key, error) for key, (since_s, error) in self._failing.items()), default=None)
+        if oldest is None or self._since(oldest[0]) <= self._stale_s:
+            return self.why_stuck()
+        return f"{oldest[1]} has failed for {self._since(oldest[0]):.0f} s: {oldest[2]}"
+
+    def stalled_s(self) -> float:
+        """Return for how long the oldest failing job has failed, or the present run has lasted; 0 when idle."""
+        with self._record:
+            since = [since_s for since_s, _ in self._failing.values()]
+        if self._running is not None:
+            since.append(self._running[1])
+        return self._since(min(since, default=None))
+
+    def _since(self, moment_s: float | None) -> float:
+        return 0.0 if moment_s is None else self._clock.monotonic() - moment_s
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def _attempt(self, key: str, job: Callable[[], T]) -> T | None:
+        """Run a job and return its result; None after an exception, which is logged and recorded."""
+        self._running = key, self._clock.monotonic()
+        try:
+            result = job()
+        except DriverError as error:
+            _LOG.warning("%s failed and will be retried: %s", key, error)
+            self._failed(key, str(error))
+            return None
+        except Exception as error:
+            _LOG.exception("%s failed unexpectedly and will be retried", key)
+            self._failed(key, f"{type(error).__name__}: {error}")
+            return None
+        finally:
+            self._running = None
+        self._succeeded(key)
+        return result
+
+    def _failed(self, key: str, error: str) -> None:
+        with self._record:
+            self.failures += 1
+            self._failing[key] = self._failing.get(key, (self._clock.monotonic(), ""))[0], error
+
+    def _succeeded(self, key: str) -> None:
+        with self._record:
+            self._failing.pop(key, None)
+
+
+class Periodic(Background):
+    """Runs `work` every `interval_s` seconds inside a with-block, or between `start` and `stop`.
+
+    The first run is after `first_s`. An interval of 0 never runs it. `stale_s`: by default 10 minutes, or three
+    intervals where that is longer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], object],
+        interval_s: float,
+        *,
+        first_s: float = 0.0,
+        stale_s: float | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(name, max(STALE_S, 3 * interval_s) if stale_s is None else stale_s, clock)
+        self._work = work
+        self._interval_s = interval_s
+        self._first_s = first_s
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._interval_s > 0:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self, *, wait_s: float = 0.0) -> None:
+        """Begin no further run; wait at most `wait_s` for the present one."""
+        self._stopping = True
+        self._stopped.set()
+        if self._thread is not None and wait_s:
+            self._thread.join(wait_s)
+
+    def run_once(self) -> float:
+        """Run the work once, in the caller's thread, and return the seconds until it is due again."""
+        self._attempt(self.name, self._work)
+        return self._interval_s
+
+    def _run(self) -> None:
+        self._stopped.wait(self._first_s)
+        while not self._stopped.is_set():
+            self._stopped.wait(self.run_once())
+
+
+class SelfPaced(Periodic):
+    """Periodic work that returns the seconds until its next run; `interval_s` is the pause after an exception."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], float],
+        interval_s: float,
+        *,
+        first_s: float = 0.0,
+        stale_s: float | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(name, work, interval_s, first_s=first_s, stale_s=stale_s, clock=clock)
+        self._paced = work
+
+    def run_once(self) -> float:
+        """Run the work once, in the caller's thread, and return the seconds until it is due again."""
+        pause_s = self._attempt(self.name, self._paced)
+        return self._interval_s if pause_s is None else pause_s
+
+
+class Worker(Background):
+    """Runs jobs when they are due. A job has a key; one that returns False or raises is retried after a pause.
+
+    The pauses of a key grow from `first_s` to `most_s`.
+    """
+
+    def __init__(
+        self, name: str, first_s: float, most_s: float, *, stale_s: float = STALE_S, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        super().__init__(name, stale_s, clock)
+        self._first_s = first_s
+        self._most_s = most_s
+        self._wake = threading.Condition()
+        self._jobs: dict[str, tuple[float, Callable[[], bool]]] = {}
+        self._times: list[tuple[float, str]] = []
+        self._pauses: dict[str, float] = {}
+
+    def stop(self) -> None:
+        """Finish the present job and end; the caller queues the others again after its next start."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def later(self, key: str, job: Callable[[], bool], delay_s: float | None = None) -> None:
+        """Run `job` after `delay_s`, by default after the key's next pause. The earliest time of a key counts."""
+        with self._wake:
+            if delay_s is None:
+                delay_s = self._pauses.get(key, self._first_s)
+                self._pauses[key] = min(delay_s * 2, self._most_s)
+            due = self._clock.monotonic() + delay_s
+            if key in self._jobs:
+                due = min(due, self._jobs[key][0])
+            self._jobs[key] = (due, job)
+            heapq.heappush(self._times, (due, key))
+            self._wake.notify_all()
+
+    def settled(self, key: str) -> None:
+        """Forget the failures and the pauses of this key."""
+        self._succeeded(key)
+        with self._wake:
+            self._pauses.pop(key, None)
+
+    def run_due(self) -> int:
+        """Run the jobs that are due, in the caller's thread; return how many."""
+        done = 0
+        while (taken := self._take()) is not None:
+            key, job = taken
+            done += 1
+            if self._attempt(key, job):
+                self.settled(key)
+            else:
+                self.later(key, job)
+        return done
+
+    def _take(self) -> tuple[str, Callable[[], bool]] | None:
+        with self._wake:
+            now = self._clock.monotonic()
+            while self._times and self._times[0][0] <= now and not self._stopping:
+                due, key = heapq.heappop(self._times)
+                if key in self._jobs and self._jobs[key][0] == due:
+                    return key, self._jobs.pop(key)[1]
+            return None
+
+    def _run(self) -> None:
+        while True:
+            self.run_due()
+            with self._wake:
+                if self._stopping:
+                    return
+                wait_s = self._times[0][0] - self._clock.monotonic() if self._times else None
+                if wait_s is None or wait_s > 0:
+                    self._wake.wait(wait_s)
