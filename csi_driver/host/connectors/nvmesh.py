@@ -22,7 +22,7 @@ from csi_driver.storage_model import ReservationMode
 _STATUS_LIMIT_BYTES = 4 << 20
 """The client answers EFBIG to a status that is longer. A volume of many pieces lists each of them."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
-_OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=(?P<opens>[0-9]{1,10})\n\Z", re.MULTILINE | re.ASCII)
+_OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
 _LIVE, _DEGRADED_READ_ONLY = 0x200, 0x293
@@ -160,9 +160,10 @@ def parse_opens(text: str) -> int | None:
     """Read how often a device is open from the last line of a volume's `client_processes`; None when it is torn.
 
     The processes listed above that line are no answer: they are thread groups, and stay listed after they closed it.
+    The client's other files go on with a version and the time.
     """
-    last = _OPENS.search(text)
-    return int(last["opens"]) if last is not None else None
+    counts = _OPENS.findall(text)
+    return int(counts[-1]) if counts else None
 
 
 def parse_client_uuid(text: str) -> str | None:
