@@ -24,7 +24,7 @@ _SYS_DEVICES = Path("/sys/dev/block")
 # name[128], uuid[129], data[7].
 _ARGUMENT = struct.Struct("=6Ii3IQ128s129s7x")
 _VERSION = (4, 0, 0)
-_DEV_REMOVE, _DEV_SUSPEND, _DEV_STATUS = 4, 6, 7
+_DEV_REMOVE, _DEV_SUSPEND, _DEV_STATUS, _GET_TARGET_VERSION = 4, 6, 7, 17
 _READ_ONLY, _SUSPENDED, _HAS_TABLE = 1 << 0, 1 << 1, 1 << 5
 _CRYPT = "CRYPT-"
 _ABSENT = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
@@ -35,6 +35,24 @@ class _Answer:
     number: DeviceNumber
     flags: int
     uuid: str
+
+
+def why_unusable() -> str:
+    """Say why this kernel opens no encrypted device; empty = it does, as far as it can be asked. Loads dm_crypt."""
+    fix = "run `modprobe dm_crypt` on the node"
+    try:
+        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        reason = f"{_CONTROL}: {os.strerror(error.errno or 0)}"
+        return f"this kernel has no device-mapper, or the host's /dev is not visible ({reason}); {fix}"
+    try:
+        _call(control, _GET_TARGET_VERSION, name="crypt")
+    except OSError as error:
+        # Kernels before 5.5 do not know the question (ENOTTY).
+        return f"the device-mapper of this kernel has no target `crypt`; {fix}" if error.errno == errno.EINVAL else ""
+    finally:
+        os.close(control)
+    return ""
 
 
 def mapping_named(name: str) -> Mapping | None:
@@ -90,9 +108,8 @@ def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> _Answer 
         if error.errno in _ABSENT:
             return None
         raise SystemCallFailed(f"open {_CONTROL}", error.errno or 0) from error
-    argument = bytearray(_ARGUMENT.pack(*_VERSION, _ARGUMENT.size, 0, 0, 0, 0, 0, 0, 0, name.encode(), uuid.encode()))
     try:
-        fcntl.ioctl(control, 3 << 30 | _ARGUMENT.size << 16 | 0xFD << 8 | command, argument)
+        argument = _call(control, command, name=name, uuid=uuid)
     except OSError as error:
         if error.errno in _ABSENT:
             return None
@@ -102,6 +119,12 @@ def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> _Answer 
     fields = _ARGUMENT.unpack(argument)
     found = bytes(fields[12]).split(b"\0", 1)[0].decode(errors="replace")
     return _Answer(ioctls.device_number(fields[10]), fields[7], found)
+
+
+def _call(control: int, command: int, *, name: str = "", uuid: str = "") -> bytearray:
+    argument = bytearray(_ARGUMENT.pack(*_VERSION, _ARGUMENT.size, 0, 0, 0, 0, 0, 0, 0, name.encode(), uuid.encode()))
+    fcntl.ioctl(control, 3 << 30 | _ARGUMENT.size << 16 | 0xFD << 8 | command, argument)
+    return argument
 
 
 def _size_bytes(number: DeviceNumber) -> int:

@@ -55,6 +55,10 @@ class LinuxEncryption:
         self._directory = mapper_directory
         self._clock = clock
 
+    def why_unusable(self) -> str:
+        """Say why no encrypted device can be opened on this machine; empty = they can."""
+        return device_mapper.why_unusable()
+
     # --- headers ---
 
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:

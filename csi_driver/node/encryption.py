@@ -123,8 +123,13 @@ class EncryptedVolumes:
         """Open the volume, with a new header where it has none and may get one; open already is success.
 
         Return the opened device, and the context as it holds for that one.
-        Raises `Denied` when no passphrase given opens it, `PreconditionFailed` when what it holds forbids it.
+        Raises `Denied` when no passphrase given opens it, `PreconditionFailed` when what it holds, or this machine,
+        forbids it.
         """
+        # Before a header is made, which takes long: without device-mapper nothing could use it.
+        problem = self._encryption.why_unusable()
+        if problem:
+            raise PreconditionFailed(f"encrypted volume {task.volume} cannot be opened on this node: {problem}")
         with self._heavy.place(f"open the encryption of volume {task.volume}", deadline=deadline):
             mapping = self._present(task)
             if mapping is None:

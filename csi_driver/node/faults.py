@@ -64,7 +64,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(
             "format", "add_key", "remove_key", "open", "resume", "resize", "close",
-            reads="header opens mapping below path_of device",
+            reads="why_unusable header opens mapping below path_of device",
         ),
         "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins"),
         "filesystems": _methods(

@@ -151,6 +151,10 @@ class ReadOnlyDevices(Protocol):
 class Encryption(Protocol):
     """Encrypted devices: LUKS headers, and the opened device over a volume's own, which has the volume's name."""
 
+    def why_unusable(self) -> str:
+        """Say why no encrypted device can be opened on this machine, and what to do; empty = they can."""
+        ...
+
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
         """Return the LUKS header on the device; None when there is no trace of one. Raises `HostFailure` as `probe`."""
         ...

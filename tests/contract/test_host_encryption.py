@@ -92,6 +92,18 @@ def mapped(mapping_host: Host) -> Iterator[Keyring]:
         mapping_host.encryption.close(left)
 
 
+def test_a_kernel_that_opens_encrypted_devices_is_usable(mapping_host: Host) -> None:
+    assert mapping_host.encryption.why_unusable() == ""
+
+
+@pytest.mark.skipif(Path("/dev/mapper/control").exists(), reason="this kernel has device-mapper")
+def test_a_kernel_without_device_mapper_says_so_and_what_to_do(tmp_path: Path) -> None:
+    with linux_side(tmp_path) as real:
+        said = real.encryption.why_unusable()
+    assert "no device-mapper" in said
+    assert "modprobe dm_crypt" in said
+
+
 # --- headers ------------------------------------------------------------------------------------------------------
 
 

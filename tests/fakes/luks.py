@@ -119,6 +119,9 @@ class FakeEncryption:
 
     # --- opened devices ---
 
+    def why_unusable(self) -> str:
+        return self._host.mapper_problem
+
     def path_of(self, name: str) -> Path:
         return MAPPER_DIRECTORY / name
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.machine import LuksSettings
 from csi_driver.rpc.client import CallFailed
+from tests.contract.two_hosts import Actor, linux_side
 from tests.integration.rig import MIB, Rig, Volume, filesystem, running
 
 pytestmark = [pytest.mark.root, pytest.mark.tool]
@@ -79,22 +81,50 @@ def stage(volume: Volume, passphrase: str) -> str:
     return "staged"
 
 
-def test_a_passphrase_is_in_no_log_no_answer_no_program_and_no_file(talkative: Rig) -> None:
+@pytest.mark.device_mapper
+def test_a_passphrase_that_opens_a_volume_is_in_no_log_no_answer_no_program_and_no_file(talkative: Rig) -> None:
     volume = encrypted(talkative)
+    answers, seen = staged_twice(volume)
+    with volume.file.open("rb") as file:
+        assert file.read(6) == b"LUKS\xba\xbe", answers
+    assert any(b"luksFormat" in told for told in seen)
+    assert "PERMISSION_DENIED" in answers[1]
+    assert not told_of_a_passphrase(talkative, answers, seen)
+    volume.delete()
+
+
+def test_a_passphrase_of_a_stage_that_may_fail_is_in_no_log_no_answer_no_program_and_no_file(talkative: Rig) -> None:
+    volume = encrypted(talkative)
+    answers, seen = staged_twice(volume)
+    assert "NodeStageVolume" in "".join(path.read_text(errors="replace") for path in talkative.directory.rglob("*.log"))
+    assert not told_of_a_passphrase(talkative, answers, seen)
+    volume.delete()
+
+
+def test_a_passphrase_that_cryptsetup_is_given_is_in_no_argument_and_no_environment(tmp_path: Path) -> None:
+    with linux_side(tmp_path) as host, watched() as seen:
+        device = Actor(host).attached()
+        settings = LuksSettings(pbkdf="pbkdf2", pbkdf_iterations=1000)
+        with host.devices.open(device, write=True, exclusive=True) as opened:
+            host.encryption.format(opened, settings, SECRET, volume_uuid=device.uuid or "")
+            assert host.encryption.opens(opened, SECRET)
+    assert any(b"luksFormat" in told for told in seen)
+    assert not any(b"passphrase-that" in told for told in seen)
+
+
+def staged_twice(volume: Volume) -> tuple[list[str], set[bytes]]:
+    """Stage the volume with its passphrase and with a wrong one; return the answers, and what programs told."""
     volume.attach()
     try:
         with watched() as seen:
             answers = [stage(volume, SECRET), stage(volume, WRONG)]
-        with volume.file.open("rb") as file:
-            assert file.read(6) == b"LUKS\xba\xbe", answers
         volume.unstage()
     finally:
         volume.detach()
-    assert any(b"luksFormat" in told for told in seen)
-    assert not any(b"passphrase-that" in told for told in seen)
-    assert "PERMISSION_DENIED" in answers[1]
-    places = [talkative.log, *(path for path in talkative.directory.rglob("*") if path.is_file())]
-    assert "NodeStageVolume" in "".join(path.read_text(errors="replace") for path in places if path.suffix == ".log")
-    told = "\n".join(answers).encode() + b"".join(path.read_bytes() for path in places)
-    assert b"passphrase-that" not in told
-    volume.delete()
+    return answers, seen
+
+
+def told_of_a_passphrase(rig: Rig, answers: list[str], seen: set[bytes]) -> list[bytes]:
+    """Return each place that tells a passphrase: an answer, a program, a log or another file."""
+    files = [path.read_bytes() for path in (rig.log, *rig.directory.rglob("*")) if path.is_file()]
+    return [told for told in (*map(str.encode, answers), *seen, *files) if b"passphrase-that" in told]

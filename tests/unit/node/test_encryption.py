@@ -107,6 +107,17 @@ def native(node: FakeNode) -> Locked:
 
 
 @pytest.mark.parametrize("access", [EXT4, BLOCK])
+def test_no_header_is_made_where_nothing_can_open_it(locked: Locked, access: MountAccess | BlockAccess) -> None:
+    locked.access = access
+    locked.node.host.mapper_problem = "this kernel has no device-mapper; run `modprobe dm_crypt` on the node"
+    with pytest.raises(PreconditionFailed, match=r"cannot be opened on this node: .* run `modprobe dm_crypt`"):
+        locked.stage()
+    assert (locked.disk.luks, locked.node.marks.kept) == (None, {})
+    locked.node.host.mapper_problem = ""
+    locked.up()
+
+
+@pytest.mark.parametrize("access", [EXT4, BLOCK])
 @pytest.mark.parametrize("history", list(History))
 def test_a_header_of_another_maker_is_opened_only_where_the_volume_is_another_makers_too(
     locked: Locked, access: MountAccess | BlockAccess, history: History
