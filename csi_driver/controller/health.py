@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Protocol
 
 from csi_driver.controller.locate import require
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.tokens import PAGE_BYTES, health_bytes
 from csi_driver.deadline import Deadline
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
 from csi_driver.model import ListedVolume
@@ -65,6 +67,11 @@ class ControllerHealth:
             volume = entry.stored
             entries = () if volume is None else judge(volume, holders[zone].get(volume.uuid, ()))
             found.append(VolumeHealth(entry.volume.volume_id, entries))
+        fitting = sum(size <= PAGE_BYTES for size in accumulate(map(health_bytes, found)))
+        if fitting < len(found):
+            # Where much is wrong this takes more than the list does.
+            _, token = self._listing.volumes(max(fitting, 1), starting_token, deadline=deadline)
+            found = found[: max(fitting, 1)]
         return found, token
 
     def _holders(self, zone: str, *, deadline: Deadline) -> Mapping[str, Sequence[Client]]:

@@ -14,7 +14,7 @@ from csi_driver.controller.record import read_attachments, read_creation
 from csi_driver.controller.requests import ControllerSettings, ValidateRequest
 from csi_driver.controller.room import room
 from csi_driver.controller.search import Found, doubles, report_double
-from csi_driver.controller.tokens import LAST, Position, mark, read_token
+from csi_driver.controller.tokens import LAST, PAGE_BYTES, Position, listed_bytes, mark, read_token
 from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, InvalidRequest, StaleToken, shown
@@ -46,15 +46,17 @@ class Inventory:
         self._judged: set[str] = set()
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
-        """Return one page (0 = everything) and the token of the next, empty at the end.
+        """Return one page (0 = as much as a message may hold) and the token of the next, empty at the end.
 
         Every volume shows under its issued handle, and once more for each other spelling that is attached now.
         Costs what the page has and the clients there are, however many volumes lie before it. Raises `StaleToken`.
         """
         entries: list[ListedVolume] = []
         last: Position | None = None
+        size = 0
         for position, entry in self._entries(starting_token, max_entries, deadline=deadline):
-            if max_entries and len(entries) == max_entries and last is not None:
+            size += listed_bytes(entry)
+            if last is not None and (size > PAGE_BYTES or len(entries) == max_entries):
                 return entries, last.token()
             entries.append(entry)
             last = position

@@ -1,4 +1,7 @@
-"""Tokens of ListVolumes: where the next page begins. They have a form of their own, that no volume's name has."""
+"""Pages of ListVolumes: how large one may be, and the tokens that say where the next one begins.
+
+The tokens have a form of their own, that no volume's name has.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,18 @@ import hashlib
 from dataclasses import dataclass
 
 from csi_driver.errors import StaleToken, shown
+from csi_driver.health import VolumeHealth
+from csi_driver.model import ListedVolume
 
 _VERSION = "v1."
 LAST = "~"
 """The mark above every spelling of a volume's handle: the volume is done with."""
+
+PAGE_BYTES = 3 << 20
+"""A page ends below this, also where everything was asked for: gRPC's clients take 4 MiB unless told otherwise, and
+external-attacher, which asks for everything, follows tokens."""
+_FIELD_BYTES = 6  # tag and length of a text or of a message within another, at most
+_FIXED_BYTES = 64  # numbers, and the messages around
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +55,23 @@ def read_token(token: str) -> Position:
 def mark(text: str) -> str:
     """Return a short stand-in for a zone or a spelling."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def listed_bytes(entry: ListedVolume) -> int:
+    """Return an upper bound for the bytes that an entry of ListVolumes takes in a message."""
+    volume = entry.volume
+    size = _FIXED_BYTES + sum(map(_text_bytes, (volume.volume_id, *entry.published_node_ids)))
+    for pairs in (volume.context, *volume.topology):
+        size += _FIELD_BYTES + sum(_FIELD_BYTES + _text_bytes(key) + _text_bytes(pairs[key]) for key in pairs)
+    return size
+
+
+def health_bytes(health: VolumeHealth) -> int:
+    """Return an upper bound for the bytes that an entry of ControllerListVolumeHealth takes in a message."""
+    return _text_bytes(health.volume_id) + sum(
+        _FIXED_BYTES + _text_bytes(entry.reason) + _text_bytes(entry.message) for entry in health.entries
+    )
+
+
+def _text_bytes(text: str) -> int:
+    return _FIELD_BYTES + len(text.encode("utf-8", "surrogatepass"))

@@ -689,3 +689,17 @@ def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown
     world.zones["b"].is_reachable = False
     with pytest.raises(StorageUnavailable):
         world.unpublish("mars:csi-1")
+
+
+@pytest.mark.parametrize(("first", "second"), [(RWO, BLOCK), (BLOCK, RWO)], ids=["filesystem first", "block first"])
+def test_an_attachment_serves_raw_block_and_filesystem_and_its_volume_counts_as_written(
+    first: Capability, second: Capability
+) -> None:
+    """See docs/decisions.md: what the storage gives a node is the same device either way."""
+    world, volume_id = made()
+    number = world.publish(volume_id, capability=first).attachment
+    again = world.publish(volume_id, capability=second)
+    assert (again.attachment, again.history) == (number, History.WRITTEN)
+    assert world.management.requests.count("attach") == 1
+    world.unpublish(volume_id)
+    assert world.publish(volume_id, capability=RWO).history is History.WRITTEN

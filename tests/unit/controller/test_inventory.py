@@ -6,10 +6,28 @@ import logging
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from csi_driver.controller.health import ControllerHealth
+from csi_driver.controller.record import OWN_KEY
 from csi_driver.controller.requests import ValidateRequest
+from csi_driver.controller.tokens import health_bytes, listed_bytes
 from csi_driver.errors import InvalidRequest, StaleToken, Unauthenticated, VolumeNotFound
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, GIB, Capability, CapacityRange, ListedVolume, Segments
+from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
+from csi_driver.model import (
+    DEFAULT_TOPOLOGY_KEY,
+    DEFAULT_ZONE,
+    GIB,
+    Capability,
+    CapacityRange,
+    ListedVolume,
+    ProvisionedVolume,
+    Segments,
+)
+from csi_driver.rpc import health as health_wire
+from csi_driver.rpc import wire
+from csi_driver.rpc.pb import csi_pb2
 from csi_driver.storage_model import ClientStatus, Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
@@ -303,3 +321,65 @@ def test_ready_once_is_ready_for_good() -> None:
     assert world.inventory.ready(deadline=world.deadline())
     world.management.is_reachable = False
     assert world.inventory.ready(deadline=world.deadline())
+
+
+# --- pages that a message can hold ------------------------------------------------------------------------------------
+
+GRPC_LIMIT = 4 << 20
+
+
+def many(count: int, *, letters: int = 0) -> World:
+    world = World()
+    own = {"format": 1, "created": True}
+    metadata = {"csi_name": "x", "mkfsOptions": "-O " + "a" * letters, OWN_KEY: own} if letters else {}
+    for number in range(count):
+        name = f"v{number:06d}"
+        world.management.add_volume(
+            replace(STATIC, name=name, uuid=f"00000000-0000-0000-0000-{number:012d}", metadata=metadata)
+        )
+    return world
+
+
+@pytest.mark.parametrize("asked", [0, 1_000_000])
+def test_however_much_is_asked_for_a_page_fits_into_a_message(asked: int) -> None:
+    world = many(5_000, letters=900)
+    pages, token, seen = 0, "", list[str]()
+    while token or not pages:
+        found, token = listed(world, asked, token)
+        assert wire.list_to(found, token).ByteSize() < GRPC_LIMIT
+        seen += [entry.volume.volume_id for entry in found]
+        pages += 1
+    assert pages == 2  # which are not smaller than they need be
+    assert len(seen) == len(set(seen)) == 5_000
+
+
+def test_a_page_of_what_is_wrong_fits_into_a_message_too() -> None:
+    world = many(12_000)
+    for volume in world.management.all_volumes():
+        world.management.change(volume.name, status="degraded", health="alarm", action="rebuilding")
+    health = ControllerHealth(world.clusters, world.inventory, world.settings)
+    pages, token, seen = 0, "", list[str]()
+    while token or not pages:
+        found, token = health.volumes(0, token, deadline=world.deadline())
+        assert sum(health_wire.volume_to(each).ByteSize() + 8 for each in found) < GRPC_LIMIT
+        assert all(each.entries for each in found)
+        seen += [each.volume_id for each in found]
+        pages += 1
+    assert pages > 1
+    assert len(seen) == len(set(seen)) == 12_000
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=300),
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"]))
+    ),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
+)
+def test_an_entry_is_never_larger_than_it_is_taken_for(text: str, pairs: dict[str, str], nodes: list[str]) -> None:
+    entry = ListedVolume(ProvisionedVolume(text, 1 << 62, pairs, (pairs, pairs)), tuple(nodes))
+    assert wire.list_to([entry], "").ByteSize() <= listed_bytes(entry)
+    fault = VolumeEntry(VolumeFault.DATA_LOSS, Reason.VOLUME_ALARM, text)
+    health = VolumeHealth(text, (fault,) * len(nodes))
+    written = csi_pb2.ControllerListVolumeHealthResponse(entries=[health_wire.volume_to(health)])
+    assert written.ByteSize() <= health_bytes(health) + 2

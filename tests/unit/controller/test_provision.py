@@ -139,6 +139,15 @@ def test_a_name_of_128_unicode_characters_is_accepted() -> None:
     assert len(world.stored().name) == 22
 
 
+def test_a_group_for_the_metadata_of_snapshots_is_refused() -> None:
+    """The management makes a volume without a uuid in it, and never deletes that one."""
+    world = World()
+    world.management.add_vpg(replace(EC_GROUP, is_for_metadata=True))
+    with pytest.raises(InvalidRequest, match="METADATA_VOLUME"):
+        world.create(parameters={"vpg": EC_GROUP.name})
+    assert "create_volume" not in world.management.requests
+
+
 def test_a_provisioning_group_gives_the_layout_that_sizes_the_volume() -> None:
     world = World()
     world.management.add_vpg(EC_GROUP)
