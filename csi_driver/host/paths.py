@@ -2,7 +2,8 @@
 
 A path lies below one of the configured roots. A root itself may be a link: it is resolved once. Below it the kernel
 resolves every path without following any link (openat2(2), RESOLVE_NO_SYMLINKS), so that nobody who can write below
-the root can lead the driver out of it.
+the root can lead the driver out of it. A directory on the way that is a link is replaced by where it leads only where
+that lies below a root, too, and what follows is done there, again without following a link.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ class LinuxPaths:
     """Fits `csi_driver.node.ports.Paths`."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
-        self._roots = tuple((PurePosixPath(root), root.resolve()) for root in roots)
+        by_length = sorted(roots, key=lambda root: len(root.parts), reverse=True)
+        self._roots = tuple((PurePosixPath(root), root.resolve()) for root in by_length)
 
-    def check(self, path: str, field: str) -> Path:
+    def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
         """Return the path, its root's links resolved, when it is absolute, plain and below a root.
 
-        Raises `InvalidField` also when a symbolic link is found on the way or at its end.
+        A link to a directory is followed where it leads below another root, and, for a call that makes nothing
+        (`takes_off`), where it leads below any: what was mounted before the link was refused must be taken off.
+        Raises `InvalidField` for other links on the way or at its end.
         """
         plain = PurePosixPath(path)
         too_long = len(path.encode(errors="surrogatepass")) > _LONGEST_PATH_BYTES
@@ -42,20 +46,31 @@ class LinuxPaths:
             for root in (given, PurePosixPath(resolved)):
                 if plain.is_relative_to(root) and plain != root:
                     found = resolved / plain.relative_to(root)
-                    self._refuse_links(found, resolved, path, field)
-                    return found
-        raise InvalidField(field, path, f"a path below {' or '.join(str(given) for given, _ in self._roots)}")
+                    return self._without_links(found, resolved, path, field, takes_off=takes_off)
+        raise InvalidField(field, path, f"a path below {self._names()}")
 
-    def _refuse_links(self, path: Path, root: Path, shown: str, field: str) -> None:
-        try:
-            os.close(_open_below(root, path))
-        except SystemCallFailed as failure:
-            if failure.errno in (errno.ELOOP, errno.EXDEV):
-                raise InvalidField(field, shown, "a path without symbolic links below its root") from failure
-            if failure.errno == errno.ENAMETOOLONG:
-                raise InvalidField(field, shown, "a path whose parts have at most 255 bytes") from failure
-            if failure.errno not in _ABSENT:
-                raise
+    def _without_links(self, path: Path, root: Path, shown: str, field: str, *, takes_off: bool) -> Path:
+        if not _has_link(root, path, shown, field):
+            return path
+        place = Path(os.path.realpath(path.parent)) / path.name
+        other = next((each for _, each in self._roots if place.is_relative_to(each) and place != each), None)
+        if other is None or (other == root and not takes_off) or _has_link(other, place, shown, field):
+            raise InvalidField(
+                field, shown, "a path without symbolic links below its root", self._about_link(path, root)
+            )
+        return place
+
+    def _about_link(self, path: Path, root: Path) -> str:
+        """Name the link, where it leads, and what to do."""
+        way = [*reversed(path.parents), path]
+        link = next((each for each in way if each != root and each.is_relative_to(root) and each.is_symlink()), path)
+        return (
+            f"{link} is a link to {os.path.realpath(link)}: bind mount that directory instead, or name it as a path "
+            f"root of its own, beside {self._names()} (--path-root, in the chart node.extraPathRoots)"
+        )
+
+    def _names(self) -> str:
+        return " or ".join(str(given) for given, _ in self._roots)
 
     def open(self, path: Path) -> int:
         """Hold what is at the path (O_PATH), which may be a root: for a mount to be put onto, or taken off in it."""
@@ -160,6 +175,18 @@ class LinuxPaths:
             if path.is_relative_to(root) and (itself or path != root) and ".." not in path.parts:
                 return root
         raise PreconditionFailed(f"{path} lies below no path root")
+
+
+def _has_link(root: Path, path: Path, shown: str, field: str) -> bool:
+    try:
+        os.close(_open_below(root, path))
+    except SystemCallFailed as failure:
+        if failure.errno == errno.ENAMETOOLONG:
+            raise InvalidField(field, shown, "a path whose parts have at most 255 bytes") from failure
+        if failure.errno not in (errno.ELOOP, errno.EXDEV, *_ABSENT):
+            raise
+        return failure.errno in (errno.ELOOP, errno.EXDEV)
+    return False
 
 
 def _kind_of(mode: int) -> str:

@@ -152,6 +152,6 @@ class Expand:
 def known_path(paths: Paths, volume: NamedVolume, text: str) -> Path:
     """Return a volume path to look at. One that cannot be ours, such as a relative one, holds no volume of ours."""
     try:
-        return paths.check(text, "volume_path")
+        return paths.check(text, "volume_path", takes_off=True)
     except InvalidField as error:
         raise VolumeNotFound(volume.volume_id, str(error)) from error

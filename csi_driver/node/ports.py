@@ -337,8 +337,11 @@ class Probes(Protocol):
 class Paths(Protocol):
     """Target and staging paths, below the configured roots; symbolic links on the way are never followed."""
 
-    def check(self, path: str, field: str) -> Path:
-        """Return the path when it is absolute, plain (no `..`, no NUL) and below a root. Raises `InvalidField`."""
+    def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
+        """Return the path when it is absolute, plain (no `..`, no NUL) and below a root. Raises `InvalidField`.
+
+        `takes_off`: nothing is made there, and so a link on the way is followed that leads below a root.
+        """
         ...
 
     def kind(self, path: Path) -> str:

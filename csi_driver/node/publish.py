@@ -97,7 +97,7 @@ class Publish:
         Mounts are taken off one by one; one of another volume is left alone, with the path. Never removes data: the
         path goes only when it is an empty directory or file.
         """
-        target = self._paths.check(target_path, TARGET_PATH)
+        target = self._paths.check(target_path, TARGET_PATH, takes_off=True)
         handle = VolumeHandle.parse(volume_id)
         if handle is None:
             return

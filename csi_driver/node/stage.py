@@ -105,7 +105,7 @@ class Stage:
         first, a bind mount cannot be told from another staging of the same device, and the device stays in use,
         which whoever detaches it finds out.
         """
-        path = self._paths.check(staging_target_path, STAGING_PATH)
+        path = self._paths.check(staging_target_path, STAGING_PATH, takes_off=True)
         handle = VolumeHandle.parse(volume_id)
         if handle is not None:
             volume = NamedVolume(volume_id, handle.name, handle.uuid)
@@ -118,7 +118,7 @@ class Stage:
         handle = VolumeHandle.parse(volume_id)
         if handle is None:
             return False
-        mounted = self._mounts.at(self._paths.check(staging_target_path, STAGING_PATH))
+        mounted = self._mounts.at(self._paths.check(staging_target_path, STAGING_PATH, takes_off=True))
         volume = NamedVolume(volume_id, handle.name, handle.uuid)
         return mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
 

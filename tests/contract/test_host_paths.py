@@ -87,6 +87,44 @@ def test_a_link_below_the_root_is_refused(paths: LinuxPaths, root: Path, name: s
         paths.check(f"{root}/{name}", "target_path")
 
 
+def test_a_link_that_leads_out_of_the_roots_is_named_with_its_end_and_what_to_do(paths: LinuxPaths, root: Path) -> None:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (root / "pods").symlink_to(outside)
+    for takes_off in (False, True):
+        with pytest.raises(InvalidField) as refused:
+            paths.check(f"{root}/pods/1/mount", "target_path", takes_off=takes_off)
+        said = str(refused.value)
+        assert f"{root / 'pods'} is a link to {outside}" in said
+        assert "--path-root" in said
+
+
+def test_a_link_below_a_root_that_leads_below_another_root_is_followed(root: Path) -> None:
+    disk = root.parent / "disk"
+    (disk / "1").mkdir(parents=True)
+    (root / "pods").symlink_to(disk)
+    for roots in ([root, disk], [disk, root], [root, root / "pods"]):
+        assert LinuxPaths(roots).check(f"{root}/pods/1/mount", "target_path") == disk / "1/mount"
+
+
+@pytest.mark.parametrize("end", ["mount", "absent"])
+def test_a_link_within_a_root_is_followed_only_to_take_something_off(paths: LinuxPaths, root: Path, end: str) -> None:
+    (root / "disk/1/mount").mkdir(parents=True)
+    (root / "pods").symlink_to(root / "disk")
+    with pytest.raises(InvalidField, match="symbolic links"):
+        paths.check(f"{root}/pods/1/{end}", "target_path")
+    assert paths.check(f"{root}/pods/1/{end}", "target_path", takes_off=True) == root / "disk/1" / end
+
+
+def test_a_link_at_the_end_of_a_path_is_never_followed(paths: LinuxPaths, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    (root / "mount").symlink_to(root / "elsewhere")
+    (root / "loop").symlink_to(root / "loop")
+    for name in ("mount", "loop", "loop/mount"):
+        with pytest.raises(InvalidField, match="symbolic links"):
+            paths.check(f"{root}/{name}", "target_path", takes_off=True)
+
+
 # --- looking ----------------------------------------------------------------------------------------------------
 
 

@@ -671,7 +671,7 @@ class FakePaths:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
 
-    def check(self, path: str, field: str) -> Path:
+    def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
         plain, root = Path(path), self._host.root
         is_plain = path.startswith("/") and ".." not in plain.parts and "\0" not in path
         if not is_plain or root not in plain.parents:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import InvalidField, PreconditionFailed
 from csi_driver.model import MIB, AccessMode, CapacityRange
 from csi_driver.node.requests import NodeExpandRequest
 from tests.contract.host_machine import HostMachine, Volume, host_machine, mounts_below, shell
@@ -64,6 +64,21 @@ def test_a_single_writer_is_published_where_kubelets_directory_is_a_shared_bind_
     node.unpublish(volume, "pod-2")
     node.unstage(volume)
     assert mounts_below(twin) == []
+
+
+def test_a_pod_of_before_its_directory_became_a_link_ends(node: RealNode, volume: Volume) -> None:
+    pods, moved = node.root / "pods", node.root / "disk"
+    pods.mkdir()
+    node.stage(volume)
+    target = node.publish(volume, "pods/1")
+    pods.rename(moved)
+    pods.symlink_to(moved)
+    assert (target.is_mount(), (moved / "1").is_mount()) == (True, True)
+    with pytest.raises(InvalidField, match=f"{pods} is a link to {moved}"):
+        node.publish(volume, "pods/2")
+    node.unpublish(volume, "pods/1")
+    assert list(moved.iterdir()) == []
+    node.unstage(volume)
 
 
 # --- filesystems that died ---
