@@ -56,6 +56,8 @@ class VolumeSpec:
     limit_by_drives: tuple[str, ...] = ()
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
+    security_groups: tuple[str, ...] = ()
+    allow_offline_drives: bool | None = None
     encrypted_header_bytes: int = 0
     """Where the storage is to encrypt the volume: what its header takes of it. A group has a header size of its own."""
 
@@ -122,6 +124,8 @@ class Volume:
     is_reserved: bool = False
     is_read_only: bool = False
     is_snapshot: bool = False
+    allows_offline_drives: bool = False
+    """Whether its space may lie on drives that do not answer when it is allocated."""
     encryption: StorageEncryption | None = None
     """None: the storage does not encrypt it."""
     layout: Layout = field(default_factory=Layout)

@@ -420,5 +420,7 @@ def _spec(
         limit_by_drives=read.limit_by_drives,
         limit_by_targets=read.limit_by_targets,
         domain=read.domain,
+        security_groups=read.security_groups,
+        allow_offline_drives=read.allow_offline_drives,
         encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
     )

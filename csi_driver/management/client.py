@@ -237,7 +237,10 @@ class ManagementClient:
                 f"volume {volume.name} of {current.capacity_gb} GB was to grow to {capacity_gb} GB, "
                 f"wanted at least {step} bytes more"
             )
-        body = [{"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}]
+        item: dict[str, object] = {"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}
+        if current.allows_offline_drives:
+            item["allowAllocationOnOfflineDrives"] = True  # said again: an extension does not take it from the volume
+        body = [item]
         try:
             _, refusal = self._act("/volumes/extend", body, Operation.EXTEND, deadline)
         except OutcomeUnknown:

@@ -24,6 +24,8 @@ def specification(spec: VolumeSpec) -> dict[str, Any]:
         "limitByDisks": list(spec.limit_by_drives) or None,
         "limitByNodes": list(spec.limit_by_targets) or None,
         "domain": spec.domain,
+        "VSGs": list(spec.security_groups) or None,
+        "allowAllocationOnOfflineDrives": spec.allow_offline_drives,
         **_encryption_fields(spec),
         **(_layout_fields(spec.layout) if spec.layout is not None else {}),
     }

@@ -37,7 +37,9 @@ _MKFS_KEYS = {
     "mkfs/blockSize", "mkfs/inodeSize", "mkfs/bytesPerInode", "mkfs/reservedBlocksPercent", "mkfs/stripeGeometry",
     "mkfs/discard",
 }  # fmt: skip
-_ANYWHERE_KEYS = {"relativeRebuildPriority", "description", "mkfsOptions", "fsType"}
+_ANYWHERE_KEYS = {
+    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", "mkfsOptions", "fsType",
+}  # fmt: skip
 KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | _MKFS_KEYS | ENCRYPTION_KEYS
 THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
@@ -67,6 +69,8 @@ class VolumeParameters:
     limit_by_drives: tuple[str, ...] = ()
     limit_by_targets: tuple[str, ...] = ()
     domain: str | None = None
+    security_groups: tuple[str, ...] = ()
+    allow_offline_drives: bool | None = None
     encryption: EncryptionRequest = field(default_factory=EncryptionRequest)
     pvc_namespace: str = ""
     recorded: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +84,9 @@ def parse(parameters: Mapping[str, str]) -> VolumeParameters:
     _refuse_unknown(given)
     vpg = read.text(given, "vpg", _VPG_NAME, "the name of a volume provisioning group")
     ignored = tuple(sorted(_DECIDED_BY_GROUP & given.keys())) if vpg is not None else ()
+    if vpg is not None:
+        # Not ignored: who may attach the volume would be another than the class says.
+        read.refuse_keys(given, {"VSGs"}, f"the provisioning group {vpg} decides it")
     own = {key: value for key, value in given.items() if key not in ignored}
     if _CLASS_KEYS & own.keys() and _LIMIT_KEYS & own.keys():
         raise InvalidRequest("parameters name classes and limitBy..., wanted one kind of them")
@@ -96,6 +103,8 @@ def parse(parameters: Mapping[str, str]) -> VolumeParameters:
         limit_by_drives=read.names(own, "limitByDisks"),
         limit_by_targets=read.names(own, "limitByNodes"),
         domain=own.get("domain"),
+        security_groups=read.names(own, "VSGs"),
+        allow_offline_drives=read.switch(own, "allowAllocationOnOfflineDrives"),
         encryption=encryption(own),
         pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
         recorded={metadata_key(key): parameters[key] for key in parameters if key in KNOWN_KEYS or key in _KEPT},
@@ -119,6 +128,11 @@ def _refuse_unknown(own: Mapping[str, str]) -> None:
             raise InvalidRequest(f"parameter {key} asks for a thin volume, which is not supported")
         if key == "isEncrypted":
             raise InvalidRequest("parameter isEncrypted is not known, wanted encryption: native")
+        if key == "isReadOnly":
+            raise InvalidRequest(
+                "parameter isReadOnly is not supported: nothing could ever be written to the new volume; "
+                "use an access mode for readers, or set it in the management when the volume has its content"
+            )
         if key not in KNOWN_KEYS:
             raise InvalidRequest(f"parameter {shown(key)} is not known, wanted some of {', '.join(sorted(KNOWN_KEYS))}")
 

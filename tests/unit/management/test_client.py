@@ -239,6 +239,31 @@ def test_extension_sends_the_new_total(server: ManagementDouble, client: Managem
     assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid, "capacity": 12.0}]
 
 
+def test_security_groups_and_offline_drives_are_sent_in_the_servers_words(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, done())
+    client.create_volume(replace(SPEC, security_groups=("secret",), allow_offline_drives=True), deadline=deadline)
+    sent = server.received[-1].body
+    assert isinstance(sent, list)
+    assert (sent[0]["VSGs"], sent[0]["allowAllocationOnOfflineDrives"]) == (["secret"], True)
+    client.create_volume(SPEC, deadline=deadline)
+    sent = server.received[-1].body
+    assert isinstance(sent, list)
+    assert not {"VSGs", "allowAllocationOnOfflineDrives"} & sent[0].keys()
+
+
+def test_an_extension_may_lie_where_the_volume_may(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/volumes/vol1", Says({**sample("volume"), "allowAllocationOnOfflineDrives": True}))
+    server.on("POST", EXTEND, done())
+    client.extend_volume(VOLUME, 12.0, deadline=deadline)
+    assert server.received[-1].body == [
+        {"_id": "vol1", "uuid": VOLUME.uuid, "capacity": 12.0, "allowAllocationOnOfflineDrives": True}
+    ]
+
+
 @pytest.mark.parametrize("capacity_gb", [10.0, 10.001, 10.00104, 9.0, 0.0, -1.0, float("nan")])
 def test_an_extension_below_one_granule_is_never_sent(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, capacity_gb: float

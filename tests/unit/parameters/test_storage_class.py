@@ -83,6 +83,10 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"tpvExtentSizeKB": "64"}, "thin"),
         ({"vpg": "gold", "color": "red"}, "color"),
         ({"isEncrypted": "true"}, "encryption: native"),
+        ({"isReadOnly": "true"}, "isReadOnly is not supported"),
+        ({"VSGs": "a,"}, "VSGs"),
+        ({"vpg": "gold", "VSGs": "a"}, "VSGs cannot be used"),
+        ({"allowAllocationOnOfflineDrives": "yes"}, "allowAllocationOnOfflineDrives"),
         ({"encryption": "yes"}, "encryption"),
         ({"encryption": ""}, "encryption"),
         ({"encryption/keySize": "512"}, "encryption/keySize cannot be used"),
@@ -128,6 +132,13 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
 def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         storage_class.parse(given_parameters)
+
+
+def test_who_may_attach_a_volume_and_where_its_space_may_lie_reach_the_storage() -> None:
+    read = storage_class.parse({"VSGs": "secret, inner", "allowAllocationOnOfflineDrives": "True"})
+    assert (read.security_groups, read.allow_offline_drives) == (("secret", "inner"), True)
+    assert storage_class.parse({"vpg": "gold", "allowAllocationOnOfflineDrives": "false"}).allow_offline_drives is False
+    assert storage_class.parse({}).allow_offline_drives is None
 
 
 def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did() -> None:
