@@ -324,7 +324,7 @@ class FakeDevices:
         if write and disk.as_device().uuid is None:
             raise IdentityNotProven(device.path, "nobody says so")
         if write and disk.read_only:
-            raise SystemCallFailed(f"open {device.path} for writing", errno.EROFS)
+            raise SystemCallFailed(f"write {device.path}", errno.EPERM)
         fd = next(self._fds)
         if exclusive:
             self._seize(disk, fd)
