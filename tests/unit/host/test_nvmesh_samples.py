@@ -140,3 +140,36 @@ def test_a_client_that_exits_shows_no_uuid() -> None:
     exiting = json.loads((SAMPLES / "client/status.json").read_text())
     del exiting["main"]
     assert nvmesh.parse_client_uuid(json.dumps(exiting)) is None
+
+
+STATUSES = {"Attaching": 0x1, "Attached": 0x2, "Detaching": 0x4, "DetUpging": 0xC, "Preempted": 0x10}
+CARRIES = {0x00: True, 0x93: True} | dict.fromkeys((0x82, 0x83, 0x84, 0x85, 0x86, 0x91, 0x92, 0xA1, 0xB1, 0xB2), False)
+"""What the low byte of `dbg` says of I/O: none is wrong, degraded, restarting in five steps, and the kinds of loss."""
+
+
+def printed(status: str, low: int, generation: str, *, told_late: bool) -> dict[str, object]:
+    """Print as the client does: all that it says of I/O, `io_enabled` some seconds behind where it is `told_late`."""
+    shown: dict[str, object] = {"name": "csi-1", "uuid": UUID, "type": "visible"}
+    if STATUSES[status] & STATUSES["Detaching"]:
+        return shown
+    state = (STATUSES[status] << 8) + low
+    shown |= {"attach_status": status, "dbg": hex(state) if generation == "A" else state}
+    if generation == "B":
+        shown["io_enabled"] = int(status == "Attached" and CARRIES[low] is not told_late)
+    return shown
+
+
+@pytest.mark.parametrize("told_late", [False, True])
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("status", STATUSES)
+def test_nothing_that_the_client_can_print_is_taken_for_the_opposite(
+    status: str, generation: str, told_late: bool
+) -> None:
+    for low, io in CARRIES.items():
+        text = json.dumps(printed(status, low, generation, told_late=told_late))
+        read, carries = nvmesh.parse_volume_status(text), status == "Attached" and io
+        assert read is not None
+        assert read.io_enabled in (carries, None), text
+        assert told_late or "dbg" not in text or read.io_enabled is carries, text
+        assert read.preempted is (status == "Preempted"), text
+        assert bool(read.refuses_writes) is (status == "Attached" and low == 0x93), text
