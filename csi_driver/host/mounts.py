@@ -98,6 +98,13 @@ class LinuxMounts:
         """Return where else the mount at `path` appears because the directory that it is on does. Reads the table."""
         return mount_table.twins(read_table(), _canonical(path))
 
+    def reaches_host(self, path: Path) -> bool:
+        """Tell whether a mount made at `path` is seen by the machine's first process, as far as can be told."""
+        with contextlib.suppress(OSError):  # without CAP_SYS_PTRACE nobody is told
+            if os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino:
+                return True
+        return self.propagation_is_shared(path)
+
     def propagation_is_shared(self, path: Path) -> bool:
         """Tell whether mounts made below `path` reach the other mount namespaces of the machine."""
         try:

@@ -105,6 +105,11 @@ def is_shared(path: Path) -> bool:
     return LinuxMounts().propagation_is_shared(path)
 
 
+def reaches_host(path: Path) -> bool:
+    """Tell whether a mount made at a path is seen by the machine's first process."""
+    return LinuxMounts().reaches_host(path)
+
+
 def is_there(number: DeviceNumber) -> bool:
     """Tell whether a block device is there; an anonymous number, as of btrfs, says nothing and counts as there."""
     return number.major == 0 or (SYSFS_BLOCK / str(number)).exists()

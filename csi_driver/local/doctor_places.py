@@ -44,9 +44,18 @@ def path_roots(patient: Patient) -> Iterator[Finding]:
 def propagation(patient: Patient) -> Iterator[Finding]:
     """Look whether mounts below the roots reach the other mount namespaces of the machine."""
     for root in patient.path_roots:
-        if root == _ANYWHERE or not root.is_dir():
+        if not root.is_dir():
             continue
-        if survey.is_shared(root):
+        if root == _ANYWHERE:
+            if not survey.reaches_host(root):
+                yield warning(
+                    Check.PROPAGATION,
+                    "mounts of this process do not reach other mount namespaces (mount propagation is private)",
+                    "the namespace of those who use the volumes, or a staging directory that is shared with it",
+                    "run it on the host, in a systemd unit without PrivateMounts, PrivateTmp and ProtectSystem;"
+                    " on the host: mount --make-rshared /",
+                )
+        elif survey.is_shared(root):
             yield fine(Check.PROPAGATION, f"mounts below {root} reach the host (shared)")
         else:
             yield fault(

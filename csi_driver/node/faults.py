@@ -66,7 +66,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
             "format", "add_key", "remove_key", "open", "resume", "resize", "close",
             reads="why_unusable header opens mapping below path_of device",
         ),
-        "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins"),
+        "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins reaches_host"),
         "filesystems": _methods(
             "wipe", "make", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage",

@@ -233,6 +233,10 @@ class Mounts(Protocol):
         """Return where else the mount at `path` appears, as the directory that it is on is shared under two paths."""
         ...
 
+    def reaches_host(self, path: Path) -> bool:
+        """Tell whether a mount made at `path` is seen by the machine's first process, as far as can be told."""
+        ...
+
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         """Mount the device; what was made is verified before it becomes visible.
 

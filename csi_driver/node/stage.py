@@ -66,6 +66,7 @@ class Stage:
         self._encrypted = encrypted
         self._joining = joining
         self._settings = settings
+        self._has_looked_at_propagation = False
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
         """Stage the volume; repeated, it changes nothing, and after a crash it goes on from there.
@@ -159,6 +160,7 @@ class Stage:
     ) -> None:
         device = self._ready_device(volume, context, read_only=plan.read_only, deadline=deadline)
         self._require_directory(path)
+        self._warn_once_of_hidden_mounts(path)
         by = Encryption.NONE
         with self._nothing_left(volume):
             if locks is not None:
@@ -175,6 +177,20 @@ class Stage:
                 return
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.
             self._accept(mounted, volume, path, plan, by)
+
+    def _warn_once_of_hidden_mounts(self, path: Path) -> None:
+        """Say at the first stage that pods will not see the volume, where this process's mounts stay its own."""
+        if self._has_looked_at_propagation:
+            return
+        self._has_looked_at_propagation = True
+        if not self._mounts.reaches_host(path):
+            logger.warning(
+                "mounts at %s do not reach other mount namespaces (mount propagation is private): where kubelet runs "
+                "in another one, its pods find an empty directory; share the directory (of a container: "
+                "mountPropagation Bidirectional), or run in the host's namespace (a systemd unit without "
+                "PrivateMounts, PrivateTmp, ProtectSystem and the like)",
+                path,
+            )
 
     def _mount(self, task: Task, prepared: Prepared, path: Path) -> None:
         options = task.plan.options_for(prepared.fs_type)

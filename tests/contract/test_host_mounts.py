@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,21 @@ def test_a_mount_whose_filesystem_was_shut_down_is_still_seen(machine: HostMachi
     assert seen.number == device.number
     machine.mounts.unmount(target)
     assert machine.mounts.at(target) is None
+
+
+@pytest.mark.parametrize(
+    ("propagation", "reaches_host"), [("private", "False"), ("slave", "False"), ("shared", "True")]
+)
+def test_mounts_of_another_namespace_reach_the_host_only_where_they_are_shared(
+    machine: HostMachine, propagation: str, reaches_host: str
+) -> None:
+    place = machine.place()
+    shell("mount", "--bind", str(place), str(place))
+    shell("mount", "--make-shared", str(place))
+    ask = "import sys; from pathlib import Path; from csi_driver.host.mounts import LinuxMounts;"
+    ask += "print(LinuxMounts().reaches_host(Path(sys.argv[1])))"
+    inside = ("unshare", "--mount", "--propagation", propagation, "--", sys.executable, "-c", ask, str(place))
+    assert shell(*inside).strip() == reaches_host
 
 
 def test_propagation_is_told_as_the_kernel_shows_it(machine: HostMachine) -> None:

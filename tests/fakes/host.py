@@ -154,6 +154,7 @@ class FakeHost:
         self.answers.set()
         self.present_problems: list[str] = []
         self.mapper_problem = ""
+        self.mounts_reach_host = True
         self.client: str | None = "1f0e8a52-0000-4000-8000-000000000001"
         self.client_is_expected = False
         self.client_problem = ""
@@ -461,6 +462,9 @@ class FakeMounts:
     def of_device(self, number: DeviceNumber) -> list[Mounted]:
         shown = [_shown(entry) for entry in self._host.table]
         return [mounted for mounted in shown if number in (mounted.number, mounted.node_number)]
+
+    def reaches_host(self, path: Path) -> bool:
+        return self._host.mounts_reach_host
 
     def twins(self, path: Path) -> Sequence[Path]:
         return ()

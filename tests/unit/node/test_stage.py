@@ -780,3 +780,19 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
         with pytest.raises(PreconditionFailed):
             node.unstage()
         assert node.host.mounts_at(STAGING) == 1
+
+
+@pytest.mark.parametrize("reaches_host", [True, False])
+def test_mounts_that_do_not_reach_the_host_are_told_once(
+    node: FakeNode, caplog: pytest.LogCaptureFixture, reaches_host: bool
+) -> None:
+    node.host.attach(NAME, UUID)
+    node.host.mounts_reach_host = reaches_host
+    for _ in range(2):
+        node.stage()
+        node.unstage()
+    told = [
+        record.getMessage() for record in caplog.records if "do not reach other mount namespaces" in record.getMessage()
+    ]
+    assert len(told) == (0 if reaches_host else 1)
+    assert all(str(STAGING) in each for each in told)
