@@ -249,7 +249,7 @@ class Volumes:
         if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
             raise Refusal(168412, "The volume's VPG sets its classes, limits and checks", keys)
         for _, number, message in absent_classes(item):
-            raise Refusal(1677, "Failed to update volume", keys, detail(number, message))
+            raise Refusal(1722, "Failed to update volume", keys, detail(number, message))
         changes = {key: value for key, value in item.items() if key not in ("_id", "uuid", "enableCrcCheck")}
         layout = volume.layout
         if "enableCrcCheck" in item and "enableCrcCheck" in PARAMETERS[layout.level]:

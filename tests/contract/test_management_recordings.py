@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.management.documents import decode_client, decode_volume
-from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, meaning_of, refusal_in
-from csi_driver.storage_model import DeviceStatus
+from csi_driver.controller.takeover import was_preempted
+from csi_driver.errors import PreconditionFailed, StorageUnavailable
+from csi_driver.management.documents import decode_client, decode_volume, decode_vpg
+from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, failure_of, meaning_of, refusal_in
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 OPERATIONS = {
@@ -25,19 +27,19 @@ Exchange = tuple[str, str, object]
 """Method, path without its query, body of the answer."""
 
 
-def exchanges() -> Iterator[Exchange]:
-    for file in sorted(RECORDINGS.glob("*.jsonl")):
+def exchanges(name: str = "**/*") -> Iterator[Exchange]:
+    for file in sorted(RECORDINGS.glob(f"{name}.jsonl")):
         for line in file.read_text().splitlines():
             recorded = json.loads(line)
             path = recorded["request"]["path"].partition("?")[0]
             yield recorded["request"]["method"], path, recorded["response"]["body"]
 
 
-def found(path_start: str) -> list[dict[str, object]]:
+def found(path_start: str, name: str = "**/*") -> list[dict[str, object]]:
     """Return the documents that were answered to a GET of one object."""
     return [
         body
-        for method, path, body in exchanges()
+        for method, path, body in exchanges(name)
         if method == "GET"
         and path.startswith(path_start)
         and path.count("/") == 2
@@ -73,6 +75,10 @@ def test_there_are_recordings() -> None:
 
 def test_every_recorded_volume_is_understood() -> None:
     for row in found("/volumes/"):
+        if "uuid" not in row:  # made in a group for metadata
+            with pytest.raises(StorageUnavailable):
+                decode_volume(row)
+            continue
         volume = decode_volume(row)
         assert (volume.name, volume.uuid) == (row["_id"], row["uuid"])
 
@@ -89,3 +95,71 @@ def test_every_recorded_refusal_has_a_meaning(operation: Operation, row: dict[st
     refusal = refusal_in(row)
     assert refusal is not None
     assert meaning_of(operation, refusal)[0] is not Meaning.TROUBLE
+
+
+# --- what the driver's own requests were answered ---------------------------------------------------------------------
+
+
+def test_a_group_for_metadata_is_told_apart_from_the_others() -> None:
+    rows = [row for row in found("/volumeProvisioningGroups/") if "_id" in row]
+    groups = {group.name: group for group in map(decode_vpg, rows)}
+    assert [name for name, group in groups.items() if group.is_for_metadata] == ["DEFAULT_METADATA_RAID_1_VPG"]
+    assert len(groups) > 4
+
+
+def test_only_snapshots_are_taken_for_snapshots() -> None:
+    volumes = [decode_volume(row) for row in found("/volumes/", "driver/snapshots")]
+    assert {volume.name for volume in volumes if volume.is_snapshot} == {"sn280669"}
+    assert {volume.name for volume in volumes if not volume.is_snapshot} == {"ro80669", "sn280669_MD", "src80669"}
+
+
+def test_a_snapshot_cannot_be_attached_and_the_answer_is_no_passing_one() -> None:
+    refused = [
+        failure_of(Operation.ATTACH, refusal)
+        for _, path, body in exchanges("driver/snapshots")
+        if path == "/clients/attach" and isinstance(body, list)
+        for row in body
+        if (refusal := refusal_in(row)) is not None and 1607 in refusal.ids
+    ]
+    assert refused
+    assert all(isinstance(failure, PreconditionFailed) for failure in refused)
+
+
+def test_the_server_shows_no_report_of_a_busy_device() -> None:
+    """So a busy one shows as attached, and as being detached: what the driver's answers are made for."""
+    clients = [decode_client(row) for row in found("/clients/", "driver/attach-busy-force-denied")]
+    stood = [
+        (wish.is_detaching, client.devices[uuid].status)
+        for client in clients
+        for uuid, wish in client.wishes.items()
+        if uuid in client.devices
+    ]
+    assert stood.count((True, DeviceStatus.ATTACHED)) > 3
+    shown = {report.status for row in found("/clients/") for report in decode_client(row).devices.values()}
+    assert shown <= {
+        DeviceStatus.DETACHED, DeviceStatus.ATTACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN,
+        DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME,
+    }  # fmt: skip
+
+
+def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_and_not_before() -> None:
+    """node-4 had two volumes, died, and was told to give them up; each was taken over, and then given up there."""
+    volumes: dict[str, Volume] = {}
+    dead: Client | None = None
+    proven: dict[str, list[tuple[int, bool]]] = {}
+    for _, path, row in exchanges("driver/takeover"):
+        if isinstance(row, dict) and path == "/clients/node-4" and "client_status" in row:
+            client = decode_client(row)
+            dead = client if client.status is ClientStatus.DOWN else dead
+        elif isinstance(row, dict) and path.startswith("/volumes/csi-") and "blocks" in row:
+            volume = decode_volume(row)
+            volumes[volume.name] = volume
+        # It came back later; the volumes are judged by its document of the time when it was down.
+        if dead is None:
+            continue
+        for name, volume in volumes.items():
+            judged = (volume.reservation.version, was_preempted(volume, dead))
+            if judged not in proven.setdefault(name, []):
+                proven[name].append(judged)
+    assert proven["csi-94e8ac28-9b80-a66b"] == [(2, False), (3, False), (4, True)]
+    assert proven["csi-ba8fad40-b240-a429"] == [(3, False), (4, True)]
