@@ -42,6 +42,7 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import History, PublishContext, held_reference, reference_id
 from csi_driver.model import BlockAccess, VolumeHandle
+from csi_driver.parameters.storage_class import check_use
 from csi_driver.storage_model import Client, ClientStatus, ReservationMode
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class Attach:
                 "create a volume from it in the management and publish that one"
             )
         handing.check(located.volume, request.context)
+        by = handing.encryption_of(located.volume, located.creation, request.context)
+        check_use(request.capability, request.context, by=by, read_only=request.read_only)
         if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from csi_driver.controller import access
-from csi_driver.controller.locate import described, issued_handle, require
+from csi_driver.controller.handing import encryption_of
+from csi_driver.controller.locate import Located, described, issued_handle, require
 from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation
@@ -21,7 +22,8 @@ from csi_driver.errors import DriverError, InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
 from csi_driver.parameters import mutable
-from csi_driver.parameters.storage_class import VolumeParameters, is_compared, parse
+from csi_driver.parameters.storage_class import VolumeParameters, check_use, is_compared, parse
+from csi_driver.parameters.values import Problems
 from csi_driver.storage_model import Client, Volume
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -88,6 +90,7 @@ class Inventory:
         read = parse(parameters)
         try:
             access.check_all(capabilities)
+            parse(parameters, capabilities)
         except InvalidRequest:
             return Capacity(0)
         zone = segments.get(self._settings.topology_key) if segments else None
@@ -120,7 +123,7 @@ class Inventory:
         for key, value in sorted(read.recorded.items()):
             if is_compared(key) and creation.parameters.get(key, value) != value:
                 return f"parameter {key} is {shown(creation.parameters[key])}, not {shown(value)}"
-        return None
+        return _why_no_node_stages(located, request.capabilities, {**issued, **read.context, **request.context})
 
     def ready(self, *, deadline: Deadline) -> bool:
         """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing."""
@@ -291,6 +294,18 @@ def _volumes_from(management: Management, start: Position | None, page: int, *, 
         if not page or len(chunk) <= page:
             return
         after = chunk[-1].name
+
+
+def _why_no_node_stages(located: Located, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
+    problems = Problems()
+    by = encryption_of(located.volume, located.creation, context)
+    for capability in capabilities:
+        problems.of(partial(check_use, capability, context, by=by))
+    try:
+        problems.raise_any()
+    except InvalidRequest as problem:
+        return str(problem)
+    return None
 
 
 def _holders(clients: Sequence[Client]) -> _Holders:

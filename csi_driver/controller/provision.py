@@ -369,8 +369,8 @@ def _missing(wanted: _Wanted, volume: Volume) -> capacity.Extension | None:
 
 
 def _understood(request: CreateRequest) -> _Wanted:
-    read = storage_class.parse(mutable.merged(request.parameters, request.mutable_parameters))
     access.check_all(request.capabilities)
+    read = storage_class.parse(mutable.merged(request.parameters, request.mutable_parameters), request.capabilities)
     read.encryption.check_access(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(

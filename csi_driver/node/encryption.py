@@ -23,7 +23,7 @@ from csi_driver.node.limits import HeavyWork
 from csi_driver.node.marks import LUKS, Mark, Marks
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
-from csi_driver.parameters.luks import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
+from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
 from csi_driver.parameters.mount_options import FilesystemRequest
 
 logger = logging.getLogger(__name__)

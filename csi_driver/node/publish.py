@@ -18,7 +18,7 @@ from csi_driver.node.prepare import Task
 from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
-from csi_driver.parameters.luks import encrypted_by
+from csi_driver.parameters.encryption import encrypted_by
 from csi_driver.parameters.mount_options import mount_flags
 
 TARGET_PATH = "target_path"

@@ -25,7 +25,13 @@ from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes
 from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
-from csi_driver.parameters.luks import HEADER_BYTES, EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
+from csi_driver.parameters.encryption import (
+    LUKS_HEADER_BYTES,
+    EncryptionPlan,
+    encrypted_by,
+    passphrase_in,
+    plan_encryption,
+)
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
 
@@ -311,7 +317,7 @@ class Stage:
 def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsRequest:
     if context is None:
         return MkfsRequest(request.volume_context)
-    if context.encryption is not Encryption.NONE and context.stripe_bytes and HEADER_BYTES % context.stripe_bytes:
+    if context.encryption is not Encryption.NONE and context.stripe_bytes and LUKS_HEADER_BYTES % context.stripe_bytes:
         # Behind the header the filesystem begins in the middle of a stripe.
         return MkfsRequest(request.volume_context, size_bytes=context.size_bytes)
     return MkfsRequest(request.volume_context, context.stripe_unit_bytes, context.stripe_bytes, context.size_bytes)

@@ -1,37 +1,43 @@
-"""Who encrypts a new volume, and how: the `encryption` and `dmcrypt` keys of a StorageClass, and the key's Secret.
+"""The `encryption` and `dmcrypt` keys of a StorageClass, and the passphrase in its Secret.
 
 Two drivers of this name used one word, `encryption: dmcrypt`, for two things: 1.4 made a LUKS header on the node, and
 its StorageClasses say `dmcrypt/type` and `dmcrypt/cipher` beside it; 1.9 asks the storage to encrypt by itself. The
 keys beside the word tell the two apart; `native` and `luks` say it without them.
 
-Nothing of a Secret's value is ever kept, logged or put into an error.
+No value of a Secret is kept in a message.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from csi_driver.errors import InvalidField, InvalidRequest, MissingField
-from csi_driver.handover import Encryption
+from csi_driver.errors import InvalidRequest, MissingField, PreconditionFailed
+from csi_driver.handover import Encryption, PublishContext
+from csi_driver.machine import LuksSettings
 from csi_driver.model import MIB, AccessMode, Capability
 from csi_driver.parameters import values as read
+from csi_driver.parameters.values import InvalidParameter
 from csi_driver.storage_model import Vpg
 
-SECRET_KEYS = ("passphrase", "dmcryptKey")
+ENCRYPTION, TYPE, OLD_CIPHER = "encryption", "dmcrypt/type", "dmcrypt/cipher"
+CIPHER, KEY_SIZE, DISCARDS = "encryption/cipher", "encryption/keySize", "encryption/allowDiscards"
+PBKDF, MEMORY, ITERATIONS = "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"
+_HEADER_SIZE, _SLOT, _SLOTS = "encryption/headerSize", "encryption/slot", "encryption/numberOfSlots"
+PASSPHRASE_KEYS = ("passphrase", "dmcryptKey")
 """Keys of the Secret that may hold the passphrase: the 1.9 driver's and the 1.4 driver's."""
+PREVIOUS_KEY = "previousPassphrase"
 LUKS_HEADER_BYTES = 16 * MIB
-"""What a LUKS2 header takes of a volume, made by the node with cryptsetup's own default or by the storage with its."""
+"""Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
 
 _DOTTED = "encryption."
-_OLD_KEYS = {"dmcrypt/type", "dmcrypt/cipher"}
-_NATIVE_KEYS = {"encryption/headerSize", "encryption/slot", "encryption/numberOfSlots"}
-_LUKS_KEYS = {"encryption/cipher", "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"}
-_BOTH_KEYS = {"encryption/keySize", "encryption/allowDiscards"}
-ENCRYPTION_KEYS = {"encryption"} | _OLD_KEYS | _NATIVE_KEYS | _LUKS_KEYS | _BOTH_KEYS
-NODE_KEYS = tuple(sorted({"encryption", "encryption/keySize", "encryption/allowDiscards"} | _OLD_KEYS | _LUKS_KEYS))
-"""What the node must know to make or open a LUKS header."""
+_OLD_KEYS = {TYPE, OLD_CIPHER}
+_NATIVE_KEYS = {_HEADER_SIZE, _SLOT, _SLOTS}
+_LUKS_KEYS = {CIPHER, PBKDF, MEMORY, ITERATIONS}
+NODE_KEYS = tuple(sorted({ENCRYPTION, KEY_SIZE, DISCARDS} | _OLD_KEYS | _LUKS_KEYS))
+"""Keys that the node needs to make or open a LUKS header."""
+ENCRYPTION_KEYS = {*NODE_KEYS, *_NATIVE_KEYS}
 
 _WORDS: Mapping[str, Encryption] = {
     "native": Encryption.NATIVE,
@@ -41,18 +47,23 @@ _WORDS: Mapping[str, Encryption] = {
 _CIPHER = re.compile(r"[a-z0-9][a-z0-9:()_,-]{0,63}")
 _TYPES = {name: name for name in ("luks", "luks1", "luks2")}
 _PBKDFS = {name: name for name in ("argon2id", "argon2i", "pbkdf2")}
+_DEFAULT_MEMORY_KIB = 64 * 1024
+"""RFC 9106, section 4, the recommendation for memory-constrained places: every start of a pod costs as much."""
 _SHORTEST, _LONGEST = 8, 4096
-_SLOTS = 32
+_MOST_SLOTS = 32
 _LINE_BREAK = re.compile("[\n\r\u2028\u2029]")
+
+
+# --- who encrypts -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionRequest:
-    """Who is to encrypt a volume. `slot` and `key_size_bits` are what the storage is told when it does."""
+    """Who is to encrypt a volume. `slot` and `key_size_bits` go to the storage when it encrypts."""
 
     by: Encryption = Encryption.NONE
     header_bytes: int = 0
-    """What of the volume its user does not get."""
+    """Bytes of the volume that its user does not get."""
     slot: int = 1
     key_size_bits: int = 512
 
@@ -64,96 +75,225 @@ class EncryptionRequest:
         """Refuse encryption by the nodes where several of them write: nothing keeps two from making the header."""
         if self.by is Encryption.LUKS and any(c.mode is AccessMode.MULTI_NODE_MULTI_WRITER for c in capabilities):
             raise InvalidRequest(
-                f"encryption by the nodes does not go with access mode {AccessMode.MULTI_NODE_MULTI_WRITER}, "
-                "wanted encryption by the storage (encryption: native) or one writing node"
+                f"access mode {AccessMode.MULTI_NODE_MULTI_WRITER} cannot be used with encryption by the nodes; "
+                "use encryption: native, or an access mode with one writing node"
             )
 
     def in_group(self, group: Vpg) -> EncryptionRequest:
-        """Return what comes of the wish in a provisioning group, which may encrypt whatever is made in it."""
+        """Return the request as a provisioning group changes it: some groups encrypt every volume."""
         if not group.is_encrypted:
             return self
         if self.by is Encryption.LUKS:
             raise InvalidRequest(
-                f"volume provisioning group {group.name} makes volumes that the storage encrypts, "
-                "wanted no encryption on the node beside it"
+                f"volume provisioning group {group.name} makes volumes that the storage encrypts; "
+                "remove encryption: luks, or use another group"
             )
         return replace(self, by=Encryption.NATIVE, header_bytes=group.header_bytes)
 
 
 def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Return the parameters with `encryption.slot` and its like spelled `encryption/slot`."""
+    """Return the parameters with `encryption.slot` and similar keys spelled `encryption/slot`."""
     result: dict[str, str] = {}
     for key, value in parameters.items():
         plain = f"encryption/{key.removeprefix(_DOTTED)}" if key.startswith(_DOTTED) else key
         if plain in result and result[plain] != value:
-            raise InvalidRequest(f"parameter {plain} is given twice, with a dot and with a slash, wanted it once")
+            raise InvalidRequest(f"parameter {plain} is given twice, with a dot and with a slash; keep one of them")
         result[plain] = value
     return result
 
 
 def encryption(own: Mapping[str, str]) -> EncryptionRequest:
-    """Read who encrypts; a key that does not go with it is refused by name."""
-    by = read.chosen(own, "encryption", _WORDS)
-    if by is None:
+    """Read who encrypts, and check every key of encryption as the node will check it."""
+    by = encrypting(own)
+    if by is Encryption.NONE:
         read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption beside it, native or luks")
         return EncryptionRequest()
-    if own["encryption"].strip().lower() == "dmcrypt" and _OLD_KEYS & own.keys():
-        by = Encryption.LUKS
+    problems = read.Problems()
+    problems.of(lambda: node_settings(by, own))
     if by is Encryption.LUKS:
-        _check_luks(own)
-        return EncryptionRequest(Encryption.LUKS, LUKS_HEADER_BYTES)
-    return _native(own)
+        reason = "it is for encryption by the storage; use encryption: native with it"
+        problems.of(lambda: read.refuse_keys(own, _NATIVE_KEYS, reason))
+        request = EncryptionRequest(Encryption.LUKS, LUKS_HEADER_BYTES)
+    else:
+        request = problems.of(lambda: _native(own)) or EncryptionRequest()
+    problems.raise_any()
+    return request
+
+
+def encrypting(own: Mapping[str, str]) -> Encryption:
+    """Return who encrypts, by the word under `encryption` and the 1.4 driver's keys beside it."""
+    by = read.chosen(own, ENCRYPTION, _WORDS)
+    if by is None:
+        return Encryption.NONE
+    is_old = own[ENCRYPTION].strip().lower() == "dmcrypt" and _OLD_KEYS & own.keys()
+    return Encryption.LUKS if is_old else by
 
 
 def _native(own: Mapping[str, str]) -> EncryptionRequest:
-    read.refuse_keys(own, _OLD_KEYS | _LUKS_KEYS, "the storage encrypts by itself (wanted encryption: luks for it)")
-    read.switch(own, "encryption/allowDiscards")
-    header = read.number(own, "encryption/headerSize", 1, 100)
+    read.refuse_keys(own, _OLD_KEYS | _LUKS_KEYS, "the storage makes the header; use encryption: luks with it")
+    header = read.number(own, _HEADER_SIZE, 1, 100)
     if "vpg" in own and header not in (None, LUKS_HEADER_BYTES // MIB):
-        raise InvalidField("parameters.encryption/headerSize", header, "16 where a provisioning group makes the volume")
+        raise InvalidParameter(_HEADER_SIZE, header, "16, as a volume provisioning group makes the volume")
     # The management has no field for the number of slots: a header has 32. It only bounds the slot that is used.
-    slots = read.number(own, "encryption/numberOfSlots", 1, _SLOTS) or _SLOTS
-    key_size = read.chosen(own, "encryption/keySize", {"256": 256, "512": 512})
+    slots = read.number(own, _SLOTS, 1, _MOST_SLOTS) or _MOST_SLOTS
+    key_size = read.chosen(own, KEY_SIZE, {"256": 256, "512": 512})
     return EncryptionRequest(
         Encryption.NATIVE,
         LUKS_HEADER_BYTES if header is None else header * MIB,
-        slot=read.number(own, "encryption/slot", 1, slots) or 1,
+        slot=read.number(own, _SLOT, 1, slots) or 1,
         key_size_bits=key_size or 512,
     )
 
 
-def _check_luks(own: Mapping[str, str]) -> None:
-    """Check shapes; what goes together, and what cryptsetup knows, the node finds out."""
-    read.refuse_keys(own, _NATIVE_KEYS, "it is for encryption by the storage (wanted encryption: native for it)")
-    read.chosen(own, "dmcrypt/type", _TYPES)
-    for key in ("dmcrypt/cipher", "encryption/cipher"):
-        read.text(own, key, _CIPHER, "a cipher, such as aes-xts-plain64")
-    read.number(own, "encryption/keySize", 128, 1024)
-    pbkdf = read.chosen(own, "encryption/pbkdf", _PBKDFS)
-    memory = read.number(own, "encryption/pbkdfMemory", 32, 4 << 20)
+def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, str]) -> Encryption:
+    """Tell the node who encrypts a volume: the controller's answer, else the word in the volume context.
+
+    Raises `PreconditionFailed` for a kind of encryption that this node does not know.
+    """
+    if context is None:
+        return encrypting(_set(volume_context))
+    if context.encryption is Encryption.UNKNOWN:
+        raise PreconditionFailed(
+            f"volume {context.name} has a kind of encryption that this node plugin does not know: "
+            "it is older than the controller; update the node plugin"
+        )
+    return context.encryption
+
+
+# --- the header that a node makes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionPlan:
+    """How a node opens a volume, and who encrypts it: NATIVE or LUKS.
+
+    `spelled`: other readings of the passphrase that the header may have been made with (see `spellings`).
+    `previous`: passphrases that the present one replaces.
+    """
+
+    by: Encryption
+    passphrase: str = field(repr=False)
+    spelled: tuple[str, ...] = field(default=(), repr=False)
+    previous: tuple[str, ...] = field(default=(), repr=False)
+    settings: LuksSettings = field(default_factory=LuksSettings)
+    allow_discards: bool = False
+
+    @property
+    def passphrases(self) -> tuple[str, ...]:
+        """Passphrases that may open the volume, best first."""
+        return (self.passphrase, *self.spelled, *self.previous)
+
+    def require_good_passphrase(self) -> None:
+        """Refuse to make a header with a passphrase that the storage would refuse."""
+        _check_length("the passphrase in the secret", self.passphrase)
+
+
+def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str, str]) -> EncryptionPlan | None:
+    """Check every key of encryption in a volume context; None where nobody encrypts the volume.
+
+    Raises `InvalidParameter` naming the key, `MissingField` naming the key of the Secret.
+    """
+    if by is Encryption.NONE:
+        return None
+    settings, discards = node_settings(by, own)
+    passphrase = passphrase_in(secrets)
+    if passphrase is None:
+        raise MissingField(f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}), which opens the volume,")
+    first, *others = spellings(passphrase)
+    previous = secrets.get(PREVIOUS_KEY, "")
+    replaced = spellings(previous) if previous not in ("", passphrase) else ()
+    return EncryptionPlan(by, first, tuple(others), replaced, settings, discards)
+
+
+def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSettings, bool]:
+    """Read from a volume context how a node makes a header, where it does, and whether it lets discards through."""
+    own = _set(context)
+    problems = read.Problems()
+    discards = problems.of(lambda: read.switch(own, DISCARDS)) or False
+    settings = problems.of(lambda: _luks_settings(own)) if by is Encryption.LUKS else None
+    problems.raise_any()
+    return settings or LuksSettings(), discards
+
+
+def _luks_settings(own: Mapping[str, str]) -> LuksSettings:
+    """Read how a node makes a LUKS header; cryptsetup itself judges ciphers."""
+    read.chosen(own, TYPE, _TYPES)
+    pbkdf = read.chosen(own, PBKDF, _PBKDFS) or ""
+    memory = read.number(own, MEMORY, 32, 4 << 20)
     if pbkdf == "pbkdf2" and memory is not None:
-        raise InvalidField("parameters.encryption/pbkdfMemory", memory, "no memory limit with pbkdf2, which takes none")
-    read.number(own, "encryption/pbkdfIterations", 4, 100_000_000)
-    read.switch(own, "encryption/allowDiscards")
+        raise InvalidParameter(MEMORY, memory, "no value: pbkdf2 has no memory limit")
+    cipher = _cipher(own)
+    return LuksSettings(
+        cipher=cipher,
+        key_bits=_key_bits(own, cipher),
+        pbkdf=pbkdf,
+        pbkdf_memory_kib=memory or (0 if pbkdf == "pbkdf2" else _DEFAULT_MEMORY_KIB),
+        pbkdf_iterations=read.number(own, ITERATIONS, 4, 100_000_000) or 0,
+    )
+
+
+def _cipher(own: Mapping[str, str]) -> str:
+    given = [
+        value
+        for key in (CIPHER, OLD_CIPHER)
+        if (value := read.text(own, key, _CIPHER, "a cipher as cryptsetup spells it, such as aes-xts-plain64"))
+    ]
+    if len(set(given)) > 1:
+        raise InvalidParameter(OLD_CIPHER, own[OLD_CIPHER], f"the value of {CIPHER}, or only one of the two keys")
+    return given[0] if given else ""
+
+
+def _key_bits(own: Mapping[str, str], cipher: str) -> int:
+    bits = read.number(own, KEY_SIZE, 128, 1024) or 0
+    is_xts = not cipher or "-xts-" in cipher
+    if bits and (bits % 64 or (is_xts and bits not in (256, 512))):
+        expected = "256 or 512 (bits: xts has two keys of half the size)" if is_xts else "a multiple of 64 (bits)"
+        raise InvalidParameter(KEY_SIZE, own[KEY_SIZE], expected)
+    return bits
+
+
+def _set(context: Mapping[str, str]) -> dict[str, str]:
+    """Return what a volume context sets; a blank value in a static PersistentVolume sets nothing."""
+    return {key: value.strip() for key, value in context.items() if value.strip()}
+
+
+# --- passphrases --------------------------------------------------------------------------------------------------
 
 
 def passphrase_in(secrets: Mapping[str, str]) -> str | None:
-    """Return the passphrase that a Secret holds, under whichever of its names; None where it holds none."""
-    found = {secrets[key] for key in SECRET_KEYS if secrets.get(key)}
+    """Return the passphrase that a Secret holds, under any of its names; None where it holds none."""
+    found = {secrets[key] for key in PASSPHRASE_KEYS if secrets.get(key)}
     if len(found) > 1:
-        raise InvalidRequest(f"secrets.{' and secrets.'.join(SECRET_KEYS)} differ, wanted one of them")
+        raise InvalidRequest(f"secrets.{' and secrets.'.join(PASSPHRASE_KEYS)} differ; keep one of them")
     return next(iter(found), None)
 
 
 def required_passphrase(secrets: Mapping[str, str]) -> str:
-    """Return a passphrase that the storage will take; `InvalidRequest` names the key, never the value."""
+    """Return a passphrase that the storage takes; `InvalidRequest` names the key, never the value."""
     passphrase = passphrase_in(secrets)
-    field = next((f"secrets.{key}" for key in SECRET_KEYS if secrets.get(key)), f"secrets.{SECRET_KEYS[0]}")
+    name = next((f"secrets.{key}" for key in PASSPHRASE_KEYS if secrets.get(key)), f"secrets.{PASSPHRASE_KEYS[0]}")
     if passphrase is None:
-        raise MissingField(f"{field} (or {SECRET_KEYS[1]}), which encrypts the volume,")
-    if not _SHORTEST <= len(passphrase) <= _LONGEST:
-        raise InvalidRequest(f"{field} has {len(passphrase)} characters, wanted {_SHORTEST} to {_LONGEST}")
+        raise MissingField(f"{name} (or {PASSPHRASE_KEYS[1]}), which encrypts the volume,")
+    _check_length(name, passphrase)
     if _LINE_BREAK.search(passphrase):
         # The management's pattern has a dot, which fits no line break.
-        raise InvalidRequest(f"{field} holds a line break, perhaps at its end, wanted none")
+        raise InvalidRequest(f"{name} holds a line break, which the storage does not take: look at its end")
     return passphrase
+
+
+def _check_length(name: str, passphrase: str) -> None:
+    if not _SHORTEST <= len(passphrase) <= _LONGEST:
+        raise InvalidRequest(f"{name}: expected {_SHORTEST} to {_LONGEST} characters, got {len(passphrase)}")
+
+
+def spellings(text: str) -> tuple[str, ...]:
+    """Return the passphrases that a Secret's value may mean, best first.
+
+    The 1.4 driver let cryptsetup read the value as if typed, up to the first line feed (cryptsetup(8), "Notes on
+    passphrase processing"); headers made through the management use every byte. A line feed at the very end is
+    never part of the passphrase.
+    """
+    line, feed, rest = text.partition("\n")
+    if not feed or not line:
+        return (text,)
+    return (text, line) if rest else (line, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.errors import InvalidField
 from csi_driver.parameters import values as read
 from csi_driver.storage_model import Layout, RaidLevel
 
@@ -44,12 +43,12 @@ def layout(own: Mapping[str, str]) -> Layout:
     word = own.get("raidLevel", "concatenated")
     level = RAID_LEVELS.get(word.strip().lower())
     if level is None:
-        raise InvalidField("parameters.raidLevel", word, f"one of {', '.join(sorted(RAID_LEVELS))}")
-    read.refuse_keys(own, LAYOUT_KEYS - _TAKEN[level], f"raidLevel {word} does not take it")
+        raise read.InvalidParameter("raidLevel", word, f"one of {', '.join(sorted(RAID_LEVELS))}")
+    read.refuse_keys(own, LAYOUT_KEYS - _TAKEN[level], f"raidLevel {word} has no such property")
     narrow, wide = (1, 1) if level is RaidLevel.ERASURE_CODED else (2, 300)
     protection = own.get("protectionLevel")
     if protection is not None and protection not in _PROTECTION_LEVELS:
-        raise InvalidField("parameters.protectionLevel", protection, f"one of {', '.join(_PROTECTION_LEVELS)}")
+        raise read.InvalidParameter("protectionLevel", protection, f"one of {', '.join(_PROTECTION_LEVELS)}")
     return Layout(
         raid_level=level,
         stripe_width=read.number(own, "stripeWidth", narrow, wide),

@@ -1,29 +1,35 @@
-"""Mount options as callers write them: what is taken, what is refused, what follows from the access.
+"""Mount options: the options that a user may set, those that are refused, and those that follow from the access. Pure.
 
-The one list of options that are refused is here. What passes it and is unknown to the filesystem is refused by the
-kernel when it mounts. Values may be sensitive (CSI marks mount_flags so): messages show an option's name alone.
+An option that passes here and that the filesystem does not know is refused by the kernel when it mounts. Values may be
+sensitive (CSI marks mount_flags so): messages show the name alone, but for values on the driver's own list.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from csi_driver.errors import InvalidField
+from csi_driver.errors import InvalidField, InvalidRequest
 from csi_driver.machine import Mounted
 from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, MountAccess
-from csi_driver.parameters.mkfs import MkfsArguments, MkfsRequest
+from csi_driver.parameters.mkfs import MkfsArguments, MkfsRequest, check_fs_type
+from csi_driver.parameters.values import Problems
 
-MOUNT_FLAGS = "volume_capability.mount.mount_flags"
 FS_TYPE = "fsType"
+"""Key of the volume context that names the filesystem where the capability names none."""
+MOUNT_GROUP = "volume_capability.mount.volume_mount_group"
 
 _SHAPE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*(?:=[A-Za-z0-9_.:+-]+)?")
 _SELINUX = re.compile(r'(context|fscontext|defcontext|rootcontext)=("?)([A-Za-z0-9_.:,-]+)\2')
 _ROOT_MODE = re.compile(r"nvmesh:(?:chmod|permissions)=([0-7]{3,4})")
+_ROOT_MODE_NAMES = ("nvmesh:chmod", "nvmesh:permissions")
 
-_MEANINGLESS = frozenset({"defaults", "_netdev", "nofail", "rw"})
-"""Taken and dropped: mount(8) keeps them for itself (fstab), the kernel does not know them."""
+DROPPED = frozenset(
+    {"defaults", "_netdev", "nofail", "rw", "silent", "loud", "iversion", "noiversion", "norelatime", "nostrictatime"}
+)
+"""Accepted and not passed on. mount(8) keeps the first three for itself (fstab(5)); `rw` is the default; `silent` and
+`loud` are about messages of the kernel; the others select what these filesystems do anyway (mount(8))."""
 
 REFUSED = {
     "another operation than mounting the volume": (
@@ -38,7 +44,7 @@ REFUSED = {
     ),
 }
 _REFUSED_BY_NAME = {name: reason for reason, names in REFUSED.items() for name in names.split()}
-_REFUSED_WHOLE = {"errors=panic": "harmful to the machine or to data"}
+_REFUSED_WHOLE = {"errors=panic": "harmful to the machine or to data; errors=remount-ro may be used"}
 NO_REPLAY = frozenset({"noload", "norecovery", "nologreplay", "rescue"})
 """Leave the journal unread: right for a reader, destructive for a writer."""
 
@@ -51,6 +57,13 @@ _WHEN_READ_ONLY = {
     # Replays nothing even where the device itself could be written (btrfs(5), rescue).
     "btrfs": ("rescue=nologreplay",),
 }
+
+
+class InvalidMountOption(InvalidRequest):
+    """A mount option cannot be used. `option` is its name, or an option of the driver's own list."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"mount_flags: option {option!a} cannot be used: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ class FilesystemRequest:
 
 @dataclass(frozen=True, slots=True)
 class MountPlan:
-    """What a request for mount access comes to. `root_mode`: mode of the root directory, None = leave it."""
+    """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's."""
 
     wish: FilesystemRequest
     flags: tuple[str, ...]
@@ -93,35 +106,56 @@ def plan_mount(
     supported: Sequence[str],
     fs_type_of_class: str = "",
 ) -> MountPlan:
-    """Check everything a caller may ask of a filesystem, before any device is touched. Raises `InvalidField`.
+    """Check everything that a caller may ask of a filesystem, before any device is touched. Raises `InvalidRequest`.
 
-    `read_only`: it is so whatever the mode and the flags say. `fs_type_of_class` is the StorageClass's own, which
-    counts where the capability names none (the parameter `fsType` of older drivers).
+    `read_only`: the attachment is read-only, whatever the mode and the flags say. `fs_type_of_class`: the parameter
+    `fsType`, which counts where the capability names no filesystem.
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
         raise InvalidField(
             "volume_capability.access_mode", mode.value, "a mode that writes on one node: filesystems are not shared"
         )
     fs_type = access.fs_type or fs_type_of_class
-    if fs_type and fs_type not in supported:
-        raise InvalidField("volume_capability.mount.fs_type", fs_type, f"one of {', '.join(supported)}")
-    flags, root_mode = mount_flags(access.mount_flags)
-    readers = read_only or mode.is_read_only or "ro" in flags
-    if readers and "rw" in access.mount_flags:
-        raise InvalidField(MOUNT_FLAGS, "rw", "no such option with read-only access")
+    named_by = "volume_capability.mount.fs_type" if access.fs_type else f"parameter {FS_TYPE}"
+    check_fs_type(named_by, fs_type, supported)
+    problems = Problems()
+    problems.of(lambda: check_mount_group(access))
+    flags, root_mode = problems.of(lambda: mount_flags(access.mount_flags)) or ((), None)
+    request = FilesystemRequest(fs_type, read_only or mode.is_read_only or "ro" in flags)
     kept = tuple(flag for flag in flags if flag != "ro")
-    if not readers:
+    for problem in _contradictions(access.mount_flags, kept, read_only=request.read_only):
+        problems.add(problem)
+    arguments = problems.of(lambda: mkfs.arguments(request.to_make)) or MkfsArguments()
+    problems.raise_any()
+    return MountPlan(request, kept, None if request.read_only else root_mode, arguments)
+
+
+def check_mount_group(access: MountAccess) -> None:
+    """Refuse a group for the files: the capability VOLUME_MOUNT_GROUP is not offered, and nobody would set it."""
+    if access.mount_group:
+        raise InvalidField(
+            MOUNT_GROUP,
+            access.mount_group,
+            "none, as VOLUME_MOUNT_GROUP is not offered",
+            "set the group of the files otherwise, such as by fsGroup of the pod",
+        )
+
+
+def _contradictions(given: Sequence[str], kept: Sequence[str], *, read_only: bool) -> Iterator[InvalidMountOption]:
+    if read_only and "rw" in _split(given):
+        yield InvalidMountOption("rw", "the access is read-only; remove rw, or ask for write access")
+    if not read_only:
         for flag in kept:
             if _name(flag) in NO_REPLAY:
-                raise InvalidField(MOUNT_FLAGS, _name(flag), "no option that leaves the journal unread while writing")
-    wish = FilesystemRequest(fs_type, readers)
-    return MountPlan(wish, kept, None if readers else root_mode, mkfs.arguments(wish.to_make))
+                reason = "it leaves the journal unread, which destroys data while writing; use it with ro alone"
+                yield InvalidMountOption(_name(flag), reason)
 
 
 def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
     """Take mount flags apart into kernel options and the mode asked for the root directory."""
     taken: dict[str, None] = {}
     root_mode: int | None = None
+    problems = Problems()
     for option in _split(flags):
         mode = _ROOT_MODE.fullmatch(option)
         if mode is not None:
@@ -131,23 +165,41 @@ def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
         if selinux is not None:
             taken[f"{selinux[1]}={selinux[3]}"] = None
             continue
-        name = _name(option)
-        if _SHAPE.fullmatch(option) is None or name.lower().startswith("x-"):
-            raise InvalidField(MOUNT_FLAGS, name, "an option of the filesystem, such as noatime or commit=30")
-        reason = _REFUSED_WHOLE.get(option) or _REFUSED_BY_NAME.get(name)
-        if reason is not None:
-            raise InvalidField(MOUNT_FLAGS, name, f"no option that is {reason}")
-        if option not in _MEANINGLESS:
+        refusal = _refusal(option)
+        if refusal is not None:
+            problems.add(refusal)
+        elif option not in DROPPED:
             taken[option] = None
+    problems.raise_any()
     return tuple(taken), root_mode
 
 
+def _refusal(option: str) -> InvalidMountOption | None:
+    """Return why an option is refused. Names are looked up first: the reason of the table beats that of the shape."""
+    name = _name(option)
+    if option in _REFUSED_WHOLE:
+        return InvalidMountOption(option, _REFUSED_WHOLE[option])
+    if name in _REFUSED_BY_NAME:
+        return InvalidMountOption(name, _REFUSED_BY_NAME[name])
+    if name in _ROOT_MODE_NAMES:
+        return InvalidMountOption(name, "expected a mode of three or four octal digits, such as nvmesh:chmod=0770")
+    if name.lower().startswith("x-"):
+        return InvalidMountOption(name, "options that begin with x- are for mount(8) and fstab, which are not used")
+    if _SHAPE.fullmatch(option) is None:
+        reason = "expected an option of the filesystem, such as noatime or commit=30, without spaces and quotes"
+        return InvalidMountOption(name[:64], reason)
+    return None
+
+
 def _split(flags: Sequence[str]) -> list[str]:
-    """Split flags at commas, as mount(8) would, but for SELinux contexts, whose levels hold commas themselves."""
+    """Split flags at commas as mount(8) does, and leave out blanks around them and empty options.
+
+    SELinux contexts stay whole: their levels hold commas themselves.
+    """
     options: list[str] = []
     for flag in flags:
         options.extend([flag] if _SELINUX.fullmatch(flag) else flag.split(","))
-    return options
+    return [option.strip(" ") for option in options if option.strip(" ")]
 
 
 def _name(option: str) -> str:

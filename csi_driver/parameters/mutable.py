@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from csi_driver.errors import InvalidRequest, shown
 from csi_driver.parameters import values as read
 from csi_driver.parameters.layout import takes
+from csi_driver.parameters.storage_class import check_placement, did_you_mean
 from csi_driver.storage_model import Volume, VolumeChanges
 
-_CLASS_KEYS = {"diskClasses", "serverClasses"}
-_LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
-_LIST_KEYS = _CLASS_KEYS | _LIMIT_KEYS
+_LIST_KEYS = {"diskClasses", "serverClasses", "limitByDisks", "limitByNodes"}
 _DECIDED_BY_GROUP = _LIST_KEYS | {"enableCrcCheck"}
 MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _DECIDED_BY_GROUP
 _DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
@@ -29,10 +28,9 @@ def parse(parameters: Mapping[str, str]) -> VolumeChanges:
     """
     for key in parameters:
         if key not in MUTABLE_KEYS:
-            wanted = ", ".join(sorted(MUTABLE_KEYS))
-            raise InvalidRequest(f"mutable parameter {shown(key)} is not known, wanted some of {wanted}")
-    if any(parameters.get(key) for key in _CLASS_KEYS) and any(parameters.get(key) for key in _LIMIT_KEYS):
-        raise InvalidRequest("mutable parameters name classes and limitBy..., wanted one kind of them")
+            hint = did_you_mean(key, MUTABLE_KEYS) or f"; it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
+            raise InvalidRequest(f"mutable parameter {shown(key)} is not known{hint}")
+    check_placement(parameters)
     return VolumeChanges(
         description=read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters"),
         relative_rebuild_priority=read.number(parameters, "relativeRebuildPriority", 0, 10),

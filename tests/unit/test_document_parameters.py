@@ -11,11 +11,10 @@ import yaml
 
 from csi_driver import capacity
 from csi_driver.config.commands import COMMANDS, definition
-from csi_driver.errors import InvalidField, InvalidRequest
+from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, mutable, storage_class
-from csi_driver.parameters.encryption import SECRET_KEYS
+from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.layout import LAYOUT_KEYS, RAID_LEVELS, takes
-from csi_driver.parameters.luks import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.storage_class import VolumeParameters
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
@@ -31,6 +30,8 @@ DEFAULTS = {
     "encryption/keySize",
 }  # fmt: skip
 """Parameters whose default is the controller's own; that of others is mkfs's, cryptsetup's or the management's."""
+
+WITHOUT_XTS = {"encryption": "luks", "encryption/cipher": "aes-cbc-plain64"}
 
 Claim = tuple[Mapping[str, str], list[str], list[str]]
 """Beside which parameters a value stands, the values that are taken there, and those that are not."""
@@ -68,7 +69,8 @@ _CLAIMS: Sequence[tuple[str, Callable[..., Claim]]] = (
     (r"(?:`(luks)`: )?(\d+) to (\d+)", _range),
     (r"with `(ec)` (\d+)", lambda level, only: ({"raidLevel": level}, [only], [str(int(only) + 1)])),
     (r"beside `(vpg)` (\d+)", lambda vpg, only: ({vpg: "g"}, [only], [str(int(only) + 1)])),
-    (r"`(native)`: (\d+), (\d+)", lambda word, one, two: ({"encryption": word}, [one, two], ["384"])),
+    (r"`(native|luks)`: (\d+), (\d+)", lambda word, one, two: ({"encryption": word}, [one, two], ["384"])),
+    (r"without xts (\d+) up to (\d+)", lambda least, most: (WITHOUT_XTS, [least, most, "192"], ["64", "200", "1088"])),
     (r"at most (\d+) letters", lambda most: ({}, ["a" * int(most)], ["a" * (int(most) + 1), "a b"])),
     (r"at most (\d+) characters", lambda most: ({}, ["-".ljust(int(most), "x")], ["-".ljust(int(most) + 1, "x")])),
     (r"separated by (commas)", lambda _: ({}, ["a", "a,b"], ["a,,b"])),
@@ -121,7 +123,7 @@ def _effect(given: Mapping[str, str]) -> object:
     """Return what comes of parameters: the arithmetic of their layout, and the rest as it was read."""
     read = storage_class.parse(given)
     assert read.layout is not None
-    rest = dataclasses.replace(read, layout=None, recorded={}, fs_type=read.fs_type or "ext4")
+    rest = dataclasses.replace(read, layout=None, recorded={}, context={}, fs_type=read.fs_type or "ext4")
     return _sums(read), rest
 
 
@@ -162,7 +164,7 @@ def test_the_attributes_of_a_persistent_volume_are_those_that_the_node_reads() -
 
 def test_the_keys_of_secrets_are_those_that_are_read() -> None:
     text = section(DOCUMENT, "Secrets")
-    assert {*SECRET_KEYS, *PASSPHRASE_KEYS, PREVIOUS_KEY} <= set(code(text))
+    assert {*PASSPHRASE_KEYS, *PASSPHRASE_KEYS, PREVIOUS_KEY} <= set(code(text))
     management = yaml.safe_load(VALUES.read_text())["management"]
     assert {management["usernameKey"], management["passwordKey"], management["tls"]["caKey"]} <= set(code(text))
 
@@ -190,7 +192,7 @@ def test_mount_options_are_treated_as_the_document_says() -> None:
 def _treated(option: str) -> object:
     try:
         return mount_options.mount_flags([option])
-    except InvalidField:
+    except InvalidRequest:
         return "refused"
 
 

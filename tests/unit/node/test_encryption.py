@@ -326,7 +326,7 @@ def test_a_blank_volume_that_is_to_be_read_only_gets_no_header(locked: Locked) -
 
 def test_a_short_passphrase_makes_no_header_and_opens_an_old_one(locked: Locked) -> None:
     locked.secrets = {"passphrase": "short"}
-    with pytest.raises(InvalidRequest, match="5 characters"):
+    with pytest.raises(InvalidRequest, match="got 5"):
         locked.stage()
     assert locked.disk.luks is None
     locked.secrets = SECRET

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.errors import HostFailure, Incompatible, InvalidField, PreconditionFailed, VolumeNotFound
+from csi_driver.errors import (
+    HostFailure,
+    Incompatible,
+    InvalidField,
+    InvalidRequest,
+    PreconditionFailed,
+    VolumeNotFound,
+)
 from csi_driver.handover import History
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.ownership import NamedVolume
@@ -185,7 +192,7 @@ def test_an_empty_file_at_the_target_gives_way_to_a_directory(staged: FakeNode) 
 
 
 def test_a_dangerous_flag_is_refused_at_publishing_too(staged: FakeNode) -> None:
-    with pytest.raises(InvalidField, match="remount"):
+    with pytest.raises(InvalidRequest, match="remount"):
         staged.publish(access=MountAccess("ext4", ("remount",)))
 
 

@@ -12,6 +12,7 @@ from csi_driver.errors import (
     HostFailure,
     Incompatible,
     InvalidField,
+    InvalidRequest,
     OperationPending,
     PreconditionFailed,
     VolumeNotFound,
@@ -258,7 +259,7 @@ def test_what_the_storage_class_and_the_volume_say_reaches_mkfs(node: FakeNode) 
     [("mkfs/inodeSize", "300"), ("mkfs/blockSize", "512"), ("mkfs/discard", "1"), ("mkfs/nothing", "1")],
 )
 def test_wrong_keys_for_mkfs_are_refused_before_the_device_is_looked_for(node: FakeNode, key: str, value: str) -> None:
-    with pytest.raises(InvalidField, match=key):
+    with pytest.raises(InvalidRequest, match=key):
         node.stage(volume_context={key: value})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from csi_driver.errors import InvalidField
+from csi_driver.errors import InvalidRequest
 from csi_driver.model import EMPTY
 from csi_driver.parameters.mkfs import MkfsRequest, mkfs_arguments
 
@@ -65,30 +65,26 @@ def test_a_block_may_be_as_large_as_a_page_of_the_machine(page_bytes: int) -> No
 @pytest.mark.parametrize(
     ("fs_type", "keys", "said"),
     [
-        (
-            "ext4",
-            {"blockSize": "1024"},
-            "mkfs/blockSize: expected 4096, here the only one possible, for ext4, got '1024'",
-        ),
+        ("ext4", {"blockSize": "1024"}, "mkfs/blockSize: expected 4096, the only possible value for ext4, got '1024'"),
         ("ext4", {"blockSize": "65536"}, "expected 4096"),
         ("ext4", {"blockSize": "5000"}, "mkfs/blockSize"),
         ("ext4", {"blockSize": "4k"}, "mkfs/blockSize"),
         (
             "ext4",
             {"inodeSize": "8192"},
-            "mkfs/inodeSize: expected a power of two from 128 to 4096, for ext4, got '8192'",
+            "expected a power of two from 128 to 4096 for ext4, got '8192'",
         ),
         ("ext4", {"inodeSize": "300"}, "mkfs/inodeSize"),
-        ("ext4", {"bytesPerInode": "1024"}, "mkfs/bytesPerInode: expected a number from 4096 to"),
-        ("ext4", {"reservedBlocksPercent": "51"}, "expected a number from 0 to 50"),
+        ("ext4", {"bytesPerInode": "1024"}, "mkfs/bytesPerInode: expected a whole number from 4096 to"),
+        ("ext4", {"reservedBlocksPercent": "51"}, "expected a whole number from 0 to 50"),
         ("ext4", {"reservedBlocksPercent": "-1"}, "mkfs/reservedBlocksPercent"),
-        ("xfs", {"inodeSize": "256"}, "from 512 to 2048, for xfs"),
-        ("xfs", {"inodeSize": "4096"}, "from 512 to 2048, for xfs"),
+        ("xfs", {"inodeSize": "256"}, "from 512 to 2048 for xfs"),
+        ("xfs", {"inodeSize": "4096"}, "from 512 to 2048 for xfs"),
         ("xfs", {"blockSize": "65536"}, "mkfs/blockSize"),
-        ("xfs", {"bytesPerInode": "65536"}, "mkfs/bytesPerInode: expected a key that xfs has"),
-        ("xfs", {"reservedBlocksPercent": "5"}, "a key that xfs has"),
-        ("btrfs", {"inodeSize": "512"}, "a key that btrfs has"),
-        ("btrfs", {"blockSize": "2048"}, "from 4096 to 65536, for btrfs"),
+        ("xfs", {"bytesPerInode": "65536"}, "mkfs/bytesPerInode cannot be used: xfs has no such setting"),
+        ("xfs", {"reservedBlocksPercent": "5"}, "xfs has no such setting"),
+        ("btrfs", {"inodeSize": "512"}, "btrfs has no such setting"),
+        ("btrfs", {"blockSize": "2048"}, "from 4096 to 65536 for btrfs"),
         ("ext4", {"discard": "yes"}, "mkfs/discard: expected true or false, got 'yes'"),
         ("xfs", {"stripeGeometry": "auto"}, "mkfs/stripeGeometry: expected true or false, got 'auto'"),
         ("btrfs", {"stripeGeometry": "auto"}, "true or false"),
@@ -98,7 +94,7 @@ def test_a_block_may_be_as_large_as_a_page_of_the_machine(page_bytes: int) -> No
 def test_a_key_that_the_filesystem_cannot_have_is_refused_with_what_it_can(
     fs_type: str, keys: dict[str, str], said: str
 ) -> None:
-    with pytest.raises(InvalidField) as refusal:
+    with pytest.raises(InvalidRequest) as refusal:
         told(fs_type, keys)
     assert said in str(refusal.value)
 
@@ -115,7 +111,7 @@ def test_a_key_that_the_filesystem_cannot_have_is_refused_with_what_it_can(
     ],
 )
 def test_what_a_key_and_the_free_text_both_set_is_refused(fs_type: str, keys: dict[str, str], free: str) -> None:
-    with pytest.raises(InvalidField, match="sets as well"):
+    with pytest.raises(InvalidRequest, match="sets as well"):
         told(fs_type, keys, free=free)
 
 
@@ -204,5 +200,5 @@ def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tup
     ],
 )  # fmt: skip
 def test_other_options_of_mkfs_are_refused(text: str, fs_type: str) -> None:
-    with pytest.raises(InvalidField, match="mkfsOptions"):
+    with pytest.raises(InvalidRequest, match="mkfsOptions"):
         mkfs_arguments(text, fs_type)

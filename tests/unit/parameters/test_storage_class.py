@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import InvalidRequest
 from csi_driver.handover import Encryption
-from csi_driver.parameters import luks, mkfs, storage_class
+from csi_driver.parameters import encryption, mkfs, storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
 from csi_driver.storage_model import Layout, RaidLevel
 
@@ -122,7 +124,7 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"mkfs/discard": ""}, "mkfs/discard"),
         ({"mkfs/label": "x"}, "mkfs/label"),
         ({"fsType": "ntfs"}, "ntfs"),
-        ({"fsType": "xfs", "csi.storage.k8s.io/fstype": "ext4"}, "two filesystems"),
+        ({"fsType": "xfs", "csi.storage.k8s.io/fstype": "ext4"}, "name the filesystems xfs and ext4"),
         ({"mkfsOptions": "/dev/sda"}, "mkfsOptions"),
         ({"mkfsOptions": "-K\n-f"}, "mkfsOptions"),
         ({"mkfsOptions": "-L 'x"}, "mkfsOptions"),
@@ -215,8 +217,8 @@ def test_two_passphrases_that_differ_are_refused() -> None:
 
 
 def test_what_the_node_reads_is_handed_to_it() -> None:
-    constants = [value for module in (luks, mkfs) for name, value in vars(module).items() if name.isupper()]
-    texts = {value for value in constants if isinstance(value, str)}
+    constants = [*vars(encryption).items(), *vars(mkfs).items()]
+    texts = {value for name, value in constants if re.fullmatch("[A-Z][A-Z_]*", name) and isinstance(value, str)}
     on_the_node = {text for text in texts if text.startswith(("encryption", "dmcrypt", "mkfs"))}
     assert len(on_the_node) > 12
     assert on_the_node <= set(storage_class.CONTEXT_KEYS)

@@ -1,0 +1,187 @@
+"""A static mistake in a StorageClass is refused before a volume exists, in the words in which a node refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csi_driver.controller.requests import ValidateRequest
+from csi_driver.errors import DriverError, InvalidRequest
+from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
+from csi_driver.parameters.storage_class import CONTEXT_KEYS
+from csi_driver.parameters.values import SeveralProblems
+from tests.fakes.node import FakeNode
+from tests.unit.controller.world import BLOCK, RWO, World
+
+WRITER, READER = AccessMode.SINGLE_NODE_WRITER, AccessMode.MULTI_NODE_READER_ONLY
+SECRETS = {"passphrase": "correct horse"}
+
+MISTAKES = [
+    *(({}, "ext4", flags, WRITER) for flags in (
+        ("errors=panic",), ("bind",), ("noload",), ("x-systemd.makefs",), ("rw", "ro"), ("subvol=/",), ("a b",),
+        ("nvmesh:chmod=rwx",),
+    )),
+    ({}, "xfs", ("norecovery",), WRITER),
+    ({}, "btrfs", ("rescue=all",), WRITER),
+    ({}, "ext4", ("rw",), READER),
+    ({"mkfsOptions": "-F"}, "ext4", (), WRITER),
+    ({"mkfsOptions": "-F"}, "xfs", (), WRITER),
+    ({"mkfsOptions": "-d size=1g"}, "xfs", (), WRITER),
+    ({"mkfsOptions": "-E root_owner=1:1"}, "ext4", (), WRITER),
+    ({"mkfsOptions": "-b 1024"}, "ext4", (), WRITER),
+    ({"mkfsOptions": "-s size=512"}, "xfs", (), WRITER),
+    ({"mkfsOptions": "-O list-all"}, "btrfs", (), WRITER),
+    ({"mkfsOptions": "-I 512", "mkfs/inodeSize": "512"}, "ext4", (), WRITER),
+    ({"mkfs/bytesPerInode": "65536"}, "xfs", (), WRITER),
+    ({"mkfs/inodeSize": "4096"}, "xfs", (), WRITER),
+    ({"mkfs/inodeSize": "8192"}, "ext4", (), WRITER),
+    ({"mkfs/inodeSize": "512"}, "btrfs", (), WRITER),
+    ({"mkfs/discard": "yes"}, "ext4", (), WRITER),
+    ({"encryption": "luks", "encryption/keySize": "384"}, "ext4", (), WRITER),
+    ({"encryption": "luks", "encryption/cipher": "aes-xts-plain64", "dmcrypt/cipher": "serpent"}, "", (), WRITER),
+    ({"encryption": "luks", "encryption/pbkdf": "pbkdf2", "encryption/pbkdfMemory": "64"}, "ext4", (), WRITER),
+]  # fmt: skip
+
+
+def words_of_the_node(
+    context: Mapping[str, str], access: MountAccess, mode: AccessMode, secrets: Mapping[str, str] = SECRETS
+) -> list[str]:
+    """Return the problems for which a node refuses the request as invalid; empty = for none."""
+    try:
+        FakeNode().stage(access=access, mode=mode, volume_context=context, context={}, secrets=secrets)
+    except SeveralProblems as problem:
+        return [str(each) for each in problem.problems]
+    except InvalidRequest as problem:
+        return [str(problem)]
+    except DriverError:
+        return []
+    return []
+
+
+@pytest.mark.parametrize(("parameters", "fs_type", "flags", "mode"), MISTAKES)
+def test_what_no_node_stages_is_not_created(
+    parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode
+) -> None:
+    world, access = World(), MountAccess(fs_type, flags)
+    (words,) = words_of_the_node(parameters, access, mode)
+    with pytest.raises(InvalidRequest) as refusal:
+        world.create(capabilities=(Capability(access, mode),), parameters=parameters)
+    assert str(refusal.value) == words
+    assert world.management.all_volumes() == []
+
+
+@pytest.mark.parametrize(("parameters", "fs_type", "flags", "mode"), MISTAKES)
+def test_what_no_node_stages_is_neither_confirmed_nor_attached(
+    parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode
+) -> None:
+    """As for a static PersistentVolume, or a volume that an older release made."""
+    world, access = World(), MountAccess(fs_type, flags)
+    (words,) = words_of_the_node(parameters, access, mode)
+    by = {key: value for key, value in parameters.items() if key == "encryption"}
+    made = world.create(capabilities=(Capability(MountAccess(fs_type), mode),), parameters=by)
+    capability = Capability(access, mode)
+    asked = ValidateRequest(made.volume_id, (capability,), {**made.context, **parameters})
+    assert world.inventory.validate(asked, deadline=world.deadline()) == words
+    with pytest.raises(InvalidRequest) as refusal:
+        world.publish(made.volume_id, capability=capability, context={**made.context, **parameters})
+    assert str(refusal.value) == words
+    assert world.holders() == []
+
+
+def test_every_problem_of_a_request_is_reported_at_once() -> None:
+    access = MountAccess("xfs", ("errors=panic", "bind"))
+    with pytest.raises(InvalidRequest) as refusal:
+        World().create(
+            capabilities=(Capability(access, WRITER), Capability(access, AccessMode.SINGLE_NODE_MULTI_WRITER)),
+            parameters={"color": "red", "raidLevel": "raid7", "mkfs/inodeSize": "64", "mkfsOptions": "-F"},
+        )
+    said = str(refusal.value)
+    named = ("'color'", "raidLevel", "mkfs/inodeSize", "'-F'", "'errors=panic'", "'bind'")
+    assert [said.count(name) for name in named] == [1] * len(named)
+
+
+def test_a_volume_for_raw_block_access_has_no_filesystem_whose_keys_could_be_wrong() -> None:
+    made = World().create(capabilities=(BLOCK,), parameters={"mkfs/inodeSize": "8192"})
+    assert made.context["mkfs/inodeSize"] == "8192"
+
+
+def test_a_block_as_large_as_the_pages_of_some_machines_is_left_to_the_node() -> None:
+    made = World().create(parameters={"mkfs/blockSize": "65536"})
+    assert made.context["mkfs/blockSize"] == "65536"
+
+
+def test_there_is_no_room_for_a_volume_that_no_node_stages() -> None:
+    world = World()
+    capability = Capability(MountAccess("ext4", ("bind",)), WRITER)
+    assert world.inventory.capacity((capability,), EMPTY, None, deadline=world.deadline()).available_bytes == 0
+    assert world.inventory.capacity((RWO,), EMPTY, None, deadline=world.deadline()).available_bytes > 0
+
+
+def test_keys_of_encryption_of_a_volume_that_is_not_encrypted_are_not_judged() -> None:
+    """Volumes of older drivers carry words that meant nothing to them."""
+    world = World()
+    made = world.create()
+    world.publish(made.volume_id, context={**made.context, "encryption/allowDiscards": "1"})
+    assert world.holders() == ["node-1"]
+
+
+# --- any request ------------------------------------------------------------------------------------------------
+
+NUMBERS = st.sampled_from(("0", "1", "50", "64", "128", "256", "384", "512", "4096", "65536", "99999999999", "4k", "x"))
+VALUES: Mapping[str, st.SearchStrategy[str]] = {
+    **dict.fromkeys(CONTEXT_KEYS, NUMBERS),
+    "mkfs/blockSize": st.just("4096"),  # the largest depends on the page of the node
+    "fsType": st.sampled_from(("ext4", "xfs", "btrfs", "ntfs", "")),
+    "mkfs/stripeGeometry": st.sampled_from(("true", "false", "True", "")),
+    "mkfs/discard": st.sampled_from(("true", "false", "no")),
+    "encryption": st.sampled_from(("native", "luks", "LUKS", "dmcrypt", "other", "")),
+    "encryption/cipher": st.sampled_from(("aes-xts-plain64", "aes-cbc-essiv:sha256", "AES XTS", " aes")),
+    "encryption/pbkdf": st.sampled_from(("argon2id", "pbkdf2", "scrypt")),
+    "encryption/allowDiscards": st.sampled_from(("true", "FALSE", "1")),
+    "dmcrypt/cipher": st.sampled_from(("aes-xts-plain64", "aes")),
+    "dmcrypt/type": st.sampled_from(("luks", "luks2", "plain")),
+    "mkfsOptions": st.lists(
+        st.sampled_from((
+            "-K", "-q", "-F", "-f", "-I 512", "-i size=512", "-b 4096", "-b size=4096", "-n 16k", "-m 1", "-m crc=1",
+            "-O ^no-holes", "-O quota", "-E stride=4", "-E root_owner=1:1", "-d size=1g", "-L 'a", "-d", "/dev/x", "é",
+        )),
+        max_size=3,
+    ).map(" ".join),
+}  # fmt: skip
+FLAGS = st.lists(
+    st.sampled_from((
+        "noatime", "ro", "rw", "defaults", "", " nodiratime", "noatime, nodev", "bind", "errors=panic", "noload", "a b",
+        "norecovery", "x-a", "commit=30", "nvmesh:chmod=777", "nvmesh:chmod=9", "silent", "subvol=/", "data=ordered",
+    )),
+    max_size=3,
+).map(tuple)  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    parameters=st.lists(st.sampled_from(sorted(VALUES)), max_size=4, unique=True).flatmap(
+        lambda keys: st.fixed_dictionaries({key: VALUES[key] for key in keys})
+    ),
+    fs_type=st.sampled_from(("", "ext4", "xfs", "btrfs")),
+    flags=FLAGS,
+    mode=st.sampled_from((WRITER, READER)),
+    group=st.sampled_from(("", "", "", "2000")),
+)
+def test_the_controller_and_the_node_judge_any_request_alike(
+    parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode, group: str
+) -> None:
+    access, world = MountAccess(fs_type, flags, group), World()
+    problem, context = "", dict(parameters)
+    try:
+        made = world.create(capabilities=(Capability(access, mode),), parameters=parameters, secrets=SECRETS)
+    except InvalidRequest as refusal:
+        problem = str(refusal)
+    else:
+        context = dict(made.context)
+    words = words_of_the_node(context, access, mode)
+    if not problem:
+        assert words == [], "the controller took what the node refuses"
+    assert [each for each in words if each not in problem] == [], "the controller says it in other words"
