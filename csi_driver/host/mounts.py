@@ -17,6 +17,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls, mount_table, syscalls
 from csi_driver.host.going_down import shut_down
+from csi_driver.host.holders import describe_holders
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
 from csi_driver.machine import Device, DeviceNumber, Mounted
 
@@ -216,6 +217,8 @@ class LinuxMounts:
             Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(settled, first_s=0.001, most_s=0.1)
         finally:
             os.close(parent_fd)
+        if refusal is not None and refusal.errno == errno.EBUSY:
+            raise PreconditionFailed(f"unmount {path}: it is in use {describe_holders(_canonical(path))}") from refusal
         if refusal is not None:
             raise _refused(f"unmount {path}", refusal.errno) from refusal
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host import syscalls
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _LONGEST_PATH_BYTES = 4095
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 _ATTEMPTS = 32
+_MOST_COUNTED = 1000
 
 
 class LinuxPaths:
@@ -49,14 +51,14 @@ class LinuxPaths:
                     return self._without_links(found, resolved, path, field, takes_off=takes_off)
         raise InvalidField(field, path, f"a path below {self._names()}")
 
-    def _without_links(self, path: Path, root: Path, shown: str, field: str, *, takes_off: bool) -> Path:
-        if not _has_link(root, path, shown, field):
+    def _without_links(self, path: Path, root: Path, given: str, field: str, *, takes_off: bool) -> Path:
+        if not _has_link(root, path, given, field):
             return path
         place = Path(os.path.realpath(path.parent)) / path.name
         other = next((each for _, each in self._roots if place.is_relative_to(each) and place != each), None)
-        if other is None or (other == root and not takes_off) or _has_link(other, place, shown, field):
+        if other is None or (other == root and not takes_off) or _has_link(other, place, given, field):
             raise InvalidField(
-                field, shown, "a path without symbolic links below its root", self._about_link(path, root)
+                field, given, "a path without symbolic links below its root", self._about_link(path, root)
             )
         return place
 
@@ -153,7 +155,10 @@ class LinuxPaths:
             return
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise PreconditionFailed(f"{path} is not empty: it stays as it is") from error
+                raise PreconditionFailed(
+                    f"{path} is not empty: {_content(path.name, parent)}, written while nothing was mounted there; "
+                    "move them away (they are never deleted), and the call is repeated"
+                ) from error
             if error.errno == errno.EBUSY:
                 raise PreconditionFailed(f"{path} is a mount point: it stays as it is") from error
             raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
@@ -177,12 +182,26 @@ class LinuxPaths:
         raise PreconditionFailed(f"{path} lies below no path root")
 
 
-def _has_link(root: Path, path: Path, shown: str, field: str) -> bool:
+def _content(name: str, parent: int) -> str:
+    """Say how many entries a directory has, and name the first."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            with os.scandir(fd) as entries:
+                names = [entry.name for entry in itertools.islice(entries, _MOST_COUNTED)]
+        finally:
+            os.close(fd)
+    many = "at least " * (len(names) == _MOST_COUNTED)
+    return f"{many}{len(names)} entries, the first {shown(min(names, default=''))}"
+
+
+def _has_link(root: Path, path: Path, given: str, field: str) -> bool:
     try:
         os.close(_open_below(root, path))
     except SystemCallFailed as failure:
         if failure.errno == errno.ENAMETOOLONG:
-            raise InvalidField(field, shown, "a path whose parts have at most 255 bytes") from failure
+            raise InvalidField(field, given, "a path whose parts have at most 255 bytes") from failure
         if failure.errno not in (errno.ELOOP, errno.EXDEV, *_ABSENT):
             raise
         return failure.errno in (errno.ELOOP, errno.EXDEV)

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -328,6 +329,30 @@ def test_a_busy_mount_is_refused_and_stays(machine: HostMachine) -> None:
     with (target / "file").open("w"), pytest.raises(PreconditionFailed, match="in use"):
         machine.mounts.unmount(target)
     assert machine.mounts.at(target) is not None
+
+
+def test_who_keeps_a_mount_busy_is_named(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+
+    def refusal() -> str:
+        with pytest.raises(PreconditionFailed) as refused:
+            machine.mounts.unmount(target)
+        return str(refused.value)
+
+    with (target / "file").open("w"):
+        assert f"pid {os.getpid()} (" in refusal()
+    with subprocess.Popen(["sleep", "600"], cwd=target) as program:
+        try:
+            assert refusal() == f"unmount {target}: it is in use by pid {program.pid} (sleep)"
+        finally:
+            program.kill()
+    (target / "below").mkdir()
+    shell("mount", "-t", "tmpfs", "none", str(target / "below"))
+    assert refusal() == f"unmount {target}: it is in use by the mount {target}/below"
+    shell("umount", str(target / "below"))
+    machine.mounts.unmount(target)
 
 
 def test_a_mount_that_is_busy_for_a_moment_is_taken_off(machine: HostMachine) -> None:

@@ -207,10 +207,18 @@ def test_a_directory_or_file_that_holds_data_is_never_removed(paths: LinuxPaths,
     (root / "directory" / "data").touch()
     (root / "file").write_text("data")
     for name in ("directory", "file"):
-        with pytest.raises(PreconditionFailed, match="stays as it is"):
+        with pytest.raises(PreconditionFailed, match="empty"):
             paths.remove(root / name)
     assert (root / "directory" / "data").exists()
     assert (root / "file").read_text() == "data"
+
+
+def test_what_a_directory_holds_is_counted_and_named(paths: LinuxPaths, root: Path) -> None:
+    (root / "target").mkdir()
+    for name in ("z.log", "late.log"):
+        (root / "target" / name).touch()
+    with pytest.raises(PreconditionFailed, match=r"is not empty: 2 entries, the first 'late\.log', .* move them away"):
+        paths.remove(root / "target")
 
 
 def test_a_link_is_neither_followed_nor_removed(paths: LinuxPaths, root: Path) -> None:
