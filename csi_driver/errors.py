@@ -175,7 +175,9 @@ class CommandTimedOut(HostFailure):
 
     def __init__(self, argv: Sequence[str], timeout_s: float) -> None:
         self.argv = tuple(argv)
-        super().__init__(f"{' '.join(argv)} did not finish within {timeout_s:g} s and was killed")
+        # What was left of a caller's time is another number in every call, and would be another event.
+        limit = f"within {timeout_s:.0f} s" if timeout_s == int(timeout_s) else "in time"
+        super().__init__(f"{' '.join(argv)} did not finish {limit} and was killed")
 
 
 class ToolMissing(HostFailure):

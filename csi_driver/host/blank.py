@@ -189,7 +189,7 @@ def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Calla
     with DirectReader(device, _SCAN_BUFFER_BYTES) as reader:
         for offset in range(0, size, _SCAN_BUFFER_BYTES):
             if deadline is not None and deadline.expired():
-                raise DeadlineReached(f"the reading of {device.device.path} ({offset} of {size} bytes)")
+                raise DeadlineReached(f"the reading of {device.device.path} ({size} bytes)")
             found = reader.first_data(offset, min(_SCAN_BUFFER_BYTES, size - offset))
             if found is not None:
                 return found

@@ -91,7 +91,7 @@ class Questions(Generic[Answer]):
                     raise NoAnswer(f"{call.about} of volume {volume} still owes the answer to an earlier call")
             if not call.done.wait(deadline.remaining_s()):
                 self._give_up(call)
-                raise NoAnswer(f"{call.about} of volume {volume} did not answer within {timeout_s:g} s")
+                raise NoAnswer(f"{call.about} of volume {volume} did not answer in time")
             if call.about == about:
                 return call.result()
 

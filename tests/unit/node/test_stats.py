@@ -82,7 +82,7 @@ def test_a_device_that_is_gone_is_said_to_be_gone(published: FakeNode) -> None:
 
 
 def test_a_filesystem_that_hangs_is_given_up(hanging: FakeNode) -> None:
-    with pytest.raises(StorageUnavailable, match="did not answer within"):
+    with pytest.raises(StorageUnavailable, match="did not answer in time"):
         hanging.usage()
 
 

@@ -154,6 +154,13 @@ def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> Non
     assert codes.count(Code.ABORTED) == 19
 
 
+def test_what_was_left_of_a_callers_time_is_not_in_an_error() -> None:
+    """Kubernetes counts events of one text as one; a limit of our own is worth telling."""
+    said = {str(errors.CommandTimedOut(("e2fsck", "/dev/x"), seconds)) for seconds in (37.2193, 12.5, 0.25)}
+    assert said == {"e2fsck /dev/x did not finish in time and was killed"}
+    assert "within 600 s" in str(errors.CommandTimedOut(("e2fsck", "/dev/x"), 600.0))
+
+
 # --- codes ------------------------------------------------------------------------------------------------------
 
 
