@@ -7,6 +7,7 @@ from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidRequest
 from csi_driver.parameters.storage_class import VolumeParameters
+from csi_driver.storage_model import Layout
 
 
 def room(management: Management, read: VolumeParameters, *, deadline: Deadline) -> tuple[int, int | None]:
@@ -28,6 +29,12 @@ def room(management: Management, read: VolumeParameters, *, deadline: Deadline) 
             return 0, None  # no volume of this kind can ever be made here
         reserved = management.vpg_free_bytes(name, deadline=deadline)
         if reserved is not None:
-            return max(0, sizes.largest_size(reserved, layout) - header), sizes.minimum_bytes(layout) - header
+            return _usable(sizes.largest_size(reserved, layout), layout, header)
     raw = management.raw_free_bytes(vpg=read.vpg, deadline=deadline)
-    return max(0, sizes.usable_bytes(raw, layout) - header), sizes.minimum_bytes(layout) - header
+    return _usable(sizes.usable_bytes(raw, layout), layout, header)
+
+
+def _usable(free_bytes: int, layout: Layout, header_bytes: int) -> tuple[int, int]:
+    """Return what of `free_bytes` volumes can have: nothing where not even the smallest fits, and its size."""
+    least = sizes.minimum_bytes(layout)
+    return (free_bytes if free_bytes >= least else header_bytes) - header_bytes, least - header_bytes

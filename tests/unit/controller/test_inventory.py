@@ -19,6 +19,7 @@ from csi_driver.model import (
     DEFAULT_TOPOLOGY_KEY,
     DEFAULT_ZONE,
     GIB,
+    MIB,
     Capability,
     CapacityRange,
     ListedVolume,
@@ -251,6 +252,19 @@ def test_what_could_never_be_made_has_no_room() -> None:
     assert world.inventory.capacity((RWX_MOUNT,), {}, None, deadline=world.deadline()).available_bytes == 0
     assert room(world, {"vpg": "none"}) == 0
     assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "mars"}) == 0
+
+
+@pytest.mark.parametrize("parameters", [{}, {"raidLevel": "raid1"}, {"raidLevel": "ec"}])
+@pytest.mark.parametrize("short_bytes", [0, MIB])
+def test_a_remainder_that_no_volume_fits_into_is_no_capacity(parameters: dict[str, str], short_bytes: int) -> None:
+    world = World()
+    least = world.inventory.capacity((), parameters, None, deadline=world.deadline()).minimum_volume_bytes
+    assert least is not None
+    share = {None: 1.0, "raid1": 2.0, "ec": 1.25}[parameters.get("raidLevel")]
+    world.management.raw_bytes = round((least - short_bytes) * share)
+    found = world.inventory.capacity((), parameters, None, deadline=world.deadline())
+    fits = 0 if short_bytes else least
+    assert (found.available_bytes, found.maximum_volume_bytes) == (fits, fits)
 
 
 def test_zones_are_told_apart_and_summed() -> None:
