@@ -47,6 +47,7 @@ def application(api: Api, sessions: Sessions, workers: ThreadPoolExecutor) -> Fa
         version=API_VERSION,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         description="The part of the NVMesh Management REST API that the embedded storage manager serves.",
     )
     door = _Door(sessions)
@@ -65,6 +66,7 @@ def application(api: Api, sessions: Sessions, workers: ThreadPoolExecutor) -> Fa
             openapi_extra=_body(route.schema) if route.schema is not None else None,
             operation_id=f"{route.method} {route.path}",
         )
+    app.add_api_route("/openapi.json", door.behind_login(app.openapi), methods=["GET"], include_in_schema=False)
     for status in (404, 405):
         app.add_exception_handler(status, door.no_such_path)
     return app
@@ -101,6 +103,14 @@ class _Door:
             return answer(refused_read(Refusal(1268, "Changing password is required")))
         return None
 
+    def behind_login(self, content: Callable[[], object]) -> Endpoint:
+        """Return the endpoint of a document that takes a session and nothing else."""
+
+        async def endpoint(request: Request) -> Response:
+            return self.refuses(request) or answer(content())
+
+        return endpoint
+
     async def login(self, request: Request) -> Response:
         if "accept" not in request.headers:
             return answer({"error": "'Accept' header is not set"}, 406)
@@ -111,7 +121,11 @@ class _Door:
         except SchemaRefusal as problem:
             return answer(problem.envelope(), 422)
         name = self._sessions.full_name(fields["username"])
-        session = self._sessions.open(fields["username"], fields["password"])
+        try:
+            session = self._sessions.open(fields["username"], fields["password"])
+        except DriverError as problem:
+            _log.error("POST /login: %s", problem)
+            return answer(failed(problem), 500)
         if session is None:
             return answer(envelope(name, None, False, "Wrong credentials"), 401)
         self._sessions.close(request.cookies.get(COOKIE))
@@ -208,9 +222,14 @@ def perform(route: Route, call: Call, collection: str) -> Response:
         return answer(_query_refused(problem, collection))
     except SchemaRefusal:
         raise
-    except DriverError as problem:
+    except (DriverError, OSError) as problem:
         _log.error("%s %s: %s", route.method, route.path, problem)
-        return answer(envelope(None, None, False, {"message": str(problem), "id": 500}), 500)
+        return answer(failed(problem), 500)
+
+
+def failed(problem: Exception) -> object:
+    """Return the envelope of a request that this machine kept from being carried out."""
+    return envelope(None, None, False, {"message": str(problem), "id": 500})
 
 
 def _query_refused(problem: QueryRefused, collection: str) -> object:

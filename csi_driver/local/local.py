@@ -84,7 +84,9 @@ class Local:
         self._write(f"ready in {places.directory}")
         self._write(f"  controller: unix://{places.controller_socket}")
         self._write(f"  node:       unix://{places.node_socket}")
-        self._write(f"  storage:    {stack.management_url}, OpenAPI at /openapi.json, password in {places.password}")
+        self._write(
+            f"  storage:    {stack.management_url} (/openapi.json after a login), password in {places.password}"
+        )
         self._write(f"  devices:    {places.devices}")
         for role in Role:
             self._write(f"  {role:<11} process {stack.pid(role)}, log {places.log(role)}")

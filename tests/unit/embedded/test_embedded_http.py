@@ -115,9 +115,25 @@ def test_a_request_without_accept_is_500(caller: Caller) -> None:
 
 
 def test_the_openapi_document_names_every_route(caller: Caller) -> None:
-    paths = requests.get(caller.server.url + "/openapi.json", timeout=10).json()["paths"]
+    paths = caller.call("GET", "/openapi.json").json()["paths"]
     assert set(paths) >= {route.path for route in caller.server.api.routes()} | {"/login"}
     assert paths["/clients/attach"]["post"]["requestBody"]
+
+
+def test_the_openapi_document_is_for_those_who_logged_in(caller: Caller) -> None:
+    answer = requests.get(caller.server.url + "/openapi.json", timeout=10, allow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/login")
+
+
+def test_a_login_whose_password_cannot_be_read_is_500_with_the_reason(caller: Caller) -> None:
+    password = caller.server.password.path
+    aside = password.rename(password.with_suffix(".aside"))
+    answer = requests.post(
+        caller.server.url + "/login", json={"username": "admin", "password": "x"}, headers={"Accept": "*/*"}, timeout=10
+    )
+    aside.rename(password)
+    assert answer.status_code == 500
+    assert "password cannot be read" in answer.json()["error"]["message"]
 
 
 def test_a_client_can_be_set_down_over_http(caller: Caller) -> None:

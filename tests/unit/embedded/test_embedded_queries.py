@@ -36,8 +36,6 @@ FILTERS: list[tuple[object, list[str]]] = [
     ({"_id": {"$in": ["a", "c", "z"]}}, ["c", "a"]),
     ({"_id": {"$gt": "a"}}, ["b", "c"]),
     ({"_id": {"$gt": "a"}, "metadata.number": 2}, ["b"]),
-    ({"_id": {"$regex": "^[bc]$"}}, ["b", "c"]),
-    ({"_id": {"$regex": "^A", "$options": "i"}}, ["a"]),
     ({"nothing": None}, ["b", "c", "a"]),
     ({"isReadOnly": 0}, []),
     ({"isReadOnly": False}, ["b", "c", "a"]),
@@ -49,7 +47,7 @@ def test_filter_finds(listed: Manager, wanted: object, found: list[str]) -> None
     assert ids(query(listed, filter=wanted)) == found
 
 
-@pytest.mark.parametrize("wanted", [{"_id": {"$ne": "a"}}, {"$or": []}, {"_id": {"$regex": "("}}])
+@pytest.mark.parametrize("wanted", [{"_id": {"$ne": "a"}}, {"$or": []}, {"_id": {"$regex": "^(a+)+$"}}])
 def test_other_operators_are_the_apis_own_error(listed: Manager, wanted: object) -> None:
     answer = query(listed, filter=wanted)
     if wanted == {"$or": []}:
