@@ -27,7 +27,14 @@ _SIZE = Flag(
 OVERCOMMIT = Flag(
     "--overcommit", read.boolean, False, "false", "Let --size exceed what is free; users may then meet I/O errors."
 )
-PREALLOCATE = Flag("--preallocate", read.boolean, False, "false", "Reserve every block of a volume when it is created.")
+PREALLOCATE = Flag(
+    "--preallocate",
+    read.boolean,
+    False,
+    "false",
+    "Reserve every block of a volume when it is created; without it users meet I/O errors when other programs fill the"
+    " disk later.",
+)
 _RESERVE = Flag(
     "--reserve",
     read.size,

@@ -31,6 +31,11 @@ def not_saved(name: str, inner: object) -> Refusal:
     return Refusal(1664, "Failed to save volume", {"volumeID": name}, inner)
 
 
+def not_allocated(name: str, reason: object) -> Refusal:
+    """Return the refusal of a volume that does not fit; the bare inner text is the API's sign of that."""
+    return Refusal(1664, f"Failed to save volume: {reason}", {"volumeID": name}, "Failed to allocate")
+
+
 def refuse_unsupported(item: Mapping[str, object], find: Callable[[str], Volume | None]) -> None:
     """Refuse what this manager never makes. `find` returns the volume of a name."""
     name = str(item["name"])
@@ -66,17 +71,19 @@ def admitted(change: Change, item: Mapping[str, object], settings: StorageSettin
     encryption = wished(item, group)
     if encryption is not None and not can_encrypt:
         raise not_saved(name, detail(16825, "Volumes cannot be encrypted here: cryptsetup is not installed"))
-    if not _placeable(item, settings):
-        raise not_saved(name, "Failed to allocate")
+    _require_placeable(name, item, settings)
     return Admitted(group, group.layout if group else default_layout(item), encryption)
 
 
-def _placeable(item: Mapping[str, object], settings: StorageSettings) -> bool:
-    """Tell whether the targets and drives that the request is limited to are among those we have."""
-    targets = {f"target{number + 1}.sim" for number in range(settings.pretend_targets)}
-    targets.update(client.name for client in settings.clients[:1])
-    nodes = cast("list[str]", item.get("limitByNodes") or [])
-    return not item.get("limitByDisks") and (not nodes or not targets.isdisjoint(nodes))
+def _require_placeable(name: str, item: Mapping[str, object], settings: StorageSettings) -> None:
+    """Refuse a request that is limited to targets and drives that this pool does not have."""
+    targets = [f"target{number + 1}.sim" for number in range(settings.pretend_targets)]
+    targets += [client.name for client in settings.clients[:1]]
+    nodes, disks = item.get("limitByNodes"), item.get("limitByDisks")
+    if disks:
+        raise not_allocated(name, f"limitByDisks is {disks}, and this pool lets no drive be chosen")
+    if nodes and set(targets).isdisjoint(cast("list[str]", nodes)):
+        raise not_allocated(name, f"limitByNodes is {nodes}, expected some of {targets}")
 
 
 def _snapshot_refusal(name: str, source: Volume | None, item: Mapping[str, object]) -> Refusal:

@@ -136,7 +136,7 @@ class Groups:
             return self._space.take(change, layout, capacity, None).blocks
         except NoSpace as problem:
             inner = detail(1144, "Failed to allocate VPG reserved space")
-            raise Refusal(16000, "Failed to save VPG", {"vpgID": name}, inner) from problem
+            raise Refusal(16000, f"Failed to save VPG: {problem}", {"vpgID": name}, inner) from problem
 
     def extend(self, item: Mapping[str, object], moment: str) -> Document:
         """Make a VPG's reserve larger."""
@@ -243,8 +243,15 @@ class Groups:
             "allocatedCapacity": allocated if group.used else 0,
             "allocatedBlocks": group.used,
             "reservedBlocks": group.blocks,
-            "freeCapacity": group.capacity - allocated if group.blocks else None,
+            "freeCapacity": self._free_gb(group, allocated),
             "volumesInUse": members,
             "VPG": group.name,
             "totalCapacity": group.capacity,
         }
+
+    def _free_gb(self, group: Group, allocated_gb: float) -> float | None:
+        """Return the decimal GB of its reserve that a VPG's volumes can have now; None if they can have more."""
+        if group.overflow:
+            return None
+        left = self._space.reserve_left_blocks(group)
+        return group.capacity - allocated_gb if left == group.blocks - group.used else gigabytes(left)

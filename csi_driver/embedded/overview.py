@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from csi_driver.embedded.documents import MANAGEMENT_ID
 from csi_driver.embedded.layouts import BLOCK_SIZE, gigabytes
-from csi_driver.embedded.records import CLIENTS, FACTS, GROUPS, VOLUMES, Fact
+from csi_driver.embedded.records import CLIENTS, FACTS, VOLUMES, Fact
 from csi_driver.embedded.refusals import Document
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.space import Space
@@ -71,7 +71,7 @@ class Overview:
         return {"version": VERSION, "changeID": "embedded", "commit": "embedded", "branch": "embedded"}
 
     def space_allocation(self) -> Document:
-        """Return raw space in decimal GB, to two digits."""
+        """Return raw space in decimal GB: to two digits, but for the free space, which volumes must fit into."""
         totals = self._space.totals
         return {
             "data": _gb(totals.data),
@@ -79,21 +79,33 @@ class Overview:
             "totalReserved": _gb(totals.reserved),
             "fromReserved": _gb(totals.from_reserved),
             "totalCapacity": _gb(self._space.total_blocks),
-            "availableSpace": _gb(self._space.free_blocks()),
+            "availableSpace": gigabytes(self._space.available_blocks()),
             "reservedLeft": _gb(totals.reserved - totals.from_reserved),
         }
 
     def total_space(self, body: Mapping[str, object]) -> float | None:
-        return _gb(self._space.total_blocks) if self._matches(body) else None
+        """Return the raw decimal GB of the drives that the request is restricted to; None where there are none."""
+        return self._restricted(body, gigabytes(self._space.total_blocks))
 
     def allocated_space(self, body: Mapping[str, object]) -> float | None:
-        return _gb(self._space.totals.promised) if self._matches(body) else None
+        """Return the raw decimal GB that no volume can have: what is left of the total is the account's."""
+        return self._restricted(body, gigabytes(self._space.total_blocks - self._space.available_blocks()))
 
-    def _matches(self, body: Mapping[str, object]) -> bool:
-        nodes, group = body.get("nodes"), body.get("vpg")
-        if group and self._store.get(GROUPS, str(group)) is None:
-            return False
-        return not nodes or (isinstance(nodes, list) and any(server in nodes for server in self.servers()))
+    def _restricted(self, body: Mapping[str, object], whole: float) -> float | None:
+        """Return the share of some targets and drives. As on the server a VPG restricts nothing, known or not."""
+        nodes, disks = body.get("nodes"), body.get("disks")
+        servers = self.servers()
+        chosen = [
+            name
+            for name in servers
+            if (not nodes or (isinstance(nodes, list) and name in nodes))
+            and (not disks or (isinstance(disks, list) and self.drive_of(name) in disks))
+        ]
+        return whole * len(chosen) / len(servers) if chosen else None
+
+    def drive_of(self, server: str) -> str:
+        """Return the id of the one drive that a storage target has."""
+        return "POOL.1" if server == self.host else f"POOL-{server}.1"
 
     def servers(self) -> list[str]:
         """Return the names of the storage targets: this machine, or those that are pretended."""
@@ -107,7 +119,7 @@ class Overview:
     def _server(self, name: str, servers: int) -> Document:
         identity = str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
         disk: Document = {
-            "diskID": "POOL.1",
+            "diskID": self.drive_of(name),
             "uuid": identity,
             "nodeID": name,
             "status": "Ok",
@@ -116,7 +128,7 @@ class Overview:
             "isOutOfService": False,
             "block_size": BLOCK_SIZE,
             "blocks": self._space.total_blocks // servers,
-            "availableBlocks": self._space.free_blocks() // servers,
+            "availableBlocks": self._space.available_blocks() // servers,
         }
         return {
             "_id": name,
@@ -235,7 +247,7 @@ class Overview:
         return {
             "totalSpace": _gb(self._space.total_blocks),
             "allocatedSpace": _gb(self._space.totals.promised),
-            "freeSpace": _gb(self._space.free_blocks()),
+            "freeSpace": _gb(self._space.available_blocks()),
         }
 
     def _volumes_by_level(self) -> tuple[Document, int]:

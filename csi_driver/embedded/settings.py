@@ -63,9 +63,9 @@ class StorageSettings:
     overcommit: bool = False
     """Allow `size_bytes` above what is free. Guests may then meet I/O errors; for benchmarks and tests."""
     preallocate: bool = False
-    """Reserve every block of a volume in the file system when it is made."""
+    """Reserve every block of a volume in the file system when it is made; else others may fill the disk before it."""
     reserve_bytes: int = 128 * MIB
-    """New volumes and extensions are refused when less than this is free in the file system."""
+    """New volumes and extensions leave this much free in the file system."""
     listen_host: str = "127.0.0.1"
     listen_port: int = 4000
     """0 takes any free port; the one taken is printed."""

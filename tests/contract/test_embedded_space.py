@@ -1,0 +1,143 @@
+"""What the embedded manager offers is what it gives: one account of free space, on a file system that others fill."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.embedded.settings import StorageSettings
+from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.manager import GB, Manager, running, settings_in
+
+pytestmark = pytest.mark.root
+MIB = 1 << 20
+HALF_MIB_GB = MIB / 2 / GB
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 4 GiB; a smaller one is what other programs leave of it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def resize(disk: Path, mib: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={mib}m", disk], check=True)
+
+
+def settings_on(disk: Path, **changes: object) -> StorageSettings:
+    defaults = {"size_bytes": 3 << 30, "overcommit": False, "reserve_bytes": 128 * MIB}
+    return settings_in(disk, **{**defaults, **changes})
+
+
+def available_bytes(manager: Manager) -> int:
+    return int(manager.get("/getSpaceAllocation")["availableSpace"] * GB + 0.5)
+
+
+def by_drives_bytes(manager: Manager) -> int:
+    """Return the free bytes as a caller works them out that asks for the drives of a group."""
+    asked = {"vpg": "DEFAULT_CONCATENATED_VPG"}
+    total, allocated = (manager.post(f"/servers/{what}Space", asked) for what in ("total", "allocated"))
+    return int((total - allocated) * GB + 0.5)
+
+
+def save(manager: Manager, name: str, size_bytes: int) -> bool:
+    """Make a volume of whole MiB."""
+    return bool(manager.save(name, size_bytes / GB + HALF_MIB_GB)["success"])
+
+
+@pytest.mark.parametrize("left_mib", [4096, 3000, 1700, 1300])
+def test_a_volume_of_all_that_is_available_can_be_made_and_none_larger(disk: Path, left_mib: int) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        assert save(manager, "first", 1000 * MIB)
+        resize(disk, left_mib + 1200)
+        available = available_bytes(manager) // MIB * MIB
+        assert available == by_drives_bytes(manager) // MIB * MIB
+        assert 1000 * MIB < available <= min(left_mib + 1200 - 128 - 1000, 3072 - 1000) * MIB
+        assert not save(manager, "larger", available + MIB)
+        assert save(manager, "all", available)
+        assert not save(manager, "more", 1000 * MIB)
+
+
+def test_nothing_is_available_on_a_disk_that_others_have_filled(disk: Path) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        resize(disk, 100)
+        assert available_bytes(manager) == 0
+        assert not save(manager, "data", 1000 * MIB)
+        assert manager.save("data", "MAX")["error"]["id"] == 1664
+
+
+def test_what_was_promised_and_is_not_written_yet_is_kept_free_for_its_volume(disk: Path) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        resize(disk, 2000)
+        assert save(manager, "first", 1000 * MIB)
+        assert not save(manager, "second", 1000 * MIB)
+        assert manager.extend("first", 2)["error"]["id"] == 1675
+        file = manager.server.pool.file(manager.uuid("first"))
+        before = available_bytes(manager)
+        with file.open("r+b") as written:
+            os.posix_fallocate(written.fileno(), 0, 200 * MIB)
+        assert available_bytes(manager) == pytest.approx(before, abs=MIB), "it counts once: promised or written"
+        manager.delete("first")
+        assert save(manager, "second", 1000 * MIB)
+
+
+def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        resize(disk, 2000)
+        answers: list[bool] = []
+
+        def second_within_the_first(point: str) -> None:
+            if point == "save:row" and not answers:
+                answers.append(False)
+                answers.append(save(manager, "second", 1000 * MIB))
+
+        manager.server.api._volumes._fault = second_within_the_first
+        assert save(manager, "first", 1000 * MIB)
+        assert answers == [False, False]
+
+
+def test_the_reserve_of_a_group_is_promised_too(disk: Path) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 1.5, "allowOverflow": False}
+        assert manager.post("/volumeProvisioningGroups/save", [group])[0]["success"]
+        resize(disk, 2300)
+        usage = "/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold"
+        assert manager.get(usage)["freeCapacity"] == 1.5
+        assert not save(manager, "other", 1000 * MIB)
+        assert manager.save("own", 1.2, VPG="gold")["success"]
+        resize(disk, 1200)
+        assert manager.get(usage)["freeCapacity"] == 0
+
+
+@pytest.mark.parametrize(("reserve_mib", "made"), [(100, True), (2500, False)])
+def test_with_overcommitment_only_the_reserve_is_kept_free(disk: Path, reserve_mib: int, made: bool) -> None:
+    settings = settings_on(disk, overcommit=True, size_bytes=3 << 40, reserve_bytes=reserve_mib * MIB)
+    with running(settings, FakeLoopDevices()) as manager:
+        resize(disk, 2000)
+        assert (available_bytes(manager) > 1 << 40) is made
+        assert save(manager, "first", 1 << 40) is made
+
+
+def test_a_refusal_says_what_was_asked_and_what_there_is(disk: Path) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        resize(disk, 1700)
+        error = manager.save("data", 2 * GB / GB + HALF_MIB_GB)["error"]
+        asked, unpromised = 2 * GB // MIB * MIB, 3 << 30
+        free = available_bytes(manager)
+        assert error["message"] == (
+            f"Failed to save volume: asked {asked} bytes; {unpromised} are unpromised in the pool, "
+            f"{free} free in its file system: the smaller counts"
+        )
+        assert (error["id"], error["innerMessage"]) == (1664, "Failed to allocate")
+        assert manager.save("data", 1.1)["success"]
+        error = manager.extend("data", 3.5)["error"]
+        assert error["id"] == 1675
+        assert f"{available_bytes(manager)} free in its file system" in error["message"]
