@@ -6,6 +6,7 @@ import http.client
 import ssl
 
 from csi_driver.embedded.pool import Pool
+from csi_driver.errors import DriverError
 
 ANSWER_TIME_S = 2.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -38,6 +39,6 @@ def why_unusable(pool: Pool) -> str:
     """Say why the pool cannot be used; empty = it can."""
     try:
         pool.free_bytes()
-    except OSError as error:
-        return f"{pool.volumes} cannot be looked at: {error.strerror}"
+    except DriverError as error:
+        return str(error)
     return ""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import uvicorn
 
-from csi_driver.background import Worker
+from csi_driver.background import Periodic, Worker
 from csi_driver.embedded import health
 from csi_driver.embedded.api import Api
 from csi_driver.embedded.attacher import Attacher
@@ -35,13 +36,15 @@ from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes, now
 from csi_driver.embedded.web import application
 from csi_driver.embedded.work import Holds, Locks
-from csi_driver.errors import HostFailure, PreconditionFailed
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.telemetry import measured
 from csi_driver.telemetry.metrics import Measurement
 
 _log = logging.getLogger(__name__)
 _THREADS = 64
 _GRACE_S = 10
+_LOOK_S = 5.0
+"""Time between two looks at what others may have removed: device nodes and volume files."""
 _BACKLOG = 2048
 
 
@@ -59,7 +62,17 @@ class CannotListen(HostFailure):
     """The address cannot be had."""
 
     def __init__(self, host: str, port: int, why: str) -> None:
-        super().__init__(f"cannot listen on {host}:{port}: {why}")
+        super().__init__(f"cannot listen on {host}:{port}: {why}; stop what listens there, or choose another --listen")
+
+
+class CertificateUnusable(HostFailure):
+    """The certificate or its key cannot be read, or they do not belong together."""
+
+    def __init__(self, certificate: Path, key: Path, why: object) -> None:
+        super().__init__(
+            f"the API cannot be served with --tls-certificate {certificate} and --tls-key {key}: {why}; "
+            "expected a PEM certificate chain and its private key"
+        )
 
 
 class StorageServer:
@@ -73,6 +86,7 @@ class StorageServer:
         self.settings = settings
         for client in settings.clients:
             _check_device_directory(client.device_directory)
+        _check_certificate(settings)
         self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
@@ -98,8 +112,9 @@ class StorageServer:
         sessions = Sessions(settings, self.password)
         volumes = Volumes(settings, store, self.space, pool, locks, self.worker, holds)
         groups = Groups(store, self.space, holds)
-        clients = Clients(settings, store)
+        clients = Clients(settings, store, volumes.judge_file)
         self.attacher = Attacher(settings, store, pool, volumes, loops, locks, self.worker, holds)
+        self.look = Periodic("storage-look", self.attacher.look, _LOOK_S, first_s=_LOOK_S)
         overview = Overview(settings, store, self.space, holds, now())
         self.encryptions = Encryptions(
             store,
@@ -153,9 +168,9 @@ class StorageServer:
         return health.why_unusable(self.pool)
 
     @property
-    def loops(self) -> Sequence[Worker]:
-        """The background workers. They wait for disks, so a restart frees none that is stuck."""
-        return self.worker, self.encryptions.worker
+    def loops(self) -> Sequence[Worker | Periodic]:
+        """The background threads. They wait for disks, so a restart frees none that is stuck."""
+        return self.worker, self.encryptions.worker, self.look
 
     def measurements(self) -> list[Measurement]:
         """Return what is measured of the pool."""
@@ -230,8 +245,9 @@ class StorageServer:
         if self._thread is not None:
             self._thread.join()
         self._listener.close()
-        for loop in self.loops:
-            loop.stop()
+        self.look.stop(wait_s=_GRACE_S)
+        self.worker.stop()
+        self.encryptions.worker.stop()
         self._workers.shutdown(wait=True)
         self.store.close()
         self.pool.close()
@@ -271,9 +287,23 @@ def _announce(server: StorageServer) -> None:
 
 
 def _check_device_directory(directory: Path) -> None:
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if os.statvfs(directory).f_flag & os.ST_NODEV:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        flags = os.statvfs(directory).f_flag
+    except OSError as problem:
+        raise SystemCallFailed(f"make the device directory {directory}", problem.errno or 0) from problem
+    if flags & os.ST_NODEV:
         raise DeviceDirectoryUnusable(directory)
+
+
+def _check_certificate(settings: StorageSettings) -> None:
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None or key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as problem:
+        raise CertificateUnusable(certificate, key, problem) from problem
 
 
 def _bound(host: str, port: int) -> socket.socket:

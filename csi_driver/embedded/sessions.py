@@ -19,7 +19,7 @@ class PasswordUnreadable(HostFailure):
     """The password file cannot be used."""
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"the password file {path} {why}")
+        super().__init__(f"the password file {path} {why}; expected one line, the password, readable by this user")
 
 
 class PasswordFixed(InvalidRequest):
@@ -38,7 +38,7 @@ class Password:
         self._ours = ours
         self._stamp: tuple[int, int, int] | None = None
         self._text = ""
-        if ours and not path.exists():
+        if ours and not os.path.lexists(path):
             self._write(secrets.token_urlsafe(24))
         self._read()
 
@@ -65,6 +65,12 @@ class Password:
         return self._text
 
     def _write(self, password: str) -> None:
+        try:
+            self._replace(password)
+        except OSError as problem:
+            raise PasswordUnreadable(self.path, f"cannot be written: {problem}") from problem
+
+    def _replace(self, password: str) -> None:
         temporary = self.path.with_name(f".{self.path.name}.new")
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)

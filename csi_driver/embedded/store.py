@@ -7,16 +7,17 @@ may open the database while a manager runs (the pool's lock sees to it).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from csi_driver.embedded.records import TABLES, Table
-from csi_driver.errors import StorageUnavailable
+from csi_driver.errors import HostFailure, StorageUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,18 @@ CREATE TABLE IF NOT EXISTS documents (
 _UPSERT = """
 INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT (kind, grouping, id) DO UPDATE SET record = excluded.record
 """
-_BALLAST_BYTES = 1 << 20
+_RESERVE_BYTES = 1 << 20
 _DELETE = "DELETE FROM documents WHERE kind = ? AND grouping = ? AND id = ?"
+
+
+class DatabaseUnusable(HostFailure):
+    """The manager's database cannot be opened or read."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(
+            f"the database {path} cannot be read: {why}; correct that, or restore the file and its -wal from a backup "
+            "(the volumes' data is in other files and is not touched)"
+        )
 
 
 class Change:
@@ -77,25 +88,38 @@ class Store:
     """The manager's records. Threads may call everything."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the database at `path` and read all of it."""
+        """Open or make the database at `path` and read all of it. Raises DatabaseUnusable."""
         self._tables = {table.name: table for table in TABLES}
         self._change_lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self._staged = _Batch()
         self._committing = _Batch()
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.execute(_SCHEMA)
-        self._ballast = path.with_name(f"{path.name}.ballast")
-        self._take_ballast()
-        for kind, grouping, key, text in self._rows():
-            self._committed.setdefault((kind, grouping), {})[key] = self._tables[kind].record(text)
+        self._reserve = path.with_name(f"{path.name}.ballast")
+        """Space for the changes that make room again when the disk is full."""
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        except (OSError, sqlite3.Error) as problem:
+            raise DatabaseUnusable(path, problem) from problem
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._connection.close)
+            self._read(path)
+            undo.pop_all()
+        self._keep_reserve()
 
-    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
-        yield from self._connection.execute("SELECT kind, grouping, id, record FROM documents ORDER BY rowid")
+    def _read(self, path: Path) -> None:
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute(_SCHEMA)
+            rows = self._connection.execute("SELECT kind, grouping, id, record FROM documents ORDER BY rowid")
+            for kind, grouping, key, text in rows:
+                if kind not in self._tables:
+                    raise DatabaseUnusable(path, f"it has records of the kind {kind!r}, which only a newer version has")
+                self._committed.setdefault((kind, grouping), {})[key] = self._tables[kind].record(text)
+        except (sqlite3.Error, ValueError, TypeError, KeyError) as problem:
+            raise DatabaseUnusable(path, problem) from problem
 
     def close(self) -> None:
         """Close the database; no call may follow."""
@@ -170,18 +194,18 @@ class Store:
             self._committing = _Batch()
 
     def _transact(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
-        """Write once; where the disk is full, once more with the ballast given up."""
+        """Write once; where the disk or a quota is full, once more without the reserve file.
+
+        Raises sqlite3.Error if nothing was committed, and nothing else: what fails afterwards undoes no commit.
+        """
         try:
             self._write_rows(puts, gone)
         except sqlite3.OperationalError as problem:
-            if problem.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.exists():
+            if not _may_lack_space(problem) or not self._release_reserve():
                 raise
-            self._ballast.unlink()
-            _log.warning("the disk is full: %s is given up, so that volumes can be detached and deleted", self._ballast)
             self._write_rows(puts, gone)
             return
-        if not self._ballast.exists():
-            self._take_ballast()
+        self._keep_reserve()
 
     def _write_rows(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
         try:
@@ -194,15 +218,50 @@ class Store:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _take_ballast(self) -> None:
-        """Keep space for the changes that make room again, while there is plenty."""
-        space = os.statvfs(self._ballast.parent)
-        if space.f_bavail * space.f_frsize < 2 * _BALLAST_BYTES:
-            return
-        descriptor = os.open(self._ballast, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    def _keep_reserve(self) -> None:
+        """Make the reserve file if it is missing or was only begun and there is plenty of space.
+
+        An error is logged and passed over, for the next change tries again.
+        """
         try:
-            os.posix_fallocate(descriptor, 0, _BALLAST_BYTES)
-        except OSError:
-            self._ballast.unlink()
-        finally:
-            os.close(descriptor)
+            if self._has_reserve():
+                return
+            space = os.statvfs(self._reserve.parent)
+            if space.f_bavail * space.f_frsize < 2 * _RESERVE_BYTES:
+                return
+            descriptor = os.open(self._reserve, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+            except OSError:
+                self._reserve.unlink()
+                raise
+            finally:
+                os.close(descriptor)
+        except OSError as problem:
+            _log.warning(
+                "the reserve file %s cannot be made: %s; tried again at the next change", self._reserve, problem
+            )
+
+    def _has_reserve(self) -> bool:
+        try:
+            return self._reserve.stat().st_blocks * 512 >= _RESERVE_BYTES
+        except FileNotFoundError:
+            return False
+
+    def _release_reserve(self) -> bool:
+        """Remove the reserve file and return True; False if there is none or it cannot be removed."""
+        try:
+            self._reserve.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as problem:
+            _log.warning("the disk is full, and the reserve file %s cannot be removed: %s", self._reserve, problem)
+            return False
+        _log.warning("the disk is full: %s is removed, so that volumes can be detached and deleted", self._reserve)
+        return True
+
+
+def _may_lack_space(problem: sqlite3.OperationalError) -> bool:
+    """Tell whether more space may help. SQLite calls a quota that is used up (EDQUOT) an I/O error."""
+    primary = problem.sqlite_errorcode & 0xFF
+    return primary in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

@@ -61,11 +61,14 @@ class Manager:
     def post(self, target: str, body: object) -> Json:
         return self.request("POST", target, body)
 
+    def _one(self, target: str, item: Mapping[str, object]) -> Json:
+        return _envelope(self.post(target, [item]))
+
     # --- volumes ---
 
     def save(self, name: str, capacity: float | str = 1, **fields: object) -> Json:
         item: Mapping[str, object] = {"name": name, "capacity": capacity, "VPG": CONCATENATED, **fields}
-        return self.post("/volumes/save", [{key: value for key, value in item.items() if value is not None}])[0]
+        return self._one("/volumes/save", {key: value for key, value in item.items() if value is not None})
 
     def volume(self, name: str) -> Json:
         return self.get(f"/volumes/{name}")
@@ -74,13 +77,13 @@ class Manager:
         return str(self.volume(name)["uuid"])
 
     def extend(self, name: str, capacity: float | str) -> Json:
-        return self.post("/volumes/extend", [{"_id": name, "uuid": self.uuid(name), "capacity": capacity}])[0]
+        return self._one("/volumes/extend", {"_id": name, "uuid": self.uuid(name), "capacity": capacity})
 
     def update(self, name: str, **fields: object) -> Json:
-        return self.post("/volumes/update", [{"_id": name, "uuid": self.uuid(name), **fields}])[0]
+        return self._one("/volumes/update", {"_id": name, "uuid": self.uuid(name), **fields})
 
     def delete(self, name: str) -> Json:
-        return self.post("/volumes/delete", [{"_id": name, "uuid": self.uuid(name)}])[0]
+        return self._one("/volumes/delete", {"_id": name, "uuid": self.uuid(name)})
 
     # --- clients ---
 
@@ -97,7 +100,7 @@ class Manager:
         if reference is not None:
             item["referenceID"] = reference
         body = {"client": client, "clientUUID": "11111111-1111-1111-1111-111111111111", "volumes": [item]}
-        return self.post(f"/clients/{verb}", body)[0]
+        return _envelope(self.post(f"/clients/{verb}", body))
 
     def report(self, volume: str, client: str = "node-1") -> Json:
         rows = [row for row in self.get(f"/clients/{client}")["block_devices"] if row["name"] == volume]
@@ -118,6 +121,11 @@ class Manager:
         self.server.store.close()
         self.server.pool.close()
         self.server._listener.close()
+
+
+def _envelope(answer: Json) -> Json:
+    """Return what a request for one object is answered, or what a request that failed as a whole is."""
+    return answer[0] if isinstance(answer, list) else answer
 
 
 @contextmanager

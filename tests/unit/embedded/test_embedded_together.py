@@ -45,7 +45,7 @@ def contradictions(manager: Manager, loops: FakeLoopDevices) -> list[str]:
     rows = {row["uuid"]: row for row in manager.get("/volumes/all/0/0")}
     pool = manager.server.pool
     if {identity: row["blocks"] * 4096 for identity, row in rows.items()} != {
-        identity: pool.size_bytes(identity) for identity in pool.identities()
+        identity: pool.file(identity).stat().st_size for identity in pool.identities()
     }:
         found.append("files")
     clients = manager.get("/clients/all/0/0")
