@@ -187,7 +187,7 @@ class Api:
             Route("GET", "/isAlive", lambda call: "Of course I'm alive..", "Say so", quick=True),
             Route("GET", "/systemInfo", lambda call: view.system_info(), "Who and what version this is", quick=True),
             Route("GET", "/version", lambda call: view.version(), "Version", quick=True),
-            Route("GET", "/getSpaceAllocation", lambda call: view.space_allocation(), "Space of the pool", quick=True),
+            Route("GET", "/getSpaceAllocation", lambda call: view.space_allocation(), "Space of the pool"),
             Route("GET", "/status", lambda call: view.status(), "Short status"),
             Route("GET", "/getClusterStatus", lambda call: view.cluster_status(), "Status"),
             Route("GET", "/nvmeshMetadata/clusterID", lambda call: None, "No cluster id is set", quick=True),
@@ -204,7 +204,6 @@ class Api:
                 "/servers/all/{page}/{count}",
                 lambda call: _listed(call, view.server_documents()),
                 "List storage targets",
-                quick=True,
             ),
             Route("GET", "/servers/getAllocationByTarget", lambda call: view.allocation_by_target(), "Space by target"),
             Route(
@@ -372,6 +371,8 @@ class Api:
         for volume in self._store.all(VOLUMES):
             if kind == "initialize":
                 self._volumes.initialize(volume.name)
+            elif kind == "extend":
+                self._volumes.finish_extension(volume.name)
             elif kind == "delete" and volume.action == "markedForDeletion":
                 self._volumes.removal_due(volume.name, volume.uuid)
         if kind.startswith(("client:", "slow:")):

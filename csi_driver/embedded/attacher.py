@@ -13,18 +13,15 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from csi_driver.background import Worker
 from csi_driver.embedded.clients import Pair
-from csi_driver.embedded.device_nodes import block_nodes, ensure_node, remove_nodes
+from csi_driver.embedded.device_nodes import Directories, ensure_node, is_in_place, remove_nodes
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.ports import LoopDevice, LoopDevices
 from csi_driver.embedded.records import (
     ATTACHED,
-    ATTACHING,
     ATTACHMENTS,
-    BUSY,
     CLIENTS,
     DETACHED,
     REPORTS,
@@ -39,26 +36,15 @@ from csi_driver.embedded.status_files import StatusFiles
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.embedded.work import Holds, Locks
-from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
+from csi_driver.errors import DriverError, PreconditionFailed, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 RESERVATION_DENIED = 17
-_LOOP_MAJOR = 7
 
 
 def label_of(identity: str, client: str) -> str:
     """Return what lo_file_name holds of an attachment: the volume's uuid, and whose attachment it is."""
     return f"{identity}/{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-
-
-class VolumeFileLost(HostFailure):
-    """A volume that may hold data has no file any more, or not the whole of it."""
-
-    def __init__(self, volume: str, file: Path, size_bytes: int) -> None:
-        super().__init__(
-            f"the file {file} of volume {volume} is gone or cut short, expected {size_bytes} bytes; "
-            "it is not made anew, for it may have held data"
-        )
 
 
 class Attacher:
@@ -93,22 +79,39 @@ class Attacher:
     # --- start ------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Find again what is attached, carry out every wish, and take away what nobody wishes for."""
-        for name, files in self._files.items():
-            self._nodes[name].mkdir(mode=0o755, parents=True, exist_ok=True)
-            client = self._store.get(CLIENTS, name)
-            if client is not None:
-                files.install(client)
+        """Find again what is attached, carry out every wish, and take away what nobody wishes for.
+
+        What the machine refuses now is logged and tried again, and keeps nothing else from being done.
+        """
+        for name in self._files:
+            if not self._install(name):
+                self._worker.later(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
         self._find_devices()
         self._remove_stale_nodes()
         wishes = {(wish.client, wish.uuid): wish for wish in self._store.everywhere(ATTACHMENTS)}
-        wished_names = {(wish.client, wish.volume) for wish in wishes.values()}
         reported = {(r.client, r.uuid) for r in self._store.everywhere(REPORTS) if r.status != DETACHED}
         self.settle_all({*self._devices, *(pair for pair in wishes.keys() | reported if pair[0] in self._files)})
+        self._hide_stale({(wish.client, wish.volume) for wish in wishes.values()})
+
+    def _install(self, name: str) -> bool:
+        client = self._store.get(CLIENTS, name)
+        try:
+            if client is not None:
+                self._files[name].install(client)
+        except OSError as problem:
+            _log.warning("the status files of client %s cannot be written: %s; tried again", name, problem)
+            return False
+        return True
+
+    def _hide_stale(self, wished: set[tuple[str, str]]) -> None:
+        """Remove the status files of volumes that are not attached to the client."""
         for name, files in self._files.items():
-            for volume_name in files.shown():
-                if (name, volume_name) not in wished_names:
-                    files.hide(volume_name)
+            try:
+                for volume_name in files.shown():
+                    if (name, volume_name) not in wished:
+                        files.hide(volume_name)
+            except OSError as problem:
+                _log.warning("old status files of client %s cannot be removed: %s", name, problem)
 
     def _find_devices(self) -> None:
         owners = {hashlib.sha256(name.encode()).hexdigest()[:16]: name for name in self._files}
@@ -123,16 +126,29 @@ class Attacher:
                 _log.warning("loop%d holds %s once more and is in use; left alone", device.number, device.file)
 
     def _remove_stale_nodes(self) -> None:
-        """Remove the nodes of our volumes whose devices are not ours any more: their numbers may be another file's now.
-
-        Only loop devices under a volume's name: the directory may be anybody's, /dev included.
-        """
+        """Remove the nodes of our volumes that stand for another device now, or will: see `Directories`."""
+        directories = Directories(self._store, self._nodes)
         for client, directory in self._nodes.items():
-            held = {os.makedev(*device.device) for pair, device in self._devices.items() if pair[0] == client}
-            for node, number in block_nodes(directory):
-                is_stale = os.major(number) == _LOOP_MAJOR and number not in held
-                if is_stale and self._store.get(VOLUMES, node.name) is not None:
-                    node.unlink(missing_ok=True)
+            numbers = {os.makedev(*device.device) for pair, device in self._devices.items() if pair[0] == client}
+            directories.remove_stale(client, directory, numbers)
+        directories.leave_earlier()
+
+    def look(self) -> None:
+        """Mend what others took away: the device nodes of attached volumes. Say what became of the volumes' files."""
+        for client, identity in list(self._devices):
+            with self._locks.hold(identity):
+                device = self._devices.get((client, identity))
+                wish = self._store.get(ATTACHMENTS, identity, client)
+                if device is None or wish is None or wish.action != "attaching" or self._held_back(client):
+                    continue
+                node = self._nodes[client] / wish.volume
+                try:
+                    if not is_in_place(node, device):
+                        ensure_node(node, device)
+                        _log.warning("the device node %s was gone and is made again for loop%d", node, device.number)
+                except OSError as problem:
+                    _log.warning("the device node %s cannot be made: %s; tried again", node, problem)
+        self._volumes.judge_files()
 
     # --- carrying out -----------------------------------------------------------------------------------
 
@@ -180,11 +196,18 @@ class Attacher:
         """Let the devices of a volume follow its file, now or when the machine lets them."""
         try:
             self._grow(identity)
-        except DriverError as problem:
+        except (DriverError, OSError) as problem:
             _log.warning("the devices of volume %s could not be grown: %s; tried again", identity, problem)
-            self._worker.later(f"grow {identity}", lambda: self._grow(identity))
+            self._worker.later(f"grow {identity}", lambda: self._grown(identity))
 
-    def _grow(self, identity: str) -> bool:
+    def _grown(self, identity: str) -> bool:
+        try:
+            self._grow(identity)
+        except OSError as problem:
+            raise SystemCallFailed(f"grow volume {identity}", problem.errno or 0, str(problem)) from problem
+        return True
+
+    def _grow(self, identity: str) -> None:
         with self._locks.hold(identity):
             for client in self._files:
                 if self._held_back(client):
@@ -196,7 +219,6 @@ class Attacher:
                 volume = self._store.get(VOLUMES, wish.volume) if wish is not None else None
                 if device is not None and wish is not None and volume is not None and wish.action == "attaching":
                     self._files[client].show(volume, wish, io_enabled=not device.fenced)
-        return True
 
     def _held_back(self, client: str) -> bool:
         return self.is_down(client) or f"slow:{client}" in self._holds
@@ -247,15 +269,18 @@ class Attacher:
         if volume is None or volume.uuid != wish.uuid:
             return True
         pair = (wish.client, wish.uuid)
-        kept_out = self._kept_out(volume, wish)
-        if kept_out:
-            is_settled = kept_out == RESERVATION_DENIED and self._cut_off(pair, volume, wish)
-            self._reports.tell(wish, kept_out, io_enabled=0)
+        if not holds(volume.reservation, wish.client, wish.mode):
+            # Whoever was preempted does not get its device back.
+            is_settled = self._cut_off(pair, volume, wish)
+            self._reports.tell(wish, RESERVATION_DENIED, io_enabled=0)
             return is_settled
+        if not self._others_are_off(volume, wish.client):
+            return False
         device = self._devices.get(pair)
         if device is not None and (device.fenced or device.read_only != wish.read_only):
             if not self._detach(pair, device, wish.volume):
-                self._reports.tell(wish, BUSY, io_enabled=0 if device.fenced else 1)
+                if device.fenced:
+                    self._reports.tell(wish, ATTACHED, io_enabled=0)
                 return False
             device = None
         node = self._nodes[wish.client] / wish.volume
@@ -265,7 +290,7 @@ class Attacher:
                 self._pool.file(wish.uuid), node, label=label_of(wish.uuid, wish.client), read_only=wish.read_only
             )
             self._fault("attach:device")
-        if device.node != node or not node.exists():
+        if device.node != node or not is_in_place(node, device):
             ensure_node(node, device)
         self._files[wish.client].show(volume, wish)
         self._fault("attach:files")
@@ -273,18 +298,14 @@ class Attacher:
         self._fault("attach:reported")
         return True
 
-    def _kept_out(self, volume: Volume, wish: Attachment) -> int:
-        """Return the status of a client that may not have the device (yet), 0 if it may.
+    def _others_are_off(self, volume: Volume, client: str) -> bool:
+        """Tell whether the volume has no other writer: every other client shares it rightly or is off.
 
-        A volume that was taken over never has two writers: whoever was preempted does not get its device back, and
-        the new owner waits until every other client is off that does not share the volume with it.
+        A client whose attachment was withdrawn is not named by the reservation any more and may still have its device.
         """
-        if not holds(volume.reservation, wish.client, wish.mode):
-            return RESERVATION_DENIED
-        for other in volume.reservation.attached:
-            if other != wish.client and not self._is_off(other, volume):
-                return ATTACHING
-        return 0
+        with_device = {other for other in self._files if (other, volume.uuid) in self._devices}
+        others = with_device.union(volume.reservation.attached) - {client}
+        return all(self._is_off(other, volume) for other in sorted(others))
 
     def _is_off(self, other: str, volume: Volume) -> bool:
         """Tell whether another client shares the volume rightly or can do no I/O any more; see to it where that
@@ -326,8 +347,8 @@ class Attacher:
     def _secure_file(self, volume: Volume) -> None:
         """Have the volume's file on disk for good before anything can be written to it."""
         if volume.made:
-            if not self._pool.has(volume.uuid, volume.least_bytes):
-                raise VolumeFileLost(volume.name, self._pool.file(volume.uuid), volume.bytes)
+            if reason := self._volumes.judge_file(volume.name):
+                raise PreconditionFailed(reason)
             self._pool.make(volume.uuid, volume.bytes)
             return
         self._pool.make(volume.uuid, volume.bytes, synced=True)
@@ -346,7 +367,7 @@ class Attacher:
         device = self._devices.get(pair)
         if device is not None and not self._detach(pair, device, wish.volume if wish else None):
             if wish is not None:
-                self._tell_busy(wish, device)
+                self._stay(wish, device)
             return False
         if wish is not None:
             self._hide(client, wish.volume)
@@ -356,14 +377,28 @@ class Attacher:
             self._hide(client, report.volume)
         return True
 
-    def _tell_busy(self, wish: Attachment, device: LoopDevice) -> None:
-        """Report a device that is to go and is in use. The client holds it under no reference any more."""
+    def _stay(self, wish: Attachment, device: LoopDevice) -> None:
+        """Leave a device that is to go and is in use, as a real client does.
+
+        The client refuses the detachment, which the management does not note (it stores only what is attached,
+        detached or denied), and goes on to show what it accepted last, its references with it.
+        """
         if wish.force:
             _log.warning("volume %s on client %s is in use; force does not take it away", wish.volume, wish.client)
-        volume = self._store.get(VOLUMES, wish.volume)
+        report, volume = self._store.get(REPORTS, wish.uuid, wish.client), self._store.get(VOLUMES, wish.volume)
+        accepted = wish
+        if report is not None:
+            accepted = replace(
+                wish,
+                references=report.references,
+                version=report.version,
+                attachments_version=report.attachments_version,
+                reservation=report.reservation,
+            )
         if volume is not None and volume.uuid == wish.uuid:
-            self._files[wish.client].show(volume, replace(wish, references=()), io_enabled=not device.fenced)
-        self._reports.tell(wish, BUSY, io_enabled=0 if device.fenced else 1)
+            self._files[wish.client].show(volume, accepted, io_enabled=not device.fenced)
+        if device.fenced:
+            self._reports.tell(accepted, ATTACHED, io_enabled=0)
 
     def _detach(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self._loops.detach(device):

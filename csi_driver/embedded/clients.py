@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from csi_driver.embedded.records import (
@@ -32,8 +32,12 @@ Pair = tuple[str, str]
 class Clients:
     """The use-cases on clients. Each call changes wishes only and says which pairs the attacher has to settle."""
 
-    def __init__(self, settings: StorageSettings, store: Store) -> None:
+    def __init__(
+        self, settings: StorageSettings, store: Store, why_lost: Callable[[str], str] = lambda name: ""
+    ) -> None:
+        """`why_lost` says why the file of a volume, given by its name, cannot be used; empty = it can."""
         self._store = store
+        self._why_lost = why_lost
         self._names = tuple(client.name for client in settings.clients)
         self._fault = settings.test_switches.fault
 
@@ -55,6 +59,7 @@ class Clients:
         keys: Document = {"clientID": client, "clientUUID": client_uuid, "volumeID": name, "volumeUUID": identity}
         reference = str(item.get("referenceID", identity))
         wanted = _wanted(item.get("reservation"))
+        lost = self._why_lost(name)
 
         def wish(change: Change) -> list[Pair]:
             if change.get(CLIENTS, client) is None:
@@ -65,8 +70,9 @@ class Clients:
             inner: Document = {"volumeID": name, "volumeUUID": identity, "clientID": client}
             if volume.action == "markedForDeletion":
                 raise _not_attached(keys, detail(11212, "Volume is being deleted", **inner), loses_uuid=True)
-            if volume.status == "offline" or not volume.ready:
-                raise _not_attached(keys, detail(1569, "Volume is not ready", **inner), loses_uuid=True)
+            if lost or not volume.ready:
+                reason = lost or "Volume is not ready: its encryption has not been initialized"
+                raise _not_attached(keys, detail(1569, reason, **inner), loses_uuid=True)
             try:
                 reservation = reserved(
                     volume.reservation, client, wanted, read_only=volume.read_only, moment=now(), keys=inner
@@ -135,9 +141,9 @@ class Clients:
             attachment = change.get(ATTACHMENTS, identity, client)
             if attachment is None:
                 raise Refusal(162222, "The volume is not attached to the client", keys)
-            if attachment.action == "detaching":
-                raise Refusal(1622, "Client not found or volume already detached", keys)
-            if reference not in attachment.references:
+            if attachment.action == "detaching" and not force:
+                raise Refusal(1622, "The volume is being detached from the client", keys)
+            if attachment.action == "detaching" or reference not in attachment.references:
                 raise Refusal(162223, "The requested referenceID is already detached from this client", keys)
             left = tuple(held for held in attachment.references if held != reference)
             if left:

@@ -18,7 +18,7 @@ MODES = {
 }
 MODE_NAMES = {NONE: "NONE", **{number: name for name, number in MODES.items()}}
 
-BUSY, DETACHED, ATTACHED, ATTACHING = 1, 2, 4, 6
+DETACHED, ATTACHED = 2, 4
 """block_devices[].vol_status"""
 READY, DOWN = 1, 5
 """client_status"""

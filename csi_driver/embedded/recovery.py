@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.records import VOLUMES, Volume
-from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
+from csi_driver.errors import HostFailure
 
 _log = logging.getLogger(__name__)
 
@@ -18,8 +18,10 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
     """Make files, rows, wishes and the kernel agree. A file that no volume owns is reported and kept."""
     files = pool.identities()
     for volume in store.all(VOLUMES):
-        _mend_file(store, pool, volume, volume.uuid in files)
+        if volume.action != "markedForDeletion" and not volumes.judge_file(volume.name):
+            _make_up_for(pool, volume)
         volumes.initialize(volume.name)
+        volumes.finish_extension(volume.name)
     owned = {volume.uuid for volume in store.all(VOLUMES)}
     for identity in sorted(files - owned):
         _log.warning("the file %s belongs to no volume; it is kept", pool.file(identity))
@@ -31,20 +33,10 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
             attacher.grow(volume.uuid)
 
 
-def _mend_file(store: Store, pool: Pool, volume: Volume, there: bool) -> None:
-    if volume.action == "markedForDeletion":
-        return
-    lost = volume.made and not pool.has(volume.uuid, volume.least_bytes)
-    if not lost and not pool.has(volume.uuid, volume.bytes):
-        pool.make(volume.uuid, volume.bytes)
-    if lost:
-        what = "cut short" if there else "gone"
-        _log.error("the file %s of volume %s is %s; the volume is offline", pool.file(volume.uuid), volume.name, what)
-    if lost == (volume.status == "offline"):
-        return
-
-    def judge(change: Change) -> None:
-        status, health = ("offline", "critical") if lost else ("online", "healthy")
-        change.put(VOLUMES, volume.name, replace(volume, status=status, health=health))
-
-    store.write(judge)
+def _make_up_for(pool: Pool, volume: Volume) -> None:
+    """Make the file, or its latest extension, if a crash left it out. What fails is made when it is attached."""
+    try:
+        if not pool.has(volume.uuid, volume.bytes):
+            pool.make(volume.uuid, volume.bytes)
+    except HostFailure as problem:
+        _log.warning("volume %s: %s; tried again when it is attached", volume.name, problem)

@@ -6,6 +6,7 @@ the file is made or grown, and removed after the file is. What a crash left half
 
 from __future__ import annotations
 
+import errno
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from csi_driver.background import Worker
-from csi_driver.embedded.admission import absent_classes, admitted, not_saved, refuse_unsupported
+from csi_driver.embedded.admission import absent_classes, admitted, not_allocated, not_saved, refuse_unsupported
 from csi_driver.embedded.encryption import REQUIRED
 from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, PARAMETERS, gigabytes
 from csi_driver.embedded.pool import Pool
@@ -24,7 +25,7 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.space import NoSpace, Space
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.work import Holds, Locks
-from csi_driver.errors import DriverError, HostFailure
+from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _LAYOUT_FIELDS = frozenset(
     )
 )
 _OWN_FIELDS = {"name", "capacity", "VPG", "isEncrypted", "encryption", "sourceID", "sourceUUID", "mdvSpec"}
+_NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _NOT_KEPT = _LAYOUT_FIELDS | _OWN_FIELDS
 _LOCKED_BY_GROUP = ("diskClasses", "serverClasses", "limitByDisks", "limitByNodes", "enableCrcCheck", "VSGs")
 
@@ -100,7 +102,7 @@ class Volumes:
         try:
             taken = self._space.take(change, layout, capacity, group)
         except NoSpace as problem:
-            raise not_saved(name, "Failed to allocate") from problem
+            raise not_allocated(name, problem) from problem
         moment = now()
         slow = self._settings.preallocate or "initialize" in self._holds
         volume = Volume(
@@ -131,10 +133,12 @@ class Volumes:
                 current = self._store.get(VOLUMES, volume.name)
                 if current is not None and current.uuid == volume.uuid:  # else deleted meanwhile: nobody owns a file
                     self._pool.make(volume.uuid, volume.bytes)
-        except HostFailure as problem:
+        except SystemCallFailed as problem:
+            # As at a deletion, the row goes last: where the file cannot be removed, the volume stays and can be had.
             self._pool.remove(volume.uuid)
             self._store.write(lambda change: self._forget(change, volume.name, volume.uuid))
-            raise not_saved(volume.name, "Failed to allocate") from problem
+            refusal = not_allocated if problem.errno in _NO_SPACE else not_saved
+            raise refusal(volume.name, str(problem)) from problem
         self.initialize(volume.name)
 
     def initialize(self, name: str) -> bool:
@@ -154,6 +158,51 @@ class Volumes:
         self._store.write(online)
         return True
 
+    # --- the file -----------------------------------------------------------------------------------------
+
+    def judge_file(self, name: str) -> str:
+        """Say why a volume's file cannot be used, empty = it can, and let the volume's status say the same.
+
+        A volume whose file lacks what may be data is offline, or degraded while a device still holds the file; it is
+        online again when the file is back.
+        """
+        volume = self._store.get(VOLUMES, name)
+        if volume is None or not volume.made or volume.action in ("initializing", "markedForDeletion"):
+            return ""
+        reason = self._why_lost(volume)
+        status = "online" if not reason else "degraded" if self.has_device(volume.uuid) else "offline"
+        if status == volume.status:
+            return reason
+
+        def judge(change: Change) -> None:
+            current = change.get(VOLUMES, name)
+            if current is not None and current.uuid == volume.uuid:
+                change.put(VOLUMES, name, replace(current, status=status, health="critical" if reason else "healthy"))
+
+        self._store.write(judge)
+        if reason:
+            _log.error("%s; the volume is %s", reason, status)
+        else:
+            _log.info("the file of volume %s is whole again; the volume is online", name)
+        return reason
+
+    def judge_files(self) -> None:
+        """Judge the files of all volumes."""
+        for volume in self._store.all(VOLUMES):
+            self.judge_file(volume.name)
+
+    def _why_lost(self, volume: Volume) -> str:
+        try:
+            if self._pool.has(volume.uuid, volume.least_bytes):
+                return ""
+        except HostFailure as problem:
+            return str(problem)
+        file, size_bytes = self._pool.file(volume.uuid), volume.least_bytes
+        return (
+            f"the file {file} of volume {volume.name} is gone or cut short, expected at least {size_bytes} bytes; "
+            "restore it from a backup: it may have held data and is not made again"
+        )
+
     # --- extend -----------------------------------------------------------------------------------------
 
     def extend(self, item: Mapping[str, object], user: str) -> Document:
@@ -163,24 +212,27 @@ class Volumes:
         try:
             with self._locks.hold(identity):
                 before = self._store.get(VOLUMES, name)
-                volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user))
+                lost = self.judge_file(name)
+                volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user, lost))
                 self._fault("extend:row")
                 try:
                     # Synced: only the latest extension may be on record and not in the file (see recovery).
                     self._pool.make(identity, volume.bytes, synced=True)
-                except HostFailure as problem:
+                except SystemCallFailed as problem:
                     self._store.write(lambda change: self._shrink_back(change, before))
-                    raise _extension_refused(name, identity, 1675, "extension create failed") from problem
+                    number = 1675 if problem.errno in _NO_SPACE else 500
+                    raise _extension_refused(name, identity, number, f"extension create failed: {problem}") from problem
                 self._fault("extend:file")
+            self.finish_extension(name)
         except Refusal as refusal:
             return refused_item(name, identity, refusal)
         return envelope(name, identity, True)
 
-    def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str) -> Volume:
+    def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str, lost: str) -> Volume:
         volume = _found(change, name, identity)
         refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
-        if volume.made and not self._pool.has(identity, volume.least_bytes):
-            raise _extension_refused(name, identity, 1674, "its file being gone or cut short")
+        if lost:
+            raise _extension_refused(name, identity, 1674, lost)
         group = change.get(GROUPS, volume.group) if volume.group else None
         wanted: float | str = "MAX"
         if not isinstance(capacity, str):
@@ -189,22 +241,23 @@ class Volumes:
                     name,
                     identity,
                     1673,
-                    "capacity issue",
-                    f"The new capacity must be greater then or equal to: {volume.capacity:g}",
+                    "its capacity",
+                    f"capacity is {capacity:g} GB, expected more than the {volume.capacity:g} GB that it has",
                 )
             wanted = capacity - volume.capacity
             if volume.layout.blocks_of(wanted) <= 0:
                 # The management itself never ends here (or adds an unaligned tail); we say what is missing.
                 step = volume.layout.granule_blocks * BLOCK_SIZE
                 raise _extension_refused(
-                    name, identity, 1673, "capacity issue", f"The new capacity must exceed the old one by {step} bytes"
+                    name, identity, 1673, "its capacity", f"capacity is {capacity:g} GB, expected {step} bytes more"
                 )
         try:
             taken = self._space.take(change, volume.layout, wanted, group)
         except NoSpace as problem:
-            raise _extension_refused(name, identity, 1675, "extension create failed") from problem
+            raise _extension_refused(name, identity, 1675, f"extension create failed: {problem}") from problem
         extended = replace(
             volume,
+            action="extending" if volume.action == "none" else volume.action,
             capacity=volume.capacity + gigabytes(taken.blocks) if isinstance(capacity, str) else capacity,
             extents=(*volume.extents, taken.blocks),
             from_reserved=volume.from_reserved + taken.from_reserved,
@@ -217,13 +270,32 @@ class Volumes:
             change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
         return extended
 
+    def finish_extension(self, name: str) -> bool:
+        """Let an extension whose file has grown be over, unless a test holds that back: the targets have reported."""
+        if "extend" in self._holds:
+            return False
+
+        def finished(change: Change) -> None:
+            volume = change.get(VOLUMES, name)
+            if volume is not None and volume.action == "extending":
+                change.put(VOLUMES, name, replace(volume, action="none"))
+
+        self._store.write(finished)
+        return True
+
     def _shrink_back(self, change: Change, before: Volume | None) -> None:
         """Take back an extension whose space could not be had; the caller holds the volume's lock."""
         volume = change.get(VOLUMES, before.name) if before is not None else None
         if before is None or volume is None or volume.uuid != before.uuid:
             return
         returned = volume.from_reserved - before.from_reserved
-        smaller = replace(volume, extents=before.extents, capacity=before.capacity, from_reserved=before.from_reserved)
+        smaller = replace(
+            volume,
+            extents=before.extents,
+            capacity=before.capacity,
+            from_reserved=before.from_reserved,
+            action=before.action if volume.action == "extending" else volume.action,
+        )
         self._space.record(change, smaller, volume)
         group = change.get(GROUPS, volume.group) if volume.group else None
         if group and returned:
@@ -358,7 +430,7 @@ def refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> Non
 
 def _extension_refused(name: str, identity: str, number: int, reason: str, inner: str | None = None) -> Refusal:
     keys = {"volumeID": name, "volumeUUID": identity}
-    return Refusal(number, f"Failed to extend volume due to {reason}", keys, inner)
+    return Refusal(number, f"Failed to extend volume: {reason}", keys, inner)
 
 
 def reserved_group(store: Store, name: str) -> Group | None:

@@ -33,7 +33,7 @@ class Locks:
 
 
 class Holds:
-    """Work that tests hold back: "initialize", "encrypt", "reclaim", "delete", "client:<name>" (it is DOWN),
+    """Work that tests hold back: "initialize", "extend", "encrypt", "reclaim", "delete", "client:<name>" (it is DOWN),
     "slow:<name>" (it is not)."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import requests
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.attacher import label_of
 from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
 from csi_driver.host.connectors.loop import LoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -88,7 +90,7 @@ def test_an_open_device_is_not_taken_away(manager: Manager, tmp_path: Path) -> N
     manager.attach("data")
     with node(tmp_path, "data").open("r+b") as device:
         manager.detach("data", force=True)
-        assert manager.report("data")["vol_status"] == 1
+        assert manager.wish("data")["action"] == "detaching"
         device.write(b"x")
         os.fsync(device.fileno())
     manager.server.attacher.client_returns("node-1")
@@ -149,6 +151,101 @@ def test_a_device_lost_in_a_reboot_is_attached_again(tmp_path: Path, loops: Loop
         assert manager.report("data")["vol_status"] == 4
         assert len(loops.bound_to(tmp_path)) == 1
         manager.detach("data")
+
+
+def test_a_node_that_somebody_removed_is_made_again(manager: Manager, tmp_path: Path, loops: LoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    (device,) = loops.bound_to(tmp_path)
+    node(tmp_path, "data").unlink()
+    manager.server.attacher.look()
+    assert node(tmp_path, "data").stat().st_rdev == os.makedev(*device.device)
+
+
+def test_a_node_that_stands_for_another_device_is_put_right(
+    manager: Manager, tmp_path: Path, loops: LoopDevices
+) -> None:
+    manager.save("data")
+    manager.attach("data")
+    (device,) = loops.bound_to(tmp_path)
+    node(tmp_path, "data").unlink()
+    os.mknod(node(tmp_path, "data"), stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    manager.server.attacher.look()
+    assert node(tmp_path, "data").stat().st_rdev == os.makedev(*device.device)
+
+
+def test_what_is_being_detached_gets_no_node_again(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data")
+    with node(tmp_path, "data").open("rb"):
+        manager.detach("data")
+        node(tmp_path, "data").unlink()
+        manager.server.attacher.look()
+        assert not node(tmp_path, "data").exists()
+
+
+def with_devices_in(settings: StorageSettings, directory: Path) -> StorageSettings:
+    """Return the settings with the devices of node-1 in another directory."""
+    first, *others = settings.clients
+    return replace(settings, clients=(replace(first, device_directory=directory), *others))
+
+
+def test_nodes_in_an_earlier_device_directory_are_removed(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        for name in ("data", "gone"):
+            manager.save(name)
+            manager.attach(name)
+        identity = manager.uuid("gone")
+    assert all(loops.detach(device) for device in loops.bound_to(tmp_path) if device.uuid == identity)
+    earlier = node(tmp_path, "data").parent
+    foreign = [earlier / "loop250", earlier / "notes"]
+    os.mknod(foreign[0], stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    foreign[1].write_text("not ours")
+    with running(with_devices_in(settings, tmp_path / "new"), loops) as manager:
+        assert sorted(earlier.iterdir()) == foreign
+        numbers = {os.makedev(*device.device) for device in loops.bound_to(tmp_path)}
+        assert {(tmp_path / "new" / name).stat().st_rdev for name in ("data", "gone")} == numbers
+    # Forgotten: what somebody puts there later is nobody's business.
+    os.mknod(earlier / "data", stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    with running(with_devices_in(settings, tmp_path / "new"), loops):
+        assert (earlier / "data").exists()
+
+
+def test_a_device_that_is_mounted_from_an_earlier_directory_goes_on(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+    device = os.open(node(tmp_path, "data"), os.O_RDWR)
+    with running(with_devices_in(settings, tmp_path / "new"), loops):
+        assert not node(tmp_path, "data").exists()
+        os.write(device, b"precious" * 512)
+        os.fsync(device)
+        os.close(device)
+        with (tmp_path / "new" / "data").open("rb") as same:
+            assert same.read(8) == b"precious"
+
+
+def test_a_directory_that_went_to_another_client_keeps_that_clients_nodes(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        manager.save("shared")
+        manager.attach("shared", mode="SHARED_READ_WRITE")
+        manager.attach("shared", "node-2", mode="SHARED_READ_WRITE")
+    first, second = settings.clients
+    swapped = (
+        replace(first, device_directory=second.device_directory),
+        replace(second, device_directory=first.device_directory),
+    )
+    with running(replace(settings, clients=swapped), loops) as manager:
+        numbers = {(each.label, os.makedev(*each.device)) for each in loops.bound_to(tmp_path)}
+        for client, directory in (("node-1", "node-2"), ("node-2", "node-1")):
+            label = label_of(manager.uuid("shared"), client)
+            assert (label, node(tmp_path, "shared", directory).stat().st_rdev) in numbers
+        assert not node(tmp_path, "data").exists()
 
 
 SERVE = """

@@ -34,7 +34,8 @@ EXAMPLES = int(os.environ.get("NVMESH_CSI_RESERVATION_EXAMPLES", str(USUAL_EXAMP
 CLIENTS = ("node-1", "node-2", "node-3")
 NONE, READ, SHARED, EXCLUSIVE = 0, 1, 2, 3
 OUTDATED, NOT_PREEMPTING = 1717, 1718
-BUSY, DETACHED, ATTACHED, ATTACHING, DENIED = 1, 2, 4, 6, 17
+DETACHED, ATTACHED, DENIED = 2, 4, 17
+"""What the management stores of the clients' reports: not that a device is busy, and not what is under way."""
 
 
 # --- the model ------------------------------------------------------------------------------------------------
@@ -125,21 +126,23 @@ class Model:
     def _go_on(self, name: str, node: Node, wish: Wish) -> None:
         if wish.leaving:
             if node.device is not None and node.is_open:
-                node.told = BUSY, int(node.device != "cut")
+                self._tell_if_cut(node)
                 return
             node.device, node.told = None, (DETACHED, 1)
             self._end(node)
         elif not self._may_do_io(name, wish):
             self._lose(node)
             node.told = DENIED, 0
-        elif any(not self._is_out_of_the_way(other) for other in CLIENTS if other != name):
-            node.told = ATTACHING, 0
-        else:
+        elif all(self._is_out_of_the_way(other) for other in CLIENTS if other != name):
             wanted = "ro" if wish.mode == READ else "rw"
             if node.device not in (None, wanted) and node.is_open:
-                node.told = BUSY, int(node.device != "cut")
+                self._tell_if_cut(node)
             else:
                 node.device, node.told = wanted, (ATTACHED, 1)
+
+    def _tell_if_cut(self, node: Node) -> None:
+        if node.device == "cut":
+            node.told = ATTACHED, 0
 
     def _lose(self, node: Node) -> None:
         """A preempted client has no I/O: its device goes, or stays without if something has it open."""

@@ -98,7 +98,7 @@ def test_a_busy_device_stays_until_it_is_free(manager: Manager, loops: FakeLoopD
     loops.open.add(0)
     assert manager.detach("data")["success"]
     assert manager.wish("data")["action"] == "detaching"
-    assert manager.report("data")["vol_status"] == 1
+    assert (manager.report("data")["vol_status"], manager.report("data")["ioEnabled"]) == (4, 1)
     loops.open.clear()
     manager.server.attacher.client_returns("node-1")
     assert manager.wish("data") is None
@@ -110,7 +110,31 @@ def test_force_does_not_take_a_device_in_use(manager: Manager, loops: FakeLoopDe
     loops.open.add(0)
     manager.detach("data", force=True)
     assert len(loops.bound) == 1
-    assert manager.report("data")["vol_status"] == 1
+    assert manager.wish("data")["action"] == "detaching"
+
+
+def test_a_client_shows_its_references_as_long_as_its_device_is_in_use(
+    manager: Manager, loops: FakeLoopDevices, tmp_path: Path
+) -> None:
+    """They change only with a detachment that the client accepts."""
+    manager.save("data")
+    manager.attach("data", reference="ref-a")
+    shown = (tmp_path / "node-1" / "proc" / "volumes" / "data" / "blob.txt").read_text()
+    assert "ref-a" in shown
+    loops.open.add(0)
+    manager.detach("data", reference="ref-a")
+    assert (manager.wish("data")["referenceIDs"], manager.report("data")["referenceIDs"]) == ([], ["ref-a"])
+    assert (tmp_path / "node-1" / "proc" / "volumes" / "data" / "blob.txt").read_text() == shown
+
+
+def test_a_second_detachment_with_force_has_an_id_of_its_own(manager: Manager, loops: FakeLoopDevices) -> None:
+    manager.save("data")
+    manager.attach("data")
+    loops.open.add(0)
+    manager.detach("data")
+    assert manager.detach("data")["error"]["id"] == 1622
+    assert manager.detach("data", force=True)["error"]["id"] == 162223
+    assert manager.wish("data")["force"] is False
 
 
 def test_an_attach_while_detaching_turns_the_wish_around(manager: Manager, loops: FakeLoopDevices) -> None:
@@ -160,7 +184,7 @@ def test_taking_over_waits_for_a_device_in_use(manager: Manager, loops: FakeLoop
     loops.open.add(0)
     take_over(manager, "data", "node-2", 2)
     assert len(loops.bound) == 1
-    assert (manager.report("data", "node-2")["vol_status"], manager.report("data", "node-2")["ioEnabled"]) == (6, 0)
+    assert manager.report("data", "node-2") is None
     loops.open.clear()
     for client in ("node-1", "node-2"):
         manager.server.attacher.client_returns(client)
@@ -269,11 +293,11 @@ def test_a_device_in_use_read_only_becomes_writable_when_it_is_free(manager: Man
     loops.open.add(0)
     take_over(manager, "data", "node-1", 2)
     assert [device.read_only for device in loops.bound.values()] == [True]
-    assert manager.report("data")["vol_status"] == 1
+    assert manager.report("data")["reservation"]["mode"] == 1
     loops.open.clear()
     manager.server.attacher.client_returns("node-1")
     assert [device.read_only for device in loops.bound.values()] == [False]
-    assert manager.report("data")["vol_status"] == 4
+    assert (manager.report("data")["vol_status"], manager.report("data")["reservation"]["mode"]) == (4, 3)
 
 
 def test_taking_over_waits_for_a_slow_client(manager: Manager) -> None:
@@ -281,7 +305,7 @@ def test_taking_over_waits_for_a_slow_client(manager: Manager) -> None:
     manager.attach("data", "node-1", mode=EXCLUSIVE)
     manager.hold("slow:node-1")
     take_over(manager, "data", "node-2", 2)
-    assert manager.report("data", "node-2")["vol_status"] == 6
+    assert manager.report("data", "node-2") is None
     manager.release("slow:node-1")
     manager.server.attacher.client_returns("node-2")
     assert manager.report("data", "node-2")["vol_status"] == 4

@@ -89,7 +89,7 @@ def crashed(directory: Path, loops: FakeLoopDevices, act: Callable[[Manager], No
 def files_fit_rows(manager: Manager) -> bool:
     pool = manager.server.pool
     rows = {row["uuid"]: row["blocks"] * row["blockSize"] for row in manager.get("/volumes/all/0/0")}
-    return rows == {identity: pool.size_bytes(identity) for identity in pool.identities()}
+    return rows == {identity: pool.file(identity).stat().st_size for identity in pool.identities()}
 
 
 def wishes(manager: Manager) -> list[str]:
@@ -188,6 +188,83 @@ def test_a_lost_file_that_may_have_held_data_is_not_made_anew(tmp_path: Path, lo
         assert not file.exists()
 
 
+def lose(manager: Manager) -> Path:
+    """Have a volume that held data, and take its file away; return where it is now."""
+    manager.save("data")
+    manager.attach("data")
+    manager.detach("data")
+    file = manager.server.pool.file(manager.uuid("data"))
+    return file.rename(file.with_suffix(".elsewhere"))
+
+
+def test_a_lost_file_is_seen_without_a_restart_and_without_an_attachment(manager: Manager) -> None:
+    lose(manager)
+    manager.server.attacher.look()
+    assert (manager.volume("data")["status"], manager.volume("data")["health"]) == ("offline", "critical")
+
+
+def test_an_attachment_of_a_lost_file_is_refused_with_the_reason_and_leaves_no_wish(
+    manager: Manager, loops: FakeLoopDevices
+) -> None:
+    lose(manager)
+    inner = manager.attach("data")["error"]["innerMessage"]
+    assert (inner["id"], manager.wish("data"), loops.bound) == (1569, None, {})
+    assert f"{manager.server.pool.file(manager.uuid('data'))} of volume data is gone or cut short" in inner["message"]
+    assert manager.volume("data")["status"] == "offline"
+
+
+def test_an_extension_of_a_lost_file_is_refused_with_the_reason(manager: Manager) -> None:
+    lose(manager)
+    error = manager.extend("data", 2)["error"]
+    assert (error["id"], manager.volume("data")["status"]) == (1674, "offline")
+    assert "gone or cut short, expected at least 999292928 bytes" in error["message"]
+
+
+@pytest.mark.parametrize("by", ["look", "attach", "extend", "restart"])
+def test_a_file_that_comes_back_makes_its_volume_usable_again(tmp_path: Path, loops: FakeLoopDevices, by: str) -> None:
+    with running(settings_in(tmp_path), loops) as manager:
+        elsewhere = lose(manager)
+        manager.server.attacher.look()
+        elsewhere.rename(elsewhere.with_suffix(".img"))
+        if by == "look":
+            manager.server.attacher.look()
+        elif by == "attach":
+            assert manager.attach("data")["success"]
+        elif by == "extend":
+            assert manager.extend("data", 2)["success"]
+        assert by == "restart" or manager.volume("data")["status"] == "online"
+    with running(settings_in(tmp_path), loops) as manager:
+        assert (manager.volume("data")["status"], manager.volume("data")["health"]) == ("online", "healthy")
+        assert manager.attach("data")["success"]
+        assert manager.report("data")["vol_status"] == 4
+
+
+def test_a_volume_whose_file_is_lost_under_its_device_is_degraded(manager: Manager, loops: FakeLoopDevices) -> None:
+    """Its data is still there, through the device."""
+    manager.save("data")
+    manager.attach("data")
+    manager.server.pool.file(manager.uuid("data")).unlink()
+    manager.server.attacher.look()
+    assert (manager.volume("data")["status"], len(loops.bound)) == ("degraded", 1)
+    assert manager.attach("data", "node-2", mode="SHARED_READ_WRITE")["error"]["innerMessage"]["id"] == 1569
+    manager.detach("data")
+    manager.server.attacher.look()
+    assert manager.volume("data")["status"] == "offline"
+
+
+def test_a_lost_volume_can_be_deleted(manager: Manager) -> None:
+    lose(manager)
+    assert manager.delete("data")["success"]
+    assert manager.volume("data")["error"]["id"] == 1543
+
+
+def test_a_volume_that_never_held_data_is_made_again(manager: Manager) -> None:
+    manager.save("data")
+    manager.server.pool.file(manager.uuid("data")).unlink()
+    assert manager.attach("data")["success"]
+    assert (manager.volume("data")["status"], manager.report("data")["vol_status"]) == ("online", 4)
+
+
 @pytest.mark.parametrize("left_bytes", [0, GB // 2])
 def test_a_file_that_was_cut_short_is_not_made_longer_with_nothing(
     tmp_path: Path, loops: FakeLoopDevices, left_bytes: int
@@ -241,7 +318,7 @@ def test_a_device_of_a_deleted_wish_that_is_in_use_is_left_alone(tmp_path: Path,
     loops.open = set(loops.bound)
     with running(settings, loops) as manager:
         assert len(loops.bound) == 1
-        assert manager.report("data")["vol_status"] == 1
+        assert manager.wish("data")["action"] == "detaching"
         assert manager.delete("data")["success"]
         assert manager.volume("data")["action"] == "markedForDeletion"
         loops.open.clear()
