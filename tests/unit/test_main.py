@@ -236,7 +236,8 @@ def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
 
     def look() -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
-        assert page(port, "/readyz") == (200, "api: ok\npool: ok\nstorage-worker: ok\nstorage-encryption: ok\n")
+        threads = "storage-worker: ok\nstorage-encryption: ok\nstorage-look: ok\n"
+        assert page(port, "/readyz") == (200, f"api: ok\npool: ok\n{threads}")
         assert measured_as_explained(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
 
     argv = [
