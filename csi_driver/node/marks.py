@@ -41,12 +41,15 @@ class Mark:
     """What was begun on a volume, and under which of its attachments (0 = not counted).
 
     `uncounted`: the volume was put to use last under an attachment that nobody counts; `attachment` is an earlier one.
+    `root_mode_pending`: its filesystem is new, and the root directory has not got the mode that was asked for: no
+    staging has ended, so no pod had the volume.
     """
 
     volume_uuid: str
     attachment: int
     filesystem: str
     uncounted: bool = False
+    root_mode_pending: bool = False
 
     @property
     def tells_use(self) -> bool:
@@ -83,17 +86,21 @@ class Marks(Protocol):
         ...
 
 
-def remember_use(marks: Marks, volume_uuid: str, attachment: int, how: str) -> None:
+def remember_use(
+    marks: Marks, volume_uuid: str, attachment: int, how: str, *, root_mode_pending: bool | None = False
+) -> None:
     """Put on record that the volume is in use (`how`: RAW or USED) under this attachment, and maybe under earlier ones.
 
     A format that was begun is over with it. Attachments that nobody counts leave no record of their own, but that
-    they came after the one on record.
+    they came after the one on record. `root_mode_pending`: see `Mark`; None = as recorded under this very attachment.
     """
     with marks.changing(volume_uuid):
         mark = marks.read(volume_uuid)
         last = max(attachment, mark.attachment if mark is not None else 0)
+        if root_mode_pending is None:
+            root_mode_pending = mark is not None and mark.root_mode_pending and mark.attachment == attachment
         if last:
-            used = Mark(volume_uuid, last, how, uncounted=attachment == 0)
+            used = Mark(volume_uuid, last, how, attachment == 0, root_mode_pending and attachment == last)
             if mark != used:
                 marks.write(used)
         elif mark is not None:
@@ -192,6 +199,7 @@ class MarkFiles:
                 int(fields["attachment"]),
                 str(fields["filesystem"]),
                 uncounted=fields.get("uncounted") is True,
+                root_mode_pending=fields.get("rootModePending") is True,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HostFailure(f"format mark {path} cannot be read, and no format goes ahead without it") from error
@@ -204,7 +212,8 @@ class MarkFiles:
         path = self._path(mark.volume_uuid)
         draft = path.with_suffix(".draft")
         fields = {"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem}
-        text = json.dumps({**fields, "uncounted": True} if mark.uncounted else fields)
+        seldom = {"uncounted": mark.uncounted, "rootModePending": mark.root_mode_pending}
+        text = json.dumps({**fields, **{key: True for key, value in seldom.items() if value}})
         with self.changing(mark.volume_uuid):
             try:
                 with draft.open("w", encoding="utf-8") as file:

@@ -75,10 +75,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A device that may be mounted. `grow_mounted`: its filesystem is too small and grows only while mounted."""
+    """A device that may be mounted. `grow_mounted`: its filesystem is too small and grows only while mounted.
+
+    `is_new`: the filesystem was made by this call.
+    """
 
     fs_type: str
     grow_mounted: bool = False
+    is_new: bool = False
 
 
 class Preparation:
@@ -104,14 +108,25 @@ class Preparation:
             return Prepared(settled.fs_type)
         return self._check_and_grow(task.device, settled.fs_type, deadline)
 
-    def hand_over(self, task: Task) -> None:
+    def hand_over(self, task: Task, prepared: Prepared) -> None:
         """Put on record, before the mount, that what the device holds is its user's from now on.
 
         Nothing may be formatted under this attachment from here on, and nothing that was mounted under it may be used
         under a later one.
         """
         if task.uuid is not None:
-            remember_use(self._marks, task.uuid, task.attachment, USED)
+            pending = task.plan.root_mode is not None if prepared.is_new else None
+            remember_use(self._marks, task.uuid, task.attachment, USED, root_mode_pending=pending)
+
+    def root_mode_is_pending(self, volume_uuid: str | None, attachment: int) -> bool:
+        """Tell whether the filesystem was made under this attachment, and its root directory still lacks its mode."""
+        mark = self._marks.read(volume_uuid) if volume_uuid is not None else None
+        return mark is not None and mark.root_mode_pending and 0 < attachment == mark.attachment
+
+    def root_mode_is_set(self, volume_uuid: str | None, attachment: int) -> None:
+        """Record that the root directory has its mode, which is its user's from now on."""
+        if self.root_mode_is_pending(volume_uuid, attachment) and volume_uuid is not None:
+            remember_use(self._marks, volume_uuid, attachment, USED)
 
     def outlived(self, volume: NamedVolume, attachment: int) -> str:
         """Say why what is mounted of the volume may not be used under this attachment; empty = it may.
@@ -143,7 +158,7 @@ class Preparation:
                     return verdict
                 case Format() | FormatAgain() | FormatOver() if write:
                     self._format(claim, task, verdict, deadline)
-                    return Prepared(verdict.fs_type)
+                    return Prepared(verdict.fs_type, is_new=True)
         return self._settle(task, write=True, deadline=deadline)
 
     def _judge(self, opened: OpenDevice, task: Task, deadline: Deadline) -> Verdict:

@@ -103,7 +103,7 @@ class Stage:
                 if mounted is None:
                     self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
                 else:
-                    self._accept(mounted, volume, path, plan, by)
+                    self._accept(mounted, volume, context, path, plan, by)
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Take the volume off its staging path and leave the directory empty; nothing of it there is success.
@@ -175,14 +175,14 @@ class Stage:
                 device, context = self._encrypted.open(locked, deadline=deadline)
             task = Task(volume, device, plan, context)
             prepared = self._preparation.prepare(task, deadline=deadline)
-            self._preparation.hand_over(task)
+            self._preparation.hand_over(task, prepared)
             mounted = self._mounts.at(path)
             if mounted is None:
                 if not self._joining.joins(task):
                     self._mount(task, prepared, path)
                 return
             # Another process of ours was quicker: two of them run for a moment while one replaces the other.
-            self._accept(mounted, volume, path, plan, by)
+            self._accept(mounted, volume, context, path, plan, by)
 
     def _warn_once_of_hidden_mounts(self, path: Path) -> None:
         """Say at the first stage that pods will not see the volume, where this process's mounts stay its own."""
@@ -204,7 +204,7 @@ class Stage:
         with self._nothing_left(task.volume, path):
             if prepared.grow_mounted:
                 self._filesystems.grow_mounted(path, task.device, prepared.fs_type)
-            self._apply_root_mode(path, task.plan)
+            self._set_root_mode(path, task.plan, task.uuid, task.context, is_new=prepared.is_new)
 
     @contextmanager
     def _nothing_left(self, volume: NamedVolume, path: Path | None = None) -> Iterator[None]:
@@ -227,7 +227,15 @@ class Stage:
                 raise StorageUnavailable(f"{error}; what was done for it cannot be undone now: {problem}") from error
             raise
 
-    def _accept(self, mounted: Mounted, volume: NamedVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
+    def _accept(
+        self,
+        mounted: Mounted,
+        volume: NamedVolume,
+        context: PublishContext | None,
+        path: Path,
+        plan: MountPlan,
+        by: Encryption,
+    ) -> None:
         """Take what is mounted at the staging path for what is wanted, finishing what a crash left, or say why not."""
         device = self._ownership.device_of(volume)
         if device is not None:
@@ -241,7 +249,7 @@ class Stage:
             raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)
         if not plan.read_only:
             self._finish_growth(volume, device, mounted, path)
-        self._apply_root_mode(path, plan)
+        self._set_root_mode(path, plan, volume.uuid or device.uuid, context)
 
     def _finish_growth(self, volume: NamedVolume, device: Device, mounted: Mounted, path: Path) -> None:
         """Grow what a crash left too small. It is staged as asked: that it cannot is NodeExpandVolume's to tell."""
@@ -251,9 +259,23 @@ class Stage:
         except (PreconditionFailed, HostFailure) as problem:
             logger.warning("volume %s is staged and stays smaller than its device: %s", volume, problem)
 
-    def _apply_root_mode(self, path: Path, plan: MountPlan) -> None:
-        if plan.root_mode is not None:
+    def _set_root_mode(
+        self,
+        path: Path,
+        plan: MountPlan,
+        volume_uuid: str | None,
+        context: PublishContext | None,
+        *,
+        is_new: bool = False,
+    ) -> None:
+        """Give the root directory of a new filesystem the requested mode, once: later its user may change it.
+
+        Kubelet sets group and setgid for fsGroup, and an application may close its data to others.
+        """
+        attachment = context.attachment if context is not None else 0
+        if plan.root_mode is not None and (is_new or self._preparation.root_mode_is_pending(volume_uuid, attachment)):
             self._paths.set_mode(path, plan.root_mode)
+            self._preparation.root_mode_is_set(volume_uuid, attachment)
 
     # --- block ---
 

@@ -695,11 +695,13 @@ class FakePaths:
         self._make(path, "file")
 
     def set_mode(self, path: Path, mode: int) -> None:
+        self._host.step("before set_mode")
         entry = self._host.topmost(path)
         if entry is not None and entry.disk is not None and entry.disk.filesystem is not None:
             entry.disk.filesystem.root_mode = mode
         else:
             self._host.modes[path] = mode
+        self._host.step("after set_mode")
 
     def remove(self, path: Path) -> None:
         kind = self._host.tree.get(path)

@@ -514,18 +514,6 @@ def test_a_damaged_filesystem_is_not_mounted(node: FakeNode) -> None:
 # --- root mode, options, paths ---
 
 
-def test_the_root_directory_gets_the_mode_that_was_asked_for(node: FakeNode) -> None:
-    formatted(node)
-    node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)))
-    assert node.host.mode_of(STAGING) == 0o770
-
-
-def test_the_root_directory_keeps_its_mode_without_a_wish_and_for_a_reader(node: FakeNode) -> None:
-    formatted(node)
-    node.stage(access=MountAccess("ext4", ("nvmesh:chmod=770",)), mode=READER)
-    assert node.host.mode_of(STAGING) == 0o755
-
-
 def test_an_option_that_the_kernel_refuses_is_named(node: FakeNode) -> None:
     formatted(node)
     with pytest.raises(InvalidField, match="bogus"):
