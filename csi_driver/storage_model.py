@@ -38,6 +38,26 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class AllowedDrives:
+    """The drives that a volume may lie on: nothing set = all. Classes and names restrict each other.
+
+    `domain`: a scope of classes; without classes, those of the scope count. `with_metadata`: only drives that are
+    formatted with metadata. `with_offline`: also drives and targets that do not work at present.
+    """
+
+    drive_classes: tuple[str, ...] = ()
+    target_classes: tuple[str, ...] = ()
+    drives: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    domain: str | None = None
+    with_metadata: bool = False
+    with_offline: bool = False
+
+
+ALL_DRIVES = AllowedDrives()
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeSpec:
     """What to create. Exactly one of `vpg` and `layout` is set.
 
@@ -249,6 +269,9 @@ class Vpg:
     """What encryption takes of each of its volumes."""
     is_for_metadata: bool = False
     """Its volumes hold the metadata of snapshots: the management gives them no uuid, and never deletes one."""
+    drive_classes: tuple[str, ...] = ()
+    target_classes: tuple[str, ...] = ()
+    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

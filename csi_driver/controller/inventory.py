@@ -10,21 +10,22 @@ from csi_driver.controller import access
 from csi_driver.controller.handing import encryption_of
 from csi_driver.controller.locate import Located, described, issued_handle, require
 from csi_driver.controller.naming import derived_spelling
+from csi_driver.controller.placement import allowed_zones
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import read_attachments, read_creation
-from csi_driver.controller.requests import ControllerSettings, ValidateRequest
-from csi_driver.controller.room import room
+from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ValidateRequest
+from csi_driver.controller.room import Room, room
 from csi_driver.controller.search import Found, doubles, report_double
 from csi_driver.controller.tokens import LAST, PAGE_BYTES, Position, listed_bytes, mark, read_token
 from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DriverError, InvalidRequest, StaleToken, shown
+from csi_driver.errors import DriverError, Exhausted, InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
 from csi_driver.parameters import mutable
 from csi_driver.parameters.storage_class import VolumeParameters, check_use, is_compared, parse
 from csi_driver.parameters.values import Problems
-from csi_driver.storage_model import Client, Volume
+from csi_driver.storage_model import Client, Layout, Volume
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Volume uuid, then reference id, to the node ids that hold it so."""
@@ -32,6 +33,8 @@ _Entry = tuple[Position, ListedVolume]
 _JUDGED_AT_ONCE = 16
 """Names in several zones that one call looks into; the next call goes on."""
 _REACHABLE_S = 2.0
+_MOST_REFUSED = 256
+"""Sets of refused parameters that are remembered, so that each is logged once."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Inventory:
         self._was_ready = False
         self._silences: dict[str, str] = {}
         self._judged: set[str] = set()
+        self._refused: set[frozenset[tuple[str, str]]] = set()
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
         """Return one page (0 = as much as a message may hold) and the token of the next, empty at the end.
@@ -82,24 +86,69 @@ class Inventory:
         *,
         deadline: Deadline,
     ) -> Capacity:
-        """Return the room for volumes of this kind: an upper bound, as only allocating tells what fits.
+        """Return the free capacity for volumes of this kind: an upper bound, as only an allocation shows what fits.
 
-        Nothing is available for what could never be made, nor in a zone that is not served. Of several zones one that
+        Nothing is available for unsupported capabilities, nor in a zone that is not served. Of several zones one that
         cannot be asked counts as full, so that work goes where it can be done; where none can be asked this raises.
+
+        Parameters that CreateVolume refuses in every zone get the capacity of all drives: a scheduler that sees none
+        never lets CreateVolume be called, and nobody would see the reason.
         """
-        read = parse(parameters)
+        wanted = TopologyRequirement(requisite=(segments,)) if segments else None
         try:
             access.check_all(capabilities)
-            parse(parameters, capabilities)
-        except InvalidRequest:
-            return Capacity(0)
-        zone = segments.get(self._settings.topology_key) if segments else None
-        rooms = self._rooms(zone, read, deadline=deadline)
-        least = [minimum for _, minimum in rooms if minimum is not None]
+            zones = allowed_zones(self._clusters.zones(), wanted, self._settings.topology_key)
+        except (InvalidRequest, Exhausted):
+            return Capacity(0, maximum_volume_bytes=0)
+        rooms: Sequence[Room] = []
+        try:
+            read = parse(parameters)
+        except InvalidRequest as problem:
+            refusal = str(problem)
+        else:
+            try:
+                parse(parameters, capabilities)
+            except InvalidRequest:
+                return Capacity(0, maximum_volume_bytes=0)
+            rooms = self._rooms(zones, read, deadline=deadline)
+            refusal = self._refusal(zones, rooms, read, deadline=deadline)
+        if refusal:
+            self._report_refusal(parameters, refusal)
+            rooms = self._rooms(zones, VolumeParameters(layout=Layout()), deadline=deadline)
+        least = [room.minimum_bytes for room in rooms if room.minimum_bytes is not None]
         return Capacity(
-            available_bytes=sum(free for free, _ in rooms),
-            maximum_volume_bytes=max((free for free, _ in rooms), default=0),
+            available_bytes=sum(room.free_bytes for room in rooms),
+            maximum_volume_bytes=max((room.free_bytes for room in rooms), default=0),
             minimum_volume_bytes=min(least) if least else None,
+        )
+
+    def _refusal(
+        self, asked: Sequence[str], rooms: Sequence[Room], read: VolumeParameters, *, deadline: Deadline
+    ) -> str:
+        """Say why every zone refuses volumes of this kind; empty where one takes them, or may: it does not answer."""
+        if len(rooms) < len(asked) or not all(room.refusal for room in rooms):
+            return ""
+        others = [zone for zone in self._clusters.zones() if zone not in asked]
+        try:
+            elsewhere = self._rooms(others, read, deadline=deadline) if others else []
+        except DriverError:
+            return ""
+        if len(elsewhere) < len(others) or not all(room.refusal for room in elsewhere):
+            return ""
+        return rooms[0].refusal
+
+    def _report_refusal(self, parameters: Mapping[str, str], refusal: str) -> None:
+        """Log once for each set of parameters that CreateVolume will refuse them."""
+        kind = frozenset(parameters.items())
+        if kind in self._refused:
+            return
+        if len(self._refused) >= _MOST_REFUSED:
+            self._refused.clear()
+        self._refused.add(kind)
+        _log.warning(
+            "GetCapacity: CreateVolume will refuse volumes with these parameters: %s; "
+            "the capacity of all drives is reported, so that CreateVolume is called and reports the reason",
+            refusal,
         )
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
@@ -167,19 +216,15 @@ class Inventory:
         management.system_info(deadline=deadline)
         return True
 
-    def _rooms(
-        self, zone: str | None, read: VolumeParameters, *, deadline: Deadline
-    ) -> Sequence[tuple[int, int | None]]:
-        """Return the usable bytes and the smallest volume's, of each zone asked for that answers."""
-        served = self._clusters.zones()
-        wanted = [each for each in served if zone in (None, each)]
+    def _rooms(self, zones: Sequence[str], read: VolumeParameters, *, deadline: Deadline) -> Sequence[Room]:
+        """Return what each of these zones has that answers."""
 
-        def room_in(each: str) -> tuple[int, int | None]:
+        def room_in(each: str) -> Room:
             management = self._clusters.management(each)
-            return (0, None) if management is None else room(management, read, deadline=deadline)
+            return Room(0) if management is None else room(management, read, deadline=deadline)
 
-        answers = ask(wanted, room_in, deadline=deadline, crew=self._crew)
-        if answers.missing and len(answers.missing) == len(served):
+        answers = ask(zones, room_in, deadline=deadline, crew=self._crew)
+        if answers.missing and len(answers.missing) == len(self._clusters.zones()):
             raise unavailable(answers.missing)
         for each, reason in sorted(answers.missing.items()):
             _log.warning("the capacity of zone %s counts as 0: %s", each, reason)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.requests import TopologyRequirement, ZonePolicy
-from csi_driver.controller.room import room
+from csi_driver.controller.room import allowed_drives, room
 from csi_driver.controller.zones import CREW, Crew, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Exhausted
@@ -99,7 +99,8 @@ class Placement:
     def _free(self, zones: Sequence[str], parameters: VolumeParameters, *, deadline: Deadline) -> dict[str, int]:
         """Return the usable bytes of each zone; 0 for one that does not say."""
         now_s = deadline.clock.monotonic()
-        kind: Hashable = parameters.vpg or parameters.layout
+        layout = parameters.layout
+        kind: Hashable = parameters.vpg if layout is None else (layout, allowed_drives(parameters, None, layout))
         with self._lock:
             if len(self._known) > _MOST_KNOWN:
                 self._known.clear()
@@ -118,7 +119,7 @@ class Placement:
 
     def _room(self, zone: str, parameters: VolumeParameters, *, deadline: Deadline) -> int:
         management = self.clusters.management(zone)
-        return 0 if management is None else room(management, parameters, deadline=deadline)[0]
+        return 0 if management is None else room(management, parameters, deadline=deadline).free_bytes
 
 
 def by_free_space(free: Mapping[str, int], name: str, size_bytes: int) -> list[str]:

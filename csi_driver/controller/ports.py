@@ -12,6 +12,8 @@ from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.storage_model import (
+    ALL_DRIVES,
+    AllowedDrives,
     Client,
     Feature,
     ReservationMode,
@@ -132,12 +134,15 @@ class Management(Protocol):
         """Return the volume provisioning group, or None."""
         ...
 
-    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
-        """Return the free bytes of a VPG's own reserved space; None where it may overflow or has none."""
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
+        """Return the free bytes of a VPG's own reserved space; 0 where it has none."""
         ...
 
-    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
-        """Return the raw free bytes of the cluster, or of the drives a VPG may use; redundancy not yet taken off."""
+    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
+        """Return the raw free bytes of the drives that a volume may use; redundancy not yet taken off.
+
+        None where the restriction names what does not exist. At most three requests.
+        """
         ...
 
 

@@ -205,6 +205,12 @@ class Api:
                 lambda call: _listed(call, view.server_documents()),
                 "List storage targets",
             ),
+            *(
+                Route(
+                    "GET", f"/{kind}/all/{{page}}/{{count}}", lambda call: _listed(call, []), "No classes", quick=True
+                )
+                for kind in ("diskClasses", "serverClasses")
+            ),
             Route("GET", "/servers/getAllocationByTarget", lambda call: view.allocation_by_target(), "Space by target"),
             Route(
                 "POST", "/servers/totalSpace", lambda call: view.total_space(call.fields), "Raw GB", schemas.ANYTHING

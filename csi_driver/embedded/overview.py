@@ -127,8 +127,12 @@ class Overview:
             "isExcluded": False,
             "isOutOfService": False,
             "block_size": BLOCK_SIZE,
+            "isPendingFormat": False,
+            "metadata_size": 8,
             "blocks": self._space.total_blocks // servers,
+            "usableBlocks": self._space.total_blocks // servers,
             "availableBlocks": self._space.available_blocks() // servers,
+            "largestSegmentAvailable": {"blocks": self._space.available_blocks() // servers},
         }
         return {
             "_id": name,

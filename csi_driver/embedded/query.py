@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from csi_driver.embedded.refusals import Document, SchemaRefusal
 
@@ -170,14 +169,19 @@ def _without(document: Document, projection: Mapping[str, object]) -> Document:
 
 
 def _with(document: Document, names: Sequence[str]) -> Document:
-    kept: Document = {}
+    """Return what the names select; like MongoDB, a dotted name reaches into each element of a list."""
+    rests: dict[str, list[str]] = {}
     for name in names:
-        *heads, last = name.split(".")
-        value = _reach(document, [*heads, last])
-        if value is _MISSING:
-            continue
-        place = kept
-        for head in heads:
-            place = cast("Document", place.setdefault(head, {}))
-        place[last] = value
+        head, _, rest = name.partition(".")
+        rests.setdefault(head, []).append(rest)
+    kept: Document = {}
+    for head, below in rests.items():
+        value = document.get(head, _MISSING)
+        if "" in below and value is not _MISSING:
+            kept[head] = value
+        elif isinstance(value, dict):
+            if inner := _with(value, below):
+                kept[head] = inner
+        elif isinstance(value, list):
+            kept[head] = [_with(element, below) for element in value if isinstance(element, dict)]
     return kept

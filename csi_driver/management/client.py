@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from csi_driver.capacity import least_extension_bytes
+from csi_driver.capacity import BLOCK_BYTES, least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -48,8 +48,11 @@ from csi_driver.management.failures import (
 from csi_driver.management.fields import changed_fields, specification
 from csi_driver.management.session import ManagementSession
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.space import CLASS_FIELDS, TARGET_FIELDS, class_filter, free_bytes
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import (
+    ALL_DRIVES,
+    AllowedDrives,
     Client,
     Feature,
     ReservationMode,
@@ -76,6 +79,8 @@ def _quoted_json(value: object) -> str:
 _SORTED = "sort=" + _quoted_json({"_id": 1})
 _VOLUME_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(VOLUME_FIELDS, 1))
 _CLIENT_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(CLIENT_FIELDS, 1))
+_TARGET_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(TARGET_FIELDS, 1))
+_CLASS_PROJECTION = "projection=" + _quoted_json(dict.fromkeys(CLASS_FIELDS, 1))
 
 
 class ManagementClient:
@@ -165,31 +170,32 @@ class ManagementClient:
 
     # --- space ------------------------------------------------------------------------------------------
 
-    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
-        """Return the free bytes of a VPG's own reserved space; None where it may overflow or has none."""
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
+        """Return the free bytes of a VPG's own reserved space; 0 where it has none."""
         if not _VPG_NAME.fullmatch(name):
-            return None
+            return 0
         path = f"/volumeProvisioningGroups/getVolumesCapacityUsageByID/{quote(name, safe='')}"
         usage = self._found(path, "the use of a VPG", deadline)
         free = usage.get("freeCapacity")
-        if usage.get("allowOverflow") is not False or free is None:
-            return None
-        return _bytes(free, "the free capacity of a VPG")
+        if usage.get("allowOverflow") is False and free is not None:
+            return _bytes(free, "the free capacity of a VPG")
+        # A group that may overflow has no free capacity, but the blocks that it reserved.
+        reserved, allocated = (_number(usage.get(key) or 0) for key in ("reservedBlocks", "allocatedBlocks"))
+        return max(0, reserved - allocated) * BLOCK_BYTES
 
-    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
-        """Return the raw free bytes of the cluster, or of the drives a VPG may use; redundancy not yet taken off.
+    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
+        """Return the raw free bytes of the drives that a volume may use; redundancy not yet taken off.
 
-        One request as a rule; two for a VPG, three while the server has not yet worked out its summary.
+        None where the restriction names what does not exist. One request, one more for each kind of class.
         """
-        if vpg is None:
-            space = self._found("/getSpaceAllocation", "its space", deadline)
-            if space.get("availableSpace") is not None:
-                return _bytes(space["availableSpace"], "the available space")
-        only = {} if vpg is None else {"vpg": vpg}
-        total = self._session.post("/servers/totalSpace", only, repeatable=True, read=True, deadline=deadline)
-        allocated = self._session.post("/servers/allocatedSpace", only, repeatable=True, read=True, deadline=deadline)
-        # null: no drive matches.
-        return max(0, _bytes(total or 0, "the total space") - _bytes(allocated or 0, "the allocated space"))
+        classes: list[list[Document]] = []
+        for collection, names in (("diskClasses", allowed.drive_classes), ("serverClasses", allowed.target_classes)):
+            # Beside classes of one kind a domain does not bring in the other kind's.
+            is_alone = not (allowed.drive_classes or allowed.target_classes)
+            condition = class_filter(names, allowed.domain if is_alone else None)
+            found = [] if condition is None else self._listed(collection, deadline, _CLASS_PROJECTION, condition)
+            classes.append(found)
+        return free_bytes(self._listed("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
     # --- volumes ----------------------------------------------------------------------------------------
 
@@ -422,6 +428,12 @@ def _bytes(value: object, what: str) -> int:
         return gigabytes(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise undecodable(value, what) from error
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise undecodable(value, "a number of blocks")
+    return int(value)
 
 
 def _attachment(

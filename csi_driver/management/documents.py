@@ -162,6 +162,9 @@ def decode_vpg(row: Document) -> Vpg:
             is_for_metadata=row.get("type") == "METADATA_VOLUME",
             is_encrypted=row.get("isEncrypted") is True,
             header_bytes=_header_bytes(row) if row.get("isEncrypted") is True else 0,
+            drive_classes=tuple(str(name) for name in row.get("diskClasses") or ()),
+            target_classes=tuple(str(name) for name in row.get("serverClasses") or ()),
+            domain=str(row["domain"]) if row.get("domain") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise undecodable(row, f"a VPG document that cannot be read ({error})") from error

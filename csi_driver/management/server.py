@@ -33,17 +33,13 @@ _NO_GATEWAY = frozenset({502, 503, 504})
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked. `is_repeatable`: doing it twice does the same as once. `is_secret`: no answer is ever quoted.
-
-    `is_read`: a POST that changes nothing; a GET never does.
-    """
+    """What is asked. `is_repeatable`: doing it twice does the same as once. `is_secret`: no answer is ever quoted."""
 
     method: str
     path: str
     body: bytes | None = field(default=None, repr=False)
     is_repeatable: bool = True
     is_secret: bool = False
-    is_read: bool = False
 
     @property
     def what(self) -> str:
@@ -171,9 +167,7 @@ class Server:
         return answer
 
     def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Answer:
-        reply = self._transport.exchange(
-            request.method, request.path, request.body, cookie, deadline, is_read=request.is_read
-        )
+        reply = self._transport.exchange(request.method, request.path, request.body, cookie, deadline)
         if reply.cookie and not self._settings.has_user and reply.cookie != self._cookie:
             # With a client certificate the first request of all opens the session.
             self._cookie = reply.cookie

@@ -66,19 +66,15 @@ class ManagementSession:
         """Return the decoded answer to a GET. It is asked again elsewhere where no answer comes."""
         return self._request(Request("GET", path), deadline)
 
-    def post(
-        self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False, read: bool = False
-    ) -> object:
+    def post(self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False) -> object:
         """Return the decoded answer to a POST.
 
         `repeatable`: carrying it out twice does the same as once, so it may be sent again where no answer came.
         Otherwise raises `OutcomeUnknown` where it may have been carried out. `secret`: the body holds one, which an
-        answer may repeat: no text of the answer is kept but uuids. `read`: it changes nothing.
+        answer may repeat: no text of the answer is kept but uuids.
         """
         content = json.dumps(body, allow_nan=False).encode()
-        return self._request(
-            Request("POST", path, content, is_repeatable=repeatable, is_secret=secret, is_read=read), deadline
-        )
+        return self._request(Request("POST", path, content, is_repeatable=repeatable, is_secret=secret), deadline)
 
     def _request(self, request: Request, deadline: Deadline) -> object:
         waiting = self._in_order(request, deadline)

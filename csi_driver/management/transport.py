@@ -206,10 +206,8 @@ class Transport:
         body: bytes | None,
         cookie: str | None,
         deadline: Deadline,
-        *,
-        is_read: bool = False,
     ) -> Reply:
-        """Send one request and read its whole answer. `is_read`: it changes nothing, which failures then do not doubt.
+        """Send one request and read its whole answer.
 
         Raises `ServerUnreachable` where it cannot have been read by the server, `OutcomeUnknown` where it may have
         been, `Unauthenticated` where the server refuses our certificate, `DeadlineReached` where the time is up before
@@ -219,7 +217,7 @@ class Transport:
         if left_s <= 0:
             raise DeadlineReached(f"an answer of management server {self.server}")
         what = f"{method} {path.partition('?')[0]}"
-        is_read = is_read or method == "GET"
+        is_read = method == "GET"
         _thread.deadline = deadline
         try:
             response = self._current_adapter().send(

@@ -31,6 +31,8 @@ from csi_driver.errors import (
 )
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.storage_model import (
+    ALL_DRIVES,
+    AllowedDrives,
     AttachmentWish,
     Client,
     ClientStatus,
@@ -97,6 +99,8 @@ class FakeManagement:
     ) -> None:
         self.clock = clock
         self.raw_bytes = raw_bytes
+        self.restricted: dict[str, int] = {}
+        """Raw bytes by the name of a class, a drive, a target or a domain: the only names that exist."""
         self._lock = threading.RLock()
         self._volumes: dict[str, Volume] = {}
         named = clients if isinstance(clients, Mapping) else {name: client_uuid(name) for name in clients}
@@ -407,14 +411,24 @@ class FakeManagement:
         with self._request("vpg", deadline):
             return self._vpgs.get(name)
 
-    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int | None:
+    def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
         with self._request("vpg_free_bytes", deadline):
             vpg = self._vpgs.get(name)
-            return None if vpg is None or vpg.allow_overflow else vpg.capacity_bytes - self._used(name)
+            return 0 if vpg is None else max(0, vpg.capacity_bytes - self._used(name))
 
-    def raw_free_bytes(self, *, vpg: str | None = None, deadline: Deadline) -> int:
+    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
         with self._request("raw_free_bytes", deadline):
-            return self.raw_bytes - sum(_raw(v.size_bytes, v.layout) for v in self._volumes.values())
+            free = self.raw_bytes - sum(_raw(v.size_bytes, v.layout) for v in self._volumes.values())
+            for names in (allowed.drives, allowed.targets):
+                known = [self.restricted[name] for name in names if name in self.restricted]
+                if names and not known:
+                    return None
+                free = min(free, sum(known)) if names else free
+            for name in (*allowed.drive_classes, *allowed.target_classes, allowed.domain):
+                if name is not None and name not in self.restricted:
+                    return None
+                free = free if name is None else min(free, self.restricted[name])
+            return free
 
     # --- the machinery ------------------------------------------------------------------------------------
 

@@ -309,13 +309,6 @@ def test_of_our_own_volumes_the_record_counts_and_not_the_context() -> None:
     assert world.publish(world.create().volume_id, context={"encryption": "luks"}).encryption is Encryption.NONE
 
 
-def test_no_room_is_told_for_what_a_group_would_encrypt_twice() -> None:
-    world = World()
-    world.management.add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True, is_encrypted=True, header_bytes=16 * MIB))
-    room = world.inventory.capacity((RWO,), {"vpg": "gold", **LUKS}, None, deadline=world.deadline())
-    assert room.available_bytes == 0
-
-
 def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is_told() -> None:
     world = World()
     made = create(world)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from csi_driver.controller.health import ControllerHealth
 from csi_driver.controller.record import OWN_KEY
-from csi_driver.controller.requests import ValidateRequest
+from csi_driver.controller.requests import TopologyRequirement, ValidateRequest
 from csi_driver.controller.tokens import health_bytes, listed_bytes
-from csi_driver.errors import InvalidRequest, StaleToken, Unauthenticated, VolumeNotFound
+from csi_driver.errors import Exhausted, StaleToken, Unauthenticated, VolumeNotFound
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     DEFAULT_TOPOLOGY_KEY,
@@ -247,11 +247,130 @@ def test_a_group_with_space_of_its_own_tells_its_own() -> None:
     assert room(world, {"vpg": "gold"}) == 6 * GIB
 
 
-def test_what_could_never_be_made_has_no_room() -> None:
+def test_a_group_that_may_overflow_has_its_reserve_and_the_drives() -> None:
+    world = World()
+    world.management.raw_bytes = 100 * GIB
+    world.management.add_vpg(Vpg("gold", Layout(), 10 * GIB, allow_overflow=True))
+    world.create(capacity=CapacityRange(4 * GIB), parameters={"vpg": "gold"})
+    assert room(world, {"vpg": "gold"}) == 6 * GIB + 96 * GIB
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"diskClasses": "fast"},
+        {"serverClasses": "rack-1"},
+        {"limitByDisks": "fast,unknown"},
+        {"limitByNodes": "rack-1"},
+        {"diskClasses": "wide", "serverClasses": "fast"},
+        {"vpg": "fast-group"},
+        {"raidLevel": "raid0", "limitByNodes": "fast", "domain": "any"},
+    ],
+)
+def test_only_the_drives_that_the_parameters_allow_count(parameters: dict[str, str]) -> None:
+    world = World()
+    world.management.restricted = {"fast": 8 * GIB, "rack-1": 8 * GIB, "wide": 100 * GIB}
+    world.management.add_vpg(Vpg("fast-group", Layout(), 0, allow_overflow=True, drive_classes=("fast",)))
+    assert room(world, parameters) == 8 * GIB
+
+
+def test_the_domain_counts_where_redundancy_is_kept() -> None:
+    world = World()
+    world.management.restricted = {"rack": 8 * GIB}
+    assert room(world, {"raidLevel": "raid1", "domain": "rack"}) == 4 * GIB
+
+
+def test_capacity_is_a_size_that_a_volume_can_have() -> None:
+    world = World()
+    world.management.raw_bytes = 100 * GIB + 12345
+    assert room(world) == 100 * GIB
+    assert room(world, {"raidLevel": "raid0", "stripeWidth": "3"}) == 100 * GIB // (3 * MIB) * 3 * MIB
+
+
+def test_less_than_the_smallest_volume_is_no_room() -> None:
+    world = World()
+    world.management.raw_bytes = 1_000_341_503
+    assert room(world) == 0
+    world.management.raw_bytes = 1_000_341_504
+    assert room(world) == 1_000_341_504
+
+
+def test_unsupported_capabilities_have_no_room() -> None:
     world = World()
     assert world.inventory.capacity((RWX_MOUNT,), {}, None, deadline=world.deadline()).available_bytes == 0
-    assert room(world, {"vpg": "none"}) == 0
-    assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "mars"}) == 0
+
+
+@pytest.mark.parametrize("segments", [{DEFAULT_TOPOLOGY_KEY: "mars"}, {"topology.kubernetes.io/zone": "eu-1a"}])
+def test_where_create_volume_finds_no_zone_there_is_no_room(segments: Segments) -> None:
+    world = World()
+    assert room(world, segments=segments) == 0
+    with pytest.raises(Exhausted):
+        world.create(topology=TopologyRequirement(requisite=(segments,)))
+
+
+WRONG = [
+    {"color": "red"},
+    {"raidLevel": "raid7"},
+    {"vpg": "none"},
+    {"vpg": "plain", "encryption": "luks"},
+    {"vpg": "metadata"},
+    {"diskClasses": "none"},
+    {"serverClasses": "none"},
+    {"limitByNodes": "none"},
+    {"limitByDisks": "none"},
+    {"raidLevel": "raid1", "domain": "none"},
+]
+
+
+@pytest.mark.parametrize("zones", [("a",), ("a", "b")])
+@pytest.mark.parametrize("parameters", WRONG)
+def test_parameters_that_are_wrong_everywhere_get_all_capacity_so_that_the_reason_is_shown(
+    zones: tuple[str, ...], parameters: dict[str, str]
+) -> None:
+    world = World(zones=zones)
+    for management in world.zones.values():
+        management.raw_bytes = 8 * GIB
+        management.add_vpg(Vpg("metadata", Layout(), 0, allow_overflow=True, is_for_metadata=True))
+        management.add_vpg(
+            Vpg("plain", Layout(), 2 * GIB, allow_overflow=False, is_encrypted=True, header_bytes=16 * MIB)
+        )
+    assert room(world, parameters, segments={DEFAULT_TOPOLOGY_KEY: "a"}) == 8 * GIB
+
+
+@pytest.mark.parametrize("parameters", WRONG)
+def test_wrong_parameters_are_logged_once(parameters: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.management.add_vpg(Vpg("metadata", Layout(), 0, allow_overflow=True, is_for_metadata=True))
+    world.management.add_vpg(
+        Vpg("plain", Layout(), 2 * GIB, allow_overflow=False, is_encrypted=True, header_bytes=16 * MIB)
+    )
+    for _ in range(3):
+        room(world, parameters)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "CreateVolume will refuse" in line
+
+
+def test_a_group_that_another_zone_has_is_not_wrong_but_has_no_room_here() -> None:
+    world = World(zones=("a", "b"))
+    world.zones["b"].add_vpg(Vpg("gold", Layout(), 2 * GIB, allow_overflow=False))
+    assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "a"}) == 0
+    assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
+
+
+def test_a_group_that_a_silent_zone_may_have_is_not_called_wrong() -> None:
+    world = World(zones=("a", "b"))
+    world.zones["b"].is_reachable = False
+    assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "a"}) == 0
+
+
+def test_capacity_takes_a_bounded_number_of_requests_however_many_volumes_there_are() -> None:
+    world = World()
+    world.management.add_vpg(Vpg("gold", Layout(), 2 * GIB, allow_overflow=True))
+    for number in range(20):
+        world.create(f"pvc-{number}")
+    world.management.requests.clear()
+    room(world, {"vpg": "gold"})
+    assert world.management.requests == ["vpg", "vpg_free_bytes", "raw_free_bytes"]
 
 
 @pytest.mark.parametrize("parameters", [{}, {"raidLevel": "raid1"}, {"raidLevel": "ec"}])
@@ -273,11 +392,6 @@ def test_zones_are_told_apart_and_summed() -> None:
     assert room(world) == 3 * GIB
     assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
     assert world.inventory.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
-
-
-def test_an_unknown_parameter_is_invalid() -> None:
-    with pytest.raises(InvalidRequest):
-        room(World(), {"color": "red"})
 
 
 # --- validate and ready ---------------------------------------------------------------------------------------

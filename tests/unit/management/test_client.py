@@ -22,9 +22,9 @@ from csi_driver.errors import (
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import OneCluster
 from csi_driver.management.documents import decode_client, decode_volume
-from csi_driver.storage_model import Layout, RaidLevel, ReservationMode, VolumeSpec
+from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, ReservationMode, VolumeSpec
 from tests.unit.management.conftest import Connect
-from tests.unit.management.double import Breaks, ManagementDouble, Says, SaysRaw, sample
+from tests.unit.management.double import Breaks, ManagementDouble, Says, sample
 
 VOLUME = decode_volume(sample("volume"))
 CLIENT = decode_client(sample("client"))
@@ -504,51 +504,130 @@ def test_a_group_that_is_not_there_is_none(
     [
         ({"allowOverflow": False, "freeCapacity": 15.000389632000001}, 15_000_389_632),
         ({"allowOverflow": False, "freeCapacity": 0}, 0),
-        ({"allowOverflow": True, "freeCapacity": None, "totalCapacity": 0}, None),
-        ({"allowOverflow": True, "freeCapacity": 5, "totalCapacity": 20}, None),
-        ({}, None),
+        ({"allowOverflow": True, "freeCapacity": None, "totalCapacity": 0}, 0),
+        ({"allowOverflow": True, "freeCapacity": None, "reservedBlocks": 2441216, "allocatedBlocks": 256}, 9998172160),
+        ({"allowOverflow": True, "freeCapacity": None, "reservedBlocks": 256, "allocatedBlocks": 512}, 0),
+        ({}, 0),
     ],
 )
-def test_only_a_group_bound_to_its_own_space_has_free_bytes(
+def test_free_bytes_of_a_group_are_what_is_left_of_its_reserve(
     server: ManagementDouble,
     client: ManagementClient,
     deadline: Deadline,
     usage: dict[str, object],
-    free_bytes: int | None,
+    free_bytes: int,
 ) -> None:
     server.on("GET", "/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold", Says(usage))
     assert client.vpg_free_bytes("gold", deadline=deadline) == free_bytes
 
 
-def test_free_space_is_the_available_space_of_the_summary(
+def drive(name: str, **values: object) -> dict[str, object]:
+    usual: dict[str, object] = {"diskID": name, "status": "Ok", "isExcluded": False, "isOutOfService": False}
+    space = {"usableBlocks": 125_000, "availableBlocks": 125_000, "largestSegmentAvailable": {"blocks": 124_000}}
+    return {**usual, "metadata_size": 8, **space, **values}
+
+
+def target(name: str, *drives: dict[str, object], **values: object) -> dict[str, object]:
+    return {"_id": name, "node_id": name, "node_status": 1, "isPending": False, "disks": [*drives], **values}
+
+
+FREE = 124_000 * 4096
+TARGETS = [
+    target("t1", drive("d1"), drive("d2", metadata_size=0)),
+    target("t2", drive("d3"), drive("d4", isExcluded=True), drive("d5", status="Missing")),
+    target(
+        "t3", drive("d6", isOutOfService=True), drive("d7", isPendingFormat=True), drive("d8", status="Initializing")
+    ),
+    target("t4", drive("d9"), node_status=2),
+    target("t5", drive("d10"), isPending=True),
+    target("t6", drive("d11"), node_status=5),
+]
+CLASSES: dict[str, list[dict[str, object]]] = {
+    "diskClasses": [
+        {
+            "_id": "fast",
+            "disks": [{"diskID": "d1"}, {"diskID": "d3"}],
+            "domains": [{"scope": "rack", "identifier": "A"}],
+        },
+        {"_id": "by-model", "disks": [{"model": "M", "disks": [{"diskID": "d2"}]}]},
+    ],
+    "serverClasses": [
+        {"_id": "left", "targetNodes": ["t1"], "domains": [{"scope": "rack", "identifier": "A"}]},
+        {"_id": "right", "targetNodes": ["t2", "t3"]},
+    ],
+}
+
+
+def found_classes(collection: str, names: tuple[str, ...], domain: str | None) -> list[dict[str, object]]:
+    """Return the classes that the server finds: those that are named, else those of the domain."""
+    if names:
+        return [row for row in CLASSES[collection] if row["_id"] in names]
+    return [row for row in CLASSES[collection] if f"'{domain}'" in str(row.get("domains"))]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "drives"),
+    [
+        (AllowedDrives(), 4),
+        (AllowedDrives(with_metadata=True), 3),
+        (AllowedDrives(with_offline=True), 6),
+        (AllowedDrives(targets=("t1",)), 2),
+        (AllowedDrives(targets=("t1", "unknown")), 2),
+        (AllowedDrives(targets=("t4",)), 0),
+        (AllowedDrives(drives=("d1", "d4")), 1),
+        (AllowedDrives(drives=("d1", "d3"), targets=("t2",)), 1),
+        (AllowedDrives(drive_classes=("fast",)), 2),
+        (AllowedDrives(drive_classes=("by-model",)), 1),
+        (AllowedDrives(drive_classes=("fast", "by-model")), 3),
+        (AllowedDrives(target_classes=("right",)), 2),
+        (AllowedDrives(drive_classes=("fast",), target_classes=("left",)), 1),
+        (AllowedDrives(drive_classes=("by-model",), domain="rack"), 0),
+        (AllowedDrives(domain="rack"), 1),
+        (AllowedDrives(targets=("unknown",)), None),
+        (AllowedDrives(drives=("unknown",)), None),
+        (AllowedDrives(drive_classes=("fast", "unknown")), None),
+        (AllowedDrives(target_classes=("unknown",)), None),
+        (AllowedDrives(domain="unknown"), None),
+    ],
+)
+def test_free_space_is_that_of_the_drives_on_which_the_server_would_allocate(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, allowed: AllowedDrives, drives: int | None
+) -> None:
+    server.on("GET", "/servers/all/0/0", Says(TARGETS))
+    names = {"diskClasses": allowed.drive_classes, "serverClasses": allowed.target_classes}
+    for collection, some in names.items():
+        server.on("GET", f"/{collection}/all/0/0", Says(found_classes(collection, some, allowed.domain)))
+    assert client.raw_free_bytes(allowed, deadline=deadline) == (None if drives is None else drives * FREE)
+    filters = {request.path.split("/")[1]: request.query.get("filter") for request in server.received}
+    by_name = {kind: {"_id": {"$in": list(some)}} for kind, some in names.items() if some}
+    by_domain = {kind: {"domains.scope": allowed.domain} for kind in names} if allowed.domain and not by_name else {}
+    assert {kind: condition for kind, condition in filters.items() if condition} == {**by_name, **by_domain}
+
+
+@pytest.mark.parametrize(
+    ("available", "largest", "blocks"),
+    [(125_000, 124_000, 124_000), (60_000, 20_000, 59_000), (500, 400, 400), (500, None, 0), (0, 0, 0)],
+)
+def test_the_head_of_a_drive_is_not_free(
+    server: ManagementDouble,
+    client: ManagementClient,
+    deadline: Deadline,
+    available: int,
+    largest: int | None,
+    blocks: int,
+) -> None:
+    piece = None if largest is None else {"blocks": largest}
+    row = drive("d1", availableBlocks=available, largestSegmentAvailable=piece)
+    server.on("GET", "/servers/all/0/0", Says([target("t1", row)]))
+    assert client.raw_free_bytes(deadline=deadline) == blocks * 4096
+
+
+def test_a_drive_whose_space_is_no_number_is_an_invalid_response(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
-    server.on("GET", "/getSpaceAllocation", Says({"totalCapacity": 4791.62, "availableSpace": 4773.62}))
-    assert client.raw_free_bytes(deadline=deadline) == pytest.approx(4_773_620_000_000, abs=1)
-
-
-def test_free_space_is_worked_out_while_there_is_no_summary(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
-    server.on("GET", "/getSpaceAllocation", Says({}))
-    server.on("POST", "/servers/totalSpace", Says(100))
-    server.on("POST", "/servers/allocatedSpace", Says(40.5))
-    assert client.raw_free_bytes(deadline=deadline) == 59_500_000_000
-
-
-def test_free_space_of_a_group_is_asked_for_with_its_name(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
-    server.on("POST", "/servers/totalSpace", Says(100))
-    server.on("POST", "/servers/allocatedSpace", Says(None))
-    assert client.raw_free_bytes(vpg="gold", deadline=deadline) == 100_000_000_000
-    assert [request.body for request in server.received if request.body] == [{"vpg": "gold"}, {"vpg": "gold"}]
-
-
-def test_no_drive_is_no_space(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
-    server.on("POST", "/servers/totalSpace", Says(None))
-    server.on("POST", "/servers/allocatedSpace", SaysRaw(b"null"))
-    assert client.raw_free_bytes(vpg="gold", deadline=deadline) == 0
+    server.on("GET", "/servers/all/0/0", Says([target("t1", drive("d1", availableBlocks="many"))]))
+    with pytest.raises(StorageUnavailable):
+        client.raw_free_bytes(deadline=deadline)
 
 
 # --- "not found" ----------------------------------------------------------------------------------------
