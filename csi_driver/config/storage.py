@@ -13,6 +13,7 @@ from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSw
 
 _STORAGE = StorageSettings(pool_directory=Path())
 _NO_SIZE: int | None = None
+_LISTEN_DEFAULT: tuple[str, int] | int = (_STORAGE.listen_host, _STORAGE.listen_port)
 
 _POOL = Flag("--pool", read.path, Path(), "", "Directory that holds the volumes and their records.", metavar="DIR")
 _SIZE = Flag(
@@ -64,10 +65,10 @@ _STORAGE_STATUS = Flag(
 )
 _LISTEN = Flag(
     "--listen",
-    read.host_port,
-    (_STORAGE.listen_host, _STORAGE.listen_port),
+    read.host_port_or_fd,
+    _LISTEN_DEFAULT,
     f"{_STORAGE.listen_host}:{_STORAGE.listen_port}",
-    "Address to serve the REST API on; port 0 takes any that is free.",
+    "Address to serve the REST API on; port 0 takes any free port, fd:N a bound TCP socket that was inherited.",
     metavar="HOST:PORT",
 )
 _API_USER = Flag("--user", read.text, _STORAGE.user, _STORAGE.user, "User that may log in.", metavar="USER")
@@ -119,7 +120,8 @@ STORAGE_FLAGS = table(
 
 def storage(values: Values) -> StorageCommand:
     """Make the settings of the embedded storage manager."""
-    listen_host, listen_port = values.one(_LISTEN)
+    listen = values.one(_LISTEN)
+    listen_host, listen_port = ("", 0) if isinstance(listen, int) else listen
     settings = StorageSettings(
         pool_directory=values.one(_POOL),
         clients=_clients(values),
@@ -129,6 +131,7 @@ def storage(values: Values) -> StorageCommand:
         reserve_bytes=values.one(_RESERVE),
         listen_host=listen_host,
         listen_port=listen_port,
+        listen_fd=listen if isinstance(listen, int) else None,
         user=values.one(_API_USER),
         password_file=values.one(_API_PASSWORD),
         session_idle_s=values.one(_SESSION_IDLE),

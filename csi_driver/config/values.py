@@ -8,6 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+_STANDARD_ERROR = 2
 _UNITS = {
     "": 1,
     "b": 1,
@@ -155,6 +156,16 @@ def host_port(value: str) -> tuple[str, int]:
     if match is None or int(match[3]) > 65535:
         raise ValueError("HOST:PORT")
     return match[1] or match[2], int(match[3])
+
+
+def host_port_or_fd(value: str) -> tuple[str, int] | int:
+    """Read HOST:PORT, or the number of fd:N."""
+    if not value.startswith("fd:"):
+        return host_port(value)
+    number = value.removeprefix("fd:")
+    if not number.isascii() or not number.isdecimal() or int(number) <= _STANDARD_ERROR:
+        raise ValueError("HOST:PORT, or fd:N with a descriptor above 2")
+    return int(number)
 
 
 def listen_address(value: str) -> tuple[str, int]:

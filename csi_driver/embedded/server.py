@@ -90,7 +90,7 @@ class StorageServer:
         self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
-            self._listener = _bound(settings.listen_host, settings.listen_port)
+            self._listener = _bound(settings)
             undo.callback(self._listener.close)
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
@@ -306,7 +306,10 @@ def _check_certificate(settings: StorageSettings) -> None:
         raise CertificateUnusable(certificate, key, problem) from problem
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(settings: StorageSettings) -> socket.socket:
+    if settings.listen_fd is not None:
+        return _inherited(settings.listen_fd)
+    host, port = settings.listen_host, settings.listen_port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; else each answer waits 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -316,4 +319,17 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as problem:
         listener.close()
         raise CannotListen(host, port, str(problem)) from problem
+    return listener
+
+
+def _inherited(fd: int) -> socket.socket:
+    """Take over a bound TCP socket. Raises `PreconditionFailed` where the descriptor is none."""
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError as problem:
+        raise PreconditionFailed(f"--listen fd:{fd}: descriptor {fd} is not an open socket: {problem}") from problem
+    if listener.type is not socket.SOCK_STREAM or listener.family not in (socket.AF_INET, socket.AF_INET6):
+        listener.close()
+        raise PreconditionFailed(f"--listen fd:{fd}: expected a bound TCP socket, got {listener}")
+    listener.set_inheritable(False)
     return listener

@@ -69,6 +69,8 @@ class StorageSettings:
     listen_host: str = "127.0.0.1"
     listen_port: int = 4000
     """0 takes any free port; the one taken is printed."""
+    listen_fd: int | None = None
+    """Descriptor of a bound socket that this process has inherited; it takes the place of host and port."""
     user: str = "admin@nvidia.com"
     password_file: Path | None = None
     """File holding the password, read again when it changes. None: DIR/password, generated, for root alone."""

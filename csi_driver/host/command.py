@@ -31,7 +31,6 @@ _GRACE_AFTER_KILL_S = 2.0
 _PACKAGES = {
     "blkid": "util-linux",
     "cryptsetup": "cryptsetup-bin",
-    "setpriv": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "resize2fs": "e2fsprogs",

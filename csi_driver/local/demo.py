@@ -24,7 +24,7 @@ from csi_driver.local.show import Commands, Kernel, Screen
 from csi_driver.local.stack import Processes, Stack, last_line
 from csi_driver.rpc.client import CallFailed, CsiClient
 
-TOOLS = ("findmnt", "lsblk", "losetup", "setpriv", "blkid", "mkfs.ext4", "e2fsck", "resize2fs")
+TOOLS = ("findmnt", "lsblk", "losetup", "blkid", "mkfs.ext4", "e2fsck", "resize2fs")
 """Without these nothing can be shown. Other filesystems are shown where their mkfs is installed."""
 
 _PACKAGES = {"findmnt": "util-linux", "lsblk": "util-linux", "losetup": "util-linux (on Debian: mount)"}

@@ -15,7 +15,7 @@ from csi_driver.local.settings import LocalSettings
 from csi_driver.local.show import Commands
 from csi_driver.local.stack import Processes, Stack
 
-TOOLS = ("setpriv", "blkid", "mkfs.ext4", "e2fsck", "resize2fs")
+TOOLS = ("blkid", "mkfs.ext4", "e2fsck", "resize2fs")
 
 
 def run_local(settings: LocalSettings) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import http.client
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ _WATCH_INTERVAL_S = 0.1
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _LOOPBACK = "127.0.0.1"
+_ANSWER_TIME_S = 2.0
 
 
 class Process(Protocol):
@@ -49,8 +51,11 @@ class Process(Protocol):
 class Processes(Protocol):
     """Starts children that live long and die with this process."""
 
-    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path) -> Process:
-        """Start a process whose output is added to `log`; its pid stands in `pid_file` while it runs."""
+    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> Process:
+        """Start a process whose output is appended to `log`; `pid_file` holds its pid while it runs.
+
+        `pass_fds` stay open in it under their own numbers.
+        """
         ...
 
 
@@ -95,7 +100,7 @@ class Stack:
         self._roles = {role: _Watched(role) for role in Role}
         self._stop = threading.Event()
         self._resources = ExitStack()
-        self._port = 0
+        self._listener: socket.socket | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +120,7 @@ class Stack:
         """
         deadline = Deadline.after(self.settings.start_timeout_s, self._clock)
         self._take_directory()
-        self._port = free_port()
+        self._bind()
         self._begin(Role.STORAGE)
         self._await(Role.STORAGE, deadline)
         self._begin(Role.CONTROLLER)
@@ -143,12 +148,32 @@ class Stack:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
+    def _bind(self) -> None:
+        """Bind the storage manager's address, for as long as this run lasts.
+
+        The storage inherits the socket, also after a restart: no other process can take the port in between and
+        receive the pool's password.
+        """
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self._resources.callback(listener.close)
+        try:
+            listener.bind((_LOOPBACK, 0))
+        except OSError as error:
+            raise HostFailure(f"cannot bind a TCP port of {_LOOPBACK}: {error.strerror}") from error
+        self._listener = listener
+
+    @property
+    def _port(self) -> int:
+        return int(self._listener.getsockname()[1]) if self._listener is not None else 0
+
     def _begin(self, role: Role) -> None:
         watched = self._roles[role]
+        fd = self._listener.fileno() if self._listener is not None else -1
         watched.process = self._processes.start(
-            role_argv(role, self.settings, self.places, self._port),
+            role_argv(role, self.settings, self.places, self._port, fd),
             log=self.places.log(role),
             pid_file=self.places.pid_file(role),
+            pass_fds=[fd] if role is Role.STORAGE else [],
         )
 
     def _await(self, role: Role, deadline: Deadline) -> None:
@@ -242,8 +267,8 @@ class Stack:
         self._resources.close()
 
 
-def role_argv(role: Role, settings: LocalSettings, places: Places, port: int) -> list[str]:
-    """Return how a role is started."""
+def role_argv(role: Role, settings: LocalSettings, places: Places, port: int, listener: int) -> list[str]:
+    """Return the command line of a role. `listener`: descriptor of the socket that is bound to `port`."""
     node_name = settings.node_name or socket.gethostname()
     management = f"http://{_LOOPBACK}:{port}"
     argv = [*settings.program, role.value, "--log-level", settings.log_level]
@@ -251,7 +276,7 @@ def role_argv(role: Role, settings: LocalSettings, places: Places, port: int) ->
         case Role.STORAGE:
             argv += ["--pool", str(places.pool)]
             argv += [] if settings.size_bytes is None else ["--size", str(settings.size_bytes)]
-            argv += ["--listen", f"{_LOOPBACK}:{port}"]
+            argv += ["--listen", f"fd:{listener}"]
             for name, directory in ((node_name, places.directory), *settings.extra_clients):
                 argv += ["--client", f"{name}={directory}"]
             argv += ["--overcommit"] if settings.overcommit else []
@@ -273,28 +298,30 @@ def role_argv(role: Role, settings: LocalSettings, places: Places, port: int) ->
     return argv
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((_LOOPBACK, 0))
-        port = probe.getsockname()[1]
-    return int(port)
-
-
 def ask(role: Role, places: Places, port: int) -> str | None:
-    """Ask a role once whether it is ready: None, or why not. The storage manager is, when it listens."""
+    """Ask a role once whether it is ready: None, or why not. The storage manager is, when it answers a request."""
     if role is Role.STORAGE:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            return None if probe.connect_ex((_LOOPBACK, port)) == 0 else f"nobody listens on port {port}"
+        return _why_silent(port)
     endpoint = places.controller_socket if role is Role.CONTROLLER else places.node_socket
     if not endpoint.exists():
-        return f"{endpoint} is not there"
+        return f"the socket {endpoint} does not exist yet"
     with CsiClient(endpoint) as client:
         try:
             return None if client.is_ready() else "Probe answers ready=false"
         except CallFailed as error:
             return str(error)
+
+
+def _why_silent(port: int) -> str | None:
+    connection = http.client.HTTPConnection(_LOOPBACK, port, timeout=_ANSWER_TIME_S)
+    try:
+        connection.request("GET", "/login")  # needs no session
+        connection.getresponse()
+    except (OSError, http.client.HTTPException) as error:
+        return f"no answer on port {port}: {error}"
+    finally:
+        connection.close()
+    return None
 
 
 def ended(status: int) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host.supervise import ChildProcess, ChildProcesses
 
@@ -21,6 +22,11 @@ STUBBORN = (
     "-c",
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)",
 )
+
+
+def wait_until(ready: Callable[[], bool], what: str) -> None:
+    """Wait for something that is certain to come; the limit is for what is broken."""
+    assert Deadline.after(120).wait_until(ready), what
 
 
 class Starter:
@@ -37,11 +43,8 @@ class Starter:
         return child
 
     def await_line(self, text: str) -> None:
-        """Wait until a child has written a line, at most ten seconds."""
-        end_s = time.monotonic() + 10
-        while text not in (self.log.read_text() if self.log.exists() else ""):
-            assert time.monotonic() < end_s, f"{text} never came"
-            time.sleep(0.01)
+        """Wait until a child has written a line."""
+        wait_until(lambda: text in (self.log.read_text() if self.log.exists() else ""), f"{text} in the log")
 
     def end_all(self) -> None:
         for child in self._started:
@@ -63,6 +66,16 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def group_of(pid: int) -> list[int]:
+    """Return the processes of a group that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+            found += [int(stat.parent.name)] if int(group) == pid and state not in "ZX" else []
+    return found
+
+
 def test_a_child_runs_with_its_pid_in_the_file_and_its_output_in_the_log(starter: Starter) -> None:
     child = starter.start(*SLEEPER)
     starter.await_line("up")
@@ -74,7 +87,7 @@ def test_a_child_runs_with_its_pid_in_the_file_and_its_output_in_the_log(starter
 def test_a_child_is_ended_by_sigterm_and_its_pid_file_goes(starter: Starter) -> None:
     child = starter.start(*SLEEPER)
     starter.await_line("up")
-    assert child.stop(timeout_s=10) == -signal.SIGTERM
+    assert child.stop(timeout_s=120) == -signal.SIGTERM
     assert not is_running(child.pid)
     assert not starter.pid_file.exists()
 
@@ -90,16 +103,12 @@ def test_the_children_of_a_child_end_with_it(starter: Starter) -> None:
     starter.await_line("\n")
     grandchild = int(starter.log.read_text().split()[0])
     child.stop(timeout_s=5)
-    end_s = time.monotonic() + 5
-    while is_running(grandchild) and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert not is_running(grandchild)
+    wait_until(lambda: not is_running(grandchild), "the child's child to end")
 
 
 def test_how_a_child_ended_is_told(starter: Starter) -> None:
     child = starter.start("/bin/sh", "-c", "exit 7")
-    while child.poll() is None:
-        time.sleep(0.01)
+    wait_until(lambda: child.poll() is not None, "the child to end")
     assert child.poll() == 7
     assert not starter.pid_file.exists()
 
@@ -116,21 +125,58 @@ def test_a_log_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
         ChildProcesses().start(SLEEPER, log=tmp_path / "absent" / "log", pid_file=tmp_path / "pid")
 
 
-def test_children_die_when_their_parent_is_killed(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from csi_driver.host.supervise import ChildProcesses\n"
-        f"child = ChildProcesses().start({STUBBORN!r}, log=Path({str(tmp_path)!r}, 'log'), "
-        f"pid_file=Path({str(tmp_path)!r}, 'pid'))\n"
-        "print(child.pid, flush=True); time.sleep(600)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
+PARENT = (
+    "import os, signal, sys, threading, time; from pathlib import Path\n"
+    "from csi_driver.host.supervise import ChildProcesses\n"
+    "start = lambda: print(ChildProcesses().start("
+    f"{STUBBORN!r}, log=Path(sys.argv[1], 'log'), pid_file=Path(sys.argv[1], 'pid')).pid, flush=True)\n"
+)
+
+
+def parent_that(does: str, directory: Path) -> tuple[subprocess.Popen[str], int]:
+    """Start a process that starts a child and does something then; return it and the child's pid."""
+    argv = [sys.executable, "-c", PARENT + does, str(directory)]
+    parent = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    end_s = time.monotonic() + 10
-    while "up" not in (tmp_path / "log").read_text() and time.monotonic() < end_s:
-        time.sleep(0.01)
+    return parent, int(parent.stdout.readline())
+
+
+def test_children_die_when_their_parent_is_killed(tmp_path: Path) -> None:
+    parent, child = parent_that("start(); time.sleep(600)", tmp_path)
+    wait_until(lambda: "up" in (tmp_path / "log").read_text(), "the child to run")
     parent.kill()
     parent.communicate()
-    while is_running(child) and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert not is_running(child)
+    wait_until(lambda: not is_running(child), "the child to end")
+
+
+def test_children_die_also_where_their_parent_is_killed_the_moment_they_are_started(tmp_path: Path) -> None:
+    parent, child = parent_that("start(); os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    parent.communicate()
+    wait_until(lambda: not is_running(child), "the child to end")
+
+
+def test_children_outlive_the_thread_that_started_them_but_not_its_process(tmp_path: Path) -> None:
+    begin = "thread = threading.Thread(target=start); thread.start(); thread.join(); print('joined', flush=True)"
+    parent, child = parent_that(f"{begin}; time.sleep(600)", tmp_path)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "joined\n"
+    wait_until(lambda: "up" in (tmp_path / "log").read_text(), "the child to run")
+    assert is_running(child)
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: not is_running(child), "the child to end")
+
+
+def test_nothing_of_a_child_is_left_once_its_end_was_seen(starter: Starter) -> None:
+    child = starter.start("/bin/sh", "-c", "exit 7")
+    wait_until(lambda: child.poll() == 7, "the child to end")
+    wait_until(lambda: not group_of(child.pid), "its group to end")
+
+
+def test_a_descriptor_that_is_passed_stays_open_under_its_number(starter: Starter, tmp_path: Path) -> None:
+    with (tmp_path / "passed").open("w") as passed:
+        number = passed.fileno()
+        argv = ("/bin/sh", "-c", f"echo through >/proc/self/fd/{number}")
+        child = ChildProcesses().start(argv, log=starter.log, pid_file=starter.pid_file, pass_fds=[number])
+        wait_until(lambda: child.poll() == 0, "the child to end")
+    assert (tmp_path / "passed").read_text() == "through\n"

@@ -88,6 +88,18 @@ def test_after_a_kill_of_all_at_once_the_next_start_goes_on(fresh_rig: Rig) -> N
     volume.end()
 
 
+@pytest.mark.parametrize("role", ["storage", "controller", "node"])
+def test_a_kill_in_the_middle_of_the_start_leaves_no_role(tmp_path: Path, role: str) -> None:
+    directory = tmp_path / "d"
+    starting = subprocess.Popen(
+        [*PROGRAM, "local", "--directory", str(directory)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
+    wait_for((directory / f"{role}.pid").exists, f"{role} to be started")
+    starting.kill()
+    starting.wait()
+    wait_for(lambda: processes_of(directory) == [], "the roles to die with it")
+
+
 def test_a_second_start_on_the_same_directory_is_refused_and_harms_nothing(fresh_rig: Rig) -> None:
     second = run("local", "--directory", str(fresh_rig.directory))
     assert second.returncode == 1
@@ -111,7 +123,7 @@ def test_a_directory_too_long_for_a_socket_is_refused_with_the_limit(tmp_path: P
     directory = tmp_path / ("d" * 100)
     refused = run("local", "--directory", str(directory))
     assert refused.returncode == 1
-    assert "wanted a path of at most" in refused.stderr
+    assert "expected a path of at most" in refused.stderr
     assert not directory.exists()
 
 

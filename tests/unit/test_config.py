@@ -519,6 +519,7 @@ def test_a_relative_endpoint_starts_at_the_working_directory(tmp_path: Path, mon
         (values.topology_key, "a/b/c"), (values.topology_key, "/zone"), (values.node_name, "a/b"),
         (values.named_directory, "=/d"), (values.named_directory, "name"), (values.named_directory, "a="),
         (values.host_port, "host"), (values.host_port, "::1:80"), (values.host_port, "h:65536"),
+        (values.host_port_or_fd, "fd:2"), (values.host_port_or_fd, "fd:x"), (values.host_port_or_fd, "fd:"),
         (values.boolean, "maybe"), (values.path, ""),
     ],
 )  # fmt: skip
@@ -532,4 +533,8 @@ def test_a_value_that_cannot_be_used_is_refused(read: Callable[[str], object], t
     [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:80", ("::1", 80)), ("localhost:4000", ("localhost", 4000))],
 )
 def test_an_address_is_read(text: str, read: tuple[str, int]) -> None:
-    assert values.host_port(text) == read
+    assert values.host_port(text) == read == values.host_port_or_fd(text)
+
+
+def test_an_inherited_socket_is_named_by_its_descriptor() -> None:
+    assert values.host_port_or_fd("fd:17") == 17

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -24,7 +24,6 @@ import csi_driver
 from csi_driver import __main__ as program
 from csi_driver.config.version import driver_version
 from csi_driver.deadline import Deadline
-from csi_driver.local.stack import free_port
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.telemetry import log
 from tests.documents import code, table, text_of
@@ -115,9 +114,9 @@ class Asking(threading.Thread):
         try:
             with grpc.insecure_channel(f"unix:{self._socket}") as channel:
                 identity = csi_pb2_grpc.IdentityStub(channel)
-                info = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=30, wait_for_ready=True)
+                info = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=120, wait_for_ready=True)
                 self.name_of_plugin = info.name
-                self.ready = identity.Probe(csi_pb2.ProbeRequest(), timeout=10).ready.value
+                self.ready = identity.Probe(csi_pb2.ProbeRequest(), timeout=120).ready.value
         except grpc.RpcError as error:
             self.error = error
         finally:
@@ -142,10 +141,23 @@ def test_a_controller_serves_and_is_not_ready_without_its_management(tmp_path: P
     assert asking.ready is False
 
 
-def watched(argv: list[str], port: int, look: Callable[[], None]) -> None:
-    """Run the program, look at it in another thread as soon as it is healthy, and end it with SIGTERM."""
+class _Announced(logging.Handler):
+    """Hears on which port the pages are served: any that is free, so that no other process can have it."""
 
-    def is_healthy() -> bool:
+    def __init__(self) -> None:
+        super().__init__()
+        self.port: Future[int] = Future()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.port.set_result(int(record.getMessage().rpartition(":")[2]))
+
+
+def watched(argv: list[str], look: Callable[[int], None]) -> None:
+    """Run the program, look at its pages in another thread once it is healthy, and end it with SIGTERM."""
+    announced = _Announced()
+    logger = logging.getLogger("csi_driver.telemetry.http_server")
+
+    def is_healthy(port: int) -> bool:
         try:
             return page(port, "/healthz")[0] == 200
         except OSError:
@@ -153,15 +165,20 @@ def watched(argv: list[str], port: int, look: Callable[[], None]) -> None:
 
     def watch() -> None:
         try:
-            assert Deadline.after(30).wait_until(is_healthy)
-            look()
+            port = announced.port.result(120)
+            assert Deadline.after(120).wait_until(lambda: is_healthy(port))
+            look(port)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch)
-        assert program.main(argv) == 0
-        watching.result()
+    logger.addHandler(announced)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch)
+            assert program.main([*argv, "--http-listen", "127.0.0.1:0"]) == 0
+            watching.result()
+    finally:
+        logger.removeHandler(announced)
 
 
 def page(port: int, path: str) -> tuple[int, str]:
@@ -189,16 +206,16 @@ def measured_as_explained(port: int, role: str) -> dict[str, float]:
 
 def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("n")
-    kubelet, port = Kubelet(directory / "r"), free_port()
-    flags = ["--kubelet-registration-directory", str(kubelet.directory), "--http-listen", f"127.0.0.1:{port}"]
+    kubelet = Kubelet(directory / "r")
+    flags = ["--kubelet-registration-directory", str(kubelet.directory)]
 
-    def look() -> None:
+    def look(port: int) -> None:
         assert page(port, "/healthz") == (200, "csi: ok\nregistration: ok\n")
         status, text = page(port, "/readyz")
         assert status == 503
         assert "storage: this node has no storage client" in text
         assert "reconcile: ok" in text
-        assert Deadline.after(30).wait_until(lambda: bool(kubelet.visit()))
+        assert Deadline.after(120).wait_until(lambda: bool(kubelet.visit()))
         assert kubelet.nodes == {"nvmesh-csi.excelero.com": "node-1"}
         assert "registration: ok" in page(port, "/readyz")[1]
         samples = measured_as_explained(port, "node")
@@ -209,15 +226,13 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
             samples['nvmesh_csi_rpc_duration_seconds_count{service="csi.v1.Node",method="NodeGetInfo",code="OK"}'] >= 2
         )
 
-    watched([*node_argv(directory), *flags], port, look)
+    watched([*node_argv(directory), *flags], look)
     kubelet.visit()
     assert kubelet.nodes == {}
 
 
 def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: Path) -> None:
-    port = free_port()
-
-    def look() -> None:
+    def look(port: int) -> None:
         assert page(port, "/healthz") == (200, "csi: ok\n")
         status, text = page(port, "/readyz")
         assert status == 503
@@ -227,24 +242,21 @@ def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: 
         assert samples['nvmesh_csi_management_server_failures_total{server="http://127.0.0.1:1"}'] == 1
         assert samples['nvmesh_csi_management_requests_total{server="http://127.0.0.1:1",outcome="unreachable"}'] >= 1
 
-    argv = [*controller_argv(tmp_path), "--http-listen", f"127.0.0.1:{port}"]
-    watched(argv, port, look)
+    watched(controller_argv(tmp_path), look)
 
 
 def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
-    port = free_port()
-
-    def look() -> None:
+    def look(port: int) -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
         threads = "storage-worker: ok\nstorage-encryption: ok\nstorage-look: ok\n"
         assert page(port, "/readyz") == (200, f"api: ok\npool: ok\n{threads}")
         assert measured_as_explained(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
 
     argv = [
-        "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{port}",
+        "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0",
         "--device-directory", str(tmp_path / "dev"), "--status-directory", str(tmp_path / "proc"), "--reserve", "0",
     ]  # fmt: skip
-    watched(argv, port, look)
+    watched(argv, look)
 
 
 def test_an_address_that_is_taken_keeps_a_role_from_starting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from csi_driver.errors import PreconditionFailed
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, settings_in
 
@@ -229,3 +231,24 @@ def test_a_pool_that_is_gone_cannot_be_used(tmp_path: Path) -> None:
     pool.volumes.rmdir()
     assert "No such file" in health.why_unusable(pool)
     pool.close()
+
+
+# --- the socket that is inherited -------------------------------------------------------------------------------
+
+
+def test_an_inherited_socket_is_served_under_its_own_address(tmp_path: Path) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        settings = replace(settings_in(tmp_path), listen_fd=os.dup(bound.fileno()))
+        running = StorageServer(settings, FakeLoopDevices())
+        try:
+            running.start()
+            assert running.address == bound.getsockname()
+            assert Caller(running).log_in().status_code == 200
+        finally:
+            running.stop()
+
+
+def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path) -> None:
+    with open(os.devnull) as other, pytest.raises(PreconditionFailed, match=rf"--listen fd:{other.fileno()}: "):
+        StorageServer(replace(settings_in(tmp_path), listen_fd=other.fileno()), FakeLoopDevices())

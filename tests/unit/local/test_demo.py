@@ -48,7 +48,7 @@ class FakeCommands:
 class NoProcesses:
     """A machine on which nothing may be started."""
 
-    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path) -> Process:
+    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> Process:
         raise AssertionError(f"started {argv}")
 
 

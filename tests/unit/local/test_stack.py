@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,16 @@ class FakeProcesses:
     running: dict[str, FakeProcess] = field(default_factory=dict)
     dies_at_start: frozenset[str] = frozenset()
 
-    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path) -> FakeProcess:
+    addresses: list[str] = field(default_factory=list)
+    """Of every socket that a process was given."""
+    argvs: dict[str, Sequence[str]] = field(default_factory=dict)
+
+    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> FakeProcess:
         role = argv[1]
+        for fd in pass_fds:
+            with socket.socket(fileno=os.dup(fd)) as passed:
+                self.addresses.append("{}:{}".format(*passed.getsockname()))
+        self.argvs[role] = argv
         self.events.append(f"start {role}")
         log.write_text(f"{role} says hello\n\n")
         process = FakeProcess(role, 100 + len(self.events), self.events, 3 if role in self.dies_at_start else None)
@@ -96,6 +105,21 @@ def test_storage_is_ready_before_the_others_are_started(tmp_path: Path) -> None:
     it.stack.start()
     assert asked == ["storage 1", "controller 3", "node 3"]
     it.stack.close()
+
+
+def test_the_storage_gets_the_very_socket_of_the_address_that_the_controller_logs_in_to(tmp_path: Path) -> None:
+    """Also when it is started again: in between nobody else can take the port, and receive the password."""
+    it = bench(tmp_path)
+    with it.stack:
+        it.stack.start()
+        it.processes.running["storage"].status = -9
+        it.stack.tend()
+        address = it.stack.management_url.removeprefix("http://")
+        assert f"http://{address}" in it.processes.argvs["controller"]
+        host, port = address.split(":")
+        with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+            thief.bind((host, int(port)))
+        assert it.processes.addresses == [address, address]
 
 
 def test_roles_are_stopped_in_the_reverse_order(tmp_path: Path) -> None:
@@ -224,7 +248,7 @@ def test_a_stop_asked_for_while_starting_ends_the_start(tmp_path: Path) -> None:
 
 def test_every_client_gets_its_own_directory_on_the_command_line_of_storage() -> None:
     settings = LocalSettings(Path("/d"), node_name="n1", extra_clients=(("n2", Path("/e")),), program=PROGRAM)
-    argv = role_argv(Role.STORAGE, settings, Places(Path("/d")), 4000)
+    argv = role_argv(Role.STORAGE, settings, Places(Path("/d")), 4000, 7)
     assert [argv[at + 1] for at, word in enumerate(argv) if word == "--client"] == ["n1=/d", "n2=/e"]
 
 
