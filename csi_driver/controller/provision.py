@@ -209,7 +209,12 @@ class Provision:
             )
         size = capacity.size_to_create(wanted.capacity, layout, encryption.header_bytes)
         creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
-        return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
+        try:
+            return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
+        except Exhausted as problem:
+            raise Exhausted(
+                f"no space for a volume of {size} bytes ({layout.raid_level}): {problem}{_names_to_check(wanted)}"
+            ) from problem
 
     def _answer(
         self, zone: str, allowed: Sequence[str], wanted: _Wanted, uuid: str | None, sent_at_s: float, *,
@@ -401,6 +406,17 @@ def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverErr
     text = "; ".join(f"zone {zone}: {refusal}" for zone, refusal in refusals.items())
     has_full_one = any(isinstance(refusal, Exhausted) for refusal in refusals.values())
     return Exhausted(text) if has_full_one else InvalidRequest(text)
+
+
+def _names_to_check(wanted: _Wanted) -> str:
+    """Return a hint at names of drives and targets: a management answers "no space" where they do not exist."""
+    read = wanted.parameters
+    given = {"limitByDisks": read.limit_by_drives, "limitByNodes": read.limit_by_targets}
+    names = [f"{key} {', '.join(map(shown, some))}" for key, some in given.items() if some]
+    names += [f"domain {shown(read.domain)}"] if read.domain is not None else []
+    if not names:
+        return ""
+    return f"; the answer is the same for names that do not exist: check {' and '.join(names)} in the management"
 
 
 def _spec(

@@ -339,8 +339,17 @@ def test_a_wait_that_ran_out_is_gone_on_with_by_the_same_call() -> None:
 def test_a_full_pool_is_exhausted() -> None:
     world = World()
     world.management.raw_bytes = GIB
-    with pytest.raises(Exhausted):
+    with pytest.raises(Exhausted, match=r"a volume of 2147483648 bytes \(Concatenated\): [^;]*$"):
         world.create(capacity=CapacityRange(2 * GIB))
+
+
+def test_a_refusal_for_lack_of_space_names_what_may_not_exist() -> None:
+    world = World()
+    world.management.raw_bytes = GIB
+    limits = {"raidLevel": "raid1", "limitByDisks": "d1,d2", "limitByNodes": "t1", "domain": "rack"}
+    names = "check limitByDisks 'd1', 'd2' and limitByNodes 't1' and domain 'rack' in the management"
+    with pytest.raises(Exhausted, match=names):
+        world.create(parameters=limits)
 
 
 def test_a_size_that_does_not_exist_is_out_of_range_and_nothing_is_made() -> None:
