@@ -348,7 +348,7 @@ def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> 
     except CommandFailed as failure:
         if failure.status > 0 and failure.status & (_UNCORRECTED | _OPERATIONAL):
             raise PreconditionFailed(
-                f"ext4 on {device.device.path} needs a person: e2fsck {' '.join(options)} ended with status "
+                f"ext4 on {device.device.path} needs manual repair: e2fsck {' '.join(options)} ended with status "
                 f"{failure.status}; keep a copy of the volume, then run `e2fsck -f {device.device.path}`"
             ) from failure
         raise

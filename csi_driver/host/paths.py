@@ -102,7 +102,7 @@ class LinuxPaths:
                 os.mkdir(path.name, 0o750, dir_fd=parent)
             except FileExistsError as error:
                 if self.kind(path) != "directory":
-                    raise PreconditionFailed(f"{path} is no directory, wanted one") from error
+                    raise PreconditionFailed(f"{path}: expected a directory, got something else") from error
             except OSError as error:
                 raise SystemCallFailed(f"make the directory {path}", error.errno or 0) from error
 
@@ -114,7 +114,7 @@ class LinuxPaths:
                 os.close(os.open(path.name, flags, 0o640, dir_fd=parent))
             except FileExistsError as error:
                 if self.kind(path) not in ("file", "device"):
-                    raise PreconditionFailed(f"{path} is no file, wanted one") from error
+                    raise PreconditionFailed(f"{path}: expected a file, got something else") from error
             except OSError as error:
                 raise SystemCallFailed(f"make the file {path}", error.errno or 0) from error
 
@@ -150,7 +150,9 @@ class LinuxPaths:
             elif stat.S_ISREG(status.st_mode) and status.st_size == 0:
                 os.unlink(path.name, dir_fd=parent)
             else:
-                raise PreconditionFailed(f"{path} is no empty directory and no empty file: it stays as it is")
+                raise PreconditionFailed(
+                    f"{path}: expected an empty directory or file, got something else; it is left in place"
+                )
         except FileNotFoundError:
             return
         except OSError as error:
@@ -160,7 +162,7 @@ class LinuxPaths:
                     "move them away (they are never deleted), and the call is repeated"
                 ) from error
             if error.errno == errno.EBUSY:
-                raise PreconditionFailed(f"{path} is a mount point: it stays as it is") from error
+                raise PreconditionFailed(f"{path} is a mount point: it is left in place") from error
             raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
 
     @contextlib.contextmanager
@@ -179,7 +181,7 @@ class LinuxPaths:
         for _, root in self._roots:
             if path.is_relative_to(root) and (itself or path != root) and ".." not in path.parts:
                 return root
-        raise PreconditionFailed(f"{path} lies below no path root")
+        raise PreconditionFailed(f"{path} is below no path root")
 
 
 def _content(name: str, parent: int) -> str:

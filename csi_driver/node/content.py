@@ -129,18 +129,18 @@ def _needs_permission(verdict: Verdict) -> bool:
 def _unfinished(content: Content, wish: FilesystemRequest, evidence: Evidence) -> Verdict | None:
     """Decide by a format mark of this very attachment; None when the content alone decides."""
     begun = evidence.begun
-    said = f"holds a format as {begun} that was begun under this attachment and not finished"
+    said = f"holds an unfinished {begun} format of this attachment"
     if evidence.may_format_over and not wish.read_only:
         return FormatOver(wish.to_make, f"{_described(content)}, after a format as {begun} that was not finished")
     match content:
         case Blank() if wish.read_only or wish.to_make != begun:
             return None
         case Filesystem(fs_type=held) if held != begun:
-            return Refuse(f"{said}, and now {held}: somebody else wrote to it")
+            return Refuse(f"{said}, and now {held}: another program wrote to it")
     if wish.read_only:
         return Refuse(f"{said}: it must be staged writable first")
     if wish.fs_type not in ("", begun):
-        return Refuse(f"{said}, wanted {wish.fs_type}")
+        return Refuse(f"{said}; expected {wish.fs_type}")
     return FormatAgain(begun)
 
 
@@ -150,34 +150,34 @@ def _by_content(content: Content, wish: FilesystemRequest, evidence: Evidence, s
             return _held(content, wish, evidence, supported)
         case OtherContent(description=description):
             wanted = wish.fs_type or "a filesystem"
-            return Refuse(f"holds {description}, wanted {wanted} or a blank device{_way_out(evidence)}")
+            return Refuse(f"holds {description}; expected {wanted} or a blank device{_way_out(evidence)}")
         case Blank():
             if evidence.own_mark == USED:
                 return Refuse(
-                    "was in use under this attachment and is blank now: what it held is lost or was erased, and "
-                    "nothing is made over that; detached and attached again, it is formatted if every block is zero"
+                    "was in use under this attachment and is blank now: its data was lost or erased, and it is not "
+                    "formatted; detach and attach it again, and it is formatted if every block is zero"
                 )
             if wish.read_only:
-                return Refuse("is blank and is to be used read-only: it was never formatted")
+                return Refuse("is blank and to be used read-only: it was never formatted; stage it writable first")
             return Format(wish.to_make, prove_every_block=not evidence.is_first)
 
 
 def _held(content: Filesystem, wish: FilesystemRequest, evidence: Evidence, supported: Sequence[str]) -> Verdict:
     held = content.fs_type
     if wish.fs_type and held != wish.fs_type:
-        return Refuse(f"holds {held}, wanted {wish.fs_type}{_way_out(evidence)}")
+        return Refuse(f"holds {held}; expected {wish.fs_type}{_way_out(evidence)}")
     if held not in supported:
-        return Refuse(f"holds {held}, wanted one of {', '.join(supported)}{_way_out(evidence)}")
+        return Refuse(f"holds {held}; expected one of {', '.join(supported)}{_way_out(evidence)}")
     if evidence.is_only_ours and content.uuid != evidence.own_uuid:
         return Refuse(
-            f"holds {_described(content)}, which was not made for it: old data of another volume, by all that is "
-            f"known; to use it all the same, give it the uuid {evidence.own_uuid}{_way_out(evidence)}"
+            f"holds {_described(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
+            f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
     return Use(held)
 
 
 def _way_out(evidence: Evidence) -> str:
-    return "" if evidence.was_handed_out else f"; to have it formatted over, {ALLOW_FORMAT} and attach it again"
+    return "" if evidence.was_handed_out else f"; to format over it, run {ALLOW_FORMAT} and attach it again"
 
 
 def _described(content: Content) -> str:

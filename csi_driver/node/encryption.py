@@ -87,7 +87,7 @@ class EncryptedVolumes:
         if by is By.NONE:
             if opened is not None:
                 raise PreconditionFailed(
-                    f"volume {volume} is open as an encrypted device ({opened.path}), and is to be used unencrypted"
+                    f"volume {volume} is to be used unencrypted but is open as an encrypted device: {opened.path}"
                 )
             return device
         if opened is None:
@@ -114,7 +114,7 @@ class EncryptedVolumes:
             header = self._encryption.header(opened)
         if isinstance(header, LuksHeader) and header.subsystem == LUKS_SUBSYSTEM:
             raise PreconditionFailed(
-                f"volume {volume} holds the LUKS header that this driver made, and is to be used unencrypted"
+                f"volume {volume} is to be used unencrypted but holds the LUKS header that this driver made"
             )
 
     # --- opening ---
@@ -141,7 +141,9 @@ class EncryptedVolumes:
                 header = self._join(task, mapping)
         mapping = self._encryption.mapping(task.volume.name)
         if mapping is None or mapping.below != task.device.number or not mapping.is_of(header):
-            raise PreconditionFailed(f"{self._encryption.path_of(task.volume.name)} is not volume {task.volume}")
+            raise PreconditionFailed(
+                f"{self._encryption.path_of(task.volume.name)}: expected volume {task.volume}, got another device"
+            )
         device = self._encryption.device(mapping, task.uuid)
         if task.context is None:
             return device, None
@@ -155,15 +157,17 @@ class EncryptedVolumes:
             return None
         path = self._encryption.path_of(task.volume.name)
         if not mapping.is_encryption:
-            raise PreconditionFailed(f"{path} is no encrypted device, wanted volume {task.volume}")
+            raise PreconditionFailed(
+                f"{path}: expected the encrypted device of volume {task.volume}, got another mapped device"
+            )
         is_dead = not mapping.size_bytes or mapping.below is None or not self._devices.size_bytes(mapping.below)
         if is_dead:
             self._encryption.close(mapping)
             return None
         if mapping.below != task.device.number:
             raise PreconditionFailed(
-                f"{path} lies over device {mapping.below}, wanted over {task.device.number}: it is open for another "
-                "volume, or left over; close it when nothing uses it"
+                f"{path}: expected it over device {task.device.number}, got {mapping.below}; it is open for another "
+                "volume, or left over: close it when nothing uses it"
             )
         if mapping.is_suspended:
             self._encryption.resume(mapping)
@@ -176,7 +180,9 @@ class EncryptedVolumes:
     @staticmethod
     def _require_access(mapping: Mapping, task: LockedVolume) -> None:
         if mapping.read_only and not task.read_only:
-            raise PreconditionFailed(f"volume {task.volume} is open read-only on this node, wanted write access")
+            raise PreconditionFailed(
+                f"volume {task.volume}: expected write access, got an encrypted device that is open read-only"
+            )
 
     def _join(self, task: LockedVolume, mapping: Mapping) -> LuksHeader:
         """Use what is open already, when it is this volume and the passphrase is right; let it take a new size."""
@@ -184,7 +190,7 @@ class EncryptedVolumes:
             header = self._encryption.header(opened)
             if not isinstance(header, LuksHeader) or not mapping.is_of(header):
                 raise PreconditionFailed(
-                    f"{self._encryption.path_of(mapping.name)} was opened by another header than {task.volume} has"
+                    f"{self._encryption.path_of(mapping.name)} was not opened by the header of volume {task.volume}"
                 )
             passphrase = self._first_fitting(opened, task.plan.passphrases)
         if passphrase is None:
@@ -225,19 +231,21 @@ class EncryptedVolumes:
             if header.subsystem == LUKS_SUBSYSTEM and header.label != task.uuid:
                 refusal = f"the LUKS header of volume {header.label}"
             elif task.plan.by is By.LUKS and header.subsystem != LUKS_SUBSYSTEM and evidence.history in _ONLY_OURS:
-                refusal = "a LUKS header that was not made for it: old data of another volume, by all that is known"
+                refusal = "a LUKS header that was not made for it (leftover data of another volume)"
             elif header.key_slots:
                 return header
             elif evidence.begun == LUKS and task.may_write_header:
                 return FormatAgain(LUKS)
             else:
-                refusal = "a LUKS header without a single key, which nothing opens any more"
+                refusal = "a LUKS header without a key, which nothing can open"
         if task.plan.by is By.NATIVE:
             refusal = refusal or ("a damaged LUKS header" if header is not None else "no LUKS header")
-            return Refuse(f"holds {refusal}, wanted the one that the storage made when it initialised the volume")
+            return Refuse(
+                f"holds {refusal}; expected the LUKS header that the storage made when it initialised the volume"
+            )
         if refusal:
             may_go = evidence.may_format_over and task.may_write_header
-            return FormatOver(LUKS, refusal) if may_go else Refuse(f"holds {refusal}, wanted its own")
+            return FormatOver(LUKS, refusal) if may_go else Refuse(f"holds {refusal}; expected its own LUKS header")
         content = self._filesystems.probe(opened, deadline=deadline)
         verdict = decide(content, FilesystemRequest(LUKS, task.read_only), evidence, supported=(LUKS,))
         if task.is_shared and not isinstance(verdict, Refuse):
@@ -265,7 +273,7 @@ class EncryptedVolumes:
         have, wanted = task.device.size_bytes, context.size_bytes if context else 0
         if have < wanted:
             raise PreconditionFailed(
-                f"volume {task.volume} gets no LUKS header: its device has {have} bytes, wanted {wanted}"
+                f"volume {task.volume} gets no LUKS header: expected a device of {wanted} bytes, got {have}"
             )
         if isinstance(verdict, Format) and verdict.prove_every_block:
             self._prove_blank(opened, task.volume)
@@ -293,7 +301,7 @@ class EncryptedVolumes:
             offset = self._filesystems.first_data(opened, deadline=None, progress=log)
         if offset is not None:
             raise PreconditionFailed(
-                f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "
+                f"volume {volume} holds unrecognised data, the first at byte {offset}; "
                 "it was in use before, and only a device that is zero throughout gets a LUKS header"
             )
 
@@ -336,7 +344,7 @@ class EncryptedVolumes:
 
     def _remove_key(self, opened: OpenDevice, task: LockedVolume, previous: str) -> None:
         self._encryption.remove_key(opened, previous)
-        logger.info("volume %s: its previous passphrase opens it no more", task.volume)
+        logger.info("volume %s: its previous passphrase was removed", task.volume)
 
     # --- growing and closing ---
 
@@ -345,7 +353,9 @@ class EncryptedVolumes:
         with self._devices.open(device) as opened:
             header = self._encryption.header(opened)
         if not isinstance(header, LuksHeader):
-            raise PreconditionFailed(f"volume {volume} is open and has no LUKS header that is whole: keep it open")
+            raise PreconditionFailed(
+                f"volume {volume} is open but its LUKS header is damaged: keep it open and copy its data"
+            )
         return header.data_offset_bytes
 
     def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Dictionary[str, str]) -> Device:

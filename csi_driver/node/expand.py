@@ -71,7 +71,7 @@ class Expand:
         size_bytes = max(device.size_bytes - header_bytes, request.capacity.required_bytes)
         limit = request.capacity.limit_bytes
         if limit and size_bytes > limit:
-            raise CapacityOutOfRange(f"volume {volume} has {size_bytes} bytes, wanted at most {limit}")
+            raise CapacityOutOfRange(f"volume {volume}: expected at most {limit} bytes, got {size_bytes}")
         used = self._encrypted.grow(volume, device, used, request.secrets)
         if mounted is not None and mounted.node_number is None:
             self._grow(volume, used, mounted, deadline)
@@ -126,7 +126,8 @@ class Expand:
             self._read_only_devices.release(reader.number)
         if number != device.number:
             raise PreconditionFailed(
-                f"{mounted.path} holds {self._ownership.describe(mounted)}, volume {volume} is now {device.number}"
+                f"{mounted.path}: expected volume {volume} on device {device.number}, got "
+                f"{self._ownership.describe(mounted)}; unstage it and stage it again"
             )
 
     def _grow(self, volume: NamedVolume, device: Device, mounted: Mounted, deadline: Deadline) -> None:

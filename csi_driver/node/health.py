@@ -157,9 +157,7 @@ class NodeHealth:
     def _storage(self) -> Iterator[StorageEntry]:
         unreachable, client = StorageFault.STORAGE_UNREACHABLE, self._devices.client()
         if client.problem:
-            yield StorageEntry(
-                unreachable, Reason.CLIENT_UNUSABLE, f"the storage client is of no use: {client.problem}"
-            )
+            yield StorageEntry(unreachable, Reason.CLIENT_UNUSABLE, f"the storage client is unusable: {client.problem}")
         if client.uuid is None:
             yield _absence(is_expected=client.is_expected, is_upgrading=client.is_upgrading)
         problems = "; ".join(self._tools.problems())
@@ -176,7 +174,9 @@ def _absence(*, is_expected: bool, is_upgrading: bool) -> StorageEntry:
         )
     if is_expected:
         return StorageEntry(
-            StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_NOT_RUNNING, "the storage client does not show itself"
+            StorageFault.STORAGE_UNREACHABLE,
+            Reason.CLIENT_NOT_RUNNING,
+            "the storage client is not running (no status files)",
         )
     return StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_ABSENT, "this node has no storage client")
 

@@ -45,7 +45,7 @@ class Identity:
         if client.uuid is not None:
             self._client_uuid, self._client_limit = client.uuid, client.volume_limit
         if self._client_uuid is None and client.is_expected:
-            state = "is being upgraded, or starts" if client.is_upgrading else "does not show itself yet"
+            state = "is being upgraded, or starts" if client.is_upgrading else "is not running yet (no status files)"
             raise StorageUnavailable(f"the storage client of this node {state}: its uuid, the node's id, is not known")
         return self._client_uuid
 

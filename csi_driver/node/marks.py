@@ -202,9 +202,9 @@ class MarkFiles:
                 root_mode_pending=fields.get("rootModePending") is True,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HostFailure(f"format mark {path} cannot be read, and no format goes ahead without it") from error
+            raise HostFailure(f"format mark {path} cannot be read, so the volume is not formatted") from error
         if mark.volume_uuid != volume_uuid:
-            raise HostFailure(f"format mark {path} is of volume {mark.volume_uuid}, wanted {volume_uuid}")
+            raise HostFailure(f"format mark {path}: expected volume {volume_uuid}, got {mark.volume_uuid}")
         return mark
 
     def write(self, mark: Mark) -> None:

@@ -58,9 +58,7 @@ class Publish:
         """
         volume, context = named(request.volume_id, request.publish_context)
         if not request.staging_target_path:
-            raise PreconditionFailed(
-                f"{STAGING_PATH} is not set: volume {volume} must be staged before it is published"
-            )
+            raise PreconditionFailed(f"{STAGING_PATH} is not set: stage volume {volume} before it is published")
         target = self._paths.check(request.target_path, TARGET_PATH)
         staging = self._paths.check(request.staging_target_path, STAGING_PATH)
         device = self._devices.find(volume.name, volume.uuid)
@@ -78,8 +76,8 @@ class Publish:
                 earlier = put_to_use_before(self._marks, volume.uuid, context.attachment if context else 0)
                 if earlier:
                     raise PreconditionFailed(
-                        f"volume {volume} was staged under its attachment {earlier}, wanted it staged under the one "
-                        "of now: it was taken from this node in between, and must be unstaged and staged again"
+                        f"volume {volume} is staged under its attachment {earlier}: expected the present one; it was "
+                        "taken from this node in between: unstage it and stage it again"
                     )
                 if self._mounts.at(staging) is None and self._joining.is_staged(volume, context, staging):
                     plan = self._joining.plan(access, request)
@@ -113,7 +111,7 @@ class Publish:
         if kind in ("directory", "file"):
             self._paths.remove(target)
         elif kind != "absent":
-            raise PreconditionFailed(f"target path {target} is of the kind {kind}, wanted a directory or file")
+            raise PreconditionFailed(f"target path {target}: expected a directory or a file, got {kind}")
 
     def _take_off(self, volume: NamedVolume, target: Path) -> tuple[int, bool]:
         """Take the volume's mounts off the target, one by one.
@@ -143,9 +141,11 @@ class Publish:
     ) -> None:
         staged = self._staged(volume, device, staging)
         if access.fs_type and access.fs_type != staged.fs_type:
-            raise PreconditionFailed(f"volume {volume} is staged as {staged.fs_type}, wanted {access.fs_type}")
+            raise PreconditionFailed(f"volume {volume} at {staging}: expected {access.fs_type}, got {staged.fs_type}")
         if staged.read_only and not read_only:
-            raise PreconditionFailed(f"volume {volume} is staged read-only at {staging}, wanted write access")
+            raise PreconditionFailed(
+                f"volume {volume} at {staging}: expected write access, got a read-only mount; stop its readers"
+            )
         published = self._ownership.at(target, volume)
         if published is not None:
             self._accept(published, volume, target, device, staged.root, read_only=read_only)
@@ -158,7 +158,7 @@ class Publish:
         if bound is None or (bound.number, bound.root) != (staged.number, staged.root):
             # Whoever may write on the way to the staging path has put something else there since it was looked at.
             self._mounts.unmount(target)
-            raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; call again")
+            raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; retry")
 
     def _publish_joined(self, task: Task, target: Path, *, deadline: Deadline) -> None:
         """Publish what was staged without a mount, as it joined other readers: by a mount of its own."""
@@ -167,7 +167,7 @@ class Publish:
             self._make_target_directory(task.volume, target)
             published = self._joining.mount(task, target, deadline=deadline)
         if published is None:
-            raise PreconditionFailed(f"nothing is mounted at {target}, wanted volume {task.volume}; call again")
+            raise PreconditionFailed(f"target path {target}: expected volume {task.volume}, got no mount; retry")
         # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.
         self._accept(published, task.volume, target, task.device, published.root, read_only=True)
 
@@ -188,19 +188,21 @@ class Publish:
         if staged is None:
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
         if staged.number != device.number or staged.node_number is not None:
-            raise PreconditionFailed(f"{staging} holds {self._ownership.describe(staged)}, wanted volume {volume}")
+            raise PreconditionFailed(
+                f"staging path {staging}: expected volume {volume}, got {self._ownership.describe(staged)}"
+            )
         return staged
 
     def _accept(
         self, published: Mounted, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
     ) -> None:
-        found = [] if published.node_number is None else ["access is block, wanted mount"]
+        found = [] if published.node_number is None else ["access: expected mount, got block"]
         if number_of(published) != device.number:
             if self._ownership.owner_of(published, volume) is not Owner.OURS:
                 raise self._held_by_another(published, volume, target)
-            found = found or [f"device is {number_of(published)}, wanted {device.number}"]
+            found = found or [f"device: expected {device.number}, got {number_of(published)}"]
         elif not found and published.root != root:
-            found.append(f"root is {published.root}, wanted {root}")
+            found.append(f"root: expected {root}, got {published.root}")
         self._conclude(found, published, volume, target, read_only=read_only)
 
     # --- block ---
@@ -218,7 +220,9 @@ class Publish:
     ) -> None:
         staged = self._mounts.at(staging)
         if staged is not None:
-            raise PreconditionFailed(f"{staging} holds {self._ownership.describe(staged)}, wanted it staged as block")
+            raise PreconditionFailed(
+                f"staging path {staging}: expected no mount (raw block), got {self._ownership.describe(staged)}"
+            )
         if self._paths.kind(staging) != "directory":
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}")
         if not device.takes_writes and not read_only:
@@ -254,19 +258,19 @@ class Publish:
         needs_reader: bool,
         read_only: bool,
     ) -> None:
-        found = ["access is mount, wanted block"] if published.node_number is None else []
+        found = ["access: expected block, got mount"] if published.node_number is None else []
         if number_of(published) == device.number:
             if not found and needs_reader:
-                found.append("device is writable, wanted one that refuses writes")
+                found.append("device: expected a read-only one, got a writable one")
         elif self._ownership.owner_of(published, volume) is not Owner.OURS:
             raise self._held_by_another(published, volume, target)
         elif not found and not needs_reader:
-            found.append(f"device is {number_of(published)}, wanted {device.number}")
+            found.append(f"device: expected {device.number}, got {number_of(published)}")
         elif not found:
             reader = reader_over(self._read_only_devices, volume, device, target)
             if reader.number != published.node_number:
                 self._read_only_devices.release(reader.number)
-                found.append(f"device is {published.node_number}, wanted a read-only one over {device.number}")
+                found.append(f"device: expected a read-only one over {device.number}, got {published.node_number}")
         self._conclude(found, published, volume, target, read_only=read_only)
 
     def _remember_raw(self, volume: NamedVolume, device: Device, context: PublishContext | None) -> None:
@@ -309,17 +313,19 @@ class Publish:
         for found in mounts:
             if found.path not in own:
                 raise PreconditionFailed(
-                    f"volume {volume} is for a single writer and is published at {found.path} already"
+                    f"volume {volume} is for a single writer and is already published at {found.path}"
                 )
 
     def _held_by_another(self, published: Mounted, volume: NamedVolume, target: Path) -> PreconditionFailed:
-        return PreconditionFailed(f"{target} holds {self._ownership.describe(published)}, wanted volume {volume}")
+        return PreconditionFailed(
+            f"target path {target}: expected volume {volume}, got {self._ownership.describe(published)}"
+        )
 
     @staticmethod
     def _conclude(found: list[str], published: Mounted, volume: NamedVolume, target: Path, *, read_only: bool) -> None:
         """Accept what is published, or say how it differs from what was asked."""
         if published.read_only != read_only:
             access = ("read-write", "read-only")
-            found = [*found, f"access is {access[published.read_only]}, wanted {access[read_only]}"]
+            found = [*found, f"access: expected {access[read_only]}, got {access[published.read_only]}"]
         if found:
             raise ExistsDifferently(f"the publication of volume {volume} at {target}", found)

@@ -86,7 +86,7 @@ class Stage:
         by = encrypted_by(context, request.volume_context)
         locks = plan_encryption(by, request.volume_context, request.secrets)
         if locks is None and passphrase_in(request.secrets) is not None:
-            logger.warning("volume %s comes with a passphrase, and nothing says that it is encrypted", volume)
+            logger.warning("volume %s has a passphrase but encryption is not enabled", volume)
         match request.capability.access:
             case BlockAccess():
                 self._stage_block(volume, context, path, locks, request.capability.mode, deadline=in_time)
@@ -224,7 +224,7 @@ class Stage:
                     self._mounts.unmount(path)
                 self._encrypted.close(volume)
             except DriverError as problem:
-                raise StorageUnavailable(f"{error}; what was done for it cannot be undone now: {problem}") from error
+                raise StorageUnavailable(f"{error}; and the cleanup after it failed: {problem}") from error
             raise
 
     def _accept(
@@ -241,7 +241,9 @@ class Stage:
         if device is not None:
             device = self._encrypted.in_use(volume, device, by)
         if device is None or device.number != mounted.number or mounted.node_number is not None:
-            raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
+            raise PreconditionFailed(
+                f"staging path {path}: expected volume {volume}, got {self._ownership.describe(mounted)}"
+            )
         if self._probes.dead(mounted) is not None:
             return  # pods have it: as they run on, it stays, and the next publication says what to do
         found = differences(mounted, plan)
@@ -297,8 +299,12 @@ class Stage:
                 and mounted.node_number is None
                 and self._ownership.owner_of(mounted, volume) is Owner.OURS
             ):
-                raise ExistsDifferently(f"the staging of volume {volume} at {path}", ["access is mount, wanted block"])
-            raise PreconditionFailed(f"{path} holds {self._ownership.describe(mounted)}, wanted volume {volume}")
+                raise ExistsDifferently(
+                    f"the staging of volume {volume} at {path}", ["access: expected block, got mount"]
+                )
+            raise PreconditionFailed(
+                f"staging path {path}: expected volume {volume}, got {self._ownership.describe(mounted)}"
+            )
         readers = mode.is_read_only or (context is not None and context.read_only)
         device = self._ready_device(volume, context, read_only=readers, deadline=deadline)
         self._require_directory(path)
@@ -323,7 +329,7 @@ class Stage:
             writer = next((found for found in self._mounts.of_device(device.number) if not found.read_only), None)
             if writer is not None:
                 raise PreconditionFailed(
-                    f"volume {volume} is attached read-only, and yet {writer.path} holds it writable"
+                    f"volume {volume} is attached read-only, but {writer.path} mounts it writable; unmount that"
                 )
             self._devices.set_read_only(device)
         return device
@@ -333,7 +339,7 @@ class Stage:
         if kind == "absent":
             self._paths.make_directory(path)
         elif kind != "directory":
-            raise PreconditionFailed(f"staging path {path} is a {kind}, wanted a directory")
+            raise PreconditionFailed(f"staging path {path}: expected a directory, got a {kind}")
 
 
 def _mkfs_wish(request: StageRequest, context: PublishContext | None) -> MkfsRequest:

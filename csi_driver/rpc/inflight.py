@@ -81,7 +81,7 @@ class InFlight:
             for claim in claims:
                 count = self._held.get(claim.key, 0)
                 if count < 0 or (count > 0 and not claim.shared):
-                    raise OperationPending(f"another operation on {claim.shown_as} is still running; call again later")
+                    raise OperationPending(f"another operation on {claim.shown_as} is still running; retry")
             for claim in claims:
                 self._held[claim.key] = self._held.get(claim.key, 0) + 1 if claim.shared else -1
 

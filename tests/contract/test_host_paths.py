@@ -157,9 +157,9 @@ def test_a_file_with_content_stays_as_it_is(paths: LinuxPaths, root: Path) -> No
 def test_something_else_in_the_place_is_refused(paths: LinuxPaths, root: Path) -> None:
     (root / "directory").mkdir()
     (root / "file").touch()
-    with pytest.raises(PreconditionFailed, match="no directory"):
+    with pytest.raises(PreconditionFailed, match="expected a directory"):
         paths.make_directory(root / "file")
-    with pytest.raises(PreconditionFailed, match="no file"):
+    with pytest.raises(PreconditionFailed, match="expected a file"):
         paths.make_file(root / "directory")
 
 

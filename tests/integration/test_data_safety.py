@@ -200,7 +200,7 @@ def test_any_signature_at_its_place_is_refused_and_stays(
     for name, (offset, signature) in SIGNATURES.items():
         write(volume, offset, signature)
         before = everything(volume)
-        with pytest.raises(PreconditionFailed, match=r"holds .*, wanted ext4"):
+        with pytest.raises(PreconditionFailed, match=r"holds .*; expected ext4"):
             node.stage(volume, history=history)
         assert everything(volume) == before, name
         write(volume, offset, bytes(len(signature)))
@@ -374,7 +374,7 @@ def test_old_data_of_another_volume_is_not_handed_out(machine: HostMachine, node
     shell(*mkfs(fs_type, foreign), str(volume.loop.node))
     before = everything(volume)
     for history in (History.FIRST, History.ATTACHED):
-        with pytest.raises(PreconditionFailed, match=f"{fs_type} with the uuid {foreign}.*give it the uuid"):
+        with pytest.raises(PreconditionFailed, match=f"{fs_type} with the uuid {foreign}.*set its UUID"):
             node.stage(volume, fs_type, history=history)
     assert everything(volume) == before
 

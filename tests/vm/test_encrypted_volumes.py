@@ -371,7 +371,7 @@ def test_a_name_that_is_open_over_another_device_is_refused_and_left_alone(machi
         )  # fmt: skip
         shell("cryptsetup", "open", "--key-file", str(key), str(machine.device_root / other.name), node.volume.name)
     node.attachment = 3
-    with pytest.raises(PreconditionFailed, match="lies over"):
+    with pytest.raises(PreconditionFailed, match="open for another volume"):
         node.stage()
     node.down()
     assert node.is_open()

@@ -154,5 +154,5 @@ def test_a_dead_block_publication_of_a_device_that_came_back_is_not_called_grown
     node.stage(access=BLOCK)
     node.publish(access=BLOCK, read_only=read_only)
     node.host.attach(NAME, UUID, like=node.host.detach(NAME))
-    with pytest.raises(PreconditionFailed, match="is now"):
+    with pytest.raises(PreconditionFailed, match="unstage it and stage it again"):
         node.expand()

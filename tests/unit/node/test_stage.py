@@ -129,7 +129,7 @@ def test_a_filesystem_is_used_whichever_it_is_when_none_is_asked_for(node: FakeN
 
 def test_another_filesystem_than_asked_for_is_refused(node: FakeNode) -> None:
     formatted(node, "xfs")
-    with pytest.raises(PreconditionFailed, match="holds xfs, wanted ext4"):
+    with pytest.raises(PreconditionFailed, match="holds xfs; expected ext4"):
         node.stage()
 
 
@@ -471,7 +471,7 @@ def test_a_read_only_attachment_does_not_pull_the_device_from_a_writer(node: Fak
     formatted(node)
     node.host.make_tree(STAGING_2)
     node.stage()
-    with pytest.raises(PreconditionFailed, match="holds it writable"):
+    with pytest.raises(PreconditionFailed, match="mounts it writable"):
         node.stage(staging=STAGING_2, mode=READER, context=READ_ONLY_CONTEXT)
 
 
@@ -536,7 +536,7 @@ def test_a_missing_staging_directory_is_made(node: FakeNode) -> None:
 def test_a_staging_path_that_is_a_file_is_refused(node: FakeNode) -> None:
     formatted(node)
     node.host.tree[STAGING] = "file"
-    with pytest.raises(PreconditionFailed, match="is a file"):
+    with pytest.raises(PreconditionFailed, match="got a file"):
         node.stage()
 
 
@@ -706,7 +706,7 @@ def staged_under(node: FakeNode, attachment: int) -> dict[str, str]:
 def test_what_was_mounted_under_an_earlier_attachment_is_not_published_under_the_present_one(node: FakeNode) -> None:
     """Another node had the volume in between: this kernel shows what was, and may hold back what it wrote then."""
     later = staged_under(node, 3)
-    with pytest.raises(PreconditionFailed, match="under its attachment 3, wanted"):
+    with pytest.raises(PreconditionFailed, match="under its attachment 3: expected"):
         node.publish(OTHER_TARGET, context=later)
     assert node.host.mounts_at(OTHER_TARGET) == 0
     node.unpublish()
@@ -736,7 +736,7 @@ def test_what_was_mounted_under_an_attachment_that_nobody_counted_may_be_that_of
     node.unpublish()
     node.unstage()
     node.stage(context=later)
-    with pytest.raises(PreconditionFailed, match="under its attachment 5, wanted"):
+    with pytest.raises(PreconditionFailed, match="under its attachment 5: expected"):
         node.publish(OTHER_TARGET, context=publish_context(history=History.ATTACHED, attachment=7))
 
 
