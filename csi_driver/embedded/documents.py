@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 
 from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
 from csi_driver.embedded.records import DOWN, READY, Attachment, Client, Encryption, Group, Report, Volume
@@ -33,7 +34,7 @@ def volume_document(volume: Volume) -> Document:
         "version": volume.version,
         "isReserved": False,
         "isReady": volume.ready,
-        **volume.layout.parameters(),
+        **replace(volume.layout, stripe_size=volume.layout.whole_stripe).parameters(),
         "status": volume.status,
         "handledBy": _HANDLED_BY,
         "uuid": volume.uuid,

@@ -79,6 +79,12 @@ class Layout:
         return self.leg_set * self.legs
 
     @property
+    def whole_stripe(self) -> int:
+        """The stripe's size as a volume has it, and a group does not: striped erasure coding rounds it up."""
+        step = 32 * self.data_blocks if self.level == STRIPED_EC else 1
+        return math.ceil(self.stripe_size / step) * step
+
+    @property
     def drives(self) -> int:
         """Drives that one allocation takes, redundancy included."""
         return self.stripe_width * (self.data_blocks + self.parity_blocks) * (1 + self.mirrors)
@@ -102,11 +108,7 @@ class Layout:
         if not self.striped:
             blocks = math.floor(capacity_gb / _BLOCK_GB)
             return blocks - blocks % BLOCK_SET
-        stripe = self.stripe_size
-        if self.level == STRIPED_EC:
-            step = 32 * self.data_blocks
-            stripe = math.ceil(stripe / step) * step
-        stripe_gb = stripe * BLOCK_SIZE / GIGABYTE
+        stripe_gb = self.whole_stripe * BLOCK_SIZE / GIGABYTE
         stripes = math.floor((capacity_gb / self.legs) / stripe_gb)
         # The way back to blocks is by floats as well: it is often one block short, and then a whole set is lost.
         leg = math.floor(stripe_gb * stripes / _BLOCK_GB)

@@ -310,7 +310,9 @@ def test_the_drivers_requests_give_the_volumes_and_refusals_that_they_gave_in_a_
         for one, other in rows:
             if isinstance(one.get("uuid"), str) and isinstance(other.get("uuid"), str):
                 ours.setdefault(one["uuid"], other["uuid"])
-            keys = ("success",) if "success" in one else ("blocks", "capacity", "RAIDLevel", "stripeWidth")
+            keys = (
+                ("success",) if "success" in one else ("blocks", "capacity", "RAIDLevel", "stripeWidth", "stripeSize")
+            )
             pairs = [(one.get(key), other.get(key)) for key in keys] + [(error_ids(one), error_ids(other))]
             compared += 1
             if any(theirs != mine for theirs, mine in pairs):
