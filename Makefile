@@ -111,7 +111,7 @@ proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/*.proto (3 s)
 	@$(BIN)/python proto/generate.py
 
 .PHONY: docs
-docs: $(VENV)/runtime ## write the tables of docs/parameters.md again (1 s)
+docs: $(VENV)/runtime ## write the generated tables of docs/parameters.md and docs/mkfs.md again (1 s)
 	@$(BIN)/python -m tests.tools.document_tables
 
 .PHONY: chart

@@ -341,10 +341,27 @@ def _why_not_mounted(
     if failure.errno == errno.EINVAL:
         refused = list(_options_to_blame(device, fs_type, wanted))
         if refused:
-            return InvalidField(
-                FIELD, ",".join(refused), f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
-            )
+            expected = f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
+            return InvalidField(FIELD, ",".join(refused), expected, _advice(refused, device, fs_type, reason))
+        reason = reason or _where_the_reason_is(device)
     return _refused(what, failure.errno, reason)
+
+
+def _where_the_reason_is(device: Device) -> str:
+    """Name the lines of the kernel's log that tell why it refused a filesystem: it calls a device by its own name."""
+    try:
+        name = os.path.basename(os.readlink(f"/sys/dev/block/{device.number}"))
+    except OSError:
+        name = device.name
+    return f"the kernel's log (dmesg) has the reason, in lines of {name}"
+
+
+def _advice(refused: Sequence[str], device: Device, fs_type: str, reason: str) -> str:
+    """Say where the kernel's reason is, and what quotas need besides their mount option."""
+    advice = [] if reason else [_where_the_reason_is(device)]
+    if fs_type == "ext4" and any(option.endswith("quota") for option in refused):
+        advice.append("on ext4, project quotas also need mkfsOptions: -O project,quota")
+    return "; ".join(advice)
 
 
 def _options_to_blame(device: Device, fs_type: str, wanted: MountOptions) -> Iterator[str]:

@@ -19,7 +19,7 @@ from csi_driver.node.readers import reader_id, reader_over
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
 from csi_driver.parameters.encryption import encrypted_by
-from csi_driver.parameters.mount_options import mount_flags
+from csi_driver.parameters.mount_options import check_mount_group, mount_flags
 
 TARGET_PATH = "target_path"
 
@@ -72,6 +72,7 @@ class Publish:
         read_only = request.read_only or mode.is_read_only or (context is not None and context.read_only)
         match request.capability.access:
             case MountAccess() as access:
+                check_mount_group(access)
                 flags, _ = mount_flags(access.mount_flags)
                 earlier = put_to_use_before(self._marks, volume.uuid, context.attachment if context else 0)
                 if earlier:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from csi_driver.errors import (
     DriverError,
     ExistsDifferently,
     HostFailure,
+    InvalidRequest,
     OperationPending,
     PreconditionFailed,
     StorageUnavailable,
+    SystemCallFailed,
 )
 from csi_driver.handover import Encryption, PublishContext
 from csi_driver.machine import Device, Mounted
@@ -200,7 +203,13 @@ class Stage:
 
     def _mount(self, task: Task, prepared: Prepared, path: Path) -> None:
         options = task.plan.options_for(prepared.fs_type)
-        self._mounts.mount(task.device, path, prepared.fs_type, options, read_only=task.plan.read_only)
+        try:
+            self._mounts.mount(task.device, path, prepared.fs_type, options, read_only=task.plan.read_only)
+        except SystemCallFailed as failure:
+            if failure.errno == errno.EINVAL and task.plan.mkfs.asked:
+                told = " ".join(task.plan.mkfs.asked)
+                raise InvalidRequest(f"{failure}; this kernel cannot mount what mkfs made with {told}") from failure
+            raise
         with self._nothing_left(task.volume, path):
             if prepared.grow_mounted:
                 self._filesystems.grow_mounted(path, task.device, prepared.fs_type)

@@ -312,7 +312,7 @@ _NUMBER = _Value(r"[0-9]{1,12}", "a number")
 _SIZE = _Value(_SIZE_PATTERN, "a size, such as 16384 or 16k")
 _FEATURES = _Value(rf"{_FEATURE}(?:,{_FEATURE})*", "names of features, separated by commas, ^ for without")
 _BLOCKS = _Value(r"4096|8192|16384|32768|65536|(?:4|8|16|32|64)[kK]", "a power of two from 4096 to 65536")
-_XFS_BLOCKS = _Value(rf"size=(?:{_BLOCKS.pattern})", f"size={_BLOCKS.says.removeprefix('a ')}")
+_XFS_BLOCKS = _Value(rf"size=(?:{_BLOCKS.pattern})", f"size= with {_BLOCKS.says}")
 _BTRFS_PROFILE = _words_of("single", "dup")
 
 ALLOWED: Mapping[str, Mapping[str, _Value | None]] = {

@@ -92,6 +92,21 @@ def test_no_stripes_of_a_volume_make_mkfs_fail(machine: HostMachine, fs_type: st
             volume.file.unlink()
 
 
+def test_a_feature_whose_name_has_a_dash_is_left_to_mkfs(machine: HostMachine) -> None:
+    said = shown("btrfs", make(machine, "btrfs", {"mkfsOptions": "-O ^no-holes"}))
+    assert ("NO_HOLES" in said, "EXTENDED_IREF" in said) == (False, True)
+
+
+def test_a_quota_that_the_filesystem_was_not_made_for_is_refused_with_what_it_needs(
+    machine: HostMachine, tmp_path: Path
+) -> None:
+    volume = make(machine, "ext4", {})
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(InvalidField, match="mkfsOptions: -O project,quota"):
+        machine.mounts.mount(machine.device(volume), target, "ext4", ("prjquota",), read_only=False)
+
+
 def allocated_bytes(volume: Volume) -> int:
     return volume.file.stat().st_blocks * 512
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/parameters.md that follow from others: the program's flags, and the chart's values.
+"""Write the tables of documents that follow from the code: flags, values of the chart, options of mkfs.
 
 What stands between `<!-- table: NAME -->` and `<!-- end of table -->` is written here, the rest by hand. The words are
 the program's and values.yaml's own, so that each thing is said in one place. `make docs` runs it; a test holds the
@@ -16,10 +16,11 @@ import yaml
 
 from csi_driver.config.commands import COMMANDS, definition
 from csi_driver.config.flags import Flag
+from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "parameters.md"
+DOCUMENTS = (ROOT / "docs" / "parameters.md", ROOT / "docs" / "mkfs.md")
 VALUES = ROOT / "deploy" / "helm" / "nvmesh-csi-driver" / "values.yaml"
 
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -174,8 +175,20 @@ def _values(_: str) -> Iterator[str]:
     yield from (_row([f"`{each.path}`", each.default, each.says]) for each in chart_values())
 
 
-_KINDS: dict[str, Callable[[str], Iterator[str]]] = {"flags": _flags, "commands": _commands, "values": _values}
+# --- options of mkfs --------------------------------------------------------------------------------------------
+
+
+def _mkfs(fs_type: str) -> Iterator[str]:
+    yield _row([f"option of mkfs.{fs_type}", "value"])
+    yield "|---|---|"
+    yield from (_row([f"`{flag}`", value.says if value else "none"]) for flag, value in ALLOWED[fs_type].items())
+
+
+_KINDS: dict[str, Callable[[str], Iterator[str]]] = {
+    "flags": _flags, "commands": _commands, "values": _values, "mkfs": _mkfs,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(fresh(DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(fresh(document.read_text()))

@@ -15,6 +15,7 @@ from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, mutable, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.layout import LAYOUT_KEYS, RAID_LEVELS, takes
+from csi_driver.parameters.mkfs import FILESYSTEMS
 from csi_driver.parameters.storage_class import VolumeParameters
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
@@ -210,8 +211,13 @@ def _said(what: str, option: str) -> object:
 # --- what is generated ------------------------------------------------------------------------------------------
 
 
-def test_the_generated_tables_are_fresh() -> None:
-    assert fresh(DOCUMENT) == DOCUMENT, "docs/parameters.md does not show what the program says: run `make docs`"
+@pytest.mark.parametrize("name", ["parameters.md", "mkfs.md"])
+def test_the_generated_tables_are_fresh(name: str) -> None:
+    assert fresh(text_of(name)) == text_of(name), f"docs/{name} does not show what the program says: run `make docs`"
+
+
+def test_every_filesystem_has_its_table_of_options() -> None:
+    assert re.findall(r"<!-- table: mkfs (\S+) -->", text_of("mkfs.md")) == list(FILESYSTEMS)
 
 
 def test_every_command_with_flags_has_its_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from csi_driver.errors import (
     InvalidRequest,
     OperationPending,
     PreconditionFailed,
+    SystemCallFailed,
     VolumeNotFound,
 )
 from csi_driver.handover import History
@@ -512,6 +514,19 @@ def test_a_damaged_filesystem_is_not_mounted(node: FakeNode) -> None:
 
 
 # --- root mode, options, paths ---
+
+
+def test_a_filesystem_that_the_kernel_cannot_mount_is_the_fault_of_the_options_it_was_made_with(node: FakeNode) -> None:
+    def refuse(reached: str) -> None:
+        if reached == "before mount":
+            raise SystemCallFailed("mount it", errno.EINVAL)
+
+    node.host.attach(NAME, UUID)
+    node.host.step = refuse
+    with pytest.raises(InvalidRequest, match="this kernel cannot mount what mkfs made with -O casefold"):
+        node.stage(volume_context={"mkfsOptions": "-O casefold"})
+    with pytest.raises(SystemCallFailed, match="mount it"):
+        node.stage()
 
 
 def test_an_option_that_the_kernel_refuses_is_named(node: FakeNode) -> None:

@@ -180,6 +180,10 @@ def test_what_was_asked_for_is_told_apart_from_the_defaults() -> None:
         ("--csum xxhash -n 16k", "btrfs", ("--csum=xxhash", "-n", "16k")),
         ("--csum=xxhash", "btrfs", ("--csum=xxhash",)),
         ("'-L' \"data\"", "ext4", ("-L", "data")),
+        ("-O ^no-holes,free-space-tree", "btrfs", ("-O", "^no-holes,free-space-tree")),
+        ("--features block-group-tree", "btrfs", ("--features=block-group-tree",)),
+        ("-R free-space-tree,quota", "btrfs", ("-R", "free-space-tree,quota")),
+        ("-O none,FEATURE_C12", "ext4", ("-O", "none,FEATURE_C12")),
     ],
 )
 def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tuple[str, ...]) -> None:
@@ -196,7 +200,9 @@ def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tup
         ("-p /etc/passwd", "xfs"),
         ("-l logdev=/dev/sda", "xfs"), ("-d name=/dev/sda", "xfs"), ("-d file", "xfs"), ("-d size=1m", "xfs"),
         ("-r rtdev=/dev/x", "xfs"), ("-c options=/x", "xfs"), ("-b 100m", "btrfs"), ("-r /etc", "btrfs"),
-        ("--rootdir=/etc", "btrfs"), ("-U clear", "btrfs"), ("-m0", "zfs"), ("-mé", "ext4"),
+        ("--rootdir=/etc", "btrfs"), ("-O list-all", "btrfs"), ("-R quota,list-all", "btrfs"), ("-O -f", "btrfs"),
+        ("-b 1024", "ext4"), ("-b size=1k", "xfs"), ("-s size=512", "xfs"), ("-n 2k", "btrfs"),
+        ("-U clear", "btrfs"), ("-m0", "zfs"), ("-mé", "ext4"),
     ],
 )  # fmt: skip
 def test_other_options_of_mkfs_are_refused(text: str, fs_type: str) -> None:

@@ -53,6 +53,59 @@ def test_options_in_one_flag_are_taken_apart() -> None:
     assert mount_flags(["noatime,discard", "noatime"]) == (("noatime", "discard"), None)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "",
+        ",",
+        " ",
+        "defaults",
+        "rw",
+        "silent",
+        "loud",
+        "iversion",
+        "noiversion",
+        "norelatime",
+        "nostrictatime",
+        "nofail",
+    ],
+)
+def test_a_word_that_mount_takes_and_that_changes_nothing_is_dropped(flag: str) -> None:
+    assert mount_flags([flag, "noatime"]) == (("noatime",), None)
+
+
+@pytest.mark.parametrize("flag", ["noatime, nodiratime", " noatime,nodiratime ", "noatime,,nodiratime"])
+def test_blanks_around_an_option_are_left_out_as_mount_does(flag: str) -> None:
+    assert mount_flags([flag]) == (("noatime", "nodiratime"), None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("subvol=/", "option 'subvol' cannot be used: another device or place on disk"),
+        ("logdev=/dev/sdb", "option 'logdev' cannot be used: another device or place on disk"),
+        ("errors=panic", "option 'errors=panic' cannot be used: harmful to the machine or to data; errors=remount-ro"),
+        ("x-systemd.makefs", "for mount(8) and fstab, which are not used"),
+        ("nvmesh:chmod=a+w", "expected a mode of three or four octal digits, such as nvmesh:chmod=0770"),
+    ],
+)
+def test_a_refusal_gives_the_reason_that_the_driver_knows(flag: str, said: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        mount_flags([flag])
+    assert said in str(refusal.value)
+
+
+def test_a_group_for_the_files_is_refused_as_the_capability_for_it_is_not_offered() -> None:
+    with pytest.raises(InvalidField, match="volume_mount_group: expected none, as VOLUME_MOUNT_GROUP is not offered"):
+        plan_mount(
+            MountAccess("ext4", (), "2000"),
+            AccessMode.SINGLE_NODE_WRITER,
+            read_only=False,
+            mkfs=MkfsRequest(),
+            supported=SUPPORTED,
+        )
+
+
 def test_an_selinux_context_keeps_its_commas_and_loses_its_quotes() -> None:
     flags, _ = mount_flags(['context="system_u:object_r:container_file_t:s0:c1,c2"'])
     assert flags == ("context=system_u:object_r:container_file_t:s0:c1,c2",)

@@ -136,6 +136,26 @@ def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str]
         storage_class.parse(given_parameters)
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("fstype", "fsType"), ("FSType", "fsType"), ("mkfsoptions", "mkfsOptions"), ("raidlevel", "raidLevel"),
+        ("stripe_width", "stripeWidth"), ("encryption/keysize", "encryption/keySize"),
+        ("mkfs/blocksize", "mkfs/blockSize"), ("vsgs", "VSGs"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_nearly_right_is_answered_with_the_right_one(key: str, meant: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        storage_class.parse({key: "x"})
+    assert str(refusal.value) == f"parameter {key!r} is not known; did you mean {meant}?"
+
+
+def test_a_key_that_is_like_no_other_is_answered_with_the_place_of_the_list() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        storage_class.parse({"replicas": "3"})
+    assert str(refusal.value) == "parameter 'replicas' is not known; docs/parameters.md lists the parameters"
+
+
 def test_who_may_attach_a_volume_and_where_its_space_may_lie_reach_the_storage() -> None:
     read = storage_class.parse({"VSGs": "secret, inner", "allowAllocationOnOfflineDrives": "True"})
     assert (read.security_groups, read.allow_offline_drives) == (("secret", "inner"), True)
