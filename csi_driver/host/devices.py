@@ -97,7 +97,7 @@ class LinuxDevices:
         """Return the device when it can be used, else None and what is missing."""
         seen = self._look(name)
         if seen is None:
-            return None, "it is absent or has no size yet"
+            return None, self._absence(name)
         device, claims = seen
         unsettled = claims.disagreement(name)
         if unsettled is not None:
@@ -111,6 +111,16 @@ class LinuxDevices:
         if unusable is not None:
             return None, unusable
         return replace(device, uuid=claims.uuid_for(uuid)), ""
+
+    def _absence(self, name: str) -> str:
+        """Say what is missing where there is no device; a node that somebody removed is made by nobody again."""
+        status = self._status.volume(name)
+        if status is None or os.path.lexists(self.path_of(name)):
+            return "it is absent or has no size yet"
+        return (
+            f"the storage client shows the volume ({status.words}), but its device node is missing: it is not made "
+            "yet, or was removed; if it stays so, detach the volume and attach it again"
+        )
 
     def _silence(self) -> str:
         """Say why the client may be saying nothing."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached
 from csi_driver.host.devices import LinuxDevices
 
 UUID = "01234567-89ab-4567-89ab-0123456789ef"
@@ -77,3 +79,14 @@ def test_a_client_that_does_not_run_tells_nothing_of_volumes(tmp_path: Path) -> 
     devices = machine(tmp_path)
     (tmp_path / "proc/status.json").unlink()
     assert devices.present() is None
+
+
+@pytest.mark.parametrize(("is_shown", "said"), [(False, "absent or has no size"), (True, "device node is missing: .*")])
+def test_a_device_node_that_is_missing_is_told_from_an_attachment_that_is(
+    tmp_path: Path, is_shown: bool, said: str
+) -> None:
+    devices = machine(tmp_path)
+    if is_shown:
+        attach(tmp_path, "csi-0123", BY_CSI, has_device=False)
+    with pytest.raises(DeadlineReached, match=said):
+        devices.wait_for("csi-0123", OF_VOLUME, deadline=Deadline.after(0))
