@@ -18,6 +18,9 @@ from tests.integration.rig import MIB, digest, filesystem, fill, findmnt, in_par
 
 pytestmark = pytest.mark.root
 
+DETACHED, ATTACHED = 2, 4
+"""vol_status of a client's report"""
+
 
 @pytest.fixture(autouse=True)
 def everybody_is_back(cluster: Cluster) -> Iterator[None]:
@@ -35,7 +38,13 @@ def lost_with(cluster: Cluster, volume: ClusterVolume) -> Path:
 
 def given_up(cluster: Cluster, volume: ClusterVolume) -> None:
     volume.detach("node-1")
-    assert cluster.report(volume, "node-1")["vol_status"] == 4  # type: ignore[index]
+    assert cluster.report(volume, "node-1")["vol_status"] == ATTACHED  # type: ignore[index]
+
+
+def is_off(cluster: Cluster, volume: ClusterVolume) -> bool:
+    """Tell whether node-1's client has let go of the volume, and the management has heard of it."""
+    report = cluster.report(volume, "node-1")
+    return not volume.device("node-1").exists() and (report is None or report["vol_status"] == DETACHED)
 
 
 def flush(root: Path) -> None:
@@ -76,7 +85,7 @@ def test_a_pod_of_a_lost_node_goes_on_elsewhere_with_its_data(cluster: Cluster, 
     cluster.find_again("node-1")
     volume.put_away("node-1")
     assert findmnt(volume.staging("node-1")) is None
-    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    wait_for(lambda: is_off(cluster, volume), "the stale device to go")
     assert cluster.holders(volume) == ["node-2"]
     volume.down("node-2")
     again = volume.up("node-1")
@@ -101,7 +110,7 @@ def test_a_raw_device_of_a_lost_node_is_written_by_its_new_node_alone(cluster: C
     os.close(held)
     assert digest(volume.file, MIB) == wanted
     volume.put_away("node-1")
-    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    wait_for(lambda: is_off(cluster, volume), "the stale device to go")
     volume.down("node-2")
     assert digest(volume.file, MIB) == wanted
     volume.delete()
@@ -121,7 +130,7 @@ def test_a_pod_that_hangs_on_the_lost_node_does_not_keep_its_dead_mount(cluster:
         assert findmnt(volume.staging("node-1")) is None
         with pytest.raises(OSError, match="Input/output error"):
             hanging.write(b"x" * MIB)  # its filesystem was shut down with the mount
-    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    wait_for(lambda: is_off(cluster, volume), "the stale device to go")
     assert digest(new / "data", MIB) == wanted
     volume.down("node-2")
     assert digest(volume.up("node-2") / "data", MIB) == wanted
@@ -160,7 +169,7 @@ def test_two_controllers_give_a_lost_nodes_volume_to_one_node(cluster: Cluster) 
     cluster.find_again("node-1")
     volume.put_away("node-1")
     volume.detach(str(winners[0]))
-    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    wait_for(lambda: is_off(cluster, volume), "the stale device to go")
     volume.delete()
 
 
@@ -175,7 +184,7 @@ def test_a_writer_of_a_lost_node_makes_way_for_readers(cluster: Cluster) -> None
     assert written(old / "data", b"x") == "refused"
     cluster.find_again("node-1")
     volume.put_away("node-1")
-    wait_for(lambda: not volume.device("node-1").exists(), "the stale device to go")
+    wait_for(lambda: is_off(cluster, volume), "the stale device to go")
     assert digest(new / "data", MIB) == wanted
     volume.down("node-2")
     volume.delete()
@@ -189,5 +198,5 @@ def test_a_volume_of_a_lost_node_is_not_deleted(cluster: Cluster) -> None:
         volume.delete()
     cluster.find_again("node-1")
     volume.put_away("node-1")
-    wait_for(lambda: not volume.device("node-1").exists(), "the device to go")
+    wait_for(lambda: is_off(cluster, volume), "the device to go")
     volume.delete()
