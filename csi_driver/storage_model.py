@@ -57,6 +57,10 @@ class AllowedDrives:
 ALL_DRIVES = AllowedDrives()
 
 
+LUKS_HEADER_BYTES = 16 << 20
+"""Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
+
+
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
     """What to create. Exactly one of `vpg` and `layout` is set.

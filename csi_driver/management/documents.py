@@ -14,6 +14,7 @@ from typing import Any
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
 from csi_driver.storage_model import (
+    LUKS_HEADER_BYTES,
     AttachmentWish,
     Client,
     ClientStatus,
@@ -32,7 +33,6 @@ from csi_driver.storage_model import (
 Document = Mapping[str, Any]
 
 GB = 1_000_000_000
-_HEADER_MIB = 16
 _LARGEST_HEADER_MIB = 1024
 SHOWN_CHARACTERS = 256
 
@@ -245,7 +245,7 @@ def _whole(value: object) -> int | None:
 
 
 def _header_bytes(row: Document) -> int:
-    size = (row.get("encryption") or {}).get("headerSize", _HEADER_MIB)
+    size = (row.get("encryption") or {}).get("headerSize", LUKS_HEADER_BYTES // MIB)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _LARGEST_HEADER_MIB:
         raise ValueError(f"encryption.headerSize is {size!r}")
     return size * MIB

@@ -29,7 +29,6 @@ from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes
 from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
 from csi_driver.parameters.encryption import (
-    LUKS_HEADER_BYTES,
     EncryptionPlan,
     encrypted_by,
     passphrase_in,
@@ -37,6 +36,7 @@ from csi_driver.parameters.encryption import (
 )
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
+from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 

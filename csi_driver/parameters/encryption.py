@@ -19,7 +19,7 @@ from csi_driver.machine import LuksSettings
 from csi_driver.model import MIB, AccessMode, Capability
 from csi_driver.parameters import values as read
 from csi_driver.parameters.values import InvalidParameter
-from csi_driver.storage_model import Vpg
+from csi_driver.storage_model import LUKS_HEADER_BYTES, Vpg
 
 ENCRYPTION, TYPE, OLD_CIPHER = "encryption", "dmcrypt/type", "dmcrypt/cipher"
 CIPHER, KEY_SIZE, DISCARDS = "encryption/cipher", "encryption/keySize", "encryption/allowDiscards"
@@ -28,8 +28,6 @@ _HEADER_SIZE, _SLOT, _SLOTS = "encryption/headerSize", "encryption/slot", "encry
 PASSPHRASE_KEYS = ("passphrase", "dmcryptKey")
 """Keys of the Secret that may hold the passphrase: the 1.9 driver's and the 1.4 driver's."""
 PREVIOUS_KEY = "previousPassphrase"
-LUKS_HEADER_BYTES = 16 * MIB
-"""Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
 
 _DOTTED = "encryption."
 _OLD_KEYS = {TYPE, OLD_CIPHER}

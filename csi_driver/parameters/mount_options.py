@@ -213,31 +213,31 @@ _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime",
 
 
 def differences(mounted: Mounted, plan: MountPlan) -> list[str]:
-    """Return how a mount differs from the plan, each as "is X, wanted Y"; empty = it is what is wanted.
+    """Return how a mount differs from the plan, each as "NAME: expected X, got Y"; empty = it does not.
 
     Only what the kernel is known to show counts: it leaves out defaults and respells values, and a mount that is
     right must never be called wrong.
     """
     found: list[str] = []
     if plan.wish.fs_type and mounted.fs_type != plan.wish.fs_type:
-        found.append(f"filesystem is {mounted.fs_type}, wanted {plan.wish.fs_type}")
+        found.append(f"filesystem: expected {plan.wish.fs_type}, got {mounted.fs_type}")
     if mounted.read_only != plan.read_only:
-        found.append(f"access is {_access(mounted.read_only)}, wanted {_access(plan.read_only)}")
-    wanted = frozenset(plan.options_for(mounted.fs_type))
-    for option in sorted(_ALWAYS_SHOWN & (mounted.options ^ wanted)):
-        present = option in mounted.options
-        found.append(f"option {option} is {'set' if present else 'not set'}, wanted {'not set' if present else 'set'}")
-    return found + _differing_values(mounted.options, wanted)
+        found.append(f"access: expected {_access(plan.read_only)}, got {_access(mounted.read_only)}")
+    expected = frozenset(plan.options_for(mounted.fs_type))
+    for option in sorted(_ALWAYS_SHOWN & (mounted.options ^ expected)):
+        have, want = ("set", "not set") if option in mounted.options else ("not set", "set")
+        found.append(f"option {option}: expected {want}, got {have}")
+    return found + _differing_values(mounted.options, expected)
 
 
-def _differing_values(shown: Collection[str], wanted: Collection[str]) -> list[str]:
+def _differing_values(shown: Collection[str], expected: Collection[str]) -> list[str]:
     values = dict(option.split("=", 1) for option in shown if "=" in option)
     found: list[str] = []
-    for option in sorted(wanted):
+    for option in sorted(expected):
         name, has_value, value = option.partition("=")
         # Only plain numbers are spelled alike by everybody.
         if has_value and value.isdigit() and values.get(name, value).isdigit() and values.get(name, value) != value:
-            found.append(f"option {name} is {values[name]}, wanted {value}")
+            found.append(f"option {name}: expected {value}, got {values[name]}")
     return found
 
 

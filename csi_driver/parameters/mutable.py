@@ -22,24 +22,26 @@ _DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
 
 
 def parse(parameters: Mapping[str, str]) -> VolumeChanges:
-    """Read what is to be changed; `InvalidRequest` names the first key or value that cannot be used.
+    """Read what is to be changed; `InvalidRequest` has every problem found.
 
     Lists replace what was there; an empty text means none.
     """
-    for key in parameters:
-        if key not in MUTABLE_KEYS:
-            hint = did_you_mean(key, MUTABLE_KEYS) or f"; it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
-            raise InvalidRequest(f"mutable parameter {shown(key)} is not known{hint}")
-    check_placement(parameters)
-    return VolumeChanges(
-        description=read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters"),
-        relative_rebuild_priority=read.number(parameters, "relativeRebuildPriority", 0, 10),
-        enable_crc_check=read.switch(parameters, "enableCrcCheck"),
-        drive_classes=_names(parameters, "diskClasses"),
-        target_classes=_names(parameters, "serverClasses"),
-        limit_by_drives=_names(parameters, "limitByDisks"),
-        limit_by_targets=_names(parameters, "limitByNodes"),
+    problems = read.Problems()
+    for key in sorted(parameters.keys() - MUTABLE_KEYS):
+        hint = did_you_mean(key, MUTABLE_KEYS) or f"; it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
+        problems.add(InvalidRequest(f"mutable parameter {shown(key)} is not known{hint}"))
+    problems.of(lambda: check_placement(parameters))
+    changes = VolumeChanges(
+        description=problems.of(lambda: read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters")),
+        relative_rebuild_priority=problems.of(lambda: read.number(parameters, "relativeRebuildPriority", 0, 10)),
+        enable_crc_check=problems.of(lambda: read.switch(parameters, "enableCrcCheck")),
+        drive_classes=problems.of(lambda: _names(parameters, "diskClasses")),
+        target_classes=problems.of(lambda: _names(parameters, "serverClasses")),
+        limit_by_drives=problems.of(lambda: _names(parameters, "limitByDisks")),
+        limit_by_targets=problems.of(lambda: _names(parameters, "limitByNodes")),
     )
+    problems.raise_any()
+    return changes
 
 
 def merged(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> dict[str, str]:

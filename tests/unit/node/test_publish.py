@@ -191,6 +191,11 @@ def test_an_empty_file_at_the_target_gives_way_to_a_directory(staged: FakeNode) 
     assert staged.host.tree[TARGET] == "directory"
 
 
+def test_a_group_for_the_files_is_refused_at_publishing_too(staged: FakeNode) -> None:
+    with pytest.raises(InvalidRequest, match="volume_mount_group"):
+        staged.publish(access=MountAccess("ext4", (), "2000"))
+
+
 def test_a_dangerous_flag_is_refused_at_publishing_too(staged: FakeNode) -> None:
     with pytest.raises(InvalidRequest, match="remount"):
         staged.publish(access=MountAccess("ext4", ("remount",)))

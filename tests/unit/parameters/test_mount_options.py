@@ -181,12 +181,12 @@ def test_a_mount_as_wanted_is_never_called_wrong(shown: Mounted, wanted: MountPl
 @pytest.mark.parametrize(
     ("shown", "wanted", "said"),
     [
-        (mounted("relatime", fs_type="xfs"), plan(fs_type="ext4"), "filesystem is xfs, wanted ext4"),
-        (mounted("relatime"), plan("ro"), "access is read-write, wanted read-only"),
-        (mounted("relatime", read_only=True), plan(), "access is read-only, wanted read-write"),
-        (mounted("noexec"), plan(), "option noexec is set, wanted not set"),
-        (mounted("relatime"), plan("noatime"), "option noatime is not set, wanted set"),
-        (mounted("commit=5"), plan("commit=30"), "option commit is 5, wanted 30"),
+        (mounted("relatime", fs_type="xfs"), plan(fs_type="ext4"), "filesystem: expected ext4, got xfs"),
+        (mounted("relatime"), plan("ro"), "access: expected read-only, got read-write"),
+        (mounted("relatime", read_only=True), plan(), "access: expected read-write, got read-only"),
+        (mounted("noexec"), plan(), "option noexec: expected not set, got set"),
+        (mounted("relatime"), plan("noatime"), "option noatime: expected set, got not set"),
+        (mounted("commit=5"), plan("commit=30"), "option commit: expected 30, got 5"),
     ],
 )
 def test_a_difference_is_named(shown: Mounted, wanted: MountPlan, said: str) -> None:
