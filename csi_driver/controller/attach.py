@@ -70,7 +70,7 @@ class Attach:
         if located.volume.is_snapshot:
             raise PreconditionFailed(
                 f"volume {located.volume.name} is a snapshot, which the storage client of a node cannot attach: "
-                "create a volume from it in the management and publish that one"
+                "only a client in user space can; publish the snapshot's source instead"
             )
         handing.check(located.volume, request.context)
         by = handing.encryption_of(located.volume, located.creation, request.context)

@@ -47,6 +47,10 @@ def reserved(
             raise ReservationRefused(
                 detail(1718, "The volume is reserved in another way; use preempt for the transition", **keys)
             )
+    if wanted.detach_others and current.mode != NONE:
+        # They are no longer counted, also where they are down and keep device and attachment: the last of those who
+        # are counted ends the reservation.
+        attached = (client,)
     return Reservation(wanted.mode, current.version + 1, client, attached, moment)
 
 

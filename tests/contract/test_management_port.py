@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.capacity import granule_bytes
+from csi_driver.controller.takeover import was_preempted
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -22,7 +23,16 @@ from csi_driver.errors import (
     ReservationConflict,
     VolumeNotFound,
 )
-from csi_driver.storage_model import AllowedDrives, Client, DeviceStatus, Layout, RaidLevel, Volume, VolumeSpec
+from csi_driver.storage_model import (
+    AllowedDrives,
+    Client,
+    ClientStatus,
+    DeviceStatus,
+    Layout,
+    RaidLevel,
+    Volume,
+    VolumeSpec,
+)
 from tests.contract.two_managements import (
     EXCLUSIVE,
     OTHER_UUID,
@@ -297,6 +307,33 @@ def test_a_takeover_detaches_the_others(actor: Actor) -> None:
     )
     assert actor.deadline.wait_until(lambda: actor.holders(volume) == ["node-2"])
     assert actor.usable("v1").reservation.reserved_by == "node-2"
+
+
+def test_what_a_dead_client_had_stays_in_its_document_and_the_versions_tell_that_it_was_taken(
+    actor: Actor, side: Side
+) -> None:
+    """The proof by which DeleteVolume goes on: see docs/fencing.md."""
+    volume = actor.created()
+    actor.attach(volume, reference="ns")
+    side.lose("node-1")
+    actor.detach(volume, reference="ns")
+    assert actor.deadline.wait_until(lambda: actor.node().status is ClientStatus.DOWN)
+    assert not was_preempted(actor.usable("v1"), actor.node())
+    version = actor.usable("v1").reservation.version
+    actor.management.attach(
+        actor.node(2), volume, mode=EXCLUSIVE, reference_id="ns", version=version, preempt=True, detach_others=True,
+        deadline=actor.deadline,
+    )  # fmt: skip
+    assert actor.deadline.wait_until(lambda: volume.uuid in actor.node(2).devices)
+    assert not was_preempted(actor.usable("v1"), actor.node())
+    actor.detach(volume, 2, reference="ns")
+    assert actor.deadline.wait_until(lambda: actor.holders(volume) == ["node-1"])
+    assert actor.node().wishes[volume.uuid].is_detaching
+    assert was_preempted(actor.usable("v1"), actor.node())
+    # The embedded manager waits with the file until the client is back and its device is gone.
+    assert actor.management.delete_volume(volume, deadline=actor.deadline)
+    going = actor.management.volume("v1", deadline=actor.deadline)
+    assert going is None or going.is_being_deleted
 
 
 def test_an_unknown_client_cannot_be_attached_to(actor: Actor) -> None:

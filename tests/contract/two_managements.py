@@ -17,7 +17,7 @@ from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.storage_model import Client, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
+from csi_driver.storage_model import Client, ClientStatus, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
@@ -49,6 +49,10 @@ class Side(Protocol):
         """Let no work of this kind be finished any more."""
         ...
 
+    def lose(self, client: str) -> None:
+        """Let a client be down from now on."""
+        ...
+
 
 class FakeSide:
     """`FakeManagement` behind `Side`, with the groups of a new cluster."""
@@ -60,6 +64,9 @@ class FakeSide:
         striped = Layout(RaidLevel.STRIPED_MIRRORED, stripe_width=2, stripe_size_blocks=32, number_of_mirrors=1)
         for level, layout in (("CONCATENATED", Layout()), ("RAID_1", mirrored), ("RAID_10", striped)):
             self._fake.add_vpg(Vpg(f"DEFAULT_{level}_VPG", layout, 0, allow_overflow=True))
+
+    def lose(self, client: str) -> None:
+        self._fake.set_status(client, ClientStatus.DOWN)
 
     def hold(self, work: Work) -> None:
         match work:
@@ -125,6 +132,9 @@ class EmbeddedSide:
     def __init__(self, storage: Storage, management: Management) -> None:
         self._storage = storage
         self.management = management
+
+    def lose(self, client: str) -> None:
+        self._storage.server.api.hold(f"client:{client}", held=True)
 
     def hold(self, work: Work) -> None:
         self._storage.server.api.hold(work.value, held=True)
