@@ -43,7 +43,7 @@ class RecordCleanup:
     def sweep(self) -> int:
         """Look once; return how many records were removed. Raises `HostFailure` where the records cannot be read."""
         recorded = self._marks.recorded()
-        here = self._here()
+        here = self._here() if len(recorded) > NEWEST_KEPT else None
         if here is None:
             self._absent_since.clear()
             return 0
