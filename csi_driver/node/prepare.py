@@ -171,7 +171,7 @@ class Preparation:
             own_uuid=uuid,
             format_allowed=task.format_allowed,
         )
-        return decide(content, task.plan.wish, evidence, supported=self._filesystems.supported())
+        return decide(content, task.plan.request, evidence, supported=self._filesystems.supported())
 
     def _format(
         self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain | FormatOver, deadline: Deadline
@@ -243,9 +243,9 @@ def _join(mounts: list[Mounted], task: Task) -> Prepared:
     """Decide whether a volume that is mounted on this node can be mounted once more: one filesystem, one access."""
     plan, volume = task.plan, task.volume
     there = next((found for found in mounts if not found.read_only), mounts[0])
-    if plan.wish.fs_type and there.fs_type != plan.wish.fs_type:
+    if plan.request.fs_type and there.fs_type != plan.request.fs_type:
         raise PreconditionFailed(
-            f"volume {volume} is mounted as {there.fs_type} at {there.path}, wanted {plan.wish.fs_type}"
+            f"volume {volume} is mounted as {there.fs_type} at {there.path}, wanted {plan.request.fs_type}"
         )
     if there.read_only != plan.read_only:
         have, wanted = ("read-only", "read-write") if there.read_only else ("read-write", "read-only")

@@ -82,14 +82,14 @@ class FilesystemRequest:
 class MountPlan:
     """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's."""
 
-    wish: FilesystemRequest
+    request: FilesystemRequest
     flags: tuple[str, ...]
     root_mode: int | None
     mkfs: MkfsArguments
 
     @property
     def read_only(self) -> bool:
-        return self.wish.read_only
+        return self.request.read_only
 
     def options_for(self, fs_type: str) -> tuple[str, ...]:
         """Return the options to mount a filesystem of that type with, each once."""
@@ -219,8 +219,8 @@ def differences(mounted: Mounted, plan: MountPlan) -> list[str]:
     right must never be called wrong.
     """
     found: list[str] = []
-    if plan.wish.fs_type and mounted.fs_type != plan.wish.fs_type:
-        found.append(f"filesystem: expected {plan.wish.fs_type}, got {mounted.fs_type}")
+    if plan.request.fs_type and mounted.fs_type != plan.request.fs_type:
+        found.append(f"filesystem: expected {plan.request.fs_type}, got {mounted.fs_type}")
     if mounted.read_only != plan.read_only:
         found.append(f"access: expected {_access(plan.read_only)}, got {_access(mounted.read_only)}")
     expected = frozenset(plan.options_for(mounted.fs_type))

@@ -25,6 +25,7 @@ from csi_driver.parameters.encryption import (
     normalized,
 )
 from csi_driver.parameters.layout import LAYOUT_KEYS, layout
+from csi_driver.parameters.mkfs_options import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
 from csi_driver.storage_model import Layout
 
@@ -38,14 +39,14 @@ _LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
 PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
 _DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
 _ANYWHERE_KEYS = {
-    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", mkfs.OPTIONS, FS_TYPE,
+    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE,
 }  # fmt: skip
 KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | mkfs.MKFS_KEYS | ENCRYPTION_KEYS
 THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
     "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
 }  # fmt: skip
-CONTEXT_KEYS = (mkfs.OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
+CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
 """Parameters that the node needs: they travel in the volume context under their own keys."""
 
 
