@@ -355,12 +355,14 @@ def test_a_group_that_another_zone_has_is_not_wrong_but_has_no_room_here() -> No
     world.zones["b"].add_vpg(Vpg("gold", Layout(), 2 * GIB, allow_overflow=False))
     assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "a"}) == 0
     assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
+    assert room(world, {"vpg": "gold"}) == 2 * GIB
 
 
 def test_a_group_that_a_silent_zone_may_have_is_not_called_wrong() -> None:
     world = World(zones=("a", "b"))
     world.zones["b"].is_reachable = False
     assert room(world, {"vpg": "gold"}, segments={DEFAULT_TOPOLOGY_KEY: "a"}) == 0
+    assert room(world, {"vpg": "gold"}) == 0
 
 
 def test_capacity_takes_a_bounded_number_of_requests_however_many_volumes_there_are() -> None:
