@@ -28,6 +28,14 @@ class DriverError(Exception):
     """Root of all expected failures. Anything else that is raised is a bug."""
 
 
+def same_again(error: DriverError) -> DriverError:
+    """Return a new exception that says the same: one object raised in several threads would mix their tracebacks."""
+    again = type(error).__new__(type(error))
+    again.__dict__.update(error.__dict__)
+    again.args = error.args
+    return again
+
+
 # --- families -------------------------------------------------------------------------------------------
 
 

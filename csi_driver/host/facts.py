@@ -64,7 +64,7 @@ class MachineTools:
 def has_capability(number: int) -> bool:
     """Tell whether this process has a capability in effect (capabilities(7))."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_bytes().decode(errors="replace").split("\n")
     except OSError as error:
         raise HostFailure("/proc is not mounted") from error
     effective = next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0")

@@ -45,7 +45,7 @@ def parse(text: str) -> list[Entry]:
 
 
 def _entries(text: str) -> Iterator[Entry]:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a path may hold what splitlines() takes for the end of a line
         before, separator, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if not separator or len(left) < 6 or len(right) < 3:

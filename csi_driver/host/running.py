@@ -75,7 +75,8 @@ def _mount_namespace(directory: Path) -> str:
 
 def _users(directory: Path) -> str:
     """Return the real, effective, saved and filesystem user: a program with set-user-ID is called by somebody else."""
-    lines = (directory / "status").read_text(errors="replace").splitlines()
+    # A name of a process may hold every other end of a line that Python knows.
+    lines = (directory / "status").read_bytes().decode(errors="replace").split("\n")
     return next((line for line in lines if line.startswith("Uid:")), "")
 
 

@@ -67,7 +67,7 @@ class Powers:
 
 def powers_of(pid: int | None) -> Powers:
     """Return what a process may do, None = this one."""
-    lines = _text(_process(pid) / "status").splitlines()
+    lines = _text(_process(pid) / "status").split("\n")
     effective = int(next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0"), 16)
     return Powers(bool(effective >> _CAP_SYS_ADMIN & 1), bool(effective >> _CAP_SYS_RESOURCE & 1))
 
@@ -170,6 +170,6 @@ def clock_is_kept() -> bool | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(errors="replace")
+        return file.read_bytes().decode(errors="replace")
     except OSError:
         return ""

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from csi_driver.deadline import Clock, Deadline
-from csi_driver.errors import DriverError, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated, shown
+from csi_driver.errors import (
+    DriverError,
+    OutcomeUnknown,
+    ServerUnreachable,
+    StorageUnavailable,
+    Unauthenticated,
+    same_again,
+    shown,
+)
 from csi_driver.management.credentials import Credentials, read_credentials
 from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, refusal_in
 from csi_driver.management.gate import Gate
@@ -185,13 +193,13 @@ class Server:
             raise ServerUnreachable(self.url, "a login took too long", timed_out=True)
         try:
             if self._openings != seen and self._opening_failure is not None:
-                raise _same_again(self._opening_failure)
+                raise same_again(self._opening_failure)
             self._opening_failure = None
             self._log_in_again(stale, deadline)
             if needs_version and self._version is None:
                 self._ask_version(deadline)
         except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
-            self._opening_failure = _same_again(error)
+            self._opening_failure = same_again(error)
             raise
         finally:
             self._openings += 1
@@ -331,11 +339,3 @@ def _lacks_rights(answer: Answer) -> bool:
 
 def _is_retired(answer: Answer) -> bool:
     return answer.status == 503 and answer.error_id in SERVER_RETIRED
-
-
-def _same_again(error: DriverError) -> DriverError:
-    """Return a new exception that says the same: one object raised in several threads would mix their tracebacks."""
-    again = type(error).__new__(type(error))
-    again.__dict__.update(error.__dict__)
-    again.args = error.args
-    return again

@@ -29,6 +29,14 @@ def test_every_whole_line_is_read_and_others_are_left_out() -> None:
     assert [found.mount_id for found in mount_table.parse(TABLE)] == [22, 90, 91, 92, 93]
 
 
+@pytest.mark.parametrize("end", [*"\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"], ids=ascii)
+def test_a_path_may_hold_what_other_texts_end_their_lines_with(end: str) -> None:
+    assert [found.path for found in mount_table.parse(TABLE.replace("/multi", f"/multi{end}b"))][3:] == [
+        Path(f"/multi{end}b"),
+        Path("/target"),
+    ]
+
+
 def test_octal_escapes_are_undone() -> None:
     assert entry(90).path == Path("/var/lib/kubelet/a b\tc\nd\\e")
 
