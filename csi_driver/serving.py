@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from csi_driver.config.version import driver_version
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import HEALTH
+from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.identity import Health, IdentityServicer
 from csi_driver.rpc.inflight import Claims
 from csi_driver.rpc.lanes import Lanes
@@ -35,7 +36,8 @@ def serve(
     lanes = Lanes()
     identity = IdentityServicer(driver_name, driver_version, health)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    boundary = Boundary(claims, lanes, frozenset() if settings.volume_health else HEALTH)
+    withheld = frozenset() if settings.volume_health else HEALTH
+    boundary = Boundary(claims, lanes, withheld, Deadlines(settings.default_deadline_s))
     server = Server(settings, boundary, lanes, services)
     with Termination() as termination, ExitStack() as running:
         running.enter_context(beside(boundary))

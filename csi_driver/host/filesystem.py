@@ -263,7 +263,7 @@ def _name_content(device: OpenDevice, found: int, head: bytes, deadline: Deadlin
 def parse_blkid(text: str) -> dict[str, str]:
     r"""Read blkid's export format: KEY=value lines, where a backslash quotes the character after it."""
     values = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a label may hold what splitlines() takes for the end of a line
         key, separator, value = line.partition("=")
         if separator:
             values[key] = _unquoted(value)
@@ -307,7 +307,7 @@ def _in_kernel(fs_type: str) -> bool:
 
 def _run_on(device: OpenDevice, argv: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,)) -> Completed:
     path = f"/proc/self/fd/{device.fd}"
-    return run((*argv, path), timeout_s=timeout_s, accept=accept, pass_fds=(device.fd,))
+    return run((*argv, path), timeout_s=timeout_s, accept=accept, pass_fds=(device.fd,), on_device=True)
 
 
 def _are_to_blame(device: OpenDevice, argv: Sequence[str], options: Sequence[str], nothing: str | None) -> bool:

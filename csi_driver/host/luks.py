@@ -191,6 +191,7 @@ class LinuxEncryption:
                     accept=(0, _WRONG_PASSPHRASE),
                     pass_fds=fds,
                     environment=_ENVIRONMENT,
+                    on_device=True,
                 )
             except CommandFailed as failure:
                 if passphrase is None:
@@ -226,6 +227,7 @@ class LinuxEncryption:
                 accept=accept,
                 pass_fds=(device.fd, *keys),
                 environment=_ENVIRONMENT,
+                on_device=True,
             )
         except CommandFailed as failure:
             if failure.status == _BUSY:

@@ -5,7 +5,8 @@ of `Finding`. A proof must hold in two sweeps, one interval apart, and once more
 filesystem that still can be written to is ever detached lazily.
 
 To look opens devices, of other volumes too, and goes through paths that lie on anything: it may hang. So a thread that
-can be lost does it, and a volume that was claimed to be looked at once more is given back after a moment.
+can be lost does it, and a volume that was claimed to be looked at once more is given back after a moment. So may an
+unmount: it has a thread of its own, which keeps the volume claimed until it ends.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Reconcile:
         self._ownership = ownership
         self._driver_name = driver_name
         self._looks: Questions[frozenset[Finding]] = Questions("reconcile-look")
+        self._cleanings: Questions[bool] = Questions("reconcile-clean")
         self._seen: frozenset[Finding] = frozenset()
 
     def sweep(self, claim: Claim) -> Sequence[Finding]:
@@ -153,11 +155,13 @@ class Reconcile:
         """Clean up, if that is proven to be right now that nobody works on the volume; tell whether it is done."""
         if finding.kind is Kind.BROKEN:
             return False
-        try:
+
+        def clean() -> bool:
             with claim(finding.name):
-                if finding not in self._look():
-                    return True
-                return self._take_away(finding)
+                return finding not in self._look() or self._take_away(finding)
+
+        try:
+            return self._cleanings.ask(finding.name, str(finding.path), clean, LOOK_LIMIT_S)
         except DriverError as error:
             logger.warning("%s; it stays for now: %s", finding, error)
             return False

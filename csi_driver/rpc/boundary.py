@@ -20,16 +20,22 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from csi_driver import errors
+from csi_driver.node.questions import NoAnswer, Questions
 from csi_driver.rpc import shape
 from csi_driver.rpc.contract import CONTRACT, Lane, Row
+from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.inflight import Claims, InFlight
-from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.lanes import WORK_THREADS, Lanes
 from csi_driver.rpc.redaction import describe
 from csi_driver.rpc.status import code_of, message_of
 from csi_driver.telemetry.measured import rpc_durations, work_under_way
 from csi_driver.telemetry.metrics import Measurement
 
 _LOG = logging.getLogger(__name__)
+
+_ANSWER_MARGIN_S = 0.25
+"""How long before its caller gives up a call is answered that hangs. What waits by itself ends before that
+(`NodeSettings.answer_margin_s`) and says better what it waits for."""
 
 _BUG_MESSAGE = "internal error in the driver; its log has the details"
 
@@ -91,15 +97,28 @@ class Running:
 
 
 class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Wraps every handler of a server."""
+    """Wraps every handler of a server.
 
-    def __init__(self, claims: Claims, lanes: Lanes, withheld: frozenset[str] = frozenset()) -> None:
+    Work on devices is carried out by a thread that can be lost. Where it does not end in time the call is answered, and
+    the thread holds what the call claimed until it ends after all: nobody else works on the volume before that.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        lanes: Lanes,
+        withheld: frozenset[str] = frozenset(),
+        deadlines: Deadlines = Deadlines(),  # noqa: B008  # a value
+    ) -> None:
         """`withheld`: methods that are answered UNIMPLEMENTED although they are there."""
         self.running = Running()
         self.durations = rpc_durations()
         self._claims = claims
         self._withheld = withheld
         self._lanes = lanes
+        self._deadlines = deadlines
+        self._expendable: Questions[Message | Refusal] = Questions("volume-work", WORK_THREADS)
+        self._expendable_calls = itertools.count(1)
         self._in_flight = InFlight()
         self._wrapped: dict[str, MethodHandler] = {}
         self._numbers = itertools.count(1)
@@ -136,6 +155,31 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
     def measurements(self) -> list[Measurement]:
         """Return what is measured of the calls."""
         return [self.durations, *work_under_way(self.running.by_method)]
+
+    def answer_in_time(
+        self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+    ) -> Message | Refusal:
+        """Carry out one call; one that may hang is answered before its deadline, and goes on then."""
+        if not row.may_hang:
+            return self.answer(row, inner, request, context)
+        remaining_s = self._deadlines.of(context).remaining_s()
+        timeout_s = remaining_s - min(_ANSWER_MARGIN_S, remaining_s / 4)
+        try:
+            return self._expendable.ask(
+                str(next(self._expendable_calls)),
+                row.name,
+                lambda: self.answer(row, inner, request, context),
+                timeout_s,
+            )
+        except NoAnswer as silence:
+            volume = errors.shown(getattr(request, "volume_id", ""))
+            refusal = Refusal(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"{row.name} of volume {volume} has not ended in time: it waits in "
+                f"{silence.waits_in or 'a queue'}; it goes on, and the volume is busy (ABORTED) until it ends",
+            )
+            _LOG.warning("%s", refusal.message)
+            return refusal
 
     def answer(
         self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
@@ -206,7 +250,7 @@ class _Behaviour:
     def _outcome(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message | Refusal:
         if self._row is None:
             return Refusal(grpc.StatusCode.UNIMPLEMENTED, f"{self._method} is not implemented by this driver")
-        return self._boundary.answer(self._row, self._inner, request, context)
+        return self._boundary.answer_in_time(self._row, self._inner, request, context)
 
 
 def _tolerant(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:

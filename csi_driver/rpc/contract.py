@@ -68,6 +68,11 @@ class Row:
         """The service that has it."""
         return self.method.rpartition("/")[0].removeprefix("/")
 
+    @property
+    def may_hang(self) -> bool:
+        """Whether it works on devices and mounts, which may keep its thread in the kernel for as long as they like."""
+        return self.lane is Lane.WORK and self.service.endswith("Node")
+
     def claims(self, claims: Claims, request: Message) -> tuple[Claim, ...]:
         """Return what this call needs while it runs."""
         return tuple(claim for rule in self.rules for claim in _claims(claims, rule, request))

@@ -12,7 +12,7 @@ from csi_driver.rpc.contract import Lane
 
 # Calls that wait for their turn (formatting has a limit of its own, far lower) hold a thread each; what comes on top
 # of this many waits in a queue. A boot storm on a node is some hundreds.
-_WORK_THREADS = 512
+WORK_THREADS = 512
 _READ_THREADS = 64
 _ANSWER_THREADS = 8
 
@@ -20,7 +20,7 @@ _ANSWER_THREADS = 8
 class Lanes:
     """One pool per lane."""
 
-    def __init__(self, *, work: int = _WORK_THREADS, read: int = _READ_THREADS, answer: int = _ANSWER_THREADS) -> None:
+    def __init__(self, *, work: int = WORK_THREADS, read: int = _READ_THREADS, answer: int = _ANSWER_THREADS) -> None:
         self._pools = {
             Lane.WORK: ThreadPoolExecutor(work, thread_name_prefix="work"),
             Lane.READ: ThreadPoolExecutor(read, thread_name_prefix="read"),

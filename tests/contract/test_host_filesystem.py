@@ -400,6 +400,13 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
     assert f"sleep 600{os.getpid()}" not in shell("ps", "-eo", "args")
 
 
+def test_a_program_that_works_on_a_device_is_waited_for_and_never_killed(caplog: pytest.LogCaptureFixture) -> None:
+    """It would leave the device locked for everybody, where its I/O is held."""
+    done = command.run(("sh", "-c", "sleep 0.3; echo whole"), timeout_s=0.1, on_device=True)
+    assert done.stdout == b"whole\n"
+    assert "has not ended within 0.1 s; it works on a device and is not killed" in caplog.text
+
+
 def test_a_status_that_is_no_answer_is_a_failure_with_the_reason() -> None:
     with pytest.raises(CommandFailed, match="status 3: because") as caught:
         command.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=5)

@@ -12,6 +12,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure
 from csi_driver.handover import Encryption, History
 from csi_driver.machine import OpenDevice
+from csi_driver.node import limits
 from csi_driver.node.limits import HeavyWork
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
@@ -106,3 +107,31 @@ def test_what_waited_in_vain_waits_no_more() -> None:
         with pytest.raises(DeadlineReached):
             heavy.place("grow", deadline=Deadline.after(0)).__enter__()
         assert heavy.under_way() == (1, 0)
+
+
+def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LENT_AFTER_S", 0.05)
+    monkeypatch.setattr(limits, "READING_LENT_AFTER_S", 0.05)
+    heavy = HeavyWork(1)
+    soon = Deadline.after(30)
+    goes_on = threading.Event()
+
+    def hang() -> None:
+        with heavy.place("format", deadline=soon):
+            goes_on.wait(30)
+
+    def hang_reading() -> None:
+        with heavy.place("format", deadline=soon), heavy.reading():
+            goes_on.wait(30)
+
+    workers = [threading.Thread(target=work) for work in (hang, hang_reading)]
+    for worker in workers:
+        worker.start()
+        with heavy.place("format", deadline=soon), heavy.reading():
+            pass
+    goes_on.set()
+    for worker in workers:
+        worker.join()
+    assert heavy.under_way() == (0, 0)
+    with heavy.place("format", deadline=soon), pytest.raises(DeadlineReached):
+        heavy.place("format", deadline=Deadline.after(0)).__enter__()

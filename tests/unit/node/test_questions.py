@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from csi_driver.deadline import Deadline
+from csi_driver.errors import HostFailure
 from csi_driver.node import questions
 from csi_driver.node.questions import NoAnswer, Questions
 
@@ -163,3 +165,44 @@ def test_one_thread_serves_questions_that_come_one_by_one(name: str) -> None:
 def test_none_is_an_answer() -> None:
     asked: Questions[None] = Questions("questioning")
     assert asked.ask("v", "x", lambda: None, PATIENT_S) is None
+
+
+def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event) -> None:
+    asked: Questions[bool] = Questions("questioning")
+    failures: list[HostFailure] = []
+
+    def fail() -> bool:
+        never.wait()
+        raise HostFailure("the same for all")
+
+    def ask() -> None:
+        try:
+            asked.ask("v", "x", fail, PATIENT_S)
+        except HostFailure as failure:
+            failures.append(failure)
+
+    callers = [threading.Thread(target=ask) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    never.set()
+    for caller in callers:
+        caller.join(PATIENT_S)
+    assert [str(failure) for failure in failures] == ["the same for all"] * 2
+    assert failures[0] is not failures[1]
+
+
+def test_what_does_not_answer_is_told_with_where_it_waits(never: threading.Event) -> None:
+    asked: Questions[bool] = Questions("questioning")
+    began = threading.Event()
+
+    def hang() -> bool:
+        began.set()
+        return Deadline.after(PATIENT_S).wait_until(never.is_set)
+
+    asker = threading.Thread(target=lambda: asked.ask("v", "x", hang, PATIENT_S))
+    asker.start()
+    assert began.wait(PATIENT_S)
+    with pytest.raises(NoAnswer, match=r"waits in .*deadline\.wait_until"):
+        asked.ask("v", "x", hang, 0.1)
+    never.set()
+    asker.join(PATIENT_S)

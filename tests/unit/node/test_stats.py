@@ -90,7 +90,7 @@ def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -
     write_off(hanging)
     threads = threading.active_count()
     for path in (TARGET, OTHER_TARGET) * 20:
-        with pytest.raises(StorageUnavailable, match="still owes"):
+        with pytest.raises(StorageUnavailable, match="still blocked"):
             hanging.usage(path)
     assert threading.active_count() <= threads
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,33 @@ def test_the_volume_stays_busy_while_its_work_goes_on_after_the_caller_left(endp
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.ABORTED
     gate.open()
     assert endpoint.boundary.running.wait_for_none(5) == []
+
+
+def test_a_call_that_hangs_is_answered_in_time_and_keeps_its_volume_busy(endpoint: Endpoint) -> None:
+    gate = endpoint.trace.hook = Gate("stage", limit_s=60)
+    begun_s = time.monotonic()
+    with pytest.raises(grpc.RpcError) as hung:
+        endpoint.node.NodeStageVolume(stage(), timeout=5)
+    assert status_of(hung.value) is Code.DEADLINE_EXCEEDED
+    assert "NodeStageVolume of volume" in details_of(hung.value)
+    assert "rpc.node.NodeStageVolume" in details_of(hung.value)
+    assert time.monotonic() - begun_s < 5
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.ABORTED
+    gate.open()
+    assert endpoint.boundary.running.wait_for_none(30) == []
+    assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.OK
+
+
+def test_more_calls_may_hang_than_there_are_threads_to_answer(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2)) as endpoint:
+        gate = endpoint.trace.hook = Gate("stage", limit_s=60)
+        for number in range(4):
+            hanging = stage(volume_id=f"zone:csi-dead-{number}:{UUID}", path=f"/staging/{number}")
+            with pytest.raises(grpc.RpcError) as hung:
+                endpoint.node.NodeStageVolume(hanging, timeout=0.5)
+            assert status_of(hung.value) is Code.DEADLINE_EXCEEDED
+        assert code_of(lambda: endpoint.node.NodePublishVolume(node_publish())) is Code.OK
+        gate.open()
 
 
 def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> None:
