@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping as StringMap
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -28,7 +28,8 @@ class Device:
 
     `uuid` is the volume's as the evidence on this machine says it; None where nothing says it now.
     `read_only`: the kernel refuses writes. `write_refusal`: what the storage client says where writes to it fail,
-    whatever the kernel shows; programs then meet I/O errors.
+    whatever the kernel shows; programs then meet I/O errors. `disk_sequence` is what no other disk ever has, also under
+    the same number (Linux 5.15); None where the kernel does not tell it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Device:
     uuid: str | None
     block_bytes: int = 4096
     write_refusal: str = ""
+    disk_sequence: int | None = None
 
     @property
     def takes_writes(self) -> bool:
@@ -135,6 +137,26 @@ class Mounted:
     options: frozenset[str]
     node_number: DeviceNumber | None = None
     turned_read_only: bool = False
+
+    def can_be_of(self, device: Device) -> bool:
+        """Tell whether this can be a mount of the device: by its number, and by what it was made from.
+
+        A mount outlives its device, whose number may be given to another one then. So a mount that was made from the
+        node of another volume, which lies beside this one's, is not of the device although it has its number.
+        """
+        if self.node_number is None:
+            made_from: PurePath = PurePosixPath(self.source)
+            is_beside = made_from.parent == device.path.parent
+        else:
+            made_from = self.root_path
+            is_beside = made_from.parts[-2:-1] == device.path.parts[-2:-1]
+        number = self.number if self.node_number is None else self.node_number
+        return number == device.number and not (is_beside and made_from.name != device.path.name)
+
+    @property
+    def root_path(self) -> PurePosixPath:
+        """The root; of a bound node the path in /dev's filesystem, to which the kernel appends //deleted at its end."""
+        return PurePosixPath(self.root.removesuffix("//deleted"))
 
 
 class FaultKind(Enum):

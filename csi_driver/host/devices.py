@@ -3,16 +3,16 @@
 What proves it: the client's `status.json`, and the open device itself (a loop device's label, a SCSI serial number).
 All evidence that there is must agree; without any, nothing is written. udev is used as an alarm clock at most: its
 database may be older than the device's content and is never read.
+
+The client's status is read before a device is opened, and a device that carries no I/O is not opened: its open may
+hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.questions`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,16 @@ from csi_driver.errors import (
     DeadlineReached,
     IdentityNotProven,
     InvalidField,
-    OperationPending,
     PreconditionFailed,
     SystemCallFailed,
 )
-from csi_driver.host import device_mapper, ioctls
+from csi_driver.host import block_devices, device_mapper, ioctls
 from csi_driver.host.alarms import device_alarm
+from csi_driver.host.block_devices import NOT_READY
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import loop, nvmesh
 from csi_driver.machine import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
-
-_NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
-_BUSY_GRACE_S = 2.0
-_SYS_DEVICES = Path("/sys/dev/block")
 
 
 class LinuxDevices:
@@ -139,17 +135,42 @@ class LinuxDevices:
 
     def _look_at(self, name: str, path: Path) -> tuple[Device, Claims] | None:
         try:
-            if not stat.S_ISBLK(os.stat(path).st_mode):
+            node = os.stat(path)
+            if not stat.S_ISBLK(node.st_mode):
                 return None
+            status = self._status.volume(name)
+            if status is not None and status.io_enabled is False:
+                return self._unopened(name, path, ioctls.device_number(node.st_rdev), status)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            if error.errno in _NOT_READY:
+            if error.errno in NOT_READY:
                 return None
             raise SystemCallFailed(f"open {path}", error.errno or 0) from error
         try:
             return self._describe(name, path, fd)
         finally:
             os.close(fd)
+
+    def _unopened(
+        self, name: str, path: Path, number: DeviceNumber, status: VolumeStatus
+    ) -> tuple[Device, Claims] | None:
+        """Describe a device that carries no I/O, by what sysfs and the client say of it."""
+        size = block_devices.size_bytes(number)
+        if not size:
+            return None
+        claims = Claims(status, label_uuid=None, serial=None, is_loop=False)
+        device = Device(
+            name,
+            path,
+            number,
+            size,
+            read_only=block_devices.sys_number(number, "ro") == 1,
+            uuid=status.uuid,
+            block_bytes=block_devices.sys_number(number, "queue/logical_block_size") or 4096,
+            write_refusal=claims.write_refusal(),
+            disk_sequence=block_devices.sys_number(number, "diskseq"),
+        )
+        return device, claims
 
     def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, Claims] | None:
         status = os.fstat(fd)
@@ -175,6 +196,7 @@ class LinuxDevices:
             uuid=claims.uuid(),
             block_bytes=ioctls.logical_block_bytes(fd),
             write_refusal=claims.write_refusal(),
+            disk_sequence=ioctls.disk_sequence(fd),
         )
         return device, claims
 
@@ -210,25 +232,44 @@ class LinuxDevices:
         another program holds its lock, and `IdentityNotProven` when it is to be written to and nothing proves now who
         it is.
         """
+        self._require_io(device.name)
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
         try:
             fd = os.open(device.path, flags)
         except OSError as error:
-            if error.errno in _NOT_READY:
+            if error.errno in NOT_READY:
                 raise PreconditionFailed(f"{device.path} is gone, expected {device.number}") from error
             raise SystemCallFailed(f"open {device.path}", error.errno or 0) from error
         try:
             if exclusive:
-                self._seize(fd, device.path)
+                block_devices.seize(fd, device.path, self._clock)
             yield OpenDevice(fd, self._proven(fd, device, write=write))
         finally:
             os.close(fd)
 
-    def _seize(self, fd: int, path: Path) -> None:
-        if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _try_lock(fd)):
-            raise OperationPending(f"{path} is busy: another program works on it (its lock is held); call again later")
-        if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: _is_unclaimed(fd, path)):
-            raise PreconditionFailed(f"{path} is busy: it is mounted or otherwise in use")
+    def _require_io(self, name: str) -> None:
+        status = self.status(name)
+        unusable = Claims(status, label_uuid=None, serial=None, is_loop=False).unusable(name)
+        if unusable is not None:
+            raise PreconditionFailed(unusable)
+
+    def is_claimed(self, device: Device) -> bool | None:
+        """Tell whether a mount, an encrypted device or a program has the device for itself (O_EXCL) at this moment.
+
+        False when it is gone. None where that cannot be told: it carries no I/O, and is not opened.
+        """
+        status = self.status(device.name)
+        if status is not None and status.io_enabled is False:
+            return None
+        return block_devices.is_claimed(device.path)
+
+    def is_open(self, device: Device) -> bool | None:
+        """Tell whether anything on this machine has the device open; None where that cannot be told now.
+
+        Where the client counts no opens, a device that nothing has for itself is taken for closed.
+        """
+        opens = self._status.opens(device.name)
+        return opens > 0 if opens is not None else self.is_claimed(device)
 
     def _proven(self, fd: int, device: Device, *, write: bool) -> Device:
         seen = self._describe(device.name, device.path, fd)
@@ -240,6 +281,7 @@ class LinuxDevices:
             raise PreconditionFailed(against)
         for what, is_now, was in (
             ("the number", found.number, device.number),
+            ("the disk sequence number", found.disk_sequence, device.disk_sequence or found.disk_sequence),
             ("the uuid", found.uuid or device.uuid, device.uuid or found.uuid),
             ("a size in bytes of", found.size_bytes, device.size_bytes),
         ):
@@ -260,14 +302,11 @@ class LinuxDevices:
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
         """Return the present size of a device without opening it; None when the device is gone."""
-        try:
-            sectors = int((_SYS_DEVICES / str(number) / "size").read_text())
-        except OSError as error:
-            if error.errno in _NOT_READY:
-                return None
-            # Not known is not gone: what is gone may be unmounted whoever's it was.
-            raise SystemCallFailed(f"read the size of device {number}", error.errno or 0) from error
-        return sectors * 512 or None
+        return block_devices.size_bytes(number)
+
+    def open_number(self, number: DeviceNumber) -> int:
+        """Open a device for reading by its number, whatever nodes there are here; `OSError` where it is gone."""
+        return block_devices.open_number(number, self._root)
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
         """Return the volume uuid that the device itself claims; None when it claims none.
@@ -275,6 +314,9 @@ class LinuxDevices:
         A serial number holds only a part of the uuid: it is completed by the status of the volume that fits it.
         """
         number = device_mapper.below(number) or number
+        status = self.status(self.name_of(number) or "")
+        if status is not None and status.io_enabled is False:
+            return None
         try:
             fd = self.open_number(number)
         except OSError:
@@ -303,17 +345,6 @@ class LinuxDevices:
                 if stat.S_ISBLK(status.st_mode) and ioctls.device_number(status.st_rdev) == number:
                     return node.name
         return None
-
-    def open_number(self, number: DeviceNumber) -> int:
-        """Open a device for reading by its number, whatever nodes there are here; `OSError` where it is gone."""
-        path = _kernel_path(number)
-        if path is not None:
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                if ioctls.device_number(os.fstat(fd).st_rdev) == number:
-                    return fd
-                os.close(fd)
-        return _open_own_node(self._root, number)
 
     # --- the client ---
 
@@ -379,43 +410,3 @@ class LinuxDevices:
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference ids under which this node holds a volume; None when that cannot be told."""
         return self._status.reference_ids(name) if is_volume_name(name) else None
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_unclaimed(fd: int, path: Path) -> bool:
-    """Make the kernel's exclusive claim on the very device that `fd` holds, and give it back."""
-    try:
-        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            return False
-        raise SystemCallFailed(f"claim {path}", error.errno or 0) from error
-    return True
-
-
-def _kernel_path(number: DeviceNumber) -> Path | None:
-    """Return where devtmpfs has the device, by the kernel's own name for it."""
-    try:
-        lines = (_SYS_DEVICES / str(number) / "uevent").read_text().splitlines()
-    except OSError:
-        return None
-    names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
-    return Path("/dev") / names[0] if names else None
-
-
-def _open_own_node(directory: Path, number: DeviceNumber) -> int:
-    """Open a device that has no node in this mount namespace, through a node that exists for a moment."""
-    path = directory / f".{number.major}-{number.minor}.{os.getpid()}.{threading.get_ident()}"
-    path.unlink(missing_ok=True)
-    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    finally:
-        path.unlink(missing_ok=True)

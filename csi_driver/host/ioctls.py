@@ -36,12 +36,23 @@ def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> in
 
 _BLKROSET, _BLKROGET, _BLKSSZGET = 0x125D, 0x125E, 0x1268
 _BLKGETSIZE64 = _io_read(0x12, 114, 8)
+_BLKGETDISKSEQ = _io_read(0x12, 128, 8)
 
 
 def size_bytes(fd: int) -> int:
     """Return the size of an open block device as it is at this moment."""
     value = bytearray(8)
     _call("BLKGETSIZE64", fd, _BLKGETSIZE64, value)
+    return int(struct.unpack("=Q", value)[0])
+
+
+def disk_sequence(fd: int) -> int | None:
+    """Return the sequence number of the disk under an open block device; None before Linux 5.15."""
+    value = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _BLKGETDISKSEQ, value)
+    except OSError:
+        return None
     return int(struct.unpack("=Q", value)[0])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import ioctls, mount_table, syscalls
+from csi_driver.host import block_devices, ioctls, mount_table, syscalls
 from csi_driver.host.going_down import shut_down
 from csi_driver.host.holders import describe_holders
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
@@ -84,14 +84,17 @@ class LinuxMounts:
         """Return every mount of the namespace, in the kernel's order. Costs time for each of them."""
         return [_mounted(entry, entry.path) for entry in read_table()]
 
-    def of_device(self, number: DeviceNumber) -> list[Mounted]:
-        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
+    def of_device(self, device: Device) -> list[Mounted]:
+        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table.
+
+        What has the device's number and was made from another volume's node is none (`Mounted.can_be_of`).
+        """
         found = []
         for entry in read_table():
             asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
-            if entry.number == number or asks_path:
+            if entry.number == device.number or asks_path:
                 mounted = _mounted(entry, entry.path)
-                if number in (mounted.number, mounted.node_number):
+                if mounted.can_be_of(device):
                     found.append(mounted)
         return found
 
@@ -237,7 +240,7 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 def read_table() -> list[mount_table.Entry]:
     """Return the mount table as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
     try:
-        return mount_table.parse(_TABLE.read_text(errors="surrogateescape"))
+        return mount_table.parse(os.fsdecode(_TABLE.read_bytes()))  # a path may hold "\r", which text mode changes
     except OSError as error:
         raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
 
@@ -403,9 +406,30 @@ def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, wha
             os.close(root_fd)
     if number != device.number:
         raise PreconditionFailed(f"{what}: the kernel mounted device {number}, expected {device.number}")
+    _verify_alive(device, what)
     is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
     if is_read_only != read_only:
         raise HostFailure(f"{what}: it became read-{'only' if is_read_only else 'write'}, which was not wanted")
+
+
+def _verify_alive(device: Device, what: str) -> None:
+    """Refuse a filesystem of a disk that had the device's number before.
+
+    The kernel looks for a mounted filesystem by number alone before it opens a device (fs/super.c, sget_dev), and hands
+    out what is left of another disk as this one's. A filesystem that is alive claims its device.
+    """
+    if block_devices.is_claimed(device.path):
+        return
+    left = next((entry.path for entry in read_table() if entry.number == device.number), None)
+    by = (
+        f"which is still mounted at {left}: unmount it"
+        if left
+        else "and is unmounted but in use: end the programs that use it"
+    )
+    raise PreconditionFailed(
+        f"{what}: the kernel gave the filesystem of a disk that is gone and had the number {device.number} before, "
+        f"{by}, and retry"
+    )
 
 
 def _verify_read_only(mount_fd: int, what: str) -> None:

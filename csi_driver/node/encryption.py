@@ -171,7 +171,7 @@ class EncryptedVolumes:
             )
         if mapping.is_suspended:
             self._encryption.resume(mapping)
-        if mapping.read_only == task.read_only or self._mounts.of_device(mapping.number):
+        if mapping.read_only == task.read_only or self._is_mounted(mapping):
             self._require_access(mapping, task)
             return mapping
         self._encryption.close(mapping)
@@ -402,7 +402,7 @@ class EncryptedVolumes:
         device that is gone, or was taken from this node, is left to the sweeps then: its last user may hang for long.
         """
         mapping = self._encryption.mapping(volume.name)
-        if mapping is None or not self._is_of(mapping, volume) or self._mounts.of_device(mapping.number):
+        if mapping is None or not self._is_of(mapping, volume) or self._is_mounted(mapping):
             return
         try:
             self._encryption.close(mapping)
@@ -410,6 +410,11 @@ class EncryptedVolumes:
             if not self._is_lost(mapping, volume):
                 raise
             logger.warning("volume %s is lost to this node and stays open for now: %s", volume, busy)
+
+    def _is_mounted(self, mapping: Mapping) -> bool:
+        path = self._encryption.path_of(mapping.name)
+        opened = Device(mapping.name, path, mapping.number, mapping.size_bytes, mapping.read_only, None)
+        return bool(self._mounts.of_device(opened))
 
     def _is_lost(self, mapping: Mapping, volume: NamedVolume) -> bool:
         is_gone = mapping.below is None or not self._devices.size_bytes(mapping.below)

@@ -124,7 +124,7 @@ class Expand:
             if reader.number == number:
                 return
             self._read_only_devices.release(reader.number)
-        if number != device.number:
+        if not self._ownership.is_live(mounted, device):
             raise PreconditionFailed(
                 f"{mounted.path}: expected volume {volume} on device {device.number}, got "
                 f"{self._ownership.describe(mounted)}; unstage it and stage it again"
@@ -142,8 +142,8 @@ class Expand:
 
     def _writable(self, volume: NamedVolume, device: Device) -> Mounted:
         """Return where the filesystem is mounted writable: a read-only publication is no place to grow it from."""
-        for found in self._mounts.of_device(device.number):
-            if found.node_number is None and not found.read_only:
+        for found in self._mounts.of_device(device):
+            if found.node_number is None and not found.read_only and self._ownership.is_live(found, device):
                 return found
         raise PreconditionFailed(
             f"volume {volume} is mounted read-only; its filesystem grows when it is staged writable"

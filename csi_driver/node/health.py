@@ -6,13 +6,14 @@ What may hang is asked in threads that can be lost: a device is never touched by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import VolumeNotFound
 from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth, each_once
-from csi_driver.machine import DeviceNumber, Fault, FaultKind, Mounted, VolumeStatus
+from csi_driver.machine import Device, DeviceNumber, Fault, FaultKind, Mounted, VolumeStatus
 from csi_driver.node.expand import known_path
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, Tools
@@ -99,24 +100,25 @@ class NodeHealth:
         mounts = self._mounts_at(volume, paths)
         devices = self._devices_of(volume)
         if not mounts:
-            mounts = [mounted for number in devices for mounted in self._mounts.of_device(number)]
+            mounts = [mounted for device in devices for mounted in self._mounts.of_device(device)]
         if not mounts and not devices:
             if self._status_of(volume) is None:
                 raise VolumeNotFound(volume.volume_id, "nothing of it is on this node")
             return [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE, f"the device of {volume} is not there")]
-        numbers = dict.fromkeys((*map(number_of, mounts), *devices))
+        numbers = dict.fromkeys((*map(number_of, mounts), *(device.number for device in devices)))
         return [entry for number in numbers for entry in self._judge_device(number, mounts)] + [
             entry for mounted in _one_of_each(mounts) for entry in self._judge_filesystem(mounted)
         ]
 
-    def _devices_of(self, volume: NamedVolume) -> list[DeviceNumber]:
+    def _devices_of(self, volume: NamedVolume) -> list[Device]:
         """Return the volume's device as it is now, and the encrypted one opened over it."""
         device = self._ownership.device_of(volume)
         if device is None:
             return []
         mapping = self._encryption.mapping(volume.name)
-        opened = [mapping.number] if mapping is not None and mapping.below == device.number else []
-        return [device.number, *opened]
+        if mapping is None or mapping.below != device.number:
+            return [device]
+        return [device, replace(device, path=self._encryption.path_of(volume.name), number=mapping.number)]
 
     def _mounts_at(self, volume: NamedVolume, paths: list[Path]) -> list[Mounted]:
         found = (self._mounts.at(path) for path in paths)

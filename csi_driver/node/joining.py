@@ -16,7 +16,7 @@ from csi_driver.handover import PublishContext
 from csi_driver.machine import Mounted
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import Marks
-from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.ownership import NamedVolume, Ownership
 from csi_driver.node.ports import Filesystems, Mounts, Paths
 from csi_driver.node.prepare import Preparation, Task
 from csi_driver.node.requests import NodePublishRequest
@@ -28,11 +28,19 @@ class Joining:
     """Knows which readers join, and mounts the filesystem for their publications. Only read-only attachments do."""
 
     def __init__(
-        self, *, mounts: Mounts, filesystems: Filesystems, paths: Paths, preparation: Preparation, marks: Marks
+        self,
+        *,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        paths: Paths,
+        ownership: Ownership,
+        preparation: Preparation,
+        marks: Marks,
     ) -> None:
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
+        self._ownership = ownership
         self._preparation = preparation
         self._marks = marks
 
@@ -40,7 +48,15 @@ class Joining:
         """Tell whether a volume that is to be staged joins what is mounted of it on this node."""
         if task.uuid is None or not _is_for_readers(task.context):
             return False
-        return any(found.node_number is None for found in self._mounts.of_device(task.device.number))
+        mounts = self._mounts.of_device(task.device)
+        return any(found.node_number is None and self._ownership.is_live(found, task.device) for found in mounts)
+
+    def has_joined(self, volume: NamedVolume, context: PublishContext | None, staging: Path) -> bool:
+        """Tell whether it was staged as one that joins, and others still have it mounted; no device is touched."""
+        if not self.is_staged(volume, context, staging):
+            return False
+        mounts = (found for found in self._mounts.table() if found.node_number is None)
+        return any(self._ownership.name_of(found) == volume.name for found in mounts)
 
     def is_staged(self, volume: NamedVolume, context: PublishContext | None, staging: Path) -> bool:
         """Tell whether it was staged under its present attachment as one that joins.

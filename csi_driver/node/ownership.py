@@ -71,7 +71,7 @@ class Ownership:
         return device if device is not None and is_same(device.uuid, volume.uuid) else None
 
     def owner_of(self, mounted: Mounted, volume: NamedVolume) -> Owner:
-        """Tell whose a mount is, for taking it off; a uuid that the device claims outranks every name.
+        """Tell whose a mount is, for taking it off; a uuid that the device claims outranks the name of a filesystem.
 
         But for a bound device node: it is the volume's when it was made from the volume's path, even where the number
         has been given to another device since (nothing holds a device open that is only bound).
@@ -79,27 +79,45 @@ class Ownership:
         number = number_of(mounted)
         if mounted.node_number is not None and self._was_made_from(mounted, volume):
             return Owner.OURS
-        claimed = self._devices.uuid_of(number)
-        if claimed is not None and volume.uuid is not None:
-            is_ours = is_same(claimed, volume.uuid) or self._is_left_behind(mounted, volume)
-            return Owner.OURS if is_ours else Owner.OTHER
+        if self._was_made_from_another(mounted, volume):
+            return Owner.DEAD if self.is_gone(number) else Owner.OTHER
         device = self._devices.find(volume.name, volume.uuid)
         if device is not None and device.number in (number, self._encryption.below(number)):
+            if self._is_unclaimed(mounted, device):
+                return Owner.DEAD
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
-        if self.is_gone(number):
+        claimed = self._devices.uuid_of(number)
+        if claimed is not None and is_same(claimed, volume.uuid) and volume.uuid is not None:
+            return Owner.OURS
+        if self.is_gone(number) or self._is_left_behind(mounted, volume.name):
             return Owner.DEAD
-        if not self._was_made_from(mounted, volume):
+        if (claimed is not None and volume.uuid is not None) or not self._was_made_from(mounted, volume):
             return Owner.OTHER
         mapping = self._mapping(volume.name, mounted)
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
-    def _is_left_behind(self, mounted: Mounted, volume: NamedVolume) -> bool:
-        """Tell whether the volume's device went away under the mount and its number is another volume's now.
+    def _is_left_behind(self, mounted: Mounted, name: str) -> bool:
+        """Tell whether the volume's device went away under a filesystem of it, and its number is another volume's now.
 
-        The mount holds on to the device that was; the new owner's mounts name its own path as their source.
+        The mount holds on to the device that was; the mounts of the new one name another path as their source.
         """
-        is_known_as = self._devices.name_of(number_of(mounted))
-        return is_known_as not in (None, volume.name) and self._was_made_from(mounted, volume)
+        is_its_filesystem = mounted.node_number is None and mounted.source == str(self._devices.path_of(name))
+        return is_its_filesystem and self._devices.name_of(mounted.number) not in (None, name)
+
+    def _is_unclaimed(self, mounted: Mounted, device: Device) -> bool:
+        """Tell whether a filesystem that has the device's number is of a device that had it before.
+
+        A mount that is alive claims its device for itself.
+        """
+        is_its_number = mounted.node_number is None and mounted.number == device.number
+        return is_its_number and self._devices.is_claimed(device) is False
+
+    def is_live(self, mounted: Mounted, device: Device) -> bool:
+        """Tell whether a mount is of the device as it is now, and not of one that had its number before.
+
+        A mount that is alive claims its device; a bound node claims nothing. What cannot be told now is taken for so.
+        """
+        return mounted.can_be_of(device) and not self._is_unclaimed(mounted, device)
 
     def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
         """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.
@@ -154,6 +172,10 @@ class Ownership:
             logger.warning("volume %s was taken from this node and is in use at %s: detached lazily", volume, path)
             self._mounts.unmount(path, lost=number_of(mounted))
 
+    def is_lost(self, volume: NamedVolume) -> bool:
+        """Tell whether the volume was certainly taken from this node: nothing that is held back can reach it."""
+        return self._is_fenced(volume) or is_cut_off(self._devices, volume.name)
+
     def _is_fenced(self, volume: NamedVolume) -> bool:
         handle = VolumeHandle.parse(volume.volume_id)
         return handle is not None and volume.uuid is not None and is_fenced(self._devices, handle, volume.uuid)
@@ -170,7 +192,7 @@ class Ownership:
         Of an opened encrypted device the path proves little, others have theirs there too: it must lie over the
         volume's device now, or over one that is gone.
         """
-        source = PurePosixPath(mounted.source if mounted.node_number is None else _root_of(mounted))
+        source = PurePosixPath(mounted.source if mounted.node_number is None else mounted.root_path)
         name = source.name
         try:
             if not self._was_made_from(mounted, NamedVolume(name, name, None)):
@@ -193,7 +215,10 @@ class Ownership:
         if self.is_gone(number):
             return True
         mapping = self._mapping(name, mounted)
-        if mapping is not None and mapping.below is None:
+        if (mapping is not None and mapping.below is None) or self._is_left_behind(mounted, name):
+            return True
+        device = self._devices.find(name)
+        if device is not None and self._is_unclaimed(mounted, device):
             return True
         return self.is_cut_off(name, number if mapping is None else mapping.below)
 
@@ -227,12 +252,13 @@ class Ownership:
         paths = (self._devices.path_of(volume.name), self._encryption.path_of(volume.name))
         if mounted.node_number is None:
             return mounted.source in map(str, paths)
-        return _root_of(mounted).parts[-2:] in [path.parts[-2:] for path in paths]
+        return mounted.root_path.parts[-2:] in [path.parts[-2:] for path in paths]
 
-
-def _root_of(mounted: Mounted) -> PurePosixPath:
-    """Return a bound node's path within /dev's filesystem; the kernel appends //deleted once it is gone."""
-    return PurePosixPath(mounted.root.removesuffix("//deleted"))
+    def _was_made_from_another(self, mounted: Mounted, volume: NamedVolume) -> bool:
+        """Tell whether a filesystem was mounted from the path of another volume's device."""
+        source = PurePosixPath(mounted.source)
+        is_beside = str(source.parent) == str(self._devices.path_of(volume.name).parent)
+        return mounted.node_number is None and is_beside and source.name != volume.name
 
 
 def number_of(mounted: Mounted) -> DeviceNumber:

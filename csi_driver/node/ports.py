@@ -60,6 +60,17 @@ class Devices(Protocol):
         """
         ...
 
+    def is_claimed(self, device: Device) -> bool | None:
+        """Tell whether a mount or a program has the device for itself (O_EXCL); None where that cannot be told now.
+
+        False when it is gone. A mount of it that is alive claims it.
+        """
+        ...
+
+    def is_open(self, device: Device) -> bool | None:
+        """Tell whether anything on this machine has the device open; None where that cannot be told now."""
+        ...
+
     def size_bytes(self, number: DeviceNumber) -> int | None:
         """Return the present size of a device without opening it; None when the device is gone."""
         ...
@@ -225,8 +236,11 @@ class Mounts(Protocol):
         """Return every mount there is, in the kernel's order. Costs time for each of them; touches no filesystem."""
         ...
 
-    def of_device(self, number: DeviceNumber) -> list[Mounted]:
-        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table."""
+    def of_device(self, device: Device) -> list[Mounted]:
+        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table.
+
+        Those made from another volume's node are none: they outlived their device, and its number is this one's now.
+        """
         ...
 
     def twins(self, path: Path) -> Sequence[Path]:

@@ -197,7 +197,12 @@ class Preparation:
     def _claim(
         self, stack: ExitStack, device: Device, *, write: bool, deadline: Deadline
     ) -> OpenDevice | list[Mounted]:
-        """Open the device for ourselves alone; where it is mounted already, return its mounts instead."""
+        """Open the device for ourselves alone; where it is mounted already, return its mounts instead.
+
+        Mounts that the table shows of a device that nothing claims are of one that had its number before.
+        """
+        if mounts := self._filesystems_of(device):
+            return mounts
         opened: list[OpenDevice] = []
         refusals: list[PreconditionFailed | OperationPending] = []
 
@@ -211,13 +216,16 @@ class Preparation:
 
         if attempt():
             return opened[0]
-        mounts = [found for found in self._mounts.of_device(device.number) if found.node_number is None]
-        if mounts:
+        if mounts := self._filesystems_of(device):
             return mounts
         patience = Deadline.after(min(BUSY_PATIENCE_S, deadline.remaining_s()), deadline.clock)
         if patience.wait_until(attempt):
             return opened[0]
         raise refusals[-1]
+
+    def _filesystems_of(self, device: Device) -> list[Mounted]:
+        mounts = [found for found in self._mounts.of_device(device) if found.node_number is None]
+        return mounts if mounts and self._devices.is_claimed(device) is not False else []
 
     def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
         """Read every block. It takes no deadline: a large volume would never be done, and a retry finds it at work."""

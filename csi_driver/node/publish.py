@@ -188,7 +188,7 @@ class Publish:
         staged = self._mounts.at(staging)
         if staged is None:
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
-        if staged.number != device.number or staged.node_number is not None:
+        if staged.node_number is not None or not self._ownership.is_live(staged, device):
             raise PreconditionFailed(
                 f"staging path {staging}: expected volume {volume}, got {self._ownership.describe(staged)}"
             )
@@ -198,7 +198,7 @@ class Publish:
         self, published: Mounted, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
     ) -> None:
         found = [] if published.node_number is None else ["access: expected mount, got block"]
-        if number_of(published) != device.number:
+        if not published.can_be_of(device):
             if self._ownership.owner_of(published, volume) is not Owner.OURS:
                 raise self._held_by_another(published, volume, target)
             found = found or [f"device: expected {device.number}, got {number_of(published)}"]
@@ -260,7 +260,7 @@ class Publish:
         read_only: bool,
     ) -> None:
         found = ["access: expected block, got mount"] if published.node_number is None else []
-        if number_of(published) == device.number:
+        if published.can_be_of(device):
             if not found and needs_reader:
                 found.append("device: expected a read-only one, got a writable one")
         elif self._ownership.owner_of(published, volume) is not Owner.OURS:
@@ -308,7 +308,8 @@ class Publish:
         """
         if mode is not AccessMode.SINGLE_NODE_SINGLE_WRITER:
             return
-        mounts = [found for found in self._mounts.of_device(device.number) if root is None or found.root == root]
+        mounts = [found for found in self._mounts.of_device(device) if root is None or found.root == root]
+        mounts = [found for found in mounts if self._ownership.is_live(found, device)]
         # Where kubelet's directory is a shared bind mount, each of its mounts appears under two paths.
         own = own.union(*map(self._mounts.twins, own)) if any(found.path not in own for found in mounts) else own
         for found in mounts:

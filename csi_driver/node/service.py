@@ -76,10 +76,10 @@ def assemble(
     kept, heavy = marks or mark_files(settings), HeavyWork(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
-    encrypted = EncryptedVolumes(
-        devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy
-    )
-    joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, preparation=preparation, marks=kept)
+    encrypted = EncryptedVolumes(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems,
+                                 marks=kept, heavy=heavy)  # fmt: skip
+    joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
+                      preparation=preparation, marks=kept)  # fmt: skip
     stage = Stage(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
         probes=probes, preparation=preparation, encrypted=encrypted, joining=joining, settings=settings

@@ -41,6 +41,7 @@ from csi_driver.storage_model import LUKS_HEADER_BYTES
 logger = logging.getLogger(__name__)
 
 STAGING_PATH = "staging_target_path"
+_CLOSING_PATIENCE_S = 5.0
 
 
 class Stage:
@@ -103,6 +104,8 @@ class Stage:
                 if mounted is not None and self._is_dead_and_unused(mounted, volume, path):
                     self._ownership.take_off(path, volume)
                     mounted = None
+                if mounted is None and self._joining.has_joined(volume, context, path):
+                    return
                 if mounted is None:
                     self._stage_mount(volume, context, path, plan, locks, deadline=in_time)
                 else:
@@ -113,7 +116,8 @@ class Stage:
 
         A mount of another volume is left alone. Publications that still exist do not hinder it: the CO unpublishes
         first, a bind mount cannot be told from another staging of the same device, and the device stays in use,
-        which whoever detaches it finds out.
+        which whoever detaches it finds out. Without any mount the device must be closed: an unmount leaves the table
+        at once, and the kernel may still be writing. Raises `StorageUnavailable` while it is not.
         """
         path = self._paths.check(staging_target_path, STAGING_PATH, takes_off=True)
         handle = VolumeHandle.parse(volume_id)
@@ -122,6 +126,34 @@ class Stage:
             self._encrypted.wake(volume)
             self._ownership.take_off(path, volume)
             self._encrypted.close(volume)
+            self._require_closed(volume, deadline.earlier(self._settings.answer_margin_s))
+
+    def _require_closed(self, volume: NamedVolume, deadline: Deadline) -> None:
+        """Wait until the volume's device is closed; udev, and our own looks at it, hold it open for a moment.
+
+        It may stay open for another staging or publication of the volume, and where it was taken from this node.
+        """
+        device = self._ownership.device_of(volume)
+        if device is None or self._devices.is_open(device) is False or self._is_mounted(volume, device):
+            return
+        patience = deadline.at_most(_CLOSING_PATIENCE_S)
+        if patience.wait_until(lambda: self._devices.is_open(device) is False) or self._ownership.is_lost(volume):
+            return
+        if self._devices.is_open(device) is None:
+            raise StorageUnavailable(
+                f"volume {volume} is unmounted, and whether its device {device.path} is closed cannot be told: its "
+                "storage client carries no I/O for it, so it is not opened; retry when I/O is back"
+            )
+        raise StorageUnavailable(
+            f"volume {volume} is unmounted, and its device {device.path} is still open on this node: the kernel is "
+            "writing what is left, or a program outside of the mounts uses it; end that program, and retry"
+        )
+
+    def _is_mounted(self, volume: NamedVolume, device: Device) -> bool:
+        used = (device, self._encrypted.opened_over(volume, device))
+        return any(
+            self._ownership.is_live(found, each) for each in used if each for found in self._mounts.of_device(each)
+        )
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
         """Tell whether a filesystem of the volume is mounted at its staging path, dead or alive."""
@@ -140,7 +172,8 @@ class Stage:
         if dead is None or self._ownership.owner_of(mounted, volume) is not Owner.OURS:
             return False
         own = {path, mounted.path, *self._mounts.twins(path)}
-        used = [found.path for found in self._mounts.of_device(mounted.number) if found.path not in own]
+        same = (found for found in self._mounts.table() if found.number == mounted.number)
+        used = [found.path for found in same if found.source == mounted.source and found.path not in own]
         if used:
             logger.warning("volume %s is published at %s, and %s", volume, used[0], dead.detail)
             return False
@@ -249,7 +282,7 @@ class Stage:
         device = self._ownership.device_of(volume)
         if device is not None:
             device = self._encrypted.in_use(volume, device, by)
-        if device is None or device.number != mounted.number or mounted.node_number is not None:
+        if device is None or mounted.node_number is not None or not self._ownership.is_live(mounted, device):
             raise PreconditionFailed(
                 f"staging path {path}: expected volume {volume}, got {self._ownership.describe(mounted)}"
             )
@@ -335,7 +368,8 @@ class Stage:
             why = device.write_refusal or "the kernel has it read-only"
             raise PreconditionFailed(f"the device of volume {volume} refuses writes ({why}), expected write access")
         if context is not None and context.read_only and not device.read_only:
-            writer = next((found for found in self._mounts.of_device(device.number) if not found.read_only), None)
+            writers = (found for found in self._mounts.of_device(device) if not found.read_only)
+            writer = next((found for found in writers if self._ownership.is_live(found, device)), None)
             if writer is not None:
                 raise PreconditionFailed(
                     f"volume {volume} is attached read-only, but {writer.path} mounts it writable; unmount that"

@@ -49,11 +49,12 @@ class Statistics:
 
         def ask() -> Usage:
             mounted = self._mounts.at(path)
-            if mounted is None or self._ownership.owner_of(mounted, volume) is Owner.OTHER:
+            owner = Owner.OTHER if mounted is None else self._ownership.owner_of(mounted, volume)
+            if mounted is None or owner is Owner.OTHER:
                 raise VolumeNotMounted(volume, path)
             number = number_of(mounted)
             size = self._devices.size_bytes(number) if number.major else None
-            if number.major and not size:
+            if owner is Owner.DEAD or (number.major and not size):
                 raise StorageUnavailable(f"the device {number} of volume {volume} at {path} is gone")
             if mounted.node_number is not None and size:
                 return Usage(total_bytes=size)

@@ -183,6 +183,20 @@ def test_a_device_number_that_was_given_to_another_volume_is_refused(machine: Ho
         pass
 
 
+def test_a_disk_that_came_anew_under_the_same_number_is_not_opened(machine: HostMachine) -> None:
+    """Name, number, uuid and size are the same; what was learnt of the disk before it went says nothing any more."""
+    volume = machine.volume()
+    device = machine.device(volume)
+    assert machine.loops.detach(volume.loop)
+    with volume.file.open("r+b") as file, open(f"/dev/loop{volume.loop.number}", "r+b", buffering=0) as node:
+        ioctls.loop_configure(node.fileno(), file.fileno(), label=volume.loop.label, flags=0, block_bytes=4096)
+    machine.loops.ensure_node(volume.loop, machine.device_root / volume.name)
+    with pytest.raises(PreconditionFailed, match="disk sequence number"), machine.devices.open(device):
+        pass
+    with machine.devices.open(machine.device(volume)):
+        pass
+
+
 def test_a_device_that_changed_its_size_is_refused(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)

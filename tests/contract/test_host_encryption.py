@@ -87,7 +87,7 @@ def mapped(mapping_host: Host) -> Iterator[Keyring]:
     yield keys
     left = mapping_host.encryption.mapping(NAME)
     if left is not None:
-        for mounted in mapping_host.mounts.of_device(left.number):
+        for mounted in mapping_host.mounts.of_device(mapping_host.encryption.device(left, None)):
             mapping_host.mounts.unmount(mounted.path)
         mapping_host.encryption.close(left)
 

@@ -141,7 +141,7 @@ def test_every_mount_of_a_device_is_found(machine: HostMachine, fs_type: str) ->
     machine.mounts.mount(device, staged, fs_type, [], read_only=False)
     machine.mounts.bind(staged, published, read_only=True)
     machine.mounts.bind(device.path, node, read_only=False)
-    found = machine.mounts.of_device(device.number)
+    found = machine.mounts.of_device(device)
     assert {mounted.path for mounted in found} == {staged, published, node}
 
 
@@ -439,6 +439,6 @@ def test_a_table_that_cannot_be_read_is_a_failure_and_no_empty_table(
     machine: HostMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mounts, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
-    for look in (machine.mounts.table, lambda: machine.mounts.of_device(DeviceNumber(7, 0))):
+    for look in (machine.mounts.table, lambda: machine.mounts.of_device(machine.device(machine.volume()))):
         with pytest.raises(SystemCallFailed, match="mountinfo"):
             look()

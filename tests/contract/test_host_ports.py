@@ -409,8 +409,8 @@ def test_all_mounts_of_a_device_are_found_and_no_others(host: Host, actor: Actor
     host.mounts.bind(staged, target, read_only=True)
     node = actor.bound_device(actor.device(), "node")
     actor.mounted("elsewhere", "csi-2")
-    assert all(found in host.mounts.table() for found in host.mounts.of_device(actor.device().number))
-    found = {mounted.path for mounted in host.mounts.of_device(actor.device().number)}
+    assert all(found in host.mounts.table() for found in host.mounts.of_device(actor.device()))
+    found = {mounted.path for mounted in host.mounts.of_device(actor.device())}
     # Whoever else uses this machine may have a raw device published whose number is another's by now: this one's.
     assert {path for path in found if path.is_relative_to(host.root)} == {staged, target, node}
 

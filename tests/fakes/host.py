@@ -93,6 +93,8 @@ class FakeDisk:
     fails_reads: bool = False
     busy_for: int = 0
     """How many more exclusive opens find it busy."""
+    opened_by_others: int = 0
+    """How many programs that no mount tells of have it open."""
     backing: FakeDisk | None = None
     label: str = ""
     claimed: int | None = None
@@ -181,9 +183,20 @@ class FakeHost:
             self.tree.setdefault(part, "directory")
         return path
 
-    def attach(self, name: str, uuid: str, size_bytes: int = 64 * MIB, *, like: FakeDisk | None = None) -> FakeDisk:
-        """Let the device of a volume appear; `like` carries over what an earlier attachment of it holds."""
-        number = DeviceNumber(240, next(self._minors))
+    def attach(
+        self,
+        name: str,
+        uuid: str,
+        size_bytes: int = 64 * MIB,
+        *,
+        like: FakeDisk | None = None,
+        number: DeviceNumber | None = None,
+    ) -> FakeDisk:
+        """Let the device of a volume appear; `like` carries over what an earlier attachment of it holds.
+
+        `number`: one that a device had which is gone, and mounts of it may still have.
+        """
+        number = number or DeviceNumber(240, next(self._minors))
         disk = FakeDisk(name, uuid, number, size_bytes, DEVICE_DIRECTORY / name)
         if like is not None:
             disk.filesystem, disk.signature, disk.raw = like.filesystem, like.signature, like.raw
@@ -345,6 +358,18 @@ class FakeDevices:
             raise PreconditionFailed(f"{disk.path} is in use")
         disk.claimed = fd
 
+    def is_claimed(self, device: Device) -> bool | None:
+        disk = self._host.by_number(device.number)
+        if disk is None:
+            return False
+        if not disk.is_usable:
+            return None
+        return disk.claimed is not None or self._host.is_mounted(disk) or self._host.is_mapped(disk)
+
+    def is_open(self, device: Device) -> bool | None:
+        disk = self._host.by_number(device.number)
+        return disk is not None and (disk.opened_by_others > 0 or self.is_claimed(device) is True)
+
     def size_bytes(self, number: DeviceNumber) -> int | None:
         disk = self._host.by_number(number)
         return disk.size_bytes if disk is not None else None
@@ -459,9 +484,8 @@ class FakeMounts:
     def table(self) -> list[Mounted]:
         return [_shown(entry) for entry in self._host.table]
 
-    def of_device(self, number: DeviceNumber) -> list[Mounted]:
-        shown = [_shown(entry) for entry in self._host.table]
-        return [mounted for mounted in shown if number in (mounted.number, mounted.node_number)]
+    def of_device(self, device: Device) -> list[Mounted]:
+        return [mounted for mounted in map(_shown, self._host.table) if mounted.can_be_of(device)]
 
     def reaches_host(self, path: Path) -> bool:
         return self._host.mounts_reach_host
@@ -485,6 +509,8 @@ class FakeMounts:
             raise SystemCallFailed(what, errno.EINVAL, "wrong filesystem")
         if disk.read_only and not read_only:
             raise SystemCallFailed(what, errno.EACCES)
+        if any(entry.disk and entry.disk.is_gone and entry.disk.number == disk.number for entry in host.table):
+            raise PreconditionFailed(f"{what}: the kernel gave a filesystem that had the number {disk.number} before")
         if disk.claimed is not None or (host.is_mounted(disk) and disk.superblock_read_only != read_only):
             raise PreconditionFailed(f"{what}: the device is in use")
         host.step("before mount")

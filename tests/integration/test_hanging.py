@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.host import command
 from csi_driver.model import MIB
 from csi_driver.rpc.client import CallFailed
 from tests.contract.host_machine import Volume as LoopVolume
 from tests.contract.host_machine import host_machine
 from tests.integration.fault_nodes import ServingNode, Subject, World, until_ok
-from tests.integration.rig import digest, fill
+from tests.integration.rig import digest, fill, wait_for
 from tests.integration.stalling_disk import StallingDisk, stalling_disk
 
 pytestmark = [
@@ -63,6 +66,11 @@ def over(world: World, disk: StallingDisk) -> Subject:
     return subject
 
 
+def state_of(pid: int) -> str:
+    """Return the letter by which the kernel shows what a process does (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def staged_and_published(world: World, node: ServingNode, disk: StallingDisk) -> Subject:
     subject = over(world, disk)
     for verb in ("stage", "publish"):
@@ -88,7 +96,10 @@ def test_a_device_that_hangs_delays_its_own_unstage_alone_and_loses_nothing(
     try:
         assert ask_for_statistics(node, subject) < SOON_S
         assert node.call("unpublish", subject, timeout_s=SOON_S) == "ok"
-        assert node.call("unstage", subject, timeout_s=1.0).startswith("DEADLINE_EXCEEDED")
+        told = node.call("unstage", subject, timeout_s=2.0)
+        assert told.startswith("DEADLINE_EXCEEDED")
+        assert "it waits in" in told
+        assert "syscalls.unmount" in told
         assert node.call("unstage", subject, timeout_s=SOON_S).startswith("ABORTED")
         for verb in ("stage", "publish", "unpublish", "unstage"):
             assert node.call(verb, other, timeout_s=4 * SOON_S) == "ok"
@@ -118,6 +129,84 @@ def test_a_device_that_hangs_while_it_is_looked_at_is_told_within_the_deadline(
         disk.go_on()
     until_ok(node, "stage", subject)
     until_ok(node, "unstage", subject)
+    assert world.machine.loops.detach(subject.loop.loop)
+
+
+def test_a_node_that_waits_for_a_dead_device_can_be_stopped_and_the_next_one_serves_the_others(
+    world: World, disk: StallingDisk
+) -> None:
+    """A thread in the kernel keeps the process as a zombie, whatever anybody does; nothing else of it is left."""
+    old = ServingNode(world.directory, "stopped.sock", "--drain-seconds", "1")
+    subject, other = over(world, disk), world.subject("ext4")
+    disk.stall()
+    try:
+        assert old.call("stage", subject, timeout_s=1.0).startswith("DEADLINE_EXCEEDED")
+        old.process.terminate()
+        wait_for(lambda: state_of(old.process.pid) in "ZX", "the process to end as far as the kernel lets it", 30)
+        with contextlib.closing(ServingNode(world.directory, "stopped.sock")) as new:
+            for verb in ("stage", "publish", "unpublish", "unstage"):
+                assert new.call(verb, other, timeout_s=4 * SOON_S) == "ok"
+    finally:
+        disk.go_on()
+        old.close()
+    world.end(other)
+    assert world.machine.loops.detach(subject.loop.loop)
+
+
+def test_a_device_without_io_is_not_opened(world: World, node: ServingNode, disk: StallingDisk) -> None:
+    """A reader that was killed while I/O was held has locked the device: every open of it hangs, for as long."""
+    subject = over(world, disk)
+    disk.stall()
+    try:
+        with subprocess.Popen(
+            ("dd", f"if={subject.loop.loop.node}", "of=/dev/null", "count=1"), stderr=subprocess.DEVNULL
+        ) as reader:
+            wait_for(lambda: state_of(reader.pid) == "D", "a buffered reader to wait for its device", 30)
+            reader.kill()
+            lost = {"status": "Live, no IO, partial Error (storage lost)", "dbg": "0x2a1"}
+            world.machine.write_status(subject.name, subject.loop.uuid, SIZE, **lost)
+            files = world.directory / "proc" / "volumes" / subject.name
+            for verb, opens, told in (
+                ("stage", 0, "has not enabled I/O"),
+                ("stage", 0, "has not enabled I/O"),
+                ("publish", 0, "FAILED_PRECONDITION"),
+                ("unstage", 1, "is still open"),
+                ("unstage", 0, "ok"),
+            ):
+                (files / "client_processes").write_text(
+                    f"Processes holding handle:\nNum Processes={opens}, opens={opens}\n"
+                )
+                assert told in node.call(verb, subject, timeout_s=2.0)
+            (files / "client_processes").unlink()
+            disk.go_on()
+    finally:
+        disk.go_on()
+    world.machine.write_status(subject.name, subject.loop.uuid, SIZE)
+    until_ok(node, "stage", subject)
+    until_ok(node, "unstage", subject)
+    assert world.machine.loops.detach(subject.loop.loop)
+
+
+def test_a_tool_that_reads_a_dead_device_is_left_alone_and_locks_nobody_out(world: World, disk: StallingDisk) -> None:
+    subject = over(world, disk)
+    argv = ("blkid", "-p", str(subject.loop.loop.node))
+    answers: list[int] = []
+    disk.stall()
+    try:
+        reader = threading.Thread(
+            target=lambda: answers.append(command.run(argv, timeout_s=0.2, accept=(0, 2), on_device=True).status)
+        )
+        reader.start()
+        reader.join(1.0)
+        assert reader.is_alive()
+        opener = threading.Thread(target=lambda: os.close(os.open(argv[-1], os.O_RDONLY)))
+        opener.start()
+        opener.join(10)
+        assert not opener.is_alive()
+    finally:
+        disk.go_on()
+    reader.join(30)
+    assert answers == [2]
     assert world.machine.loops.detach(subject.loop.loop)
 
 

@@ -1,0 +1,65 @@
+"""NodeUnstageVolume answers OK when the device is closed: an unmount leaves the mount table before it has ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from csi_driver.errors import StorageUnavailable
+from csi_driver.machine import VolumeStatus
+from tests.fakes.node import BLOCK, NAME, STAGING, TARGET, UUID, FakeNode
+
+
+@pytest.mark.parametrize("access", ["mount", "block"])
+def test_a_volume_whose_device_is_still_open_is_not_unstaged(node: FakeNode, access: str) -> None:
+    disk = node.host.attach(NAME, UUID)
+    if access == "mount":
+        node.stage()
+    else:
+        node.stage(access=BLOCK)
+    disk.opened_by_others = 1
+    for _ in range(2):
+        with pytest.raises(StorageUnavailable, match=f"/dev/nvmesh/{NAME} is still open"):
+            node.unstage()
+        assert node.host.mounts_at(STAGING) == 0
+    disk.opened_by_others = 0
+    node.unstage()
+
+
+def test_a_mount_that_left_the_table_and_is_still_written_back_is_waited_for(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    node.host.table.clear()
+    disk.opened_by_others = 1
+    with pytest.raises(StorageUnavailable, match="the kernel is writing what is left"):
+        node.unstage()
+
+
+def test_a_program_that_looks_at_the_device_for_a_moment_is_waited_for(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    disk.opened_by_others = 1
+    monkeypatch.setattr(node.clock, "sleep", lambda seconds: setattr(disk, "opened_by_others", 0))
+    node.unstage()
+
+
+def test_another_mount_of_the_volume_keeps_its_device_open_and_unstage_from_nothing(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    node.stage()
+    node.publish()
+    node.unstage()
+    assert (node.host.mounts_at(STAGING), node.host.mounts_at(TARGET)) == (0, 1)
+
+
+def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, words="cut off")
+    disk.references, disk.opened_by_others = (), 1
+    node.unstage()
+    assert node.host.mounts_at(STAGING) == 0
+
+
+def test_a_volume_that_is_not_attached_is_unstaged_at_once(node: FakeNode) -> None:
+    node.unstage()
