@@ -1,4 +1,4 @@
-"""The text form of the mount table (/proc/self/mountinfo): a pure parser, and what to take from a parsed line.
+"""The text form of the mount table (/proc/self/mountinfo): its parser, and what to take from a parsed line.
 
 Format: proc_pid_mountinfo(5). Reading it costs time for every mount of the machine: single paths are looked up by
 `mounts.LinuxMounts.at` instead.
@@ -6,15 +6,18 @@ Format: proc_pid_mountinfo(5). Reading it costs time for every mount of the mach
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.errors import SystemCallFailed
 from csi_driver.machine import DeviceNumber
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PEER_GROUP = re.compile(r"(?:shared|master):(\d+)")
+_TABLE = Path("/proc/self/mountinfo")
 _ACCESS = frozenset({"ro", "rw"})
 
 
@@ -37,6 +40,14 @@ class Entry:
     shared: bool
     peers: frozenset[int] = frozenset()
     turned_read_only: bool = False
+
+
+def read_table() -> list[Entry]:
+    """Return the mount table of this process as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
+    try:
+        return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may hold "\r", which text mode changes
+    except OSError as error:
+        raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
 
 
 def parse(text: str) -> list[Entry]:

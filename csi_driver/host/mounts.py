@@ -15,14 +15,14 @@ from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import block_devices, ioctls, mount_table, syscalls
+from csi_driver.host import made_mounts, mount_table, syscalls
 from csi_driver.host.going_down import shut_down
 from csi_driver.host.holders import describe_holders
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
+from csi_driver.host.mount_table import read_table
 from csi_driver.machine import Device, DeviceNumber, Mounted
 
 _BUSY_GRACE_S = 1.0
-_TABLE = Path("/proc/self/mountinfo")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
 _WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
@@ -145,7 +145,7 @@ class LinuxMounts:
             except SystemCallFailed as failure:
                 raise _why_not_mounted(what, device, fs_type, wanted, context, failure) from failure
             mount_fd = _held(held, syscalls.fsmount(context, wanted.attributes))
-            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            made_mounts.verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _mount_classic(self, device: Device, target: Path, target_fd: int, fs_type: str, wanted: MountOptions) -> None:
@@ -160,7 +160,7 @@ class LinuxMounts:
             raise _refused(what, failure.errno) from failure
         mount_fd = self._open_at(target)
         try:
-            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            made_mounts.verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
         except BaseException:
             syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
             raise
@@ -179,7 +179,7 @@ class LinuxMounts:
             mount_fd = _held(held, syscalls.open_tree_clone(source_fd, what))
             if read_only:
                 syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
-                _verify_read_only(mount_fd, what)
+                made_mounts.verify_read_only(mount_fd, what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _open_source(self, source: Path) -> int:
@@ -237,14 +237,6 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-def read_table() -> list[mount_table.Entry]:
-    """Return the mount table as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
-    try:
-        return mount_table.parse(os.fsdecode(_TABLE.read_bytes()))  # a path may hold "\r", which text mode changes
-    except OSError as error:
-        raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
-
-
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mounted | None:
     entries = read_table()
     if status is not None and status.mount_id is not None:
@@ -290,22 +282,9 @@ def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
     except OSError:
         return shown
     try:
-        return _btrfs_device_of(fd) or shown
+        return made_mounts.btrfs_device_of(fd) or shown
     finally:
         os.close(fd)
-
-
-def _btrfs_device_of(fd: int) -> DeviceNumber | None:
-    try:
-        devices = Path("/sys/fs/btrfs") / ioctls.btrfs_uuid(fd) / "devices"
-        texts = [(device / "dev").read_text() for device in sorted(devices.iterdir())]
-    except (SystemCallFailed, OSError):
-        return None
-    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
-    return DeviceNumber(int(major), int(minor)) if minor else None
-
-
-# --- making -------------------------------------------------------------------------------------------------
 
 
 def _held(stack: contextlib.ExitStack, fd: int) -> int:
@@ -393,48 +372,6 @@ def _refused(what: str, errno_number: int, reason: str = "") -> Exception:
     if errno_number == errno.EBUSY:
         return PreconditionFailed(f"{what}: busy, it is in use" + (f": {reason}" if reason else ""))
     return SystemCallFailed(what, errno_number, reason)
-
-
-def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:
-    """Compare what was made with what was wanted."""
-    number: DeviceNumber | None = ioctls.device_number(os.fstat(mount_fd).st_dev)
-    if fs_type == "btrfs":
-        root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
-        try:
-            number = _btrfs_device_of(root_fd)
-        finally:
-            os.close(root_fd)
-    if number != device.number:
-        raise PreconditionFailed(f"{what}: the kernel mounted device {number}, expected {device.number}")
-    _verify_alive(device, what)
-    is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
-    if is_read_only != read_only:
-        raise HostFailure(f"{what}: it became read-{'only' if is_read_only else 'write'}, which was not wanted")
-
-
-def _verify_alive(device: Device, what: str) -> None:
-    """Refuse a filesystem of a disk that had the device's number before.
-
-    The kernel looks for a mounted filesystem by number alone before it opens a device (fs/super.c, sget_dev), and hands
-    out what is left of another disk as this one's. A filesystem that is alive claims its device.
-    """
-    if block_devices.is_claimed(device.path):
-        return
-    left = next((entry.path for entry in read_table() if entry.number == device.number), None)
-    by = (
-        f"which is still mounted at {left}: unmount it"
-        if left
-        else "and is unmounted but in use: end the programs that use it"
-    )
-    raise PreconditionFailed(
-        f"{what}: the kernel gave the filesystem of a disk that is gone and had the number {device.number} before, "
-        f"{by}, and retry"
-    )
-
-
-def _verify_read_only(mount_fd: int, what: str) -> None:
-    if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
-        raise HostFailure(f"{what}: it became read-write, wanted read-only")
 
 
 def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.host import mount_table, syscalls
-from csi_driver.host.mounts import LinuxMounts, read_table
+from csi_driver.host.mount_table import read_table
+from csi_driver.host.mounts import LinuxMounts
 from csi_driver.machine import DeviceNumber
 
 DEVICES = Path("/dev")

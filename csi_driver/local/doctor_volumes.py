@@ -9,7 +9,7 @@ from csi_driver.errors import HostFailure
 from csi_driver.host import survey
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.host.mounts import read_table
+from csi_driver.host.mount_table import read_table
 from csi_driver.local.doctor_findings import Check, Finding, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.local.held import held_in

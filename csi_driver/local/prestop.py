@@ -19,7 +19,7 @@ def run_pre_stop(
     settings: log.LogSettings, api: ApiSettings | None, node_name: str, driver_name: str, timeout_s: float
 ) -> int:
     """Wait where the node is being drained; return the exit status, which is 0, after SIGTERM too."""
-    from csi_driver.host.mounts import read_table
+    from csi_driver.host.mount_table import read_table
     from csi_driver.host.running import find_running, log_of
     from csi_driver.kubernetes.api import ApiServer
     from csi_driver.kubernetes.drain import PreStop

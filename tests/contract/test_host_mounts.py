@@ -18,7 +18,7 @@ import pytest
 
 from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import going_down, mounts, syscalls
+from csi_driver.host import going_down, mount_table, mounts, syscalls
 from csi_driver.machine import DeviceNumber
 from csi_driver.model import MIB, AccessMode, MountAccess
 from csi_driver.parameters.mkfs import MkfsRequest
@@ -420,7 +420,7 @@ def test_looking_at_one_path_never_reads_the_table(machine: HostMachine, monkeyp
     """So that it costs the same with ten mounts and ten thousand."""
     _, device = machine.formatted("ext4", SIZES["ext4"])
     staged, target = machine.place("staged"), machine.place("target")
-    monkeypatch.setattr(mounts, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
     machine.mounts.mount(device, staged, "ext4", [], read_only=False)
     machine.mounts.bind(staged, target, read_only=True)
     seen = [machine.mounts.at(path) for path in (staged, target)]
@@ -438,7 +438,7 @@ def test_a_system_call_that_is_refused_names_its_reason() -> None:
 def test_a_table_that_cannot_be_read_is_a_failure_and_no_empty_table(
     machine: HostMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
     for look in (machine.mounts.table, lambda: machine.mounts.of_device(machine.device(machine.volume()))):
         with pytest.raises(SystemCallFailed, match="mountinfo"):
             look()

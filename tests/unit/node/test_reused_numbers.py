@@ -128,7 +128,7 @@ def test_the_same_volume_that_is_back_under_its_number_is_staged_anew(node: Fake
     node.host.write_file(STAGING, "a", b"precious")
     node.host.detach(NAME)
     back = node.host.attach(NAME, UUID, like=disk, number=disk.number)
-    with pytest.raises(PreconditionFailed, match="holds ext4"):
+    with pytest.raises(PreconditionFailed, match="got ext4"):
         node.publish()
     node.stage()
     assert [entry.disk for entry in node.host.table] == [back]
