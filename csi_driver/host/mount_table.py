@@ -43,7 +43,7 @@ class Entry:
 
 
 def read_table() -> list[Entry]:
-    """Return the mount table of this process as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
+    """Return the mount table as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
     try:
         return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may hold "\r", which text mode changes
     except OSError as error:
