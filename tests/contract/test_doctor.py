@@ -293,7 +293,7 @@ def test_another_driver_of_the_same_name_is_a_fault(machine: Machine) -> None:
 def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machine) -> None:
     with listening(machine.directory / "csi.sock"):
         began_s = time.monotonic()
-        found = machine.look("--timeout=2")
+        found = machine.look("--timeout=4")
     assert found.of(Check.DRIVER, "unknown") or found.of(Check.DRIVER, "fault")
     assert found.of(Check.KERNEL, "fine")
     assert time.monotonic() - began_s < _PATIENCE_S / 2

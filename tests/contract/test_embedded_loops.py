@@ -277,7 +277,7 @@ class Process:
 
     def call(self, path: str, body: object = None) -> Json:
         method = "GET" if body is None else "POST"
-        return self._session.request(method, self.url + path, json=body, timeout=10, allow_redirects=False).json()
+        return self._session.request(method, self.url + path, json=body, timeout=120, allow_redirects=False).json()
 
     def end(self, number: int) -> int:
         self._popen.send_signal(number)
@@ -408,7 +408,7 @@ def test_waiting_for_a_busy_device_ends_by_itself(tmp_path: Path, loops: LoopDev
         with node(tmp_path, "data").open("rb"):
             manager.call("/clients/detach", wish)
             assert identity in manager.call("/clients/node-1")["attachments"]
-        gone = Deadline.after(10).wait_until(lambda: manager.call("/clients/node-1")["attachments"] == {})
+        gone = Deadline.after(120).wait_until(lambda: manager.call("/clients/node-1")["attachments"] == {})
         assert gone
 
 

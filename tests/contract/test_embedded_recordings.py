@@ -134,7 +134,7 @@ class Replay:
         data = None if body is None else body if isinstance(body, str) else self._ours(json.dumps(body))
         answer = self._session.request(
             str(request["method"]), self._server.url + str(request["path"]), headers=headers, data=data,
-            allow_redirects=False, timeout=30,
+            allow_redirects=False, timeout=120,
         )  # fmt: skip
         is_json = answer.headers.get("Content-Type", "").startswith("application/json")
         answered = answer.json() if is_json else None
@@ -272,7 +272,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorageSe
     server.start()
     session = requests.Session()
     session.headers["Accept"] = "application/json"
-    session.post(f"{server.url}/login", json={"username": "admin@nvidia.com", "password": "admin"}, timeout=30)
+    session.post(f"{server.url}/login", json={"username": "admin@nvidia.com", "password": "admin"}, timeout=120)
     yield server, session
     server.stop()
 
@@ -302,7 +302,7 @@ def test_the_drivers_requests_give_the_volumes_and_refusals_that_they_gave_in_a_
         for theirs, uuid in ours.items():
             sent = sent.replace(theirs, uuid)
         answer = session.request(
-            request["method"], server.url + request["path"], data=sent if request["body"] else None, timeout=30,
+            request["method"], server.url + request["path"], data=sent if request["body"] else None, timeout=120,
             headers={"Content-Type": "application/json"},
         )  # fmt: skip
         answered = answer.json()

@@ -409,23 +409,23 @@ def test_a_program_that_works_on_a_device_is_waited_for_and_never_killed(caplog:
 
 def test_a_status_that_is_no_answer_is_a_failure_with_the_reason() -> None:
     with pytest.raises(CommandFailed, match="status 3: because") as caught:
-        command.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=5)
+        command.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=60)
     assert caught.value.status == 3
 
 
 def test_a_status_that_is_an_answer_is_returned() -> None:
-    assert command.run(("sh", "-c", "cat; exit 3"), timeout_s=5, accept=(0, 3), stdin=b"in").stdout == b"in"
+    assert command.run(("sh", "-c", "cat; exit 3"), timeout_s=60, accept=(0, 3), stdin=b"in").stdout == b"in"
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SEARCH_PATH", "/nowhere")
     with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; install the package xfsprogs"):
-        command.run(("mkfs.xfs",), timeout_s=5)
+        command.run(("mkfs.xfs",), timeout_s=60)
 
 
 def test_a_program_gets_nothing_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "value")
-    shown = command.run(("env",), timeout_s=5).stdout.decode()
+    shown = command.run(("env",), timeout_s=60).stdout.decode()
     assert "SECRET" not in shown
     assert "LC_ALL=C" in shown
 

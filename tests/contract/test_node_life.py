@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 NODE, CSI_NODE = "/api/v1/nodes/node-1", "/apis/storage.k8s.io/v1/csinodes/node-1"
 DRIVER, KEY = "life.example.com", "life.example.com/agent-not-ready"
 TAINTS = [{"key": KEY, "effect": "NoSchedule", "value": "x"}, {"key": "other", "effect": "NoExecute"}]
-_PATIENCE_S = 30
+_PATIENCE_S = 120
 
 
 @dataclass

@@ -158,7 +158,7 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
         self._server.break_all()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def revive(self) -> None:
         self._server = _Server(("127.0.0.1", self.port), self)
@@ -231,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.server.connections.add(self.connection)
         upstream = self.server.proxy.upstream
-        self.up = http.client.HTTPConnection(*upstream, timeout=30) if upstream is not None else None
+        self.up = http.client.HTTPConnection(*upstream, timeout=120) if upstream is not None else None
 
     def finish(self) -> None:
         self.server.connections.discard(self.connection)

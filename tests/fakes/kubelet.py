@@ -17,7 +17,7 @@ from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 
 _SERVICE = "/pluginregistration.Registration"
 _OPTIONS = [("grpc.default_authority", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 120.0
 
 Identity = tuple[int, int]
 

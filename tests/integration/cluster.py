@@ -60,7 +60,7 @@ class Cluster:
         for name in self.nodes:
             self._spawn(name, "node", *self.node_argv(name), *self.node_flags)
         for client in (*self.controllers, *self.nodes.values()):
-            reason = client.wait_ready(Deadline.after(60))
+            reason = client.wait_ready(Deadline.after(180))
             assert reason is None, f"{reason}\n{self.logs()}"
         self.ids = {name: str(self.api(f"/clients/{name}")["uuid"]) for name in self.clients}
 
@@ -74,7 +74,7 @@ class Cluster:
         wait_for(lambda: b"listens on" in log.read_bytes(), "the storage manager to listen")
         self.url = log.read_text().split("listens on ", 1)[1].split()[0]
         login = {"username": "admin@nvidia.com", "password": self.password_file.read_text().strip()}
-        self._session.post(f"{self.url}/login", json=login, timeout=10).raise_for_status()
+        self._session.post(f"{self.url}/login", json=login, timeout=120).raise_for_status()
 
     def management_flags(self) -> list[str]:
         return ["--management-server", self.url, "--management-password-file", str(self.password_file)]
@@ -105,7 +105,7 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start it again."""
         self._spawn(name, "node", *self.node_argv(name), *self.node_flags)
-        assert self.nodes[name].wait_ready(Deadline.after(60)) is None, self.logs()
+        assert self.nodes[name].wait_ready(Deadline.after(180)) is None, self.logs()
 
     def close(self) -> None:
         for client in (*self.controllers, *self.nodes.values()):
@@ -115,7 +115,7 @@ class Cluster:
                 process.send_signal(signal.SIGTERM)
         for process in self.processes:
             try:
-                process.wait(40)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -128,7 +128,7 @@ class Cluster:
 
     def api(self, path: str, body: object = None) -> Any:
         method = "GET" if body is None else "POST"
-        answer = self._session.request(method, self.url + path, json=body, timeout=30, allow_redirects=False)
+        answer = self._session.request(method, self.url + path, json=body, timeout=120, allow_redirects=False)
         answer.raise_for_status()
         return answer.json()
 

@@ -250,7 +250,7 @@ class World:
     def cancel(self) -> None:
         self._plan.unlink(missing_ok=True)
 
-    def wait_for_strike(self, timeout_s: float = 60.0) -> None:
+    def wait_for_strike(self, timeout_s: float = 180.0) -> None:
         assert Deadline.after(timeout_s).wait_until(lambda: not self.planned(), most_s=0.01), "no point was met"
 
     def traced(self) -> list[str]:
@@ -291,7 +291,7 @@ def loops_of(file: str) -> Iterator[str]:
 
 def until_ok(node: Node, verb: str, subject: Subject, *, passing: tuple[str, ...] = ("ABORTED",)) -> None:
     """Repeat a call as a CO does while it is told to."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while (outcome := node.call(verb, subject)) != "ok":
         assert outcome.startswith(passing), f"{verb}: {outcome}"
         assert time.monotonic() < end, f"{verb}: {outcome}"

@@ -27,7 +27,7 @@ PROGRAM = (sys.executable, "-m", "csi_driver")
 GIB = 1 << 30
 MIB = 1 << 20
 # An emulated machine runs Python some fifteen times slower.
-START_TIMEOUT_S = 300.0 if os.environ.get("NVMESH_CSI_VM") else 60.0
+START_TIMEOUT_S = 300.0 if os.environ.get("NVMESH_CSI_VM") else 180.0
 
 _names = itertools.count(1)
 
@@ -76,7 +76,7 @@ class Rig:
         """Stop it as Ctrl-C would; returns its exit status."""
         assert self.process is not None
         self.process.send_signal(signal.SIGINT)
-        status = self.process.wait(60)
+        status = self.process.wait(180)
         self.process = None
         return status
 
@@ -140,7 +140,7 @@ class Rig:
                 process.send_signal(signal.SIGTERM)
         for process in [*self.others, *([self.process] if self.process else [])]:
             try:
-                process.wait(40)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -325,7 +325,7 @@ def scrub(directory: Path) -> None:
             subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
     for device in loops_over(directory):
         subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while loops_over(directory) and time.monotonic() < deadline:
         time.sleep(0.05)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,21 +69,21 @@ def second_endpoints(rig: Rig, other: Path) -> tuple[CsiClient, CsiClient]:
     )
     clients = CsiClient(controller_socket), CsiClient(node_socket)
     for client in clients:
-        reason = client.wait_ready(Deadline.after(60))
+        reason = client.wait_ready(Deadline.after(180))
         assert reason is None, reason
     return clients
 
 
 def settled(call: Callable[[], object]) -> object:
     """Call until the answer is no longer ABORTED, as a CO does."""
-    for _ in range(200):
+    deadline = Deadline.after(180)
+    while True:
         try:
             return call()
         except CallFailed as failure:
-            if failure.code != "ABORTED":
+            if failure.code != "ABORTED" or deadline.expired():
                 raise
-        time.sleep(0.05)
-    return call()
+        deadline.clock.sleep(0.05)
 
 
 def test_two_controllers_that_create_the_same_volume_make_one(two_of_each: TwoOfEach) -> None:

@@ -61,7 +61,7 @@ def new_volume(rig: Rig, kind: str) -> tuple[Volume, Callable[[], None]]:
     return volume, create
 
 
-def until_done(call: Callable[[], object], timeout_s: float = 60) -> None:
+def until_done(call: Callable[[], object], timeout_s: float = 180) -> None:
     """Repeat a call, as a CO does, as long as it is answered that it may be repeated."""
     end = time.monotonic() + timeout_s
     while True:

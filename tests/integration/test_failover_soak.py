@@ -54,7 +54,7 @@ def pod_that_goes_on_writing(root: Path) -> Iterator[list[bool]]:
         yield kept
     finally:
         end.set()
-        thread.join(30)
+        thread.join(180)
 
 
 class Wanderer:

@@ -54,7 +54,7 @@ def kubelets(world: World, kind: str = "ext4", **more: object) -> Subject:
 
 def wait_for(ready: object, what: str) -> None:
     assert callable(ready)
-    assert Deadline.after(30).wait_until(lambda: bool(ready()), most_s=0.05), what
+    assert Deadline.after(180).wait_until(lambda: bool(ready()), most_s=0.05), what
 
 
 def let_it_look_again() -> None:

@@ -91,7 +91,7 @@ def meet_an_error(staging: Path) -> None:
     name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
     Path("/sys/fs/ext4", name, "trigger_fs_error").write_text(f"made by a test on {device}")
     counted = Path("/sys/fs/ext4", name, "errors_count")
-    assert Deadline.after(20).wait_until(lambda: int(counted.read_text()) > 0, most_s=0.01)
+    assert Deadline.after(120).wait_until(lambda: int(counted.read_text()) > 0, most_s=0.01)
 
 
 DEATHS = [("ext4", meet_an_error), ("ext4", shut_down), ("xfs", shut_down)]

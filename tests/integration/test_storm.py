@@ -41,7 +41,7 @@ def test_a_storm_of_volumes_meets_no_error_and_leaves_probe_answered(tmp_path: P
 
         def probe() -> None:
             while not ended.wait(0.05):
-                probes.append(rig.node.is_ready(timeout_s=10))
+                probes.append(rig.node.is_ready(timeout_s=120))
 
         prober = threading.Thread(target=probe)
         prober.start()

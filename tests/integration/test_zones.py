@@ -55,7 +55,7 @@ class Clusters:
                 [*PROGRAM, "controller", "--endpoint", str(socket), "--clusters-file", str(self.file), *flags],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY,
             )  # fmt: skip
-        client = self.clients[name] = CsiClient(socket, timeout_s=20)
+        client = self.clients[name] = CsiClient(socket, timeout_s=120)
         reason = client.wait_ready(Deadline.after(60))
         assert reason is None, self.log(name)
         return client
@@ -70,7 +70,7 @@ class Clusters:
                 [*argv, "--state-directory", str(self.directory / "state"), "--path-root", str(self.directory)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY,
             )  # fmt: skip
-        client = self.clients[name] = CsiClient(socket, timeout_s=20)
+        client = self.clients[name] = CsiClient(socket, timeout_s=120)
         wait_for(socket.exists, "the node to serve")
         return client
 
@@ -184,7 +184,7 @@ def test_a_controller_that_is_killed_leaves_no_second_volume_behind(clusters: Cl
         cut_off = pool.submit(refusal, first, "v1", "a", "b")
         wait_for(lambda: len(clusters.volumes("a")) == 1, "the volume to be made")
         clusters.kill("first")
-        cut_off.result(30)
+        cut_off.result(120)
     clusters.zones["a"].server.api.hold("initialize", held=False)
     second = clusters.controller("second")
     refused = refusal(second, "v1", "b", "a")

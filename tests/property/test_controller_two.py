@@ -61,9 +61,9 @@ class Turns:
         while not all(self.done):
             turn = next(drawn, 1 - turn)
             self.go[turn if not self.done[turn] else 1 - turn].release()
-            assert self.stopped.acquire(timeout=30), "a controller hangs"
+            assert self.stopped.acquire(timeout=180), "a controller hangs"
         for thread in threads:
-            thread.join(timeout=30)
+            thread.join(timeout=180)
         first, second = self.results
         for result in (first, second):
             if isinstance(result, BaseException) and not isinstance(result, DriverError):

@@ -147,7 +147,7 @@ def test_no_secret_shows_in_any_log_or_error(data: st.DataObject, name: str, at_
         said = [repr(made)]
         with closing(ManagementClient(made)) as client:
             try:
-                said.append(repr(call(client, Deadline.after(10))))
+                said.append(repr(call(client, Deadline.after(60))))
             except DriverError as error:
                 said.append(told(error))
     said += records.lines

@@ -317,7 +317,7 @@ class Reservations(RuleBasedStateMachine):
             seen[:] = self._seen()
             return seen == self._wanted()
 
-        Deadline.after(20).wait_until(agrees, first_s=0.001, most_s=0.02)
+        Deadline.after(120).wait_until(agrees, first_s=0.001, most_s=0.02)
         assert seen == self._wanted(), f"is {seen}, wanted {self._wanted()}"
 
     def _wanted(self) -> list[object]:
@@ -375,7 +375,7 @@ class Reservations(RuleBasedStateMachine):
                 self.storage.client.detach(
                     self._client(name), self.stored, reference_id=reference, deadline=self.deadline()
                 )
-        assert Deadline.after(10).wait_until(
+        assert Deadline.after(120).wait_until(
             lambda: all(self.uuid not in self._client(name).wishes for name in CLIENTS), most_s=0.02
         )
         if not self.model.is_deleted:

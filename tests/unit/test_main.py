@@ -182,7 +182,7 @@ def watched(argv: list[str], look: Callable[[int], None]) -> None:
 
 
 def page(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -268,7 +268,7 @@ def test_an_address_that_is_taken_keeps_a_role_from_starting(
         assert program.main([*node_argv(tmp_path), *given]) == 1
     assert f"cannot listen on {address}" in capsys.readouterr().err
     left = {"reconcile", "registration"}
-    assert Deadline.after(10).wait_until(lambda: not left & {thread.name for thread in threading.enumerate()})
+    assert Deadline.after(120).wait_until(lambda: not left & {thread.name for thread in threading.enumerate()})
 
 
 # --- what is loaded ---------------------------------------------------------------------------------------------

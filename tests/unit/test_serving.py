@@ -40,7 +40,7 @@ class Role:
             with grpc.insecure_channel(f"unix:{self.socket}") as channel:
                 node = csi_pb2_grpc.NodeStub(channel)
                 try:
-                    node.NodeGetInfo(csi_pb2.NodeGetInfoRequest(), timeout=30, wait_for_ready=True)
+                    node.NodeGetInfo(csi_pb2.NodeGetInfoRequest(), timeout=120, wait_for_ready=True)
                     afterwards = during(node)
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -82,7 +82,7 @@ def test_what_runs_along_ends_after_the_last_call(tmp_path: Path) -> None:
             assert Deadline.after(30).wait_until(is_draining)
             role.events.append("call: ends")
             gate.open()
-            call.result(30)
+            call.result(120)
 
         return afterwards
 

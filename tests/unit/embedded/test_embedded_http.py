@@ -32,7 +32,7 @@ class Caller:
         self.session.headers["Accept"] = "application/json"
 
     def call(self, method: str, path: str, **arguments: Json) -> requests.Response:
-        return self.session.request(method, self.server.url + path, allow_redirects=False, timeout=10, **arguments)
+        return self.session.request(method, self.server.url + path, allow_redirects=False, timeout=120, **arguments)
 
     def log_in(self, user: str = "admin@nvidia.com", password: str | None = None) -> requests.Response:
         if password is None:
@@ -123,7 +123,7 @@ def test_the_openapi_document_names_every_route(caller: Caller) -> None:
 
 
 def test_the_openapi_document_is_for_those_who_logged_in(caller: Caller) -> None:
-    answer = requests.get(caller.server.url + "/openapi.json", timeout=10, allow_redirects=False)
+    answer = requests.get(caller.server.url + "/openapi.json", timeout=120, allow_redirects=False)
     assert (answer.status_code, answer.headers["Location"]) == (302, "/login")
 
 
@@ -131,7 +131,10 @@ def test_a_login_whose_password_cannot_be_read_is_500_with_the_reason(caller: Ca
     password = caller.server.password.path
     aside = password.rename(password.with_suffix(".aside"))
     answer = requests.post(
-        caller.server.url + "/login", json={"username": "admin", "password": "x"}, headers={"Accept": "*/*"}, timeout=10
+        caller.server.url + "/login",
+        json={"username": "admin", "password": "x"},
+        headers={"Accept": "*/*"},
+        timeout=120,
     )
     aside.rename(password)
     assert answer.status_code == 500

@@ -137,5 +137,5 @@ def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kep
 
 def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
     with SelfPaced("node-label", kept.keeper.tend, label.LOOK_S):
-        assert kept.nodes.was_asked.wait(10)
+        assert kept.nodes.was_asked.wait(120)
     assert kept.value == READY

@@ -60,4 +60,4 @@ def client(server: ManagementDouble, connect: Connect) -> ManagementClient:
 
 @pytest.fixture
 def deadline() -> Deadline:
-    return Deadline.after(10)
+    return Deadline.after(60)

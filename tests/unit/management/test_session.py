@@ -39,6 +39,9 @@ from tests.unit.management.double import (
     sample,
 )
 
+LONG_S = 20.0
+"""Far below the time that a request may take, and far above what a busy machine adds to a short deadline."""
+
 INFO = "/systemInfo"
 VOLUME = Volume("v1", "74025fd0-e73d-11f1-a2b3-7550e9e5980f", 2441216, 4096, 10.0, "online", "none")
 DELETED = Says([{"_id": "v1", "uuid": VOLUME.uuid, "success": True, "error": None, "payload": None}])
@@ -339,7 +342,7 @@ def test_a_server_that_hangs_is_left_at_the_deadline(server: ManagementDouble, c
     deadline = Deadline.after(0.3)
     with pytest.raises(StorageUnavailable):
         client.system_info(deadline=deadline)
-    assert deadline.elapsed_s() < 1.0
+    assert deadline.elapsed_s() < LONG_S
 
 
 def test_a_server_that_hangs_is_left_at_the_time_out_of_a_request(
@@ -349,7 +352,7 @@ def test_a_server_that_hangs_is_left_at_the_time_out_of_a_request(
     with pytest.raises(OutcomeUnknown) as caught:
         connect(server.url, request_timeout_s=0.2).system_info(deadline=deadline)
     assert caught.value.timed_out
-    assert deadline.elapsed_s() < 2.0
+    assert deadline.elapsed_s() < LONG_S
 
 
 def test_a_server_that_drips_is_left_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
@@ -360,7 +363,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(server: ManagementDouble, c
     try:
         with pytest.raises(StorageUnavailable):
             client.system_info(deadline=deadline)
-        assert deadline.elapsed_s() < 1.5
+        assert deadline.elapsed_s() < LONG_S
     finally:
         pause.set()
 

@@ -47,7 +47,7 @@ def test_a_volume_that_is_read_whole_holds_up_no_other(encryption: Encryption) -
         assert node.host.formats == [OTHER_UUID]
     finally:
         goes_on.set()
-        worker.join(30)
+        worker.join(120)
     assert len(node.host.formats) == 2
 
 

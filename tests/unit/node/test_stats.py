@@ -99,7 +99,7 @@ def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -
 def test_a_filesystem_that_answers_again_is_asked_again(hanging: FakeNode) -> None:
     answered = write_off(hanging)
     hanging.host.answers.set()
-    assert answered.wait(10)
+    assert answered.wait(120)
     assert hanging.usage().total_bytes == 64 * MIB
 
 

@@ -237,7 +237,7 @@ def test_a_controller_is_not_ready_while_its_management_hangs() -> None:
 
     def check(deadline: Deadline) -> bool:
         asked.append(deadline)
-        return release.wait(10)
+        return release.wait(120)
 
     health = ControllerHealth(check, wait_s=0.01)
     assert not health.ready()

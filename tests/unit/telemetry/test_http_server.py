@@ -36,7 +36,7 @@ def serving(pages: Pages = PAGES, host: str = "127.0.0.1") -> Iterator[HttpServe
 
 
 def connect(server: HttpServer, host: str | None = None) -> socket.socket:
-    return socket.create_connection((host or server.address.host, server.address.port), timeout=30)
+    return socket.create_connection((host or server.address.host, server.address.port), timeout=120)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Reply:
 
 
 def ask(server: HttpServer, path: str, method: str = "GET", host: str | None = None) -> Reply:
-    with closing(http.client.HTTPConnection(host or server.address.host, server.address.port, timeout=30)) as client:
+    with closing(http.client.HTTPConnection(host or server.address.host, server.address.port, timeout=120)) as client:
         client.request(method, path)
         answer = client.getresponse()
         return Reply(answer.status, dict(answer.getheaders()), answer.read().decode())
@@ -273,7 +273,7 @@ def test_a_client_that_waits_for_its_page_is_not_dropped_for_those_that_say_noth
     with serving({"/p": gate}) as server, ExitStack() as held:
         patient = held.enter_context(connect(server))
         patient.sendall(b"GET /p HTTP/1.1\r\n\r\n")
-        assert gate.entered.acquire(timeout=30)
+        assert gate.entered.acquire(timeout=120)
         for _ in range(2 * module.MOST_CONNECTIONS):
             held.enter_context(connect(server))
         gate.opened.set()
@@ -286,7 +286,7 @@ def test_a_page_is_made_once_for_all_who_ask_meanwhile() -> None:
         clients = [held.enter_context(connect(server)) for _ in range(20)]
         for client in clients:
             client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
-        assert gate.entered.acquire(timeout=30)
+        assert gate.entered.acquire(timeout=120)
         assert Deadline.after(30).wait_until(lambda: len(server._waiting.get("/p", ())) == len(clients))
         gate.opened.set()
         assert all(b"made 1" in all_of(client) for client in clients)
@@ -310,7 +310,7 @@ def test_a_client_that_leaves_before_its_answer_harms_nothing() -> None:
     with serving({"/p": gate, **PAGES}) as server:
         with connect(server) as client:
             client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
-            assert gate.entered.acquire(timeout=30)
+            assert gate.entered.acquire(timeout=120)
         gate.opened.set()
         assert ask(server, "/p").status == 200
         assert ask(server, "/healthz").status == 200
@@ -325,7 +325,7 @@ def test_the_end_is_at_once_whoever_is_connected() -> None:
     gate = Gate()
     with serving({"/p": gate}) as server, connect(server) as client:
         client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
-        assert gate.entered.acquire(timeout=30)
+        assert gate.entered.acquire(timeout=120)
         address = server.address
     gate.opened.set()
     with pytest.raises(ConnectionRefusedError):
