@@ -22,7 +22,8 @@ LUKS = {"encryption": "luks", "encryption/pbkdf": "pbkdf2", "encryption/pbkdfIte
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with running(tmp_path_factory.mktemp("secrets") / "d", "--log-level", "debug") as rig:
+    flags = ("--log-level", "debug", "--start-timeout", "300")
+    with running(tmp_path_factory.mktemp("secrets") / "d", *flags, size="4GiB") as rig:
         yield rig
 
 
