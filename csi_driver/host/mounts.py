@@ -23,6 +23,8 @@ from csi_driver.host.mount_table import read_table
 from csi_driver.machine import Device, DeviceNumber, Mounted
 
 _BUSY_GRACE_S = 1.0
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
+"""PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: in a container process 1 is not the machine's."""
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
 _WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
@@ -105,7 +107,8 @@ class LinuxMounts:
     def reaches_host(self, path: Path) -> bool:
         """Tell whether a mount made at `path` is seen by the machine's first process, as far as can be told."""
         with contextlib.suppress(OSError):  # without CAP_SYS_PTRACE nobody is told
-            if os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino:
+            is_of_first = os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
+            if is_of_first and os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE:
                 return True
         return self.propagation_is_shared(path)
 
