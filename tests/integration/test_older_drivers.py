@@ -232,6 +232,9 @@ def test_the_root_gets_the_permissions_that_the_older_drivers_option_names_and_n
     view = findmnt(volume.target)
     assert view is not None
     assert "nvmesh" not in view["options"]
+    volume.target.chmod(0o2770)  # as kubelet does for fsGroup
+    volume.stage()
+    assert volume.target.stat().st_mode & 0o7777 == 0o2770
     volume.end()
 
 
