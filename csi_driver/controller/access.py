@@ -32,10 +32,10 @@ def check_all(capabilities: Sequence[Capability]) -> None:
     for capability in capabilities:
         check(capability)
     if len({type(capability.access) for capability in capabilities}) > 1:
-        raise InvalidRequest("volume_capabilities ask for a filesystem and for a raw block device, wanted one of them")
+        raise InvalidRequest("volume_capabilities name mount access and block access; name one of them")
     kinds = {c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type}
     if len(kinds) > 1:
-        raise InvalidRequest(f"volume_capabilities ask for the filesystems {', '.join(sorted(kinds))}, wanted one")
+        raise InvalidRequest(f"volume_capabilities name the filesystems {', '.join(sorted(kinds))}; name one of them")
 
 
 def chosen_fs_type(capabilities: Sequence[Capability], parameter: str) -> str | None:
@@ -47,7 +47,7 @@ def chosen_fs_type(capabilities: Sequence[Capability], parameter: str) -> str | 
         return None
     asked = next((c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type), "")
     if asked and parameter and asked != parameter:
-        raise InvalidField("parameters.fsType", parameter, f"{asked}, as the volume capability says")
+        raise InvalidField("parameter fsType", parameter, f"{asked}, the filesystem of the volume capability")
     return asked or parameter or DEFAULT_FS_TYPE
 
 
