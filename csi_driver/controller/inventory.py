@@ -47,7 +47,6 @@ class Inventory:
         self._crew = crew
         self._settings = settings
         self._was_ready = False
-        self._silences: dict[str, str] = {}
         self._judged: set[str] = set()
         self._refused: set[frozenset[tuple[str, str]]] = set()
 
@@ -175,23 +174,16 @@ class Inventory:
         return _why_no_node_stages(located, request.capabilities, {**issued, **read.context, **request.context})
 
     def ready(self, *, deadline: Deadline) -> bool:
-        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing."""
+        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing.
+
+        Raises why not, where that is known.
+        """
         if not self._was_ready:
             zones = self._clusters.zones()
             self._was_ready = any_says_yes(
-                zones,
-                lambda zone: self._answers(zone, deadline=deadline),
-                deadline=deadline,
-                on_silence=self._tell_silence,
-                crew=self._crew,
+                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
             )
         return self._was_ready
-
-    def _tell_silence(self, zone: str, reason: DriverError) -> None:
-        """Log why a zone does not answer a probe: each reason once, as probes come every few seconds."""
-        if self._silences.get(zone) != str(reason):
-            self._silences[zone] = str(reason)
-            _log.warning("not ready: zone %s does not answer: %s", zone, reason)
 
     def why_unreachable(self) -> str:
         """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""

@@ -167,27 +167,21 @@ def _asked_alone(zone: str, question: Callable[[str], T]) -> Answers[T]:
 
 
 def any_says_yes(
-    zones: Iterable[str],
-    question: Callable[[str], bool],
-    *,
-    deadline: Deadline,
-    on_silence: Callable[[str, DriverError], None],
-    crew: Crew = CREW,
+    zones: Iterable[str], question: Callable[[str], bool], *, deadline: Deadline, crew: Crew = CREW
 ) -> bool:
-    """Tell whether any zone says yes, as soon as one does; one that cannot be asked says no.
-
-    `on_silence` is called with each zone that was found not to answer by then, and the reason.
-    """
+    """Tell whether any zone says yes, as soon as one does. Raises why, where none does and some cannot be asked."""
     asked = {crew.submit(zone, lambda zone=zone: question(zone)): zone for zone in zones}  # type: ignore[misc]
+    missing: dict[str, DriverError] = {}
     try:
         for future in as_completed(asked, timeout=deadline.remaining_s() + _LAST_WORD_S):
             try:
                 if future.result():
                     return True
             except UNANSWERED as problem:
-                on_silence(asked[future], problem)
+                missing[asked[future]] = problem
     except TimeoutError:
-        for future, zone in asked.items():
-            if not future.done():
-                on_silence(zone, DeadlineReached(f"an answer of zone {zone}"))
+        late = [zone for future, zone in asked.items() if not future.done()]
+        missing |= {zone: DeadlineReached(f"an answer of zone {zone}") for zone in late}
+    if missing:
+        raise unavailable(missing)
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -13,11 +12,10 @@ from csi_driver.controller.health import ControllerHealth
 from csi_driver.controller.record import OWN_KEY
 from csi_driver.controller.requests import TopologyRequirement, ValidateRequest
 from csi_driver.controller.tokens import health_bytes, listed_bytes
-from csi_driver.errors import Exhausted, StaleToken, Unauthenticated, VolumeNotFound
+from csi_driver.errors import Exhausted, StaleToken, StorageUnavailable, Unauthenticated, VolumeNotFound
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     DEFAULT_TOPOLOGY_KEY,
-    DEFAULT_ZONE,
     GIB,
     MIB,
     Capability,
@@ -427,26 +425,30 @@ def test_validating_an_unknown_volume_is_not_found() -> None:
         world.inventory.validate(ValidateRequest("none", (RWX_MOUNT,)), deadline=world.deadline())
 
 
-def test_why_a_probe_finds_no_management_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_management_that_lets_nobody_in_is_not_ready_for_the_reason_that_it_gives() -> None:
     world = World()
-    refusal = Unauthenticated("user 'csi' with the password in /secret is not accepted")
 
     def refuse(request: str) -> None:
-        raise refusal
+        raise Unauthenticated("user 'csi' with the password in /secret is not accepted")
 
     world.management.before = refuse
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert not world.inventory.ready(deadline=world.deadline())
-    assert [record.getMessage() for record in caplog.records if str(refusal) in record.getMessage()] == [
-        f"not ready: zone {DEFAULT_ZONE} does not answer: {refusal}"
-    ]
+    with pytest.raises(Unauthenticated, match="the password in /secret"):
+        world.inventory.ready(deadline=world.deadline())
+
+
+def test_several_zones_that_do_not_answer_are_named_each_with_its_reason() -> None:
+    world = World(zones=("a", "b"))
+    for zone in world.zones.values():
+        zone.is_reachable = False
+    with pytest.raises(StorageUnavailable, match=r"zone a: .*zone b: "):
+        world.inventory.ready(deadline=world.deadline())
 
 
 def test_ready_once_is_ready_for_good() -> None:
     world = World()
     world.management.is_reachable = False
-    assert not world.inventory.ready(deadline=world.deadline())
+    with pytest.raises(StorageUnavailable):
+        world.inventory.ready(deadline=world.deadline())
     world.management.is_reachable = True
     assert world.inventory.ready(deadline=world.deadline())
     world.management.is_reachable = False

@@ -129,7 +129,6 @@ def test_readiness_does_not_wait_for_a_zone_that_hangs() -> None:
             ("dead", "alive"),
             lambda zone: zone == "alive" or hung.wait(30),
             deadline=Deadline.after(60),
-            on_silence=lambda zone, reason: None,
             crew=Threads(),
         )
     finally:
