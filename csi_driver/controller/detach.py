@@ -60,12 +60,13 @@ class Detach:
 
         A storage client belongs to one cluster. So no volume of another cluster was ever attached to a node whose
         client a served zone knows: the PersistentVolume names a wrong zone. The zone may also be the served one under
-        an earlier name; then that client has the volume, or has it no longer.
+        an earlier name; then that client has the volume, or has it no longer. A client counts by its uuid alone: two
+        clusters may have hosts of one name.
         """
         handle = VolumeHandle.parse(volume_id)
         clients = ask(
             self._clusters.zones(),
-            lambda zone: find_client(served(self._clusters, zone), node_id, deadline=deadline) if node_id else None,
+            lambda zone: served(self._clusters, zone).client_by_uuid(node_id, deadline=deadline),
             deadline=deadline,
         ).all()
         known = {zone: client for zone, client in clients.items() if client is not None}

@@ -678,7 +678,7 @@ def test_a_zone_that_is_served_under_another_name_is_not_declared_detached() -> 
     assert world.holders() == ["node-1"]
 
 
-@pytest.mark.parametrize("node_id", ["node-of-mars", "12345678-0000-0000-0000-000000000000", ""])
+@pytest.mark.parametrize("node_id", ["node-of-mars", "node-1", "12345678-0000-0000-0000-000000000000", ""])
 def test_a_zone_that_is_not_served_is_not_declared_detached_from_a_node_that_nobody_knows(node_id: str) -> None:
     with pytest.raises(PreconditionFailed, match=r"mars.*remove the finalizer of the VolumeAttachment"):
         World().unpublish("mars:csi-1", node_id)
