@@ -51,7 +51,7 @@ def named(volume_id: str, publish_context: Dictionary[str, str] = EMPTY) -> tupl
     if context is None:
         return NamedVolume(volume_id, handle.name, handle.uuid), None
     if context.name != handle.name:
-        raise PreconditionFailed(f"the publish context is of volume {context.name}, the volume id of {handle.name}")
+        raise PreconditionFailed(f"publish_context: expected volume {handle.name} as in volume_id, got {context.name}")
     if handle.uuid is not None and handle.uuid != context.uuid:
         raise VolumeNotFound(volume_id, f"the volume of this name that is attached has the uuid {context.uuid}")
     return NamedVolume(volume_id, handle.name, context.uuid), context
@@ -125,7 +125,7 @@ class Ownership:
         That is where the volume came back as another device: the old one's mounts are of no use to anybody.
         """
         while (mounted := self._mounts.at(path)) is not None and self._is_outlived(mounted, volume):
-            logger.warning("volume %s: %s at %s is taken off", volume, self.describe(mounted), path)
+            logger.warning("volume %s: %s at %s is unmounted", volume, self.describe(mounted), path)
             self.take_off_one(mounted, path, volume)
         return mounted
 

@@ -134,8 +134,8 @@ class Preparation:
         Another node may have written to the volume since, and this kernel may hold back what it wrote before.
         """
         earlier = put_to_use_before(self._marks, volume.uuid, attachment)
-        said = f"volume {volume} is still mounted as it was under its attachment {earlier}, and this is {attachment}"
-        return f"{said}: it was taken from this node in between, and must be unmounted everywhere first" * bool(earlier)
+        said = f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment {attachment}"
+        return f"{said}; it was taken from this node in between: unmount it everywhere first" * bool(earlier)
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
@@ -234,9 +234,9 @@ class Preparation:
             offset = self._filesystems.first_data(opened, deadline=None, progress=_progress_of(volume))
         if offset is not None:
             raise PreconditionFailed(
-                f"volume {volume} holds data that nothing recognises, the first at byte {offset}; "
+                f"volume {volume} holds unrecognised data, the first at byte {offset}; "
                 "it may have been in use before, and only a device that is zero throughout is formatted; "
-                f"to have it formatted over, {ALLOW_FORMAT} and attach it again"
+                f"to format over it, run {ALLOW_FORMAT} and attach it again"
             )
 
     def _check_and_grow(self, device: Device, fs_type: str, deadline: Deadline) -> Prepared:
@@ -253,11 +253,11 @@ def _join(mounts: list[Mounted], task: Task) -> Prepared:
     there = next((found for found in mounts if not found.read_only), mounts[0])
     if plan.request.fs_type and there.fs_type != plan.request.fs_type:
         raise PreconditionFailed(
-            f"volume {volume} is mounted as {there.fs_type} at {there.path}, wanted {plan.request.fs_type}"
+            f"volume {volume}: expected {plan.request.fs_type}, got a mount of {there.fs_type} at {there.path}"
         )
     if there.read_only != plan.read_only:
         have, wanted = ("read-only", "read-write") if there.read_only else ("read-write", "read-only")
-        raise PreconditionFailed(f"volume {volume} is mounted {have} at {there.path}, wanted {wanted}")
+        raise PreconditionFailed(f"volume {volume}: expected it mounted {wanted}, got a {have} mount at {there.path}")
     return Prepared(there.fs_type)
 
 
@@ -271,7 +271,7 @@ def _proven_uuid(device: Device, task: Task) -> str:
     wanted = task.context.size_bytes if task.context else 0
     if device.size_bytes < wanted:
         raise PreconditionFailed(
-            f"volume {task.volume} is not formatted: its device has {device.size_bytes} bytes, wanted {wanted}"
+            f"volume {task.volume} is not formatted: expected a device of {wanted} bytes, got {device.size_bytes}"
         )
     return uuid
 

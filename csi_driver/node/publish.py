@@ -167,6 +167,12 @@ class Publish:
         if published is None:
             self._make_target_directory(task.volume, target)
             published = self._joining.mount(task, target, deadline=deadline)
+            try:
+                if published is not None:
+                    self._require_alive(published, task.volume, read_only=True)
+            except PreconditionFailed:
+                self._mounts.unmount(target)
+                raise
         if published is None:
             raise PreconditionFailed(f"target path {target}: expected volume {task.volume}, got no mount; retry")
         # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.

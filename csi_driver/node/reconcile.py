@@ -101,7 +101,7 @@ class Reconcile:
             return self._looks.ask("any", "a look", lambda: frozenset(self._findings()), LOOK_LIMIT_S)
         except NoAnswer as silence:
             raise StorageUnavailable(
-                "a mount or device of this node does not answer, wanted all looked at"
+                "a mount or device of this node does not answer, so nothing is cleaned up"
             ) from silence
 
     def _findings(self) -> Iterator[Finding]:

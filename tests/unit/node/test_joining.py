@@ -8,6 +8,7 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.handover import History
+from csi_driver.machine import Fault, FaultKind
 from csi_driver.node.marks import USED, Mark
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
@@ -137,3 +138,11 @@ def test_no_other_record_than_that_of_this_use_is_proof(readers: FakeNode, mark:
     readers.marks.kept[UUID] = mark
     with pytest.raises(PreconditionFailed, match="not staged"):
         publish(readers, SECOND, STAGING_2, TARGET)
+
+
+def test_a_reader_that_joins_a_filesystem_that_was_shut_down_is_told_and_gets_no_mount(readers: FakeNode) -> None:
+    number = readers.host.disks[NAME].number
+    readers.host.wrong_filesystems[number] = [Fault(FaultKind.SHUT_DOWN, "its ext4 was shut down")]
+    with pytest.raises(PreconditionFailed, match="its ext4 was shut down"):
+        publish(readers, SECOND, STAGING_2, TARGET)
+    assert readers.host.mounts_at(TARGET) == 0

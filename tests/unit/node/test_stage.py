@@ -170,7 +170,7 @@ def test_a_volume_that_was_in_use_and_is_zero_throughout_is_formatted(node: Fake
 
 def test_a_device_smaller_than_the_volume_is_not_formatted(node: FakeNode) -> None:
     node.host.attach(NAME, UUID, 32 * MIB)
-    with pytest.raises(PreconditionFailed, match="33554432 bytes, wanted 67108864"):
+    with pytest.raises(PreconditionFailed, match="a device of 67108864 bytes, got 33554432"):
         node.stage()
     assert node.host.formats == []
 
@@ -427,7 +427,7 @@ def test_a_reader_beside_a_writer_of_one_device_is_refused(node: FakeNode) -> No
     formatted(node)
     node.host.make_tree(STAGING_2)
     node.stage()
-    with pytest.raises(PreconditionFailed, match=f"read-write at {STAGING}"):
+    with pytest.raises(PreconditionFailed, match=f"read-write mount at {STAGING}"):
         node.stage(staging=STAGING_2, mode=READER)
 
 
@@ -573,7 +573,7 @@ def test_what_was_handed_out_raw_under_its_first_attachment_is_read_whole_before
     node.unpublish()
     node.unstage()
     assert node.marks.kept[UUID].filesystem == RAW
-    with pytest.raises(PreconditionFailed, match="holds data"):
+    with pytest.raises(PreconditionFailed, match="holds unrecognised data"):
         node.stage()
     assert node.host.destroyed == []
 
@@ -732,7 +732,7 @@ def test_what_was_mounted_under_an_earlier_attachment_is_not_published_under_the
 
 def test_what_was_mounted_under_an_earlier_attachment_is_mounted_anew_once_nobody_uses_it(node: FakeNode) -> None:
     later = staged_under(node, 3)
-    with pytest.raises(PreconditionFailed, match="attachment 3, and this is 5"):
+    with pytest.raises(PreconditionFailed, match="attachment 3, and this is attachment 5"):
         node.stage(context=later)
     node.unpublish()
     checked = node.host.disks[NAME].filesystem.checks  # type: ignore[union-attr]
