@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import DriverError, InvalidRequest
+from csi_driver.handover import Encryption, PublishContext
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.parameters.values import SeveralProblems
-from tests.fakes.node import FakeNode
+from tests.fakes.node import UUID, FakeNode
 from tests.unit.controller.world import BLOCK, RWO, World
 
 WRITER, READER = AccessMode.SINGLE_NODE_WRITER, AccessMode.MULTI_NODE_READER_ONLY
@@ -47,11 +49,11 @@ MISTAKES = [
 
 
 def words_of_the_node(
-    context: Mapping[str, str], access: MountAccess, mode: AccessMode, secrets: Mapping[str, str] = SECRETS
+    context: Mapping[str, str], access: MountAccess, mode: AccessMode, told: Mapping[str, str] = EMPTY
 ) -> list[str]:
     """Return the problems for which a node refuses the request as invalid; empty = for none."""
     try:
-        FakeNode().stage(access=access, mode=mode, volume_context=context, context={}, secrets=secrets)
+        FakeNode().stage(access=access, mode=mode, volume_context=context, context=told, secrets=SECRETS)
     except SeveralProblems as problem:
         return [str(each) for each in problem.problems]
     except InvalidRequest as problem:
@@ -160,11 +162,14 @@ FLAGS = st.lists(
 ).map(tuple)  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+PARAMETERS = st.lists(st.sampled_from(sorted(VALUES)), max_size=4, unique=True).flatmap(
+    lambda keys: st.fixed_dictionaries({key: VALUES[key] for key in keys})
+)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
-    parameters=st.lists(st.sampled_from(sorted(VALUES)), max_size=4, unique=True).flatmap(
-        lambda keys: st.fixed_dictionaries({key: VALUES[key] for key in keys})
-    ),
+    parameters=PARAMETERS,
     fs_type=st.sampled_from(("", "ext4", "xfs", "btrfs")),
     flags=FLAGS,
     mode=st.sampled_from((WRITER, READER)),
@@ -182,6 +187,33 @@ def test_the_controller_and_the_node_judge_any_request_alike(
     else:
         context = dict(made.context)
     words = words_of_the_node(context, access, mode)
+    if not problem:
+        assert words == [], "the controller took what the node refuses"
+    assert [each for each in words if each not in problem] == [], "the controller says it in other words"
+
+
+@settings(max_examples=80, deadline=None)
+@example(context={}, flags=("rw",), mode=WRITER, read_only=True, by={})
+@example(context={}, flags=("noload",), mode=WRITER, read_only=True, by={})
+@given(
+    context=PARAMETERS,
+    flags=FLAGS,
+    mode=st.sampled_from((WRITER, READER)),
+    read_only=st.booleans(),
+    by=st.sampled_from(({}, {"encryption": "luks"})),
+)
+def test_the_controller_attaches_a_static_volume_where_the_node_takes_its_context(
+    context: dict[str, str], flags: tuple[str, ...], mode: AccessMode, read_only: bool, by: dict[str, str]
+) -> None:
+    world, access = World(), MountAccess("", flags)
+    made = world.create(capabilities=(Capability(MountAccess(), mode),), parameters=by)
+    who = Encryption(by.get("encryption", "none"))
+    problem, told = "", PublishContext("csi-1", UUID, read_only=read_only, encryption=who)
+    try:
+        told = world.publish(made.volume_id, capability=Capability(access, mode), read_only=read_only, context=context)
+    except InvalidRequest as refusal:
+        problem = str(refusal)
+    words = words_of_the_node(context, access, mode, replace(told, name="csi-1", uuid=UUID).as_map())
     if not problem:
         assert words == [], "the controller took what the node refuses"
     assert [each for each in words if each not in problem] == [], "the controller says it in other words"
