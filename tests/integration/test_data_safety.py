@@ -286,7 +286,7 @@ def test_a_zeroed_head_with_data_behind_is_refused(machine: HostMachine, node: R
     before = everything(volume)
     assert before
     for history in History:
-        with pytest.raises(PreconditionFailed, match="unrecognised data"):
+        with pytest.raises(PreconditionFailed, match="nothing recognises"):
             node.stage(volume, fs_type, history=history)
     assert everything(volume) == before
 
