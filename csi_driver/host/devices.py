@@ -4,8 +4,8 @@ What proves it: the client's `status.json`, and the open device itself (a loop d
 All evidence that there is must agree; without any, nothing is written. udev is used as an alarm clock at most: its
 database may be older than the device's content and is never read.
 
-The client's status is read before a device is opened, and a device that carries no I/O is not opened: its open may
-hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.questions`).
+The client's status is read before a device is opened, and a device that is not said to carry I/O is not opened: its
+open may hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.questions`).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class LinuxDevices:
             if not stat.S_ISBLK(node.st_mode):
                 return None
             status = self._status.volume(name)
-            if status is not None and status.io_enabled is False:
+            if status is not None and status.io_enabled is not True:
                 return self._unopened(name, path, ioctls.device_number(node.st_rdev), status)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -259,7 +259,7 @@ class LinuxDevices:
         False when it is gone. None where that cannot be told: it carries no I/O, and is not opened.
         """
         status = self.status(device.name)
-        if status is not None and status.io_enabled is False:
+        if status is not None and status.io_enabled is not True:
             return None
         return block_devices.is_claimed(device.path)
 
@@ -315,7 +315,7 @@ class LinuxDevices:
         """
         number = device_mapper.below(number) or number
         status = self.status(self.name_of(number) or "")
-        if status is not None and status.io_enabled is False:
+        if status is not None and status.io_enabled is not True:
             return None
         try:
             fd = self.open_number(number)

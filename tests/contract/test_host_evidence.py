@@ -157,6 +157,22 @@ def test_a_device_whose_io_was_stopped_is_not_read(machine: HostMachine) -> None
     assert (status.io_enabled, status.uuid) == (False, volume.uuid)
 
 
+@pytest.mark.parametrize("says", [{"dbg": 0x2A1, "io_enabled": 0}, {"dbg": 0x2A1, "io_enabled": 1}, {"dbg": "new"}])
+def test_a_device_that_is_not_said_to_carry_io_is_not_even_opened(
+    machine: HostMachine, says: dict[str, object]
+) -> None:
+    """The client says so some seconds late in one of its words: just after the loss an open may hang already."""
+    volume = machine.volume(NAME)
+    device = machine.device(volume)
+    assert machine.devices.uuid_of(device.number) == volume.uuid
+    machine.write_status(NAME, OTHER, 64 * MIB, **says)
+    found = machine.devices.find(NAME)
+    assert found is not None
+    # The device itself would name its volume.
+    assert (found.uuid, found.number, found.size_bytes) == (OTHER, device.number, 64 * MIB)
+    assert (machine.devices.uuid_of(device.number), machine.devices.is_claimed(device)) == (None, None)
+
+
 # --- right after the attachment ---------------------------------------------------------------------------------
 
 
