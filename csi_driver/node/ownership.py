@@ -178,7 +178,9 @@ class Ownership:
 
     def _is_fenced(self, volume: NamedVolume) -> bool:
         handle = VolumeHandle.parse(volume.volume_id)
-        return handle is not None and volume.uuid is not None and is_fenced(self._devices, handle, volume.uuid)
+        if handle is None or volume.uuid is None:
+            return handle is not None and is_cut_off(self._devices, volume.name)
+        return is_fenced(self._devices, handle, volume.uuid)
 
     def describe(self, mounted: Mounted) -> str:
         """Say what is mounted, for a message."""

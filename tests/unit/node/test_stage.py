@@ -786,6 +786,27 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
         assert node.host.mounts_at(STAGING) == 1
 
 
+@pytest.mark.parametrize(("preempted", "references"), [(True, (UUID,)), (False, ()), (False, ("another",))])
+def test_a_volume_whose_handle_holds_no_uuid_is_judged_by_its_name(
+    node: FakeNode, references: tuple[str, ...], preempted: bool
+) -> None:
+    static = f"single-zone-cluster:{NAME}"
+    formatted(node)
+    node.stage(volume_id=static)
+    entry = node.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = True
+    disk = node.host.disks[NAME]
+    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=preempted)
+    disk.references = references
+    if references == ("another",):
+        with pytest.raises(PreconditionFailed):
+            node.unstage(static)
+    else:
+        node.unstage(static)
+    assert node.host.mounts_at(STAGING) == (references == ("another",))
+
+
 @pytest.mark.parametrize("reaches_host", [True, False])
 def test_mounts_that_do_not_reach_the_host_are_told_once(
     node: FakeNode, caplog: pytest.LogCaptureFixture, reaches_host: bool
