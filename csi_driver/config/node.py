@@ -74,7 +74,8 @@ _RECONCILE = Flag(
     read.duration,
     60.0,
     "60",
-    "Look this often for what is left over on the node; what two looks prove orphaned is cleaned up. 0 = never.",
+    "Look this often for what is left over on the node; what two looks prove orphaned is cleaned up, and usage records"
+    " of volumes long gone are removed. 0 = never.",
     unit="seconds",
     metavar="TIME",
 )
