@@ -46,7 +46,6 @@ class _Places:
     def _free_in_s(self) -> float:
         """Return when there is a place at the latest, 0 = now. The lock is held."""
         counting = sorted(self._lent_after_s - (time.monotonic() - began_s) for began_s in self._taken_s.values())
-        counting = [left_s for left_s in counting if left_s > 0]
         return counting[len(counting) - self._count] if len(counting) >= self._count else 0.0
 
 

@@ -102,7 +102,20 @@ def test_what_was_left_behind_is_taken_off_and_the_next_volume_of_the_number_is_
     assert left == {OTHER_STAGING, OTHER_TARGET}
 
 
-def test_the_number_of_use_of_a_volume_left_behind_is_not_told(node: FakeNode, reused: FakeDisk) -> None:
+def test_what_was_left_behind_at_its_path_is_not_taken_off_as_the_next_volume_of_the_number(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    node.host.make_tree(OTHER_STAGING)
+    node.host.mounts.bind(STAGING, OTHER_STAGING, read_only=False)
+    node.host.detach(NAME)
+    node.host.attach(OTHER, OTHER_UUID, number=disk.number)
+    node.unstage(OTHER_ID, OTHER_STAGING)
+    assert node.host.mounts_at(OTHER_STAGING) == 1
+    with pytest.raises(PreconditionFailed, match="got ext4 of /dev/nvmesh/csi-1"):
+        stage_other(node)
+
+
+def test_how_full_a_volume_is_that_was_left_behind_is_not_told(node: FakeNode, reused: FakeDisk) -> None:
     with pytest.raises(StorageUnavailable, match="gone"):
         node.use.statistics.usage(VOLUME_ID, str(TARGET), "", deadline=node.soon())
 
