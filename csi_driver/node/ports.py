@@ -154,8 +154,11 @@ class ReadOnlyDevices(Protocol):
         """Return every such device of this machine, also those over devices of others. Looks at all loop devices."""
         ...
 
-    def release_left_over(self, reader: str) -> None:
-        """Take down each such device of the reader that nothing uses, whatever became of the one below."""
+    def release_left_over(self, reader: str, name: str) -> None:
+        """Take down each such device of the reader over the volume of that name that nothing uses.
+
+        Whatever became of the one below.
+        """
         ...
 
 

@@ -301,7 +301,7 @@ class Publish:
     def _release_left_over(self, volume: NamedVolume, target: Path) -> None:
         """Take down what a crash left of a read-only publication here: made before its bind mount, or not released
         after it; the volume's device may be gone since, and the target another volume's."""
-        self._read_only_devices.release_left_over(reader_id(volume, target))
+        self._read_only_devices.release_left_over(reader_id(volume, target), volume.name)
 
     # --- both ---
 

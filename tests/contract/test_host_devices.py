@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import os
 import stat
+import struct
 import subprocess
 import sys
 import uuid
@@ -475,7 +478,7 @@ def test_a_volume_that_is_attached_read_only_is_no_reader(machine: HostMachine, 
     own = machine.loops.attach(volume.file, None, label=shown, read_only=True)
     readers = ReadOnlyLoops(machine.loops)
     assert not readers.release(own.device_number)
-    readers.release_left_over(READER)
+    readers.release_left_over(READER, volume.name)
     assert own.number in {loop.number for loop in machine.loops.bound()}
 
 
@@ -500,14 +503,42 @@ def test_a_writable_device_over_a_volume_is_no_reader(machine: HostMachine) -> N
         machine.loops.detach(other)
 
 
+def test_the_devices_of_other_volumes_are_not_opened_to_release_a_reader(machine: HostMachine) -> None:
+    """They may hang, and take the time of a volume that has nothing to do with them."""
+    volume, other = machine.volume("csi-1"), machine.volume("csi-2")
+    readers = ReadOnlyLoops(machine.loops)
+    of_other = readers.over(machine.device(other), other.uuid, READER)
+    with opens_of(of_other.path, volume.loop.node or volume.file) as opened:
+        readers.over(machine.device(volume), volume.uuid, READER)
+        readers.release_left_over(READER, volume.name)
+    assert set(opened) == {volume.loop.node}
+    assert readers.release(of_other.number)
+
+
+@contextlib.contextmanager
+def opens_of(*nodes: Path) -> Iterator[list[Path]]:
+    """Note which of these files are opened inside the block, as inotify(7) tells it."""
+    libc, opened = ctypes.CDLL(None, use_errno=True), list[Path]()
+    watcher = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    watched = {libc.inotify_add_watch(watcher, os.fsencode(node), 0x20): node for node in nodes}
+    assert min(watched) > 0
+    try:
+        yield opened
+        with contextlib.suppress(BlockingIOError):
+            while events := os.read(watcher, 4096):
+                opened += [watched[number] for number, *_ in struct.iter_unpack("=iIII", events)]
+    finally:
+        os.close(watcher)
+
+
 def test_a_reader_is_released_when_the_device_below_was_lost(machine: HostMachine) -> None:
     volume = machine.volume()
     readers = ReadOnlyLoops(machine.loops)
     reader = readers.over(machine.device(volume), volume.uuid, READER)
     machine.device(volume).path.unlink()
-    readers.release_left_over("f" * 16)
+    readers.release_left_over("f" * 16, volume.name)
     kept = machine.devices.uuid_of(reader.number)
-    readers.release_left_over(READER)
+    readers.release_left_over(READER, volume.name)
     assert kept == volume.uuid
     assert machine.devices.uuid_of(reader.number) != volume.uuid  # the number may be somebody else's by now
 

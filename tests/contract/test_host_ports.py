@@ -171,7 +171,7 @@ def test_what_is_left_of_one_reader_goes_though_its_device_is_lost(host: Host, a
     left = host.read_only_devices.over(device, marked, READER)
     other = host.read_only_devices.over(device, marked, OTHER_READER)
     host.lose("csi-1")
-    host.read_only_devices.release_left_over(READER)
+    host.read_only_devices.release_left_over(READER, "csi-1")
     # By their mark: the number of the one that went may be somebody else's by now.
     assert [host.devices.uuid_of(number) == marked for number in (left.number, other.number)] == [False, True]
     assert host.devices.size_bytes(other.number) == 64 * MIB

@@ -468,8 +468,9 @@ class FakeReadOnlyDevices:
     def present(self) -> Sequence[ReadOnlyDevice]:
         return [ReadOnlyDevice(made.number, made.ground.path) for made in self._host.readers]
 
-    def release_left_over(self, reader: str) -> None:
-        for made in [made for made in self._host.readers if made.label.endswith(f"/ro-{reader}")]:
+    def release_left_over(self, reader: str, name: str) -> None:
+        ours = [made for made in self._host.readers if made.name == name and made.label.endswith(f"/ro-{reader}")]
+        for made in ours:
             self.release(made.number)
 
 

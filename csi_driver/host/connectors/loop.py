@@ -158,10 +158,15 @@ class LoopDevices:
         found = [device for device in self.bound() if _lies_in(device, root, identities)]
         return tuple(replace(device, node=by_number.get(device.device_number)) for device in found)
 
-    def bound(self) -> Iterator[LoopDevice]:
-        """Yield every bound loop device of the machine, lowest number first."""
+    def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
+        """Yield every bound loop device of the machine, lowest number first.
+
+        With `file_name`: those whose file has that name in its directory; no other is opened, which may hang.
+        """
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
+            if file_name is not None and _file_name(number) != file_name:
+                continue
             device = self._bound_number(number)
             if device is not None:
                 yield device
@@ -392,6 +397,11 @@ def _backing_text(number: int) -> str | None:
         return Path(file).read_text(errors="surrogateescape")[:-1]
     except OSError:
         return None
+
+
+def _file_name(number: int) -> str | None:
+    text = _backing_text(number)
+    return Path(text.removesuffix(_DELETED)).name if text is not None else None
 
 
 def _node_number(node: Path) -> DeviceNumber | None:

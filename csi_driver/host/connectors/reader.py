@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,14 +31,14 @@ class ReadOnlyLoops:
     def __init__(self, loops: LoopDevices, device_directory: Path = Path("/dev")) -> None:
         self._loops = loops
         self._directory = device_directory
-        self._making = threading.Lock()
+        self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def over(self, device: Device, uuid: str, reader: str) -> Device:
         """Return a read-only device over `device`, made, or found again by the volume's uuid and the reader's id."""
         if _READER.fullmatch(reader) is None:
             raise HostFailure(f"the id of a reader is {reader!r}, wanted 16 hexadecimal digits")
         label = f"{uuid}/{_MARK}{reader}"
-        with self._making:
+        with self._making[device.name]:
             loop = self._find(device, label)
             if loop is None:
                 loop = self._loops.attach(device.path, None, label=label, read_only=True, block_size=device.block_bytes)
@@ -52,17 +53,20 @@ class ReadOnlyLoops:
         """Return every such device of this machine, also those over devices of others."""
         return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours()]
 
-    def release_left_over(self, reader: str) -> None:
-        """Take down each such device of the reader that nothing uses, whatever became of the one below."""
-        for loop in self._ours():
+    def release_left_over(self, reader: str, name: str) -> None:
+        """Take down each such device of the reader that nothing uses, whatever became of the one below.
+
+        `name` is the volume's: devices over others are not looked at, as they may hang.
+        """
+        for loop in self._ours(name):
             if _reader_of(loop) == reader:
                 self._loops.detach(loop)
 
-    def _ours(self) -> Iterator[LoopDevice]:
-        return (loop for loop in self._loops.bound() if _reader_of(loop) is not None)
+    def _ours(self, name: str | None = None) -> Iterator[LoopDevice]:
+        return (loop for loop in self._loops.bound(name) if _reader_of(loop) is not None)
 
     def _find(self, device: Device, label: str) -> LoopDevice | None:
-        same = (loop for loop in self._ours() if loop.label == label)
+        same = (loop for loop in self._ours(device.path.name) if loop.label == label)
         return next((loop for loop in same if loop.backing == device.number and not loop.file_is_gone), None)
 
     def _described(self, device: Device, loop: LoopDevice) -> Device:
