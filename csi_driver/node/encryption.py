@@ -101,6 +101,8 @@ class EncryptedVolumes:
         mapping = self._encryption.mapping(volume.name)
         if mapping is None or not mapping.is_encryption or mapping.below != device.number or not mapping.size_bytes:
             return None
+        if self._devices.is_claimed(device) is False:
+            return None  # it lies over a disk that had the device's name and number before
         return self._encryption.device(mapping, volume.uuid or device.uuid)
 
     def is_opened(self, number: DeviceNumber) -> bool:
@@ -161,6 +163,8 @@ class EncryptedVolumes:
                 f"{path}: expected the encrypted device of volume {task.volume}, got another mapped device"
             )
         is_dead = not mapping.size_bytes or mapping.below is None or not self._devices.size_bytes(mapping.below)
+        if mapping.below == task.device.number and self._devices.is_claimed(task.device) is False:
+            is_dead = True  # what it lies over claims nothing: a disk that had its name and number before
         if is_dead:
             self._encryption.close(mapping)
             return None

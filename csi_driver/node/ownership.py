@@ -83,7 +83,7 @@ class Ownership:
             return Owner.DEAD if self.is_gone(number) else Owner.OTHER
         device = self._devices.find(volume.name, volume.uuid)
         if device is not None and device.number in (number, self._encryption.below(number)):
-            if self._is_unclaimed(mounted, device):
+            if mounted.node_number is None and self._devices.is_claimed(device) is False:
                 return Owner.DEAD
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
         claimed = self._devices.uuid_of(number)
@@ -104,20 +104,15 @@ class Ownership:
         is_its_filesystem = mounted.node_number is None and mounted.source == str(self._devices.path_of(name))
         return is_its_filesystem and self._devices.name_of(mounted.number) not in (None, name)
 
-    def _is_unclaimed(self, mounted: Mounted, device: Device) -> bool:
-        """Tell whether a filesystem that has the device's number is of a device that had it before.
-
-        A mount that is alive claims its device for itself.
-        """
-        is_its_number = mounted.node_number is None and mounted.number == device.number
-        return is_its_number and self._devices.is_claimed(device) is False
-
     def is_live(self, mounted: Mounted, device: Device) -> bool:
         """Tell whether a mount is of the device as it is now, and not of one that had its number before.
 
-        A mount that is alive claims its device; a bound node claims nothing. What cannot be told now is taken for so.
+        A mount that is alive claims its device for itself, or the encrypted device between them does; a bound node
+        claims nothing. What cannot be told now is taken for so.
         """
-        return mounted.can_be_of(device) and not self._is_unclaimed(mounted, device)
+        if mounted.node_number is None and self._devices.is_claimed(device) is False:
+            return False
+        return mounted.can_be_of(device)
 
     def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
         """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.
@@ -220,8 +215,9 @@ class Ownership:
         if (mapping is not None and mapping.below is None) or self._is_left_behind(mounted, name):
             return True
         device = self._devices.find(name)
-        if device is not None and self._is_unclaimed(mounted, device):
-            return True
+        is_its_number = device is not None and device.number in (number, self._encryption.below(number))
+        if device is not None and is_its_number and self._devices.is_claimed(device) is False:
+            return mounted.node_number is None
         return self.is_cut_off(name, number if mapping is None else mapping.below)
 
     def is_cut_off(self, name: str, number: DeviceNumber | None) -> bool:

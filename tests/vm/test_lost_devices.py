@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.handover import Encryption
 from csi_driver.host import block_devices, ioctls
 from csi_driver.machine import DeviceNumber
 from csi_driver.model import MIB
@@ -23,6 +24,7 @@ from tests.contract.host_machine import Volume as LoopVolume
 from tests.contract.host_machine import host_machine, shell
 from tests.integration.fault_nodes import ServingNode, Subject, World, until_ok
 from tests.integration.rig import wait_for
+from tests.vm.test_encrypted_volumes import EXT4, Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
 
@@ -120,13 +122,7 @@ def removable(world: World, kind: str) -> Iterator[Disk]:
     """Give a volume whose device is a null_blk in memory, which can be removed under its users."""
     name, identity = f"csi-{uuid.uuid4().hex[:8]}", str(uuid.uuid4())
     size = SIZES[kind]
-    entry = _NULL_BLOCKS / name
-    entry.mkdir()
-    for key, value in (("memory_backed", 1), ("size", size // MIB), ("blocksize", 4096), ("power", 1)):
-        (entry / key).write_text(str(value))
-    index = (entry / "index").read_text().strip()
-    shown = next(path for path in (Path("/sys/block", name), Path("/sys/block", f"nullb{index}")) if path.exists())
-    major, minor = (shown / "dev").read_text().strip().split(":")
+    number = null_block(name, size)
     file = world.directory / f"{name}.size"
     with file.open("wb") as made:
         made.truncate(size)
@@ -134,12 +130,24 @@ def removable(world: World, kind: str) -> Iterator[Disk]:
     subject = Subject(name, kind, loop, world.directory / "kubelet", fixed_size_bytes=size)
     subject.staging.mkdir()
     disk = Disk(world, subject)
-    disk.put_node(DeviceNumber(int(major), int(minor)))
+    disk.put_node(number)
     disk.tell()
     try:
         yield disk
     finally:
         take_away(disk)
+
+
+def null_block(name: str, size_bytes: int) -> DeviceNumber:
+    """Make a disk in memory, which keeps its data while it is off."""
+    entry = _NULL_BLOCKS / name
+    entry.mkdir()
+    for key, value in (("memory_backed", 1), ("size", size_bytes // MIB), ("blocksize", 4096), ("power", 1)):
+        (entry / key).write_text(str(value))
+    index = (entry / "index").read_text().strip()
+    shown = next(path for path in (Path("/sys/block", name), Path("/sys/block", f"nullb{index}")) if path.exists())
+    major, minor = (shown / "dev").read_text().strip().split(":")
+    return DeviceNumber(int(major), int(minor))
 
 
 def take_away(disk: Disk) -> None:
@@ -315,3 +323,30 @@ def test_the_kernels_sequence_number_tells_two_disks_of_one_number_apart(world: 
         assert (second.number, after.number) == (number, before.number)
         assert before.disk_sequence is not None
         assert after.disk_sequence != before.disk_sequence
+
+
+@pytest.mark.usefixtures("world")
+def test_an_encrypted_volume_that_is_back_under_its_number_is_opened_anew(tmp_path: Path) -> None:
+    """By its path in sysfs what was opened before lies over the disk as it is now; it does not."""
+    with host_machine(tmp_path) as machine:
+        volume = Machine(machine, EXT4, Encryption.LUKS)
+        name = volume.volume.name
+        node, entry = machine.device_root / name, _NULL_BLOCKS / name
+        assert machine.loops.detach(volume.volume.loop)
+        number = null_block(name, volume.volume.file.stat().st_size)
+        os.mknod(node, 0o60600, os.makedev(number.major, number.minor))
+        try:
+            volume.stage()
+            (volume.staging / "data").write_text("kept")
+            shell("sync", "--file-system", str(volume.staging))
+            (entry / "power").write_text("0")
+            (entry / "power").write_text("1")
+            assert ioctls.device_number(os.stat(node).st_rdev) == number
+            volume.up()
+            assert (volume.target / "data").read_text() == "kept"
+            (volume.target / "more").write_text("written")
+            shell("sync", "--file-system", str(volume.target))
+            volume.down()
+        finally:
+            (entry / "power").write_text("0")
+            entry.rmdir()
