@@ -41,7 +41,7 @@ from csi_driver.storage_model import LUKS_HEADER_BYTES
 logger = logging.getLogger(__name__)
 
 STAGING_PATH = "staging_target_path"
-_CLOSING_PATIENCE_S = 5.0
+_CLOSING_PATIENCE_S = 20.0
 
 
 class Stage:
