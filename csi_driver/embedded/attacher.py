@@ -365,7 +365,9 @@ class Attacher:
     def _take_away(self, client: str, identity: str, wish: Attachment | None) -> bool:
         pair = (client, identity)
         device = self._devices.get(pair)
-        if device is not None and not self._detach(pair, device, wish.volume if wish else None):
+        if device is not None and (
+            self._holds_last_copy(identity) or not self._detach(pair, device, wish.volume if wish else None)
+        ):
             if wish is not None:
                 self._stay(wish, device)
             return False
@@ -377,14 +379,22 @@ class Attacher:
             self._hide(client, report.volume)
         return True
 
+    def _holds_last_copy(self, identity: str) -> bool:
+        """Tell whether a volume's file was removed under its device, whose data would be gone with the device."""
+        volume = next((each for each in self._store.all(VOLUMES) if each.uuid == identity), None)
+        if volume is None or volume.action == "markedForDeletion" or self._pool.has(identity, 0):
+            return False
+        self._volumes.judge_file(volume.name)
+        return True
+
     def _stay(self, wish: Attachment, device: LoopDevice) -> None:
-        """Leave a device that is to go and is in use, as a real client does.
+        """Leave a device that is to go and cannot go now, as a real client does.
 
         The client refuses the detachment, which the management does not note (it stores only what is attached,
         detached or denied), and goes on to show what it accepted last, its references with it.
         """
         if wish.force:
-            _log.warning("volume %s on client %s is in use; force does not take it away", wish.volume, wish.client)
+            _log.warning("volume %s on client %s stays attached; force does not change that", wish.volume, wish.client)
         report, volume = self._store.get(REPORTS, wish.uuid, wish.client), self._store.get(VOLUMES, wish.volume)
         accepted = wish
         if report is not None:

@@ -18,7 +18,7 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
     """Make files, rows, wishes and the kernel agree. A file that no volume owns is reported and kept."""
     files = pool.identities()
     for volume in store.all(VOLUMES):
-        if volume.action != "markedForDeletion" and not volumes.judge_file(volume.name):
+        if volume.action != "markedForDeletion" and not volumes.why_lost(volume):
             _make_up_for(pool, volume)
         volumes.initialize(volume.name)
         volumes.finish_extension(volume.name)
@@ -26,6 +26,7 @@ def recover(store: Store, pool: Pool, volumes: Volumes, attacher: Attacher) -> N
     for identity in sorted(files - owned):
         _log.warning("the file %s belongs to no volume; it is kept", pool.file(identity))
     attacher.recover()
+    volumes.judge_files()
     for volume in store.all(VOLUMES):
         if volume.action == "markedForDeletion":
             volumes.removal_due(volume.name, volume.uuid)

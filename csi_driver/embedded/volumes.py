@@ -169,7 +169,7 @@ class Volumes:
         volume = self._store.get(VOLUMES, name)
         if volume is None or not volume.made or volume.action in ("initializing", "markedForDeletion"):
             return ""
-        reason = self._why_lost(volume)
+        reason = self.why_lost(volume)
         status = "online" if not reason else "degraded" if self.has_device(volume.uuid) else "offline"
         if status == volume.status:
             return reason
@@ -191,16 +191,20 @@ class Volumes:
         for volume in self._store.all(VOLUMES):
             self.judge_file(volume.name)
 
-    def _why_lost(self, volume: Volume) -> str:
+    def why_lost(self, volume: Volume) -> str:
+        """Say why a volume's file cannot be used; empty = it can, or can be made."""
+        if not volume.made:
+            return ""
         try:
             if self._pool.has(volume.uuid, volume.least_bytes):
                 return ""
         except HostFailure as problem:
             return str(problem)
         file, size_bytes = self._pool.file(volume.uuid), volume.least_bytes
+        source = "its attached device" if self.has_device(volume.uuid) else "a backup"
         return (
             f"the file {file} of volume {volume.name} is gone or cut short, expected at least {size_bytes} bytes; "
-            "restore it from a backup: it may have held data and is not made again"
+            f"restore it from {source}: it may have held data and is not made again"
         )
 
     # --- extend -----------------------------------------------------------------------------------------

@@ -227,6 +227,17 @@ def test_a_device_that_is_mounted_from_an_earlier_directory_goes_on(tmp_path: Pa
             assert same.read(8) == b"precious"
 
 
+def test_the_same_directory_by_another_name_keeps_its_nodes(tmp_path: Path, loops: LoopDevices) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+    before = node(tmp_path, "data").stat().st_ino
+    (tmp_path / "link").symlink_to(node(tmp_path, "data").parent)
+    with running(with_devices_in(settings, tmp_path / "link"), loops):
+        assert (tmp_path / "link" / "data").stat().st_ino == before
+
+
 def test_a_directory_that_went_to_another_client_keeps_that_clients_nodes(tmp_path: Path, loops: LoopDevices) -> None:
     settings = settings_in(tmp_path)
     with running(settings, loops) as manager:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.refusals import Refusal
 from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.store import Change
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
 
@@ -90,18 +92,19 @@ def test_what_was_promised_and_is_not_written_yet_is_kept_free_for_its_volume(di
 
 
 def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -> None:
+    """What is put and not yet committed counts: neither row nor file of it is to be seen elsewhere."""
     with running(settings_on(disk), FakeLoopDevices()) as manager:
         resize(disk, 2000)
-        answers: list[bool] = []
+        items = [{"name": name, "capacity": 1, "VPG": "DEFAULT_CONCATENATED_VPG"} for name in ("first", "second")]
+        volumes = manager.server.api._volumes
 
-        def second_within_the_first(point: str) -> None:
-            if point == "save:row" and not answers:
-                answers.append(False)
-                answers.append(save(manager, "second", 1000 * MIB))
+        def both(change: Change) -> None:
+            for item in items:
+                volumes._promise(change, item, "admin")
 
-        manager.server.api._volumes._fault = second_within_the_first
-        assert save(manager, "first", 1000 * MIB)
-        assert answers == [False, False]
+        with pytest.raises(Refusal, match="free in its file system"):
+            manager.server.store.write(both)
+        manager.server.store.write(lambda change: volumes._promise(change, items[0], "admin"))
 
 
 def test_the_reserve_of_a_group_is_promised_too(disk: Path) -> None:

@@ -246,10 +246,32 @@ def test_a_volume_whose_file_is_lost_under_its_device_is_degraded(manager: Manag
     manager.server.pool.file(manager.uuid("data")).unlink()
     manager.server.attacher.look()
     assert (manager.volume("data")["status"], len(loops.bound)) == ("degraded", 1)
-    assert manager.attach("data", "node-2", mode="SHARED_READ_WRITE")["error"]["innerMessage"]["id"] == 1569
-    manager.detach("data")
-    manager.server.attacher.look()
-    assert manager.volume("data")["status"] == "offline"
+    inner = manager.attach("data", "node-2", mode="SHARED_READ_WRITE")["error"]["innerMessage"]
+    assert (inner["id"], "restore it from its attached device" in inner["message"]) == (1569, True)
+
+
+@pytest.mark.parametrize("then", ["restored", "deleted"])
+def test_a_device_that_holds_the_last_copy_of_its_data_stays_until_that_is_decided(
+    tmp_path: Path, loops: FakeLoopDevices, then: str
+) -> None:
+    with running(settings_in(tmp_path), loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        file = manager.server.pool.file(manager.uuid("data"))
+        aside = file.rename(file.with_suffix(".aside"))
+        assert manager.detach("data")["success"]
+        assert (manager.wish("data")["action"], len(loops.bound)) == ("detaching", 1)
+    with running(settings_in(tmp_path), loops) as manager:
+        assert (manager.volume("data")["status"], len(loops.bound)) == ("degraded", 1)
+        if then == "restored":
+            aside.rename(file)
+        else:
+            assert manager.delete("data")["success"]
+        manager.server.attacher.client_returns("node-1")
+        manager.server.attacher.look()
+        assert not loops.bound
+        assert manager.volume("data").get("status") == ("online" if then == "restored" else None)
+        assert then == "deleted" or manager.attach("data")["success"]
 
 
 def test_a_lost_volume_can_be_deleted(manager: Manager) -> None:

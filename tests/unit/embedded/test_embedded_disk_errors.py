@@ -248,3 +248,14 @@ def test_a_disk_error_at_the_start_keeps_no_volume_from_being_attached_afterward
         pass
     with running(settings_in(tmp_path), loops) as manager:
         assert seen(manager) == (2, 4)
+
+
+def test_an_extension_succeeds_where_only_the_status_files_cannot_be_written(
+    tmp_path: Path, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(settings_in(tmp_path), loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+        with refusing(monkeypatch, "replace", errno.ENOSPC, ".new"):
+            assert manager.extend("data", 2)["success"]
+        assert loops.size_bytes[0] == manager.volume("data")["blocks"] * 4096

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.records import REPORTS
 from csi_driver.embedded.settings import TestSwitches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -143,6 +144,23 @@ def test_a_sharer_that_takes_the_volume_for_itself_waits_for_the_others(
     for client in ("node-1", "node-2"):
         manager.server.attacher.client_returns(client)
     assert manager.report("data", "node-2")["vol_status"] == ATTACHED
+
+
+def test_nobody_gets_a_volume_while_a_client_that_is_told_of_no_more_has_its_device(
+    manager: Manager, loops: FakeLoopDevices
+) -> None:
+    """Its wish ended at once, for it had not reported the device; a real server forgets it there and then."""
+    file = in_use(manager, loops)
+    identity = manager.uuid("data")
+    manager.server.store.write(lambda change: change.delete(REPORTS, identity, "node-1"))
+    assert manager.detach("data", "node-1", reference="old")["success"]
+    assert (manager.wish("data", "node-1"), manager.volume("data")["reservation"]["attachedClients"]) == (None, [])
+    assert manager.attach("data", "node-2", mode=EXCLUSIVE)["success"]
+    assert (manager.report("data", "node-2"), loops.writers(file)) == (None, [0])
+    loops.open.clear()
+    manager.server.attacher.client_returns("node-1")
+    manager.server.attacher.client_returns("node-2")
+    assert (manager.report("data", "node-2")["vol_status"], loops.writers(file)) == (ATTACHED, list(loops.bound))
 
 
 def test_a_manager_that_starts_again_knows_which_device_is_cut_off(tmp_path: Path, loops: FakeLoopDevices) -> None:

@@ -84,8 +84,47 @@ def test_an_extension_too_large_is_refused(manager: Manager) -> None:
     assert manager.volume("data")["capacity"] == 60
 
 
-def test_redundancy_is_refused_on_one_machine(manager: Manager) -> None:
-    assert manager.save("data", VPG="DEFAULT_RAID_1_VPG")["error"]["innerMessage"] == "Failed to allocate"
+@pytest.mark.parametrize(
+    ("group", "targets"), [("DEFAULT_RAID_1_VPG", 2), ("DEFAULT_STRIPED_EC_DUAL_TARGET_REDUNDANCY_VPG", 10)]
+)
+def test_redundancy_is_refused_on_one_machine_with_the_reason(manager: Manager, group: str, targets: int) -> None:
+    error = manager.save("data", VPG=group)["error"]
+    assert (error["id"], error["innerMessage"]) == (1664, "Failed to allocate")
+    assert error["message"].endswith(f"the layout needs {targets} targets, this pool has 1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "share"),
+    [
+        ({}, 10),
+        ({"vpg": "DEFAULT_RAID_1_VPG"}, 10),
+        ({"vpg": "there is none"}, 10),
+        ({"nodes": ["target1.sim", "target4.sim", "elsewhere"]}, 2),
+        ({"disks": ["POOL-target2.sim.1"]}, 1),
+        ({"nodes": ["target2.sim"], "disks": ["POOL-target2.sim.1"], "vpg": "gold"}, 1),
+        ({"nodes": ["target1.sim"], "disks": ["POOL-target2.sim.1"]}, None),
+        ({"nodes": ["elsewhere"]}, None),
+    ],
+)  # fmt: skip
+def test_targets_and_drives_restrict_the_space_and_a_group_does_not(
+    redundant: Manager, asked: dict[str, object], share: int | None
+) -> None:
+    """`share`: how many of the ten targets count."""
+    redundant.save("data", 10)
+    whole = {"total": 100 * GB // 4096 * 4096 / GB, "allocated": redundant.volume("data")["blocks"] * 4096 / GB}
+    for what, size in whole.items():
+        answered = redundant.post(f"/servers/{what}Space", asked)
+        assert answered is None if share is None else answered == pytest.approx(size * share / 10)
+
+
+def test_the_drives_have_the_ids_that_restrict_the_space(redundant: Manager) -> None:
+    drives = [disk["diskID"] for server in redundant.get("/servers/all/0/0") for disk in server["disks"]]
+    assert len(set(drives)) == 10
+    assert redundant.post("/servers/totalSpace", {"disks": drives}) == redundant.post("/servers/totalSpace", {})
+
+
+def test_the_free_space_is_told_to_the_byte(manager: Manager) -> None:
+    assert manager.get("/getSpaceAllocation")["availableSpace"] == 100 * GB // 4096 * 4096 / GB
 
 
 def test_redundancy_is_allocated_with_pretended_targets(redundant: Manager) -> None:

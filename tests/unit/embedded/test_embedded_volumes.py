@@ -15,6 +15,7 @@ from csi_driver.embedded.space import TotalsWrong
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import StorageUnavailable
 from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.manager import Manager, running, settings_in
 
 
@@ -90,6 +91,26 @@ def test_a_volume_is_deleted_when_its_last_device_has_gone(manager: Manager, loo
     manager.server.attacher.client_returns("node-1")
     assert not manager.server.pool.identities()
     assert manager.volume("data")["error"]["id"] == 1543
+
+
+def test_an_extension_is_under_way_until_the_targets_have_reported(manager: Manager) -> None:
+    manager.save("data")
+    manager.hold("extend")
+    assert manager.extend("data", 2)["success"]
+    assert (manager.volume("data")["action"], manager.volume("data")["capacity"]) == ("extending", 2)
+    assert manager.extend("data", 3)["success"]
+    assert manager.attach("data")["success"]
+    manager.release("extend")
+    assert manager.volume("data")["action"] == "none"
+
+
+def test_an_extension_leaves_the_action_of_an_encryption_that_is_still_to_come(
+    tmp_path: Path, loops: FakeLoopDevices
+) -> None:
+    with running(settings_in(tmp_path), loops, FakeLuksHeaders()) as manager:
+        manager.save("data", isEncrypted=True, VPG=None, RAIDLevel="Concatenated")
+        manager.extend("data", 2)
+        assert manager.volume("data")["action"] == "initEncryptionRequired"
 
 
 def test_default_groups_cannot_be_changed(manager: Manager) -> None:
