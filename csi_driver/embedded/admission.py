@@ -40,18 +40,24 @@ def refuse_unsupported(item: Mapping[str, object], find: Callable[[str], Volume 
     """Refuse what this manager never makes. `find` returns the volume of a name."""
     name = str(item["name"])
     if name.endswith("_MD"):
-        raise not_saved(name, detail(1552, "Illegal Volume name", innerMessage={}))
+        raise not_saved(
+            name, detail(1552, "Illegal volume name: names that end in _MD belong to the storage", innerMessage={})
+        )
     if "sourceID" in item:
         raise _snapshot_refusal(name, find(str(item["sourceID"])), item)
     for _, number, message in absent_classes(item):
         raise not_saved(name, detail(number, message))
     if item.get("VSGs"):
-        raise not_saved(name, detail(1721, "VSG not found"))
+        raise not_saved(name, detail(1721, f"VSG not found: {item['VSGs']}; this pool has none, leave VSGs out"))
 
 
 def absent_classes(item: Mapping[str, object]) -> list[tuple[str, int, str]]:
     """Return the classes that a request names, with what the API says of them: there are none here."""
-    return [each for each in _CLASSES if item.get(each[0])]
+    return [
+        (field, number, f"{message}: {item[field]}; this pool has none, leave {field} out")
+        for field, number, message in _CLASSES
+        if item.get(field)
+    ]
 
 
 def admitted(change: Change, item: Mapping[str, object], settings: StorageSettings, *, can_encrypt: bool) -> Admitted:
@@ -63,14 +69,19 @@ def admitted(change: Change, item: Mapping[str, object], settings: StorageSettin
     if change.get(VOLUMES, name) is not None or (homonym is not None and homonym.blocks):
         raise Refusal(1523, "Volume name already exists", {"volumeID": name})
     if group_name and group is None:
-        raise not_saved(name, detail(1514, "VPG not found while creating volume", vpgID=group_name))
+        raise not_saved(
+            name, detail(1514, f"VPG {group_name} not found; /volumeProvisioningGroups lists them", vpgID=group_name)
+        )
     if group is None and str(item.get("RAIDLevel")) not in LEVELS:
-        raise not_saved(name, detail(1606, "Unknown RAID level"))
+        raise not_saved(
+            name, detail(1606, f"Unknown RAID level {item.get('RAIDLevel')}; expected one of {', '.join(LEVELS)}")
+        )
     if group and group.reclaiming:
-        raise not_saved(name, detail(16358, "The VPG's reserved space is being reclaimed", vpgID=group.name))
+        raise not_saved(name, detail(16358, f"VPG {group.name} is giving its reserve back; retry", vpgID=group.name))
     encryption = wished(item, group)
     if encryption is not None and not can_encrypt:
-        raise not_saved(name, detail(16825, "Volumes cannot be encrypted here: cryptsetup is not installed"))
+        reason = "the storage manager encrypts no volumes: cryptsetup is not installed there; leave isEncrypted out"
+        raise not_saved(name, detail(16825, reason))
     _require_placeable(name, item, settings)
     return Admitted(group, group.layout if group else default_layout(item), encryption)
 
@@ -89,7 +100,7 @@ def _require_placeable(name: str, item: Mapping[str, object], settings: StorageS
 def _snapshot_refusal(name: str, source: Volume | None, item: Mapping[str, object]) -> Refusal:
     keys = {"volumeID": name, "volumeUUID": "undefined", "sourceVolumeID": str(item["sourceID"])}
     if source is None or source.uuid != str(item.get("sourceUUID")):
-        return Refusal(1521, "Snapshot source volume not found", keys, loses_uuid=True)
+        return Refusal(1521, f"Snapshot source volume {item['sourceID']} not found", keys, loses_uuid=True)
     if not source.read_only:
-        return Refusal(1522, "Snapshot source volume is not read-only", keys, loses_uuid=True)
-    return not_saved(name, detail(16825, "Snapshots are not served by the embedded storage manager"))
+        return Refusal(1522, f"Snapshot source volume {source.name} is not read-only", keys, loses_uuid=True)
+    return not_saved(name, detail(16825, "the embedded storage manager makes no snapshots; leave sourceID out"))

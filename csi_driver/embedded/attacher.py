@@ -119,11 +119,13 @@ class Attacher:
             identity, _, owner = device.label.partition("/")
             pair = owners.get(owner, ""), identity
             if owner not in owners:
-                _log.warning("loop%d holds %s and belongs to no client here; left alone", device.number, device.file)
+                _log.warning(
+                    "loop%d of %s belongs to no client of this manager; left alone", device.number, device.file
+                )
             elif pair not in self._devices or self._loops.detach(self._devices[pair]):
                 self._devices[pair] = device
             elif not self._loops.detach(device):
-                _log.warning("loop%d holds %s once more and is in use; left alone", device.number, device.file)
+                _log.warning("loop%d is a second device of %s and in use; left alone", device.number, device.file)
 
     def _remove_stale_nodes(self) -> None:
         """Remove the nodes of our volumes that stand for another device now, or will: see `Directories`."""

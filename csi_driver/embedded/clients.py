@@ -63,13 +63,14 @@ class Clients:
 
         def wish(change: Change) -> list[Pair]:
             if change.get(CLIENTS, client) is None:
-                raise Refusal(1621, "Client not found or is initializing", keys)
+                known = ", ".join(self._names)
+                raise Refusal(1621, f"Client {client} not found; this manager serves {known}", keys)
             volume = change.get(VOLUMES, name)
             if volume is None or volume.uuid != identity:
                 raise volume_not_found(name, identity)
             inner: Document = {"volumeID": name, "volumeUUID": identity, "clientID": client}
             if volume.action == "markedForDeletion":
-                raise _not_attached(keys, detail(11212, "Volume is being deleted", **inner), loses_uuid=True)
+                raise _not_attached(keys, detail(11212, f"Volume {name} is being deleted", **inner), loses_uuid=True)
             if lost or not volume.ready:
                 reason = lost or "Volume is not ready: its encryption has not been initialized"
                 raise _not_attached(keys, detail(1569, reason, **inner), loses_uuid=True)
@@ -134,17 +135,17 @@ class Clients:
 
         def wish(change: Change) -> list[Pair]:
             if change.get(CLIENTS, client) is None:
-                raise Refusal(CLIENT_NOT_FOUND, "Client not found", keys)
+                raise Refusal(CLIENT_NOT_FOUND, f"Client {client} not found", keys)
             volume = change.get(VOLUMES, name)
             if volume is None or volume.uuid != identity:
                 raise volume_not_found(name, identity)
             attachment = change.get(ATTACHMENTS, identity, client)
             if attachment is None:
-                raise Refusal(162222, "The volume is not attached to the client", keys)
+                raise Refusal(162222, f"Volume {name} is not attached to client {client}", keys)
             if attachment.action == "detaching" and not force:
-                raise Refusal(1622, "The volume is being detached from the client", keys)
+                raise Refusal(1622, f"Volume {name} is being detached from client {client}", keys)
             if attachment.action == "detaching" or reference not in attachment.references:
-                raise Refusal(162223, "The requested referenceID is already detached from this client", keys)
+                raise Refusal(162223, f"referenceID {reference} is already detached from client {client}", keys)
             left = tuple(held for held in attachment.references if held != reference)
             if left:
                 change.put(
@@ -218,4 +219,4 @@ def _shown(wanted: Wanted, reservation: Reservation) -> Document:
 
 
 def _not_attached(keys: Document, inner: Document, *, loses_uuid: bool = False) -> Refusal:
-    return Refusal(1694, "Error while getting attach volume configuration.", keys, inner, loses_uuid=loses_uuid)
+    return Refusal(1694, "The volume is not attached", keys, inner, loses_uuid=loses_uuid)

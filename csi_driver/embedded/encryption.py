@@ -112,17 +112,22 @@ class Encryptions:
             raise volume_not_found(name, identity)
         state = volume.encryption
         if state is None:
-            raise _failed(keys, detail(16793, "Volume must be created with isEncrypted: true"))
+            raise _failed(keys, detail(16793, f"volume {name} was created without isEncrypted; make another with it"))
         if command == INIT and state.initialized:
-            raise _failed(keys, detail(16792, "Encryption is initialized already", **keys))
+            raise _failed(keys, detail(16792, f"the encryption of volume {name} is initialized already", **keys))
         if command == INIT and volume.action != REQUIRED:
-            raise _failed(keys, detail(167921, "The volume is not ready for initEncryption", **keys))
+            reason = f"the action of volume {name} is {volume.action}, expected {REQUIRED}; retry"
+            raise _failed(keys, detail(167921, reason, **keys))
         if command != INIT and not state.initialized:
-            raise _failed(keys, detail(167922, "Encryption is not initialized", **keys))
+            raise _failed(
+                keys, detail(167922, f"the encryption of volume {name} is not initialized; run {INIT} first", **keys)
+            )
         if self._headers is None:
-            raise _failed(keys, detail(16799, "No target can carry out the command: cryptsetup is not installed"))
+            raise _failed(keys, detail(16799, f"{command} needs cryptsetup, which the storage manager does not have"))
         if state.command.get("status") == "sent":
-            raise _failed(keys, detail(16794, "Another command is in progress", **keys))
+            raise _failed(
+                keys, detail(16794, f"{state.command.get('name')} of volume {name} is in progress; retry", **keys)
+            )
         index = state.index + 1
         sent: Document = {
             "commandIndex": index,
@@ -145,7 +150,7 @@ class Encryptions:
             state = volume.encryption if volume is not None and volume.uuid == identity else None
             if volume is None or state is None or state.index != command["commandIndex"]:
                 keys: Document = {"volumeID": name, "volumeUUID": identity}
-                raise Refusal(1464, "Failed acknowledging encryption response", keys)
+                raise Refusal(1464, "Failed acknowledging encryption response: no command has that commandIndex", keys)
             response = {**cast("Document", state.command.get("response", {})), "acknowledged": True}
             seen = replace(state, command={**state.command, "response": response})
             change.put(VOLUMES, name, replace(volume, encryption=seen))
@@ -189,7 +194,7 @@ class Encryptions:
         command = str(state.command.get("name"))
         headers, file = self._headers, self._pool.file(volume.uuid)
         if headers is None or state.index != order.index:
-            return CUT_OFF, "the command was given up"
+            return CUT_OFF, "the storage manager ended before the command did; retry"
         try:
             if command == INIT:
                 self._make_header(headers, volume, state, order.fields)
@@ -210,7 +215,9 @@ class Encryptions:
         self, headers: LuksHeaders, volume: Volume, state: Encryption, fields: Mapping[str, object]
     ) -> None:
         if state.initialized or volume.reservation.version != 1 or volume.made or self._has_device(volume.uuid):
-            raise Refusal(167921, "a client had the volume before, so no header is made in it")
+            raise Refusal(
+                167921, "a client had the volume before, so no header is made over its data; delete it and make another"
+            )
         headers.format(
             self._pool.file(volume.uuid),
             str(fields["passphrase"]),
@@ -227,7 +234,7 @@ class Encryptions:
                 self._give_up(volume, volume.encryption.index)
 
     def _give_up(self, volume: Volume, index: int) -> None:
-        reason = "the manager ended before the command did"
+        reason = "the storage manager ended before the command did; retry"
         self._store.write(lambda change: _answer(change, volume.name, volume.uuid, index, CUT_OFF, reason))
 
     def release(self) -> None:

@@ -107,7 +107,7 @@ class Groups:
 
         def put(change: Change) -> Group:
             if change.get(GROUPS, name) is not None or (capacity and change.get(VOLUMES, name) is not None):
-                raise Refusal(1531, "VPG name already exists", {"vpgID": name})
+                raise Refusal(1531, f"VPG name already exists: {name}", {"vpgID": name})
             group = Group(
                 name,
                 str(uuid.uuid4()),
@@ -145,7 +145,8 @@ class Groups:
             group = self._own(change, item)
             capacity = cast("float", item["capacity"])
             if capacity <= group.capacity:
-                raise Refusal(15942, "Failed to extend VPG due to capacity issue", {"vpgID": group.name})
+                reason = f"capacity is {capacity:g} GB, expected more than the {group.capacity:g} GB that it has"
+                raise Refusal(15942, f"Failed to extend VPG: {reason}", {"vpgID": group.name})
             more = self._reserve(change, group.layout, capacity - group.capacity, group.name)
             larger = replace(
                 group, capacity=capacity, blocks=group.blocks + more, modified=moment, version=group.version + 1
@@ -169,8 +170,10 @@ class Groups:
 
         def put(change: Change) -> None:
             group = self._own(change, item)
-            if any(volume.group == group.name for volume in self._store.all(VOLUMES)):
-                raise Refusal(15943, "VPG is in use", {"vpgID": group.name})
+            users = [volume.name for volume in self._store.all(VOLUMES) if volume.group == group.name]
+            if users:
+                reason = f"VPG {group.name} is in use by volumes: {', '.join(users[:3])}; delete them first"
+                raise Refusal(15943, reason, {"vpgID": group.name})
             self._space.record_group(change, None, group)
 
         return self._changed(item, put)
@@ -215,9 +218,9 @@ class Groups:
     def _own(self, change: Change, item: Mapping[str, object]) -> Group:
         group = change.get(GROUPS, str(item["_id"]))
         if group is None or group.uuid != item["uuid"]:
-            raise Refusal(GROUP_NOT_FOUND, "VPG not found", {"vpgID": str(item["_id"])})
+            raise Refusal(GROUP_NOT_FOUND, f"VPG {item['_id']} not found", {"vpgID": str(item["_id"])})
         if group.built_in:
-            raise Refusal(16230, "A default VPG can not be changed", {"vpgID": group.name})
+            raise Refusal(16230, f"VPG {group.name} is a default one and cannot be changed", {"vpgID": group.name})
         return group
 
     def usage(self, name: str) -> Document:

@@ -21,7 +21,10 @@ class PoolInUse(PreconditionFailed):
     """Another manager holds the pool."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(f"the pool {directory} is in use by another storage manager (it holds {directory}/lock)")
+        super().__init__(
+            f"the pool {directory} is in use by another storage manager, which holds {directory}/lock; "
+            "stop that one, or give another --pool"
+        )
 
 
 class Pool:

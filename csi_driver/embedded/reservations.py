@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from csi_driver.embedded.records import EXCLUSIVE_READ_WRITE, NONE, SHARED_READ_ONLY, Reservation
+from csi_driver.embedded.records import EXCLUSIVE_READ_WRITE, MODE_NAMES, NONE, SHARED_READ_ONLY, Reservation
 from csi_driver.embedded.refusals import Document, detail
 
 
@@ -33,20 +33,19 @@ def reserved(
 ) -> Reservation:
     """Return the volume's reservation with `client` attached in the wanted mode. Raises ReservationRefused."""
     if read_only and wanted.mode != SHARED_READ_ONLY:
-        raise ReservationRefused(detail(1716, "Write permissions were asked for and the volume is read-only", **keys))
+        reason = f"{MODE_NAMES[wanted.mode]} was asked for and the volume is read-only; attach it as SHARED_READ_ONLY"
+        raise ReservationRefused(detail(1716, reason, **keys))
     attached = current.attached if client in current.attached else (*current.attached, client)
     joins = current.mode == wanted.mode and (current.mode != EXCLUSIVE_READ_WRITE or current.reserved_by == client)
     if joins:
         return replace(current, attached=attached)
     if current.mode != NONE:
+        held = f"the volume is reserved as {MODE_NAMES[current.mode]} for {', '.join(current.attached)}"
         if wanted.version != current.version:
-            raise ReservationRefused(
-                detail(1717, "Reservation version mismatch", volumeReservation=current.version, **keys)
-            )
+            reason = f"{held}; the version of the reservation is {current.version}, the request has {wanted.version}"
+            raise ReservationRefused(detail(1717, reason, volumeReservation=current.version, **keys))
         if not wanted.preempt:
-            raise ReservationRefused(
-                detail(1718, "The volume is reserved in another way; use preempt for the transition", **keys)
-            )
+            raise ReservationRefused(detail(1718, f"{held}; detach it there, or set preempt to take it over", **keys))
     if wanted.detach_others and current.mode != NONE:
         # They are no longer counted, also where they are down and keep device and attachment: the last of those who
         # are counted ends the reservation.

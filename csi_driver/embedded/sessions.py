@@ -23,10 +23,10 @@ class PasswordUnreadable(HostFailure):
 
 
 class PasswordFixed(InvalidRequest):
-    """The password belongs to whoever wrote the file; the manager does not change it."""
+    """The password file was given to the manager, which does not change it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"the password is the content of {path}, which is not this manager's to change")
+        super().__init__(f"the password is the content of {path}, which the manager does not change; edit the file")
 
 
 class Password:

@@ -181,7 +181,7 @@ class Volumes:
 
         self._store.write(judge)
         if reason:
-            _log.error("%s; the volume is %s", reason, status)
+            _log.error("volume %s is %s: %s", name, status, reason)
         else:
             _log.info("the file of volume %s is whole again; the volume is online", name)
         return reason
@@ -203,8 +203,8 @@ class Volumes:
         file, size_bytes = self._pool.file(volume.uuid), volume.least_bytes
         source = "its attached device" if self.has_device(volume.uuid) else "a backup"
         return (
-            f"the file {file} of volume {volume.name} is gone or cut short, expected at least {size_bytes} bytes; "
-            f"restore it from {source}: it may have held data and is not made again"
+            f"its file {file} is gone or cut short, expected at least {size_bytes} bytes of data; "
+            f"restore it from {source}"
         )
 
     # --- extend -----------------------------------------------------------------------------------------
@@ -321,9 +321,11 @@ class Volumes:
         refuse_action(volume, {"markedForDeletion": (1582, "edited")})
         keys = {"volumeID": name, "volumeUUID": identity}
         if item.get("isReadOnly") and volume.reservation.mode > SHARED_READ_ONLY:
-            raise Refusal(1605, "Cannot set volume as ReadOnly. Volume is reserved with a ReadWrite permission", keys)
+            holders = ", ".join(volume.reservation.attached)
+            raise Refusal(1605, f"isReadOnly cannot be set: the volume is reserved for writing by {holders}", keys)
         if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
-            raise Refusal(168412, "The volume's VPG sets its classes, limits and checks", keys)
+            fields = ", ".join(field for field in _LOCKED_BY_GROUP if item.get(field))
+            raise Refusal(168412, f"the volume's VPG {volume.group} sets {fields}; leave them out", keys)
         for _, number, message in absent_classes(item):
             raise Refusal(1722, "Failed to update volume", keys, detail(number, message))
         changes = {key: value for key, value in item.items() if key not in ("_id", "uuid", "enableCrcCheck")}
@@ -427,7 +429,7 @@ def refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> Non
         number, verb = refused[volume.action]
         raise Refusal(
             number,
-            f"Volume with action {volume.action} can not be {verb}.",
+            f"Volume {volume.name} cannot be {verb}: its action is {volume.action}",
             {"volumeAction": volume.action, "volumeID": volume.name, "volumeUUID": volume.uuid},
         )
 

@@ -13,7 +13,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import StorageSettings, TestSwitches
-from csi_driver.errors import ServerUnreachable, Unauthenticated
+from csi_driver.errors import Exhausted, PreconditionFailed, ServerUnreachable, Unauthenticated
 from tests.contract.two_managements import POOL_BYTES, Actor, Storage, embedded_storage
 
 
@@ -71,3 +71,41 @@ def test_a_restarted_server_has_forgotten_the_session_and_is_logged_in_to_again(
     storage.server = StorageServer(storage.settings, storage.loops)
     storage.server.start()
     assert actor.usable("v1") == volume
+
+
+# --- reasons, word for word --------------------------------------------------------------------------------
+
+
+def test_the_reason_of_a_lost_file_reaches_the_caller(storage: Storage, actor: Actor) -> None:
+    volume = actor.created()
+    actor.attach(volume)
+    actor.detach(volume)
+    file = storage.server.pool.file(volume.uuid)
+    file.unlink()
+    reason = (
+        f"its file {file} is gone or cut short, expected at least {volume.size_bytes} bytes of data; "
+        "restore it from a backup"
+    )
+    with pytest.raises(PreconditionFailed) as attaching:
+        actor.attach(volume)
+    with pytest.raises(PreconditionFailed) as extending:
+        actor.management.extend_volume(volume, 5, deadline=actor.deadline)
+    assert reason in str(attaching.value)
+    assert reason in str(extending.value)
+    assert actor.management.volume("v1", deadline=actor.deadline).status == "offline"  # type: ignore[union-attr]
+
+
+def test_the_numbers_of_a_pool_that_is_full_reach_the_caller(actor: Actor) -> None:
+    asked, unpromised = 10**15 // 2**20 * 2**20, POOL_BYTES // 2**20 * 2**20
+    numbers = f"asked {asked} bytes; {unpromised} are unpromised in the pool, "
+    with pytest.raises(Exhausted, match=numbers) as creating:
+        actor.created(capacity_gb=10**6)
+    assert "free in its file system: the smaller counts" in str(creating.value)
+    volume = actor.created(capacity_gb=2)
+    with pytest.raises(Exhausted, match="free in its file system: the smaller counts"):
+        actor.management.extend_volume(volume, 10**6, deadline=actor.deadline)
+
+
+def test_a_layout_that_the_pool_cannot_keep_is_told_from_a_full_pool(actor: Actor) -> None:
+    with pytest.raises(Exhausted, match="the layout needs 10 targets, this pool has 3"):
+        actor.created(vpg="DEFAULT_EC_DUAL_TARGET_REDUNDANCY_VPG")

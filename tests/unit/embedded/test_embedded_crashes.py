@@ -209,7 +209,7 @@ def test_an_attachment_of_a_lost_file_is_refused_with_the_reason_and_leaves_no_w
     lose(manager)
     inner = manager.attach("data")["error"]["innerMessage"]
     assert (inner["id"], manager.wish("data"), loops.bound) == (1569, None, {})
-    assert f"{manager.server.pool.file(manager.uuid('data'))} of volume data is gone or cut short" in inner["message"]
+    assert f"its file {manager.server.pool.file(manager.uuid('data'))} is gone or cut short" in inner["message"]
     assert manager.volume("data")["status"] == "offline"
 
 
