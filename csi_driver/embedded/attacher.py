@@ -277,12 +277,12 @@ class Attacher:
             self._reports.tell(wish, RESERVATION_DENIED, io_enabled=0)
             return is_settled
         if not self._others_are_off(volume, wish.client):
+            self._tell_lost_io(wish)
             return False
         device = self._devices.get(pair)
         if device is not None and (device.fenced or device.read_only != wish.read_only):
             if not self._detach(pair, device, wish.volume):
-                if device.fenced:
-                    self._reports.tell(wish, ATTACHED, io_enabled=0)
+                self._tell_lost_io(wish)
                 return False
             device = None
         node = self._nodes[wish.client] / wish.volume
@@ -299,6 +299,14 @@ class Attacher:
         self._reports.tell(wish, ATTACHED, io_enabled=1)
         self._fault("attach:reported")
         return True
+
+    def _tell_lost_io(self, wish: Attachment) -> None:
+        """Correct the report of a client that lost its I/O since, as one that was down has; else it tells nothing."""
+        device = self._devices.get((wish.client, wish.uuid))
+        report = self._store.get(REPORTS, wish.uuid, wish.client)
+        is_told = report is not None and report.status == ATTACHED and report.io_enabled
+        if is_told and (device is None or device.fenced):
+            self._reports.tell(wish, ATTACHED, io_enabled=0)
 
     def _others_are_off(self, volume: Volume, client: str) -> bool:
         """Tell whether the volume has no other writer: every other client shares it rightly or is off.
@@ -409,8 +417,7 @@ class Attacher:
             )
         if volume is not None and volume.uuid == wish.uuid:
             self._files[wish.client].show(volume, accepted, io_enabled=not device.fenced)
-        if device.fenced:
-            self._reports.tell(accepted, ATTACHED, io_enabled=0)
+        self._tell_lost_io(accepted)
 
     def _detach(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self._loops.detach(device):

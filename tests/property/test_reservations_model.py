@@ -57,7 +57,9 @@ class Node:
     is_open: bool = False
     is_down: bool = False
     told: tuple[int, int] | None = None
-    """What it last reported: status, and whether I/O is enabled."""
+    """What is stored of its reports: status, and whether I/O is enabled."""
+    told_mode: int = NONE
+    """The mode of the latest attachment that it reported with I/O."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Model:
     version: int = 1
     owner: str | None = None
     is_deleted: bool = False
+    counted: set[str] = field(default_factory=set)
+    """Clients with whose last the reservation ends: all that are attached, but for those that were sent away."""
     nodes: dict[str, Node] = field(default_factory=lambda: {name: Node() for name in CLIENTS})
 
     def refusal(self, name: str, mode: int, version: int | None, *, preempt: bool) -> int:
@@ -80,7 +84,10 @@ class Model:
 
     def attach(self, name: str, mode: int, reference: str, *, detach_others: bool) -> None:
         if not self._joins(name, mode):
+            if detach_others and self.mode != NONE:
+                self.counted.clear()
             self.mode, self.owner, self.version = mode, name, self.version + 1
+        self.counted.add(name)
         for other, node in self.nodes.items():
             if detach_others and other != name and node.wish is not None:
                 node.wish.leaving = True
@@ -98,7 +105,7 @@ class Model:
         if not wish.references:
             wish.leaving = True
             if node.told is None or node.told[0] == DETACHED:
-                self._end(node)
+                self._end(name, node)
         self.settle()
 
     def _joins(self, name: str, mode: int) -> bool:
@@ -107,11 +114,13 @@ class Model:
     def _may_do_io(self, name: str, wish: Wish) -> bool:
         return self._joins(name, wish.mode)
 
-    def _end(self, node: Node) -> None:
-        """An attachment is over; with the last one the reservation is."""
+    def _end(self, name: str, node: Node) -> None:
+        """An attachment is over; with the last one that counts the reservation is."""
         node.wish = None
-        if all(other.wish is None for other in self.nodes.values()):
-            self.mode, self.owner, self.version = NONE, None, self.version + 1
+        if name in self.counted:
+            self.counted.discard(name)
+            if not self.counted:
+                self.mode, self.owner, self.version = NONE, None, self.version + 1
 
     # What the clients make of it. A client that is down does nothing; all others go on until nothing changes.
 
@@ -126,22 +135,24 @@ class Model:
     def _go_on(self, name: str, node: Node, wish: Wish) -> None:
         if wish.leaving:
             if node.device is not None and node.is_open:
-                self._tell_if_cut(node)
+                self._tell_lost_io(node)
                 return
             node.device, node.told = None, (DETACHED, 1)
-            self._end(node)
+            self._end(name, node)
         elif not self._may_do_io(name, wish):
             self._lose(node)
             node.told = DENIED, 0
         elif all(self._is_out_of_the_way(other) for other in CLIENTS if other != name):
             wanted = "ro" if wish.mode == READ else "rw"
             if node.device not in (None, wanted) and node.is_open:
-                self._tell_if_cut(node)
+                self._tell_lost_io(node)
             else:
-                node.device, node.told = wanted, (ATTACHED, 1)
+                node.device, node.told, node.told_mode = wanted, (ATTACHED, 1), wish.mode
+        else:
+            self._tell_lost_io(node)
 
-    def _tell_if_cut(self, node: Node) -> None:
-        if node.device == "cut":
+    def _tell_lost_io(self, node: Node) -> None:
+        if node.told == (ATTACHED, 1) and node.device in (None, "cut"):
             node.told = ATTACHED, 0
 
     def _lose(self, node: Node) -> None:
@@ -358,9 +369,11 @@ class Reservations(RuleBasedStateMachine):
 
     @invariant()
     def an_exclusive_owner_that_may_write_is_the_only_one_that_can(self) -> None:
-        owner = self.model.owner if self.model.mode == EXCLUSIVE else None
-        if owner is not None and self.model.nodes[owner].told == (ATTACHED, 1) and not self.model.nodes[owner].is_down:
-            assert [name for name in CLIENTS if self._device(name) == "rw"] == [owner]
+        owner = self.model.nodes.get(self.model.owner or "") if self.model.mode == EXCLUSIVE else None
+        if owner is None or owner.is_down:
+            return
+        if (owner.told, owner.told_mode) == ((ATTACHED, 1), EXCLUSIVE):
+            assert [name for name in CLIENTS if self._device(name) == "rw"] == [self.model.owner]
 
     def teardown(self) -> None:
         """Leave the clients as they were for the next example."""
