@@ -13,6 +13,7 @@ from csi_driver.model import Capability
 from csi_driver.rpc.client import CallFailed, capability_message
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.contract.host_machine import shell
+from tests.integration import test_node_secrets as secrets
 from tests.integration.rig import MIB, Rig, Volume, filesystem, findmnt, raw_block
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
@@ -24,7 +25,9 @@ KINDS = {"native": {"encryption": "native"}, "luks": {"encryption": "luks"} | FA
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    made = Rig(tmp_path_factory.mktemp("encrypted") / "rig", "--start-timeout", "300", size="4GiB")
+    made = Rig(
+        tmp_path_factory.mktemp("encrypted") / "rig", "--start-timeout", "300", "--log-level", "debug", size="4GiB"
+    )
     try:
         made.start()
         yield made
@@ -133,3 +136,14 @@ def test_the_node_killed_while_a_volume_is_in_use_finds_it_open(rig: Rig) -> Non
     assert (target / "file").read_bytes() == b"kept"
     volume.end()
     assert shell("dmsetup", "ls").count(volume.short) == 0
+
+
+def test_a_passphrase_that_opens_a_volume_is_in_no_log_no_answer_no_program_and_no_file(rig: Rig) -> None:
+    volume = secrets.encrypted(rig)
+    answers, seen = secrets.staged_twice(volume)
+    with volume.file.open("rb") as file:
+        assert file.read(6) == b"LUKS\xba\xbe", answers
+    assert any(b"luksFormat" in told for told in seen)
+    assert "PERMISSION_DENIED" in answers[1]
+    assert not secrets.told_of_a_passphrase(rig, answers, seen)
+    volume.delete()
