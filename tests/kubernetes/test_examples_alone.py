@@ -74,8 +74,8 @@ def test_a_pod_has_its_raw_device_and_finds_its_data_again(stage: Stage, cluster
 
 def test_a_class_may_name_a_provisioning_group_of_ones_own(stage: Stage, cluster: Cluster, storage: Storage) -> None:
     stage.example("custom-vpg.yaml")
-    # A group that does not exist has no room: the scheduler says so before anybody asks for a volume.
-    cluster.wait_event("custom-vpg", "FailedScheduling", "free storage")
+    # CreateVolume is called and explains the failure: a wrong class does not report a capacity of 0.
+    cluster.wait_event("custom-vpg", "ProvisioningFailed", "training")
     storage.make_group("training", 20)
     try:
         cluster.wait_ready("custom-vpg")

@@ -254,6 +254,29 @@ def test_there_is_exactly_one_statement_of_capacity_for_each_node_and_class(stag
     assert driver["spec"]["storageCapacity"] is True
 
 
+def test_a_class_that_was_deleted_and_made_again_soon_has_one_statement_of_capacity(
+    stage: Stage, cluster: Cluster
+) -> None:
+    again: Document = {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {"name": "made-again"},
+        "provisioner": "nvmesh-csi.excelero.com",
+        "parameters": {"raidLevel": "concatenated"},
+        "volumeBindingMode": "WaitForFirstConsumer",
+    }
+
+    def stated() -> int:
+        found = cluster.all("csistoragecapacities", None)
+        return sum(each["storageClassName"] == "made-again" for each in found)
+
+    for _ in range(3):
+        stage.apply([again])
+        cluster.wait_for(lambda: stated() == 1, "the capacity of the class to be stated once")
+        cluster.delete([again])
+    cluster.wait_for(lambda: stated() == 0, "the capacity of the deleted class to be gone")
+
+
 def selects(selector: Document, labels: dict[str, str]) -> bool:
     """Tell whether a label selector picks a node."""
     assert set(selector) <= {"matchLabels"}

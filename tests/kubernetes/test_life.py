@@ -157,6 +157,17 @@ def test_a_class_that_cannot_be_served_is_explained_in_the_claims_events(
     assert "INTERNAL" not in text.upper()
 
 
+@pytest.mark.parametrize("mistake", ["unknown-key", "unknown-layout", "no-such-group"])
+def test_a_wrong_class_is_explained_where_the_scheduler_looks_at_capacity_first(
+    stage: Stage, cluster: Cluster, mistake: str
+) -> None:
+    parameters, word = WRONG_CLASSES[mistake]
+    name = f"late-{mistake}"
+    stage.apply([storage_class(name, parameters, "WaitForFirstConsumer"), claim(name, storage_class=name)])
+    stage.apply([user_of(name)])
+    cluster.wait_event(name, "ProvisioningFailed", word)
+
+
 def test_a_filesystem_for_several_writing_nodes_is_refused_with_the_reason(stage: Stage, cluster: Cluster) -> None:
     stage.apply([claim("shared", accessModes=["ReadWriteMany"]), user_of("shared")])
     cluster.wait_event("shared", "ProvisioningFailed", "two writing nodes")
