@@ -1,7 +1,7 @@
-"""`nvmesh-csi doctor`: looks at the machine and at what it needs, says what is not well and how to mend it.
+"""`nvmesh-csi doctor`: checks the machine and what the driver needs, and prints each problem with its fix.
 
-It changes nothing. Every look has a thread of its own, which is lost to what hangs, and all have the same time: what
-was found until then is told, and what was not is named.
+It changes nothing. Every check has a thread of its own, so one that hangs delays no other. All have the same deadline;
+a check that has not finished by then is reported as skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def looks(role: str) -> Sequence[tuple[Check, Look]]:
 
 
 def run_doctor(settings: DoctorSettings, write: Callable[[str], None] = print) -> int:
-    """Look at everything and tell it; return the exit status: 0 all well, 1 something keeps the machine from work."""
+    """Make all checks and print the findings. Exit status: 1 when a check fails, else 0."""
     patient = settings.patient
     deadline = Deadline.after(patient.timeout_s)
     findings = examine(looks(patient.role), patient, deadline)
@@ -59,7 +59,7 @@ def run_doctor(settings: DoctorSettings, write: Callable[[str], None] = print) -
 
 def _title(patient: Patient) -> str:
     running = patient.running
-    of = f", as process {running.pid} ({running.role}) was told" if running is not None else ""
+    of = f", with the settings of process {running.pid} ({running.role})" if running is not None else ""
     where = f"node {patient.node_name}" if patient.role == NODE else patient.role
     return f"driver {patient.driver_name}, {where}{of}"
 
@@ -98,10 +98,14 @@ class _Run:
         found = list(self.findings)
         if not in_time:
             found.append(
-                unknown(self.check, f"no answer within {deadline.elapsed_s():.0f} s", "look what hangs; --timeout")
+                unknown(
+                    self.check,
+                    f"no result within {deadline.elapsed_s():.0f} s",
+                    "find out what hangs, or raise --timeout",
+                )
             )
         elif not self.has_ended:  # its traceback was printed
-            found.append(unknown(self.check, "the look itself ended by an error of this program; see its traceback"))
+            found.append(unknown(self.check, "the check failed by an error of this program; see its traceback"))
         return found
 
 

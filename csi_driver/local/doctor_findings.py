@@ -1,4 +1,4 @@
-"""What a look at the machine can find, and how it is told. Values and their text only."""
+"""Findings of the doctor's checks, and how they are printed. Values and their text only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Check(StrEnum):
-    """What is looked at, in the order in which it is told. docs/doctor.md has a section for each."""
+    """The checks, in the order in which they are printed. docs/doctor.md has a section for each."""
 
     KERNEL = "kernel"
     TOOLS = "tools"
@@ -42,84 +42,83 @@ class Check(StrEnum):
     CLOCK = "clock"
 
 
-class Gravity(StrEnum):
-    """How much a finding matters, the gravest first. UNKNOWN: it could not be looked at."""
+class Severity(StrEnum):
+    """How much a finding matters, the worst first. SKIPPED: the check could not be made."""
 
-    FAULT = "fault"
+    ERROR = "error"
     WARNING = "warning"
-    UNKNOWN = "unknown"
-    FINE = "fine"
+    SKIPPED = "skipped"
+    OK = "ok"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is; where that is not well, what was wanted and how to mend it."""
+    """What was found; for a problem also what was expected, and how to fix it."""
 
     check: Check
-    gravity: Gravity
-    what: str
-    wanted: str = ""
-    mend: str = ""
+    severity: Severity
+    found: str
+    expected: str = ""
+    fix: str = ""
 
 
-def fault(check: Check, what: str, wanted: str, mend: str) -> Finding:
-    """Return what keeps this machine from work."""
-    return Finding(check, Gravity.FAULT, what, wanted, mend)
+def fault(check: Check, found: str, expected: str, fix: str) -> Finding:
+    """Return an error: volumes cannot be used on this machine."""
+    return Finding(check, Severity.ERROR, found, expected, fix)
 
 
-def warning(check: Check, what: str, wanted: str, mend: str) -> Finding:
-    """Return what limits this machine, or will keep it from work some day."""
-    return Finding(check, Gravity.WARNING, what, wanted, mend)
+def warning(check: Check, found: str, expected: str, fix: str) -> Finding:
+    """Return a warning: some volumes cannot be used, or all of them will not be some day."""
+    return Finding(check, Severity.WARNING, found, expected, fix)
 
 
-def unknown(check: Check, what: str, mend: str = "") -> Finding:
-    """Return what could not be looked at, and how it can be."""
-    return Finding(check, Gravity.UNKNOWN, what, mend=mend)
+def unknown(check: Check, found: str, fix: str = "") -> Finding:
+    """Return a check that could not be made, and how it can be."""
+    return Finding(check, Severity.SKIPPED, found, fix=fix)
 
 
-def fine(check: Check, what: str) -> Finding:
-    """Return what is well."""
-    return Finding(check, Gravity.FINE, what)
+def fine(check: Check, found: str) -> Finding:
+    """Return a check that passed."""
+    return Finding(check, Severity.OK, found)
 
 
-# --- telling --------------------------------------------------------------------------------------------------
+# --- printing -------------------------------------------------------------------------------------------------
 
-_GRAVITIES, _CHECKS = list(Gravity), list(Check)
-NAMES = {Gravity.FAULT: "FAULT", Gravity.WARNING: "WARNING", Gravity.UNKNOWN: "unknown", Gravity.FINE: "ok"}
+_SEVERITIES, _CHECKS = list(Severity), list(Check)
 _INDENT = " " * 28
 
 
-def by_gravity(findings: Sequence[Finding]) -> list[Finding]:
-    """Sort findings: the gravest first, then as the checks stand."""
-    return sorted(findings, key=lambda each: (_GRAVITIES.index(each.gravity), _CHECKS.index(each.check)))
+def by_severity(findings: Sequence[Finding]) -> list[Finding]:
+    """Sort findings: the worst first, then in the order of the checks."""
+    return sorted(findings, key=lambda each: (_SEVERITIES.index(each.severity), _CHECKS.index(each.check)))
 
 
 def is_bad(findings: Sequence[Finding], *, strict: bool) -> bool:
-    """Tell whether anything was found that keeps this machine from work; `strict`: or might some day."""
-    bad = {Gravity.FAULT, Gravity.WARNING} if strict else {Gravity.FAULT}
-    return any(finding.gravity in bad for finding in findings)
+    """Tell whether there is an error; with `strict` also whether there is a warning."""
+    bad = {Severity.ERROR, Severity.WARNING} if strict else {Severity.ERROR}
+    return any(finding.severity in bad for finding in findings)
 
 
 def table(title: str, findings: Sequence[Finding], took_s: float) -> Iterator[str]:
     """Yield the lines for people."""
     yield title
     yield ""
-    for finding in by_gravity(findings):
-        yield f"{NAMES[finding.gravity]:<8} {finding.check:<18} {_plain(finding.what)}"
-        if finding.wanted:
-            yield f"{_INDENT}wanted: {_plain(finding.wanted)}"
-        if finding.mend:
-            yield f"{_INDENT}mend:   {_plain(finding.mend)}"
+    for finding in by_severity(findings):
+        yield f"{finding.severity.upper():<8} {finding.check:<18} {_plain(finding.found)}"
+        if finding.expected:
+            yield f"{_INDENT}expected: {_plain(finding.expected)}"
+        if finding.fix:
+            yield f"{_INDENT}fix:      {_plain(finding.fix)}"
     yield ""
     yield f"{_counted(findings)}; {took_s:.1f} s"
 
 
 def _counted(findings: Sequence[Finding]) -> str:
-    numbers = {gravity: sum(finding.gravity is gravity for finding in findings) for gravity in Gravity}
-    faults, warnings = numbers[Gravity.FAULT], numbers[Gravity.WARNING]
+    numbers = {severity: sum(finding.severity is severity for finding in findings) for severity in Severity}
+    errors, warnings = numbers[Severity.ERROR], numbers[Severity.WARNING]
     return (
-        f"{faults} fault{'s' * (faults != 1)}, {warnings} warning{'s' * (warnings != 1)},"
-        f" {numbers[Gravity.UNKNOWN]} not looked at, {numbers[Gravity.FINE]} well"
+        f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)},"
+        f" {numbers[Severity.SKIPPED]} skipped, {numbers[Severity.OK]} ok"
     )
 
 
@@ -127,16 +126,16 @@ def document(driver_name: str, node_name: str, findings: Sequence[Finding]) -> s
     """Return all of it as JSON."""
     entries = [
         {key: str(value) for key, value in zip(_FIELDS, _values(finding), strict=True) if value}
-        for finding in by_gravity(findings)
+        for finding in by_severity(findings)
     ]
     return json.dumps({"driver": driver_name, "node": node_name, "findings": entries}, indent=2)
 
 
-_FIELDS = ("check", "gravity", "what", "wanted", "mend")
+_FIELDS = ("check", "severity", "found", "expected", "fix")
 
 
 def _values(finding: Finding) -> tuple[str, ...]:
-    return finding.check, finding.gravity, finding.what, finding.wanted, finding.mend
+    return finding.check, finding.severity, finding.found, finding.expected, finding.fix
 
 
 def _plain(text: str) -> str:

@@ -37,19 +37,19 @@ _PATIENCE_S = 60
 
 @dataclass
 class Findings:
-    """What was found, by check and gravity; `text` is all of it."""
+    """What was found, by check and severity; `text` is all of it."""
 
     status: int
     text: str
     entries: list[dict[str, str]] = field(default_factory=list)
 
-    def of(self, check: Check, gravity: str) -> str:
-        """Return what is said of a check with a gravity, joined; empty where nothing is."""
-        chosen = (entry for entry in self.entries if entry["check"] == check and entry["gravity"] == gravity)
-        return "; ".join(f"{entry['what']} | {entry.get('wanted')} | {entry.get('mend')}" for entry in chosen)
+    def of(self, check: Check, severity: str) -> str:
+        """Return what is said of a check with a severity, joined; empty where nothing is."""
+        chosen = (entry for entry in self.entries if entry["check"] == check and entry["severity"] == severity)
+        return "; ".join(f"{entry['found']} | {entry.get('expected')} | {entry.get('fix')}" for entry in chosen)
 
     def faults(self) -> set[str]:
-        return {entry["check"] for entry in self.entries if entry["gravity"] == "fault"}
+        return {entry["check"] for entry in self.entries if entry["severity"] == "error"}
 
 
 class Machine:
@@ -117,9 +117,9 @@ def test_a_machine_that_is_well_is_told_so(machine: Machine) -> None:
     told = machine.run()
     assert told.returncode == 0, told.stdout
     assert told.stdout.startswith(f"driver {DRIVER}, node node-1\n")
-    assert "\n0 faults, " in told.stdout
+    assert "\n0 errors, " in told.stdout
     for check in ("kernel", "tools", "device-nodes", "path-roots", "propagation", "state-directory", "client", "zone"):
-        assert re.search(rf"(?m)^ok +{check} ", told.stdout), told.stdout
+        assert re.search(rf"(?m)^OK +{check} ", told.stdout), told.stdout
     assert UUID in told.stdout
 
 
@@ -146,39 +146,39 @@ def test_what_a_container_lacks_is_told(machine: Machine) -> None:
     ]
     found = machine.look_inside("--encrypted-volumes", "--device-directory", "/dev/nvmesh")
     assert found.status == 1
-    assert f"mount --make-rshared {machine.kubelet}" in found.of(Check.PROPAGATION, "fault")
-    assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "fault")
-    assert "lost at a reboot" in found.of(Check.STATE_DIRECTORY, "fault")
+    assert f"mount --make-rshared {machine.kubelet}" in found.of(Check.PROPAGATION, "error")
+    assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "error")
+    assert "lost at a reboot" in found.of(Check.STATE_DIRECTORY, "error")
     assert "has 1 MiB" in found.of(Check.STATE_DIRECTORY, "warning")
-    missing = found.of(Check.TOOLS, "fault")
+    missing = found.of(Check.TOOLS, "error")
     for tool, package in (("mkfs.ext4", "e2fsprogs"), ("blkid", "util-linux"), ("cryptsetup", "cryptsetup-bin")):
         assert f"{tool} is not installed" in missing
         assert f"install the package {package}" in missing
     assert "mkfs.xfs is not installed" in found.of(Check.TOOLS, "warning")
-    assert "/dev/mapper/control is not there" in found.of(Check.MODULES, "fault")
+    assert "/dev/mapper/control is not there" in found.of(Check.MODULES, "error")
     assert "/dev/loop-control is not there" in found.of(Check.MODULES, "warning")
     found = machine.look_inside(how=("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--inh-caps=-all"))
     assert "/dev is tmpfs" in found.of(Check.DEVICE_NODES, "warning")
     assert "cryptsetup is not installed" in found.of(Check.TOOLS, "warning")
-    assert "as root" in found.of(Check.CAPABILITIES, "unknown")
+    assert "as root" in found.of(Check.CAPABILITIES, "skipped")
 
 
 def test_another_user_is_told_what_root_would_see(machine: Machine) -> None:
     for directory in (machine.directory, *list(machine.directory.parents)[:2]):
         directory.chmod(0o755)
     found = machine.look_inside(how=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
-    assert "user 65534" in found.of(Check.STATE_DIRECTORY, "fault")
-    assert found.of(Check.KERNEL, "fine")
+    assert "user 65534" in found.of(Check.STATE_DIRECTORY, "error")
+    assert found.of(Check.KERNEL, "ok")
 
 
 def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> None:
     (machine.status / "version").write_text(json.dumps({"version": ""}))
-    assert "of no use" in machine.look().of(Check.CLIENT, "fault")
+    assert "of no use" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "status.json").unlink()
-    assert "does not show itself" in machine.look().of(Check.CLIENT, "fault")
+    assert "does not show itself" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "version").unlink()
     machine.status.rmdir()
-    assert "no storage client" in machine.look().of(Check.CLIENT, "fault")
+    assert "no storage client" in machine.look().of(Check.CLIENT, "error")
 
 
 def test_the_mark_of_an_upgrade_that_may_have_failed_is_told(machine: Machine) -> None:
@@ -221,9 +221,9 @@ def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
     found = machine.look_inside()
     assert "kubelet has no record of it" in found.of(Check.VOLUMES, "warning")
     assert f"{UUID}.mark cannot be read" in found.of(Check.MARKS, "warning")
-    assert f"a format (ext4) of volume {other} was begun" in found.of(Check.MARKS, "unknown")
+    assert f"a format (ext4) of volume {other} was begun" in found.of(Check.MARKS, "skipped")
     assert deleted not in found.text
-    assert "no longer here: 1 " in found.of(Check.MARKS, "fine")
+    assert "no longer here: 1 " in found.of(Check.MARKS, "ok")
 
 
 def test_a_loop_device_without_its_file_is_told(machine: Machine) -> None:
@@ -246,7 +246,7 @@ def test_a_loop_device_without_its_file_is_told(machine: Machine) -> None:
         ("03000200-0400-0500-0006-000700080009", 0, UUID, "warning", "placeholder"),
         (UUID, 10 * 86400, UUID, "warning", "came with the image"),
         (UUID, 0, "", "warning", "without /etc/nvme/hostid"),
-        (UUID, 0, UUID, "fine", UUID),
+        (UUID, 0, UUID, "ok", UUID),
     ],
 )
 def test_an_nvme_identity_that_others_may_have_is_told(
@@ -277,25 +277,25 @@ def listening(path: Path) -> Iterator[socket.socket]:
 def test_another_driver_of_the_same_name_is_a_fault(machine: Machine) -> None:
     registry, plugin = machine.kubelet / "plugins_registry", machine.kubelet / "plugins" / DRIVER
     with listening(registry / f"{DRIVER}-reg.sock"):
-        assert "is served" in machine.look().of(Check.SOCKETS, "fine")
+        assert "is served" in machine.look().of(Check.SOCKETS, "ok")
         with listening(registry / f"{DRIVER}.sock"), listening(plugin / "csi.sock"):
-            said = machine.look().of(Check.SOCKETS, "fault")
+            said = machine.look().of(Check.SOCKETS, "error")
         assert "registered with kubelet by" in said
         assert f"{plugin}/csi.sock is served by something else" in said
         assert "nobody serves it" in machine.look().of(Check.SOCKETS, "warning")
     flag = "--kubelet-registration-directory"
-    assert "does not exist" in machine.look(flag, str(machine.directory / "none")).of(Check.SOCKETS, "fault")
+    assert "does not exist" in machine.look(flag, str(machine.directory / "none")).of(Check.SOCKETS, "error")
     (registry / f"{DRIVER}-reg.sock").unlink()
     (registry / f"{DRIVER}.sock").unlink()
-    assert f"has no socket of {DRIVER}" in machine.look(flag, str(registry)).of(Check.SOCKETS, "fault")
+    assert f"has no socket of {DRIVER}" in machine.look(flag, str(registry)).of(Check.SOCKETS, "error")
 
 
 def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machine) -> None:
     with listening(machine.directory / "csi.sock"):
         began_s = time.monotonic()
         found = machine.look("--timeout=4")
-    assert found.of(Check.DRIVER, "unknown") or found.of(Check.DRIVER, "fault")
-    assert found.of(Check.KERNEL, "fine")
+    assert found.of(Check.DRIVER, "skipped") or found.of(Check.DRIVER, "error")
+    assert found.of(Check.KERNEL, "ok")
     assert time.monotonic() - began_s < _PATIENCE_S / 2
 
 
@@ -331,12 +331,12 @@ def test_a_management_that_answers_knows_this_machines_client(machine: Machine) 
     with plain() as double:
         double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID.replace("1", "2"))))
         found = machine.look(*told_of(machine, double.url))
-        assert "accepts the login" in found.of(Check.LOGIN, "fine")
-        assert "is node-1 there, READY" in found.of(Check.CLIENTS, "fine")
+        assert "accepts the login" in found.of(Check.LOGIN, "ok")
+        assert "is node-1 there, READY" in found.of(Check.CLIENTS, "ok")
         double.on("GET", "/clients/all/0/0", clients(("node-2", UUID.replace("1", "2"))))
         assert "does not know" in machine.look(*told_of(machine, double.url)).of(Check.CLIENTS, "warning")
         double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID)))
-        assert "node-1, node-2 have one uuid" in machine.look(*told_of(machine, double.url)).of(Check.CLIENTS, "fault")
+        assert "node-1, node-2 have one uuid" in machine.look(*told_of(machine, double.url)).of(Check.CLIENTS, "error")
 
 
 def test_a_login_that_is_refused_is_a_fault_and_no_password_is_shown(machine: Machine) -> None:
@@ -351,14 +351,14 @@ def test_a_login_that_is_refused_is_a_fault_and_no_password_is_shown(machine: Ma
 def test_an_old_api_is_a_fault(machine: Machine) -> None:
     with plain() as double:
         double.on("GET", "/systemInfo", Says({"APIVersion": "14.1.0", "version": "2.0"}))
-        assert "wanted API version 15 or newer" in machine.look(*told_of(machine, double.url)).of(Check.LOGIN, "fault")
+        assert "wanted API version 15 or newer" in machine.look(*told_of(machine, double.url)).of(Check.LOGIN, "error")
 
 
 @pytest.mark.parametrize(
     ("first", "last", "gravity", "word"),
     [
-        ("20200101000000Z", "20200201000000Z", "fault", "renew the server's certificate"),
-        ("20200101000000Z", "20991231000000Z", "fine", "good until 2099-12-31"),
+        ("20200101000000Z", "20200201000000Z", "error", "renew the server's certificate"),
+        ("20200101000000Z", "20991231000000Z", "ok", "good until 2099-12-31"),
         ("", "", "warning", "ends on"),
     ],
 )
@@ -381,7 +381,7 @@ def test_a_certificate_that_nobody_verifies_is_read_nevertheless(machine: Machin
 def test_a_certificate_of_somebody_else_is_a_fault(machine: Machine, authority: Authority, tmp_path: Path) -> None:
     pair: Pair = Authority(tmp_path / "other", "other").issue("server")
     with serving(TlsDouble(pair)) as double:
-        said = machine.look(*told_of(machine, double.url, ca=authority.certificate)).of(Check.CERTIFICATE, "fault")
+        said = machine.look(*told_of(machine, double.url, ca=authority.certificate)).of(Check.CERTIFICATE, "error")
         assert "--management-ca-file" in said
 
 
@@ -396,9 +396,9 @@ def test_servers_that_cannot_be_reached_or_hang_do_not_hide_the_others(machine: 
     assert "http://127.0.0.1:1 at 127.0.0.1: cannot connect to it" in warned
     assert "no-such-host.invalid:4000: cannot look up its name" in warned
     assert f"{mute} at 127.0.0.1: cannot get an answer" in warned
-    assert f"{good.url} accepts the login" in found.of(Check.LOGIN, "fine")
-    assert f"{hanging.url} lets one wait: to be logged in to" in found.of(Check.MANAGEMENT, "unknown")
-    assert found.of(Check.KERNEL, "fine")
+    assert f"{good.url} accepts the login" in found.of(Check.LOGIN, "ok")
+    assert f"{hanging.url} lets one wait: to be logged in to" in found.of(Check.MANAGEMENT, "skipped")
+    assert found.of(Check.KERNEL, "ok")
 
 
 def test_the_clients_own_servers_are_tried(machine: Machine) -> None:
@@ -406,18 +406,18 @@ def test_the_clients_own_servers_are_tried(machine: Machine) -> None:
         port = server.getsockname()[1]
         (machine.directory / "nvmesh.conf").write_text(f'MANAGEMENT_SERVERS="127.0.0.1:{port},127.0.0.1:1"\n')
         found = machine.look()
-        assert f"127.0.0.1:{port} accept connections" in found.of(Check.CLIENT_MANAGEMENT, "fine")
+        assert f"127.0.0.1:{port} accept connections" in found.of(Check.CLIENT_MANAGEMENT, "ok")
         assert "127.0.0.1:1 cannot be reached" in found.of(Check.CLIENT_MANAGEMENT, "warning")
-    assert "cannot be reached" in machine.look().of(Check.CLIENT_MANAGEMENT, "fault")
+    assert "cannot be reached" in machine.look().of(Check.CLIENT_MANAGEMENT, "error")
 
 
 def test_a_zone_that_is_not_clear_is_a_fault(machine: Machine) -> None:
     description = machine.directory / "clusters"
     description.write_text("{zones: {a: {servers: [m1]}, b: {servers: [m2]}}}")
     found = machine.look("--clusters-file", str(description))
-    assert "none of the zones a, b" in found.of(Check.ZONE, "fault")
+    assert "none of the zones a, b" in found.of(Check.ZONE, "error")
     description.write_text("zones: [")
-    assert str(description) in machine.look("--clusters-file", str(description)).of(Check.DESCRIPTION, "fault")
+    assert str(description) in machine.look("--clusters-file", str(description)).of(Check.DESCRIPTION, "error")
 
 
 # --- Kubernetes -------------------------------------------------------------------------------------------------
@@ -437,28 +437,28 @@ def test_kubernetes_is_asked_for_node_taint_registration_and_duplicates(
         flags = ["--kubernetes-host=127.0.0.1", f"--kubernetes-port={api.port}", f"--kubernetes-account={account}"]
         flags += ["--startup-taint=key.example.com/x"]
         found = machine.look(*flags)
-        assert "knows no node node-1" in found.of(Check.NODE_OBJECT, "fault")
-        assert "kubelet has not registered" in found.of(Check.REGISTRATION, "fault")
+        assert "knows no node node-1" in found.of(Check.NODE_OBJECT, "error")
+        assert "kubelet has not registered" in found.of(Check.REGISTRATION, "error")
         taints = [{"key": "key.example.com/x", "effect": "NoSchedule"}]
         cluster.objects[f"{NODES}/node-1"] = {"metadata": {"name": "node-1"}, "spec": {"taints": taints}}
         one, two = csi_node("node-1", UUID), csi_node("node-2", UUID)
         cluster.objects |= {f"{CSI_NODES}/node-1": one, CSI_NODES: {"items": [one, two]}}
         found = machine.look(*flags)
         assert "kubectl taint node node-1 key.example.com/x-" in found.of(Check.NODE_OBJECT, "warning")
-        assert "node-1, node-2 are registered with one id" in found.of(Check.REGISTRATION, "fault")
+        assert "node-1, node-2 are registered with one id" in found.of(Check.REGISTRATION, "error")
         cluster.objects[f"{CSI_NODES}/node-1"] = csi_node("node-1", "old-id")
-        assert f"registered as old-id, and is {UUID} now" in machine.look(*flags).of(Check.REGISTRATION, "fault")
+        assert f"registered as old-id, and is {UUID} now" in machine.look(*flags).of(Check.REGISTRATION, "error")
         (machine.status / "status.json").write_text("{}")
         found = machine.look(*flags)
-        assert "does not show its own now" in found.of(Check.REGISTRATION, "unknown")
+        assert "does not show its own now" in found.of(Check.REGISTRATION, "skipped")
         assert "registered as old-id" not in found.text
         cluster.forbidden = (f"GET {CSI_NODES}", f"GET {NODES}")
         found = machine.look(*flags)
-        assert "may not get nodes" in found.of(Check.API_SERVER, "unknown")
-        assert "uniq -d" in found.of(Check.REGISTRATION, "unknown")
+        assert "may not get nodes" in found.of(Check.API_SERVER, "skipped")
+        assert "uniq -d" in found.of(Check.REGISTRATION, "skipped")
         (account / "token").write_text("top secret")
         assert "top secret" not in machine.run(*flags).stdout
-    assert "refused" in machine.look(*flags).of(Check.API_SERVER, "fault")
+    assert "refused" in machine.look(*flags).of(Check.API_SERVER, "error")
 
 
 # --- nothing is changed -----------------------------------------------------------------------------------------
@@ -489,5 +489,5 @@ def test_nothing_is_changed_and_nothing_need_be_writable(machine: Machine) -> No
     # Where nothing at all can be written it finds the same, but for the state directory.
     machine.prepare.append(f"mount -o remount,bind,ro / && mount -o remount,bind,ro {machine.kubelet}")
     found = machine.look_inside()
-    assert found.of(Check.KERNEL, "fine")
-    assert "cannot be written" in found.of(Check.STATE_DIRECTORY, "fault")
+    assert found.of(Check.KERNEL, "ok")
+    assert "cannot be written" in found.of(Check.STATE_DIRECTORY, "error")

@@ -83,8 +83,8 @@ def test_a_look_from_inside_finds_nothing_that_keeps_the_driver_from_work(driver
         name = pod["metadata"]["name"]
         told = cluster.try_exec(name, "nvmesh-csi", "doctor", "--json", namespace=NAMESPACE, container="driver")
         findings = json.loads(told.stdout)["findings"]
-        assert [each for each in findings if each["gravity"] == "fault"] == []
+        assert [each for each in findings if each["severity"] == "error"] == []
         assert told.status == 0
-        seen = {each["check"] for each in findings if each["gravity"] == "fine"}
+        seen = {each["check"] for each in findings if each["severity"] == "ok"}
         wanted = {"node": {"driver", "registration", "propagation", "client"}, "controller": {"driver", "login"}}
         assert wanted[role] <= seen

@@ -15,7 +15,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
 from csi_driver.local import doctor
 from csi_driver.local.doctor import Look, examine, looks
-from csi_driver.local.doctor_findings import Check, Finding, Gravity, document, fault, fine, is_bad, table, warning
+from csi_driver.local.doctor_findings import Check, Finding, Severity, document, fault, fine, is_bad, table, warning
 from csi_driver.local.doctor_management import judge_clients
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.machine import RunningRole
@@ -46,10 +46,10 @@ def test_what_hangs_is_named_and_what_it_said_before_is_told() -> None:
 
     findings = found(hangs, 0.1)
     released.set()
-    assert [(each.check, each.gravity) for each in findings] == [
-        (Check.ZONE, Gravity.WARNING), (Check.ZONE, Gravity.UNKNOWN), (Check.KERNEL, Gravity.FINE)
+    assert [(each.check, each.severity) for each in findings] == [
+        (Check.ZONE, Severity.WARNING), (Check.ZONE, Severity.SKIPPED), (Check.KERNEL, Severity.OK)
     ]  # fmt: skip
-    assert "no answer" in findings[1].what
+    assert "no result" in findings[1].found
 
 
 @pytest.mark.parametrize("error", [HostFailure("/proc is not mounted"), PermissionError(13, "Permission denied")])
@@ -59,8 +59,8 @@ def test_what_cannot_be_looked_at_is_unknown(error: Exception) -> None:
         raise error
 
     first, second = found(fails)
-    assert (first.gravity, second.what) == (Gravity.UNKNOWN, "well")
-    assert str(error) in first.what
+    assert (first.severity, second.found) == (Severity.SKIPPED, "well")
+    assert str(error) in first.found
 
 
 def test_a_bug_in_one_look_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +73,8 @@ def test_a_bug_in_one_look_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> No
 
     first, second = found(has_a_bug)
     assert told.wait(120), "the traceback is printed as ever"
-    assert "an error of this program" in first.what
-    assert second.what == "well"
+    assert "an error of this program" in first.found
+    assert second.found == "well"
 
 
 def test_findings_are_told_the_gravest_first_and_then_in_order() -> None:
@@ -83,15 +83,15 @@ def test_findings_are_told_the_gravest_first_and_then_in_order() -> None:
         fault(Check.TOOLS, "t", "w", "m"),
     ]  # fmt: skip
     lines = list(table("title", findings, 0.25))
-    assert [line.split()[1] for line in lines if line[:1] in "FWo" and line] == ["tools", "zone", "clock", "kernel"]
+    assert [line.split()[1] for line in lines if line[:1] in "EWO" and line] == ["tools", "zone", "clock", "kernel"]
     assert "\x1b" not in "".join(lines)
-    assert lines[-1] == "2 faults, 1 warning, 0 not looked at, 1 well; 0.2 s"
+    assert lines[-1] == "2 errors, 1 warning, 0 skipped, 1 ok; 0.2 s"
     told = json.loads(document("d", "n", findings))
     assert (told["driver"], told["node"]) == ("d", "n")
     assert told["findings"][1] == {
-        "check": "zone", "gravity": "fault", "what": "z\x1b[31m", "wanted": "one", "mend": "say it"
+        "check": "zone", "severity": "error", "found": "z\x1b[31m", "expected": "one", "fix": "say it"
     }  # fmt: skip
-    assert told["findings"][3] == {"check": "kernel", "gravity": "fine", "what": "k"}
+    assert told["findings"][3] == {"check": "kernel", "severity": "ok", "found": "k"}
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,5 @@ def test_clients_of_one_uuid_are_a_fault_and_those_without_one_are_not() -> None
 
     rows = [client("a", "u1"), client("b", "u1"), client("c", ""), client("d", ""), client("e", "u2")]
     (shared,) = judge_clients(patient("--status-directory=/nowhere"), rows)
-    assert shared.gravity is Gravity.FAULT
-    assert "a, b have one uuid, u1" in shared.what
+    assert shared.severity is Severity.ERROR
+    assert "a, b have one uuid, u1" in shared.found
