@@ -58,7 +58,7 @@ Port = TypeVar("Port")
 OK, FAILED, USAGE = 0, 1, 2
 
 FAULTS_VARIABLE = "NVMESH_CSI_INJECT_FAULTS_FOR_TESTS_ONLY"
-"""Names the directory of a plan of faults. No flag does: nobody is to meet it in the help."""
+"""Directory of a plan of faults. There is no flag for it, as it must not appear in the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -414,7 +414,7 @@ def _storage(command: StorageCommand) -> int:
     # Cheap keys where tests run the manager.
     headers = LuksFiles(iterations=1000 if command.storage.test_switches.enabled else None)
     if not headers.are_possible():
-        _LOG.warning("volumes cannot be encrypted by the storage: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
+        _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
         return serve(command.storage, LoopDevices(), beside=beside)
     return serve(command.storage, LoopDevices(), headers, beside)
 

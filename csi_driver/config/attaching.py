@@ -88,5 +88,5 @@ def _fencing(values: Values, *, use_preempt: bool) -> Fencing:
     if not use_preempt:
         return fencing
     if fencing is Fencing.NEVER and values.given(_FENCING):
-        values.problems.append("--use-preempt contradicts --fencing never")
+        values.problems.append("--use-preempt and --fencing never are both given; set only one of them")
     return Fencing.ALWAYS

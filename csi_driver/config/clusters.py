@@ -40,7 +40,7 @@ def chosen_topology_key(values: Values, described: ClustersFile) -> str:
     try:
         return read.topology_key(key)
     except ValueError as error:
-        values.problems.append(f"topologyKey is {shown(key)}, wanted {error}")
+        values.problems.append(f"topologyKey: expected {error}, got {shown(key)}")
         return TOPOLOGY_KEY.default
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from csi_driver.config.flags import Flag, Parser, UsageError, Values, add
 from csi_driver.config.made import Command, VersionCommand
+from csi_driver.errors import shown
 
 if TYPE_CHECKING:
     from csi_driver.machine import RunningRole
@@ -17,21 +18,21 @@ PROGRAM = "nvmesh-csi"
 Definition = tuple[Sequence[Flag[object]], Callable[[Values], Command]]
 
 _EXIT_STATUS = """exit status:
-  0  ended as asked (SIGTERM and Ctrl-C included)
-  1  could not start or go on; the last line says why
-  2  the command line or the environment cannot be used; every problem is listed
+  0  success (stopped by SIGTERM or Ctrl-C included)
+  1  failed to start or to continue; the last line says why
+  2  invalid command line or environment; every problem is listed
   128 + N  ended at once by the second signal, number N
 """
 
 COMMANDS = {
-    "controller": "Serve the CSI identity and controller services over the storage management.",
-    "node": "Serve the CSI identity and node services on this machine.",
-    "storage": "Run the embedded storage manager: the management's REST API over files of this machine.",
+    "controller": "Run the CSI controller service.",
+    "node": "Run the CSI node service.",
+    "storage": "Run the embedded storage manager: the management REST API over files of this machine.",
     "local": "Run storage, controller and node on this machine in one command.",
-    "demo": "Show the life of volumes here, and leave no trace.",
-    "doctor": "Look at this machine and at what it needs, and say how to mend it; 1 where it keeps it from work.",
-    "pre-stop": "Wait, before the node's pod is stopped, until a node that is being drained has no volume left.",
-    "volume": "Act by hand on one volume: see how it stands, or allow that it be formatted over old data, once.",
+    "demo": "Create, use and delete volumes on this machine, step by step, and clean up.",
+    "doctor": "Check this machine and what the driver needs. Exit status: 1 when a check fails.",
+    "pre-stop": "Wait, before the node's pod stops, until a node that is being drained has no volume left.",
+    "volume": "Print the state of a volume, or allow that its old data is formatted over, once.",
     "version": "Print the version.",
 }
 
@@ -48,10 +49,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], running: Running = la
     `running` returns the process of one of these roles that runs here.
     """
     name = next((argument for argument in argv if argument in COMMANDS), "")
+    if argv and not name and not argv[0].startswith("-"):
+        raise UsageError([f"unknown command {shown(argv[0])}{_meant(argv[0], tuple(COMMANDS))}"])
     flags, make = definition(name)
     names, unknown = _parser(name, flags).parse_known_args(list(argv))
     if names.command is None:
-        raise UsageError([f"no command is given, wanted one of {', '.join(COMMANDS)}"])
+        raise UsageError([f"no command given; expected one of {', '.join(COMMANDS)}"])
     given = {flag.name: getattr(names, flag.name) or [] for flag in flags}
     beside = running(BESIDE[name]) if name in BESIDE else None
     if beside is not None:
@@ -60,11 +63,30 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], running: Running = la
         given = {flag: words or getattr(told, flag) or [] for flag, words in given.items()}
         environ = {**beside.environ, **environ}
     values = Values(given, environ, beside)
-    values.problems.extend(f"{argument} is not known to {PROGRAM} {name}" for argument in unknown)
+    values.problems.extend(_unknown(unknown, name, [flag.name for flag in flags]))
     command = make(values)
     if values.problems:
         raise UsageError(values.problems)
     return command
+
+
+def _unknown(arguments: Sequence[str], command: str, flags: Sequence[str]) -> Iterator[str]:
+    """Yield a problem for each argument that the command does not have; the value of an unknown flag is not shown."""
+    is_value = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name = argument.partition("=")[0]
+            yield f"unknown flag {shown(name)[1:-1]} for {command}{_meant(name, flags)}"
+        elif not is_value:
+            yield f"unexpected argument {shown(argument)} for {command}"
+        is_value = argument.startswith("-") and "=" not in argument
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; see {PROGRAM} --help"
 
 
 def definition(name: str) -> Definition:

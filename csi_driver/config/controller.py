@@ -186,12 +186,10 @@ def clusters_place(values: Values, settings: ManagementSettings) -> ClustersPlac
     path = values.one(CLUSTERS_FILE)
     if path is None:
         if not settings.servers:
-            values.problems.append(
-                f"neither {_SERVERS.name} (or {_SERVERS.variable}) nor {CLUSTERS_FILE.name} is given, wanted one"
-            )
+            values.problems.append(f"{_SERVERS.name} (or {_SERVERS.variable}) or {CLUSTERS_FILE.name} is required")
         return None
     if settings.servers:
-        values.problems.append(f"{CLUSTERS_FILE.name} and {_SERVERS.name} are both given, wanted one")
+        values.problems.append(f"{CLUSTERS_FILE.name} and {_SERVERS.name} are both given; set only one of them")
     return ClustersPlace(path, Defaults(settings, values.one(ZONE), tls_is_decided=values.given(TLS_VERIFY)))
 
 
@@ -200,7 +198,7 @@ def _zone_policy(values: Values, described: ClustersFile) -> ZonePolicy:
     try:
         return ZonePolicy(word)
     except ValueError:
-        values.problems.append(f"zoneSelectionPolicy is {shown(word)}, wanted one of {', '.join(ZonePolicy)}")
+        values.problems.append(f"zoneSelectionPolicy: expected one of {', '.join(ZonePolicy)}, got {shown(word)}")
         return ZonePolicy.FREE_SPACE
 
 

@@ -1,6 +1,6 @@
 """Flags as a table: each with its reader, unit, default and environment name; flags beat the environment.
 
-Nothing here ends at the first mistake: `Values` gathers every problem, so that all are reported together.
+`Values` collects every problem, so that all are reported together.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Values:
         try:
             return flag.read(word)
         except ValueError as error:
-            self.problems.append(f"{source} is {shown(word)}, wanted {error}")
+            self.problems.append(f"{source}: expected {error}, got {shown(word)}")
             return flag.default
 
 

@@ -66,7 +66,7 @@ def own_object(values: Values) -> ApiSettings | None:
     found = api(values)
     if found is None:
         values.problems.append(
-            f"{', '.join(wanted)} given without {_API_HOST.name} (or {_API_HOST.variable}, which every pod has)"
+            f"{', '.join(wanted)} requires {_API_HOST.name} (or {_API_HOST.variable}, which every pod has)"
         )
     return found
 

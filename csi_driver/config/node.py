@@ -200,15 +200,15 @@ def _registration(values: Values) -> RegistrationSettings | None:
     directory, endpoint = values.one(_REGISTRATION_DIRECTORY), values.one(_KUBELET_ENDPOINT)
     if directory is None:
         if endpoint is not None:
-            values.problems.append(f"{_KUBELET_ENDPOINT.name} given without {_REGISTRATION_DIRECTORY.name}")
+            values.problems.append(f"{_KUBELET_ENDPOINT.name} requires {_REGISTRATION_DIRECTORY.name}")
         return None
     own = values.one(ENDPOINT)
     settings = RegistrationSettings(directory, values.one(DRIVER_NAME), endpoint or own, own.parent)
     length = len(str(settings.socket).encode())
     if length > read.SOCKET_PATH_BYTES:
         values.problems.append(
-            f"the registration socket would be {settings.socket}, {length} bytes long, wanted at most"
-            f" {read.SOCKET_PATH_BYTES}: {_REGISTRATION_DIRECTORY.name} or {DRIVER_NAME.name} is too long"
+            f"registration socket {settings.socket}: expected at most {read.SOCKET_PATH_BYTES} bytes, got {length}; "
+            f"shorten {_REGISTRATION_DIRECTORY.name} or {DRIVER_NAME.name}"
         )
     return settings
 
@@ -219,7 +219,7 @@ def _attaching(values: Values) -> NodeAttaching | None:
         given = ", ".join(flag.name for flag in table(*_OWN_ATTACHMENTS) if values.given(flag))
         if given:
             values.problems.append(
-                f"{given} given without {ATTACH_BY.name} {AttachBy.NODE}: this node attaches nothing"
+                f"{given} requires {ATTACH_BY.name} {AttachBy.NODE}: else the node attaches no volume itself"
             )
         return None
     settings = management(values)

@@ -206,5 +206,8 @@ def demo(values: Values) -> DemoCommand:
         start_timeout_s=values.one(_START),
     )
     if settings.expanded_bytes < settings.volume_bytes:
-        values.problems.append("--expanded-size is below --volume-size, wanted at least as much")
+        values.problems.append(
+            f"--expanded-size: expected at least the {settings.volume_bytes} bytes of --volume-size,"
+            f" got {settings.expanded_bytes}"
+        )
     return DemoCommand(shared.log(values), settings)

@@ -1,4 +1,4 @@
-"""Text from a command line to a value. Every reader raises ValueError with what was wanted instead."""
+"""Text from a command line to a value. Every reader raises ValueError with what was expected instead."""
 
 from __future__ import annotations
 

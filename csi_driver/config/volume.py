@@ -17,11 +17,11 @@ _ACTION = Flag(
     read.choice(ALLOW_FORMAT, SHOW),
     SHOW,
     "",
-    f"{SHOW}: tell how the volume stands, who holds it, and when it would be formatted. {ALLOW_FORMAT}: let the next"
-    " attachment, and no other, format it over whatever it holds; the volume must be detached.",
+    f"{SHOW}: print the volume, its attachments, and when it would be formatted. {ALLOW_FORMAT}: let the next"
+    " attachment, and no other, format it whatever data it holds; the volume must be detached.",
 )
 _HANDLE = Flag("HANDLE", read.text, "", "", "The volume's handle, as volumeHandle of its PersistentVolume.")
-_TIMEOUT = Flag("--timeout", read.seconds, 60.0, "60", "Time that it may take.", unit="seconds", metavar="TIME")
+_TIMEOUT = Flag("--timeout", read.seconds, 60.0, "60", "Time limit.", unit="seconds", metavar="TIME")
 
 VOLUME_FLAGS = table(_ACTION, _HANDLE, _TIMEOUT, *MANAGEMENT_FLAGS, DRIVER_NAME, *LOG_FLAGS)
 

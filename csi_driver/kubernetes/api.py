@@ -33,7 +33,7 @@ class ApiFailed(StorageUnavailable):
 
     def __init__(self, what: str, reason: str, status: int | None = None) -> None:
         self.status = status
-        super().__init__(f"the Kubernetes API server did not {what}: {reason}")
+        super().__init__(f"Kubernetes API server: cannot {what}: {reason}")
 
 
 class TaintsChanged(ApiFailed):
@@ -49,7 +49,7 @@ class _Answer:
         """Return the object of the body. Raises `ValueError`."""
         decoded = json.loads(self.body)
         if not isinstance(decoded, dict):
-            raise ValueError("the answer is no object")
+            raise ValueError("expected a JSON object")
         return decoded
 
 
@@ -66,7 +66,7 @@ class ApiServer:
 
         Needs the right to get nodes.
         """
-        found = self._found(f"{_path_of(name)}{_AT_HAND}", f"tell the node {shown(name)}")
+        found = self._found(f"{_path_of(name)}{_AT_HAND}", f"get node {shown(name)}")
         return node_in(found) if found is not None else None
 
     def label_node(self, name: str, labels: Mapping[str, str | None]) -> None:
@@ -75,14 +75,14 @@ class ApiServer:
         Needs the right to patch nodes.
         """
         change = {"metadata": {"labels": dict(labels)}}
-        self._expect_ok(self._patch(name, change, _MERGE_PATCH, what := f"label the node {shown(name)}"), what)
+        self._expect_ok(self._patch(name, change, _MERGE_PATCH, what := f"label node {shown(name)}"), what)
 
     def set_taints(self, node: Node, taints: Sequence[Mapping[str, object]]) -> None:
         """Replace the taints of a node, if they still are what they were when it was read.
 
         Raises `TaintsChanged`, `ApiFailed`. Needs the right to patch nodes.
         """
-        what = f"change the taints of the node {shown(node.name)}"
+        what = f"change the taints of node {shown(node.name)}"
         change = [
             {"op": "test", "path": "/spec/taints", "value": [dict(taint) for taint in node.taints]},
             {"op": "replace", "path": "/spec/taints", "value": [dict(taint) for taint in taints]},
@@ -100,7 +100,7 @@ class ApiServer:
         Needs the right to get csinodes.
         """
         path = f"/apis/storage.k8s.io/v1/csinodes/{quote(node_name, safe='')}{_AT_HAND}"
-        found = self._found(path, f"tell the drivers of the node {shown(node_name)}")
+        found = self._found(path, f"get the CSINode of node {shown(node_name)}")
         return plugins_in(found).get(driver_name) if found is not None else None
 
     def node_ids(self, driver_name: str) -> Mapping[str, str]:
@@ -109,7 +109,7 @@ class ApiServer:
         Needs the right to list csinodes, which the driver itself has no use for.
         """
         path = f"/apis/storage.k8s.io/v1/csinodes{_AT_HAND}"
-        found = self._found(path, "list the nodes' drivers") or {}
+        found = self._found(path, "list the CSINodes") or {}
         items = found.get("items")
         ids: dict[str, str] = {}
         for item in items if isinstance(items, list) else []:
@@ -124,7 +124,7 @@ class ApiServer:
         Needs the right to get volumeattachments; to list them, which would show every node's, is not needed.
         """
         path = f"/apis/storage.k8s.io/v1/volumeattachments/{quote(name, safe='')}"
-        return self._found(path, f"tell the VolumeAttachment {shown(name)}") is not None
+        return self._found(path, f"get VolumeAttachment {shown(name)}") is not None
 
     # --- requests ---
 
@@ -136,7 +136,7 @@ class ApiServer:
         try:
             return answer.document()
         except (ValueError, RecursionError) as error:
-            raise ApiFailed(what, f"its answer cannot be read: {error}", answer.status) from error
+            raise ApiFailed(what, f"invalid response: {error}", answer.status) from error
 
     def _expect_ok(self, answer: _Answer, what: str) -> None:
         if answer.status != http.client.OK:

@@ -278,7 +278,7 @@ def _check(on: Stage, path: Path, digest: str) -> None:
         with path.open("rb") as stream:
             found = hashlib.sha256(stream.read(on.settings.write_bytes)).hexdigest()
         if found != digest:
-            raise HostFailure(f"{path} holds other data than was written: sha256 {found}, wanted {digest}")
+            raise HostFailure(f"{path}: expected the data that was written, sha256 {digest}, got {found}")
         words.append(f"{path.relative_to(on.directory)}: the same data")
 
 
@@ -294,4 +294,4 @@ def _must_refuse(on: Stage, path: Path) -> None:
         except OSError as error:
             words.append(f"refused: {errno.errorcode.get(error.errno or 0, str(error.errno))}")
         else:
-            raise HostFailure(f"{path} is published read-only and took a write")
+            raise HostFailure(f"{path}: expected a read-only volume to refuse the write, but it was accepted")

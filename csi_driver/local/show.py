@@ -84,7 +84,7 @@ class Kernel:
         try:
             rows = json.loads(output.stdout)[table]
         except (ValueError, KeyError, TypeError) as error:
-            raise HostFailure(f"{' '.join(argv)} printed what is not its JSON") from error
+            raise HostFailure(f"{' '.join(argv)} printed invalid JSON") from error
         return list(rows)
 
 

@@ -143,7 +143,8 @@ class Stack:
                 raise PreconditionFailed(f"{self.places.lock} cannot be locked: {error.strerror}") from error
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise PreconditionFailed(
-                f"{directory} is in use by another `nvmesh-csi local` (process {holder}); stop it or take another DIR"
+                f"{directory} is in use by another `nvmesh-csi local` (process {holder}); "
+                "stop it or set another --directory"
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -326,7 +327,7 @@ def _why_silent(port: int) -> str | None:
 
 def ended(status: int) -> str:
     """Say how a process ended."""
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
 
 def last_line(log: Path, limit_bytes: int = 4096) -> str:

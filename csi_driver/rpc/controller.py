@@ -158,7 +158,7 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
 
     def _require_attaching(self) -> None:
         if not self._attaches:
-            raise NotOffered("this controller attaches nothing, each node does so for itself (--attach-by node)")
+            raise NotOffered("this controller attaches no volumes: with --attach-by node each node attaches its own")
 
     def ControllerExpandVolume(
         self, request: csi_pb2.ControllerExpandVolumeRequest, context: grpc.ServicerContext

@@ -36,7 +36,7 @@ class Itself:
                 is_ready = client.is_ready(timeout_s=PROBE_TIMEOUT_S)
         except CallFailed as failure:
             return str(failure), failure.code == "FAILED_PRECONDITION"
-        return "" if is_ready else "Probe answers that it is not ready yet", True
+        return "" if is_ready else "Probe returns ready=false: the driver is still starting", True
 
     def check_node(self) -> None:
         """Return when NodeGetInfo is answered. Raises `StorageUnavailable` with what it says instead."""
@@ -44,4 +44,4 @@ class Itself:
             with CsiClient(self._socket, timeout_s=NODE_INFO_TIMEOUT_S) as client:
                 client.node_info()
         except CallFailed as failure:
-            raise StorageUnavailable(f"the node service does not tell who it is: {failure}") from failure
+            raise StorageUnavailable(f"NodeGetInfo of this node failed: {failure}") from failure

@@ -112,9 +112,11 @@ def check_free(path: Path) -> None:
     except OSError as error:
         raise SystemCallFailed(f"look at {path}", error.errno or 0) from error
     if not stat.S_ISSOCK(mode):
-        raise PreconditionFailed(f"{path} is there and is no socket; it is left alone, wanted the path of a new socket")
+        raise PreconditionFailed(
+            f"{path}: expected a socket or nothing, got another kind of file; remove it or use another path"
+        )
     if _somebody_answers(path):
-        raise PreconditionFailed(f"another process serves on {path}")
+        raise PreconditionFailed(f"another process serves on {path}; stop it or use another path")
 
 
 def _somebody_answers(path: Path) -> bool:

@@ -90,14 +90,14 @@ def _limit_bytes(field: FieldDescriptor) -> int:
 
 def _check_map(value: Mapping[str, str], path: str) -> None:
     if _size(value.keys()) + _size(value.values()) > _MAP_BYTES:
-        raise InvalidRequest(f"{path} is larger than {_MAP_BYTES} bytes, keys and values together")
+        raise InvalidRequest(f"{path}: expected at most {_MAP_BYTES} bytes of keys and values together, got more")
 
 
 def _check_flags(flags: Sequence[str], path: str) -> None:
     if _size(flags) > _MAP_BYTES:
-        raise InvalidRequest(f"{path} are longer than {_MAP_BYTES} bytes together")
+        raise InvalidRequest(f"{path}: expected at most {_MAP_BYTES} bytes together, got more")
     if any(_CONTROL.search(flag) for flag in flags):
-        raise InvalidRequest(f"{path} hold a control character, wanted mount options as mount(8) takes them")
+        raise InvalidRequest(f"{path}: expected mount options as mount(8) takes them, got a control character")
 
 
 def _size(texts: Iterable[str]) -> int:
@@ -116,4 +116,4 @@ def _check_range(capacity: csi_pb2.CapacityRange, where: str) -> None:
     if required == 0 and limit == 0:
         raise MissingField(f"{where}.required_bytes or {where}.limit_bytes")
     if 0 < limit < required:
-        raise CapacityOutOfRange(f"{where}.required_bytes is {required}, above limit_bytes, which is {limit}")
+        raise CapacityOutOfRange(f"{where}.required_bytes: expected at most limit_bytes, {limit}, got {required}")

@@ -73,7 +73,9 @@ def _segments_from(messages: Iterable[csi_pb2.Topology]) -> tuple[Segments, ...]
 def create_from(message: csi_pb2.CreateVolumeRequest) -> CreateRequest:
     """Read CreateVolume. Raises `InvalidRequest` for what is only sent to plugins with capabilities we lack."""
     if message.HasField("volume_content_source"):
-        raise InvalidRequest("volume_content_source is set, wanted none: this driver fills no volume from another")
+        raise InvalidRequest(
+            "volume_content_source: expected none, as clones and snapshots are not supported; remove the data source"
+        )
     return CreateRequest(
         name=message.name,
         capacity=range_from(message.capacity_range),

@@ -150,9 +150,9 @@ class HttpServer:
         now_s = time.monotonic()
         for client in [client for client in self._clients if client.until_s <= now_s]:
             if client.state is _State.WAITING:
-                self._answer(client, Answer(503, f"the page is not made within {_PAGE_TIME_S:.0f} s\n"))
+                self._answer(client, Answer(503, f"the page took longer than {_PAGE_TIME_S:.0f} s\n"))
             elif client.state is _State.READING and client.head:
-                self._answer(client, Answer(408, f"the request is not whole after {REQUEST_TIME_S:.0f} s\n"))
+                self._answer(client, Answer(408, f"the request was incomplete after {REQUEST_TIME_S:.0f} s\n"))
             else:
                 self._drop(client)
 
@@ -259,7 +259,7 @@ class HttpServer:
 
 def _result(path: str, done: Future[Answer]) -> Answer:
     if done.cancelled():
-        return Answer(503, "this process ends\n")
+        return Answer(503, "this process is shutting down\n")
     error = done.exception()
     if error is not None:
         _LOG.error("%s met a bug in the driver", path, exc_info=error)
@@ -271,16 +271,16 @@ def _understood(head: bytes | bytearray, pages: Pages) -> tuple[Answer | None, s
     """Read the request's first line: why it is refused, else None; its path; and whether a body is wanted."""
     words = bytes(head).split(b"\n", 1)[0].decode("latin-1").split()
     if len(words) != 3 or not words[2].startswith("HTTP/"):
-        return Answer(400, "this is no HTTP request\n"), "", True
+        return Answer(400, "expected an HTTP request\n"), "", True
     method, target, version = words
     path = _path_of(target)
     wants_body = method != "HEAD"
     if not version.startswith("HTTP/1."):
-        return Answer(505, "only HTTP/1 is spoken here\n"), path, wants_body
+        return Answer(505, "expected HTTP/1.0 or HTTP/1.1\n"), path, wants_body
     if path not in pages:
-        return Answer(404, f"there are {', '.join(pages)}\n"), path, wants_body
+        return Answer(404, f"not found; the pages are {', '.join(pages)}\n"), path, wants_body
     if method not in ("GET", "HEAD"):
-        return Answer(405, "only GET and HEAD are served\n"), path, wants_body
+        return Answer(405, "expected GET or HEAD\n"), path, wants_body
     return None, path, wants_body
 
 

@@ -106,7 +106,7 @@ def test_a_node_takes_off_a_taint_where_it_is_told_its_key() -> None:
     made = command([*NODE, "--startup-taint=a.com/b", "--kubernetes-host=h"])
     assert isinstance(made, NodeCommand)
     assert (made.startup_taint, made.label, made.kubernetes is not None) == ("a.com/b", False, True)
-    with pytest.raises(UsageError, match="--startup-taint given without --kubernetes-host"):
+    with pytest.raises(UsageError, match="--startup-taint requires --kubernetes-host"):
         parse([*NODE, "--startup-taint=a.com/b"], {})
 
 
@@ -204,12 +204,12 @@ def test_a_registration_socket_whose_path_is_too_long_is_refused_at_start() -> N
     room = 107 - len("/-reg.sock") - len("nvmesh-csi.excelero.com")
     fits, exceeds = (["--kubelet-registration-directory", "/" + "d" * (length - 1)] for length in (room, room + 1))
     assert isinstance(command([*NODE, *fits]), NodeCommand)
-    with pytest.raises(UsageError, match="108 bytes long, wanted at most 107"):
+    with pytest.raises(UsageError, match="expected at most 107 bytes, got 108"):
         command([*NODE, *exceeds])
 
 
 def test_an_endpoint_for_kubelet_is_refused_where_nothing_is_registered() -> None:
-    with pytest.raises(UsageError, match="--kubelet-endpoint given without --kubelet-registration-directory"):
+    with pytest.raises(UsageError, match="--kubelet-endpoint requires --kubelet-registration-directory"):
         command([*NODE, "--kubelet-endpoint=/k.sock"])
 
 
@@ -251,6 +251,22 @@ def test_a_repeatable_variable_is_separated_by_commas() -> None:
     assert made.path_roots == (Path("/a"), Path("/b"))
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["node", "--endpont=x"], "unknown flag --endpont for node; did you mean --endpoint?"),
+        (["node", "--qqq", "hush"], "unknown flag --qqq for node; see nvmesh-csi --help"),
+        (["node", "stray"], "unexpected argument 'stray' for node"),
+        (["nod"], "unknown command 'nod'; did you mean node?"),
+        (["--log-level=debug"], "no command given; expected one of controller, node, "),
+    ],
+)
+def test_a_mistake_is_told_with_what_was_meant(argv: list[str], said: str) -> None:
+    text = "\n".join(problems(argv))
+    assert said in text
+    assert "hush" not in text  # it may be a secret
+
+
 @pytest.mark.parametrize(("given", "wanted"), [(["--force-detach"], True), (["--force-detach=false"], False)])
 def test_a_switch_may_stand_alone(given: list[str], wanted: bool) -> None:
     made = command([*CONTROLLER, *given])
@@ -284,7 +300,7 @@ def test_a_node_that_attaches_for_itself_is_told_how() -> None:
 
 
 def test_a_node_that_attaches_nothing_is_given_no_credentials() -> None:
-    with pytest.raises(UsageError, match="--management-password-file given without --attach-by node"):
+    with pytest.raises(UsageError, match="--management-password-file requires --attach-by node"):
         command([*NODE, "--management-password-file=/p"])
 
 
@@ -296,7 +312,7 @@ def test_the_controller_attaches_unless_the_nodes_do(given: list[str], attaches:
 
 
 def test_fencing_is_not_told_two_ways() -> None:
-    with pytest.raises(UsageError, match="--use-preempt contradicts --fencing never"):
+    with pytest.raises(UsageError, match="--use-preempt and --fencing never are both given"):
         command([*CONTROLLER, "--use-preempt", "--fencing=never"])
 
 
@@ -357,7 +373,7 @@ def test_what_is_wrong_with_a_description_is_told_with_the_rest(tmp_path: Path) 
     path.write_text("{topologyKey: '-', zoneSelectionPolicy: best, zones: {a: {servers: m}}}")
     found = problems([*ZONED, f"--clusters-file={path}", "--management-server=https://m:1", "--nonsense"])
     text = "\n".join(found)
-    for wanted in ("topologyKey is '-'", "zoneSelectionPolicy is 'best'", "both given", "--nonsense"):
+    for wanted in ("topologyKey: expected", "zoneSelectionPolicy: expected", "both given", "--nonsense"):
         assert wanted in text
     path.write_text("{zones: {a: {servers: m, colour: red}}, shape: round}")
     text = "\n".join(problems([*ZONED, f"--clusters-file={path}"]))
@@ -383,7 +399,7 @@ def test_a_node_finds_its_zone_out_unless_it_is_told() -> None:
 def test_all_problems_are_reported_together() -> None:
     found = problems(["controller", "--drain-seconds", "soon", "--nonsense", "--zone=-"], {"NVMESH_CSI_LOG_LEVEL": "x"})
     text = "\n".join(found)
-    wanted = ("--nonsense", "--endpoint", "--drain-seconds is 'soon'", "--zone", "NVMESH_CSI_LOG_LEVEL", "-server")
+    wanted = ("--nonsense", "--endpoint", "--drain-seconds: expected", "--zone", "NVMESH_CSI_LOG_LEVEL", "-server")
     assert [word for word in wanted if word not in text] == []
 
 

@@ -69,7 +69,7 @@ def test_a_role_that_cannot_start_is_status_1_and_says_why(tmp_path: Path, capsy
     taken = tmp_path / "node.sock"
     taken.write_text("precious")
     assert program.main(node_argv(tmp_path)) == 1
-    assert "no socket" in capsys.readouterr().err
+    assert "expected a socket" in capsys.readouterr().err
     assert taken.read_text() == "precious"
 
 

@@ -137,7 +137,7 @@ def test_a_role_that_is_never_ready_is_named_with_the_reason_and_the_log(tmp_pat
 
 def test_a_role_that_dies_while_starting_ends_the_start_with_its_last_words(tmp_path: Path) -> None:
     it = bench(tmp_path, dies_at_start=frozenset({"controller"}))
-    with it.stack, pytest.raises(HostFailure, match=r"controller ended with status 3 .*: controller says hello"):
+    with it.stack, pytest.raises(HostFailure, match=r"controller exited with status 3 .*: controller says hello"):
         it.stack.start()
 
 

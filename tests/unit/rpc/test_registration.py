@@ -346,7 +346,7 @@ def test_what_is_no_socket_is_left_alone(scene: Scene, kind: str) -> None:
     registration = scene.registration()
     registration.tend()
     assert path.lstat().st_ino == before.st_ino
-    assert "no socket" in registration.why_not_registered()
+    assert "expected a socket" in registration.why_not_registered()
     assert os.listdir(scene.directory) == [path.name]
 
 
@@ -513,7 +513,7 @@ def has_a_bug() -> bool:
     ("answer", "why_silent", "why_not_ready"),
     [
         (lambda: True, "", ""),
-        (lambda: False, "", "not ready yet"),
+        (lambda: False, "", "still starting"),
         (lacks_a_tool, "", "mkfs.ext4 is missing"),
         (has_a_bug, "INTERNAL", "INTERNAL"),
     ],
