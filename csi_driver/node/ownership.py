@@ -89,20 +89,26 @@ class Ownership:
         claimed = self._devices.uuid_of(number)
         if claimed is not None and is_same(claimed, volume.uuid) and volume.uuid is not None:
             return Owner.OURS
-        if self.is_gone(number) or self._is_left_behind(mounted, volume.name):
+        if self.is_gone(number) or self.is_left_behind(mounted, volume.name):
             return Owner.DEAD
         if (claimed is not None and volume.uuid is not None) or not self._was_made_from(mounted, volume):
             return Owner.OTHER
         mapping = self._mapping(volume.name, mounted)
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
-    def _is_left_behind(self, mounted: Mounted, name: str) -> bool:
-        """Tell whether the volume's device went away under a filesystem of it, and its number is another volume's now.
+    def is_left_behind(self, mounted: Mounted, name: str) -> bool:
+        """Tell whether the volume's device went away under a filesystem of it, and its number is another device's now.
 
-        The mount holds on to the device that was; the mounts of the new one name another path as their source.
+        The mount holds on to the device that was. The mounts of another volume's name another path as their source; the
+        volume's own, where it is back, is claimed by nothing.
         """
-        is_its_filesystem = mounted.node_number is None and mounted.source == str(self._devices.path_of(name))
-        return is_its_filesystem and self._devices.name_of(mounted.number) not in (None, name)
+        if mounted.node_number is not None or mounted.source != str(self._devices.path_of(name)):
+            return False
+        is_known_as = self._devices.name_of(mounted.number)
+        if is_known_as != name:
+            return is_known_as is not None
+        device = self._devices.find(name)
+        return device is not None and device.number == mounted.number and self._devices.is_claimed(device) is False
 
     def is_live(self, mounted: Mounted, device: Device) -> bool:
         """Tell whether a mount is of the device as it is now, and not of one that had its number before.
@@ -212,7 +218,7 @@ class Ownership:
         if self.is_gone(number):
             return True
         mapping = self._mapping(name, mounted)
-        if (mapping is not None and mapping.below is None) or self._is_left_behind(mounted, name):
+        if (mapping is not None and mapping.below is None) or self.is_left_behind(mounted, name):
             return True
         device = self._devices.find(name)
         is_its_number = device is not None and device.number in (number, self._encryption.below(number))

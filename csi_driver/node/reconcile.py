@@ -182,9 +182,15 @@ class Reconcile:
         try:
             self._mounts.unmount(finding.path)
         except PreconditionFailed:
-            name, number = finding.name, finding.number
-            can_flush = not self._ownership.is_gone(number) and not self._ownership.is_cut_off(name, number)
-            if finding.kind is not Kind.DEAD or can_flush:
+            if finding.kind is not Kind.DEAD or self._can_flush(finding):
                 raise
             logger.warning("%s, and a program holds on to it: detached lazily", finding)
-            self._mounts.unmount(finding.path, lost=number)
+            self._mounts.unmount(finding.path, lost=finding.number)
+
+    def _can_flush(self, finding: Finding) -> bool:
+        """Tell whether something that was written through the mount may still reach a device."""
+        name, number = finding.name, finding.number
+        if self._ownership.is_gone(number) or self._ownership.is_cut_off(name, number):
+            return False
+        mounted = self._mounts.at(finding.path)
+        return mounted is None or not self._ownership.is_left_behind(mounted, name)

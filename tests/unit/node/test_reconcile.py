@@ -303,6 +303,20 @@ def test_a_dead_mount_that_kubelet_forgot_is_unmounted_even_in_use(kubelet: Kube
     assert kubelet.host.mounts_at(STAGING) == 0
 
 
+@pytest.mark.parametrize("name", [NAME, "csi-other"])
+def test_a_forgotten_mount_whose_number_is_another_devices_is_unmounted_even_in_use(
+    kubelet: Kubelet, name: str
+) -> None:
+    kubelet.stage()
+    kubelet.forget(STAGING_RECORD)
+    (entry,) = kubelet.host.table
+    entry.in_use = True
+    kubelet.host.attach(name, UUID, number=kubelet.host.detach(NAME).number)
+    assert kubelet.sweep() == [Kind.DEAD]
+    assert kubelet.sweep() == []
+    assert kubelet.host.table == []
+
+
 def test_dead_publications_that_kubelet_forgot_are_unmounted(kubelet: Kubelet) -> None:
     kubelet.stage()
     kubelet.publish()
