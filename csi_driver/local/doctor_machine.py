@@ -41,7 +41,7 @@ def kernel(patient: Patient) -> Iterator[Finding]:
     found = re.match(r"(\d+)\.(\d+)", release)
     oldest = ".".join(map(str, _OLDEST_KERNEL))
     if found is None:
-        yield unknown(Check.KERNEL, f"the kernel calls itself {release}", f"see that it is Linux {oldest} or newer")
+        yield unknown(Check.KERNEL, f"unknown kernel release {release}", f"check that it is Linux {oldest} or newer")
     elif (int(found[1]), int(found[2])) < _OLDEST_KERNEL:
         yield fault(Check.KERNEL, f"Linux {release}", f"{oldest} or newer", "upgrade the kernel of this machine")
     else:
@@ -56,12 +56,14 @@ def tools(patient: Patient) -> Iterator[Finding]:
         if find_tool(tool) is not None:
             continue
         if tool in _NEEDED or (tool == _CRYPTSETUP and patient.encrypted_volumes):
-            yield fault(Check.TOOLS, f"{tool} is not installed", "it installed", mend)
+            yield fault(Check.TOOLS, f"{tool} is not installed", "it is installed", mend)
         else:
             lost = _WANTED.get(tool, "volumes that the node encrypts cannot be opened")
-            yield warning(Check.TOOLS, f"{tool} is not installed: {lost}", "it installed, if such are used", mend)
+            yield warning(
+                Check.TOOLS, f"{tool} is not installed: {lost}", "it is installed, if such volumes are used", mend
+            )
     told = (f"{tool} ({version})" for tool, version in versions.items())
-    yield fine(Check.TOOLS, f"there are {', '.join(told)}" if versions else "no version is told")
+    yield fine(Check.TOOLS, f"found {', '.join(told)}" if versions else "no version is known")
 
 
 def modules(patient: Patient) -> Iterator[Finding]:

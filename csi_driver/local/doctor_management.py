@@ -54,7 +54,7 @@ def managements(patient: Patient) -> Iterator[Finding]:
     """Look at every server of every management that the driver is given with credentials, all at once."""
     known = _known(patient)
     if not known:
-        yield fine(Check.MANAGEMENT, "this role is given no management: it does not talk to one")
+        yield fine(Check.MANAGEMENT, "no management is configured: this role needs none")
         return
     looks = [_Server(patient, zone, settings, url) for zone, settings in known.items() for url in settings.servers]
     for look in looks:
@@ -64,7 +64,11 @@ def managements(patient: Patient) -> Iterator[Finding]:
         in_time = look.done.wait(deadline.remaining_s())
         yield from list(look.findings)
         if not in_time:
-            yield unknown(Check.MANAGEMENT, f"{look.url} lets one wait: {look.at}", "see what hangs there; --timeout")
+            yield unknown(
+                Check.MANAGEMENT,
+                f"{look.url} did not respond in time ({look.at})",
+                "find out what hangs there, or raise --timeout",
+            )
 
 
 def _known(patient: Patient) -> Mapping[str, ManagementSettings]:
@@ -87,7 +91,7 @@ class _Server:
     settings: ManagementSettings
     url: str
     findings: list[Finding] = field(default_factory=list)
-    at: str = "at the beginning"
+    at: str = "not started"
     done: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -101,12 +105,12 @@ class _Server:
         for told in self.settings.warnings():
             if self.url in told:
                 yield warning(Check.CERTIFICATE, told, "verified https", "give a server by https, and its authority")
-        self.at = "to be reached"
+        self.at = "connecting"
         seen = survey(self.url, self.settings, timeout_s=_STEP_S)
         yield from _reached(self.url, seen, self.settings)
         if seen.failed is not None:
             return
-        self.at = "to be logged in to"
+        self.at = "logging in"
         yield from self._logged_in()
 
     def _logged_in(self) -> Iterator[Finding]:
@@ -122,7 +126,7 @@ class _Server:
             )  # fmt: skip
             return
         except DriverError as error:
-            yield fault(Check.LOGIN, str(error), "an answer after the login", "look at the management's own log")
+            yield fault(Check.LOGIN, str(error), "an answer after the login", "read the log of the management")
             return
         finally:
             client.close()
@@ -149,7 +153,7 @@ def _reached(url: str, seen: Survey, settings: ManagementSettings) -> Iterator[F
                 "30 days or more", "renew the server's certificate",
             )  # fmt: skip
         else:
-            yield fine(Check.CERTIFICATE, f"the certificate of {url} is good until {until}")
+            yield fine(Check.CERTIFICATE, f"the certificate of {url} is valid until {until}")
     if seen.date_s is not None and abs(seen.date_s - now_s) > _SKEW_S:
         yield warning(
             Check.CLOCK, f"the clock of {url} differs from this machine's by {seen.date_s - now_s:+.0f} s",

@@ -38,7 +38,7 @@ def path_roots(patient: Patient) -> Iterator[Finding]:
                 "see kubelet's --root-dir (ps -o args -C kubelet) and set the value kubeletDirectory to it",
             )
         else:
-            yield fine(Check.PATH_ROOTS, f"{root} is there")
+            yield fine(Check.PATH_ROOTS, f"{root} exists")
 
 
 def propagation(patient: Patient) -> Iterator[Finding]:
