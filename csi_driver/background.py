@@ -77,10 +77,11 @@ class Background:
         """Return why a restart of the process may help: a run does not return, or the thread has ended; else ""."""
         if self._thread is not None and not self._thread.is_alive() and not self._stopping:
             return f"the thread {self.name} has ended; restart the process"
-        running, stuck_s = self._running, self._since(self._running[1] if self._running is not None else None)
-        if running is None or stuck_s <= self._stale_s:
+        running = self._running  # read once: the thread sets it meanwhile
+        if running is None or self._since(running[1]) <= self._stale_s:
             return ""
-        return f"{running[0]} has been running for {stuck_s:.0f} s, expected at most {self._stale_s:.0f} s"
+        key, since_s = running
+        return f"{key} has been running for {self._since(since_s):.0f} s, expected at most {self._stale_s:.0f} s"
 
     def why_failing(self) -> str:
         """Return what is stuck, or has failed for longer than the limit, with its last error; "" when all is well."""
@@ -94,8 +95,9 @@ class Background:
         """Return for how long the oldest failing job has failed, or the present run has lasted; 0 when idle."""
         with self._record:
             since = [since_s for since_s, _ in self._failing.values()]
-        if self._running is not None:
-            since.append(self._running[1])
+        running = self._running
+        if running is not None:
+            since.append(running[1])
         return self._since(min(since, default=None))
 
     def _since(self, moment_s: float | None) -> float:
