@@ -22,7 +22,7 @@ from csi_driver.controller.holding import (
     missing,
     references,
 )
-from csi_driver.controller.locate import Located, find_client, issued_handle, require, sole_management
+from csi_driver.controller.locate import Located, find_client, is_blank, issued_handle, require, sole_management
 from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.record import Attachments
@@ -74,7 +74,7 @@ class Attach:
             )
         handing.check(located.volume, request.context)
         by = handing.encryption_of(located.volume, located.creation, request.context)
-        check_use(request.capability, request.context, by=by, read_only=request.read_only)
+        check_use(request.capability, request.context, by=by, read_only=request.read_only, is_blank=is_blank(located))
         if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.

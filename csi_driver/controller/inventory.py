@@ -8,7 +8,7 @@ from functools import partial
 
 from csi_driver.controller import access
 from csi_driver.controller.handing import encryption_of
-from csi_driver.controller.locate import Located, described, issued_handle, require
+from csi_driver.controller.locate import Located, described, is_blank, issued_handle, require
 from csi_driver.controller.naming import derived_spelling
 from csi_driver.controller.placement import allowed_zones
 from csi_driver.controller.ports import Clusters, Management
@@ -337,7 +337,7 @@ def _why_no_node_stages(located: Located, capabilities: Sequence[Capability], co
     problems = Problems()
     by = encryption_of(located.volume, located.creation, context)
     for capability in capabilities:
-        problems.of(partial(check_use, capability, context, by=by))
+        problems.of(partial(check_use, capability, context, by=by, is_blank=is_blank(located)))
     try:
         problems.raise_any()
     except InvalidRequest as problem:

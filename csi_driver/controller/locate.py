@@ -14,7 +14,7 @@ from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
-from csi_driver.storage_model import Client, Volume
+from csi_driver.storage_model import Client, Reservation, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 
@@ -100,6 +100,11 @@ def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Locate
     if located.volume.is_being_deleted:
         raise VolumeNotFound(volume_id, "it is being deleted")
     return located
+
+
+def is_blank(located: Located) -> bool:
+    """Tell whether no node can have written to the volume: this driver made it, and it was never attached."""
+    return located.creation.is_ours and located.volume.reservation == Reservation()
 
 
 def sole_management(clusters: Clusters, volume_id: str) -> Management | None:

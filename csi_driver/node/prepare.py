@@ -171,7 +171,10 @@ class Preparation:
             own_uuid=uuid,
             format_allowed=task.format_allowed,
         )
-        return decide(content, task.plan.request, evidence, supported=self._filesystems.supported())
+        verdict = decide(content, task.plan.request, evidence, supported=self._filesystems.supported())
+        if isinstance(verdict, Format | FormatAgain | FormatOver):
+            task.plan.require_mkfs()
+        return verdict
 
     def _format(
         self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain | FormatOver, deadline: Deadline

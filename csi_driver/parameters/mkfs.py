@@ -1,7 +1,7 @@
 """The arguments of mkfs: the driver's defaults, the keys of a StorageClass and its free text. Pure.
 
-Everything is decided here, before any device is touched, and by the controller before a volume exists. Defaults, keys
-and what each costs are in docs/mkfs.md. Sizes of keys are bytes.
+The controller decides it before a volume exists, and the node before it writes to a device; a volume that has a
+filesystem is not judged. Defaults, keys and what each costs are in docs/mkfs.md. Sizes of keys are bytes.
 """
 
 from __future__ import annotations

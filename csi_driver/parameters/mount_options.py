@@ -80,12 +80,17 @@ class FilesystemRequest:
 
 @dataclass(frozen=True, slots=True)
 class MountPlan:
-    """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's."""
+    """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's.
+
+    `mkfs_refusal`: why no filesystem can be made as the request says. A volume that has one is mounted all the same:
+    its context cannot be changed, and the driver that made the filesystem took what this one refuses.
+    """
 
     request: FilesystemRequest
     flags: tuple[str, ...]
     root_mode: int | None
     mkfs: MkfsArguments
+    mkfs_refusal: InvalidRequest | None = None
 
     @property
     def read_only(self) -> bool:
@@ -95,6 +100,11 @@ class MountPlan:
         """Return the options to mount a filesystem of that type with, each once."""
         implied = _ALWAYS.get(fs_type, ()) + (_WHEN_READ_ONLY.get(fs_type, ()) if self.read_only else ())
         return tuple(dict.fromkeys((*self.flags, *implied)))
+
+    def require_mkfs(self) -> None:
+        """Raise `InvalidRequest` where no filesystem can be made as the request says."""
+        if self.mkfs_refusal is not None:
+            raise self.mkfs_refusal
 
 
 def plan_mount(
@@ -107,6 +117,8 @@ def plan_mount(
     fs_type_of_class: str = "",
 ) -> MountPlan:
     """Check everything that a caller may ask of a filesystem, before any device is touched. Raises `InvalidRequest`.
+
+    A mistake that concerns mkfs alone is kept in the plan.
 
     `read_only`: the attachment is read-only, whatever the mode and the flags say. `fs_type_of_class`: the parameter
     `fsType`, which counts where the capability names no filesystem.
@@ -125,9 +137,13 @@ def plan_mount(
     kept = tuple(flag for flag in flags if flag != "ro")
     for problem in _contradictions(access.mount_flags, kept, read_only=request.read_only):
         problems.add(problem)
-    arguments = problems.of(lambda: mkfs.arguments(request.to_make)) or MkfsArguments()
-    problems.raise_any()
-    return MountPlan(request, kept, None if request.read_only else root_mode, arguments)
+    arguments, refusal = MkfsArguments(), None
+    try:
+        arguments = mkfs.arguments(request.to_make)
+    except InvalidRequest as problem:
+        refusal = problem
+    problems.raise_any(refusal)
+    return MountPlan(request, kept, None if request.read_only else root_mode, arguments, refusal)
 
 
 def check_mount_group(access: MountAccess) -> None:

@@ -133,17 +133,19 @@ def check_use(
     *,
     by: Encryption = Encryption.NONE,
     read_only: bool = False,
+    is_blank: bool = True,
 ) -> None:
     """Refuse a capability and a volume context with which no node would stage the volume, in the node's words.
 
     Page size, kernel options and tools differ between nodes: each node checks its own. `by`: who encrypts the volume.
+    `is_blank`: the volume surely has no filesystem yet. Of another one mistakes for mkfs are left to the node.
     """
     problems = read.Problems()
     if by is not Encryption.NONE:
         problems.of(lambda: node_settings(by, context))
     access = capability.access
     if isinstance(access, MountAccess):
-        problems.of(
+        plan = problems.of(
             lambda: plan_mount(
                 access,
                 capability.mode,
@@ -153,6 +155,8 @@ def check_use(
                 fs_type_of_class=context.get(FS_TYPE, ""),
             )
         )
+        if plan is not None and is_blank:
+            problems.of(plan.require_mkfs)
     problems.raise_any()
 
 

@@ -55,8 +55,10 @@ class Problems:
         for each in problem.problems if isinstance(problem, SeveralProblems) else (problem,):
             self._found.setdefault(str(each), each)
 
-    def raise_any(self) -> None:
-        """Raise the only problem as it is, and several as `SeveralProblems`."""
+    def raise_any(self, beside: InvalidRequest | None = None) -> None:
+        """Raise the only problem as it is, and several as `SeveralProblems`; `beside` is reported with others alone."""
+        if beside is not None and self._found:
+            self.add(beside)
         found = tuple(self._found.values())
         if found:
             raise found[0] if len(found) == 1 else SeveralProblems(found)

@@ -38,6 +38,7 @@ from tests.fakes.node import (
     TARGET,
     UUID,
     VOLUME_ID,
+    WRITER,
     FakeNode,
     publish_context,
 )
@@ -121,6 +122,15 @@ def test_a_filesystem_is_used_as_it_is(node: FakeNode) -> None:
     held = formatted(node)
     node.stage()
     assert (node.host.formats, node.host.files_at(STAGING), held.checks) == ([], {"a": b"precious"}, 1)
+
+
+@pytest.mark.parametrize("mode", [WRITER, READER])
+def test_a_filesystem_is_used_whatever_its_maker_was_asked_for(node: FakeNode, mode: AccessMode) -> None:
+    """Volume contexts cannot be changed, and older drivers took what this one refuses."""
+    held = formatted(node)
+    context = publish_context(read_only=mode is READER, history=History.ATTACHED, attachment=2)
+    node.stage(mode=mode, context=context, volume_context={"mkfsOptions": "-F", "mkfs/inodeSize": "8192"})
+    assert (node.host.formats, node.host.files_at(STAGING), held.files) == ([], held.files, {"a": b"precious"})
 
 
 def test_a_filesystem_is_used_whichever_it_is_when_none_is_asked_for(node: FakeNode) -> None:
@@ -258,11 +268,23 @@ def test_what_the_storage_class_and_the_volume_say_reaches_mkfs(node: FakeNode) 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("mkfs/inodeSize", "300"), ("mkfs/blockSize", "512"), ("mkfs/discard", "1"), ("mkfs/nothing", "1")],
+    [
+        ("mkfs/inodeSize", "300"),
+        ("mkfs/blockSize", "512"),
+        ("mkfs/discard", "1"),
+        ("mkfs/nothing", "1"),
+        ("mkfsOptions", "/dev/sda"),
+        ("mkfsOptions", "-F"),
+    ],
 )
-def test_wrong_keys_for_mkfs_are_refused_before_the_device_is_looked_for(node: FakeNode, key: str, value: str) -> None:
+@pytest.mark.parametrize("history", [History.FIRST, History.UNKNOWN])
+def test_a_blank_device_is_left_as_it_is_where_mkfs_cannot_be_asked_so(
+    node: FakeNode, history: History, key: str, value: str
+) -> None:
+    disk = node.host.attach(NAME, UUID)
     with pytest.raises(InvalidRequest, match=key):
-        node.stage(volume_context={key: value})
+        node.stage(context=publish_context(history=history), volume_context={key: value})
+    assert (node.host.formats, node.marks.kept, disk.filesystem, node.host.mounts_at(STAGING)) == ([], {}, None, 0)
 
 
 @pytest.mark.parametrize(("asked", "made"), [("", "xfs"), ("btrfs", "btrfs")])
@@ -273,11 +295,6 @@ def test_the_filesystem_of_the_storage_class_counts_where_the_request_names_none
     node.stage(access=MountAccess(asked), volume_context={"fsType": "xfs"})
     assert disk.filesystem is not None
     assert disk.filesystem.fs_type == made
-
-
-def test_wrong_mkfs_options_are_refused_before_the_device_is_looked_for(node: FakeNode) -> None:
-    with pytest.raises(InvalidField, match="mkfsOptions"):
-        node.stage(volume_context={"mkfsOptions": "/dev/sda"})
 
 
 def test_a_busy_moment_of_a_fresh_device_is_waited_out(node: FakeNode) -> None:

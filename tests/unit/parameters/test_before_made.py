@@ -15,8 +15,8 @@ from csi_driver.handover import Encryption, PublishContext
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.parameters.values import SeveralProblems
-from tests.fakes.node import UUID, FakeNode
-from tests.unit.controller.world import BLOCK, RWO, World
+from tests.fakes.node import NAME, UUID, FakeNode
+from tests.unit.controller.world import BLOCK, PVC, RWO, World
 
 WRITER, READER = AccessMode.SINGLE_NODE_WRITER, AccessMode.MULTI_NODE_READER_ONLY
 SECRETS = {"passphrase": "correct horse"}
@@ -52,8 +52,10 @@ def words_of_the_node(
     context: Mapping[str, str], access: MountAccess, mode: AccessMode, told: Mapping[str, str] = EMPTY
 ) -> list[str]:
     """Return the problems for which a node refuses the request as invalid; empty = for none."""
+    node = FakeNode()
+    node.host.attach(NAME, UUID)
     try:
-        FakeNode().stage(access=access, mode=mode, volume_context=context, context=told, secrets=SECRETS)
+        node.stage(access=access, mode=mode, volume_context=context, context=told, secrets=SECRETS)
     except SeveralProblems as problem:
         return [str(each) for each in problem.problems]
     except InvalidRequest as problem:
@@ -91,6 +93,29 @@ def test_what_no_node_stages_is_neither_confirmed_nor_attached(
         world.publish(made.volume_id, capability=capability, context={**made.context, **parameters})
     assert str(refusal.value) == words
     assert world.holders() == []
+
+
+@pytest.mark.parametrize("options", ["-F", "-b 1024", "-E root_owner=1:1", "nonsense", "-L 'a"])
+def test_a_volume_of_an_older_driver_is_attached_and_confirmed_whatever_made_its_filesystem(options: str) -> None:
+    world = World()
+    made = world.create()
+    old = {"csi_name": PVC, "fsType": "ext4", "volumeMode": "mount", "mkfsOptions": options}
+    world.management.change(world.stored().name, metadata=old)
+    context = {**made.context, "mkfsOptions": options}
+    asked = ValidateRequest(made.volume_id, (RWO,), context)
+    assert world.inventory.validate(asked, deadline=world.deadline()) is None
+    world.publish(made.volume_id, context=context)
+    assert world.holders() == ["node-1"]
+
+
+def test_a_volume_that_was_attached_before_is_attached_again_whatever_mkfs_would_be_asked() -> None:
+    """An older release took what this one refuses."""
+    world = World()
+    made = world.create()
+    world.publish(made.volume_id)
+    world.unpublish(made.volume_id)
+    world.publish(made.volume_id, context={**made.context, "mkfs/inodeSize": "8192"})
+    assert world.holders() == ["node-1"]
 
 
 def test_every_problem_of_a_request_is_reported_at_once() -> None:
