@@ -55,12 +55,12 @@ class PreStop:
             nonlocal end
             end, waits_for = self._look()
             if waits_for and waits_for != self._told:
-                _LOG.info("the stop waits, %.0f s at most: %s", deadline.remaining_s(), waits_for)
+                _LOG.info("pre-stop waits, %.0f s at most: %s", deadline.remaining_s(), waits_for)
                 self._told = waits_for
             return not waits_for
 
         if not deadline.wait_until(is_over, first_s=_LOOK_S, most_s=_LOOK_S):
-            end = f"the time is over, and {self._told}"
+            end = f"timed out: {self._told}"
         return end
 
     def _look(self) -> tuple[str, str]:
@@ -71,11 +71,11 @@ class PreStop:
         except DriverError as error:
             if isinstance(error, ApiFailed) and error.status == _UNAUTHORIZED:
                 # Its account is gone, as only an uninstallation takes it; the next installation waits for this end.
-                return f"this pod's account is gone, so the driver is being uninstalled: {error}", ""
+                return f"the service account was deleted, so the driver is being uninstalled: {error}", ""
             return self._judged_by_mounts(mounted, str(error))
         if self.cluster is None:
             return self._judged_by_mounts(mounted, "no API server is configured")
-        why = node.why_draining() if node is not None else "the API server knows no such node any more"
+        why = node.why_draining() if node is not None else "the node object was deleted"
         if not why:
             return f"node {self.node_name} is not being drained", ""
         self._handles |= mounted
@@ -88,7 +88,7 @@ class PreStop:
         try:
             return frozenset(self.mounted())
         except DriverError as error:
-            _LOG.warning("the mounts cannot be read, none is taken to be there: %s", error)
+            _LOG.warning("cannot read the mounts, assuming that no volume is mounted: %s", error)
             return frozenset()
 
     def _judged_by_mounts(self, mounted: Collection[str], reason: str) -> tuple[str, str]:
@@ -115,10 +115,10 @@ class PreStop:
             is_there = cluster.has_attachment(attachment_name(handle, self.driver_name, self.node_name))
         except ApiFailed as error:
             if error.status == _FORBIDDEN:
-                _LOG.warning("%s; the node's own list of volumes must do", error)
+                _LOG.warning("%s; using the volumes of the node object only", error)
                 self._may_ask_for_attachments = False
                 return False
-            _LOG.warning("%s; it is taken to be there", error)
+            _LOG.warning("%s; assuming that it still exists", error)
             return True
         if not is_there:
             self._handles.discard(handle)

@@ -63,10 +63,10 @@ class ClientLabel:
             self.nodes.label_node(self.node_name, {LABEL: wanted})
         except DriverError as error:
             pause_s = self.backoff.after_failure_s()
-            _LOG.warning("%s; tried again in %.1f s", error, pause_s)
+            _LOG.warning("%s; retrying in %.1f s", error, pause_s)
             return pause_s
         if not self._was_set or wanted != self._set_to:
-            _LOG.info("node %s: %s is %s now", self.node_name, LABEL, wanted or "taken away")
+            _LOG.info("node %s: label %s is now %s", self.node_name, LABEL, wanted or "removed")
         self.backoff.succeeded()
         self._was_set, self._set_to = True, wanted
         self._assert_at_s = self.clock.monotonic() + ASSERT_S

@@ -67,7 +67,7 @@ class StartupTaint:
             return _CONFLICT_S * (1 + self.jitter())
         except DriverError as error:
             pause_s = self._backoff.after_failure_s()
-            _LOG.warning("%s; tried again in %.1f s", error, pause_s)
+            _LOG.warning("%s; retrying in %.1f s", error, pause_s)
             return pause_s
         self._backoff.succeeded()
         return pause_s * (0.5 + 0.5 * self.jitter())
@@ -75,7 +75,7 @@ class StartupTaint:
     def _look(self) -> float:
         node = self.nodes.node(self.node_name)
         if node is None:
-            self._tell("is not looked for: the API server knows no such node")
+            self._tell("is unknown: there is no such node object")
             return LOOK_S
         if not node.has_taint(self.key):
             self._told = ""
@@ -84,7 +84,7 @@ class StartupTaint:
             self._tell(f"stays: kubelet has not registered {self.driver_name} yet")
             return WAIT_S
         self.nodes.set_taints(node, [taint for taint in node.taints if taint.get("key") != self.key])
-        _LOG.info("node %s: the taint %s is taken off, the driver serves", self.node_name, self.key)
+        _LOG.info("node %s: removed taint %s, the driver is ready", self.node_name, self.key)
         self._told = ""
         return LOOK_S
 

@@ -292,7 +292,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         self._failures += 1
         if self._problem != str(error):
             self._problem = str(error)
-            _LOG.warning("the driver is not registered with kubelet: %s; tried again until it is", error)
+            _LOG.warning("the driver is not registered with kubelet: %s; retrying", error)
         return pause_s
 
     def _pause_s(self, failures: int, first_s: float, longest_s: float) -> float:
@@ -323,7 +323,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
                 self._settings.socket.unlink()
         except OSError as error:
             if error.errno != errno.ENOENT:
-                _LOG.warning("the registration socket %s stays: %s", self._settings.socket, error.strerror)
+                _LOG.warning("cannot remove the registration socket %s: %s", self._settings.socket, error.strerror)
         served.server.stop(_STOP_S).wait(_STOP_S)
         self._threads.shutdown(wait=False)
 

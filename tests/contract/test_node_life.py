@@ -152,7 +152,7 @@ def test_a_stop_of_a_node_that_is_not_drained_does_not_wait(pod: Pod) -> None:
 def test_a_stop_that_waits_ends_by_its_time_and_by_sigterm_and_never_fails(pod: Pod) -> None:
     pod.spec()["unschedulable"] = True
     assert ended(pod.pre_stop("--timeout=1")) == 0
-    assert "the time is over" in pod.log
+    assert "timed out: " in pod.log
     hook = pod.pre_stop("--timeout=600")
     soon(lambda: "600 s at most: it is cordoned" in pod.log, lambda: pod.log)
     os.kill(child_of(hook), signal.SIGTERM)

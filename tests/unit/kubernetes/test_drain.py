@@ -100,7 +100,7 @@ def test_a_drained_node_waits_for_mounts_then_attachments_then_their_end(stop: S
 def test_a_volume_that_never_goes_is_waited_for_until_the_time_is_over(stop: Stop) -> None:
     stop.mounted.clear()
     end, took_s = stop.wait()
-    assert end == "the time is over, and it is cordoned, and a, b are attached"
+    assert end == "timed out: it is cordoned, and a, b are attached"
     assert took_s == TIME_S
 
 
@@ -117,7 +117,7 @@ def test_a_node_whose_object_is_gone_waits_for_its_mounts(stop: Stop) -> None:
     stop.cluster.attachments.clear()
     stop.later(8, stop.mounted.clear)
     end, took_s = stop.wait()
-    assert (end, took_s) == ("the API server knows no such node any more, and no volume is left", 8.0)
+    assert (end, took_s) == ("the node object was deleted, and no volume is left", 8.0)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -137,7 +137,7 @@ def test_an_uninstallation_waits_for_nothing(stop: Stop) -> None:
     """It takes the account away before the pod has ended, and mounts stay as they are."""
     stop.cluster.node_status = 401
     end, took_s = stop.wait()
-    assert end.startswith("this pod's account is gone")
+    assert end.startswith("the service account was deleted")
     assert took_s == 0.0
 
 
