@@ -86,7 +86,7 @@ def stage(volume: Volume, passphrase: str) -> str:
 
 def test_a_passphrase_of_a_stage_that_may_fail_is_in_no_log_no_answer_no_program_and_no_file(talkative: Rig) -> None:
     volume = encrypted(talkative)
-    answers, seen = staged_twice(volume)
+    answers, seen, _ = staged_twice(volume)
     assert "NodeStageVolume" in "".join(path.read_text(errors="replace") for path in talkative.directory.rglob("*.log"))
     assert not told_of_a_passphrase(talkative, answers, seen)
     volume.delete()
@@ -103,16 +103,18 @@ def test_a_passphrase_that_cryptsetup_is_given_is_in_no_argument_and_no_environm
     assert not any(b"passphrase-that" in told for told in seen)
 
 
-def staged_twice(volume: Volume) -> tuple[list[str], set[bytes]]:
-    """Stage the volume with its passphrase and with a wrong one; return the answers, and what programs told."""
+def staged_twice(volume: Volume) -> tuple[list[str], set[bytes], bytes]:
+    """Stage the volume with its passphrase and with a wrong one; return the answers, what programs told, its head."""
     volume.attach()
     try:
         with watched() as seen:
             answers = [stage(volume, SECRET), stage(volume, WRONG)]
+        with volume.file.open("rb") as file:
+            head = file.read(6)
         volume.unstage()
     finally:
         volume.detach()
-    return answers, seen
+    return answers, seen, head
 
 
 def told_of_a_passphrase(rig: Rig, answers: list[str], seen: set[bytes]) -> list[bytes]:
