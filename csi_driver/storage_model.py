@@ -223,6 +223,8 @@ class AttachmentWish:
     reference_ids: frozenset[str]
     version: int = 0
     """The reservation's version that the attachment came about with; 0 = not told."""
+    preempts: bool = False
+    """Whether the attachment takes the volume from those who had it."""
 
     @property
     def is_detaching(self) -> bool:

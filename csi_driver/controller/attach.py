@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from csi_driver.controller import access, handing, record
 from csi_driver.controller.detach import Detach
@@ -43,7 +44,7 @@ from csi_driver.errors import (
 from csi_driver.handover import History, PublishContext, held_reference, reference_id
 from csi_driver.model import BlockAccess, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
-from csi_driver.storage_model import Client, ClientStatus, ReservationMode
+from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
 
@@ -261,6 +262,8 @@ class Attach:
             or client.wishes[volume.uuid].version not in (0, volume.reservation.version)
             or volume.reservation.version < located.volume.reservation.version
         )
+        if not is_old:
+            self._remember_taken(located.management, volume, client, attachments, deadline=deadline)
         if is_old or number != volume.reservation.version - 1 or number < attachments.number:
             number = 0
         history = History.ATTACHED
@@ -279,6 +282,18 @@ class Attach:
             size_bytes=volume.size_bytes,
         )
         return handing.completed(context, volume, given)
+
+    def _remember_taken(
+        self, management: Management, volume: Volume, client: Client, known: Attachments, *, deadline: Deadline
+    ) -> None:
+        """Record that the client has I/O on a volume that it took: those who had it before have none any more.
+
+        `takeover.was_preempted` needs it when the volume is deleted and a former holder is not back by then.
+        """
+        wish = client.wishes[volume.uuid]
+        if wish.preempts and known.taken < wish.version:
+            metadata = record.with_attachments(volume.metadata, replace(known, taken=wish.version))
+            management.set_metadata(volume, metadata, deadline=deadline)
 
     # --- both -----------------------------------------------------------------------------------------------
 

@@ -113,7 +113,8 @@ class Attachments:
 
     `number`: the highest that was counted. `clients`: those of the latest attachment. `written`: a node had the
     volume as a raw device for writing. `is_broken`: someone else changed the record, so that it proves nothing any
-    more. `handles`: spellings of the handle, other than the issued one, that were attached.
+    more. `handles`: spellings of the handle, other than the issued one, that were attached. `taken`: the latest version
+    of the reservation under which a node had I/O after it took the volume from others; 0 = none.
     """
 
     number: int = 0
@@ -121,6 +122,7 @@ class Attachments:
     written: bool = False
     is_broken: bool = False
     handles: tuple[str, ...] = ()
+    taken: int = 0
 
     def counted(self, client_uuid: str, number: int) -> Attachments:
         """Count the attachment that is about to be made on this client; unchanged if it was counted already."""
@@ -164,6 +166,7 @@ def read_attachments(metadata: Mapping[str, object]) -> Attachments:
         written=record.get("written") is not False,
         is_broken=record.get("broken") is not False or len(counted) != len(clients),
         handles=tuple(handle for handle in handles if isinstance(handle, str)),
+        taken=taken if _natural(taken := record.get("taken")) else 0,
     )
 
 
@@ -176,6 +179,7 @@ def with_attachments(metadata: Mapping[str, object], attachments: Attachments) -
         "written": attachments.written,
         "broken": attachments.is_broken,
         "handles": list(attachments.handles),
+        **({"taken": attachments.taken} if attachments.taken else {}),
     }
     return {**metadata, OWN_KEY: own}
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from csi_driver.controller.holding import others
 from csi_driver.controller.locate import Located
+from csi_driver.controller.record import read_attachments
 from csi_driver.controller.requests import Fencing
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
@@ -124,18 +125,18 @@ class TakeOver:
 def was_preempted(volume: Volume, holder: Client) -> bool:
     """Tell whether a client that is down can no longer write to a volume that nobody has now.
 
-    The wish keeps the version of the reservation under which the client had the volume. The storage raises the version
-    when the first client comes, when the last one goes, and when the volume is taken by preemption; a client that has
-    the volume goes only with its wish. So where the wish is still there and the volume went from that version to
-    nobody's in more than one step, another client had it in between, by preemption: the storage refuses the I/O of the
-    former holder until it is detached and attached again, whether or not it has noticed. One step alone would be its
-    own, and a version that is not told proves nothing.
+    The wish keeps the version of the reservation under which the client had the volume, and the volume's record the
+    latest version under which another node took the volume and then had I/O on it (`Attachments.taken`): from then on
+    the storage refuses the I/O of the former holder until it is detached and attached again, whether or not it has
+    noticed. A version that was only raised proves nothing: the management raises it when it is asked to preempt, and
+    the storage preempts when the new node attaches, which it may never have done.
     """
     wish, held = holder.wishes.get(volume.uuid), volume.reservation
     if wish is None or not wish.is_detaching or holder.status is not ClientStatus.DOWN:
         return False
+    record = read_attachments(volume.metadata)
     is_nobodys = held.mode is ReservationMode.NONE and not held.attached
-    return is_nobodys and wish.version > 0 and held.version >= wish.version + 2
+    return is_nobodys and not record.is_broken and 0 < wish.version < record.taken < held.version
 
 
 _LEAVES = {

@@ -83,6 +83,7 @@ _RAID_LEVELS: Mapping[str, RaidLevel] = {
 }
 _CLIENT_STATUSES: Mapping[object, ClientStatus] = {status.value: status for status in ClientStatus}
 _DEVICE_STATUSES: Mapping[object, DeviceStatus] = {status.value: status for status in DeviceStatus}
+_PREEMPT = 2  # 1 is a weak one, which gives way
 _MODES: Mapping[object, ReservationMode] = {mode.value: mode for mode in ReservationMode}
 
 
@@ -252,13 +253,15 @@ def _header_bytes(row: Document) -> int:
 
 
 def _wish(uuid: str, wish: Document) -> AttachmentWish:
+    reservation = wish.get("reservation") or {}
     return AttachmentWish(
         volume_uuid=uuid,
         volume_name=str(wish.get("name") or ""),
         action=str(wish.get("action") or ""),
         mode=_mode(wish),
         reference_ids=frozenset(wish.get("referenceIDs") or ()),
-        version=_whole((wish.get("reservation") or {}).get("version")) or 0,
+        version=_whole(reservation.get("version")) or 0,
+        preempts=reservation.get("preempt") == _PREEMPT,
     )
 
 

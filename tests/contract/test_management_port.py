@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.capacity import granule_bytes
+from csi_driver.controller.record import Attachments, with_attachments
 from csi_driver.controller.takeover import was_preempted
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -326,6 +327,11 @@ def test_what_a_dead_client_had_stays_in_its_document_and_the_versions_tell_that
     )  # fmt: skip
     assert actor.deadline.wait_until(lambda: volume.uuid in actor.node(2).devices)
     assert not was_preempted(actor.usable("v1"), actor.node())
+    taker = actor.node(2).wishes[volume.uuid]
+    assert (taker.preempts, taker.version) == (True, version + 1)
+    assert not actor.node().wishes[volume.uuid].preempts
+    record = with_attachments({}, Attachments(taken=taker.version))
+    actor.management.set_metadata(actor.usable("v1"), record, deadline=actor.deadline)
     actor.detach(volume, 2, reference="ns")
     assert actor.deadline.wait_until(lambda: actor.holders(volume) == ["node-1"])
     assert actor.node().wishes[volume.uuid].is_detaching

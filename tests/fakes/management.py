@@ -374,7 +374,9 @@ class FakeManagement:
             earlier = target.wishes.get(present.uuid)
             references = {reference_id or present.uuid} | (earlier.reference_ids if earlier is not None else set())
             version = self._existing(volume).reservation.version
-            wish = AttachmentWish(present.uuid, present.name, "attaching", mode, frozenset(references), version)
+            wish = AttachmentWish(
+                present.uuid, present.name, "attaching", mode, frozenset(references), version, preempt
+            )
             target.wishes[present.uuid] = wish
             self._later(self.attach_s, lambda: self._attached(target, present, io_enabled=self.io_s == 0))
             if self.io_s:

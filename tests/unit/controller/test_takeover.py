@@ -332,6 +332,45 @@ def test_a_volume_that_a_dead_node_gave_up_and_nobody_took_is_kept_and_the_way_o
     assert world.management.all_volumes() == []
 
 
+@pytest.mark.parametrize("has_device", [False, True])
+def test_a_preemption_that_no_target_heard_of_is_no_leave_to_delete(*, has_device: bool) -> None:
+    """The management raises the version when it is asked; the storage cuts off the former holder later."""
+    world, volume_id = lost()
+    world.management.attach_s, world.management.io_s = (0, 1000) if has_device else (1000, 0)
+    with pytest.raises(DeadlineReached):
+        world.publish(volume_id, NODE_2)
+    world.unpublish(volume_id, NODE_2)
+    assert world.stored().reservation == Reservation(version=4)
+    with pytest.raises(PreconditionFailed, match="still attached to node-1"):
+        world.delete(volume_id)
+    assert len(world.management.all_volumes()) == 1
+
+
+def test_a_preemption_that_came_about_in_a_later_call_is_leave_to_delete() -> None:
+    world, volume_id = lost()
+    world.management.io_s = 100
+    with pytest.raises(DeadlineReached):
+        world.publish(volume_id, NODE_2)
+    world.clock.sleep(100)
+    world.publish(volume_id, NODE_2)
+    world.unpublish(volume_id, NODE_2)
+    world.delete(volume_id)
+    assert world.management.all_volumes() == []
+
+
+def test_a_node_that_was_attached_again_since_keeps_the_volume_from_deletion() -> None:
+    world, volume_id = lost()
+    world.publish(volume_id, NODE_2)
+    world.unpublish(volume_id, NODE_2)
+    world.management.set_status("node-1", ClientStatus.READY)
+    world.clock.sleep(10)
+    world.publish(volume_id, NODE_1)
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    with pytest.raises(PreconditionFailed, match="still attached to node-1"):
+        world.delete(volume_id)
+
+
 def test_a_node_that_came_back_with_the_device_open_keeps_the_volume_from_deletion() -> None:
     world, volume_id = lost()
     world.management.set_busy("node-1", world.stored())
@@ -345,29 +384,45 @@ def test_a_node_that_came_back_with_the_device_open_keeps_the_volume_from_deleti
 NOBODYS = Reservation(version=4)
 
 
+def taken(version: object, *, broken: bool = False) -> dict[str, object]:
+    """Return the metadata of a volume that a node took under this version of the reservation."""
+    record = {"number": 2, "clients": {}, "written": False, "broken": broken, "handles": [], "taken": version}
+    return {"nvmesh-csi": {"attachments": record}}
+
+
 @pytest.mark.parametrize(
-    ("version", "action", "status", "reservation", "proven"),
+    ("version", "action", "status", "reservation", "metadata", "proven"),
     [
-        (2, "detaching", ClientStatus.DOWN, NOBODYS, True),
-        (1, "detaching", ClientStatus.DOWN, NOBODYS, True),
-        (3, "detaching", ClientStatus.DOWN, NOBODYS, False),
-        (4, "detaching", ClientStatus.DOWN, NOBODYS, False),
-        (5, "detaching", ClientStatus.DOWN, NOBODYS, False),
-        (0, "detaching", ClientStatus.DOWN, NOBODYS, False),
-        (2, "attaching", ClientStatus.DOWN, NOBODYS, False),
-        (2, "detaching", ClientStatus.DOWN, Reservation(EXCLUSIVE, 4, "node-2", ("node-2",)), False),
-        (2, "detaching", ClientStatus.DOWN, Reservation(version=4, attached=("node-1",)), False),
-        *[(2, "detaching", status, NOBODYS, False) for status in STATES_OF_A_NODE_THAT_IS_THERE],
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, taken(3), True),
+        (1, "detaching", ClientStatus.DOWN, NOBODYS, taken(3), True),
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, {}, False),
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, taken(2), False),
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, taken(4), False),
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, taken("3"), False),
+        (2, "detaching", ClientStatus.DOWN, NOBODYS, taken(3, broken=True), False),
+        (3, "detaching", ClientStatus.DOWN, NOBODYS, taken(3), False),
+        (5, "detaching", ClientStatus.DOWN, NOBODYS, taken(3), False),
+        (0, "detaching", ClientStatus.DOWN, NOBODYS, taken(3), False),
+        (2, "attaching", ClientStatus.DOWN, NOBODYS, taken(3), False),
+        (2, "detaching", ClientStatus.DOWN, Reservation(EXCLUSIVE, 4, "node-2", ("node-2",)), taken(3), False),
+        (2, "detaching", ClientStatus.DOWN, Reservation(version=4, attached=("node-1",)), taken(3), False),
+        *[(2, "detaching", status, NOBODYS, taken(3), False) for status in STATES_OF_A_NODE_THAT_IS_THERE],
     ],
 )
-def test_preemption_is_proven_by_versions_and_never_guessed(
-    version: int, action: str, status: ClientStatus, reservation: Reservation, *, proven: bool
+def test_preemption_is_proven_by_record_and_versions_and_never_guessed(
+    version: int,
+    action: str,
+    status: ClientStatus,
+    reservation: Reservation,
+    metadata: dict[str, object],
+    *,
+    proven: bool,
 ) -> None:
-    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=reservation)
+    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=reservation, metadata=metadata)
     wish = AttachmentWish("v", "csi-1", action, EXCLUSIVE, frozenset(), version)
     assert was_preempted(volume, Client("node-1", "c", status, {"v": wish})) is proven
 
 
 def test_a_device_without_a_wish_proves_no_preemption() -> None:
-    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=NOBODYS)
+    volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=NOBODYS, metadata=taken(3))
     assert not was_preempted(volume, Client("node-1", "c", ClientStatus.DOWN))
