@@ -18,7 +18,7 @@ from pathlib import Path
 
 from csi_driver.rpc.client import CallFailed, CsiClient
 
-CALL_TIME_S = 120.0
+CALL_TIME_S = 300.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 122.0
 

@@ -51,8 +51,8 @@ class Rig:
         self.log = directory.with_name(f"{directory.name}.log")
         self.process: subprocess.Popen[bytes] | None = None
         self.others: list[subprocess.Popen[bytes]] = []
-        self.controller = CsiClient(directory / "controller.sock")
-        self.node = CsiClient(directory / "node.sock")
+        self.controller = CsiClient(directory / "controller.sock", timeout_s=START_TIMEOUT_S)
+        self.node = CsiClient(directory / "node.sock", timeout_s=START_TIMEOUT_S)
 
     def start(self) -> None:
         """Start it and wait until it says that it is ready."""
