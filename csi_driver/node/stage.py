@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 STAGING_PATH = "staging_target_path"
 _CLOSING_PATIENCE_S = 20.0
+_LOST_PATIENCE_S = 1.0
 
 
 class Stage:
@@ -136,8 +137,10 @@ class Stage:
         device = self._ownership.device_of(volume)
         if device is None or self._devices.is_open(device) is False or self._is_mounted(volume, device):
             return
-        patience = deadline.at_most(_CLOSING_PATIENCE_S)
-        if patience.wait_until(lambda: self._devices.is_open(device) is False) or self._ownership.is_lost(volume):
+        was_lost = self._ownership.is_lost(volume)
+        patience = deadline.at_most(_LOST_PATIENCE_S if was_lost else _CLOSING_PATIENCE_S)
+        is_closed = patience.wait_until(lambda: self._devices.is_open(device) is False)
+        if is_closed or (was_lost and self._ownership.is_lost(volume)):
             return
         if self._devices.is_open(device) is None:
             raise StorageUnavailable(
