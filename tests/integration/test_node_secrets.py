@@ -108,7 +108,9 @@ def staged_twice(volume: Volume) -> tuple[list[str], set[bytes], bytes]:
     volume.attach()
     try:
         with watched() as seen:
-            answers = [stage(volume, SECRET), stage(volume, WRONG)]
+            answers = [stage(volume, SECRET)]
+            volume.unstage()
+            answers.append(stage(volume, WRONG))
         with volume.file.open("rb") as file:
             head = file.read(6)
         volume.unstage()
