@@ -117,10 +117,13 @@ class Detach:
 
 
 def _has(client: Client, handle: VolumeHandle) -> bool:
-    """Tell whether the client holds a volume of the handle's name, and of its uuid where the handle has one."""
-    named = {uuid: wish.volume_name for uuid, wish in client.wishes.items()}
-    named |= {uuid: report.volume_name for uuid, report in client.devices.items()}
+    """Tell whether the client holds the volume of the handle's uuid; by its name where the handle has no uuid.
+
+    A client may report a device without its name, which may be any volume's.
+    """
+    entries = [*client.wishes.values(), *client.devices.values()]
     return any(
-        name == handle.name and handle.uuid in (None, uuid.lower()) and client.holds(uuid)
-        for uuid, name in named.items()
+        (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
+        and client.holds(entry.volume_uuid)
+        for entry in entries
     )

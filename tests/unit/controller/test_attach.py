@@ -678,6 +678,19 @@ def test_a_zone_that_is_served_under_another_name_is_not_declared_detached() -> 
     assert world.holders() == ["node-1"]
 
 
+def test_a_device_that_is_reported_without_a_name_may_be_that_of_a_zone_that_is_not_served() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    volume = world.stored()
+    client = world.management._clients["node-1"]
+    client.devices[volume.uuid] = replace(client.devices[volume.uuid], volume_name="")
+    del client.wishes[volume.uuid]
+    for handle in (volume_id.replace(DEFAULT_ZONE, "mars"), f"mars:{volume.name}"):
+        with pytest.raises(PreconditionFailed, match="mars"):
+            world.unpublish(handle)
+    world.unpublish(f"mars:{volume.name}:00000000-0000-0000-0000-000000000000")
+
+
 @pytest.mark.parametrize("node_id", ["node-of-mars", "node-1", "12345678-0000-0000-0000-000000000000", ""])
 def test_a_zone_that_is_not_served_is_not_declared_detached_from_a_node_that_nobody_knows(node_id: str) -> None:
     with pytest.raises(PreconditionFailed, match=r"mars.*remove the finalizer of the VolumeAttachment"):
