@@ -28,8 +28,9 @@ _ROOT_MODE_NAMES = ("nvmesh:chmod", "nvmesh:permissions")
 DROPPED = frozenset(
     {"defaults", "_netdev", "nofail", "rw", "silent", "loud", "iversion", "noiversion", "norelatime", "nostrictatime"}
 )
-"""Accepted and not passed on. mount(8) keeps the first three for itself (fstab(5)); `rw` is the default; `silent` and
-`loud` are about messages of the kernel; the others select what these filesystems do anyway (mount(8))."""
+"""Accepted and not passed on. mount(8) keeps the first three for itself (fstab(5)); `rw` is the default, and says
+nothing of readers: one class serves both; `silent` and `loud` are about messages of the kernel; the others select what
+these filesystems do anyway (mount(8))."""
 
 REFUSED = {
     "another operation than mounting the volume": (
@@ -40,7 +41,7 @@ REFUSED = {
         "device logdev rtdev journal_path journal_dev journal sb subvol subvolid usrjquota grpjquota"
     ),
     "harmful to the machine or to data": (
-        "abort debug dev suid test_dummy_encryption data_err clear_cache skip_balance check_int check_int_data"
+        "abort debug dev suid test_dummy_encryption clear_cache skip_balance check_int check_int_data"
     ),
 }
 _REFUSED_BY_NAME = {name: reason for reason, names in REFUSED.items() for name in names.split()}
@@ -135,7 +136,9 @@ def plan_mount(
     flags, root_mode = problems.of(lambda: mount_flags(access.mount_flags)) or ((), None)
     request = FilesystemRequest(fs_type, read_only or mode.is_read_only or "ro" in flags)
     kept = tuple(flag for flag in flags if flag != "ro")
-    for problem in _contradictions(access.mount_flags, kept, read_only=request.read_only):
+    if "ro" in flags and "rw" in _split(access.mount_flags):
+        problems.add(InvalidMountOption("rw", "the options have ro as well; remove one of them"))
+    for problem in () if request.read_only else _writing_without_replay(kept):
         problems.add(problem)
     arguments, refusal = MkfsArguments(), None
     try:
@@ -157,14 +160,11 @@ def check_mount_group(access: MountAccess) -> None:
         )
 
 
-def _contradictions(given: Sequence[str], kept: Sequence[str], *, read_only: bool) -> Iterator[InvalidMountOption]:
-    if read_only and "rw" in _split(given):
-        yield InvalidMountOption("rw", "the access is read-only; remove rw, or ask for write access")
-    if not read_only:
-        for flag in kept:
-            if _name(flag) in NO_REPLAY:
-                reason = "it leaves the journal unread, which destroys data while writing; use it with ro alone"
-                yield InvalidMountOption(_name(flag), reason)
+def _writing_without_replay(flags: Sequence[str]) -> Iterator[InvalidMountOption]:
+    for flag in flags:
+        if _name(flag) in NO_REPLAY:
+            reason = "it leaves the journal unread, which destroys data while writing; use it with ro alone"
+            yield InvalidMountOption(_name(flag), reason)
 
 
 def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:

@@ -28,7 +28,7 @@ MISTAKES = [
     )),
     ({}, "xfs", ("norecovery",), WRITER),
     ({}, "btrfs", ("rescue=all",), WRITER),
-    ({}, "ext4", ("rw",), READER),
+    ({}, "ext4", ("rw", "ro"), READER),
     ({"mkfsOptions": "-F"}, "ext4", (), WRITER),
     ({"mkfsOptions": "-F"}, "xfs", (), WRITER),
     ({"mkfsOptions": "-d size=1g"}, "xfs", (), WRITER),
@@ -116,6 +116,15 @@ def test_a_volume_that_was_attached_before_is_attached_again_whatever_mkfs_would
     world.unpublish(made.volume_id)
     world.publish(made.volume_id, context={**made.context, "mkfs/inodeSize": "8192"})
     assert world.holders() == ["node-1"]
+
+
+def test_a_class_that_mounts_rw_serves_claims_that_are_read_as_well() -> None:
+    """One class mounts for all access modes of a claim, and kubelet uses the first of them."""
+    access = MountAccess("ext4", ("rw", "noatime"))
+    capabilities = (Capability(access, WRITER), Capability(access, READER))
+    made = World().create(capabilities=capabilities)
+    for mode in (WRITER, READER):
+        assert words_of_the_node(made.context, access, mode) == []
 
 
 def test_every_problem_of_a_request_is_reported_at_once() -> None:

@@ -138,9 +138,19 @@ def test_the_flag_ro_makes_the_access_read_only() -> None:
     assert plan("ro").read_only
 
 
-def test_the_flag_rw_contradicts_a_reader() -> None:
+@pytest.mark.parametrize("flags", [("rw", "ro"), ("ro,rw",)])
+def test_the_flags_rw_and_ro_contradict_each_other(flags: tuple[str, ...]) -> None:
     with pytest.raises(InvalidRequest, match="rw"):
-        plan("rw", mode=AccessMode.SINGLE_NODE_READER_ONLY)
+        plan(*flags)
+
+
+def test_the_flag_rw_gives_a_reader_no_write_access() -> None:
+    reader = plan("rw", mode=AccessMode.SINGLE_NODE_READER_ONLY)
+    assert (reader.read_only, reader.flags) == (True, ())
+
+
+def test_a_journal_that_ends_with_an_error_of_data_may_be_asked_for() -> None:
+    assert plan("data_err=abort").flags == ("data_err=abort",)
 
 
 @pytest.mark.parametrize("mode", [AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER])
