@@ -97,7 +97,7 @@ def _object(parameters: Mapping[str, str], name: str) -> Mapping[str, object]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise SchemaRefusal(f'data/query/{name} must match format "json"') from problem
     if not isinstance(value, dict):
         raise SchemaRefusal(f"data/query/{name} must be object")

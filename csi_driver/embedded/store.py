@@ -28,6 +28,8 @@ _Key = tuple[str, str, str]
 """Table, grouping ("" or a client's name), id."""
 _Layer = dict[_Key, object]
 """Records by key; None stands for a deleted one."""
+_Texts = dict[_Key, str | None]
+"""What a layer's records are in the database."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -80,8 +82,9 @@ class _Batch:
 
     def __init__(self) -> None:
         self.puts: _Layer = {}
+        self.texts: _Texts = {}
         self.done = False
-        self.problem: sqlite3.Error | None = None
+        self.problem: BaseException | None = None
 
 
 class Store:
@@ -152,11 +155,17 @@ class Store:
         with self._change_lock:
             view = Change((self._staged.puts, self._committing.puts), self._committed)
             result = change(view)
+            # Before it joins the others: a record that cannot be written down fails its own change alone.
+            texts = {place: self._text(place, record) for place, record in view.puts.items()}
             batch = self._staged
             batch.puts.update(view.puts)
+            batch.texts.update(texts)
         if view.puts:
             self._commit(batch)
         return result
+
+    def _text(self, place: _Key, record: object) -> str | None:
+        return None if record is None else self._tables[place[0]].text(record)
 
     def _commit(self, batch: _Batch) -> None:
         with self._commit_lock:
@@ -169,20 +178,19 @@ class Store:
 
     def _write_out(self, batch: _Batch) -> None:
         """Make a batch durable and visible. On failure it is dropped, with what was staged upon it since."""
-        puts = [
-            (kind, grouping, key, self._tables[kind].text(record))
-            for (kind, grouping, key), record in batch.puts.items()
-            if record is not None
-        ]
-        gone = [place for place, record in batch.puts.items() if record is None]
+        puts = [(*place, text) for place, text in batch.texts.items() if text is not None]
+        gone = [place for place, text in batch.texts.items() if text is None]
         try:
             self._transact(puts, gone)
-        except sqlite3.Error as problem:
+        except BaseException as problem:
+            # Whatever it was: what stayed staged would be the ground of later changes, and never on disk.
             with self._change_lock:
                 for lost in (batch, self._staged):
                     lost.done, lost.problem = True, problem
                 self._committing, self._staged = _Batch(), _Batch()
-            return
+            if isinstance(problem, sqlite3.Error):
+                return
+            raise
         with self._change_lock:
             for (kind, grouping, key), record in batch.puts.items():
                 records = self._committed.setdefault((kind, grouping), {})

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 COOKIE = "connect.sid"
 MOST_BODY_BYTES = 2 * 1024 * 1024
+_MOST_LEVELS = 100
+"""As deep as the server's own database takes a document; what is copied here is copied by recursion."""
 _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
 _WITHOUT_NEW_PASSWORD = frozenset(("/users/changePassword", "/login/logout"))
 _HTML = "<!DOCTYPE html><html><head><title>Error</title></head><body><pre>{}</pre></body></html>"
@@ -186,7 +188,20 @@ async def _json(request: Request) -> object:
         decoded: object = json.loads(body, parse_constant=_not_a_number)
     except (ValueError, RecursionError) as problem:
         raise BadBody(400, "the body is no JSON") from problem
+    if _is_deeper(decoded, _MOST_LEVELS):
+        raise BadBody(400, f"the body is nested deeper than {_MOST_LEVELS} levels")
     return decoded
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Tell whether objects and arrays are nested deeper than that."""
+    inside = [value]
+    for _ in range(levels + 1):
+        containers = [each for each in inside if isinstance(each, dict | list)]
+        if not containers:
+            return False
+        inside = [each for one in containers for each in (one.values() if isinstance(one, dict) else one)]
+    return True
 
 
 def _endpoint(route: Route, door: _Door, workers: ThreadPoolExecutor) -> Endpoint:

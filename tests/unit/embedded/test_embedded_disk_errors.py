@@ -127,6 +127,40 @@ def test_a_reserve_file_that_cannot_be_removed_leaves_the_database_usable(
     store.close()
 
 
+def deep(levels: int) -> Json:
+    """Return an object that holds objects, too deep to be copied."""
+    document: Json = {}
+    for _ in range(levels):
+        document = {"a": document}
+    return document
+
+
+def test_a_record_that_cannot_be_written_down_is_not_the_ground_of_later_changes(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path)) as manager:
+        manager.save("first")
+        with pytest.raises(RecursionError):
+            manager.save("deep", metadata=deep(900))
+        assert manager.save("second")["success"]
+    with running(settings_in(tmp_path)) as manager:
+        assert [row["_id"] for row in manager.get("/volumes/all/0/0")] == ["first", "second"]
+
+
+def test_a_change_that_ends_in_an_unforeseen_error_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(*_: object) -> None:
+        raise MemoryError
+
+    with running(settings_in(tmp_path)) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.server.store, "_transact", unforeseen)
+            with pytest.raises(MemoryError):
+                manager.save("lost")
+        assert manager.save("kept")["success"]
+    with running(settings_in(tmp_path)) as manager:
+        assert [row["_id"] for row in manager.get("/volumes/all/0/0")] == ["kept"]
+
+
 # --- the start --------------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,13 @@ def test_a_body_that_is_no_json_is_400(caller: Caller, body: str) -> None:
     assert caller.call("POST", "/volumes/save", data=body.encode("latin-1"), headers=headers).status_code == 400
 
 
+@pytest.mark.parametrize(("levels", "status"), [(95, 200), (101, 400), (900, 400), (4000, 400)])
+def test_a_body_that_is_nested_deeper_than_a_database_takes_is_400(caller: Caller, levels: int, status: int) -> None:
+    metadata = '{"a":' * levels + "1" + "}" * levels
+    item = f'[{{"name": "deep{levels}", "capacity": 1, "VPG": "DEFAULT_CONCATENATED_VPG", "metadata": {metadata}}}]'
+    assert caller.call("POST", "/volumes/save", data=item).status_code == status
+
+
 def test_a_body_above_two_megabytes_is_413(caller: Caller) -> None:
     assert caller.call("POST", "/volumes/save", data=b"[" + b" " * (2 << 20)).status_code == 413
 
