@@ -91,6 +91,29 @@ def test_what_was_promised_and_is_not_written_yet_is_kept_free_for_its_volume(di
         assert save(manager, "second", 1000 * MIB)
 
 
+def test_room_that_suffices_if_nothing_is_written_yet_is_given_without_a_look_at_the_files(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(settings_on(disk), FakeLoopDevices()) as manager:
+        looks = 0
+        real = manager.server.pool.allocated_bytes
+
+        def look() -> dict[str, int]:
+            nonlocal looks
+            looks += 1
+            return real()
+
+        monkeypatch.setattr(manager.server.pool, "allocated_bytes", look)
+        assert save(manager, "first", 1000 * MIB)
+        assert save(manager, "second", 1000 * MIB)
+        assert manager.extend("first", 1.2)["success"]
+        assert available_bytes(manager) > 0
+        assert looks == 0
+        resize(disk, 2000)
+        assert not save(manager, "third", 1000 * MIB)
+        assert looks > 0
+
+
 def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -> None:
     """What is put and not yet committed counts: neither row nor file of it is to be seen elsewhere."""
     with running(settings_on(disk), FakeLoopDevices()) as manager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 
 from csi_driver.embedded.groups import BUILT_IN
 from csi_driver.embedded.layouts import Layout
-from csi_driver.embedded.space import PoolTooLarge
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.records import VOLUMES, Volume
+from csi_driver.embedded.space import NoSpace, PoolTooLarge, Space
+from csi_driver.embedded.store import Change, Store
+from tests.fakes.management import FakeClock
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
 
@@ -190,6 +195,148 @@ def test_the_pool_is_what_was_free_at_first_start(tmp_path: Path) -> None:
     with running(settings_in(tmp_path, size_bytes=None, overcommit=False)) as manager:
         assert manager.server.space.size_bytes == first
 
+
+# --- many files -------------------------------------------------------------------------------------------
+
+
+class Disk(Pool):
+    """A pool's file system by the numbers: what is free, and what each volume's file has been given."""
+
+    def __init__(self, directory: Path, clock: FakeClock, free: int) -> None:
+        super().__init__(directory)
+        self.clock, self.free, self.given = clock, free, dict[str, int]()
+        self.looks = 0
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def allocated_bytes(self) -> dict[str, int]:
+        self.looks += 1
+        self.clock.sleep(0.1)
+        return dict(self.given)
+
+    def move(self, identity: str, size: int) -> None:
+        """Write that many bytes to a volume, or trim them where it is negative."""
+        self.given[identity] = self.given.get(identity, 0) + size
+        self.free -= size
+
+
+class Account:
+    """Space on such a disk, of 100 GB, with volumes that are put on record as the manager does."""
+
+    def __init__(self, directory: Path, free: int) -> None:
+        self.clock = FakeClock()
+        self.disk = Disk(directory / "pool", self.clock, 100 * GB)
+        self.store = Store(self.disk.database)
+        self.space = Space(settings_in(directory, overcommit=False), self.disk, self.store, self.clock)
+        self.disk.free = free
+        self.disk.looks = 0
+
+    def close(self) -> None:
+        self.store.close()
+        self.disk.close()
+
+    def make(self, name: str, size_gb: float) -> bool:
+        layout = BUILT_IN["DEFAULT_CONCATENATED_VPG"]
+
+        def put(change: Change) -> None:
+            blocks = self.space.take(change, layout, size_gb, None).blocks
+            volume = Volume(name, name, size_gb, (blocks,), layout, None, {}, "", "", "", "")
+            self.space.record(change, volume)
+
+        try:
+            self.store.write(put)
+        except NoSpace:
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        volume = self.store.get(VOLUMES, name)
+        if volume is not None:
+            self.disk.free += self.disk.given.pop(name, 0)
+            self.store.write(lambda change: self.space.record(change, None, volume))
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
+    monkeypatch.setattr("csi_driver.embedded.space._FEW", 0)
+    account = Account(tmp_path, 40 * GB)
+    yield account
+    account.close()
+
+
+def test_a_burst_looks_at_many_files_once(many: Account) -> None:
+    assert many.make("written", 30)
+    many.disk.move("written", 30 * GB)
+    assert [many.make(f"v{number}", 1) for number in range(15)] == [True] * 10 + [False] * 5
+    assert many.disk.looks == 1
+
+
+def test_many_files_are_looked_at_again_after_a_while(many: Account) -> None:
+    assert many.make("written", 30)
+    assert not many.make("next", 11)
+    many.disk.move("written", 30 * GB)
+    assert not many.make("next", 8)
+    many.clock.sleep(10)
+    assert many.make("next", 8)
+    assert many.disk.looks == 2
+
+
+def test_what_others_write_between_two_looks_is_not_promised(many: Account) -> None:
+    assert many.make("written", 30)
+    many.disk.move("written", 20 * GB)
+    assert many.make("first", 5)
+    many.disk.free -= 5 * GB
+    assert not many.make("second", 1)
+    assert many.disk.looks == 1
+
+
+@pytest.mark.parametrize("by", ["trim", "delete"])
+def test_what_becomes_free_between_two_looks_is_counted_once(many: Account, by: str) -> None:
+    assert many.make("written", 20)
+    many.disk.move("written", 20 * GB)
+    assert many.make("looked", 19)
+    if by == "trim":
+        many.disk.move("written", -20 * GB)
+    else:
+        many.delete("written")
+    assert many.make("next", 18) is (by == "delete")
+    assert many.disk.looks == 1
+
+
+things = st.one_of(
+    st.tuples(st.sampled_from(["make", "write", "trim", "delete"]), st.sampled_from("abcde"), st.integers(1, 20)),
+    st.tuples(st.just("wait"), st.just(""), st.integers(1, 3)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(things, max_size=40), st.booleans())
+def test_what_is_promised_can_be_written_whatever_was_looked_at_when(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, int]], few: bool
+) -> None:
+    """Nobody but users writes here, so every promise is kept to the last byte."""
+    account = Account(tmp_path_factory.mktemp("pool"), 40 * GB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("csi_driver.embedded.space._FEW", 100 if few else 0)
+        for verb, name, number in steps:
+            volume, given = account.store.get(VOLUMES, name), account.disk.given.get(name, 0)
+            if verb == "make" and volume is None:
+                account.make(name, number)
+            elif verb == "write" and volume is not None:
+                account.disk.move(name, min(number * GB, volume.bytes - given))
+            elif verb == "trim":
+                account.disk.move(name, -min(number * GB, given))
+            elif verb == "delete":
+                account.delete(name)
+            elif verb == "wait":
+                account.clock.sleep(number)
+            owed = sum(volume.bytes - account.disk.given.get(volume.name, 0) for volume in account.store.all(VOLUMES))
+            assert owed <= account.disk.free
+    account.close()
+
+
+# --- any order of requests --------------------------------------------------------------------------------
 
 names = st.sampled_from(["a", "b", "c", "d", "e"])
 sizes = st.one_of(st.floats(1, 40, allow_nan=False), st.just("MAX"))
