@@ -13,7 +13,7 @@ from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, shown
 from csi_driver.model import VolumeHandle
-from csi_driver.storage_model import Client, ClientStatus
+from csi_driver.storage_model import AttachmentWish, Client, ClientStatus, DeviceReport
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _has(client: Client, handle: VolumeHandle) -> bool:
 
     A client may report a device without its name, which may be any volume's.
     """
-    entries = [*client.wishes.values(), *client.devices.values()]
+    entries: list[AttachmentWish | DeviceReport] = [*client.wishes.values(), *client.devices.values()]
     return any(
         (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
         and client.holds(entry.volume_uuid)
