@@ -14,7 +14,8 @@ from csi_driver.controller.requests import TopologyRequirement, ZonePolicy
 from csi_driver.controller.room import allowed_drives, room
 from csi_driver.controller.zones import CREW, Crew, ask
 from csi_driver.deadline import Deadline
-from csi_driver.errors import Exhausted
+from csi_driver.errors import Exhausted, shown
+from csi_driver.model import Segments
 from csi_driver.parameters.storage_class import VolumeParameters
 
 _ROOM_KNOWN_S = 10.0
@@ -33,9 +34,15 @@ def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None,
     requisite = [segments.get(key) for segments in requirement.requisite]
     allowed = [zone for zone in zones if not requirement.requisite or zone in requisite]
     if not allowed:
-        wanted = ", ".join(sorted({str(zone) for zone in requisite}))
-        raise Exhausted(f"this driver serves {key} {', '.join(zones)}, wanted one of: {wanted}")
+        raise Exhausted(f"no volume can be made where it was asked for: {_why_none(zones, requirement.requisite, key)}")
     return sorted(allowed, key=_rank_in(requirement, key))
+
+
+def _why_none(zones: Sequence[str], requisite: Sequence[Segments], key: str) -> str:
+    named = sorted({shown(segments[key]) for segments in requisite if key in segments})
+    others = sorted({shown(f"{name}={value}") for segments in requisite for name, value in segments.items()})
+    asked = f"{key} {', '.join(named)}" if named else f"{', '.join(others) or 'nothing'}, and not {key}"
+    return f"this driver serves {key} {', '.join(zones)}, and the request names {asked}"
 
 
 def _rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:

@@ -19,7 +19,15 @@ from csi_driver.errors import (
     PreconditionFailed,
     StorageUnavailable,
 )
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, Capability, CapacityRange, MountAccess, VolumeHandle
+from csi_driver.model import (
+    DEFAULT_TOPOLOGY_KEY,
+    DEFAULT_ZONE,
+    GIB,
+    Capability,
+    CapacityRange,
+    MountAccess,
+    VolumeHandle,
+)
 from csi_driver.storage_model import Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
@@ -381,9 +389,18 @@ def topology(*zones: str, preferred: tuple[str, ...] = ()) -> TopologyRequiremen
     return TopologyRequirement(tuple({KEY: z} for z in zones), tuple({KEY: z} for z in preferred))
 
 
-def test_a_zone_that_is_not_served_is_exhausted() -> None:
-    with pytest.raises(Exhausted, match="mars"):
-        World().create(topology=topology("mars"))
+@pytest.mark.parametrize(
+    ("requisite", "named"),
+    [
+        ({KEY: "mars"}, f"{KEY} 'mars'"),
+        ({"topology.kubernetes.io/zone": "eu-1a"}, f"'topology.kubernetes.io/zone=eu-1a', and not {KEY}"),
+        ({}, f"nothing, and not {KEY}"),
+    ],
+)
+def test_a_zone_that_is_not_served_is_exhausted_and_both_sides_are_named(requisite: dict[str, str], named: str) -> None:
+    with pytest.raises(Exhausted) as refusal:
+        World().create(topology=TopologyRequirement((requisite,)))
+    assert f"this driver serves {KEY} {DEFAULT_ZONE}, and the request names {named}" in str(refusal.value)
 
 
 def test_the_preferred_zone_is_taken() -> None:
