@@ -226,7 +226,7 @@ class Attach:
             wish = latest.wishes.get(located.volume.uuid)
             if wish is None or wish.is_detaching or located.reference not in references(wish, located.volume):
                 raise OperationPending(
-                    f"volume {located.volume.name} was detached from {client.id} while being attached; call again"
+                    f"volume {located.volume.name} was detached from {client.id} while being attached; retry"
                 )
             lacks = missing(latest, located, mode)
             return not lacks

@@ -48,10 +48,10 @@ class Delete:
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
             elif not is_gone():
                 # "Not found" is no proof that it is gone: the server says it as well of what is pending.
-                raise OperationPending(f"volume {volume.name} is there, but was not found to be deleted; call again")
+                raise OperationPending(f"volume {volume.name} is there, but was not found to be deleted; retry")
         wait = within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
         if not wait.wait_until(is_gone):
-            raise OperationPending(f"volume {volume.name} is being deleted; call again to learn that it is gone")
+            raise OperationPending(f"volume {volume.name} is being deleted; retry")
 
 
 def _refuse_held(volume_id: str, volume: Volume, holders: Sequence[Client]) -> None:

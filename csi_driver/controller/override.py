@@ -41,7 +41,7 @@ class Override:
         after = require(self._clusters, volume_id, deadline=deadline).volume
         if after.reservation.version != number or read_permission(after.metadata) != number:
             # The permission is for an attachment that is under way without it, and no other ever has its number.
-            raise OperationPending(f"volume {volume.name} was attached in the meantime; detach it and call again")
+            raise OperationPending(f"volume {volume.name} was attached in the meantime; detach it and retry")
         said = (
             f"allowed the next attachment of volume {volume.name}, uuid {volume.uuid}, zone {located.zone}, "
             f"to format over old data (attachment {number})"

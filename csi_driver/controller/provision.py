@@ -223,7 +223,7 @@ class Provision:
         """Prove that the volume is the only one, and finish it. `uuid`: of the one that this call made, if it did."""
         volume = self._management(zone).volume(wanted.name, deadline=deadline)
         if volume is None:
-            raise OperationPending(f"volume {wanted.name} is neither there nor free to be made; call again")
+            raise OperationPending(f"volume {wanted.name}: the name is reserved by a pending operation; retry")
         is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
         if is_ours:
             _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
@@ -234,7 +234,7 @@ class Provision:
             else:
                 found = self._search.find(wanted.name, wanted.csi_name, allowed, deadline=deadline)
                 if not isinstance(found, Found):
-                    raise OperationPending(f"volume {wanted.name} came and went; call again")
+                    raise OperationPending(f"volume {wanted.name} was deleted concurrently; retry")
                 zone, volume = found.zone, found.volume
         return self._finish(zone, wanted, volume, is_new=is_ours, deadline=deadline)
 
@@ -295,7 +295,7 @@ class Provision:
                 return True
             present = management.volume(volume.name, deadline=deadline)
             if present is None or present.uuid != volume.uuid or present.is_being_deleted:
-                raise OperationPending(f"volume {volume.name} was deleted while it was being made; call again")
+                raise OperationPending(f"volume {volume.name} was deleted while it was being made; retry")
             latest = present
             return is_ready()
 

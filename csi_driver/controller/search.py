@@ -216,7 +216,7 @@ class Search:
         if not latest.wait_until(is_gone):
             report_double([*seen, made])
         raise OperationPending(
-            f"volume {made.volume.name} was made in {seen[0]} at the same time; call again to be given that one"
+            f"volume {made.volume.name} was made in {seen[0]} at the same time; retry, which returns that one"
         )
 
     def _remember(self, uuid: str) -> None:

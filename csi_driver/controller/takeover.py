@@ -43,7 +43,7 @@ class TakeOver:
         if kept:
             raise _held_elsewhere(volume, holders, kept)
         if not holders and self._fencing is Fencing.NEVER:
-            raise OperationPending(f"volume {volume.name} was held until just now; call again")
+            raise OperationPending(f"volume {volume.name} was held until just now; retry")
         if self._fencing is Fencing.RECORDED:
             self._refuse_contradiction(located, {client.id, *(holder.id for holder in holders)}, deadline=deadline)
         return volume.reservation.version
@@ -62,7 +62,7 @@ class TakeOver:
             if unseen is not None and unseen.status is not ClientStatus.DOWN:
                 raise OperationPending(
                     f"volume {volume.name} is attached to {name} as its own document says, and not as that client's "
-                    "says; call again (if it stays so, attach it there and detach it again in the management)"
+                    "says; retry (if it stays so, attach it there and detach it again in the management)"
                 )
 
     def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
@@ -71,7 +71,7 @@ class TakeOver:
         volume = located.volume
         present = located.management.volume(volume.name, deadline=deadline)
         if present is None or present.uuid != volume.uuid or present.reservation.version != version:
-            raise OperationPending(f"volume {volume.name} changed hands just now; call again")
+            raise OperationPending(f"volume {volume.name} changed hands just now; retry")
         self.judge(replace(located, volume=present), client, deadline=deadline)
         holder = present.reservation.reserved_by or "nobody"
         _log.warning(
@@ -84,7 +84,7 @@ class TakeOver:
         volume = located.volume
         holders = others(located, client, deadline=deadline)
         if not holders:
-            return OperationPending(f"volume {volume.name} was held until just now; call again")
+            return OperationPending(f"volume {volume.name} was held until just now; retry")
         owner = self._owner(located, client, holders, deadline=deadline)
         return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
 

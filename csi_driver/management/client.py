@@ -372,7 +372,7 @@ class ManagementClient:
         """
         if meaning_of(operation, refusal)[0] is Meaning.VOLUME_ABSENT:
             self._same(volume, deadline)
-            return OperationPending(f"volume {volume.name} is there, but was not found to {operation} it; call again")
+            return OperationPending(f"volume {volume.name} is there, but was not found to {operation} it; retry")
         return failure_of(operation, refusal, volume=volume.name, client=client)
 
     def _found(self, path: str, what: str, deadline: Deadline) -> Document:
