@@ -75,6 +75,8 @@ def device_state(client: Client, volume: Volume) -> str:
     if report.status is not DeviceStatus.ATTACHED:
         return state
     name = volume.name
+    if volume.status not in ("online", "unavailable"):
+        state += f", and the volume is {volume.status} in the storage management, which may be the reason"
     return (
         f"{state}; a program on that node may have it open, which /proc/nvmeibc/volumes/{name}/client_processes "
         f"and fuser -vam /dev/nvmesh/{name} show"

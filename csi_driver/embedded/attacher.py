@@ -376,7 +376,7 @@ class Attacher:
         pair = (client, identity)
         device = self._devices.get(pair)
         if device is not None and (
-            self._holds_last_copy(identity) or not self._detach(pair, device, wish.volume if wish else None)
+            self._holds_last_copy(pair, device, wish) or not self._detach(pair, device, wish.volume if wish else None)
         ):
             if wish is not None:
                 self._stay(wish, device)
@@ -389,10 +389,17 @@ class Attacher:
             self._hide(client, report.volume)
         return True
 
-    def _holds_last_copy(self, identity: str) -> bool:
-        """Tell whether a volume's file was removed under its device, whose data would be gone with the device."""
-        volume = next((each for each in self._store.all(VOLUMES) if each.uuid == identity), None)
-        if volume is None or volume.action == "markedForDeletion" or self._pool.has(identity, 0):
+    def _holds_last_copy(self, pair: Pair, device: LoopDevice, wish: Attachment | None) -> bool:
+        """Tell whether a volume's file was removed under its device, whose data would be gone with the device.
+
+        A file that is not the device's own counts from its full length on: it may be being copied from a backup.
+        """
+        client, identity = pair
+        named = wish or self._store.get(REPORTS, identity, client)
+        volume = self._store.get(VOLUMES, named.volume) if named is not None else None
+        if volume is None or volume.uuid != identity or volume.action == "markedForDeletion":
+            return False
+        if self._pool.has(identity, volume.least_bytes) or self._loops.has_file(device, self._pool.file(identity)):
             return False
         self._volumes.judge_file(volume.name)
         return True

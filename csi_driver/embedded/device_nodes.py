@@ -89,11 +89,11 @@ class Directories:
 
     def leave_earlier(self) -> None:
         """Remove all our nodes in the directories that no client has any more, and forget those directories."""
-        now = {os.path.realpath(directory) for directory in self._current.values()}
+        now = {_place(directory) for directory in self._current.values()}
         left = dict(self._earlier)
         for client in self._current:
-            earlier = [each for each in self._earlier.get(client, []) if os.path.realpath(each) not in now]
-            left[client] = [each for each in earlier if not self.remove_stale(client, Path(each), set())]
+            earlier = [each for each in map(Path, self._earlier.get(client, [])) if _place(each) not in now]
+            left[client] = [str(each) for each in earlier if not self.remove_stale(client, each, set())]
         self._remember(left)
 
     def _remember(self, earlier: Mapping[str, list[str]]) -> None:
@@ -107,6 +107,15 @@ class Directories:
                 change.put(FACTS, _DIRECTORIES, Fact(text))
 
             self._store.write(put)
+
+
+def _place(directory: Path) -> object:
+    """Return what is the same for one directory by all its names: links and mounts lead to it."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return directory
+    return found.st_dev, found.st_ino
 
 
 def _known(store: Store) -> dict[str, list[str]]:

@@ -75,6 +75,10 @@ class LoopDevices(Protocol):
         """Return every loop device whose backing file lies in `directory`."""
         ...
 
+    def has_file(self, device: LoopDevice, file: Path) -> bool:
+        """Tell whether what is at `file` now is what the device is bound to."""
+        ...
+
     def grow(self, device: LoopDevice) -> None:
         """Make the device as large as its file is now."""
         ...

@@ -192,6 +192,11 @@ class LoopDevices:
             return None
         return _described(number, text, status) if status is not None else None
 
+    def has_file(self, device: Bound, file: Path) -> bool:
+        """Tell whether what is at `file` now is what the device is bound to."""
+        found, here = self._bound_number(device.number), _status(file)
+        return found is not None and here is not None and found.identity == (here.st_dev, here.st_ino)
+
     def grow(self, device: Bound) -> None:
         """Let the device take the present size of its file."""
         with self._opened(device.number) as fd:

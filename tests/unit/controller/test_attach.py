@@ -579,6 +579,15 @@ def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_how_to_find
     assert world.holders() == []
 
 
+def test_a_detachment_that_takes_long_says_that_the_volume_is_degraded() -> None:
+    world, volume_id = made()
+    world.publish(volume_id)
+    world.management.set_busy("node-1", world.stored())
+    world.management._volumes[world.stored().name] = replace(world.stored(), status="degraded")
+    with pytest.raises(DeadlineReached, match="device attached, and the volume is degraded in the storage management"):
+        world.unpublish(volume_id, seconds=5)
+
+
 def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> None:
     """Force counts with the last reference; an attachment would give the node back what it was told to give up."""
     world, volume_id = made()

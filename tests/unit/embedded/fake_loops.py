@@ -17,6 +17,7 @@ class FakeLoop:
     read_only: bool
     node: Path | None
     fenced: bool = False
+    inode: int = 0
 
     @property
     def device(self) -> tuple[int, int]:
@@ -39,7 +40,7 @@ class FakeLoopDevices:
         assert len(label.encode()) <= 63
         with self.guard:
             number = next(number for number in range(1000) if number not in self.bound)
-            device = FakeLoop(number, file, label, read_only, node)
+            device = FakeLoop(number, file, label, read_only, node, inode=file.stat().st_ino)
             self.size_bytes[number] = file.stat().st_size
             node.write_text(str(number))
             self.bound[number] = device
@@ -48,6 +49,9 @@ class FakeLoopDevices:
 
     def bound_to(self, directory: Path) -> tuple[FakeLoop, ...]:
         return tuple(device for device in self.bound.values() if device.file.parent == directory)
+
+    def has_file(self, device: LoopDevice, file: Path) -> bool:
+        return file.exists() and file.stat().st_ino == self.bound[device.number].inode
 
     def grow(self, device: LoopDevice) -> None:
         self.size_bytes[device.number] = device.file.stat().st_size

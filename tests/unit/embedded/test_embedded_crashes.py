@@ -274,6 +274,34 @@ def test_a_device_that_holds_the_last_copy_of_its_data_stays_until_that_is_decid
         assert then == "deleted" or manager.attach("data")["success"]
 
 
+def test_a_device_stays_until_the_file_that_replaces_its_own_is_whole(manager: Manager, loops: FakeLoopDevices) -> None:
+    """An administrator copies a backup to where the file was: that takes a while, and may not succeed."""
+    manager.save("data")
+    manager.attach("data")
+    file = manager.server.pool.file(manager.uuid("data"))
+    size_bytes = file.stat().st_size
+    file.rename(file.with_suffix(".aside"))  # so that its inode's number is given to no other
+    file.touch()
+    manager.detach("data")
+    assert len(loops.bound) == 1
+    os.truncate(file, size_bytes - 4096)
+    manager.server.attacher.client_returns("node-1")
+    assert len(loops.bound) == 1
+    os.truncate(file, size_bytes)
+    manager.server.attacher.client_returns("node-1")
+    assert not loops.bound
+
+
+def test_a_device_whose_own_file_was_cut_short_goes_for_it_holds_nothing_more(
+    manager: Manager, loops: FakeLoopDevices
+) -> None:
+    manager.save("data")
+    manager.attach("data")
+    os.truncate(manager.server.pool.file(manager.uuid("data")), 4096)
+    assert manager.detach("data")["success"]
+    assert not loops.bound
+
+
 def test_a_lost_volume_can_be_deleted(manager: Manager) -> None:
     lose(manager)
     assert manager.delete("data")["success"]
