@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from csi_driver.controller.record import read_attachments
 from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.controller.takeover import was_preempted
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
@@ -96,9 +97,27 @@ def test_a_volume_that_was_taken_over_is_not_new() -> None:
 def test_publishing_again_after_a_take_over_takes_nothing_more() -> None:
     world, volume_id = lost()
     first = world.publish(volume_id, NODE_2)
-    version = world.stored().reservation.version
+    version, written = world.stored().reservation.version, world.management.requests.count("set_metadata")
     assert world.publish(volume_id, NODE_2) == first
     assert world.stored().reservation.version == version
+    assert world.management.requests.count("set_metadata") == written
+
+
+def test_a_take_over_is_not_recorded_over_the_metadata_of_a_server_that_has_not_heard_of_it() -> None:
+    world, volume_id = lost()
+    before = world.stored()
+
+    def show_old(request: str) -> None:
+        if request == "attach":
+            world.management.old_news[before.name] = before
+
+    world.management.after = show_old
+    world.publish(volume_id, NODE_2)
+    assert read_attachments(world.stored().metadata).number == 2
+    world.management.old_news.clear()
+    world.publish(volume_id, NODE_2)
+    known = read_attachments(world.stored().metadata)
+    assert (known.number, known.taken) == (2, 3)
 
 
 def test_a_node_that_is_down_keeps_what_nobody_gave_up() -> None:
