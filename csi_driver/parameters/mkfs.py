@@ -152,10 +152,12 @@ def _block_bytes(own: Mapping[str, str], free: Sequence[str], fs_type: str) -> i
     """Return the block size that mkfs will use: the bounds of other settings depend on it."""
     text = own.get(BLOCK, "")
     if fs_type in ("ext4", "xfs") and re.fullmatch(r"[0-9]{4,6}", text):
-        return int(text)
-    pairs = dict(itertools.pairwise(free))
-    found = re.fullmatch(r"(?:size=)?([0-9]{1,6})(k?)", pairs.get("-b", ""), re.IGNORECASE)
-    return int(found[1]) * (1024 if found[2] else 1) if found else _DEFAULT_BLOCK_BYTES
+        found = int(text)
+    else:
+        pairs = dict(itertools.pairwise(free))
+        match = re.fullmatch(r"(?:size=)?([0-9]{1,6})(k?)", pairs.get("-b", ""), re.IGNORECASE)
+        found = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    return found or _DEFAULT_BLOCK_BYTES
 
 
 def _ext4(settings: _Settings) -> Iterator[str]:

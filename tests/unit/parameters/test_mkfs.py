@@ -138,6 +138,15 @@ def test_stripes_that_make_no_sense_are_left_out(stripes: tuple[int, int]) -> No
     assert (told("ext4", stripes=stripes), told("xfs", stripes=stripes)) == (EXT4_DEFAULTS, "-K")
 
 
+@pytest.mark.parametrize(("keys", "free"), [({"blockSize": "0000"}, ""), ({}, "-b 0"), ({}, "-b size=0k")])
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
+def test_a_block_of_no_bytes_is_refused_where_there_are_stripes_too(
+    fs_type: str, keys: dict[str, str], free: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="blockSize|-b"):
+        told(fs_type, keys, free=free, stripes=STRIPES)
+
+
 def test_an_xfs_that_is_too_small_for_them_is_told_no_stripes() -> None:
     assert told("xfs", stripes=STRIPES, size_bytes=512 << 20) == "-K"
     assert "stride" in told("ext4", stripes=STRIPES, size_bytes=512 << 20)
