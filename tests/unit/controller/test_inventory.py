@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from csi_driver.controller.health import ControllerHealth
 from csi_driver.controller.record import OWN_KEY
 from csi_driver.controller.requests import TopologyRequirement, ValidateRequest
+from csi_driver.controller.room import allowed_drives
 from csi_driver.controller.tokens import health_bytes, listed_bytes
 from csi_driver.errors import Exhausted, StaleToken, StorageUnavailable, Unauthenticated, VolumeNotFound
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
@@ -24,10 +25,11 @@ from csi_driver.model import (
     ProvisionedVolume,
     Segments,
 )
+from csi_driver.parameters.storage_class import parse
 from csi_driver.rpc import health as health_wire
 from csi_driver.rpc import wire
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.storage_model import ClientStatus, Layout, RaidLevel, Volume, Vpg
+from csi_driver.storage_model import AllowedDrives, ClientStatus, Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (
     BLOCK,
     CLAIM,
@@ -346,6 +348,28 @@ def test_wrong_parameters_are_logged_once(parameters: dict[str, str], caplog: py
         room(world, parameters)
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "CreateVolume will refuse" in line
+
+
+@pytest.mark.parametrize(
+    ("parameters", "allowed"),
+    [
+        ({"allowAllocationOnOfflineDrives": "true"}, AllowedDrives(with_offline=True)),
+        ({"allowAllocationOnOfflineDrives": "false"}, AllowedDrives()),
+        ({"raidLevel": "ec"}, AllowedDrives(with_metadata=True)),
+        ({"raidLevel": "sec"}, AllowedDrives(with_metadata=True)),
+        ({"raidLevel": "raid1", "enableCrcCheck": "true"}, AllowedDrives(with_metadata=True)),
+        ({"raidLevel": "raid1", "domain": "rack"}, AllowedDrives(domain="rack")),
+        ({"raidLevel": "raid0", "domain": "rack"}, AllowedDrives()),
+        ({"diskClasses": "fast,slow", "serverClasses": "near"}, AllowedDrives(("fast", "slow"), ("near",))),
+        ({"limitByDisks": "d1", "limitByNodes": "t1,t2"}, AllowedDrives(drives=("d1",), targets=("t1", "t2"))),
+    ],
+)
+def test_free_space_is_counted_on_the_drives_that_the_parameters_allow(
+    parameters: dict[str, str], allowed: AllowedDrives
+) -> None:
+    read = parse(parameters)
+    assert read.layout is not None
+    assert allowed_drives(read, None, read.layout) == allowed
 
 
 def test_a_group_that_another_zone_has_is_not_wrong_but_has_no_room_here() -> None:

@@ -143,7 +143,7 @@ def test_stripes_that_make_no_sense_are_left_out(stripes: tuple[int, int]) -> No
 def test_a_block_of_no_bytes_is_refused_where_there_are_stripes_too(
     fs_type: str, keys: dict[str, str], free: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match="blockSize|-b"):
+    with pytest.raises(InvalidRequest, match=r"blockSize|-b"):
         told(fs_type, keys, free=free, stripes=STRIPES)
 
 
