@@ -150,5 +150,7 @@ def _clients(values: Values) -> tuple[ClientSettings, ...]:
     names = [name for name, _ in given]
     if len(set(names)) != len(names):
         values.problems.append("--client names a client twice")
+    if len({directory for _, directory in given}) != len(given):
+        values.problems.append("--client gives two clients one directory, expected one of its own for each")
     own = ClientSettings(values.one(NODE_NAME) or shared.host_name(), values.one(DEVICES), values.one(_STORAGE_STATUS))
     return tuple(ClientSettings.under(name, directory) for name, directory in given) or (own,)

@@ -53,6 +53,8 @@ class ChildProcess:
 
         Raises `HostFailure` when it does not even end after SIGKILL (uninterruptible sleep).
         """
+        if self._is_over:
+            return self._process.wait()  # its number may be another group's by now
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -76,8 +76,10 @@ class Local:
         def stop(number: int, frame: FrameType | None) -> None:
             stack.request_stop()
 
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup(1) leaves it
+            signal.signal(signal.SIGHUP, stop)
 
     def _greet(self, stack: Stack) -> None:
         places = stack.places

@@ -173,6 +173,17 @@ def test_nothing_of_a_child_is_left_once_its_end_was_seen(starter: Starter) -> N
     wait_until(lambda: not group_of(child.pid), "its group to end")
 
 
+def test_a_child_whose_end_was_seen_is_sent_no_signal_for_its_number_may_be_another_groups(
+    starter: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = starter.start("/bin/sh", "-c", "exit 3")
+    wait_until(lambda: child.poll() is not None, "the child to end")
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: signalled.append(group))
+    assert child.stop(timeout_s=0) == 3
+    assert signalled == []
+
+
 def test_a_descriptor_that_is_passed_stays_open_under_its_number(starter: Starter, tmp_path: Path) -> None:
     with (tmp_path / "passed").open("w") as passed:
         number = passed.fileno()

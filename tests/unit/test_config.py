@@ -416,6 +416,7 @@ def test_all_problems_are_reported_together() -> None:
         [*NODE, "positional"],
         [*STORAGE, "--tls-key", "/k"],
         [*STORAGE, "--client", "a=/x", "--client", "a=/y"],
+        [*STORAGE, "--client", "a=/x", "--client", "b=/x"],
         [*STORAGE, "--size", "0"],
         ["demo", "--volume-size", "2GiB", "--expanded-size", "1GiB"],
         ["demo", "--fs-type", "ntfs"],

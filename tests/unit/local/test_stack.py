@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed
+from csi_driver.host import command
+from csi_driver.local.local import Local
 from csi_driver.local.places import Places, Role
 from csi_driver.local.settings import LocalSettings
 from csi_driver.local.stack import RoleKeepsDying, Stack, last_line, role_argv
@@ -259,3 +262,19 @@ def test_the_last_line_of_a_log_skips_empty_lines(tmp_path: Path) -> None:
 
 def test_a_log_that_is_missing_is_said_to_be_so(tmp_path: Path) -> None:
     assert "cannot be read" in last_line(tmp_path / "none")
+
+
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_a_hangup_ends_the_run_unless_whoever_started_it_had_that_ignored(tmp_path: Path, is_ignored: bool) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    settings, processes = LocalSettings(directory=tmp_path), FakeProcesses()
+    try:
+        with Stack(settings, processes, report=print) as stack:
+            Local(settings, processes, command, write=print, problems=tuple)._stop_on_signals(stack)
+            signal.raise_signal(signal.SIGHUP)
+            assert stack.stopping is not is_ignored
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
