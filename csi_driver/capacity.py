@@ -100,7 +100,7 @@ def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) 
     if size - reserved_bytes >= required:
         if limit and size - reserved_bytes > limit:
             raise CapacityOutOfRange(
-                f"the volume has {size - reserved_bytes} bytes, wanted at most {limit}; volumes do not shrink"
+                f"size: expected at most {limit} bytes, got {size - reserved_bytes}; volumes cannot shrink"
             )
         return None
     most = limit + reserved_bytes if limit else LARGEST_BYTES
@@ -147,19 +147,22 @@ def usable_bytes(raw_bytes: int, layout: Layout) -> int:
 def _checked(capacity: CapacityRange) -> tuple[int, int]:
     required, limit = capacity.required_bytes, capacity.limit_bytes
     if required < 0 or limit < 0:
-        raise InvalidRequest(f"capacity_range is {required} to {limit} bytes, wanted no negative number")
+        raise InvalidRequest(f"capacity_range: expected no negative number, got {required} to {limit} bytes")
     if max(required, limit) > LARGEST_BYTES or (limit and required > limit):
-        raise CapacityOutOfRange(f"no volume has at least {required} and at most {limit} bytes")
+        raise CapacityOutOfRange(
+            f"capacity_range: expected at least 0 and at most {LARGEST_BYTES} bytes, with the minimum below the limit, "
+            f"got {required} to {limit} bytes"
+        )
     return required, limit
 
 
 def _out_of_range(capacity: CapacityRange, below: int, above: int) -> CapacityOutOfRange:
     """Return the failure that names the possible sizes on both sides of the range; 0 below = none."""
-    largest = f"the largest possible size below is {below} bytes" if below > 0 else "none is smaller"
-    smallest = f"the smallest above is {above} bytes" if above <= LARGEST_BYTES else "none is larger"
+    largest = f"the largest possible size below is {below} bytes" if below > 0 else "no smaller size is possible"
+    smallest = f"the smallest above is {above} bytes" if above <= LARGEST_BYTES else "no larger size is possible"
     return CapacityOutOfRange(
-        f"capacity_range {capacity.required_bytes} to {capacity.limit_bytes or LARGEST_BYTES} bytes: no volume of "
-        f"this layout can have such a size; {largest}, {smallest}"
+        f"capacity_range: no volume of this layout has a size of {capacity.required_bytes} to "
+        f"{capacity.limit_bytes or LARGEST_BYTES} bytes; {largest}, {smallest}; request one of them"
     )
 
 

@@ -86,7 +86,7 @@ class Attach:
             client = self._again(located.management, client, deadline=deadline)
             wish = client.wishes.get(located.volume.uuid)
             if is_leaving(client, located.volume.uuid):
-                raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}")
+                raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}; retry")
         taken: int | None = None
         if request.is_again and (wish is None or located.reference not in references(wish, located.volume)):
             raise NotAttached(located.volume.name, client.id)
@@ -150,7 +150,10 @@ class Attach:
             raise client_absent(client)
         limit = self._settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.wishes, *client.devices})) >= limit:
-            raise Exhausted(f"node {client.id} holds {held} volumes, wanted fewer than its limit of {limit}")
+            raise Exhausted(
+                f"volumes of node {client.id}: expected fewer than its limit of {limit}, got {held}; use another node, "
+                "or raise --max-volumes-per-node"
+            )
         held_as = located.volume.reservation.mode
         mode = access.reservation_mode(request.capability, read_only=request.read_only)
         may_join = request.capability.mode.is_multi_node and held_as is mode

@@ -26,7 +26,11 @@ def differences(
         *(_capacity(capacity, found, size_bytes) if judge_size else []),
         *_access(wanted, found),
         *_parameters(wanted, found),
-        *([f"its provisioning group is {volume.vpg}, wanted {vpg}"] if vpg is not None and volume.vpg != vpg else []),
+        *(
+            [f"provisioning group: expected '{vpg}', got '{volume.vpg}'"]
+            if vpg is not None and volume.vpg != vpg
+            else []
+        ),
     ]
 
 
@@ -43,22 +47,22 @@ def _capacity(wanted: CapacityRange, found: Creation, size: int) -> list[str]:
     if found.capacity == wanted:
         return []
     if size < wanted.required_bytes:
-        return [f"its size is {size} bytes, wanted at least {wanted.required_bytes}"]
+        return [f"size: expected at least {wanted.required_bytes} bytes, got {size}"]
     if wanted.limit_bytes and size > wanted.limit_bytes:
-        return [f"its size is {size} bytes, wanted at most {wanted.limit_bytes}"]
+        return [f"size: expected at most {wanted.limit_bytes} bytes, got {size}"]
     return []
 
 
 def _access(wanted: Creation, found: Creation) -> list[str]:
-    kinds = {True: "raw block", False: "a filesystem"}
+    kinds = {True: "raw block", False: "filesystem"}
     if found.is_block is not None and found.is_block != bool(wanted.is_block):
-        return [f"it is made for {kinds[found.is_block]}, wanted {kinds[bool(wanted.is_block)]}"]
+        return [f"access type: expected {kinds[bool(wanted.is_block)]}, got {kinds[found.is_block]}"]
     result = []
     if found.fs_type is not None and wanted.fs_type is not None and found.fs_type != wanted.fs_type:
-        result.append(f"its filesystem is {found.fs_type}, wanted {wanted.fs_type}")
+        result.append(f"filesystem: expected '{wanted.fs_type}', got '{found.fs_type}'")
     if found.modes is not None and found.modes != wanted.modes:
         are, want = (" ".join(sorted(modes)) or "none" for modes in (found.modes, wanted.modes or ()))
-        result.append(f"its access modes are {are}, wanted {want}")
+        result.append(f"access modes: expected {want}, got {are}")
     return result
 
 
@@ -67,7 +71,7 @@ def _parameters(wanted: Creation, found: Creation) -> list[str]:
     if not found.is_ours:
         keys = [key for key in keys if key in wanted.parameters and key in found.parameters]
     return [
-        f"parameter {key} is {_value(found, key)}, wanted {_value(wanted, key)}"
+        f"parameter {key}: expected {_value(wanted, key)}, got {_value(found, key)}"
         for key in keys
         if found.parameters.get(key) != wanted.parameters.get(key)
     ]

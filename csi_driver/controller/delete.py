@@ -48,10 +48,13 @@ class Delete:
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
             elif not is_gone():
                 # "Not found" is no proof that it is gone: the server says it as well of what is pending.
-                raise OperationPending(f"volume {volume.name} is there, but was not found to be deleted; retry")
+                raise OperationPending(
+                    f"volume {volume.name} exists, but the management did not find it to delete it: it has a pending "
+                    "operation; retry"
+                )
         wait = within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
         if not wait.wait_until(is_gone):
-            raise OperationPending(f"volume {volume.name} is being deleted; retry")
+            raise OperationPending(f"volume {volume.name} is still being deleted; retry")
 
 
 def _refuse_held(volume_id: str, volume: Volume, holders: Sequence[Client]) -> None:
@@ -80,6 +83,6 @@ def _refuse_copy(volume_id: str, handle: VolumeHandle, creation: Creation) -> No
         return
     issued = "none" if creation.reference is None else shown(creation.reference)
     raise PreconditionFailed(
-        f"volume {shown(volume_id)} was issued with another last part ({issued}): this is a copy of its handle, "
-        "and deleting a copy does not delete the volume"
+        f"last part of volume handle {shown(volume_id)}: expected {issued}, as issued, got {shown(handle.reference)}; "
+        "a changed copy of a handle cannot delete the volume: use the original handle"
     )

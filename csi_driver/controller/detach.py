@@ -73,7 +73,7 @@ class Detach:
         if not known:
             raise ZoneNotServed(
                 volume_id, problem.zone,
-                f"no zone that is served knows node {shown(node_id)}, so the volume may be attached there; serve the "
+                f"node {shown(node_id)} is in no configured zone, so the volume may still be attached; configure the "
                 "zone again. If that cluster or node no longer exists, remove the finalizer of the VolumeAttachment",
             ) from problem  # fmt: skip
         for zone, client in known.items():

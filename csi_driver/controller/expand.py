@@ -49,7 +49,7 @@ class Expand:
             if more is None:
                 return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
             if volume.is_being_made:
-                raise OperationPending(f"volume {volume.name} is still being made (action {volume.action})")
+                raise OperationPending(f"volume {volume.name} is still being created (action {volume.action}); retry")
             refusal: PreconditionFailed | OperationPending | CapacityOutOfRange | None = None
             try:
                 management.extend_volume(volume, more.capacity_gb, deadline=deadline)
@@ -59,18 +59,21 @@ class Expand:
                 refusal = problem
             except Exhausted as problem:
                 refusal = CapacityOutOfRange(
-                    f"there is no room for volume {volume.name} to have {more.size_bytes} bytes: {problem}"
+                    f"no space to extend volume {volume.name} from {volume.size_bytes} "
+                    f"to {more.size_bytes} bytes: {problem}"
                 )
                 refusal.__cause__ = problem
             before = volume
             present = management.volume(before.name, deadline=deadline)
             if present is None or present.uuid != before.uuid:
-                raise VolumeNotFound(volume_id, "it was deleted meanwhile")
+                raise VolumeNotFound(volume_id, "it was deleted concurrently")
             volume = present
             if refusal is not None and volume.size_bytes == before.size_bytes:
                 raise refusal
         if sizes.extension(volume, capacity, reserved) is not None:
-            raise OperationPending(f"volume {volume.name} has {volume.size_bytes} bytes and grows slower than asked")
+            raise OperationPending(
+                f"volume {volume.name} has {volume.size_bytes} bytes and is still being extended; retry"
+            )
         return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
 
 

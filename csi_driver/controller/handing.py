@@ -38,8 +38,8 @@ def check(volume: Volume, given: Mapping[str, str]) -> None:
     """Refuse a volume that the storage was to encrypt and does not, before any node has it."""
     if encryption_of(volume, read_creation(volume.metadata), given) is Encryption.UNKNOWN:
         raise PreconditionFailed(
-            f"volume {volume.name} was to be encrypted by the storage, and the management shows it without encryption: "
-            "it is not attached, as it would be read and written in the clear"
+            f"volume {volume.name}: expected encryption by the storage, got none in the management; it is not "
+            "attached, because its data would be unencrypted"
         )
 
 
@@ -55,7 +55,11 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
     # An attachment whose number is not proven has 0, and nothing is permitted for that.
     may_format = permitted != 0 and permitted == context.attachment and not context.read_only
     if may_format:
-        _log.warning("attachment %d of volume %s may format over old data, as was allowed", permitted, volume.name)
+        _log.warning(
+            "attachment %d of volume %s may format over old data, as allowed by `nvmesh-csi volume allow-format`",
+            permitted,
+            volume.name,
+        )
     return replace(
         context,
         encryption=encryption_of(volume, read_creation(volume.metadata), given),

@@ -115,4 +115,4 @@ def _of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntry]:
             VolumeFault.INACCESSIBLE, Reason.ATTACH_FAILED, f"{client.id} reports {report.status.name} for it"
         )
     elif report is not None and report.status is DeviceStatus.ATTACHED and not report.io_enabled:
-        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"{client.id} has no I/O enabled for it")
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"{client.id} has I/O disabled for it")

@@ -43,7 +43,7 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
     """Name what a usable device lacks; empty when it lacks nothing."""
     report = client.devices.get(located.volume.uuid)
     if client.status is ClientStatus.DOWN:
-        return "a sign of life of the storage client (it is down): the attachment"
+        return "the attachment (the storage client is down)"
     if report is None:
         return "the attachment (the client reports no device)"
     if report.status is DeviceStatus.RESERVATION_DENIED or report.mode not in (mode, ReservationMode.NONE):
@@ -51,7 +51,7 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
     if report.status is not DeviceStatus.ATTACHED:
         return f"the attachment (device {report.status.name.lower()})"
     if not report.io_enabled:
-        return "I/O, which is not enabled on the attached device,"
+        return "I/O on the attached device (it is disabled)"
     if report.reference_ids is not None and located.reference not in report.reference_ids:
         return f"the reference {located.reference} on the attached device"
     return ""
@@ -78,8 +78,8 @@ def device_state(client: Client, volume: Volume) -> str:
     if volume.status not in ("online", "unavailable"):
         state += f", and the volume is {volume.status} in the storage management, which may be the reason"
     return (
-        f"{state}; a program on that node may have it open, which /proc/nvmeibc/volumes/{name}/client_processes "
-        f"and fuser -vam /dev/nvmesh/{name} show"
+        f"{state}; a program on that node may have it open: see /proc/nvmeibc/volumes/{name}/client_processes "
+        f"and `fuser -vam /dev/nvmesh/{name}` there"
     )
 
 
@@ -91,8 +91,11 @@ def others(located: Located, client: Client, *, deadline: Deadline) -> list[Clie
 
 def held_otherwise(volume: Volume, client: Client, held: ReservationMode, mode: ReservationMode) -> ExistsDifferently:
     what = f"the attachment of volume {volume.name} to node {client.id}"
-    return ExistsDifferently(what, [f"its mode is {held.name.lower()}, wanted {mode.name.lower()}"])
+    return ExistsDifferently(what, [f"mode: expected {mode.name.lower()}, got {held.name.lower()}"])
 
 
 def client_absent(client: Client) -> StorageUnavailable:
-    return StorageUnavailable(f"the storage client of node {client.id} is {client.status.name.lower()}, wanted ready")
+    return StorageUnavailable(
+        f"storage client of node {client.id}: expected ready, got {client.status.name.lower()}; "
+        "check the client on that node"
+    )

@@ -163,14 +163,16 @@ class Inventory:
         except InvalidRequest as problem:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):
-            return f"the volume is made for {'raw block' if creation.is_block else 'a filesystem'} access"
+            return (
+                f"access type: expected {'raw block' if creation.is_block else 'filesystem'}, as created, got the other"
+            )
         issued = described(located.zone, located.volume, creation, self._settings.topology_key).context
         for key in sorted(issued.keys() & request.context.keys()):
             if issued[key] != request.context[key]:
-                return f"volume_context {key} is {shown(issued[key])}, not {shown(request.context[key])}"
+                return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"
         for key, value in sorted(read.recorded.items()):
             if is_compared(key) and creation.parameters.get(key, value) != value:
-                return f"parameter {key} is {shown(creation.parameters[key])}, not {shown(value)}"
+                return f"parameter {key}: expected {shown(creation.parameters[key])}, got {shown(value)}"
         return _why_no_node_stages(located, request.capabilities, {**issued, **read.context, **request.context})
 
     def ready(self, *, deadline: Deadline) -> bool:
@@ -199,7 +201,7 @@ class Inventory:
             return str(error)
         if any(answers.given.values()):
             return ""
-        return str(unavailable(answers.missing)) if answers.missing else "no storage management is known"
+        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
 
     def _answers(self, zone: str, *, deadline: Deadline) -> bool:
         management = self._clusters.management(zone)
@@ -229,7 +231,10 @@ class Inventory:
         if start is not None:
             at = next((index for index, zone in enumerate(zones) if mark(zone) == start.zone_mark), None)
             if at is None:
-                raise StaleToken(f"starting_token {shown(starting_token)} names a zone that is not served any more")
+                raise StaleToken(
+                    f"starting_token {shown(starting_token)} names a zone that is no longer configured; "
+                    "start again without a token"
+                )
             zones = zones[at:]
 
         def of_zone(zone: str) -> Iterator[_Entry]:

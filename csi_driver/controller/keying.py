@@ -30,8 +30,7 @@ class EncryptionNotBegun(StorageUnavailable):
 
     def __init__(self, volume: Volume, reason: str) -> None:
         super().__init__(
-            f"the encryption of volume {volume.name} is not initialised: {reason}; it waits for the passphrase, "
-            "and the same call goes on from there"
+            f"encryption of volume {volume.name} is not initialised: {reason}; a retry of CreateVolume continues"
         )
 
 
@@ -56,14 +55,14 @@ class Keying:
             self._begin(volume, deadline=deadline)
         elif state.command_index > self._index_before and state.command_result not in (None, _DONE):
             said = state.command_error.replace(required_passphrase(self._secrets), "[passphrase]")
-            reason = f"{state.command_result} ({shown(said) if said else 'no reason is given'})"
+            reason = f"{state.command_result} ({shown(said) if said else 'no reason given'})"
             raise EncryptionNotBegun(volume, f"the storage answers {reason}")
         return False
 
     def _begin(self, volume: Volume, *, deadline: Deadline) -> None:
         # The server refuses this too; a header over data would be the end of it.
         if volume.reservation.version != 1 or record.read_attachments(volume.metadata).number:
-            raise EncryptionNotBegun(volume, "it was attached before, wanted a volume that nobody ever had")
+            raise EncryptionNotBegun(volume, "it was attached before; delete it")
         try:
             begun = self._management.init_encryption(
                 volume,

@@ -65,7 +65,9 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
     found = [located for zone in zones if (located := answers[zone]) is not None]
     if len(found) > 1:
         places = ", ".join(located.zone for located in found)
-        raise PreconditionFailed(f"volume {shown(volume_id)} exists in the zones {places}; wanted an id that names one")
+        raise PreconditionFailed(
+            f"volume {shown(volume_id)} exists in the zones {places}; use a handle that names the zone"
+        )
     return found[0] if found else None
 
 
@@ -132,7 +134,8 @@ def find_client(management: Management, node_id: str, *, deadline: Deadline) -> 
     if len(same) > 1:
         names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in same))
         raise PreconditionFailed(
-            f"node {shown(node_id)} may be any of the storage clients {names}; wanted it named by its client's uuid"
+            f"node {shown(node_id)} matches several storage clients: {names}; "
+            "delete the stale client from the management"
         )
     return same[0] if same else None
 

@@ -41,7 +41,7 @@ class Override:
         after = require(self._clusters, volume_id, deadline=deadline).volume
         if after.reservation.version != number or read_permission(after.metadata) != number:
             # The permission is for an attachment that is under way without it, and no other ever has its number.
-            raise OperationPending(f"volume {volume.name} was attached in the meantime; detach it and retry")
+            raise OperationPending(f"volume {volume.name} was attached concurrently; detach it and retry")
         said = (
             f"allowed the next attachment of volume {volume.name}, uuid {volume.uuid}, zone {located.zone}, "
             f"to format over old data (attachment {number})"
@@ -54,7 +54,7 @@ class Override:
         located = require(self._clusters, volume_id, deadline=deadline)
         holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
         volume, creation = located.volume, located.creation
-        made_by = "this driver" if creation.is_ours else "an earlier driver" if creation.csi_name else "somebody else"
+        made_by = "this driver" if creation.is_ours else "an earlier driver" if creation.csi_name else "another program"
         use = "raw block" if creation.is_block else creation.fs_type or "unknown"
         return [
             ("handle", issued_handle(located.zone, volume, creation).format()),
@@ -67,7 +67,7 @@ class Override:
             ("encryption", encryption_of(volume, creation, {}).value),
             ("state", f"{volume.status}, {volume.health or 'health unknown'}, action {volume.action}"),
             ("reservation", f"{volume.reservation.mode.name.lower()}, version {volume.reservation.version}"),
-            ("held by", ", ".join(f"{client.id} ({client.uuid})" for client in holders) or "nobody"),
+            ("held by", ", ".join(f"{client.id} ({client.uuid})" for client in holders) or "no node"),
             ("attachments", _attachments(volume)),
             ("formatting", _formatting(located)),
         ]
@@ -78,21 +78,23 @@ def _permitted(located: Located, holders: list[Client]) -> int:
     volume = located.volume
     if holders or volume.reservation.mode is not ReservationMode.NONE:
         names = ", ".join(sorted(client.id for client in holders)) or "somebody"
-        raise PreconditionFailed(f"volume {volume.name} is attached to {names}; wanted it detached")
+        raise PreconditionFailed(f"volume {volume.name} is attached to {names}; detach it first")
     if volume.is_read_only:
-        raise PreconditionFailed(f"volume {volume.name} is read-only, so nothing on it can be formatted")
+        raise PreconditionFailed(f"volume {volume.name} is read-only and cannot be formatted")
     if located.creation.is_block:
-        raise PreconditionFailed(f"volume {volume.name} is made for raw block access, which formats nothing")
+        raise PreconditionFailed(f"volume {volume.name} is for raw block access and is never formatted")
     number = next_number(volume.reservation, ReservationMode.EXCLUSIVE_READ_WRITE)
     if read_permission(volume.metadata) == number:
-        raise PreconditionFailed(f"the next attachment of volume {volume.name} may format over old data already")
+        raise PreconditionFailed(
+            f"volume {volume.name}: the next attachment is already allowed to format over old data"
+        )
     return number
 
 
 def _attachments(volume: Volume) -> str:
     known = read_attachments(volume.metadata)
     if known.is_broken:
-        return "the record was changed by somebody else and proves nothing"
+        return "invalid record (changed by another program)"
     written = ", written to as a raw device" if known.written else ""
     return f"{'the latest has number ' + str(known.number) if known.number else 'none on record'}{written}"
 
@@ -102,11 +104,11 @@ def _formatting(located: Located) -> str:
     volume, creation = located.volume, located.creation
     known = read_attachments(volume.metadata)
     if creation.is_block:
-        return "never: it is made for raw block access"
+        return "never: raw block access"
     number = next_number(volume.reservation, ReservationMode.EXCLUSIVE_READ_WRITE)
     if read_permission(volume.metadata) == number:
         return "allowed over old data, for the next attachment"
     if creation.is_ours and not known.is_broken and not known.number and volume.reservation.version == 1:
-        return "if head, tail and all places of superblocks are blank: nobody had it yet"
-    reason = "it was attached before" if known.number else "its history is not known"
+        return "if head, tail and all superblock locations are blank: never attached before"
+    reason = "it was attached before" if known.number else "its history is unknown"
     return f"only if every block is zero: {reason} (nvmesh-csi volume allow-format lifts it once)"

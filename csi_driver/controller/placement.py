@@ -34,15 +34,19 @@ def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None,
     requisite = [segments.get(key) for segments in requirement.requisite]
     allowed = [zone for zone in zones if not requirement.requisite or zone in requisite]
     if not allowed:
-        raise Exhausted(f"no volume can be made where it was asked for: {_why_none(zones, requirement.requisite, key)}")
+        got = "; ".join(sorted({_named(segments, key) for segments in requirement.requisite}))
+        raise Exhausted(
+            f"accessibility_requirements: expected {key} with one of {', '.join(map(shown, zones))}, got {got}; "
+            "correct allowedTopologies of the StorageClass"
+        )
     return sorted(allowed, key=_rank_in(requirement, key))
 
 
-def _why_none(zones: Sequence[str], requisite: Sequence[Segments], key: str) -> str:
-    named = sorted({shown(segments[key]) for segments in requisite if key in segments})
-    others = sorted({shown(f"{name}={value}") for segments in requisite for name, value in segments.items()})
-    asked = f"{key} {', '.join(named)}" if named else f"{', '.join(others) or 'nothing'}, and not {key}"
-    return f"this driver serves {key} {', '.join(zones)}, and the request names {asked}"
+def _named(segments: Segments, key: str) -> str:
+    if key in segments:
+        return shown(segments[key])
+    others = ", ".join(shown(f"{other}={value}") for other, value in sorted(segments.items()))
+    return f"{others or 'no segment'} without {key}"
 
 
 def _rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:

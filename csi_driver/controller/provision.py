@@ -57,7 +57,7 @@ class VpgMissing(InvalidField):
     """A zone has no volume provisioning group of this name; another one may."""
 
     def __init__(self, name: str) -> None:
-        super().__init__("parameters.vpg", name, "a volume provisioning group that exists")
+        super().__init__("parameters.vpg", name, "an existing volume provisioning group")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +131,13 @@ class Provision:
             found = self._left_in(wanted, zones, deadline=deadline)
         except UNANSWERED as silence:
             reasons = "; ".join(dict.fromkeys((str(problem), str(silence))))
-            raise StorageUnavailable(
-                f"{reasons}; so it is not known whether volume {wanted.name} is there"
-            ) from problem
+            raise StorageUnavailable(f"{reasons}; it is unknown whether volume {wanted.name} exists") from problem
         if found is None:
             raise problem
         try:
             return self._finish(found.zone, wanted, found.volume, deadline=deadline)
         except _FINAL as again:
-            raise StorageUnavailable(f"volume {wanted.name} is there, but not usable yet: {again}") from problem
+            raise StorageUnavailable(f"volume {wanted.name} exists, but is not usable yet: {again}") from problem
 
     def _left_in(self, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline) -> Found | None:
         """Return the volume of this CSI name, None where there is none."""
@@ -160,7 +158,7 @@ class Provision:
             if isinstance(found, Found):
                 return self._finish(found.zone, wanted, found.volume, deadline=deadline)
             if not found:
-                raise StorageUnavailable(f"none of the zones {', '.join(zones)} can be asked")
+                raise StorageUnavailable(f"no response of any of the zones {', '.join(zones)}")
             zones = self._placement.order(
                 found, request.topology, key, name=wanted.name, size_bytes=wanted.capacity.required_bytes,
                 parameters=wanted.parameters, deadline=deadline,
@@ -187,7 +185,7 @@ class Provision:
                 made = self._made_in(zone, wanted, deadline=deadline)
             except (Exhausted, VpgMissing) as refusal:
                 refusals[zone] = refusal
-                _log.info("zone %s cannot have volume %s: %s", zone, wanted.name, refusal)
+                _log.info("zone %s cannot create volume %s: %s", zone, wanted.name, refusal)
                 continue
             return self._answer(zone, zones, wanted, made, sent_at_s, deadline=deadline)
         raise _refused_by_all(refusals)
@@ -205,7 +203,8 @@ class Provision:
             required_passphrase(wanted.secrets)
         elif encryption.by is Encryption.NONE and passphrase_in(wanted.secrets) is not None:
             _log.warning(
-                "volume %s is not encrypted: nothing asks for it, though a Secret has a passphrase", wanted.name
+                "volume %s has a passphrase in its Secret but encryption is not enabled; set the encryption parameter",
+                wanted.name,
             )
         size = capacity.size_to_create(wanted.capacity, layout, encryption.header_bytes)
         creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
@@ -245,7 +244,7 @@ class Provision:
         if vpg is None and management.volume(wanted.name, deadline=deadline) is None:
             raise VpgMissing(name)
         if vpg is not None and vpg.is_for_metadata:
-            what = "a group for volumes; this one is for the metadata of snapshots (type METADATA_VOLUME)"
+            what = "a group for volumes, not for metadata of snapshots (type METADATA_VOLUME)"
             raise InvalidField("parameters.vpg", name, what)
         return vpg
 
@@ -260,16 +259,18 @@ class Provision:
         management = self._management(zone)
         creation = record.read_creation(volume.metadata)
         if volume.is_being_deleted:
-            raise OperationPending(f"volume {volume.name} is being deleted; the name can be used again when it is gone")
+            raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")
         if creation.csi_name != wanted.csi_name:
-            owner = "no CSI name" if creation.csi_name is None else f"the CSI name {shown(creation.csi_name)}"
-            raise ExistsDifferently(f"volume {volume.name}", [f"it has {owner}, wanted {shown(wanted.csi_name)}"])
+            owner = "none" if creation.csi_name is None else shown(creation.csi_name)
+            raise ExistsDifferently(
+                f"volume {volume.name}", [f"CSI name: expected {shown(wanted.csi_name)}, got {owner}"]
+            )
         size = volume.size_bytes - (reserved_bytes(volume, creation) if creation.is_ours else 0)
         short = is_short(wanted.capacity, creation, size, capacity.granule_bytes(volume.layout))
         vpg = wanted.parameters.vpg
         different = differences(wanted.in_zone(zone), creation, volume, vpg, size_bytes=size, judge_size=not short)
         if wanted.parameters.encryption.is_native and not volume.is_encrypted:
-            different.append("the storage does not encrypt it, wanted it to")
+            different.append("encryption by the storage: expected enabled, got disabled")
         if different:
             raise ExistsDifferently(f"volume {shown(wanted.csi_name)}", different)
         never_returned = is_new or (short and creation.is_ours)
@@ -295,7 +296,7 @@ class Provision:
                 return True
             present = management.volume(volume.name, deadline=deadline)
             if present is None or present.uuid != volume.uuid or present.is_being_deleted:
-                raise OperationPending(f"volume {volume.name} was deleted while it was being made; retry")
+                raise OperationPending(f"volume {volume.name} was deleted while being created; retry")
             latest = present
             return is_ready()
 
@@ -334,7 +335,7 @@ class Provision:
             is_used = present.reservation != Reservation() or record.read_attachments(present.metadata) != Attachments()
             if is_used or management.clients_holding(present.uuid, deadline=deadline):
                 raise PreconditionFailed(
-                    f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it is kept, as it was attached"
+                    f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it was attached and is kept"
                 )
             try:
                 management.delete_volume(present, deadline=deadline)
@@ -344,7 +345,7 @@ class Provision:
 
         if not self._wait(deadline).wait_until(is_gone):
             raise OperationPending(
-                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it could not be deleted yet, retry"
+                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it cannot be deleted yet; retry"
             )
         _log.info(
             "deleted volume %s, uuid %s, which no call returned: its %d bytes are out of the requested range",
@@ -353,7 +354,7 @@ class Provision:
             volume.size_bytes,
         )
         raise CapacityOutOfRange(
-            f"the management made a volume of {volume.size_bytes} bytes, which was deleted again: {reason}"
+            f"the management created a volume of {volume.size_bytes} bytes, which was deleted: {reason}"
         ) from reason
 
     def _management(self, zone: str) -> Management:
@@ -416,7 +417,7 @@ def _names_to_check(wanted: _Wanted) -> str:
     names += [f"domain {shown(read.domain)}"] if read.domain is not None else []
     if not names:
         return ""
-    return f"; the answer is the same for names that do not exist: check {' and '.join(names)} in the management"
+    return f"; the management answers the same for unknown names: check {' and '.join(names)}"
 
 
 def _spec(

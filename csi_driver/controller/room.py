@@ -41,7 +41,7 @@ def room(management: Management, read: VolumeParameters, *, deadline: Deadline) 
         name = read.vpg or ""
         group = management.vpg(name, deadline=deadline)
         if group is None:
-            return Room(0, refusal=f"there is no volume provisioning group {name}")
+            return Room(0, refusal=f"volume provisioning group {name} does not exist")
         if group.is_for_metadata:
             return Room(0, refusal=f"volume provisioning group {name} is for the metadata of snapshots")
         try:
@@ -55,7 +55,7 @@ def room(management: Management, read: VolumeParameters, *, deadline: Deadline) 
     if overflows:
         raw = management.raw_free_bytes(allowed_drives(read, group, layout), deadline=deadline)
     if raw is None:
-        return Room(0, refusal="its classes, limitBy... or domain name nothing that exists")
+        return Room(0, refusal="the classes, limitBy... or domain of the parameters do not exist")
     free = sizes.largest_size(reserved + sizes.usable_bytes(raw, layout), layout)
     least = sizes.minimum_bytes(layout)
     return Room(max(0, free - header) if free >= least else 0, least - header)

@@ -98,7 +98,7 @@ class Search:
         if the_one is not None:
             if the_one.zone in allowed:
                 return the_one
-            place = f"it is in {the_one}, wanted it in {' or '.join(allowed)}"
+            place = f"zone: expected {' or '.join(allowed)}, got {the_one}"
             raise ExistsDifferently(f"volume {shown(csi_name)}", [place])
         if here:
             return here[0]
@@ -119,7 +119,7 @@ class Search:
             return used[0]
         raise PreconditionFailed(
             f"volume {alive[0].volume.name} exists in {' and in '.join(str(found) for found in alive)}, left by a "
-            "controller that died; wanted one: delete the one that no PersistentVolume names"
+            "controller that crashed; delete the one that no PersistentVolume names"
         )
 
     def _is_own(self, found: Found) -> bool:
@@ -139,7 +139,7 @@ class Search:
             seen_at_s = self._first_seen.setdefault(uuid, asked_at_s)
         if asked_at_s < min(made_at_s, seen_at_s) + SETTLED_S:
             raise OperationPending(
-                f"volume {found.volume.name} has just been made in {found} by a call that did not answer here; "
+                f"volume {found.volume.name} has just been created in {found} by another request; "
                 f"retry after {SETTLED_S:.0f} s"
             )
 
@@ -183,7 +183,7 @@ class Search:
         if silent and not self.settings.allow_zone_skip:
             raise unavailable(silent)
         for zone, reason in sorted(silent.items()):
-            _log.warning("zone %s is left out although it may have volume %s: %s", zone, name, reason)
+            _log.warning("zone %s is skipped although it may have volume %s: %s", zone, name, reason)
         found = {zone: Found(zone, volume) for zone, volume in answers.given.items() if volume is not None}
         here, elsewhere = ([found[zone] for zone in some if zone in found] for some in (zones, others))
         return here, elsewhere, set(silent)
@@ -210,13 +210,13 @@ class Search:
                 management.delete_volume(present, deadline=latest)
             except OperationPending:  # it is not ready to be deleted yet
                 return False
-            _log.info("withdrew volume %s from %s: %s has it", made.volume.name, made, seen[0])
+            _log.info("deleted the duplicate of volume %s in %s: %s has it", made.volume.name, made, seen[0])
             return True
 
         if not latest.wait_until(is_gone):
             report_double([*seen, made])
         raise OperationPending(
-            f"volume {made.volume.name} was made in {seen[0]} at the same time; retry, which returns that one"
+            f"volume {made.volume.name} was created in {seen[0]} concurrently; retry to use that one"
         )
 
     def _remember(self, uuid: str) -> None:

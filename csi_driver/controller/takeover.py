@@ -43,7 +43,7 @@ class TakeOver:
         if kept:
             raise _held_elsewhere(volume, holders, kept)
         if not holders and self._fencing is Fencing.NEVER:
-            raise OperationPending(f"volume {volume.name} was held until just now; retry")
+            raise OperationPending(f"volume {volume.name} was released just now; retry")
         if self._fencing is Fencing.RECORDED:
             self._refuse_contradiction(located, {client.id, *(holder.id for holder in holders)}, deadline=deadline)
         return volume.reservation.version
@@ -61,8 +61,8 @@ class TakeOver:
             unseen = located.management.client(name, deadline=deadline)
             if unseen is not None and unseen.status is not ClientStatus.DOWN:
                 raise OperationPending(
-                    f"volume {volume.name} is attached to {name} as its own document says, and not as that client's "
-                    "says; retry (if it stays so, attach it there and detach it again in the management)"
+                    f"volume {volume.name} is attached to {name} by its own document and not by that client's; "
+                    "retry (if this persists, attach it there and detach it again in the management)"
                 )
 
     def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
@@ -71,7 +71,7 @@ class TakeOver:
         volume = located.volume
         present = located.management.volume(volume.name, deadline=deadline)
         if present is None or present.uuid != volume.uuid or present.reservation.version != version:
-            raise OperationPending(f"volume {volume.name} changed hands just now; retry")
+            raise OperationPending(f"volume {volume.name} was attached or detached concurrently; retry")
         self.judge(replace(located, volume=present), client, deadline=deadline)
         holder = present.reservation.reserved_by or "nobody"
         _log.warning(
@@ -84,7 +84,7 @@ class TakeOver:
         volume = located.volume
         holders = others(located, client, deadline=deadline)
         if not holders:
-            return OperationPending(f"volume {volume.name} was held until just now; retry")
+            return OperationPending(f"volume {volume.name} was released just now; retry")
         owner = self._owner(located, client, holders, deadline=deadline)
         return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
 
@@ -118,7 +118,7 @@ class TakeOver:
             state = "is being detached there" if is_given_up else "is attached there"
             return f"the storage client is {holder.status.name.lower()} and the volume {state}"
         if not is_given_up:
-            return "the storage client is down, but nobody has given the volume up there (no ControllerUnpublish)"
+            return "the storage client is down, but the volume was not released there (no ControllerUnpublish)"
         return ""
 
 
@@ -140,8 +140,8 @@ def was_preempted(volume: Volume, holder: Client) -> bool:
 
 
 _LEAVES = {
-    Fencing.RECORDED: "it was given up there, and the storage client is down",
-    Fencing.ALWAYS: "as --fencing always says",
+    Fencing.RECORDED: "it was released there, and the storage client is down",
+    Fencing.ALWAYS: "--fencing always",
     Fencing.NEVER: "",
 }
 
@@ -151,4 +151,4 @@ def _held_elsewhere(volume: Volume, holders: list[Client], kept: dict[str, str])
         f"{holder.uuid} ({holder.id}{f': {kept[holder.id]}' if kept.get(holder.id) else ''})"
         for holder in sorted(holders, key=lambda holder: holder.id)
     )
-    return PreconditionFailed(f"volume {volume.name} is attached to node {names}; wanted it detached from there")
+    return PreconditionFailed(f"volume {volume.name} is attached to node {names}; detach it there first")

@@ -43,12 +43,16 @@ def read_token(token: str) -> Position:
     """Read a token; `StaleToken` for what this driver did not issue."""
     try:
         if not token.startswith(_VERSION):
-            raise StaleToken(f"starting_token {shown(token)} was not issued by this driver")
+            raise StaleToken(
+                f"starting_token {shown(token)} was not issued by this driver; start again without a token"
+            )
         encoded = token.removeprefix(_VERSION)
         text = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True).decode()
         zone_mark, name, spelling = text.split("\n")
     except (binascii.Error, ValueError) as problem:
-        raise StaleToken(f"starting_token {shown(token)} was not issued by this driver") from problem
+        raise StaleToken(
+            f"starting_token {shown(token)} was not issued by this driver; start again without a token"
+        ) from problem
     return Position(zone_mark, name, spelling)
 
 

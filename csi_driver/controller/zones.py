@@ -113,7 +113,7 @@ def served(clusters: Clusters, zone: str) -> Management:
     """
     management = clusters.management(zone)
     if management is None:
-        raise StorageUnavailable(f"zone {zone} is not served any more: it was removed from the clusters' description")
+        raise StorageUnavailable(f"zone {zone} is no longer configured: it was removed from the clusters file")
     return management
 
 
@@ -148,7 +148,7 @@ def ask(
     for zone, future in asked.items():
         if not future.done():
             future.cancel()
-            missing[zone] = DeadlineReached(f"an answer of zone {zone}")
+            missing[zone] = DeadlineReached(f"a response of zone {zone}")
             continue
         try:
             given[zone] = future.result()
@@ -181,7 +181,7 @@ def any_says_yes(
                 missing[asked[future]] = problem
     except TimeoutError:
         late = [zone for future, zone in asked.items() if not future.done()]
-        missing |= {zone: DeadlineReached(f"an answer of zone {zone}") for zone in late}
+        missing |= {zone: DeadlineReached(f"a response of zone {zone}") for zone in late}
     if missing:
         raise unavailable(missing)
     return False

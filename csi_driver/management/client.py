@@ -234,14 +234,14 @@ class ManagementClient:
         current = self._same(volume, deadline)
         if current.capacity_gb != volume.capacity_gb:
             raise OperationPending(
-                f"volume {volume.name} has a capacity of {current.capacity_gb} GB, the extension was worked out from "
-                f"{volume.capacity_gb} GB: somebody else extends it"
+                f"volume {volume.name}: expected a capacity of {volume.capacity_gb} GB before the extension, got "
+                f"{current.capacity_gb} GB: another request extends it; retry"
             )
         step = least_extension_bytes(current.layout)
         if not (capacity_gb - current.capacity_gb) * GB >= step:
             raise CapacityOutOfRange(
-                f"volume {volume.name} of {current.capacity_gb} GB was to grow to {capacity_gb} GB, "
-                f"wanted at least {step} bytes more"
+                f"volume {volume.name}: expected an extension by at least {step} bytes, "
+                f"got {current.capacity_gb} GB to {capacity_gb} GB; request more"
             )
         item: dict[str, object] = {"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}
         if current.allows_offline_drives:
@@ -357,7 +357,7 @@ class ManagementClient:
         # A request that is refused as a whole is answered by an envelope, all others by one per object.
         envelope = document(answer[0] if isinstance(answer, list) and answer else answer, f"a request to {operation}")
         if "success" not in envelope and "error" not in envelope:
-            raise undecodable(envelope, f"a request to {operation} without saying whether it succeeded")
+            raise undecodable(envelope, f"a request to {operation} with neither `success` nor `error`")
         refusal = refusal_in(envelope)
         if refusal is not None and meaning_of(operation, refusal)[0] is Meaning.DONE:
             refusal = None
@@ -372,7 +372,10 @@ class ManagementClient:
         """
         if meaning_of(operation, refusal)[0] is Meaning.VOLUME_ABSENT:
             self._same(volume, deadline)
-            return OperationPending(f"volume {volume.name} is there, but was not found to {operation} it; retry")
+            return OperationPending(
+                f"volume {volume.name} exists, but the management did not find it to {operation} it: it has a pending "
+                "operation; retry"
+            )
         return failure_of(operation, refusal, volume=volume.name, client=client)
 
     def _found(self, path: str, what: str, deadline: Deadline) -> Document:
@@ -414,7 +417,7 @@ class ManagementClient:
         if current is None:
             raise VolumeNotFound(volume.name)
         if current.uuid != volume.uuid:
-            raise VolumeNotFound(volume.name, f"the volume of that name is {current.uuid}, wanted {volume.uuid}")
+            raise VolumeNotFound(volume.name, f"expected uuid {volume.uuid}, got {current.uuid} for this name")
         return current
 
 

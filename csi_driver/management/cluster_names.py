@@ -34,7 +34,7 @@ def read_cluster_names(clusters_file: Path | None, nodes_file: Path | None) -> C
 
 def names_in(source: Source) -> ClusterNames:
     """Return what a description says of hosts and nodes. Raises `ClustersFileUnusable`."""
-    document: Entry = source if not isinstance(source, str) else document_in(source, "the description of the clusters")
+    document: Entry = source if not isinstance(source, str) else document_in(source, "the clusters file")
     inner = _inner(document.get("topology"), "topology")
     if inner:
         return _of_zones(inner.get("zones"), inner.get("topologyKey"))
@@ -58,12 +58,12 @@ def _inner(value: object, what: str) -> Entry:
 
 def _of_zones(zones: object, key: object) -> ClusterNames:
     if not isinstance(zones, Mapping):
-        raise ClustersFileUnusable(["the description of the clusters names no zone"])
+        raise ClustersFileUnusable(["clusters file: expected at least one zone under `zones`, got none"])
     servers: dict[str, Sequence[str]] = {}
     nodes: dict[str, Sequence[str]] = {}
     for zone, entry in zones.items():
         if not isinstance(entry, Mapping):
-            raise ClustersFileUnusable([f"zone {zone} holds no mapping of keys to values"])
+            raise ClustersFileUnusable([f"zone {zone}: expected a mapping of keys to values"])
         management = entry.get("management")
         own = entry.get("servers") or (management.get("servers") if isinstance(management, Mapping) else None)
         if own is not None:

@@ -121,9 +121,7 @@ class FileClusters:
         before, self._seen, self._clusters = self._clusters, source, clusters
         self._report(changed)
         if changed.topology_key != self._file.topology_key or changed.zone_policy != self._file.zone_policy:
-            _LOG.warning(
-                "%s changes topologyKey or zoneSelectionPolicy, which takes effect at the next start", self._path
-            )
+            _LOG.warning("%s: topologyKey or zoneSelectionPolicy changed; restart the driver to apply it", self._path)
         self._file = changed
         for zone, cluster in before.items():
             if clusters.get(zone) is not cluster:
@@ -132,7 +130,7 @@ class FileClusters:
     def _refuse(self, seen: Source, problems: Sequence[str]) -> None:
         if seen != self._seen:
             self._seen = seen
-            _LOG.warning("%s cannot be used, the last good version stays: %s", self._path, "; ".join(problems))
+            _LOG.warning("%s is invalid, the last valid version remains in use: %s", self._path, "; ".join(problems))
 
     def _connected(self, file: ClustersFile, known: Mapping[str, _Cluster]) -> dict[str, _Cluster]:
         clusters = {}

@@ -93,18 +93,18 @@ def read_source(path: Path) -> Source:
 def _text(path: Path) -> str:
     content = path.read_bytes()
     if len(content) > _MOST_BYTES:
-        raise ClustersFileUnusable([f"{path} has {len(content)} bytes, wanted at most {_MOST_BYTES}"])
+        raise ClustersFileUnusable([f"{path}: expected at most {_MOST_BYTES} bytes, got {len(content)}"])
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise ClustersFileUnusable([f"{path} is not UTF-8"]) from None
+        raise ClustersFileUnusable([f"{path}: expected UTF-8 text, got other bytes"]) from None
 
 
 def document_in(text: str, what: str) -> Entry:
     """Decode JSON or YAML that must be a mapping. Raises `ClustersFileUnusable` with a place, never with a value."""
     document = _decoded(text, what)
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ClustersFileUnusable([f"{what} holds no mapping of keys to values"])
+        raise ClustersFileUnusable([f"{what}: expected a mapping of keys to values"])
     return document
 
 
@@ -112,13 +112,15 @@ def _decoded(text: str, what: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=_once_each)
     except _Twice as twice:
-        raise ClustersFileUnusable([f"{what} has the key {shown(twice.key)} twice"]) from None
+        raise ClustersFileUnusable([f"{what}: key {shown(twice.key)} is given twice; remove one"]) from None
     except ValueError as error:
         try:
             return _decoded_yaml(text, what)
         except ClustersFileUnusable:
             if text.lstrip()[:1] == "{" and isinstance(error, json.JSONDecodeError):
-                raise ClustersFileUnusable([f"{what} is not JSON: line {error.lineno}: {error.msg}"]) from None
+                raise ClustersFileUnusable(
+                    [f"{what}: expected JSON, got an error in line {error.lineno}: {error.msg}"]
+                ) from None
             raise
 
 
@@ -137,12 +139,12 @@ def _decoded_yaml(text: str, what: str) -> object:
     try:
         return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except _Twice as twice:
-        raise ClustersFileUnusable([f"{what} has the key {shown(twice.key)} twice"]) from None
+        raise ClustersFileUnusable([f"{what}: key {shown(twice.key)} is given twice; remove one"]) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 0
-        raise ClustersFileUnusable([f"{what} is neither JSON nor YAML: something is wrong at line {line}"]) from None
+        raise ClustersFileUnusable([f"{what}: expected JSON or YAML, got a syntax error in line {line}"]) from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        raise ClustersFileUnusable([f"{what} is neither JSON nor YAML"]) from None
+        raise ClustersFileUnusable([f"{what}: expected JSON or YAML, got a syntax error"]) from None
 
 
 class _Twice(Exception):
@@ -184,7 +186,9 @@ def _zones(document: Entry, defaults: Defaults, findings: Findings) -> Iterator[
     for zone, entry in zone_entries(document, findings):
         findings.problems += unknown_keys(f"zone {zone}", entry, ZONE_KEYS)
         if "password" in entry:
-            findings.problems.append(f"zone {zone}: password is not taken from this file, wanted passwordFile")
+            findings.problems.append(
+                f"zone {zone}: password: not accepted in this file; write it to a file of its own and set passwordFile"
+            )
         yield zone, zone_settings(zone, entry, defaults, findings)
 
 
@@ -192,15 +196,15 @@ def zone_entries(document: Entry, findings: Findings) -> Iterator[tuple[str, Ent
     """Yield the entries under `zones` that can be looked into."""
     zones = document.get("zones")
     if not isinstance(zones, dict) or not zones:
-        findings.problems.append("zones names no zone, wanted at least one")
+        findings.problems.append("zones: expected at least one zone, got none")
         return
     for zone, entry in zones.items():
         if not isinstance(zone, str) or not is_zone_name(zone):
             findings.problems.append(
-                f"zone {shown(zone)} has no usable name, wanted at most 63 letters, digits, '-', '_' and '.'"
+                f"zone name: expected at most 63 letters, digits, '-', '_' and '.', got {shown(zone)}"
             )
         elif not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
-            findings.problems.append(f"zone {zone} holds no mapping of keys to values")
+            findings.problems.append(f"zone {zone}: expected a mapping of keys to values")
         else:
             yield zone, entry
 
@@ -214,7 +218,7 @@ def finished(
     for key in ("topologyKey", "zoneSelectionPolicy"):
         value = document.get(key)
         if value is not None and not isinstance(value, str):
-            findings.problems.append(f"{key} is no text")
+            findings.problems.append(f"{key}: expected text, got another value")
         words[key] = value if isinstance(value, str) else None
     if findings.problems:
         raise ClustersFileUnusable(findings.problems)
@@ -229,7 +233,7 @@ def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
         for server in settings.servers:
             owner = owners.setdefault(server.rstrip("/").lower(), zone)
             if owner != zone:
-                yield f"zone {zone} names a server that zone {owner} names too, wanted each cluster to be one zone"
+                yield f"zone {zone}: server {server} is in zone {owner} too; describe each cluster as one zone"
 
 
 def unknown_keys(what: str, entry: Entry, known: Sequence[str]) -> list[str]:
@@ -237,9 +241,9 @@ def unknown_keys(what: str, entry: Entry, known: Sequence[str]) -> list[str]:
 
     One without a value is not named: a slip of the pen makes such a key of what was meant to be a value.
     """
-    wanted = f"wanted one of {', '.join(known)}"
+    expected = f"expected one of {', '.join(known)}"
     return [
-        f"{what}: {'a key without a value' if value is None else shown(key)} is not known, {wanted}"
+        f"{what}: unknown key {'without a value' if value is None else shown(key)}; {expected}"
         for key, value in entry.items()
         if key not in known
     ]
@@ -267,7 +271,7 @@ class Reader:
         """Return a text; '' where there is none."""
         value = self.entry.get(key)
         if value is not None and not isinstance(value, str):
-            self._refuse(key, "no text")
+            self._refuse(key, "text")
         return value if isinstance(value, str) else ""
 
     def path(self, key: str) -> Path | None:
@@ -282,7 +286,7 @@ class Reader:
             return value
         word = value.strip().lower() if isinstance(value, str) else ""
         if word not in (*_TRUE, *_FALSE):
-            self._refuse(key, "neither true nor false")
+            self._refuse(key, "true or false")
             return None
         return word in _TRUE
 
@@ -296,12 +300,12 @@ class Reader:
         except ValueError:
             number = 0.0
         if not 0 < number < _TOO_LARGE:
-            self._refuse(key, "no number above 0")
+            self._refuse(key, "a number above 0")
             return None
         return number
 
-    def _refuse(self, key: str, why: str) -> None:
-        self.findings.problems.append(f"{self.what}: {key} is {why}")
+    def _refuse(self, key: str, expected: str) -> None:
+        self.findings.problems.append(f"{self.what}: {key}: expected {expected}, got another value")
 
 
 def zone_settings(zone: str, entry: Entry, defaults: Defaults, findings: Findings) -> ManagementSettings:
@@ -349,11 +353,13 @@ def _servers(reader: Reader) -> tuple[str, ...]:
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         if value is not None:
-            reader.findings.problems.append(f"{reader.what}: servers is no list of addresses")
+            reader.findings.problems.append(
+                f"{reader.what}: servers: expected a list of addresses, or one text with commas between them"
+            )
         return ()
     protocol = reader.text("protocol").strip().lower() or "https"
     if protocol not in ("http", "https"):
-        reader.findings.problems.append(f"{reader.what}: protocol is {shown(protocol)}, wanted https or http")
+        reader.findings.problems.append(f"{reader.what}: protocol: expected https or http, got {shown(protocol)}")
         protocol = "https"
     return tuple(server_url(word.strip(), protocol) for word in words if word.strip())
 

@@ -90,21 +90,21 @@ _MODES: Mapping[object, ReservationMode] = {mode.value: mode for mode in Reserva
 def document(body: object, what: str) -> Document:
     """Return `body` as a JSON object. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, dict):
-        raise undecodable(body, f"{what}, which is no JSON object")
+        raise undecodable(body, f"{what}: expected a JSON object")
     return body
 
 
 def documents(body: object, what: str) -> list[Document]:
     """Return `body` as a list of JSON objects. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, list):
-        raise undecodable(body, f"{what}, which is no list")
+        raise undecodable(body, f"{what}: expected a JSON list")
     return [document(row, what) for row in body]
 
 
 def undecodable(body: object, what: str) -> StorageUnavailable:
     """Return the failure for an answer that is not what the API promises, with its beginning."""
     text = json.dumps(body, default=str)
-    return StorageUnavailable(f"the management answered {what}: {shown(text, SHOWN_CHARACTERS)}")
+    return StorageUnavailable(f"invalid answer of the management: {what}, got {shown(text, SHOWN_CHARACTERS)}")
 
 
 def decode_volume(row: Document, *, listed: bool = False) -> Volume:

@@ -167,7 +167,7 @@ def refusal_in(envelope: Mapping[str, object]) -> Refusal | None:
     if error is None and "systemMessage" in envelope:
         error = envelope
     if error is None:
-        return None if envelope.get("success", True) is True else Refusal((), "the server gives no reason")
+        return None if envelope.get("success", True) is True else Refusal((), "no reason given")
     if not isinstance(error, dict):
         return Refusal((), _quoted(error))
     links = _links(error)
@@ -219,7 +219,7 @@ _FAMILIES: Mapping[Meaning, type[DriverError]] = {
 
 def _subject(volume: str, client: str, vpg: str) -> str:
     named = [f"{kind} {shown(name)}" for kind, name in (("volume", volume), ("client", client), ("VPG", vpg)) if name]
-    return " on ".join(named) or "what was asked for"
+    return " on ".join(named) or "the requested object"
 
 
 def _links(error: dict[str, object]) -> list[dict[str, object]]:
@@ -244,7 +244,7 @@ def _text(links: list[dict[str, object]]) -> str:
     last = links[-1].get("innerMessage")
     if isinstance(last, str):
         said.append(last)
-    return _quoted(": ".join(str(text) for text in said)) if said else "the server gives no reason"
+    return _quoted(": ".join(str(text) for text in said)) if said else "no reason given"
 
 
 def _quoted(text: object) -> str:

@@ -93,7 +93,7 @@ class Gate:
                 if not self._place.wait(deadline.remaining_s()) and self._free == 0 and deadline.expired():
                     raise DeadlineReached(f"a free connection to management server {self._url}")
                 if self._failed_at_s != failed_at_s:
-                    raise SentAway(self._url, "it failed while a free connection to it was awaited")
+                    raise SentAway(self._url, "it failed while this request waited for a free connection; retry")
             self._free -= 1
         try:
             yield

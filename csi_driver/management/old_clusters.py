@@ -29,15 +29,15 @@ from csi_driver.management.clusters_file import (
 from csi_driver.management.settings import ManagementSettings
 
 _MEANINGLESS: Mapping[str, str] = {
-    "grpcMaxWorkers": "calls get threads as they come",
-    "zoneMaxDisabledTimeInSeconds": "a zone that failed is asked again by the next call, and a server that failed soon",
+    "grpcMaxWorkers": "threads are started as needed",
+    "zoneMaxDisabledTimeInSeconds": "the next request tries a failed zone again, and failed servers are probed",
     "printStackTraces": "bugs are logged with their traceback, expected failures without",
     "sdkLogLevel": "there is one log level",
     "kubeClientLogLevel": "there is one log level",
-    "topologyConfigMapName": "nodes find their zone by themselves",
+    "topologyConfigMapName": "nodes detect their zone",
     "csiConfigMapName": "the file is watched where it is mounted",
     "ws_port": "no websocket is used",
-    "nodes": "nodes find their zone by themselves",
+    "nodes": "nodes detect their zone",
 }
 _RENAMED = {
     "managementServers": "servers",
@@ -103,7 +103,7 @@ def understand_config_map(files: Mapping[str, object], defaults: Defaults) -> Cl
         findings.problems += unknown_keys("apiParams", params, _API_PARAMS)
         shared |= params
     elif "management.servers" not in values:
-        findings.problems.append("management.servers is not set, wanted host:port of each management server")
+        findings.problems.append("management.servers: expected HOST:PORT of each management server, got none")
     zones = {defaults.zone: _one(defaults.zone, shared, defaults, findings)}
     return finished(zones, {}, findings, old)
 
@@ -118,7 +118,7 @@ def _inner(values: Entry, key: str, findings: Findings) -> Entry | None:
             findings.problems += unusable.problems
             return None
     if value is not None and not isinstance(value, dict):
-        findings.problems.append(f"{key} holds no mapping of keys to values")
+        findings.problems.append(f"{key}: expected a mapping of keys to values")
     return value if isinstance(value, dict) else None
 
 
@@ -132,7 +132,7 @@ def _topology(
         _tell_meaningless(f"zone {zone}", entry, findings)
         management = _inner(entry, "management", findings)
         if management is None:
-            findings.problems.append(f"zone {zone}: management is not set, wanted its servers")
+            findings.problems.append(f"zone {zone}: management: expected the servers of the zone, got none")
             continue
         findings.problems += unknown_keys(f"zone {zone}: management", management, _MANAGEMENT)
         _tell_meaningless(f"zone {zone}: management", management, findings)
@@ -150,17 +150,17 @@ def _one(zone: str, entry: Entry, defaults: Defaults, findings: Findings) -> Man
         absent = [key for key, is_there in (("user", has_user), ("password", has_password)) if not is_there]
         if absent:
             findings.problems.append(
-                f"zone {zone}: {' and '.join(absent)} is not set, and the account that was built into the older driver"
-                " is not used any more; set it here, or with --management-user and --management-password-file"
+                f"zone {zone}: {' and '.join(absent)}: expected a value, got none; the account built into the older"
+                " driver is no longer used: set it here, or with --management-user and --management-password-file"
             )
             renamed |= dict.fromkeys(absent, "?")  # said already, what else is wrong is to be found too
     settings = zone_settings(zone, renamed, defaults, findings)
     is_https = any(server.startswith("https:") for server in settings.servers)
     if is_https and "tlsVerify" not in renamed and not defaults.tls_is_decided:
         findings.problems.append(
-            f"zone {zone}: tlsVerify is not set, and the older driver never verified a certificate; set it (or"
-            " --management-tls-verify) to true, with the authority's certificate as caFile (or --management-ca-file)"
-            " if it is your own, or to false to go on unverified"
+            f"zone {zone}: tlsVerify: expected true or false, got none; the older driver never verified a certificate:"
+            " set it (or --management-tls-verify) to true, with the CA certificate as caFile (or --management-ca-file)"
+            " if the CA is private, or to false to connect without verification"
         )
     return settings
 
@@ -169,12 +169,12 @@ def _old_settings(values: Entry, findings: Findings) -> OldSettings:
     reader = Reader("the ConfigMap", values, findings)
     level = reader.text("logLevel").upper()
     if level and level not in _LOG_LEVELS:
-        findings.problems.append(f"the ConfigMap: logLevel is {shown(level)}, wanted DEBUG, INFO, WARNING or ERROR")
+        findings.problems.append(f"the ConfigMap: logLevel: expected DEBUG, INFO, WARNING or ERROR, got {shown(level)}")
     use_preempt = reader.boolean("usePreempt")
     if use_preempt:
         findings.warnings.append(
-            "the ConfigMap: usePreempt takes volumes from nodes that use them (--fencing always); the older driver read"
-            " it and did nothing"
+            "the ConfigMap: usePreempt takes volumes from nodes that use them (--fencing always); the older driver"
+            " ignored it: remove it if this is not intended"
         )
     return OldSettings(
         attach_wait_s=reader.number("attachIOEnabledTimeout"),
@@ -187,5 +187,5 @@ def _old_settings(values: Entry, findings: Findings) -> OldSettings:
 
 def _tell_meaningless(what: str, entry: Entry, findings: Findings) -> None:
     findings.warnings.extend(
-        f"{what}: {key} means nothing any more: {reason}" for key, reason in _MEANINGLESS.items() if key in entry
+        f"{what}: {key} has no effect: {reason}; remove it" for key, reason in _MEANINGLESS.items() if key in entry
     )

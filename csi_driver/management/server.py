@@ -141,7 +141,9 @@ class Server:
         self._metrics.works(self.url, False)
         if self.gate.failed(took_s, timed_out=error.timed_out):
             self._metrics.failures.add(self.url)
-            _log.warning("management server %s is left alone for a while: %s", self.url, error)
+            _log.warning(
+                "management server %s failed, requests go to other servers until a probe succeeds: %s", self.url, error
+            )
 
     def _answered(self) -> None:
         self._metrics.works(self.url, True)
@@ -157,18 +159,22 @@ class Server:
             self._open(request, cookie or "", deadline)
             answer = self._exchange(request, self._cookie, deadline)
             if _wants_login(answer):
-                raise Unauthenticated(f"management server {self.url} wants a login again right after it granted one")
+                raise Unauthenticated(
+                    f"management server {self.url} requires a login right after a successful one; "
+                    "check its clock and sessions"
+                )
         if answer.status == 401 and not self._settings.has_user and not _lacks_rights(answer):
             raise Unauthenticated(
-                f"management server {self.url} finds no user for the client certificate "
-                f"{self._settings.client_certificate}: its subject's OU must be the name of a user of the management"
+                f"management server {self.url} has no user for the client certificate "
+                f"{self._settings.client_certificate}: create a management user "
+                "with the name in the OU of the certificate's subject"
             )
         if answer.error_id == PASSWORD_CHANGE_REQUIRED:
             self._cookie = None  # the session knows the old password
             raise Unauthenticated(
-                f"management server {self.url} wants the password of user {self._username()!r} to be changed "
-                f"before anything else: change it in the management's user interface or by POST /users/changePassword, "
-                f"then put the new one into {self._settings.password_place}"
+                f"management server {self.url} requires a new password for user {self._username()!r} "
+                f"before any other request: change it in the management's interface or by POST /users/changePassword, "
+                f"then write the new password to {self._settings.password_place}"
             )
         if request.path == SYSTEM_INFO and answer.status == 200 and isinstance(answer.body, dict):
             self._take_version(answer.body)
@@ -190,7 +196,7 @@ class Server:
             return
         seen = self._openings
         if not self._opening.acquire(timeout=deadline.remaining_s()):
-            raise ServerUnreachable(self.url, "a login took too long", timed_out=True)
+            raise ServerUnreachable(self.url, "the login timed out", timed_out=True)
         try:
             if self._openings != seen and self._opening_failure is not None:
                 raise same_again(self._opening_failure)
@@ -213,8 +219,8 @@ class Server:
         if not self._settings.has_user:
             if stale is not None:
                 raise Unauthenticated(
-                    f"management server {self.url} does not take the client certificate "
-                    f"{self._settings.client_certificate} for a login"
+                    f"management server {self.url} does not accept the client certificate "
+                    f"{self._settings.client_certificate} as a login; check --management-client-certificate"
                 )
         elif self._cookie is None or self._cookie == stale:
             self._cookie = self._version = None
@@ -236,12 +242,12 @@ class Server:
                 f"with the password in {self._settings.password_place}"
             )
         if reply.status in _NO_GATEWAY:
-            raise ServerUnreachable(self.url, f"it answers a login with HTTP {reply.status}")
+            raise ServerUnreachable(self.url, f"HTTP {reply.status} for a login")
         if reply.status != 200 or not envelope or not reply.cookie:
             # Not shown: an error page may quote what was sent.
             raise StorageUnavailable(
-                f"management server {self.url} answers a login with HTTP {reply.status} and "
-                f"{'a' if reply.cookie else 'no'} session cookie, wanted 200 with one"
+                f"management server {self.url}: expected HTTP 200 with a session cookie for a login, got HTTP "
+                f"{reply.status} {'with' if reply.cookie else 'without'} one; check the address"
             )
         self._credentials = credentials
         self._metrics.logins.add(self.url)
@@ -274,7 +280,7 @@ class Server:
         if answer.error_id == PASSWORD_CHANGE_REQUIRED or answer.status in (401, 403):
             return  # likewise
         if answer.status != 200 or not isinstance(answer.body, dict):
-            raise ServerUnreachable(self.url, f"it answers {SYSTEM_INFO} with HTTP {answer.status}")
+            raise ServerUnreachable(self.url, f"HTTP {answer.status} for {SYSTEM_INFO}")
         self._take_version(answer.body)
 
     def _take_version(self, info: dict[str, object]) -> None:
@@ -302,7 +308,7 @@ class Server:
             reply = self._transport.exchange("GET", _PROBE, None, self._cookie, Deadline.after(_PROBE_S))
             alive = reply.status < 500
         except DriverError as error:
-            _log.debug("no sign of life: %s", error)
+            _log.debug("probe failed: %s", error)
         finally:
             self.gate.probed(alive=alive)
 

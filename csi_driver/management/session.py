@@ -129,7 +129,7 @@ class ManagementSession:
         """Return the time for one server: while others wait, a hanging one gets at most half of what is left."""
         left_s = deadline.remaining_s()
         if left_s <= 0:
-            raise DeadlineReached("an answer of the management")
+            raise DeadlineReached("a response of the management")
         seconds = min(self._request_timeout_s, left_s / 2 if others_wait else left_s)
         if server.gate.wasted(deadline.started_s):
             seconds = min(seconds, _SECOND_CHANCE_S)
@@ -148,15 +148,16 @@ def _body(answer: Answer, server: str, request: Request) -> object:
         return _without_texts(answer.body) if request.is_secret else answer.body
     if answer.status in (401, 403):
         raise Denied(
-            f"management server {server} does not let this user do {request.what}: {_beginning(answer, request)}"
+            f"management server {server} denies this user {request.what}: {_beginning(answer, request)}; "
+            "give the user the permission in the management"
         )
     if answer.status in (400, 413, 422):
-        raise InvalidRequest(f"the management refuses {request.what} as malformed: {_complaint(answer, request)}")
+        raise InvalidRequest(f"the management rejected {request.what} as invalid: {_complaint(answer, request)}")
     if 300 <= answer.status < 400:
         where = "elsewhere" if request.is_secret else f"to {shown(answer.location.partition('?')[0])}"
         raise StorageUnavailable(
-            f"management server {server} redirects {request.what} {where}; redirects are not followed, "
-            "wanted the address that answers itself"
+            f"management server {server} redirects {request.what} {where}; redirects are not followed: "
+            "configure the final address"
         )
     reason = f"HTTP {answer.status} with {_beginning(answer, request)}"
     if answer.status == 404:
@@ -185,5 +186,5 @@ def _complaint(answer: Answer, request: Request) -> str:
 
 def _beginning(answer: Answer, request: Request) -> str:
     if request.is_secret:
-        return "an answer that is not shown, as it may repeat a secret"
+        return "an answer that may hold a secret and is not shown"
     return shown(answer.content[: 4 * SHOWN_CHARACTERS].decode(errors="replace"), SHOWN_CHARACTERS)

@@ -43,28 +43,36 @@ class ManagementSettings:
     @property
     def password_place(self) -> str:
         """Where the password stands, for messages."""
-        return str(self.password_file or "the description of the clusters")
+        return str(self.password_file or "the clusters file")
 
     def problems(self) -> tuple[str, ...]:
         """Return all that makes these settings unusable, each a sentence naming the setting; empty = sound."""
-        found = [] if self.servers else ["no management server is given, wanted at least one URL"]
+        found = (
+            [] if self.servers else ["management servers: expected at least one URL, got none; set --management-server"]
+        )
         for server in self.servers:
             found.extend(_server_problems(server))
         if len(set(self.servers)) != len(self.servers):
-            found.append("a management server is given twice")
+            found.append("management servers: one is given twice; remove it")
         if self.has_user and self.password_file is None and not self.password:
-            found.append(f"the management user {self.username or self.username_file} has no password file")
+            found.append(
+                f"management user {self.username or self.username_file}: no password; set --management-password-file"
+            )
         if not self.has_user and self.client_certificate is None:
-            found.append("neither a management user nor a client certificate is given")
+            found.append(
+                "login: expected a management user or a client certificate, got neither; set --management-user"
+            )
         if not self.has_user and self.client_certificate is not None:
             plain = [server for server in self.servers if server.startswith("http:")]
-            found.extend(f"{server} is plain http, where a client certificate says nothing to it" for server in plain)
+            found.extend(
+                f"{server} is plain http, which cannot use the client certificate; use https" for server in plain
+            )
         if self.client_key is not None and self.client_certificate is None:
-            found.append("a client key is given without its certificate")
+            found.append("--management-client-key requires --management-client-certificate")
         if self.request_timeout_s <= 0:
-            found.append(f"the request time-out is {self.request_timeout_s:g} s, wanted more than 0")
+            found.append(f"request timeout: expected more than 0 s, got {self.request_timeout_s:g} s")
         if self.max_requests_in_flight < 1:
-            found.append(f"requests in flight are limited to {self.max_requests_in_flight}, wanted at least 1")
+            found.append(f"limit of requests in flight: expected at least 1, got {self.max_requests_in_flight}")
         return tuple(found)
 
     def warnings(self) -> tuple[str, ...]:
@@ -73,9 +81,11 @@ class ManagementSettings:
         for server in self.servers:
             url = urlsplit(server)
             if url.scheme == "http" and not _is_loopback(url.hostname or ""):
-                found.append(f"{server} is plain http: the management password crosses the network unencrypted")
+                found.append(
+                    f"{server} is plain http: the management password crosses the network unencrypted; use https"
+                )
             if url.scheme == "https" and not self.tls_verify:
-                found.append(f"the certificate of {server} is not verified: anybody may answer in its place")
+                found.append(f"the certificate of {server} is not verified, so any host can impersonate it")
         return tuple(found)
 
 
@@ -84,13 +94,13 @@ def _server_problems(server: str) -> list[str]:
         url = urlsplit(server)
         port = url.port
     except ValueError as error:
-        return [f"management server {server!r} is not a URL: {error}"]
+        return [f"management server: expected a URL, got {server!r}: {error}"]
     if url.username is not None or url.password is not None:
-        return ["a management server's URL carries credentials, wanted them in a file"]
+        return ["a management server's URL holds credentials; write them to --management-password-file"]
     if url.scheme not in ("http", "https") or not url.hostname or port == 0:
-        return [f"management server is {server!r}, wanted https://HOST:PORT"]
+        return [f"management server: expected https://HOST:PORT, got {server!r}"]
     if url.path not in ("", "/") or url.query or url.fragment:
-        return [f"management server is {server!r}, wanted nothing after the port"]
+        return [f"management server: expected nothing after the port, got {server!r}"]
     return []
 
 

@@ -129,7 +129,7 @@ def _free_blocks(drive: Document) -> int:
 def _blocks(row: Document, key: str) -> int:
     value = row.get(key) or 0
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise undecodable(row, f"a drive whose {key} is no number")
+        raise undecodable(row, f"a drive: expected a number as {key}")
     return int(value)
 
 

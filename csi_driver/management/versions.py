@@ -27,8 +27,8 @@ class ManagementTooOld(PreconditionFailed):
 
     def __init__(self, server: str, found: str, wanted: str) -> None:
         super().__init__(
-            f"management server {server} speaks {found}, wanted {wanted} or newer: upgrade the management, or give "
-            "--allow-incompatible-versions to go on at your own risk"
+            f"management server {server}: expected {wanted} or newer, got {found}; upgrade the management, or set "
+            "--allow-incompatible-versions to continue at your own risk"
         )
 
 
@@ -53,7 +53,7 @@ class ApiVersion:
         return self.numbers is None or self.numbers >= feature.value
 
     def __str__(self) -> str:
-        return f"API version {shown(self.text)}" if self.text else "an API that tells no version"
+        return f"API version {shown(self.text)}" if self.text else "an API without a version"
 
 
 class VersionRule:
@@ -70,17 +70,17 @@ class VersionRule:
         numbers = version.numbers
         lowest = ".".join(map(str, _LOWEST))
         if numbers is None:
-            self._warn(version, "which cannot be read; it is taken for a newer one")
+            self._warn(version, "which is unreadable and treated as newer")
         elif numbers < _LOWEST:
             if not self._allow_incompatible:
                 raise ManagementTooOld(self._server, str(version), f"API version {lowest}")
-            self._warn(version, f"older than the lowest that works ({lowest}); incompatible versions are allowed")
+            self._warn(version, f"older than the lowest supported ({lowest}); allowed by --allow-incompatible-versions")
         elif numbers[:1] > _NEWEST:
-            self._warn(version, f"newer than the newest that this driver knows ({_NEWEST[0]}); going on")
+            self._warn(version, f"newer than the newest tested ({_NEWEST[0]})")
 
     def _warn(self, version: ApiVersion, what: str) -> None:
         with self._lock:
             if version.text in self._warned:
                 return
             self._warned.add(version.text)
-        _log.warning("management server %s speaks %s, %s", self._server, version, what)
+        _log.warning("management server %s has %s, %s", self._server, version, what)

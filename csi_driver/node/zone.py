@@ -41,7 +41,7 @@ class NodeZone:
             try:
                 clusters = self._clusters()
             except InvalidRequest as unusable:
-                raise PreconditionFailed(f"the zone of this node is not known: {unusable}") from unusable
+                raise PreconditionFailed(f"the zone of this node is unknown: {unusable}") from unusable
             zone = self._given or zone_of(self._node_name, self._client_servers(), clusters)
             self._found = {self._topology_key or clusters.topology_key or DEFAULT_TOPOLOGY_KEY: zone}
             _log.info("this node belongs to the zone %s", zone)
@@ -54,7 +54,9 @@ def zone_of(node_name: str, client_servers: Sequence[str], clusters: ClusterName
     by_name = _zones_with(clusters.nodes, [node_name])
     for found, why in ((by_servers, "the storage client's management servers"), (by_name, "the name of this node")):
         if len(found) > 1:
-            raise PreconditionFailed(f"{why} occur in the zones {', '.join(found)}; wanted --zone, or one of them")
+            raise PreconditionFailed(
+                f"zone of this node: expected one, got {', '.join(found)}: each matches {why}; set --zone"
+            )
         if found:
             return found[0]
     known = sorted({*clusters.servers, *clusters.nodes})
@@ -62,8 +64,8 @@ def zone_of(node_name: str, client_servers: Sequence[str], clusters: ClusterName
         return known[0] if known else DEFAULT_ZONE
     servers = ", ".join(shown(server) for server in client_servers) or "none"
     raise PreconditionFailed(
-        f"node {node_name} fits none of the zones {', '.join(known)}: its storage client's management servers are"
-        f" {servers}; wanted them written as in the description of the clusters, or --zone"
+        f"zone of node {node_name}: expected one of {', '.join(known)}, got no match: its storage client's management"
+        f" servers are {servers}; match the names in --clusters-file, or set --zone"
     )
 
 

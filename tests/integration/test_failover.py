@@ -141,7 +141,7 @@ def test_a_pod_that_hangs_on_the_lost_node_does_not_keep_its_dead_mount(cluster:
 def test_a_lost_node_keeps_its_volume_until_it_is_given_up(cluster: Cluster) -> None:
     volume = cluster.volume()
     old = lost_with(cluster, volume)
-    with pytest.raises(CallFailed, match=r"FAILED_PRECONDITION.*nobody has given the volume up"):
+    with pytest.raises(CallFailed, match=r"FAILED_PRECONDITION.*the volume was not released there"):
         volume.attach("node-2")
     assert written(old / "file", b"data") == "kept"
     cluster.find_again("node-1")

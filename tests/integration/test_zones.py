@@ -189,7 +189,7 @@ def test_a_controller_that_is_killed_leaves_no_second_volume_behind(clusters: Cl
     second = clusters.controller("second")
     refused = refusal(second, "v1", "b", "a")
     assert refused.code == "ABORTED"
-    assert "has just been made in zone a" in refused.message
+    assert "has just been created in zone a" in refused.message
     clusters.stop("a")
     assert refusal(second, "v1", "b", "a").code == "UNAVAILABLE"
     assert clusters.volumes("b") == []
@@ -225,7 +225,7 @@ def test_a_node_finds_its_zone_by_its_storage_clients_management(clusters: Clust
     with pytest.raises(CallFailed) as refused:
         node.node_info()
     assert refused.value.code == "FAILED_PRECONDITION"
-    assert "fits none of the zones a, b" in refused.value.message
+    assert "expected one of a, b" in refused.value.message
     configuration.write_text('MANAGEMENT_SERVERS="m9:4001,10.0.0.9:4001"')
     assert node.node_info().topology == {DEFAULT_TOPOLOGY_KEY: "b"}
 

@@ -18,6 +18,6 @@ def test_an_expansion_without_room_is_given_up_by_asking_for_less(stage: Stage, 
         return bool(statuses.get("storage") == "ControllerResizeInfeasible")
 
     cluster.wait_for(is_infeasible, "the expansion to be called infeasible")
-    cluster.wait_event("given-up", "VolumeResizeFailed", "there is no room")
+    cluster.wait_event("given-up", "VolumeResizeFailed", "no space to extend volume")
     grow(cluster, "given-up", "2Gi")
     cluster.wait_for(lambda: capacity_of(cluster, "given-up") == "2Gi", "the claim to have what it asks for now")

@@ -59,6 +59,6 @@ def test_the_documents_for_bad_nights_quote_the_program() -> None:
 
 
 def test_a_text_that_nobody_says_is_no_quotation() -> None:
-    assert is_said("volume ... is still attached to ...; wanted it detached")
-    assert not is_said("volume ... is still fastened to ...; wanted it detached")
+    assert is_said("volume ... is still attached to ...; detach it first")
+    assert not is_said("volume ... is still fastened to ...; detach it first")
     assert not is_said("volume ...")

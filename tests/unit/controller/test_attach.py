@@ -93,7 +93,7 @@ def test_a_node_of_several_clients_is_not_guessed() -> None:
     world, volume_id = made()
     for client_id in ("worker_mc1", "worker_mc2"):
         world.management.add_client(client_id)
-    with pytest.raises(PreconditionFailed, match=r"worker_mc1.*worker_mc2.*by its client's uuid"):
+    with pytest.raises(PreconditionFailed, match=r"worker_mc1.*worker_mc2.*delete the stale client"):
         world.publish(volume_id, "worker")
 
 
@@ -214,7 +214,7 @@ def test_an_unknown_node_is_not_found() -> None:
 def test_another_mode_on_the_same_node_already_exists() -> None:
     world, volume_id = made()
     world.publish(volume_id)
-    with pytest.raises(ExistsDifferently, match="exclusive_read_write, wanted shared_read_only"):
+    with pytest.raises(ExistsDifferently, match="expected shared_read_only, got exclusive_read_write"):
         world.publish(volume_id, read_only=True)
 
 
@@ -258,7 +258,8 @@ def test_a_node_that_is_down_gets_nothing_new() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attach_s", "io_s", "missing"), [(1000, 0, "the client reports no device"), (1, 1000, "I/O, which is not enabled")]
+    ("attach_s", "io_s", "missing"),
+    [(1000, 0, "the client reports no device"), (1, 1000, "I/O on the attached device")],
 )
 def test_time_that_runs_out_names_what_is_missing(attach_s: float, io_s: float, missing: str) -> None:
     world, volume_id = made()
@@ -568,7 +569,7 @@ def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_how_to_find
     name = world.stored().name
     with pytest.raises(
         DeadlineReached,
-        match=f"a program on that node may have it open, .*/volumes/{name}/client_processes and fuser .*/{name} show",
+        match=f"a program on that node may have it open: .*/volumes/{name}/client_processes and `fuser .*/{name}`",
     ):
         world.unpublish(volume_id, seconds=5)
     client = world.management.client("node-1", deadline=world.deadline())

@@ -88,18 +88,18 @@ def test_a_passphrase_that_nothing_asks_for_is_told_and_the_volume_is_plain(capl
     world = World()
     create(world, {})
     assert not world.stored().is_encrypted
-    assert [record.levelname for record in caplog.records if "not encrypted" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "is not enabled" in record.message] == ["WARNING"]
 
 
 def test_the_same_is_told_beside_a_group_that_does_not_encrypt(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     world.management.add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True))
     create(world, {"vpg": "gold"})
-    assert "not encrypted" in caplog.text
+    assert "encryption is not enabled" in caplog.text
     caplog.clear()
     world.management.add_vpg(Vpg("safe", Layout(), 0, allow_overflow=True, is_encrypted=True, header_bytes=16 * MIB))
     world.create("other", parameters={"vpg": "safe"}, secrets={"passphrase": SECRET})
-    assert "not encrypted" not in caplog.text
+    assert "encryption is not enabled" not in caplog.text
 
 
 def test_two_controllers_that_make_one_volume_send_the_passphrase_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -187,7 +187,7 @@ def test_a_volume_that_the_storage_does_not_encrypt_is_not_given_out_as_encrypte
     world = World()
     create(world)
     world.management.change(world.stored().name, encryption=None)
-    with pytest.raises(ExistsDifferently, match="does not encrypt"):
+    with pytest.raises(ExistsDifferently, match="encryption by the storage: expected enabled"):
         create(world)
 
 
@@ -313,7 +313,7 @@ def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is
     world = World()
     made = create(world)
     world.management.change(world.stored().name, encryption=None)
-    with pytest.raises(PreconditionFailed, match="was to be encrypted by the storage, and the management shows"):
+    with pytest.raises(PreconditionFailed, match="expected encryption by the storage, got none in the management"):
         world.publish(made.volume_id)
     assert world.holders() == []
 
@@ -321,7 +321,7 @@ def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is
 def test_a_volume_of_others_that_is_said_to_be_encrypted_by_the_storage_and_is_not_is_attached_nowhere() -> None:
     world = World()
     world.management.add_volume(Volume("old", UUID, 1 << 20, 4096, 4.3, "online", "none"))
-    with pytest.raises(PreconditionFailed, match="was to be encrypted by the storage"):
+    with pytest.raises(PreconditionFailed, match="expected encryption by the storage"):
         world.publish("old", context={"encryption": "native"})
     assert world.holders() == []
 

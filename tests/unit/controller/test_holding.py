@@ -65,11 +65,11 @@ def client(
             "the reservation (device reservation_denied, held as exclusive_read_write)",
         ),
         (client(told=report(mode=READ)), "the reservation (device attached, held as shared_read_only)"),
-        (client(told=report(io=False)), "I/O, which is not enabled on the attached device,"),
+        (client(told=report(io=False)), "I/O on the attached device (it is disabled)"),
         (client(told=report(references=THEIRS)), "the reference team-a on the attached device"),
         (
             client(told=report(), status=ClientStatus.DOWN),
-            "a sign of life of the storage client (it is down): the attachment",
+            "the attachment (the storage client is down)",
         ),
     ],
 )

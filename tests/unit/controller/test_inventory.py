@@ -427,7 +427,7 @@ def test_zones_are_told_apart_and_summed() -> None:
         ({}, None),
         ({"capabilities": (ROX,)}, None),
         ({"capabilities": (RWX_MOUNT,)}, "not supported"),
-        ({"capabilities": (BLOCK,)}, "a filesystem"),
+        ({"capabilities": (BLOCK,)}, "expected filesystem"),
         ({"parameters": {"raidLevel": "raid1"}}, None),
         ({"parameters": {"raidLevel": "raid0"}}, "raidLevel"),
         ({"parameters": {"color": "red"}}, "color"),

@@ -31,7 +31,7 @@ def test_a_secret_that_goes_bad_does_not_end_the_calls_for_a_volume_that_waits(
     with pytest.raises(EncryptionNotBegun):
         world.create(parameters=NATIVE, secrets=SECRET)
     (waiting,) = [volume for zone in world.zones.values() for volume in zone.all_volumes()]
-    with pytest.raises(StorageUnavailable, match=r"is there, but not usable yet: .*secrets\.passphrase|passphrase"):
+    with pytest.raises(StorageUnavailable, match=r"exists, but is not usable yet: .*secrets\.passphrase|passphrase"):
         world.create(parameters=NATIVE, secrets=secrets)
     assert waiting.uuid in world.create(parameters=NATIVE, secrets=SECRET).volume_id
 
@@ -78,7 +78,7 @@ def test_a_volume_that_cannot_be_lengthened_for_lack_of_room_is_asked_for_again(
     volume = world.stored()
     world.management.change(volume.name, blocks=volume.blocks // 2, capacity_gb=volume.capacity_gb / 2)
     world.management.raw_bytes = GIB
-    with pytest.raises(StorageUnavailable, match="is there, but not usable yet: the cluster has no room"):
+    with pytest.raises(StorageUnavailable, match="exists, but is not usable yet: the cluster has no room"):
         world.create(capacity=CapacityRange(2 * GIB))
     world.management.raw_bytes = 10 * GIB
     assert world.create(capacity=CapacityRange(2 * GIB)).capacity_bytes == 2 * GIB

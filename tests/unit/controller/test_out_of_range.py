@@ -42,7 +42,7 @@ def test_a_volume_that_no_extension_brings_into_the_range_is_deleted_in_the_same
         management.raw_bytes = 10 * GIB if zone == "a" else 0
     comes_out(world, more_bytes)
     for _ in range(2):
-        with pytest.raises(CapacityOutOfRange, match=r"made a volume of .* bytes, which was deleted again"):
+        with pytest.raises(CapacityOutOfRange, match=r"created a volume of .* bytes, which was deleted"):
             world.create(capacity=EXACT)
         world.clock.sleep(10)
         assert [volume for management in world.zones.values() for volume in management.all_volumes()] == []
@@ -66,7 +66,7 @@ def test_a_volume_whose_extension_leads_beyond_the_limit_is_deleted_in_the_same_
             world.management.change(world.stored().name, blocks=(2 * GIB + 2 * MIB) // 4096)
 
     world.management.after = change
-    with pytest.raises(CapacityOutOfRange, match="wanted at most"):
+    with pytest.raises(CapacityOutOfRange, match="expected at most"):
         world.create(capacity=EXACT)
     world.clock.sleep(10)
     assert world.management.all_volumes() == []
@@ -76,11 +76,11 @@ def test_a_short_volume_that_a_call_left_before_it_could_delete_it_is_deleted_by
     world = World()
     comes_out(world, -4096)
     world.management.make_s = 100.0
-    with pytest.raises(OperationPending, match="could not be deleted yet, retry"):
+    with pytest.raises(OperationPending, match="cannot be deleted yet; retry"):
         world.create(capacity=EXACT, seconds=10)
     assert stored_size(world) == 2 * GIB - 4096
     world.clock.sleep(100)
-    with pytest.raises(CapacityOutOfRange, match="which was deleted again"):
+    with pytest.raises(CapacityOutOfRange, match="which was deleted"):
         world.create(capacity=EXACT)
     world.clock.sleep(10)
     assert world.management.all_volumes() == []
@@ -112,7 +112,7 @@ def test_a_volume_that_was_ever_attached_is_kept(used: Callable[[Volume], Volume
             world.management.change(volume.name, reservation=volume.reservation, metadata=volume.metadata)
 
     world.management.after = use
-    with pytest.raises(StorageUnavailable, match="it is kept, as it was attached"):
+    with pytest.raises(StorageUnavailable, match="it was attached and is kept"):
         world.create(capacity=EXACT)
     assert stored_size(world) == 2 * GIB - 4096
 
@@ -132,7 +132,7 @@ def test_a_volume_that_a_node_holds_is_kept() -> None:
             world.management.change(volume.name, reservation=Reservation())
 
     world.management.after = use
-    with pytest.raises(StorageUnavailable, match="it is kept, as it was attached"):
+    with pytest.raises(StorageUnavailable, match="it was attached and is kept"):
         world.create(capacity=EXACT)
     assert stored_size(world) == 2 * GIB - 4096
 

@@ -194,8 +194,8 @@ def test_a_new_volume_is_shown_as_one_that_nobody_had() -> None:
     world = World()
     made = world.create(parameters=CLAIM, capacity=CapacityRange(2 << 30))
     told = shown(world, made.volume_id)
-    assert (told["handle"], told["held by"], told["usable bytes"]) == (made.volume_id, "nobody", str(2 << 30))
-    assert "nobody had it yet" in told["formatting"]
+    assert (told["handle"], told["held by"], told["usable bytes"]) == (made.volume_id, "no node", str(2 << 30))
+    assert "never attached before" in told["formatting"]
 
 
 def test_a_volume_in_use_is_shown_with_who_holds_it() -> None:

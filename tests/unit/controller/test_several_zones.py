@@ -232,7 +232,7 @@ def test_after_a_crash_the_volume_is_waited_for_and_found_again() -> None:
     world = two()
     made = world.create(topology=within("a", "b"))
     restarted = World(zones=("a", "b"), beside=world)
-    with pytest.raises(OperationPending, match="has just been made in zone a"):
+    with pytest.raises(OperationPending, match="has just been created in zone a"):
         restarted.create(topology=within("b", "a"))
     world.clock.sleep(SETTLED_S + 2)
     assert restarted.create(topology=within("b", "a")) == made
@@ -270,7 +270,7 @@ def test_a_zone_that_is_not_allowed_keeps_nobody_waiting_but_is_believed() -> No
         world.create(topology=within("a"))
     world.zones["a"].is_reachable = True
     world.clock.sleep(60)
-    with pytest.raises(ExistsDifferently, match=r"it is in zone b .*, wanted it in a"):
+    with pytest.raises(ExistsDifferently, match=r"zone: expected a, got zone b"):
         World(zones=("a", "b"), beside=world).create(topology=within("a"))
 
 
@@ -420,7 +420,7 @@ def test_whether_a_management_answers_now_is_asked_anew_and_one_zone_is_enough()
     world.zones["b"].is_reachable = True
     assert world.inventory.why_unreachable() == ""
     world.zones.clear()
-    assert world.inventory.why_unreachable() == "no storage management is known"
+    assert world.inventory.why_unreachable() == "no storage management is configured"
 
 
 # --- zones that change their names, or go -----------------------------------------------------------------------
@@ -475,5 +475,5 @@ def test_a_zone_that_goes_while_a_call_looks_into_it_has_not_lost_its_volumes(ha
             return None if zone == "a" and (handle == "{name}" or next(asked)) else world.zones[zone]
 
     provision = Provision(Going(), world.settings)
-    with pytest.raises(StorageUnavailable, match="zone a is not served any more"):
+    with pytest.raises(StorageUnavailable, match="zone a is no longer configured"):
         provision.delete(handle.format(name=OLD.name, uuid=OLD.uuid), deadline=world.deadline())

@@ -123,7 +123,9 @@ def test_a_take_over_is_not_recorded_over_the_metadata_of_a_server_that_has_not_
 def test_a_node_that_is_down_keeps_what_nobody_gave_up() -> None:
     world, volume_id = held()
     world.management.set_status("node-1", ClientStatus.DOWN)
-    with pytest.raises(PreconditionFailed, match=r"node-1: the storage client is down, but nobody has given"):
+    with pytest.raises(
+        PreconditionFailed, match=r"node-1: the storage client is down, but the volume was not released"
+    ):
         world.publish(volume_id, NODE_2)
     assert attaches(world) == 1
 
@@ -154,7 +156,7 @@ def test_a_reference_that_is_left_on_a_lost_node_keeps_the_volume() -> None:
     world.publish(other_reference(volume_id, "team-b"), NODE_1, ROX)
     world.management.set_status("node-1", ClientStatus.DOWN)
     world.unpublish(volume_id, NODE_1)
-    with pytest.raises(PreconditionFailed, match="nobody has given"):
+    with pytest.raises(PreconditionFailed, match="was not released there"):
         world.publish(volume_id, NODE_2)
     world.unpublish(other_reference(volume_id, "team-b"), NODE_1)
     world.publish(volume_id, NODE_2)
@@ -184,7 +186,7 @@ def test_a_volume_that_another_controller_took_first_is_not_taken_from_its_new_n
     world, volume_id = lost()
     other = World(beside=world)
     at(world, "set_metadata", lambda: other.publish(volume_id, NODE_3))
-    with pytest.raises(OperationPending, match="changed hands"):
+    with pytest.raises(OperationPending, match="attached or detached concurrently"):
         world.publish(volume_id, NODE_2)
     with pytest.raises(PreconditionFailed, match="node-3"):
         world.publish(volume_id, NODE_2)
@@ -207,7 +209,7 @@ def test_the_storage_refuses_who_judged_an_older_reservation() -> None:
 def test_a_node_of_whose_attachment_a_server_has_not_heard_is_not_preempted(use: Capability) -> None:
     world, volume_id = held(capability=use)
     world.management.unheard_of.add("node-1")
-    with pytest.raises(OperationPending, match="attached to node-1 as its own document says"):
+    with pytest.raises(OperationPending, match="attached to node-1 by its own document"):
         world.publish(volume_id, NODE_2, BLOCK)
     assert attaches(world) == 1
     world.management.unheard_of.clear()

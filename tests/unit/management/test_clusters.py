@@ -84,7 +84,7 @@ def test_a_broken_version_is_told_once_and_the_last_good_one_stays(
             assert described.client("a") is a
             described.clock.sleep(2)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([text for text in told if "the last good version stays" in text]) == 2
+    assert len([text for text in told if "the last valid version remains in use" in text]) == 2
     described.write(TWO)
     assert described.client("a") is a
 

@@ -301,7 +301,7 @@ def test_a_failure_and_its_end_are_told_once(
         client.system_info(deadline=deadline)
     told = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert [level for level, _ in told] == ["WARNING", "INFO"]
-    assert "left alone" in told[0][1]
+    assert "failed, requests go to other servers" in told[0][1]
     assert "works again" in told[1][1]
 
 

@@ -166,7 +166,7 @@ def test_a_login_without_a_cookie_is_no_login(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.login_answer = Says({"success": True, "error": None})
-    with pytest.raises(StorageUnavailable, match="no session cookie"):
+    with pytest.raises(StorageUnavailable, match="got HTTP 200 without one"):
         client.system_info(deadline=deadline)
 
 

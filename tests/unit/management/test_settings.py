@@ -72,5 +72,5 @@ def test_an_unverified_server_is_warned_of() -> None:
 
 
 def test_a_client_is_not_made_from_unsound_settings() -> None:
-    with pytest.raises(InvalidRequest, match="wanted https://HOST:PORT"):
+    with pytest.raises(InvalidRequest, match="expected https://HOST:PORT"):
         ManagementClient(settings("m1"))
