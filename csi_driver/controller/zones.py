@@ -169,7 +169,7 @@ def _asked_alone(zone: str, question: Callable[[str], T]) -> Answers[T]:
 def any_says_yes(
     zones: Iterable[str], question: Callable[[str], bool], *, deadline: Deadline, crew: Crew = CREW
 ) -> bool:
-    """Tell whether any zone says yes, as soon as one does. Raises why, where none does and some cannot be asked."""
+    """Tell whether any zone says yes, as soon as one does. Raises why, where none does and some fail."""
     asked = {crew.submit(zone, lambda zone=zone: question(zone)): zone for zone in zones}  # type: ignore[misc]
     missing: dict[str, DriverError] = {}
     try:
@@ -177,7 +177,7 @@ def any_says_yes(
             try:
                 if future.result():
                     return True
-            except UNANSWERED as problem:
+            except DriverError as problem:
                 missing[asked[future]] = problem
     except TimeoutError:
         late = [zone for future, zone in asked.items() if not future.done()]

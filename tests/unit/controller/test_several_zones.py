@@ -135,6 +135,21 @@ def test_readiness_does_not_wait_for_a_zone_that_hangs() -> None:
         hung.set()
 
 
+def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another() -> None:
+    zones = [f"old-{number}" for number in range(30)]
+    all_refused = threading.Barrier(len(zones) + 1, timeout=180)
+
+    def question(zone: str) -> bool:
+        all_refused.wait()
+        if zone == "alive":
+            return True
+        raise PreconditionFailed("its management is too old")
+
+    assert any_says_yes([*zones, "alive"], question, deadline=Deadline.after(180), crew=Threads())
+    with pytest.raises(StorageUnavailable, match="zone old-1: its management is too old"):
+        any_says_yes([*zones, "old-30"], question, deadline=Deadline.after(180), crew=Threads())
+
+
 # --- where volumes go --------------------------------------------------------------------------------------------
 
 
