@@ -406,8 +406,8 @@ def _storage(command: StorageCommand) -> int:
         return serving(
             command.http,
             healthy={"api": server.why_silent},
-            ready={"api": server.why_silent, "pool": server.why_unusable}
-            | {loop.name: loop.why_failing for loop in server.loops},
+            # Not the background threads: a pod that is not ready is reached by nobody, and they may lack one volume.
+            ready={"api": server.why_silent, "pool": server.why_unusable},
             measurements=[*own_measurements("storage", "", driver_version()), *server.measurements()],
         )
 

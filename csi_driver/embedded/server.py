@@ -169,7 +169,7 @@ class StorageServer:
 
     @property
     def loops(self) -> Sequence[Worker | Periodic]:
-        """The background threads. They wait for disks, so a restart frees none that is stuck."""
+        """The background threads. Metrics tell how they are; health pages do not (see docs/metrics.md)."""
         return self.worker, self.encryptions.worker, self.look
 
     def measurements(self) -> list[Measurement]:
