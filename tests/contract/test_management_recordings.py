@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from csi_driver.controller.record import Attachments, with_attachments
 from csi_driver.controller.takeover import was_preempted
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.management.documents import decode_client, decode_volume, decode_vpg
@@ -143,14 +145,21 @@ def test_the_server_shows_no_report_of_a_busy_device() -> None:
 
 
 def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_and_not_before() -> None:
-    """node-4 had two volumes, died, and was told to give them up; each was taken over, and then given up there."""
+    """node-4 had two volumes, died, and was told to give them up; each was taken over, and then given up there.
+
+    ControllerPublishVolume records the version of an attachment that took the volume and has I/O.
+    """
     volumes: dict[str, Volume] = {}
+    taken: dict[str, int] = {}
     dead: Client | None = None
     proven: dict[str, list[tuple[int, bool]]] = {}
     for _, path, row in exchanges("driver/takeover"):
-        if isinstance(row, dict) and path == "/clients/node-4" and "client_status" in row:
+        if isinstance(row, dict) and path.startswith("/clients/node-") and "client_status" in row:
             client = decode_client(row)
-            dead = client if client.status is ClientStatus.DOWN else dead
+            dead = client if client.id == "node-4" and client.status is ClientStatus.DOWN else dead
+            for uuid, wish in client.wishes.items():
+                if wish.preempts and uuid in client.devices and client.devices[uuid].io_enabled:
+                    taken[uuid] = wish.version
         elif isinstance(row, dict) and path.startswith("/volumes/csi-") and "blocks" in row:
             volume = decode_volume(row)
             volumes[volume.name] = volume
@@ -158,7 +167,9 @@ def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_
         if dead is None:
             continue
         for name, volume in volumes.items():
-            judged = (volume.reservation.version, was_preempted(volume, dead))
+            assert not was_preempted(volume, dead)
+            record = with_attachments(volume.metadata, Attachments(taken=taken.get(volume.uuid, 0)))
+            judged = (volume.reservation.version, was_preempted(replace(volume, metadata=record), dead))
             if judged not in proven.setdefault(name, []):
                 proven[name].append(judged)
     assert proven["csi-94e8ac28-9b80-a66b"] == [(2, False), (3, False), (4, True)]

@@ -104,6 +104,14 @@ def test_a_wish_carries_action_mode_references_and_the_reservations_version() ->
     )
 
 
+@pytest.mark.parametrize(("preempt", "preempts"), [(0, False), (1, False), (2, True), (None, False), ("2", False)])
+def test_a_wish_takes_the_volume_from_others_only_where_it_says_so_in_full(preempt: object, *, preempts: bool) -> None:
+    """1 is a weak preemption, which gives way."""
+    wish = {"action": "attaching", "reservation": {"mode": 3, "version": 3, "preempt": preempt}}
+    row = {**sample("client"), "attachments": {VOLUME_UUID: wish}}
+    assert decode_client(row).wishes[VOLUME_UUID].preempts is preempts
+
+
 @pytest.mark.parametrize("references", [{}, {"referenceIDs": None}])
 def test_references_that_are_not_reported_are_unknown_not_empty(references: dict[str, object]) -> None:
     assert decode_client(device(**references)).devices[VOLUME_UUID].reference_ids is None
