@@ -150,8 +150,11 @@ class ReadOnlyDevices(Protocol):
         """Take down such a device when nothing uses it; False when it is not one of ours or is in use."""
         ...
 
-    def present(self) -> Sequence[ReadOnlyDevice]:
-        """Return every such device of this machine, also those over devices of others. Looks at all loop devices."""
+    def present(self, name: str | None = None) -> Sequence[ReadOnlyDevice]:
+        """Return every such device of this machine, also those over devices of others. Looks at all loop devices.
+
+        With `name`, a volume's: those over it; no other device is looked at.
+        """
         ...
 
     def release_left_over(self, reader: str, name: str) -> None:

@@ -80,10 +80,9 @@ def assemble(
                                  marks=kept, heavy=heavy)  # fmt: skip
     joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
                       preparation=preparation, marks=kept)  # fmt: skip
-    stage = Stage(
-        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-        probes=probes, preparation=preparation, encrypted=encrypted, joining=joining, settings=settings
-    )  # fmt: skip
+    stage = Stage(devices=devices, read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems,
+                  paths=paths, ownership=ownership, probes=probes, preparation=preparation, encrypted=encrypted,
+                  joining=joining, settings=settings)  # fmt: skip
     publish = Publish(
         devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, probes=probes, marks=kept,
         ownership=ownership, encrypted=encrypted, joining=joining

@@ -25,7 +25,7 @@ from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.joining import Joining
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
-from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.prepare import Preparation, Prepared, Task
 from csi_driver.node.requests import NodeSettings, StageRequest
 from csi_driver.parameters.encryption import (
@@ -57,6 +57,7 @@ class Stage:
         self,
         *,
         devices: Devices,
+        read_only_devices: ReadOnlyDevices,
         mounts: Mounts,
         filesystems: Filesystems,
         paths: Paths,
@@ -68,6 +69,7 @@ class Stage:
         settings: NodeSettings,
     ) -> None:
         self._devices = devices
+        self._read_only_devices = read_only_devices
         self._mounts = mounts
         self._filesystems = filesystems
         self._paths = paths
@@ -154,7 +156,8 @@ class Stage:
 
     def _is_mounted(self, volume: NamedVolume, device: Device) -> bool:
         used = (device, self._encrypted.opened_over(volume, device))
-        return any(
+        readers = {reader.number for reader in self._read_only_devices.present(volume.name)}
+        return (bool(readers) and any(found.node_number in readers for found in self._mounts.table())) or any(
             self._ownership.is_live(found, each) for each in used if each for found in self._mounts.of_device(each)
         )
 

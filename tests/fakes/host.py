@@ -465,8 +465,9 @@ class FakeReadOnlyDevices:
                 return True
         return False
 
-    def present(self) -> Sequence[ReadOnlyDevice]:
-        return [ReadOnlyDevice(made.number, made.ground.path) for made in self._host.readers]
+    def present(self, name: str | None = None) -> Sequence[ReadOnlyDevice]:
+        ours = (made for made in self._host.readers if name in (None, made.name))
+        return [ReadOnlyDevice(made.number, made.ground.path) for made in ours]
 
     def release_left_over(self, reader: str, name: str) -> None:
         ours = [made for made in self._host.readers if made.name == name and made.label.endswith(f"/ro-{reader}")]

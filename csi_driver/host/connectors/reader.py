@@ -49,9 +49,9 @@ class ReadOnlyLoops:
         loop = self._loops.bound_as(number)
         return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
 
-    def present(self) -> list[ReadOnlyDevice]:
-        """Return every such device of this machine, also those over devices of others."""
-        return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours()]
+    def present(self, name: str | None = None) -> list[ReadOnlyDevice]:
+        """Return every such device of this machine, also those over devices of others; with `name`, of one volume."""
+        return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours(name)]
 
     def release_left_over(self, reader: str, name: str) -> None:
         """Take down each such device of the reader that nothing uses, whatever became of the one below.

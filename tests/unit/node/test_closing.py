@@ -52,6 +52,20 @@ def test_another_mount_of_the_volume_keeps_its_device_open_and_unstage_from_noth
     assert (node.host.mounts_at(STAGING), node.host.mounts_at(TARGET)) == (0, 1)
 
 
+def test_a_reader_of_the_raw_volume_keeps_its_device_open_and_another_handles_unstage_from_nothing(
+    node: FakeNode,
+) -> None:
+    """Its publication is of a read-only device of its own, which has the volume's open."""
+    disk = node.host.attach(NAME, UUID)
+    node.stage(access=BLOCK)
+    node.publish(access=BLOCK, read_only=True)
+    disk.opened_by_others = 1
+    node.unstage()
+    node.host.table.clear()
+    with pytest.raises(StorageUnavailable, match="is still open"):
+        node.unstage()
+
+
 def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     node.stage()
@@ -59,6 +73,26 @@ def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNod
     disk.references, disk.opened_by_others = (), 1
     node.unstage()
     assert node.host.mounts_at(STAGING) == 0
+
+
+def test_a_volume_that_was_taken_only_for_a_moment_must_be_closed(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's files are written one after the other: what they say of a loss must hold."""
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    held = disk.status, disk.references
+    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, words="cut off")
+    disk.references, disk.opened_by_others = (), 1
+    sleep = node.clock.sleep
+
+    def passes(seconds: float) -> None:
+        sleep(seconds)
+        disk.status, disk.references = held
+
+    monkeypatch.setattr(node.clock, "sleep", passes)
+    with pytest.raises(StorageUnavailable, match="is still open"):
+        node.unstage()
 
 
 def test_a_volume_that_is_not_attached_is_unstaged_at_once(node: FakeNode) -> None:
