@@ -104,11 +104,10 @@ class Ownership:
         """
         if mounted.node_number is not None or mounted.source != str(self._devices.path_of(name)):
             return False
-        is_known_as = self._devices.name_of(mounted.number)
-        if is_known_as != name:
-            return is_known_as is not None
         device = self._devices.find(name)
-        return device is not None and device.number == mounted.number and self._devices.is_claimed(device) is False
+        if device is not None and device.number == mounted.number:  # whatever other node has that number, too
+            return self._devices.is_claimed(device) is False
+        return self._devices.name_of(mounted.number) not in (None, name)
 
     def is_live(self, mounted: Mounted, device: Device) -> bool:
         """Tell whether a mount is of the device as it is now, and not of one that had its number before.

@@ -178,6 +178,18 @@ def test_a_volume_that_a_call_works_on_is_left_to_the_next_sweep(kubelet: Kubele
     assert kubelet.sweep() == []
 
 
+def test_a_node_left_over_with_the_devices_number_makes_no_live_mount_a_dead_one(
+    kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded manager's nodes may be left over, and the number of a loop device is soon another volume's."""
+    kubelet.stage()
+    monkeypatch.setattr(kubelet.host.devices, "name_of", lambda number: "csi-0-left-over")
+    kubelet.forget(STAGING_RECORD)
+    kubelet.host.table[0].in_use = True
+    assert kubelet.sweep() == kubelet.sweep() == [Kind.FORGOTTEN]
+    assert kubelet.host.mounts_at(STAGING) == 1
+
+
 def test_a_forgotten_staging_in_use_is_never_detached_lazily(kubelet: Kubelet) -> None:
     kubelet.stage()
     kubelet.forget(STAGING_RECORD)
