@@ -93,7 +93,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
     ignored = tuple(sorted(_DECIDED_BY_GROUP & given.keys())) if "vpg" in given else ()
     if "vpg" in given:
         # Not ignored: who may attach the volume would be another than the class says.
-        reason = f"the provisioning group {given['vpg']} decides it"
+        reason = f"the provisioning group {shown(given['vpg'])} decides it"
         problems.of(lambda: read.refuse_keys(given, {"VSGs"}, reason))
     own = {key: value for key, value in given.items() if key not in ignored}
     context = {key: own[key] for key in CONTEXT_KEYS if key in own}

@@ -263,3 +263,10 @@ def test_any_parameters_are_read_or_refused(given_parameters: dict[str, str]) ->
     except InvalidRequest:
         return
     assert (read.vpg is None) != (read.layout is None)
+
+
+def test_a_value_with_control_characters_is_shown_escaped_in_every_problem_that_names_it() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        storage_class.parse({"vpg": "gold\nINFO all is well", "VSGs": "g"})
+    said = str(refusal.value)
+    assert (said.count("gold"), said.isprintable()) == (2, True)
