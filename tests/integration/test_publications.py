@@ -10,6 +10,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, PreconditionFailed
+from csi_driver.host.mount_table import read_table
 from csi_driver.model import MIB, AccessMode, CapacityRange
 from csi_driver.node.requests import NodeExpandRequest
 from tests.contract.host_machine import HostMachine, Volume, host_machine, mounts_below, shell
@@ -116,7 +117,10 @@ def test_a_dead_filesystem_is_not_published_and_a_stage_makes_it_live_again(
     target = node.publish(volume, fs_type=fs_type)
     die(staging)
     flags = ("errors=remount-ro",) if fs_type == "ext4" else ()
+    before = [entry for entry in read_table() if entry.path in (staging, target)]
     node.stage(volume, fs_type, flags=flags)
+    # In the order in which they were made: a pod has the filesystem, and nothing is mounted anew.
+    assert [entry for entry in read_table() if entry.path in (staging, target)] == before
     with pytest.raises(PreconditionFailed, match=f"its {fs_type} .* after an error; .* delete these pods"):
         node.publish(volume, "pod-2", fs_type)
     node.publish(volume, fs_type=fs_type)
@@ -129,6 +133,17 @@ def test_a_dead_filesystem_is_not_published_and_a_stage_makes_it_live_again(
     node.unstage(volume)
     if fs_type == "ext4":
         shell("e2fsck", "-f", "-n", str(volume.loop.node))
+
+
+def test_a_dead_filesystem_is_live_again_also_where_kubelets_directory_is_a_shared_bind_mount(
+    node: RealNode, machine: HostMachine
+) -> None:
+    share_directory(node)
+    volume, staging = stage_with_data(node, machine, "ext4")
+    shut_down(staging)
+    node.stage(volume, flags=("errors=remount-ro",))
+    (staging / "more").write_text("written")
+    node.unstage(volume)
 
 
 def test_a_filesystem_that_turned_read_only_is_published_to_a_reader(node: RealNode, machine: HostMachine) -> None:

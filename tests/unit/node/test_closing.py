@@ -52,6 +52,17 @@ def test_another_mount_of_the_volume_keeps_its_device_open_and_unstage_from_noth
     assert (node.host.mounts_at(STAGING), node.host.mounts_at(TARGET)) == (0, 1)
 
 
+def test_a_dead_mount_of_the_volume_is_no_reason_for_its_device_to_be_open(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    node.publish()
+    node.host.detach(NAME)
+    node.host.attach(NAME, UUID, like=disk, number=disk.number).opened_by_others = 1
+    with pytest.raises(StorageUnavailable, match="is still open"):
+        node.unstage()
+    assert (node.host.mounts_at(STAGING), node.host.mounts_at(TARGET)) == (0, 1)
+
+
 def test_a_reader_of_the_raw_volume_keeps_its_device_open_and_another_handles_unstage_from_nothing(
     node: FakeNode,
 ) -> None:
