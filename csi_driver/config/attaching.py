@@ -26,8 +26,8 @@ ATTACH_BY = Flag(
     read.choice(*AttachBy),
     AttachBy.CONTROLLER.value,
     AttachBy.CONTROLLER.value,
-    "Who attaches volumes: the controller, or each node for itself, where the orchestrator has no attacher; the same on"
-    " controller and nodes. Nodes then need the management's address and credentials.",
+    "Which role attaches volumes: controller, or node where the orchestrator has no attacher. Set the same on"
+    " controller and nodes. With node, nodes need the management's address and credentials.",
     metavar="WHO",
 )
 _FORCE_DETACH = Flag(
@@ -35,27 +35,27 @@ _FORCE_DETACH = Flag(
     read.boolean,
     False,
     "false",
-    "Detach volumes by force, even where their device is in use: what was not written yet is lost. Applies to"
-    " detachments that begin after it was set.",
+    "Detach volumes by force, even if their device is in use: unwritten data is lost. Applies to detachments that begin"
+    " after it was set.",
 )
 _FENCING = Flag(
     "--fencing",
     read.choice(*Fencing),
     Fencing.RECORDED.value,
     Fencing.RECORDED.value,
-    "When a volume is taken from a node that holds it: never, when it was given up there and the node's storage client"
-    " is down (recorded; never so with --attach-by node, where nobody gives up for a lost node), always.",
+    "When to take a volume from a node that has it attached: never; recorded = after ControllerUnpublishVolume and with"
+    " the node's storage client down (not possible with --attach-by node); always.",
     metavar="WHEN",
 )
 _USE_PREEMPT = Flag(
-    "--use-preempt", read.boolean, False, "false", "The older drivers' usePreempt: the same as --fencing always."
+    "--use-preempt", read.boolean, False, "false", "usePreempt of older drivers: same as --fencing always."
 )
 _ATTACH_WAIT = Flag(
     "--attach-io-enabled-timeout",
     read.seconds,
     30.0,
     "30",
-    "Time that an attachment may take until it carries I/O.",
+    "Time limit for an attachment to have I/O enabled.",
     unit="seconds",
     metavar="TIME",
 )
@@ -64,7 +64,7 @@ _DETACH_WAIT = Flag(
     read.seconds,
     60.0,
     "60",
-    "Time that a detachment may take.",
+    "Time limit of a detachment.",
     unit="seconds",
     metavar="TIME",
 )

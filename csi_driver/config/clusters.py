@@ -18,8 +18,8 @@ CLUSTERS_FILE = Flag(
     read.path,
     NO_PATH,
     "none",
-    "YAML or JSON that names the zones with their management servers and credentials; followed as it changes. Also the"
-    " older drivers' topology JSON, or the directory where their ConfigMap is mounted.",
+    "YAML or JSON file of the zones with their management servers and credentials; read again when it changes. Also"
+    " accepted: the topology JSON of older drivers, or the mount directory of their ConfigMap.",
     metavar="FILE",
 )
 NO_CLUSTERS = ClustersFile({})

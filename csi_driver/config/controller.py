@@ -43,7 +43,7 @@ _USER = Flag(
     read.text,
     "admin@nvidia.com",
     "admin@nvidia.com, where a password file is given",
-    "User to log in as.",
+    "User for the login at the management.",
     metavar="USER",
 )
 _USER_FILE = Flag(
@@ -51,7 +51,7 @@ _USER_FILE = Flag(
     read.path,
     NO_PATH,
     "none",
-    "File that holds the user to log in as, in place of --management-user; read again at every login.",
+    "File with the user for the login, instead of --management-user; read again at every login.",
     metavar="FILE",
 )
 _PASSWORD_FILE = Flag(
@@ -59,26 +59,26 @@ _PASSWORD_FILE = Flag(
     read.path,
     NO_PATH,
     "none",
-    "File that holds the user's password; read again at every login.",
+    "File with the user's password; read again at every login.",
     metavar="FILE",
 )
 _CA_FILE = Flag(
     "--management-ca-file",
     read.path,
     NO_PATH,
-    "the system's authorities",
-    "PEM certificates that the servers' certificates are checked against.",
+    "the system's CA certificates",
+    "PEM CA certificates that verify the servers' certificates.",
     metavar="FILE",
 )
 TLS_VERIFY = Flag(
-    "--management-tls-verify", read.boolean, True, "true", "Refuse servers whose certificate cannot be verified."
+    "--management-tls-verify", read.boolean, True, "true", "Reject servers with an unverifiable certificate."
 )
 _CLIENT_CERTIFICATE = Flag(
     "--management-client-certificate",
     read.path,
     NO_PATH,
     "none",
-    "PEM certificate that identifies this driver, in place of a password.",
+    "PEM client certificate for the login, instead of a password.",
     metavar="FILE",
 )
 _CLIENT_KEY = Flag(
@@ -94,7 +94,7 @@ _REQUEST_TIMEOUT = Flag(
     read.seconds,
     30.0,
     "30",
-    "Time that one request to the management may take.",
+    "Time limit of one request to the management.",
     unit="seconds",
     metavar="TIME",
 )
@@ -103,7 +103,7 @@ _REQUESTS = Flag(
     read.positive_count,
     16,
     "16",
-    "Requests to one management server at the same time.",
+    "Maximum number of concurrent requests to one management server.",
     unit="requests",
     metavar="N",
 )
@@ -112,14 +112,14 @@ _ALLOW_INCOMPATIBLE = Flag(
     read.boolean,
     False,
     "false",
-    "Work with a management whose API is older than version 15, at your own risk.",
+    "Accept a management with an API version below 15, at your own risk.",
 )
 _USABLE_WAIT = Flag(
     "--volume-usable-timeout",
     read.seconds,
     50.0,
     "50",
-    "Time that a new volume may take until it can be used.",
+    "Time limit for a new volume to become usable.",
     unit="seconds",
     metavar="TIME",
 )
@@ -128,8 +128,8 @@ _ZONE_POLICY = Flag(
     read.choice(*ZonePolicy),
     ZonePolicy.FREE_SPACE.value,
     "free-space",
-    "Zone of a new volume, among those that its request prefers alike: in proportion to free-space, random,"
-    " round-robin (each controller counts for itself).",
+    "How to choose the zone of a new volume among zones of equal preference: free-space (weighted), random,"
+    " round-robin (counted by each controller separately).",
     metavar="POLICY",
 )
 _ZONE_SKIP = Flag(
@@ -137,7 +137,7 @@ _ZONE_SKIP = Flag(
     read.boolean,
     False,
     "false",
-    "Make volumes although an allowed zone cannot be asked; it may have the volume already, which is reported later.",
+    "Create volumes even if an allowed zone is unreachable; it may already have the volume, which is logged later.",
 )
 
 MANAGEMENT_FLAGS = (

@@ -15,22 +15,24 @@ from csi_driver.management.clusters_file import Defaults
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.telemetry.log import LogSettings
 
-_JSON = Flag("--json", read.boolean, False, "false", "Print the findings as JSON.")
-_STRICT = Flag("--strict", read.boolean, False, "false", "End with 1 for warnings, too.")
-_TIMEOUT = Flag("--timeout", read.seconds, 10.0, "10", "Time for all looks together.", unit="seconds", metavar="TIME")
+_JSON = Flag("--json", read.boolean, False, "false", "Print the results as JSON.")
+_STRICT = Flag("--strict", read.boolean, False, "false", "Exit with status 1 for warnings, too.")
+_TIMEOUT = Flag(
+    "--timeout", read.seconds, 10.0, "10", "Time limit of all checks together.", unit="seconds", metavar="TIME"
+)
 _ENCRYPTED = Flag(
     "--encrypted-volumes",
     read.boolean,
     False,
     "false",
-    "Volumes are to be encrypted on this node: what that needs must be there.",
+    "Check the requirements of encrypted volumes on this node.",
 )
 _ROLE = Flag(
     "--role",
     read.choice(NODE, CONTROLLER),
     NODE,
     "node, or the role that runs here",
-    "Look at what this role needs: node, controller.",
+    "Role whose requirements are checked: node, controller.",
     metavar="ROLE",
 )
 _ENDPOINT = Flag(

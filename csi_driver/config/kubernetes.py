@@ -13,16 +13,15 @@ LABEL = Flag(
     read.boolean,
     False,
     "false",
-    "Keep the label nvmesh-csi/client-status=ready on this node's object in Kubernetes for as long as its storage"
-    " client can be used.",
+    "Set the label nvmesh-csi/client-status=ready on this node's Kubernetes object while its storage client is usable.",
 )
 STARTUP_TAINT = Flag(
     "--startup-taint",
     read.topology_key,
     "",
     "none",
-    "Take taints with this key off this node's object in Kubernetes once kubelet has registered the driver and it can"
-    " serve the node; looked for as long as the driver runs.",
+    "Remove taints with this key from this node's Kubernetes object after kubelet has registered the driver and the"
+    " driver is ready; checked while the driver runs.",
     metavar="KEY",
 )
 _API_HOST = Flag(
@@ -30,7 +29,7 @@ _API_HOST = Flag(
     read.text,
     "",
     "none",
-    "Host of the Kubernetes API server, for what is kept there.",
+    "Host of the Kubernetes API server.",
     metavar="HOST",
     environment="KUBERNETES_SERVICE_HOST",
 )
@@ -39,7 +38,7 @@ _API_PORT = Flag(
     read.positive_count,
     443,
     "443",
-    "Where the API server speaks HTTPS.",
+    "HTTPS port of the API server.",
     unit="TCP port",
     metavar="PORT",
     environment="KUBERNETES_SERVICE_PORT",
@@ -49,7 +48,7 @@ _ACCOUNT = Flag(
     read.path,
     Path("/var/run/secrets/kubernetes.io/serviceaccount"),
     "/var/run/secrets/kubernetes.io/serviceaccount",
-    "Directory with the service account's files token and ca.crt; both are read again for every request.",
+    "Directory with token and ca.crt of the service account; both are read again for every request.",
     metavar="DIR",
 )
 

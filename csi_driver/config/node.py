@@ -38,8 +38,8 @@ _STATE = Flag(
     read.path,
     NO_PATH,
     "/var/lib/kubelet/plugins/DRIVER-NAME/state",
-    "Directory of this node's only state: marks of volumes in use and of filesystems being made. By them old data is"
-    " told from new: keep it for as long as volumes are attached, also over reboots.",
+    "Directory of this node's only state: records of volumes in use and of pending formats. They distinguish old data"
+    " from new: keep them while volumes are attached, also over reboots.",
     metavar="DIR",
 )
 _PATH_ROOTS = Flag(
@@ -56,7 +56,7 @@ _NODE_STATUS = Flag(
     read.path,
     Path("/proc/nvmeibc"),
     "/proc/nvmeibc",
-    "Directory where the storage client shows its volumes.",
+    "Directory with the storage client's status files.",
     metavar="DIR",
 )
 _HEAVY = Flag(
@@ -64,7 +64,7 @@ _HEAVY = Flag(
     read.positive_count,
     4,
     "4",
-    "Volumes that are formatted, checked, grown or opened (encrypted ones) at the same time; more wait.",
+    "Maximum number of volumes that are formatted, checked, grown or decrypted at the same time; others wait.",
     unit="volumes",
     metavar="N",
 )
@@ -74,8 +74,8 @@ _RECONCILE = Flag(
     read.duration,
     60.0,
     "60",
-    "Look this often for what is left over on the node; what two looks prove orphaned is cleaned up, and usage records"
-    " of volumes long gone are removed. 0 = never.",
+    "Interval of the cleanup of this node: removes mounts and devices that two checks in a row found orphaned, and old"
+    " usage records of deleted volumes. 0 = never.",
     unit="seconds",
     metavar="TIME",
 )
@@ -85,8 +85,8 @@ _CLUSTERS_FILE = Flag(
     read.path,
     NO_PATH,
     "none",
-    "The controller's description of the clusters, or a copy without credentials: tells this node's zone by the"
-    " management servers that its storage client uses.",
+    "The controller's clusters file, or a copy without credentials: finds this node's zone by the management servers of"
+    " its storage client.",
     metavar="FILE",
 )
 _NODES_FILE = Flag(
@@ -94,7 +94,7 @@ _NODES_FILE = Flag(
     read.path,
     Path("/topology/zones"),
     "/topology/zones, if it exists",
-    "Where the older driver's ConfigMap nvmesh-csi-topology is mounted: tells this node's zone by its name.",
+    "Mounted ConfigMap nvmesh-csi-topology of the older driver: finds this node's zone by its name.",
     metavar="FILE",
 )
 _CLIENT_CONFIG = Flag(
@@ -102,16 +102,16 @@ _CLIENT_CONFIG = Flag(
     read.path,
     Path("/etc/nvmesh/nvmesh.conf"),
     "/etc/nvmesh/nvmesh.conf, if it exists",
-    "The storage client's configuration, for its management servers.",
+    "Configuration file of the storage client; its management servers are read.",
     metavar="FILE",
 )
 _REGISTRATION_DIRECTORY = Flag(
     "--kubelet-registration-directory",
     read.path,
     NO_PATH,
-    "none, something else registers the driver",
-    "Register the driver with kubelet, by a socket in this directory, kubelet's plugins_registry. Best reached through"
-    " a mount of kubelet's own directory: then it is found again when it was removed and made anew.",
+    "none, another program registers the driver",
+    "Register the driver with kubelet by a socket in this directory, kubelet's plugins_registry. Use a mount of"
+    " kubelet's directory itself, so that a deleted and recreated plugins_registry is found again.",
     metavar="DIR",
 )
 _KUBELET_ENDPOINT = Flag(
@@ -119,15 +119,15 @@ _KUBELET_ENDPOINT = Flag(
     read.endpoint,
     NO_PATH,
     "the same as --endpoint",
-    "Path of the CSI socket as kubelet sees it.",
+    "Path of the CSI socket on the host, for kubelet.",
     metavar="SOCKET",
 )
 _MOST = replace(
     MAX_VOLUMES,
-    shown_default="0, as many as the storage client can have: 1024 on NVMesh, less its own; any number on the embedded"
+    shown_default="0, the limit of the storage client: 1024 on NVMesh, less its own volumes; unlimited on the embedded"
     " manager",
 )
-_ZONE = replace(ZONE, default="", shown_default=f"found out from the files below, else {DEFAULT_ZONE}")
+_ZONE = replace(ZONE, default="", shown_default=f"detected from the files below, else {DEFAULT_ZONE}")
 
 _OWN_ATTACHMENTS = tuple(
     flag for flag in (*MANAGEMENT_FLAGS, *ATTACH_FLAGS) if flag.name not in (_ZONE.name, _CLUSTERS_FILE.name)

@@ -30,14 +30,14 @@ _DIRECTORY = Flag(
     read.path,
     Path(),
     "",
-    "Directory for the pool, sockets, device nodes, pid files and logs; made if absent, kept afterwards.",
+    "Directory for the pool, sockets, device nodes, pid files and logs; created if absent, kept afterwards.",
     metavar="DIR",
 )
 _LOCAL_SIZE = Flag(
     "--size",
     read.positive_size,
     _LOCAL.size_bytes,
-    "what is free in the directory",
+    "free space of the directory",
     "Capacity of the pool.",
     unit="bytes, or with a unit as in 10GiB",
     metavar="SIZE",
@@ -65,7 +65,7 @@ _START = Flag(
     read.seconds,
     _LOCAL.start_timeout_s,
     f"{_LOCAL.start_timeout_s:g}",
-    "Time until storage, controller and node must be ready.",
+    "Time limit for storage, controller and node to become ready.",
     unit="seconds",
     metavar="TIME",
 )
@@ -74,7 +74,7 @@ _STOP = Flag(
     read.seconds,
     _LOCAL.stop_timeout_s,
     f"{_LOCAL.stop_timeout_s:g}",
-    "Time that a role gets to end before it is killed.",
+    "Time for a role to stop before it is killed.",
     unit="seconds",
     metavar="TIME",
 )
@@ -83,7 +83,7 @@ _RESTARTS = Flag(
     read.count,
     _LOCAL.restart_limit,
     str(_LOCAL.restart_limit),
-    "End everything when a role dies more often than this within --restart-window.",
+    "Stop all roles when one exits more often than this within --restart-window.",
     unit="deaths",
     metavar="N",
 )
@@ -92,7 +92,7 @@ _WINDOW = Flag(
     read.seconds,
     _LOCAL.restart_window_s,
     f"{_LOCAL.restart_window_s:g}",
-    "Time in which deaths of a role are counted together.",
+    "Time window of --restart-limit.",
     unit="seconds",
     metavar="TIME",
 )
@@ -130,7 +130,7 @@ _DEMO_DIRECTORY = Flag(
     read.path,
     NO_PATH,
     "a new one below /tmp, removed at the end",
-    "Directory to work in; must be absent or empty.",
+    "Working directory; must be absent or empty.",
     metavar="DIR",
 )
 _DEMO_SIZE = Flag(
@@ -138,7 +138,7 @@ _DEMO_SIZE = Flag(
     read.positive_size,
     _DEMO.size_bytes,
     "4GiB",
-    "Capacity of the pool; it takes only what is written.",
+    "Capacity of the pool; only written blocks take space.",
     unit="bytes, or with a unit as in 10GiB",
     metavar="SIZE",
 )
@@ -147,7 +147,7 @@ _VOLUME_SIZE = Flag(
     read.positive_size,
     _DEMO.volume_bytes,
     "1GiB",
-    "Size of each volume when it is created.",
+    "Size of each new volume.",
     unit="bytes, or with a unit as in 10GiB",
     metavar="SIZE",
 )
@@ -165,7 +165,7 @@ _FS_TYPES = Flag(
     read.choice("ext4", "xfs", "btrfs"),
     "ext4",
     "ext4, and xfs where mkfs.xfs is installed",
-    "Filesystem to show: ext4, xfs, btrfs.",
+    "Filesystem of the demo: ext4, xfs, btrfs.",
     metavar="TYPE",
     repeatable=True,
 )
@@ -174,7 +174,7 @@ _WRITE_SIZE = Flag(
     read.positive_size,
     _DEMO.write_bytes,
     "16MiB",
-    "Bytes written to each volume and checked afterwards.",
+    "Bytes written to and verified on each volume.",
     unit="bytes, or with a unit as in 10MiB",
     metavar="SIZE",
 )
@@ -183,7 +183,7 @@ _STEP = Flag(
     read.seconds,
     _DEMO.step_timeout_s,
     f"{_DEMO.step_timeout_s:g}",
-    "Time that every CSI call may take.",
+    "Time limit of each CSI request.",
     unit="seconds",
     metavar="TIME",
 )

@@ -14,7 +14,7 @@ _TIMEOUT = Flag(
     read.duration,
     25.0,
     "25",
-    "Time that it may wait; the node's own end needs what the pod's terminationGracePeriodSeconds are more than this.",
+    "Time limit of the wait; must be less than terminationGracePeriodSeconds by the time that the node needs to stop.",
     unit="seconds",
     metavar="TIME",
 )

@@ -21,14 +21,14 @@ LOG_LEVEL = Flag(
     read.choice("debug", "info", "warning", "error"),
     "info",
     "info",
-    "Log this and what is graver: debug, info, warning, error.",
+    "Minimum log level: debug, info, warning, error.",
 )
 LOG_FORMAT = Flag(
     "--log-format",
     read.choice(*LogFormat),
     "text",
     "text",
-    "Write the log as lines of text or of JSON: text, json.",
+    "Format of log lines: text, json.",
 )
 ENDPOINT = Flag(
     "--endpoint",
@@ -52,7 +52,7 @@ DEFAULT_DEADLINE = Flag(
     read.seconds,
     60.0,
     "60",
-    "Time for a call that comes without a deadline.",
+    "Time limit of a request that has no deadline.",
     unit="seconds",
     metavar="TIME",
 )
@@ -61,7 +61,7 @@ DRAIN = Flag(
     read.duration,
     30.0,
     "30",
-    "Time that running calls get to end after SIGTERM.",
+    "Time after SIGTERM for running requests to finish.",
     unit="seconds",
     metavar="TIME",
 )
@@ -70,8 +70,8 @@ PRE_SHUTDOWN = Flag(
     read.duration,
     0.0,
     "0",
-    "Time to go on serving after SIGTERM, before new calls are refused: what the workloads of a node that shuts down "
-    "need to be taken down.",
+    "Time after SIGTERM during which new requests are still served, so that a node that shuts down can stop its "
+    "workloads.",
     unit="seconds",
     metavar="TIME",
 )
@@ -80,8 +80,8 @@ ZONE = Flag(
     read.zone,
     DEFAULT_ZONE,
     DEFAULT_ZONE,
-    "Name of the storage cluster: first part of volume handles, value of the topology key; it is kept for good. The"
-    " zones of a --clusters-file have names of their own.",
+    "Name of the storage cluster: first part of volume handles, value of the topology key. It must never change after"
+    " the first volume. With --clusters-file, the names in that file are used.",
     metavar="NAME",
 )
 TOPOLOGY_KEY = Flag(
@@ -89,7 +89,7 @@ TOPOLOGY_KEY = Flag(
     read.topology_key,
     DEFAULT_TOPOLOGY_KEY,
     DEFAULT_TOPOLOGY_KEY,
-    "Topology key under which zones are reported.",
+    "Topology key of the zones.",
     metavar="KEY",
 )
 MAX_VOLUMES = Flag(
@@ -97,7 +97,7 @@ MAX_VOLUMES = Flag(
     read.count,
     0,
     "0, no limit",
-    "Volumes that may be attached to one node.",
+    "Maximum number of volumes attached to one node.",
     unit="volumes",
     metavar="N",
 )
@@ -115,13 +115,11 @@ DEVICES = Flag(
     read.path,
     Path("/dev/nvmesh"),
     "/dev/nvmesh",
-    "Directory where the devices of attached volumes appear.",
+    "Directory with the devices of attached volumes.",
     metavar="DIR",
 )
 
-VOLUME_HEALTH = Flag(
-    "--volume-health", read.boolean, False, "false", "Serve the health RPCs of CSI 1.13, which are alpha."
-)
+VOLUME_HEALTH = Flag("--volume-health", read.boolean, False, "false", "Serve the alpha health RPCs of CSI 1.13.")
 
 NO_ADDRESS: tuple[str, int] | None = None
 
@@ -129,8 +127,8 @@ HTTP_LISTEN = Flag(
     "--http-listen",
     read.listen_address,
     NO_ADDRESS,
-    "none, nothing is served",
-    "Address to serve /healthz, /readyz and /metrics on over HTTP; :PORT is every address, port 0 any that is free.",
+    "none, disabled",
+    "HTTP address for /healthz, /readyz and /metrics; :PORT = all addresses, port 0 = any free port.",
     metavar="HOST:PORT",
 )
 

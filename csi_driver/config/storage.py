@@ -20,20 +20,20 @@ _SIZE = Flag(
     "--size",
     read.positive_size,
     _NO_SIZE,
-    "what is free at the first start, less the reserve",
-    "Bytes that may be promised to volumes in all.",
+    "free space at the first start, less the reserve",
+    "Total size of all volumes.",
     unit="bytes, or with a unit as in 10GiB",
     metavar="SIZE",
 )
 OVERCOMMIT = Flag(
-    "--overcommit", read.boolean, False, "false", "Let --size exceed what is free; users may then meet I/O errors."
+    "--overcommit", read.boolean, False, "false", "Allow --size above the free space; pods may get I/O errors."
 )
 PREALLOCATE = Flag(
     "--preallocate",
     read.boolean,
     False,
     "false",
-    "Reserve every block of a volume when it is created; without it users meet I/O errors when other programs fill the"
+    "Allocate every block of a volume when it is created; without it pods get I/O errors when other programs fill the"
     " disk later.",
 )
 _RESERVE = Flag(
@@ -41,7 +41,7 @@ _RESERVE = Flag(
     read.size,
     _STORAGE.reserve_bytes,
     "128MiB",
-    "Refuse new volumes when less than this is free in the pool's file system.",
+    "Free space that must remain in the pool's filesystem; below it new volumes are refused.",
     unit="bytes, or with a unit as in 1GiB",
     metavar="SIZE",
 )
@@ -60,7 +60,7 @@ _STORAGE_STATUS = Flag(
     read.path,
     Path("/run/nvmesh-csi/proc"),
     "/run/nvmesh-csi/proc",
-    "Directory where the storage client shows its volumes.",
+    "Directory for the storage client's status files.",
     metavar="DIR",
 )
 _LISTEN = Flag(
@@ -68,16 +68,18 @@ _LISTEN = Flag(
     read.host_port_or_fd,
     _LISTEN_DEFAULT,
     f"{_STORAGE.listen_host}:{_STORAGE.listen_port}",
-    "Address to serve the REST API on; port 0 takes any free port, fd:N a bound TCP socket that was inherited.",
+    "Address of the REST API; port 0 = any free port, fd:N = an inherited, bound TCP socket.",
     metavar="HOST:PORT",
 )
-_API_USER = Flag("--user", read.text, _STORAGE.user, _STORAGE.user, "User that may log in.", metavar="USER")
+_API_USER = Flag(
+    "--user", read.text, _STORAGE.user, _STORAGE.user, "User for the login at the REST API.", metavar="USER"
+)
 _API_PASSWORD = Flag(
     "--password-file",
     read.path,
     NO_PATH,
     "POOL/password, generated",
-    "File that holds the user's password; read again when it changes.",
+    "File with the user's password; read again when it changes.",
     metavar="FILE",
 )
 _SESSION_IDLE = Flag(
@@ -85,7 +87,7 @@ _SESSION_IDLE = Flag(
     read.seconds,
     _STORAGE.session_idle_s,
     f"{_STORAGE.session_idle_s:g}",
-    "Time without a request after which a login ends.",
+    "Idle time after which a login expires.",
     unit="seconds",
     metavar="TIME",
 )
@@ -93,8 +95,8 @@ _PRETEND = Flag(
     "--pretend-targets",
     read.count,
     0,
-    "0, the truth",
-    "Storage targets to pretend, so that layouts with redundancy can be tried; they protect nothing.",
+    "0, the real number",
+    "Number of simulated storage targets, to try layouts with redundancy; they do not protect data.",
     unit="targets",
     metavar="N",
 )
@@ -103,12 +105,12 @@ _TLS_CERTIFICATE = Flag(
     read.path,
     NO_PATH,
     "none, plain http",
-    "PEM certificate chain; with --tls-key the API is served over https.",
+    "PEM certificate chain; with --tls-key the API uses https.",
     metavar="FILE",
 )
 _TLS_KEY = Flag("--tls-key", read.path, NO_PATH, "none", "PEM private key of the certificate.", metavar="FILE")
 _TEST_SWITCHES = Flag(
-    "--test-switches", read.boolean, False, "false", "Let tests hold back work and make clients DOWN through the API."
+    "--test-switches", read.boolean, False, "false", "Test API that blocks work and sets clients DOWN."
 )
 
 STORAGE_FLAGS = table(

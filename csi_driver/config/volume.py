@@ -17,10 +17,10 @@ _ACTION = Flag(
     read.choice(ALLOW_FORMAT, SHOW),
     SHOW,
     "",
-    f"{SHOW}: print the volume, its attachments, and when it would be formatted. {ALLOW_FORMAT}: let the next"
-    " attachment, and no other, format it whatever data it holds; the volume must be detached.",
+    f"{SHOW}: print the volume, its attachments, and when it would be formatted. {ALLOW_FORMAT}: allow only the next"
+    " attachment to format it over any data; the volume must be detached.",
 )
-_HANDLE = Flag("HANDLE", read.text, "", "", "The volume's handle, as volumeHandle of its PersistentVolume.")
+_HANDLE = Flag("HANDLE", read.text, "", "", "Volume handle: volumeHandle of the PersistentVolume.")
 _TIMEOUT = Flag("--timeout", read.seconds, 60.0, "60", "Time limit.", unit="seconds", metavar="TIME")
 
 VOLUME_FLAGS = table(_ACTION, _HANDLE, _TIMEOUT, *MANAGEMENT_FLAGS, DRIVER_NAME, *LOG_FLAGS)

@@ -123,7 +123,11 @@ class LinuxDevices:
         client = self.client()
         if client.is_upgrading:
             return "the storage client is being upgraded, or starts"
-        return "the storage client runs" if client.uuid is not None else "the storage client does not show itself"
+        return (
+            "the storage client runs"
+            if client.uuid is not None
+            else "the storage client is not running yet (no status files)"
+        )
 
     def device_at(self, name: str, path: Path, uuid: str | None) -> Device | None:
         """Return what is at `path`, such as an opened encrypted device, as the volume's; None when nothing is."""

@@ -19,9 +19,10 @@ def verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what
     except OSError as error:  # of a filesystem that died since
         raise SystemCallFailed(what, error.errno or 0) from error
     if number != device.number:
-        raise PreconditionFailed(f"{what}: the kernel mounted device {number}, expected {device.number}")
+        raise PreconditionFailed(f"{what}: expected device {device.number}, got {number} from the kernel")
     if is_read_only != read_only:
-        raise HostFailure(f"{what}: it became read-{'only' if is_read_only else 'write'}, which was not wanted")
+        expected, got = ("read-write", "read-only") if is_read_only else ("read-only", "read-write")
+        raise HostFailure(f"{what}: expected a {expected} mount, got {got}")
 
 
 def _mounted_number(mount_fd: int, fs_type: str) -> DeviceNumber | None:
@@ -56,7 +57,7 @@ def _verify_alive(device: Device, what: str) -> None:
 
 def verify_read_only(mount_fd: int, what: str) -> None:
     if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
-        raise HostFailure(f"{what}: it became read-write, wanted read-only")
+        raise HostFailure(f"{what}: expected a read-only mount, got a writable one")
 
 
 def btrfs_device_of(fd: int) -> DeviceNumber | None:

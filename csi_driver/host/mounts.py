@@ -38,7 +38,7 @@ def open_target(path: Path) -> int:
         raise SystemCallFailed(f"open {path}", error.errno or 0) from error
     if stat.S_ISLNK(os.fstat(fd).st_mode):
         os.close(fd)
-        raise PreconditionFailed(f"{path} is a symbolic link, wanted a directory or a file to mount on")
+        raise PreconditionFailed(f"{path}: expected a directory or a file to mount on, got a symbolic link")
     return fd
 
 
@@ -388,7 +388,7 @@ def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, re
         flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
         syscalls.mount("none", target, "none", flags, "")
         if not os.statvfs(target).f_flag & os.ST_RDONLY:
-            raise HostFailure(f"{what}: it became read-write, wanted read-only")
+            raise HostFailure(f"{what}: expected a read-only mount, got a writable one")
     except BaseException:
         syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
         raise

@@ -175,7 +175,7 @@ def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> Non
     (machine.status / "version").write_text(json.dumps({"version": ""}))
     assert "of no use" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "status.json").unlink()
-    assert "does not show itself" in machine.look().of(Check.CLIENT, "error")
+    assert "is not running yet" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "version").unlink()
     machine.status.rmdir()
     assert "no storage client" in machine.look().of(Check.CLIENT, "error")

@@ -36,7 +36,7 @@ class ReadOnlyLoops:
     def over(self, device: Device, uuid: str, reader: str) -> Device:
         """Return a read-only device over `device`, made, or found again by the volume's uuid and the reader's id."""
         if _READER.fullmatch(reader) is None:
-            raise HostFailure(f"the id of a reader is {reader!r}, wanted 16 hexadecimal digits")
+            raise HostFailure(f"reader id: expected 16 hexadecimal digits, got {reader!r}")
         label = f"{uuid}/{_MARK}{reader}"
         with self._making[device.name]:
             loop = self._find(device, label)
@@ -77,7 +77,9 @@ class ReadOnlyLoops:
         try:
             size = ioctls.size_bytes(fd)
             if not ioctls.is_read_only(fd):
-                raise PreconditionFailed(f"{node} over {device.path} accepts writes, wanted read-only")
+                raise PreconditionFailed(
+                    f"{node} over {device.path}: expected read-only, got a writable device; attach the volume again"
+                )
         finally:
             os.close(fd)
         return Device(device.name, node, loop.device_number, size, True, device.uuid, device.block_bytes)

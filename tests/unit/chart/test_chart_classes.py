@@ -160,7 +160,7 @@ def test_a_secret_that_is_named_for_one_use_beats_the_one_of_encryption() -> Non
 
 def test_a_parameter_that_is_said_twice_is_refused() -> None:
     described = {"name": "own", "fsType": "xfs", "parameters": {"csi.storage.k8s.io/fstype": "ext4"}}
-    assert "csi.storage.k8s.io/fstype twice" in refusal(*NVMESH, storageClasses=[described])
+    assert "sets csi.storage.k8s.io/fstype twice" in refusal(*NVMESH, storageClasses=[described])
 
 
 def test_a_parameter_that_the_driver_does_not_know_is_refused() -> None:

@@ -26,7 +26,7 @@ The parameters of a class (dict class) as YAML: what the values say, the filesys
 {{- end }}
 {{- range $key, $value := $own }}
 {{- if hasKey $parameters $key }}
-{{- fail (printf "storageClasses: class %s says %s twice: among its parameters and by fsType, secrets or encryptionSecret" $class.name $key) }}
+{{- fail (printf "storageClasses: class %s sets %s twice: in its parameters and by fsType, secrets or encryptionSecret; remove one" $class.name $key) }}
 {{- end }}
 {{- $_ := set $parameters $key $value }}
 {{- end }}

@@ -7,37 +7,37 @@
 {{- fail "sidecars.snapshotter.enabled is true, but the driver offers no snapshots: leave it false" -}}
 {{- end -}}
 {{- if not (or $embedded $clusters $v.management.servers) -}}
-{{- fail "no storage management is given: set management.servers, management.zones or management.existingClusters, or storage.enabled for the embedded manager" -}}
+{{- fail "no storage management is set: set management.servers, management.zones or management.existingClusters, or storage.enabled for the embedded manager" -}}
 {{- end -}}
 {{- if and $clusters $v.management.servers -}}
-{{- fail "management.servers and a description of several clusters (management.zones or management.existingClusters) are both given, wanted one" -}}
+{{- fail "management.servers and a description of several clusters (management.zones or management.existingClusters) are both set: set only one" -}}
 {{- end -}}
 {{- $existing := $v.management.existingClusters -}}
 {{- if or (and $existing.secret $existing.configMap) (and $v.management.zones (or $existing.secret $existing.configMap)) -}}
-{{- fail "management.zones, management.existingClusters.secret and management.existingClusters.configMap: more than one is given, wanted one" -}}
+{{- fail "management.zones, management.existingClusters.secret and management.existingClusters.configMap: more than one is set: set only one" -}}
 {{- end -}}
 {{- if and $v.management.servers (not (or $v.management.existingSecret $v.management.tls.clientCertificateSecret)) -}}
-{{- fail "management.servers is given without credentials: name a Secret in management.existingSecret, or in management.tls.clientCertificateSecret" -}}
+{{- fail "management.servers has no credentials: name a Secret in management.existingSecret, or in management.tls.clientCertificateSecret" -}}
 {{- end -}}
 {{- range $zone, $cluster := $v.management.zones -}}
 {{- $tls := $cluster.tls | default dict -}}
 {{- if not (or $cluster.existingSecret $tls.clientCertificateSecret $v.management.existingSecret $v.management.tls.clientCertificateSecret) -}}
-{{- fail (printf "management.zones.%s is given without credentials: name a Secret in its existingSecret or tls.clientCertificateSecret, or one for all zones in management.existingSecret" $zone) -}}
+{{- fail (printf "management.zones.%s has no credentials: name a Secret in its existingSecret or tls.clientCertificateSecret, or one for all zones in management.existingSecret" $zone) -}}
 {{- end -}}
 {{- end -}}
 {{- if and $v.storage.enabled (not $v.storage.nodeName) -}}
-{{- fail "storage.enabled is true and storage.nodeName is empty: name the Kubernetes node that holds the pool; on another one the manager would begin with an empty pool" -}}
+{{- fail "storage.enabled is true and storage.nodeName is empty: name the Kubernetes node that holds the pool; on another node the manager would start with an empty pool" -}}
 {{- end -}}
 {{- $name := printf "%s-storage" (include "nvmesh-csi.fullname" .) -}}
 {{- if and $v.storage.enabled (not (regexMatch "^[a-z][a-z0-9-]*$" $name)) -}}
-{{- fail (printf "the storage's Service would be called %s, wanted letters, digits and '-', the first a letter: set fullnameOverride, or give the release another name" $name) -}}
+{{- fail (printf "name of the storage's Service: expected letters, digits and '-', the first a letter, got %s: set fullnameOverride, or rename the release" $name) -}}
 {{- end -}}
 {{- include "nvmesh-csi.validateLabels" . -}}
 {{- include "nvmesh-csi.validatePorts" . -}}
 {{- include "nvmesh-csi.validateLease" .Values.sidecars.leaderElection -}}
 {{- $away := $v.controller.podDisruptionBudget.maxUnavailable -}}
 {{- if and $v.controller.podDisruptionBudget.enabled (has (toString $away) (list "0" "0%")) -}}
-{{- fail (printf "controller.podDisruptionBudget.maxUnavailable is %v, wanted at least 1: no node with a controller could ever be drained; enabled: false leaves the budget out" $away) -}}
+{{- fail (printf "controller.podDisruptionBudget.maxUnavailable: expected at least 1, got %v: no node with a controller could be drained; enabled: false removes the budget" $away) -}}
 {{- end -}}
 {{- include "nvmesh-csi.validateGrace" (dict "role" "controller" "values" $v.controller) -}}
 {{- include "nvmesh-csi.validateGrace" (dict "role" "node" "values" $v.node) -}}
@@ -50,7 +50,7 @@
 {{- if not (or (kindIs "string" $drain) (kindIs "string" $delay)) -}}
 {{- $needs := addf $drain $delay -}}
 {{- if le (float64 .values.terminationGracePeriodSeconds) $needs -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds is %v, wanted more than the %v seconds that --drain-seconds and --pre-shutdown-delay take together" .role .values.terminationGracePeriodSeconds $needs) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds: expected more than the %v seconds of --drain-seconds and --pre-shutdown-delay together, got %v" .role $needs .values.terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -64,7 +64,7 @@
 {{- range $place, $labels := $all -}}
 {{- range $key, $_ := $labels -}}
 {{- if or (hasPrefix "app.kubernetes.io/" $key) (hasPrefix "helm.sh/" $key) -}}
-{{- fail (printf "%s has the label %s, wanted others: those below app.kubernetes.io and helm.sh are set by the chart, which finds its pods by them" $place $key) -}}
+{{- fail (printf "%s has the label %s: labels below app.kubernetes.io and helm.sh are set by the chart, which finds its pods by them; rename it" $place $key) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -83,7 +83,7 @@
 {{- range $value, $port := . -}}
 {{- $key := int $port | toString -}}
 {{- if and $port (hasKey $taken $key) -}}
-{{- fail (printf "%s and %s are both %s, wanted two ports: they listen in one pod" (get $taken $key) $value $key) -}}
+{{- fail (printf "%s and %s are both %s: they listen in one pod; set different ports" (get $taken $key) $value $key) -}}
 {{- end -}}
 {{- $_ := set $taken $key $value -}}
 {{- end -}}
@@ -93,10 +93,10 @@
 {{/* Sidecars whose lease cannot hold end at once, for ever. */}}
 {{- define "nvmesh-csi.validateLease" -}}
 {{- if le (float64 .leaseDurationSeconds) (float64 .renewDeadlineSeconds) -}}
-{{- fail (printf "sidecars.leaderElection.leaseDurationSeconds is %v, wanted more than the %v of renewDeadlineSeconds" .leaseDurationSeconds .renewDeadlineSeconds) -}}
+{{- fail (printf "sidecars.leaderElection.leaseDurationSeconds: expected more than renewDeadlineSeconds (%v), got %v" .renewDeadlineSeconds .leaseDurationSeconds) -}}
 {{- end -}}
 {{- if le (float64 .renewDeadlineSeconds) (mulf 1.2 .retryPeriodSeconds) -}}
-{{- fail (printf "sidecars.leaderElection.renewDeadlineSeconds is %v, wanted more than 1.2 times the %v of retryPeriodSeconds" .renewDeadlineSeconds .retryPeriodSeconds) -}}
+{{- fail (printf "sidecars.leaderElection.renewDeadlineSeconds: expected more than 1.2 times retryPeriodSeconds (%v), got %v" .retryPeriodSeconds .renewDeadlineSeconds) -}}
 {{- end -}}
 {{- end -}}
 
@@ -105,6 +105,6 @@
 {{- $there := lookup "storage.k8s.io/v1" "CSIDriver" "" .Values.driverName -}}
 {{- $wanted := eq .Values.attachBy "controller" -}}
 {{- if and $there (ne (dig "spec" "attachRequired" true $there) $wanted) -}}
-{{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, and attachBy: %s needs %t, which Kubernetes lets nobody change in place: docs/upgrading.md says when it may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $wanted) -}}
+{{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, but attachBy: %s requires %t; the field is immutable: see docs/upgrading.md for when the object may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $wanted) -}}
 {{- end -}}
 {{- end -}}
