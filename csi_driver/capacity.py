@@ -162,7 +162,7 @@ def _out_of_range(capacity: CapacityRange, below: int, above: int) -> CapacityOu
     smallest = f"the smallest above is {above} bytes" if above <= LARGEST_BYTES else "no larger size is possible"
     return CapacityOutOfRange(
         f"capacity_range: no volume of this layout has a size of {capacity.required_bytes} to "
-        f"{capacity.limit_bytes or LARGEST_BYTES} bytes; {largest}, {smallest}; request one of them"
+        f"{capacity.limit_bytes or LARGEST_BYTES} bytes; {largest}, {smallest}; request such a size"
     )
 
 

@@ -46,7 +46,7 @@ def _named(segments: Segments, key: str) -> str:
     if key in segments:
         return shown(segments[key])
     others = ", ".join(shown(f"{other}={value}") for other, value in sorted(segments.items()))
-    return f"{others or 'no segment'} without {key}"
+    return f"{others} without {key}" if others else "no topology segment"
 
 
 def _rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:

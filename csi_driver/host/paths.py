@@ -159,7 +159,7 @@ class LinuxPaths:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise PreconditionFailed(
                     f"{path} is not empty: {_content(path.name, parent)}, written while nothing was mounted there; "
-                    "move them away (they are never deleted), and the call is repeated"
+                    "move them away, then retry (they are never deleted)"
                 ) from error
             if error.errno == errno.EBUSY:
                 raise PreconditionFailed(f"{path} is a mount point: it is left in place") from error
@@ -195,7 +195,7 @@ def _content(name: str, parent: int) -> str:
         finally:
             os.close(fd)
     many = "at least " * (len(names) == _MOST_COUNTED)
-    return f"{many}{len(names)} entries, the first {shown(min(names, default=''))}"
+    return f"{many}{len(names)} {'entry' if len(names) == 1 else 'entries'}, the first {shown(min(names, default=''))}"
 
 
 def _has_link(root: Path, path: Path, given: str, field: str) -> bool:

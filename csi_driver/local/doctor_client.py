@@ -30,7 +30,7 @@ def client(patient: Patient) -> Iterator[Finding]:
     found = devices.client()
     others_hold = foreign(devices, MarkFiles(mark_directory(patient.state_directory)))
     if found.problem:
-        yield fault(Check.CLIENT, f"the storage client is of no use: {found.problem}", "a working client", _START)
+        yield fault(Check.CLIENT, f"the storage client is unusable: {found.problem}", "a working client", _START)
     if found.uuid is not None:
         limit = f"at most {found.volume_limit} volumes" if found.volume_limit else "any number of volumes"
         others = f", of which {others_hold} are attached by something else than CSI" if others_hold else ""
@@ -47,13 +47,13 @@ def client(patient: Patient) -> Iterator[Finding]:
         yield warning(
             Check.CLIENT,
             "the storage client is being upgraded, or starts, or was stopped by an upgrade that failed",
-            "that it shows itself within minutes",
-            f"wait; where it does not: {_START}. {_LEFT_MARK}",
+            "its status files within minutes",
+            f"wait; if they do not appear: {_START}. {_LEFT_MARK}",
         )
     elif found.is_expected:
         yield fault(
             Check.CLIENT,
-            f"a storage client belongs here and does not show itself in {directory} (its module"
+            f"the storage client is not running: no status files in {directory} (its module"
             f" {_MODULE} is {'' if survey.is_loaded(_MODULE) else 'not '}loaded)",
             "its status files",
             f"{_START}; in the pod the host's {directory} must be visible (--status-directory)",

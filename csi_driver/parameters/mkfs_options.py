@@ -132,7 +132,7 @@ def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
             continue
         value = attached if attached is not None else next(rest, "")
         if re.fullmatch(value_of.pattern, value) is None:
-            raise InvalidParameter(OPTIONS, f"{flag} {value}", f"for {flag} of mkfs.{fs_type} {value_of.says}")
+            raise InvalidParameter(OPTIONS, f"{flag} {value}", f"{value_of.says} for {flag} of mkfs.{fs_type}")
         taken.extend([f"{flag}={value}"] if flag.startswith("--") else [flag, value])
     return tuple(taken)
 

@@ -173,9 +173,9 @@ def test_another_user_is_told_what_root_would_see(machine: Machine) -> None:
 
 def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> None:
     (machine.status / "version").write_text(json.dumps({"version": ""}))
-    assert "of no use" in machine.look().of(Check.CLIENT, "error")
+    assert "is unusable" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "status.json").unlink()
-    assert "is not running yet" in machine.look().of(Check.CLIENT, "error")
+    assert "is not running" in machine.look().of(Check.CLIENT, "error")
     (machine.status / "version").unlink()
     machine.status.rmdir()
     assert "no storage client" in machine.look().of(Check.CLIENT, "error")
