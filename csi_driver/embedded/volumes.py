@@ -167,7 +167,7 @@ class Volumes:
         online again when the file is back.
         """
         volume = self._store.get(VOLUMES, name)
-        if volume is None or not volume.made or volume.action in ("initializing", "markedForDeletion"):
+        if volume is None or volume.action in ("initializing", "markedForDeletion"):
             return ""
         reason = self.why_lost(volume)
         status = "online" if not reason else "degraded" if self.has_device(volume.uuid) else "offline"

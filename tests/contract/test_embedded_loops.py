@@ -256,6 +256,33 @@ def test_nodes_in_an_earlier_device_directory_are_removed(tmp_path: Path, loops:
         assert (earlier / "data").exists()
 
 
+def test_a_node_of_no_loop_device_stays_in_an_earlier_directory(tmp_path: Path, loops: LoopDevices) -> None:
+    """The directory may be anybody's, and a volume of another kind may have the name of one of ours."""
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+    foreign = node(tmp_path, "data")
+    os.mknod(foreign, stat.S_IFBLK | 0o600, os.makedev(250, 1))
+    with running(with_devices_in(settings, tmp_path / "new"), loops):
+        assert foreign.stat().st_rdev == os.makedev(250, 1)
+
+
+def test_an_earlier_directory_that_is_away_for_a_start_is_left_at_a_later_one(
+    tmp_path: Path, loops: LoopDevices
+) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        manager.save("data")
+        manager.attach("data")
+    earlier = node(tmp_path, "data").parent
+    away = earlier.rename(tmp_path / "away")
+    with running(with_devices_in(settings, tmp_path / "new"), loops):
+        away.rename(earlier)
+    with running(with_devices_in(settings, tmp_path / "new"), loops):
+        assert not node(tmp_path, "data").exists()
+        assert (tmp_path / "new" / "data").is_block_device()
+
+
 def test_a_device_that_is_mounted_from_an_earlier_directory_goes_on(tmp_path: Path, loops: LoopDevices) -> None:
     settings = settings_in(tmp_path)
     with running(settings, loops) as manager:

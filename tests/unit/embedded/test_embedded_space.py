@@ -291,6 +291,15 @@ def test_what_others_write_between_two_looks_is_not_promised(many: Account) -> N
     assert many.disk.looks == 1
 
 
+def test_what_a_file_has_beyond_its_volume_makes_no_room(many: Account) -> None:
+    """An extension for which the space was not there leaves blocks behind: a file never becomes shorter."""
+    assert many.make("first", 10)
+    assert many.make("second", 10)
+    many.disk.move("first", 30 * GB)
+    many.clock.sleep(10)
+    assert not many.make("third", 1)
+
+
 @pytest.mark.parametrize("by", ["trim", "delete"])
 def test_what_becomes_free_between_two_looks_is_counted_once(many: Account, by: str) -> None:
     assert many.make("written", 20)
