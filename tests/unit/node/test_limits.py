@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from csi_driver.errors import DeadlineReached, HostFailure
 from csi_driver.handover import Encryption, History
 from csi_driver.machine import OpenDevice
 from csi_driver.node import limits
-from csi_driver.node.limits import HeavyWork
+from csi_driver.node.limits import HeavyWork, _Places
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
 OTHER = "csi-2"
@@ -135,3 +136,19 @@ def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPa
     assert heavy.under_way() == (0, 0)
     with heavy.place("format", deadline=soon), pytest.raises(DeadlineReached):
         heavy.place("format", deadline=Deadline.after(0)).__enter__()
+
+
+def test_a_place_that_was_lent_is_taken_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    places = _Places(2, lent_after_s=600.0)
+    taken = [places.take(0), places.take(0)]
+    assert None not in taken
+    assert places.take(0) is None
+    now_s = 601.0
+    lent = [places.take(0), places.take(0)]
+    assert None not in lent
+    assert places.take(0) is None
+    places.give_back(lent[0])
+    assert places.take(0) is not None
+    assert places.take(0) is None

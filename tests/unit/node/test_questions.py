@@ -102,6 +102,21 @@ def test_threads_that_were_written_off_go_when_their_device_answers(never: threa
     assert asked.ask("dead-1", "x", lambda: True, PATIENT_S)
 
 
+def test_only_so_many_threads_are_written_off(
+    never: threading.Event, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "LOST_LIMIT", 2)
+    asked: Questions[bool] = Questions(name, 1)
+    with ExitStack() as stack:
+        for number in range(3):
+            hang(asked, never, f"dead-{number}", stack)
+        with pytest.raises(NoAnswer):
+            asked.ask("late", "x", lambda: True, SHORT_S)
+        assert threads(name) == 3
+        never.set()
+    assert asked.ask("alive", "x", lambda: True, PATIENT_S)
+
+
 def test_a_question_given_up_before_it_began_is_not_asked(
     never: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
