@@ -41,8 +41,8 @@ class PoolTooLarge(InvalidRequest):
 
     def __init__(self, wanted: int, had: int) -> None:
         super().__init__(
-            f"--size is {wanted} bytes, and the pool's file system has {had} for volumes "
-            "(free and allocated bytes less --reserve); give a smaller --size, or --overcommit for tests and benchmarks"
+            f"--size: expected at most the {had} bytes that the pool's filesystem has for volumes (free and allocated "
+            f"bytes less --reserve), got {wanted}; set a smaller --size, or --overcommit for tests and benchmarks"
         )
 
 

@@ -29,7 +29,7 @@ _MEND = {
     Step.NAME: "correct the server's name, or this machine's name service (getent hosts NAME)",
     Step.CONNECTION: "see that the management runs there, that address and port are right, and no firewall is between",
     Step.FILES: "correct the file; in the chart: management.tls",
-    Step.ANSWER: "see what listens there: the REST API's port is wanted (4000 by default), http or https",
+    Step.ANSWER: "see what listens there: use the port of the REST API (4000 by default)",
     Step.HANDSHAKE: "give the authority that signed its certificate to --management-ca-file (value"
     " management.tls.caSecret), and use a name that is in the certificate",
 }

@@ -28,7 +28,7 @@ def volumes(patient: Patient) -> Iterator[Finding]:
                 Check.VOLUMES,
                 f"volume {mount.name} is mounted at {mount.path}, and its device {entry.number} is gone",
                 "the device that was mounted",
-                "delete the pods that use it: kubelet then takes the mount off, and the volume is attached anew",
+                "delete the pods that use it: kubelet then unmounts it, and the volume is attached again",
             )
         elif not mount.handle:
             yield warning(

@@ -247,7 +247,10 @@ class Stage:
         except SystemCallFailed as failure:
             if failure.errno == errno.EINVAL and task.plan.mkfs.asked:
                 told = " ".join(task.plan.mkfs.asked)
-                raise InvalidRequest(f"{failure}; this kernel cannot mount what mkfs made with {told}") from failure
+                raise InvalidRequest(
+                    f"{failure}; this kernel cannot mount what mkfs made with {told}: change the mkfs options of the "
+                    "StorageClass"
+                ) from failure
             raise
         with self._nothing_left(task.volume, path):
             if prepared.grow_mounted:

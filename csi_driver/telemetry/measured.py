@@ -74,7 +74,7 @@ class ManagementMetrics:
         default_factory=lambda: Counter(
             Description(
                 "nvmesh_csi_management_server_failures_total",
-                "Times that a management server stopped working and was left alone, others being asked instead.",
+                "Times that a management server failed, so that other servers were used instead.",
                 _SERVER,
             )
         )
