@@ -128,7 +128,11 @@ class Stage:
             volume = NamedVolume(volume_id, handle.name, handle.uuid)
             self._encrypted.wake(volume)
             self._ownership.take_off(path, volume)
-            self._encrypted.close(volume)
+            try:
+                self._encrypted.close(volume)
+            except PreconditionFailed:
+                if not self._is_read_raw(volume):
+                    raise
             self._require_closed(volume, deadline.earlier(self._settings.answer_margin_s))
 
     def _require_closed(self, volume: NamedVolume, deadline: Deadline) -> None:
@@ -156,10 +160,14 @@ class Stage:
 
     def _is_mounted(self, volume: NamedVolume, device: Device) -> bool:
         used = (device, self._encrypted.opened_over(volume, device))
-        readers = {reader.number for reader in self._read_only_devices.present(volume.name)}
-        return (bool(readers) and any(found.node_number in readers for found in self._mounts.table())) or any(
+        return self._is_read_raw(volume) or any(
             self._ownership.is_live(found, each) for each in used if each for found in self._mounts.of_device(each)
         )
+
+    def _is_read_raw(self, volume: NamedVolume) -> bool:
+        """Tell whether the raw volume is published read-only, by a read-only device over its own."""
+        readers = {reader.number for reader in self._read_only_devices.present(volume.name)}
+        return bool(readers) and any(found.node_number in readers for found in self._mounts.table())
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
         """Tell whether a filesystem of the volume is mounted at its staging path, dead or alive."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import StorageUnavailable
+from csi_driver.handover import Encryption
 from csi_driver.machine import VolumeStatus
-from tests.fakes.node import BLOCK, NAME, STAGING, TARGET, UUID, FakeNode
+from tests.fakes.node import BLOCK, NAME, STAGING, TARGET, UUID, FakeNode, publish_context
 
 
 @pytest.mark.parametrize("access", ["mount", "block"])
@@ -75,6 +76,18 @@ def test_a_reader_of_the_raw_volume_keeps_its_device_open_and_another_handles_un
     node.host.table.clear()
     with pytest.raises(StorageUnavailable, match="is still open"):
         node.unstage()
+
+
+def test_a_reader_of_the_raw_volume_keeps_it_decrypted_and_another_handles_unstage_from_nothing(node: FakeNode) -> None:
+    node.host.attach(NAME, UUID)
+    context = publish_context(encryption=Encryption.LUKS)
+    node.stage(access=BLOCK, context=context, secrets={"passphrase": "correct horse"})
+    node.publish(access=BLOCK, read_only=True, context=context)
+    node.unstage()
+    assert list(node.host.mappers) == [NAME]
+    node.unpublish()
+    node.unstage()
+    assert node.host.mappers == {}
 
 
 def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNode) -> None:
