@@ -43,7 +43,8 @@ def _verify_alive(device: Device, what: str) -> None:
     """
     if block_devices.is_claimed(device.path):
         return
-    left = next((entry.path for entry in mount_table.read_table() if entry.number == device.number), None)
+    table = mount_table.read_table()  # a btrfs shows a number of its own
+    left = next((each.path for each in table if device.number == each.number or each.source == str(device.path)), None)
     by = (
         f"which is still mounted at {left}: unmount it"
         if left

@@ -329,6 +329,8 @@ def _why_not_mounted(
             expected = f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
             return InvalidField(FIELD, ",".join(refused), expected, _advice(refused, device, fs_type, reason))
         reason = reason or _where_the_reason_is(device)
+    if failure.errno == errno.EBUSY:
+        reason = reason or _where_the_reason_is(device)
     return _refused(what, failure.errno, reason)
 
 

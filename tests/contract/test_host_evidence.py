@@ -146,10 +146,11 @@ def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) ->
     assert clock.now_s > 0
 
 
-def test_a_device_whose_io_was_stopped_is_not_read(machine: HostMachine) -> None:
+def test_a_device_whose_io_was_stopped_is_not_opened(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
     device = machine.device(volume)
     machine.write_status(NAME, volume.uuid, 64 * MIB, status="Live, no IO, partial Error", dbg="0x2a1")
+    device.path.unlink()  # whoever opens it finds it gone
     with pytest.raises(PreconditionFailed, match="has not enabled I/O"), machine.devices.open(device):
         pass
     status = machine.devices.status(NAME)

@@ -266,7 +266,7 @@ def test_a_device_that_became_another_is_never_visible(machine: HostMachine, bot
     _, device = machine.formatted("ext4", SIZES["ext4"])
     wrong = replace(device, number=DeviceNumber(7, 4095))
     target = machine.place()
-    with pytest.raises(PreconditionFailed, match="expected 7:4095"):
+    with pytest.raises(PreconditionFailed, match="expected device 7:4095"):
         machine.mounts.mount(wrong, target, "ext4", [], read_only=False)
     assert not mounts_below(machine.directory)
 
