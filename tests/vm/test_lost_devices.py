@@ -28,7 +28,7 @@ from tests.vm.test_encrypted_volumes import EXT4, Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
 
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "block": 64 * MIB}
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "block": 64 * MIB}
 SOON_S = 60.0
 _NULL_BLOCKS = Path("/sys/kernel/config/nullb")
 
@@ -293,20 +293,28 @@ def using(disk: Disk, kind: str) -> Iterator[list[int]]:
             os.close(fd)
 
 
-def test_the_same_volume_back_under_its_number_is_not_taken_for_what_died(world: World, node: ServingNode) -> None:
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_the_same_volume_back_under_its_number_is_not_taken_for_what_died(
+    world: World, node: ServingNode, kind: str
+) -> None:
     """What is mounted of the disk before has its number, name and source, and answers every write with an error."""
-    with removable(world, "ext4") as disk:
+    with removable(world, kind) as disk:
         subject, number = disk.subject, disk.number
-        call_all(node, subject, "stage")
-        (subject.staging / "data").write_text("kept")
-        shell("sync", "--file-system", str(subject.staging))
-        entry = _NULL_BLOCKS / subject.name
-        (entry / "power").write_text("0")
-        (entry / "power").write_text("1")
-        assert disk.number == number
-        assert node.call("publish", subject, timeout_s=SOON_S).startswith("FAILED_PRECONDITION")
         call_all(node, subject, "stage", "publish")
-        assert world.mounted(subject.staging) == 1
+        (subject.target / "data").write_text("kept")
+        shell("sync", "--file-system", str(subject.target))
+        with using(disk, kind) as use:
+            entry = _NULL_BLOCKS / subject.name
+            (entry / "power").write_text("0")
+            (entry / "power").write_text("1")
+            assert disk.number == number
+            assert node.call("publish", subject, timeout_s=SOON_S).startswith("FAILED_PRECONDITION")
+            assert f"still mounted at {subject.target}" in node.call("stage", subject, timeout_s=SOON_S)
+            call_all(node, subject, "unpublish", "unstage")
+            assert "end the programs that use it" in node.call("stage", subject, timeout_s=SOON_S)
+            os.close(use.pop())
+        until_ok(node, "stage", subject, passing=("FAILED_PRECONDITION",))
+        call_all(node, subject, "publish")
         assert (subject.target / "data").read_text() == "kept"
         (subject.target / "more").write_text("written")
         shell("sync", "--file-system", str(subject.target))
