@@ -59,7 +59,7 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encrypted and lost devices on a kernel of their own, in an emulated machine (19 min / 12 min)
+test-vm: $(VENV)/test ## as root: encrypted and lost devices on a kernel of their own, in an emulated machine (30 min / 25 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest'
 	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))

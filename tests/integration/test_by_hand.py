@@ -44,7 +44,7 @@ def test_old_data_is_formatted_over_once_it_is_allowed_and_never_again(rig: Rig)
     volume.attach()
     with pytest.raises(CallFailed, match="FAILED_PRECONDITION"):
         volume.stage()
-    assert "detached" in by_hand(rig, "allow-format", volume.id).stderr
+    assert "detach it first" in by_hand(rig, "allow-format", volume.id).stderr
     volume.detach()
     allowed = by_hand(rig, "allow-format", volume.id)
     assert (allowed.returncode, allowed.stdout[:28]) == (0, "allowed the next attachment "), allowed.stderr

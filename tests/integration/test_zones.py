@@ -174,7 +174,7 @@ def test_a_dead_zone_leaves_the_other_one_usable(clusters: Clusters) -> None:
     assert refused.value.code == "UNAVAILABLE"
     skipping = clusters.controller("skipping", "--allow-zone-skip")
     assert create(skipping, "v3", "b", "a").startswith("a:")
-    assert "zone b is left out although it may have volume" in clusters.log("skipping")
+    assert "zone b is skipped although it may have volume" in clusters.log("skipping")
 
 
 def test_a_controller_that_is_killed_leaves_no_second_volume_behind(clusters: Clusters) -> None:
