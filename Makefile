@@ -37,7 +37,7 @@ demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s
 	@$(BIN)/nvmesh-csi demo
 
 .PHONY: test
-test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (11 min / 8 min)
+test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (13 min / 11 min)
 ifdef PYTEST_ARGS
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
