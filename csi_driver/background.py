@@ -1,8 +1,9 @@
-"""Long-lived background threads: periodic work, and a queue of jobs that are retried until they succeed.
+"""All long-lived threads: periodic work, a queue of retried jobs, and pools of daemon threads for calls that may hang.
 
-No exception ends such a thread: it is logged (an unexpected one with its traceback), counted and the work is retried.
-`why_stuck` reports a run that does not return, which a restart of the process may cure, so `/healthz` can show it.
-`why_failing` reports work that has failed for long, which a restart rarely cures: it belongs on `/readyz`.
+* `Periodic` (and `SelfPaced`) repeats work at an interval; `Worker` retries jobs until they succeed. No exception ends
+  their thread: it is logged, counted, and the work is retried. `why_stuck` reports a run that does not return, which a
+  restart of the process may cure (`/healthz`); `why_failing` reports work that has failed for long (`/readyz`).
+* `DaemonPool` and `run_detached` run calls of which the caller waits for a limited time only.
 
 This module and `csi_driver.rpc.boundary` are the only places that may catch `Exception`. The threads are daemons: a
 system call or a request that hangs must not keep the process from exiting.
@@ -14,8 +15,10 @@ import heapq
 import logging
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -188,23 +191,10 @@ class Periodic(Background):
 class SelfPaced(Periodic):
     """Periodic work that returns the seconds until its next run; `interval_s` is the pause after an exception."""
 
-    def __init__(
-        self,
-        name: str,
-        work: Callable[[], float],
-        interval_s: float,
-        *,
-        first_s: float = 0.0,
-        stale_s: float | None = None,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        super().__init__(name, work, interval_s, first_s=first_s, stale_s=stale_s, clock=clock)
-        self._paced = work
-
     def run_once(self) -> float:
         """Run the work once, in the caller's thread, and return the seconds until it is due again."""
-        pause_s = self._attempt(self.name, self._paced)
-        return self._interval_s if pause_s is None else pause_s
+        pause_s = self._attempt(self.name, self._work)
+        return pause_s if isinstance(pause_s, float | int) else self._interval_s
 
 
 class Worker(Background):
@@ -281,3 +271,60 @@ class Worker(Background):
                 wait_s = self._times[0][0] - self._clock.monotonic() if self._times else None
                 if wait_s is None or wait_s > 0:
                     self._wake.wait(wait_s)
+
+
+# --- calls that may hang ----------------------------------------------------------------------------------------
+
+
+def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
+    """Run a job once in a daemon thread of its own. The caller may stop waiting for the result at any time."""
+    future: Future[T] = Future()
+    threading.Thread(target=_settle, args=(future, job), name=name, daemon=True).start()
+    return future
+
+
+@dataclass(slots=True)
+class DaemonPool:
+    """Runs jobs in at most `most` daemon threads, which are started when needed and kept.
+
+    `ThreadPoolExecutor` will not do: the interpreter waits for its threads at exit, also for one that hangs.
+    """
+
+    name: str
+    most: int
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _jobs: deque[Callable[[], None]] = field(default_factory=deque)
+    _threads: int = 0
+    _idle: int = 0
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Queue a job; cancelling its future drops it unless it has begun."""
+        future: Future[T] = Future()
+        with self._changed:
+            self._jobs.append(lambda: _settle(future, job))
+            if len(self._jobs) > self._idle and self._threads < self.most:
+                self._threads += 1
+                threading.Thread(target=self._run, name=f"{self.name}-{self._threads}", daemon=True).start()
+            self._changed.notify()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._jobs:
+                    self._changed.wait()
+                self._idle -= 1
+                job = self._jobs.popleft()
+            job()
+            del job  # must not keep its result alive while the thread is idle
+
+
+def _settle(future: Future[T], job: Callable[[], T]) -> None:
+    """Run a job and hand its result, or whatever it raises, to the future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(job())
+    except BaseException as error:
+        future.set_exception(error)
