@@ -22,7 +22,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, Exhausted, InvalidRequest, StaleToken, shown
 from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
-from csi_driver.parameters import mutable
+from csi_driver.parameters import storage_class
 from csi_driver.parameters.storage_class import VolumeParameters, check_use, is_compared, parse
 from csi_driver.parameters.values import Problems
 from csi_driver.storage_model import Client, Layout, Volume
@@ -158,8 +158,8 @@ class Inventory:
             access.check_all(request.capabilities)
             read = parse(request.parameters)
             fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
-            mutable.parse(request.mutable_parameters)
-            mutable.check(located.volume, request.mutable_parameters)
+            storage_class.parse_changes(request.mutable_parameters)
+            storage_class.check_changes(located.volume, request.mutable_parameters)
         except InvalidRequest as problem:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):

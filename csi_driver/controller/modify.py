@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from csi_driver.controller.locate import require
 from csi_driver.controller.ports import Clusters
 from csi_driver.deadline import Deadline
-from csi_driver.parameters import mutable
+from csi_driver.parameters import storage_class
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ class Modify:
 
         Raises `InvalidRequest` for what no volume, or not this one, can have, `VolumeNotFound`.
         """
-        changes = mutable.parse(parameters)
+        changes = storage_class.parse_changes(parameters)
         located = require(self._clusters, volume_id, deadline=deadline)
         volume = located.volume
-        mutable.check(volume, parameters)
-        if mutable.is_so(volume, changes):
+        storage_class.check_changes(volume, parameters)
+        if storage_class.is_applied(volume, changes):
             return
         located.management.update_volume(volume, changes, deadline=deadline)
         keys = ", ".join(sorted(parameters))

@@ -41,7 +41,7 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import Encryption
 from csi_driver.model import CapacityRange, ProvisionedVolume
-from csi_driver.parameters import mutable, storage_class
+from csi_driver.parameters import storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import VolumeParameters
 from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
@@ -376,7 +376,9 @@ def _missing(wanted: _Wanted, volume: Volume) -> capacity.Extension | None:
 
 def _understood(request: CreateRequest) -> _Wanted:
     access.check_all(request.capabilities)
-    read = storage_class.parse(mutable.merged(request.parameters, request.mutable_parameters), request.capabilities)
+    read = storage_class.parse(
+        storage_class.with_mutable(request.parameters, request.mutable_parameters), request.capabilities
+    )
     read.encryption.check_access(request.capabilities)
     fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(

@@ -24,10 +24,64 @@ from csi_driver.parameters.encryption import (
     node_settings,
     normalized,
 )
-from csi_driver.parameters.layout import LAYOUT_KEYS, layout
-from csi_driver.parameters.mkfs_options import OPTIONS
+from csi_driver.parameters.mkfs import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
-from csi_driver.storage_model import Layout
+from csi_driver.parameters.values import InvalidParameter
+from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
+
+RAID_LEVELS: Mapping[str, RaidLevel] = {
+    **{level.value.lower(): level for level in RaidLevel},
+    **dict.fromkeys(("concatenated", "lvm", "jbod", "lvm/jbod"), RaidLevel.CONCATENATED),
+    **dict.fromkeys(("raid0", "raid-0", "striped"), RaidLevel.STRIPED),
+    **dict.fromkeys(("raid1", "raid-1", "mirrored"), RaidLevel.MIRRORED),
+    **dict.fromkeys(("raid10", "raid-10", "striped mirrored"), RaidLevel.STRIPED_MIRRORED),
+    **dict.fromkeys(("ec", "erasure-coding"), RaidLevel.ERASURE_CODED),
+    **dict.fromkeys(("sec", "raid60", "raid-60", "striped-ec"), RaidLevel.STRIPED_ERASURE_CODED),
+}
+"""The words of earlier drivers, of the management's own tools, and its API's names."""
+
+_STRIPE = {"stripeWidth", "stripeSize"}
+_MIRROR = {"numberOfMirrors", "protectionLevel", "enableCrcCheck"}
+_ERASURE = {"dataBlocks", "parityBlocks", "protectionLevel", "enableCrcCheck"}
+_TAKEN: Mapping[RaidLevel, set[str]] = {
+    RaidLevel.CONCATENATED: set(),
+    RaidLevel.STRIPED: _STRIPE,
+    RaidLevel.MIRRORED: _MIRROR,
+    RaidLevel.STRIPED_MIRRORED: _STRIPE | _MIRROR,
+    RaidLevel.ERASURE_CODED: _STRIPE | _ERASURE,
+    RaidLevel.STRIPED_ERASURE_CODED: _STRIPE | _ERASURE,
+}
+LAYOUT_KEYS = _STRIPE | _MIRROR | _ERASURE
+_PROTECTION_LEVELS = ("Full Separation", "Minimal Separation", "Ignore Separation")
+
+
+def takes(level: RaidLevel, key: str) -> bool:
+    """Tell whether a RAID level has this property."""
+    return key in _TAKEN[level]
+
+
+def layout(own: Mapping[str, str]) -> Layout:
+    """Read the layout; a key that its RAID level does not take is refused by name."""
+    word = own.get("raidLevel", "concatenated")
+    level = RAID_LEVELS.get(word.strip().lower())
+    if level is None:
+        raise InvalidParameter("raidLevel", word, f"one of {', '.join(sorted(RAID_LEVELS))}")
+    read.refuse_keys(own, LAYOUT_KEYS - _TAKEN[level], f"raidLevel {word} has no such property")
+    narrow, wide = (1, 1) if level is RaidLevel.ERASURE_CODED else (2, 300)
+    protection = own.get("protectionLevel")
+    if protection is not None and protection not in _PROTECTION_LEVELS:
+        raise InvalidParameter("protectionLevel", protection, f"one of {', '.join(_PROTECTION_LEVELS)}")
+    return Layout(
+        raid_level=level,
+        stripe_width=read.number(own, "stripeWidth", narrow, wide),
+        stripe_size_blocks=read.number(own, "stripeSize", 32, 1 << 20),
+        data_blocks=read.number(own, "dataBlocks", 1, 10),
+        parity_blocks=read.number(own, "parityBlocks", 1, 2),
+        number_of_mirrors=read.number(own, "numberOfMirrors", 1, 2),
+        protection_level=protection,
+        enable_crc_check=read.switch(own, "enableCrcCheck"),
+    )
+
 
 _RESERVED = "csi.storage.k8s.io/"
 _KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
@@ -227,3 +281,70 @@ def _fs_type(parameters: Mapping[str, str]) -> str:
             f"parameters {' and '.join(given)} name the filesystems {' and '.join(given.values())}; name one of them"
         )
     return next(iter(given.values()), "")
+
+
+# --- VolumeAttributesClass ----------------------------------------------------------------------------------
+
+_MUTABLE_LISTS = {"diskClasses", "serverClasses", "limitByDisks", "limitByNodes"}
+_MUTABLE_DECIDED_BY_GROUP = _MUTABLE_LISTS | {"enableCrcCheck"}
+MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _MUTABLE_DECIDED_BY_GROUP
+
+
+def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
+    """Read what is to be changed; `InvalidRequest` has every problem found.
+
+    Lists replace what was there; an empty text means none.
+    """
+    problems = read.Problems()
+    for key in sorted(parameters.keys() - MUTABLE_KEYS):
+        hint = did_you_mean(key, MUTABLE_KEYS) or f"; it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
+        problems.add(InvalidRequest(f"mutable parameter {shown(key)} is not known{hint}"))
+    problems.of(lambda: check_placement(parameters))
+    changes = VolumeChanges(
+        description=problems.of(lambda: read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters")),
+        relative_rebuild_priority=problems.of(lambda: read.number(parameters, "relativeRebuildPriority", 0, 10)),
+        enable_crc_check=problems.of(lambda: read.switch(parameters, "enableCrcCheck")),
+        drive_classes=problems.of(lambda: _mutable_names(parameters, "diskClasses")),
+        target_classes=problems.of(lambda: _mutable_names(parameters, "serverClasses")),
+        limit_by_drives=problems.of(lambda: _mutable_names(parameters, "limitByDisks")),
+        limit_by_targets=problems.of(lambda: _mutable_names(parameters, "limitByNodes")),
+    )
+    problems.raise_any()
+    return changes
+
+
+def with_mutable(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of a new volume: what can be changed later beats what cannot (CSI, CreateVolume)."""
+    parse_changes(mutable)
+    if "vpg" in parameters:
+        read.refuse_keys(
+            mutable, _MUTABLE_DECIDED_BY_GROUP, f"the provisioning group {shown(parameters['vpg'])} decides it"
+        )
+    result = {**parameters, **mutable}
+    return {key: value for key, value in result.items() if value or key not in _MUTABLE_LISTS & mutable.keys()}
+
+
+def check_changes(volume: Volume, parameters: Mapping[str, str]) -> None:
+    """Refuse, as `InvalidRequest`, what this volume cannot have."""
+    if volume.vpg is not None:
+        read.refuse_keys(parameters, _MUTABLE_DECIDED_BY_GROUP, f"the provisioning group {volume.vpg} decides it")
+    level = volume.layout.raid_level
+    if "enableCrcCheck" in parameters and not takes(level, "enableCrcCheck"):
+        raise InvalidRequest(f"parameter enableCrcCheck cannot be used: the volume is {level.value}")
+
+
+def is_applied(volume: Volume, changes: VolumeChanges) -> bool:
+    """Tell whether the volume shows all of it already; of lists it shows nothing."""
+    lists = (changes.drive_classes, changes.target_classes, changes.limit_by_drives, changes.limit_by_targets)
+    return (
+        all(names is None for names in lists)
+        and changes.description in (None, volume.description)
+        and changes.relative_rebuild_priority in (None, volume.relative_rebuild_priority)
+        and changes.enable_crc_check in (None, volume.layout.enable_crc_check)
+    )
+
+
+def _mutable_names(parameters: Mapping[str, str], key: str) -> tuple[str, ...] | None:
+    if key not in parameters:
+        return None
+    return read.names(parameters, key) if parameters[key].strip() else ()

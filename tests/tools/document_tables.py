@@ -16,7 +16,7 @@ import yaml
 
 from csi_driver.config.commands import COMMANDS, definition
 from csi_driver.config.flags import Flag
-from csi_driver.parameters.mkfs_options import ALLOWED
+from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
 
 ROOT = Path(__file__).parents[2]

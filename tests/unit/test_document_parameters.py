@@ -12,11 +12,10 @@ import yaml
 from csi_driver import capacity
 from csi_driver.config.commands import COMMANDS, definition
 from csi_driver.errors import InvalidRequest
-from csi_driver.parameters import mount_options, mutable, storage_class
+from csi_driver.parameters import mount_options, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
-from csi_driver.parameters.layout import LAYOUT_KEYS, RAID_LEVELS, takes
 from csi_driver.parameters.mkfs import FILESYSTEMS
-from csi_driver.parameters.storage_class import VolumeParameters
+from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_LEVELS, VolumeParameters, takes
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
 
@@ -136,17 +135,17 @@ def _sums(read: VolumeParameters) -> tuple[int, int, tuple[int, int]]:
 
 def test_what_can_be_changed_later_is_what_the_document_says() -> None:
     later = {key for row in ROWS if row["later"] == "yes" for key in code(row["parameter"])}
-    assert later == mutable.MUTABLE_KEYS
+    assert later == storage_class.MUTABLE_KEYS
     rows = table(DOCUMENT, "key", "not for")
-    assert {key for row in rows for key in code(row["key"])} == mutable.MUTABLE_KEYS
+    assert {key for row in rows for key in code(row["key"])} == storage_class.MUTABLE_KEYS
     of_groups = {key for row in rows if "`vpg`" in row["not for"] for key in code(row["key"])}
-    for key in mutable.MUTABLE_KEYS:
+    for key in storage_class.MUTABLE_KEYS:
         value = {"relativeRebuildPriority": "3", "enableCrcCheck": "true"}.get(key, "a")
         if key in of_groups:
             with pytest.raises(InvalidRequest, match="provisioning group"):
-                mutable.merged({"vpg": "g"}, {key: value})
+                storage_class.with_mutable({"vpg": "g"}, {key: value})
         else:
-            assert mutable.merged({"vpg": "g"}, {key: value})[key] == value
+            assert storage_class.with_mutable({"vpg": "g"}, {key: value})[key] == value
 
 
 def test_what_is_refused_on_purpose_is_refused_with_its_reason() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from csi_driver.controller import access
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode, BlockAccess, Capability, MountAccess, VolumeHandle
-from csi_driver.parameters import mutable, storage_class
+from csi_driver.parameters import storage_class
 from csi_driver.parameters.mkfs import FILESYSTEMS, MkfsRequest
 from csi_driver.parameters.mount_options import plan_mount
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
@@ -176,7 +176,7 @@ def test_the_driver_takes_the_parameters_of_every_class() -> None:
 
 def test_the_driver_takes_the_parameters_of_every_attributes_class() -> None:
     for attributes_class in every("VolumeAttributesClass"):
-        mutable.parse(attributes_class["parameters"])
+        storage_class.parse_changes(attributes_class["parameters"])
 
 
 def test_nodes_take_what_every_class_says_of_mkfs_and_mount() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from csi_driver.parameters import mutable, storage_class
+from csi_driver.parameters import storage_class
 from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Manifest, Refused, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -173,7 +173,7 @@ def test_the_schema_knows_the_parameters_that_the_driver_knows() -> None:
     keys = schema["storageClasses"]["items"]["properties"]["parameters"]["propertyNames"]["anyOf"][0]["enum"]
     assert set(keys) == storage_class.KNOWN_KEYS
     allowed = schema["volumeAttributesClasses"]["items"]["properties"]["parameters"]["propertyNames"]["enum"]
-    assert set(allowed) == mutable.MUTABLE_KEYS
+    assert set(allowed) == storage_class.MUTABLE_KEYS
 
 
 # --- attributes and snapshots -----------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_what_can_be_changed_of_volumes_becomes_a_class() -> None:
     (found,) = render(*NVMESH, values={"volumeAttributesClasses": [described]}).of("VolumeAttributesClass")
     assert found["driverName"] == "nvmesh-csi.excelero.com"
     assert found["parameters"] == {"relativeRebuildPriority": "10", "description": "a: b"}
-    mutable.parse(found["parameters"])
+    storage_class.parse_changes(found["parameters"])
 
 
 @pytest.mark.parametrize(("kubernetes", "version"), [("1.33.5", "v1beta1"), ("1.34.0", "v1"), ("1.37.2", "v1")])

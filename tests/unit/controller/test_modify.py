@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import ExistsDifferently, InvalidRequest, OperationPending, VolumeNotFound
-from csi_driver.parameters import mutable
+from csi_driver.parameters import storage_class
 from csi_driver.storage_model import Layout, RaidLevel, VolumeChanges, Vpg
 from tests.unit.controller.world import RWO, World
 
@@ -146,8 +146,8 @@ def test_what_a_group_decides_is_no_mutable_parameter_of_its_volumes() -> None:
 
 
 def test_an_empty_list_names_nothing() -> None:
-    assert mutable.merged({"diskClasses": "a"}, {"diskClasses": ""}) == {}
-    assert mutable.parse({"limitByNodes": ""}) == VolumeChanges(limit_by_targets=())
+    assert storage_class.with_mutable({"diskClasses": "a"}, {"diskClasses": ""}) == {}
+    assert storage_class.parse_changes({"limitByNodes": ""}) == VolumeChanges(limit_by_targets=())
 
 
 def test_the_same_creation_with_other_mutable_parameters_is_another() -> None:
@@ -178,10 +178,10 @@ def test_capabilities_are_validated_with_what_can_change() -> None:
     assert "Concatenated" in (objection(enableCrcCheck="true") or "")
 
 
-@given(st.dictionaries(st.sampled_from(sorted(mutable.MUTABLE_KEYS)) | st.text(max_size=9), st.text()))
+@given(st.dictionaries(st.sampled_from(sorted(storage_class.MUTABLE_KEYS)) | st.text(max_size=9), st.text()))
 def test_any_mutable_parameters_are_read_or_refused(parameters: dict[str, str]) -> None:
     try:
-        mutable.parse(parameters)
+        storage_class.parse_changes(parameters)
     except InvalidRequest:
         return
-    assert set(parameters) <= mutable.MUTABLE_KEYS
+    assert set(parameters) <= storage_class.MUTABLE_KEYS

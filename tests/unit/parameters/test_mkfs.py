@@ -8,8 +8,7 @@ import pytest
 
 from csi_driver.errors import InvalidRequest
 from csi_driver.model import EMPTY
-from csi_driver.parameters.mkfs import MkfsRequest
-from csi_driver.parameters.mkfs_options import mkfs_arguments
+from csi_driver.parameters.mkfs import MkfsRequest, mkfs_arguments
 
 KIB = 1024
 STRIPES = (128 * KIB, 1024 * KIB)
