@@ -17,7 +17,7 @@ RUN python3 -m venv /build \
  && /build/bin/pip install --require-hashes --only-binary :all: -r requirements/build.txt \
  && python3 -m venv /opt/nvmesh-csi \
  && /opt/nvmesh-csi/bin/pip install --require-hashes --only-binary :all: -r requirements/runtime.txt
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE ./
 COPY csi_driver csi_driver
 RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
  && /opt/nvmesh-csi/bin/pip install --no-deps /wheels/*.whl \
@@ -39,6 +39,7 @@ COPY --from=build /opt/nvmesh-csi /opt/nvmesh-csi
 
 # The licences of what was put in: Debian's packages keep theirs in /usr/share/doc.
 COPY --from=build /licenses /licenses
+COPY LICENSE /licenses/nvmesh-csi-driver/
 
 ARG VERSION=dev
 ARG REVISION=unknown
@@ -52,6 +53,7 @@ LABEL org.opencontainers.image.title="nvmesh-csi" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.vendor="${VENDOR}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       name="nvmesh-csi" \
       vendor="${VENDOR}" \
       maintainer="${MAINTAINER}" \

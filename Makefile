@@ -156,6 +156,10 @@ $(CACHE)/lock:
 	@tests/tools/make-venv '$(PYTHON)' $@
 	@$@/bin/python -m pip --disable-pip-version-check --quiet install uv
 
+$(CACHE)/release: requirements/release.txt
+	@tests/tools/make-venv '$(PYTHON)' $@
+	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/release.txt
+
 $(SANITY): tests/tools/install-csi-sanity
 	@tests/tools/install-csi-sanity $(SANITY_VERSION) $@ '$(PYTHON)'
 

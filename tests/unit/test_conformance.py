@@ -13,7 +13,7 @@ import yaml
 
 from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY
 from csi_driver.telemetry.log import TextFormatter
-from tests.kubernetes.suite import driver_log, report, results
+from tests.kubernetes.suite import driver_log, results
 from tests.kubernetes.suite.selections import HERE, NAMES, NOT_RUN, SELECTIONS
 from tests.unit.rpc.fakes import create, serving, stage
 
@@ -137,40 +137,6 @@ def test_lines_are_read_as_the_boundary_writes_them(tmp_path: Path, caplog: pyte
     assert [(refusal.call, refusal.code, refusal.count) for refusal in calls.refused] == [
         ("NodeStageVolume", "INVALID_ARGUMENT", 1)
     ]
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
-
-
-def test_the_page_names_every_test_with_its_outcome_and_reason() -> None:
-    page = report.markdown(
-        [
-            a_run(
-                results.Outcome("[Testpattern: P] s works", "passed", "", 3),
-                results.Outcome("[Testpattern: P] s breaks", "failed", "it broke\nand more"),
-                results.Outcome("[Testpattern: P] s cannot", "skipped", "it has no wheels"),
-            )
-        ]
-    )
-    assert "| 1 | 1 | 1 | 1.0 |" in page
-    assert "* \\[Testpattern: P\\] s breaks: it broke\n" in page
-    assert "* it has no wheels\n  * \\[Testpattern: P\\] s cannot\n" in page
-    assert "* P\n  * s works (3 s)\n" in page
-    assert "Kubernetes v1.2.3" in page
-
-
-def test_selections_that_were_not_run_are_named() -> None:
-    page = report.markdown([a_run(results.Outcome("[Testpattern: P] s works", "passed"))])
-    (line,) = (line for line in page.splitlines() if line.startswith("No result is at hand"))
-    assert [name for name in NAMES if f"{name} (" in line] == [name for name in NAMES if name != "fast"]
-
-
-def test_a_test_that_another_selection_ran_is_not_listed_as_not_run() -> None:
-    name = "[Testpattern: P] suite [Feature:SELinux] mounts"
-    alone = report.markdown([a_run(filtered=(name,))])
-    both = report.markdown([a_run(filtered=(name,)), a_run(results.Outcome(name, "passed"), selection="slow")])
-    assert "the node has no SELinux" in alone
-    assert "the node has no SELinux" not in both
 
 
 # --- the definitions ----------------------------------------------------------------------------------------------

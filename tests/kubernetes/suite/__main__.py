@@ -20,7 +20,6 @@ from tests.kubernetes.suite.cluster import ENTER, REPOSITORY, Cluster, NoCluster
 from tests.kubernetes.suite.selections import HERE, NAMES, SELECTIONS, Selection, left_out, named
 
 DRIVER = "nvmesh-csi.excelero.com"
-DOCUMENT = REPOSITORY / "docs" / "conformance.md"
 _DONE = "•"  # what ginkgo prints for a test that was carried out
 _PROGRESS_S = 15.0
 # In the directory of its reports, as ginkgo makes files while it runs.
@@ -79,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--hours", type=int, default=3, help="end a selection after so long")
     runs.add_argument("--focus", default="", help="run what matches this instead, to try again what failed")
     reports = verbs.add_parser("report", help="write what the last run of every selection found")
-    reports.add_argument("--document", type=Path, default=DOCUMENT)
+    reports.add_argument("--document", type=Path, default=REPOSITORY / ".cache" / "conformance.md")
     for verb in (runs, reports):
         verb.add_argument("--output", type=Path, default=REPOSITORY / ".cache" / "suite", help="where results lie")
     return parser

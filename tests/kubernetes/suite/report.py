@@ -1,4 +1,4 @@
-"""docs/conformance.md, written from the results of the runs. Nothing in it is written by hand."""
+"""Write the conformance report from the results of the runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ _HEAD = """\
 
 What the official external-storage suite of Kubernetes (`e2e.test`) finds with this driver, deployed by its chart in
 a cluster of real components on one machine, over the embedded storage manager. `python -m tests.kubernetes.suite
-report` writes this page from the results of the runs; nothing in it is written by hand. The definitions of the
-driver, which say what it can do and so which tests there are, lie in `tests/kubernetes/suite/definitions` ([how it
-is run](../tests/kubernetes/README.md)).
+report` writes this page from the results of the runs. The definitions in `tests/kubernetes/suite/definitions` state the
+capabilities of the driver, from which the suite derives its tests.
 """
 
 
