@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.server import StorageServer
-    from csi_driver.machine import RunningRole
+    from csi_driver.host_model import RunningRole
     from csi_driver.node.faults import PortHook
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases

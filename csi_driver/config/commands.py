@@ -11,7 +11,7 @@ from csi_driver.config.made import Command, VersionCommand
 from csi_driver.errors import shown
 
 if TYPE_CHECKING:
-    from csi_driver.machine import RunningRole
+    from csi_driver.host_model import RunningRole
 
 PROGRAM = "nvmesh-csi"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 from csi_driver.errors import shown
 
 if TYPE_CHECKING:
-    from csi_driver.machine import RunningRole
+    from csi_driver.host_model import RunningRole
 
 T = TypeVar("T")
 

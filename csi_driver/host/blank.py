@@ -18,7 +18,7 @@ from typing import Self
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, SystemCallFailed
 from csi_driver.host.syscalls import libc
-from csi_driver.machine import OpenDevice
+from csi_driver.host_model import OpenDevice
 from csi_driver.model import GIB, MIB
 
 _ALIGNMENT = 4096

@@ -16,7 +16,7 @@ from pathlib import Path
 from csi_driver.deadline import Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
 _BUSY_GRACE_S = 2.0

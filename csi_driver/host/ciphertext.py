@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.host import blank, device_mapper, luks_header
-from csi_driver.machine import DamagedHeader, DeviceNumber, LuksHeader, OpenDevice
+from csi_driver.host_model import DamagedHeader, DeviceNumber, LuksHeader, OpenDevice
 
 
 def read_header(device: OpenDevice) -> LuksHeader | DamagedHeader | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csi_driver.host.connectors.nvmesh import serial_of
-from csi_driver.machine import VolumeStatus
+from csi_driver.host_model import VolumeStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.machine import DeviceNumber, Mapping
+from csi_driver.host_model import DeviceNumber, LuksMapping
 
 _CONTROL = Path("/dev/mapper/control")
 _SYS_DEVICES = Path("/sys/dev/block")
@@ -55,13 +55,13 @@ def why_unusable() -> str:
     return ""
 
 
-def mapping_named(name: str) -> Mapping | None:
+def mapping_named(name: str) -> LuksMapping | None:
     """Return the encrypted device of that name; None when there is none, or the kernel has no device-mapper."""
     answer = _ask("look at", _DEV_STATUS, name=name)
     if answer is None:
         return None
     has_table = bool(answer.flags & _HAS_TABLE)
-    return Mapping(
+    return LuksMapping(
         name=name,
         kernel_uuid=answer.uuid,
         number=answer.number,
@@ -85,7 +85,7 @@ def below(number: DeviceNumber) -> DeviceNumber | None:
     return DeviceNumber(int(major), int(minor)) if minor else None
 
 
-def remove(mapping: Mapping) -> bool:
+def remove(mapping: LuksMapping) -> bool:
     """Take an encrypted device down; gone already is success. False when it is in use: the kernel never takes that."""
     try:
         _ask("remove", _DEV_REMOVE, uuid=mapping.kernel_uuid)
@@ -96,7 +96,7 @@ def remove(mapping: Mapping) -> bool:
     return True
 
 
-def resume(mapping: Mapping) -> None:
+def resume(mapping: LuksMapping) -> None:
     """Let a suspended device carry I/O again. The kernel refuses where its key was wiped (EAGAIN)."""
     _ask("resume", _DEV_SUSPEND, uuid=mapping.kernel_uuid)
 

@@ -30,7 +30,7 @@ from csi_driver.host.alarms import device_alarm
 from csi_driver.host.block_devices import NOT_READY
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import loop, nvmesh
-from csi_driver.machine import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
+from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
 

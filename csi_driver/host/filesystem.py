@@ -19,7 +19,7 @@ from csi_driver.host import blank, ioctls, superblock
 from csi_driver.host.ciphertext import as_written
 from csi_driver.host.command import Completed, find_tool, run
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.machine import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
+from csi_driver.host_model import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
 _WRITE_LIMIT_S = 30 * 60.0

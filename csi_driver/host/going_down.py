@@ -7,7 +7,7 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 
 def shut_down(path: Path, number: DeviceNumber) -> bool:

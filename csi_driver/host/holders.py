@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from csi_driver.host import mount_table
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 _PROC = Path("/proc")
 _LOOPS = Path("/sys/block")

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 
 def _io_read(kind: int, number: int, size: int) -> int:

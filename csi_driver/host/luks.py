@@ -22,14 +22,14 @@ from csi_driver.host.command import Completed, run
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.passphrases import held as _secret
 from csi_driver.host.passphrases import path_of as _path
-from csi_driver.machine import (
+from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
     Device,
     DeviceNumber,
     LuksHeader,
+    LuksMapping,
     LuksSettings,
-    Mapping,
     OpenDevice,
 )
 
@@ -133,7 +133,7 @@ class LinuxEncryption:
         """Return where the opened device of a volume appears: what a mount of it names as its source."""
         return self._directory / name
 
-    def mapping(self, name: str) -> Mapping | None:
+    def mapping(self, name: str) -> LuksMapping | None:
         """Return what is opened under the volume's name; None when nothing is."""
         return device_mapper.mapping_named(name)
 
@@ -155,7 +155,7 @@ class LinuxEncryption:
             )
         _require(answer, device.device)
 
-    def device(self, mapping: Mapping, uuid: str | None) -> Device:
+    def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
         """Return an opened device as one of the volume, with a node of its own name that is no link.
 
         Raises `PreconditionFailed` when what is under it is not the volume, or it carries no I/O.
@@ -169,11 +169,11 @@ class LinuxEncryption:
             raise PreconditionFailed(f"what lies under {node} claims {found.uuid}, expected {uuid}")
         return found
 
-    def resume(self, mapping: Mapping) -> None:
+    def resume(self, mapping: LuksMapping) -> None:
         """Let a device carry I/O again that a cut-off change of its table left suspended."""
         device_mapper.resume(mapping)
 
-    def resize(self, mapping: Mapping, passphrase: str | None) -> None:
+    def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
         """Let an opened device take the present size of the one below.
 
         Raises `Denied` when the passphrase does not open it, or none is given and the kernel keeps the key to itself.
@@ -200,7 +200,7 @@ class LinuxEncryption:
         if answer.status == _WRONG_PASSPHRASE:
             raise Denied(f"the passphrase given does not open {self.path_of(mapping.name)}")
 
-    def close(self, mapping: Mapping) -> None:
+    def close(self, mapping: LuksMapping) -> None:
         """Close an opened device; gone already is success. Raises `PreconditionFailed` while anything uses it."""
         if not Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(lambda: device_mapper.remove(mapping)):
             raise PreconditionFailed(f"{self.path_of(mapping.name)} is busy: it is mounted or otherwise in use")

@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 
-from csi_driver.machine import DamagedHeader, LuksHeader
+from csi_driver.host_model import DamagedHeader, LuksHeader
 
 _FIRST, _SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _BINARY_BYTES = 4096

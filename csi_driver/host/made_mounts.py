@@ -7,7 +7,7 @@ from pathlib import Path
 
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls, mount_table
-from csi_driver.machine import Device, DeviceNumber
+from csi_driver.host_model import Device, DeviceNumber
 
 
 def verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PEER_GROUP = re.compile(r"(?:shared|master):(\d+)")

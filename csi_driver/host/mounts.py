@@ -20,7 +20,7 @@ from csi_driver.host.going_down import shut_down
 from csi_driver.host.holders import describe_holders
 from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
 from csi_driver.host.mount_table import read_table
-from csi_driver.machine import Device, DeviceNumber, Mounted
+from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
@@ -54,7 +54,7 @@ class LinuxMounts:
 
     # --- looking ---
 
-    def at(self, path: Path) -> Mounted | None:
+    def at(self, path: Path) -> Mount | None:
         """Return the topmost mount whose root is `path`; None when no mount begins there."""
         try:
             status = syscalls.statx(path)
@@ -70,7 +70,7 @@ class LinuxMounts:
             return _from_table(path, status)
         number = DeviceNumber(*known.device)
         own = frozenset(known.options.split(",") if known.options else ()) - {"ro", "rw"}
-        return Mounted(
+        return Mount(
             path=path,
             number=_btrfs_device(path, number) if known.fs_type == "btrfs" else number,
             fs_type=known.fs_type,
@@ -82,14 +82,14 @@ class LinuxMounts:
             turned_read_only=bool(known.superblock_flags & 1) and not known.attributes & syscalls.MOUNT_ATTR_RDONLY,
         )
 
-    def table(self) -> list[Mounted]:
+    def table(self) -> list[Mount]:
         """Return every mount of the namespace, in the kernel's order. Costs time for each of them."""
         return [_mounted(entry, entry.path) for entry in read_table()]
 
-    def of_device(self, device: Device) -> list[Mounted]:
+    def of_device(self, device: Device) -> list[Mount]:
         """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table.
 
-        What has the device's number and was made from another volume's node is none (`Mounted.can_be_of`).
+        What has the device's number and was made from another volume's node is none (`Mount.can_be_of`).
         """
         found = []
         for entry in read_table():
@@ -240,7 +240,7 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mounted | None:
+def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
     entries = read_table()
     if status is not None and status.mount_id is not None:
         found = [e for e in entries if e.mount_id == status.mount_id]
@@ -256,12 +256,12 @@ def _canonical(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def _mounted(entry: mount_table.Entry, path: Path) -> Mounted:
+def _mounted(entry: mount_table.Entry, path: Path) -> Mount:
     node = None
     if entry.root != "/" and entry.fs_type in _HOLDS_NODES:
         with contextlib.suppress(OSError):
             node = _node_number(syscalls.statx(path))
-    return Mounted(
+    return Mount(
         path=path,
         number=_btrfs_device(path, entry.number) if entry.fs_type == "btrfs" and node is None else entry.number,
         fs_type=entry.fs_type,

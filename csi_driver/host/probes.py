@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls, syscalls
-from csi_driver.machine import DeviceNumber, Fault, FaultKind, Mounted
+from csi_driver.host_model import DeviceNumber, Fault, FaultKind, Mount
 
 _SECTOR_BYTES = 512
 _SHUT_DOWN = frozenset({"shutdown"})
@@ -60,7 +60,7 @@ class LinuxProbes:
 
     # --- filesystems ---
 
-    def dead(self, mounted: Mounted) -> Fault | None:
+    def dead(self, mounted: Mount) -> Fault | None:
         """Return why nothing can be written to a filesystem any more; None when it can. Never waits for the device."""
         if mounted.node_number is not None:
             return None
@@ -72,7 +72,7 @@ class LinuxProbes:
             )
         return None
 
-    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+    def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
         dead = self.dead(mounted)
         found = [*([] if dead is None else [dead]), *self._counted(mounted)]
@@ -81,14 +81,14 @@ class LinuxProbes:
             found.append(answered)
         return found
 
-    def _counted(self, mounted: Mounted) -> Iterator[Fault]:
+    def _counted(self, mounted: Mount) -> Iterator[Fault]:
         match mounted.fs_type:
             case "ext4":
                 yield from self._ext4_errors(mounted)
             case "btrfs":
                 yield from self._btrfs_errors(mounted)
 
-    def _ext4_errors(self, mounted: Mounted) -> Iterator[Fault]:
+    def _ext4_errors(self, mounted: Mount) -> Iterator[Fault]:
         """Read the count that ext4 keeps in its superblock until e2fsck has repaired it."""
         name = (self._sys / "dev/block" / str(mounted.number)).resolve().name
         count = _number(self._sys / "fs/ext4" / name / "errors_count")
@@ -96,7 +96,7 @@ class LinuxProbes:
             function = _text(self._sys / "fs/ext4" / name / "last_error_func") or "?"
             yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
 
-    def _btrfs_errors(self, mounted: Mounted) -> Iterator[Fault]:
+    def _btrfs_errors(self, mounted: Mount) -> Iterator[Fault]:
         try:
             fd = os.open(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from csi_driver.machine import RunningRole
+from csi_driver.host_model import RunningRole
 
 _PROC = Path("/proc")
 _PROGRAM = "nvmesh-csi"

@@ -14,7 +14,7 @@ from pathlib import Path
 from csi_driver.host import mount_table, syscalls
 from csi_driver.host.mount_table import read_table
 from csi_driver.host.mounts import LinuxMounts
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 DEVICES = Path("/dev")
 LOOP_CONTROL = Path("/dev/loop-control")

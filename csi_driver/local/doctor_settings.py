@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from csi_driver.host_model import RunningRole
     from csi_driver.kubernetes.settings import ApiSettings
-    from csi_driver.machine import RunningRole
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
 

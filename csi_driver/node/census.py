@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
-from csi_driver.machine import Mounted
+from csi_driver.host_model import Mount
 from csi_driver.node.kubelet import publication_data, staging_data
 from csi_driver.node.ownership import Ownership
 from csi_driver.node.ports import Mounts, ReadOnlyDevices
@@ -52,7 +52,7 @@ class Census:
                 names[self._state_of(mounted)].add(name)
         return {state: len(found) for state, found in names.items()}
 
-    def _state_of(self, mounted: Mounted) -> State:
+    def _state_of(self, mounted: Mount) -> State:
         if staging_data(mounted.path, self._driver_name) is not None:
             return State.STAGED
         return State.PUBLISHED if publication_data(mounted.path) is not None else State.ELSEWHERE

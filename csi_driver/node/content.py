@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csi_driver.handover import History
-from csi_driver.machine import Blank, Content, Filesystem, OtherContent
+from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.parameters.mount_options import FilesystemRequest
 

@@ -8,15 +8,22 @@ is neither mounted nor published. A header is made only where a filesystem would
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping as Dictionary
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
 from csi_driver.handover import Encryption as By
 from csi_driver.handover import History, PublishContext
-from csi_driver.machine import LUKS_SUBSYSTEM, DamagedHeader, Device, DeviceNumber, LuksHeader, Mapping, OpenDevice
+from csi_driver.host_model import (
+    LUKS_SUBSYSTEM,
+    DamagedHeader,
+    Device,
+    DeviceNumber,
+    LuksHeader,
+    LuksMapping,
+    OpenDevice,
+)
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, decide
 from csi_driver.node.fencing import is_cut_off
 from csi_driver.node.limits import HeavyWork
@@ -152,7 +159,7 @@ class EncryptedVolumes:
         inner_bytes = max(0, task.context.size_bytes - header.data_offset_bytes)
         return device, replace(task.context, size_bytes=inner_bytes)
 
-    def _present(self, task: LockedVolume) -> Mapping | None:
+    def _present(self, task: LockedVolume) -> LuksMapping | None:
         """Return what is open under the volume's name, if it can stay; what a crash left half open is taken down."""
         mapping = self._encryption.mapping(task.volume.name)
         if mapping is None:
@@ -182,13 +189,13 @@ class EncryptedVolumes:
         return None
 
     @staticmethod
-    def _require_access(mapping: Mapping, task: LockedVolume) -> None:
+    def _require_access(mapping: LuksMapping, task: LockedVolume) -> None:
         if mapping.read_only and not task.read_only:
             raise PreconditionFailed(
                 f"volume {task.volume}: expected write access, got an encrypted device that is open read-only"
             )
 
-    def _join(self, task: LockedVolume, mapping: Mapping) -> LuksHeader:
+    def _join(self, task: LockedVolume, mapping: LuksMapping) -> LuksHeader:
         """Use what is open already, when it is this volume and the passphrase is right; let it take a new size."""
         with self._devices.open(task.device) as opened:
             header = self._encryption.header(opened)
@@ -362,7 +369,7 @@ class EncryptedVolumes:
             )
         return header.data_offset_bytes
 
-    def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Dictionary[str, str]) -> Device:
+    def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Mapping[str, str]) -> Device:
         """Let the opened device over a grown one take its size, and return it as it is then; `used` if it is plain."""
         mapping = self._encryption.mapping(volume.name)
         if used.number == device.number or mapping is None or mapping.number != used.number:
@@ -376,7 +383,7 @@ class EncryptedVolumes:
         self._resize(volume, mapping, secrets)
         return self.opened_over(volume, device) or used
 
-    def _resize(self, volume: NamedVolume, mapping: Mapping, secrets: Dictionary[str, str]) -> None:
+    def _resize(self, volume: NamedVolume, mapping: LuksMapping, secrets: Mapping[str, str]) -> None:
         passphrase = passphrase_in(secrets)
         given = (passphrase, secrets.get(PREVIOUS_KEY))
         told: list[str | None] = [each for text in given if text is not None for each in spellings(text)]
@@ -415,16 +422,16 @@ class EncryptedVolumes:
                 raise
             logger.warning("volume %s is lost to this node and stays open for now: %s", volume, busy)
 
-    def _is_mounted(self, mapping: Mapping) -> bool:
+    def _is_mounted(self, mapping: LuksMapping) -> bool:
         path = self._encryption.path_of(mapping.name)
         opened = Device(mapping.name, path, mapping.number, mapping.size_bytes, mapping.read_only, None)
         return bool(self._mounts.of_device(opened))
 
-    def _is_lost(self, mapping: Mapping, volume: NamedVolume) -> bool:
+    def _is_lost(self, mapping: LuksMapping, volume: NamedVolume) -> bool:
         is_gone = mapping.below is None or not self._devices.size_bytes(mapping.below)
         return is_gone or is_cut_off(self._devices, volume.name)
 
-    def _is_of(self, mapping: Mapping, volume: NamedVolume) -> bool:
+    def _is_of(self, mapping: LuksMapping, volume: NamedVolume) -> bool:
         """Tell whether an opened device is the volume's; a name alone proves nothing while there is a device below."""
         if not mapping.is_encryption:
             return False

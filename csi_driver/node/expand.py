@@ -13,7 +13,7 @@ from csi_driver.errors import (
     VolumeNotFound,
     VolumeNotMounted,
 )
-from csi_driver.machine import Device, Mounted
+from csi_driver.host_model import Device, Mount
 from csi_driver.model import BlockAccess
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.limits import HeavyWork
@@ -77,7 +77,7 @@ class Expand:
             self._grow(volume, used, mounted, deadline)
         return size_bytes
 
-    def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mounted | None:
+    def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mount | None:
         """Return the volume's mount, at the staging path if it is there; None for a block volume that has none yet."""
         at_volume_path = self._paths_mount(volume, request.volume_path)
         at_staging = self._paths_mount(volume, request.staging_target_path) if request.staging_target_path else None
@@ -90,7 +90,7 @@ class Expand:
             return None
         raise VolumeNotMounted(volume, request.volume_path)
 
-    def _paths_mount(self, volume: NamedVolume, text: str) -> Mounted | None:
+    def _paths_mount(self, volume: NamedVolume, text: str) -> Mount | None:
         mounted = self._mounts.at(self._path(volume, text))
         if mounted is None or self._ownership.owner_of(mounted, volume) is Owner.OTHER:
             return None
@@ -116,7 +116,7 @@ class Expand:
             raise DeadlineReached(f"the device of volume {volume} to have {required_bytes} bytes, it {have}")
         return found[0]
 
-    def _require_same(self, volume: NamedVolume, device: Device, mounted: Mounted) -> None:
+    def _require_same(self, volume: NamedVolume, device: Device, mounted: Mount) -> None:
         """Refuse to call a device grown that is not the one in use; a read-only one over it grows with it."""
         number = number_of(mounted)
         if mounted.node_number is not None and number != device.number:
@@ -130,7 +130,7 @@ class Expand:
                 f"{self._ownership.describe(mounted)}; unstage it and stage it again"
             )
 
-    def _grow(self, volume: NamedVolume, device: Device, mounted: Mounted, deadline: Deadline) -> None:
+    def _grow(self, volume: NamedVolume, device: Device, mounted: Mount, deadline: Deadline) -> None:
         if self._filesystems.recorded_bytes(device, mounted.fs_type) + GROWTH_SLACK_BYTES >= device.size_bytes:
             return
         dead = self._probes.dead(mounted)
@@ -140,7 +140,7 @@ class Expand:
         with self._heavy.place(f"grow the {mounted.fs_type} of volume {volume}", deadline=deadline):
             self._filesystems.grow_mounted(writable.path, device, mounted.fs_type)
 
-    def _writable(self, volume: NamedVolume, device: Device) -> Mounted:
+    def _writable(self, volume: NamedVolume, device: Device) -> Mount:
         """Return where the filesystem is mounted writable: a read-only publication is no place to grow it from."""
         for found in self._mounts.of_device(device):
             if found.node_number is None and not found.read_only and self._ownership.is_live(found, device):

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Protocol
 
 from csi_driver.handover import held_reference
-from csi_driver.machine import Device, StorageClient, VolumeStatus
+from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from csi_driver.deadline import Deadline
 from csi_driver.errors import VolumeNotFound
 from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth, each_once
-from csi_driver.machine import Device, DeviceNumber, Fault, FaultKind, Mounted, VolumeStatus
+from csi_driver.host_model import Device, DeviceNumber, Fault, FaultKind, Mount, VolumeStatus
 from csi_driver.node.expand import known_path
 from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, Tools
@@ -120,7 +120,7 @@ class NodeHealth:
             return [device]
         return [device, replace(device, path=self._encryption.path_of(volume.name), number=mapping.number)]
 
-    def _mounts_at(self, volume: NamedVolume, paths: list[Path]) -> list[Mounted]:
+    def _mounts_at(self, volume: NamedVolume, paths: list[Path]) -> list[Mount]:
         found = (self._mounts.at(path) for path in paths)
         return [
             mounted
@@ -128,7 +128,7 @@ class NodeHealth:
             if mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
         ]
 
-    def _judge_device(self, number: DeviceNumber, mounts: list[Mounted]) -> Iterator[VolumeEntry]:
+    def _judge_device(self, number: DeviceNumber, mounts: list[Mount]) -> Iterator[VolumeEntry]:
         if not number.major:
             return
         if not self._devices.size_bytes(number):
@@ -139,7 +139,7 @@ class NodeHealth:
             if is_written or fault.kind is not FaultKind.DEVICE_READ_ONLY:
                 yield _entry(fault)
 
-    def _judge_filesystem(self, mounted: Mounted) -> Iterator[VolumeEntry]:
+    def _judge_filesystem(self, mounted: Mount) -> Iterator[VolumeEntry]:
         faults = self._probes.filesystem(mounted)
         yield from map(_entry, faults)
         if any(fault.kind in (FaultKind.SHUT_DOWN, FaultKind.IO_ERROR) for fault in faults):
@@ -195,9 +195,9 @@ def _told(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
         )
 
 
-def _one_of_each(mounts: list[Mounted]) -> list[Mounted]:
+def _one_of_each(mounts: list[Mount]) -> list[Mount]:
     """Choose one mount of each filesystem, one that was meant to be writable where there is one."""
-    chosen: dict[DeviceNumber, Mounted] = {}
+    chosen: dict[DeviceNumber, Mount] = {}
     for mounted in sorted(mounts, key=lambda each: (not each.turned_read_only, each.read_only)):
         if mounted.node_number is None:
             chosen.setdefault(mounted.number, mounted)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.handover import PublishContext
-from csi_driver.machine import Mounted
+from csi_driver.host_model import Mount
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import Marks
 from csi_driver.node.ownership import NamedVolume, Ownership
@@ -79,7 +79,7 @@ class Joining:
             fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
         )
 
-    def mount(self, task: Task, target: Path, *, deadline: Deadline) -> Mounted | None:
+    def mount(self, task: Task, target: Path, *, deadline: Deadline) -> Mount | None:
         """Mount the filesystem at the target, read-only, and return what is mounted there then."""
         prepared = self._preparation.prepare(task, deadline=deadline)
         options = task.plan.options_for(prepared.fs_type)

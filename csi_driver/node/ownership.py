@@ -7,14 +7,14 @@ compares paths or takes a device for another one's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping as Dictionary
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.handover import PublishContext
-from csi_driver.machine import Device, DeviceNumber, Mapping, Mounted
+from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.fencing import is_cut_off, is_fenced
 from csi_driver.node.ports import Devices, Encryption, Mounts
@@ -42,7 +42,7 @@ class Owner(Enum):
     OTHER = "of something else"
 
 
-def named(volume_id: str, publish_context: Dictionary[str, str] = EMPTY) -> tuple[NamedVolume, PublishContext | None]:
+def named(volume_id: str, publish_context: Mapping[str, str] = EMPTY) -> tuple[NamedVolume, PublishContext | None]:
     """Read which volume is meant. Raises `VolumeNotFound` for an id of no form of ours or of a volume that is gone."""
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
@@ -70,7 +70,7 @@ class Ownership:
         device = self._devices.find(volume.name, volume.uuid)
         return device if device is not None and is_same(device.uuid, volume.uuid) else None
 
-    def owner_of(self, mounted: Mounted, volume: NamedVolume) -> Owner:
+    def owner_of(self, mounted: Mount, volume: NamedVolume) -> Owner:
         """Tell whose a mount is, for taking it off; a uuid that the device claims outranks the name of a filesystem.
 
         But for a bound device node: it is the volume's when it was made from the volume's path, even where the number
@@ -96,7 +96,7 @@ class Ownership:
         mapping = self._mapping(volume.name, mounted)
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
-    def is_left_behind(self, mounted: Mounted, name: str) -> bool:
+    def is_left_behind(self, mounted: Mount, name: str) -> bool:
         """Tell whether the volume's device went away under a filesystem of it, and its number is another device's now.
 
         The mount holds on to the device that was. The mounts of another volume's name another path as their source; the
@@ -109,7 +109,7 @@ class Ownership:
             return self._devices.is_claimed(device) is False
         return self._devices.name_of(mounted.number) not in (None, name)
 
-    def is_live(self, mounted: Mounted, device: Device) -> bool:
+    def is_live(self, mounted: Mount, device: Device) -> bool:
         """Tell whether a mount is of the device as it is now, and not of one that had its number before.
 
         A mount that is alive claims its device for itself, or the encrypted device between them does; a bound node
@@ -119,7 +119,7 @@ class Ownership:
             return False
         return mounted.can_be_of(device)
 
-    def at(self, path: Path, volume: NamedVolume) -> Mounted | None:
+    def at(self, path: Path, volume: NamedVolume) -> Mount | None:
         """Return what is mounted at a path; a filesystem of the volume's that is dead is taken off first.
 
         That is where the volume came back as another device: the old one's mounts are of no use to anybody.
@@ -129,7 +129,7 @@ class Ownership:
             self.take_off_one(mounted, path, volume)
         return mounted
 
-    def _is_outlived(self, mounted: Mounted, volume: NamedVolume) -> bool:
+    def _is_outlived(self, mounted: Mount, volume: NamedVolume) -> bool:
         is_its_filesystem = mounted.node_number is None and self._was_made_from(mounted, volume)
         is_back = is_its_filesystem and self.device_of(volume) is not None
         return is_back and self.owner_of(mounted, volume) is Owner.DEAD
@@ -144,7 +144,7 @@ class Ownership:
                 return False
         return True
 
-    def take_off_one(self, mounted: Mounted, path: Path, volume: NamedVolume) -> bool:
+    def take_off_one(self, mounted: Mount, path: Path, volume: NamedVolume) -> bool:
         """Unmount the topmost mount at `path`, which is `mounted`, when it is the volume's or dead; else False."""
         match self.owner_of(mounted, volume):
             case Owner.OTHER:
@@ -158,7 +158,7 @@ class Ownership:
                     self._mounts.unmount(path, lost=number_of(mounted))
         return True
 
-    def _unmount(self, mounted: Mounted, path: Path, volume: NamedVolume) -> None:
+    def _unmount(self, mounted: Mount, path: Path, volume: NamedVolume) -> None:
         """Unmount the volume at the path; lazily only where it is in use and the storage has taken it from this node.
 
         That is asked before and after: trying to unmount what is in use takes a moment.
@@ -182,13 +182,13 @@ class Ownership:
             return handle is not None and is_cut_off(self._devices, volume.name)
         return is_fenced(self._devices, handle, volume.uuid)
 
-    def describe(self, mounted: Mounted) -> str:
+    def describe(self, mounted: Mount) -> str:
         """Say what is mounted, for a message."""
         number = number_of(mounted)
         gone = "" if self._devices.size_bytes(number) else ", which is gone"
         return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
 
-    def name_of(self, mounted: Mounted) -> str | None:
+    def name_of(self, mounted: Mount) -> str | None:
         """Return the name of the volume from whose device's path a mount was made; None when from none of ours.
 
         Of an opened encrypted device the path proves little, others have theirs there too: it must lie over the
@@ -208,7 +208,7 @@ class Ownership:
         is_ours = mapping is not None and (mapping.below is None or (device and device.number == mapping.below))
         return name if is_ours else None
 
-    def is_dead(self, mounted: Mounted, name: str) -> bool:
+    def is_dead(self, mounted: Mount, name: str) -> bool:
         """Tell whether nothing written through a mount can ever reach the volume.
 
         Its device is gone, or the one under it when it is the opened device of a volume, or was taken from this node.
@@ -237,7 +237,7 @@ class Ownership:
         # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
         return bool(number.major) and not self._devices.size_bytes(number)
 
-    def _mapping(self, name: str, mounted: Mounted) -> Mapping | None:
+    def _mapping(self, name: str, mounted: Mount) -> LuksMapping | None:
         """Return the opened encrypted device that a mount is of."""
         mapping = self._encryption.mapping(name)
         is_it = mapping is not None and mapping.is_encryption and mapping.number == number_of(mounted)
@@ -251,20 +251,20 @@ class Ownership:
         except InvalidField:
             return None
 
-    def _was_made_from(self, mounted: Mounted, volume: NamedVolume) -> bool:
+    def _was_made_from(self, mounted: Mount, volume: NamedVolume) -> bool:
         paths = (self._devices.path_of(volume.name), self._encryption.path_of(volume.name))
         if mounted.node_number is None:
             return mounted.source in map(str, paths)
         return mounted.root_path.parts[-2:] in [path.parts[-2:] for path in paths]
 
-    def _was_made_from_another(self, mounted: Mounted, volume: NamedVolume) -> bool:
+    def _was_made_from_another(self, mounted: Mount, volume: NamedVolume) -> bool:
         """Tell whether a filesystem was mounted from the path of another volume's device."""
         source = PurePosixPath(mounted.source)
         is_beside = str(source.parent) == str(self._devices.path_of(volume.name).parent)
         return mounted.node_number is None and is_beside and source.name != volume.name
 
 
-def number_of(mounted: Mounted) -> DeviceNumber:
+def number_of(mounted: Mount) -> DeviceNumber:
     """Return the device that a mount stands for: the bound node's, else the filesystem's."""
     return mounted.number if mounted.node_number is None else mounted.node_number
 

@@ -6,23 +6,22 @@ the text below names another family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from collections.abc import Mapping as StringMap
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.machine import (
+from csi_driver.host_model import (
     Content,
     DamagedHeader,
     Device,
     DeviceNumber,
     Fault,
     LuksHeader,
+    LuksMapping,
     LuksSettings,
-    Mapping,
-    Mounted,
+    Mount,
     OpenDevice,
     ReadOnlyDevice,
     StorageClient,
@@ -91,7 +90,7 @@ class Devices(Protocol):
         """Return the uuids of attachments that no CSI driver is seen to hold. Touches no device."""
         ...
 
-    def present(self) -> StringMap[str, str] | None:
+    def present(self) -> Mapping[str, str] | None:
         """Return the uuid of every volume that this node has, by name; None when one of them cannot be told."""
         ...
 
@@ -119,11 +118,11 @@ class Attachments(Protocol):
         self,
         volume_id: str,
         capability: Capability,
-        volume_context: StringMap[str, str],
+        volume_context: Mapping[str, str],
         *,
         is_again: bool = False,
         deadline: Deadline,
-    ) -> StringMap[str, str]:
+    ) -> Mapping[str, str]:
         """Attach the volume to this node, wait until it carries I/O, and return its publish context.
 
         `is_again`: it was attached before and must still be, or this raises `NotAttached`.
@@ -199,7 +198,7 @@ class Encryption(Protocol):
         """Open the volume under its own name. Raises `Denied` when the passphrase does not open it."""
         ...
 
-    def mapping(self, name: str) -> Mapping | None:
+    def mapping(self, name: str) -> LuksMapping | None:
         """Return what is open under the volume's name; None when nothing is."""
         ...
 
@@ -211,22 +210,22 @@ class Encryption(Protocol):
         """Return where the opened device of a volume appears: what a mount of it names as its source."""
         ...
 
-    def device(self, mapping: Mapping, uuid: str | None) -> Device:
+    def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
         """Return an opened device as one of the volume. Raises `PreconditionFailed` when it is another volume's."""
         ...
 
-    def resume(self, mapping: Mapping) -> None:
+    def resume(self, mapping: LuksMapping) -> None:
         """Let a device carry I/O again that a cut-off change of its table left suspended."""
         ...
 
-    def resize(self, mapping: Mapping, passphrase: str | None) -> None:
+    def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
         """Let an opened device take the present size of the one below.
 
         Raises `Denied` when the passphrase is wrong, or none is given and the kernel does not grow it without.
         """
         ...
 
-    def close(self, mapping: Mapping) -> None:
+    def close(self, mapping: LuksMapping) -> None:
         """Close an opened device; gone already is success. Raises `PreconditionFailed` while anything uses it."""
         ...
 
@@ -234,15 +233,15 @@ class Encryption(Protocol):
 class Mounts(Protocol):
     """The kernel's mounts."""
 
-    def at(self, path: Path) -> Mounted | None:
+    def at(self, path: Path) -> Mount | None:
         """Return the topmost mount whose root is `path`; None when no mount begins there. Costs the same always."""
         ...
 
-    def table(self) -> Sequence[Mounted]:
+    def table(self) -> Sequence[Mount]:
         """Return every mount there is, in the kernel's order. Costs time for each of them; touches no filesystem."""
         ...
 
-    def of_device(self, device: Device) -> list[Mounted]:
+    def of_device(self, device: Device) -> list[Mount]:
         """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table.
 
         Those made from another volume's node are none: they outlived their device, and its number is this one's now.
@@ -345,7 +344,7 @@ class Filesystems(Protocol):
 class Probes(Protocol):
     """What can be found wrong by looking. May hang on a dead device, but for `dead`: call them in a worker."""
 
-    def dead(self, mounted: Mounted) -> Fault | None:
+    def dead(self, mounted: Mount) -> Fault | None:
         """Return why nothing can be written to a filesystem any more; None when it can. Never waits for the device."""
         ...
 
@@ -353,7 +352,7 @@ class Probes(Protocol):
         """Return what the kernel shows to be wrong with a device; it is not opened."""
         ...
 
-    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+    def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
         ...
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.handover import History, PublishContext
-from csi_driver.machine import Device, Mounted, OpenDevice
+from csi_driver.host_model import Device, Mount, OpenDevice
 from csi_driver.node.content import (
     ALLOW_FORMAT,
     Evidence,
@@ -197,9 +197,7 @@ class Preparation:
             self._filesystems.make(opened, verdict.fs_type, mkfs.every, uuid=uuid, asked=mkfs.asked)
         logger.info("formatted volume %s (%s) as %s %s", task.volume, uuid, verdict.fs_type, how)
 
-    def _claim(
-        self, stack: ExitStack, device: Device, *, write: bool, deadline: Deadline
-    ) -> OpenDevice | list[Mounted]:
+    def _claim(self, stack: ExitStack, device: Device, *, write: bool, deadline: Deadline) -> OpenDevice | list[Mount]:
         """Open the device for ourselves alone; where it is mounted already, return its mounts instead.
 
         Mounts that the table shows of a device that nothing claims are of one that had its number before.
@@ -226,7 +224,7 @@ class Preparation:
             return opened[0]
         raise refusals[-1]
 
-    def _filesystems_of(self, device: Device) -> list[Mounted]:
+    def _filesystems_of(self, device: Device) -> list[Mount]:
         mounts = [found for found in self._mounts.of_device(device) if found.node_number is None]
         return mounts if mounts and self._devices.is_claimed(device) is not False else []
 
@@ -250,7 +248,7 @@ class Preparation:
             return Prepared(fs_type, grow_mounted=not self._filesystems.grow_unmounted(device, fs_type))
 
 
-def _join(mounts: list[Mounted], task: Task) -> Prepared:
+def _join(mounts: list[Mount], task: Task) -> Prepared:
     """Decide whether a volume that is mounted on this node can be mounted once more: one filesystem, one access."""
     plan, volume = task.plan, task.volume
     there = next((found for found in mounts if not found.read_only), mounts[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
 from csi_driver.handover import PublishContext
-from csi_driver.machine import Device, FaultKind, Mounted
+from csi_driver.host_model import Device, FaultKind, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.joining import Joining
@@ -178,7 +178,7 @@ class Publish:
         # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.
         self._accept(published, task.volume, target, task.device, published.root, read_only=True)
 
-    def _require_alive(self, mounted: Mounted, volume: NamedVolume, *, read_only: bool) -> None:
+    def _require_alive(self, mounted: Mount, volume: NamedVolume, *, read_only: bool) -> None:
         """Refuse to hand out a filesystem that takes no writes any more, or, to a reader, one that is shut down."""
         dead = self._probes.dead(mounted)
         if dead is not None and not (read_only and dead.kind is FaultKind.TURNED_READ_ONLY):
@@ -190,7 +190,7 @@ class Publish:
             self._paths.remove(target)
         self._paths.make_directory(target)
 
-    def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mounted:
+    def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mount:
         staged = self._mounts.at(staging)
         if staged is None:
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
@@ -201,7 +201,7 @@ class Publish:
         return staged
 
     def _accept(
-        self, published: Mounted, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
+        self, published: Mount, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
     ) -> None:
         found = [] if published.node_number is None else ["access: expected mount, got block"]
         if not published.can_be_of(device):
@@ -257,7 +257,7 @@ class Publish:
 
     def _accept_block(
         self,
-        published: Mounted,
+        published: Mount,
         volume: NamedVolume,
         target: Path,
         device: Device,
@@ -290,7 +290,7 @@ class Publish:
         if uuid is not None:
             remember_use(self._marks, uuid, context.attachment if context else 0, RAW)
 
-    def _release_reader(self, taken_off: Mounted, volume: NamedVolume) -> None:
+    def _release_reader(self, taken_off: Mount, volume: NamedVolume) -> None:
         """Take down the read-only device that a publication had of its own; never the volume's device itself."""
         if taken_off.node_number is None or self._encrypted.is_opened(taken_off.node_number):
             return
@@ -324,13 +324,13 @@ class Publish:
                     f"volume {volume} is for a single writer and is already published at {found.path}"
                 )
 
-    def _held_by_another(self, published: Mounted, volume: NamedVolume, target: Path) -> PreconditionFailed:
+    def _held_by_another(self, published: Mount, volume: NamedVolume, target: Path) -> PreconditionFailed:
         return PreconditionFailed(
             f"target path {target}: expected volume {volume}, got {self._ownership.describe(published)}"
         )
 
     @staticmethod
-    def _conclude(found: list[str], published: Mounted, volume: NamedVolume, target: Path, *, read_only: bool) -> None:
+    def _conclude(found: list[str], published: Mount, volume: NamedVolume, target: Path, *, read_only: bool) -> None:
         """Accept what is published, or say how it differs from what was asked."""
         if published.read_only != read_only:
             access = ("read-write", "read-only")

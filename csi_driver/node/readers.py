@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.machine import Device
+from csi_driver.host_model import Device
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import ReadOnlyDevices
 

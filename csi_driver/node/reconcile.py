@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 
 from csi_driver.errors import DriverError, InvalidField, PreconditionFailed, StorageUnavailable
-from csi_driver.machine import DeviceNumber, Mounted
+from csi_driver.host_model import DeviceNumber, Mount
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.kubelet import publication_data, staging_data
 from csi_driver.node.ownership import NamedVolume, Ownership, number_of
@@ -118,7 +118,7 @@ class Reconcile:
             if name is not None and number not in shown:
                 yield Finding(Kind.READER, name, reader.over, number)
 
-    def _judged(self, name: str, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
+    def _judged(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
         """Judge a mount; one that cannot be judged does not keep the others from it."""
         try:
             return self._kind_of(name, mounted, table) if self._is_below_a_root(mounted.path) else None
@@ -126,7 +126,7 @@ class Reconcile:
             logger.warning("volume %s at %s cannot be judged: %s", name, mounted.path, error)
             return None
 
-    def _kind_of(self, name: str, mounted: Mounted, table: Sequence[Mounted]) -> Kind | None:
+    def _kind_of(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
         """Judge a mount of ours; None where nothing is wrong with it."""
         staged = staging_data(mounted.path, self._driver_name)
         record = staged or publication_data(mounted.path)

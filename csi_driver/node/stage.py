@@ -20,7 +20,7 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.handover import Encryption, PublishContext
-from csi_driver.machine import Device, Mounted
+from csi_driver.host_model import Device, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.joining import Joining
@@ -180,7 +180,7 @@ class Stage:
 
     # --- filesystem ---
 
-    def _is_dead_and_unused(self, mounted: Mounted, volume: NamedVolume, path: Path) -> bool:
+    def _is_dead_and_unused(self, mounted: Mount, volume: NamedVolume, path: Path) -> bool:
         """Tell whether a filesystem died that is mounted at the staging path and nowhere else; both are logged."""
         dead = self._probes.dead(mounted)
         if dead is None or self._ownership.owner_of(mounted, volume) is not Owner.OURS:
@@ -288,7 +288,7 @@ class Stage:
 
     def _accept(
         self,
-        mounted: Mounted,
+        mounted: Mount,
         volume: NamedVolume,
         context: PublishContext | None,
         path: Path,
@@ -312,7 +312,7 @@ class Stage:
             self._finish_growth(volume, device, mounted, path)
         self._set_root_mode(path, plan, volume.uuid or device.uuid, context)
 
-    def _finish_growth(self, volume: NamedVolume, device: Device, mounted: Mounted, path: Path) -> None:
+    def _finish_growth(self, volume: NamedVolume, device: Device, mounted: Mount, path: Path) -> None:
         """Grow what a crash left too small. It is staged as asked: that it cannot is NodeExpandVolume's to tell."""
         try:
             if self._preparation.is_too_small(device, mounted.fs_type):

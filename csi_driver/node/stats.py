@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotMounted
-from csi_driver.machine import FaultKind
+from csi_driver.host_model import FaultKind
 from csi_driver.model import Usage
 from csi_driver.node.expand import known_path
 from csi_driver.node.ownership import Owner, Ownership, named, number_of

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from csi_driver.errors import InvalidRequest, MissingField, PreconditionFailed
 from csi_driver.handover import Encryption, PublishContext
-from csi_driver.machine import LuksSettings
+from csi_driver.host_model import LuksSettings
 from csi_driver.model import MIB, AccessMode, Capability
 from csi_driver.parameters import values as read
 from csi_driver.parameters.values import InvalidParameter

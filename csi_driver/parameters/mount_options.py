@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from csi_driver.errors import InvalidField, InvalidRequest
-from csi_driver.machine import Mounted
+from csi_driver.host_model import Mount
 from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, MountAccess
 from csi_driver.parameters.mkfs import MkfsArguments, MkfsRequest, check_fs_type
 from csi_driver.parameters.values import Problems
@@ -228,7 +228,7 @@ _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime",
 """Options that /proc/self/mountinfo shows exactly when they are set (fs/proc_namespace.c)."""
 
 
-def differences(mounted: Mounted, plan: MountPlan) -> list[str]:
+def differences(mounted: Mount, plan: MountPlan) -> list[str]:
     """Return how a mount differs from the plan, each as "NAME: expected X, got Y"; empty = it does not.
 
     Only what the kernel is known to show counts: it leaves out defaults and respells values, and a mount that is

@@ -16,7 +16,7 @@ from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host.mounts import LinuxMounts
-from csi_driver.machine import Device
+from csi_driver.host_model import Device
 from csi_driver.model import MIB
 
 LIVE = {

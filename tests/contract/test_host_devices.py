@@ -23,7 +23,7 @@ from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell, soon
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import Denied, InvalidField, PreconditionFailed
-from csi_driver.machine import Blank, Device, Filesystem, LuksHeader, LuksSettings, Mapping, OtherContent
+from csi_driver.host_model import Blank, Device, Filesystem, LuksHeader, LuksMapping, LuksSettings, OtherContent
 from csi_driver.model import MIB
 from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side
 
@@ -66,7 +66,7 @@ class Keyring(Actor):
             self.host.encryption.open(opened, passphrase, read_only=read_only, allow_discards=False)
         return self.host.encryption.device(self.mapping(), device.uuid)
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> LuksMapping:
         found = self.host.encryption.mapping(NAME)
         assert found is not None
         return found

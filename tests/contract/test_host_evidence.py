@@ -19,7 +19,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB
 from tests.contract.host_machine import HostMachine, host_machine
 from tests.contract.test_host_devices import ManualClock

@@ -21,7 +21,7 @@ from csi_driver.errors import (
 )
 from csi_driver.host import command, facts
 from csi_driver.host.mounts import LinuxMounts
-from csi_driver.machine import Blank, Content, Device, Filesystem, OtherContent
+from csi_driver.host_model import Blank, Content, Device, Filesystem, OtherContent
 from csi_driver.model import GIB, MIB
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell, soon
 

@@ -19,7 +19,7 @@ import pytest
 from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import going_down, mount_table, mounts, syscalls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB, AccessMode, MountAccess
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import plan_mount

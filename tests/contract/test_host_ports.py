@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, InvalidField, OperationPending, PreconditionFailed
-from csi_driver.machine import Blank, DeviceNumber, FaultKind, Filesystem, OtherContent, ReadOnlyDevice
+from csi_driver.host_model import Blank, DeviceNumber, FaultKind, Filesystem, OtherContent, ReadOnlyDevice
 from csi_driver.model import MIB
 from tests.contract.host_machine import soon
 from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side

@@ -26,7 +26,7 @@ from csi_driver.host.facts import MachineTools
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
-from csi_driver.machine import FaultKind, Mounted
+from csi_driver.host_model import FaultKind, Mount
 from csi_driver.model import MIB
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.service import NodeUseCases, assemble
@@ -45,7 +45,7 @@ def machine(tmp_path: Path) -> Iterator[HostMachine]:
         yield made
 
 
-def mounted(machine: HostMachine, fs_type: str = "ext4", *options: str, read_only: bool = False) -> Mounted:
+def mounted(machine: HostMachine, fs_type: str = "ext4", *options: str, read_only: bool = False) -> Mount:
     size_bytes = {"ext4": 32, "xfs": 320, "btrfs": 128}[fs_type] * MIB
     _, device = machine.formatted(fs_type, size_bytes)
     target = machine.place()
@@ -53,17 +53,17 @@ def mounted(machine: HostMachine, fs_type: str = "ext4", *options: str, read_onl
     return seen(machine, target)
 
 
-def seen(machine: HostMachine, path: Path) -> Mounted:
+def seen(machine: HostMachine, path: Path) -> Mount:
     found = machine.mounts.at(path)
     assert found is not None
     return found
 
 
-def kinds(of: Mounted) -> set[FaultKind]:
+def kinds(of: Mount) -> set[FaultKind]:
     return {fault.kind for fault in LinuxProbes().filesystem(of)}
 
 
-def sysfs(of: Mounted) -> Path:
+def sysfs(of: Mount) -> Path:
     return Path("/sys/dev/block") / str(of.number)
 
 

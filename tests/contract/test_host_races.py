@@ -21,7 +21,7 @@ import pytest
 from csi_driver.errors import DriverError
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.machine import Device
+from csi_driver.host_model import Device
 from csi_driver.model import MIB
 from tests.contract.host_machine import HostMachine, host_machine, mounts_below, shell
 

@@ -19,7 +19,7 @@ from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
-from csi_driver.machine import Content, Device
+from csi_driver.host_model import Content, Device
 from csi_driver.model import MIB
 from csi_driver.node import ports
 from tests.contract.host_machine import HostMachine, Volume, host_machine, soon

@@ -26,7 +26,7 @@ from csi_driver.errors import (
     PreconditionFailed,
     SystemCallFailed,
 )
-from csi_driver.machine import (
+from csi_driver.host_model import (
     Blank,
     Content,
     Device,
@@ -34,7 +34,7 @@ from csi_driver.machine import (
     Fault,
     FaultKind,
     Filesystem,
-    Mounted,
+    Mount,
     OpenDevice,
     OtherContent,
     ReadOnlyDevice,
@@ -479,14 +479,14 @@ class FakeMounts:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
 
-    def at(self, path: Path) -> Mounted | None:
+    def at(self, path: Path) -> Mount | None:
         entry = self._host.topmost(path)
         return _shown(entry) if entry is not None else None
 
-    def table(self) -> list[Mounted]:
+    def table(self) -> list[Mount]:
         return [_shown(entry) for entry in self._host.table]
 
-    def of_device(self, device: Device) -> list[Mounted]:
+    def of_device(self, device: Device) -> list[Mount]:
         return [mounted for mounted in map(_shown, self._host.table) if mounted.can_be_of(device)]
 
     def reaches_host(self, path: Path) -> bool:
@@ -559,10 +559,10 @@ class FakeMounts:
         host.step("after unmount")
 
 
-def _shown(entry: _Entry) -> Mounted:
+def _shown(entry: _Entry) -> Mount:
     number = entry.disk.number if entry.disk is not None else DeviceNumber(0, 5)
     superblock_read_only = entry.disk is not None and entry.disk.superblock_read_only
-    return Mounted(
+    return Mount(
         path=entry.path,
         number=number,
         fs_type=entry.fs_type,
@@ -765,14 +765,14 @@ class FakeProbes:
         read_only = [Fault(FaultKind.DEVICE_READ_ONLY, str(number))] if disk is not None and disk.read_only else []
         return [*read_only, *self._host.wrong_devices.get(number, [])]
 
-    def dead(self, mounted: Mounted) -> Fault | None:
+    def dead(self, mounted: Mount) -> Fault | None:
         found = self._turned(mounted) + self._host.wrong_filesystems.get(mounted.number, [])
         return next((each for each in found if each.kind in (FaultKind.SHUT_DOWN, FaultKind.TURNED_READ_ONLY)), None)
 
-    def _turned(self, mounted: Mounted) -> list[Fault]:
+    def _turned(self, mounted: Mount) -> list[Fault]:
         return [Fault(FaultKind.TURNED_READ_ONLY, mounted.source)] if mounted.turned_read_only else []
 
-    def filesystem(self, mounted: Mounted) -> Sequence[Fault]:
+    def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         self._host.answers.wait()
         return [*self._turned(mounted), *self._host.wrong_filesystems.get(mounted.number, [])]
 

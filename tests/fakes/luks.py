@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.errors import Denied, HostFailure, PreconditionFailed
-from csi_driver.machine import (
+from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
     Device,
     DeviceNumber,
     LuksHeader,
+    LuksMapping,
     LuksSettings,
-    Mapping,
     OpenDevice,
 )
 
@@ -125,13 +125,13 @@ class FakeEncryption:
     def path_of(self, name: str) -> Path:
         return MAPPER_DIRECTORY / name
 
-    def mapping(self, name: str) -> Mapping | None:
+    def mapping(self, name: str) -> LuksMapping | None:
         mapper = self._host.mappers.get(name)
         if mapper is None:
             return None
         header = mapper.label.removeprefix("luks/").replace("-", "")
         has_table = mapper.size_bytes > 0
-        return Mapping(
+        return LuksMapping(
             name=name,
             kernel_uuid=f"CRYPT-LUKS2-{header}-{name}" if mapper.label else "LVM-of-somebody-else",
             number=mapper.number,
@@ -164,7 +164,7 @@ class FakeEncryption:
         luks.opened_with_discards = allow_discards
         self._host.step("after open")
 
-    def device(self, mapping: Mapping, uuid: str | None) -> Device:
+    def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
         mapper = self._host.mappers.get(mapping.name)
         if mapper is None or mapper.number != mapping.number or not mapper.size_bytes:
             raise PreconditionFailed(f"{self.path_of(mapping.name)} is not there or has no size")
@@ -173,12 +173,12 @@ class FakeEncryption:
             raise PreconditionFailed(f"what lies under {found.path} claims {found.uuid}, expected {uuid}")
         return found
 
-    def resume(self, mapping: Mapping) -> None:
+    def resume(self, mapping: LuksMapping) -> None:
         self._host.step("before resume")
         self._host.mappers[mapping.name].is_suspended = False
         self._host.step("after resume")
 
-    def resize(self, mapping: Mapping, passphrase: str | None) -> None:
+    def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
         mapper = self._host.mappers[mapping.name]
         if mapper.below is None or mapper.below.luks is None:
             raise HostFailure(f"{mapper.path} lies over nothing")
@@ -191,7 +191,7 @@ class FakeEncryption:
         mapper.is_suspended = False
         self._host.step("after resize")
 
-    def close(self, mapping: Mapping) -> None:
+    def close(self, mapping: LuksMapping) -> None:
         mapper = self._host.mappers.get(mapping.name)
         if mapper is None or mapper.number != mapping.number:
             return

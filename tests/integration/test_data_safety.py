@@ -17,7 +17,7 @@ import pytest
 from csi_driver.errors import DeadlineReached, DriverError, HostFailure, PreconditionFailed
 from csi_driver.handover import History
 from csi_driver.host.filesystem import LinuxFilesystems
-from csi_driver.machine import Blank, Content, Filesystem, OpenDevice, OtherContent
+from csi_driver.host_model import Blank, Content, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import GIB, MIB
 from csi_driver.node.marks import USED, Mark
 from tests.contract.cut_off import can_cut_off, run_until_write

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.machine import LuksSettings
+from csi_driver.host_model import LuksSettings
 from csi_driver.rpc.client import CallFailed
 from tests.contract.two_hosts import Actor, linux_side
 from tests.integration.rig import MIB, Rig, Volume, filesystem, running

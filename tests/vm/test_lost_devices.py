@@ -18,7 +18,7 @@ import pytest
 
 from csi_driver.handover import Encryption
 from csi_driver.host import block_devices, ioctls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB
 from tests.contract.host_machine import Volume as LoopVolume
 from tests.contract.host_machine import host_machine, shell

@@ -20,7 +20,7 @@ from typing import Protocol
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 from csi_driver.model import is_uuid
 
 LOOP_MAJOR = 7

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from csi_driver.machine import StorageClient, VolumeStatus
+from csi_driver.host_model import StorageClient, VolumeStatus
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import ReservationMode
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from csi_driver.errors import HostFailure, PreconditionFailed
 from csi_driver.host import ioctls
 from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
-from csi_driver.machine import Device, DeviceNumber, ReadOnlyDevice
+from csi_driver.host_model import Device, DeviceNumber, ReadOnlyDevice
 
 _READER = re.compile(r"[0-9a-f]{16}")
 _MARK = "ro-"

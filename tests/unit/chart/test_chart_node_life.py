@@ -6,7 +6,7 @@ import pytest
 
 from csi_driver.config.commands import parse
 from csi_driver.config.made import PreStopCommand
-from csi_driver.machine import RunningRole
+from csi_driver.host_model import RunningRole
 from tests.unit.chart.rendering import NVMESH, Manifest, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]

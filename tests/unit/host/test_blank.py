@@ -11,7 +11,7 @@ import pytest
 
 from csi_driver.errors import HostFailure
 from csi_driver.host import blank
-from csi_driver.machine import Device, DeviceNumber, OpenDevice
+from csi_driver.host_model import Device, DeviceNumber, OpenDevice
 from csi_driver.model import GIB, MIB
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors.nvmesh import serial_of
-from csi_driver.machine import VolumeStatus
+from csi_driver.host_model import VolumeStatus
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 OTHER = "11234567-89ab-cdef-0123-456789abcdef"

@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 
 @contextmanager

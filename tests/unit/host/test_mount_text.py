@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.errors import InvalidField
 from csi_driver.host import mount_options, mount_table, syscalls
-from csi_driver.machine import DeviceNumber
+from csi_driver.host_model import DeviceNumber
 
 # Lines as Linux 6.1 prints them.
 TABLE = r"""22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw,discard,errors=remount-ro

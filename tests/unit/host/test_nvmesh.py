@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.connectors import loop, nvmesh
-from csi_driver.machine import StorageClient, VolumeStatus
+from csi_driver.host_model import StorageClient, VolumeStatus
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 STATUS = {"name": "csi-1", "uuid": UUID, "type": "visible", "size[blks]": 262144, "block[b]": 4096, "debug_di": 0}

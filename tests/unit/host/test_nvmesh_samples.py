@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import nvmesh
-from csi_driver.machine import Device, StorageClient, VolumeStatus
+from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 from csi_driver.node.fencing import is_fenced
 

@@ -13,12 +13,12 @@ from csi_driver.config.commands import parse
 from csi_driver.config.made import DoctorCommand
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
+from csi_driver.host_model import RunningRole
 from csi_driver.local import doctor
 from csi_driver.local.doctor import Look, examine, looks
 from csi_driver.local.doctor_findings import Check, Finding, Severity, document, fault, fine, is_bad, table, warning
 from csi_driver.local.doctor_management import judge_clients
 from csi_driver.local.doctor_settings import Patient
-from csi_driver.machine import RunningRole
 from csi_driver.storage_model import Client, ClientStatus
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from csi_driver.machine import Mounted
+from csi_driver.host_model import Mount
 from csi_driver.node import census
 from tests.fakes.node import OTHER_UUID, publish_context
 from tests.unit.node.test_reconcile import STAGING, TARGET, Kubelet
@@ -64,7 +64,7 @@ def test_a_mount_that_hangs_leaves_the_numbers_out(kubelet: Kubelet, monkeypatch
     monkeypatch.setattr(census, "LOOK_LIMIT_S", 0.05)
     goes_on, table = threading.Event(), kubelet.host.mounts.table
 
-    def hangs() -> Sequence[Mounted]:
+    def hangs() -> Sequence[Mount]:
         assert goes_on.wait(30)
         return table()
 

@@ -6,7 +6,7 @@ import pytest
 
 from csi_driver.errors import StorageUnavailable
 from csi_driver.handover import Encryption
-from csi_driver.machine import VolumeStatus
+from csi_driver.host_model import VolumeStatus
 from tests.fakes.node import BLOCK, NAME, STAGING, TARGET, UUID, FakeNode, publish_context
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from csi_driver.handover import History
-from csi_driver.machine import Blank, Content, Filesystem, OtherContent
+from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.parameters.mount_options import FilesystemRequest

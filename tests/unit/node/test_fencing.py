@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.machine import Device, DeviceNumber, StorageClient, VolumeStatus
+from csi_driver.host_model import Device, DeviceNumber, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 from csi_driver.node.fencing import Hold, hold_of, is_cut_off, is_fenced
 

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.errors import VolumeNotFound
 from csi_driver.health import Reason, StorageFault, VolumeFault
-from csi_driver.machine import Fault, FaultKind, VolumeStatus
+from csi_driver.host_model import Fault, FaultKind, VolumeStatus
 from csi_driver.node.health import _MEANING
 from csi_driver.node.requests import NodeSettings
 from tests.fakes.host import FakeDisk

@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.handover import History
-from csi_driver.machine import Fault, FaultKind
+from csi_driver.host_model import Fault, FaultKind
 from csi_driver.node.marks import USED, Mark
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (

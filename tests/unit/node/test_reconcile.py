@@ -13,7 +13,7 @@ import pytest
 
 from csi_driver.errors import OperationPending, StorageUnavailable, SystemCallFailed
 from csi_driver.handover import Encryption
-from csi_driver.machine import Mounted, VolumeStatus
+from csi_driver.host_model import Mount, VolumeStatus
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
 from csi_driver.node import reconcile
 from csi_driver.node.reconcile import Finding, Kind
@@ -260,7 +260,7 @@ def test_a_look_that_hangs_gives_the_volume_back_and_the_next_sweep_says_so(
     answers.set()
     given_back: list[str] = []
 
-    def slow() -> list[Mounted]:
+    def slow() -> list[Mount]:
         answers.wait()
         return table()
 

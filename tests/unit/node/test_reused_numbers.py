@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
-from csi_driver.machine import Device, DeviceNumber, Mounted
+from csi_driver.host_model import Device, DeviceNumber, Mount
 from csi_driver.model import AccessMode
 from tests.fakes.host import FakeDisk
 from tests.fakes.node import (
@@ -30,7 +30,7 @@ OTHER_ID = f"single-zone-cluster:{OTHER}:{OTHER_UUID}"
 OTHER_STAGING = KUBELET / "plugins/other/globalmount"
 OTHER_CONTEXT = publish_context(name=OTHER, uuid=OTHER_UUID)
 DEVICE = Device(NAME, Path("/dev/nvmesh") / NAME, DeviceNumber(240, 1), 1 << 20, False, UUID)
-MOUNTED = Mounted(STAGING, DEVICE.number, "ext4", str(DEVICE.path), "/", False, frozenset())
+MOUNTED = Mount(STAGING, DEVICE.number, "ext4", str(DEVICE.path), "/", False, frozenset())
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def publish_other(node: FakeNode) -> None:
         (replace(MOUNTED, number=DeviceNumber(0, 5), node_number=DeviceNumber(240, 2), root="/nvmesh/csi-1"), False),
     ],
 )
-def test_a_mount_is_of_a_device_by_number_and_by_what_it_was_made_from(mounted: Mounted, can_be: bool) -> None:
+def test_a_mount_is_of_a_device_by_number_and_by_what_it_was_made_from(mounted: Mount, can_be: bool) -> None:
     assert mounted.can_be_of(DEVICE) is can_be
 
 

@@ -20,7 +20,7 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.handover import History
-from csi_driver.machine import VolumeStatus
+from csi_driver.host_model import VolumeStatus
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.node.requests import StageRequest

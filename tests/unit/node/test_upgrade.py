@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed, StorageUnavailable
-from csi_driver.machine import VolumeStatus
+from csi_driver.host_model import VolumeStatus
 from csi_driver.node.requests import NodeSettings
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import (

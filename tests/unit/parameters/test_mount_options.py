@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import InvalidField, InvalidRequest
-from csi_driver.machine import DeviceNumber, Mounted
+from csi_driver.host_model import DeviceNumber, Mount
 from csi_driver.model import AccessMode, MountAccess
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import MountPlan, differences, mount_flags, plan_mount
@@ -167,8 +167,8 @@ def test_a_filesystem_that_cannot_be_made_is_refused() -> None:
 # --- comparing ---
 
 
-def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mounted:
-    return Mounted(Path("/s"), DeviceNumber(8, 1), fs_type, "/dev/x", "/", read_only, frozenset(options))
+def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mount:
+    return Mount(Path("/s"), DeviceNumber(8, 1), fs_type, "/dev/x", "/", read_only, frozenset(options))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mo
         (mounted("relatime", "noload", read_only=True), plan("ro")),
     ],
 )
-def test_a_mount_as_wanted_is_never_called_wrong(shown: Mounted, wanted: MountPlan) -> None:
+def test_a_mount_as_wanted_is_never_called_wrong(shown: Mount, wanted: MountPlan) -> None:
     assert differences(shown, wanted) == []
 
 
@@ -199,5 +199,5 @@ def test_a_mount_as_wanted_is_never_called_wrong(shown: Mounted, wanted: MountPl
         (mounted("commit=5"), plan("commit=30"), "option commit: expected 30, got 5"),
     ],
 )
-def test_a_difference_is_named(shown: Mounted, wanted: MountPlan, said: str) -> None:
+def test_a_difference_is_named(shown: Mount, wanted: MountPlan, said: str) -> None:
     assert said in differences(shown, wanted)

@@ -5,7 +5,7 @@ Values only. `csi_driver.host` makes them, `csi_driver.node` decides by them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping as StringMap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath
@@ -105,7 +105,7 @@ class RunningRole:
     pid: int
     role: str
     arguments: tuple[str, ...]
-    environ: StringMap[str, str] = field(repr=False)
+    environ: Mapping[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class ReadOnlyDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class Mounted:
+class Mount:
     """A mount as the kernel shows it at one path (the topmost, where several are stacked).
 
     `number` is the device of the mounted filesystem, or, for a bind mount of a device node, of the filesystem
@@ -247,7 +247,7 @@ class LuksSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class LuksMapping:
     """An encrypted device as the kernel has it opened.
 
     `kernel_uuid` tells what it is: kind, LUKS uuid without dashes, name. `size_bytes` is 0 and `below` None while it
