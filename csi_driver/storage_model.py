@@ -213,8 +213,8 @@ class DeviceStatus(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class AttachmentWish:
-    """What the management wants of a volume on a client. `action` stays "attaching" while it is to be attached."""
+class DesiredAttachment:
+    """The attachment of a volume to a client that the management wants; `action`: "attaching" or "detaching..."."""
 
     volume_uuid: str
     volume_name: str
@@ -250,7 +250,7 @@ class Client:
     id: str
     uuid: str
     status: ClientStatus
-    wishes: Mapping[str, AttachmentWish] = field(default_factory=dict)
+    desired: Mapping[str, DesiredAttachment] = field(default_factory=dict)
     """By volume uuid."""
     devices: Mapping[str, DeviceReport] = field(default_factory=dict)
     """By volume uuid."""
@@ -259,7 +259,7 @@ class Client:
         """Whether the volume is attached here, or wished for, or not yet known to be gone."""
         report = self.devices.get(volume_uuid)
         gone = report is None or report.status in (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
-        return volume_uuid in self.wishes or not gone
+        return volume_uuid in self.desired or not gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,9 @@ from csi_driver.errors import (
     ReservationConflict,
     VolumeNotFound,
 )
-from csi_driver.handover import History, PublishContext, held_reference, reference_id
 from csi_driver.model import BlockAccess, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
+from csi_driver.publish_context import History, PublishContext, held_reference, reference_id
 from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
@@ -80,24 +80,24 @@ class Attach:
             client = self._settled(located, client, deadline=deadline)
             # What is counted below must be read after the wait, not before it.
             located = require(self._clusters, request.volume_id, deadline=deadline)
-        wish = client.wishes.get(located.volume.uuid)
-        if wish is None and located.volume.reservation.mode is not ReservationMode.NONE:
+        desired = client.desired.get(located.volume.uuid)
+        if desired is None and located.volume.reservation.mode is not ReservationMode.NONE:
             # Somebody holds it by now; perhaps this very node, for the same call made of another controller.
             client = self._again(located.management, client, deadline=deadline)
-            wish = client.wishes.get(located.volume.uuid)
+            desired = client.desired.get(located.volume.uuid)
             if is_leaving(client, located.volume.uuid):
                 raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}; retry")
         taken: int | None = None
-        if request.is_again and (wish is None or located.reference not in references(wish, located.volume)):
+        if request.is_again and (desired is None or located.reference not in references(desired, located.volume)):
             raise NotAttached(located.volume.name, client.id)
-        if wish is None:
+        if desired is None:
             taken = self._admit(located, client, request, deadline=deadline)
-        elif wish.mode is not mode:
-            raise held_otherwise(located.volume, client, wish.mode, mode)
+        elif desired.mode is not mode:
+            raise held_otherwise(located.volume, client, desired.mode, mode)
         writes = isinstance(request.capability.access, BlockAccess) and mode is not ReservationMode.SHARED_READ_ONLY
-        new = mode if wish is None else None
+        new = mode if desired is None else None
         known = self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
-        if wish is None or located.reference not in references(wish, located.volume):
+        if desired is None or located.reference not in references(desired, located.volume):
             self._attach(located, client, mode, taken, deadline=deadline)
         client = self._await_device(located, client, mode, deadline=deadline)
         return self._context(located, client, mode, known, request.context, deadline=deadline)
@@ -149,7 +149,7 @@ class Attach:
         if client.status in ABSENT:
             raise client_absent(client)
         limit = self._settings.max_volumes_per_node
-        if limit and (held := sum(client.holds(uuid) for uuid in {*client.wishes, *client.devices})) >= limit:
+        if limit and (held := sum(client.holds(uuid) for uuid in {*client.desired, *client.devices})) >= limit:
             raise Exhausted(
                 f"volumes of node {client.id}: expected fewer than its limit of {limit}, got {held}; use another node, "
                 "or raise --max-volumes-per-node"
@@ -192,7 +192,7 @@ class Attach:
     def _attach(
         self, located: Located, client: Client, mode: ReservationMode, taken: int | None, *, deadline: Deadline
     ) -> None:
-        """Record the wish, preempting the reservation of version `taken`. Where the volume is held, say by whom."""
+        """Record the desired, preempting the reservation of version `taken`. Where the volume is held, say by whom."""
         volume = located.volume
         if taken is not None:
             self._take_over.confirm(located, client, taken, deadline=deadline)
@@ -210,24 +210,24 @@ class Attach:
         except ReservationConflict as conflict:
             if conflict.management_id == 1716:
                 raise
-            present = self._again(located.management, client, deadline=deadline).wishes.get(volume.uuid)
+            present = self._again(located.management, client, deadline=deadline).desired.get(volume.uuid)
             if present is not None and not present.is_detaching:
                 raise held_otherwise(volume, client, present.mode, mode) from conflict
             raise self._take_over.refusal(located, client, deadline=deadline) from conflict
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode.name.lower())
 
     def _await_device(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> Client:
-        """Wait until the client reports a usable device, and the wish still stands in that same answer: return it.
+        """Wait until the client reports a usable device, and the desired still stands in that same answer: return it.
 
-        The wish is looked at again because servers before 3.5 may lose one that was accepted.
+        The desired is looked at again because servers before 3.5 may lose one that was accepted.
         """
         lacks, latest = "the attachment", client
 
         def is_usable() -> bool:
             nonlocal lacks, latest
             latest = self._again(located.management, client, deadline=deadline)
-            wish = latest.wishes.get(located.volume.uuid)
-            if wish is None or wish.is_detaching or located.reference not in references(wish, located.volume):
+            desired = latest.desired.get(located.volume.uuid)
+            if desired is None or desired.is_detaching or located.reference not in references(desired, located.volume):
                 raise OperationPending(
                     f"volume {located.volume.name} was detached from {client.id} while being attached; retry"
                 )
@@ -262,7 +262,7 @@ class Attach:
         # could have been another attachment's.
         is_old = (
             number != known.clients.get(client.uuid, 0)
-            or client.wishes[volume.uuid].version not in (0, volume.reservation.version)
+            or client.desired[volume.uuid].version not in (0, volume.reservation.version)
             or volume.reservation.version < located.volume.reservation.version
         )
         if not is_old:
@@ -293,9 +293,9 @@ class Attach:
 
         `takeover.was_preempted` needs it when the volume is deleted and a former holder is not back by then.
         """
-        wish = client.wishes[volume.uuid]
-        if wish.preempts and known.taken < wish.version:
-            metadata = record.with_attachments(volume.metadata, replace(known, taken=wish.version))
+        desired = client.desired[volume.uuid]
+        if desired.preempts and known.taken < desired.version:
+            metadata = record.with_attachments(volume.metadata, replace(known, taken=desired.version))
             management.set_metadata(volume, metadata, deadline=deadline)
 
     # --- both -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, shown
 from csi_driver.model import VolumeHandle
-from csi_driver.storage_model import AttachmentWish, Client, ClientStatus, DeviceReport
+from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceReport
 
 _log = logging.getLogger(__name__)
 
@@ -26,15 +26,14 @@ class Detach:
         self._settings = settings
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
-        """Give up the handle's hold of the volume on the node (all nodes when `node_id` is empty), and wait for it.
+        """Detach the volume from the node (from all nodes when `node_id` is empty) under this handle, and wait for it.
 
-        Success when volume, node or attachment do not exist (any more), and for a client that is down once the wish is
-        recorded: by that wish `takeover` knows that the volume may be given to another node. Raises `DeadlineReached`
-        when the device does not go, which it may never do while a program has it open; the wish remains.
+        Success when volume, node or attachment do not exist, and for a client that is down as soon as the detachment is
+        recorded: `takeover` allows another node to take the volume because of that record. Raises `DeadlineReached`
+        when the device is not released in time, for example because a program has it open; the record remains.
 
-        `force_detach` counts when the last reference is withdrawn. A volume that is being detached already is not
-        attached again to be detached by force: an attachment gives the node back what it was told to give up, and takes
-        the mark away by which `takeover` judges.
+        `force_detach` counts when the last reference is withdrawn. A volume that is being detached is not attached
+        again in order to force it: that would give the device back to the node and remove the record.
         """
         try:
             located = locate(self._clusters, volume_id, deadline=deadline)
@@ -87,15 +86,15 @@ class Detach:
 
     def _withdraw(self, located: Located, client: Client, *, deadline: Deadline) -> None:
         volume = located.volume
-        wish = client.wishes.get(volume.uuid)
-        if wish is None and client.id in volume.reservation.attached:
+        desired = client.desired.get(volume.uuid)
+        if desired is None and client.id in volume.reservation.attached:
             # The client's document may come from a server that has not yet heard of the attachment.
             named: str | None = located.reference
-        elif wish is None or wish.is_detaching or located.reference not in references(wish, volume):
+        elif desired is None or desired.is_detaching or located.reference not in references(desired, volume):
             return
         else:
             # Named, although it may be the default: without a name every reference would go.
-            named = located.reference if located.reference in wish.reference_ids else None
+            named = located.reference if located.reference in desired.reference_ids else None
         force = self._settings.force_detach
         located.management.detach(client, volume, reference_id=named, force=force, deadline=deadline)
         _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)
@@ -121,7 +120,7 @@ def _has(client: Client, handle: VolumeHandle) -> bool:
 
     A client may report a device without its name, which may be any volume's.
     """
-    entries: list[AttachmentWish | DeviceReport] = [*client.wishes.values(), *client.devices.values()]
+    entries: list[DesiredAttachment | DeviceReport] = [*client.desired.values(), *client.devices.values()]
     return any(
         (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
         and client.holds(entry.volume_uuid)

@@ -13,8 +13,8 @@ from csi_driver.controller.record import Creation
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CapacityOutOfRange, Exhausted, OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import Encryption
 from csi_driver.model import BlockAccess, Capability, CapacityRange
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)

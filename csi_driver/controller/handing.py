@@ -9,7 +9,7 @@ from dataclasses import replace
 from csi_driver.capacity import stripes_of
 from csi_driver.controller.record import Creation, read_creation, read_permission
 from csi_driver.errors import PreconditionFailed
-from csi_driver.handover import Encryption, PublishContext
+from csi_driver.publish_context import Encryption, PublishContext
 from csi_driver.storage_model import Volume
 
 _log = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ class ControllerHealth:
         management = self._clusters.management(zone)
         holders: dict[str, list[Client]] = {}
         for client in management.clients(deadline=deadline) if management is not None else ():
-            for uuid in client.wishes:
+            for uuid in client.desired:
                 holders.setdefault(uuid, []).append(client)
         return holders
 
@@ -104,8 +104,8 @@ def _of_volume(volume: Volume) -> Iterator[VolumeEntry]:
 
 def _of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntry]:
     """Judge what is wanted there, against what the client reports; one that is being detached is no one's any more."""
-    wish = client.wishes.get(volume.uuid)
-    if wish is None or wish.is_detaching:
+    desired = client.desired.get(volume.uuid)
+    if desired is None or desired.is_detaching:
         return
     report = client.devices.get(volume.uuid)
     if client.status is ClientStatus.DOWN:

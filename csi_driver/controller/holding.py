@@ -1,6 +1,6 @@
 """What a storage client's document says of one volume: held, leaving, gone, or what is still missing.
 
-A wish is what the management wants, a report what the client says; nothing here trusts one for the other.
+A desired is what the management wants, a report what the client says; nothing here trusts one for the other.
 """
 
 from __future__ import annotations
@@ -8,32 +8,32 @@ from __future__ import annotations
 from csi_driver.controller.locate import Located
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, StorageUnavailable
-from csi_driver.storage_model import AttachmentWish, Client, ClientStatus, DeviceStatus, ReservationMode, Volume
+from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceStatus, ReservationMode, Volume
 
 _NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
 _NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
 ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
 
 
-def references(wish: AttachmentWish, volume: Volume) -> frozenset[str]:
-    """Return the references of a wish; one that names none was made without, which is the volume's uuid."""
-    return wish.reference_ids or frozenset({volume.uuid})
+def references(desired: DesiredAttachment, volume: Volume) -> frozenset[str]:
+    """Return the references of a desired; one that names none was made without, which is the volume's uuid."""
+    return desired.reference_ids or frozenset({volume.uuid})
 
 
 def is_leaving(client: Client, volume_uuid: str) -> bool:
-    wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
-    if wish is not None:
-        return wish.is_detaching
+    desired, report = client.desired.get(volume_uuid), client.devices.get(volume_uuid)
+    if desired is not None:
+        return desired.is_detaching
     return report is not None and report.status not in (*_NOT_THERE, *_NEVER_CAME)
 
 
 def is_released(client: Client, located: Located) -> bool:
     """Tell whether the client no longer holds the volume under this handle's reference."""
     uuid, reference = located.volume.uuid, located.reference
-    wish, report = client.wishes.get(uuid), client.devices.get(uuid)
-    if wish is None:
+    desired, report = client.desired.get(uuid), client.devices.get(uuid)
+    if desired is None:
         return report is None or report.status in (*_NOT_THERE, *_NEVER_CAME)
-    if wish.is_detaching or reference in references(wish, located.volume):
+    if desired.is_detaching or reference in references(desired, located.volume):
         return False
     # Others on the node still need the device. A report may lack its references.
     return report is None or report.reference_ids is None or reference not in report.reference_ids
@@ -58,9 +58,9 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
 
 
 def is_withdrawn(client: Client, located: Located) -> bool:
-    """Tell whether the wish is recorded that the client give up the volume under this handle's reference."""
-    wish = client.wishes.get(located.volume.uuid)
-    return wish is None or wish.is_detaching or located.reference not in references(wish, located.volume)
+    """Tell whether the desired is recorded that the client give up the volume under this handle's reference."""
+    desired = client.desired.get(located.volume.uuid)
+    return desired is None or desired.is_detaching or located.reference not in references(desired, located.volume)
 
 
 def device_state(client: Client, volume: Volume) -> str:

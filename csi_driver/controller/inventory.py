@@ -20,11 +20,11 @@ from csi_driver.controller.tokens import LAST, PAGE_BYTES, Position, listed_byte
 from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, Exhausted, InvalidRequest, StaleToken, shown
-from csi_driver.handover import held_reference
 from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
 from csi_driver.parameters import storage_class
 from csi_driver.parameters.storage_class import VolumeParameters, check_use, is_compared, parse
 from csi_driver.parameters.values import Problems
+from csi_driver.publish_context import held_reference
 from csi_driver.storage_model import Client, Layout, Volume
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -354,9 +354,9 @@ def _holders(clients: Sequence[Client]) -> _Holders:
     """Turn the clients' attachments round: who holds what. One that is being detached is not published any more."""
     holders: dict[str, dict[str, tuple[str, ...]]] = {}
     for client in clients:
-        for uuid, wish in client.wishes.items():
-            if not wish.is_detaching:
-                for reference in wish.reference_ids or {uuid}:
+        for uuid, desired in client.desired.items():
+            if not desired.is_detaching:
+                for reference in desired.reference_ids or {uuid}:
                     nodes = holders.setdefault(uuid, {})
                     nodes[reference] = (*nodes.get(reference, ()), client.uuid)
     return holders

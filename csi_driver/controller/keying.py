@@ -37,9 +37,9 @@ class EncryptionNotBegun(StorageUnavailable):
 class Keying:
     """Hands the passphrase of one CreateVolume over, at most once."""
 
-    def __init__(self, management: Management, wish: EncryptionRequest, secrets: Mapping[str, str]) -> None:
+    def __init__(self, management: Management, request: EncryptionRequest, secrets: Mapping[str, str]) -> None:
         self._management = management
-        self._wish = wish
+        self._request = request
         self._secrets = secrets
         self._index_before: int | None = None
 
@@ -67,8 +67,8 @@ class Keying:
             begun = self._management.init_encryption(
                 volume,
                 required_passphrase(self._secrets),
-                slot=self._wish.slot,
-                key_size_bits=self._wish.key_size_bits,
+                slot=self._request.slot,
+                key_size_bits=self._request.key_size_bits,
                 deadline=deadline,
             )
         except InvalidRequest as refusal:

@@ -11,9 +11,9 @@ from csi_driver.controller.record import Creation, read_creation
 from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
-from csi_driver.handover import held_reference
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
+from csi_driver.publish_context import held_reference
 from csi_driver.storage_model import Client, Reservation, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")

@@ -1,4 +1,4 @@
-"""Names: of volumes in the storage, and the handles that CSI sees. Those of attachments are in `handover`."""
+"""Names: of volumes in the storage, and the handles that CSI sees. Those of attachments are in `publish_context`."""
 
 from __future__ import annotations
 

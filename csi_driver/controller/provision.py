@@ -39,11 +39,11 @@ from csi_driver.errors import (
     Unauthenticated,
     shown,
 )
-from csi_driver.handover import Encryption
 from csi_driver.model import CapacityRange, ProvisionedVolume
 from csi_driver.parameters import storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import VolumeParameters
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)

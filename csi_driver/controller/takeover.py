@@ -3,8 +3,8 @@
 A lost node may still write. What stops it is the storage: an attachment that preempts the reservation cuts the I/O of
 all who held it. Whether a node is lost the storage cannot tell, its client's silence may be a broken cable; somebody
 else must have decided it. By default that is the orchestrator: it asks for ControllerUnpublish on the lost node
-(because the pod is gone and the node is tainted out-of-service, or its time is over), which leaves a wish that the
-volume be detached there. That wish, on a client that is down, is the leave to preempt it.
+(because the pod is gone and the node is tainted out-of-service, or its time is over), which leaves a desired that the
+volume be detached there. That desired, on a client that is down, is the leave to preempt it.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class TakeOver:
 
         A holder that was preempted by the owner has no I/O any more, whether or not it has noticed.
         """
-        wish = holder.wishes.get(volume.uuid)
-        is_given_up = wish is None or wish.is_detaching
+        desired = holder.desired.get(volume.uuid)
+        is_given_up = desired is None or desired.is_detaching
         match self._fencing:
             case Fencing.ALWAYS:
                 return ""
@@ -125,18 +125,18 @@ class TakeOver:
 def was_preempted(volume: Volume, holder: Client) -> bool:
     """Tell whether a client that is down can no longer write to a volume that nobody has now.
 
-    The wish keeps the version of the reservation under which the client had the volume, and the volume's record the
+    The desired keeps the version of the reservation under which the client had the volume, and the volume's record the
     latest version under which another node took the volume and then had I/O on it (`Attachments.taken`): from then on
     the storage refuses the I/O of the former holder until it is detached and attached again, whether or not it has
     noticed. A version that was only raised proves nothing: the management raises it when it is asked to preempt, and
     the storage preempts when the new node attaches, which it may never have done.
     """
-    wish, held = holder.wishes.get(volume.uuid), volume.reservation
-    if wish is None or not wish.is_detaching or holder.status is not ClientStatus.DOWN:
+    desired, held = holder.desired.get(volume.uuid), volume.reservation
+    if desired is None or not desired.is_detaching or holder.status is not ClientStatus.DOWN:
         return False
     record = read_attachments(volume.metadata)
     is_nobodys = held.mode is ReservationMode.NONE and not held.attached
-    return is_nobodys and not record.is_broken and 0 < wish.version < record.taken < held.version
+    return is_nobodys and not record.is_broken and 0 < desired.version < record.taken < held.version
 
 
 _LEAVES = {

@@ -15,9 +15,9 @@ from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
 from csi_driver.storage_model import (
     LUKS_HEADER_BYTES,
-    AttachmentWish,
     Client,
     ClientStatus,
+    DesiredAttachment,
     DeviceReport,
     DeviceStatus,
     Layout,
@@ -139,13 +139,13 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
 def decode_client(row: Document) -> Client:
     """Read a client document: what is wished for there and what the client reports of its devices."""
     try:
-        wishes = (_wish(uuid, wish) for uuid, wish in (row.get("attachments") or {}).items())
+        desired = (_desired(uuid, entry) for uuid, entry in (row.get("attachments") or {}).items())
         reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
         return Client(
             id=_text(row, "_id", "clientID"),
             uuid=_text(row, "uuid"),
             status=_CLIENT_STATUSES.get(row.get("client_status"), ClientStatus.UNKNOWN),
-            wishes={wish.volume_uuid: wish for wish in wishes},
+            desired={entry.volume_uuid: entry for entry in desired},
             devices={report.volume_uuid: report for report in reports},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -252,14 +252,14 @@ def _header_bytes(row: Document) -> int:
     return size * MIB
 
 
-def _wish(uuid: str, wish: Document) -> AttachmentWish:
-    reservation = wish.get("reservation") or {}
-    return AttachmentWish(
+def _desired(uuid: str, entry: Document) -> DesiredAttachment:
+    reservation = entry.get("reservation") or {}
+    return DesiredAttachment(
         volume_uuid=uuid,
-        volume_name=str(wish.get("name") or ""),
-        action=str(wish.get("action") or ""),
-        mode=_mode(wish),
-        reference_ids=frozenset(wish.get("referenceIDs") or ()),
+        volume_name=str(entry.get("name") or ""),
+        action=str(entry.get("action") or ""),
+        mode=_mode(entry),
+        reference_ids=frozenset(entry.get("referenceIDs") or ()),
         version=_whole(reservation.get("version")) or 0,
         preempts=reservation.get("preempt") == _PREEMPT,
     )

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csi_driver.handover import History
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.parameters.mount_options import FilesystemRequest
+from csi_driver.publish_context import History
 
 ALLOW_FORMAT = "`nvmesh-csi volume allow-format`"
 """How an administrator lets old data be formatted over."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
-from csi_driver.handover import Encryption as By
-from csi_driver.handover import History, PublishContext
 from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
@@ -32,6 +30,8 @@ from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
 from csi_driver.parameters.mount_options import FilesystemRequest
+from csi_driver.publish_context import Encryption as By
+from csi_driver.publish_context import History, PublishContext
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import Protocol
 
-from csi_driver.handover import held_reference
 from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
+from csi_driver.publish_context import held_reference
 
 
 class Shown(Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.handover import PublishContext
 from csi_driver.host_model import Mount
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import Marks
@@ -22,6 +21,7 @@ from csi_driver.node.prepare import Preparation, Task
 from csi_driver.node.requests import NodePublishRequest
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, plan_mount
+from csi_driver.publish_context import PublishContext
 
 
 class Joining:

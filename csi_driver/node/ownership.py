@@ -13,11 +13,11 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import PublishContext
 from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.fencing import is_cut_off, is_fenced
 from csi_driver.node.ports import Devices, Encryption, Mounts
+from csi_driver.publish_context import PublishContext
 
 logger = logging.getLogger(__name__)
 

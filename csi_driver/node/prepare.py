@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
-from csi_driver.handover import History, PublishContext
 from csi_driver.host_model import Device, Mount, OpenDevice
 from csi_driver.node.content import (
     ALLOW_FORMAT,
@@ -32,6 +31,7 @@ from csi_driver.node.marks import USED, Mark, Marks, put_to_use_before, remember
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
 from csi_driver.parameters.mount_options import MountPlan
+from csi_driver.publish_context import History, PublishContext
 
 logger = logging.getLogger(__name__)
 

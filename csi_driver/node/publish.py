@@ -6,7 +6,6 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
-from csi_driver.handover import PublishContext
 from csi_driver.host_model import Device, FaultKind, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
 from csi_driver.node.encryption import EncryptedVolumes
@@ -20,6 +19,7 @@ from csi_driver.node.requests import NodePublishRequest
 from csi_driver.node.stage import STAGING_PATH
 from csi_driver.parameters.encryption import encrypted_by
 from csi_driver.parameters.mount_options import check_mount_group, mount_flags
+from csi_driver.publish_context import PublishContext
 
 TARGET_PATH = "target_path"
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from csi_driver.errors import InvalidRequest, MissingField, PreconditionFailed
-from csi_driver.handover import Encryption, PublishContext
 from csi_driver.host_model import LuksSettings
 from csi_driver.model import MIB, AccessMode, Capability
 from csi_driver.parameters import values as read
 from csi_driver.parameters.values import InvalidParameter
+from csi_driver.publish_context import Encryption, PublishContext
 from csi_driver.storage_model import LUKS_HEADER_BYTES, Vpg
 
 ENCRYPTION, TYPE, OLD_CIPHER = "encryption", "dmcrypt/type", "dmcrypt/cipher"

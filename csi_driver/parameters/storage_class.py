@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from csi_driver.errors import InvalidRequest, shown
-from csi_driver.handover import Encryption
 from csi_driver.model import Capability, MountAccess
 from csi_driver.parameters import mkfs
 from csi_driver.parameters import values as read
@@ -27,6 +26,7 @@ from csi_driver.parameters.encryption import (
 from csi_driver.parameters.mkfs import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
 from csi_driver.parameters.values import InvalidParameter
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
 
 RAID_LEVELS: Mapping[str, RaidLevel] = {

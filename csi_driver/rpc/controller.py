@@ -11,9 +11,9 @@ import grpc
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotOffered
-from csi_driver.handover import PublishContext
 from csi_driver.health import VolumeHealth
 from csi_driver.model import Capability, Capacity, CapacityRange, ListedVolume, ProvisionedVolume, Segments
+from csi_driver.publish_context import PublishContext
 from csi_driver.rpc import health, wire
 from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc

@@ -25,7 +25,6 @@ from csi_driver.deadline import Deadline
 from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
 from csi_driver.embedded.server import StorageServer
 from csi_driver.errors import DriverError, PreconditionFailed
-from csi_driver.handover import PublishContext
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import OneCluster
 from csi_driver.management.settings import ManagementSettings
@@ -38,6 +37,7 @@ from csi_driver.model import (
     MountAccess,
     VolumeHandle,
 )
+from csi_driver.publish_context import PublishContext
 from tests.contract.two_managements import Storage
 from tests.fakes.fault_proxy import Drawn, Fault, FaultProxy, Seen
 

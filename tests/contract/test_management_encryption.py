@@ -20,11 +20,11 @@ from csi_driver.controller.requests import ControllerSettings, CreateRequest, Pu
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import InvalidRequest, OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import Encryption
 from csi_driver.host.luks_files import LuksFiles
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import GIB, MIB, AccessMode, Capability, CapacityRange, MountAccess, ProvisionedVolume
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
 from tests.contract.two_managements import OTHER_UUID, Actor, FakeSide, Side, Work, embedded_side
 from tests.fakes.management import FakeClusters

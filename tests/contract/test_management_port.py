@@ -243,7 +243,7 @@ def test_an_attached_volume_is_reported_with_io_and_reference(actor: Actor) -> N
 def test_without_a_reference_the_volume_stands_for_itself(actor: Actor) -> None:
     volume = actor.created()
     actor.attach(volume)
-    assert actor.node().wishes[volume.uuid].reference_ids == {volume.uuid}
+    assert actor.node().desired[volume.uuid].reference_ids == {volume.uuid}
 
 
 def test_attaching_again_in_the_same_mode_changes_nothing(actor: Actor) -> None:
@@ -327,14 +327,14 @@ def test_what_a_dead_client_had_stays_in_its_document_and_the_versions_tell_that
     )  # fmt: skip
     assert actor.deadline.wait_until(lambda: volume.uuid in actor.node(2).devices)
     assert not was_preempted(actor.usable("v1"), actor.node())
-    taker = actor.node(2).wishes[volume.uuid]
+    taker = actor.node(2).desired[volume.uuid]
     assert (taker.preempts, taker.version) == (True, version + 1)
-    assert not actor.node().wishes[volume.uuid].preempts
+    assert not actor.node().desired[volume.uuid].preempts
     record = with_attachments({}, Attachments(taken=taker.version))
     actor.management.set_metadata(actor.usable("v1"), record, deadline=actor.deadline)
     actor.detach(volume, 2, reference="ns")
     assert actor.deadline.wait_until(lambda: actor.holders(volume) == ["node-1"])
-    assert actor.node().wishes[volume.uuid].is_detaching
+    assert actor.node().desired[volume.uuid].is_detaching
     assert was_preempted(actor.usable("v1"), actor.node())
     # The embedded manager waits with the file until the client is back and its device is gone.
     assert actor.management.delete_volume(volume, deadline=actor.deadline)
@@ -360,7 +360,7 @@ def test_the_device_goes_with_the_last_reference(actor: Actor) -> None:
     actor.attach(volume, mode=READ_ONLY, reference="a")
     actor.attach(volume, mode=READ_ONLY, reference="b")
     actor.detach(volume, reference="a")
-    assert actor.node().wishes[volume.uuid].reference_ids == {"b"}
+    assert actor.node().desired[volume.uuid].reference_ids == {"b"}
     actor.detach(volume, reference="b")
     assert actor.deadline.wait_until(lambda: not actor.node().holds(volume.uuid))
 
@@ -371,7 +371,7 @@ def test_a_volume_under_detach_is_still_held(actor: Actor, side: Side) -> None:
     side.hold(Work.DETACHING)
     actor.detach(volume)
     assert actor.holders(volume) == ["node-1"]
-    assert actor.node().wishes[volume.uuid].is_detaching
+    assert actor.node().desired[volume.uuid].is_detaching
 
 
 @pytest.mark.parametrize("reference", [None, "ns"])
@@ -383,7 +383,7 @@ def test_detaching_a_reference_that_is_not_held_leaves_the_others(actor: Actor) 
     volume = actor.created()
     actor.attach(volume, reference="a")
     actor.detach(volume, reference="b")
-    assert actor.node().wishes[volume.uuid].reference_ids == {"a"}
+    assert actor.node().desired[volume.uuid].reference_ids == {"a"}
 
 
 def test_detaching_from_a_client_that_is_gone_returns(actor: Actor) -> None:

@@ -88,7 +88,7 @@ def test_every_recorded_volume_is_understood() -> None:
 def test_every_recorded_client_is_understood() -> None:
     for row in found("/clients/"):
         client = decode_client(row)
-        assert set(client.wishes) == set(row["attachments"])  # type: ignore[call-overload]
+        assert set(client.desired) == set(row["attachments"])  # type: ignore[call-overload]
         assert all(report.status is not DeviceStatus.OTHER for report in client.devices.values())
 
 
@@ -133,7 +133,7 @@ def test_the_server_shows_no_report_of_a_busy_device() -> None:
     stood = [
         (wish.is_detaching, client.devices[uuid].status)
         for client in clients
-        for uuid, wish in client.wishes.items()
+        for uuid, wish in client.desired.items()
         if uuid in client.devices
     ]
     assert stood.count((True, DeviceStatus.ATTACHED)) > 3
@@ -157,7 +157,7 @@ def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_
         if isinstance(row, dict) and path.startswith("/clients/node-") and "client_status" in row:
             client = decode_client(row)
             dead = client if client.id == "node-4" and client.status is ClientStatus.DOWN else dead
-            for uuid, wish in client.wishes.items():
+            for uuid, wish in client.desired.items():
                 if wish.preempts and uuid in client.devices and client.devices[uuid].io_enabled:
                     taken[uuid] = wish.version
         elif isinstance(row, dict) and path.startswith("/volumes/csi-") and "blocks" in row:

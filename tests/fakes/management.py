@@ -33,9 +33,9 @@ from csi_driver.model import DEFAULT_ZONE
 from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
-    AttachmentWish,
     Client,
     ClientStatus,
+    DesiredAttachment,
     DeviceReport,
     DeviceStatus,
     Feature,
@@ -73,12 +73,12 @@ class _Client:
     id: str
     uuid: str
     status: ClientStatus = ClientStatus.READY
-    wishes: dict[str, AttachmentWish] = field(default_factory=dict)
+    desired: dict[str, DesiredAttachment] = field(default_factory=dict)
     devices: dict[str, DeviceReport] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
     """Uuids of volumes whose device a program holds open."""
     overtaken: set[str] = field(default_factory=set)
-    """Uuids of volumes whose wish went while the message to attach them was under way."""
+    """Uuids of volumes whose desired went while the message to attach them was under way."""
 
 
 @dataclass
@@ -371,13 +371,13 @@ class FakeManagement:
             if not present.is_ready:
                 raise PreconditionFailed(f"{present.name} is not ready")
             self._reserve(present, target, mode, version=version, preempt=preempt, detach_others=detach_others)
-            earlier = target.wishes.get(present.uuid)
+            earlier = target.desired.get(present.uuid)
             references = {reference_id or present.uuid} | (earlier.reference_ids if earlier is not None else set())
             version = self._existing(volume).reservation.version
-            wish = AttachmentWish(
+            desired = DesiredAttachment(
                 present.uuid, present.name, "attaching", mode, frozenset(references), version, preempt
             )
-            target.wishes[present.uuid] = wish
+            target.desired[present.uuid] = desired
             self._later(self.attach_s, lambda: self._attached(target, present, io_enabled=self.io_s == 0))
             if self.io_s:
                 self._later(self.attach_s + self.io_s, lambda: self._attached(target, present, io_enabled=True))
@@ -387,24 +387,24 @@ class FakeManagement:
     ) -> None:
         with self._request("detach", deadline):
             target = self._clients.get(client.id)
-            wish = target.wishes.get(volume.uuid) if target is not None else None
-            if target is None or wish is None or wish.is_detaching:
+            desired = target.desired.get(volume.uuid) if target is not None else None
+            if target is None or desired is None or desired.is_detaching:
                 return  # also with `force`, which counts when the last reference goes, and never again
-            left = wish.reference_ids - {reference_id} if reference_id is not None else frozenset()
-            if reference_id is not None and reference_id not in wish.reference_ids:
+            left = desired.reference_ids - {reference_id} if reference_id is not None else frozenset()
+            if reference_id is not None and reference_id not in desired.reference_ids:
                 return
             if left:
-                target.wishes[volume.uuid] = replace(wish, reference_ids=left)
+                target.desired[volume.uuid] = replace(desired, reference_ids=left)
                 report = target.devices.get(volume.uuid)
                 if report is not None:
                     target.devices[volume.uuid] = replace(report, reference_ids=left)
                 return
             if volume.uuid not in target.devices:
-                # The wish goes at once, though the client may have the attach message already: see `_attached`.
+                # The desired goes at once, though the client may have the attach message already: see `_attached`.
                 self._gone(target, volume.uuid)
                 target.overtaken.add(volume.uuid)
                 return
-            target.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
+            target.desired[volume.uuid] = replace(desired, action="detaching", reference_ids=frozenset())
             self._later(self.detach_s, lambda: self._detached(target, volume.uuid, force=force))
 
     # --- Management: space --------------------------------------------------------------------------------
@@ -511,11 +511,11 @@ class FakeManagement:
 
     def _shown(self, client: _Client) -> Client:
         shown = _shown(client)
-        return replace(shown, wishes={}, devices={}) if client.id in self.unheard_of else shown
+        return replace(shown, desired={}, devices={}) if client.id in self.unheard_of else shown
 
     def _is_wished(self, client: _Client, volume_uuid: str) -> bool:
-        wish = client.wishes.get(volume_uuid)
-        return wish is not None and not wish.is_detaching
+        desired = client.desired.get(volume_uuid)
+        return desired is not None and not desired.is_detaching
 
     def _reserve(
         self,
@@ -541,31 +541,31 @@ class FakeManagement:
             if not preempt:
                 raise ReservationConflict(volume.name, 1718, held.version)
             for other in self._clients.values():
-                if detach_others and other is not client and volume.uuid in other.wishes:
-                    wish = other.wishes[volume.uuid]
-                    other.wishes[volume.uuid] = replace(wish, action="detaching", reference_ids=frozenset())
+                if detach_others and other is not client and volume.uuid in other.desired:
+                    desired = other.desired[volume.uuid]
+                    other.desired[volume.uuid] = replace(desired, action="detaching", reference_ids=frozenset())
                     self._later(self.detach_s, lambda other=other: self._detached(other, volume.uuid, force=True))  # type: ignore[misc]
         owner = client.id if exclusive else None
         attached = (client.id,) if detach_others else attached
         self._volumes[volume.name] = replace(volume, reservation=Reservation(mode, held.version + 1, owner, attached))
 
     def _attached(self, client: _Client, volume: Volume, *, io_enabled: bool) -> None:
-        wish = client.wishes.get(volume.uuid)
+        desired = client.desired.get(volume.uuid)
         if client.status is ClientStatus.DOWN or client.id in self.unread:
             return
-        if wish is None and volume.uuid in client.overtaken:
+        if desired is None and volume.uuid in client.overtaken:
             self._attached_in_passing(client, volume)
-        if wish is None or wish.is_detaching:
+        if desired is None or desired.is_detaching:
             return
         client.devices[volume.uuid] = DeviceReport(
-            volume.uuid, volume.name, DeviceStatus.ATTACHED, io_enabled, wish.mode, wish.reference_ids
+            volume.uuid, volume.name, DeviceStatus.ATTACHED, io_enabled, desired.mode, desired.reference_ids
         )
 
     def _attached_in_passing(self, client: _Client, volume: Volume) -> None:
         """Report the device of an attach message that the detachment overtook, until the client reads of that too."""
 
         def gone() -> None:
-            if volume.uuid not in client.wishes:
+            if volume.uuid not in client.desired:
                 client.devices[volume.uuid] = replace(report, status=DeviceStatus.DETACHED)
 
         client.overtaken.discard(volume.uuid)
@@ -575,8 +575,8 @@ class FakeManagement:
         self._later(self.detach_s, gone)
 
     def _detached(self, client: _Client, volume_uuid: str, *, force: bool) -> None:
-        wish, report = client.wishes.get(volume_uuid), client.devices.get(volume_uuid)
-        if wish is None or not wish.is_detaching:
+        desired, report = client.desired.get(volume_uuid), client.devices.get(volume_uuid)
+        if desired is None or not desired.is_detaching:
             return
         if client.status is ClientStatus.DOWN or (volume_uuid in client.busy and not force):
             # A busy client says so, and the server drops what it says: the device goes on to show as attached.
@@ -588,14 +588,14 @@ class FakeManagement:
         self._gone(client, volume_uuid)
 
     def _gone(self, client: _Client, volume_uuid: str) -> None:
-        client.wishes.pop(volume_uuid, None)
+        client.desired.pop(volume_uuid, None)
         volume = next((v for v in self._volumes.values() if v.uuid == volume_uuid), None)
         if volume is None:
             return
         left = tuple(name for name in volume.reservation.attached if name != client.id)
         held = replace(volume.reservation, attached=left)
         self._volumes[volume.name] = volume = replace(volume, reservation=held)
-        # A client that was sent away is not among those that have it, though it may go on to hold wish and device.
+        # A client that was sent away is not among those that have it, though it may go on to hold desired and device.
         if held.mode is not ReservationMode.NONE and not left:
             self._volumes[volume.name] = replace(
                 volume, reservation=Reservation(ReservationMode.NONE, held.version + 1, None)
@@ -673,4 +673,4 @@ def _raw(size_bytes: int, layout: Layout) -> int:
 
 
 def _shown(client: _Client) -> Client:
-    return Client(client.id, client.uuid, client.status, dict(client.wishes), dict(client.devices))
+    return Client(client.id, client.uuid, client.status, dict(client.desired), dict(client.devices))

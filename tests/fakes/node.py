@@ -11,12 +11,12 @@ from typing import Any
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
-from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
 from csi_driver.node.marks import Mark
 from csi_driver.node.questions import Questions
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble
+from csi_driver.publish_context import Encryption, History, PublishContext
 from tests.fakes.host import MIB, FakeClock, FakeHost
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"

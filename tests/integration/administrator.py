@@ -86,7 +86,7 @@ class Administrator:
         """Return the reference ids under which the rig's node is to hold the volume."""
         client = self.management.client_by_uuid(self._rig.node_id(), deadline=self.deadline)
         assert client is not None
-        wish = client.wishes.get(volume.uuid)
+        wish = client.desired.get(volume.uuid)
         return wish.reference_ids if wish is not None else frozenset()
 
 

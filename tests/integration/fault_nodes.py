@@ -16,8 +16,8 @@ from typing import Protocol
 
 from csi_driver.__main__ import FAULTS_VARIABLE
 from csi_driver.deadline import Deadline
-from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.contract.host_machine import HostMachine
 from tests.contract.host_machine import Volume as LoopVolume

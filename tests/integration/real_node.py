@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.handover import History, PublishContext
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.facts import MachineTools
@@ -22,6 +21,7 @@ from csi_driver.model import MIB, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import Mark
 from csi_driver.node.requests import NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble, mark_files
+from csi_driver.publish_context import History, PublishContext
 from tests.contract.host_machine import HostMachine, Volume, shell
 
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import DeadlineReached, DriverError, HostFailure, PreconditionFailed
-from csi_driver.handover import History
 from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host_model import Blank, Content, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import GIB, MIB
 from csi_driver.node.marks import USED, Mark
+from csi_driver.publish_context import History
 from tests.contract.cut_off import can_cut_off, run_until_write
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell, soon
 from tests.integration.real_node import SIZES, RealNode, clear, everything, volumes_with_a_bad_block, write

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.handover import Encryption
 from csi_driver.model import MIB
 from csi_driver.node.faults import points
+from csi_driver.publish_context import Encryption
 from tests.contract.host_machine import host_machine
 from tests.integration.fault_nodes import OPPOSITES, ForkedNode, Node, ServingNode, Subject, World, until_ok
 from tests.integration.rig import digest, fill

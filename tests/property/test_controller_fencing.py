@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from csi_driver.controller import record
 from csi_driver.controller.override import Override
 from csi_driver.errors import DriverError
-from csi_driver.handover import History, PublishContext
+from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import ClientStatus
 from tests.fakes.management import _Client, client_uuid
 from tests.unit.controller.world import CLAIM, World

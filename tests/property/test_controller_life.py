@@ -12,8 +12,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from csi_driver.errors import DriverError, ExistsDifferently, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import History, PublishContext
 from csi_driver.model import GIB, MIB, AccessMode, BlockAccess, Capability, CapacityRange, ProvisionedVolume
+from csi_driver.publish_context import History, PublishContext
 from tests.unit.controller.world import BLOCK, CLAIM, ROX, RWO, RWX_BLOCK, World
 
 NAMES = ("pvc-00000000-0000-0000-0000-000000000001", "a name of another form")

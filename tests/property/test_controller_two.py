@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csi_driver.errors import DriverError, OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import History, PublishContext
 from csi_driver.model import GIB, Capability, CapacityRange, ProvisionedVolume
+from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import Client, ClientStatus
 from tests.fakes.management import client_uuid
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, World, other_reference
@@ -285,8 +285,8 @@ def test_one_namespace_leaves_a_node_while_another_comes(schedule: list[int], sl
     assert told(came) is not None or isinstance(came, OperationPending)
     two.other.publish(other_id, NODE_1, ROX)
     (holder,) = two.one.management.clients_holding(two.one.stored().uuid, deadline=two.one.deadline())
-    assert holder.wishes[two.one.stored().uuid].reference_ids == {"team-b"}
+    assert holder.desired[two.one.stored().uuid].reference_ids == {"team-b"}
 
 
 def _wanted(client: Client) -> list[bool]:
-    return [True for wish in client.wishes.values() if not wish.is_detaching]
+    return [True for wish in client.desired.values() if not wish.is_detaching]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from csi_driver.errors import DriverError
-from csi_driver.handover import History
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode
 from csi_driver.node.marks import RAW, USED
+from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
 

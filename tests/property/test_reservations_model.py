@@ -346,7 +346,7 @@ class Reservations(RuleBasedStateMachine):
         volume = self._shown()
         rows: list[object] = [None if volume is None else (int(volume.reservation.mode), volume.reservation.version)]
         for client in self.storage.client.clients(deadline=self.deadline()):
-            wish, report = client.wishes.get(self.uuid), client.devices.get(self.uuid)
+            wish, report = client.desired.get(self.uuid), client.devices.get(self.uuid)
             is_told = report is not None and report.status != DETACHED
             rows.append((
                 client.id,
@@ -389,7 +389,7 @@ class Reservations(RuleBasedStateMachine):
                     self._client(name), self.stored, reference_id=reference, deadline=self.deadline()
                 )
         assert Deadline.after(120).wait_until(
-            lambda: all(self.uuid not in self._client(name).wishes for name in CLIENTS), most_s=0.02
+            lambda: all(self.uuid not in self._client(name).desired for name in CLIENTS), most_s=0.02
         )
         if not self.model.is_deleted:
             self.storage.client.delete_volume(self.stored, deadline=self.deadline())

@@ -15,7 +15,6 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, MissingField, PreconditionFailed
-from csi_driver.handover import Encryption, History, PublishContext
 from csi_driver.host.connectors.reader import ReadOnlyLoops
 from csi_driver.host.facts import MachineTools
 from csi_driver.host.luks import LinuxEncryption
@@ -25,6 +24,7 @@ from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble
+from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed, CsiClient
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 from tests.integration.fault_nodes import ServingNode, Subject, World

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.handover import Encryption
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB
+from csi_driver.publish_context import Encryption
 from tests.contract.host_machine import Volume as LoopVolume
 from tests.contract.host_machine import host_machine, shell
 from tests.integration.fault_nodes import ServingNode, Subject, World, until_ok

@@ -21,8 +21,8 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
-from csi_driver.handover import History
 from csi_driver.model import DEFAULT_ZONE, AccessMode, Capability, MountAccess
+from csi_driver.publish_context import History
 from csi_driver.storage_model import ClientStatus, Reservation, ReservationMode, Volume
 from tests.unit.controller.world import (
     BLOCK,
@@ -142,7 +142,7 @@ def test_the_reference_is_the_last_part_of_the_handle() -> None:
     world.publish(volume_id)
     client = world.management.client("node-1", deadline=world.deadline())
     assert client is not None
-    assert client.wishes[world.stored().uuid].reference_ids == {"team-a"}
+    assert client.desired[world.stored().uuid].reference_ids == {"team-a"}
 
 
 def test_two_namespaces_on_one_node_hold_two_references() -> None:
@@ -574,7 +574,7 @@ def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_how_to_find
         world.unpublish(volume_id, seconds=5)
     client = world.management.client("node-1", deadline=world.deadline())
     assert client is not None
-    assert client.wishes[world.stored().uuid].is_detaching
+    assert client.desired[world.stored().uuid].is_detaching
     world.management.set_busy("node-1", world.stored(), busy=False)
     world.unpublish(volume_id)
     assert world.holders() == []
@@ -656,7 +656,7 @@ def test_for_a_node_that_is_down_the_wish_is_recorded() -> None:
     world.unpublish(volume_id)
     client = world.management.client("node-1", deadline=world.deadline())
     assert client is not None
-    assert client.wishes[world.stored().uuid].is_detaching
+    assert client.desired[world.stored().uuid].is_detaching
 
 
 def test_a_node_whose_client_is_deleted_meanwhile_is_done_with() -> None:
@@ -694,7 +694,7 @@ def test_a_device_that_is_reported_without_a_name_may_be_that_of_a_zone_that_is_
     volume = world.stored()
     client = world.management._clients["node-1"]
     client.devices[volume.uuid] = replace(client.devices[volume.uuid], volume_name="")
-    del client.wishes[volume.uuid]
+    del client.desired[volume.uuid]
     for handle in (volume_id.replace(DEFAULT_ZONE, "mars"), f"mars:{volume.name}"):
         with pytest.raises(PreconditionFailed, match="mars"):
             world.unpublish(handle)

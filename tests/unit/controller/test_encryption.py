@@ -18,8 +18,8 @@ from csi_driver.errors import (
     OutcomeUnknown,
     PreconditionFailed,
 )
-from csi_driver.handover import Encryption
 from csi_driver.model import EMPTY, GIB, MIB, CapacityRange, ProvisionedVolume
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import BLOCK, RWO, RWX_BLOCK, World
 

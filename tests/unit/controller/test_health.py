@@ -10,9 +10,9 @@ from csi_driver.controller.health import ControllerHealth, judge
 from csi_driver.errors import StaleToken, VolumeNotFound
 from csi_driver.health import Reason, VolumeFault
 from csi_driver.storage_model import (
-    AttachmentWish,
     Client,
     ClientStatus,
+    DesiredAttachment,
     DeviceReport,
     DeviceStatus,
     ReservationMode,
@@ -23,7 +23,7 @@ from tests.unit.controller.world import NODE_1, World, other_reference
 INACCESSIBLE, DEGRADED = VolumeFault.INACCESSIBLE, VolumeFault.DEGRADED
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 WELL = Volume("csi-1", UUID, 262144, 4096, 1.0, "online", "none")
-WISH = AttachmentWish(UUID, "csi-1", "attaching", ReservationMode.EXCLUSIVE_READ_WRITE, frozenset())
+WISH = DesiredAttachment(UUID, "csi-1", "attaching", ReservationMode.EXCLUSIVE_READ_WRITE, frozenset())
 REPORT = DeviceReport(UUID, "csi-1", DeviceStatus.ATTACHED, True, ReservationMode.EXCLUSIVE_READ_WRITE, None)
 HOLDER = Client("node-1", NODE_1, ClientStatus.READY, {UUID: WISH}, {UUID: REPORT})
 
@@ -62,7 +62,7 @@ def holder(
     *, client: ClientStatus = ClientStatus.READY, action: str = "attaching", report: DeviceReport | None = REPORT
 ) -> Client:
     devices = {UUID: report} if report is not None else {}
-    return replace(HOLDER, status=client, wishes={UUID: replace(WISH, action=action)}, devices=devices)
+    return replace(HOLDER, status=client, desired={UUID: replace(WISH, action=action)}, devices=devices)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def holder(
             holder(report=replace(REPORT, status=DeviceStatus.RESERVATION_DENIED)),
             {(INACCESSIBLE, Reason.ATTACH_FAILED)},
         ),
-        (replace(HOLDER, wishes={}), set()),
+        (replace(HOLDER, desired={}), set()),
     ],
 )
 def test_a_volume_is_judged_by_whoever_holds_it(client: Client, entries: Found) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from csi_driver.controller.override import Override
 from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.handover import History
 from csi_driver.model import CapacityRange
+from csi_driver.publish_context import History
 from csi_driver.storage_model import ReservationMode, Volume
 from tests.unit.controller.world import BLOCK, CLAIM, NODE_1, NODE_2, ROX, World, other_reference
 

@@ -10,12 +10,12 @@ from csi_driver.controller.record import read_attachments
 from csi_driver.controller.requests import ControllerSettings, Fencing
 from csi_driver.controller.takeover import was_preempted
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
-from csi_driver.handover import History
 from csi_driver.model import Capability
+from csi_driver.publish_context import History
 from csi_driver.storage_model import (
-    AttachmentWish,
     Client,
     ClientStatus,
+    DesiredAttachment,
     DeviceStatus,
     Reservation,
     ReservationMode,
@@ -76,7 +76,7 @@ def test_a_lost_node_that_gave_the_volume_up_is_preempted(use: Capability) -> No
     reservation = world.stored().reservation
     assert reservation.version == 3
     assert client(world, "node-2").devices[world.stored().uuid].status is DeviceStatus.ATTACHED
-    assert client(world).wishes[world.stored().uuid].is_detaching
+    assert client(world).desired[world.stored().uuid].is_detaching
 
 
 def test_a_lost_reader_makes_way_for_a_writer() -> None:
@@ -440,7 +440,7 @@ def test_preemption_is_proven_by_record_and_versions_and_never_guessed(
     proven: bool,
 ) -> None:
     volume = Volume("csi-1", "v", 256, 4096, 1.0, "online", "none", reservation=reservation, metadata=metadata)
-    wish = AttachmentWish("v", "csi-1", action, EXCLUSIVE, frozenset(), version)
+    wish = DesiredAttachment("v", "csi-1", action, EXCLUSIVE, frozenset(), version)
     assert was_preempted(volume, Client("node-1", "c", status, {"v": wish})) is proven
 
 

@@ -17,7 +17,6 @@ from csi_driver.controller.requests import (
 )
 from csi_driver.controller.zones import CREW, Crew
 from csi_driver.deadline import Deadline
-from csi_driver.handover import PublishContext
 from csi_driver.model import (
     DEFAULT_ZONE,
     EMPTY,
@@ -29,6 +28,7 @@ from csi_driver.model import (
     MountAccess,
     ProvisionedVolume,
 )
+from csi_driver.publish_context import PublishContext
 from csi_driver.storage_model import Volume
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
 

@@ -95,7 +95,7 @@ def test_a_reported_device_carries_status_io_and_references() -> None:
 
 
 def test_a_wish_carries_action_mode_references_and_the_reservations_version() -> None:
-    wish = decode_client(sample("client")).wishes[VOLUME_UUID]
+    wish = decode_client(sample("client")).desired[VOLUME_UUID]
     assert (wish.action, wish.mode, wish.reference_ids, wish.version) == (
         "attaching",
         ReservationMode.EXCLUSIVE_READ_WRITE,
@@ -109,7 +109,7 @@ def test_a_wish_takes_the_volume_from_others_only_where_it_says_so_in_full(preem
     """1 is a weak preemption, which gives way."""
     wish = {"action": "attaching", "reservation": {"mode": 3, "version": 3, "preempt": preempt}}
     row = {**sample("client"), "attachments": {VOLUME_UUID: wish}}
-    assert decode_client(row).wishes[VOLUME_UUID].preempts is preempts
+    assert decode_client(row).desired[VOLUME_UUID].preempts is preempts
 
 
 @pytest.mark.parametrize("references", [{}, {"referenceIDs": None}])

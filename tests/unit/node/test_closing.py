@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import StorageUnavailable
-from csi_driver.handover import Encryption
 from csi_driver.host_model import VolumeStatus
+from csi_driver.publish_context import Encryption
 from tests.fakes.node import BLOCK, NAME, STAGING, TARGET, UUID, FakeNode, publish_context
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 
-from csi_driver.handover import History
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.parameters.mount_options import FilesystemRequest
+from csi_driver.publish_context import History
 
 SUPPORTED = ("ext4", "xfs", "btrfs")
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"

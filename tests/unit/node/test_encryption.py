@@ -18,9 +18,9 @@ from csi_driver.errors import (
     StorageUnavailable,
     SystemCallFailed,
 )
-from csi_driver.handover import Encryption, History
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.marks import LUKS, Mark
+from csi_driver.publish_context import Encryption, History
 from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.luks import HEADER_BYTES, FakeLuks
 from tests.fakes.node import BLOCK, EXT4, KUBELET, NAME, OTHER_UUID, READER, STAGING, TARGET, UUID, FakeNode

@@ -10,9 +10,9 @@ import logging
 import pytest
 
 from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
-from csi_driver.handover import History
 from csi_driver.model import MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.node import (
     BLOCK,

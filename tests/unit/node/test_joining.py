@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.handover import History
 from csi_driver.host_model import Fault, FaultKind
 from csi_driver.node.marks import USED, Mark
+from csi_driver.publish_context import History
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
     KUBELET,

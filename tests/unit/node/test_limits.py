@@ -11,10 +11,10 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure
-from csi_driver.handover import Encryption, History
 from csi_driver.host_model import OpenDevice
 from csi_driver.node import limits
 from csi_driver.node.limits import HeavyWork, _Places
+from csi_driver.publish_context import Encryption, History
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
 OTHER = "csi-2"

@@ -12,10 +12,10 @@ from csi_driver.errors import (
     PreconditionFailed,
     VolumeNotFound,
 )
-from csi_driver.handover import History
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.ownership import NamedVolume
 from csi_driver.node.readers import reader_over
+from csi_driver.publish_context import History
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
     BLOCK,

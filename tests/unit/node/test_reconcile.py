@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import OperationPending, StorageUnavailable, SystemCallFailed
-from csi_driver.handover import Encryption
 from csi_driver.host_model import Mount, VolumeStatus
 from csi_driver.model import DEFAULT_DRIVER_NAME, BlockAccess
 from csi_driver.node import reconcile
 from csi_driver.node.reconcile import Finding, Kind
+from csi_driver.publish_context import Encryption
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
 ROOT = Path("/var/lib/kubelet")

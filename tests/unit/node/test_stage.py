@@ -19,12 +19,12 @@ from csi_driver.errors import (
     SystemCallFailed,
     VolumeNotFound,
 )
-from csi_driver.handover import History
 from csi_driver.host_model import VolumeStatus
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.node.marks import RAW, USED, Mark
 from csi_driver.node.requests import StageRequest
 from csi_driver.node.stage import Stage
+from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeFilesystem
 from tests.fakes.node import (
     BLOCK,

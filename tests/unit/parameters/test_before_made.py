@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from csi_driver.controller.requests import ValidateRequest
 from csi_driver.errors import DriverError, InvalidRequest
-from csi_driver.handover import Encryption, PublishContext
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.parameters.values import SeveralProblems
+from csi_driver.publish_context import Encryption, PublishContext
 from tests.fakes.node import NAME, UUID, FakeNode
 from tests.unit.controller.world import BLOCK, PVC, RWO, World
 

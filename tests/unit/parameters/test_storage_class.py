@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import InvalidRequest
-from csi_driver.handover import Encryption
 from csi_driver.parameters import encryption, mkfs, storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, RaidLevel
 
 

@@ -16,7 +16,6 @@ from google.protobuf.message_factory import GetMessageClass
 from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NodeNotFound, VolumeNotFound
-from csi_driver.handover import PublishContext
 from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     BlockAccess,
@@ -29,6 +28,7 @@ from csi_driver.model import (
     Usage,
 )
 from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
+from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import HEALTH, Row
 from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases

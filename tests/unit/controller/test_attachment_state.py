@@ -8,9 +8,9 @@ from csi_driver.controller.holding import is_leaving, is_released, is_withdrawn,
 from csi_driver.controller.locate import Located
 from csi_driver.model import VolumeHandle
 from csi_driver.storage_model import (
-    AttachmentWish,
     Client,
     ClientStatus,
+    DesiredAttachment,
     DeviceReport,
     DeviceStatus,
     ReservationMode,
@@ -39,12 +39,12 @@ def report(
     return DeviceReport(UUID, "v", status, io, mode, references)
 
 
-def wish(action: str = "attaching", references: frozenset[str] = OURS) -> AttachmentWish:
-    return AttachmentWish(UUID, "v", action, EXCLUSIVE, references)
+def wish(action: str = "attaching", references: frozenset[str] = OURS) -> DesiredAttachment:
+    return DesiredAttachment(UUID, "v", action, EXCLUSIVE, references)
 
 
 def client(
-    wished: AttachmentWish | None = None, told: DeviceReport | None = None, status: ClientStatus = ClientStatus.READY
+    wished: DesiredAttachment | None = None, told: DeviceReport | None = None, status: ClientStatus = ClientStatus.READY
 ) -> Client:
     wishes = {UUID: wished} if wished is not None else {}
     return Client("node-1", "c", status, wishes, {UUID: told} if told is not None else {})
@@ -106,7 +106,7 @@ def test_a_hold_is_over_when_reference_and_device_are_gone(found: Client, is_gon
     ("wished", "recorded"),
     [(None, True), (wish("detaching"), True), (wish(references=THEIRS), True), (wish(), False)],
 )
-def test_a_wish_to_give_up_is_recorded_when_the_reference_has_gone(wished: AttachmentWish, recorded: bool) -> None:
+def test_a_wish_to_give_up_is_recorded_when_the_reference_has_gone(wished: DesiredAttachment, recorded: bool) -> None:
     assert is_withdrawn(client(wished, report()), LOCATED) is recorded
 
 

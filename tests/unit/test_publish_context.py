@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as some
 
-from csi_driver.handover import Encryption, History, PublishContext
+from csi_driver.publish_context import Encryption, History, PublishContext
 
 UUID = "0a1b2c3d-0000-4000-8000-0123456789ab"
 NATURAL = some.integers(0, 10**18)
