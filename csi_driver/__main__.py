@@ -14,8 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from csi_driver.config.commands import PROGRAM, parse
 from csi_driver.config.flags import UsageError
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.server import StorageServer
     from csi_driver.host_model import RunningRole
-    from csi_driver.node.faults import PortHook
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
@@ -53,12 +51,8 @@ if TYPE_CHECKING:
     from csi_driver.telemetry.metrics import Measurement
 
 _LOG = logging.getLogger(PROGRAM)
-Port = TypeVar("Port")
 
 OK, FAILED, USAGE = 0, 1, 2
-
-FAULTS_VARIABLE = "NVMESH_CSI_INJECT_FAULTS_FOR_TESTS_ONLY"
-"""Directory of a plan of faults. There is no flag for it, as it must not appear in the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,18 +313,17 @@ def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUse
     tools = MachineTools(command.path_roots)
     for warning in tools.warnings():
         _LOG.warning("%s", warning)
-    on = _port_hook()
     devices = LinuxDevices(command.device_directory, command.status_directory)
     paths = LinuxPaths(command.path_roots)
     use_cases = assemble(
-        devices=on("devices", devices),
-        encryption=on("encryption", LinuxEncryption(devices)),
-        read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
-        mounts=on("mounts", LinuxMounts(paths.open)),
-        filesystems=on("filesystems", LinuxFilesystems(devices)),
-        paths=on("paths", paths),
-        probes=on("probes", LinuxProbes()),
-        marks=on("marks", mark_files(command.node)),
+        devices=devices,
+        encryption=LinuxEncryption(devices),
+        read_only_devices=ReadOnlyLoops(LoopDevices()),
+        mounts=LinuxMounts(paths.open),
+        filesystems=LinuxFilesystems(devices),
+        paths=paths,
+        probes=LinuxProbes(),
+        marks=mark_files(command.node),
         tools=tools,
         zone=_node_zone(command),
         settings=command.node,
@@ -364,20 +357,6 @@ def _own_attachments(
     from csi_driver.controller.own_attachments import OwnAttachments
 
     return OwnAttachments(Attach(_clusters(command.attaching, metrics), command.attaching.controller), node_id)
-
-
-def _port_hook() -> PortHook:
-    """Return what the node's ports go through: nothing, unless tests inject faults (see `csi_driver.node.faults`)."""
-    directory = os.environ.get(FAULTS_VARIABLE)
-    if directory is None:
-        return _as_it_is
-    from csi_driver.node.faults import Faults
-
-    return Faults(Path(directory), told_by=FAULTS_VARIABLE).on
-
-
-def _as_it_is(name: str, port: Port) -> Port:
-    return port
 
 
 def _volume(command: VolumeCommand) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from csi_driver.__main__ import FAULTS_VARIABLE
 from csi_driver.deadline import Deadline
 from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.publish_context import Encryption, History, PublishContext
@@ -150,13 +148,13 @@ class ServingNode:
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "csi_driver", "node", "--endpoint", str(self._socket),
+                    sys.executable, "-m", "tests.integration.faulty_node", str(directory / "faults"),
+                    "node", "--endpoint", str(self._socket),
                     "--node-name", "faults", "--state-directory", str(directory / "state"),
                     "--path-root", str(directory / "kubelet"), "--device-directory", str(directory / "dev"),
                     "--status-directory", str(directory / "proc"), *flags,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
-                env={**os.environ, FAULTS_VARIABLE: str(directory / "faults")},
             )  # fmt: skip
         reason = self.client.wait_ready(Deadline.after(60), give_up=lambda: process.poll() is not None)
         assert reason is None, reason
@@ -250,7 +248,7 @@ class World:
     def cancel(self) -> None:
         self._plan.unlink(missing_ok=True)
 
-    def wait_for_strike(self, timeout_s: float = 180.0) -> None:
+    def wait_for_trigger(self, timeout_s: float = 180.0) -> None:
         assert Deadline.after(timeout_s).wait_until(lambda: not self.planned(), most_s=0.01), "no point was met"
 
     def traced(self) -> list[str]:

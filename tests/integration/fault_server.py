@@ -26,28 +26,28 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.node.faults import Faults
 from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble, mark_files
+from tests.faults import Faults
 
 CALL_TIME_S = 60.0
 
 
 def node(directory: Path) -> NodeUseCases:
     """Compose a node as the program does, with faults."""
-    on = Faults(directory / "faults", told_by="the test").on
     devices = LinuxDevices(directory / "dev", directory / "proc")
     paths = LinuxPaths([directory / "kubelet"])
     settings = NodeSettings(node_name="faults", state_directory=str(directory / "state"))
-    return assemble(
-        devices=on("devices", devices),
-        encryption=on("encryption", LinuxEncryption(devices)),
-        read_only_devices=on("read_only_devices", ReadOnlyLoops(LoopDevices())),
-        mounts=on("mounts", LinuxMounts(paths.open)),
-        filesystems=on("filesystems", LinuxFilesystems(devices)),
-        paths=on("paths", paths),
-        probes=on("probes", LinuxProbes()),
-        marks=on("marks", mark_files(settings)),
+    return Faults(directory / "faults").compose(
+        assemble,
+        devices=devices,
+        encryption=LinuxEncryption(devices),
+        read_only_devices=ReadOnlyLoops(LoopDevices()),
+        mounts=LinuxMounts(paths.open),
+        filesystems=LinuxFilesystems(devices),
+        paths=paths,
+        probes=LinuxProbes(),
+        marks=mark_files(settings),
         tools=MachineTools([directory / "kubelet"]),
         settings=settings,
     )

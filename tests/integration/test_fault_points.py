@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.model import MIB
-from csi_driver.node.faults import points
 from csi_driver.publish_context import Encryption
 from tests.contract.host_machine import host_machine
+from tests.faults import points
 from tests.integration.fault_nodes import OPPOSITES, ForkedNode, Node, ServingNode, Subject, World, until_ok
 from tests.integration.rig import digest, fill
 
@@ -372,7 +372,7 @@ def test_sigterm_lets_running_work_finish(world: World, forked: ForkedNode, own:
     outcomes: list[str] = []
     worker = threading.Thread(target=lambda: outcomes.append(own.call("stage", life.subject)))
     worker.start()
-    world.wait_for_strike()
+    world.wait_for_trigger()
     own.process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         own.process.wait(0.5)
@@ -404,7 +404,7 @@ def test_a_second_sigterm_ends_it_at_once_and_the_next_start_goes_on(
     first = own.process
     worker = threading.Thread(target=own.call, args=("stage", life.subject))
     worker.start()
-    world.wait_for_strike()
+    world.wait_for_trigger()
     first.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         first.wait(0.3)
@@ -426,7 +426,7 @@ def test_work_that_outlasts_the_drain_is_left_to_the_next_start(
     first = own.process
     worker = threading.Thread(target=own.call, args=("stage", life.subject))
     worker.start()
-    world.wait_for_strike()
+    world.wait_for_trigger()
     first.terminate()
     assert first.wait(60) == 0
     worker.join()

@@ -73,14 +73,6 @@ def test_a_role_that_cannot_start_is_status_1_and_says_why(tmp_path: Path, capsy
     assert taken.read_text() == "precious"
 
 
-def test_faults_are_asked_for_by_the_name_of_a_directory_or_nothing_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(program.FAULTS_VARIABLE, "1")
-    assert program.main(node_argv(tmp_path)) == 1
-    assert program.FAULTS_VARIABLE in capsys.readouterr().err
-
-
 # --- serving ----------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +351,6 @@ def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
         "csi_driver.management.session", "csi_driver.controller.attach",
     }  # fmt: skip
     assert "csi_driver.node.stage" in loaded
-    assert "csi_driver.node.faults" not in loaded
 
 
 def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:

@@ -1,4 +1,4 @@
-"""Fault points: every effect of every port has two, they strike once, and they cost nothing when nobody asks."""
+"""Fault points: every effect of every port has two, and a plan triggers once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from csi_driver.errors import InvalidField, SystemCallFailed
-from csi_driver.node import faults, service
-from csi_driver.node.faults import PORTS, Faults
+from csi_driver.errors import SystemCallFailed
+from csi_driver.node import service
 from csi_driver.node.ports import Tools
 from csi_driver.node.requests import NodeSettings
 from csi_driver.node.zone import NodeZone
+from tests import faults
 from tests.fakes.node import FakeNode
+from tests.faults import PORTS, Faults
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "fault-points.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "fault-points.md"
 
 
 def port_protocols() -> dict[str, Any]:
@@ -48,12 +49,12 @@ def test_the_document_shows_every_point_and_no_other() -> None:
 
 
 @pytest.fixture
-def pierced(tmp_path: Path) -> Faults:
-    return Faults(tmp_path, told_by="X")
+def faulty(tmp_path: Path) -> Faults:
+    return Faults(tmp_path)
 
 
-def test_a_plan_strikes_once(pierced: Faults, tmp_path: Path) -> None:
-    paths = pierced.on("paths", FakeNode().host.paths)
+def test_a_plan_triggers_once(faulty: Faults, tmp_path: Path) -> None:
+    paths = faulty.wrap("paths", FakeNode().host.paths)
     (tmp_path / "plan").write_text("paths.make_directory:after fail")
     made = paths.check("/var/lib/kubelet/a", "target_path")
     with pytest.raises(SystemCallFailed):
@@ -62,16 +63,16 @@ def test_a_plan_strikes_once(pierced: Faults, tmp_path: Path) -> None:
     paths.make_directory(made)
 
 
-def test_a_point_before_an_effect_keeps_it_from_happening(pierced: Faults, tmp_path: Path) -> None:
-    paths = pierced.on("paths", FakeNode().host.paths)
+def test_a_point_before_an_effect_keeps_it_from_happening(faulty: Faults, tmp_path: Path) -> None:
+    paths = faulty.wrap("paths", FakeNode().host.paths)
     (tmp_path / "plan").write_text("paths.make_directory:before fail")
     with pytest.raises(SystemCallFailed):
         paths.make_directory(Path("/var/lib/kubelet/a"))
     assert paths.kind(Path("/var/lib/kubelet/a")) == "absent"
 
 
-def test_a_stall_ends_when_its_file_appears(pierced: Faults, tmp_path: Path) -> None:
-    paths = pierced.on("paths", FakeNode().host.paths)
+def test_a_stall_ends_when_its_file_appears(faulty: Faults, tmp_path: Path) -> None:
+    paths = faulty.wrap("paths", FakeNode().host.paths)
     (tmp_path / "plan").write_text(f"paths.make_directory:before stall {tmp_path / 'go'}")
     worker = threading.Thread(target=paths.make_directory, args=(Path("/var/lib/kubelet/a"),))
     worker.start()
@@ -82,27 +83,35 @@ def test_a_stall_ends_when_its_file_appears(pierced: Faults, tmp_path: Path) -> 
     assert not worker.is_alive()
 
 
-def test_what_is_passed_is_traced(pierced: Faults, tmp_path: Path) -> None:
+def test_passed_points_are_traced(faulty: Faults, tmp_path: Path) -> None:
     (tmp_path / "trace").touch()
-    pierced.on("paths", FakeNode().host.paths).make_directory(Path("/var/lib/kubelet/a"))
+    faulty.wrap("paths", FakeNode().host.paths).make_directory(Path("/var/lib/kubelet/a"))
     assert (tmp_path / "trace").read_text().split() == ["paths.make_directory:before", "paths.make_directory:after"]
 
 
-def test_an_effect_that_was_not_declared_cannot_be_reached(pierced: Faults) -> None:
+def test_an_effect_that_was_not_declared_cannot_be_reached(faulty: Faults) -> None:
     class Undeclared:
         def destroy(self) -> None: ...
 
     with pytest.raises(AttributeError, match="neither a read nor an effect"):
-        pierced.on("paths", Undeclared()).destroy()
+        faulty.wrap("paths", Undeclared()).destroy()
 
 
-def test_it_is_logged_as_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Faults(tmp_path, told_by="THE_VARIABLE")
+def test_the_injection_is_logged_as_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Faults(tmp_path)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert "THE_VARIABLE" in record.getMessage()
 
 
-def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidField, match="THE_VARIABLE"):
-        Faults(tmp_path / "absent", told_by="THE_VARIABLE")
+def test_only_the_ports_of_a_composition_are_wrapped(faulty: Faults, tmp_path: Path) -> None:
+    paths = FakeNode().host.paths
+    composed: dict[str, Any] = faulty.compose(dict, paths=paths, settings="as it is")
+    assert composed["settings"] == "as it is"
+    (tmp_path / "plan").write_text("paths.make_directory:before fail")
+    with pytest.raises(SystemCallFailed):
+        composed["paths"].make_directory(Path("/var/lib/kubelet/a"))
+
+
+def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Faults(tmp_path / "absent")

@@ -1,8 +1,7 @@
-"""Faults on purpose, for tests alone: die, fail or stall before and after everything that the node does to its machine.
+"""Fault injection: kill this process, fail or stall before and after every change that the node makes to its machine.
 
-A wrapper around the ports, put on where the program is composed and only when the tests ask for it; without it nothing
-here is even loaded. `PORTS` says of every method of every port whether it changes the machine; a test holds it to the
-protocols, so that no effect can be added without its two points.
+`Faults.wrap` puts a proxy around each port of the node. `PORTS` says of every method of every port whether it changes
+the machine; a test compares it with the ports, so that no change can be added without its two points.
 """
 
 from __future__ import annotations
@@ -18,25 +17,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
-from csi_driver.errors import InvalidField, SystemCallFailed
+from csi_driver.errors import SystemCallFailed
 
 BEFORE, AFTER = "before", "after"
 _PAUSE_S = 0.005
 
 logger = logging.getLogger(__name__)
 Port = TypeVar("Port")
-
-
-class PortHook(Protocol):
-    """What every port goes through on its way to the use-cases; `name` is that of `PORTS`."""
-
-    def __call__(self, name: str, port: Port) -> Port: ...
+Composed = TypeVar("Composed")
 
 
 class Action(StrEnum):
-    """What happens at a point: SIGKILL to ourselves, an I/O error, or nothing until a file appears."""
+    """SIGKILL to this process, an I/O error, or a stall until a file exists."""
 
     KILL = "kill"
     FAIL = "fail"
@@ -45,7 +39,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """The methods of a port: those that only look, and those that change the machine."""
+    """The methods of a port that only read, and those that change the machine."""
 
     reads: frozenset[str]
     effects: tuple[str, ...]
@@ -91,30 +85,30 @@ def points() -> tuple[str, ...]:
 
 
 class Faults:
-    """Carries out the plan of a directory.
+    """Reads the plan in a directory and carries it out.
 
-    `plan` holds one line, `POINT ACTION`, and for a stall the file to wait for. It is read anew at every point and
-    taken away by whoever meets its point, so that one plan strikes once, also across a restart. Where there is a file
-    `trace`, the name of every point that is passed is added to it.
+    `plan` holds one line, `POINT ACTION`, for a stall with the file to wait for. It is read at every point and removed
+    at the point that it names, so that each plan triggers once, across restarts too. When a file `trace` exists, the
+    name of every point passed is appended to it.
     """
 
-    def __init__(self, directory: Path, *, told_by: str) -> None:
-        if not directory.is_absolute() or not directory.is_dir():
-            raise InvalidField(told_by, str(directory), "the absolute path of a directory that is there")
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise FileNotFoundError(directory)
         self._plan = directory / "plan"
         self._trace = directory / "trace"
-        logger.error(
-            "%s is set: this process kills itself, fails or hangs as %s says; it is for tests and for no real volume",
-            told_by,
-            self._plan,
-        )
+        logger.error("this process kills itself, fails or stalls as %s says", self._plan)
 
-    def on(self, name: str, port: Port) -> Port:
-        """Return the port with a point before and after each of its effects."""
-        return cast(Port, _Pierced(self, name, port))
+    def wrap(self, name: str, port: Port) -> Port:
+        """Return the port with a point before and after each of its changes."""
+        return cast(Port, FaultProxy(self, name, port))
 
-    def strike(self, point: str) -> None:
-        """Do what the plan says of this point, if it is the one; `SystemCallFailed` where it is to fail."""
+    def compose(self, assemble: Callable[..., Composed], **parts: object) -> Composed:
+        """Call `assemble` with these parts, its ports wrapped."""
+        return assemble(**{name: self.wrap(name, part) if name in PORTS else part for name, part in parts.items()})
+
+    def trigger(self, point: str) -> None:
+        """Carry out the plan if it names this point. Raises `SystemCallFailed` for `fail`."""
         if self._trace.exists():
             with self._trace.open("a") as trace:
                 trace.write(f"{point}\n")
@@ -122,23 +116,23 @@ class Faults:
             planned, action, *argument = self._plan.read_text().split()
             if planned != point:
                 return
-            self._plan.rename(self._plan.with_suffix(".struck"))
+            self._plan.rename(self._plan.with_suffix(".triggered"))
         except FileNotFoundError:
             return
-        logger.error("the plan strikes: %s at %s", action, point)
+        logger.error("fault injected: %s at %s", action, point)
         match Action(action):
             case Action.KILL:
                 os.kill(os.getpid(), signal.SIGKILL)
             case Action.FAIL:
-                raise SystemCallFailed(point, errno.EIO, "a fault on purpose")
+                raise SystemCallFailed(point, errno.EIO, "injected fault")
             case Action.STALL:
                 release = Path(*argument)
                 while not release.exists():
                     time.sleep(_PAUSE_S)
 
 
-class _Pierced:
-    """Stands for a port. A method that `PORTS` does not know cannot be reached through it."""
+class FaultProxy:
+    """A port with fault points. Refuses methods that `PORTS` does not name."""
 
     def __init__(self, faults: Faults, name: str, port: object) -> None:
         self._faults = faults
@@ -150,15 +144,15 @@ class _Pierced:
         if name in methods.reads:
             return getattr(self._port, name)
         if name not in methods.effects:
-            raise AttributeError(f"{self._name}.{name} is neither a read nor an effect in csi_driver.node.faults")
+            raise AttributeError(f"{self._name}.{name} is neither a read nor an effect in tests.faults.PORTS")
         return self._with_points(f"{self._name}.{name}", getattr(self._port, name))
 
     def _with_points(self, effect: str, method: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(method)
-        def pierced(*arguments: object, **named: object) -> object:
-            self._faults.strike(f"{effect}:{BEFORE}")
+        def wrapped(*arguments: object, **named: object) -> object:
+            self._faults.trigger(f"{effect}:{BEFORE}")
             result = method(*arguments, **named)
-            self._faults.strike(f"{effect}:{AFTER}")
+            self._faults.trigger(f"{effect}:{AFTER}")
             return result
 
-        return pierced
+        return wrapped
