@@ -20,8 +20,8 @@ from csi_driver.rpc.inflight import Claims
 from csi_driver.rpc.lanes import Lanes
 from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
 from csi_driver.rpc.server import Register, Server
-from csi_driver.rpc.settings import EndpointSettings
 from csi_driver.rpc.signals import Termination
+from csi_driver.settings import EndpointSettings
 
 
 def serve(

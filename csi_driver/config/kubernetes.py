@@ -6,7 +6,7 @@ from pathlib import Path
 
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
-from csi_driver.kubernetes.settings import ApiSettings
+from csi_driver.settings import ApiSettings
 
 LABEL = Flag(
     "--node-label",

@@ -13,15 +13,13 @@ if TYPE_CHECKING:
 
     from csi_driver.controller.requests import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
-    from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.local.doctor_settings import DoctorSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.node.requests import NodeSettings
-    from csi_driver.rpc.settings import EndpointSettings, RegistrationSettings
+    from csi_driver.settings import ApiSettings, EndpointSettings, HttpSettings, RegistrationSettings
     from csi_driver.telemetry.log import LogSettings
-    from csi_driver.telemetry.settings import HttpSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from csi_driver.config.shared import (
 from csi_driver.controller.requests import ControllerSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
-from csi_driver.rpc.settings import RegistrationSettings
+from csi_driver.settings import RegistrationSettings
 
 _KUBELET = Path("/var/lib/kubelet")
 

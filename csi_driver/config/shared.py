@@ -10,9 +10,8 @@ from typing import cast
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
 from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE
-from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.settings import EndpointSettings, HttpSettings
 from csi_driver.telemetry.log import LogFormat, LogSettings
-from csi_driver.telemetry.settings import HttpSettings
 
 NO_PATH: Path | None = None
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.kubernetes.objects import Node, node_in, plugins_in
-from csi_driver.kubernetes.settings import ApiSettings
+from csi_driver.settings import ApiSettings
 
 _ANSWER_LIMIT_BYTES = 16 << 20
 # RFC 7386: a label that is null is taken away.

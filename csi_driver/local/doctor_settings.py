@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from csi_driver.host_model import RunningRole
-    from csi_driver.kubernetes.settings import ApiSettings
     from csi_driver.management.clusters_file import Defaults
     from csi_driver.management.settings import ManagementSettings
+    from csi_driver.settings import ApiSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from types import FrameType
 
 from csi_driver.deadline import Deadline
-from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.local.held import held_in
+from csi_driver.settings import ApiSettings
 from csi_driver.telemetry import log
 
 _LOG = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.rpc.pb import pluginregistration_pb2, pluginregistration_pb2_grpc
 from csi_driver.rpc.server import check_free
-from csi_driver.rpc.settings import RegistrationSettings
+from csi_driver.settings import RegistrationSettings
 
 _LOG = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import Lane
 from csi_driver.rpc.lanes import Lanes
-from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.settings import EndpointSettings
 
 _LOG = logging.getLogger(__name__)
 

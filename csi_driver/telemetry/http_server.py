@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.telemetry.settings import HttpSettings
+from csi_driver.settings import HttpSettings
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from csi_driver.settings import HttpSettings
 from csi_driver.telemetry import health
 from csi_driver.telemetry.health import Check
 from csi_driver.telemetry.http_server import Answer, HttpServer
 from csi_driver.telemetry.metrics import CONTENT_TYPE, Measurement, exposition
-from csi_driver.telemetry.settings import HttpSettings
 
 METRICS = "/metrics"
 

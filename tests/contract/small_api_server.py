@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver.kubernetes.api import ApiServer
-from csi_driver.kubernetes.settings import ApiSettings
+from csi_driver.settings import ApiSettings
 from tests.contract.pki import Authority, Pair
 
 Document = dict[str, Any]

@@ -27,11 +27,9 @@ from csi_driver.config.made import (
 from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.host_model import RunningRole
-from csi_driver.kubernetes.settings import ApiSettings
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.node.requests import NodeSettings
-from csi_driver.rpc.settings import RegistrationSettings
-from csi_driver.telemetry.settings import HttpSettings
+from csi_driver.settings import ApiSettings, HttpSettings, RegistrationSettings
 
 TABLES = {
     "controller": controller.CONTROLLER_FLAGS,

@@ -20,7 +20,7 @@ from csi_driver.rpc.deadlines import Deadlines
 from csi_driver.rpc.inflight import Claims
 from csi_driver.rpc.node import NodeServicer
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.settings import EndpointSettings
 from tests.unit.rpc.fakes import FakeHealth, FakeNode, Gate, Trace, derived_name, stage
 
 

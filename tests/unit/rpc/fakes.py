@@ -39,7 +39,7 @@ from csi_driver.rpc.lanes import Lanes
 from csi_driver.rpc.node import NodeServicer
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.settings import EndpointSettings
+from csi_driver.settings import EndpointSettings
 
 ZONE = "zone-1"
 UUID = "01234567-89ab-cdef-0123-456789abcdef"

@@ -22,7 +22,7 @@ from csi_driver.rpc import itself as itself_module
 from csi_driver.rpc import registration as module
 from csi_driver.rpc.itself import Itself
 from csi_driver.rpc.registration import Registration
-from csi_driver.rpc.settings import RegistrationSettings
+from csi_driver.settings import RegistrationSettings
 from tests.fakes.kubelet import Kubelet, Plugin
 from tests.unit.rpc.fakes import Endpoint, FakeHealth, serving
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
+from csi_driver.settings import HttpSettings
 from csi_driver.telemetry import health
 from csi_driver.telemetry import http_server as module
 from csi_driver.telemetry.http_server import Answer, HttpServer, Pages
-from csi_driver.telemetry.settings import HttpSettings
 
 PAGES: Pages = {
     "/healthz": lambda: Answer(200, "csi: ok\n"),
