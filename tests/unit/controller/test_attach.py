@@ -718,7 +718,7 @@ def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown
 def test_an_attachment_serves_raw_block_and_filesystem_and_its_volume_counts_as_written(
     first: Capability, second: Capability
 ) -> None:
-    """See docs/decisions.md: what the storage gives a node is the same device either way."""
+    """See docs/decisions/0006-access-modes.md: what the storage gives a node is the same device either way."""
     world, volume_id = made()
     number = world.publish(volume_id, capability=first).attachment
     again = world.publish(volume_id, capability=second)
