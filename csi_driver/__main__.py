@@ -36,9 +36,7 @@ from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
     from csi_driver.background import Periodic
-    from csi_driver.controller.inventory import Inventory
-    from csi_driver.controller.ports import Clusters
-    from csi_driver.controller.requests import ControllerSettings
+    from csi_driver.controller.ports import Clusters, ControllerSettings
     from csi_driver.embedded.server import StorageServer
     from csi_driver.host_model import RunningRole
     from csi_driver.node.ports import Attachments
@@ -123,12 +121,12 @@ def _run(
 def _controller(command: ControllerCommand) -> int:
     from dataclasses import replace
 
-    from csi_driver.controller.inventory import Inventory
-    from csi_driver.controller.naming import volume_name
+    from csi_driver.controller.zones import Readiness
     from csi_driver.host.process import own_measurements
+    from csi_driver.model import volume_name
     from csi_driver.rpc.controller import ControllerServicer
     from csi_driver.rpc.deadlines import Deadlines
-    from csi_driver.rpc.identity import ControllerHealth as Readiness
+    from csi_driver.rpc.identity import ControllerHealth
     from csi_driver.rpc.inflight import Claims
     from csi_driver.rpc.itself import Itself
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
@@ -139,14 +137,14 @@ def _controller(command: ControllerCommand) -> int:
     settings = replace(command.controller, driver_version=driver_version())
     metrics = ManagementMetrics()
     clusters = _clusters(command, metrics)
-    inventory = Inventory(clusters, settings)
+    readiness = Readiness(clusters)
     servicer = ControllerServicer(
-        _controller_use_cases(clusters, inventory, settings),
+        _controller_use_cases(clusters, settings),
         Deadlines(command.endpoint.default_deadline_s),
         volume_health=command.endpoint.volume_health,
         attaches=command.attaches,
     )
-    health = Readiness(lambda deadline: inventory.ready(deadline=deadline))
+    health = ControllerHealth(lambda deadline: readiness.ready(deadline=deadline))
     own = own_measurements("controller", settings.driver_name, settings.driver_version)
 
     def beside(boundary: Boundary) -> AbstractContextManager[object]:
@@ -154,7 +152,7 @@ def _controller(command: ControllerCommand) -> int:
         return serving(
             command.http,
             healthy={"csi": itself.why_silent},
-            ready={"csi": itself.why_not_ready, "management": inventory.why_unreachable},
+            ready={"csi": itself.why_not_ready, "management": readiness.why_unreachable},
             measurements=[*own, *boundary.measurements(), *metrics.measurements()],
         )
 
@@ -168,21 +166,28 @@ def _controller(command: ControllerCommand) -> int:
     )
 
 
-def _controller_use_cases(clusters: Clusters, inventory: Inventory, settings: ControllerSettings) -> ControllerUseCases:
-    from csi_driver.controller.attach import Attach
-    from csi_driver.controller.expand import Expand
-    from csi_driver.controller.health import ControllerHealth
-    from csi_driver.controller.modify import Modify
-    from csi_driver.controller.provision import Provision
+def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> ControllerUseCases:
+    from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.create_volume import CreateVolume
+    from csi_driver.controller.delete_volume import DeleteVolume
+    from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
+    from csi_driver.controller.publish import PublishVolume
+    from csi_driver.controller.unpublish import UnpublishVolume
+    from csi_driver.controller.validate import ModifyVolume, ValidateVolume
     from csi_driver.rpc.controller import ControllerUseCases
 
+    listing = ListVolumes(clusters, settings)
     return ControllerUseCases(
-        provision=Provision(clusters, settings),
-        attach=Attach(clusters, settings),
-        expand=Expand(clusters, settings),
-        modify=Modify(clusters),
-        inventory=inventory,
-        health=ControllerHealth(clusters, inventory, settings),
+        create=CreateVolume(clusters, settings),
+        delete=DeleteVolume(clusters, settings),
+        publish=PublishVolume(clusters, settings),
+        unpublish=UnpublishVolume(clusters, settings),
+        expand=ExpandVolume(clusters, settings),
+        modify=ModifyVolume(clusters),
+        listing=listing,
+        capacity=GetCapacity(clusters, settings),
+        validate=ValidateVolume(clusters, settings),
+        health=GetVolumeHealth(clusters, listing, settings),
     )
 
 
@@ -200,7 +205,7 @@ def _clusters(
 
 def _node(command: NodeCommand) -> int:
     from csi_driver.background import Periodic
-    from csi_driver.controller.naming import volume_name
+    from csi_driver.model import volume_name
     from csi_driver.rpc.deadlines import Deadlines
     from csi_driver.rpc.identity import NodeHealth
     from csi_driver.rpc.inflight import Claims
@@ -353,23 +358,24 @@ def _own_attachments(
     """Return what the node attaches by, where it does so itself: only then does it know a management at all."""
     if command.attaching is None:
         return None
-    from csi_driver.controller.attach import Attach
-    from csi_driver.controller.own_attachments import OwnAttachments
+    from csi_driver.controller.publish import NodeAttach, PublishVolume
+    from csi_driver.controller.unpublish import UnpublishVolume
 
-    return OwnAttachments(Attach(_clusters(command.attaching, metrics), command.attaching.controller), node_id)
+    clusters, settings = _clusters(command.attaching, metrics), command.attaching.controller
+    return NodeAttach(PublishVolume(clusters, settings), UnpublishVolume(clusters, settings), node_id)
 
 
 def _volume(command: VolumeCommand) -> int:
     from csi_driver.config.volume import ALLOW_FORMAT
-    from csi_driver.controller.override import Override
+    from csi_driver.controller.admin import VolumeAdmin
     from csi_driver.deadline import Deadline
 
-    override = Override(_clusters(command))
+    admin = VolumeAdmin(_clusters(command))
     deadline = Deadline.after(command.timeout_s)
     if command.action == ALLOW_FORMAT:
-        print(override.allow_format(command.handle, deadline=deadline))
+        print(admin.allow_format(command.handle, deadline=deadline))
     else:
-        for what, how in override.show(command.handle, deadline=deadline):
+        for what, how in admin.show(command.handle, deadline=deadline):
             print(f"{what + ':':<15} {how}")
     return OK
 

@@ -6,6 +6,8 @@ Plain immutable values shared by all layers. Sizes are int bytes. The storage ma
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +153,24 @@ def is_zone_name(text: str) -> bool:
 def is_uuid(text: str) -> bool:
     """Tell whether `text` is a UUID in its usual spelling."""
     return _UUID.fullmatch(text) is not None
+
+
+_PROVISIONED = re.compile(r"pvc-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NAME_LIMIT = 22
+"""The management refuses longer names."""
+
+
+def volume_name(csi_name: str) -> str:
+    """Return the storage's name of the volume that CSI calls `csi_name`.
+
+    `pvc-<uuid>` keeps the form that earlier drivers of this name gave it; anything else, CSI names being any Unicode,
+    is hashed (90 bits).
+    """
+    length = _NAME_LIMIT - len(CSI_NAME_PREFIX)
+    if _PROVISIONED.fullmatch(csi_name):
+        return CSI_NAME_PREFIX + csi_name[4 : 4 + length]
+    digest = hashlib.sha256(csi_name.encode("utf-8", "surrogatepass")).digest()
+    return CSI_NAME_PREFIX + base64.b32encode(digest).decode().lower()[:length]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from csi_driver.config import values as read
 from csi_driver.config.flags import Flag, Values
-from csi_driver.controller.requests import ControllerSettings, Fencing
+from csi_driver.controller.ports import ControllerSettings, Fencing
 
 if TYPE_CHECKING:
     from csi_driver.management.clusters_file import OldSettings

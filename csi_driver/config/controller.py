@@ -24,7 +24,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
-from csi_driver.controller.requests import ControllerSettings, ZonePolicy
+from csi_driver.controller.ports import ControllerSettings, ZonePolicy
 from csi_driver.errors import shown
 from csi_driver.management.clusters_file import ClustersFile, Defaults
 from csi_driver.management.settings import ManagementSettings

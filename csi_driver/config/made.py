@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from csi_driver.controller.requests import ControllerSettings
+    from csi_driver.controller.ports import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
     from csi_driver.local.doctor_settings import DoctorSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings

@@ -26,7 +26,7 @@ from csi_driver.config.shared import (
     ZONE,
     table,
 )
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.ports import ControllerSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node.requests import NodeSettings
 from csi_driver.settings import RegistrationSettings

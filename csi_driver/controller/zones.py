@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, Denied, DriverError, StorageUnavailable, Unauthenticated
+from csi_driver.errors import (
+    DeadlineReached,
+    Denied,
+    DriverError,
+    Exhausted,
+    StorageUnavailable,
+    Unauthenticated,
+    shown,
+)
+from csi_driver.model import Segments
 
+_log = logging.getLogger(__name__)
+
+_REACHABLE_S = 2.0
 T = TypeVar("T")
 
 UNANSWERED = (StorageUnavailable, Unauthenticated, Denied)
@@ -185,3 +198,78 @@ def any_says_yes(
     if missing:
         raise unavailable(missing)
     return False
+
+
+def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None, key: str) -> list[str]:
+    """Return the zones that satisfy the requirement, best first (CSI specification, TopologyRequirement).
+
+    Raises `Exhausted` where none does: nothing can be provisioned there.
+    """
+    if requirement is None:
+        return list(zones)
+    requisite = [segments.get(key) for segments in requirement.requisite]
+    allowed = [zone for zone in zones if not requirement.requisite or zone in requisite]
+    if not allowed:
+        got = "; ".join(sorted({_named(segments, key) for segments in requirement.requisite}))
+        raise Exhausted(
+            f"accessibility_requirements: expected {key} with one of {', '.join(map(shown, zones))}, got {got}; "
+            "correct allowedTopologies of the StorageClass"
+        )
+    return sorted(allowed, key=rank_in(requirement, key))
+
+
+def _named(segments: Segments, key: str) -> str:
+    if key in segments:
+        return shown(segments[key])
+    others = ", ".join(shown(f"{other}={value}") for other, value in sorted(segments.items()))
+    return f"{others} without {key}" if others else "no topology segment"
+
+
+def rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:
+    """Return what ranks zones by the caller's preference; those that it does not name come last, all alike."""
+    preferred = [segments.get(key) for segments in requirement.preferred] if requirement is not None else []
+    return lambda zone: preferred.index(zone) if zone in preferred else len(preferred)
+
+
+class Readiness:
+    """Whether a management answers."""
+
+    def __init__(self, clusters: Clusters, *, crew: Crew = CREW) -> None:
+        self._clusters = clusters
+        self._crew = crew
+        self._was_ready = False
+
+    def ready(self, *, deadline: Deadline) -> bool:
+        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing.
+
+        Raises why not, where that is known.
+        """
+        if not self._was_ready:
+            zones = self._clusters.zones()
+            self._was_ready = any_says_yes(
+                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
+            )
+        return self._was_ready
+
+    def why_unreachable(self) -> str:
+        """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""
+        deadline = Deadline.after(_REACHABLE_S)
+        try:
+            answers = ask(
+                self._clusters.zones(),
+                lambda zone: self._answers(zone, deadline=deadline),
+                deadline=deadline,
+                crew=self._crew,
+            )
+        except DriverError as error:
+            return str(error)
+        if any(answers.given.values()):
+            return ""
+        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
+
+    def _answers(self, zone: str, *, deadline: Deadline) -> bool:
+        management = self._clusters.management(zone)
+        if management is None:
+            return False
+        management.system_info(deadline=deadline)
+        return True

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import grpc
 
-from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotOffered
 from csi_driver.health import VolumeHealth
@@ -37,23 +37,31 @@ _OF_ATTACHING = (_Rpc.PUBLISH_UNPUBLISH_VOLUME, _Rpc.PUBLISH_READONLY, _Rpc.LIST
 """What is offered only where the controller attaches volumes."""
 
 
-class Provision(Protocol):
-    """Volumes come and go."""
+class CreateVolume(Protocol):
+    """CreateVolume."""
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume: ...
+
+
+class DeleteVolume(Protocol):
+    """DeleteVolume."""
 
     def delete(self, volume_id: str, *, deadline: Deadline) -> None: ...
 
 
-class Attach(Protocol):
-    """Volumes are attached to nodes and detached. An empty node id means every node."""
+class PublishVolume(Protocol):
+    """ControllerPublishVolume."""
 
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext: ...
+
+
+class UnpublishVolume(Protocol):
+    """ControllerUnpublishVolume. An empty node id means every node."""
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None: ...
 
 
-class Expand(Protocol):
+class ExpandVolume(Protocol):
     """Volumes grow. The answer: bytes now, and whether the node has to grow something as well."""
 
     def expand(
@@ -61,20 +69,24 @@ class Expand(Protocol):
     ) -> tuple[int, bool]: ...
 
 
-class Modify(Protocol):
+class ModifyVolume(Protocol):
     """Volumes change in what they can be changed in."""
 
     def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None: ...
 
 
-class Inventory(Protocol):
-    """What is there. `validate` returns what speaks against the capabilities, or None."""
+class ListVolumes(Protocol):
+    """ListVolumes and ControllerGetVolume."""
 
     def volumes(
         self, max_entries: int, starting_token: str, *, deadline: Deadline
     ) -> tuple[list[ListedVolume], str]: ...
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume: ...
+
+
+class GetCapacity(Protocol):
+    """GetCapacity."""
 
     def capacity(
         self,
@@ -84,6 +96,10 @@ class Inventory(Protocol):
         *,
         deadline: Deadline,
     ) -> Capacity: ...
+
+
+class ValidateVolume(Protocol):
+    """ValidateVolumeCapabilities. Returns why the volume cannot be used so, or None."""
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None: ...
 
@@ -102,11 +118,15 @@ class Health(Protocol):
 class ControllerUseCases:
     """All that the controller service delegates to."""
 
-    provision: Provision
-    attach: Attach
-    expand: Expand
-    modify: Modify
-    inventory: Inventory
+    create: CreateVolume
+    delete: DeleteVolume
+    publish: PublishVolume
+    unpublish: UnpublishVolume
+    expand: ExpandVolume
+    modify: ModifyVolume
+    listing: ListVolumes
+    capacity: GetCapacity
+    validate: ValidateVolume
     health: Health
 
 
@@ -133,27 +153,27 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     def CreateVolume(
         self, request: csi_pb2.CreateVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.CreateVolumeResponse:
-        volume = self._do.provision.create(wire.create_from(request), deadline=self._deadlines.of(context))
+        volume = self._do.create.create(wire.create_from(request), deadline=self._deadlines.of(context))
         return csi_pb2.CreateVolumeResponse(volume=wire.volume_to(volume))
 
     def DeleteVolume(
         self, request: csi_pb2.DeleteVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.DeleteVolumeResponse:
-        self._do.provision.delete(request.volume_id, deadline=self._deadlines.of(context))
+        self._do.delete.delete(request.volume_id, deadline=self._deadlines.of(context))
         return csi_pb2.DeleteVolumeResponse()
 
     def ControllerPublishVolume(
         self, request: csi_pb2.ControllerPublishVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerPublishVolumeResponse:
         self._require_attaching()
-        published = self._do.attach.publish(wire.publish_from(request), deadline=self._deadlines.of(context))
+        published = self._do.publish.publish(wire.publish_from(request), deadline=self._deadlines.of(context))
         return csi_pb2.ControllerPublishVolumeResponse(publish_context=published.as_map())
 
     def ControllerUnpublishVolume(
         self, request: csi_pb2.ControllerUnpublishVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerUnpublishVolumeResponse:
         self._require_attaching()
-        self._do.attach.unpublish(request.volume_id, request.node_id, deadline=self._deadlines.of(context))
+        self._do.unpublish.unpublish(request.volume_id, request.node_id, deadline=self._deadlines.of(context))
         return csi_pb2.ControllerUnpublishVolumeResponse()
 
     def _require_attaching(self) -> None:
@@ -183,18 +203,18 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     def ValidateVolumeCapabilities(
         self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
-        objection = self._do.inventory.validate(wire.validate_from(request), deadline=self._deadlines.of(context))
+        objection = self._do.validate.validate(wire.validate_from(request), deadline=self._deadlines.of(context))
         return wire.validated_to(request, objection)
 
     def ControllerGetVolume(
         self, request: csi_pb2.ControllerGetVolumeRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ControllerGetVolumeResponse:
-        return wire.get_to(self._do.inventory.volume(request.volume_id, deadline=self._deadlines.of(context)))
+        return wire.get_to(self._do.listing.volume(request.volume_id, deadline=self._deadlines.of(context)))
 
     def ListVolumes(
         self, request: csi_pb2.ListVolumesRequest, context: grpc.ServicerContext
     ) -> csi_pb2.ListVolumesResponse:
-        volumes, next_token = self._do.inventory.volumes(
+        volumes, next_token = self._do.listing.volumes(
             request.max_entries, request.starting_token, deadline=self._deadlines.of(context)
         )
         return wire.list_to(volumes, next_token)
@@ -202,7 +222,7 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     def GetCapacity(
         self, request: csi_pb2.GetCapacityRequest, context: grpc.ServicerContext
     ) -> csi_pb2.GetCapacityResponse:
-        capacity = self._do.inventory.capacity(
+        capacity = self._do.capacity.capacity(
             wire.capabilities_from(request.volume_capabilities),
             dict(request.parameters),
             wire.wanted_segments_from(request),

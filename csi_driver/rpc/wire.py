@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.wrappers_pb2 import Int64Value
 
-from csi_driver.controller.requests import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
 from csi_driver.errors import InvalidRequest
 from csi_driver.model import (
     Access,

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.expand import Expand
-from csi_driver.controller.provision import Provision
-from csi_driver.controller.requests import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.capacity import ExpandVolume
+from csi_driver.controller.create_volume import CreateVolume
+from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
 from csi_driver.embedded.server import StorageServer
@@ -69,9 +71,11 @@ class Controller:
             )
         )
         clusters = OneCluster(ZONE, self.client)
-        self.provision = Provision(clusters, SETTINGS)
-        self.attach = Attach(clusters, SETTINGS)
-        self.expand = Expand(clusters, SETTINGS)
+        self.creation = CreateVolume(clusters, SETTINGS)
+        self.deletion = DeleteVolume(clusters, SETTINGS)
+        self.publication = PublishVolume(clusters, SETTINGS)
+        self.unpublication = UnpublishVolume(clusters, SETTINGS)
+        self.expand = ExpandVolume(clusters, SETTINGS)
 
 
 @dataclass
@@ -175,7 +179,7 @@ class Worker:
     def create(self, volume: Kept) -> None:
         request = CreateRequest(volume.name, CapacityRange(GIB), (RWO,), PARAMETERS)
         made = self._until_done(
-            "create", lambda controller: controller.provision.create(request, deadline=Deadline.after(CALL_S))
+            "create", lambda controller: controller.creation.create(request, deadline=Deadline.after(CALL_S))
         )
         if volume.handle:
             assert made.volume_id == volume.handle, f"{volume.name} was made twice"
@@ -209,7 +213,7 @@ class Worker:
         self.world.attached.discard(volume.storage_name)
         self._until_done(
             "detach",
-            lambda controller: controller.attach.unpublish(volume.handle, node, deadline=Deadline.after(CALL_S)),
+            lambda controller: controller.unpublication.unpublish(volume.handle, node, deadline=Deadline.after(CALL_S)),
         )
         volume.node = ""
         assert self.world.nodes_of(volume.uuid) == set()
@@ -232,10 +236,10 @@ class Worker:
 
     def _publish(self, controller: Controller, volume: Kept, node: str) -> PublishContext:
         request = PublishRequest(volume.handle, self.world.client_uuid(node), RWO, read_only=False)
-        return controller.attach.publish(request, deadline=Deadline.after(CALL_S))
+        return controller.publication.publish(request, deadline=Deadline.after(CALL_S))
 
     def _delete(self, controller: Controller, volume: Kept) -> None:
-        controller.provision.delete(volume.handle, deadline=Deadline.after(CALL_S))
+        controller.deletion.delete(volume.handle, deadline=Deadline.after(CALL_S))
 
     # --- calls --------------------------------------------------------------------------------------------
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.expand import Expand
-from csi_driver.controller.inventory import Inventory
-from csi_driver.controller.keying import EncryptionNotBegun
-from csi_driver.controller.provision import Provision
-from csi_driver.controller.requests import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+from csi_driver.controller.create_volume import CreateVolume
+from csi_driver.controller.native_encryption import EncryptionNotBegun
+from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import InvalidRequest, OperationPending, PreconditionFailed, VolumeNotFound
@@ -172,17 +171,17 @@ class EndToEnd:
         self.manager = manager
         clusters = FakeClusters(client)
         settings = ControllerSettings()
-        self.provision = Provision(clusters, settings)
-        self.expand = Expand(clusters, settings)
-        self.attach = Attach(clusters, settings)
-        self.inventory = Inventory(clusters, settings)
+        self.creation = CreateVolume(clusters, settings)
+        self.expand = ExpandVolume(clusters, settings)
+        self.publication = PublishVolume(clusters, settings)
+        self.get_capacity = GetCapacity(clusters, settings)
 
     def create(self, parameters: dict[str, str], secrets: dict[str, str] | None = None) -> ProvisionedVolume:
         request = CreateRequest("pvc-1", CapacityRange(GIB, GIB), (RWO,), parameters, secrets or {})
-        return self.provision.create(request, deadline=Deadline.after(30))
+        return self.creation.create(request, deadline=Deadline.after(30))
 
     def free(self, parameters: dict[str, str]) -> int:
-        return self.inventory.capacity((RWO,), parameters, None, deadline=Deadline.after(30)).available_bytes
+        return self.get_capacity.capacity((RWO,), parameters, None, deadline=Deadline.after(30)).available_bytes
 
 
 @contextlib.contextmanager
@@ -220,7 +219,7 @@ def test_a_volume_is_made_encrypted_attached_and_expanded_and_cryptsetup_opens_i
         assert tried.returncode == 0
 
         request = PublishRequest(made.volume_id, "node-1", RWO, read_only=False)
-        assert run.attach.publish(request, deadline=Deadline.after(30)).encryption is Encryption.NATIVE
+        assert run.publication.publish(request, deadline=Deadline.after(30)).encryption is Encryption.NATIVE
         grown = run.expand.expand(made.volume_id, CapacityRange(2 * GIB), RWO, deadline=Deadline.after(30))
         assert (grown, file.stat().st_size) == ((2 * GIB, True), 2 * GIB + 32 * MIB)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.capacity import granule_bytes
-from csi_driver.controller.record import Attachments, with_attachments
-from csi_driver.controller.takeover import was_preempted
+from csi_driver.controller.fencing import was_preempted
+from csi_driver.controller.volume_metadata import AttachmentRecord, with_attachments
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -330,7 +330,7 @@ def test_what_a_dead_client_had_stays_in_its_document_and_the_versions_tell_that
     taker = actor.node(2).desired[volume.uuid]
     assert (taker.preempts, taker.version) == (True, version + 1)
     assert not actor.node().desired[volume.uuid].preempts
-    record = with_attachments({}, Attachments(taken=taker.version))
+    record = with_attachments({}, AttachmentRecord(taken=taker.version))
     actor.management.set_metadata(actor.usable("v1"), record, deadline=actor.deadline)
     actor.detach(volume, 2, reference="ns")
     assert actor.deadline.wait_until(lambda: actor.holders(volume) == ["node-1"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.controller.record import Attachments, with_attachments
-from csi_driver.controller.takeover import was_preempted
+from csi_driver.controller.fencing import was_preempted
+from csi_driver.controller.volume_metadata import AttachmentRecord, with_attachments
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.management.documents import decode_client, decode_volume, decode_vpg
 from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, failure_of, meaning_of, refusal_in
@@ -168,7 +168,7 @@ def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_
             continue
         for name, volume in volumes.items():
             assert not was_preempted(volume, dead)
-            record = with_attachments(volume.metadata, Attachments(taken=taken.get(volume.uuid, 0)))
+            record = with_attachments(volume.metadata, AttachmentRecord(taken=taken.get(volume.uuid, 0)))
             judged = (volume.reservation.version, was_preempted(replace(volume, metadata=record), dead))
             if judged not in proven.setdefault(name, []):
                 proven[name].append(judged)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver import __main__ as program
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.provision import Provision
-from csi_driver.controller.requests import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.create_volume import CreateVolume
+from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.management.clusters import OneCluster
 from csi_driver.model import DEFAULT_ZONE, GIB, AccessMode, Capability, CapacityRange, MountAccess
@@ -43,7 +43,7 @@ def test_a_volume_is_shown_allowed_once_and_refused_then(storage: Storage, capsy
     clusters = OneCluster(DEFAULT_ZONE, storage.connect())
     settings = ControllerSettings()
     request = CreateRequest("pvc-1", CapacityRange(2 * GIB), (RWO,))
-    handle = Provision(clusters, settings).create(request, deadline=Deadline.after(20)).volume_id
+    handle = CreateVolume(clusters, settings).create(request, deadline=Deadline.after(20)).volume_id
 
     assert by_hand(storage, "show", handle) == 0
     assert f"usable bytes:   {2 * GIB}\n" in capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_volume_is_shown_allowed_once_and_refused_then(storage: Storage, capsy
     assert by_hand(storage, "allow-format", handle) == 1
     assert "already" in capsys.readouterr().err
 
-    published = Attach(clusters, settings).publish(
+    published = PublishVolume(clusters, settings).publish(
         PublishRequest(handle, "node-1", RWO, read_only=False), deadline=Deadline.after(20)
     )
     assert published.format_allowed

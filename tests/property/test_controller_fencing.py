@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from csi_driver.controller import record
-from csi_driver.controller.override import Override
+from csi_driver.controller import volume_metadata
+from csi_driver.controller.admin import VolumeAdmin
 from csi_driver.errors import DriverError
 from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import ClientStatus
@@ -131,7 +131,9 @@ class Fencing(RuleBasedStateMachine):
 
     def _allow(self) -> None:
         try:
-            Override(self.controllers[1].clusters).allow_format(self.volume_id, deadline=self.controllers[1].deadline())
+            VolumeAdmin(self.controllers[1].clusters).allow_format(
+                self.volume_id, deadline=self.controllers[1].deadline()
+            )
         except DriverError:
             return
 
@@ -144,7 +146,9 @@ class Fencing(RuleBasedStateMachine):
         if context.history is History.FIRST:
             assert volume.reservation.version == 2
         if context.format_allowed:
-            assert context.attachment == record.read_permission(volume.metadata) == volume.reservation.version - 1
+            assert (
+                context.attachment == volume_metadata.read_permission(volume.metadata) == volume.reservation.version - 1
+            )
 
     @invariant()
     def nobody_lost_what_is_attached_there(self) -> None:

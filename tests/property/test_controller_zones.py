@@ -14,7 +14,7 @@ from typing import TypeVar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csi_driver.controller.requests import TopologyRequirement
+from csi_driver.controller.ports import TopologyRequirement
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY, ProvisionedVolume

@@ -24,7 +24,7 @@ from csi_driver.config.made import (
     VersionCommand,
     VolumeCommand,
 )
-from csi_driver.controller.requests import ControllerSettings, Fencing, ZonePolicy
+from csi_driver.controller.ports import ControllerSettings, Fencing, ZonePolicy
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.local.settings import DemoSettings, LocalSettings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from csi_driver.controller import access
+from csi_driver.controller.validate import check_capability
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode, BlockAccess, Capability, MountAccess, VolumeHandle
 from csi_driver.parameters import storage_class
 from csi_driver.parameters.mkfs import FILESYSTEMS, MkfsRequest
@@ -200,7 +200,7 @@ def test_every_claim_and_volume_asks_for_access_that_is_offered() -> None:
         for document in every(kind):
             (mode,) = document["spec"]["accessModes"]
             block = document["spec"].get("volumeMode") == "Block"
-            access.check(Capability(BlockAccess() if block else MountAccess(), MODES[mode]))
+            check_capability(Capability(BlockAccess() if block else MountAccess(), MODES[mode]))
             asked.add(mode)
     assert asked == set(MODES)
 

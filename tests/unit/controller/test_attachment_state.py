@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.controller.holding import is_leaving, is_released, is_withdrawn, missing
-from csi_driver.controller.locate import Located
+from csi_driver.controller.fencing import is_leaving, is_released, is_withdrawn, missing
+from csi_driver.controller.volume_lookup import Located
 from csi_driver.model import VolumeHandle
 from csi_driver.storage_model import (
     Client,

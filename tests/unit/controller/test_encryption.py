@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.keying import EncryptionNotBegun
+from csi_driver.controller.native_encryption import EncryptionNotBegun
 from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
@@ -243,8 +243,8 @@ def test_an_encrypted_volume_grows_by_what_is_asked_for_and_the_node_has_work() 
 
 def test_free_space_leaves_room_for_the_header() -> None:
     world = World()
-    plain = world.inventory.capacity((RWO,), {}, None, deadline=world.deadline())
-    encrypted = world.inventory.capacity((RWO,), NATIVE, None, deadline=world.deadline())
+    plain = world.free.capacity((RWO,), {}, None, deadline=world.deadline())
+    encrypted = world.free.capacity((RWO,), NATIVE, None, deadline=world.deadline())
     assert plain.available_bytes - encrypted.available_bytes == 16 * MIB
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.health import ControllerHealth, judge
+from csi_driver.controller.list_volumes import GetVolumeHealth, find_faults
 from csi_driver.errors import StaleToken, VolumeNotFound
 from csi_driver.health import Reason, VolumeFault
 from csi_driver.storage_model import (
@@ -31,7 +31,7 @@ Found = set[tuple[VolumeFault, Reason]]
 
 
 def found(volume: Volume = WELL, *clients: Client) -> Found:
-    return {(entry.status, entry.reason) for entry in judge(volume, clients)}
+    return {(entry.status, entry.reason) for entry in find_faults(volume, clients)}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def found(volume: Volume = WELL, *clients: Client) -> Found:
         ({"status": "a word of later versions", "health": "another"}, set()),
     ],
 )
-def test_a_volume_is_judged_by_its_document(change: dict[str, str], entries: Found) -> None:
+def test_a_volume_is_find_faultsd_by_its_document(change: dict[str, str], entries: Found) -> None:
     assert found(replace(WELL, **change), HOLDER) == entries  # type: ignore[arg-type]
 
 
@@ -84,13 +84,13 @@ def holder(
         (replace(HOLDER, desired={}), set()),
     ],
 )
-def test_a_volume_is_judged_by_whoever_holds_it(client: Client, entries: Found) -> None:
+def test_a_volume_is_find_faultsd_by_whoever_holds_it(client: Client, entries: Found) -> None:
     assert found(WELL, client) == entries
 
 
 def test_two_nodes_with_one_trouble_are_one_entry() -> None:
     down = holder(client=ClientStatus.DOWN)
-    (entry,) = judge(WELL, [down, replace(down, id="node-2"), replace(down, id="node-3")])
+    (entry,) = find_faults(WELL, [down, replace(down, id="node-2"), replace(down, id="node-3")])
     assert "node-1" in entry.message
     assert "2 more" in entry.message
 
@@ -98,8 +98,8 @@ def test_two_nodes_with_one_trouble_are_one_entry() -> None:
 # --- over a storage ---------------------------------------------------------------------------------------------
 
 
-def of(world: World) -> ControllerHealth:
-    return ControllerHealth(world.clusters, world.inventory, world.settings)
+def of(world: World) -> GetVolumeHealth:
+    return GetVolumeHealth(world.clusters, world.listing, world.settings)
 
 
 def broken(world: World, name: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.keying import EncryptionNotBegun
+from csi_driver.controller.native_encryption import EncryptionNotBegun
 from csi_driver.errors import DeadlineReached, Denied, Exhausted, OutcomeUnknown, StorageUnavailable, Unauthenticated
 from csi_driver.model import EMPTY, GIB, MIB, CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Vpg

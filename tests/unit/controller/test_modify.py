@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.controller.requests import ValidateRequest
+from csi_driver.controller.ports import ValidateRequest
 from csi_driver.errors import ExistsDifferently, InvalidRequest, OperationPending, VolumeNotFound
 from csi_driver.parameters import storage_class
 from csi_driver.storage_model import Layout, RaidLevel, VolumeChanges, Vpg
@@ -171,7 +171,7 @@ def test_capabilities_are_validated_with_what_can_change() -> None:
 
     def objection(**mutable: str) -> str | None:
         request = ValidateRequest(made.volume_id, (RWO,), mutable_parameters=mutable)
-        return world.inventory.validate(request, deadline=world.deadline())
+        return world.validation.validate(request, deadline=world.deadline())
 
     assert objection(description="new") is None
     assert "color" in (objection(color="red") or "")

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.placement import Placement, by_free_space
-from csi_driver.controller.provision import Provision
-from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ZonePolicy
-from csi_driver.controller.search import SETTLED_S
+from csi_driver.controller.capacity import ZoneSelection, by_free_space
+from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.duplicate_guard import SETTLED_S
+from csi_driver.controller.ports import ControllerSettings, TopologyRequirement, ZonePolicy
 from csi_driver.controller.zones import Threads, any_says_yes, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -155,7 +155,7 @@ def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another()
 
 def order(policy: ZonePolicy, zones: Sequence[str], calls: int, world: World | None = None) -> list[list[str]]:
     world = world or World(zones=("a", "b", "c"))
-    placement = Placement(world.clusters, policy)
+    placement = ZoneSelection(world.clusters, policy)
     return [
         placement.order(
             zones, None, "key", name=f"v{number}", size_bytes=GIB, parameters=parse({}), deadline=world.deadline()
@@ -326,7 +326,7 @@ def test_a_zone_may_be_skipped_and_what_that_leaves_is_reported(caplog: pytest.L
     world.zones["a"].is_reachable = True
     orphan = duplicate(world, "b", "a")
     for _ in range(2):
-        listed, _ = world.inventory.volumes(0, "", deadline=world.deadline())
+        listed, _ = world.listing.volumes(0, "", deadline=world.deadline())
         assert len(listed) == 2
     reports = [record.getMessage() for record in caplog.records if "exists in several zones" in record.getMessage()]
     assert len(reports) == 1
@@ -372,7 +372,7 @@ def test_a_list_without_a_dead_zone_is_no_list() -> None:
     world.create()
     world.zones["b"].is_reachable = False
     with pytest.raises(StorageUnavailable):
-        world.inventory.volumes(0, "", deadline=world.deadline())
+        world.listing.volumes(0, "", deadline=world.deadline())
 
 
 def test_a_dead_zone_has_no_capacity(caplog: pytest.LogCaptureFixture) -> None:
@@ -382,7 +382,7 @@ def test_a_dead_zone_has_no_capacity(caplog: pytest.LogCaptureFixture) -> None:
 
     def free(zone: str | None) -> int:
         segments = None if zone is None else {DEFAULT_TOPOLOGY_KEY: zone}
-        return world.inventory.capacity((), {}, segments, deadline=world.deadline()).available_bytes
+        return world.free.capacity((), {}, segments, deadline=world.deadline()).available_bytes
 
     assert (free("a"), free("b"), free(None)) == (8 * GIB, 0, 8 * GIB)
     assert "the capacity of zone b counts as 0" in caplog.text
@@ -394,7 +394,7 @@ def test_no_capacity_is_told_when_nobody_answers() -> None:
         for management in world.zones.values():
             management.is_reachable = False
         with pytest.raises(StorageUnavailable):
-            world.inventory.capacity((), {}, None, deadline=world.deadline())
+            world.free.capacity((), {}, None, deadline=world.deadline())
 
 
 def test_a_dead_zone_leaves_the_volumes_of_others_usable() -> None:
@@ -402,7 +402,7 @@ def test_a_dead_zone_leaves_the_volumes_of_others_usable() -> None:
     made = world.create(topology=within("a"))
     world.zones["b"].is_reachable = False
     world.publish(made.volume_id)
-    assert world.inventory.volume(made.volume_id, deadline=world.deadline()).volume.volume_id == made.volume_id
+    assert world.listing.volume(made.volume_id, deadline=world.deadline()).volume.volume_id == made.volume_id
     world.unpublish(made.volume_id)
     world.delete(made.volume_id)
     assert volumes(world)["a"] == []
@@ -421,21 +421,21 @@ def test_a_handle_without_zone_needs_every_zone() -> None:
 def test_one_zone_that_answers_makes_the_controller_ready() -> None:
     world = two()
     world.zones["a"].is_reachable = False
-    assert world.inventory.ready(deadline=world.deadline())
+    assert world.readiness.ready(deadline=world.deadline())
 
 
 def test_whether_a_management_answers_now_is_asked_anew_and_one_zone_is_enough() -> None:
     world = two()
-    assert world.inventory.why_unreachable() == ""
+    assert world.readiness.why_unreachable() == ""
     world.zones["a"].is_reachable = False
-    assert world.inventory.why_unreachable() == ""
+    assert world.readiness.why_unreachable() == ""
     world.zones["b"].is_reachable = False
-    why = world.inventory.why_unreachable()
+    why = world.readiness.why_unreachable()
     assert all(f"zone {zone}: " in why for zone in "ab")
     world.zones["b"].is_reachable = True
-    assert world.inventory.why_unreachable() == ""
+    assert world.readiness.why_unreachable() == ""
     world.zones.clear()
-    assert world.inventory.why_unreachable() == "no storage management is configured"
+    assert world.readiness.why_unreachable() == "no storage management is configured"
 
 
 # --- zones that change their names, or go -----------------------------------------------------------------------
@@ -447,10 +447,10 @@ def test_handles_from_before_the_only_zone_had_a_name_are_served_in_every_call(f
     world.zones["paris"].add_volume(OLD)
     old = form.format(name=OLD.name, uuid=OLD.uuid)
     world.publish(old)
-    listed, _ = world.inventory.volumes(0, "", deadline=world.deadline())
+    listed, _ = world.listing.volumes(0, "", deadline=world.deadline())
     held = [(each.volume.volume_id, each.published_node_ids) for each in listed if each.published_node_ids]
     assert (old, (NODE_1,)) in held
-    assert world.inventory.volume(old, deadline=world.deadline()).volume.volume_id == old
+    assert world.listing.volume(old, deadline=world.deadline()).volume.volume_id == old
     world.expand.expand(old, CapacityRange(2 * GIB), RWO, deadline=world.deadline())
     world.modify.modify(old, {"description": "x"}, deadline=world.deadline())
     world.unpublish(old)
@@ -489,6 +489,6 @@ def test_a_zone_that_goes_while_a_call_looks_into_it_has_not_lost_its_volumes(ha
         def management(self, zone: str) -> FakeManagement | None:
             return None if zone == "a" and (handle == "{name}" or next(asked)) else world.zones[zone]
 
-    provision = Provision(Going(), world.settings)
+    deletion = DeleteVolume(Going(), world.settings)
     with pytest.raises(StorageUnavailable, match="zone a is no longer configured"):
-        provision.delete(handle.format(name=OLD.name, uuid=OLD.uuid), deadline=world.deadline())
+        deletion.delete(handle.format(name=OLD.name, uuid=OLD.uuid), deadline=world.deadline())

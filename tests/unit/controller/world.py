@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.expand import Expand
-from csi_driver.controller.inventory import Inventory
-from csi_driver.controller.modify import Modify
-from csi_driver.controller.provision import Provision
-from csi_driver.controller.requests import (
+from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+from csi_driver.controller.create_volume import CreateVolume
+from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.list_volumes import ListVolumes
+from csi_driver.controller.ports import (
     ControllerSettings,
     CreateRequest,
     PublishRequest,
     TopologyRequirement,
 )
-from csi_driver.controller.zones import CREW, Crew
+from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.unpublish import UnpublishVolume
+from csi_driver.controller.validate import ModifyVolume, ValidateVolume
+from csi_driver.controller.zones import CREW, Crew, Readiness
 from csi_driver.deadline import Deadline
 from csi_driver.model import (
     DEFAULT_ZONE,
@@ -64,11 +66,16 @@ class World:
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
         self.clusters = FakeClusters(self.zones)
-        self.provision = Provision(self.clusters, self.settings, crew=crew, wall_s=self.clock.monotonic)
-        self.attach = Attach(self.clusters, self.settings)
-        self.expand = Expand(self.clusters, self.settings)
-        self.modify = Modify(self.clusters)
-        self.inventory = Inventory(self.clusters, self.settings, crew=crew)
+        self.creation = CreateVolume(self.clusters, self.settings, crew=crew, wall_s=self.clock.monotonic)
+        self.deletion = DeleteVolume(self.clusters, self.settings)
+        self.publication = PublishVolume(self.clusters, self.settings)
+        self.unpublication = UnpublishVolume(self.clusters, self.settings)
+        self.expand = ExpandVolume(self.clusters, self.settings)
+        self.modify = ModifyVolume(self.clusters)
+        self.listing = ListVolumes(self.clusters, self.settings, crew=crew)
+        self.free = GetCapacity(self.clusters, self.settings, crew=crew)
+        self.validation = ValidateVolume(self.clusters, self.settings)
+        self.readiness = Readiness(self.clusters, crew=crew)
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)
@@ -87,10 +94,10 @@ class World:
     ) -> ProvisionedVolume:
         asked = capacity if capacity is not None else CapacityRange(GIB)
         request = CreateRequest(name, asked, capabilities, parameters, secrets, topology, mutable)
-        return self.provision.create(request, deadline=self.deadline(seconds))
+        return self.creation.create(request, deadline=self.deadline(seconds))
 
     def delete(self, volume_id: str, *, seconds: float = 60.0) -> None:
-        self.provision.delete(volume_id, deadline=self.deadline(seconds))
+        self.deletion.delete(volume_id, deadline=self.deadline(seconds))
 
     def publish(
         self,
@@ -102,10 +109,10 @@ class World:
         context: Mapping[str, str] = EMPTY,
     ) -> PublishContext:
         request = PublishRequest(volume_id, node_id, capability, read_only, context)
-        return self.attach.publish(request, deadline=self.deadline())
+        return self.publication.publish(request, deadline=self.deadline())
 
     def unpublish(self, volume_id: str, node_id: str = NODE_1, *, seconds: float = 60.0) -> None:
-        self.attach.unpublish(volume_id, node_id, deadline=self.deadline(seconds))
+        self.unpublication.unpublish(volume_id, node_id, deadline=self.deadline(seconds))
 
     def stored(self) -> Volume:
         """Return the only volume that there is."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.own_attachments import OwnAttachments
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.publish import NodeAttach
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
 from csi_driver.model import EMPTY, Capability
@@ -60,7 +58,7 @@ class Node:
         self.world = world or World()
         self.volume_id = "" if world else self.world.create(parameters=CLAIM).volume_id
         self.machine = Machine(self.world)
-        own = OwnAttachments(Attach(self.world.clusters, ControllerSettings()), lambda: node_id)
+        own = NodeAttach(self.world.publication, self.world.unpublication, lambda: node_id)
         self._stage = AttachingStage(self.machine, own)
         self._publish = AttachingPublish(self.machine, own)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.controller.requests import ValidateRequest
+from csi_driver.controller.ports import ValidateRequest
 from csi_driver.errors import DriverError, InvalidRequest
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
@@ -88,7 +88,7 @@ def test_what_no_node_stages_is_neither_confirmed_nor_attached(
     made = world.create(capabilities=(Capability(MountAccess(fs_type), mode),), parameters=by)
     capability = Capability(access, mode)
     asked = ValidateRequest(made.volume_id, (capability,), {**made.context, **parameters})
-    assert world.inventory.validate(asked, deadline=world.deadline()) == words
+    assert world.validation.validate(asked, deadline=world.deadline()) == words
     with pytest.raises(InvalidRequest) as refusal:
         world.publish(made.volume_id, capability=capability, context={**made.context, **parameters})
     assert str(refusal.value) == words
@@ -103,7 +103,7 @@ def test_a_volume_of_an_older_driver_is_attached_and_confirmed_whatever_made_its
     world.management.change(world.stored().name, metadata=old)
     context = {**made.context, "mkfsOptions": options}
     asked = ValidateRequest(made.volume_id, (RWO,), context)
-    assert world.inventory.validate(asked, deadline=world.deadline()) is None
+    assert world.validation.validate(asked, deadline=world.deadline()) is None
     world.publish(made.volume_id, context=context)
     assert world.holders() == ["node-1"]
 
@@ -152,8 +152,8 @@ def test_a_block_as_large_as_the_pages_of_some_machines_is_left_to_the_node() ->
 def test_there_is_no_room_for_a_volume_that_no_node_stages() -> None:
     world = World()
     capability = Capability(MountAccess("ext4", ("bind",)), WRITER)
-    assert world.inventory.capacity((capability,), EMPTY, None, deadline=world.deadline()).available_bytes == 0
-    assert world.inventory.capacity((RWO,), EMPTY, None, deadline=world.deadline()).available_bytes > 0
+    assert world.free.capacity((capability,), EMPTY, None, deadline=world.deadline()).available_bytes == 0
+    assert world.free.capacity((RWO,), EMPTY, None, deadline=world.deadline()).available_bytes > 0
 
 
 def test_keys_of_encryption_of_a_volume_that_is_not_encrypted_are_not_judged() -> None:

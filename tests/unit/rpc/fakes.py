@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from csi_driver.controller.requests import CreateRequest, PublishRequest, ValidateRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NodeNotFound, VolumeNotFound
 from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth
@@ -291,7 +291,7 @@ def serving(
     boundary = Boundary(Claims(derived_name), lanes, frozenset() if volume_health else HEALTH)
     deadlines = Deadlines(default_deadline_s)
     identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
-    use_cases = ControllerUseCases(controller, controller, controller, controller, controller, _ControllerHealth())
+    use_cases = ControllerUseCases(*(controller,) * 9, _ControllerHealth())
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,

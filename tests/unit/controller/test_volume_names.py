@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.controller.naming import issued_reference, volume_name
-from csi_driver.model import VolumeHandle
+from csi_driver.controller.volume_lookup import issued_reference
+from csi_driver.model import VolumeHandle, volume_name
 from csi_driver.publish_context import reference_id
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"

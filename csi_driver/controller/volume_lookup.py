@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from csi_driver.controller.handing import reserved_bytes
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import Creation, read_creation
+from csi_driver.controller.volume_metadata import Creation, read_creation, reserved_bytes
 from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
@@ -166,3 +165,23 @@ def described(
         context=context if creation.csi_name is not None else {},
         topology=({topology_key: zone},),
     )
+
+
+_ANY_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+def issued_reference(zone: str, name: str, reference: str) -> str | None:
+    """Return the last part of a new volume's handle; None where it must be left out.
+
+    It is decided before the volume exists: the uuid, still unknown, has a fixed length.
+    """
+    if not reference:
+        return None
+    handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
+    return reference if handle is not None and handle.reference == reference else None
+
+
+def derived_spelling(zone: str, volume: Volume, reference: str) -> str:
+    """Return how a handle is spelled that holds a volume under this reference id, as far as the id tells."""
+    named = None if reference == volume.uuid else reference
+    return VolumeHandle(volume.name, zone, volume.uuid, named).format()

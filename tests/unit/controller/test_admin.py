@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from csi_driver.controller.override import Override
+from csi_driver.controller.admin import VolumeAdmin
 from csi_driver.errors import OperationPending, PreconditionFailed, VolumeNotFound
 from csi_driver.model import CapacityRange
 from csi_driver.publish_context import History
@@ -17,11 +17,11 @@ UUID = "11111111-2222-3333-4444-555555555555"
 
 
 def allow(world: World, volume_id: str) -> str:
-    return Override(world.clusters).allow_format(volume_id, deadline=world.deadline())
+    return VolumeAdmin(world.clusters).allow_format(volume_id, deadline=world.deadline())
 
 
 def shown(world: World, volume_id: str) -> dict[str, str]:
-    return dict(Override(world.clusters).show(volume_id, deadline=world.deadline()))
+    return dict(VolumeAdmin(world.clusters).show(volume_id, deadline=world.deadline()))
 
 
 def test_nothing_is_allowed_unless_somebody_allows_it() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller import record
-from csi_driver.controller.attach import Attach
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller import volume_metadata
+from csi_driver.controller.ports import ControllerSettings
+from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.errors import (
     DeadlineReached,
     Exhausted,
@@ -329,7 +329,7 @@ def test_a_server_that_shows_an_earlier_attachment_of_this_node_is_not_believed(
     world, volume_id = made()
     world.publish(volume_id)
     before = world.stored()
-    metadata = record.with_permission(before.metadata, 1)  # what was allowed then must not be allowed now
+    metadata = volume_metadata.with_permission(before.metadata, 1)  # what was allowed then must not be allowed now
     world.unpublish(volume_id)
 
     def show_old(request: str) -> None:
@@ -596,7 +596,7 @@ def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> 
     world.management.set_busy("node-1", world.stored())
     with pytest.raises(DeadlineReached):
         world.unpublish(volume_id, seconds=5)
-    by_force = Attach(world.clusters, replace(world.settings, force_detach=True))
+    by_force = UnpublishVolume(world.clusters, replace(world.settings, force_detach=True))
     with pytest.raises(DeadlineReached, match="may have it open"):
         by_force.unpublish(volume_id, NODE_1, deadline=world.deadline(5))
     assert world.management.requests.count("attach") == 1

@@ -2,30 +2,99 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Protocol
 
-from csi_driver.controller import access
-from csi_driver.controller.handing import encryption_of
-from csi_driver.controller.locate import Located, described, is_blank, issued_handle, require
-from csi_driver.controller.naming import derived_spelling
-from csi_driver.controller.placement import allowed_zones
-from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import read_attachments, read_creation
-from csi_driver.controller.requests import ControllerSettings, TopologyRequirement, ValidateRequest
-from csi_driver.controller.room import Room, room
-from csi_driver.controller.search import Found, doubles, report_double
-from csi_driver.controller.tokens import LAST, PAGE_BYTES, Position, listed_bytes, mark, read_token
-from csi_driver.controller.zones import CREW, Crew, any_says_yes, ask, unavailable
+from csi_driver.controller.duplicate_guard import Found, doubles, report_double
+from csi_driver.controller.ports import Clusters, ControllerSettings, Management
+from csi_driver.controller.volume_lookup import derived_spelling, described, issued_handle, require
+from csi_driver.controller.volume_metadata import read_attachments, read_creation
+from csi_driver.controller.zones import (
+    CREW,
+    Crew,
+    ask,
+)
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DriverError, Exhausted, InvalidRequest, StaleToken, shown
-from csi_driver.model import Capability, Capacity, ListedVolume, Segments, VolumeHandle
-from csi_driver.parameters import storage_class
-from csi_driver.parameters.storage_class import VolumeParameters, check_use, is_compared, parse
-from csi_driver.parameters.values import Problems
+from csi_driver.errors import StaleToken, shown
+from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
+from csi_driver.model import ListedVolume, VolumeHandle
 from csi_driver.publish_context import held_reference
-from csi_driver.storage_model import Client, Layout, Volume
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
+
+_VERSION = "v1."
+LAST = "~"
+"""The mark above every spelling of a volume's handle: the volume is done with."""
+
+PAGE_BYTES = 3 << 20
+"""A page ends below this, also where everything was asked for: gRPC's clients take 4 MiB unless told otherwise, and
+external-attacher, which asks for everything, follows tokens."""
+_FIELD_BYTES = 6  # tag and length of a text or of a message within another, at most
+_FIXED_BYTES = 64  # numbers, and the messages around
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The last entry of a page: its zone (hashed, tokens are short), its volume, and which spelling of its handle."""
+
+    zone_mark: str
+    name: str
+    spelling: str = LAST
+
+    def token(self) -> str:
+        """Write the token, at most 128 bytes."""
+        text = f"{self.zone_mark}\n{self.name}\n{self.spelling}"
+        return _VERSION + base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def read_token(token: str) -> Position:
+    """Read a token; `StaleToken` for what this driver did not issue."""
+    try:
+        if not token.startswith(_VERSION):
+            raise StaleToken(
+                f"starting_token {shown(token)} was not issued by this driver; start again without a token"
+            )
+        encoded = token.removeprefix(_VERSION)
+        text = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True).decode()
+        zone_mark, name, spelling = text.split("\n")
+    except (binascii.Error, ValueError) as problem:
+        raise StaleToken(
+            f"starting_token {shown(token)} was not issued by this driver; start again without a token"
+        ) from problem
+    return Position(zone_mark, name, spelling)
+
+
+def mark(text: str) -> str:
+    """Return a short stand-in for a zone or a spelling."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def listed_bytes(entry: ListedVolume) -> int:
+    """Return an upper bound for the bytes that an entry of ListVolumes takes in a message."""
+    volume = entry.volume
+    size = _FIXED_BYTES + sum(map(_text_bytes, (volume.volume_id, *entry.published_node_ids)))
+    for pairs in (volume.context, *volume.topology):
+        size += _FIELD_BYTES + sum(_FIELD_BYTES + _text_bytes(key) + _text_bytes(pairs[key]) for key in pairs)
+    return size
+
+
+def health_bytes(health: VolumeHealth) -> int:
+    """Return an upper bound for the bytes that an entry of ControllerListVolumeHealth takes in a message."""
+    return _text_bytes(health.volume_id) + sum(
+        _FIXED_BYTES + _text_bytes(entry.reason) + _text_bytes(entry.message) for entry in health.entries
+    )
+
+
+def _text_bytes(text: str) -> int:
+    return _FIELD_BYTES + len(text.encode("utf-8", "surrogatepass"))
+
 
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Volume uuid, then reference id, to the node ids that hold it so."""
@@ -39,16 +108,14 @@ _MOST_REFUSED = 256
 _log = logging.getLogger(__name__)
 
 
-class Inventory:
+class ListVolumes:
     """Tell which volumes there are, who holds them, and what room is left."""
 
     def __init__(self, clusters: Clusters, settings: ControllerSettings, *, crew: Crew = CREW) -> None:
         self._clusters = clusters
         self._crew = crew
         self._settings = settings
-        self._was_ready = False
         self._judged: set[str] = set()
-        self._refused: set[frozenset[tuple[str, str]]] = set()
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
         """Return one page (0 = as much as a message may hold) and the token of the next, empty at the end.
@@ -76,153 +143,6 @@ class Inventory:
             described(located.zone, located.volume, located.creation, key, volume_id),
             holders.get(located.volume.uuid, {}).get(located.reference, ()),
         )
-
-    def capacity(
-        self,
-        capabilities: Sequence[Capability],
-        parameters: Mapping[str, str],
-        segments: Segments | None,
-        *,
-        deadline: Deadline,
-    ) -> Capacity:
-        """Return the free capacity for volumes of this kind: an upper bound, as only an allocation shows what fits.
-
-        Nothing is available for unsupported capabilities, nor in a zone that is not served. Of several zones one that
-        cannot be asked counts as full, so that work goes where it can be done; where none can be asked this raises.
-
-        Parameters that CreateVolume refuses in every zone get the capacity of all drives: a scheduler that sees none
-        never lets CreateVolume be called, and nobody would see the reason.
-        """
-        wanted = TopologyRequirement(requisite=(segments,)) if segments else None
-        try:
-            access.check_all(capabilities)
-            zones = allowed_zones(self._clusters.zones(), wanted, self._settings.topology_key)
-        except (InvalidRequest, Exhausted):
-            return Capacity(0, maximum_volume_bytes=0)
-        rooms: Sequence[Room] = []
-        try:
-            read = parse(parameters)
-        except InvalidRequest as problem:
-            refusal = str(problem)
-        else:
-            try:
-                parse(parameters, capabilities)
-            except InvalidRequest:
-                return Capacity(0, maximum_volume_bytes=0)
-            rooms = self._rooms(zones, read, deadline=deadline)
-            refusal = self._refusal(zones, rooms, read, deadline=deadline)
-        if refusal:
-            self._report_refusal(parameters, refusal)
-            rooms = self._rooms(zones, VolumeParameters(layout=Layout()), deadline=deadline)
-        least = [room.minimum_bytes for room in rooms if room.minimum_bytes is not None]
-        return Capacity(
-            available_bytes=sum(room.free_bytes for room in rooms),
-            maximum_volume_bytes=max((room.free_bytes for room in rooms), default=0),
-            minimum_volume_bytes=min(least) if least else None,
-        )
-
-    def _refusal(
-        self, asked: Sequence[str], rooms: Sequence[Room], read: VolumeParameters, *, deadline: Deadline
-    ) -> str:
-        """Say why every zone refuses volumes of this kind; empty where one takes them, or may: it does not answer."""
-        if len(rooms) < len(asked) or not all(room.refusal for room in rooms):
-            return ""
-        others = [zone for zone in self._clusters.zones() if zone not in asked]
-        try:
-            elsewhere = self._rooms(others, read, deadline=deadline) if others else []
-        except DriverError:
-            return ""
-        if len(elsewhere) < len(others) or not all(room.refusal for room in elsewhere):
-            return ""
-        return rooms[0].refusal
-
-    def _report_refusal(self, parameters: Mapping[str, str], refusal: str) -> None:
-        """Log once for each set of parameters that CreateVolume will refuse them."""
-        kind = frozenset(parameters.items())
-        if kind in self._refused:
-            return
-        if len(self._refused) >= _MOST_REFUSED:
-            self._refused.clear()
-        self._refused.add(kind)
-        _log.warning(
-            "GetCapacity: CreateVolume will refuse volumes with these parameters: %s; "
-            "the capacity of all drives is reported, so that CreateVolume is called and reports the reason",
-            refusal,
-        )
-
-    def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
-        """Return None when the volume can be used so, else why not; `VolumeNotFound` when there is none."""
-        located = require(self._clusters, request.volume_id, deadline=deadline)
-        creation = located.creation
-        try:
-            access.check_all(request.capabilities)
-            read = parse(request.parameters)
-            fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
-            storage_class.parse_changes(request.mutable_parameters)
-            storage_class.check_changes(located.volume, request.mutable_parameters)
-        except InvalidRequest as problem:
-            return str(problem)
-        if creation.is_block is not None and creation.is_block != (fs_type is None):
-            return (
-                f"access type: expected {'raw block' if creation.is_block else 'filesystem'}, as created, got the other"
-            )
-        issued = described(located.zone, located.volume, creation, self._settings.topology_key).context
-        for key in sorted(issued.keys() & request.context.keys()):
-            if issued[key] != request.context[key]:
-                return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"
-        for key, value in sorted(read.recorded.items()):
-            if is_compared(key) and creation.parameters.get(key, value) != value:
-                return f"parameter {key}: expected {shown(creation.parameters[key])}, got {shown(value)}"
-        return _why_no_node_stages(located, request.capabilities, {**issued, **read.context, **request.context})
-
-    def ready(self, *, deadline: Deadline) -> bool:
-        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing.
-
-        Raises why not, where that is known.
-        """
-        if not self._was_ready:
-            zones = self._clusters.zones()
-            self._was_ready = any_says_yes(
-                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
-            )
-        return self._was_ready
-
-    def why_unreachable(self) -> str:
-        """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""
-        deadline = Deadline.after(_REACHABLE_S)
-        try:
-            answers = ask(
-                self._clusters.zones(),
-                lambda zone: self._answers(zone, deadline=deadline),
-                deadline=deadline,
-                crew=self._crew,
-            )
-        except DriverError as error:
-            return str(error)
-        if any(answers.given.values()):
-            return ""
-        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
-
-    def _answers(self, zone: str, *, deadline: Deadline) -> bool:
-        management = self._clusters.management(zone)
-        if management is None:
-            return False
-        management.system_info(deadline=deadline)
-        return True
-
-    def _rooms(self, zones: Sequence[str], read: VolumeParameters, *, deadline: Deadline) -> Sequence[Room]:
-        """Return what each of these zones has that answers."""
-
-        def room_in(each: str) -> Room:
-            management = self._clusters.management(each)
-            return Room(0) if management is None else room(management, read, deadline=deadline)
-
-        answers = ask(zones, room_in, deadline=deadline, crew=self._crew)
-        if answers.missing and len(answers.missing) == len(self._clusters.zones()):
-            raise unavailable(answers.missing)
-        for each, reason in sorted(answers.missing.items()):
-            _log.warning("the capacity of zone %s counts as 0: %s", each, reason)
-        return list(answers.given.values())
 
     def _entries(self, starting_token: str, page: int, *, deadline: Deadline) -> Iterator[_Entry]:
         """Yield all entries behind the token, in the order of (zone, volume, spelling)."""
@@ -338,18 +258,6 @@ def _volumes_from(management: Management, start: Position | None, page: int, *, 
         after = chunk[-1].name
 
 
-def _why_no_node_stages(located: Located, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
-    problems = Problems()
-    by = encryption_of(located.volume, located.creation, context)
-    for capability in capabilities:
-        problems.of(partial(check_use, capability, context, by=by, is_blank=is_blank(located)))
-    try:
-        problems.raise_any()
-    except InvalidRequest as problem:
-        return str(problem)
-    return None
-
-
 def _holders(clients: Sequence[Client]) -> _Holders:
     """Turn the clients' attachments round: who holds what. One that is being detached is not published any more."""
     holders: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -360,3 +268,105 @@ def _holders(clients: Sequence[Client]) -> _Holders:
                     nodes = holders.setdefault(uuid, {})
                     nodes[reference] = (*nodes.get(reference, ()), client.uuid)
     return holders
+
+
+_STATUSES: Mapping[str, tuple[VolumeFault, Reason]] = MappingProxyType(
+    {
+        "offline": (VolumeFault.INACCESSIBLE, Reason.VOLUME_OFFLINE),
+        "unavailable": (VolumeFault.INACCESSIBLE, Reason.VOLUME_UNAVAILABLE),
+        "degraded": (VolumeFault.DEGRADED, Reason.VOLUME_DEGRADED),
+    }
+)
+_HEALTHS: Mapping[str, tuple[VolumeFault, Reason]] = MappingProxyType(
+    {
+        "alarm": (VolumeFault.DEGRADED, Reason.VOLUME_ALARM),
+        "critical": (VolumeFault.DEGRADED, Reason.VOLUME_CRITICAL),
+    }
+)
+_REBUILDING = frozenset({"rebuildRequired", "markedForRebuild", "rebuilding"})
+_FAILED = frozenset({DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED})
+
+
+class Listing(Protocol):
+    """Pages of volumes, as ListVolumes shows them."""
+
+    def volumes(
+        self, max_entries: int, starting_token: str, *, deadline: Deadline
+    ) -> tuple[list[ListedVolume], str]: ...
+
+
+class GetVolumeHealth:
+    """ControllerGetVolumeHealth and ControllerListVolumeHealth."""
+
+    def __init__(self, clusters: Clusters, listing: Listing, settings: ControllerSettings) -> None:
+        self._clusters = clusters
+        self._listing = listing
+        self._settings = settings
+
+    def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth:
+        """Tell what is wrong with one volume; costs the same with any number of others. Raises `VolumeNotFound`."""
+        located = require(self._clusters, volume_id, deadline=deadline)
+        clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
+        return VolumeHealth(volume_id, find_faults(located.volume, clients))
+
+    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[VolumeHealth], str]:
+        """Return the health of a page of volumes, healthy ones too, with the pages and tokens of ListVolumes."""
+        listed, token = self._listing.volumes(max_entries, starting_token, deadline=deadline)
+        holders: dict[str, Mapping[str, Sequence[Client]]] = {}
+        found = []
+        for entry in listed:
+            zone = entry.volume.topology[0][self._settings.topology_key]
+            if zone not in holders:
+                holders[zone] = self._holders(zone, deadline=deadline)
+            volume = entry.stored
+            entries = () if volume is None else find_faults(volume, holders[zone].get(volume.uuid, ()))
+            found.append(VolumeHealth(entry.volume.volume_id, entries))
+        fitting = sum(size <= PAGE_BYTES for size in accumulate(map(health_bytes, found)))
+        if fitting < len(found):
+            # Where much is wrong this takes more than the list does.
+            _, token = self._listing.volumes(max(fitting, 1), starting_token, deadline=deadline)
+            found = found[: max(fitting, 1)]
+        return found, token
+
+    def _holders(self, zone: str, *, deadline: Deadline) -> Mapping[str, Sequence[Client]]:
+        management = self._clusters.management(zone)
+        holders: dict[str, list[Client]] = {}
+        for client in management.clients(deadline=deadline) if management is not None else ():
+            for uuid in client.desired:
+                holders.setdefault(uuid, []).append(client)
+        return holders
+
+
+def find_faults(volume: Volume, clients: Sequence[Client]) -> tuple[VolumeEntry, ...]:
+    """Tell what is wrong with a volume by its document and those of the clients that hold it."""
+    found = list(_of_volume(volume))
+    for client in clients:
+        found.extend(_of_attachment(volume, client))
+    return each_once(found)
+
+
+def _of_volume(volume: Volume) -> Iterator[VolumeEntry]:
+    if volume.is_being_made:
+        return
+    words = f"status {volume.status}, health {volume.health}, action {volume.action}"
+    stands = _STATUSES.get(volume.status) or _HEALTHS.get(volume.health)
+    if stands is not None:
+        yield VolumeEntry(*stands, f"the storage management reports {words}")
+    if volume.action in _REBUILDING:
+        yield VolumeEntry(VolumeFault.DEGRADED, Reason.VOLUME_REBUILDING, f"the storage management reports {words}")
+
+
+def _of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntry]:
+    """Judge what is wanted there, against what the client reports; one that is being detached is no one's any more."""
+    desired = client.desired.get(volume.uuid)
+    if desired is None or desired.is_detaching:
+        return
+    report = client.devices.get(volume.uuid)
+    if client.status is ClientStatus.DOWN:
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NODE_DOWN, f"it is attached to {client.id}, which is down")
+    elif report is not None and report.status in _FAILED:
+        yield VolumeEntry(
+            VolumeFault.INACCESSIBLE, Reason.ATTACH_FAILED, f"{client.id} reports {report.status.name} for it"
+        )
+    elif report is not None and report.status is DeviceStatus.ATTACHED and not report.io_enabled:
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"{client.id} has I/O disabled for it")

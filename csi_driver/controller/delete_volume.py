@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from csi_driver.controller.locate import locate
-from csi_driver.controller.ports import Clusters
-from csi_driver.controller.record import Creation
-from csi_driver.controller.requests import ControllerSettings
-from csi_driver.controller.takeover import was_preempted
+from csi_driver.controller.fencing import was_preempted
+from csi_driver.controller.ports import Clusters, ControllerSettings
+from csi_driver.controller.volume_lookup import locate
+from csi_driver.controller.volume_metadata import Creation
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, shown
@@ -19,7 +18,7 @@ from csi_driver.storage_model import Client, ClientStatus, Volume
 _log = logging.getLogger(__name__)
 
 
-class Delete:
+class DeleteVolume:
     """Delete volumes. Keeps no state: several controllers may do the same at once."""
 
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:

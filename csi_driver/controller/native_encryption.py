@@ -1,22 +1,20 @@
-"""The passphrase with which the storage begins to encrypt a new volume: given once, never blindly again.
-
-A volume that the storage is to encrypt is made without a key: `action` says that it waits for one, and nobody can
-attach it. Then one request hands the passphrase over, and a storage target makes the header some time later.
-
-Nothing is deleted where that goes wrong. The volume keeps its name and waits on, so the same CreateVolume, with a
-Secret that was put right, goes on from there; and as its failures are of the kind that leaves the outcome open, the
-orchestrator keeps calling, and deletes the volume if the claim goes.
-"""
+"""The passphrase with which the storage begins to encrypt a new volume: given once, never blindly again."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
-from csi_driver.controller import record
 from csi_driver.controller.ports import Management
+from csi_driver.controller.volume_metadata import (
+    read_attachments,
+)
 from csi_driver.deadline import Deadline
-from csi_driver.errors import InvalidRequest, StorageUnavailable, shown
+from csi_driver.errors import (
+    InvalidRequest,
+    StorageUnavailable,
+    shown,
+)
 from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
 from csi_driver.storage_model import Volume
 
@@ -34,7 +32,7 @@ class EncryptionNotBegun(StorageUnavailable):
         )
 
 
-class Keying:
+class NativeEncryption:
     """Hands the passphrase of one CreateVolume over, at most once."""
 
     def __init__(self, management: Management, request: EncryptionRequest, secrets: Mapping[str, str]) -> None:
@@ -61,7 +59,7 @@ class Keying:
 
     def _begin(self, volume: Volume, *, deadline: Deadline) -> None:
         # The server refuses this too; a header over data would be the end of it.
-        if volume.reservation.version != 1 or record.read_attachments(volume.metadata).number:
+        if volume.reservation.version != 1 or read_attachments(volume.metadata).number:
             raise EncryptionNotBegun(volume, "it was attached before; delete it")
         try:
             begun = self._management.init_encryption(

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import logging
 
-from csi_driver.controller.holding import device_state, is_released, is_withdrawn, references
-from csi_driver.controller.locate import Located, ZoneNotServed, find_client, locate
-from csi_driver.controller.ports import Clusters
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.fencing import (
+    device_state,
+    is_released,
+    is_withdrawn,
+    references,
+)
+from csi_driver.controller.ports import Clusters, ControllerSettings
+from csi_driver.controller.volume_lookup import (
+    Located,
+    ZoneNotServed,
+    find_client,
+    locate,
+)
 from csi_driver.controller.waiting import within
 from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, shown
+from csi_driver.errors import (
+    DeadlineReached,
+    shown,
+)
 from csi_driver.model import VolumeHandle
 from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceReport
 
 _log = logging.getLogger(__name__)
 
 
-class Detach:
+class UnpublishVolume:
     """Give volumes up on nodes. Keeps no state: several controllers may do the same at once."""
 
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.naming import volume_name
-from csi_driver.controller.requests import TopologyRequirement
+from csi_driver.controller.ports import TopologyRequirement
 from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
@@ -27,6 +26,7 @@ from csi_driver.model import (
     CapacityRange,
     MountAccess,
     VolumeHandle,
+    volume_name,
 )
 from csi_driver.storage_model import Layout, RaidLevel, Volume, Vpg
 from tests.unit.controller.world import (

@@ -9,13 +9,12 @@ by the storage itself, says that nobody else was attached before or in between.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from csi_driver.controller import access, handing, record
-from csi_driver.controller.detach import Detach
-from csi_driver.controller.holding import (
+from csi_driver.controller.fencing import (
     ABSENT,
+    Preemption,
     client_absent,
     device_state,
     held_otherwise,
@@ -23,12 +22,28 @@ from csi_driver.controller.holding import (
     missing,
     references,
 )
-from csi_driver.controller.locate import Located, find_client, is_blank, issued_handle, require, sole_management
-from csi_driver.controller.naming import derived_spelling
-from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import Attachments
-from csi_driver.controller.requests import ControllerSettings, PublishRequest
-from csi_driver.controller.takeover import TakeOver
+from csi_driver.controller.ports import Clusters, ControllerSettings, Management, PublishRequest
+from csi_driver.controller.unpublish import UnpublishVolume
+from csi_driver.controller.validate import check_capability, reservation_mode
+from csi_driver.controller.volume_lookup import (
+    Located,
+    derived_spelling,
+    find_client,
+    is_blank,
+    issued_handle,
+    require,
+    sole_management,
+)
+from csi_driver.controller.volume_metadata import (
+    AttachmentRecord,
+    check_encryption,
+    completed,
+    encryption_of,
+    next_number,
+    read_attachments,
+    read_creation,
+    with_attachments,
+)
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -41,7 +56,7 @@ from csi_driver.errors import (
     ReservationConflict,
     VolumeNotFound,
 )
-from csi_driver.model import BlockAccess, VolumeHandle
+from csi_driver.model import BlockAccess, Capability, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import History, PublishContext, held_reference, reference_id
 from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
@@ -49,14 +64,13 @@ from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volu
 _log = logging.getLogger(__name__)
 
 
-class Attach:
+class PublishVolume:
     """Attach volumes to nodes and detach them. Keeps no state: several controllers may do the same at once."""
 
     def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
         self._clusters = clusters
         self._settings = settings
-        self._take_over = TakeOver(settings.fencing)
-        self._detach = Detach(clusters, settings)
+        self._take_over = Preemption(settings.fencing)
 
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
         """Attach the volume to the node and wait until its device can be used there.
@@ -65,16 +79,16 @@ class Attach:
         `ExistsDifferently` when the node holds it in another mode, `PreconditionFailed` naming the node that holds it,
         `Exhausted` at the node's limit, `DeadlineReached` naming what is missing.
         """
-        access.check(request.capability)
-        mode = access.reservation_mode(request.capability, read_only=request.read_only)
+        check_capability(request.capability)
+        mode = reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._found(request, deadline=deadline)
         if located.volume.is_snapshot:
             raise PreconditionFailed(
                 f"volume {located.volume.name} is a snapshot, which the storage client of a node cannot attach: "
                 "only a client in user space can; publish the snapshot's source instead"
             )
-        handing.check(located.volume, request.context)
-        by = handing.encryption_of(located.volume, located.creation, request.context)
+        check_encryption(located.volume, request.context)
+        by = encryption_of(located.volume, located.creation, request.context)
         check_use(request.capability, request.context, by=by, read_only=request.read_only, is_blank=is_blank(located))
         if is_leaving(client, located.volume.uuid):
             client = self._settled(located, client, deadline=deadline)
@@ -101,10 +115,6 @@ class Attach:
             self._attach(located, client, mode, taken, deadline=deadline)
         client = self._await_device(located, client, mode, deadline=deadline)
         return self._context(located, client, mode, known, request.context, deadline=deadline)
-
-    def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
-        """Give up the handle's hold of the volume on the node: see `Detach.unpublish`."""
-        self._detach.unpublish(volume_id, node_id, deadline=deadline)
 
     # --- publish ------------------------------------------------------------------------------------------
 
@@ -155,7 +165,7 @@ class Attach:
                 "or raise --max-volumes-per-node"
             )
         held_as = located.volume.reservation.mode
-        mode = access.reservation_mode(request.capability, read_only=request.read_only)
+        mode = reservation_mode(request.capability, read_only=request.read_only)
         may_join = request.capability.mode.is_multi_node and held_as is mode
         if held_as is ReservationMode.NONE or may_join:
             return None
@@ -170,22 +180,22 @@ class Attach:
         *,
         writes: bool,
         deadline: Deadline,
-    ) -> Attachments:
+    ) -> AttachmentRecord:
         """Write what must be known for good before the node can touch the device; nothing where nothing changes.
 
         `new` is the mode of an attachment that is about to be made, and to be counted.
         """
         volume = located.volume
-        known = record.read_attachments(volume.metadata)
+        known = read_attachments(volume.metadata)
         attachments = known
         if new is not None:
-            attachments = known.counted(client.uuid, record.next_number(volume.reservation, new))
+            attachments = known.counted(client.uuid, next_number(volume.reservation, new))
         if writes and not attachments.written:
             attachments = attachments.with_writer()
         if _needs_spelling(located, volume_id, attachments):
             attachments = attachments.with_handle(volume_id)
         if attachments != known:
-            metadata = record.with_attachments(volume.metadata, attachments)
+            metadata = with_attachments(volume.metadata, attachments)
             located.management.set_metadata(volume, metadata, deadline=deadline)
         return attachments
 
@@ -243,7 +253,7 @@ class Attach:
         located: Located,
         client: Client,
         mode: ReservationMode,
-        known: Attachments,
+        known: AttachmentRecord,
         given: Mapping[str, str],
         *,
         deadline: Deadline,
@@ -256,7 +266,7 @@ class Attach:
         volume = located.management.volume(located.volume.name, deadline=deadline)
         if volume is None or volume.uuid != located.volume.uuid:
             raise VolumeNotFound(located.volume.name, "it was deleted while it was being attached")
-        attachments = record.read_attachments(volume.metadata)
+        attachments = read_attachments(volume.metadata)
         number = attachments.clients.get(client.uuid, 0)
         # A number that is not the storage's own (somebody was attached in between, or the version was set back)
         # could have been another attachment's.
@@ -270,7 +280,7 @@ class Attach:
         if is_old or number != volume.reservation.version - 1 or number < attachments.number:
             number = 0
         history = History.ATTACHED
-        if not record.read_creation(volume.metadata).is_ours or attachments.is_broken:
+        if not read_creation(volume.metadata).is_ours or attachments.is_broken:
             history = History.UNKNOWN
         elif attachments.written or known.written:
             history = History.WRITTEN
@@ -284,10 +294,10 @@ class Attach:
             read_only=mode is ReservationMode.SHARED_READ_ONLY,
             size_bytes=volume.size_bytes,
         )
-        return handing.completed(context, volume, given)
+        return completed(context, volume, given)
 
     def _remember_taken(
-        self, management: Management, volume: Volume, client: Client, known: Attachments, *, deadline: Deadline
+        self, management: Management, volume: Volume, client: Client, known: AttachmentRecord, *, deadline: Deadline
     ) -> None:
         """Record that the client has I/O on a volume that it took: those who had it before have none any more.
 
@@ -295,7 +305,7 @@ class Attach:
         """
         desired = client.desired[volume.uuid]
         if desired.preempts and known.taken < desired.version:
-            metadata = record.with_attachments(volume.metadata, replace(known, taken=desired.version))
+            metadata = with_attachments(volume.metadata, replace(known, taken=desired.version))
             management.set_metadata(volume, metadata, deadline=deadline)
 
     # --- both -----------------------------------------------------------------------------------------------
@@ -310,7 +320,7 @@ class Attach:
         return within(deadline, self._settings.attach_wait_s, margin_s=self._settings.answer_margin_s)
 
 
-def _needs_spelling(located: Located, volume_id: str, attachments: Attachments) -> bool:
+def _needs_spelling(located: Located, volume_id: str, attachments: AttachmentRecord) -> bool:
     """Tell whether lists would not show this spelling of the handle while it is attached unless it is recorded."""
     uuid, reference = located.volume.uuid, located.reference
     if volume_id == issued_handle(located.zone, located.volume, located.creation).format():
@@ -318,3 +328,30 @@ def _needs_spelling(located: Located, volume_id: str, attachments: Attachments) 
     parsed = [handle for text in attachments.handles if (handle := VolumeHandle.parse(text)) is not None]
     recorded = any(held_reference(handle, uuid) == reference for handle in parsed)
     return recorded or volume_id != derived_spelling(located.zone, located.volume, reference)
+
+
+class NodeAttach:
+    """`node_id` tells who this node is, at each call: its storage client may come up after the driver."""
+
+    def __init__(self, publish: PublishVolume, unpublish: UnpublishVolume, node_id: Callable[[], str]) -> None:
+        self._publish = publish
+        self._unpublish = unpublish
+        self._node_id = node_id
+
+    def attach(
+        self,
+        volume_id: str,
+        capability: Capability,
+        volume_context: Mapping[str, str],
+        *,
+        is_again: bool = False,
+        deadline: Deadline,
+    ) -> Mapping[str, str]:
+        """Attach the volume to this node, or find it attached, and return its publish context."""
+        node_id = self._node_id()
+        request = PublishRequest(volume_id, node_id, capability, False, context=volume_context, is_again=is_again)
+        return self._publish.publish(request, deadline=deadline).as_map()
+
+    def detach(self, volume_id: str, *, deadline: Deadline) -> None:
+        """Give up this handle's hold of the volume on this node."""
+        self._unpublish.unpublish(volume_id, self._node_id(), deadline=deadline)

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.controller.health import ControllerHealth
-from csi_driver.controller.record import OWN_KEY
-from csi_driver.controller.requests import TopologyRequirement, ValidateRequest
-from csi_driver.controller.room import allowed_drives
-from csi_driver.controller.tokens import health_bytes, listed_bytes
+from csi_driver.controller.capacity import allowed_drives
+from csi_driver.controller.list_volumes import GetVolumeHealth, health_bytes, listed_bytes
+from csi_driver.controller.ports import TopologyRequirement, ValidateRequest
+from csi_driver.controller.volume_metadata import OWN_KEY
 from csi_driver.errors import Exhausted, StaleToken, StorageUnavailable, Unauthenticated, VolumeNotFound
 from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
@@ -46,7 +45,7 @@ STATIC = Volume("golden", "99999999-0000-0000-0000-000000000000", 262144, 4096, 
 
 
 def listed(world: World, page: int = 0, token: str = "") -> tuple[list[ListedVolume], str]:
-    return world.inventory.volumes(page, token, deadline=world.deadline())
+    return world.listing.volumes(page, token, deadline=world.deadline())
 
 
 def all_pages(world: World, page: int) -> list[str]:
@@ -195,16 +194,16 @@ def test_a_volume_is_shown_under_the_id_that_was_asked_for() -> None:
     made = world.create(parameters=CLAIM)
     world.publish(made.volume_id)
     name = world.stored().name
-    shown = world.inventory.volume(name, deadline=world.deadline())
+    shown = world.listing.volume(name, deadline=world.deadline())
     assert shown.volume.volume_id == name
     assert shown.published_node_ids == ()
-    assert world.inventory.volume(made.volume_id, deadline=world.deadline()).published_node_ids == (NODE_1,)
+    assert world.listing.volume(made.volume_id, deadline=world.deadline()).published_node_ids == (NODE_1,)
 
 
 def test_an_unknown_volume_is_not_found() -> None:
     world = World()
     with pytest.raises(VolumeNotFound):
-        world.inventory.volume("none", deadline=world.deadline())
+        world.listing.volume("none", deadline=world.deadline())
 
 
 # --- capacity -------------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def room(
     segments: Segments | None = None,
     capabilities: tuple[Capability, ...] = (),
 ) -> int:
-    answer = world.inventory.capacity(capabilities, parameters or {}, segments, deadline=world.deadline())
+    answer = world.free.capacity(capabilities, parameters or {}, segments, deadline=world.deadline())
     assert answer.maximum_volume_bytes is not None
     return answer.available_bytes
 
@@ -297,7 +296,7 @@ def test_less_than_the_smallest_volume_is_no_room() -> None:
 
 def test_unsupported_capabilities_have_no_room() -> None:
     world = World()
-    assert world.inventory.capacity((RWX_MOUNT,), {}, None, deadline=world.deadline()).available_bytes == 0
+    assert world.free.capacity((RWX_MOUNT,), {}, None, deadline=world.deadline()).available_bytes == 0
 
 
 @pytest.mark.parametrize("segments", [{DEFAULT_TOPOLOGY_KEY: "mars"}, {"topology.kubernetes.io/zone": "eu-1a"}])
@@ -401,11 +400,11 @@ def test_capacity_takes_a_bounded_number_of_requests_however_many_volumes_there_
 @pytest.mark.parametrize("short_bytes", [0, MIB])
 def test_a_remainder_that_no_volume_fits_into_is_no_capacity(parameters: dict[str, str], short_bytes: int) -> None:
     world = World()
-    least = world.inventory.capacity((), parameters, None, deadline=world.deadline()).minimum_volume_bytes
+    least = world.free.capacity((), parameters, None, deadline=world.deadline()).minimum_volume_bytes
     assert least is not None
     share = {None: 1.0, "raid1": 2.0, "ec": 1.25}[parameters.get("raidLevel")]
     world.management.raw_bytes = round((least - short_bytes) * share)
-    found = world.inventory.capacity((), parameters, None, deadline=world.deadline())
+    found = world.free.capacity((), parameters, None, deadline=world.deadline())
     fits = 0 if short_bytes else least
     assert (found.available_bytes, found.maximum_volume_bytes) == (fits, fits)
 
@@ -415,7 +414,7 @@ def test_zones_are_told_apart_and_summed() -> None:
     world.zones["a"].raw_bytes, world.zones["b"].raw_bytes = GIB, 2 * GIB
     assert room(world) == 3 * GIB
     assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
-    assert world.inventory.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
+    assert world.free.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
 
 
 # --- validate and ready ---------------------------------------------------------------------------------------
@@ -439,14 +438,14 @@ def test_a_volume_is_confirmed_or_the_reason_is_told(change: dict[str, object], 
     world = World()
     made = world.create(parameters={"raidLevel": "raid1"})
     request = replace(ValidateRequest(made.volume_id, (RWO,)), **change)  # type: ignore[arg-type]
-    message = world.inventory.validate(request, deadline=world.deadline())
+    message = world.validation.validate(request, deadline=world.deadline())
     assert (message is None) if said is None else (message is not None and said in message)
 
 
 def test_validating_an_unknown_volume_is_not_found() -> None:
     world = World()
     with pytest.raises(VolumeNotFound):
-        world.inventory.validate(ValidateRequest("none", (RWX_MOUNT,)), deadline=world.deadline())
+        world.validation.validate(ValidateRequest("none", (RWX_MOUNT,)), deadline=world.deadline())
 
 
 def test_a_management_that_lets_nobody_in_is_not_ready_for_the_reason_that_it_gives() -> None:
@@ -457,7 +456,7 @@ def test_a_management_that_lets_nobody_in_is_not_ready_for_the_reason_that_it_gi
 
     world.management.before = refuse
     with pytest.raises(Unauthenticated, match="the password in /secret"):
-        world.inventory.ready(deadline=world.deadline())
+        world.readiness.ready(deadline=world.deadline())
 
 
 def test_several_zones_that_do_not_answer_are_named_each_with_its_reason() -> None:
@@ -465,18 +464,18 @@ def test_several_zones_that_do_not_answer_are_named_each_with_its_reason() -> No
     for zone in world.zones.values():
         zone.is_reachable = False
     with pytest.raises(StorageUnavailable, match=r"zone a: .*zone b: "):
-        world.inventory.ready(deadline=world.deadline())
+        world.readiness.ready(deadline=world.deadline())
 
 
 def test_ready_once_is_ready_for_good() -> None:
     world = World()
     world.management.is_reachable = False
     with pytest.raises(StorageUnavailable):
-        world.inventory.ready(deadline=world.deadline())
+        world.readiness.ready(deadline=world.deadline())
     world.management.is_reachable = True
-    assert world.inventory.ready(deadline=world.deadline())
+    assert world.readiness.ready(deadline=world.deadline())
     world.management.is_reachable = False
-    assert world.inventory.ready(deadline=world.deadline())
+    assert world.readiness.ready(deadline=world.deadline())
 
 
 # --- pages that a message can hold ------------------------------------------------------------------------------------
@@ -513,7 +512,7 @@ def test_a_page_of_what_is_wrong_fits_into_a_message_too() -> None:
     world = many(12_000)
     for volume in world.management.all_volumes():
         world.management.change(volume.name, status="degraded", health="alarm", action="rebuilding")
-    health = ControllerHealth(world.clusters, world.inventory, world.settings)
+    health = GetVolumeHealth(world.clusters, world.listing, world.settings)
     pages, token, seen = 0, "", list[str]()
     while token or not pages:
         found, token = health.volumes(0, token, deadline=world.deadline())

@@ -1,20 +1,4 @@
-"""One volume in one zone, where several are served: found before it is made, looked for again afterwards.
-
-Zones share nothing, so nothing makes "create, unless another zone has it" one step. What keeps a volume single:
-
-1. Every zone that may have the volume is asked before it is made anywhere.
-2. Whoever made it asks the others again before answering. Of two that made it at the same time at least one then sees
-   the other's, and nobody who sees another's answers.
-3. Whoever sees another's volume withdraws the own one, which nobody was told of, within `WITHDRAW_S`; when both are
-   there the zone that comes first by a hash of the name gives the other a moment to go.
-4. A volume that another process made is answered only when it is older than `SETTLED_S`: its maker has then either
-   answered or ended, and withdraws nothing any more. One that this process made, in a call that ended without an
-   answer, is confirmed like a new one.
-
-So a volume that was answered is never withdrawn, and there is no other. Only where two make it at once and one of them
-dies, or loses its zone, between making it and looking again, two are left: they are reported and never deleted, and the
-name is answered again only when it is clear which of them is in use.
-"""
+"""One volume in one zone, where several are served: found before it is made, looked for again afterwards."""
 
 from __future__ import annotations
 
@@ -27,23 +11,25 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
-from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import Creation, read_creation
-from csi_driver.controller.requests import ControllerSettings
+from csi_driver.controller.ports import Clusters, ControllerSettings, Management
+from csi_driver.controller.volume_metadata import Creation, read_creation
 from csi_driver.controller.waiting import within
 from csi_driver.controller.zones import CREW, Crew, ask, served, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, shown
+from csi_driver.errors import (
+    ExistsDifferently,
+    OperationPending,
+    PreconditionFailed,
+    shown,
+)
 from csi_driver.storage_model import Volume
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
 SETTLED_S = 30.0
 WITHDRAW_S = 10.0
 _GIVE_WAY_S = 3.0
 _MOST_KNOWN = 4096
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +52,7 @@ class Found:
 
 
 @dataclass
-class Search:
+class DuplicateGuard:
     """Looks for volumes by their CSI name over zones. `wall_s` is the time since the epoch."""
 
     clusters: Clusters

@@ -7,21 +7,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from csi_driver import capacity
-from csi_driver.controller import access, record
-from csi_driver.controller.compare import differences, is_short
-from csi_driver.controller.delete import Delete
-from csi_driver.controller.handing import reserved_bytes
-from csi_driver.controller.keying import Keying
-from csi_driver.controller.locate import described
-from csi_driver.controller.naming import issued_reference, volume_name
-from csi_driver.controller.placement import Placement, allowed_zones
-from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.record import Attachments, Creation
-from csi_driver.controller.requests import ControllerSettings, CreateRequest
-from csi_driver.controller.search import Found, Search
+from csi_driver import capacity as sizes
+from csi_driver.controller.capacity import ZoneSelection
+from csi_driver.controller.duplicate_guard import DuplicateGuard, Found
+from csi_driver.controller.native_encryption import NativeEncryption
+from csi_driver.controller.ports import Clusters, ControllerSettings, CreateRequest, Management
+from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences, is_short
+from csi_driver.controller.volume_lookup import described, issued_reference
+from csi_driver.controller.volume_metadata import (
+    AttachmentRecord,
+    Creation,
+    creation_metadata,
+    read_attachments,
+    read_creation,
+    reserved_bytes,
+)
 from csi_driver.controller.waiting import within
-from csi_driver.controller.zones import CREW, UNANSWERED, Crew, served
+from csi_driver.controller.zones import (
+    CREW,
+    UNANSWERED,
+    Crew,
+    allowed_zones,
+    served,
+)
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -39,7 +47,7 @@ from csi_driver.errors import (
     Unauthenticated,
     shown,
 )
-from csi_driver.model import CapacityRange, ProvisionedVolume
+from csi_driver.model import CapacityRange, ProvisionedVolume, volume_name
 from csi_driver.parameters import storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import VolumeParameters
@@ -88,7 +96,7 @@ class _Wanted:
         )
 
 
-class Provision:
+class CreateVolume:
     """Make volumes and delete them. Keeps no state: several controllers may do the same at once."""
 
     def __init__(
@@ -102,9 +110,8 @@ class Provision:
         self._clusters = clusters
         self._settings = settings
         self._wall_s = wall_s
-        self._search = Search(clusters, settings, crew, wall_s)
-        self._delete = Delete(clusters, settings)
-        self._placement = Placement(clusters, settings.zone_policy, crew)
+        self._search = DuplicateGuard(clusters, settings, crew, wall_s)
+        self._placement = ZoneSelection(clusters, settings.zone_policy, crew)
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
         """Make the volume, or find it again when it was made before, and wait until it is usable.
@@ -169,10 +176,6 @@ class Provision:
         """Tell whether there is one zone, so that the storage itself keeps every name single."""
         return len(self._clusters.zones()) == 1
 
-    def delete(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Delete the volume: see `Delete.delete`."""
-        self._delete.delete(volume_id, deadline=deadline)
-
     def _create_in_first(self, zones: Sequence[str], wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
         """Make the volume in the first zone that can have it.
 
@@ -206,7 +209,7 @@ class Provision:
                 "volume %s has a passphrase in its Secret but encryption is not enabled; set the encryption parameter",
                 wanted.name,
             )
-        size = capacity.size_to_create(wanted.capacity, layout, encryption.header_bytes)
+        size = sizes.size_to_create(wanted.capacity, layout, encryption.header_bytes)
         creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
         try:
             return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
@@ -257,7 +260,7 @@ class Provision:
         required, was never returned by any call: where it cannot come into the requested range, it is deleted.
         """
         management = self._management(zone)
-        creation = record.read_creation(volume.metadata)
+        creation = read_creation(volume.metadata)
         if volume.is_being_deleted:
             raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")
         if creation.csi_name != wanted.csi_name:
@@ -266,7 +269,7 @@ class Provision:
                 f"volume {volume.name}", [f"CSI name: expected {shown(wanted.csi_name)}, got {owner}"]
             )
         size = volume.size_bytes - (reserved_bytes(volume, creation) if creation.is_ours else 0)
-        short = is_short(wanted.capacity, creation, size, capacity.granule_bytes(volume.layout))
+        short = is_short(wanted.capacity, creation, size, sizes.granule_bytes(volume.layout))
         vpg = wanted.parameters.vpg
         different = differences(wanted.in_zone(zone), creation, volume, vpg, size_bytes=size, judge_size=not short)
         if wanted.parameters.encryption.is_native and not volume.is_encrypted:
@@ -285,7 +288,7 @@ class Provision:
 
     def _usable(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
         latest = volume
-        keying = Keying(management, wanted.parameters.encryption, wanted.secrets)
+        keying = NativeEncryption(management, wanted.parameters.encryption, wanted.secrets)
 
         def is_ready() -> bool:
             return not latest.is_being_made and keying.is_done(latest, deadline=deadline)
@@ -332,7 +335,7 @@ class Provision:
             present = management.volume(volume.name, deadline=deadline)
             if present is None or present.uuid != volume.uuid or present.is_being_deleted:
                 return True
-            is_used = present.reservation != Reservation() or record.read_attachments(present.metadata) != Attachments()
+            is_used = present.reservation != Reservation() or read_attachments(present.metadata) != AttachmentRecord()
             if is_used or management.clients_holding(present.uuid, deadline=deadline):
                 raise PreconditionFailed(
                     f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it was attached and is kept"
@@ -364,23 +367,23 @@ class Provision:
         return within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
 
 
-def _missing(wanted: _Wanted, volume: Volume) -> capacity.Extension | None:
+def _missing(wanted: _Wanted, volume: Volume) -> sizes.Extension | None:
     """Return the extension that brings a volume into the requested range; None where it lies in it.
 
     Raises `CapacityOutOfRange` where none does.
     """
-    creation = record.read_creation(volume.metadata)
+    creation = read_creation(volume.metadata)
     reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
-    return capacity.extension(volume, wanted.capacity, reserved)
+    return sizes.extension(volume, wanted.capacity, reserved)
 
 
 def _understood(request: CreateRequest) -> _Wanted:
-    access.check_all(request.capabilities)
+    check_capabilities(request.capabilities)
     read = storage_class.parse(
         storage_class.with_mutable(request.parameters, request.mutable_parameters), request.capabilities
     )
     read.encryption.check_access(request.capabilities)
-    fs_type = access.chosen_fs_type(request.capabilities, read.fs_type)
+    fs_type = chosen_fs_type(request.capabilities, read.fs_type)
     creation = Creation(
         csi_name=request.name,
         fs_type=fs_type,
@@ -428,8 +431,8 @@ def _spec(
     read = wanted.parameters
     return VolumeSpec(
         name=wanted.name,
-        capacity_gb=capacity.gigabytes_to_create(size_bytes, layout),
-        metadata=record.creation_metadata(creation),
+        capacity_gb=sizes.gigabytes_to_create(size_bytes, layout),
+        metadata=creation_metadata(creation),
         vpg=read.vpg,
         layout=read.layout,
         description=read.description,

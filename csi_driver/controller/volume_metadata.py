@@ -1,5 +1,7 @@
 """What the driver writes into a volume's metadata, and reads back: the only memory that controllers share.
 
+_log = logging.getLogger(__name__)
+
 Keys at the top are those that earlier drivers of this name wrote (`csi_name`, `fsType`, `volumeMode`, `zone`, and the
 parameters with dots made dashes); what is new lies under one key of its own. Writing replaces the
 whole metadata, so that nothing of what stands there is ever left out.
@@ -7,12 +9,18 @@ whole metadata, so that nothing of what stands there is ever left out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
+from csi_driver.capacity import stripes_of
+from csi_driver.errors import PreconditionFailed
 from csi_driver.model import AccessMode, CapacityRange
-from csi_driver.storage_model import Reservation, ReservationMode
+from csi_driver.publish_context import Encryption, PublishContext
+from csi_driver.storage_model import Reservation, ReservationMode, Volume
+
+_log = logging.getLogger(__name__)
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
@@ -91,7 +99,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         reference=_text(own, "reference") if is_ours else _text(metadata, _NAMESPACE_KEY),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         is_ours=is_ours,
-        capacity=_capacity(own) if is_ours else None,
+        capacity=_recorded_capacity(own) if is_ours else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
         header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
         made_at_s=made if _natural(made) else None,
@@ -103,7 +111,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
 
 
 @dataclass(frozen=True, slots=True)
-class Attachments:
+class AttachmentRecord:
     """Attachments as they were counted. Equal to what stands in the metadata, so that "changed" is `!=`.
 
     An attachment is numbered by the reservation's version just before the volume went from nobody, or from another
@@ -124,7 +132,7 @@ class Attachments:
     handles: tuple[str, ...] = ()
     taken: int = 0
 
-    def counted(self, client_uuid: str, number: int) -> Attachments:
+    def counted(self, client_uuid: str, number: int) -> AttachmentRecord:
         """Count the attachment that is about to be made on this client; unchanged if it was counted already."""
         if self.clients.get(client_uuid) == number:
             return self
@@ -132,11 +140,11 @@ class Attachments:
         clients = dict.fromkeys([*sharers, client_uuid][-_MOST_CLIENTS:], number)
         return replace(self, number=max(self.number, number), clients=clients)
 
-    def with_writer(self) -> Attachments:
+    def with_writer(self) -> AttachmentRecord:
         """Remember that a node may have written anything anywhere."""
         return replace(self, written=True)
 
-    def with_handle(self, volume_id: str) -> Attachments:
+    def with_handle(self, volume_id: str) -> AttachmentRecord:
         """Add a spelling of the handle; the oldest ones are forgotten."""
         if volume_id in self.handles:
             return self
@@ -149,18 +157,18 @@ def next_number(reservation: Reservation, mode: ReservationMode) -> int:
     return reservation.version - 1 if joins else reservation.version
 
 
-def read_attachments(metadata: Mapping[str, object]) -> Attachments:
+def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
     """Read the count of attachments; a malformed record is marked as broken for good."""
     raw = _mapping(metadata.get(OWN_KEY)).get("attachments")
     if raw is None:
-        return Attachments()
+        return AttachmentRecord()
     record = _mapping(raw)
     number, clients = record.get("number"), record.get("clients")
     handles = record.get("handles", [])
     if not (_natural(number) and isinstance(clients, Mapping) and isinstance(handles, list)):
-        return Attachments(is_broken=True)
+        return AttachmentRecord(is_broken=True)
     counted = {str(uuid): entry for uuid, entry in clients.items() if _natural(entry)}
-    return Attachments(
+    return AttachmentRecord(
         number=number,
         clients=counted,
         written=record.get("written") is not False,
@@ -170,7 +178,7 @@ def read_attachments(metadata: Mapping[str, object]) -> Attachments:
     )
 
 
-def with_attachments(metadata: Mapping[str, object], attachments: Attachments) -> dict[str, object]:
+def with_attachments(metadata: Mapping[str, object], attachments: AttachmentRecord) -> dict[str, object]:
     """Return the whole metadata with a new count of attachments; everything else stays as it is."""
     own = dict(_mapping(metadata.get(OWN_KEY)))
     own["attachments"] = {
@@ -188,7 +196,7 @@ def _natural(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _capacity(own: Mapping[str, object]) -> CapacityRange | None:
+def _recorded_capacity(own: Mapping[str, object]) -> CapacityRange | None:
     required, limit = _decimal(own.get("required")), _decimal(own.get("limit"))
     return CapacityRange(required, limit) if required is not None and limit is not None else None
 
@@ -224,3 +232,61 @@ def _mapping(value: object) -> Mapping[str, object]:
 def _text(metadata: Mapping[str, object], key: str) -> str | None:
     value = metadata.get(key)
     return value if isinstance(value, str) and value else None
+
+
+def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) -> Encryption:
+    """Return who encrypts a volume that is there: the storage where its document says so, else what was asked for.
+
+    `given` is the volume context of a PersistentVolume; it only counts for volumes that this driver did not make.
+    UNKNOWN where the storage was to encrypt it and does not: such a volume is not touched.
+    """
+    if volume.is_encrypted:
+        return Encryption.NATIVE
+    parameters = creation.parameters if creation.is_ours else {**given, **creation.parameters}
+    word = parameters.get("encryption", "").strip().lower()
+    if word == "luks" or (word == "dmcrypt" and (not creation.is_ours or _has_old_key(parameters))):
+        # The keys beside the word were optional in the 1.4 driver, and its volumes can be no other kind.
+        return Encryption.LUKS
+    if not word or (not creation.is_ours and word != "native"):
+        # Earlier drivers made plain volumes of every other word.
+        return Encryption.NONE
+    return Encryption.UNKNOWN
+
+
+def check_encryption(volume: Volume, given: Mapping[str, str]) -> None:
+    """Refuse a volume that the storage was to encrypt and does not, before any node has it."""
+    if encryption_of(volume, read_creation(volume.metadata), given) is Encryption.UNKNOWN:
+        raise PreconditionFailed(
+            f"volume {volume.name}: expected encryption by the storage, got none in the management; it is not "
+            "attached, because its data would be unencrypted"
+        )
+
+
+def reserved_bytes(volume: Volume, creation: Creation) -> int:
+    """Return what of the volume its user does not get: a header of encryption."""
+    return volume.encryption.header_bytes if volume.encryption is not None else creation.header_bytes
+
+
+def completed(context: PublishContext, volume: Volume, given: Mapping[str, str]) -> PublishContext:
+    """Add to a publish context what the volume's making says, and the permission to format where it has one."""
+    unit_bytes, stripe_bytes = stripes_of(volume.layout)
+    permitted = read_permission(volume.metadata)
+    # An attachment whose number is not proven has 0, and nothing is permitted for that.
+    may_format = permitted != 0 and permitted == context.attachment and not context.read_only
+    if may_format:
+        _log.warning(
+            "attachment %d of volume %s may format over old data, as allowed by `nvmesh-csi volume allow-format`",
+            permitted,
+            volume.name,
+        )
+    return replace(
+        context,
+        encryption=encryption_of(volume, read_creation(volume.metadata), given),
+        format_allowed=may_format,
+        stripe_unit_bytes=unit_bytes,
+        stripe_bytes=stripe_bytes,
+    )
+
+
+def _has_old_key(parameters: Mapping[str, str]) -> bool:
+    return any(key.startswith("dmcrypt/") for key in parameters)

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import logging
 
-from csi_driver.controller.handing import encryption_of, reserved_bytes
-from csi_driver.controller.locate import Located, issued_handle, require
 from csi_driver.controller.ports import Clusters
-from csi_driver.controller.record import next_number, read_attachments, read_permission, with_permission
+from csi_driver.controller.volume_lookup import Located, issued_handle, require
+from csi_driver.controller.volume_metadata import (
+    encryption_of,
+    next_number,
+    read_attachments,
+    read_permission,
+    reserved_bytes,
+    with_permission,
+)
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.storage_model import Client, ReservationMode, Volume
@@ -20,7 +26,7 @@ from csi_driver.storage_model import Client, ReservationMode, Volume
 _log = logging.getLogger(__name__)
 
 
-class Override:
+class VolumeAdmin:
     """Acts on one volume at an administrator's word."""
 
     def __init__(self, clusters: Clusters) -> None:
