@@ -200,7 +200,7 @@ def _clusters(
     place = command.clusters
     if place is None:
         return OneCluster(command.zone, ManagementClient(command.management, metrics=metrics))
-    return FileClusters(place.path, place.defaults, connect=partial(ManagementClient, metrics=metrics))
+    return FileClusters(place.path, place.defaults, partial(ManagementClient, metrics=metrics))
 
 
 def _node(command: NodeCommand) -> int:
@@ -287,19 +287,19 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
     if command.kubernetes is None:
         return []
     from csi_driver.background import SelfPaced
-    from csi_driver.kubernetes import label, taint
+    from csi_driver.kubernetes import node_object
     from csi_driver.kubernetes.api import ApiServer
 
     server, name = ApiServer(command.kubernetes), command.node.node_name
     loops: list[Periodic] = []
     if command.label:
-        client = label.ClientLabel(server, name, use_cases.health.why_unusable)
-        loops.append(SelfPaced("node-label", client.tend, label.LOOK_S))
+        client = node_object.ClientLabel(server, name, use_cases.health.why_unusable)
+        loops.append(SelfPaced("node-label", client.tend, node_object.LABEL_INTERVAL_S))
     if command.startup_taint:
-        startup = taint.StartupTaint(
+        startup = node_object.StartupTaint(
             server, name, command.driver_name, command.startup_taint, use_cases.identity.why_not_ready
         )
-        loops.append(SelfPaced("startup-taint", startup.tend, taint.LOOK_S))
+        loops.append(SelfPaced("startup-taint", startup.tend, node_object.TAINT_INTERVAL_S))
     return loops
 
 
@@ -339,7 +339,7 @@ def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUse
 
 def _node_zone(command: NodeCommand) -> NodeZone:
     from csi_driver.host.client_config import management_hosts
-    from csi_driver.management.cluster_names import read_cluster_names
+    from csi_driver.management.clusters import read_cluster_names
     from csi_driver.node.zone import NodeZone
 
     evidence = command.evidence

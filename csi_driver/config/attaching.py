@@ -11,7 +11,7 @@ from csi_driver.config.flags import Flag, Values
 from csi_driver.controller.ports import ControllerSettings, Fencing
 
 if TYPE_CHECKING:
-    from csi_driver.management.clusters_file import OldSettings
+    from csi_driver.compat.clusters import OldSettings
 
 
 class AttachBy(StrEnum):

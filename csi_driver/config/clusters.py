@@ -10,8 +10,9 @@ from csi_driver.config.flags import Flag, Values
 from csi_driver.config.made import ClustersPlace
 from csi_driver.config.shared import LOG_LEVEL, NO_PATH, TOPOLOGY_KEY
 from csi_driver.errors import shown
-from csi_driver.management.clusters_file import ClustersFile, ClustersFileUnusable, read_source, understand
+from csi_driver.management.clusters import ClustersFile, parse_clusters
 from csi_driver.telemetry.log import LogSettings
+from csi_driver.yaml_document import InvalidDocument, read_source
 
 CLUSTERS_FILE = Flag(
     "--clusters-file",
@@ -28,8 +29,8 @@ NO_CLUSTERS = ClustersFile({})
 def read_clusters(values: Values, place: ClustersPlace) -> ClustersFile:
     """Read the description of the clusters; what is wrong with it is among the problems of the command line."""
     try:
-        return understand(read_source(place.path), place.defaults)
-    except ClustersFileUnusable as unusable:
+        return parse_clusters(read_source(place.path), place.defaults)
+    except InvalidDocument as unusable:
         values.problems.extend(f"{place.path}: {problem}" for problem in unusable.problems)
         return NO_CLUSTERS
 

@@ -26,7 +26,7 @@ from csi_driver.config.shared import (
 )
 from csi_driver.controller.ports import ControllerSettings, ZonePolicy
 from csi_driver.errors import shown
-from csi_driver.management.clusters_file import ClustersFile, Defaults
+from csi_driver.management.clusters import ClusterDefaults, ClustersFile
 from csi_driver.management.settings import ManagementSettings
 
 _SERVERS = Flag(
@@ -190,7 +190,7 @@ def clusters_place(values: Values, settings: ManagementSettings) -> ClustersPlac
         return None
     if settings.servers:
         values.problems.append(f"{CLUSTERS_FILE.name} and {_SERVERS.name} are both given; set only one of them")
-    return ClustersPlace(path, Defaults(settings, values.one(ZONE), tls_is_decided=values.given(TLS_VERIFY)))
+    return ClustersPlace(path, ClusterDefaults(settings, values.one(ZONE), tls_is_decided=values.given(TLS_VERIFY)))
 
 
 def _zone_policy(values: Values, described: ClustersFile) -> ZonePolicy:

@@ -11,7 +11,7 @@ from csi_driver.config.made import DoctorCommand
 from csi_driver.config.shared import DRIVER_NAME, ENDPOINT, NO_PATH, NODE_NAME, table
 from csi_driver.local.doctor import CONTROLLER, NODE
 from csi_driver.local.doctor_settings import DoctorSettings, Patient
-from csi_driver.management.clusters_file import Defaults
+from csi_driver.management.clusters import ClusterDefaults
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.telemetry.log import LogSettings
 
@@ -72,7 +72,9 @@ def doctor(values: Values) -> DoctorCommand:
         clusters_file=evidence.clusters_file,
         older_topology_file=evidence.nodes_file,
         management=settings,
-        clusters_defaults=Defaults(settings, evidence.zone or DEFAULT_ZONE, tls_is_decided=values.given(TLS_VERIFY)),
+        clusters_defaults=ClusterDefaults(
+            settings, evidence.zone or DEFAULT_ZONE, tls_is_decided=values.given(TLS_VERIFY)
+        ),
         api=api(values, timeout_s=_API_TIMEOUT_S),
         label=values.one(LABEL),
         startup_taint=values.one(STARTUP_TAINT),

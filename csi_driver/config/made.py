@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from csi_driver.embedded.settings import StorageSettings
     from csi_driver.local.doctor_settings import DoctorSettings
     from csi_driver.local.settings import DemoSettings, LocalSettings
-    from csi_driver.management.clusters_file import Defaults
+    from csi_driver.management.clusters import ClusterDefaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.node.requests import NodeSettings
     from csi_driver.settings import ApiSettings, EndpointSettings, HttpSettings, RegistrationSettings
@@ -27,7 +27,7 @@ class ClustersPlace:
     """Where several storage clusters are described, and what holds where the description says nothing."""
 
     path: Path
-    defaults: Defaults
+    defaults: ClusterDefaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""Requests of the API server: a node's labels and taints, and whether what stands for an attachment is still there.
+"""Client of the Kubernetes API server: nodes, CSINodes and VolumeAttachments.
 
-Everything that a request needs is read for that request: the token, which the kubelet replaces every hour or so, and
-the authorities, which are replaced with the cluster's. A request has a connection of its own; they are rare.
+Token and CA certificate are read for each request: kubelet replaces the token about once an hour. Each request has a
+connection of its own, because requests are rare.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import ssl
@@ -14,22 +15,30 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from csi_driver.errors import StorageUnavailable, shown
-from csi_driver.kubernetes.objects import Node, node_in, plugins_in
 from csi_driver.settings import ApiSettings
 
 _ANSWER_LIMIT_BYTES = 16 << 20
-# RFC 7386: a label that is null is taken away.
+# RFC 7386: a label that is null is removed.
 _MERGE_PATCH = "application/merge-patch+json"
-# RFC 6902: all of it is done, or, where a test does not hold, nothing.
+# RFC 6902: all operations are applied, or none where a test fails.
 _JSON_PATCH = "application/json-patch+json"
-_CONFLICT = frozenset({http.client.CONFLICT, http.client.UNPROCESSABLE_ENTITY})
-# Any version that the server has at hand: it is answered from its cache, which lags by moments (API concepts,
-# "resource versions").
-_AT_HAND = "?resourceVersion=0"
+_CONFLICT = (http.client.CONFLICT, http.client.UNPROCESSABLE_ENTITY)
+# Answered from the server's cache, which may lag (Kubernetes API concepts, "Resource versions").
+_CACHED = "?resourceVersion=0"
+_DRAIN_TAINTS = frozenset(
+    {
+        "node.kubernetes.io/unschedulable",  # cordoned
+        "ToBeDeletedByClusterAutoscaler",
+        "karpenter.sh/disrupted",
+        "karpenter.sh/disruption",  # before its version 1
+    }
+)
+# kubelet's condition message while the machine shuts down (pkg/kubelet/nodeshutdown).
+_SHUTTING_DOWN = "node is shutting down"
 
 
 class ApiFailed(StorageUnavailable):
-    """The API server did not do what it was asked; `status` is its HTTP status where it answered."""
+    """A request to the API server failed; `status` is the HTTP status, None where no response came."""
 
     def __init__(self, what: str, reason: str, status: int | None = None) -> None:
         self.status = status
@@ -37,141 +46,187 @@ class ApiFailed(StorageUnavailable):
 
 
 class TaintsChanged(ApiFailed):
-    """Somebody else changed the taints of the node in between: nothing was changed; look again."""
+    """The taints of the node were changed concurrently; nothing was written."""
+
+
+# --- objects --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    body: bytes
+class Node:
+    """A Node. `taints` keep all their fields; `volumes` are names like `kubernetes.io/csi/DRIVER^HANDLE`."""
 
-    def document(self) -> Mapping[str, object]:
-        """Return the object of the body. Raises `ValueError`."""
-        decoded = json.loads(self.body)
-        if not isinstance(decoded, dict):
-            raise ValueError("expected a JSON object")
-        return decoded
+    name: str
+    unschedulable: bool = False
+    is_being_deleted: bool = False
+    is_shutting_down: bool = False
+    taints: tuple[Mapping[str, object], ...] = ()
+    volumes: tuple[str, ...] = ()
+
+    def has_taint(self, key: str) -> bool:
+        """Tell whether the node has a taint with this key, of any effect."""
+        return any(taint.get("key") == key for taint in self.taints)
+
+    def why_draining(self) -> str:
+        """Return why pods leave this node; "" where it is not being drained."""
+        if self.is_being_deleted:
+            return "it is being deleted"
+        if self.unschedulable:
+            return "it is cordoned"
+        if self.is_shutting_down:
+            return "it is shutting down"
+        key = next((str(taint.get("key")) for taint in self.taints if taint.get("key") in _DRAIN_TAINTS), "")
+        return f"it has the taint {key}" if key else ""
+
+    def handles(self, driver_name: str) -> frozenset[str]:
+        """Return the handles of a driver's volumes that are attached to this node or in use on it."""
+        prefix = f"kubernetes.io/csi/{driver_name}^"
+        return frozenset(name.removeprefix(prefix) for name in self.volumes if name.startswith(prefix))
 
 
+def decode_node(document: Mapping[str, object]) -> Node:
+    """Decode a Node; absent fields are empty."""
+    metadata, spec, status = (_mapping(document.get(key)) for key in ("metadata", "spec", "status"))
+    attached = (_mapping(volume).get("name") for volume in _list(status.get("volumesAttached")))
+    conditions = map(_mapping, _list(status.get("conditions")))
+    messages = (str(condition.get("message")) for condition in conditions if condition.get("type") == "Ready")
+    return Node(
+        name=str(metadata.get("name", "")),
+        unschedulable=spec.get("unschedulable") is True,
+        is_being_deleted=metadata.get("deletionTimestamp") is not None,
+        is_shutting_down=any(_SHUTTING_DOWN in message for message in messages),
+        taints=tuple(map(_mapping, _list(spec.get("taints")))),
+        volumes=tuple(dict.fromkeys(str(name) for name in (*attached, *_list(status.get("volumesInUse"))))),
+    )
+
+
+def decode_node_ids(document: Mapping[str, object]) -> Mapping[str, str]:
+    """Decode a CSINode: the node's id by the name of each registered driver."""
+    drivers = map(_mapping, _list(_mapping(document.get("spec")).get("drivers")))
+    pairs = ((driver.get("name"), driver.get("nodeID")) for driver in drivers)
+    return {name: node_id for name, node_id in pairs if isinstance(name, str) and isinstance(node_id, str)}
+
+
+def attachment_name(handle: str, driver_name: str, node_name: str) -> str:
+    """Return the name of a volume's VolumeAttachment (pkg/volume/csi/csi_attacher.go, getAttachmentName)."""
+    return "csi-" + hashlib.sha256(f"{handle}{driver_name}{node_name}".encode()).hexdigest()
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else ()
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
 class ApiServer:
-    """The API server of the cluster that this pod runs in."""
+    """The API server of the cluster that this pod runs in. Each method raises `ApiFailed`."""
 
-    def __init__(self, settings: ApiSettings) -> None:
-        self._settings = settings
-
-    # --- nodes ---
+    settings: ApiSettings
 
     def node(self, name: str) -> Node | None:
-        """Return what the server knows of a node, perhaps a moment old; None where there is none. Raises `ApiFailed`.
-
-        Needs the right to get nodes.
-        """
-        found = self._found(f"{_path_of(name)}{_AT_HAND}", f"get node {shown(name)}")
-        return node_in(found) if found is not None else None
+        """Get a Node from the cache; None where it does not exist. Needs the right to get nodes."""
+        found = self._get(f"{_node_path(name)}{_CACHED}", f"get node {shown(name)}")
+        return decode_node(found) if found is not None else None
 
     def label_node(self, name: str, labels: Mapping[str, str | None]) -> None:
-        """Set the labels of a node, None = take away; what is so already is left alone. Raises `ApiFailed`.
-
-        Needs the right to patch nodes.
-        """
-        change = {"metadata": {"labels": dict(labels)}}
-        self._expect_ok(self._patch(name, change, _MERGE_PATCH, what := f"label node {shown(name)}"), what)
+        """Set labels of a node, or remove those with the value None. Needs the right to patch nodes."""
+        what = f"label node {shown(name)}"
+        _expect_ok(*self._patch(name, {"metadata": {"labels": dict(labels)}}, _MERGE_PATCH, what), what)
 
     def set_taints(self, node: Node, taints: Sequence[Mapping[str, object]]) -> None:
-        """Replace the taints of a node, if they still are what they were when it was read.
+        """Replace the taints of a node. Raises `TaintsChanged` where they are no longer those of `node`.
 
-        Raises `TaintsChanged`, `ApiFailed`. Needs the right to patch nodes.
+        Needs the right to patch nodes.
         """
         what = f"change the taints of node {shown(node.name)}"
         change = [
             {"op": "test", "path": "/spec/taints", "value": [dict(taint) for taint in node.taints]},
             {"op": "replace", "path": "/spec/taints", "value": [dict(taint) for taint in taints]},
         ]
-        answer = self._patch(node.name, change, _JSON_PATCH, what)
-        if answer.status in _CONFLICT:
-            raise TaintsChanged(what, f"HTTP status {answer.status}: {_reason(answer.body)}", answer.status)
-        self._expect_ok(answer, what)
-
-    # --- storage ---
+        status, body = self._patch(node.name, change, _JSON_PATCH, what)
+        if status in _CONFLICT:
+            raise TaintsChanged(what, f"HTTP status {status}: {_reason(body)}", status)
+        _expect_ok(status, body, what)
 
     def node_id(self, node_name: str, driver_name: str) -> str | None:
-        """Return under which id a driver is registered on a node; None where it is not. Raises `ApiFailed`.
-
-        Needs the right to get csinodes.
-        """
-        path = f"/apis/storage.k8s.io/v1/csinodes/{quote(node_name, safe='')}{_AT_HAND}"
-        found = self._found(path, f"get the CSINode of node {shown(node_name)}")
-        return plugins_in(found).get(driver_name) if found is not None else None
+        """Return the id that a driver registered on a node; None where it is not. Needs the right to get csinodes."""
+        path = f"/apis/storage.k8s.io/v1/csinodes/{quote(node_name, safe='')}{_CACHED}"
+        found = self._get(path, f"get the CSINode of node {shown(node_name)}")
+        return decode_node_ids(found).get(driver_name) if found is not None else None
 
     def node_ids(self, driver_name: str) -> Mapping[str, str]:
-        """Return under which id a driver is registered on every node. Raises `ApiFailed`.
-
-        Needs the right to list csinodes, which the driver itself has no use for.
-        """
-        path = f"/apis/storage.k8s.io/v1/csinodes{_AT_HAND}"
-        found = self._found(path, "list the CSINodes") or {}
-        items = found.get("items")
+        """Return by node the id that a driver registered. Needs the right to list csinodes, which only people have."""
+        found = self._get(f"/apis/storage.k8s.io/v1/csinodes{_CACHED}", "list the CSINodes") or {}
         ids: dict[str, str] = {}
-        for item in items if isinstance(items, list) else []:
-            metadata = item.get("metadata") if isinstance(item, dict) else None
-            if isinstance(metadata, dict) and (node_id := plugins_in(item).get(driver_name)) is not None:
-                ids[str(metadata.get("name"))] = node_id
+        for item in map(_mapping, _list(found.get("items"))):
+            if (node_id := decode_node_ids(item).get(driver_name)) is not None:
+                ids[str(_mapping(item.get("metadata")).get("name"))] = node_id
         return ids
 
     def has_attachment(self, name: str) -> bool:
-        """Tell whether there is a VolumeAttachment of that name. Raises `ApiFailed`.
-
-        Needs the right to get volumeattachments; to list them, which would show every node's, is not needed.
-        """
+        """Tell whether a VolumeAttachment exists. Needs the right to get volumeattachments, not to list them."""
         path = f"/apis/storage.k8s.io/v1/volumeattachments/{quote(name, safe='')}"
-        return self._found(path, f"get VolumeAttachment {shown(name)}") is not None
+        return self._get(path, f"get VolumeAttachment {shown(name)}") is not None
 
-    # --- requests ---
-
-    def _found(self, path: str, what: str) -> Mapping[str, object] | None:
-        answer = self._request("GET", path, what)
-        if answer.status == http.client.NOT_FOUND:
+    def _get(self, path: str, what: str) -> Mapping[str, object] | None:
+        status, body = self._request("GET", path, what)
+        if status == http.client.NOT_FOUND:
             return None
-        self._expect_ok(answer, what)
+        _expect_ok(status, body, what)
         try:
-            return answer.document()
+            document = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise ApiFailed(what, f"invalid response: {error}", answer.status) from error
+            raise ApiFailed(what, f"invalid response: {error}", status) from error
+        if not isinstance(document, dict):
+            raise ApiFailed(what, "invalid response: expected a JSON object", status)
+        return document
 
-    def _expect_ok(self, answer: _Answer, what: str) -> None:
-        if answer.status != http.client.OK:
-            raise ApiFailed(what, f"HTTP status {answer.status}: {_reason(answer.body)}", answer.status)
-
-    def _patch(self, node_name: str, change: object, kind: str, what: str) -> _Answer:
-        return self._request("PATCH", _path_of(node_name), what, json.dumps(change).encode(), {"Content-Type": kind})
+    def _patch(self, node_name: str, change: object, content_type: str, what: str) -> tuple[int, bytes]:
+        return self._request("PATCH", _node_path(node_name), what, json.dumps(change).encode(), content_type)
 
     def _request(
-        self, method: str, path: str, what: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> _Answer:
-        settings = self._settings
+        self, method: str, path: str, what: str, body: bytes | None = None, content_type: str = ""
+    ) -> tuple[int, bytes]:
+        """Return status and body of the response."""
+        settings = self.settings
         try:
             token = (settings.account / "token").read_text().strip()
-            context = ssl.create_default_context(cafile=str(settings.account / "ca.crt"))
+            headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
+            if content_type:
+                headers["Content-Type"] = content_type
             connection = http.client.HTTPSConnection(
-                settings.host, settings.port, timeout=settings.timeout_s, context=context
+                settings.host,
+                settings.port,
+                timeout=settings.timeout_s,
+                context=ssl.create_default_context(cafile=str(settings.account / "ca.crt")),
             )
-            own = {"Authorization": f"Bearer {token}", "Accept": "application/json", **(headers or {})}
             try:
-                connection.request(method, path, body=body, headers=own)
-                answer = connection.getresponse()
-                return _Answer(answer.status, answer.read(_ANSWER_LIMIT_BYTES))
+                connection.request(method, path, body=body, headers=headers)
+                response = connection.getresponse()
+                return response.status, response.read(_ANSWER_LIMIT_BYTES)
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ApiFailed(what, f"{type(error).__name__}: {error}") from error
 
 
-def _path_of(node_name: str) -> str:
+def _node_path(node_name: str) -> str:
     return f"/api/v1/nodes/{quote(node_name, safe='')}"
 
 
+def _expect_ok(status: int, body: bytes, what: str) -> None:
+    if status != http.client.OK:
+        raise ApiFailed(what, f"HTTP status {status}: {_reason(body)}", status)
+
+
 def _reason(body: bytes) -> str:
-    """Return the message of the server's Status object, else the beginning of whatever came."""
+    """Return the message of the server's Status object, else the beginning of the body."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

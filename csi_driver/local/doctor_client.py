@@ -12,7 +12,7 @@ from csi_driver.host.connectors.nvmesh import UPDATER_MARK, StatusFiles
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
-from csi_driver.management.cluster_names import read_cluster_names
+from csi_driver.management.clusters import read_cluster_names
 from csi_driver.node.identity import foreign
 from csi_driver.node.marks import MarkFiles, mark_directory
 from csi_driver.node.zone import NodeZone, same_host

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from csi_driver.host.connectors.nvmesh import StatusFiles
-from csi_driver.kubernetes.api import ApiFailed, ApiServer
-from csi_driver.kubernetes.objects import Node
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, Node
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 

@@ -14,11 +14,11 @@ from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.cluster_names import read_cluster_names
-from csi_driver.management.clusters_file import ClustersFileUnusable, read_source, understand
+from csi_driver.management.clusters import parse_clusters, read_cluster_names
+from csi_driver.management.connection_check import ConnectionCheck, Step, check_connection
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.management.survey import Step, Survey, survey
 from csi_driver.storage_model import Client
+from csi_driver.yaml_document import InvalidDocument, read_source
 
 _STEP_S = 3.0
 _SOON_S = 30 * 86400.0
@@ -42,7 +42,7 @@ def description(patient: Patient) -> Iterator[Finding]:
         return
     try:
         names = read_cluster_names(path, None)
-    except ClustersFileUnusable as unusable:
+    except InvalidDocument as unusable:
         for problem in unusable.problems:
             yield fault(Check.DESCRIPTION, f"{path}: {problem}", "a description of the clusters", "correct the file")
         return
@@ -77,8 +77,8 @@ def _known(patient: Patient) -> Mapping[str, ManagementSettings]:
     if patient.clusters_file is None:
         return {}
     try:
-        return understand(read_source(patient.clusters_file), patient.clusters_defaults).zones
-    except ClustersFileUnusable:
+        return parse_clusters(read_source(patient.clusters_file), patient.clusters_defaults).zones
+    except InvalidDocument:
         return {}  # on a node it may be a copy without credentials; `description` tells what cannot be read
 
 
@@ -106,7 +106,7 @@ class _Server:
             if self.url in told:
                 yield warning(Check.CERTIFICATE, told, "verified https", "give a server by https, and its authority")
         self.at = "connecting"
-        seen = survey(self.url, self.settings, timeout_s=_STEP_S)
+        seen = check_connection(self.url, self.settings, timeout_s=_STEP_S)
         yield from _reached(self.url, seen, self.settings)
         if seen.failed is not None:
             return
@@ -134,7 +134,7 @@ class _Server:
         yield from judge_clients(self.patient, clients)
 
 
-def _reached(url: str, seen: Survey, settings: ManagementSettings) -> Iterator[Finding]:
+def _reached(url: str, seen: ConnectionCheck, settings: ManagementSettings) -> Iterator[Finding]:
     if seen.failed is not None:
         check = Check.CERTIFICATE if seen.failed in (Step.HANDSHAKE, Step.FILES) else Check.MANAGEMENT
         mend = "renew the server's certificate" if seen.is_expired else _MEND[seen.failed]

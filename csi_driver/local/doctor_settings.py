@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from csi_driver.host_model import RunningRole
-    from csi_driver.management.clusters_file import Defaults
+    from csi_driver.management.clusters import ClusterDefaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.settings import ApiSettings
 
@@ -37,7 +37,7 @@ class Patient:
     clusters_file: Path | None
     older_topology_file: Path
     management: ManagementSettings
-    clusters_defaults: Defaults
+    clusters_defaults: ClusterDefaults
     api: ApiSettings | None
     label: bool
     startup_taint: str

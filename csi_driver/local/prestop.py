@@ -22,7 +22,7 @@ def run_pre_stop(
     from csi_driver.host.mount_table import read_table
     from csi_driver.host.running import find_running, log_of
     from csi_driver.kubernetes.api import ApiServer
-    from csi_driver.kubernetes.drain import PreStop
+    from csi_driver.kubernetes.node_object import PreStop
 
     def mounted() -> Collection[str]:
         return {held.name for held in held_in((entry.path for entry in read_table()), driver_name)}

@@ -1,136 +1,163 @@
-"""Which management serves which zone; fits `csi_driver.controller.ports.Clusters`."""
+"""The storage clusters ("zones") that the driver serves: one from the command line, or several from a file.
+
+`--clusters-file` is YAML or JSON, or a form of an older driver (`csi_driver.compat.clusters`). It gives for each zone
+the management servers and the login; the command line gives the defaults. All problems are reported together, by key
+and line; a value that may be a password is never quoted.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from csi_driver.compat import clusters as compat
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
-from csi_driver.errors import InvalidRequest
-from csi_driver.management.client import ManagementClient
-from csi_driver.management.clusters_file import (
-    ClustersFile,
-    ClustersFileUnusable,
-    Defaults,
-    Source,
-    read_source,
-    understand,
-)
+from csi_driver.errors import InvalidRequest, shown
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.model import ClusterNames, is_zone_name
+from csi_driver.yaml_document import Entry, Findings, InvalidDocument, Reader, Source, decode_mapping, read_source
+
+if TYPE_CHECKING:  # a node reads names from this file and never loads the client
+    from csi_driver.management.client import ManagementClient
 
 _LOG = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
+_CHECK_INTERVAL_S = 1.0
+_DEFAULT_PORT = 4000
+_FILE_KEYS = ("zones", "topologyKey", "zoneSelectionPolicy")
+ZONE_KEYS = (
+    "servers", "protocol", "user", "userFile", "passwordFile", "caFile", "tlsVerify", "clientCertificateFile",
+    "clientKeyFile", "requestTimeout", "maxRequestsInFlight", "allowIncompatibleVersions",
+)  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterDefaults:
+    """Settings of the command line. `tls_is_decided`: --management-tls-verify is given."""
+
+    management: ManagementSettings
+    zone: str
+    tls_is_decided: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClustersFile:
+    """The content of a clusters file; zones in the order of the file."""
+
+    zones: Mapping[str, ManagementSettings]
+    topology_key: str | None = None
+    zone_policy: str | None = None
+    old: compat.OldSettings = field(default_factory=compat.OldSettings)
+    warnings: tuple[str, ...] = ()
+
+
+# --- clusters, as `csi_driver.controller.ports.Clusters` ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class OneCluster:
-    """A single storage cluster under its zone's name."""
+    """A single storage cluster under the name of its zone."""
 
-    def __init__(self, zone: str, management: ManagementClient) -> None:
-        self._zone = zone
-        self._management = management
+    zone: str
+    client: ManagementClient
 
     def zones(self) -> Sequence[str]:
         """Return the one zone."""
-        return (self._zone,)
+        return (self.zone,)
 
     def management(self, zone: str) -> ManagementClient | None:
-        """Return the management of this zone, None for every other name."""
-        return self._management if zone == self._zone else None
+        """Return the client of this zone, None for any other name."""
+        return self.client if zone == self.zone else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Cluster:
     settings: ManagementSettings
-    management: ManagementClient
+    client: ManagementClient
 
 
 class FileClusters:
-    """The clusters that a file describes, followed as it changes. Thread-safe.
+    """The clusters of a file, which is read again when it changes. Thread-safe.
 
-    The file is looked at when somebody asks for a zone, at most once a second, by content: a mounted ConfigMap is
-    exchanged through links, and times of files say little about that. A version that cannot be used is reported once,
-    and the last good one stays. A zone whose description did not change keeps its sessions.
+    A request for a zone checks the content, at most once a second: kubelet replaces a ConfigMap by links, which change
+    no modification time. An invalid version is logged once and the last valid one stays in use. A zone with unchanged
+    settings keeps its sessions.
     """
 
     def __init__(
         self,
         path: Path,
-        defaults: Defaults,
+        defaults: ClusterDefaults,
+        connect: Callable[[ManagementSettings], ManagementClient],
         *,
         clock: Clock = SYSTEM_CLOCK,
-        connect: Callable[[ManagementSettings], ManagementClient] = ManagementClient,
     ) -> None:
         self._path = path
         self._defaults = defaults
         self._clock = clock
         self._connect = connect
-        self._looking = threading.Lock()
-        self._seen: Source | str = read_source(path)
-        self._file = understand(self._seen, defaults)
+        self._checking = threading.Lock()
+        self._seen: Source = read_source(path)
+        self._file = parse_clusters(self._seen, defaults)
         self._clusters = self._connected(self._file, {})
-        self._look_again_s = clock.monotonic() + _LOOK_EVERY_S
-        self._report(self._file)
+        self._next_check_s = clock.monotonic() + _CHECK_INTERVAL_S
+        self._log(self._file)
 
     def zones(self) -> Sequence[str]:
-        """Return the zones in the file's order."""
-        self._look()
+        """Return the zones in the order of the file."""
+        self._check()
         return tuple(self._clusters)
 
     def management(self, zone: str) -> ManagementClient | None:
-        """Return the management of a zone, None for one that the file does not name (any more)."""
-        self._look()
+        """Return the client of a zone, None where the file does not name it (any more)."""
+        self._check()
         cluster = self._clusters.get(zone)
-        return cluster.management if cluster is not None else None
+        return cluster.client if cluster is not None else None
 
     def close(self) -> None:
         """Close the idle connections to all zones."""
         for cluster in self._clusters.values():
-            cluster.management.close()
+            cluster.client.close()
 
-    def _look(self) -> None:
-        # Whoever comes while another looks goes on with what there is.
-        if self._clock.monotonic() < self._look_again_s or not self._looking.acquire(blocking=False):
+    def _check(self) -> None:
+        # While one thread reads the file, others use the present clusters.
+        if self._clock.monotonic() < self._next_check_s or not self._checking.acquire(blocking=False):
             return
         try:
             self._take_changes()
         finally:
-            self._look_again_s = self._clock.monotonic() + _LOOK_EVERY_S
-            self._looking.release()
+            self._next_check_s = self._clock.monotonic() + _CHECK_INTERVAL_S
+            self._checking.release()
 
     def _take_changes(self) -> None:
+        source: Source = ""
         try:
-            source: Source = read_source(self._path)
-        except ClustersFileUnusable as problem:
-            self._refuse(str(problem), problem.problems)
-            return
-        if source == self._seen:
-            return
-        try:
-            changed = understand(source, self._defaults)
+            source = read_source(self._path)
+            if source == self._seen:
+                return
+            changed = parse_clusters(source, self._defaults)
             clusters = self._connected(changed, self._clusters)
-        except ClustersFileUnusable as problem:
-            self._refuse(source, problem.problems)
-            return
-        except InvalidRequest as problem:
-            self._refuse(source, [str(problem)])
+        except InvalidRequest as invalid:
+            # An unreadable file is remembered by its message, an invalid one by its content.
+            seen = source or str(invalid)
+            if seen != self._seen:
+                self._seen = seen
+                _LOG.warning("%s is invalid, the last valid version remains in use: %s", self._path, invalid)
             return
         before, self._seen, self._clusters = self._clusters, source, clusters
-        self._report(changed)
+        self._log(changed)
         if changed.topology_key != self._file.topology_key or changed.zone_policy != self._file.zone_policy:
             _LOG.warning("%s: topologyKey or zoneSelectionPolicy changed; restart the driver to apply it", self._path)
         self._file = changed
         for zone, cluster in before.items():
             if clusters.get(zone) is not cluster:
-                cluster.management.close()
-
-    def _refuse(self, seen: Source, problems: Sequence[str]) -> None:
-        if seen != self._seen:
-            self._seen = seen
-            _LOG.warning("%s is invalid, the last valid version remains in use: %s", self._path, "; ".join(problems))
+                cluster.client.close()
 
     def _connected(self, file: ClustersFile, known: Mapping[str, _Cluster]) -> dict[str, _Cluster]:
         clusters = {}
@@ -141,7 +168,187 @@ class FileClusters:
             clusters[zone] = cluster
         return clusters
 
-    def _report(self, file: ClustersFile) -> None:
+    def _log(self, file: ClustersFile) -> None:
         for warning in file.warnings:
             _LOG.warning("%s: %s", self._path, warning)
         _LOG.info("%s describes the zones %s", self._path, ", ".join(file.zones))
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
+    """Parse a clusters file of any form. Raises `InvalidDocument` with every problem."""
+    document = decode_mapping(source, "the clusters file") if isinstance(source, str) else source
+    findings, old = Findings(), compat.OldSettings()
+    is_old = not isinstance(source, str) or compat.is_old(document)
+    if is_old:
+        translation = compat.translate(source, document, defaults.zone, _given(defaults), findings)
+        document, old = translation.document, translation.settings
+    else:
+        findings.unknown_keys("the clusters file", document, _FILE_KEYS)
+    zones = {}
+    for zone, entry in _zone_entries(document, findings):
+        if not is_old:
+            findings.unknown_keys(f"zone {zone}", entry, ZONE_KEYS)
+            if "password" in entry:
+                findings.problems.append(
+                    f"zone {zone}: password: not accepted in this file; write it to a file of its own and set"
+                    " passwordFile"
+                )
+        zones[zone] = _zone_settings(Reader(f"zone {zone}", entry, findings), defaults.management)
+    findings.problems += _shared_servers(zones)
+    reader = Reader("the clusters file", document, findings)
+    topology_key, zone_policy = reader.text("topologyKey") or None, reader.text("zoneSelectionPolicy") or None
+    if findings.problems:
+        raise InvalidDocument(findings.problems)
+    return ClustersFile(zones, topology_key, zone_policy, old, tuple(dict.fromkeys(findings.warnings)))
+
+
+def _given(defaults: ClusterDefaults) -> frozenset[str]:
+    """Return the keys of a zone that the command line sets."""
+    own = defaults.management
+    is_given = {
+        "user": own.has_user,
+        "password": own.password_file is not None,
+        "clientCertificateFile": own.client_certificate is not None,
+        "tlsVerify": defaults.tls_is_decided,
+    }
+    return frozenset(key for key, given in is_given.items() if given)
+
+
+def _zone_entries(document: Entry, findings: Findings) -> Iterator[tuple[str, Entry]]:
+    """Yield the valid entries under `zones`."""
+    zones = document.get("zones")
+    if not isinstance(zones, dict) or not zones:
+        findings.problems.append("zones: expected at least one zone, got none")
+        return
+    for zone, entry in zones.items():
+        if not isinstance(zone, str) or not is_zone_name(zone):
+            findings.problems.append(
+                f"zone name: expected at most 63 letters, digits, '-', '_' and '.', got {shown(zone)}"
+            )
+        elif not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+            findings.problems.append(f"zone {zone}: expected a mapping of keys to values")
+        else:
+            yield zone, entry
+
+
+def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
+    """Yield a problem for each server in two zones: each volume of that cluster would exist twice."""
+    owners: dict[str, str] = {}
+    for zone, settings in zones.items():
+        for server in settings.servers:
+            owner = owners.setdefault(server.rstrip("/").lower(), zone)
+            if owner != zone:
+                yield f"zone {zone}: server {server} is in zone {owner} too; describe each cluster as one zone"
+
+
+def _zone_settings(reader: Reader, own: ManagementSettings) -> ManagementSettings:
+    """Return the settings of one zone, with the command line's where it is silent."""
+    tls_verify, allow_incompatible = reader.boolean("tlsVerify"), reader.boolean("allowIncompatibleVersions")
+    settings = replace(
+        _with_login(reader, own),
+        servers=_servers(reader),
+        ca_file=reader.path("caFile") or own.ca_file,
+        tls_verify=own.tls_verify if tls_verify is None else tls_verify,
+        request_timeout_s=reader.number("requestTimeout") or own.request_timeout_s,
+        max_requests_in_flight=int(reader.number("maxRequestsInFlight") or own.max_requests_in_flight),
+        allow_incompatible_versions=(
+            own.allow_incompatible_versions if allow_incompatible is None else allow_incompatible
+        ),
+    )
+    reader.findings.problems += [f"{reader.what}: {problem}" for problem in settings.problems()]
+    return settings
+
+
+def _with_login(reader: Reader, own: ManagementSettings) -> ManagementSettings:
+    """Return settings with the zone's user or certificate; with the command line's where the zone has neither."""
+    user, user_file = reader.text("user"), reader.path("userFile")
+    password, password_file = reader.text("password"), reader.path("passwordFile")
+    certificate, key = reader.path("clientCertificateFile"), reader.path("clientKeyFile")
+    if user or user_file or password or password_file:
+        own = replace(
+            own,
+            username="" if user_file else user or own.username,
+            username_file=user_file if user_file or user else own.username_file,
+            password="" if password_file else password,
+            password_file=password_file if password_file or password else own.password_file,
+        )
+    elif certificate:
+        own = replace(own, username="", username_file=None, password="", password_file=None)
+    if certificate or key:
+        own = replace(own, client_certificate=certificate, client_key=key)
+    return own
+
+
+def _servers(reader: Reader) -> tuple[str, ...]:
+    value = reader.entry.get("servers")
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        if value is not None:
+            reader.findings.problems.append(
+                f"{reader.what}: servers: expected a list of addresses, or one text with commas between them"
+            )
+        return ()
+    protocol = reader.text("protocol").strip().lower() or "https"
+    if protocol not in ("http", "https"):
+        reader.findings.problems.append(f"{reader.what}: protocol: expected https or http, got {shown(protocol)}")
+        protocol = "https"
+    return tuple(server_url(word.strip(), protocol) for word in words if word.strip())
+
+
+_HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HAS_PORT = re.compile(r"(\[[^\]]*\]|[^\[\]:]*):[0-9]+")
+
+
+def server_url(address: str, protocol: str) -> str:
+    """Return the URL of a server that is written as URL, HOST:PORT or HOST."""
+    if _HAS_SCHEME.match(address):
+        return address.rstrip("/")
+    if address.count(":") > 1 and not address.startswith("["):
+        address = f"[{address}]"
+    return f"{protocol}://{address}" if _HAS_PORT.fullmatch(address) else f"{protocol}://{address}:{_DEFAULT_PORT}"
+
+
+# --- hosts and nodes, which a node reads to find its zone ------------------------------------------------------------
+
+
+def read_cluster_names(clusters_file: Path | None, nodes_file: Path | None) -> ClusterNames:
+    """Read hosts and nodes of each zone, never a credential; `nodes_file` may be absent. Raises `InvalidDocument`."""
+    described = names_in(read_source(clusters_file)) if clusters_file is not None else ClusterNames()
+    if nodes_file is None or not nodes_file.exists():
+        return described
+    noted = names_in(read_source(nodes_file))
+    return ClusterNames(
+        {**noted.servers, **described.servers}, {**noted.nodes, **described.nodes}, described.topology_key
+    )
+
+
+def names_in(source: Source) -> ClusterNames:
+    """Return the hosts and nodes in a clusters file of any form, complete or not. Raises `InvalidDocument`."""
+    document = compat.names_document(decode_mapping(source, "the clusters file") if isinstance(source, str) else source)
+    zones, key = document["zones"], document["topologyKey"]
+    if not isinstance(zones, Mapping):
+        raise InvalidDocument(["clusters file: expected at least one zone under `zones`, got none"])
+    servers: dict[str, Sequence[str]] = {}
+    nodes: dict[str, Sequence[str]] = {}
+    for zone, entry in zones.items():
+        if not isinstance(entry, Mapping):
+            raise InvalidDocument([f"zone {zone}: expected a mapping of keys to values"])
+        if (addresses := entry.get("servers")) is not None:
+            servers[str(zone)] = tuple(_hosts(addresses))
+        if isinstance(listed := entry.get("nodes"), list):
+            nodes[str(zone)] = tuple(map(str, listed))
+    return ClusterNames(servers, nodes, key if isinstance(key, str) else None)
+
+
+def _hosts(servers: object) -> Iterator[str]:
+    words = servers.split(",") if isinstance(servers, str) else servers if isinstance(servers, list) else []
+    for word in words:
+        try:
+            host = urlsplit(server_url(str(word).strip(), "https")).hostname
+        except ValueError:
+            continue
+        if host:
+            yield host

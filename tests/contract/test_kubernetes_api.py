@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from csi_driver.kubernetes.api import ApiFailed, ApiServer, TaintsChanged
-from csi_driver.kubernetes.objects import Node, attachment_name
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, Node, TaintsChanged, attachment_name
 from csi_driver.settings import ApiSettings
 from tests.contract.pki import Authority, Pair
 from tests.contract.small_api_server import Api, Cluster, served

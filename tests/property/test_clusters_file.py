@@ -8,8 +8,8 @@ import json
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.management.cluster_names import names_in
-from csi_driver.management.clusters_file import ClustersFileUnusable, Source, understand
+from csi_driver.management.clusters import names_in, parse_clusters
+from csi_driver.yaml_document import InvalidDocument, Source
 from tests.unit.management.test_clusters_file import CONFIG_MAP, NOTHING, TOPOLOGY, USER
 
 SECRET = "hush-a"
@@ -34,11 +34,11 @@ def said(source: Source) -> str:
     shown = []
     for defaults in (NOTHING, USER):
         try:
-            file = understand(source, defaults)
+            file = parse_clusters(source, defaults)
             shown.append(f"{file!r} {file.warnings}")
-        except ClustersFileUnusable as unusable:
+        except InvalidDocument as unusable:
             shown.append(f"{unusable} {unusable!r}")
-    with contextlib.suppress(ClustersFileUnusable):
+    with contextlib.suppress(InvalidDocument):
         shown.append(repr(names_in(source)))
     return " ".join(shown)
 

@@ -7,8 +7,8 @@ import tomllib
 
 import pytest
 
-from csi_driver.management import old_clusters
-from csi_driver.management.clusters_file import ZONE_KEYS, Defaults, understand
+from csi_driver.compat import clusters as old_clusters
+from csi_driver.management.clusters import ZONE_KEYS, ClusterDefaults, parse_clusters
 from csi_driver.management.settings import ManagementSettings
 from tests.documents import NAMES, ROOT, anchors, fenced, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
@@ -77,12 +77,14 @@ def test_every_known_fault_of_the_older_drivers_has_its_tests() -> None:
 @pytest.mark.parametrize(("language", "zones"), [("yaml", ["single-zone-cluster", "west"]), ("json", ["a", "b"])])
 def test_the_examples_of_clusters_are_taken_as_they_stand(language: str, zones: list[str]) -> None:
     (example,) = fenced(text_of("clusters.md"), language)
-    described = understand(example, Defaults(ManagementSettings(()), "single-zone-cluster"))
+    described = parse_clusters(example, ClusterDefaults(ManagementSettings(()), "single-zone-cluster"))
     assert list(described.zones) == zones
 
 
 @pytest.mark.parametrize(
-    "keys", [ZONE_KEYS, old_clusters._CONFIG_MAP, old_clusters._API_PARAMS], ids=["zone", "ConfigMap", "apiParams"]
+    "keys",
+    [ZONE_KEYS, old_clusters.CONFIG_MAP_KEYS, old_clusters.API_PARAMS_KEYS],
+    ids=["zone", "ConfigMap", "apiParams"],
 )
 def test_every_key_that_describes_clusters_is_explained(keys: tuple[str, ...]) -> None:
     explained = set(re.findall(r"`([\w.]+)`", text_of("clusters.md")))

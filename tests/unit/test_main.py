@@ -347,8 +347,8 @@ def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
     assert not loaded & {
-        "csi_driver.embedded.server", "csi_driver.management.client", "csi_driver.management.clusters",
-        "csi_driver.management.session", "csi_driver.controller.publish",
+        "csi_driver.embedded.server", "csi_driver.management.client", "csi_driver.management.transport",
+        "csi_driver.controller.publish",
     }  # fmt: skip
     assert "csi_driver.node.stage" in loaded
 

@@ -9,7 +9,8 @@ import pytest
 from csi_driver.config.commands import parse
 from csi_driver.config.flags import UsageError
 from csi_driver.config.made import Command, ControllerCommand, NodeCommand, StorageCommand
-from csi_driver.management.clusters_file import read_source, understand
+from csi_driver.management.clusters import parse_clusters
+from csi_driver.yaml_document import read_source
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Rendered, helm, render
 from tests.unit.chart.variants import VARIANTS, ZONES, Variant
 
@@ -45,7 +46,7 @@ def test_zones_reach_the_program_with_their_files_where_secrets_are_mounted(tmp_
     command = parsed(rendered, "controller/driver", tmp_path)
     assert isinstance(command, ControllerCommand)
     assert command.clusters is not None
-    zones = understand(read_source(command.clusters.path), command.clusters.defaults).zones
+    zones = parse_clusters(read_source(command.clusters.path), command.clusters.defaults).zones
     assert sorted(zones) == ["east", "north", "west_2"]
     east, west, north = zones["east"], zones["west_2"], zones["north"]
     assert east.servers == ("https://e1:4000", "https://e2:4000")

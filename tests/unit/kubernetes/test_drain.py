@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
-from csi_driver.kubernetes.api import ApiFailed
-from csi_driver.kubernetes.drain import PreStop
-from csi_driver.kubernetes.objects import Node, attachment_name
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, Node, attachment_name
+from csi_driver.kubernetes.node_object import PreStop
+from csi_driver.settings import ApiSettings
 from tests.fakes.host import FakeClock
 
 DRIVER, TIME_S = "driver", 100.0
 
 
 @dataclass
-class FakeCluster:
+class FakeCluster(ApiServer):
     """A node and its VolumeAttachments. `..._status`: HTTP status of what is refused; None = it answers."""
 
+    settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     handles: set[str] = field(default_factory=set)
     attachments: set[str] = field(default_factory=set)
     is_cordoned: bool = True
@@ -49,7 +51,7 @@ class Stop:
     """A pre-stop over fakes. `events`: what happens at which second."""
 
     def __init__(self) -> None:
-        self.cluster = FakeCluster({"a", "b"}, {"a", "b"})
+        self.cluster = FakeCluster(handles={"a", "b"}, attachments={"a", "b"})
         self.mounted = {"a"}
         self.clock = FakeClock()
         self.events: dict[float, Callable[[], None]] = {}

@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from csi_driver.background import Backoff, SelfPaced
 from csi_driver.errors import StorageUnavailable
-from csi_driver.kubernetes import label
-from csi_driver.kubernetes.label import LABEL, PATIENCE, READY, ClientLabel
+from csi_driver.kubernetes import node_object
+from csi_driver.kubernetes.api import ApiServer
+from csi_driver.kubernetes.node_object import LABEL, READY, UNUSABLE_CHECKS, ClientLabel
+from csi_driver.settings import ApiSettings
 from tests.fakes.host import FakeClock
 
 
 @dataclass
-class FakeNodes:
+class FakeNodes(ApiServer):
     """The labels of one node, and every change that was asked for."""
 
+    settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     labels: dict[str, str] = field(default_factory=dict)
     asked: list[str | None] = field(default_factory=list)
     is_down: bool = False
@@ -41,7 +45,7 @@ class Kept:
     """A label that is kept over fakes; `pass_time` lets it be tended as its thread would."""
 
     def __init__(self) -> None:
-        self.nodes = FakeNodes({"other": "label"})
+        self.nodes = FakeNodes(labels={"other": "label"})
         self.clock = FakeClock()
         self.reason = ""
         self.keeper = self.restarted()
@@ -80,7 +84,7 @@ def test_an_unusable_client_is_told_at_the_start(kept: Kept) -> None:
 def test_a_client_that_goes_loses_its_label_and_gets_it_back(kept: Kept) -> None:
     kept.look()
     kept.reason = "it does not run"
-    kept.look(PATIENCE)
+    kept.look(UNUSABLE_CHECKS)
     assert kept.value is None
     kept.reason = ""
     kept.look()
@@ -92,7 +96,7 @@ def test_a_client_that_is_upgraded_under_its_volumes_keeps_its_label(kept: Kept)
     kept.look()
     for _ in range(5):
         kept.reason = "it is being upgraded"
-        kept.look(PATIENCE - 1)
+        kept.look(UNUSABLE_CHECKS - 1)
         assert kept.value == READY
         kept.reason = ""
         kept.look()
@@ -102,7 +106,7 @@ def test_a_client_that_is_upgraded_under_its_volumes_keeps_its_label(kept: Kept)
 def test_a_label_that_somebody_took_away_comes_back(kept: Kept) -> None:
     kept.look()
     del kept.nodes.labels[LABEL]
-    kept.look(int(label.ASSERT_S / label.LOOK_S) + 1)
+    kept.look(int(node_object.REAPPLY_S / node_object.LABEL_INTERVAL_S) + 1)
     assert (kept.value, len(kept.nodes.asked)) == (READY, 2)
 
 
@@ -115,7 +119,7 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(kept: Kept) -> 
     kept.look()
     assert kept.value == READY
     kept.nodes.is_down, kept.reason = True, "it does not run"
-    kept.look(PATIENCE - 1)
+    kept.look(UNUSABLE_CHECKS - 1)
     assert kept.keeper.tend() == 1.0
 
 
@@ -129,13 +133,13 @@ def test_a_thousand_nodes_do_not_come_back_at_once() -> None:
 def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kept: Kept) -> None:
     kept.look()
     kept.nodes.is_down, kept.reason = True, "it does not run"
-    kept.look(PATIENCE + 2)
+    kept.look(UNUSABLE_CHECKS + 2)
     kept.reason, kept.nodes.is_down = "", False
     kept.look(50)
     assert kept.value == READY
 
 
 def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
-    with SelfPaced("node-label", kept.keeper.tend, label.LOOK_S):
+    with SelfPaced("node-label", kept.keeper.tend, node_object.LABEL_INTERVAL_S):
         assert kept.nodes.was_asked.wait(120)
     assert kept.value == READY

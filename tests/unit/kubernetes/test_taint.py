@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from csi_driver.errors import StorageUnavailable
-from csi_driver.kubernetes.api import TaintsChanged
-from csi_driver.kubernetes.objects import Node
-from csi_driver.kubernetes.taint import LOOK_S, WAIT_S, StartupTaint
+from csi_driver.kubernetes.api import ApiServer, Node, TaintsChanged
+from csi_driver.kubernetes.node_object import STARTING_INTERVAL_S, TAINT_INTERVAL_S, StartupTaint
+from csi_driver.settings import ApiSettings
 from tests.fakes.host import FakeClock
 
 KEY = "driver/agent-not-ready"
@@ -19,9 +20,10 @@ OTHER: Mapping[str, object] = {"key": "other", "effect": "NoSchedule", "timeAdde
 
 
 @dataclass
-class FakeNodes:
+class FakeNodes(ApiServer):
     """One node with its taints. `between` is done between its reading and its change, once."""
 
+    settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     taints: list[Mapping[str, object]] = field(default_factory=lambda: [STARTUP, OTHER])
     is_registered: bool = True
     is_down: bool = False
@@ -78,7 +80,7 @@ def test_the_taint_goes_once_the_driver_is_registered_and_the_others_stay(tended
     tended.tend_for(30)
     assert tended.nodes.taints == [STARTUP, OTHER]
     tended.nodes.is_registered = True
-    tended.tend_for(WAIT_S)
+    tended.tend_for(STARTING_INTERVAL_S)
     assert tended.nodes.taints == [OTHER]
 
 
@@ -87,7 +89,7 @@ def test_the_taint_stays_while_the_driver_cannot_serve_and_the_api_server_is_lef
     tended.tend_for(300)
     assert (tended.nodes.taints, tended.nodes.asked) == ([STARTUP, OTHER], [])
     tended.reason = ""
-    tended.tend_for(WAIT_S)
+    tended.tend_for(STARTING_INTERVAL_S)
     assert tended.nodes.taints == [OTHER]
 
 
@@ -101,7 +103,7 @@ def test_whatever_its_effect_it_goes(tended: Tended, effect: str) -> None:
 def test_a_taint_that_comes_back_goes_again(tended: Tended) -> None:
     tended.tend_for(1000)
     tended.nodes.taints = [STARTUP]
-    tended.tend_for(LOOK_S)
+    tended.tend_for(TAINT_INTERVAL_S)
     assert tended.nodes.taints == []
 
 
@@ -130,7 +132,7 @@ def test_a_node_without_the_taint_costs_one_question_a_minute(tended: Tended) ->
 
 def test_a_node_that_is_not_known_yet_is_looked_for_again(tended: Tended) -> None:
     tended.nodes.is_there = False
-    tended.tend_for(LOOK_S)
+    tended.tend_for(TAINT_INTERVAL_S)
     tended.nodes.is_there = True
-    tended.tend_for(LOOK_S)
+    tended.tend_for(TAINT_INTERVAL_S)
     assert tended.nodes.taints == [OTHER]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.management.cluster_names import names_in, read_cluster_names
-from csi_driver.management.clusters_file import ClustersFileUnusable, Source
+from csi_driver.management.clusters import names_in, read_cluster_names
 from csi_driver.model import ClusterNames
+from csi_driver.yaml_document import InvalidDocument, Source
 from tests.unit.management.test_clusters_file import CONFIG_MAP, OWN, TOPOLOGY
 
 
@@ -38,7 +38,7 @@ def test_hosts_and_nodes_are_found_in_every_form(source: Source, names: ClusterN
 
 @pytest.mark.parametrize("source", ["zones: 5", "a: 5", "[]", '{"a": "hush"}'])
 def test_what_makes_no_sense_is_refused_without_its_values(source: str) -> None:
-    with pytest.raises(ClustersFileUnusable) as caught:
+    with pytest.raises(InvalidDocument) as caught:
         names_in(source)
     assert "hush" not in str(caught.value)
 

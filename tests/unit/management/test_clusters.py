@@ -10,12 +10,12 @@ import pytest
 
 from csi_driver.errors import InvalidRequest
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.clusters import FileClusters
-from csi_driver.management.clusters_file import ClustersFileUnusable, Defaults
+from csi_driver.management.clusters import ClusterDefaults, FileClusters
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.yaml_document import InvalidDocument
 from tests.fakes.management import FakeClock
 
-DEFAULTS = Defaults(ManagementSettings((), username="u", password_file=Path("/p")), "single-zone-cluster")
+DEFAULTS = ClusterDefaults(ManagementSettings((), username="u", password_file=Path("/p")), "single-zone-cluster")
 TWO = "zones: {a: {servers: m1}, b: {servers: m2}}"
 
 
@@ -36,7 +36,7 @@ class Described:
         self.path = directory / "clusters.yaml"
         self.path.write_text(text)
         self.clock = FakeClock()
-        self.clusters = FileClusters(self.path, DEFAULTS, clock=self.clock, connect=Client)
+        self.clusters = FileClusters(self.path, DEFAULTS, Client, clock=self.clock)
 
     def write(self, text: str, *, later_s: float = 2.0) -> None:
         self.path.write_text(text)
@@ -56,7 +56,7 @@ def test_each_zone_has_a_management_and_no_other_has_one(tmp_path: Path) -> None
 
 
 def test_a_file_that_cannot_be_used_is_no_start(tmp_path: Path) -> None:
-    with pytest.raises(ClustersFileUnusable):
+    with pytest.raises(InvalidDocument):
         Described(tmp_path, "zones: {}")
 
 
@@ -121,7 +121,7 @@ def test_a_config_map_that_is_exchanged_by_its_link_is_seen(tmp_path: Path) -> N
     clock = FakeClock()
     for key in ("management.servers", "management.protocol"):
         (tmp_path / key).symlink_to(f"..data/{key}")
-    clusters = FileClusters(tmp_path, DEFAULTS, clock=clock)
+    clusters = FileClusters(tmp_path, DEFAULTS, ManagementClient, clock=clock)
     before = clusters.management("single-zone-cluster")
     version("..2", "m2")
     clock.sleep(2)

@@ -9,18 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.management.clusters_file import (
-    ClustersFile,
-    ClustersFileUnusable,
-    Defaults,
-    read_source,
-    server_url,
-    understand,
-)
+from csi_driver.management.clusters import ClusterDefaults, ClustersFile, parse_clusters, server_url
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.yaml_document import InvalidDocument, read_source
 
-NOTHING = Defaults(ManagementSettings(()), "single-zone-cluster")
-USER = Defaults(
+NOTHING = ClusterDefaults(ManagementSettings(()), "single-zone-cluster")
+USER = ClusterDefaults(
     ManagementSettings((), username="admin@nvidia.com", password_file=Path("/secret/password")),
     "single-zone-cluster",
     tls_is_decided=True,
@@ -76,9 +70,9 @@ CONFIG_MAP = {
 }
 
 
-def problems(source: str | Mapping[str, str], defaults: Defaults = NOTHING) -> list[str]:
-    with pytest.raises(ClustersFileUnusable) as caught:
-        understand(source, defaults)
+def problems(source: str | Mapping[str, str], defaults: ClusterDefaults = NOTHING) -> list[str]:
+    with pytest.raises(InvalidDocument) as caught:
+        parse_clusters(source, defaults)
     return list(caught.value.problems)
 
 
@@ -91,7 +85,7 @@ def one(file: ClustersFile) -> ManagementSettings:
 
 
 def test_each_zone_has_its_servers_and_credentials() -> None:
-    file = understand(OWN, NOTHING)
+    file = parse_clusters(OWN, NOTHING)
     assert list(file.zones) == ["east", "west"]
     assert (file.topology_key, file.zone_policy) == ("example.com/cluster", "round-robin")
     east, west = file.zones.values()
@@ -105,22 +99,22 @@ def test_each_zone_has_its_servers_and_credentials() -> None:
 
 def test_json_says_the_same_as_yaml() -> None:
     text = json.dumps({"zones": {"a": {"servers": ["https://m:4000"]}}}, indent="\t")
-    assert understand(text, USER) == understand("zones: {a: {servers: ['https://m:4000']}}", USER)
+    assert parse_clusters(text, USER) == parse_clusters("zones: {a: {servers: ['https://m:4000']}}", USER)
 
 
 def test_what_a_zone_does_not_say_the_command_line_does() -> None:
     defaults = replace(USER, management=replace(USER.management, ca_file=Path("/ca.pem"), request_timeout_s=3))
-    settings = one(understand("zones: {a: {servers: m}}", defaults))
+    settings = one(parse_clusters("zones: {a: {servers: m}}", defaults))
     assert settings == replace(defaults.management, servers=("https://m:4000",))
 
 
 def test_a_zone_with_a_certificate_takes_no_user_from_the_command_line() -> None:
-    settings = one(understand("zones: {a: {servers: m, clientCertificateFile: /tls.crt}}", USER))
+    settings = one(parse_clusters("zones: {a: {servers: m, clientCertificateFile: /tls.crt}}", USER))
     assert (settings.username, settings.password_file, settings.client_certificate) == ("", None, Path("/tls.crt"))
 
 
 def test_a_zone_with_a_user_of_its_own_takes_the_other_file_from_the_command_line() -> None:
-    settings = one(understand("zones: {a: {servers: m, userFile: /u}}", USER))
+    settings = one(parse_clusters("zones: {a: {servers: m, userFile: /u}}", USER))
     assert (settings.username, settings.username_file, settings.password_file) == (
         "", Path("/u"), Path("/secret/password")
     )  # fmt: skip
@@ -189,7 +183,7 @@ def test_servers_may_be_written_short(address: str, url: str) -> None:
 
 
 def test_the_old_topology_is_taken_as_it_is() -> None:
-    file = understand(json.dumps(TOPOLOGY), NOTHING)
+    file = parse_clusters(json.dumps(TOPOLOGY), NOTHING)
     a, b = file.zones["a"], file.zones["b"]
     assert (a.servers, a.username, a.password) == (("https://a1:4000", "https://a2:4000"), "admin", "hush-a")
     assert (b.servers, b.username, b.password) == (("http://b1:4000",), "csi", "hush-b")
@@ -198,11 +192,11 @@ def test_the_old_topology_is_taken_as_it_is() -> None:
 
 
 def test_a_password_shows_in_nothing_that_is_printed() -> None:
-    assert "hush" not in repr(understand(json.dumps(TOPOLOGY), NOTHING))
+    assert "hush" not in repr(parse_clusters(json.dumps(TOPOLOGY), NOTHING))
 
 
 def test_the_old_config_map_is_taken_as_it_is() -> None:
-    file = understand(CONFIG_MAP, replace(USER, tls_is_decided=False))
+    file = parse_clusters(CONFIG_MAP, replace(USER, tls_is_decided=False))
     settings = file.zones["single-zone-cluster"]
     assert settings.servers == ("https://m1:4000", "https://m2:4000")
     assert (settings.tls_verify, settings.request_timeout_s, settings.allow_incompatible_versions) == (True, 20, True)
@@ -219,13 +213,13 @@ def test_the_old_config_map_is_taken_as_it_is() -> None:
 
 
 def test_the_topology_inside_the_config_map_counts_before_its_servers() -> None:
-    file = understand({**CONFIG_MAP, "topology": json.dumps(TOPOLOGY)}, NOTHING)
+    file = parse_clusters({**CONFIG_MAP, "topology": json.dumps(TOPOLOGY)}, NOTHING)
     assert list(file.zones) == ["a", "b"]
     assert file.zones["b"].request_timeout_s == 20
 
 
 def test_the_config_map_may_be_one_file() -> None:
-    assert understand(json.dumps(CONFIG_MAP), USER) == understand(CONFIG_MAP, USER)
+    assert parse_clusters(json.dumps(CONFIG_MAP), USER) == parse_clusters(CONFIG_MAP, USER)
 
 
 def test_the_api_parameters_of_the_last_older_driver_are_taken() -> None:
@@ -236,21 +230,21 @@ def test_the_api_parameters_of_the_last_older_driver_are_taken() -> None:
         "password": "hush",
         "tlsVerify": False,
     }
-    settings = one(understand(json.dumps({"apiParams": params}), NOTHING))
+    settings = one(parse_clusters(json.dumps({"apiParams": params}), NOTHING))
     assert settings.servers == ("https://m1:4000", "https://m2:4000")
     assert (settings.username, settings.password, settings.tls_verify) == ("csi@nvidia.com", "hush", False)
 
 
 def test_preempting_of_old_is_told_to_do_something_now() -> None:
-    assert "usePreempt takes volumes" in " ".join(understand({**CONFIG_MAP, "usePreempt": "True"}, USER).warnings)
+    assert "usePreempt takes volumes" in " ".join(parse_clusters({**CONFIG_MAP, "usePreempt": "True"}, USER).warnings)
 
 
 def test_an_old_configuration_without_word_on_certificates_stops() -> None:
     old = {key: value for key, value in CONFIG_MAP.items() if key != "tlsVerify"}
     assert "tlsVerify: expected true or false" in "; ".join(problems(old, replace(USER, tls_is_decided=False)))
-    assert understand(old, USER).zones
+    assert parse_clusters(old, USER).zones
     plain = {**old, "management.protocol": "http"}
-    assert understand(plain, replace(USER, tls_is_decided=False)).zones
+    assert parse_clusters(plain, replace(USER, tls_is_decided=False)).zones
 
 
 def test_an_old_configuration_without_credentials_stops() -> None:
@@ -293,20 +287,20 @@ def test_a_mounted_config_map_is_read_as_one_version(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ClustersFileUnusable, match=r"absent cannot be read: No such file"):
+    with pytest.raises(InvalidDocument, match=r"absent cannot be read: No such file"):
         read_source(tmp_path / "absent")
     (tmp_path / "binary").write_bytes(b"\xff")
-    with pytest.raises(ClustersFileUnusable, match="expected UTF-8"):
+    with pytest.raises(InvalidDocument, match="expected UTF-8"):
         read_source(tmp_path / "binary")
 
 
 @pytest.mark.parametrize("server", ["https://m1:4000", "M1", "https://m1:4000/"])
 def test_one_cluster_is_not_two_zones(server: str) -> None:
     zones = {"a": {"servers": ["m1:4000"]}, "b": {"servers": ["m2", server]}}
-    with pytest.raises(ClustersFileUnusable, match="zone a too; describe each cluster as one zone"):
-        understand(json.dumps({"zones": zones}), USER)
+    with pytest.raises(InvalidDocument, match="zone a too; describe each cluster as one zone"):
+        parse_clusters(json.dumps({"zones": zones}), USER)
     old = {
         zone: {"management": {"servers": "m1:4000", "user": "csi", "password": "x", "tlsVerify": True}} for zone in "ab"
     }
-    with pytest.raises(ClustersFileUnusable, match="zone a too; describe each cluster as one zone"):
-        understand(json.dumps({"zones": old}), NOTHING)
+    with pytest.raises(InvalidDocument, match="zone a too; describe each cluster as one zone"):
+        parse_clusters(json.dumps({"zones": old}), NOTHING)

@@ -31,7 +31,7 @@ class Step(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class ConnectionCheck:
     """How far it went. `failed` is None where all went well; else `reason` says why not.
 
     `valid_until_s` and `date_s` are seconds since the epoch, None where nothing tells them. `is_expired`: its
@@ -46,15 +46,15 @@ class Survey:
     date_s: float | None = None
 
 
-def survey(server: str, settings: ManagementSettings, *, timeout_s: float) -> Survey:
+def check_connection(server: str, settings: ManagementSettings, *, timeout_s: float) -> ConnectionCheck:
     """Go as far as it goes; each step may take `timeout_s`. Changes nothing there."""
     url = urlsplit(server)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        return Survey(failed=Step.NAME, reason=_why(error))
-    seen = Survey(addresses=tuple(dict.fromkeys(str(each[4][0]) for each in found)))
+        return ConnectionCheck(failed=Step.NAME, reason=_why(error))
+    seen = ConnectionCheck(addresses=tuple(dict.fromkeys(str(each[4][0]) for each in found)))
     try:
         connection = socket.create_connection((host, port), timeout=timeout_s)
     except OSError as error:
@@ -65,7 +65,9 @@ def survey(server: str, settings: ManagementSettings, *, timeout_s: float) -> Su
         return _secured(seen, connection, host, settings)
 
 
-def _secured(seen: Survey, connection: socket.socket, host: str, settings: ManagementSettings) -> Survey:
+def _secured(
+    seen: ConnectionCheck, connection: socket.socket, host: str, settings: ManagementSettings
+) -> ConnectionCheck:
     try:
         terms = tls.context(settings)
     except tls.BadCertificateFile as error:
@@ -111,7 +113,7 @@ def _read_unverified(secured: ssl.SSLSocket, host: str) -> dict[str, object] | N
         return None
 
 
-def _asked(seen: Survey, connection: socket.socket, host: str) -> Survey:
+def _asked(seen: ConnectionCheck, connection: socket.socket, host: str) -> ConnectionCheck:
     """Ask for anything at all: whatever the answer is, it carries the server's time."""
     request = f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nConnection: close\r\n\r\n"
     try:

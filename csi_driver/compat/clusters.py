@@ -1,0 +1,245 @@
+"""Translate the cluster configuration of the drivers 1.4 and 1.9 into the form of the clusters file.
+
+Three forms: the `topology` JSON of 1.4, with several clusters; the ConfigMap of 1.4 and 1.9, mounted as a directory
+with one file for each key, or its keys in one file; and `apiParams` of 1.9.
+
+The older drivers never verified a certificate and had an account built in. The configuration must state both now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from csi_driver.errors import shown
+from csi_driver.model import DEFAULT_ZONE
+from csi_driver.yaml_document import Entry, Findings, InvalidDocument, Reader, Source, decode_mapping
+
+_WITHOUT_EFFECT: Mapping[str, str] = {
+    "grpcMaxWorkers": "threads are started as needed",
+    "zoneMaxDisabledTimeInSeconds": "failed servers are probed, and the next request tries a failed zone again",
+    "printStackTraces": "bugs are logged with their traceback, expected failures without",
+    "sdkLogLevel": "there is one log level",
+    "kubeClientLogLevel": "there is one log level",
+    "topologyConfigMapName": "nodes detect their zone",
+    "csiConfigMapName": "the file is watched where it is mounted",
+    "ws_port": "no websocket is used",
+    "nodes": "nodes detect their zone",
+}
+_RENAMED = {
+    "managementServers": "servers",
+    "managementProtocol": "protocol",
+    "username": "user",
+    "management.servers": "servers",
+    "management.protocol": "protocol",
+    "sdkHttpRequestTimeout": "requestTimeout",
+}
+_SAME_KEYS = (
+    "servers", "protocol", "user", "userFile", "password", "passwordFile", "caFile", "tlsVerify",
+    "clientCertificateFile", "clientKeyFile", "requestTimeout", "maxRequestsInFlight", "allowIncompatibleVersions",
+)  # fmt: skip
+"""Keys of a zone of the clusters file (and `password`), which the older forms accept as well."""
+_MANAGEMENT_KEYS = ("username", "ws_port", *_SAME_KEYS)
+_TOPOLOGY_KEYS = ("type", "topologyKey", "zoneSelectionPolicy", "zones")
+_CONTROLLER_KEYS = ("attachIOEnabledTimeout", "detachTimeout", "forceDetach", "usePreempt", "logLevel")
+API_PARAMS_KEYS = ("managementServers", "managementProtocol", "username", *_SAME_KEYS)
+CONFIG_MAP_KEYS = (
+    "management.servers", "management.protocol", "topology", "sdkHttpRequestTimeout", "tlsVerify",
+    "allowIncompatibleVersions", "apiParams", *_CONTROLLER_KEYS, *_WITHOUT_EFFECT,
+    *(key for key in _SAME_KEYS if key not in ("servers", "protocol")), "username",
+)  # fmt: skip
+_LOG_LEVELS = {
+    "DEBUG": "debug", "INFO": "info", "WARN": "warning", "WARNING": "warning", "ERROR": "error", "CRITICAL": "error",
+    "FATAL": "error",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class OldSettings:
+    """Settings of the controller in a ConfigMap; None = absent."""
+
+    attach_wait_s: float | None = None
+    detach_wait_s: float | None = None
+    force_detach: bool | None = None
+    use_preempt: bool | None = None
+    log_level: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A configuration in the form of the clusters file; a zone may hold a `password` besides."""
+
+    document: Entry
+    settings: OldSettings = field(default_factory=OldSettings)
+
+
+def is_old(document: Entry) -> bool:
+    """Tell whether a file has one of the older forms."""
+    zones = document.get("zones")
+    entries = zones.values() if isinstance(zones, dict) else ()
+    return (
+        document.get("type") is not None
+        or any(key in document for key in ("apiParams", "topology", "management.servers"))
+        or any(isinstance(entry, dict) and "management" in entry for entry in entries)
+    )
+
+
+def translate(source: Source, document: Entry, zone: str, given: frozenset[str], findings: Findings) -> Translation:
+    """Translate `document`, decoded from `source`.
+
+    `zone` is the name of the only cluster where the configuration names none. `given` has the keys of a zone that the
+    command line sets (of `user`, `password`, `tlsVerify`, `clientCertificateFile`).
+    """
+    if isinstance(source, str) and "zones" in document:
+        return Translation(_topology(document, {}, given, findings))
+    return _config_map(document, zone, given, findings)
+
+
+def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findings) -> Translation:
+    what = "the ConfigMap"
+    values = {
+        key: value.strip() if isinstance(value, str) else value
+        for key, value in files.items()
+        if value not in ("", None)
+    }
+    findings.unknown_keys(what, values, CONFIG_MAP_KEYS)
+    _warn_without_effect(what, values, findings)
+    settings = _controller_settings(Reader(what, values, findings))
+    shared = {key: value for key, value in values.items() if key in _SAME_KEYS or key in _RENAMED}
+    if (topology := _mapping(values, "topology", findings)) is not None:
+        shared = {key: value for key, value in shared.items() if not key.startswith("management.")}
+        return Translation(_topology(topology, shared, given, findings), settings)
+    if (params := _mapping(values, "apiParams", findings)) is not None:
+        findings.unknown_keys("apiParams", params, API_PARAMS_KEYS)
+        shared |= params
+    elif "management.servers" not in values:
+        findings.problems.append("management.servers: expected HOST:PORT of each management server, got none")
+    return Translation({"zones": {zone: _zone(zone, shared, given, findings)}}, settings)
+
+
+def _topology(document: Entry, shared: Entry, given: frozenset[str], findings: Findings) -> Entry:
+    """Translate the topology; `shared`: keys of the ConfigMap that hold for every zone."""
+    findings.unknown_keys("topology", document, _TOPOLOGY_KEYS)
+    zones = document.get("zones")
+    translated: dict[object, object] = {}
+    for zone, entry in zones.items() if isinstance(zones, dict) else ():
+        if not isinstance(entry, dict):
+            translated[zone] = entry  # reported with the other forms' problems
+            continue
+        what = f"zone {zone}"
+        findings.unknown_keys(what, entry, ("management", "nodes"))
+        _warn_without_effect(what, entry, findings)
+        management = _mapping(entry, "management", findings)
+        if management is None:
+            findings.problems.append(f"{what}: management: expected the servers of the zone, got none")
+            continue
+        findings.unknown_keys(f"{what}: management", management, _MANAGEMENT_KEYS)
+        _warn_without_effect(f"{what}: management", management, findings)
+        translated[zone] = _zone(str(zone), {**shared, **management}, given, findings)
+    return {**document, "zones": translated}
+
+
+def _zone(zone: str, entry: Entry, given: frozenset[str], findings: Findings) -> Entry:
+    """Rename the keys of one zone, and require what the older drivers had built in."""
+    named = {_RENAMED.get(key, key): value for key, value in entry.items()}
+    renamed = {key: value for key, value in named.items() if key in _SAME_KEYS}
+    if not renamed.get("clientCertificateFile") and "clientCertificateFile" not in given:
+        absent = [
+            key for key in ("user", "password") if not (renamed.get(key) or renamed.get(f"{key}File") or key in given)
+        ]
+        if absent:
+            findings.problems.append(
+                f"zone {zone}: {' and '.join(absent)}: expected a value, got none; the account built into the older"
+                " driver is no longer used: set it here, or with --management-user and --management-password-file"
+            )
+            renamed |= dict.fromkeys(absent, "?")  # reported; other problems of the zone are found as well
+    if "tlsVerify" not in renamed and "tlsVerify" not in given and _has_https(renamed):
+        findings.problems.append(
+            f"zone {zone}: tlsVerify: expected true or false, got none; the older driver never verified a certificate:"
+            " set it (or --management-tls-verify) to true, with the CA certificate as caFile (or --management-ca-file)"
+            " if the CA is private, or to false to connect without verification"
+        )
+    return renamed
+
+
+def _has_https(zone: Entry) -> bool:
+    servers = zone.get("servers")
+    words = servers.split(",") if isinstance(servers, str) else servers if isinstance(servers, list) else []
+    is_plain = str(zone.get("protocol", "")).strip().lower() == "http"
+    return any(word.startswith("https:") if "://" in word else not is_plain for word in map(str, words))
+
+
+def _controller_settings(reader: Reader) -> OldSettings:
+    level = reader.text("logLevel").upper()
+    if level and level not in _LOG_LEVELS:
+        reader.findings.problems.append(
+            f"{reader.what}: logLevel: expected DEBUG, INFO, WARNING or ERROR, got {shown(level)}"
+        )
+    use_preempt = reader.boolean("usePreempt")
+    if use_preempt:
+        reader.findings.warnings.append(
+            f"{reader.what}: usePreempt takes volumes from nodes that use them (--fencing always); the older driver"
+            " ignored it: remove it if this is not intended"
+        )
+    return OldSettings(
+        attach_wait_s=reader.number("attachIOEnabledTimeout"),
+        detach_wait_s=reader.number("detachTimeout"),
+        force_detach=reader.boolean("forceDetach"),
+        use_preempt=use_preempt,
+        log_level=_LOG_LEVELS.get(level),
+    )
+
+
+def _warn_without_effect(what: str, entry: Entry, findings: Findings) -> None:
+    findings.warnings.extend(
+        f"{what}: {key} has no effect: {reason}; remove it" for key, reason in _WITHOUT_EFFECT.items() if key in entry
+    )
+
+
+def _mapping(values: Entry, key: str, findings: Findings) -> Entry | None:
+    """Return the mapping under a key, given as such or as JSON text; None where there is none."""
+    value = values.get(key)
+    if isinstance(value, str):
+        try:
+            return decode_mapping(value, key)
+        except InvalidDocument as invalid:
+            findings.problems += invalid.problems
+            return None
+    if value is not None and not isinstance(value, dict):
+        findings.problems.append(f"{key}: expected a mapping of keys to values")
+    return value if isinstance(value, dict) else None
+
+
+# --- hosts and nodes by zone, which a node reads without credentials ------------------------------------------------
+
+
+def names_document(document: Entry) -> Entry:
+    """Return `zones` (with `servers`, `nodes`) and `topologyKey` of any form. Raises `InvalidDocument`.
+
+    One more form than the controller's: the ConfigMap in which the controller of 1.4 lists the nodes of each zone,
+    `{zone: {"nodes": [name, ...]}}`, also as text under the key `zones`.
+    """
+    document = _decoded(document.get("topology"), "topology") or document
+    zones: object = document
+    if "zones" in document:
+        zones = document["zones"]
+        zones = decode_mapping(zones, "zones") if isinstance(zones, str) else zones
+    else:
+        params = _decoded(document.get("apiParams"), "apiParams")
+        servers = document.get("management.servers") or params.get("managementServers")
+        if servers is not None:
+            zones = {DEFAULT_ZONE: {"servers": servers}}
+    if isinstance(zones, Mapping):
+        zones = {zone: _flat(entry) for zone, entry in zones.items()}
+    return {"zones": zones, "topologyKey": document.get("topologyKey")}
+
+
+def _flat(entry: object) -> object:
+    management = entry.get("management") if isinstance(entry, Mapping) else None
+    return {**management, **entry} if isinstance(entry, Mapping) and isinstance(management, Mapping) else entry
+
+
+def _decoded(value: object, what: str) -> Entry:
+    if isinstance(value, str) and value.strip():
+        return decode_mapping(value, what)
+    return value if isinstance(value, dict) else {}
