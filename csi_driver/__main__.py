@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from csi_driver.node.service import NodeUseCases
     from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
-    from csi_driver.rpc.controller import ControllerUseCases
+    from csi_driver.rpc.services import ControllerUseCases
     from csi_driver.telemetry.health import Check
     from csi_driver.telemetry.measured import ManagementMetrics
     from csi_driver.telemetry.metrics import Measurement
@@ -124,12 +124,11 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.controller.zones import Readiness
     from csi_driver.host.process import own_measurements
     from csi_driver.model import volume_name
-    from csi_driver.rpc.controller import ControllerServicer
-    from csi_driver.rpc.deadlines import Deadlines
-    from csi_driver.rpc.identity import ControllerHealth
-    from csi_driver.rpc.inflight import Claims
-    from csi_driver.rpc.itself import Itself
+    from csi_driver.rpc.boundary import Deadlines
+    from csi_driver.rpc.client import SelfCheck
+    from csi_driver.rpc.contract import LockKeys
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
+    from csi_driver.rpc.services import ControllerServicer, ManagementReadiness
     from csi_driver.serving import serve
     from csi_driver.telemetry.measured import ManagementMetrics
     from csi_driver.telemetry.pages import serving
@@ -144,23 +143,23 @@ def _controller(command: ControllerCommand) -> int:
         volume_health=command.endpoint.volume_health,
         attaches=command.attaches,
     )
-    health = ControllerHealth(lambda deadline: readiness.ready(deadline=deadline))
+    ready = ManagementReadiness(lambda deadline: readiness.ready(deadline=deadline))
     own = own_measurements("controller", settings.driver_name, settings.driver_version)
 
     def beside(boundary: Boundary) -> AbstractContextManager[object]:
-        itself = Itself(command.endpoint.socket)
+        self_check = SelfCheck(command.endpoint.socket)
         return serving(
             command.http,
-            healthy={"csi": itself.why_silent},
-            ready={"csi": itself.why_not_ready, "management": readiness.why_unreachable},
+            healthy={"csi": self_check.why_silent},
+            ready={"csi": self_check.why_not_ready, "management": readiness.why_unreachable},
             measurements=[*own, *boundary.measurements(), *metrics.measurements()],
         )
 
     return serve(
         command.endpoint,
-        Claims(volume_name),
+        LockKeys(volume_name),
         settings.driver_name,
-        health,
+        ready.is_ready,
         lambda server: add_ControllerServicer_to_server(servicer, server),
         beside,
     )
@@ -174,7 +173,7 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
     from csi_driver.controller.publish import PublishVolume
     from csi_driver.controller.unpublish import UnpublishVolume
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
-    from csi_driver.rpc.controller import ControllerUseCases
+    from csi_driver.rpc.services import ControllerUseCases
 
     listing = ListVolumes(clusters, settings)
     return ControllerUseCases(
@@ -206,11 +205,10 @@ def _clusters(
 def _node(command: NodeCommand) -> int:
     from csi_driver.background import Periodic
     from csi_driver.model import volume_name
-    from csi_driver.rpc.deadlines import Deadlines
-    from csi_driver.rpc.identity import NodeHealth
-    from csi_driver.rpc.inflight import Claims
-    from csi_driver.rpc.node import NodeServicer
+    from csi_driver.rpc.boundary import Deadlines
+    from csi_driver.rpc.contract import LockKeys
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
+    from csi_driver.rpc.services import NodeServicer, is_equipped
     from csi_driver.serving import serve
     from csi_driver.telemetry.measured import ManagementMetrics
 
@@ -219,7 +217,7 @@ def _node(command: NodeCommand) -> int:
 
     def beside(boundary: Boundary) -> ExitStack:
         def sweep() -> None:
-            use_cases.reconcile.sweep(boundary.keeping_off)
+            use_cases.reconcile.sweep(boundary.lock_volume)
 
         loops = [
             Periodic("reconcile", sweep, command.node.reconcile_interval_s),
@@ -237,9 +235,9 @@ def _node(command: NodeCommand) -> int:
     )
     return serve(
         command.endpoint,
-        Claims(volume_name),
+        LockKeys(volume_name),
         command.driver_name,
-        NodeHealth(use_cases.identity.problems),
+        partial(is_equipped, use_cases.identity.problems),
         lambda server: add_NodeServicer_to_server(servicer, server),
         beside,
     )
@@ -254,14 +252,14 @@ def _tell_of_node(
 ) -> None:
     """Register with kubelet and serve the health pages and metrics, where these are configured."""
     from csi_driver.host.process import own_measurements
-    from csi_driver.rpc.itself import Itself
+    from csi_driver.rpc.client import SelfCheck
     from csi_driver.rpc.registration import Registration
     from csi_driver.telemetry import measured
     from csi_driver.telemetry.pages import serving
 
-    itself, heavy = Itself(command.endpoint.socket), use_cases.heavy
-    healthy: dict[str, Check] = {"csi": itself.why_silent}
-    ready: dict[str, Check] = {"csi": itself.why_not_ready, "storage": use_cases.health.why_unusable}
+    self_check, heavy = SelfCheck(command.endpoint.socket), use_cases.heavy
+    healthy: dict[str, Check] = {"csi": self_check.why_silent}
+    ready: dict[str, Check] = {"csi": self_check.why_not_ready, "storage": use_cases.health.why_unusable}
     measurements = [*own_measurements("node", command.driver_name, driver_version()), *measurements]
     measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
     for loop in loops:
@@ -272,7 +270,7 @@ def _tell_of_node(
 
         def check_node() -> None:
             use_cases.identity.info()  # at first within this process: a call that fails is logged each time
-            itself.check_node()
+            self_check.check_node()
 
         registration = running.enter_context(Registration(command.registration, check_node))
         healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered

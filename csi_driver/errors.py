@@ -1,6 +1,6 @@
 """Every way in which the driver can fail, as one tree that knows neither gRPC nor HTTP.
 
-A *family* (a direct child of `DriverError`) says what the caller can do about it; `csi_driver.rpc.status`
+A *family* (a direct child of `DriverError`) says what the caller can do about it; `csi_driver.rpc.boundary`
 maps each family to one gRPC code, and a test proves that table total. A *leaf* carries the data of one kind
 of failure and writes its own message, so that every place that meets it says the same thing.
 
@@ -22,6 +22,15 @@ def shown(text: object, limit: int = _SHOWN_LIMIT) -> str:
     """Quote text that came from outside: control characters escaped, at most `limit` characters."""
     quoted = ascii(text) if isinstance(text, str) else ascii(str(text))
     return quoted if len(quoted) <= limit else f"{quoted[:limit]}...' ({len(str(text))} characters)"
+
+
+def one_line(text: str, limit: int) -> str:
+    """Escape what is not printable (line breaks, terminal controls), and shorten to about `limit` characters."""
+    line = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    if line.isprintable():
+        return line
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 class DriverError(Exception):

@@ -12,33 +12,29 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
 from csi_driver.config.version import driver_version
-from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import HEALTH
-from csi_driver.rpc.deadlines import Deadlines
-from csi_driver.rpc.identity import Health, IdentityServicer
-from csi_driver.rpc.inflight import Claims
-from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.contract import HEALTH, LockKeys, ThreadPools
 from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
-from csi_driver.rpc.server import Register, Server
-from csi_driver.rpc.signals import Termination
+from csi_driver.rpc.server import Register, Server, Termination
+from csi_driver.rpc.services import IdentityServicer
 from csi_driver.settings import EndpointSettings
 
 
 def serve(
     settings: EndpointSettings,
-    claims: Claims,
+    lock_keys: LockKeys,
     driver_name: str,
-    health: Health,
+    is_ready: Callable[[], bool],
     register: Register,
     beside: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
     """Serve until told to end, with what `beside` makes running along; return the exit status."""
-    lanes = Lanes()
-    identity = IdentityServicer(driver_name, driver_version, health)
+    pools = ThreadPools()
+    identity = IdentityServicer(driver_name, driver_version, is_ready)
     services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
-    withheld = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(claims, lanes, withheld, Deadlines(settings.default_deadline_s))
-    server = Server(settings, boundary, lanes, services)
+    disabled = frozenset() if settings.volume_health else HEALTH
+    boundary = Boundary(lock_keys, pools, disabled, Deadlines(settings.default_deadline_s))
+    server = Server(settings, boundary, pools, services)
     with Termination() as termination, ExitStack() as running:
         running.enter_context(beside(boundary))
         server.start()

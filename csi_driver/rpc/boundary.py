@@ -1,7 +1,7 @@
-"""The one place between gRPC and the driver: log, required fields, exclusivity, handler, status.
+"""The only place between gRPC and the driver: log, required fields, locks, handler, status.
 
-Nothing else calls `abort`, and `abort` is called outside any `try`: it raises a bare Exception
-(grpc/_server.py, `_Context.abort`). Status details stay empty (CSI specification, "Error Scheme").
+Only this module calls `abort`, outside any `try`: it raises a bare Exception (grpc/_server.py, `_Context.abort`).
+Sources: CSI specification, "Error Scheme" and the error tables of every RPC; the details of a status stay empty.
 """
 
 from __future__ import annotations
@@ -10,122 +10,173 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from csi_driver import errors
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.node.questions import NoAnswer, Questions
-from csi_driver.rpc import shape
-from csi_driver.rpc.contract import CONTRACT, Lane, Row
-from csi_driver.rpc.deadlines import Deadlines
-from csi_driver.rpc.inflight import Claims, InFlight
-from csi_driver.rpc.lanes import WORK_THREADS, Lanes
+from csi_driver.rpc import validation
+from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Pool, Rpc, ThreadPools
 from csi_driver.rpc.redaction import describe
-from csi_driver.rpc.status import code_of, message_of
 from csi_driver.telemetry.measured import rpc_durations, work_under_way
-from csi_driver.telemetry.metrics import Measurement
+
+if TYPE_CHECKING:
+    from csi_driver.telemetry.metrics import Measurement
 
 _LOG = logging.getLogger(__name__)
 
-_ANSWER_MARGIN_S = 0.25
-"""How long before its caller gives up a call is answered that hangs. What waits by itself ends before that
-(`NodeSettings.answer_margin_s`) and says better what it waits for."""
+_Code = grpc.StatusCode
+CODES: Mapping[type[errors.DriverError], grpc.StatusCode] = MappingProxyType(
+    {
+        errors.InvalidRequest: _Code.INVALID_ARGUMENT,
+        errors.NotFound: _Code.NOT_FOUND,
+        errors.Incompatible: _Code.ALREADY_EXISTS,
+        errors.CapacityOutOfRange: _Code.OUT_OF_RANGE,
+        errors.Exhausted: _Code.RESOURCE_EXHAUSTED,
+        errors.PreconditionFailed: _Code.FAILED_PRECONDITION,
+        errors.OperationPending: _Code.ABORTED,
+        errors.StaleToken: _Code.ABORTED,
+        errors.Denied: _Code.PERMISSION_DENIED,
+        errors.Unauthenticated: _Code.UNAUTHENTICATED,
+        errors.StorageUnavailable: _Code.UNAVAILABLE,
+        errors.NotOffered: _Code.UNIMPLEMENTED,
+        errors.HostFailure: _Code.INTERNAL,
+    }
+)
+"""Family of errors to gRPC code. A test proves that no family is missing."""
 
-_BUG_MESSAGE = "internal error in the driver; its log has the details"
+_MESSAGE_LIMIT_CHARACTERS = 1000
+# A status message travels in a trailer, where clients accept 8 KiB and a non-ASCII byte takes three characters
+# (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, "Status-Message").
+_INTERNAL_ERROR = "internal error in the driver; its log has the details"
+_REPLY_MARGIN_S = 0.25
+"""A call that hangs is answered this long before its deadline. A use case that waits ends earlier by itself
+(`NodeSettings.answer_margin_s`), with a message that says what it waits for."""
+_NO_DEADLINE_S = 365 * 24 * 3600.0  # gRPC reports a call without deadline as one far in the future
 
 Handler = Callable[[Message, grpc.ServicerContext], Message]
 MethodHandler: TypeAlias = "grpc.RpcMethodHandler[Message, Message]"
 
 
+def code_of(error: errors.DriverError) -> grpc.StatusCode:
+    """Return the code of the error's family."""
+    return next((CODES[ancestor] for ancestor in type(error).__mro__ if ancestor in CODES), _Code.INTERNAL)
+
+
+def message_of(error: errors.DriverError) -> str:
+    """Return the status message: never empty, one line, printable, short enough for a trailer."""
+    return errors.one_line(" ".join(str(error).split()) or type(error).__name__, _MESSAGE_LIMIT_CHARACTERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Makes the deadline of a call: the caller's, or `default_s` from now for a call that has none."""
+
+    default_s: float = 60.0
+    clock: Clock = SYSTEM_CLOCK
+
+    def of(self, context: grpc.ServicerContext) -> Deadline:
+        """Return the deadline of a call."""
+        remaining_s: float | None = context.time_remaining()
+        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
+            remaining_s = self.default_s
+        return Deadline.after(remaining_s, self.clock)
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a request whose bytes are not the message that was due."""
+    """Replaces a request that is not a valid message."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer other than OK."""
+    """A response other than OK."""
 
     code: grpc.StatusCode
     message: str
 
 
-class Running:
-    """Counts the calls that are being carried out, whether or not their caller still listens."""
+@dataclass(slots=True)
+class RunningCalls:
+    """The calls that are being executed, whether or not their caller still waits."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._calls: dict[int, tuple[Row, float]] = {}
-        self._met: dict[str, Row] = {}
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _calls: dict[int, tuple[Rpc, float]] = field(default_factory=dict)
+    _seen: dict[str, Rpc] = field(default_factory=dict)
 
-    def begin(self, number: int, row: Row, began_s: float) -> None:
-        """Note that a call begins."""
+    def begin(self, number: int, rpc: Rpc, began_s: float) -> None:
+        """Add a call."""
         with self._changed:
-            self._calls[number] = (row, began_s)
-            self._met.setdefault(row.method, row)
+            self._calls[number] = (rpc, began_s)
+            self._seen.setdefault(rpc.method, rpc)
 
     def end(self, number: int) -> None:
-        """Note that it has ended."""
+        """Remove a call."""
         with self._changed:
             del self._calls[number]
             self._changed.notify_all()
 
     def by_method(self) -> dict[tuple[str, str], tuple[int, float]]:
-        """Return how many calls run and the age of the oldest, in seconds, by service and method called so far."""
+        """Return the number of running calls and the age of the oldest, for each service and method called so far."""
         with self._changed:
-            calls, met = list(self._calls.values()), list(self._met.values())
+            calls, seen = list(self._calls.values()), list(self._seen.values())
         now_s = time.monotonic()
-        found = {(row.service, row.name): (0, 0.0) for row in met}
-        for row, began_s in calls:
-            count, oldest_s = found[row.service, row.name]
-            found[row.service, row.name] = count + 1, max(oldest_s, now_s - began_s)
+        found = {(rpc.service, rpc.name): (0, 0.0) for rpc in seen}
+        for rpc, began_s in calls:
+            count, oldest_s = found[rpc.service, rpc.name]
+            found[rpc.service, rpc.name] = count + 1, max(oldest_s, now_s - began_s)
         return found
 
     def wait_for_none(self, timeout_s: float) -> list[str]:
-        """Wait until nothing runs, at most so long; return the names of the calls that still do."""
+        """Wait until no call runs; return the names of those that still run after the timeout."""
         with self._changed:
             self._changed.wait_for(lambda: not self._calls, timeout_s)
-            return sorted(f"{row.name}#{number}" for number, (row, _) in self._calls.items())
+            return sorted(f"{rpc.name}#{number}" for number, (rpc, _) in self._calls.items())
 
 
 class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every handler of a server.
 
-    Work on devices is carried out by a thread that can be lost. Where it does not end in time the call is answered, and
-    the thread holds what the call claimed until it ends after all: nobody else works on the volume before that.
+    Work on devices runs in a thread that may hang in the kernel. When it does not end in time, the call is answered;
+    the thread keeps the locks of the call until it ends, so that no other call works on the volume meanwhile.
     """
 
     def __init__(
         self,
-        claims: Claims,
-        lanes: Lanes,
-        withheld: frozenset[str] = frozenset(),
-        deadlines: Deadlines = Deadlines(),  # noqa: B008  # a value
+        lock_keys: LockKeys,
+        pools: ThreadPools,
+        disabled: frozenset[str] = frozenset(),
+        deadlines: Deadlines = Deadlines(),  # a value
     ) -> None:
-        """`withheld`: methods that are answered UNIMPLEMENTED although they are there."""
-        self.running = Running()
+        """`disabled`: methods to answer UNIMPLEMENTED although they exist."""
+        self.running = RunningCalls()
         self.durations = rpc_durations()
-        self._claims = claims
-        self._withheld = withheld
-        self._lanes = lanes
+        self._lock_keys = lock_keys
+        self._disabled = disabled
+        self._pools = pools
         self._deadlines = deadlines
-        self._expendable: Questions[Message | Refusal] = Questions("volume-work", WORK_THREADS)
-        self._expendable_calls = itertools.count(1)
-        self._in_flight = InFlight()
+        self._device_work: Questions[Message | Refusal] = Questions("volume-work", WORK_THREADS)
+        self._locks = Locks()
         self._wrapped: dict[str, MethodHandler] = {}
         self._numbers = itertools.count(1)
 
-    def keeping_off(self, name: str) -> AbstractContextManager[None]:
-        """Keep every call off the volume of that name inside a block; `OperationPending` while one works on it."""
-        return self._in_flight.holding(self._claims.named(name))
+    def lock_volume(self, name: str) -> AbstractContextManager[None]:
+        """Lock a volume by its name in the storage against all calls; raises `OperationPending` while one runs."""
+        return self._locks.hold(LockKey("volume", name, f"volume {errors.shown(name)}"))
+
+    def measurements(self) -> list[Measurement]:
+        """Return the metrics of the calls."""
+        return [self.durations, *work_under_way(self.running.by_method)]
 
     def intercept_service(
         self,
@@ -138,128 +189,114 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             handler = continuation(handler_call_details)
             if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
                 return handler
-            self._wrapped[method] = self._wrap(method, handler, handler.unary_unary, handler.request_deserializer)
+            rpc = None if method in self._disabled else RPCS.get(method)
+            pool = self._pools.executor(rpc.pool if rpc else Pool.INSTANT)
+            self._wrapped[method] = grpc.unary_unary_rpc_method_handler(
+                _Behaviour(self, rpc, method, handler.unary_unary, pool),
+                request_deserializer=_tolerant(handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
         return self._wrapped[method]
 
-    def _wrap(
-        self, method: str, handler: MethodHandler, inner: Handler, parse: Callable[[bytes], Message]
-    ) -> MethodHandler:
-        row = None if method in self._withheld else CONTRACT.get(method)
-        pool = self._lanes.pool(row.lane if row else Lane.ANSWER)
-        return grpc.unary_unary_rpc_method_handler(
-            _Behaviour(self, row, method, inner, pool),
-            request_deserializer=_tolerant(parse),
-            response_serializer=handler.response_serializer,
-        )
-
-    def measurements(self) -> list[Measurement]:
-        """Return what is measured of the calls."""
-        return [self.durations, *work_under_way(self.running.by_method)]
-
     def answer_in_time(
-        self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+        self, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
     ) -> Message | Refusal:
-        """Carry out one call; one that may hang is answered before its deadline, and goes on then."""
-        if not row.may_hang:
-            return self.answer(row, inner, request, context)
+        """Execute a call. One that may hang is answered before its deadline, while its work continues."""
+        number = next(self._numbers)
+        if not rpc.may_hang:
+            return self._execute(number, rpc, handler, request, context)
         remaining_s = self._deadlines.of(context).remaining_s()
-        timeout_s = remaining_s - min(_ANSWER_MARGIN_S, remaining_s / 4)
+        timeout_s = remaining_s - min(_REPLY_MARGIN_S, remaining_s / 4)
         try:
-            return self._expendable.ask(
-                str(next(self._expendable_calls)),
-                row.name,
-                lambda: self.answer(row, inner, request, context),
-                timeout_s,
+            return self._device_work.ask(
+                str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, context), timeout_s
             )
-        except NoAnswer as silence:
+        except NoAnswer as error:
             volume = errors.shown(getattr(request, "volume_id", ""))
             refusal = Refusal(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"{row.name} of volume {volume} has not ended in time: it waits in "
-                f"{silence.waits_in or 'a queue'}; it goes on, and the volume is busy (ABORTED) until it ends",
+                _Code.DEADLINE_EXCEEDED,
+                f"{rpc.name} of volume {volume} did not finish in time: it is blocked in {error.waits_in or 'a queue'};"
+                " it continues, and other calls for the volume are answered ABORTED until it ends",
             )
             _LOG.warning("%s", refusal.message)
             return refusal
 
-    def answer(
-        self, row: Row, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+    def _execute(
+        self, number: int, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
     ) -> Message | Refusal:
-        """Carry out one call; every outcome but OK is a `Refusal`."""
-        number, began_s = next(self._numbers), time.monotonic()
-        self.running.begin(number, row, began_s)
+        began_s = time.monotonic()
+        self.running.begin(number, rpc, began_s)
         try:
-            outcome = self._outcome(row, f"{row.name}#{number}", inner, request, context)
+            outcome = self._outcome(f"{rpc.name}#{number}", rpc, handler, request, context)
         finally:
             self.running.end(number)
-        code = outcome.code if isinstance(outcome, Refusal) else grpc.StatusCode.OK
-        self.durations.observe(time.monotonic() - began_s, row.service, row.name, code.name)
+        code = outcome.code if isinstance(outcome, Refusal) else _Code.OK
+        self.durations.observe(time.monotonic() - began_s, rpc.service, rpc.name, code.name)
         return outcome
 
     def _outcome(
-        self, row: Row, name: str, inner: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+        self, name: str, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
     ) -> Message | Refusal:
         began_s = time.monotonic()
         try:
             if isinstance(request, Unreadable):
                 raise errors.InvalidRequest(request.reason)
-            _LOG.log(logging.DEBUG if row.quiet else logging.INFO, "%s %s", name, _Lazy(request))
-            shape.check(request, row.required)
-            with self._in_flight.holding(row.claims(self._claims, request)):
-                response = inner(request, context)
+            _LOG.log(logging.DEBUG if rpc.quiet else logging.INFO, "%s %s", name, _Description(request))
+            validation.check(request, rpc.required)
+            with self._locks.hold(*rpc.lock_keys(self._lock_keys, request)):
+                response = handler(request, context)
         except errors.DriverError as error:
             refusal = Refusal(code_of(error), message_of(error))
             took_s = time.monotonic() - began_s
             _LOG.warning("%s answers %s after %.3f s: %s", name, refusal.code.name, took_s, refusal.message)
             _LOG.debug("%s was refused here", name, exc_info=error)
             return refusal
-        except Exception:  # a bug
-            _LOG.exception("%s met a bug in the driver", name)
-            return Refusal(grpc.StatusCode.INTERNAL, _BUG_MESSAGE)
+        except Exception:
+            _LOG.exception("%s failed by a bug in the driver", name)
+            return Refusal(_Code.INTERNAL, _INTERNAL_ERROR)
         _LOG.debug("%s is done after %.3f s", name, time.monotonic() - began_s)
         return response
 
 
-class _Lazy:
-    """Describes a message only if its log line is written."""
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """Describes a message when its log line is written, if it is."""
 
-    def __init__(self, message: Message) -> None:
-        self._message = message
+    message: Message
 
     def __str__(self) -> str:
-        return describe(self._message)
+        return describe(self.message)
 
 
+@dataclass(frozen=True, slots=True)
 class _Behaviour:
-    """A handler as grpcio calls it."""
+    """A handler in the form that grpcio calls. `experimental_thread_pool` is grpcio's name."""
 
-    def __init__(
-        self, boundary: Boundary, row: Row | None, method: str, inner: Handler, pool: ThreadPoolExecutor
-    ) -> None:
-        self.experimental_thread_pool = pool
-        self._boundary = boundary
-        self._row = row
-        self._method = method
-        self._inner = inner
+    boundary: Boundary
+    rpc: Rpc | None
+    method: str
+    handler: Handler
+    experimental_thread_pool: ThreadPoolExecutor
 
     def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message:
-        outcome = self._outcome(request, context)
+        if self.rpc is None:
+            outcome: Message | Refusal = Refusal(
+                _Code.UNIMPLEMENTED, f"{self.method} is not implemented by this driver"
+            )
+        else:
+            outcome = self.boundary.answer_in_time(self.rpc, self.handler, request, context)
         if isinstance(outcome, Refusal):
             context.abort(outcome.code, outcome.message)
         return outcome
 
-    def _outcome(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message | Refusal:
-        if self._row is None:
-            return Refusal(grpc.StatusCode.UNIMPLEMENTED, f"{self._method} is not implemented by this driver")
-        return self._boundary.answer_in_time(self._row, self._inner, request, context)
-
 
 def _tolerant(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
-    """Let bytes that cannot be read reach the boundary; grpcio by itself answers INTERNAL."""
+    """Let a malformed request reach the boundary; grpcio itself would answer INTERNAL."""
 
     def parse_or_explain(data: bytes) -> Message | Unreadable:
         try:
             return parse(data)
         except DecodeError as error:
-            return Unreadable(f"the request cannot be read: {error}")
+            return Unreadable(f"the request is not a valid message: {error}")
 
     return parse_or_explain

@@ -2,7 +2,7 @@
 
 Thin over the generated stubs, which stay reachable (`identity`, `controller`, `node`) for requests that no method
 here would make. Takes and gives nouns of `csi_driver.model`; a call that does not end with OK raises `CallFailed`.
-The driver itself uses it only to ask whether its own endpoint answers (`csi_driver.rpc.itself`).
+The driver itself uses it only to ask whether its own endpoint answers (`SelfCheck`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import quote
 import grpc
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import InvalidField
+from csi_driver.errors import InvalidField, StorageUnavailable
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc as stubs
@@ -30,6 +30,8 @@ RAW_BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
 
 _RETRY_PAUSE_S = 0.1
 _PROBE_TIMEOUT_S = 5.0
+SELF_PROBE_TIMEOUT_S = 2.0
+_SELF_INFO_TIMEOUT_S = 5.0
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -362,3 +364,42 @@ def _range(required_bytes: int, limit_bytes: int) -> pb.CapacityRange:
 def _failure(request: object, error: grpc.RpcError) -> CallFailed:
     method = type(request).__name__.removesuffix("Request")
     return CallFailed(method, error.code().name, error.details() or "")
+
+
+# --- self-check -------------------------------------------------------------------------------------------------
+
+
+class SelfCheck:
+    """The endpoint of this process. Every question takes a connection of its own, so that a lost socket shows."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    def why_silent(self) -> str:
+        """Say why no call is answered here; empty = they are.
+
+        An answer is one also where it says that the driver is not ready, or that this machine lacks something: a
+        restart would cure neither.
+        """
+        why, is_answered = self._probe()
+        return "" if is_answered else why
+
+    def why_not_ready(self) -> str:
+        """Say why Probe does not answer that the driver is ready; empty = it does."""
+        return self._probe()[0]
+
+    def _probe(self) -> tuple[str, bool]:
+        try:
+            with CsiClient(self._socket) as client:
+                is_ready = client.is_ready(timeout_s=SELF_PROBE_TIMEOUT_S)
+        except CallFailed as failure:
+            return str(failure), failure.code == "FAILED_PRECONDITION"
+        return "" if is_ready else "Probe returns ready=false: the driver is still starting", True
+
+    def check_node(self) -> None:
+        """Return when NodeGetInfo is answered. Raises `StorageUnavailable` with what it says instead."""
+        try:
+            with CsiClient(self._socket, timeout_s=_SELF_INFO_TIMEOUT_S) as client:
+                client.node_info()
+        except CallFailed as failure:
+            raise StorageUnavailable(f"NodeGetInfo of this node failed: {failure}") from failure

@@ -1,169 +1,229 @@
-"""What every RPC of this driver demands: one row each.
+"""What each RPC requires: fields, locks, threads. `RPCS` has one entry for each RPC that is implemented.
 
-`required` repeats the specification's REQUIRED marks (a test compares them with proto/csi.proto); what is required
-inside a VolumeCapability is checked wherever one appears (`rpc.shape`). `rules` say what two calls may not work on
-at once. An RPC without a row is not implemented.
+`required` repeats the specification's REQUIRED marks (a test compares them with proto/csi.proto); `rpc.validation`
+checks what is required inside a VolumeCapability. Locks are taken before the handler runs and never waited for: a
+conflict is answered ABORTED (CSI specification, "Concurrency").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import posixpath
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from types import MappingProxyType
 
 from google.protobuf.message import Message
 
-from csi_driver.rpc.inflight import Claim, Claims
+from csi_driver.errors import OperationPending, shown
+from csi_driver.model import VolumeHandle
 from csi_driver.rpc.pb import csi_pb2
 
+WORK_THREADS = 512
+"""Each call that waits for its turn (formatting has a far lower limit of its own) holds a thread; further calls are
+queued. A node that boots with all its pods sends some hundreds of calls at once."""
 
-class Lane(Enum):
-    """Which threads serve a call.
 
-    ANSWER: computed at once, never blocks: health must not wait behind work. READ: looks something up, changes
-    nothing. WORK: changes something, may take long and wait its turn.
+class Pool(Enum):
+    """The thread pool that serves a call, so that Probe never waits behind reads, nor reads behind changes."""
+
+    INSTANT = auto()
+    """Answers without blocking."""
+    READ = auto()
+    """Changes nothing."""
+    WORK = auto()
+    """Changes something; may take long."""
+
+
+class ThreadPools:
+    """One executor per `Pool`. grpcio uses the one that a handler names (`experimental_thread_pool`)."""
+
+    def __init__(self, *, work: int = WORK_THREADS, read: int = 64, instant: int = 8) -> None:
+        sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
+        self._executors = {
+            pool: ThreadPoolExecutor(size, thread_name_prefix=pool.name.lower()) for pool, size in sizes.items()
+        }
+
+    def executor(self, pool: Pool) -> ThreadPoolExecutor:
+        """Return the threads of a pool."""
+        return self._executors[pool]
+
+    def close(self) -> None:
+        """Drop queued calls and accept no more; running calls continue."""
+        for executor in self._executors.values():
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+# --- locks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LockKey:
+    """What a call locks. `shared`: other calls may lock it too, if all of them share it."""
+
+    kind: str
+    value: str
+    shown_as: str
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LockKeys:
+    """Makes lock keys. A volume is locked by its name in the storage, whatever its zone.
+
+    Handles of one volume may differ in the zone, and zones may be renamed while the driver runs. Two volumes of one
+    name in two zones exclude each other, which costs a retry. `volume_name` maps a CSI name to the storage's name.
     """
 
-    ANSWER = auto()
-    READ = auto()
-    WORK = auto()
+    volume_name: Callable[[str], str]
+
+    def for_field(self, name: str, value: str, *, shared: bool = False) -> LockKey:
+        """Return the key for a request's field: the CSI name of a new volume, a volume handle, or a path."""
+        if name == "name":
+            return LockKey("volume", self.volume_name(value), f"volume {shown(value)}")
+        if name == "volume_id":
+            return self.volume(value, shared=shared)
+        return LockKey("path", posixpath.normpath(value), f"path {shown(value)}")
+
+    def volume(self, volume_id: str, *, shared: bool = False) -> LockKey:
+        """Return the key for a volume handle in any of its spellings."""
+        handle = VolumeHandle.parse(volume_id)
+        if handle is None:
+            return LockKey("unknown handle", volume_id, f"volume {shown(volume_id)}", shared)
+        return LockKey("volume", handle.name, f"volume {shown(volume_id)}", shared)
 
 
-class Kind(Enum):
-    """What a field names, for the sake of claims."""
+@dataclass(slots=True)
+class Locks:
+    """The locks held now. Thread-safe."""
 
-    NEW_VOLUME = auto()
-    VOLUME = auto()
-    SHARED_VOLUME = auto()
-    PUBLISHED_VOLUME = auto()
-    PATH = auto()
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
+    _holders: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Calls that share a key; -1 where one holds it alone."""
+
+    @contextmanager
+    def hold(self, *keys: LockKey) -> Iterator[None]:
+        """Hold all keys inside the block. Raises `OperationPending` at once when one of them is taken."""
+        with self._mutex:
+            for key in keys:
+                count = self._holders.get((key.kind, key.value), 0)
+                if count < 0 or (count > 0 and not key.shared):
+                    raise OperationPending(f"another operation on {key.shown_as} is still running; retry")
+            for key in keys:
+                self._holders[key.kind, key.value] = (
+                    self._holders.get((key.kind, key.value), 0) + 1 if key.shared else -1
+                )
+        try:
+            yield
+        finally:
+            with self._mutex:
+                for key in keys:
+                    count = self._holders.pop((key.kind, key.value))
+                    if count > 1:
+                        self._holders[key.kind, key.value] = count - 1
+
+    def held(self) -> int:
+        """Return the number of keys held now."""
+        with self._mutex:
+            return len(self._holders)
+
+
+# --- RPCs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One claim: the field and what it names."""
-
-    kind: Kind
-    field: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The contract of one RPC. `quiet`: asked so often that its log line is for debugging alone."""
+class Rpc:
+    """The requirements of one RPC."""
 
     method: str
-    lane: Lane = Lane.WORK
+    pool: Pool = Pool.WORK
     required: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    locks: tuple[str, ...] = ()
+    """The fields whose values are locked while the call runs."""
+    shares_volume: bool = False
+    """Several such calls for one volume may run at the same time."""
     quiet: bool = False
+    """Called so often that it is logged at DEBUG only."""
 
     @property
     def name(self) -> str:
-        """The RPC's own name."""
+        """The method's name, e.g. CreateVolume."""
         return self.method.rpartition("/")[2]
 
     @property
     def service(self) -> str:
-        """The service that has it."""
+        """The service's full name, e.g. csi.v1.Controller."""
         return self.method.rpartition("/")[0].removeprefix("/")
 
     @property
     def may_hang(self) -> bool:
-        """Whether it works on devices and mounts, which may keep its thread in the kernel for as long as they like."""
-        return self.lane is Lane.WORK and self.service.endswith("Node")
+        """Whether the call works on devices and mounts, where the kernel may block its thread for any time."""
+        return self.pool is Pool.WORK and self.service.endswith("Node")
 
-    def claims(self, claims: Claims, request: Message) -> tuple[Claim, ...]:
-        """Return what this call needs while it runs."""
-        return tuple(claim for rule in self.rules for claim in _claims(claims, rule, request))
-
-
-def _claims(claims: Claims, rule: Rule, request: Message) -> tuple[Claim, ...]:
-    value: str = getattr(request, rule.field)
-    match rule.kind:
-        case Kind.NEW_VOLUME:
-            return claims.creation(value)
-        case Kind.VOLUME:
-            return claims.volume(value)
-        case Kind.SHARED_VOLUME:
-            return claims.volume(value, shared=True)
-        case Kind.PUBLISHED_VOLUME:
-            return claims.volume(value, shared=not _is_single_writer(request))
-        case Kind.PATH:
-            return claims.path(value)
+    def lock_keys(self, keys: LockKeys, request: Message) -> tuple[LockKey, ...]:
+        """Return what the call locks while it runs."""
+        shared = self.shares_volume and not _is_single_writer(request)
+        return tuple(keys.for_field(each, getattr(request, each), shared=shared) for each in self.locks)
 
 
 def _is_single_writer(request: Message) -> bool:
-    """Tell whether a publication may be the only one of its volume: of two at once each would find no other."""
+    """Tell whether a publication must be the only one: of two at the same time, neither would find the other."""
     return (
         isinstance(request, csi_pb2.NodePublishVolumeRequest)
         and request.volume_capability.access_mode.mode == csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_SINGLE_WRITER
     )
 
 
-_NEW = Rule(Kind.NEW_VOLUME, "name")
-_VOLUME = Rule(Kind.VOLUME, "volume_id")
-_SHARED = Rule(Kind.SHARED_VOLUME, "volume_id")
-_PUBLISHED = Rule(Kind.PUBLISHED_VOLUME, "volume_id")
-_STAGING = Rule(Kind.PATH, "staging_target_path")
-_TARGET = Rule(Kind.PATH, "target_path")
+def _instant(method: str) -> Rpc:
+    return Rpc(method, Pool.INSTANT, quiet=True)
 
 
-def _answer(method: str) -> Row:
-    return Row(method, Lane.ANSWER, quiet=True)
+def _read(method: str, *required: str, quiet: bool = True) -> Rpc:
+    return Rpc(method, Pool.READ, required, quiet=quiet)
 
 
-_ROWS = (
-    _answer("Identity/GetPluginInfo"),
-    _answer("Identity/GetPluginCapabilities"),
-    _answer("Identity/Probe"),
-    _answer("Controller/ControllerGetCapabilities"),
-    Row("Controller/CreateVolume", required=("name", "volume_capabilities"), rules=(_NEW,)),
-    Row("Controller/DeleteVolume", required=("volume_id",), rules=(_VOLUME,)),
-    Row(
-        "Controller/ControllerPublishVolume",
-        required=("volume_id", "node_id", "volume_capability"),
-        rules=(_VOLUME,),
-    ),
-    Row("Controller/ControllerUnpublishVolume", required=("volume_id",), rules=(_VOLUME,)),
-    Row("Controller/ControllerExpandVolume", required=("volume_id", "capacity_range"), rules=(_VOLUME,)),
-    # Its mutable_parameters are required, too, but the conformance suite sends none and wants the volume looked for.
-    Row("Controller/ControllerModifyVolume", required=("volume_id",), rules=(_VOLUME,)),
-    Row("Controller/ValidateVolumeCapabilities", Lane.READ, required=("volume_id", "volume_capabilities")),
-    Row("Controller/ControllerGetVolume", Lane.READ, required=("volume_id",), quiet=True),
-    Row("Controller/ListVolumes", Lane.READ, quiet=True),
-    Row("Controller/GetCapacity", Lane.READ, quiet=True),
-    Row("Controller/ControllerGetVolumeHealth", Lane.READ, required=("volume_id",), quiet=True),
-    Row("Controller/ControllerListVolumeHealth", Lane.READ, quiet=True),
-    _answer("Node/NodeGetCapabilities"),
-    # It reads the usage records, and so may hang with the disk that they lie on.
-    Row("Node/NodeGetInfo", Lane.READ, quiet=True),
-    Row(
-        "Node/NodeStageVolume",
-        required=("volume_id", "staging_target_path", "volume_capability"),
-        rules=(_VOLUME, _STAGING),
-    ),
-    Row("Node/NodeUnstageVolume", required=("volume_id", "staging_target_path"), rules=(_VOLUME, _STAGING)),
-    Row(
-        "Node/NodePublishVolume",
-        required=("volume_id", "target_path", "volume_capability"),
-        rules=(_PUBLISHED, _TARGET),
-    ),
-    Row("Node/NodeUnpublishVolume", required=("volume_id", "target_path"), rules=(_SHARED, _TARGET)),
-    Row("Node/NodeExpandVolume", required=("volume_id", "volume_path"), rules=(_VOLUME,)),
-    Row("Node/NodeGetVolumeStats", Lane.READ, required=("volume_id", "volume_path"), quiet=True),
-    Row("Node/NodeGetVolumeHealth", Lane.READ, required=("volume_id",), quiet=True),
-    Row("Node/NodeGetStorageHealth", Lane.READ, quiet=True),
+_ID = ("volume_id",)
+_STAGING = ("volume_id", "staging_target_path")
+_TARGET = ("volume_id", "target_path")
+
+_RPCS = (
+    _instant("Identity/GetPluginInfo"),
+    _instant("Identity/GetPluginCapabilities"),
+    _instant("Identity/Probe"),
+    _instant("Controller/ControllerGetCapabilities"),
+    Rpc("Controller/CreateVolume", required=("name", "volume_capabilities"), locks=("name",)),
+    Rpc("Controller/DeleteVolume", required=_ID, locks=_ID),
+    Rpc("Controller/ControllerPublishVolume", required=(*_ID, "node_id", "volume_capability"), locks=_ID),
+    Rpc("Controller/ControllerUnpublishVolume", required=_ID, locks=_ID),
+    Rpc("Controller/ControllerExpandVolume", required=(*_ID, "capacity_range"), locks=_ID),
+    # mutable_parameters is REQUIRED too, but csi-sanity sends none and expects the volume to be looked up.
+    Rpc("Controller/ControllerModifyVolume", required=_ID, locks=_ID),
+    _read("Controller/ValidateVolumeCapabilities", "volume_id", "volume_capabilities", quiet=False),
+    _read("Controller/ControllerGetVolume", "volume_id"),
+    _read("Controller/ListVolumes"),
+    _read("Controller/GetCapacity"),
+    _read("Controller/ControllerGetVolumeHealth", "volume_id"),
+    _read("Controller/ControllerListVolumeHealth"),
+    _instant("Node/NodeGetCapabilities"),
+    # Not instant: it reads the usage records, whose disk may hang.
+    _read("Node/NodeGetInfo"),
+    Rpc("Node/NodeStageVolume", required=(*_STAGING, "volume_capability"), locks=_STAGING),
+    Rpc("Node/NodeUnstageVolume", required=_STAGING, locks=_STAGING),
+    Rpc("Node/NodePublishVolume", required=(*_TARGET, "volume_capability"), locks=_TARGET, shares_volume=True),
+    Rpc("Node/NodeUnpublishVolume", required=_TARGET, locks=_TARGET, shares_volume=True),
+    Rpc("Node/NodeExpandVolume", required=(*_ID, "volume_path"), locks=_ID),
+    _read("Node/NodeGetVolumeStats", "volume_id", "volume_path"),
+    _read("Node/NodeGetVolumeHealth", "volume_id"),
+    _read("Node/NodeGetStorageHealth"),
 )
 
-CONTRACT: Mapping[str, Row] = MappingProxyType(
-    {
-        method: Row(method, row.lane, row.required, row.rules, row.quiet)
-        for row in _ROWS
-        for method in [f"/csi.v1.{row.method}"]
-    }
+RPCS: Mapping[str, Rpc] = MappingProxyType(
+    {f"/csi.v1.{rpc.method}": replace(rpc, method=f"/csi.v1.{rpc.method}") for rpc in _RPCS}
 )
-"""gRPC method path to row."""
+"""gRPC method path to RPC."""
 
-HEALTH = frozenset(method for method in CONTRACT if method.endswith("Health"))
-"""The methods of the alpha health interface, which are served only where they are switched on."""
+HEALTH = frozenset(method for method in RPCS if method.endswith("Health"))
+"""The alpha volume health RPCs, served only where they are enabled."""

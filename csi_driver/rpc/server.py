@@ -9,19 +9,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 from urllib.parse import quote
 
 import grpc
 
 from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import Lane
-from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.contract import Pool, ThreadPools
 from csi_driver.settings import EndpointSettings
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ _SOCKET_UMASK = 0o117  # the socket is for its owner and group alone
 _REQUEST_LIMIT_BYTES = 4 << 20  # far above the sum of the specification's size limits
 _ANSWER_TIME_S = 1.0
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 Register = Callable[[grpc.Server], None]
 
 
@@ -37,13 +41,13 @@ class Server:
     """One endpoint with its services."""
 
     def __init__(
-        self, settings: EndpointSettings, boundary: Boundary, lanes: Lanes, services: Sequence[Register]
+        self, settings: EndpointSettings, boundary: Boundary, pools: ThreadPools, services: Sequence[Register]
     ) -> None:
         self._settings = settings
         self._boundary = boundary
-        self._lanes = lanes
+        self._pools = pools
         self._server = grpc.server(
-            lanes.pool(Lane.WORK),
+            pools.executor(Pool.WORK),
             interceptors=[boundary],
             options=[
                 ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
@@ -81,7 +85,7 @@ class Server:
         # A call whose caller has given up is no longer gRPC's, but its work may still be going on.
         left = self._boundary.running.wait_for_none(self._settings.drain_s)
         stopped.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
-        self._lanes.close()
+        self._pools.close()
         if left:
             _LOG.warning("still running after %.0f s, left to the next start: %s", self._settings.drain_s, left)
         return not left
@@ -124,3 +128,43 @@ def _somebody_answers(path: Path) -> bool:
         probe.settimeout(_ANSWER_TIME_S)
         result = probe.connect_ex(str(path))
     return result not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------
+
+
+class Termination:
+    """Catches the signals inside its block, in the main thread. The second one ends the process on the spot."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._reader, self._writer, self._wakeup_before = -1, -1, -1
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        # The interpreter writes to the pipe as the signal comes, in whatever thread. A handler of ours runs only when
+        # the main thread next runs Python code, and that may be never: a signal just before a blocking read is not
+        # seen by it (signal.set_wakeup_fd).
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._received) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave back
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def wait(self) -> None:
+        """Return when the first signal has come."""
+        os.read(self._reader, 1)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            os._exit(128 + number)

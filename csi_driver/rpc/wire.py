@@ -1,6 +1,6 @@
-"""Messages of CSI to nouns of the driver and back: one function per direction.
+"""Translates CSI messages to the driver's types (`..._from`) and back (`..._to`).
 
-Requests come here after `rpc.shape`: fields that must be set are set, numbers are in range, enums are known.
+`rpc.validation` has checked the requests: required fields are set, numbers are in range, enums are known.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
 from csi_driver.errors import InvalidRequest
+from csi_driver.health import StorageEntry, VolumeHealth
 from csi_driver.model import (
     Access,
     AccessMode,
@@ -24,7 +25,7 @@ from csi_driver.model import (
     Segments,
     Usage,
 )
-from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
+from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2
 
 _STRING_BYTES = 128
@@ -107,16 +108,6 @@ def validate_from(message: csi_pb2.ValidateVolumeCapabilitiesRequest) -> Validat
         parameters=dict(message.parameters),
         mutable_parameters=dict(message.mutable_parameters),
     )
-
-
-def expansion_capability_from(message: csi_pb2.ControllerExpandVolumeRequest) -> Capability | None:
-    """Read the capability of ControllerExpandVolume, which need not be set."""
-    return capability_from(message.volume_capability) if message.HasField("volume_capability") else None
-
-
-def wanted_segments_from(message: csi_pb2.GetCapacityRequest) -> Segments | None:
-    """Read where GetCapacity asks; None = everywhere."""
-    return dict(message.accessible_topology.segments) if message.HasField("accessible_topology") else None
 
 
 # --- controller: answers ----------------------------------------------------------------------------------------
@@ -257,10 +248,29 @@ def usage_to(usage: Usage) -> csi_pb2.NodeGetVolumeStatsResponse:
     return csi_pb2.NodeGetVolumeStatsResponse(usage=measures)
 
 
-def info_to(info: NodeInfo) -> csi_pb2.NodeGetInfoResponse:
-    """Write who this node is."""
-    return csi_pb2.NodeGetInfoResponse(
-        node_id=info.node_id,
-        max_volumes_per_node=info.max_volumes,
-        accessible_topology=csi_pb2.Topology(segments=dict(info.topology)),
+# --- health -----------------------------------------------------------------------------------------------------
+
+
+def volume_health_to(health: VolumeHealth) -> csi_pb2.VolumeHealth:
+    """Write the problems of a volume."""
+    return csi_pb2.VolumeHealth(
+        volume_id=health.volume_id,
+        health_statuses=[
+            csi_pb2.VolumeHealth.VolumeHealthEntry(
+                status=entry.status.value, reason=entry.reason, message=cut(entry.message)
+            )
+            for entry in health.entries
+        ],
+    )
+
+
+def storage_health_to(entries: Iterable[StorageEntry]) -> csi_pb2.NodeGetStorageHealthResponse:
+    """Write the problems of a node's connection to the storage."""
+    return csi_pb2.NodeGetStorageHealthResponse(
+        backend_health=[
+            csi_pb2.NodeGetStorageHealthResponse.StorageBackendHealth(
+                status=entry.status.value, reason=entry.reason, message=cut(entry.message)
+            )
+            for entry in entries
+        ]
     )

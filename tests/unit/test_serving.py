@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from csi_driver import serving
 from csi_driver.deadline import Deadline
-from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.deadlines import Deadlines
-from csi_driver.rpc.inflight import Claims
-from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.contract import LockKeys
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+from csi_driver.rpc.services import NodeServicer
 from csi_driver.settings import EndpointSettings
-from tests.unit.rpc.fakes import FakeHealth, FakeNode, Gate, Trace, derived_name, stage
+from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, derived_name, stage
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Role:
                     os.kill(os.getpid(), signal.SIGTERM)
                 afterwards()
 
-        servicer = NodeServicer(self.node, Deadlines(60))
+        servicer = NodeServicer(cast("Any", self.node), Deadlines(60))
         with ThreadPoolExecutor(1) as pool:
             acting = pool.submit(act)
             status = serving.serve(
                 EndpointSettings(self.socket, drain_s=self.drain_s),
-                Claims(derived_name),
+                LockKeys(derived_name),
                 "nvmesh-csi.example.com",
-                FakeHealth(),
+                always_ready,
                 lambda server: csi_pb2_grpc.add_NodeServicer_to_server(servicer, server),
                 self.beside,
             )

@@ -25,7 +25,6 @@ from csi_driver.model import (
     Segments,
 )
 from csi_driver.parameters.storage_class import parse
-from csi_driver.rpc import health as health_wire
 from csi_driver.rpc import wire
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.storage_model import AllowedDrives, ClientStatus, Layout, RaidLevel, Volume, Vpg
@@ -516,7 +515,7 @@ def test_a_page_of_what_is_wrong_fits_into_a_message_too() -> None:
     pages, token, seen = 0, "", list[str]()
     while token or not pages:
         found, token = health.volumes(0, token, deadline=world.deadline())
-        assert sum(health_wire.volume_to(each).ByteSize() + 8 for each in found) < GRPC_LIMIT
+        assert sum(wire.volume_health_to(each).ByteSize() + 8 for each in found) < GRPC_LIMIT
         assert all(each.entries for each in found)
         seen += [each.volume_id for each in found]
         pages += 1
@@ -536,5 +535,5 @@ def test_an_entry_is_never_larger_than_it_is_taken_for(text: str, pairs: dict[st
     assert wire.list_to([entry], "").ByteSize() <= listed_bytes(entry)
     fault = VolumeEntry(VolumeFault.DATA_LOSS, Reason.VOLUME_ALARM, text)
     health = VolumeHealth(text, (fault,) * len(nodes))
-    written = csi_pb2.ControllerListVolumeHealthResponse(entries=[health_wire.volume_to(health)])
+    written = csi_pb2.ControllerListVolumeHealthResponse(entries=[wire.volume_health_to(health)])
     assert written.ByteSize() <= health_bytes(health) + 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -29,16 +29,11 @@ from csi_driver.model import (
 )
 from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
-from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import HEALTH, Row
-from csi_driver.rpc.controller import ControllerServicer, ControllerUseCases
-from csi_driver.rpc.deadlines import Deadlines
-from csi_driver.rpc.identity import Health, IdentityServicer
-from csi_driver.rpc.inflight import Claims
-from csi_driver.rpc.lanes import Lanes
-from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
+from csi_driver.rpc.services import ControllerServicer, ControllerUseCases, IdentityServicer, NodeServicer
 from csi_driver.settings import EndpointSettings
 
 ZONE = "zone-1"
@@ -242,14 +237,8 @@ class FakeNode:
         self.health = _NodeHealth()
 
 
-@dataclass
-class FakeHealth:
-    """Ready unless told otherwise."""
-
-    answer: Callable[[], bool] = lambda: True
-
-    def ready(self) -> bool:
-        return self.answer()
+def always_ready() -> bool:
+    return True
 
 
 @dataclass
@@ -274,35 +263,35 @@ class Endpoint:
         call = self.channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
         return bytes(call(data))
 
-    def invoke(self, row: Row, request: Message) -> bytes:
-        """Call the RPC of a row."""
-        return self.send(row.method, request.SerializeToString())
+    def invoke(self, rpc: Rpc, request: Message) -> bytes:
+        """Call the RPC of a rpc."""
+        return self.send(rpc.method, request.SerializeToString())
 
 
 @contextmanager
 def serving(
-    socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, lanes: Lanes | None = None,
-    health: Health | None = None, volume_health: bool = True, attaches: bool = True,
+    socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, pools: ThreadPools | None = None,
+    is_ready: Callable[[], bool] = always_ready, volume_health: bool = True, attaches: bool = True,
 ) -> Iterator[Endpoint]:  # fmt: skip
     """Serve all three services on one socket, over fakes."""
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
-    lanes = lanes or Lanes()
-    boundary = Boundary(Claims(derived_name), lanes, frozenset() if volume_health else HEALTH)
+    pools = pools or ThreadPools()
+    boundary = Boundary(LockKeys(derived_name), pools, frozenset() if volume_health else HEALTH)
     deadlines = Deadlines(default_deadline_s)
-    identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", health or FakeHealth())
-    use_cases = ControllerUseCases(*(controller,) * 9, _ControllerHealth())
+    identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
+    use_cases = ControllerUseCases(*cast("tuple[Any, ...]", (*(controller,) * 9, _ControllerHealth())))
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,
-        lanes,
+        pools,
         (
             lambda s: csi_pb2_grpc.add_IdentityServicer_to_server(identity, s),
             lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(
                 ControllerServicer(use_cases, deadlines, volume_health=volume_health, attaches=attaches), s
             ),
             lambda s: csi_pb2_grpc.add_NodeServicer_to_server(
-                NodeServicer(node, deadlines, volume_health=volume_health), s
+                NodeServicer(cast("Any", node), deadlines, volume_health=volume_health), s
             ),
         ),
     )
@@ -402,7 +391,7 @@ def _answered(error: grpc.RpcError) -> _Answered:
     return cast("_Answered", error)
 
 
-def request_class(row: Row) -> type[Message]:
+def request_class(rpc: Rpc) -> type[Message]:
     """Return the class of an RPC's request."""
-    service, _, name = row.method.removeprefix("/csi.v1.").partition("/")
+    service, _, name = rpc.method.removeprefix("/csi.v1.").partition("/")
     return GetMessageClass(csi_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[name].input_type)

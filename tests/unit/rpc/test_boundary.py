@@ -13,8 +13,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from csi_driver import errors
-from csi_driver.rpc.contract import CONTRACT, Row
-from csi_driver.rpc.lanes import Lanes
+from csi_driver.rpc.contract import RPCS, Rpc, ThreadPools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.telemetry.metrics import exposition
 from tests.unit.rpc.fakes import (
@@ -45,23 +44,23 @@ def raising(error: Exception) -> Callable[[str], None]:
 
 # --- required fields --------------------------------------------------------------------------------------------
 
-REQUIRED = [pytest.param(row, field, id=f"{row.name}-{field}") for row in CONTRACT.values() for field in row.required]
+REQUIRED = [pytest.param(rpc, field, id=f"{rpc.name}-{field}") for rpc in RPCS.values() for field in rpc.required]
 
 
-@pytest.mark.parametrize(("row", "field"), REQUIRED)
-def test_a_missing_field_is_named(endpoint: Endpoint, row: Row, field: str) -> None:
-    request = full(row)
+@pytest.mark.parametrize(("rpc", "field"), REQUIRED)
+def test_a_missing_field_is_named(endpoint: Endpoint, rpc: Rpc, field: str) -> None:
+    request = full(rpc)
     request.ClearField(field)
     with pytest.raises(grpc.RpcError) as refused:
-        endpoint.invoke(row, request)
+        endpoint.invoke(rpc, request)
     assert status_of(refused.value) is Code.INVALID_ARGUMENT
     assert field in details_of(refused.value)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in CONTRACT.values()])
-def test_a_request_with_just_the_required_fields_is_served(endpoint: Endpoint, row: Row) -> None:
+@pytest.mark.parametrize("rpc", [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()])
+def test_a_request_with_just_the_required_fields_is_served(endpoint: Endpoint, rpc: Rpc) -> None:
     endpoint.controller.CreateVolume(create())
-    assert code_of(lambda: endpoint.invoke(row, full(row))) is Code.OK
+    assert code_of(lambda: endpoint.invoke(rpc, full(rpc))) is Code.OK
 
 
 CAPABILITY = {"mount": {}, "access_mode": {"mode": "SINGLE_NODE_WRITER"}}
@@ -74,10 +73,10 @@ SAMPLES: dict[str, object] = {
 }
 
 
-def full(row: Row) -> Message:
+def full(rpc: Rpc) -> Message:
     """Return a request with every required field set, and no other."""
-    sample = {field: SAMPLES.get(field, "/x") for field in row.required}
-    return ParseDict(sample, request_class(row)())
+    sample = {field: SAMPLES.get(field, "/x") for field in rpc.required}
+    return ParseDict(sample, request_class(rpc)())
 
 
 # --- exclusivity ------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def test_a_call_that_hangs_is_answered_in_time_and_keeps_its_volume_busy(endpoin
         endpoint.node.NodeStageVolume(stage(), timeout=5)
     assert status_of(hung.value) is Code.DEADLINE_EXCEEDED
     assert "NodeStageVolume of volume" in details_of(hung.value)
-    assert "rpc.node.NodeStageVolume" in details_of(hung.value)
+    assert "rpc.services.NodeStageVolume" in details_of(hung.value)
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.ABORTED
     gate.open()
     assert endpoint.boundary.running.wait_for_none(30) == []
@@ -154,7 +153,7 @@ def test_a_call_that_hangs_is_answered_in_time_and_keeps_its_volume_busy(endpoin
 
 
 def test_more_calls_may_hang_than_there_are_threads_to_answer(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage", limit_s=60)
         for number in range(4):
             hanging = stage(volume_id=f"zone:csi-dead-{number}:{UUID}", path=f"/staging/{number}")
@@ -163,6 +162,21 @@ def test_more_calls_may_hang_than_there_are_threads_to_answer(tmp_path: Path) ->
             assert status_of(hung.value) is Code.DEADLINE_EXCEEDED
         assert code_of(lambda: endpoint.node.NodePublishVolume(node_publish())) is Code.OK
         gate.open()
+
+
+@pytest.mark.parametrize("handle", ["csi-1", "z1:csi-1", f"z2:csi-1:{UUID}"])
+def test_a_volume_locked_by_name_excludes_every_call_for_it_and_only_those(endpoint: Endpoint, handle: str) -> None:
+    with endpoint.boundary.lock_volume("csi-1"):
+        assert code_of(lambda: endpoint.node.NodeStageVolume(stage(handle))) is Code.ABORTED
+        assert code_of(lambda: endpoint.node.NodePublishVolume(node_publish(handle))) is Code.ABORTED
+        assert code_of(lambda: endpoint.node.NodeStageVolume(stage("z1:csi-2"))) is Code.OK
+    gate = endpoint.trace.hook = Gate("publish")
+    running = endpoint.node.NodePublishVolume.future(node_publish(handle))
+    gate.wait_for()
+    with pytest.raises(errors.OperationPending), endpoint.boundary.lock_volume("csi-1"):
+        pass
+    gate.open()
+    running.result()
 
 
 def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> None:
@@ -294,11 +308,11 @@ def test_what_is_asked_all_the_time_is_logged_only_for_debugging(
     assert not [record for record in caplog.records if record.name == "csi_driver.rpc.boundary"]
 
 
-# --- lanes ------------------------------------------------------------------------------------------------------
+# --- pools ------------------------------------------------------------------------------------------------------
 
 
 def test_health_and_reads_are_answered_while_all_workers_are_busy(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage")
         busy = [endpoint.node.NodeStageVolume.future(stage(f"csi-{i}", f"/staging/{i}")) for i in range(8)]
         gate.wait_for(2)
@@ -311,7 +325,7 @@ def test_health_and_reads_are_answered_while_all_workers_are_busy(tmp_path: Path
 
 
 def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("volumes")
         busy = [endpoint.controller.ListVolumes.future(csi_pb2.ListVolumesRequest()) for _ in range(4)]
         gate.wait_for(2)
@@ -322,7 +336,7 @@ def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
 
 
 def test_probe_is_answered_while_what_tells_of_the_node_hangs(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", lanes=Lanes(work=2, read=2, answer=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("info")
         hanging = [endpoint.node.NodeGetInfo.future(csi_pb2.NodeGetInfoRequest()) for _ in range(2)]
         gate.wait_for()

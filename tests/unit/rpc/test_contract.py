@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 
-from csi_driver.rpc.contract import CONTRACT, Lane, Row
-from csi_driver.rpc.controller import ControllerServicer
-from csi_driver.rpc.identity import IdentityServicer
-from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.contract import RPCS, Pool, Rpc
 from csi_driver.rpc.pb import csi_pb2
+from csi_driver.rpc.services import ControllerServicer, IdentityServicer, NodeServicer
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
 SERVED = {"Identity": IdentityServicer, "Controller": ControllerServicer, "Node": NodeServicer}
 LEFT_TO_THE_USE_CASE = {"ControllerModifyVolume": {"mutable_parameters"}}
 """Required, but csi-sanity 5.6 calls without it and wants NOT_FOUND of an unknown volume, success of a known one."""
-ROWS = [pytest.param(row, id=row.name) for row in CONTRACT.values()]
+CASES = [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()]
 
 
 def marked(message: str) -> set[str]:
@@ -28,8 +26,8 @@ def marked(message: str) -> set[str]:
     return set(re.findall(r"// REQUIRED\.[^\n]*\n(?:    ?//[^\n]*\n)*  [^\n]*? (\w+) = \d+", body[1]))
 
 
-def method_of(row: Row) -> MethodDescriptor:
-    service, _, name = row.method.removeprefix("/csi.v1.").partition("/")
+def method_of(rpc: Rpc) -> MethodDescriptor:
+    service, _, name = rpc.method.removeprefix("/csi.v1.").partition("/")
     return csi_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[name]
 
 
@@ -38,11 +36,11 @@ def presence_shows(field: FieldDescriptor) -> bool:
     return field.is_repeated or field.has_presence or field.type == FieldDescriptor.TYPE_STRING
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_required_fields_are_those_that_the_specification_marks(row: Row) -> None:
-    request = method_of(row).input_type
+@pytest.mark.parametrize("rpc", CASES)
+def test_required_fields_are_those_that_the_specification_marks(rpc: Rpc) -> None:
+    request = method_of(rpc).input_type
     visible = {name for name in marked(request.name) if presence_shows(request.fields_by_name[name])}
-    assert set(row.required) == visible - LEFT_TO_THE_USE_CASE.get(row.name, set())
+    assert set(rpc.required) == visible - LEFT_TO_THE_USE_CASE.get(rpc.name, set())
 
 
 def test_the_marks_are_really_read() -> None:
@@ -56,9 +54,9 @@ def test_the_rows_are_the_rpcs_that_are_implemented() -> None:
         for name in csi_pb2.DESCRIPTOR.services_by_name[service].methods_by_name
         if name in vars(servicer)
     }
-    assert set(CONTRACT) == implemented
+    assert set(RPCS) == implemented
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_what_changes_something_is_exclusive_and_what_reads_is_not(row: Row) -> None:
-    assert bool(row.rules) == (row.lane is Lane.WORK)
+@pytest.mark.parametrize("rpc", CASES)
+def test_what_changes_something_is_exclusive_and_what_reads_is_not(rpc: Rpc) -> None:
+    assert bool(rpc.locks) == (rpc.pool is Pool.WORK)

@@ -13,11 +13,11 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.rpc.contract import CONTRACT, Row
+from csi_driver.rpc.contract import RPCS, Rpc
 from tests.unit.rpc.fakes import Endpoint, code_of, request_class, serving
 
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
-ROWS = [pytest.param(row, id=row.name) for row in CONTRACT.values()]
+CASES = [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()]
 
 TEXT = st.one_of(
     st.text(max_size=40),
@@ -59,21 +59,21 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         yield endpoint
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_no_request_is_answered_with_a_bug(shared: Endpoint, row: Row) -> None:
+@pytest.mark.parametrize("rpc", CASES)
+def test_no_request_is_answered_with_a_bug(shared: Endpoint, rpc: Rpc) -> None:
     @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(messages(cast("Descriptor", request_class(row).DESCRIPTOR)))
+    @given(messages(cast("Descriptor", request_class(rpc).DESCRIPTOR)))
     def answer(request: Message) -> None:
-        assert code_of(lambda: shared.invoke(row, request)) not in NEVER
+        assert code_of(lambda: shared.invoke(rpc, request)) not in NEVER
 
     answer()
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_no_bytes_are_answered_with_a_bug(shared: Endpoint, row: Row) -> None:
+@pytest.mark.parametrize("rpc", CASES)
+def test_no_bytes_are_answered_with_a_bug(shared: Endpoint, rpc: Rpc) -> None:
     @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=200))
     def answer(data: bytes) -> None:
-        assert code_of(lambda: shared.send(row.method, data)) not in NEVER
+        assert code_of(lambda: shared.send(rpc.method, data)) not in NEVER
 
     answer()

@@ -18,13 +18,13 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, PreconditionFailed, StorageUnavailable
-from csi_driver.rpc import itself as itself_module
+from csi_driver.rpc import client as client_module
 from csi_driver.rpc import registration as module
-from csi_driver.rpc.itself import Itself
+from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.registration import Registration
 from csi_driver.settings import RegistrationSettings
 from tests.fakes.kubelet import Kubelet, Plugin
-from tests.unit.rpc.fakes import Endpoint, FakeHealth, serving
+from tests.unit.rpc.fakes import Endpoint, serving
 
 NAME = "nvmesh-csi.example.com"
 
@@ -127,11 +127,11 @@ def test_a_look_changes_nothing_that_is_in_place(scene: Scene) -> None:
 
 
 def test_nothing_is_registered_until_the_node_service_answers(scene: Scene) -> None:
-    scene.node.problem = StorageUnavailable("the storage client does not show itself yet")
+    scene.node.problem = StorageUnavailable("the storage client does not show self_check yet")
     registration = scene.registration()
     registration.tend()
     assert not scene.socket().exists()
-    assert "does not show itself" in registration.why_not_registered()
+    assert "does not show self_check" in registration.why_not_registered()
     scene.node.problem = None
     registration.tend()
     scene.kubelet.visit()
@@ -479,7 +479,7 @@ def test_after_the_end_no_socket_is_made(scene: Scene) -> None:
 
 
 def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
-    asked = Itself(scene.endpoint.socket)
+    asked = SelfCheck(scene.endpoint.socket)
     settings = RegistrationSettings(scene.directory, NAME, scene.endpoint.socket, scene.drafts)
 
     def is_known() -> bool:
@@ -493,12 +493,12 @@ def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
     assert os.listdir(scene.directory) == []
 
 
-# --- asking itself ----------------------------------------------------------------------------------------------
+# --- asking self_check ----------------------------------------------------------------------------------------------
 
 
 def test_an_endpoint_that_is_not_there_does_not_tell_who_it_is(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="UNAVAILABLE"):
-        Itself(tmp_path / "none.sock").check_node()
+        SelfCheck(tmp_path / "none.sock").check_node()
 
 
 def lacks_a_tool() -> bool:
@@ -521,21 +521,21 @@ def has_a_bug() -> bool:
 def test_an_endpoint_that_answers_is_healthy_though_it_is_not_ready(
     tmp_path: Path, answer: Callable[[], bool], why_silent: str, why_not_ready: str
 ) -> None:
-    itself = Itself(tmp_path / "csi.sock")
-    with serving(tmp_path / "csi.sock", health=FakeHealth(answer)):
-        silent, not_ready = itself.why_silent(), itself.why_not_ready()
+    self_check = SelfCheck(tmp_path / "csi.sock")
+    with serving(tmp_path / "csi.sock", is_ready=answer):
+        silent, not_ready = self_check.why_silent(), self_check.why_not_ready()
     assert (why_silent in silent, bool(silent)) == (True, bool(why_silent))
     assert (why_not_ready in not_ready, bool(not_ready)) == (True, bool(why_not_ready))
-    assert "UNAVAILABLE" in itself.why_silent()
+    assert "UNAVAILABLE" in self_check.why_silent()
 
 
 def test_an_endpoint_that_hangs_is_not_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(itself_module, "PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client_module, "SELF_PROBE_TIMEOUT_S", 0.3)
     held = threading.Event()
 
     def hangs() -> bool:
         return held.wait(60)
 
-    with serving(tmp_path / "csi.sock", health=FakeHealth(hangs)):
-        assert "DEADLINE_EXCEEDED" in Itself(tmp_path / "csi.sock").why_silent()
+    with serving(tmp_path / "csi.sock", is_ready=hangs):
+        assert "DEADLINE_EXCEEDED" in SelfCheck(tmp_path / "csi.sock").why_silent()
         held.set()

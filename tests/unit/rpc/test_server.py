@@ -14,8 +14,7 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.server import make_way
-from csi_driver.rpc.signals import Termination
+from csi_driver.rpc.server import Termination, make_way
 from tests.unit.rpc.fakes import Gate, code_of, serving, stage
 
 Code = grpc.StatusCode

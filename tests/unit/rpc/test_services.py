@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -11,13 +12,12 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
-from csi_driver.rpc.identity import ControllerHealth, NodeHealth
 from csi_driver.rpc.pb import csi_pb2
+from csi_driver.rpc.services import ManagementReadiness, is_equipped
 from tests.unit.rpc.fakes import (
     VOLUME_ID,
     ZONE,
     Endpoint,
-    FakeHealth,
     capability,
     code_of,
     create,
@@ -215,20 +215,20 @@ def test_the_health_on_a_node_comes_through(endpoint: Endpoint) -> None:
 
 
 def test_an_unhealthy_node_fails_its_probe_with_every_reason(tmp_path: Path) -> None:
-    health = NodeHealth(lambda: ["mkfs.ext4 is not installed", "no propagation"])
-    with serving(tmp_path / "csi.sock", health=health) as endpoint:
+    ready = partial(is_equipped, lambda: ["mkfs.ext4 is not installed", "no propagation"])
+    with serving(tmp_path / "csi.sock", is_ready=ready) as endpoint:
         assert code_of(lambda: endpoint.identity.Probe(csi_pb2.ProbeRequest())) is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_not_ready_is_an_answer_and_not_a_failure(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", health=FakeHealth(lambda: False)) as endpoint:
+    with serving(tmp_path / "csi.sock", is_ready=lambda: False) as endpoint:
         answer = endpoint.identity.Probe(csi_pb2.ProbeRequest())
     assert answer.HasField("ready")
     assert not answer.ready.value
 
 
 def test_a_healthy_node_is_ready() -> None:
-    assert NodeHealth(tuple).ready()
+    assert is_equipped(tuple)
 
 
 def test_a_controller_is_not_ready_while_its_management_hangs() -> None:
@@ -239,18 +239,18 @@ def test_a_controller_is_not_ready_while_its_management_hangs() -> None:
         asked.append(deadline)
         return release.wait(120)
 
-    health = ControllerHealth(check, wait_s=0.01)
-    assert not health.ready()
-    assert not health.ready()
+    readiness = ManagementReadiness(check, wait_s=0.01)
+    assert not readiness.is_ready()
+    assert not readiness.is_ready()
     assert len(asked) == 1
     release.set()
-    assert ControllerHealth(lambda deadline: True, wait_s=5).ready()
+    assert ManagementReadiness(lambda deadline: True, wait_s=5).is_ready()
 
 
 def test_a_controller_stays_ready_from_the_first_answer_on() -> None:
     answers = [False, True]
-    health = ControllerHealth(lambda deadline: answers.pop(0), wait_s=5)
-    assert [health.ready() for _ in range(4)] == [False, True, True, True]
+    readiness = ManagementReadiness(lambda deadline: answers.pop(0), wait_s=5)
+    assert [readiness.is_ready() for _ in range(4)] == [False, True, True, True]
     assert answers == []
 
 
@@ -258,9 +258,9 @@ def test_a_management_that_cannot_be_reached_is_not_ready() -> None:
     def check(deadline: Deadline) -> bool:
         raise StorageUnavailable("nobody answers")
 
-    assert not ControllerHealth(check, wait_s=5).ready()
+    assert not ManagementReadiness(check, wait_s=5).is_ready()
 
 
 def test_every_problem_of_a_node_is_told() -> None:
     with pytest.raises(PreconditionFailed, match="a; b"):
-        NodeHealth(lambda: ["a", "b"]).ready()
+        is_equipped(lambda: ["a", "b"])

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from csi_driver import errors
-from csi_driver.rpc.status import CODES, code_of, message_of
+from csi_driver.rpc.boundary import CODES, code_of, message_of
 
 # What the specification's error scheme wants of each family, written down independently of the table.
 WANTED = {

@@ -7,7 +7,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from csi_driver.errors import CapacityOutOfRange, DriverError, InvalidRequest
-from csi_driver.rpc import shape
+from csi_driver.rpc import validation
 from csi_driver.rpc.pb import csi_pb2
 
 MOUNT = {"mount": {"fs_type": "ext4"}, "access_mode": {"mode": "SINGLE_NODE_WRITER"}}
@@ -24,13 +24,13 @@ def stage(**fields: object) -> Message:
 
 def refusal(message: Message) -> str:
     with pytest.raises(InvalidRequest) as refused:
-        shape.check(message, ())
+        validation.check(message, ())
     return str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["v", "x" * 128, "pvc-é世界", "tab\tand\nnewline\r", "a/b:c"])
 def test_a_name_of_the_specifications_characters_is_taken(name: str) -> None:
-    shape.check(create(name=name), ())
+    validation.check(create(name=name), ())
 
 
 @pytest.mark.parametrize("code", [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)])
@@ -44,21 +44,21 @@ def test_a_name_is_measured_in_bytes() -> None:
 
 @pytest.mark.parametrize("volume_id", ["x" * 129, "x" * 100_000, "no such\x00form", "\x7f"])
 def test_a_volume_id_is_never_an_invalid_argument(volume_id: str) -> None:
-    shape.check(stage(volume_id=volume_id), ())
+    validation.check(stage(volume_id=volume_id), ())
 
 
 def test_a_node_id_may_have_256_bytes() -> None:
-    shape.check(csi_pb2.ControllerPublishVolumeRequest(node_id="n" * 256), ())
+    validation.check(csi_pb2.ControllerPublishVolumeRequest(node_id="n" * 256), ())
     assert "node_id" in refusal(csi_pb2.ControllerPublishVolumeRequest(node_id="n" * 257))
 
 
 def test_a_path_may_be_as_long_as_the_kernel_takes_it() -> None:
-    shape.check(stage(staging_target_path="/" * 4095), ())
+    validation.check(stage(staging_target_path="/" * 4095), ())
     assert "staging_target_path" in refusal(stage(staging_target_path="/" * 4096))
 
 
 def test_a_map_may_have_4096_bytes_in_all() -> None:
-    shape.check(create(parameters={"k": "v" * 4095}), ())
+    validation.check(create(parameters={"k": "v" * 4095}), ())
     assert "parameters" in refusal(create(parameters={"k": "v" * 4096}))
 
 
@@ -102,14 +102,14 @@ def test_a_capacity_that_is_negative_or_empty_is_refused(capacity: dict[str, int
 
 def test_a_capacity_whose_limit_is_below_what_is_required_is_out_of_range() -> None:
     with pytest.raises(CapacityOutOfRange):
-        shape.check(create(capacity_range={"required_bytes": 2, "limit_bytes": 1}), ())
+        validation.check(create(capacity_range={"required_bytes": 2, "limit_bytes": 1}), ())
 
 
 @pytest.mark.parametrize(
     "capacity", [{"required_bytes": 1}, {"limit_bytes": 1}, {"required_bytes": 1, "limit_bytes": 1}]
 )
 def test_a_sound_capacity_is_taken(capacity: dict[str, int]) -> None:
-    shape.check(create(capacity_range=capacity), ())
+    validation.check(create(capacity_range=capacity), ())
 
 
 def test_a_negative_number_of_entries_is_refused() -> None:
@@ -117,9 +117,9 @@ def test_a_negative_number_of_entries_is_refused() -> None:
 
 
 def test_a_strange_token_is_left_to_the_list() -> None:
-    shape.check(csi_pb2.ListVolumesRequest(starting_token="x" * 1000 + "\x00"), ())
+    validation.check(csi_pb2.ListVolumesRequest(starting_token="x" * 1000 + "\x00"), ())
 
 
 def test_a_missing_field_comes_before_everything_else() -> None:
     with pytest.raises(DriverError, match="volume_id is required"):
-        shape.check(csi_pb2.NodeStageVolumeRequest(staging_target_path="/" * 5000), ("volume_id",))
+        validation.check(csi_pb2.NodeStageVolumeRequest(staging_target_path="/" * 5000), ("volume_id",))

@@ -1,0 +1,346 @@
+"""The CSI services. A handler translates the request, calls a use case and translates the result (see `rpc.wire`).
+
+`rpc.boundary` has checked, locked and logged the call before a handler runs, and maps what it raises to a status.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from google.protobuf.wrappers_pb2 import BoolValue
+
+from csi_driver.background import run_detached
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, NotOffered, PreconditionFailed
+from csi_driver.rpc import wire
+from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.rpc.pb import csi_pb2_grpc
+
+if TYPE_CHECKING:
+    from grpc import ServicerContext as Context
+
+    from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.create_volume import CreateVolume
+    from csi_driver.controller.delete_volume import DeleteVolume
+    from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
+    from csi_driver.controller.publish import PublishVolume
+    from csi_driver.controller.unpublish import UnpublishVolume
+    from csi_driver.controller.validate import ModifyVolume, ValidateVolume
+    from csi_driver.node.service import NodeUseCases
+    from csi_driver.rpc.boundary import Deadlines
+
+_LOG = logging.getLogger(__name__)
+
+_ControllerRpc = pb.ControllerServiceCapability.RPC
+_NodeRpc = pb.NodeServiceCapability.RPC
+_Service = pb.PluginCapability.Service
+_Expansion = pb.PluginCapability.VolumeExpansion
+
+_ATTACH_CAPABILITIES = (
+    _ControllerRpc.PUBLISH_UNPUBLISH_VOLUME,
+    _ControllerRpc.PUBLISH_READONLY,
+    _ControllerRpc.LIST_VOLUMES_PUBLISHED_NODES,
+)
+_CONTROLLER_CAPABILITIES = (
+    _ControllerRpc.CREATE_DELETE_VOLUME,
+    *_ATTACH_CAPABILITIES,
+    _ControllerRpc.LIST_VOLUMES,
+    _ControllerRpc.GET_CAPACITY,
+    _ControllerRpc.EXPAND_VOLUME,
+    _ControllerRpc.GET_VOLUME,
+    _ControllerRpc.MODIFY_VOLUME,
+    _ControllerRpc.SINGLE_NODE_MULTI_WRITER,
+)
+_CONTROLLER_HEALTH_CAPABILITIES = (_ControllerRpc.GET_VOLUME_HEALTH, _ControllerRpc.LIST_VOLUME_HEALTH)
+_NODE_CAPABILITIES = (
+    _NodeRpc.STAGE_UNSTAGE_VOLUME,
+    _NodeRpc.GET_VOLUME_STATS,
+    _NodeRpc.EXPAND_VOLUME,
+    _NodeRpc.SINGLE_NODE_MULTI_WRITER,
+)
+_NODE_HEALTH_CAPABILITIES = (_NodeRpc.GET_VOLUME_HEALTH, _NodeRpc.GET_STORAGE_HEALTH)
+
+
+# --- identity ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class IdentityServicer(csi_pb2_grpc.IdentityServicer):
+    """Identity service. `is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools."""
+
+    driver_name: str
+    version: Callable[[], str]
+    is_ready: Callable[[], bool]
+
+    def GetPluginInfo(self, request: pb.GetPluginInfoRequest, context: Context) -> pb.GetPluginInfoResponse:
+        return pb.GetPluginInfoResponse(name=self.driver_name, vendor_version=self.version())
+
+    def GetPluginCapabilities(
+        self, request: pb.GetPluginCapabilitiesRequest, context: Context
+    ) -> pb.GetPluginCapabilitiesResponse:
+        services = (_Service.CONTROLLER_SERVICE, _Service.VOLUME_ACCESSIBILITY_CONSTRAINTS)
+        return pb.GetPluginCapabilitiesResponse(
+            capabilities=[
+                *(pb.PluginCapability(service=_Service(type=service)) for service in services),
+                pb.PluginCapability(volume_expansion=_Expansion(type=_Expansion.ONLINE)),
+            ]
+        )
+
+    def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
+        return pb.ProbeResponse(ready=BoolValue(value=self.is_ready()))
+
+
+def is_equipped(problems: Callable[[], Sequence[str]]) -> bool:
+    """Return True; raises `PreconditionFailed` with every problem of this machine."""
+    found = problems()
+    if found:
+        raise PreconditionFailed("; ".join(found))
+    return True
+
+
+class ManagementReadiness:
+    """Ready once the management has answered, and from then on.
+
+    A later outage shows in the calls themselves: a controller that is not ready would be restarted, which does not
+    help. The management is queried in a thread of its own, so that Probe waits `wait_s` at most.
+    """
+
+    def __init__(self, query: Callable[[Deadline], bool], *, wait_s: float = 0.5, query_s: float = 20.0) -> None:
+        self._query = query
+        self._wait_s = wait_s
+        self._query_s = query_s
+        self._lock = threading.Lock()
+        self._pending: Future[None] | None = None
+        self._ready = False
+        self._last_reason = ""
+
+    def is_ready(self) -> bool:
+        """Return whether the management has answered by now."""
+        if self._ready:
+            return True
+        with self._lock:
+            if self._pending is None or self._pending.done():
+                self._pending = run_detached("readiness", self._ask)
+            pending = self._pending
+        wait([pending], self._wait_s)
+        return self._ready
+
+    def _ask(self) -> None:
+        reason = "the storage management reports that it is not ready"
+        try:
+            self._ready = self._query(Deadline.after(self._query_s))
+        except DriverError as error:
+            reason = str(error)
+        if self._ready:
+            _LOG.info("the storage management answers: ready")
+        elif reason != self._last_reason:
+            _LOG.warning("not ready: %s", reason)
+            self._last_reason = reason
+
+
+# --- controller -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerUseCases:
+    """The use cases behind the controller service."""
+
+    create: CreateVolume
+    delete: DeleteVolume
+    publish: PublishVolume
+    unpublish: UnpublishVolume
+    expand: ExpandVolume
+    modify: ModifyVolume
+    listing: ListVolumes
+    capacity: GetCapacity
+    validate: ValidateVolume
+    health: GetVolumeHealth
+
+
+@dataclass(slots=True)
+class ControllerServicer(csi_pb2_grpc.ControllerServicer):
+    """Controller service. `attaches`: the controller attaches volumes, not each node its own."""
+
+    do: ControllerUseCases
+    deadlines: Deadlines
+    volume_health: bool = False
+    attaches: bool = True
+
+    def ControllerGetCapabilities(
+        self, request: pb.ControllerGetCapabilitiesRequest, context: Context
+    ) -> pb.ControllerGetCapabilitiesResponse:
+        kinds = (*_CONTROLLER_CAPABILITIES, *(_CONTROLLER_HEALTH_CAPABILITIES if self.volume_health else ()))
+        return pb.ControllerGetCapabilitiesResponse(
+            capabilities=[
+                pb.ControllerServiceCapability(rpc=_ControllerRpc(type=kind))
+                for kind in kinds
+                if self.attaches or kind not in _ATTACH_CAPABILITIES
+            ]
+        )
+
+    def CreateVolume(self, request: pb.CreateVolumeRequest, context: Context) -> pb.CreateVolumeResponse:
+        volume = self.do.create.create(wire.create_from(request), deadline=self.deadlines.of(context))
+        return pb.CreateVolumeResponse(volume=wire.volume_to(volume))
+
+    def DeleteVolume(self, request: pb.DeleteVolumeRequest, context: Context) -> pb.DeleteVolumeResponse:
+        self.do.delete.delete(request.volume_id, deadline=self.deadlines.of(context))
+        return pb.DeleteVolumeResponse()
+
+    def ControllerPublishVolume(
+        self, request: pb.ControllerPublishVolumeRequest, context: Context
+    ) -> pb.ControllerPublishVolumeResponse:
+        self._require_attaching()
+        published = self.do.publish.publish(wire.publish_from(request), deadline=self.deadlines.of(context))
+        return pb.ControllerPublishVolumeResponse(publish_context=published.as_map())
+
+    def ControllerUnpublishVolume(
+        self, request: pb.ControllerUnpublishVolumeRequest, context: Context
+    ) -> pb.ControllerUnpublishVolumeResponse:
+        self._require_attaching()
+        self.do.unpublish.unpublish(request.volume_id, request.node_id, deadline=self.deadlines.of(context))
+        return pb.ControllerUnpublishVolumeResponse()
+
+    def _require_attaching(self) -> None:
+        if not self.attaches:
+            raise NotOffered("this controller attaches no volumes: with --attach-by node each node attaches its own")
+
+    def ControllerExpandVolume(
+        self, request: pb.ControllerExpandVolumeRequest, context: Context
+    ) -> pb.ControllerExpandVolumeResponse:
+        capacity_bytes, node_expansion_required = self.do.expand.expand(
+            request.volume_id,
+            wire.range_from(request.capacity_range),
+            wire.capability_from(request.volume_capability) if request.HasField("volume_capability") else None,
+            deadline=self.deadlines.of(context),
+        )
+        return pb.ControllerExpandVolumeResponse(
+            capacity_bytes=capacity_bytes, node_expansion_required=node_expansion_required
+        )
+
+    def ControllerModifyVolume(
+        self, request: pb.ControllerModifyVolumeRequest, context: Context
+    ) -> pb.ControllerModifyVolumeResponse:
+        parameters = dict(request.mutable_parameters)
+        self.do.modify.modify(request.volume_id, parameters, deadline=self.deadlines.of(context))
+        return pb.ControllerModifyVolumeResponse()
+
+    def ValidateVolumeCapabilities(
+        self, request: pb.ValidateVolumeCapabilitiesRequest, context: Context
+    ) -> pb.ValidateVolumeCapabilitiesResponse:
+        objection = self.do.validate.validate(wire.validate_from(request), deadline=self.deadlines.of(context))
+        return wire.validated_to(request, objection)
+
+    def ControllerGetVolume(
+        self, request: pb.ControllerGetVolumeRequest, context: Context
+    ) -> pb.ControllerGetVolumeResponse:
+        return wire.get_to(self.do.listing.volume(request.volume_id, deadline=self.deadlines.of(context)))
+
+    def ListVolumes(self, request: pb.ListVolumesRequest, context: Context) -> pb.ListVolumesResponse:
+        volumes, next_token = self.do.listing.volumes(
+            request.max_entries, request.starting_token, deadline=self.deadlines.of(context)
+        )
+        return wire.list_to(volumes, next_token)
+
+    def GetCapacity(self, request: pb.GetCapacityRequest, context: Context) -> pb.GetCapacityResponse:
+        capacity = self.do.capacity.capacity(
+            wire.capabilities_from(request.volume_capabilities),
+            dict(request.parameters),
+            dict(request.accessible_topology.segments) if request.HasField("accessible_topology") else None,
+            deadline=self.deadlines.of(context),
+        )
+        return wire.capacity_to(capacity)
+
+    def ControllerGetVolumeHealth(
+        self, request: pb.ControllerGetVolumeHealthRequest, context: Context
+    ) -> pb.ControllerGetVolumeHealthResponse:
+        found = self.do.health.volume(request.volume_id, deadline=self.deadlines.of(context))
+        return pb.ControllerGetVolumeHealthResponse(volume_health=wire.volume_health_to(found))
+
+    def ControllerListVolumeHealth(
+        self, request: pb.ControllerListVolumeHealthRequest, context: Context
+    ) -> pb.ControllerListVolumeHealthResponse:
+        found, next_token = self.do.health.volumes(
+            request.max_entries, request.starting_token, deadline=self.deadlines.of(context)
+        )
+        return pb.ControllerListVolumeHealthResponse(
+            entries=[wire.volume_health_to(each) for each in found], next_token=next_token
+        )
+
+
+# --- node -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class NodeServicer(csi_pb2_grpc.NodeServicer):
+    """Node service."""
+
+    do: NodeUseCases
+    deadlines: Deadlines
+    volume_health: bool = False
+
+    def NodeGetCapabilities(
+        self, request: pb.NodeGetCapabilitiesRequest, context: Context
+    ) -> pb.NodeGetCapabilitiesResponse:
+        kinds = (*_NODE_CAPABILITIES, *(_NODE_HEALTH_CAPABILITIES if self.volume_health else ()))
+        return pb.NodeGetCapabilitiesResponse(
+            capabilities=[pb.NodeServiceCapability(rpc=_NodeRpc(type=kind)) for kind in kinds]
+        )
+
+    def NodeGetInfo(self, request: pb.NodeGetInfoRequest, context: Context) -> pb.NodeGetInfoResponse:
+        info = self.do.identity.info()
+        return pb.NodeGetInfoResponse(
+            node_id=info.node_id,
+            max_volumes_per_node=info.max_volumes,
+            accessible_topology=pb.Topology(segments=dict(info.topology)),
+        )
+
+    def NodeStageVolume(self, request: pb.NodeStageVolumeRequest, context: Context) -> pb.NodeStageVolumeResponse:
+        self.do.stage.stage(wire.stage_from(request), deadline=self.deadlines.of(context))
+        return pb.NodeStageVolumeResponse()
+
+    def NodeUnstageVolume(self, request: pb.NodeUnstageVolumeRequest, context: Context) -> pb.NodeUnstageVolumeResponse:
+        self.do.stage.unstage(request.volume_id, request.staging_target_path, deadline=self.deadlines.of(context))
+        return pb.NodeUnstageVolumeResponse()
+
+    def NodePublishVolume(self, request: pb.NodePublishVolumeRequest, context: Context) -> pb.NodePublishVolumeResponse:
+        self.do.publish.publish(wire.node_publish_from(request), deadline=self.deadlines.of(context))
+        return pb.NodePublishVolumeResponse()
+
+    def NodeUnpublishVolume(
+        self, request: pb.NodeUnpublishVolumeRequest, context: Context
+    ) -> pb.NodeUnpublishVolumeResponse:
+        self.do.publish.unpublish(request.volume_id, request.target_path, deadline=self.deadlines.of(context))
+        return pb.NodeUnpublishVolumeResponse()
+
+    def NodeExpandVolume(self, request: pb.NodeExpandVolumeRequest, context: Context) -> pb.NodeExpandVolumeResponse:
+        capacity_bytes = self.do.expand.expand(wire.node_expand_from(request), deadline=self.deadlines.of(context))
+        return pb.NodeExpandVolumeResponse(capacity_bytes=capacity_bytes)
+
+    def NodeGetVolumeStats(
+        self, request: pb.NodeGetVolumeStatsRequest, context: Context
+    ) -> pb.NodeGetVolumeStatsResponse:
+        usage = self.do.statistics.usage(
+            request.volume_id, request.volume_path, request.staging_target_path, deadline=self.deadlines.of(context)
+        )
+        return wire.usage_to(usage)
+
+    def NodeGetVolumeHealth(
+        self, request: pb.NodeGetVolumeHealthRequest, context: Context
+    ) -> pb.NodeGetVolumeHealthResponse:
+        found = self.do.health.volume(
+            request.volume_id,
+            request.volume_publish_path,
+            request.staging_target_path,
+            deadline=self.deadlines.of(context),
+        )
+        return pb.NodeGetVolumeHealthResponse(volume_health=wire.volume_health_to(found))
+
+    def NodeGetStorageHealth(
+        self, request: pb.NodeGetStorageHealthRequest, context: Context
+    ) -> pb.NodeGetStorageHealthResponse:
+        return wire.storage_health_to(self.do.health.storage())
