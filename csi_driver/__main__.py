@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from csi_driver.controller.ports import Clusters, ControllerSettings
     from csi_driver.embedded.server import StorageServer
     from csi_driver.host_model import RunningRole
+    from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
-    from csi_driver.node.zone import NodeZone
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.services import ControllerUseCases
     from csi_driver.telemetry.health import Check
@@ -311,7 +311,8 @@ def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUse
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
     from csi_driver.host.probes import LinuxProbes
-    from csi_driver.node.service import assemble, attaching, mark_files
+    from csi_driver.node.service import assemble, attaching_by_node
+    from csi_driver.node.usage_records import UsageRecords
 
     tools = MachineTools(command.path_roots)
     for warning in tools.warnings():
@@ -326,19 +327,19 @@ def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUse
         filesystems=LinuxFilesystems(devices),
         paths=paths,
         probes=LinuxProbes(),
-        marks=mark_files(command.node),
+        records=UsageRecords(command.node.state_directory),
         tools=tools,
         zone=_node_zone(command),
         settings=command.node,
     )
     own = _own_attachments(command, metrics, lambda: use_cases.identity.info().node_id)
-    return use_cases if own is None else attaching(use_cases, own)
+    return use_cases if own is None else attaching_by_node(use_cases, own)
 
 
 def _node_zone(command: NodeCommand) -> NodeZone:
     from csi_driver.host.client_config import management_hosts
     from csi_driver.management.clusters import read_cluster_names
-    from csi_driver.node.zone import NodeZone
+    from csi_driver.node.node_info import NodeZone
 
     evidence = command.evidence
     return NodeZone(

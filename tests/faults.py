@@ -68,7 +68,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         ),
         "probes": _methods(reads="dead device filesystem"),
         "paths": _methods("make_directory", "make_file", "set_mode", "remove", reads="check kind"),
-        "marks": _methods("write", "remove", reads="changing recorded read"),
+        "records": _methods("write", "remove", reads="changing recorded read path_of"),
     }
 )  # fmt: skip
 """By the name under which `service.assemble` takes the port."""

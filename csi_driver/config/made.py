@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from csi_driver.local.settings import DemoSettings, LocalSettings
     from csi_driver.management.clusters import ClusterDefaults
     from csi_driver.management.settings import ManagementSettings
-    from csi_driver.node.requests import NodeSettings
+    from csi_driver.node import NodeSettings
     from csi_driver.settings import ApiSettings, EndpointSettings, HttpSettings, RegistrationSettings
     from csi_driver.telemetry.log import LogSettings
 

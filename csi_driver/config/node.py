@@ -28,7 +28,7 @@ from csi_driver.config.shared import (
 )
 from csi_driver.controller.ports import ControllerSettings
 from csi_driver.model import DEFAULT_ZONE
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
 from csi_driver.settings import RegistrationSettings
 
 _KUBELET = Path("/var/lib/kubelet")

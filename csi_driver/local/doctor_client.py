@@ -13,9 +13,8 @@ from csi_driver.host.devices import LinuxDevices
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.management.clusters import read_cluster_names
-from csi_driver.node.identity import foreign
-from csi_driver.node.marks import MarkFiles, mark_directory
-from csi_driver.node.zone import NodeZone, same_host
+from csi_driver.node.node_info import NodeZone, foreign_attachments, same_host
+from csi_driver.node.usage_records import UsageRecords
 
 _CONNECT_S = 3.0
 _MODULE = "nvmeibc"
@@ -28,7 +27,7 @@ def client(patient: Patient) -> Iterator[Finding]:
     directory = patient.status_directory
     devices = LinuxDevices(patient.device_directory, directory)
     found = devices.client()
-    others_hold = foreign(devices, MarkFiles(mark_directory(patient.state_directory)))
+    others_hold = foreign_attachments(devices, UsageRecords(patient.state_directory))
     if found.problem:
         yield fault(Check.CLIENT, f"the storage client is unusable: {found.problem}", "a working client", _START)
     if found.uuid is not None:

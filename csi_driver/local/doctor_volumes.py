@@ -13,7 +13,7 @@ from csi_driver.host.mount_table import read_table
 from csi_driver.local.doctor_findings import Check, Finding, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.local.held import held_in
-from csi_driver.node.marks import MarkFiles, mark_directory
+from csi_driver.node.usage_records import UsageRecords
 
 
 def volumes(patient: Patient) -> Iterator[Finding]:
@@ -56,8 +56,7 @@ def volumes(patient: Patient) -> Iterator[Finding]:
 
 def marks(patient: Patient) -> Iterator[Finding]:
     """Look through what the node remembers of formats and of use."""
-    directory = mark_directory(patient.state_directory)
-    kept = MarkFiles(directory)
+    kept = UsageRecords(patient.state_directory)
     present = LinuxDevices(patient.device_directory, patient.status_directory).present()
     here = None if present is None else {uuid.lower() for uuid in present.values()}
     used = begun = absent = 0
@@ -69,14 +68,14 @@ def marks(patient: Patient) -> Iterator[Finding]:
                 Check.MARKS,
                 str(error),
                 "a mark that can be read: until then this volume is not formatted here",
-                f"see what the volume holds, then remove {directory / uuid}.mark",
+                f"see what the volume holds, then remove {kept.path_of(uuid)}",
             )
             continue
         if mark is None:
             continue
         if here is not None and uuid.lower() not in here:
             absent += 1
-        elif mark.tells_use:
+        elif mark.is_use:
             used += 1
         else:
             begun += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.node.kubelet import publication_data, staging_data
+from csi_driver.node.mount_owner import publication_record, staging_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Held:
 def held_in(paths: Iterable[Path], driver_name: str) -> Iterator[Held]:
     """Return those of these mount points that are this driver's, in kubelet's layout."""
     for path in paths:
-        staged = staging_data(path, driver_name)
-        record = staged or publication_data(path)
+        staged = staging_record(path, driver_name)
+        record = staged or publication_record(path)
         noted = _noted(record) if record is not None else {}
         if staged is not None or noted.get("driverName") == driver_name:
             yield Held(path, str(noted.get("volumeHandle") or ""))

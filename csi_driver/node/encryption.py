@@ -22,12 +22,11 @@ from csi_driver.host_model import (
     LuksMapping,
     OpenDevice,
 )
-from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, decide
-from csi_driver.node.fencing import is_cut_off
-from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import LUKS, Mark, Marks
-from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.concurrency import HeavyOperations
+from csi_driver.node.format_policy import Evidence, Format, FormatAgain, FormatOver, Refuse, Verdict, decide
+from csi_driver.node.mount_owner import NodeVolume, is_cut_off
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
+from csi_driver.node.usage_records import LUKS, UsageRecord, UsageRecords
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
 from csi_driver.parameters.mount_options import FilesystemRequest
 from csi_driver.publish_context import Encryption as By
@@ -47,7 +46,7 @@ class LockedVolume:
     `is_shared`: other nodes may write to it at the same time, and nothing keeps two of them from making its header.
     """
 
-    volume: NamedVolume
+    volume: NodeVolume
     device: Device
     plan: EncryptionPlan
     context: PublishContext | None
@@ -73,19 +72,19 @@ class EncryptedVolumes:
         encryption: Encryption,
         mounts: Mounts,
         filesystems: Filesystems,
-        marks: Marks,
-        heavy: HeavyWork,
+        records: UsageRecords,
+        heavy: HeavyOperations,
     ) -> None:
         self._devices = devices
         self._encryption = encryption
         self._mounts = mounts
         self._filesystems = filesystems
-        self._marks = marks
+        self._records = records
         self._heavy = heavy
 
     # --- what is used of a volume ---
 
-    def in_use(self, volume: NamedVolume, device: Device, by: By) -> Device:
+    def in_use(self, volume: NodeVolume, device: Device, by: By) -> Device:
         """Return what of a staged volume is used: the device itself, or, of an encrypted volume, the opened one.
 
         Raises `PreconditionFailed` when an encrypted volume is not open, and when one that nobody encrypts is.
@@ -103,7 +102,7 @@ class EncryptedVolumes:
             )
         return opened
 
-    def opened_over(self, volume: NamedVolume, device: Device) -> Device | None:
+    def opened_over(self, volume: NodeVolume, device: Device) -> Device | None:
         """Return the opened device over the volume's own; None when it is not open."""
         mapping = self._encryption.mapping(volume.name)
         if mapping is None or not mapping.is_encryption or mapping.below != device.number or not mapping.size_bytes:
@@ -116,7 +115,7 @@ class EncryptedVolumes:
         """Tell whether a device is the opened one of some encrypted volume."""
         return self._encryption.below(number) is not None
 
-    def require_plain(self, volume: NamedVolume, device: Device) -> None:
+    def require_plain(self, volume: NodeVolume, device: Device) -> None:
         """Refuse to hand out, as it is, what this driver encrypted: its header would be overwritten."""
         self.in_use(volume, device, By.NONE)
         with self._devices.open(device) as opened:
@@ -268,7 +267,7 @@ class EncryptedVolumes:
         return Evidence(
             history=context.history,
             attachment=context.attachment,
-            mark=self._marks.read(task.uuid) if task.uuid else None,
+            mark=self._records.read(task.uuid) if task.uuid else None,
             format_allowed=context.format_allowed,
         )
 
@@ -288,7 +287,7 @@ class EncryptedVolumes:
             )
         if isinstance(verdict, Format) and verdict.prove_every_block:
             self._prove_blank(opened, task.volume)
-        self._marks.write(Mark(uuid, context.attachment if context else 0, LUKS))
+        self._records.write(UsageRecord(uuid, context.attachment if context else 0, LUKS))
         how = "for the first time"
         if not isinstance(verdict, Format):
             how = "again, after one left unfinished"
@@ -303,7 +302,7 @@ class EncryptedVolumes:
             raise HostFailure(f"the LUKS header just made on {opened.device.path} cannot be read")
         return header
 
-    def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
+    def _prove_blank(self, opened: OpenDevice, volume: NodeVolume) -> None:
         def log(done_bytes: int, total_bytes: int) -> None:
             logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
 
@@ -320,10 +319,10 @@ class EncryptedVolumes:
         """Take the header for finished: it has a key, and is used from now on."""
         if task.uuid is None:
             return
-        with self._marks.changing(task.uuid):
-            mark = self._marks.read(task.uuid)
+        with self._records.changing(task.uuid):
+            mark = self._records.read(task.uuid)
             if mark is not None and mark.filesystem == LUKS:
-                self._marks.remove(task.uuid)
+                self._records.remove(task.uuid)
 
     def _fitting(self, opened: OpenDevice, header: LuksHeader, task: LockedVolume, *, may_write: bool) -> str:
         """Return the passphrase that opens the volume, after it has replaced the previous one where that is asked.
@@ -359,7 +358,7 @@ class EncryptedVolumes:
 
     # --- growing and closing ---
 
-    def header_bytes(self, volume: NamedVolume, device: Device) -> int:
+    def header_bytes(self, volume: NodeVolume, device: Device) -> int:
         """Return what its header takes of a volume that is open."""
         with self._devices.open(device) as opened:
             header = self._encryption.header(opened)
@@ -369,7 +368,7 @@ class EncryptedVolumes:
             )
         return header.data_offset_bytes
 
-    def grow(self, volume: NamedVolume, device: Device, used: Device, secrets: Mapping[str, str]) -> Device:
+    def grow(self, volume: NodeVolume, device: Device, used: Device, secrets: Mapping[str, str]) -> Device:
         """Let the opened device over a grown one take its size, and return it as it is then; `used` if it is plain."""
         mapping = self._encryption.mapping(volume.name)
         if used.number == device.number or mapping is None or mapping.number != used.number:
@@ -383,7 +382,7 @@ class EncryptedVolumes:
         self._resize(volume, mapping, secrets)
         return self.opened_over(volume, device) or used
 
-    def _resize(self, volume: NamedVolume, mapping: LuksMapping, secrets: Mapping[str, str]) -> None:
+    def _resize(self, volume: NodeVolume, mapping: LuksMapping, secrets: Mapping[str, str]) -> None:
         passphrase = passphrase_in(secrets)
         given = (passphrase, secrets.get(PREVIOUS_KEY))
         told: list[str | None] = [each for text in given if text is not None for each in spellings(text)]
@@ -400,13 +399,13 @@ class EncryptedVolumes:
             )
         raise _denied(volume)
 
-    def wake(self, volume: NamedVolume) -> None:
+    def wake(self, volume: NodeVolume) -> None:
         """Let the opened device carry I/O again where a cut-off resize left it suspended, or an unmount hangs."""
         mapping = self._encryption.mapping(volume.name)
         if mapping is not None and mapping.is_encryption and mapping.is_suspended and mapping.size_bytes:
             self._encryption.resume(mapping)
 
-    def close(self, volume: NamedVolume) -> None:
+    def close(self, volume: NodeVolume) -> None:
         """Close the volume when nothing on this node uses it any more; not open is success.
 
         Raises `PreconditionFailed` when something other than a mount uses it: the same call later will do. One over a
@@ -427,11 +426,11 @@ class EncryptedVolumes:
         opened = Device(mapping.name, path, mapping.number, mapping.size_bytes, mapping.read_only, None)
         return bool(self._mounts.of_device(opened))
 
-    def _is_lost(self, mapping: LuksMapping, volume: NamedVolume) -> bool:
+    def _is_lost(self, mapping: LuksMapping, volume: NodeVolume) -> bool:
         is_gone = mapping.below is None or not self._devices.size_bytes(mapping.below)
         return is_gone or is_cut_off(self._devices, volume.name)
 
-    def _is_of(self, mapping: LuksMapping, volume: NamedVolume) -> bool:
+    def _is_of(self, mapping: LuksMapping, volume: NodeVolume) -> bool:
         """Tell whether an opened device is the volume's; a name alone proves nothing while there is a device below."""
         if not mapping.is_encryption:
             return False
@@ -444,5 +443,5 @@ class EncryptedVolumes:
         return device is not None and device.number == mapping.below
 
 
-def _denied(volume: NamedVolume) -> Denied:
+def _denied(volume: NodeVolume) -> Denied:
     return Denied(f"the passphrase in the secret does not open volume {volume}; nothing was changed")

@@ -15,13 +15,13 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import Device, Mount
 from csi_driver.model import BlockAccess
+from csi_driver.node import NodeExpandRequest, NodeSettings
+from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.encryption import EncryptedVolumes
-from csi_driver.node.limits import HeavyWork
-from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named, number_of
+from csi_driver.node.format import GROWTH_SLACK_BYTES
+from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, node_volume, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
-from csi_driver.node.prepare import GROWTH_SLACK_BYTES
-from csi_driver.node.readers import reader_over
-from csi_driver.node.requests import NodeExpandRequest, NodeSettings
+from csi_driver.node.publish import read_only_device
 
 # Clients show a new size within seconds. kubelet asks for sizes that never come, too: that of a static PersistentVolume
 # which claims more than its volume has. Until the answer, no pod with the volume can end.
@@ -39,7 +39,7 @@ class Expand:
         filesystems: Filesystems,
         paths: Paths,
         probes: Probes,
-        heavy: HeavyWork,
+        heavy: HeavyOperations,
         ownership: Ownership,
         encrypted: EncryptedVolumes,
         settings: NodeSettings,
@@ -61,7 +61,7 @@ class Expand:
         Raises `VolumeNotMounted` when the volume is not at the path, `CapacityOutOfRange` when it is larger than the
         limit, `PreconditionFailed` when its filesystem cannot grow as it is mounted, `DeadlineReached`.
         """
-        volume, _ = named(request.volume_id)
+        volume, _ = node_volume(request.volume_id)
         mounted = self._mount_of(volume, request)
         device = self._device(volume, request.capacity.required_bytes, deadline)
         used = self._encrypted.opened_over(volume, device) or device
@@ -77,7 +77,7 @@ class Expand:
             self._grow(volume, used, mounted, deadline)
         return size_bytes
 
-    def _mount_of(self, volume: NamedVolume, request: NodeExpandRequest) -> Mount | None:
+    def _mount_of(self, volume: NodeVolume, request: NodeExpandRequest) -> Mount | None:
         """Return the volume's mount, at the staging path if it is there; None for a block volume that has none yet."""
         at_volume_path = self._paths_mount(volume, request.volume_path)
         at_staging = self._paths_mount(volume, request.staging_target_path) if request.staging_target_path else None
@@ -90,16 +90,16 @@ class Expand:
             return None
         raise VolumeNotMounted(volume, request.volume_path)
 
-    def _paths_mount(self, volume: NamedVolume, text: str) -> Mount | None:
+    def _paths_mount(self, volume: NodeVolume, text: str) -> Mount | None:
         mounted = self._mounts.at(self._path(volume, text))
         if mounted is None or self._ownership.owner_of(mounted, volume) is Owner.OTHER:
             return None
         return mounted
 
-    def _path(self, volume: NamedVolume, text: str) -> Path:
+    def _path(self, volume: NodeVolume, text: str) -> Path:
         return known_path(self._paths, volume, text)
 
-    def _device(self, volume: NamedVolume, required_bytes: int, deadline: Deadline) -> Device:
+    def _device(self, volume: NodeVolume, required_bytes: int, deadline: Deadline) -> Device:
         """Wait a while until the device has `required_bytes`; clients announce no new size."""
         in_time = deadline.earlier(self._settings.answer_margin_s).at_most(_NEW_SIZE_WAIT_S)
         found: list[Device] = []
@@ -116,11 +116,11 @@ class Expand:
             raise DeadlineReached(f"the device of volume {volume} to have {required_bytes} bytes, it {have}")
         return found[0]
 
-    def _require_same(self, volume: NamedVolume, device: Device, mounted: Mount) -> None:
+    def _require_same(self, volume: NodeVolume, device: Device, mounted: Mount) -> None:
         """Refuse to call a device grown that is not the one in use; a read-only one over it grows with it."""
         number = number_of(mounted)
         if mounted.node_number is not None and number != device.number:
-            reader = reader_over(self._read_only_devices, volume, device, mounted.path)
+            reader = read_only_device(self._read_only_devices, volume, device, mounted.path)
             if reader.number == number:
                 return
             self._read_only_devices.release(reader.number)
@@ -130,7 +130,7 @@ class Expand:
                 f"{self._ownership.describe(mounted)}; unstage it and stage it again"
             )
 
-    def _grow(self, volume: NamedVolume, device: Device, mounted: Mount, deadline: Deadline) -> None:
+    def _grow(self, volume: NodeVolume, device: Device, mounted: Mount, deadline: Deadline) -> None:
         if self._filesystems.recorded_bytes(device, mounted.fs_type) + GROWTH_SLACK_BYTES >= device.size_bytes:
             return
         dead = self._probes.dead(mounted)
@@ -140,7 +140,7 @@ class Expand:
         with self._heavy.place(f"grow the {mounted.fs_type} of volume {volume}", deadline=deadline):
             self._filesystems.grow_mounted(writable.path, device, mounted.fs_type)
 
-    def _writable(self, volume: NamedVolume, device: Device) -> Mount:
+    def _writable(self, volume: NodeVolume, device: Device) -> Mount:
         """Return where the filesystem is mounted writable: a read-only publication is no place to grow it from."""
         for found in self._mounts.of_device(device):
             if found.node_number is None and not found.read_only and self._ownership.is_live(found, device):
@@ -150,7 +150,7 @@ class Expand:
         )
 
 
-def known_path(paths: Paths, volume: NamedVolume, text: str) -> Path:
+def known_path(paths: Paths, volume: NodeVolume, text: str) -> Path:
     """Return a volume path to look at. One that cannot be ours, such as a relative one, holds no volume of ours."""
     try:
         return paths.check(text, "volume_path", takes_off=True)

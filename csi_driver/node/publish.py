@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
 from csi_driver.host_model import Device, FaultKind, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
+from csi_driver.node import NodePublishRequest
 from csi_driver.node.encryption import EncryptedVolumes
-from csi_driver.node.joining import Joining
-from csi_driver.node.marks import RAW, Marks, put_to_use_before, remember_use
-from csi_driver.node.ownership import NamedVolume, Owner, Ownership, is_same, named, number_of
-from csi_driver.node.ports import Devices, Mounts, Paths, Probes, ReadOnlyDevices
-from csi_driver.node.prepare import Task
-from csi_driver.node.readers import reader_id, reader_over
-from csi_driver.node.requests import NodePublishRequest
-from csi_driver.node.stage import STAGING_PATH
+from csi_driver.node.format import Preparation, PreparationTask
+from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, is_same, node_volume, number_of
+from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
+from csi_driver.node.usage_records import RAW, UsageRecords, earlier_use, record_use
 from csi_driver.parameters.encryption import encrypted_by
-from csi_driver.parameters.mount_options import check_mount_group, mount_flags
+from csi_driver.parameters.mkfs import MkfsRequest
+from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, check_mount_group, mount_flags, plan_mount
 from csi_driver.publish_context import PublishContext
 
-TARGET_PATH = "target_path"
+STAGING_PATH, TARGET_PATH = "staging_target_path", "target_path"
 
 
 class Publish:
@@ -35,17 +34,17 @@ class Publish:
         mounts: Mounts,
         paths: Paths,
         probes: Probes,
-        marks: Marks,
+        records: UsageRecords,
         ownership: Ownership,
         encrypted: EncryptedVolumes,
-        joining: Joining,
+        joining: SharedReaders,
     ) -> None:
         self._devices = devices
         self._read_only_devices = read_only_devices
         self._mounts = mounts
         self._paths = paths
         self._probes = probes
-        self._marks = marks
+        self._records = records
         self._ownership = ownership
         self._encrypted = encrypted
         self._joining = joining
@@ -56,7 +55,7 @@ class Publish:
         Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (not staged there, another volume at the target,
         a second target of a single writer), `ExistsDifferently` (published there otherwise).
         """
-        volume, context = named(request.volume_id, request.publish_context)
+        volume, context = node_volume(request.volume_id, request.publish_context)
         if not request.staging_target_path:
             raise PreconditionFailed(f"{STAGING_PATH} is not set: stage volume {volume} before it is published")
         target = self._paths.check(request.target_path, TARGET_PATH)
@@ -74,7 +73,7 @@ class Publish:
             case MountAccess() as access:
                 check_mount_group(access)
                 flags, _ = mount_flags(access.mount_flags)
-                earlier = put_to_use_before(self._marks, volume.uuid, context.attachment if context else 0)
+                earlier = earlier_use(self._records, volume.uuid, context.attachment if context else 0)
                 if earlier:
                     raise PreconditionFailed(
                         f"volume {volume} is staged under its attachment {earlier}: expected the present one; it was "
@@ -82,7 +81,7 @@ class Publish:
                     )
                 if self._mounts.at(staging) is None and self._joining.is_staged(volume, context, staging):
                     plan = self._joining.plan(access, request)
-                    self._publish_joined(Task(volume, device, plan, context), target, deadline=deadline)
+                    self._publish_joined(PreparationTask(volume, device, plan, context), target, deadline=deadline)
                     return
                 self._publish_mount(
                     volume, device, staging, target, access, read_only=read_only or "ro" in flags, mode=mode
@@ -100,7 +99,7 @@ class Publish:
         handle = VolumeHandle.parse(volume_id)
         if handle is None:
             return
-        volume = NamedVolume(volume_id, handle.name, handle.uuid)
+        volume = NodeVolume(volume_id, handle.name, handle.uuid)
         taken_off, is_clear = self._take_off(volume, target)
         if taken_off == 0:
             # A call is repeated, a crash left it so, or another volume is or was there and took the path with it: the
@@ -114,7 +113,7 @@ class Publish:
         elif kind != "absent":
             raise PreconditionFailed(f"target path {target}: expected a directory or a file, got {kind}")
 
-    def _take_off(self, volume: NamedVolume, target: Path) -> tuple[int, bool]:
+    def _take_off(self, volume: NodeVolume, target: Path) -> tuple[int, bool]:
         """Take the volume's mounts off the target, one by one.
 
         Return how many there were, and whether nothing is mounted there now; False = one of another volume is.
@@ -131,7 +130,7 @@ class Publish:
 
     def _publish_mount(
         self,
-        volume: NamedVolume,
+        volume: NodeVolume,
         device: Device,
         staging: Path,
         target: Path,
@@ -161,7 +160,7 @@ class Publish:
             self._mounts.unmount(target)
             raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; retry")
 
-    def _publish_joined(self, task: Task, target: Path, *, deadline: Deadline) -> None:
+    def _publish_joined(self, task: PreparationTask, target: Path, *, deadline: Deadline) -> None:
         """Publish what was staged without a mount, as it joined other readers: by a mount of its own."""
         published = self._ownership.at(target, task.volume)
         if published is None:
@@ -178,19 +177,19 @@ class Publish:
         # Its root is what the filesystem, or an option, makes it: of btrfs any subvolume.
         self._accept(published, task.volume, target, task.device, published.root, read_only=True)
 
-    def _require_alive(self, mounted: Mount, volume: NamedVolume, *, read_only: bool) -> None:
+    def _require_alive(self, mounted: Mount, volume: NodeVolume, *, read_only: bool) -> None:
         """Refuse to hand out a filesystem that takes no writes any more, or, to a reader, one that is shut down."""
         dead = self._probes.dead(mounted)
         if dead is not None and not (read_only and dead.kind is FaultKind.TURNED_READ_ONLY):
             raise PreconditionFailed(f"volume {volume} cannot be published: {dead.detail}")
 
-    def _make_target_directory(self, volume: NamedVolume, target: Path) -> None:
+    def _make_target_directory(self, volume: NodeVolume, target: Path) -> None:
         if self._paths.kind(target) == "file":
             self._release_left_over(volume, target)
             self._paths.remove(target)
         self._paths.make_directory(target)
 
-    def _staged(self, volume: NamedVolume, device: Device, staging: Path) -> Mount:
+    def _staged(self, volume: NodeVolume, device: Device, staging: Path) -> Mount:
         staged = self._mounts.at(staging)
         if staged is None:
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
@@ -201,7 +200,7 @@ class Publish:
         return staged
 
     def _accept(
-        self, published: Mount, volume: NamedVolume, target: Path, device: Device, root: str, *, read_only: bool
+        self, published: Mount, volume: NodeVolume, target: Path, device: Device, root: str, *, read_only: bool
     ) -> None:
         found = [] if published.node_number is None else ["access: expected mount, got block"]
         if not published.can_be_of(device):
@@ -216,7 +215,7 @@ class Publish:
 
     def _publish_block(
         self,
-        volume: NamedVolume,
+        volume: NodeVolume,
         device: Device,
         context: PublishContext | None,
         staging: Path,
@@ -252,13 +251,13 @@ class Publish:
         if kind == "directory":
             self._paths.remove(target)
         self._paths.make_file(target)
-        source = reader_over(self._read_only_devices, volume, device, target) if needs_reader else device
+        source = read_only_device(self._read_only_devices, volume, device, target) if needs_reader else device
         self._mounts.bind(source.path, target, read_only=read_only)
 
     def _accept_block(
         self,
         published: Mount,
-        volume: NamedVolume,
+        volume: NodeVolume,
         target: Path,
         device: Device,
         *,
@@ -274,13 +273,13 @@ class Publish:
         elif not found and not needs_reader:
             found.append(f"device: expected {device.number}, got {number_of(published)}")
         elif not found:
-            reader = reader_over(self._read_only_devices, volume, device, target)
+            reader = read_only_device(self._read_only_devices, volume, device, target)
             if reader.number != published.node_number:
                 self._read_only_devices.release(reader.number)
                 found.append(f"device: expected a read-only one over {device.number}, got {published.node_number}")
         self._conclude(found, published, volume, target, read_only=read_only)
 
-    def _remember_raw(self, volume: NamedVolume, device: Device, context: PublishContext | None) -> None:
+    def _remember_raw(self, volume: NodeVolume, device: Device, context: PublishContext | None) -> None:
         """Put on record, before the device is handed out, that its content is no longer ours to judge.
 
         A format mark would let the next stage format over what is written now; and a blank head and tail would, where
@@ -288,9 +287,9 @@ class Publish:
         """
         uuid = volume.uuid or device.uuid
         if uuid is not None:
-            remember_use(self._marks, uuid, context.attachment if context else 0, RAW)
+            record_use(self._records, uuid, context.attachment if context else 0, RAW)
 
-    def _release_reader(self, taken_off: Mount, volume: NamedVolume) -> None:
+    def _release_reader(self, taken_off: Mount, volume: NodeVolume) -> None:
         """Take down the read-only device that a publication had of its own; never the volume's device itself."""
         if taken_off.node_number is None or self._encrypted.is_opened(taken_off.node_number):
             return
@@ -298,7 +297,7 @@ class Publish:
         if device is None or device.number != taken_off.node_number:
             self._read_only_devices.release(taken_off.node_number)
 
-    def _release_left_over(self, volume: NamedVolume, target: Path) -> None:
+    def _release_left_over(self, volume: NodeVolume, target: Path) -> None:
         """Take down what a crash left of a read-only publication here: made before its bind mount, or not released
         after it; the volume's device may be gone since, and the target another volume's."""
         self._read_only_devices.release_left_over(reader_id(volume, target), volume.name)
@@ -306,7 +305,7 @@ class Publish:
     # --- both ---
 
     def _require_single(
-        self, volume: NamedVolume, device: Device, mode: AccessMode, root: str | None, own: set[Path]
+        self, volume: NodeVolume, device: Device, mode: AccessMode, root: str | None, own: set[Path]
     ) -> None:
         """Refuse a second target of a single writer. Only this mode pays for reading the whole mount table.
 
@@ -324,16 +323,102 @@ class Publish:
                     f"volume {volume} is for a single writer and is already published at {found.path}"
                 )
 
-    def _held_by_another(self, published: Mount, volume: NamedVolume, target: Path) -> PreconditionFailed:
+    def _held_by_another(self, published: Mount, volume: NodeVolume, target: Path) -> PreconditionFailed:
         return PreconditionFailed(
             f"target path {target}: expected volume {volume}, got {self._ownership.describe(published)}"
         )
 
     @staticmethod
-    def _conclude(found: list[str], published: Mount, volume: NamedVolume, target: Path, *, read_only: bool) -> None:
+    def _conclude(found: list[str], published: Mount, volume: NodeVolume, target: Path, *, read_only: bool) -> None:
         """Accept what is published, or say how it differs from what was asked."""
         if published.read_only != read_only:
             access = ("read-write", "read-only")
             found = [*found, f"access: expected {access[read_only]}, got {access[published.read_only]}"]
         if found:
             raise ExistsDifferently(f"the publication of volume {volume} at {target}", found)
+
+
+_ID_LENGTH = 16
+
+
+def reader_id(volume: NodeVolume, target: Path) -> str:
+    """Return the id of the volume's reader at that target. It can be told without the device and without its uuid."""
+    told = f"{volume.name}\0{target}"
+    return hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()[:_ID_LENGTH]
+
+
+def read_only_device(devices: ReadOnlyDevices, volume: NodeVolume, device: Device, target: Path) -> Device:
+    """Return the read-only device of one target, which claims the volume's uuid as the volume's own device does."""
+    uuid = volume.uuid or device.uuid
+    if uuid is None:
+        raise PreconditionFailed(
+            f"volume {volume} cannot be published read-only: neither its id nor the device tells its uuid"
+        )
+    return devices.over(device, uuid, reader_id(volume, target))
+
+
+class SharedReaders:
+    """Knows which readers join, and mounts the filesystem for their publications. Only read-only attachments do."""
+
+    def __init__(
+        self,
+        *,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        paths: Paths,
+        ownership: Ownership,
+        preparation: Preparation,
+        records: UsageRecords,
+    ) -> None:
+        self._mounts = mounts
+        self._filesystems = filesystems
+        self._paths = paths
+        self._ownership = ownership
+        self._preparation = preparation
+        self._records = records
+
+    def joins(self, task: PreparationTask) -> bool:
+        """Tell whether a volume that is to be staged joins what is mounted of it on this node."""
+        if task.uuid is None or not _is_for_readers(task.context):
+            return False
+        mounts = self._mounts.of_device(task.device)
+        return any(found.node_number is None and self._ownership.is_live(found, task.device) for found in mounts)
+
+    def has_joined(self, volume: NodeVolume, context: PublishContext | None, staging: Path) -> bool:
+        """Tell whether it was staged as one that joins, and others still have it mounted; no device is touched."""
+        if not self.is_staged(volume, context, staging):
+            return False
+        mounts = (found for found in self._mounts.table() if found.node_number is None)
+        return any(self._ownership.name_of(found) == volume.name for found in mounts)
+
+    def is_staged(self, volume: NodeVolume, context: PublishContext | None, staging: Path) -> bool:
+        """Tell whether it was staged under its present attachment as one that joins.
+
+        Nothing is mounted there then: the proof is the directory, and the record of use that staging leaves.
+        """
+        mark = self._records.read(volume.uuid) if volume.uuid is not None else None
+        if context is None or not _is_for_readers(context) or mark is None or mark.uncounted:
+            return False
+        return mark.is_use and mark.is_of(context.attachment) and self._paths.kind(staging) == "directory"
+
+    def plan(self, access: MountAccess, request: NodePublishRequest) -> MountPlan:
+        """Return how such a publication is mounted: as its staging was asked for. Raises `InvalidField`."""
+        return plan_mount(
+            access,
+            request.capability.mode,
+            read_only=True,
+            mkfs=MkfsRequest(request.volume_context),
+            supported=self._filesystems.supported(),
+            fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
+        )
+
+    def mount(self, task: PreparationTask, target: Path, *, deadline: Deadline) -> Mount | None:
+        """Mount the filesystem at the target, read-only, and return what is mounted there then."""
+        prepared = self._preparation.prepare(task, deadline=deadline)
+        options = task.plan.options_for(prepared.fs_type)
+        self._mounts.mount(task.device, target, prepared.fs_type, options, read_only=True)
+        return self._mounts.at(target)
+
+
+def _is_for_readers(context: PublishContext | None) -> bool:
+    return context is not None and context.read_only and context.attachment > 0

@@ -20,11 +20,10 @@ from pathlib import Path
 
 from csi_driver.errors import DriverError, InvalidField, PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import DeviceNumber, Mount
+from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.encryption import EncryptedVolumes
-from csi_driver.node.kubelet import publication_data, staging_data
-from csi_driver.node.ownership import NamedVolume, Ownership, number_of
+from csi_driver.node.mount_owner import NodeVolume, Ownership, number_of, publication_record, staging_record
 from csi_driver.node.ports import Mounts, Paths, ReadOnlyDevices
-from csi_driver.node.questions import NoAnswer, Questions
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,8 @@ class Reconcile:
         self._paths = paths
         self._ownership = ownership
         self._driver_name = driver_name
-        self._looks: Questions[frozenset[Finding]] = Questions("reconcile-look")
-        self._cleanings: Questions[bool] = Questions("reconcile-clean")
+        self._looks: Watchdog[frozenset[Finding]] = Watchdog("reconcile-look")
+        self._cleanings: Watchdog[bool] = Watchdog("reconcile-clean")
         self._seen: frozenset[Finding] = frozenset()
 
     def sweep(self, claim: Claim) -> Sequence[Finding]:
@@ -99,7 +98,7 @@ class Reconcile:
         """Find what there is now. Raises `StorageUnavailable` where that takes too long."""
         try:
             return self._looks.ask("any", "a look", lambda: frozenset(self._findings()), LOOK_LIMIT_S)
-        except NoAnswer as silence:
+        except NotResponding as silence:
             raise StorageUnavailable(
                 "a mount or device of this node does not answer, so nothing is cleaned up"
             ) from silence
@@ -128,8 +127,8 @@ class Reconcile:
 
     def _kind_of(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
         """Judge a mount of ours; None where nothing is wrong with it."""
-        staged = staging_data(mounted.path, self._driver_name)
-        record = staged or publication_data(mounted.path)
+        staged = staging_record(mounted.path, self._driver_name)
+        record = staged or publication_record(mounted.path)
         is_forgotten = record is not None and self._is_absent(record, mounted.path)
         if self._ownership.is_dead(mounted, name):
             return Kind.DEAD if is_forgotten else Kind.BROKEN
@@ -174,7 +173,7 @@ class Reconcile:
             return done
         while (mounted := self._mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
             self._unmount(finding)
-        self._encrypted.close(NamedVolume(finding.name, finding.name, None))
+        self._encrypted.close(NodeVolume(finding.name, finding.name, None))
         logger.info("%s: unmounted", finding)
         return True
 

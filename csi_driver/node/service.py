@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Protocol
 
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, NotAttached, OperationPending, StorageUnavailable
 from csi_driver.model import ClusterNames
-from csi_driver.node.attaching import AttachingPublish, AttachingStage
-from csi_driver.node.census import Census
+from csi_driver.node import NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
-from csi_driver.node.health import NodeHealth
-from csi_driver.node.identity import Identity
-from csi_driver.node.joining import Joining
-from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import MarkFiles, Marks, mark_directory
-from csi_driver.node.ownership import Ownership
+from csi_driver.node.format import Preparation
+from csi_driver.node.mount_owner import Ownership
+from csi_driver.node.node_info import NodeIdentity, NodeZone
 from csi_driver.node.ports import (
     Attachments,
     Devices,
@@ -27,14 +28,11 @@ from csi_driver.node.ports import (
     ReadOnlyDevices,
     Tools,
 )
-from csi_driver.node.prepare import Preparation
-from csi_driver.node.publish import Publish
+from csi_driver.node.publish import Publish, SharedReaders
 from csi_driver.node.reconcile import Reconcile
-from csi_driver.node.record_cleanup import RecordCleanup
-from csi_driver.node.requests import NodeSettings
 from csi_driver.node.stage import Stage
-from csi_driver.node.stats import Statistics
-from csi_driver.node.zone import NodeZone
+from csi_driver.node.stats import NodeHealth, Statistics, VolumeCounts
+from csi_driver.node.usage_records import RecordCleanup, UsageRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +43,12 @@ class NodeUseCases:
     publish: Publish | AttachingPublish
     expand: Expand
     statistics: Statistics
-    identity: Identity
+    identity: NodeIdentity
     reconcile: Reconcile
     health: NodeHealth
-    census: Census
-    heavy: HeavyWork
+    census: VolumeCounts
+    heavy: HeavyOperations
     records: RecordCleanup
-
-
-def mark_files(settings: NodeSettings) -> MarkFiles:
-    """Return the marks as files under the settings' state directory."""
-    return MarkFiles(mark_directory(Path(settings.state_directory)))
 
 
 def assemble(
@@ -69,23 +62,24 @@ def assemble(
     probes: Probes,
     tools: Tools,
     settings: NodeSettings,
-    marks: Marks | None = None,
+    records: UsageRecords | None = None,
     zone: NodeZone | None = None,
 ) -> NodeUseCases:
-    """Build the use-cases over these ports. `marks` defaults to `mark_files`, `zone` to what the settings say."""
-    kept, heavy = marks or mark_files(settings), HeavyWork(settings.heavy_operations)
+    """Build the use-cases over these ports. `records` and `zone` default to those of the settings."""
+    records = records or UsageRecords(settings.state_directory)
+    heavy = HeavyOperations(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
-    preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, marks=kept, heavy=heavy)
+    preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, records=records, heavy=heavy)
     encrypted = EncryptedVolumes(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems,
-                                 marks=kept, heavy=heavy)  # fmt: skip
-    joining = Joining(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-                      preparation=preparation, marks=kept)  # fmt: skip
+                                 records=records, heavy=heavy)  # fmt: skip
+    joining = SharedReaders(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
+                      preparation=preparation, records=records)  # fmt: skip
     stage = Stage(devices=devices, read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems,
                   paths=paths, ownership=ownership, probes=probes, preparation=preparation, encrypted=encrypted,
                   joining=joining, settings=settings)  # fmt: skip
     publish = Publish(
-        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, probes=probes, marks=kept,
-        ownership=ownership, encrypted=encrypted, joining=joining
+        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, probes=probes,
+        records=records, ownership=ownership, encrypted=encrypted, joining=joining
     )  # fmt: skip
     expand = Expand(
         read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
@@ -95,7 +89,9 @@ def assemble(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes, ownership=ownership,
         settings=settings
     )  # fmt: skip
-    identity = Identity(devices=devices, tools=tools, zone=zone or _zone_given(settings), marks=kept, settings=settings)
+    identity = NodeIdentity(
+        devices=devices, tools=tools, zone=zone or _zone_given(settings), records=records, settings=settings
+    )
     reconcile = Reconcile(
         read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
         driver_name=settings.driver_name
@@ -104,12 +100,12 @@ def assemble(
         devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
         tools=tools, ownership=ownership, settings=settings
     )  # fmt: skip
-    census = Census(mounts, read_only_devices, ownership, driver_name=settings.driver_name)
-    records = RecordCleanup(marks=kept, devices=devices, mounts=mounts, ownership=ownership)
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy, records)
+    census = VolumeCounts(mounts, read_only_devices, ownership, driver_name=settings.driver_name)
+    cleanup = RecordCleanup(records=records, devices=devices, mounts=mounts, ownership=ownership)
+    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy, cleanup)
 
 
-def attaching(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
+def attaching_by_node(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
     """Let the node attach for itself what it stages."""
     return replace(
         use_cases,
@@ -126,3 +122,101 @@ def _zone_given(settings: NodeSettings) -> NodeZone:
         client_servers=tuple,
         clusters=ClusterNames,
     )
+
+
+logger = logging.getLogger(__name__)
+
+
+class Staging(Protocol):
+    """What `stage.Stage` does."""
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None: ...
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None: ...
+
+    def is_staged(self, volume_id: str, staging_target_path: str) -> bool: ...
+
+
+class Publishing(Protocol):
+    """What `publish.Publish` does."""
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None: ...
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None: ...
+
+
+class StillAttached(StorageUnavailable):
+    """The volume is attached by this node and could not be staged; whoever gives it up for that must unstage it."""
+
+    def __init__(self, reason: DriverError) -> None:
+        super().__init__(f"{reason}; the volume stays attached to this node until it is unstaged here")
+
+
+class AttachingStage:
+    """Attaches before it stages, and detaches after it has unstaged.
+
+    What fails in between is answered by an error after which kubelet unstages. After most others it takes the volume
+    for not staged (pkg/volume/csi, csi_client.go `isFinalError`), and nobody would ever detach it. It is not detached
+    here: what a retry may do goes by the attachment's number, such as to make a half-made filesystem again.
+    """
+
+    def __init__(self, stage: Staging, attachments: Attachments) -> None:
+        self._stage = stage
+        self._attachments = attachments
+
+    def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
+        """Attach the volume and stage it. Raises what `Attachments.attach` raises, else `StorageUnavailable`."""
+        context = self._attached(request, deadline=deadline)
+        try:
+            self._stage.stage(replace(request, publish_context=context), deadline=deadline)
+        except (OperationPending, StorageUnavailable):
+            raise
+        except DriverError as error:
+            raise StillAttached(error) from error
+
+    def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
+        """Tell what `Stage.is_staged` tells."""
+        return self._stage.is_staged(volume_id, staging_target_path)
+
+    def _attached(self, request: StageRequest, *, deadline: Deadline) -> Mapping[str, str]:
+        """Attach the volume, or find it attached. What is mounted already must not be met by a new attachment.
+
+        It was taken from this node then, and another one may have written to it: what this kernel keeps of it in memory
+        is of the time before, and is taken off first.
+        """
+        attach = self._attachments.attach
+        volume_id, path = request.volume_id, request.staging_target_path
+        if self._stage.is_staged(volume_id, path):
+            try:
+                return attach(volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline)
+            except NotAttached as lost:
+                logger.warning("%s; that is done now", lost)
+                self._stage.unstage(volume_id, path, deadline=deadline)
+        return attach(volume_id, request.capability, request.volume_context, deadline=deadline)
+
+    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
+        """Unstage the volume, then give it up: also what an earlier call, or an earlier driver, has left attached."""
+        self._stage.unstage(volume_id, staging_target_path, deadline=deadline)
+        self._attachments.detach(volume_id, deadline=deadline)
+
+
+class AttachingPublish:
+    """Publishes with the context of the attachment that is there."""
+
+    def __init__(self, publish: Publishing, attachments: Attachments) -> None:
+        self._publish = publish
+        self._attachments = attachments
+
+    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
+        """Publish the staged volume. Raises what `Publish.publish` raises, and `NotAttached`.
+
+        It is never attached anew: what was staged belongs to the attachment that it was staged under.
+        """
+        context = self._attachments.attach(
+            request.volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline
+        )
+        self._publish.publish(replace(request, publish_context=context), deadline=deadline)
+
+    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
+        """Take the volume off the target path; it stays attached until it is unstaged."""
+        self._publish.unpublish(volume_id, target_path, deadline=deadline)

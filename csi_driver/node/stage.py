@@ -21,12 +21,12 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import Device, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
+from csi_driver.node import NodeSettings, StageRequest
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
-from csi_driver.node.joining import Joining
-from csi_driver.node.ownership import NamedVolume, Owner, Ownership, named
+from csi_driver.node.format import Preparation, PreparationTask, Prepared
+from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, node_volume
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
-from csi_driver.node.prepare import Preparation, Prepared, Task
-from csi_driver.node.requests import NodeSettings, StageRequest
+from csi_driver.node.publish import STAGING_PATH, SharedReaders
 from csi_driver.parameters.encryption import (
     EncryptionPlan,
     encrypted_by,
@@ -40,7 +40,6 @@ from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 
-STAGING_PATH = "staging_target_path"
 _CLOSING_PATIENCE_S = 20.0
 _LOST_PATIENCE_S = 1.0
 
@@ -65,7 +64,7 @@ class Stage:
         ownership: Ownership,
         preparation: Preparation,
         encrypted: EncryptedVolumes,
-        joining: Joining,
+        joining: SharedReaders,
         settings: NodeSettings,
     ) -> None:
         self._devices = devices
@@ -87,7 +86,7 @@ class Stage:
         Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (what the device holds, or what is mounted
         there, forbids it), `ExistsDifferently` (staged there with another capability), `DeadlineReached`.
         """
-        volume, context = named(request.volume_id, request.publish_context)
+        volume, context = node_volume(request.volume_id, request.publish_context)
         path = self._paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self._settings.answer_margin_s)
         by = encrypted_by(context, request.volume_context)
@@ -125,7 +124,7 @@ class Stage:
         path = self._paths.check(staging_target_path, STAGING_PATH, takes_off=True)
         handle = VolumeHandle.parse(volume_id)
         if handle is not None:
-            volume = NamedVolume(volume_id, handle.name, handle.uuid)
+            volume = NodeVolume(volume_id, handle.name, handle.uuid)
             self._encrypted.wake(volume)
             self._ownership.take_off(path, volume)
             try:
@@ -135,7 +134,7 @@ class Stage:
                     raise
             self._require_closed(volume, deadline.earlier(self._settings.answer_margin_s))
 
-    def _require_closed(self, volume: NamedVolume, deadline: Deadline) -> None:
+    def _require_closed(self, volume: NodeVolume, deadline: Deadline) -> None:
         """Wait until the volume's device is closed; udev, and our own looks at it, hold it open for a moment.
 
         It may stay open for another staging or publication of the volume, and where it was taken from this node.
@@ -158,13 +157,13 @@ class Stage:
             "writing what is left, or a program outside of the mounts uses it; end that program, and retry"
         )
 
-    def _is_mounted(self, volume: NamedVolume, device: Device) -> bool:
+    def _is_mounted(self, volume: NodeVolume, device: Device) -> bool:
         used = (device, self._encrypted.opened_over(volume, device))
         return self._is_read_raw(volume) or any(
             self._ownership.is_live(found, each) for each in used if each for found in self._mounts.of_device(each)
         )
 
-    def _is_read_raw(self, volume: NamedVolume) -> bool:
+    def _is_read_raw(self, volume: NodeVolume) -> bool:
         """Tell whether the raw volume is published read-only, by a read-only device over its own."""
         readers = {reader.number for reader in self._read_only_devices.present(volume.name)}
         return bool(readers) and any(found.node_number in readers for found in self._mounts.table())
@@ -175,12 +174,12 @@ class Stage:
         if handle is None:
             return False
         mounted = self._mounts.at(self._paths.check(staging_target_path, STAGING_PATH, takes_off=True))
-        volume = NamedVolume(volume_id, handle.name, handle.uuid)
+        volume = NodeVolume(volume_id, handle.name, handle.uuid)
         return mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
 
     # --- filesystem ---
 
-    def _is_dead_and_unused(self, mounted: Mount, volume: NamedVolume, path: Path) -> bool:
+    def _is_dead_and_unused(self, mounted: Mount, volume: NodeVolume, path: Path) -> bool:
         """Tell whether a filesystem died that is mounted at the staging path and nowhere else; both are logged."""
         dead = self._probes.dead(mounted)
         if dead is None or self._ownership.owner_of(mounted, volume) is not Owner.OURS:
@@ -206,7 +205,7 @@ class Stage:
 
     def _stage_mount(
         self,
-        volume: NamedVolume,
+        volume: NodeVolume,
         context: PublishContext | None,
         path: Path,
         plan: MountPlan,
@@ -223,7 +222,7 @@ class Stage:
                 by = locks.by
                 locked = LockedVolume(volume, device, locks, context, plan.read_only)
                 device, context = self._encrypted.open(locked, deadline=deadline)
-            task = Task(volume, device, plan, context)
+            task = PreparationTask(volume, device, plan, context)
             prepared = self._preparation.prepare(task, deadline=deadline)
             self._preparation.hand_over(task, prepared)
             mounted = self._mounts.at(path)
@@ -248,7 +247,7 @@ class Stage:
                 path,
             )
 
-    def _mount(self, task: Task, prepared: Prepared, path: Path) -> None:
+    def _mount(self, task: PreparationTask, prepared: Prepared, path: Path) -> None:
         options = task.plan.options_for(prepared.fs_type)
         try:
             self._mounts.mount(task.device, path, prepared.fs_type, options, read_only=task.plan.read_only)
@@ -266,7 +265,7 @@ class Stage:
             self._set_root_mode(path, task.plan, task.uuid, task.context, is_new=prepared.is_new)
 
     @contextmanager
-    def _nothing_left(self, volume: NamedVolume, path: Path | None = None) -> Iterator[None]:
+    def _nothing_left(self, volume: NodeVolume, path: Path | None = None) -> Iterator[None]:
         """Take back what a call opened, or mounted at `path`, when it fails: nobody else would.
 
         After most errors kubelet takes the volume for not staged, forgets it and lets it be detached (pkg/volume/csi:
@@ -289,7 +288,7 @@ class Stage:
     def _accept(
         self,
         mounted: Mount,
-        volume: NamedVolume,
+        volume: NodeVolume,
         context: PublishContext | None,
         path: Path,
         plan: MountPlan,
@@ -312,7 +311,7 @@ class Stage:
             self._finish_growth(volume, device, mounted, path)
         self._set_root_mode(path, plan, volume.uuid or device.uuid, context)
 
-    def _finish_growth(self, volume: NamedVolume, device: Device, mounted: Mount, path: Path) -> None:
+    def _finish_growth(self, volume: NodeVolume, device: Device, mounted: Mount, path: Path) -> None:
         """Grow what a crash left too small. It is staged as asked: that it cannot is NodeExpandVolume's to tell."""
         try:
             if self._preparation.is_too_small(device, mounted.fs_type):
@@ -342,7 +341,7 @@ class Stage:
 
     def _stage_block(
         self,
-        volume: NamedVolume,
+        volume: NodeVolume,
         context: PublishContext | None,
         path: Path,
         locks: EncryptionPlan | None,
@@ -377,7 +376,7 @@ class Stage:
     # --- both ---
 
     def _ready_device(
-        self, volume: NamedVolume, context: PublishContext | None, *, read_only: bool, deadline: Deadline
+        self, volume: NodeVolume, context: PublishContext | None, *, read_only: bool, deadline: Deadline
     ) -> Device:
         """Wait for the volume's device; where its very attachment is read-only, make the kernel keep it so."""
         device = self._devices.wait_for(volume.name, volume.uuid, deadline=deadline)

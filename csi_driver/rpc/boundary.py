@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 
 from csi_driver import errors
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.node.questions import NoAnswer, Questions
+from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.rpc import validation
 from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Pool, Rpc, ThreadPools
 from csi_driver.rpc.redaction import describe
@@ -165,7 +165,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         self._disabled = disabled
         self._pools = pools
         self._deadlines = deadlines
-        self._device_work: Questions[Message | Refusal] = Questions("volume-work", WORK_THREADS)
+        self._device_work: Watchdog[Message | Refusal] = Watchdog("volume-work", WORK_THREADS)
         self._locks = Locks()
         self._wrapped: dict[str, MethodHandler] = {}
         self._numbers = itertools.count(1)
@@ -211,7 +211,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return self._device_work.ask(
                 str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, context), timeout_s
             )
-        except NoAnswer as error:
+        except NotResponding as error:
             volume = errors.shown(getattr(request, "volume_id", ""))
             refusal = Refusal(
                 _Code.DEADLINE_EXCEEDED,

@@ -25,7 +25,7 @@ from csi_driver.model import (
     Segments,
     Usage,
 )
-from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2
 
 _STRING_BYTES = 128

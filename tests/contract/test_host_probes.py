@@ -28,7 +28,7 @@ from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.host_model import FaultKind, Mount
 from csi_driver.model import MIB
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
 from csi_driver.node.service import NodeUseCases, assemble
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 

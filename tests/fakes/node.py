@@ -12,10 +12,10 @@ from typing import Any
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
-from csi_driver.node.marks import Mark
-from csi_driver.node.questions import Questions
-from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.concurrency import Watchdog
 from csi_driver.node.service import NodeUseCases, assemble
+from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import Encryption, History, PublishContext
 from tests.fakes.host import MIB, FakeClock, FakeHost
 
@@ -34,11 +34,11 @@ READER = AccessMode.MULTI_NODE_READER_ONLY
 
 
 @dataclass
-class FakeMarks:
-    """Marks in memory, with the same points at which the driver may die."""
+class FakeUsageRecords(UsageRecords):
+    """Usage records in memory, with the same points at which the driver may die."""
 
     host: FakeHost
-    kept: dict[str, Mark] = field(default_factory=dict)
+    kept: dict[str, UsageRecord] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextlib.contextmanager
@@ -49,19 +49,19 @@ class FakeMarks:
     def recorded(self) -> list[str]:
         return list(self.kept)
 
-    def read(self, volume_uuid: str) -> Mark | None:
+    def read(self, volume_uuid: str) -> UsageRecord | None:
         return self.kept.get(volume_uuid)
 
-    def write(self, mark: Mark) -> None:
-        self.host.step("before mark")
-        self.kept[mark.volume_uuid] = mark
-        self.host.step("after mark")
+    def write(self, record: UsageRecord) -> None:
+        self.host.step("before record")
+        self.kept[record.volume_uuid] = record
+        self.host.step("after record")
 
     def remove(self, volume_uuid: str) -> None:
         if volume_uuid in self.kept:
-            self.host.step("before unmark")
+            self.host.step("before record removal")
             del self.kept[volume_uuid]
-            self.host.step("after unmark")
+            self.host.step("after record removal")
 
 
 class FakeNode:
@@ -70,7 +70,7 @@ class FakeNode:
     def __init__(self, *, heavy_operations: int = 4, settings: NodeSettings | None = None) -> None:
         self.host = FakeHost()
         self.clock = FakeClock()
-        self.marks = FakeMarks(self.host)
+        self.records = FakeUsageRecords(self.host)
         self.settings = settings or NodeSettings(
             node_name="node-1", state_directory="/nowhere", heavy_operations=heavy_operations
         )
@@ -91,11 +91,11 @@ class FakeNode:
             probes=self.host.probes,
             tools=self.host.tools,
             settings=self.settings,
-            marks=self.marks,
+            records=self.records,
         )
         return self.use
 
-    def write_off(self, questions: Questions[Any], ask: Callable[[Deadline], object]) -> threading.Event:
+    def write_off(self, questions: Watchdog[Any], ask: Callable[[Deadline], object]) -> threading.Event:
         """Ask about the volume, which hangs, until a thread was lost to it; return what tells that it is answered.
 
         On a busy machine a question may be given up before a thread has taken it up: that one costs nobody a thread.

@@ -26,8 +26,9 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
-from csi_driver.node.service import NodeUseCases, assemble, mark_files
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.service import NodeUseCases, assemble
+from csi_driver.node.usage_records import UsageRecords
 from tests.faults import Faults
 
 CALL_TIME_S = 60.0
@@ -47,7 +48,7 @@ def node(directory: Path) -> NodeUseCases:
         filesystems=LinuxFilesystems(devices),
         paths=paths,
         probes=LinuxProbes(),
-        marks=mark_files(settings),
+        records=UsageRecords(directory / "state"),
         tools=MachineTools([directory / "kubelet"]),
         settings=settings,
     )

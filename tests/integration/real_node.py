@@ -18,9 +18,9 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
-from csi_driver.node.marks import Mark
-from csi_driver.node.requests import NodePublishRequest, NodeSettings, StageRequest
-from csi_driver.node.service import assemble, mark_files
+from csi_driver.node import NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node.service import assemble
+from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import History, PublishContext
 from tests.contract.host_machine import HostMachine, Volume, shell
 
@@ -35,7 +35,7 @@ class RealNode:
         self.root = machine.directory / "kubelet"
         self.root.mkdir()
         settings = NodeSettings(node_name="real", state_directory=str(machine.directory / "state"))
-        self.marks = mark_files(settings)
+        self.records = UsageRecords(machine.directory / "state")
         self.paths = LinuxPaths([self.root])
         self.use = assemble(
             devices=machine.devices,
@@ -47,7 +47,7 @@ class RealNode:
             probes=LinuxProbes(),
             tools=MachineTools([self.root]),
             settings=settings,
-            marks=self.marks,
+            records=self.records,
         )
 
     def staging(self, volume: Volume) -> Path:
@@ -101,8 +101,8 @@ class RealNode:
     def unpublish(self, volume: Volume, pod: str = "pod-1") -> None:
         self.use.publish.unpublish(volume_id(volume), str(self.root / pod), deadline=Deadline.after(60))
 
-    def mark(self, volume: Volume) -> Mark | None:
-        return self.marks.read(volume.uuid)
+    def record(self, volume: Volume) -> UsageRecord | None:
+        return self.records.read(volume.uuid)
 
 
 def volume_id(volume: Volume) -> str:

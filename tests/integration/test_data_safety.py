@@ -18,7 +18,7 @@ from csi_driver.errors import DeadlineReached, DriverError, HostFailure, Precond
 from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host_model import Blank, Content, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import GIB, MIB
-from csi_driver.node.marks import USED, Mark
+from csi_driver.node.usage_records import USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.contract.cut_off import can_cut_off, run_until_write
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell, soon
@@ -62,7 +62,7 @@ def test_an_input_output_error_anywhere_formats_nothing(machine: HostMachine, no
             for history, allowed in tries:
                 with pytest.raises(HostFailure, match=r"cannot be read at byte [0-9]+ .EIO."):
                     node.stage(volume, history=history, attachment=1, allowed=allowed)
-            assert node.mark(volume) is None, offset
+            assert node.record(volume) is None, offset
             assert shell("blkid", "-p", str(volume.file), accept=(0, 2)) == "", offset
 
 
@@ -73,7 +73,7 @@ def test_a_device_that_lost_its_end_is_not_formatted(machine: HostMachine, node:
     os.truncate(volume.file, 32 * MIB)
     with pytest.raises(HostFailure, match=r"cannot be read|ends at"):
         node.stage(volume, allowed=allowed)
-    assert (node.mark(volume), everything_in(volume.file)) == (None, b"")
+    assert (node.record(volume), everything_in(volume.file)) == (None, b"")
 
 
 def everything_in(file: Path) -> bytes:
@@ -84,7 +84,7 @@ def test_a_device_without_size_is_awaited_and_not_formatted(machine: HostMachine
     volume = machine.volume(size_bytes=0)
     with pytest.raises(DeadlineReached, match="no size"):
         node.stage(volume, within_s=0.8)
-    assert node.mark(volume) is None
+    assert node.record(volume) is None
 
 
 # --- what is another device -------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_a_device_that_is_gone_after_the_probe_is_formatted_when_it_is_back(mach
     assert everything_in(volume.file) == b""
     away.rename(node_path)
     node.stage(volume)
-    assert node.mark(volume) == Mark(volume.uuid, 1, USED)
+    assert node.record(volume) == UsageRecord(volume.uuid, 1, USED)
 
 
 @ALLOWED_OR_NOT
@@ -329,7 +329,7 @@ def test_a_filesystem_cut_off_at_any_write_is_never_taken_for_a_whole_one(
         node.unstage(volume)
         assert not before or probed(machine, volume) == Filesystem(fs_type, volume.uuid), number
         shell(*SOUND[fs_type], str(volume.loop.node))
-        node.marks.remove(volume.uuid)
+        node.records.remove(volume.uuid)
 
 
 @pytest.mark.skipif(not can_cut_off(), reason="counts system calls of x86-64")
@@ -341,12 +341,12 @@ def test_a_filesystem_cut_off_at_any_write_is_made_again_under_its_mark(
     argv = (*mkfs(fs_type, volume.uuid), str(volume.loop.node))
     for number in cut_off_points(run_until_write(argv, 0)):
         clear(volume)
-        node.marks.write(Mark(volume.uuid, 3, fs_type))
+        node.records.write(UsageRecord(volume.uuid, 3, fs_type))
         run_until_write(argv, number)
         node.stage(volume, fs_type, history=History.ATTACHED, attachment=3)
         node.unstage(volume)
         shell(*SOUND[fs_type], str(volume.loop.node))
-        assert node.mark(volume) == Mark(volume.uuid, 3, USED), number
+        assert node.record(volume) == UsageRecord(volume.uuid, 3, USED), number
 
 
 @pytest.mark.skipif(not can_cut_off(), reason="counts system calls of x86-64")
@@ -357,7 +357,7 @@ def test_a_foreign_format_that_was_cut_off_is_refused_under_our_mark_of_another_
     volume = machine.volume(size_bytes=SIZES[fs_type])
     argv = (*mkfs(fs_type, str(uuid.uuid4())), str(volume.loop.node))
     run_until_write(argv, run_until_write(argv, 0) // 2)
-    node.marks.write(Mark(volume.uuid, 1, fs_type))
+    node.records.write(UsageRecord(volume.uuid, 1, fs_type))
     before = everything(volume)
     with pytest.raises(PreconditionFailed):
         node.stage(volume, fs_type, history=History.ATTACHED, attachment=3)
@@ -423,7 +423,7 @@ def test_nothing_is_formatted_while_somebody_has_it_mounted(machine: HostMachine
     with pytest.raises(DriverError):
         node.stage(volume, "xfs", history=History.ATTACHED, attachment=3, allowed=True)
     assert (target / "a").read_text() == "precious"
-    assert node.mark(volume) is None
+    assert node.record(volume) is None
 
 
 def test_what_is_blank_by_the_quick_look_is_so_after_old_data_was_wiped(machine: HostMachine) -> None:

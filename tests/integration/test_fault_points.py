@@ -54,7 +54,7 @@ STORIES = {
         {"flags": ("nvmesh:chmod=0750",)},
         (*UP, "write", *DOWN, "reattach", "grow", *UP, "read", *DOWN),
         effects(
-            "marks.write filesystems.make mounts.mount paths.set_mode paths.make_directory mounts.bind "
+            "records.write filesystems.make mounts.mount paths.set_mode paths.make_directory mounts.bind "
             "mounts.unmount paths.remove filesystems.check filesystems.grow_unmounted"
         ),
     ),
@@ -63,7 +63,7 @@ STORIES = {
         {"format_allowed": True},
         (*UP, "write", "grow", "expand", "read", *DOWN, *UP, "read", *DOWN),
         effects(
-            "marks.write filesystems.wipe filesystems.make mounts.mount paths.make_directory mounts.bind "
+            "records.write filesystems.wipe filesystems.make mounts.mount paths.make_directory mounts.bind "
             "mounts.unmount paths.remove filesystems.check filesystems.grow_mounted"
         ),
         ("filesystems.",),
@@ -72,7 +72,7 @@ STORIES = {
         "block",
         {},
         (*UP, "write", *DOWN, *UP, "read", *DOWN),
-        effects("marks.write paths.make_file mounts.bind mounts.unmount paths.remove"),
+        effects("records.write paths.make_file mounts.bind mounts.unmount paths.remove"),
     ),
     "block read-only": Story(
         "block",
@@ -97,7 +97,7 @@ ENCRYPTED_STORIES = {
         ENCRYPTED,
         (*UP, "write", *DOWN, "reattach", "grow", "rekey", *UP, "read", *DOWN),
         effects(
-            "marks.write marks.remove encryption.format encryption.open encryption.add_key encryption.remove_key "
+            "records.write records.remove encryption.format encryption.open encryption.add_key encryption.remove_key "
             "encryption.close filesystems.make filesystems.check filesystems.grow_unmounted mounts.mount "
             "paths.make_directory mounts.bind mounts.unmount paths.remove"
         ),
@@ -108,7 +108,7 @@ ENCRYPTED_STORIES = {
         ENCRYPTED,
         (*UP, "write", "grow", "expand", "read", *DOWN, *UP, "read", *DOWN),
         effects(
-            "marks.write marks.remove encryption.format encryption.open encryption.resize encryption.close "
+            "records.write records.remove encryption.format encryption.open encryption.resize encryption.close "
             "filesystems.make filesystems.check filesystems.grow_mounted mounts.mount paths.make_directory "
             "mounts.bind mounts.unmount paths.remove"
         ),
@@ -119,8 +119,8 @@ ENCRYPTED_STORIES = {
         ENCRYPTED,
         (*UP, "write", *DOWN, *UP, "read", *DOWN),
         effects(
-            "marks.write marks.remove encryption.format encryption.open encryption.close paths.make_file mounts.bind "
-            "mounts.unmount paths.remove"
+            "records.write records.remove encryption.format encryption.open encryption.close paths.make_file "
+            "mounts.bind mounts.unmount paths.remove"
         ),
         ("encryption.open", "encryption.close"),
     ),
@@ -306,7 +306,7 @@ def test_a_mended_call_may_die_as_well(world: World, forked: ForkedNode, when: s
 
 
 DEADLINE_STORIES = {
-    "ext4": (("stage", "marks.write"), ("stage", "filesystems.make"), ("stage", "mounts.mount"),
+    "ext4": (("stage", "records.write"), ("stage", "filesystems.make"), ("stage", "mounts.mount"),
              ("publish", "mounts.bind"), ("unpublish", "mounts.unmount"), ("unstage", "mounts.unmount")),
     "block read-only": (("publish", "read_only_devices.over"), ("unpublish", "read_only_devices.release")),
 }  # fmt: skip

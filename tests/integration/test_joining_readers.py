@@ -11,7 +11,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.model import AccessMode, Capability, MountAccess
-from csi_driver.node.requests import NodePublishRequest, StageRequest
+from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.publish_context import History, PublishContext
 from tests.contract.host_machine import HostMachine, Volume, host_machine
 from tests.integration.real_node import SIZES, RealNode

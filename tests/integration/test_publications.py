@@ -12,7 +12,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, PreconditionFailed
 from csi_driver.host.mount_table import read_table
 from csi_driver.model import MIB, AccessMode, CapacityRange
-from csi_driver.node.requests import NodeExpandRequest
+from csi_driver.node import NodeExpandRequest
 from tests.contract.host_machine import HostMachine, Volume, host_machine, mounts_below, shell
 from tests.contract.test_host_probes import shut_down
 from tests.integration.real_node import SIZES, RealNode, volume_id

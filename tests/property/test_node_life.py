@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.errors import DriverError
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode
-from csi_driver.node.marks import RAW, USED
+from csi_driver.node.usage_records import RAW, USED
 from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
@@ -341,7 +341,7 @@ class NodeLife(RuleBasedStateMachine):
                     disk.name, disk, entry.node is not None, entry.read_only, disk.superblock_read_only
                 )
         for name, life in self.lives.items():
-            mark = self.node.marks.kept.get(UUIDS[name])
+            mark = self.node.records.kept.get(UUIDS[name])
             life.begun = mark.attachment if mark is not None and mark.filesystem not in (RAW, USED) else 0
             if life.disk is not None and life.disk.filesystem is not None:
                 life.holds = "filesystem" if life.disk.filesystem.complete else "half"

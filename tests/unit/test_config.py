@@ -28,7 +28,7 @@ from csi_driver.controller.ports import ControllerSettings, Fencing, ZonePolicy
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.local.settings import DemoSettings, LocalSettings
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
 from csi_driver.settings import ApiSettings, HttpSettings, RegistrationSettings
 
 TABLES = {

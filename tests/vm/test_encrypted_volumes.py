@@ -22,7 +22,7 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.node.requests import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed, CsiClient

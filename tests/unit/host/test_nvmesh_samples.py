@@ -11,7 +11,7 @@ from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import nvmesh
 from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
-from csi_driver.node.fencing import is_fenced
+from csi_driver.node.mount_owner import is_fenced
 
 SAMPLES = Path(__file__).parents[2] / "recordings/nvmesh-client"
 NAME, UUID = "csi-1234567890abcdef12", "7f0e2a10-5b1c-11f1-8a3e-0123456789ab"

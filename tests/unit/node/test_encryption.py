@@ -19,7 +19,7 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
-from csi_driver.node.marks import LUKS, Mark
+from csi_driver.node.usage_records import LUKS, UsageRecord
 from csi_driver.publish_context import Encryption, History
 from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.luks import HEADER_BYTES, FakeLuks
@@ -112,7 +112,7 @@ def test_no_header_is_made_where_nothing_can_open_it(locked: Locked, access: Mou
     locked.node.host.mapper_problem = "this kernel has no device-mapper; run `modprobe dm_crypt` on the node"
     with pytest.raises(PreconditionFailed, match=r"cannot be opened on this node: .* run `modprobe dm_crypt`"):
         locked.stage()
-    assert (locked.disk.luks, locked.node.marks.kept) == (None, {})
+    assert (locked.disk.luks, locked.node.records.kept) == (None, {})
     locked.node.host.mapper_problem = ""
     locked.up()
 
@@ -315,7 +315,7 @@ def test_a_device_smaller_than_its_volume_gets_no_header(locked: Locked) -> None
 def test_a_finished_header_has_no_mark(locked: Locked) -> None:
     locked.access = BLOCK
     locked.stage()
-    assert locked.node.marks.read(UUID) is None
+    assert locked.node.records.read(UUID) is None
 
 
 def test_a_blank_volume_that_is_to_be_read_only_gets_no_header(locked: Locked) -> None:
@@ -1034,7 +1034,7 @@ def test_a_driver_that_dies_at_any_step_goes_on_with_the_same_call(
 def test_a_header_left_unfinished_is_made_again_under_the_same_attachment_only(locked: Locked) -> None:
     with dying_at(locked.node, "halfway luksFormat"), pytest.raises(Died):
         locked.stage()
-    assert locked.node.marks.read(UUID) == Mark(UUID, 1, LUKS)
+    assert locked.node.records.read(UUID) == UsageRecord(UUID, 1, LUKS)
     locked.node.restart()
     locked.reattach()
     with pytest.raises(PreconditionFailed):

@@ -11,7 +11,7 @@ import pytest
 
 from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.model import MountAccess
-from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.node import (
@@ -69,7 +69,7 @@ def test_a_filesystem_of_ours_is_known_again_without_any_state_on_the_node(node:
     node.stage()
     node.host.write_file(STAGING, "a", b"precious")
     node.unstage()
-    node.marks.kept.clear()
+    node.records.kept.clear()
     node.stage()
     assert (node.host.formats, node.host.files_at(STAGING)) == ([UUID], {"a": b"precious"})
 
@@ -154,7 +154,7 @@ def test_what_one_handle_wrote_raw_is_not_formatted_over_by_another_that_was_tol
 
 def test_a_format_that_was_begun_does_not_cover_what_was_written_raw_after_it(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
-    node.marks.kept[UUID] = Mark(UUID, 3, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 3, "ext4")
     node.stage(access=BLOCK, context=ATTACHED)
     node.publish(access=BLOCK, context=ATTACHED)
     node.host.write_raw(TARGET, 0, b"precious")
@@ -199,7 +199,7 @@ def test_old_data_is_formatted_over_where_an_administrator_allowed_it(node: Fake
     with pytest.raises(PreconditionFailed, match="allow-format"):
         node.stage(context=ATTACHED)
     node.stage(context=ALLOWED)
-    assert (node.host.formats, disk.signature, node.marks.kept[UUID]) == ([UUID], None, Mark(UUID, 3, USED))
+    assert (node.host.formats, disk.signature, node.records.kept[UUID]) == ([UUID], None, UsageRecord(UUID, 3, USED))
 
 
 def test_what_was_formatted_over_is_in_the_log(node: FakeNode, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +231,7 @@ def test_a_permission_that_was_used_is_known_without_any_state_on_the_node(node:
     node.stage(context=ALLOWED)
     node.host.write_file(STAGING, "b", b"new")
     node.unstage()
-    node.marks.kept.clear()
+    node.records.kept.clear()
     node.stage(context=ALLOWED)
     assert (node.host.formats, node.host.files_at(STAGING)) == ([UUID], {"b": b"new"})
 
@@ -304,7 +304,7 @@ class Died(BaseException):
 
 
 @pytest.mark.parametrize(
-    "at", ["before mark", "after mark", "before wipe", "after wipe", "before make", "halfway make", "after make"]
+    "at", ["before record", "after record", "before wipe", "after wipe", "before make", "halfway make", "after make"]
 )
 @pytest.mark.parametrize("put", OLD_DATA)
 def test_a_driver_that_dies_while_it_formats_over_goes_on_from_there(node: FakeNode, at: str, put: object) -> None:
@@ -321,21 +321,21 @@ def test_a_driver_that_dies_while_it_formats_over_goes_on_from_there(node: FakeN
     node.host.step = lambda point: None
     node.restart()
     node.stage(context=ALLOWED)
-    assert (node.host.mounts_at(STAGING), node.marks.kept[UUID]) == (1, Mark(UUID, 3, USED))
+    assert (node.host.mounts_at(STAGING), node.records.kept[UUID]) == (1, UsageRecord(UUID, 3, USED))
 
 
 def test_a_raw_mark_of_the_attachment_outlives_a_permission(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     node.stage(access=BLOCK, context=ALLOWED)
     node.publish(access=BLOCK, context=ALLOWED)
-    assert node.marks.kept == {UUID: Mark(UUID, 3, RAW)}
+    assert node.records.kept == {UUID: UsageRecord(UUID, 3, RAW)}
 
 
 def test_a_device_that_goes_while_it_is_formatted_is_formatted_when_it_is_back(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
 
     def go(point: str) -> None:
-        if point == "after mark":
+        if point == "after record":
             node.host.detach(NAME)
 
     node.host.step = go

@@ -10,8 +10,8 @@ import pytest
 from csi_driver.errors import VolumeNotFound
 from csi_driver.health import Reason, StorageFault, VolumeFault
 from csi_driver.host_model import Fault, FaultKind, VolumeStatus
-from csi_driver.node.health import _MEANING
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
+from csi_driver.node.stats import _MEANING
 from tests.fakes.host import FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 from tests.unit.node.test_encryption import Locked

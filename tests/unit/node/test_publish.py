@@ -13,8 +13,8 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
-from csi_driver.node.ownership import NamedVolume
-from csi_driver.node.readers import reader_over
+from csi_driver.node.mount_owner import NodeVolume
+from csi_driver.node.publish import read_only_device
 from csi_driver.publish_context import History
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
@@ -384,7 +384,7 @@ def test_a_reader_that_a_death_left_goes_when_the_target_is_published_otherwise(
     device = block.host.devices.find(NAME)
     assert device is not None
     block.host.paths.make_file(TARGET)
-    reader_over(block.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
+    read_only_device(block.host.read_only_devices, NodeVolume(VOLUME_ID, NAME, UUID), device, TARGET)
     if access != BLOCK:
         block.stage(access=access)
     block.publish(access=access)
@@ -395,7 +395,7 @@ def test_unpublish_takes_down_a_reader_that_was_never_bound(block: FakeNode) -> 
     device = block.host.devices.find(NAME)
     assert device is not None
     block.host.paths.make_file(TARGET)
-    reader_over(block.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
+    read_only_device(block.host.read_only_devices, NodeVolume(VOLUME_ID, NAME, UUID), device, TARGET)
     block.unpublish()
     assert (block.host.readers, TARGET in block.host.tree) == ([], False)
 
@@ -405,7 +405,7 @@ def cut_off(node: FakeNode) -> None:
     device = node.host.devices.find(NAME)
     assert device is not None
     node.host.paths.make_file(TARGET)
-    reader_over(node.host.read_only_devices, NamedVolume(VOLUME_ID, NAME, UUID), device, TARGET)
+    read_only_device(node.host.read_only_devices, NodeVolume(VOLUME_ID, NAME, UUID), device, TARGET)
 
 
 @pytest.mark.parametrize("volume_id", [VOLUME_ID, NAME])

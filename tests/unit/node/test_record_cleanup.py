@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.node.marks import RAW, USED, Mark, MarkFiles
-from csi_driver.node.ownership import Ownership
-from csi_driver.node.record_cleanup import ABSENT_S, MOST_AT_ONCE, NEWEST_KEPT, RecordCleanup
+from csi_driver.node.mount_owner import Ownership
+from csi_driver.node.usage_records import (
+    ABSENT_S,
+    MOST_AT_ONCE,
+    NEWEST_KEPT,
+    RAW,
+    USED,
+    RecordCleanup,
+    UsageRecord,
+    UsageRecords,
+)
 from tests.fakes.host import FakeClock
-from tests.fakes.node import NAME, UUID, FakeMarks, FakeNode
+from tests.fakes.node import NAME, UUID, FakeNode, FakeUsageRecords
 
 
 @pytest.fixture
@@ -32,14 +40,16 @@ def clock() -> FakeClock:
 def cleanup(node: FakeNode, clock: FakeClock) -> RecordCleanup:
     host = node.host
     ownership = Ownership(devices=host.devices, encryption=host.encryption, mounts=host.mounts)
-    return RecordCleanup(marks=node.marks, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock)
+    return RecordCleanup(
+        records=node.records, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock
+    )
 
 
 def churn(node: FakeNode, count: int = NEWEST_KEPT) -> None:
     """Let as many volumes come, be used and go."""
     for _ in range(count):
-        uuid = f"gone-{len(node.marks.kept)}"
-        node.marks.kept[uuid] = Mark(uuid, 1, USED)
+        uuid = f"gone-{len(node.records.kept)}"
+        node.records.kept[uuid] = UsageRecord(uuid, 1, USED)
 
 
 def after_long(cleanup: RecordCleanup, clock: FakeClock) -> int:
@@ -54,7 +64,7 @@ def test_the_oldest_records_of_volumes_long_gone_are_removed(
 ) -> None:
     churn(node, NEWEST_KEPT + 7)
     assert after_long(cleanup, clock) == 7
-    assert next(iter(node.marks.kept)) == "gone-7"
+    assert next(iter(node.records.kept)) == "gone-7"
     assert cleanup.sweep() == 0
 
 
@@ -62,10 +72,10 @@ def test_the_oldest_records_of_volumes_long_gone_are_removed(
 def test_a_volume_whose_device_is_here_is_remembered(
     node: FakeNode, cleanup: RecordCleanup, clock: FakeClock, word: str
 ) -> None:
-    node.marks.kept[UUID] = Mark(UUID, 1, word)
+    node.records.kept[UUID] = UsageRecord(UUID, 1, word)
     churn(node)
     after_long(cleanup, clock)
-    assert UUID in node.marks.kept
+    assert UUID in node.records.kept
 
 
 def test_a_volume_that_is_mounted_is_remembered_also_when_its_device_is_gone(
@@ -75,13 +85,13 @@ def test_a_volume_that_is_mounted_is_remembered_also_when_its_device_is_gone(
     churn(node)
     node.host.detach(NAME)
     after_long(cleanup, clock)
-    assert UUID in node.marks.kept
+    assert UUID in node.records.kept
 
 
 def test_a_volume_that_was_here_at_one_look_of_the_hour_is_remembered(
     node: FakeNode, cleanup: RecordCleanup, clock: FakeClock
 ) -> None:
-    node.marks.kept[UUID] = Mark(UUID, 1, USED)
+    node.records.kept[UUID] = UsageRecord(UUID, 1, USED)
     churn(node)
     disk = node.host.disks.pop(NAME)
     cleanup.sweep()
@@ -91,7 +101,7 @@ def test_a_volume_that_was_here_at_one_look_of_the_hour_is_remembered(
     del node.host.disks[NAME]
     clock.now_s += ABSENT_S / 2
     cleanup.sweep()
-    assert UUID in node.marks.kept
+    assert UUID in node.records.kept
     assert after_long(cleanup, clock) == 1
 
 
@@ -105,17 +115,19 @@ def test_nothing_is_forgotten_while_the_storage_client_says_nothing(
     cleanup.sweep()
     node.host.client = client
     cleanup.sweep()
-    assert len(node.marks.kept) == NEWEST_KEPT + 1
+    assert len(node.records.kept) == NEWEST_KEPT + 1
 
 
 def test_a_record_that_cannot_be_read_stays(node: FakeNode, clock: FakeClock, tmp_path: Path) -> None:
-    host, marks = node.host, MarkFiles(tmp_path)
-    (tmp_path / "torn.mark").write_text("{")
-    os.utime(tmp_path / "torn.mark", (1, 1))
+    host, marks = node.host, UsageRecords(tmp_path)
+    torn = marks.path_of("torn")
+    torn.parent.mkdir()
+    torn.write_text("{")
+    os.utime(torn, (1, 1))
     for number in range(NEWEST_KEPT + 1):
-        (tmp_path / f"{number}.mark").write_text(f'{{"volume": "{number}", "attachment": 1, "filesystem": "ext4"}}')
+        marks.path_of(f"{number}").write_text(f'{{"volume": "{number}", "attachment": 1, "filesystem": "ext4"}}')
     ownership = Ownership(devices=host.devices, encryption=host.encryption, mounts=host.mounts)
-    cleanup = RecordCleanup(marks=marks, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock)
+    cleanup = RecordCleanup(records=marks, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock)
     assert after_long(cleanup, clock) == 1
     assert marks.recorded()[0] == "torn"
 
@@ -126,7 +138,7 @@ def test_one_look_removes_a_bounded_number(node: FakeNode, cleanup: RecordCleanu
     assert cleanup.sweep() == 5
 
 
-class MarksOfAVolumeThatComesBack(FakeMarks):
+class MarksOfAVolumeThatComesBack(FakeUsageRecords):
     @contextmanager
     def changing(self, *volume_uuids: str) -> Iterator[None]:
         self.host.attach(NAME, UUID)
@@ -135,10 +147,10 @@ class MarksOfAVolumeThatComesBack(FakeMarks):
 
 
 def test_a_volume_that_comes_back_while_its_record_is_removed_keeps_it(node: FakeNode, clock: FakeClock) -> None:
-    host, marks = node.host, MarksOfAVolumeThatComesBack(node.host, node.marks.kept)
+    host, marks = node.host, MarksOfAVolumeThatComesBack(node.host, node.records.kept)
     ownership = Ownership(devices=host.devices, encryption=host.encryption, mounts=host.mounts)
-    cleanup = RecordCleanup(marks=marks, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock)
-    marks.kept[UUID] = Mark(UUID, 1, USED)
+    cleanup = RecordCleanup(records=marks, devices=host.devices, mounts=host.mounts, ownership=ownership, clock=clock)
+    marks.kept[UUID] = UsageRecord(UUID, 1, USED)
     churn(node)
     host.detach(NAME)
     assert after_long(cleanup, clock) == 0

@@ -6,7 +6,7 @@ import pytest
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.model import MountAccess
-from csi_driver.node.marks import USED, Mark
+from csi_driver.node.usage_records import USED, UsageRecord
 from tests.fakes.host import MIB, FakeFilesystem
 from tests.fakes.node import NAME, READER, STAGING, UUID, FakeNode, publish_context
 
@@ -108,18 +108,18 @@ def test_a_driver_that_dies_at_any_step_sets_the_mode_with_the_same_call() -> No
             node.restart()
             node.stage(access=OPEN)
         assert node.host.mode_of(STAGING) == 0o770, passed
-        assert node.marks.read(UUID) == Mark(UUID, 1, USED), passed
+        assert node.records.read(UUID) == UsageRecord(UUID, 1, USED), passed
         user_changes_mode(node, 0o700)
         node.stage(access=OPEN)
         assert node.host.mode_of(STAGING) == 0o700, passed
         if len(passed) < at:
             break
-    assert {"after mark", "after mount", "before set_mode", "after set_mode"} <= set(passed)
+    assert {"after record", "after mount", "before set_mode", "after set_mode"} <= set(passed)
 
 
 def test_a_mode_that_waited_is_not_set_when_the_volume_comes_back_from_elsewhere(node: FakeNode) -> None:
     """Between its attachments a pod of another node may have had it."""
-    node.marks.write(Mark(UUID, 1, USED, root_mode_pending=True))
+    node.records.write(UsageRecord(UUID, 1, USED, root_mode_pending=True))
     node.host.disks[NAME].filesystem = FakeFilesystem("ext4", 64 * MIB, files={"a": b"precious"})
     node.stage(access=OPEN, context=publish_context(attachment=3))
     assert node.host.mode_of(STAGING) == 0o755

@@ -21,9 +21,9 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import VolumeStatus
 from csi_driver.model import EMPTY, AccessMode, Capability, MountAccess
-from csi_driver.node.marks import RAW, USED, Mark
-from csi_driver.node.requests import StageRequest
+from csi_driver.node import StageRequest
 from csi_driver.node.stage import Stage
+from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.fakes.host import MIB, FakeFilesystem
 from tests.fakes.node import (
@@ -46,7 +46,7 @@ from tests.fakes.node import (
 STAGING_2 = KUBELET / "plugins/staging2/globalmount"
 READ_ONLY_CONTEXT = publish_context(read_only=True, history=History.ATTACHED, attachment=2)
 XFS = MountAccess("xfs")
-IN_USE = {UUID: Mark(UUID, 1, USED)}
+IN_USE = {UUID: UsageRecord(UUID, 1, USED)}
 
 
 def formatted(node: FakeNode, fs_type: str = "ext4", size_bytes: int = 64 * MIB) -> FakeFilesystem:
@@ -70,13 +70,13 @@ def test_a_blank_first_device_is_formatted_once_and_mounted(node: FakeNode) -> N
 def test_a_format_ends_with_the_mark_of_a_volume_in_use(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     node.stage()
-    assert node.marks.kept == IN_USE
+    assert node.records.kept == IN_USE
 
 
 def test_a_volume_in_use_is_on_record_before_it_is_mounted(node: FakeNode) -> None:
     def look(point: str) -> None:
         if point == "before mount":
-            assert node.marks.kept == IN_USE
+            assert node.records.kept == IN_USE
             looked.append(point)
 
     looked: list[str] = []
@@ -86,28 +86,28 @@ def test_a_volume_in_use_is_on_record_before_it_is_mounted(node: FakeNode) -> No
     assert looked
 
 
-@pytest.mark.parametrize(("attachment", "kept"), [(0, {}), (3, {UUID: Mark(UUID, 3, USED)})])
+@pytest.mark.parametrize(("attachment", "kept"), [(0, {}), (3, {UUID: UsageRecord(UUID, 3, USED)})])
 def test_every_attachment_that_is_counted_leaves_its_mark(
-    node: FakeNode, attachment: int, kept: dict[str, Mark]
+    node: FakeNode, attachment: int, kept: dict[str, UsageRecord]
 ) -> None:
     formatted(node)
     node.stage(context=publish_context(history=History.ATTACHED, attachment=attachment))
-    assert node.marks.kept == kept
+    assert node.records.kept == kept
 
 
 @pytest.mark.parametrize(("attachment", "last"), [(0, 1), (1, 1), (3, 3)])
 def test_a_volume_in_use_stays_on_record_under_later_attachments(node: FakeNode, attachment: int, last: int) -> None:
     formatted(node)
-    node.marks.kept[UUID] = Mark(UUID, 1, USED)
+    node.records.kept[UUID] = UsageRecord(UUID, 1, USED)
     node.stage(context=publish_context(history=History.ATTACHED, attachment=attachment))
-    assert node.marks.kept == {UUID: Mark(UUID, last, USED, uncounted=attachment == 0)}
+    assert node.records.kept == {UUID: UsageRecord(UUID, last, USED, uncounted=attachment == 0)}
 
 
 def test_a_format_begun_under_an_attachment_that_nobody_counts_is_over_once_it_is_used(node: FakeNode) -> None:
     formatted(node)
-    node.marks.kept[UUID] = Mark(UUID, 0, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 0, "ext4")
     node.stage(context=publish_context(history=History.ATTACHED, attachment=0))
-    assert node.marks.kept == {}
+    assert node.records.kept == {}
 
 
 @pytest.mark.parametrize(("asked", "made"), [("", "ext4"), ("ext4", "ext4"), ("xfs", "xfs"), ("btrfs", "btrfs")])
@@ -195,9 +195,9 @@ def test_a_device_whose_uuid_nobody_knows_is_not_formatted(node: FakeNode) -> No
 def test_what_our_own_format_left_unfinished_is_made_again(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
-    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 1, "ext4")
     node.stage()
-    assert (node.host.mounts_at(STAGING), node.marks.kept) == (1, IN_USE)
+    assert (node.host.mounts_at(STAGING), node.records.kept) == (1, IN_USE)
 
 
 class Died(BaseException):
@@ -217,11 +217,11 @@ def test_a_driver_that_dies_around_its_format_goes_on_from_there(node: FakeNode,
     node.host.step = lambda point: None
     node.restart()
     node.stage()
-    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, IN_USE, [])
+    assert (node.host.mounts_at(STAGING), node.records.kept, node.host.destroyed) == (1, IN_USE, [])
 
 
 @pytest.mark.parametrize("nth", [1, 2])
-@pytest.mark.parametrize("at", ["before mark", "after mark"])
+@pytest.mark.parametrize("at", ["before record", "after record"])
 def test_a_driver_that_dies_around_a_mark_goes_on_from_there(node: FakeNode, at: str, nth: int) -> None:
     """The first mark says that a format begins, the second that the volume is in use."""
     met: list[str] = []
@@ -238,13 +238,13 @@ def test_a_driver_that_dies_around_a_mark_goes_on_from_there(node: FakeNode, at:
     node.host.step = lambda point: None
     node.restart()
     node.stage()
-    assert (node.host.mounts_at(STAGING), node.marks.kept, node.host.destroyed) == (1, IN_USE, [])
+    assert (node.host.mounts_at(STAGING), node.records.kept, node.host.destroyed) == (1, IN_USE, [])
 
 
 def test_an_unfinished_filesystem_of_another_attachment_is_refused(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     disk.filesystem = FakeFilesystem("ext4", 64 * MIB, complete=False)
-    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 1, "ext4")
     with pytest.raises(PreconditionFailed):
         node.stage(context=publish_context(attachment=2, history=History.ATTACHED))
     assert node.host.formats == []
@@ -252,7 +252,7 @@ def test_an_unfinished_filesystem_of_another_attachment_is_refused(node: FakeNod
 
 def test_an_old_mark_does_not_make_data_formattable(node: FakeNode) -> None:
     held = formatted(node)
-    node.marks.kept[UUID] = Mark(UUID, 1, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 1, "ext4")
     node.stage(context=publish_context(attachment=3, history=History.ATTACHED))
     assert (node.host.formats, held.files) == ([], {"a": b"precious"})
 
@@ -284,7 +284,7 @@ def test_a_blank_device_is_left_as_it_is_where_mkfs_cannot_be_asked_so(
     disk = node.host.attach(NAME, UUID)
     with pytest.raises(InvalidRequest, match=key):
         node.stage(context=publish_context(history=history), volume_context={key: value})
-    assert (node.host.formats, node.marks.kept, disk.filesystem, node.host.mounts_at(STAGING)) == ([], {}, None, 0)
+    assert (node.host.formats, node.records.kept, disk.filesystem, node.host.mounts_at(STAGING)) == ([], {}, None, 0)
 
 
 @pytest.mark.parametrize(("asked", "made"), [("", "xfs"), ("btrfs", "btrfs")])
@@ -589,7 +589,7 @@ def test_what_was_handed_out_raw_under_its_first_attachment_is_read_whole_before
     node.host.write_raw(TARGET, 32 * MIB, b"x")
     node.unpublish()
     node.unstage()
-    assert node.marks.kept[UUID].filesystem == RAW
+    assert node.records.kept[UUID].filesystem == RAW
     with pytest.raises(PreconditionFailed, match="holds unrecognised data"):
         node.stage()
     assert node.host.destroyed == []
@@ -597,7 +597,7 @@ def test_what_was_handed_out_raw_under_its_first_attachment_is_read_whole_before
 
 def test_what_was_handed_out_raw_is_no_unfinished_format_of_ours(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
-    node.marks.kept[UUID] = Mark(UUID, 2, "ext4")
+    node.records.kept[UUID] = UsageRecord(UUID, 2, "ext4")
     context = publish_context(attachment=2, history=History.ATTACHED)
     node.stage(access=BLOCK, context=context)
     node.publish(access=BLOCK, context=context)
@@ -679,14 +679,14 @@ def test_what_another_process_staged_in_the_meantime_is_taken_and_not_mounted_ag
     node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.host.attach(NAME, UUID)
-    remove, others = node.marks.remove, [node.stage]
+    remove, others = node.records.remove, [node.stage]
 
     def remove_while_another_stages(volume_uuid: str) -> None:
         remove(volume_uuid)
         if others:
             others.pop()()
 
-    monkeypatch.setattr(node.marks, "remove", remove_while_another_stages)
+    monkeypatch.setattr(node.records, "remove", remove_while_another_stages)
     node.stage()
     assert (node.host.formats, node.host.mounts_at(STAGING)) == ([UUID], 1)
 

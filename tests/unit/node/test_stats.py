@@ -11,7 +11,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
 from tests.fakes.host import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import VolumeStatus
-from csi_driver.node.requests import NodeSettings
+from csi_driver.node import NodeSettings
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import (
     BLOCK,

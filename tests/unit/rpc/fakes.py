@@ -27,7 +27,7 @@ from csi_driver.model import (
     Segments,
     Usage,
 )
-from csi_driver.node.requests import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
+from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.boundary import Boundary, Deadlines
 from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.errors import InvalidRequest, PreconditionFailed
 from csi_driver.model import ClusterNames
-from csi_driver.node.zone import NodeZone, same_host, zone_of
+from csi_driver.node.node_info import NodeZone, same_host, zone_of
 
 SERVERS: Mapping[str, Sequence[str]] = {"east": ("m1.east.example", "10.0.0.1"), "west": ("m1.west.example",)}
 NODES: Mapping[str, Sequence[str]] = {"east": ("n1",), "west": ("n2.example.com", "n3")}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
-from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.parameters.mount_options import FilesystemRequest
 from csi_driver.publish_context import History
 
@@ -74,7 +74,7 @@ class Evidence:
 
     history: History
     attachment: int
-    mark: Mark | None = None
+    mark: UsageRecord | None = None
     own_uuid: str | None = None
     format_allowed: bool = False
 

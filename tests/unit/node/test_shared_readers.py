@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host_model import Fault, FaultKind
-from csi_driver.node.marks import USED, Mark
+from csi_driver.node.usage_records import USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.fakes.host import FakeFilesystem
 from tests.fakes.node import (
@@ -133,9 +133,9 @@ def test_a_staging_path_that_is_no_directory_is_no_proof(readers: FakeNode) -> N
         publish(readers, SECOND, STAGING_2, TARGET)
 
 
-@pytest.mark.parametrize("mark", [Mark(UUID, 2, "ext4"), Mark(UUID, 2, USED, uncounted=True)])
-def test_no_other_record_than_that_of_this_use_is_proof(readers: FakeNode, mark: Mark) -> None:
-    readers.marks.kept[UUID] = mark
+@pytest.mark.parametrize("mark", [UsageRecord(UUID, 2, "ext4"), UsageRecord(UUID, 2, USED, uncounted=True)])
+def test_no_other_record_than_that_of_this_use_is_proof(readers: FakeNode, mark: UsageRecord) -> None:
+    readers.records.kept[UUID] = mark
     with pytest.raises(PreconditionFailed, match="not staged"):
         publish(readers, SECOND, STAGING_2, TARGET)
 

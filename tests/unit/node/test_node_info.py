@@ -9,10 +9,9 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.model import BlockAccess, ClusterNames, MountAccess
-from csi_driver.node.identity import Identity
-from csi_driver.node.marks import MarkFiles
-from csi_driver.node.requests import NodeInfo, NodeSettings
-from csi_driver.node.zone import NodeZone
+from csi_driver.node import NodeInfo, NodeSettings
+from csi_driver.node.node_info import NodeIdentity, NodeZone
+from csi_driver.node.usage_records import UsageRecords
 from tests.fakes.node import BLOCK, EXT4, NAME, OTHER_UUID, UUID, FakeNode
 
 SETTINGS = NodeSettings("node-1", "/nowhere", zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
@@ -72,11 +71,13 @@ def test_what_csi_uses_under_a_static_handle_is_not_taken_off_as_the_orchestrato
 
 def test_a_record_that_cannot_be_read_is_one_of_csi(tmp_path: Path) -> None:
     node = FakeNode(settings=SETTINGS)
-    (tmp_path / f"{UUID}.mark").write_text("torn")
+    records = UsageRecords(tmp_path)
+    records.path_of(UUID).parent.mkdir()
+    records.path_of(UUID).write_text("torn")
     node.host.unnamed_attachments = (UUID, OTHER_UUID)
     zone = NodeZone(given="z", topology_key=None, node_name="n", client_servers=tuple, clusters=ClusterNames)
-    identity = Identity(
-        devices=node.host.devices, tools=node.host.tools, zone=zone, marks=MarkFiles(tmp_path), settings=SETTINGS
+    identity = NodeIdentity(
+        devices=node.host.devices, tools=node.host.tools, zone=zone, records=records, settings=SETTINGS
     )
     assert identity.info().max_volumes == 6
 
@@ -93,8 +94,8 @@ def test_a_zone_that_is_not_clear_keeps_the_node_from_work_and_is_told_to_probe(
         given=None, topology_key=None, node_name="n", client_servers=tuple,
         clusters=lambda: ClusterNames({"a": ("m1",), "b": ("m2",)}),
     )  # fmt: skip
-    identity = Identity(
-        devices=node.host.devices, tools=node.host.tools, zone=zone, marks=node.marks, settings=SETTINGS
+    identity = NodeIdentity(
+        devices=node.host.devices, tools=node.host.tools, zone=zone, records=node.records, settings=SETTINGS
     )
     with pytest.raises(PreconditionFailed, match="expected one of a, b"):
         identity.info()

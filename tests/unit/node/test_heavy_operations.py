@@ -12,8 +12,8 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure
 from csi_driver.host_model import OpenDevice
-from csi_driver.node import limits
-from csi_driver.node.limits import HeavyWork, _Places
+from csi_driver.node import concurrency
+from csi_driver.node.concurrency import HeavyOperations, _Places
 from csi_driver.publish_context import Encryption, History
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
@@ -53,7 +53,7 @@ def test_a_volume_that_is_read_whole_holds_up_no_other(encryption: Encryption) -
 
 
 def test_only_so_many_volumes_are_read_at_once() -> None:
-    heavy = HeavyWork(1)
+    heavy = HeavyOperations(1)
     soon = Deadline.after(30)
     second_reads, ended = threading.Event(), threading.Event()
 
@@ -71,7 +71,7 @@ def test_only_so_many_volumes_are_read_at_once() -> None:
 
 
 def test_the_place_is_had_again_after_a_read_that_failed() -> None:
-    heavy = HeavyWork(1)
+    heavy = HeavyOperations(1)
     with pytest.raises(HostFailure), heavy.place("read", deadline=Deadline.after(1)), heavy.reading():
         raise HostFailure("no")
     with heavy.place("format", deadline=Deadline.after(1)), pytest.raises(DeadlineReached):
@@ -79,7 +79,7 @@ def test_the_place_is_had_again_after_a_read_that_failed() -> None:
 
 
 def test_what_runs_and_what_waits_is_told_apart() -> None:
-    heavy = HeavyWork(1)
+    heavy = HeavyOperations(1)
     soon = Deadline.after(30)
     entered, leaves = threading.Event(), threading.Event()
 
@@ -103,7 +103,7 @@ def test_what_runs_and_what_waits_is_told_apart() -> None:
 
 
 def test_what_waited_in_vain_waits_no_more() -> None:
-    heavy = HeavyWork(1)
+    heavy = HeavyOperations(1)
     with heavy.place("format", deadline=Deadline.after(1)):
         with pytest.raises(DeadlineReached):
             heavy.place("grow", deadline=Deadline.after(0)).__enter__()
@@ -111,9 +111,9 @@ def test_what_waited_in_vain_waits_no_more() -> None:
 
 
 def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "LENT_AFTER_S", 0.05)
-    monkeypatch.setattr(limits, "READING_LENT_AFTER_S", 0.05)
-    heavy = HeavyWork(1)
+    monkeypatch.setattr(concurrency, "LENT_AFTER_S", 0.05)
+    monkeypatch.setattr(concurrency, "READING_LENT_AFTER_S", 0.05)
+    heavy = HeavyOperations(1)
     soon = Deadline.after(30)
     goes_on = threading.Event()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from csi_driver.host_model import Mount
-from csi_driver.node import census
+from csi_driver.node import stats
 from tests.fakes.node import OTHER_UUID, publish_context
 from tests.unit.node.test_reconcile import STAGING, TARGET, Kubelet
 
@@ -61,7 +61,7 @@ def test_a_volume_outside_of_kubelets_places_is_counted_as_that(kubelet: Kubelet
 
 
 def test_a_mount_that_hangs_leaves_the_numbers_out(kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(census, "LOOK_LIMIT_S", 0.05)
+    monkeypatch.setattr(stats, "LOOK_LIMIT_S", 0.05)
     goes_on, table = threading.Event(), kubelet.host.mounts.table
 
     def hangs() -> Sequence[Mount]:

@@ -1,4 +1,4 @@
-"""Questions that may never be answered take nothing from those that are."""
+"""Watchdog that may never be answered take nothing from those that are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
-from csi_driver.node import questions
-from csi_driver.node.questions import NoAnswer, Questions
+from csi_driver.node import concurrency
+from csi_driver.node.concurrency import NotResponding, Watchdog
 
 SHORT_S = 0.02
 PATIENT_S = 60.0
@@ -45,7 +45,7 @@ def until(state: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def asking(asked: Questions[bool], work: Callable[[], bool], name: str) -> Iterator[None]:
+def asking(asked: Watchdog[bool], work: Callable[[], bool], name: str) -> Iterator[None]:
     """Ask patiently; inside the block a thread has taken the question up."""
     began = threading.Event()
 
@@ -60,30 +60,30 @@ def asking(asked: Questions[bool], work: Callable[[], bool], name: str) -> Itera
     asker.join(PATIENT_S)
 
 
-def hang(asked: Questions[bool], never: threading.Event, name: str, stack: ExitStack) -> None:
+def hang(asked: Watchdog[bool], never: threading.Event, name: str, stack: ExitStack) -> None:
     """Ask what is not answered, and give it up once a thread waits for the answer."""
     stack.enter_context(asking(asked, never.wait, name))
-    with pytest.raises(NoAnswer):
+    with pytest.raises(NotResponding):
         asked.ask(name, "x", never.wait, 0.0)  # shares the question
 
 
 def test_more_volumes_than_threads_may_hang_and_the_others_are_answered(never: threading.Event) -> None:
-    asked: Questions[bool] = Questions("questioning")
+    asked: Watchdog[bool] = Watchdog("questioning")
     with ExitStack() as stack:
-        for number in range(questions.WORKERS + 5):
+        for number in range(concurrency.WORKERS + 5):
             hang(asked, never, f"dead-{number}", stack)
         assert asked.ask("alive", "x", lambda: True, PATIENT_S)
         never.set()
 
 
 def test_volumes_that_hang_all_at_once_leave_the_next_question_its_thread(never: threading.Event) -> None:
-    asked: Questions[bool] = Questions("questioning")
+    asked: Watchdog[bool] = Watchdog("questioning")
 
     def ask(name: str) -> None:
-        with pytest.raises(NoAnswer):
+        with pytest.raises(NotResponding):
             asked.ask(name, "x", never.wait, SHORT_S)
 
-    callers = [threading.Thread(target=ask, args=(f"dead-{number}",)) for number in range(2 * questions.WORKERS)]
+    callers = [threading.Thread(target=ask, args=(f"dead-{number}",)) for number in range(2 * concurrency.WORKERS)]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -92,7 +92,7 @@ def test_volumes_that_hang_all_at_once_leave_the_next_question_its_thread(never:
 
 
 def test_threads_that_were_written_off_go_when_their_device_answers(never: threading.Event, name: str) -> None:
-    asked: Questions[bool] = Questions(name)
+    asked: Watchdog[bool] = Watchdog(name)
     with ExitStack() as stack:
         for number in range(20):
             hang(asked, never, f"dead-{number}", stack)
@@ -105,12 +105,12 @@ def test_threads_that_were_written_off_go_when_their_device_answers(never: threa
 def test_only_so_many_threads_are_written_off(
     never: threading.Event, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(questions, "LOST_LIMIT", 2)
-    asked: Questions[bool] = Questions(name, 1)
+    monkeypatch.setattr(concurrency, "LOST_LIMIT", 2)
+    asked: Watchdog[bool] = Watchdog(name, 1)
     with ExitStack() as stack:
         for number in range(3):
             hang(asked, never, f"dead-{number}", stack)
-        with pytest.raises(NoAnswer):
+        with pytest.raises(NotResponding):
             asked.ask("late", "x", lambda: True, SHORT_S)
         assert threads(name) == 3
         never.set()
@@ -120,8 +120,8 @@ def test_only_so_many_threads_are_written_off(
 def test_a_question_given_up_before_it_began_is_not_asked(
     never: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(questions, "WORKERS", 1)
-    asked: Questions[bool] = Questions("questioning")
+    monkeypatch.setattr(concurrency, "WORKERS", 1)
+    asked: Watchdog[bool] = Watchdog("questioning")
     late = threading.Event()
 
     def ask_late() -> bool:
@@ -129,7 +129,7 @@ def test_a_question_given_up_before_it_began_is_not_asked(
         return True
 
     with asking(asked, never.wait, "slow"):
-        with pytest.raises(NoAnswer):
+        with pytest.raises(NotResponding):
             asked.ask("late", "x", ask_late, 0.0)
         never.set()
     assert asked.ask("next", "x", lambda: True, PATIENT_S)
@@ -139,10 +139,10 @@ def test_a_question_given_up_before_it_began_is_not_asked(
 def test_a_bug_in_one_question_takes_no_thread_from_the_others(
     never: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(questions, "WORKERS", 1)
+    monkeypatch.setattr(concurrency, "WORKERS", 1)
     ended: list[object] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: ended.append(args.exc_type))
-    asked: Questions[bool] = Questions("questioning")
+    asked: Watchdog[bool] = Watchdog("questioning")
 
     def bug() -> bool:
         never.wait()
@@ -171,19 +171,19 @@ def _hasty_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_hasty_threads")
 def test_one_thread_serves_questions_that_come_one_by_one(name: str) -> None:
-    asked: Questions[int] = Questions(name)
+    asked: Watchdog[int] = Watchdog(name)
     for number in range(2000):
         assert asked.ask("v", "x", lambda number=number: number, PATIENT_S) == number  # type: ignore[misc]
     assert threads(name) == 1
 
 
 def test_none_is_an_answer() -> None:
-    asked: Questions[None] = Questions("questioning")
+    asked: Watchdog[None] = Watchdog("questioning")
     assert asked.ask("v", "x", lambda: None, PATIENT_S) is None
 
 
 def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event) -> None:
-    asked: Questions[bool] = Questions("questioning")
+    asked: Watchdog[bool] = Watchdog("questioning")
     failures: list[HostFailure] = []
 
     def fail() -> bool:
@@ -207,7 +207,7 @@ def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event
 
 
 def test_what_does_not_answer_is_told_with_where_it_waits(never: threading.Event) -> None:
-    asked: Questions[bool] = Questions("questioning")
+    asked: Watchdog[bool] = Watchdog("questioning")
     began = threading.Event()
 
     def hang() -> bool:
@@ -217,7 +217,7 @@ def test_what_does_not_answer_is_told_with_where_it_waits(never: threading.Event
     asker = threading.Thread(target=lambda: asked.ask("v", "x", hang, PATIENT_S))
     asker.start()
     assert began.wait(PATIENT_S)
-    with pytest.raises(NoAnswer, match=r"waits in .*deadline\.wait_until"):
+    with pytest.raises(NotResponding, match=r"waits in .*deadline\.wait_until"):
         asked.ask("v", "x", hang, 0.1)
     never.set()
     asker.join(PATIENT_S)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
-from csi_driver.node.content import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
-from csi_driver.node.marks import RAW, USED, Mark
+from csi_driver.node.format_policy import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
+from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.parameters.mount_options import FilesystemRequest
 from csi_driver.publish_context import History
 
@@ -30,7 +30,7 @@ WISHES = [FilesystemRequest(fs, read_only) for fs in ("", "ext4", "xfs", "btrfs"
 ATTACHMENTS = (0, 1, 7)
 MARKS = (
     None,
-    *(Mark(UUID, number, word) for number in ATTACHMENTS for word in ("ext4", "xfs", "btrfs", RAW, USED)),
+    *(UsageRecord(UUID, number, word) for number in ATTACHMENTS for word in ("ext4", "xfs", "btrfs", RAW, USED)),
 )
 
 
@@ -41,7 +41,7 @@ class Case(NamedTuple):
     wish: FilesystemRequest
     history: History
     attachment: int
-    mark: Mark | None
+    mark: UsageRecord | None
     own_uuid: str | None
     allowed: bool
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.host_model import Device, Mount, OpenDevice
-from csi_driver.node.content import (
+from csi_driver.node.concurrency import HeavyOperations
+from csi_driver.node.format_policy import (
     ALLOW_FORMAT,
     Evidence,
     Format,
@@ -26,10 +27,9 @@ from csi_driver.node.content import (
     Verdict,
     decide,
 )
-from csi_driver.node.limits import HeavyWork
-from csi_driver.node.marks import USED, Mark, Marks, put_to_use_before, remember_use
-from csi_driver.node.ownership import NamedVolume
+from csi_driver.node.mount_owner import NodeVolume
 from csi_driver.node.ports import Devices, Filesystems, Mounts
+from csi_driver.node.usage_records import USED, UsageRecord, UsageRecords, earlier_use, record_use
 from csi_driver.parameters.mount_options import MountPlan
 from csi_driver.publish_context import History, PublishContext
 
@@ -47,10 +47,10 @@ allocation group below 64 blocks: without the slack both would be "grown" again 
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PreparationTask:
     """What is to be prepared: a volume's device, as the plan wants it, with what the controller told of it."""
 
-    volume: NamedVolume
+    volume: NodeVolume
     device: Device
     plan: MountPlan
     context: PublishContext | None
@@ -89,15 +89,21 @@ class Preparation:
     """Brings a device into the state in which it can be mounted as planned."""
 
     def __init__(
-        self, *, devices: Devices, mounts: Mounts, filesystems: Filesystems, marks: Marks, heavy: HeavyWork
+        self,
+        *,
+        devices: Devices,
+        mounts: Mounts,
+        filesystems: Filesystems,
+        records: UsageRecords,
+        heavy: HeavyOperations,
     ) -> None:
         self._devices = devices
         self._mounts = mounts
         self._filesystems = filesystems
-        self._marks = marks
+        self._records = records
         self._heavy = heavy
 
-    def prepare(self, task: Task, *, deadline: Deadline) -> Prepared:
+    def prepare(self, task: PreparationTask, *, deadline: Deadline) -> Prepared:
         """Return when the device can be mounted. Raises `PreconditionFailed` where it holds what may not be used."""
         # Opening for writing and closing makes udev read the device again: only where a format is likely.
         likely = (task.history is History.FIRST or task.format_allowed) and not task.plan.read_only
@@ -108,7 +114,7 @@ class Preparation:
             return Prepared(settled.fs_type)
         return self._check_and_grow(task.device, settled.fs_type, deadline)
 
-    def hand_over(self, task: Task, prepared: Prepared) -> None:
+    def hand_over(self, task: PreparationTask, prepared: Prepared) -> None:
         """Put on record, before the mount, that what the device holds is its user's from now on.
 
         Nothing may be formatted under this attachment from here on, and nothing that was mounted under it may be used
@@ -116,24 +122,24 @@ class Preparation:
         """
         if task.uuid is not None:
             pending = task.plan.root_mode is not None if prepared.is_new else None
-            remember_use(self._marks, task.uuid, task.attachment, USED, root_mode_pending=pending)
+            record_use(self._records, task.uuid, task.attachment, USED, root_mode_pending=pending)
 
     def root_mode_is_pending(self, volume_uuid: str | None, attachment: int) -> bool:
         """Tell whether the filesystem was made under this attachment, and its root directory still lacks its mode."""
-        mark = self._marks.read(volume_uuid) if volume_uuid is not None else None
+        mark = self._records.read(volume_uuid) if volume_uuid is not None else None
         return mark is not None and mark.root_mode_pending and 0 < attachment == mark.attachment
 
     def root_mode_is_set(self, volume_uuid: str | None, attachment: int) -> None:
         """Record that the root directory has its mode, which is its user's from now on."""
         if self.root_mode_is_pending(volume_uuid, attachment) and volume_uuid is not None:
-            remember_use(self._marks, volume_uuid, attachment, USED)
+            record_use(self._records, volume_uuid, attachment, USED)
 
-    def outlived(self, volume: NamedVolume, attachment: int) -> str:
+    def outlived(self, volume: NodeVolume, attachment: int) -> str:
         """Say why what is mounted of the volume may not be used under this attachment; empty = it may.
 
         Another node may have written to the volume since, and this kernel may hold back what it wrote before.
         """
-        earlier = put_to_use_before(self._marks, volume.uuid, attachment)
+        earlier = earlier_use(self._records, volume.uuid, attachment)
         said = f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment {attachment}"
         return f"{said}; it was taken from this node in between: unmount it everywhere first" * bool(earlier)
 
@@ -141,7 +147,7 @@ class Preparation:
         """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
         return self._filesystems.recorded_bytes(device, fs_type) + GROWTH_SLACK_BYTES < device.size_bytes
 
-    def _settle(self, task: Task, *, write: bool, deadline: Deadline) -> Use | Prepared:
+    def _settle(self, task: PreparationTask, *, write: bool, deadline: Deadline) -> Use | Prepared:
         """Look at what the device holds and format it where that is right; without `write`, open it again for that."""
         with ExitStack() as stack:
             claim = self._claim(stack, task.device, write=write, deadline=deadline)
@@ -161,13 +167,13 @@ class Preparation:
                     return Prepared(verdict.fs_type, is_new=True)
         return self._settle(task, write=True, deadline=deadline)
 
-    def _judge(self, opened: OpenDevice, task: Task, deadline: Deadline) -> Verdict:
+    def _judge(self, opened: OpenDevice, task: PreparationTask, deadline: Deadline) -> Verdict:
         uuid = task.volume.uuid or opened.device.uuid
         content = self._filesystems.probe(opened, deadline=deadline)
         evidence = Evidence(
             history=task.history,
             attachment=task.attachment,
-            mark=self._marks.read(uuid) if uuid else None,
+            mark=self._records.read(uuid) if uuid else None,
             own_uuid=uuid,
             format_allowed=task.format_allowed,
         )
@@ -177,7 +183,7 @@ class Preparation:
         return verdict
 
     def _format(
-        self, opened: OpenDevice, task: Task, verdict: Format | FormatAgain | FormatOver, deadline: Deadline
+        self, opened: OpenDevice, task: PreparationTask, verdict: Format | FormatAgain | FormatOver, deadline: Deadline
     ) -> None:
         uuid = _proven_uuid(opened.device, task)
         how = "for the first time"
@@ -189,7 +195,7 @@ class Preparation:
                     how = "again, after one left unfinished"
                 case FormatOver(found=found):
                     how = f"over what was there, which was allowed for attachment {task.attachment}: {found}"
-            self._marks.write(Mark(uuid, task.attachment, verdict.fs_type))
+            self._records.write(UsageRecord(uuid, task.attachment, verdict.fs_type))
             if not isinstance(verdict, Format):
                 logger.warning("volume %s (%s) is now formatted %s", task.volume, uuid, how)
                 self._filesystems.wipe(opened)
@@ -228,7 +234,7 @@ class Preparation:
         mounts = [found for found in self._mounts.of_device(device) if found.node_number is None]
         return mounts if mounts and self._devices.is_claimed(device) is not False else []
 
-    def _prove_blank(self, opened: OpenDevice, volume: NamedVolume) -> None:
+    def _prove_blank(self, opened: OpenDevice, volume: NodeVolume) -> None:
         """Read every block. It takes no deadline: a large volume would never be done, and a retry finds it at work."""
         logger.info("reading every block of volume %s before it is formatted", volume)
         with self._heavy.reading():
@@ -248,7 +254,7 @@ class Preparation:
             return Prepared(fs_type, grow_mounted=not self._filesystems.grow_unmounted(device, fs_type))
 
 
-def _join(mounts: list[Mount], task: Task) -> Prepared:
+def _join(mounts: list[Mount], task: PreparationTask) -> Prepared:
     """Decide whether a volume that is mounted on this node can be mounted once more: one filesystem, one access."""
     plan, volume = task.plan, task.volume
     there = next((found for found in mounts if not found.read_only), mounts[0])
@@ -262,7 +268,7 @@ def _join(mounts: list[Mount], task: Task) -> Prepared:
     return Prepared(there.fs_type)
 
 
-def _proven_uuid(device: Device, task: Task) -> str:
+def _proven_uuid(device: Device, task: PreparationTask) -> str:
     """Return the uuid under which the device may be formatted; no format without identity and size being sure."""
     uuid = task.volume.uuid or device.uuid
     if uuid is None:
@@ -277,7 +283,7 @@ def _proven_uuid(device: Device, task: Task) -> str:
     return uuid
 
 
-def _progress_of(volume: NamedVolume) -> Callable[[int, int], None]:
+def _progress_of(volume: NodeVolume) -> Callable[[int, int], None]:
     def log(done_bytes: int, total_bytes: int) -> None:
         logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
 

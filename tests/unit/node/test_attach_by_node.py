@@ -8,8 +8,8 @@ from csi_driver.controller.publish import NodeAttach
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
 from csi_driver.model import EMPTY, Capability
-from csi_driver.node.attaching import AttachingPublish, AttachingStage
-from csi_driver.node.requests import NodePublishRequest, StageRequest
+from csi_driver.node import NodePublishRequest, StageRequest
+from csi_driver.node.service import AttachingPublish, AttachingStage
 from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import ReservationMode
 from tests.unit.controller.world import CLAIM, NODE_1, NODE_2, RWO, World

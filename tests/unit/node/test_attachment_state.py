@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.host_model import Device, DeviceNumber, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
-from csi_driver.node.fencing import Hold, hold_of, is_cut_off, is_fenced
+from csi_driver.node.mount_owner import AttachmentState, attachment_state, is_cut_off, is_fenced
 
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
@@ -45,31 +45,31 @@ class Client:
 @pytest.mark.parametrize(
     ("client", "hold"),
     [
-        (Client(), Hold.HELD),
-        (Client(references=("team-b", "team-a")), Hold.HELD),
+        (Client(), AttachmentState.ATTACHED),
+        (Client(references=("team-b", "team-a")), AttachmentState.ATTACHED),
         # An outage is no fence: the reference is still there.
-        (Client(its_status=CUT), Hold.HELD),
-        (Client(its_status=CUT, references=()), Hold.FENCED),
-        (Client(its_status=CUT, references=("team-b",)), Hold.FENCED),
+        (Client(its_status=CUT), AttachmentState.ATTACHED),
+        (Client(its_status=CUT, references=()), AttachmentState.FENCED),
+        (Client(its_status=CUT, references=("team-b",)), AttachmentState.FENCED),
         # The client keeps its references until it is allowed to detach, which an open device prevents.
-        (Client(its_status=PREEMPTED), Hold.FENCED),
-        (Client(its_status=PREEMPTED, references=None), Hold.FENCED),
-        (Client(its_status=replace(PREEMPTED, uuid=OTHER)), Hold.WITHDRAWN),
-        (Client(references=()), Hold.WITHDRAWN),
-        (Client(references=("team-b",)), Hold.WITHDRAWN),
+        (Client(its_status=PREEMPTED), AttachmentState.FENCED),
+        (Client(its_status=PREEMPTED, references=None), AttachmentState.FENCED),
+        (Client(its_status=replace(PREEMPTED, uuid=OTHER)), AttachmentState.WITHDRAWN),
+        (Client(references=()), AttachmentState.WITHDRAWN),
+        (Client(references=("team-b",)), AttachmentState.WITHDRAWN),
         # A client of a version whose words are not known does not say that there is no I/O.
-        (Client(its_status=SILENT, references=()), Hold.WITHDRAWN),
+        (Client(its_status=SILENT, references=()), AttachmentState.WITHDRAWN),
         # Another volume under this name: the staged one is not attached here any more.
-        (Client(its_status=replace(CUT, uuid=OTHER)), Hold.WITHDRAWN),
-        (Client(its_status=CUT, references=None), Hold.UNKNOWN),
-        (Client(its_status=None, references=None, node=None), Hold.FENCED),
+        (Client(its_status=replace(CUT, uuid=OTHER)), AttachmentState.WITHDRAWN),
+        (Client(its_status=CUT, references=None), AttachmentState.UNKNOWN),
+        (Client(its_status=None, references=None, node=None), AttachmentState.FENCED),
         # The client's files of this volume are being written, or unreadable.
-        (Client(its_status=None, references=None), Hold.UNKNOWN),
-        (Client(its_status=None, references=(), node=None), Hold.UNKNOWN),
+        (Client(its_status=None, references=None), AttachmentState.UNKNOWN),
+        (Client(its_status=None, references=(), node=None), AttachmentState.UNKNOWN),
     ],
 )
-def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold: Hold) -> None:
-    assert hold_of(client, HANDLE, UUID) is hold
+def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold: AttachmentState) -> None:
+    assert attachment_state(client, HANDLE, UUID) is hold
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold
 @pytest.mark.parametrize("status", [None, CUT, WORKS, PREEMPTED])
 def test_a_client_that_does_not_show_itself_tells_nothing(state: StorageClient, status: VolumeStatus | None) -> None:
     client = Client(status, None if status is None else (), None, state)
-    assert hold_of(client, HANDLE, UUID) is Hold.UNKNOWN
+    assert attachment_state(client, HANDLE, UUID) is AttachmentState.UNKNOWN
     assert not is_fenced(client, HANDLE, UUID)
 
 
 @pytest.mark.parametrize("uuid", [UUID, UUID.upper()])
 def test_a_handle_without_a_last_part_is_held_under_the_volumes_uuid(uuid: str) -> None:
     plain = VolumeHandle("v", "z")
-    assert hold_of(Client(references=(UUID,)), plain, uuid) is Hold.HELD
-    assert hold_of(Client(its_status=CUT, references=("team-a",)), plain, uuid) is Hold.FENCED
+    assert attachment_state(Client(references=(UUID,)), plain, uuid) is AttachmentState.ATTACHED
+    assert attachment_state(Client(its_status=CUT, references=("team-a",)), plain, uuid) is AttachmentState.FENCED
 
 
 @pytest.mark.parametrize(

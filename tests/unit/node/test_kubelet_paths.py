@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.node.kubelet import publication_data, staging_data
+from csi_driver.node.mount_owner import publication_record, staging_record
 
 ROOT = Path("/var/lib/kubelet")
 HASH = "0f" * 32
@@ -26,7 +26,7 @@ CSI = ROOT / "plugins/kubernetes.io/csi"
     ],
 )
 def test_a_staging_path_of_this_driver_has_its_record_beside_it(path: Path, record: Path | None) -> None:
-    assert staging_data(path, DRIVER) == record
+    assert staging_record(path, DRIVER) == record
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_a_staging_path_of_this_driver_has_its_record_beside_it(path: Path, reco
     ],
 )
 def test_a_publication_has_its_record_where_kubelet_keeps_it(path: Path, record: Path | None) -> None:
-    assert publication_data(path) == record
+    assert publication_record(path) == record
