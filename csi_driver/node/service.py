@@ -89,9 +89,8 @@ def assemble(
         devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes, ownership=ownership,
         settings=settings
     )  # fmt: skip
-    identity = NodeIdentity(
-        devices=devices, tools=tools, zone=zone or _zone_given(settings), records=records, settings=settings
-    )
+    identity = NodeIdentity(devices=devices, tools=tools, zone=zone or _zone_given(settings), records=records,
+                            settings=settings)  # fmt: skip
     reconcile = Reconcile(
         read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
         driver_name=settings.driver_name
