@@ -66,8 +66,7 @@ def assemble(
     zone: NodeZone | None = None,
 ) -> NodeUseCases:
     """Build the use-cases over these ports. `records` and `zone` default to those of the settings."""
-    records = records or UsageRecords(settings.state_directory)
-    heavy = HeavyOperations(settings.heavy_operations)
+    records, heavy = records or UsageRecords(settings.state_directory), HeavyOperations(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, records=records, heavy=heavy)
     encrypted = EncryptedVolumes(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems,
