@@ -5,7 +5,7 @@ All evidence that there is must agree; without any, nothing is written. udev is 
 database may be older than the device's content and is never read.
 
 The client's status is read before a device is opened, and a device that is not said to carry I/O is not opened: its
-open may hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.questions`).
+open may hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.concurrency`).
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ class HeavyOperations:
 
     @contextmanager
     def place(self, what: str, *, deadline: Deadline) -> Iterator[None]:
-        """AttachmentState a place for the block. Raises `DeadlineReached` when none came free; `what` names the work."""
+        """Hold a place for the block. Raises `DeadlineReached` when none came free; `what` names the work."""
         with self._counted(waiting=1):
             place = self._places.take(deadline.remaining_s())
         if place is None:

@@ -51,7 +51,7 @@ class Devices(Protocol):
     def open(
         self, device: Device, *, write: bool = False, exclusive: bool = False
     ) -> AbstractContextManager[OpenDevice]:
-        """AttachmentState the device open; name, uuid and size are verified again on the descriptor.
+        """Hold the device open; name, uuid and size are verified again on the descriptor.
 
         Raises `PreconditionFailed` when it is not the device that was found, carries no I/O or, with `exclusive`, is
         busy; `OperationPending` while another program works on it, which may be one that a killed driver left;

@@ -115,7 +115,7 @@ class UsageRecords:
 
     @contextmanager
     def changing(self, *volume_uuids: str) -> Iterator[None]:
-        """AttachmentState these records against every other thread and process inside the block; held already is success."""
+        """Hold these records against every other thread and process inside the block; held already is success."""
         held: frozenset[str] = getattr(self._held, "uuids", frozenset())
         wanted = frozenset(volume_uuids) - held
         if not wanted:
