@@ -63,14 +63,15 @@ LUKS_HEADER_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
-    """What to create. Exactly one of `vpg` and `layout` is set.
+    """A volume to create. Exactly one of `vpg` and `layout` is set.
 
-    `capacity_gb` is decimal gigabytes as the API takes them, made by `csi_driver.capacity`.
+    The StorageClass parameters give one without name, capacity and metadata. `capacity_gb`: decimal gigabytes, as
+    `csi_driver.capacity` computes them.
     """
 
-    name: str
-    capacity_gb: float
-    metadata: Mapping[str, object]
+    name: str = ""
+    capacity_gb: float = 0.0
+    metadata: Mapping[str, object] = field(default_factory=dict)
     vpg: str | None = None
     layout: Layout | None = None
     description: str | None = None

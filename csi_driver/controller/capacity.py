@@ -27,9 +27,9 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.model import BlockAccess, Capability, Capacity, CapacityRange, Segments
-from csi_driver.parameters.storage_class import VolumeParameters, parse
+from csi_driver.parameters.storage_class import StorageClassParameters, parse
 from csi_driver.publish_context import Encryption
-from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Volume, Vpg
+from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
 
@@ -51,16 +51,16 @@ class FreeCapacity:
     refusal: str = ""
 
 
-def free_capacity(management: Management, read: VolumeParameters, *, deadline: Deadline) -> FreeCapacity:
+def free_capacity(management: Management, read: StorageClassParameters, *, deadline: Deadline) -> FreeCapacity:
     """Return the usable bytes for volumes of this kind, and the size of the smallest. At most five requests.
 
     A provisioning group has the space that it reserved and, where it may overflow, that of its drives. What redundancy
     and encryption take is subtracted, and the rest is rounded down to a possible size.
     """
-    layout, header, reserved, overflows = read.layout, read.encryption.header_bytes, 0, True
+    layout, header, reserved, overflows = read.spec.layout, read.encryption.header_bytes, 0, True
     group: Vpg | None = None
     if layout is None:
-        name = read.vpg or ""
+        name = read.spec.vpg or ""
         group = management.vpg(name, deadline=deadline)
         if group is None:
             return FreeCapacity(0, refusal=f"volume provisioning group {name} does not exist")
@@ -75,7 +75,7 @@ def free_capacity(management: Management, read: VolumeParameters, *, deadline: D
             reserved = management.vpg_free_bytes(name, deadline=deadline)
     raw: int | None = 0
     if overflows:
-        raw = management.raw_free_bytes(allowed_drives(read, group, layout), deadline=deadline)
+        raw = management.raw_free_bytes(allowed_drives(read.spec, group, layout), deadline=deadline)
     if raw is None:
         return FreeCapacity(0, refusal="the classes, limitBy... or domain of the parameters do not exist")
     free = sizes.largest_size(reserved + sizes.usable_bytes(raw, layout), layout)
@@ -83,18 +83,18 @@ def free_capacity(management: Management, read: VolumeParameters, *, deadline: D
     return FreeCapacity(max(0, free - header) if free >= least else 0, least - header)
 
 
-def allowed_drives(read: VolumeParameters, group: Vpg | None, layout: Layout) -> AllowedDrives:
+def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> AllowedDrives:
     """Return the drives on which the management may allocate a volume of this kind."""
-    source = read if group is None else group
+    source = spec if group is None else group
     erasure_coded = layout.raid_level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
     return AllowedDrives(
         drive_classes=source.drive_classes,
         target_classes=source.target_classes,
-        drives=read.limit_by_drives,
-        targets=read.limit_by_targets,
+        drives=spec.limit_by_drives,
+        targets=spec.limit_by_targets,
         domain=source.domain if layout.raid_level in _WITH_DOMAINS else None,
         with_metadata=erasure_coded or layout.enable_crc_check is True,
-        with_offline=read.allow_offline_drives is True,
+        with_offline=spec.allow_offline_drives is True,
     )
 
 
@@ -208,7 +208,7 @@ class GetCapacity:
             refusal = self._refusal(zones, rooms, read, deadline=deadline)
         if refusal:
             self._report_refusal(parameters, refusal)
-            rooms = self._rooms(zones, VolumeParameters(layout=Layout()), deadline=deadline)
+            rooms = self._rooms(zones, StorageClassParameters(VolumeSpec(layout=Layout())), deadline=deadline)
         least = [room.minimum_bytes for room in rooms if room.minimum_bytes is not None]
         return Capacity(
             available_bytes=sum(room.free_bytes for room in rooms),
@@ -217,7 +217,7 @@ class GetCapacity:
         )
 
     def _refusal(
-        self, asked: Sequence[str], rooms: Sequence[FreeCapacity], read: VolumeParameters, *, deadline: Deadline
+        self, asked: Sequence[str], rooms: Sequence[FreeCapacity], read: StorageClassParameters, *, deadline: Deadline
     ) -> str:
         """Say why every zone refuses volumes of this kind; empty where one takes them, or may: it does not answer."""
         if len(rooms) < len(asked) or not all(room.refusal for room in rooms):
@@ -245,7 +245,9 @@ class GetCapacity:
             refusal,
         )
 
-    def _rooms(self, zones: Sequence[str], read: VolumeParameters, *, deadline: Deadline) -> Sequence[FreeCapacity]:
+    def _rooms(
+        self, zones: Sequence[str], read: StorageClassParameters, *, deadline: Deadline
+    ) -> Sequence[FreeCapacity]:
         """Return what each of these zones has that answers."""
 
         def room_in(each: str) -> FreeCapacity:
@@ -296,7 +298,7 @@ class ZoneSelection:
         *,
         name: str,
         size_bytes: int,
-        parameters: VolumeParameters,
+        parameters: StorageClassParameters,
         deadline: Deadline,
     ) -> list[str]:
         """Return the allowed zones in the order in which they are to be tried for this volume."""
@@ -319,11 +321,13 @@ class ZoneSelection:
             self._turn += 1
         return zones[first:] + zones[:first]
 
-    def _free(self, zones: Sequence[str], parameters: VolumeParameters, *, deadline: Deadline) -> dict[str, int]:
+    def _free(self, zones: Sequence[str], parameters: StorageClassParameters, *, deadline: Deadline) -> dict[str, int]:
         """Return the usable bytes of each zone; 0 for one that does not say."""
         now_s = deadline.clock.monotonic()
-        layout = parameters.layout
-        kind: Hashable = parameters.vpg if layout is None else (layout, allowed_drives(parameters, None, layout))
+        layout = parameters.spec.layout
+        kind: Hashable = (
+            parameters.spec.vpg if layout is None else (layout, allowed_drives(parameters.spec, None, layout))
+        )
         with self._lock:
             if len(self._known) > _MOST_KNOWN:
                 self._known.clear()
@@ -340,7 +344,7 @@ class ZoneSelection:
             found.update(answers.given)
         return {zone: found.get(zone, 0) for zone in zones}
 
-    def _room(self, zone: str, parameters: VolumeParameters, *, deadline: Deadline) -> int:
+    def _room(self, zone: str, parameters: StorageClassParameters, *, deadline: Deadline) -> int:
         management = self.clusters.management(zone)
         return 0 if management is None else free_capacity(management, parameters, deadline=deadline).free_bytes
 

@@ -50,7 +50,7 @@ from csi_driver.errors import (
 from csi_driver.model import CapacityRange, ProvisionedVolume, volume_name
 from csi_driver.parameters import storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
-from csi_driver.parameters.storage_class import VolumeParameters
+from csi_driver.parameters.storage_class import StorageClassParameters
 from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
 
@@ -75,7 +75,7 @@ class _Wanted:
     csi_name: str
     name: str
     capacity: CapacityRange
-    parameters: VolumeParameters
+    parameters: StorageClassParameters
     creation: Creation
     secrets: Mapping[str, str] = field(repr=False)
 
@@ -196,7 +196,7 @@ class CreateVolume:
     def _made_in(self, zone: str, wanted: _Wanted, *, deadline: Deadline) -> str | None:
         """Make the volume and return its uuid; None when one of that name is there."""
         management = self._management(zone)
-        layout, encryption = wanted.parameters.layout, wanted.parameters.encryption
+        layout, encryption = wanted.parameters.spec.layout, wanted.parameters.encryption
         if layout is None:
             group = self._group(management, wanted, deadline=deadline)
             if group is None:
@@ -242,7 +242,7 @@ class CreateVolume:
 
     def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | None:
         """Return the provisioning group; None where it went after the volume was made."""
-        name = wanted.parameters.vpg or ""
+        name = wanted.parameters.spec.vpg or ""
         vpg = management.vpg(name, deadline=deadline)
         if vpg is None and management.volume(wanted.name, deadline=deadline) is None:
             raise VpgMissing(name)
@@ -270,7 +270,7 @@ class CreateVolume:
             )
         size = volume.size_bytes - (reserved_bytes(volume, creation) if creation.is_ours else 0)
         short = is_short(wanted.capacity, creation, size, sizes.granule_bytes(volume.layout))
-        vpg = wanted.parameters.vpg
+        vpg = wanted.parameters.spec.vpg
         different = differences(wanted.in_zone(zone), creation, volume, vpg, size_bytes=size, judge_size=not short)
         if wanted.parameters.encryption.is_native and not volume.is_encrypted:
             different.append("encryption by the storage: expected enabled, got disabled")
@@ -397,12 +397,12 @@ def _understood(request: CreateRequest) -> _Wanted:
     return _Wanted(request.name, volume_name(request.name), request.capacity, read, creation, request.secrets)
 
 
-def _tell(request: CreateRequest, read: VolumeParameters) -> None:
+def _tell(request: CreateRequest, read: StorageClassParameters) -> None:
     """Say in the log what is done otherwise than the parameters may have meant."""
     name = shown(request.name)
     if read.ignored:
         ignored = ", ".join(read.ignored)
-        _log.warning("volume %s: its provisioning group %s decides, so %s is ignored", name, read.vpg, ignored)
+        _log.warning("volume %s: its provisioning group %s decides, so %s is ignored", name, read.spec.vpg, ignored)
 
 
 def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:
@@ -417,9 +417,9 @@ def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverErr
 def _names_to_check(wanted: _Wanted) -> str:
     """Return a hint at names of drives and targets: a management answers "no space" where they do not exist."""
     read = wanted.parameters
-    given = {"limitByDisks": read.limit_by_drives, "limitByNodes": read.limit_by_targets}
+    given = {"limitByDisks": read.spec.limit_by_drives, "limitByNodes": read.spec.limit_by_targets}
     names = [f"{key} {', '.join(map(shown, some))}" for key, some in given.items() if some]
-    names += [f"domain {shown(read.domain)}"] if read.domain is not None else []
+    names += [f"domain {shown(read.spec.domain)}"] if read.spec.domain is not None else []
     if not names:
         return ""
     return f"; the management answers the same for unknown names: check {' and '.join(names)}"
@@ -428,21 +428,10 @@ def _names_to_check(wanted: _Wanted) -> str:
 def _spec(
     wanted: _Wanted, creation: Creation, size_bytes: int, layout: Layout, encryption: EncryptionRequest
 ) -> VolumeSpec:
-    read = wanted.parameters
-    return VolumeSpec(
+    return replace(
+        wanted.parameters.spec,
         name=wanted.name,
         capacity_gb=sizes.gigabytes_to_create(size_bytes, layout),
         metadata=creation_metadata(creation),
-        vpg=read.vpg,
-        layout=read.layout,
-        description=read.description,
-        relative_rebuild_priority=read.relative_rebuild_priority,
-        drive_classes=read.drive_classes,
-        target_classes=read.target_classes,
-        limit_by_drives=read.limit_by_drives,
-        limit_by_targets=read.limit_by_targets,
-        domain=read.domain,
-        security_groups=read.security_groups,
-        allow_offline_drives=read.allow_offline_drives,
         encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
     )

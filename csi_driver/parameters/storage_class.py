@@ -27,7 +27,7 @@ from csi_driver.parameters.mkfs import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
 from csi_driver.parameters.values import InvalidParameter
 from csi_driver.publish_context import Encryption
-from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
+from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges, VolumeSpec
 
 RAID_LEVELS: Mapping[str, RaidLevel] = {
     **{level.value.lower(): level for level in RaidLevel},
@@ -105,27 +105,18 @@ CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeParameters:
-    """Parameters of one volume. Exactly one of `vpg` and `layout` is set.
+class StorageClassParameters:
+    """Parameters of one volume.
 
+    `spec`: what the storage management is asked for, without name, capacity and metadata.
     `recorded`: parameters in the volume's metadata; keys as earlier drivers wrote them, dots made dashes.
     `context`: parameters in the volume context.
-    `ignored`: keys beside a provisioning group, which decides them. Earlier drivers ignored them without a word, and a
-    StorageClass that has them cannot be changed: refusing would stop it on the day of the upgrade.
+    `ignored`: keys that the provisioning group decides. Earlier drivers ignored them without a word, and a StorageClass
+    that has them cannot be changed: refusing them would stop it on the day of the upgrade.
     """
 
-    vpg: str | None = None
-    layout: Layout | None = None
+    spec: VolumeSpec
     fs_type: str = ""
-    description: str | None = None
-    relative_rebuild_priority: int | None = None
-    drive_classes: tuple[str, ...] = ()
-    target_classes: tuple[str, ...] = ()
-    limit_by_drives: tuple[str, ...] = ()
-    limit_by_targets: tuple[str, ...] = ()
-    domain: str | None = None
-    security_groups: tuple[str, ...] = ()
-    allow_offline_drives: bool | None = None
     encryption: EncryptionRequest = field(default_factory=EncryptionRequest)
     pvc_namespace: str = ""
     recorded: Mapping[str, str] = field(default_factory=dict)
@@ -133,7 +124,7 @@ class VolumeParameters:
     ignored: tuple[str, ...] = ()
 
 
-def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()) -> VolumeParameters:
+def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()) -> StorageClassParameters:
     """Read the parameters of a volume that is to be used with these capabilities.
 
     Raises `InvalidRequest` with every problem found, in the words in which a node would refuse the volume.
@@ -158,10 +149,9 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
     def names(key: str) -> tuple[str, ...]:
         return problems.of(lambda: read.names(own, key)) or ()
 
-    result = VolumeParameters(
+    spec = VolumeSpec(
         vpg=vpg,
         layout=problems.of(lambda: layout(own)) if "vpg" not in given else None,
-        fs_type=fs_type or "",
         description=problems.of(lambda: read.text(own, "description", _DESCRIPTION, "at most 1024 characters")),
         relative_rebuild_priority=problems.of(lambda: read.number(own, "relativeRebuildPriority", 0, 10)),
         drive_classes=names("diskClasses"),
@@ -171,6 +161,10 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
         domain=own.get("domain"),
         security_groups=names("VSGs"),
         allow_offline_drives=problems.of(lambda: read.switch(own, "allowAllocationOnOfflineDrives")),
+    )
+    result = StorageClassParameters(
+        spec=spec,
+        fs_type=fs_type or "",
         encryption=problems.of(lambda: encryption(own)) or EncryptionRequest(),
         pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
         recorded={metadata_key(key): parameters[key] for key in parameters if key in KNOWN_KEYS or key in _KEPT},

@@ -15,7 +15,7 @@ from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.mkfs import FILESYSTEMS
-from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_LEVELS, VolumeParameters, takes
+from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_LEVELS, StorageClassParameters, takes
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
 
@@ -122,13 +122,15 @@ def test_a_default_that_the_document_gives_changes_nothing_where_it_is_written_o
 def _effect(given: Mapping[str, str]) -> object:
     """Return what comes of parameters: the arithmetic of their layout, and the rest as it was read."""
     read = storage_class.parse(given)
-    assert read.layout is not None
-    rest = dataclasses.replace(read, layout=None, recorded={}, context={}, fs_type=read.fs_type or "ext4")
+    assert read.spec.layout is not None
+    rest = dataclasses.replace(
+        read, spec=dataclasses.replace(read.spec, layout=None), recorded={}, context={}, fs_type=read.fs_type or "ext4"
+    )
     return _sums(read), rest
 
 
-def _sums(read: VolumeParameters) -> tuple[int, int, tuple[int, int]]:
-    layout = read.layout
+def _sums(read: StorageClassParameters) -> tuple[int, int, tuple[int, int]]:
+    layout = read.spec.layout
     assert layout is not None
     return capacity.granule_bytes(layout), capacity.usable_bytes(1 << 40, layout), capacity.stripes_of(layout)
 

@@ -365,9 +365,9 @@ def test_wrong_parameters_are_logged_once(parameters: dict[str, str], caplog: py
 def test_free_space_is_counted_on_the_drives_that_the_parameters_allow(
     parameters: dict[str, str], allowed: AllowedDrives
 ) -> None:
-    read = parse(parameters)
-    assert read.layout is not None
-    assert allowed_drives(read, None, read.layout) == allowed
+    spec = parse(parameters).spec
+    assert spec.layout is not None
+    assert allowed_drives(spec, None, spec.layout) == allowed
 
 
 def test_a_group_that_another_zone_has_is_not_wrong_but_has_no_room_here() -> None:

@@ -32,13 +32,13 @@ from csi_driver.storage_model import Layout, RaidLevel
     ],
 )
 def test_a_raid_level_has_several_names(word: str, level: RaidLevel) -> None:
-    layout = storage_class.parse({"raidLevel": word}).layout
+    layout = storage_class.parse({"raidLevel": word}).spec.layout
     assert layout is not None
     assert layout.raid_level is level
 
 
 def test_no_parameters_mean_concatenated() -> None:
-    assert storage_class.parse({}).layout == Layout(RaidLevel.CONCATENATED)
+    assert storage_class.parse({}).spec.layout == Layout(RaidLevel.CONCATENATED)
 
 
 def test_everything_a_level_takes_reaches_the_layout() -> None:
@@ -56,8 +56,12 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
             "domain": "rack",
         }
     )
-    assert read.layout == Layout(RaidLevel.ERASURE_CODED, 1, 64, 4, 1, None, "Minimal Separation", False)
-    assert (read.relative_rebuild_priority, read.drive_classes, read.domain) == (3, ("fast", "new"), "rack")
+    assert read.spec.layout == Layout(RaidLevel.ERASURE_CODED, 1, 64, 4, 1, None, "Minimal Separation", False)
+    assert (read.spec.relative_rebuild_priority, read.spec.drive_classes, read.spec.domain) == (
+        3,
+        ("fast", "new"),
+        "rack",
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,21 +162,24 @@ def test_a_key_that_is_like_no_other_is_answered_with_the_place_of_the_list() ->
 
 def test_who_may_attach_a_volume_and_where_its_space_may_lie_reach_the_storage() -> None:
     read = storage_class.parse({"VSGs": "secret, inner", "allowAllocationOnOfflineDrives": "True"})
-    assert (read.security_groups, read.allow_offline_drives) == (("secret", "inner"), True)
-    assert storage_class.parse({"vpg": "gold", "allowAllocationOnOfflineDrives": "false"}).allow_offline_drives is False
-    assert storage_class.parse({}).allow_offline_drives is None
+    assert (read.spec.security_groups, read.spec.allow_offline_drives) == (("secret", "inner"), True)
+    assert (
+        storage_class.parse({"vpg": "gold", "allowAllocationOnOfflineDrives": "false"}).spec.allow_offline_drives
+        is False
+    )
+    assert storage_class.parse({}).spec.allow_offline_drives is None
 
 
 def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did() -> None:
     read = storage_class.parse(
         {"vpg": "gold", "raidLevel": "raid7", "stripeWidth": "x", "diskClasses": "a", "domain": "d"}
     )
-    assert (read.vpg, read.layout, read.drive_classes, read.domain) == ("gold", None, (), None)
+    assert (read.spec.vpg, read.spec.layout, read.spec.drive_classes, read.spec.domain) == ("gold", None, (), None)
     assert read.ignored == ("diskClasses", "domain", "raidLevel", "stripeWidth")
 
 
 def test_beside_a_group_the_rebuild_priority_counts() -> None:
-    assert storage_class.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).relative_rebuild_priority == 3
+    assert storage_class.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).spec.relative_rebuild_priority == 3
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,7 @@ def test_beside_a_group_the_rebuild_priority_counts() -> None:
     ],
 )
 def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str], layout: Layout) -> None:
-    assert storage_class.parse(level).layout == layout
+    assert storage_class.parse(level).spec.layout == layout
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_any_parameters_are_read_or_refused(given_parameters: dict[str, str]) ->
         read = storage_class.parse(given_parameters)
     except InvalidRequest:
         return
-    assert (read.vpg is None) != (read.layout is None)
+    assert (read.spec.vpg is None) != (read.spec.layout is None)
 
 
 def test_a_value_with_control_characters_is_shown_escaped_in_every_problem_that_names_it() -> None:
