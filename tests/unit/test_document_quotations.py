@@ -16,7 +16,7 @@ import pytest
 
 from tests.documents import NAMES, ROOT, code, tables, text_of
 
-SPEAKERS = ("the message says", "the log says")
+SPEAKERS = ("message", "log message")
 _VARIES = re.compile(r"%[-+ #0-9.]*[a-z]")
 _ENOUGH = 12
 """Letters that tell a message from any other text."""
