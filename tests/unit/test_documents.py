@@ -10,7 +10,8 @@ import pytest
 from csi_driver.compat import clusters as old_clusters
 from csi_driver.management.clusters import ZONE_KEYS, ClusterDefaults, parse_clusters
 from csi_driver.management.settings import ManagementSettings
-from tests.documents import NAMES, ROOT, anchors, fenced, text_of, unfenced
+from csi_driver.rpc.status import CODES
+from tests.documents import NAMES, ROOT, anchors, fenced, table, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
 
 _METRIC = re.compile(r"\bnvmesh_csi_[a-z_]+")
@@ -89,6 +90,17 @@ def test_the_examples_of_clusters_are_taken_as_they_stand(language: str, zones: 
 def test_every_key_that_describes_clusters_is_explained(keys: tuple[str, ...]) -> None:
     explained = set(re.findall(r"`([\w.]+)`", text_of("clusters.md")))
     assert sorted(set(keys) - explained) == []
+
+
+def test_the_table_of_grpc_codes_is_the_one_of_the_program() -> None:
+    rows = table(text_of("errors.md"), "code", "family in `csi_driver/errors.py`")
+    documented = {
+        (family.strip(), row["code"])
+        for row in rows
+        for family in row["family in `csi_driver/errors.py`"].split(",")
+        if family
+    }
+    assert documented == {(family.__name__, code.name) for family, code in CODES.items()}
 
 
 def test_make_test_runs_every_directory_of_tests() -> None:
