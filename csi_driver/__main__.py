@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _running_here(roles: Sequence[str]) -> RunningRole | None:
-    from csi_driver.host.running import find_running
+    from csi_driver.host.processes import find_running
 
     return find_running(roles)
 
@@ -122,7 +122,7 @@ def _controller(command: ControllerCommand) -> int:
     from dataclasses import replace
 
     from csi_driver.controller.zones import Readiness
-    from csi_driver.host.process import own_measurements
+    from csi_driver.host.processes import own_measurements
     from csi_driver.model import volume_name
     from csi_driver.rpc.boundary import Deadlines
     from csi_driver.rpc.client import SelfCheck
@@ -251,7 +251,7 @@ def _tell_of_node(
     running: ExitStack,
 ) -> None:
     """Register with kubelet and serve the health pages and metrics, where these are configured."""
-    from csi_driver.host.process import own_measurements
+    from csi_driver.host.processes import own_measurements
     from csi_driver.rpc.client import SelfCheck
     from csi_driver.rpc.registration import Registration
     from csi_driver.telemetry import measured
@@ -302,15 +302,14 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
 
 
 def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUseCases:
-    from csi_driver.host.connectors.loop import LoopDevices
-    from csi_driver.host.connectors.reader import ReadOnlyLoops
+    from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
     from csi_driver.host.devices import LinuxDevices
-    from csi_driver.host.facts import MachineTools
     from csi_driver.host.filesystem import LinuxFilesystems
+    from csi_driver.host.health import LinuxProbes
     from csi_driver.host.luks import LinuxEncryption
+    from csi_driver.host.machine_checks import MachineTools
     from csi_driver.host.mounts import LinuxMounts
     from csi_driver.host.paths import LinuxPaths
-    from csi_driver.host.probes import LinuxProbes
     from csi_driver.node.service import assemble, attaching_by_node
     from csi_driver.node.usage_records import UsageRecords
 
@@ -337,7 +336,7 @@ def _node_use_cases(command: NodeCommand, metrics: ManagementMetrics) -> NodeUse
 
 
 def _node_zone(command: NodeCommand) -> NodeZone:
-    from csi_driver.host.client_config import management_hosts
+    from csi_driver.host.connectors.nvmesh import management_hosts
     from csi_driver.management.clusters import read_cluster_names
     from csi_driver.node.node_info import NodeZone
 
@@ -382,8 +381,8 @@ def _volume(command: VolumeCommand) -> int:
 def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
-    from csi_driver.host.luks_files import LuksFiles
-    from csi_driver.host.process import own_measurements
+    from csi_driver.host.luks import LuksFiles
+    from csi_driver.host.processes import own_measurements
     from csi_driver.telemetry.pages import serving
 
     def beside(server: StorageServer) -> AbstractContextManager[object]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePath, PurePosixPath
 
+from csi_driver.model import is_uuid
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class DeviceNumber:
@@ -20,6 +22,12 @@ class DeviceNumber:
 
     def __str__(self) -> str:
         return f"{self.major}:{self.minor}"
+
+    @classmethod
+    def parse(cls, text: str) -> DeviceNumber:
+        """Read `major:minor`, as sysfs and mountinfo write it. Raises ValueError."""
+        major, _, minor = text.strip().partition(":")
+        return cls(int(major), int(minor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,43 @@ class RunningRole:
     role: str
     arguments: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopDevice:
+    """A bound loop device.
+
+    `file` is the path that the kernel shows, which may be valid only in the container that bound it; `identity` is the
+    file's device and inode. `label` is lo_file_name: `<volume uuid>/<user>`. `file_is_gone`: the file was deleted.
+    `backing`: the device below, where the file is a device node. `fenced`: cut off from its file, carries no I/O.
+    """
+
+    number: int
+    device_number: DeviceNumber
+    file: Path
+    label: str
+    read_only: bool
+    node: Path | None = None
+    file_is_gone: bool = False
+    backing: DeviceNumber | None = None
+    fenced: bool = False
+    identity: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor number."""
+        return self.device_number.major, self.device_number.minor
+
+    @property
+    def uuid(self) -> str | None:
+        """The volume's uuid in the label."""
+        return uuid_of_label(self.label)
+
+
+def uuid_of_label(label: str) -> str | None:
+    """Return the volume uuid at the beginning of a loop device's label; None for labels of other programs."""
+    uuid, _, _ = label.partition("/")
+    return uuid.lower() if is_uuid(uuid) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from csi_driver.background import Worker
 from csi_driver.embedded.clients import Pair
 from csi_driver.embedded.device_nodes import Directories, ensure_node, is_in_place, remove_nodes
 from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.ports import LoopDevice, LoopDevices
+from csi_driver.embedded.ports import LoopDevices
 from csi_driver.embedded.records import (
     ATTACHED,
     ATTACHMENTS,
@@ -37,6 +37,7 @@ from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import DriverError, PreconditionFailed, SystemCallFailed
+from csi_driver.host_model import LoopDevice
 
 _log = logging.getLogger(__name__)
 RESERVATION_DENIED = 17

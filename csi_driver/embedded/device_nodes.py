@@ -10,9 +10,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from csi_driver.embedded.ports import LoopDevice
 from csi_driver.embedded.records import FACTS, VOLUMES, Fact
 from csi_driver.embedded.store import Change, Store
+from csi_driver.host_model import LoopDevice
 
 _log = logging.getLogger(__name__)
 _LOOP_MAJOR = 7

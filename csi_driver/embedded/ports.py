@@ -5,38 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-
-class LoopDevice(Protocol):
-    """A loop device that is bound to a volume's file."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def device(self) -> tuple[int, int]:
-        """Major and minor number."""
-        ...
-
-    @property
-    def file(self) -> Path: ...
-
-    @property
-    def label(self) -> str:
-        """What lo_file_name holds: `<volume uuid>/<16 hex digits of the client>`."""
-        ...
-
-    @property
-    def read_only(self) -> bool: ...
-
-    @property
-    def fenced(self) -> bool:
-        """It was cut off from its file and carries no I/O any more."""
-        ...
-
-    @property
-    def node(self) -> Path | None:
-        """The device node that was made for it, where that is known."""
-        ...
+from csi_driver.host_model import LoopDevice
 
 
 class LuksHeaders(Protocol):

@@ -1,6 +1,6 @@
-"""Block devices without regard to what they are: by number, and who has one for itself.
+"""Block devices by number: sysfs, device nodes, exclusive use, and waiting for a change.
 
-Whose a device is, is told by `devices`, which decides as well whether it may be opened.
+Which volume a device is, and whether it may be opened, is decided in `devices`.
 """
 
 from __future__ import annotations
@@ -8,84 +8,126 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib
 import os
 import stat
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from csi_driver.deadline import Clock, Deadline
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
 from csi_driver.host_model import DeviceNumber
 
+SYS_DEV_BLOCK = Path("/sys/dev/block")
 NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
+SECTOR_BYTES = 512
+"""Unit of sizes in sysfs, whatever the device's own blocks."""
 _BUSY_GRACE_S = 2.0
-_SYS_DEVICES = Path("/sys/dev/block")
+_FIRST_PAUSE_S = 0.005
+_LONGEST_PAUSE_S = 0.1
+_LONGEST_EVENT_WAIT_S = 0.25
 
 
-# --- by number --------------------------------------------------------------------------------------------------
+# --- sysfs ------------------------------------------------------------------------------------------------------
 
 
 def size_bytes(number: DeviceNumber) -> int | None:
-    """Return the present size of a device without opening it; None when the device is gone."""
+    """Return the size of a device without opening it; None when the device is gone."""
     try:
-        sectors = int((_SYS_DEVICES / str(number) / "size").read_text())
+        sectors = int((SYS_DEV_BLOCK / str(number) / "size").read_text())
     except OSError as error:
         if error.errno in NOT_READY:
             return None
-        # Not known is not gone: what is gone may be unmounted whoever's it was.
+        # "Unknown" must not be taken for "gone": mounts of a device that is gone are unmounted.
         raise SystemCallFailed(f"read the size of device {number}", error.errno or 0) from error
-    return sectors * 512 or None
+    return sectors * SECTOR_BYTES or None
 
 
 def sys_number(number: DeviceNumber, attribute: str) -> int | None:
-    """Read a number that sysfs shows of a device; None where it shows none."""
+    """Return an integer attribute of a device in sysfs; None when it is absent."""
     try:
-        return int((_SYS_DEVICES / str(number) / attribute).read_text())
+        return int((SYS_DEV_BLOCK / str(number) / attribute).read_text())
     except (OSError, ValueError):
         return None
 
 
-def open_number(number: DeviceNumber, directory: Path) -> int:
-    """Open a device for reading by its number; `OSError` where it is gone.
+# --- device nodes -------------------------------------------------------------------------------------------------
 
-    In the directory a node is made for a moment where this mount namespace has none.
+
+def node_number(node: Path) -> DeviceNumber | None:
+    """Return the device number of a device node; None when the path is absent or no block device."""
+    try:
+        status = os.lstat(node)
+    except OSError:
+        return None
+    return ioctls.device_number(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
+
+
+def ensure_node(node: Path, number: DeviceNumber) -> None:
+    """Make `node` a node of the device, atomically; replaces links and nodes of other devices.
+
+    A link, as udev makes it, cannot be bind mounted onto a target path.
     """
+    if node_number(node) == number:
+        return
+    draft = node.with_name(f".{node.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        _make_node(draft, number)
+        os.replace(draft, node)
+    except OSError as error:
+        raise SystemCallFailed(f"make the device node {node}", error.errno or 0) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def open_temporary_node(directory: Path, number: DeviceNumber, flags: int) -> int:
+    """Open a device through a node that is made in `directory` and removed again. Raises OSError."""
+    node = directory / f".nvmesh-csi-{number.major}-{number.minor}.{os.getpid()}.{threading.get_ident()}"
+    _make_node(node, number)
+    try:
+        return os.open(node, flags | os.O_CLOEXEC)
+    finally:
+        node.unlink(missing_ok=True)
+
+
+def _make_node(node: Path, number: DeviceNumber) -> None:
+    node.unlink(missing_ok=True)
+    os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
+
+
+def open_number(number: DeviceNumber, directory: Path) -> int:
+    """Open a device read-only by its number. Raises OSError when it is gone.
+
+    Where this mount namespace has no node of the device, a temporary one is made in `directory`.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK
     path = _kernel_path(number)
     if path is not None:
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, flags | os.O_CLOEXEC)
             if ioctls.device_number(os.fstat(fd).st_rdev) == number:
                 return fd
             os.close(fd)
-    return _open_own_node(directory, number)
+    return open_temporary_node(directory, number, flags)
 
 
 def _kernel_path(number: DeviceNumber) -> Path | None:
-    """Return where devtmpfs has the device, by the kernel's own name for it."""
+    """Return the path of the device in devtmpfs."""
     try:
-        lines = (_SYS_DEVICES / str(number) / "uevent").read_text().split("\n")
+        lines = (SYS_DEV_BLOCK / str(number) / "uevent").read_text().split("\n")
     except OSError:
         return None
     names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
     return Path("/dev") / names[0] if names else None
 
 
-def _open_own_node(directory: Path, number: DeviceNumber) -> int:
-    path = directory / f".{number.major}-{number.minor}.{os.getpid()}.{threading.get_ident()}"
-    path.unlink(missing_ok=True)
-    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-# --- for oneself ------------------------------------------------------------------------------------------------
+# --- exclusive use ------------------------------------------------------------------------------------------------
 
 
 def is_claimed(path: Path) -> bool:
-    """Tell whether a mount or a program has the device for itself (O_EXCL); one that is gone nobody has."""
+    """Tell if a mount or a program has the device open exclusively (O_EXCL); False when the device is gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -96,10 +138,10 @@ def is_claimed(path: Path) -> bool:
     return False
 
 
-def seize(fd: int, path: Path, clock: Clock) -> None:
-    """Take the lock of the device that is open, and see that nobody has claimed it; both are waited for a moment.
+def lock_unclaimed(fd: int, path: Path, clock: Clock) -> None:
+    """Lock an open device (flock) and check that it is not claimed; waits 2 s for each.
 
-    Raises `OperationPending` where its lock is held, `PreconditionFailed` where it is claimed.
+    Raises `OperationPending` while another program holds the lock, `PreconditionFailed` when the device is claimed.
     """
     if not Deadline.after(_BUSY_GRACE_S, clock).wait_until(lambda: _try_lock(fd)):
         raise OperationPending(f"{path} is busy: another program works on it (its lock is held); retry")
@@ -113,3 +155,46 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+# --- waiting for a change -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def device_events(clock: Clock, udev_control: Path) -> Iterator[Callable[[float], None]]:
+    """Give a function that waits until a block device may have changed, at most the given seconds.
+
+    udev's events only end a wait early: the size of a device changes without an event, and the network namespace of a
+    container gets none. So each wait is short.
+    """
+    poll: Callable[[float], object] | None = None
+    pause_s = _FIRST_PAUSE_S
+    # udev's events come in real time: with another clock nothing waits for them.
+    tries_udev = clock is SYSTEM_CLOCK and udev_control.exists()
+
+    def pause(most_s: float) -> None:
+        nonlocal poll, pause_s, tries_udev
+        if tries_udev:
+            tries_udev = False
+            poll = _start_monitor()
+            return  # the caller looks again: an event before this moment was missed
+        if poll is not None:
+            poll(min(most_s, _LONGEST_EVENT_WAIT_S))
+            return
+        clock.sleep(min(most_s, pause_s))
+        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    yield pause
+
+
+def _start_monitor() -> Callable[[float], object] | None:
+    """Return a function that waits for an event of udev, at most the given seconds; None without udev."""
+    try:
+        pyudev = importlib.import_module("pyudev")
+        monitor = pyudev.Monitor.from_netlink(pyudev.Context())
+        monitor.filter_by("block")
+        monitor.start()
+    except (ImportError, OSError):
+        return None
+    poll: Callable[[float], object] = monitor.poll  # pyudev has no type information
+    return poll

@@ -25,11 +25,10 @@ from csi_driver.errors import (
     PreconditionFailed,
     SystemCallFailed,
 )
-from csi_driver.host import block_devices, device_mapper, ioctls
-from csi_driver.host.alarms import device_alarm
-from csi_driver.host.block_devices import NOT_READY
-from csi_driver.host.claims import Claims
-from csi_driver.host.connectors import loop, nvmesh
+from csi_driver.host import block_devices, ioctls
+from csi_driver.host.block_devices import NOT_READY, device_events
+from csi_driver.host.connectors import device_mapper, loop, nvmesh
+from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
@@ -79,7 +78,7 @@ class LinuxDevices:
         """
         wanted = uuid.lower() if uuid else None
         path = self.path_of(name)
-        with device_alarm(deadline.clock, self._udev_control) as pause:
+        with device_events(deadline.clock, self._udev_control) as pause:
             while True:
                 device, missing = self._ready(name, wanted)
                 if device is not None:
@@ -134,10 +133,10 @@ class LinuxDevices:
         seen = self._look_at(name, path)
         return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
 
-    def _look(self, name: str) -> tuple[Device, Claims] | None:
+    def _look(self, name: str) -> tuple[Device, DeviceEvidence] | None:
         return self._look_at(name, self.path_of(name))
 
-    def _look_at(self, name: str, path: Path) -> tuple[Device, Claims] | None:
+    def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
         try:
             node = os.stat(path)
             if not stat.S_ISBLK(node.st_mode):
@@ -157,12 +156,12 @@ class LinuxDevices:
 
     def _unopened(
         self, name: str, path: Path, number: DeviceNumber, status: VolumeStatus
-    ) -> tuple[Device, Claims] | None:
+    ) -> tuple[Device, DeviceEvidence] | None:
         """Describe a device that carries no I/O, by what sysfs and the client say of it."""
         size = block_devices.size_bytes(number)
         if not size:
             return None
-        claims = Claims(status, label_uuid=None, serial=None, is_loop=False)
+        claims = DeviceEvidence(status)
         device = Device(
             name,
             path,
@@ -176,7 +175,7 @@ class LinuxDevices:
         )
         return device, claims
 
-    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, Claims] | None:
+    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, DeviceEvidence] | None:
         status = os.fstat(fd)
         if not stat.S_ISBLK(status.st_mode):
             return None
@@ -185,7 +184,7 @@ class LinuxDevices:
             return None
         number = ioctls.device_number(status.st_rdev)
         with self._speaking(fd, number) as (speaker, is_loop):
-            claims = Claims(
+            claims = DeviceEvidence(
                 status=self._status.volume(name),
                 label_uuid=loop.claimed_uuid(speaker) if is_loop else None,
                 serial=None if is_loop else nvmesh.read_serial(speaker),
@@ -246,14 +245,14 @@ class LinuxDevices:
             raise SystemCallFailed(f"open {device.path}", error.errno or 0) from error
         try:
             if exclusive:
-                block_devices.seize(fd, device.path, self._clock)
+                block_devices.lock_unclaimed(fd, device.path, self._clock)
             yield OpenDevice(fd, self._proven(fd, device, write=write))
         finally:
             os.close(fd)
 
     def _require_io(self, name: str) -> None:
         status = self.status(name)
-        unusable = Claims(status, label_uuid=None, serial=None, is_loop=False).unusable(name)
+        unusable = DeviceEvidence(status).unusable(name)
         if unusable is not None:
             raise PreconditionFailed(unusable)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import blank, ioctls, superblock
-from csi_driver.host.ciphertext import as_written
-from csi_driver.host.command import Completed, find_tool, run
+from csi_driver.host import disk_formats, ioctls, zero_scan
 from csi_driver.host.devices import LinuxDevices
+from csi_driver.host.luks import as_written
+from csi_driver.host.processes import Completed, find_tool, run
 from csi_driver.host_model import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
@@ -69,16 +69,16 @@ class LinuxFilesystems:
     # --- what is there ---
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        """Tell what the device holds: blank only when all of `blank.probe_places` was read and is zero.
+        """Tell what the device holds: blank only when all of `zero_scan.probe_places` was read and is zero.
 
         Raises `HostFailure` when any read fails or comes back short, `DeadlineReached`.
         """
-        with as_written(device, self._devices.open_number) as kept, blank.DirectReader(kept) as reader:
-            found = blank.first_data_in_places(reader, kept, deadline)
+        with as_written(device, self._devices.open_number) as kept, zero_scan.DirectReader(kept) as reader:
+            found = zero_scan.first_data_in_places(reader, kept, deadline)
         if found is None:
             return Blank()
-        with blank.DirectReader(device) as reader:
-            head = reader.read(0, min(superblock.HEAD_BYTES, device.device.size_bytes))
+        with zero_scan.DirectReader(device) as reader:
+            head = reader.read(0, min(disk_formats.HEAD_BYTES, device.device.size_bytes))
         return _name_content(device, found, head, deadline)
 
     def first_data(
@@ -86,7 +86,7 @@ class LinuxFilesystems:
     ) -> int | None:
         """Read every block; return the offset of the first byte that is not zero, or None when there is none."""
         with as_written(device, self._devices.open_number) as kept:
-            return blank.first_data(kept, deadline=deadline, progress=progress)
+            return zero_scan.first_data(kept, deadline=deadline, progress=progress)
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         """Return the size of the filesystem as its superblock on the device records it."""
@@ -98,7 +98,7 @@ class LinuxFilesystems:
     def wipe(self, device: OpenDevice) -> None:
         """Write zeroes over all that `probe` reads, so that nothing is recognised there any more."""
         with self._proven_again(device):
-            blank.wipe_places(device)
+            zero_scan.wipe_places(device)
 
     def make(
         self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
@@ -251,12 +251,12 @@ def _name_content(device: OpenDevice, found: int, head: bytes, deadline: Deadlin
         return OtherContent(f"data at byte {found} that nothing recognises")
     if usage != "filesystem":
         return OtherContent(f"{fs_type} ({usage or 'of no known use'})")
-    direct = superblock.recognise(head)
+    direct = disk_formats.recognise(head)
     cached = "ext4" if fs_type in ("ext2", "ext3", "ext4") else fs_type
     if (direct or cached in _MAKE) and direct != [cached]:
         found_as = f"as {', '.join(direct)}" if direct else "as no whole one"
         return OtherContent(f"what blkid takes for {fs_type} and reads, past the page cache, {found_as}")
-    present = superblock.parse(head, fs_type)
+    present = disk_formats.parse(head, fs_type)
     return Filesystem(fs_type, present.uuid if present else values.get("UUID", ""), values.get("LABEL", ""))
 
 
@@ -281,10 +281,10 @@ def _unquoted(value: str) -> str:
     return "".join(parts)
 
 
-def _superblock(device: OpenDevice, fs_type: str) -> superblock.Superblock:
-    length = min(superblock.HEAD_BYTES, device.device.size_bytes)
-    with blank.DirectReader(device, superblock.HEAD_BYTES) as reader:
-        found = superblock.parse(reader.read(0, length), fs_type)
+def _superblock(device: OpenDevice, fs_type: str) -> disk_formats.Superblock:
+    length = min(disk_formats.HEAD_BYTES, device.device.size_bytes)
+    with zero_scan.DirectReader(device, disk_formats.HEAD_BYTES) as reader:
+        found = disk_formats.parse(reader.read(0, length), fs_type)
     if found is None:
         raise PreconditionFailed(f"{device.device.path} holds no superblock of {fs_type}")
     return found
@@ -332,8 +332,8 @@ def _require_kind(device: OpenDevice, fs_type: str, options: Sequence[str]) -> N
 
     Features taken away turn ext4 into ext3 or ext2, or into a journal for another one.
     """
-    with blank.DirectReader(device, superblock.HEAD_BYTES) as reader:
-        head = reader.read(0, min(superblock.HEAD_BYTES, device.device.size_bytes))
+    with zero_scan.DirectReader(device, disk_formats.HEAD_BYTES) as reader:
+        head = reader.read(0, min(disk_formats.HEAD_BYTES, device.device.size_bytes))
     made = _name_content(device, 0, head, Deadline.after(_DRY_RUN_LIMIT_S))
     what = "blank"
     if isinstance(made, Filesystem | OtherContent):

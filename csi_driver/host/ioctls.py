@@ -7,6 +7,7 @@ encoding serves (x86, arm64).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -216,6 +217,33 @@ def btrfs_uuid(fd: int) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
+# --- SCSI devices -------------------------------------------------------------------------------------------------
+
+_SG_IO, _SG_DXFER_FROM_DEV = 0x2285, -3
+_SG_IO_HEADER = struct.Struct("iiBBHIPPPIIiPBBBBHHiII0P")
+"""struct sg_io_hdr of include/scsi/sg.h; fields 13, 17 and 18 are status, host_status and driver_status."""
+_INQUIRY, _INQUIRY_BYTES, _INQUIRY_TIMEOUT_MS = 0x12, 96, 5000
+
+
+def scsi_inquiry(fd: int, page: int | None = None) -> bytes | None:
+    """Return 96 bytes of the answer to INQUIRY: the standard data, or a vital product data page.
+
+    None when the device is no SCSI device or fails the command (SCSI Primary Commands).
+    """
+    command = ctypes.create_string_buffer(bytes((_INQUIRY, page is not None, page or 0, 0, _INQUIRY_BYTES, 0)), 6)
+    data, sense = ctypes.create_string_buffer(_INQUIRY_BYTES), ctypes.create_string_buffer(32)
+    buffers = (ctypes.addressof(data), ctypes.addressof(command), ctypes.addressof(sense))
+    sizes = (len(command), len(sense), 0, len(data))
+    fields = (ord("S"), _SG_DXFER_FROM_DEV, *sizes, *buffers, _INQUIRY_TIMEOUT_MS, *[0] * 12)
+    header = bytearray(_SG_IO_HEADER.pack(*fields))
+    try:
+        fcntl.ioctl(fd, _SG_IO, header)
+    except OSError:
+        return None
+    answer = _SG_IO_HEADER.unpack(header)
+    return None if answer[13] or answer[17] or answer[18] else data.raw
+
+
 def device_number(rdev: int) -> DeviceNumber:
-    """Split a device number as stat gives it."""
+    """Split a device number of stat(2)."""
     return DeviceNumber(os.major(rdev), os.minor(rdev))

@@ -1,16 +1,20 @@
-"""Which mount options belong to the mount, which to every superblock, and which to the filesystem.
+"""Mount options: sorted for the kernel's interfaces, set on a filesystem, and named when the kernel refuses them.
 
-Pure. The names are those of mount(8), "filesystem-independent mount options"; the split is the kernel's
-(include/uapi/linux/mount.h; fs/fs_context.c, common_set_sb_flag).
+The names are those of mount(8), "filesystem-independent mount options"; the split into options of the mount, of every
+superblock and of the filesystem is the kernel's (include/uapi/linux/mount.h; fs/fs_context.c, common_set_sb_flag).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csi_driver.errors import InvalidField
+from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import syscalls
+from csi_driver.host_model import Device
 
 FIELD = "mount_flags"
 """The request field that an option came from (CSI specification, VolumeCapability.MountVolume)."""
@@ -105,3 +109,93 @@ def shown_options(attributes: int, superblock_flags: int) -> frozenset[str]:
     names |= {name for name, bit in _SUPERBLOCK.items() if superblock_flags & bit}
     access_time = _SHOWN_ACCESS_TIMES.get(attributes & syscalls.MOUNT_ATTR_ATIME_MASK)
     return frozenset(names | ({access_time} if access_time else set())) - {"ro"}
+
+
+# --- errors of the kernel -----------------------------------------------------------------------------------------
+
+_WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+
+
+def keep_fd(stack: contextlib.ExitStack, fd: int) -> int:
+    """Have the stack close a descriptor."""
+    stack.callback(os.close, fd)
+    return fd
+
+
+def configure(stack: contextlib.ExitStack, device: Device, fs_type: str, wanted: MountOptions) -> int:
+    """Open a filesystem context (fsopen) and set its options. Raises `InvalidField` naming a refused option."""
+    try:
+        context = keep_fd(stack, syscalls.fsopen(fs_type))
+    except SystemCallFailed as failure:
+        if failure.errno == errno.ENODEV:
+            raise HostFailure(f"this kernel has no filesystem {fs_type}") from failure
+        raise
+    syscalls.fsconfig(context, "source", str(device.path))
+    for name in wanted.superblock:
+        syscalls.fsconfig(context, name)
+    for option in wanted.own:
+        key, separator, value = option.partition("=")
+        try:
+            syscalls.fsconfig(context, key, value if separator else None)
+        except SystemCallFailed as failure:
+            reason = "; ".join(syscalls.fs_messages(context)) or failure.call
+            raise InvalidField(FIELD, option, f"an option that {fs_type} takes ({reason})") from failure
+    return context
+
+
+def mount_error(
+    what: str, device: Device, fs_type: str, wanted: MountOptions, context: int, failure: SystemCallFailed
+) -> Exception:
+    """Explain why the kernel refused to make the superblock: by the refused options where they can be found."""
+    reason = "; ".join(syscalls.fs_messages(context))
+    if failure.errno == errno.EINVAL:
+        names = _refused_options(device, fs_type, wanted)
+        if names:
+            expected = f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
+            return InvalidField(FIELD, ",".join(names), expected, _advice(names, device, fs_type, reason))
+    if failure.errno in (errno.EINVAL, errno.EBUSY):
+        reason = reason or _see_kernel_log(device)
+    return refused(what, failure.errno, reason)
+
+
+def refused(what: str, errno_number: int, reason: str = "") -> Exception:
+    """Make the error of a refused mount call: EBUSY is `PreconditionFailed`."""
+    if errno_number == errno.EBUSY:
+        return PreconditionFailed(f"{what}: busy, it is in use" + (f": {reason}" if reason else ""))
+    return SystemCallFailed(what, errno_number, reason)
+
+
+def _see_kernel_log(device: Device) -> str:
+    try:
+        name = os.path.basename(os.readlink(f"/sys/dev/block/{device.number}"))
+    except OSError:
+        name = device.name
+    return f"the kernel's log (dmesg) has the reason, in lines of {name}"
+
+
+def _advice(names: Sequence[str], device: Device, fs_type: str, reason: str) -> str:
+    advice = [] if reason else [_see_kernel_log(device)]
+    if fs_type == "ext4" and any(option.endswith("quota") for option in names):
+        advice.append("on ext4, project quotas also need mkfsOptions: -O project,quota")
+    return "; ".join(advice)
+
+
+def _refused_options(device: Device, fs_type: str, wanted: MountOptions) -> Sequence[str]:
+    """Find the options that only the creation of the superblock refuses, by trying each alone, read-only.
+
+    Nothing is written: no journal is replayed, no mount is made. Empty when the superblock cannot be made without
+    options either; all options when each one alone is accepted.
+    """
+    safe = _WITHOUT_RECOVERY.get(fs_type)
+    if not wanted.own or safe is None or not _makes_superblock(device, fs_type, (safe,)):
+        return ()
+    return [option for option in wanted.own if not _makes_superblock(device, fs_type, (safe, option))] or wanted.own
+
+
+def _makes_superblock(device: Device, fs_type: str, own: tuple[str, ...]) -> bool:
+    with contextlib.ExitStack() as stack:
+        try:
+            syscalls.fsconfig_create(configure(stack, device, fs_type, MountOptions(0, ("ro",), own, 0)))
+        except SystemCallFailed:
+            return False
+    return True

@@ -10,16 +10,24 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import made_mounts, mount_table, syscalls
-from csi_driver.host.going_down import shut_down
-from csi_driver.host.holders import describe_holders
-from csi_driver.host.mount_options import FIELD, MountOptions, shown_options, sort_options
-from csi_driver.host.mount_table import read_table
+from csi_driver.host import block_devices, ioctls, mount_table, syscalls
+from csi_driver.host.health import shut_down
+from csi_driver.host.mount_options import (
+    FIELD,
+    MountOptions,
+    configure,
+    keep_fd,
+    mount_error,
+    refused,
+    shown_options,
+    sort_options,
+)
+from csi_driver.host.mount_table import describe_holders, read_table
 from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
@@ -27,7 +35,6 @@ _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 """PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: in a container process 1 is not the machine's."""
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
-_WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 
 
 def open_target(path: Path) -> int:
@@ -137,18 +144,18 @@ class LinuxMounts:
         """
         wanted = sort_options(options, read_only=read_only)
         with contextlib.ExitStack() as held:
-            target_fd = _held(held, self._open_at(target))
+            target_fd = keep_fd(held, self._open_at(target))
             what = f"mount {device.path} at {target}"
             if not syscalls.has_mount_api():
                 self._mount_classic(device, target, target_fd, fs_type, wanted)
                 return
-            context = _configured(held, device, fs_type, wanted)
+            context = configure(held, device, fs_type, wanted)
             try:
                 syscalls.fsconfig_create(context)
             except SystemCallFailed as failure:
-                raise _why_not_mounted(what, device, fs_type, wanted, context, failure) from failure
-            mount_fd = _held(held, syscalls.fsmount(context, wanted.attributes))
-            made_mounts.verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+                raise mount_error(what, device, fs_type, wanted, context, failure) from failure
+            mount_fd = keep_fd(held, syscalls.fsmount(context, wanted.attributes))
+            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _mount_classic(self, device: Device, target: Path, target_fd: int, fs_type: str, wanted: MountOptions) -> None:
@@ -160,10 +167,10 @@ class LinuxMounts:
         except SystemCallFailed as failure:
             if failure.errno == errno.EINVAL and wanted.own:
                 raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure
-            raise _refused(what, failure.errno) from failure
+            raise refused(what, failure.errno) from failure
         mount_fd = self._open_at(target)
         try:
-            made_mounts.verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
         except BaseException:
             syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
             raise
@@ -174,15 +181,15 @@ class LinuxMounts:
         """Bind a directory, or a device node onto a file; read-only from the first moment where asked."""
         what = f"bind {source} at {target}"
         with contextlib.ExitStack() as held:
-            target_fd = _held(held, self._open_at(target))
-            source_fd = _held(held, self._open_source(source))
+            target_fd = keep_fd(held, self._open_at(target))
+            source_fd = keep_fd(held, self._open_source(source))
             if not syscalls.has_mount_api():
                 _bind_classic(source_fd, target, target_fd, what, read_only=read_only)
                 return
-            mount_fd = _held(held, syscalls.open_tree_clone(source_fd, what))
+            mount_fd = keep_fd(held, syscalls.open_tree_clone(source_fd, what))
             if read_only:
                 syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
-                made_mounts.verify_read_only(mount_fd, what)
+                _verify_read_only(mount_fd, what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _open_source(self, source: Path) -> int:
@@ -226,7 +233,7 @@ class LinuxMounts:
         if refusal is not None and refusal.errno == errno.EBUSY:
             raise PreconditionFailed(f"unmount {path}: it is in use {describe_holders(_canonical(path))}") from refusal
         if refusal is not None:
-            raise _refused(f"unmount {path}", refusal.errno) from refusal
+            raise refused(f"unmount {path}", refusal.errno) from refusal
 
 
 def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
@@ -285,98 +292,13 @@ def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
     except OSError:
         return shown
     try:
-        return made_mounts.btrfs_device_of(fd) or shown
+        return _btrfs_device_of(fd) or shown
     finally:
         os.close(fd)
 
 
-def _held(stack: contextlib.ExitStack, fd: int) -> int:
-    stack.callback(os.close, fd)
-    return fd
-
-
 def _is_read_only(wanted: MountOptions) -> bool:
     return bool(wanted.flags & syscalls.MS_RDONLY)
-
-
-def _configured(held: contextlib.ExitStack, device: Device, fs_type: str, wanted: MountOptions) -> int:
-    try:
-        context = _held(held, syscalls.fsopen(fs_type))
-    except SystemCallFailed as failure:
-        if failure.errno == errno.ENODEV:
-            raise HostFailure(f"this kernel has no filesystem {fs_type}") from failure
-        raise
-    syscalls.fsconfig(context, "source", str(device.path))
-    for name in wanted.superblock:
-        syscalls.fsconfig(context, name)
-    for option in wanted.own:
-        key, separator, value = option.partition("=")
-        try:
-            syscalls.fsconfig(context, key, value if separator else None)
-        except SystemCallFailed as failure:
-            reason = "; ".join(syscalls.fs_messages(context)) or failure.call
-            raise InvalidField(FIELD, option, f"an option that {fs_type} takes ({reason})") from failure
-    return context
-
-
-def _why_not_mounted(
-    what: str, device: Device, fs_type: str, wanted: MountOptions, context: int, failure: SystemCallFailed
-) -> Exception:
-    reason = "; ".join(syscalls.fs_messages(context))
-    if failure.errno == errno.EINVAL:
-        refused = list(_options_to_blame(device, fs_type, wanted))
-        if refused:
-            expected = f"options that {fs_type} takes here" + f" ({reason})" * bool(reason)
-            return InvalidField(FIELD, ",".join(refused), expected, _advice(refused, device, fs_type, reason))
-        reason = reason or _where_the_reason_is(device)
-    if failure.errno == errno.EBUSY:
-        reason = reason or _where_the_reason_is(device)
-    return _refused(what, failure.errno, reason)
-
-
-def _where_the_reason_is(device: Device) -> str:
-    """Name the lines of the kernel's log that tell why it refused a filesystem: it calls a device by its own name."""
-    try:
-        name = os.path.basename(os.readlink(f"/sys/dev/block/{device.number}"))
-    except OSError:
-        name = device.name
-    return f"the kernel's log (dmesg) has the reason, in lines of {name}"
-
-
-def _advice(refused: Sequence[str], device: Device, fs_type: str, reason: str) -> str:
-    """Say where the kernel's reason is, and what quotas need besides their mount option."""
-    advice = [] if reason else [_where_the_reason_is(device)]
-    if fs_type == "ext4" and any(option.endswith("quota") for option in refused):
-        advice.append("on ext4, project quotas also need mkfsOptions: -O project,quota")
-    return "; ".join(advice)
-
-
-def _options_to_blame(device: Device, fs_type: str, wanted: MountOptions) -> Iterator[str]:
-    """Find the options that only the making of the superblock refuses, by trying each one alone, read-only.
-
-    Nothing is written: no journal is replayed, no mount is made. When the filesystem cannot be had without any option
-    either, none is to blame; when each alone is taken, all together are.
-    """
-    safe = _WITHOUT_RECOVERY.get(fs_type)
-    if not wanted.own or safe is None or not _superblock_can_be_had(device, fs_type, (safe,)):
-        return
-    alone = [option for option in wanted.own if not _superblock_can_be_had(device, fs_type, (safe, option))]
-    yield from alone or wanted.own
-
-
-def _superblock_can_be_had(device: Device, fs_type: str, own: tuple[str, ...]) -> bool:
-    with contextlib.ExitStack() as held:
-        try:
-            syscalls.fsconfig_create(_configured(held, device, fs_type, MountOptions(0, ("ro",), own, 0)))
-        except SystemCallFailed:
-            return False
-    return True
-
-
-def _refused(what: str, errno_number: int, reason: str = "") -> Exception:
-    if errno_number == errno.EBUSY:
-        return PreconditionFailed(f"{what}: busy, it is in use" + (f": {reason}" if reason else ""))
-    return SystemCallFailed(what, errno_number, reason)
 
 
 def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
@@ -400,3 +322,68 @@ def _flags_of(statvfs_flags: int) -> int:
     """Translate the flags that a remount must repeat, or the kernel refuses it; the numbers agree (statvfs(3))."""
     same = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
     return statvfs_flags & same
+
+
+# --- py ---
+# What a mount is that was just made, compared with what was asked; it is not visible to anybody yet.
+
+
+def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:
+    """Compare what was made with what was wanted."""
+    _verify_alive(device, what)
+    try:
+        number = _mounted_number(mount_fd, fs_type)
+        is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
+    except OSError as error:  # of a filesystem that died since
+        raise SystemCallFailed(what, error.errno or 0) from error
+    if number != device.number:
+        raise PreconditionFailed(f"{what}: expected device {device.number}, got {number} from the kernel")
+    if is_read_only != read_only:
+        expected, got = ("read-write", "read-only") if is_read_only else ("read-only", "read-write")
+        raise HostFailure(f"{what}: expected a {expected} mount, got {got}")
+
+
+def _mounted_number(mount_fd: int, fs_type: str) -> DeviceNumber | None:
+    if fs_type != "btrfs":
+        return ioctls.device_number(os.fstat(mount_fd).st_dev)
+    root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
+    try:
+        return _btrfs_device_of(root_fd)
+    finally:
+        os.close(root_fd)
+
+
+def _verify_alive(device: Device, what: str) -> None:
+    """Refuse a filesystem of a disk that had the device's number before.
+
+    The kernel looks for a mounted filesystem by number alone before it opens a device (fs/super.c, sget_dev), and hands
+    out what is left of another disk as this one's. A filesystem that is alive claims its device.
+    """
+    if block_devices.is_claimed(device.path):
+        return
+    table = mount_table.read_table()  # a btrfs shows a number of its own
+    left = next((each.path for each in table if device.number == each.number or each.source == str(device.path)), None)
+    by = (
+        f"which is still mounted at {left}: unmount it"
+        if left
+        else "and is unmounted but in use: end the programs that use it"
+    )
+    raise PreconditionFailed(
+        f"{what}: the kernel gave the filesystem of a disk that is gone and had the number {device.number} before, "
+        f"{by}, and retry"
+    )
+
+
+def _verify_read_only(mount_fd: int, what: str) -> None:
+    if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
+        raise HostFailure(f"{what}: expected a read-only mount, got a writable one")
+
+
+def _btrfs_device_of(fd: int) -> DeviceNumber | None:
+    try:
+        devices = Path("/sys/fs/btrfs") / ioctls.btrfs_uuid(fd) / "devices"
+        texts = [(device / "dev").read_text() for device in sorted(devices.iterdir())]
+    except (SystemCallFailed, OSError):
+        return None
+    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
+    return DeviceNumber(int(major), int(minor)) if minor else None

@@ -39,14 +39,14 @@ class Interrupted(BaseException):
 
 def run_demo(settings: DemoSettings) -> int:
     """Run the demo; returns the exit status: 0 when every step worked and nothing is left."""
-    from csi_driver.host import command
-    from csi_driver.host.facts import MachineTools
-    from csi_driver.host.supervise import ChildProcesses
+    from csi_driver.host import processes
+    from csi_driver.host.machine_checks import MachineTools
+    from csi_driver.host.processes import ChildProcesses
 
     def write(line: str) -> None:
         print(line, flush=True)
 
-    return Demo(settings, ChildProcesses(), command, write=write, problems=MachineTools(()).problems).run()
+    return Demo(settings, ChildProcesses(), processes, write=write, problems=MachineTools(()).problems).run()
 
 
 class Demo:

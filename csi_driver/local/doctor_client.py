@@ -6,9 +6,8 @@ import socket
 from collections.abc import Iterator
 
 from csi_driver.errors import DriverError
-from csi_driver.host import survey
-from csi_driver.host.client_config import management_hosts, management_servers
-from csi_driver.host.connectors.nvmesh import UPDATER_MARK, StatusFiles
+from csi_driver.host import machine_checks
+from csi_driver.host.connectors.nvmesh import UPDATER_MARK, StatusFiles, management_hosts, management_servers
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
@@ -53,7 +52,7 @@ def client(patient: Patient) -> Iterator[Finding]:
         yield fault(
             Check.CLIENT,
             f"the storage client is not running: no status files in {directory} (its module"
-            f" {_MODULE} is {'' if survey.is_loaded(_MODULE) else 'not '}loaded)",
+            f" {_MODULE} is {'' if machine_checks.is_loaded(_MODULE) else 'not '}loaded)",
             "its status files",
             f"{_START}; in the pod the host's {directory} must be visible (--status-directory)",
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from csi_driver.host import facts, survey
-from csi_driver.host.command import find_tool, package_of
+from csi_driver.host import machine_checks
+from csi_driver.host.processes import find_tool, package_of
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, unknown, warning
 from csi_driver.local.doctor_settings import Patient
 
@@ -37,7 +37,7 @@ _DAY_S = 86400.0
 
 def kernel(patient: Patient) -> Iterator[Finding]:
     """Look at the kernel's version."""
-    release = survey.kernel_release()
+    release = machine_checks.kernel_release()
     found = re.match(r"(\d+)\.(\d+)", release)
     oldest = ".".join(map(str, _OLDEST_KERNEL))
     if found is None:
@@ -50,7 +50,7 @@ def kernel(patient: Patient) -> Iterator[Finding]:
 
 def tools(patient: Patient) -> Iterator[Finding]:
     """Look for the programs that the node runs."""
-    versions = facts.tool_versions()
+    versions = machine_checks.tool_versions()
     for tool in (*_NEEDED, *_WANTED, _CRYPTSETUP):
         mend = f"install the package {package_of(tool)}, in the container's image where this is one"
         if find_tool(tool) is not None:
@@ -68,9 +68,9 @@ def tools(patient: Patient) -> Iterator[Finding]:
 
 def modules(patient: Patient) -> Iterator[Finding]:
     """Look whether the kernel has the filesystems, and what encryption needs."""
-    known = survey.known_filesystems()
+    known = machine_checks.known_filesystems()
     for fs_type, module in _MODULES.items():
-        if fs_type not in known and survey.can_be_loaded(module) is False:
+        if fs_type not in known and machine_checks.can_be_loaded(module) is False:
             judge = fault if fs_type == "ext4" else warning
             yield judge(
                 Check.MODULES,
@@ -79,10 +79,10 @@ def modules(patient: Patient) -> Iterator[Finding]:
                 f"install the kernel's package of further modules, then: modprobe {module}",
             )
     yield from _device_mapper(patient)
-    if not survey.LOOP_CONTROL.exists():
+    if not machine_checks.LOOP_CONTROL.exists():
         yield warning(
             Check.MODULES,
-            f"{survey.LOOP_CONTROL} is not there: no read-only reader of a raw device beside its writers",
+            f"{machine_checks.LOOP_CONTROL} is not there: no read-only reader of a raw device beside its writers",
             "loop devices, if volumes are used so",
             "modprobe loop",
         )
@@ -92,15 +92,15 @@ def modules(patient: Patient) -> Iterator[Finding]:
 
 
 def _device_mapper(patient: Patient) -> Iterator[Finding]:
-    if patient.encrypted_volumes and not survey.DEVICE_MAPPER.exists():
+    if patient.encrypted_volumes and not machine_checks.DEVICE_MAPPER.exists():
         yield fault(
             Check.MODULES,
-            f"{survey.DEVICE_MAPPER} is not there: no encrypted volume can be opened",
+            f"{machine_checks.DEVICE_MAPPER} is not there: no encrypted volume can be opened",
             "device-mapper",
             "modprobe dm_mod; in a container: the host's /dev",
         )
-    can = survey.can_be_loaded("dm_crypt")
-    if survey.is_loaded("dm_crypt") or (can and not patient.encrypted_volumes):
+    can = machine_checks.can_be_loaded("dm_crypt")
+    if machine_checks.is_loaded("dm_crypt") or (can and not patient.encrypted_volumes):
         return
     judge = fault if patient.encrypted_volumes and can is not True else warning
     if can is None and not patient.encrypted_volumes:
@@ -116,7 +116,7 @@ def _device_mapper(patient: Patient) -> Iterator[Finding]:
 def capabilities(patient: Patient) -> Iterator[Finding]:
     """Look at what the node, or else this process, may do."""
     running = patient.running
-    powers = survey.powers_of(running.pid if running is not None else None)
+    powers = machine_checks.powers_of(running.pid if running is not None else None)
     who = f"process {running.pid}" if running is not None else "this process"
     if not powers.may_mount:
         if running is None:
@@ -142,8 +142,8 @@ def capabilities(patient: Patient) -> Iterator[Finding]:
 def confinement(patient: Patient) -> Iterator[Finding]:
     """Look whether a security module stands in the way."""
     running = patient.running
-    label = survey.confinement_of(running.pid if running is not None else None)
-    if survey.selinux_enforces() and ":container_t:" in label:
+    label = machine_checks.confinement_of(running.pid if running is not None else None)
+    if machine_checks.selinux_enforces() and ":container_t:" in label:
         yield fault(
             Check.CONFINEMENT,
             f"SELinux enforces, and runs the node as {label}, which may not mount",
@@ -163,34 +163,34 @@ def confinement(patient: Patient) -> Iterator[Finding]:
 
 def device_nodes(patient: Patient) -> Iterator[Finding]:
     """Look whether devices that appear later appear here, and whether the kernel's view of them does."""
-    if not survey.SYSFS_BLOCK.is_dir():
+    if not machine_checks.SYSFS_BLOCK.is_dir():
         yield fault(
             Check.DEVICE_NODES,
-            f"{survey.SYSFS_BLOCK} is not visible: no device can be known",
+            f"{machine_checks.SYSFS_BLOCK} is not visible: no device can be known",
             "the host's /sys",
             "mount the host's /sys into the container (privileged containers have it)",
         )
-    entry = survey.closest_mount(survey.DEVICES)
+    entry = machine_checks.closest_mount(machine_checks.DEVICES)
     kind = entry.fs_type if entry is not None else "nothing"
     if kind == "devtmpfs":
-        yield fine(Check.DEVICE_NODES, f"{survey.DEVICES} is the host's (devtmpfs)")
+        yield fine(Check.DEVICE_NODES, f"{machine_checks.DEVICES} is the host's (devtmpfs)")
         return
-    judge = fault if patient.device_directory.is_relative_to(survey.DEVICES) else warning
+    judge = fault if patient.device_directory.is_relative_to(machine_checks.DEVICES) else warning
     yield judge(
         Check.DEVICE_NODES,
-        f"{survey.DEVICES} is {kind}: devices of volumes that are attached later do not appear in it",
+        f"{machine_checks.DEVICES} is {kind}: devices of volumes that are attached later do not appear in it",
         "the host's /dev, a devtmpfs",
-        f"mount the host's {survey.DEVICES} into the container by a hostPath volume (the chart does)",
+        f"mount the host's {machine_checks.DEVICES} into the container by a hostPath volume (the chart does)",
     )
 
 
 def loop_devices(patient: Patient) -> Iterator[Finding]:
     """Look for loop devices whose file is gone: what is written to them is lost with them."""
-    found = list(survey.loops_without_file())
+    found = list(machine_checks.loops_without_file())
     for device, file in found:
         yield warning(
             Check.LOOP_DEVICES,
-            f"{survey.DEVICES / device} stands over {file}, which was deleted: its data ends with the device",
+            f"{machine_checks.DEVICES / device} stands over {file}, which was deleted: its data ends with the device",
             "no such device",
             f"copy what is needed of it; then unmount it and run: losetup --detach /dev/{device}",
         )
@@ -200,7 +200,7 @@ def loop_devices(patient: Patient) -> Iterator[Finding]:
 
 def host_identity(patient: Patient) -> Iterator[Finding]:
     """Look whether NVMe targets can tell this machine from others."""
-    identity = survey.nvme_identity()
+    identity = machine_checks.nvme_identity()
     mend = "nvme gen-hostnqn > /etc/nvme/hostnqn; uuidgen > /etc/nvme/hostid; then reconnect what is connected"
     if not identity.nqn:
         yield fine(Check.HOST_IDENTITY, "there is no /etc/nvme/hostnqn here; NVMesh volumes need none")
@@ -231,7 +231,7 @@ def host_identity(patient: Patient) -> Iterator[Finding]:
 
 def clock(patient: Patient) -> Iterator[Finding]:
     """Look whether the clock is kept."""
-    if survey.clock_is_kept() is False:
+    if machine_checks.clock_is_kept() is False:
         yield warning(
             Check.CLOCK,
             "nothing keeps this machine's clock: certificates, tokens and logs go by it",

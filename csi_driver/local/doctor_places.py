@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from csi_driver.host import survey
+from csi_driver.host import machine_checks
 from csi_driver.local.doctor_findings import Check, Finding, fault, fine, warning
 from csi_driver.local.doctor_settings import Patient
 from csi_driver.model import MIB
@@ -47,7 +47,7 @@ def propagation(patient: Patient) -> Iterator[Finding]:
         if not root.is_dir():
             continue
         if root == _ANYWHERE:
-            if not survey.reaches_host(root):
+            if not machine_checks.reaches_host(root):
                 yield warning(
                     Check.PROPAGATION,
                     "mounts of this process do not reach other mount namespaces (mount propagation is private)",
@@ -55,7 +55,7 @@ def propagation(patient: Patient) -> Iterator[Finding]:
                     "run it on the host, in a systemd unit without PrivateMounts, PrivateTmp and ProtectSystem;"
                     " on the host: mount --make-rshared /",
                 )
-        elif survey.is_shared(root):
+        elif machine_checks.is_shared(root):
             yield fine(Check.PROPAGATION, f"mounts below {root} reach the host (shared)")
         else:
             yield fault(
@@ -71,7 +71,7 @@ def state_directory(patient: Patient) -> Iterator[Finding]:
     """Look whether what the node must remember survives, and can be written."""
     directory = patient.state_directory
     place = _nearest(directory)
-    entry = survey.closest_mount(place)
+    entry = machine_checks.closest_mount(place)
     kind = entry.fs_type if entry is not None else "unknown"
     mend = "give --state-directory (value node.stateDirectory) a directory of the host's disk"
     if kind in _LOST_AT_REBOOT:

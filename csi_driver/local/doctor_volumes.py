@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csi_driver.errors import HostFailure
-from csi_driver.host import survey
+from csi_driver.host import machine_checks
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.mount_table import read_table
@@ -23,7 +23,7 @@ def volumes(patient: Patient) -> Iterator[Finding]:
     held = list(held_in(table, patient.driver_name))
     for mount in held:
         entry = table[mount.path]
-        if not survey.is_there(entry.number):
+        if not machine_checks.is_there(entry.number):
             yield warning(
                 Check.VOLUMES,
                 f"volume {mount.name} is mounted at {mount.path}, and its device {entry.number} is gone",

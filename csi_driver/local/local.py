@@ -20,14 +20,14 @@ TOOLS = ("blkid", "mkfs.ext4", "e2fsck", "resize2fs")
 
 def run_local(settings: LocalSettings) -> int:
     """Run all roles until SIGTERM or SIGINT; returns the exit status: 0 after an orderly stop."""
-    from csi_driver.host import command
-    from csi_driver.host.facts import MachineTools
-    from csi_driver.host.supervise import ChildProcesses
+    from csi_driver.host import processes
+    from csi_driver.host.machine_checks import MachineTools
+    from csi_driver.host.processes import ChildProcesses
 
     def write(line: str) -> None:
         print(line, flush=True)
 
-    return Local(settings, ChildProcesses(), command, write=write, problems=MachineTools(()).problems).run()
+    return Local(settings, ChildProcesses(), processes, write=write, problems=MachineTools(()).problems).run()
 
 
 class Local:

@@ -20,7 +20,7 @@ def run_pre_stop(
 ) -> int:
     """Wait where the node is being drained; return the exit status, which is 0, after SIGTERM too."""
     from csi_driver.host.mount_table import read_table
-    from csi_driver.host.running import find_running, log_of
+    from csi_driver.host.processes import find_running, log_of
     from csi_driver.kubernetes.api import ApiServer
     from csi_driver.kubernetes.node_object import PreStop
 

@@ -33,7 +33,7 @@ class Output(Protocol):
 
 
 class Commands(Protocol):
-    """Programs of the machine (`csi_driver.host.command`)."""
+    """Programs of the machine (`csi_driver.host.processes`)."""
 
     def run(self, argv: Sequence[str], *, timeout_s: float, accept: Collection[int] = (0,)) -> Output: ...
 

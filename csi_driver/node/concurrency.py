@@ -230,7 +230,7 @@ class HeavyOperations:
     Formatting, checking and growing take seconds and have the places. To read a whole volume may take hours: who does
     that gives its place to others meanwhile, so that a few large old volumes do not hold up every other one. As many
     volumes are read at once as there are places. A place is lent to others when its work takes very long: the device
-    may hang, and its tool is never killed (`host.command`).
+    may hang, and its tool is never killed (`host.processes`).
     """
 
     def __init__(self, places: int) -> None:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from csi_driver.host import blank
+from csi_driver.host import zero_scan
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.devices import LinuxDevices
 
@@ -41,7 +41,7 @@ def _scan(devices: LinuxDevices) -> None:
     device = devices.find("csi-scan")
     assert device is not None
     with devices.open(device) as opened:
-        assert blank.first_data(opened, deadline=None, progress=lambda _done, _total: None) is None
+        assert zero_scan.first_data(opened, deadline=None, progress=lambda _done, _total: None) is None
 
 
 def _dd(devices: LinuxDevices) -> None:

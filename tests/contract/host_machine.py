@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
+from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host.mounts import LinuxMounts
-from csi_driver.host_model import Device
+from csi_driver.host_model import Device, LoopDevice
 from csi_driver.model import MIB
 
 LIVE = {

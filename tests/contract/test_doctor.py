@@ -259,7 +259,7 @@ def test_an_nvme_identity_that_others_may_have_is_told(
     nqn.write_text(f"nqn.2014-08.org.nvmexpress:uuid:{uuid}\n")
     os.utime(nqn, (time.time() - age_s,) * 2)
     (etc / "nvme/hostid").write_text(host_id)
-    monkeypatch.setattr("csi_driver.host.survey.ETC", etc)
+    monkeypatch.setattr("csi_driver.host.machine_checks.ETC", etc)
     assert word in machine.look().of(Check.HOST_IDENTITY, gravity)
 
 

@@ -19,9 +19,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, DeadlineReached, OperationPending, PreconditionFailed
-from csi_driver.host import ioctls
-from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host import block_devices, ioctls
+from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB
@@ -419,8 +418,8 @@ def test_loop_devices_work_where_their_nodes_are_missing(machine: HostMachine, m
     """As in a container whose /dev has no node for a device made after its start."""
     from csi_driver.host.connectors import loop
 
-    real = loop._node_number
-    monkeypatch.setattr(loop, "_node_number", lambda node: None if node.parent == Path("/dev") else real(node))
+    real = block_devices.node_number
+    monkeypatch.setattr(loop, "node_number", lambda node: None if node.parent == Path("/dev") else real(node))
     volume = machine.volume()
     assert machine.device(volume).uuid == volume.uuid
     assert machine.loops.detach(volume.loop)

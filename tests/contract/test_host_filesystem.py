@@ -19,7 +19,7 @@ from csi_driver.errors import (
     PreconditionFailed,
     ToolMissing,
 )
-from csi_driver.host import command, facts
+from csi_driver.host import machine_checks, processes
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host_model import Blank, Content, Device, Filesystem, OtherContent
 from csi_driver.model import GIB, MIB
@@ -233,7 +233,7 @@ def test_a_filesystem_that_the_driver_cannot_make_is_refused(machine: HostMachin
 
 
 def test_what_can_be_made_here_begins_with_ext4(machine: HostMachine) -> None:
-    installed = [fs_type for fs_type in SIZES if shutil.which(f"mkfs.{fs_type}", path=command.SEARCH_PATH)]
+    installed = [fs_type for fs_type in SIZES if shutil.which(f"mkfs.{fs_type}", path=processes.SEARCH_PATH)]
     assert list(machine.filesystems.supported()) == installed
 
 
@@ -323,7 +323,7 @@ def test_a_mounted_ext4_grows_or_the_missing_capability_is_named(machine: HostMa
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
     before = total_bytes(target)
     grown = machine.grow(volume, 128 * MIB)
-    if facts.has_capability(24):
+    if machine_checks.has_capability(24):
         machine.filesystems.grow_mounted(target, grown, "ext4")
         assert total_bytes(target) > before
     else:
@@ -396,44 +396,44 @@ def test_the_use_of_a_filesystem_is_what_df_says(machine: HostMachine, fs_type: 
 
 def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
     with pytest.raises(CommandTimedOut):
-        command.run(("sh", "-c", f"sleep 600{os.getpid()} & sleep 600{os.getpid()}"), timeout_s=0.2)
+        processes.run(("sh", "-c", f"sleep 600{os.getpid()} & sleep 600{os.getpid()}"), timeout_s=0.2)
     assert f"sleep 600{os.getpid()}" not in shell("ps", "-eo", "args")
 
 
 def test_a_program_that_works_on_a_device_is_waited_for_and_never_killed(caplog: pytest.LogCaptureFixture) -> None:
     """It would leave the device locked for everybody, where its I/O is held."""
-    done = command.run(("sh", "-c", "sleep 0.3; echo whole"), timeout_s=0.1, on_device=True)
+    done = processes.run(("sh", "-c", "sleep 0.3; echo whole"), timeout_s=0.1, on_device=True)
     assert done.stdout == b"whole\n"
     assert "has not ended within 0.1 s; it works on a device and is not killed" in caplog.text
 
 
 def test_a_status_that_is_no_answer_is_a_failure_with_the_reason() -> None:
     with pytest.raises(CommandFailed, match="status 3: because") as caught:
-        command.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=60)
+        processes.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=60)
     assert caught.value.status == 3
 
 
 def test_a_status_that_is_an_answer_is_returned() -> None:
-    assert command.run(("sh", "-c", "cat; exit 3"), timeout_s=60, accept=(0, 3), stdin=b"in").stdout == b"in"
+    assert processes.run(("sh", "-c", "cat; exit 3"), timeout_s=60, accept=(0, 3), stdin=b"in").stdout == b"in"
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "SEARCH_PATH", "/nowhere")
+    monkeypatch.setattr(processes, "SEARCH_PATH", "/nowhere")
     with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; install the package xfsprogs"):
-        command.run(("mkfs.xfs",), timeout_s=60)
+        processes.run(("mkfs.xfs",), timeout_s=60)
 
 
 def test_a_program_gets_nothing_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "value")
-    shown = command.run(("env",), timeout_s=60).stdout.decode()
+    shown = processes.run(("env",), timeout_s=60).stdout.decode()
     assert "SECRET" not in shown
     assert "LC_ALL=C" in shown
 
 
 def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert facts.MachineTools([tmp_path]).problems() == []
-    monkeypatch.setattr(facts, "find_tool", lambda tool: None if tool == "blkid" else "/usr/sbin/any")
-    problems = facts.MachineTools([tmp_path / "absent"]).problems()
+    assert machine_checks.MachineTools([tmp_path]).problems() == []
+    monkeypatch.setattr(machine_checks, "find_tool", lambda tool: None if tool == "blkid" else "/usr/sbin/any")
+    problems = machine_checks.MachineTools([tmp_path / "absent"]).problems()
     assert problems[0] == "blkid is not installed; install the package util-linux"
     assert "absent does not exist" in problems[1]
 
@@ -441,8 +441,8 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
 def test_a_container_that_hides_block_devices_in_sysfs_is_told_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(facts, "_SYS_DEV_BLOCK", tmp_path / "absent")
-    assert ["is not visible" in problem for problem in facts.MachineTools([tmp_path]).problems()] == [True]
+    monkeypatch.setattr(machine_checks, "_SYS_DEV_BLOCK", tmp_path / "absent")
+    assert ["is not visible" in problem for problem in machine_checks.MachineTools([tmp_path]).problems()] == [True]
 
 
 def test_every_failure_of_this_adapter_is_one_of_the_driver(machine: HostMachine) -> None:
@@ -455,9 +455,11 @@ def test_a_root_whose_mounts_do_not_reach_the_host_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: path == Path("/"))
-    assert [str(tmp_path) in warning for warning in facts.MachineTools([tmp_path]).warnings()][-1:] == [True]
+    assert [str(tmp_path) in warning for warning in machine_checks.MachineTools([tmp_path]).warnings()][-1:] == [True]
 
 
 def test_the_root_of_the_machine_itself_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: False)
-    assert not [warning for warning in facts.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning]
+    assert not [
+        warning for warning in machine_checks.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning
+    ]

@@ -18,7 +18,7 @@ import pytest
 
 from csi_driver.deadline import SystemClock
 from csi_driver.errors import DriverError, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import going_down, mount_table, mounts, syscalls
+from csi_driver.host import health, mount_table, mounts, syscalls
 from csi_driver.host_model import DeviceNumber
 from csi_driver.model import MIB, AccessMode, MountAccess
 from csi_driver.parameters.mkfs import MkfsRequest
@@ -210,7 +210,7 @@ def test_a_reader_mounts_a_filesystem_whose_log_nobody_may_replay(machine: HostM
         machine.mounts.mount(device, target, fs_type, [], read_only=False)
         with (target / name).open("wb") as file:
             os.fsync(file.fileno())
-        assert name == "older" or going_down.shut_down(target, device.number)
+        assert name == "older" or health.shut_down(target, device.number)
         shell("umount", str(target))
     machine.devices.set_read_only(device)
     with pytest.raises(HostFailure):
@@ -406,12 +406,12 @@ def test_no_filesystem_but_that_of_the_lost_device_is_shut_down(machine: HostMac
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
-    assert not going_down.shut_down(target, DeviceNumber(device.number.major, device.number.minor + 1))
+    assert not health.shut_down(target, DeviceNumber(device.number.major, device.number.minor + 1))
     with (target / "file").open("wb", buffering=0) as file:
         file.write(HELD_BACK)
         os.fsync(file.fileno())
-    assert not going_down.shut_down(machine.place("plain"), device.number)
-    assert going_down.shut_down(target, device.number)
+    assert not health.shut_down(machine.place("plain"), device.number)
+    assert health.shut_down(target, device.number)
     with pytest.raises(OSError, match="rror"):
         (target / "other").write_bytes(HELD_BACK)
 

@@ -20,12 +20,11 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
 from csi_driver.health import Reason
 from csi_driver.host import syscalls
-from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.connectors.reader import ReadOnlyLoops
-from csi_driver.host.facts import MachineTools
+from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
+from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
+from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.probes import LinuxProbes
 from csi_driver.host_model import FaultKind, Mount
 from csi_driver.model import MIB
 from csi_driver.node import NodeSettings

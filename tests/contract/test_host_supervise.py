@@ -14,7 +14,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import SystemCallFailed
-from csi_driver.host.supervise import ChildProcess, ChildProcesses
+from csi_driver.host.processes import ChildProcess, ChildProcesses
 
 SLEEPER = (sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)")
 STUBBORN = (
@@ -127,7 +127,7 @@ def test_a_log_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
 
 PARENT = (
     "import os, signal, sys, threading, time; from pathlib import Path\n"
-    "from csi_driver.host.supervise import ChildProcesses\n"
+    "from csi_driver.host.processes import ChildProcesses\n"
     "start = lambda: print(ChildProcesses().start("
     f"{STUBBORN!r}, log=Path(sys.argv[1], 'log'), pid_file=Path(sys.argv[1], 'pid')).pid, flush=True)\n"
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.connectors.loop import LoopDevice, LoopDevices
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host_model import LoopDevice
 
 pytestmark = pytest.mark.root
 

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import Denied, DriverError, HostFailure, PreconditionFailed
-from csi_driver.host.luks_files import LuksFiles, claimed
+from csi_driver.host.luks import LuksFiles, claimed
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
 FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"

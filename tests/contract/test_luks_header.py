@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.luks_header import find_header
+from csi_driver.host.disk_formats import find_header
 from csi_driver.host_model import DamagedHeader, LuksHeader
 from csi_driver.model import MIB
 from tests.contract.host_machine import shell

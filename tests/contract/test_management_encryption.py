@@ -19,7 +19,7 @@ from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import InvalidRequest, OperationPending, PreconditionFailed, VolumeNotFound
-from csi_driver.host.luks_files import LuksFiles
+from csi_driver.host.luks import LuksFiles
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import GIB, MIB, AccessMode, Capability, CapacityRange, MountAccess, ProvisionedVolume

@@ -21,7 +21,7 @@ def start(words):
     node = [sys.executable, "-c", %r, "nvmesh-csi", "node", "--zone=" + (words or "plain")]
     return subprocess.Popen([*words.split(), *node])
 started = [start(words) for words in sys.argv[1:]]
-from csi_driver.host.running import find_running
+from csi_driver.host.processes import find_running
 time.sleep(0.5)
 found = find_running(["node"])
 print(found and " ".join(found.arguments), found and found.environ.get("TOLD"))

@@ -14,11 +14,11 @@ from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
-from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.connectors.loop import ReadOnlyLoops
+from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.probes import LinuxProbes
 from csi_driver.host_model import Content, Device
 from csi_driver.model import MIB
 from csi_driver.node import ports

@@ -16,15 +16,14 @@ from typing import Any
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError
-from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.host.facts import MachineTools
 from csi_driver.host.filesystem import LinuxFilesystems
+from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
+from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.connectors.reader import ReadOnlyLoops
-from csi_driver.host.facts import MachineTools
+from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
+from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
+from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
 from csi_driver.node import NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble

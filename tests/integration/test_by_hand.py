@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.luks_files import LuksFiles
+from csi_driver.host.luks import LuksFiles
 from csi_driver.rpc.client import CallFailed
 from tests.integration.rig import GIB, MIB, PROGRAM, REPOSITORY, Rig, Volume, digest, filesystem, fill, mounts_below
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host import command
+from csi_driver.host import processes
 from csi_driver.model import MIB
 from csi_driver.rpc.client import CallFailed
 from tests.contract.host_machine import Volume as LoopVolume
@@ -193,7 +193,7 @@ def test_a_tool_that_reads_a_dead_device_is_left_alone_and_locks_nobody_out(worl
     disk.stall()
     try:
         reader = threading.Thread(
-            target=lambda: answers.append(command.run(argv, timeout_s=0.2, accept=(0, 2), on_device=True).status)
+            target=lambda: answers.append(processes.run(argv, timeout_s=0.2, accept=(0, 2), on_device=True).status)
         )
         reader.start()
         reader.join(1.0)

@@ -24,10 +24,11 @@ from csi_driver.deadline import Deadline
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.errors import OperationPending, PreconditionFailed, ReservationConflict, VolumeNotFound
+from csi_driver.host_model import LoopDevice
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Client, ClientStatus, Layout, ReservationMode, Volume, VolumeSpec
-from tests.unit.embedded.fake_loops import FakeLoop, FakeLoopDevices
+from tests.unit.embedded.fake_loops import FakeLoopDevices
 
 USUAL_EXAMPLES = 25
 EXAMPLES = int(os.environ.get("NVMESH_CSI_RESERVATION_EXAMPLES", str(USUAL_EXAMPLES)))
@@ -198,7 +199,7 @@ class Storage:
     def hold(self, client: str, *, down: bool) -> None:
         self.server.api.hold(f"client:{client}", held=down)
 
-    def device(self, client: str, uuid: str) -> FakeLoop | None:
+    def device(self, client: str, uuid: str) -> LoopDevice | None:
         directory = self.server.settings.clients[CLIENTS.index(client)].device_directory
         found = (d for d in self.loops.bound.values() if uuid in d.file.name and d.node is not None)
         return next((device for device in found if device.node is not None and device.node.parent == directory), None)

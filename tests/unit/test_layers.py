@@ -75,8 +75,7 @@ def test_environment_is_read_by_the_composition_root_alone() -> None:
 
 
 def test_processes_are_started_by_the_host_adapter_alone() -> None:
-    starters = ("csi_driver.host.command", "csi_driver.host.supervise")
-    assert not findings(members_of_os(STARTS_A_PROCESS.fullmatch), *starters)
+    assert not findings(members_of_os(STARTS_A_PROCESS.fullmatch), "csi_driver.host.processes")
 
 
 def test_files_of_the_kernel_are_named_by_the_host_adapter_alone() -> None:

@@ -15,12 +15,12 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, MissingField, PreconditionFailed
-from csi_driver.host.connectors.reader import ReadOnlyLoops
-from csi_driver.host.facts import MachineTools
+from csi_driver.host.connectors.loop import ReadOnlyLoops
+from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
+from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.probes import LinuxProbes
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
 from csi_driver.node.service import assemble

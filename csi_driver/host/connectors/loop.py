@@ -1,8 +1,8 @@
-"""Loop devices: made for the embedded storage manager's files, and over devices that a reader may not write.
+"""Loop devices: over the files of the embedded storage manager, and read-only ones over block devices.
 
-The kernel is the only state: what is bound is read from sysfs, who it is from the label given at LOOP_CONFIGURE
-(lo_file_name; its first 36 characters are the volume's uuid). Device nodes are files that may be missing, or left over
-and point at a number that is now another file's: nodes are compared by number, never believed.
+The kernel holds all state: sysfs tells which loop devices are bound, and the label given at LOOP_CONFIGURE
+(lo_file_name; it begins with the volume's uuid) tells for which volume. Device nodes may be missing, or left over with
+a number that was bound to another file since: they are compared by number.
 """
 
 from __future__ import annotations
@@ -10,113 +10,54 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
+import re
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
-from csi_driver.host import ioctls
-from csi_driver.host_model import DeviceNumber
-from csi_driver.model import is_uuid
+from csi_driver.host import block_devices, ioctls
+from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
+from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevice, uuid_of_label
 
 LOOP_MAJOR = 7
-_UUID_LENGTH = 36
 _DELETED = " (deleted)"
 _SYS_BLOCK = Path("/sys/block")
-_SYS_DEV_BLOCK = Path("/sys/dev/block")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
 _FENCED_BYTES = 512
-"""Less than the smallest block that anything here writes, 4096: no request fits, not even one for the first block."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoopDevice:
-    """A bound loop device.
-
-    `file` is its file's path as the kernel tells it here and now, which need not be the one that it was opened by: what
-    a container bound that is gone has a path below what was mounted there. `identity` is the file's filesystem and
-    inode. `file_is_gone`: it was unlinked while it was bound. `backing` is the device under it, where `file` is a
-    device node. `fenced`: it carries no I/O any more.
-    """
-
-    number: int
-    device_number: DeviceNumber
-    file: Path
-    label: str
-    read_only: bool
-    node: Path | None = None
-    file_is_gone: bool = False
-    backing: DeviceNumber | None = None
-    fenced: bool = False
-    identity: tuple[int, int] | None = field(default=None, compare=False)
-
-    @property
-    def device(self) -> tuple[int, int]:
-        """Major and minor number."""
-        return self.device_number.major, self.device_number.minor
-
-    @property
-    def uuid(self) -> str | None:
-        """The volume's uuid as the label has it."""
-        return uuid_of_label(self.label)
-
-
-class Bound(Protocol):
-    """What names a bound loop device. The label guards against a number that was bound to another file since."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def file(self) -> Path: ...
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def node(self) -> Path | None: ...
-
-
-def uuid_of_label(label: str) -> str | None:
-    """Return the volume uuid at the head of a label; None when the label is not one of ours."""
-    head, rest = label[:_UUID_LENGTH], label[_UUID_LENGTH:]
-    return head.lower() if is_uuid(head) and rest[:1] in ("", "/") else None
+"""Less than the smallest block that is written here, 4096: every request is beyond the end of the device."""
 
 
 def claimed_uuid(fd: int) -> str | None:
-    """Return the volume uuid that an open loop device claims; None when it is unbound or not ours."""
+    """Return the volume uuid in the label of an open loop device; None when it has none."""
     status = ioctls.loop_status(fd)
     return uuid_of_label(status.label) if status is not None else None
 
 
+@dataclass(slots=True)
 class LoopDevices:
-    """The loop devices of this machine.
+    """The loop devices of this machine. `directory` takes temporary nodes of devices that have none in /dev."""
 
-    `device_directory` is where nodes are made for a moment when udev or devtmpfs makes none.
-    """
-
-    def __init__(self, device_directory: Path = Path("/dev"), clock: Clock = SYSTEM_CLOCK) -> None:
-        self._directory = device_directory
-        self._clock = clock
-        self._binding = threading.Lock()
+    directory: Path = Path("/dev")
+    clock: Clock = SYSTEM_CLOCK
+    _binding: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def attach(
         self, file: Path, node: Path | None, *, label: str, read_only: bool, block_size: int = 4096
     ) -> LoopDevice:
-        """Bind `file` (a file or block device) to a free loop device and make its node, mode 0600.
+        """Bind a file or block device to a free loop device and make its node, mode 0600 (None: /dev/loopN is used).
 
-        `label` has at most 63 bytes, the volume's uuid first. Direct I/O where the file's filesystem allows it.
-        With no `node` the machine's own node is used and not made.
+        Uses direct I/O where the file's filesystem allows it.
         """
         if len(label.encode()) > ioctls.LOOP_LABEL_LIMIT:
-            raise HostFailure(f"the loop label {label} is longer than {ioctls.LOOP_LABEL_LIMIT} bytes")
-        backing = _open_backing(file, read_only)
+            raise HostFailure(f"loop label: expected at most {ioctls.LOOP_LABEL_LIMIT} bytes, got {label!r}")
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
+        backing = _open(file, flags | os.O_NOFOLLOW)
         try:
             number = self._bind(backing, label, ioctls.LOOP_READ_ONLY if read_only else 0, block_size)
             rdev = os.fstat(backing).st_rdev
@@ -133,24 +74,15 @@ class LoopDevices:
             raise
 
     def ensure_node(self, device: LoopDevice, node: Path) -> LoopDevice:
-        """Make `node` the device's node, in one step, whatever it was; return the device with it."""
-        if _node_number(node) != device.device_number:
-            temporary = node.with_name(f".{node.name}.{os.getpid()}.{threading.get_ident()}")
-            try:
-                _make_node(temporary, device.device_number)
-                os.replace(temporary, node)
-            except OSError as error:
-                raise SystemCallFailed(f"make the device node {node}", error.errno or 0) from error
-            finally:
-                temporary.unlink(missing_ok=True)
+        """Make `node` the device's node, atomically, and return the device with it."""
+        block_devices.ensure_node(node, device.device_number)
         return replace(device, node=node)
 
     def bound_to(self, directory: Path, nodes: Path | None = None) -> tuple[LoopDevice, ...]:
-        """Return every loop device whose file lies, or lay, under `directory`, lowest number first.
+        """Return the loop devices over files in `directory`, deleted files included, by number.
 
-        Files are told apart by inode: their paths are those of whoever bound the device, who may have seen another
-        tree (a container). `node` is filled in from the directory `nodes`, None where none there has the device's
-        number.
+        Files are compared by inode: the kernel shows the path that was valid where the device was bound, perhaps in a
+        container. `node` is set from the device nodes in the directory `nodes`.
         """
         root = directory.resolve()
         by_number = _nodes_in(nodes) if nodes is not None else {}
@@ -159,9 +91,9 @@ class LoopDevices:
         return tuple(replace(device, node=by_number.get(device.device_number)) for device in found)
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
-        """Yield every bound loop device of the machine, lowest number first.
+        """Yield the bound loop devices of this machine by number.
 
-        With `file_name`: those whose file has that name in its directory; no other is opened, which may hang.
+        With `file_name`: those over a file of that name. No other device is opened, because its open may hang.
         """
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
@@ -172,9 +104,9 @@ class LoopDevices:
                 yield device
 
     def bound_as(self, number: DeviceNumber) -> LoopDevice | None:
-        """Return the bound loop device that has this device number; None when it is no loop device or unbound."""
+        """Return the bound loop device with this device number."""
         try:
-            name = (_SYS_DEV_BLOCK / str(number)).resolve(strict=True).name
+            name = (SYS_DEV_BLOCK / str(number)).resolve(strict=True).name
         except OSError:
             return None
         digits = name.removeprefix("loop")
@@ -184,7 +116,7 @@ class LoopDevices:
         text = _backing_text(number)
         if text is None:
             return None
-        # Closed before it is handed out: the caller may want to detach it.
+        # Closed before it is returned: the caller may detach it.
         try:
             with self._opened(number) as fd:
                 status = ioctls.loop_status(fd)
@@ -192,23 +124,22 @@ class LoopDevices:
             return None
         return _described(number, text, status) if status is not None else None
 
-    def has_file(self, device: Bound, file: Path) -> bool:
-        """Tell whether what is at `file` now is what the device is bound to."""
+    def has_file(self, device: LoopDevice, file: Path) -> bool:
+        """Tell if the device is bound to the file that is at this path now."""
         found, here = self._bound_number(device.number), _status(file)
         return found is not None and here is not None and found.identity == (here.st_dev, here.st_ino)
 
-    def grow(self, device: Bound) -> None:
-        """Let the device take the present size of its file."""
+    def grow(self, device: LoopDevice) -> None:
+        """Set the size of the device to the size of its file."""
         with self._opened(device.number) as fd:
             _require_same(fd, device)
             ioctls.loop_set_capacity(fd)
 
-    def fence(self, device: Bound) -> LoopDevice | None:
-        """Let the device carry no I/O any more, whoever has it mounted or open; return it as it is then.
+    def fence(self, device: LoopDevice) -> LoopDevice | None:
+        """Cut a device that may be in use off from its file, until it is unbound; None when the kernel refuses.
 
-        What was written to it before is in its file when this returns; what is written afterwards meets an error and
-        never reaches the file. It stays so until the device is unbound. None where the kernel refuses: older ones keep
-        the size of a device of which they have pages.
+        Writes up to now are in the file when this returns; later ones fail and never reach it. Older kernels keep the
+        size of a device with cached pages.
         """
         with self._opened(device.number, os.O_RDWR) as fd:
             _require_same(fd, device)
@@ -222,45 +153,47 @@ class LoopDevices:
         found = self._bound_number(device.number)
         return replace(found, node=device.node) if found is not None else None
 
-    def detach(self, device: Bound) -> bool:
-        """Unbind the device and remove its node; False when it is mounted or anybody has it open.
+    def detach(self, device: LoopDevice) -> bool:
+        """Unbind the device and remove its node; False when it is mounted or open.
 
-        A program that looks at it for a moment (udev's probe) is waited for. Already unbound is success; a number
-        that was bound to another file since is left alone.
+        Waits 0.2 s for programs such as udev's probe. Success when it is unbound, or bound to another file since.
         """
-        waiting = Deadline.after(_GRACE_S, self._clock)
+        waiting = Deadline.after(_GRACE_S, self.clock)
         if not waiting.wait_until(lambda: self._unbind(device)):
             return False
-        gone = Deadline.after(_GONE_WITHIN_S, self._clock).wait_until(
+        gone = Deadline.after(_GONE_WITHIN_S, self.clock).wait_until(
             lambda: _backing_text(device.number) is None or not self._is_still(device)
         )
         if not gone:
             return False
-        if device.node is not None and _node_number(device.node) == _number_of(device.number):
+        if device.node is not None and node_number(device.node) == _number_of(device.number):
             device.node.unlink(missing_ok=True)
         return True
 
     # --- one device ---
 
     def _bind(self, backing: int, label: str, flags: int, block_bytes: int) -> int:
-        control = _open_control()
+        control = _open(Path("/dev/loop-control"), os.O_RDWR | os.O_CLOEXEC)
         try:
             for _ in range(_BIND_ATTEMPTS):
                 with self._binding:
                     number = ioctls.loop_free_number(control)
                     with self._opened(number, os.O_RDONLY if flags & ioctls.LOOP_READ_ONLY else os.O_RDWR) as fd:
-                        if _configure(fd, backing, label, flags, block_bytes):
+                        if _configure(fd, backing, label, flags | ioctls.LOOP_DIRECT_IO, block_bytes):
                             if not flags & ioctls.LOOP_READ_ONLY:
-                                # A loop device keeps what BLKROSET said of it when it was another file's.
+                                # A loop device keeps the BLKROSET state of its previous use.
                                 ioctls.set_read_only(fd, False)
                             return number
         finally:
             os.close(control)
         raise HostFailure(f"no loop device stayed free long enough to be bound ({_BIND_ATTEMPTS} attempts)")
 
-    def _unbind(self, device: Bound) -> bool:
-        """Try once. The kernel, asked to unbind a device that others have open, says yes and does it at their last
-        close (loop(4), LOOP_CLR_FD): that promise is taken back, so that a busy device stays as it was."""
+    def _unbind(self, device: LoopDevice) -> bool:
+        """Try once.
+
+        LOOP_CLR_FD of a device that others have open succeeds and unbinds it at the last close (loop(4)): then the
+        AUTOCLEAR flag is cleared again, so that a busy device stays as it was.
+        """
         try:
             with self._opened(device.number, os.O_RDONLY | os.O_EXCL) as fd:
                 status = ioctls.loop_status(fd)
@@ -279,7 +212,7 @@ class LoopDevices:
                 return False
             raise
 
-    def _is_still(self, device: Bound) -> bool:
+    def _is_still(self, device: LoopDevice) -> bool:
         try:
             with self._opened(device.number) as fd:
                 status = ioctls.loop_status(fd)
@@ -292,10 +225,10 @@ class LoopDevices:
         wanted = _number_of(number)
         usual = Path(f"/dev/loop{number}")
         try:
-            if _node_number(usual) == wanted:
+            if node_number(usual) == wanted:
                 fd = os.open(usual, flags | os.O_CLOEXEC)
             else:
-                fd = _open_through_own_node(self._directory, wanted, flags)
+                fd = block_devices.open_temporary_node(self.directory, wanted, flags)
         except OSError as error:
             raise SystemCallFailed(f"open loop device {number}", error.errno or 0) from error
         try:
@@ -304,36 +237,24 @@ class LoopDevices:
             os.close(fd)
 
 
-def _open_backing(file: Path, read_only: bool) -> int:
+def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return os.open(path, flags)
     except OSError as error:
-        raise SystemCallFailed(f"open {file}", error.errno or 0) from error
-
-
-def _open_control() -> int:
-    try:
-        return os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise SystemCallFailed("open /dev/loop-control", error.errno or 0) from error
+        raise SystemCallFailed(f"open {path}", error.errno or 0) from error
 
 
 def _configure(fd: int, backing: int, label: str, flags: int, block_bytes: int) -> bool:
-    """Bind an open loop device; False when somebody else was quicker."""
+    """Bind an open loop device; False when another program bound it first."""
     try:
-        ioctls.loop_configure(fd, backing, label=label, flags=flags | ioctls.LOOP_DIRECT_IO, block_bytes=block_bytes)
+        ioctls.loop_configure(fd, backing, label=label, flags=flags, block_bytes=block_bytes)
     except SystemCallFailed as failure:
         if failure.errno == errno.EBUSY:
             return False
-        if failure.errno != errno.EINVAL:
-            raise
-        # The file's filesystem has no direct I/O in such blocks.
-        try:
-            ioctls.loop_configure(fd, backing, label=label, flags=flags, block_bytes=block_bytes)
-        except SystemCallFailed as buffered:
-            if buffered.errno == errno.EBUSY:
-                return False
-            raise
+        if failure.errno == errno.EINVAL and flags & ioctls.LOOP_DIRECT_IO:
+            # The file's filesystem has no direct I/O in blocks of this size.
+            return _configure(fd, backing, label, flags & ~ioctls.LOOP_DIRECT_IO, block_bytes)
+        raise
     return True
 
 
@@ -363,9 +284,9 @@ def _files_below(root: Path) -> set[tuple[int, int]]:
 
 def _lies_in(device: LoopDevice, root: Path, identities: set[tuple[int, int]]) -> bool:
     if not device.file_is_gone:
-        # While a device is bound to a file, its inode's number is given to no other.
+        # The inode number of a file is not given to another file while a device is bound to it.
         return device.identity in identities
-    # Nothing is left to compare with but its path, and that it lay on this filesystem.
+    # Of a deleted file only the path and the filesystem remain to compare.
     here = _status(root)
     on_it = here is not None and device.identity is not None and device.identity[0] == here.st_dev
     return on_it and device.file.is_relative_to(root)
@@ -378,24 +299,23 @@ def _status(path: Path | str) -> os.stat_result | None:
         return None
 
 
-def _require_same(fd: int, device: Bound) -> None:
+def _require_same(fd: int, device: LoopDevice) -> None:
     status = ioctls.loop_status(fd)
     label = status.label if status is not None else None
     if label != device.label:
-        raise PreconditionFailed(f"loop device {device.number} claims {label or 'nothing'}, expected {device.label}")
+        raise PreconditionFailed(f"loop device {device.number}: expected the label {device.label!r}, got {label!r}")
 
 
 def _number_of(number: int) -> DeviceNumber:
     try:
-        major, _, minor = (_SYS_BLOCK / f"loop{number}" / "dev").read_text().strip().partition(":")
+        return DeviceNumber.parse((_SYS_BLOCK / f"loop{number}" / "dev").read_text())
     except OSError as error:
         raise SystemCallFailed(f"look at loop device {number}", error.errno or 0) from error
-    return DeviceNumber(int(major), int(minor))
 
 
 def _backing_text(number: int) -> str | None:
     file = f"{_SYS_BLOCK}/loop{number}/loop/backing_file"
-    # Most of a machine's loop devices are unbound: to see that costs a tenth of an open that fails.
+    # Most loop devices of a machine are unbound: this check takes a tenth of the time of a failing open.
     if not os.path.exists(file):
         return None
     try:
@@ -409,33 +329,86 @@ def _file_name(number: int) -> str | None:
     return Path(text.removesuffix(_DELETED)).name if text is not None else None
 
 
-def _node_number(node: Path) -> DeviceNumber | None:
-    """Return the device a node file stands for; None when it is absent or no block device."""
-    try:
-        status = os.lstat(node)
-    except OSError:
-        return None
-    return ioctls.device_number(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
-
-
 def _nodes_in(directory: Path) -> dict[DeviceNumber, Path]:
     try:
         names = sorted(directory.iterdir())
     except OSError:
         return {}
-    numbered = ((_node_number(node), node) for node in names if not node.name.startswith("."))
+    numbered = ((node_number(node), node) for node in names if not node.name.startswith("."))
     return {number: node for number, node in numbered if number is not None}
 
 
-def _make_node(path: Path, number: DeviceNumber) -> None:
-    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
+# --- read-only loop devices over block devices ------------------------------------------------------------------
+# A read-only bind mount of a device node does not keep a process from writing through it, and BLKROSET also stops the
+# existing writers. A loop device opened read-only stops its readers from writing, and nobody else.
+
+_READER_ID = re.compile(r"[0-9a-f]{16}")
+_MARK = "ro-"
 
 
-def _open_through_own_node(directory: Path, number: DeviceNumber, flags: int) -> int:
-    path = directory / f".nvmesh-csi-{number.major}-{number.minor}.{os.getpid()}.{threading.get_ident()}"
-    path.unlink(missing_ok=True)
-    _make_node(path, number)
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    finally:
-        path.unlink(missing_ok=True)
+class ReadOnlyLoops:
+    """Read-only loop devices over block devices that are writable elsewhere on this node. Fits `ReadOnlyDevices`.
+
+    The label is `<volume uuid>/ro-<reader id>`; the nodes are /dev/loopN.
+    """
+
+    def __init__(self, loops: LoopDevices, device_directory: Path = Path("/dev")) -> None:
+        self._loops = loops
+        self._directory = device_directory
+        self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def over(self, device: Device, uuid: str, reader: str) -> Device:
+        """Return the read-only device of this reader over `device`; made when it is missing."""
+        if _READER_ID.fullmatch(reader) is None:
+            raise HostFailure(f"reader id: expected 16 hexadecimal digits, got {reader!r}")
+        label = f"{uuid}/{_MARK}{reader}"
+        with self._making[device.name]:
+            loop = self._find(device, label)
+            if loop is None:
+                loop = self._loops.attach(device.path, None, label=label, read_only=True, block_size=device.block_bytes)
+            return self._described(device, loop)
+
+    def release(self, number: DeviceNumber) -> bool:
+        """Detach such a device when it is unused; False when it is in use or not one of these."""
+        loop = self._loops.bound_as(number)
+        return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
+
+    def present(self, name: str | None = None) -> list[ReadOnlyDevice]:
+        """Return all such devices of this machine, or those over the volume `name`."""
+        return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours(name)]
+
+    def release_left_over(self, reader: str, name: str) -> None:
+        """Detach the unused devices of a reader over the volume `name`, also when the volume's device is gone."""
+        for loop in self._ours(name):
+            if _reader_of(loop) == reader:
+                self._loops.detach(loop)
+
+    def _ours(self, name: str | None = None) -> Iterator[LoopDevice]:
+        return (loop for loop in self._loops.bound(name) if _reader_of(loop) is not None)
+
+    def _find(self, device: Device, label: str) -> LoopDevice | None:
+        same = (loop for loop in self._ours(device.path.name) if loop.label == label)
+        return next((loop for loop in same if loop.backing == device.number and not loop.file_is_gone), None)
+
+    def _described(self, device: Device, loop: LoopDevice) -> Device:
+        node = self._directory / f"loop{loop.number}"
+        self._loops.ensure_node(loop, node)
+        self._loops.grow(loop)
+        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = ioctls.size_bytes(fd)
+            if not ioctls.is_read_only(fd):
+                raise PreconditionFailed(
+                    f"{node} over {device.path}: expected read-only, got a writable device; attach the volume again"
+                )
+        finally:
+            os.close(fd)
+        return Device(device.name, node, loop.device_number, size, True, device.uuid, device.block_bytes)
+
+
+def _reader_of(loop: LoopDevice) -> str | None:
+    """Return the reader id of a read-only loop device over a block device; None for all other loop devices."""
+    if not loop.read_only or loop.backing is None or loop.uuid is None:
+        return None
+    mark, _, reader = loop.label.partition("/")[2].partition(_MARK)
+    return reader if not mark and _READER_ID.fullmatch(reader) is not None else None

@@ -1,52 +1,52 @@
-"""What an NVMesh client shows of itself and of each attached volume: files under its status directory, and the SCSI
-serial number of the device.
+"""The NVMesh client on this machine: its status files, its configuration, and the identity of its devices.
 
-The files change between versions of the client and may be read half written: only what is needed is taken, and what
-cannot be read is "not known", never a guess. The embedded manager writes the same files.
+The status files change between client versions and may be read half written: only what is needed is parsed, and a value
+that cannot be read is unknown (None). The embedded storage manager writes the same files.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.errors import HostFailure
+from csi_driver.host import ioctls
 from csi_driver.host_model import StorageClient, VolumeStatus
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import ReservationMode
 
 _STATUS_LIMIT_BYTES = 4 << 20
-"""The client answers EFBIG to a status that is longer. A volume of many pieces lists each of them."""
+"""The client answers EFBIG to a longer status, which a volume of many pieces has."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
-_LIVE, _DEGRADED_READ_ONLY = 0x200, 0x293
-"""Values of `dbg` while the client carries I/O, in the second state reads alone."""
-_PREEMPTED = 0x1000
-"""Bit of `dbg`."""
-CLIENT_VOLUME_LIMIT = 1024
-"""Volumes that one NVMesh client can have attached, hidden ones included (NVMesh User Guide 3.5, limits)."""
+# NVIDIA/nvmesh-kernel, nvmeibc_topology.c: `dbg` with I/O enabled, in the second state for reads only; a bit of `dbg`.
+_LIVE, _DEGRADED_READ_ONLY, _PREEMPTED = 0x200, 0x293, 0x1000
+_CLIENT_VOLUME_LIMIT = 1024
+"""Attached volumes of one client, hidden ones included (NVMesh User Guide 3.5, limits)."""
 _MODES = {mode.name: mode for mode in ReservationMode}
 
 UPDATER_MARK = Path("/var/run/nvmesh/nvmeshclient/upgrade")
-"""Made by the updater of the client, and removed by its success or by a reboot alone, not where it fails."""
+"""Made by the client's updater; removed when the update succeeds and by a reboot, not when it fails."""
 UPGRADE_MARKS = (UPDATER_MARK, Path("/proc/nvmeiba"))
-"""What is there, without the status files, while a client is replaced under running volumes: the updater's mark, and
-the client's lower layer, which stays loaded."""
+"""Present while the client is upgraded under attached volumes, without status files: the updater's mark, and the
+client's lower module, which stays loaded."""
 CLIENT_SIGNS = (Path("/etc/nvmesh/nvmesh.conf"),)
-"""What is there where a client is installed, whether or not it runs."""
+"""Present where a client is installed, running or not."""
+
+
+# --- status of a volume -------------------------------------------------------------------------------------------
 
 
 def parse_volume_status(text: str) -> VolumeStatus | None:
-    """Read a volume's `status.json`; None when it is torn, or names no volume that is attached for use.
+    """Read a volume's `status.json`; None when it is torn or of a hidden attachment.
 
-    Name and uuid are demanded, all else is a hint: left out where its form is not known here. A hidden attachment is
-    the client's own (recovery, encryption) and has no device.
+    Name and uuid are required. Hidden attachments are the client's own (recovery, encryption) and have no device.
     """
     document = _object(text)
     name, uuid = document.get("name"), document.get("uuid")
@@ -76,18 +76,18 @@ def _size_bytes(document: Mapping[str, object]) -> int | None:
 
 
 def _refusal(debug_di: object) -> str:
-    # Whoever cannot tell that data is written must not hand the device out: only what is clearly off is taken for off.
+    # Only a clear "off" counts as off: with debug_di on, writes are acknowledged and lost.
     if debug_di is None or _number(debug_di) == 0:
         return ""
     return "its client runs in a debug mode that does not write data (debug_di)"
 
 
 def _io_enabled(document: Mapping[str, object]) -> bool | None:
-    """Tell whether the client carries I/O: True where everything it shows says so, False where nothing does, else None.
+    """Tell if I/O is enabled: True or False when all fields agree, else None.
 
-    `dbg` says it exactly: the attachment's status in its second byte, its errors in the first. Newer clients show
-    `io_enabled` beside it, some seconds late. ATTACHED stays set, in `dbg` and in `attach_status`, after I/O was lost.
-    A volume that is suspended or detaching has no `dbg`. Source: NVIDIA/nvmesh-kernel, nvmeibc_topology.c.
+    `dbg` is exact: the status of the attachment in its second byte, its errors in the first. Newer clients show
+    `io_enabled` too, some seconds late. ATTACHED stays set, in `dbg` and `attach_status`, after I/O was lost. A volume
+    that is suspended or detaching has no `dbg`. Source: NVIDIA/nvmesh-kernel, nvmeibc_topology.c.
     """
     signs: set[bool | None] = set()
     if "io_enabled" in document:
@@ -103,15 +103,14 @@ def _io_enabled(document: Mapping[str, object]) -> bool | None:
 
 
 def _is_preempted(document: Mapping[str, object]) -> bool:
-    """Tell whether another client's reservation has cut off this attachment's I/O; it stays so until it is detached."""
     state = _number(document.get("dbg"))
     return document.get("attach_status") == "Preempted" or (state is not None and bool(state & _PREEMPTED))
 
 
 def _refuses_writes(document: Mapping[str, object]) -> bool | None:
-    """Tell whether writes fail: to an attachment that is read-only, and to a volume that is degraded.
+    """Tell if writes fail: the attachment is read-only or the volume degraded.
 
-    `enforce_read_only` is no sign of it: the client sets it for every volume.
+    `enforce_read_only` does not tell it: the client sets it for every volume.
     """
     if _number(document.get("dbg")) == _DEGRADED_READ_ONLY:
         return True
@@ -123,7 +122,7 @@ def _refuses_writes(document: Mapping[str, object]) -> bool | None:
 def _words(document: Mapping[str, object]) -> str:
     keys = ("status", "attach_status", "dbg", "io_enabled", "reservation")
     shown = (f"{key} is {ascii(document.get(key))[:48]}" for key in keys if key in document)
-    return ", ".join(shown) or "its status names neither status, attach_status, dbg nor io_enabled"
+    return ", ".join(shown) or "its status has neither status, attach_status, dbg nor io_enabled"
 
 
 def _number(value: object) -> int | None:
@@ -138,7 +137,7 @@ def _is_octal(text: str) -> bool:
 
 def parse_reference_ids(text: str) -> tuple[str, ...] | None:
     """Read the reference ids of a volume's `blob.txt`; None when it is torn or of an unknown encoding."""
-    lines = text.split("\n")[:-1]  # what no newline ends is torn
+    lines = text.split("\n")[:-1]  # a line without a newline is torn
     values: dict[str, str] = {}
     for number, line in enumerate(lines):
         key, _, value = line.partition("=")
@@ -157,34 +156,33 @@ def _reference_ids(values: Mapping[str, str], lines: Sequence[str]) -> tuple[str
 
 
 def parse_opens(text: str) -> int | None:
-    """Read how often a device is open from the last line of a volume's `client_processes`; None when it is torn.
+    """Read the open count of a device from the last line of `client_processes`; None when it is torn.
 
-    The processes listed above that line are no answer: they are thread groups, and stay listed after they closed it.
-    The client's other files go on with a version and the time.
+    The processes listed above that line do not tell it: thread groups stay listed after they closed the device.
     """
     counts = _OPENS.findall(text)
     return int(counts[-1]) if counts else None
 
 
+# --- status of the client -----------------------------------------------------------------------------------------
+
+
 def parse_client_uuid(text: str) -> str | None:
-    """Read the client's own uuid from the client's `status.json`; None when it is not there."""
+    """Read the client's uuid from its `status.json`."""
     main = _object(text).get("main")
     uuid = main.get("uuid") if isinstance(main, dict) else None
     return uuid.lower() if isinstance(uuid, str) and is_uuid(uuid) else None
 
 
 def parse_volume_limit(text: str) -> int:
-    """Read from the client's `version` how many volumes it can have attached; 0 = no limit.
-
-    The embedded manager's are loop devices, of which the kernel makes as many as there is memory for.
-    """
-    return 0 if _object(text).get("module") == "embedded" else CLIENT_VOLUME_LIMIT
+    """Read from the client's `version` how many volumes can be attached; 0 = no limit (embedded: loop devices)."""
+    return 0 if _object(text).get("module") == "embedded" else _CLIENT_VOLUME_LIMIT
 
 
 def parse_client_problem(text: str) -> str:
-    """Read from the client's `version` whether its module was built wrongly and never registers; empty = no."""
+    """Return the problem of a client whose `version` shows a wrongly built module; else an empty text."""
     version = _object(text).get("version")
-    return "its module says no version of itself: it was built wrongly and never registers" if version == "" else ""
+    return "its module has an empty version: it was built wrongly and never registers" if version == "" else ""
 
 
 def _object(text: str) -> Mapping[str, object]:
@@ -196,7 +194,7 @@ def _object(text: str) -> Mapping[str, object]:
 
 
 def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Make an object of its pairs. A key that says two different things says nothing."""
+    """Make a dict of the pairs without keys that appear with two values."""
     taken: dict[str, object] = {}
     doubtful = set()
     for key, value in pairs:
@@ -206,11 +204,7 @@ def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, ob
 
 
 class StatusFiles:
-    """The status directory of the client, e.g. `/proc/nvmeibc`. Every answer is read afresh.
-
-    `upgrade_marks` exist while the client is replaced under running volumes; `client_signs` exist where a client
-    belongs, also while its status directory is gone.
-    """
+    """The client's status directory, e.g. `/proc/nvmeibc`. Every method reads the files again."""
 
     def __init__(
         self, root: Path, *, upgrade_marks: Sequence[Path] = UPGRADE_MARKS, client_signs: Sequence[Path] = CLIENT_SIGNS
@@ -220,22 +214,22 @@ class StatusFiles:
         self._client_signs = (*client_signs, root, *upgrade_marks)
 
     def volume(self, name: str) -> VolumeStatus | None:
-        """Return what the client says of a volume; None while it says nothing that can be read."""
+        """Return the status of a volume; None when it is not shown or torn."""
         text = _read(self._root / "volumes" / name / "status.json")
         return parse_volume_status(text) if text is not None else None
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference ids under which this node holds the volume; None when that cannot be told."""
+        """Return the reference ids of this node's attachment of a volume; None when unknown."""
         text = _read(self._root / "volumes" / name / "blob.txt")
         return parse_reference_ids(text) if text is not None else None
 
     def opens(self, name: str) -> int | None:
-        """Return how often the volume's device is open now; None when the client does not tell it."""
+        """Return the open count of the volume's device; None when unknown."""
         text = _read(self._root / "volumes" / name / "client_processes")
         return parse_opens(text) if text is not None else None
 
     def client(self) -> StorageClient:
-        """Return what is known of this machine's client."""
+        """Return the state of this machine's client."""
         text = _read(self._root / "status.json")
         uuid = parse_client_uuid(text) if text is not None else None
         upgrading = any(mark.exists() for mark in self._upgrade_marks)
@@ -249,7 +243,7 @@ class StatusFiles:
         )
 
     def shown(self) -> frozenset[str]:
-        """Return the names of the attachments that the client shows, hidden ones too."""
+        """Return the names of all attachments, hidden ones included."""
         try:
             return frozenset(entry.name for entry in (self._root / "volumes").iterdir())
         except OSError:
@@ -257,7 +251,7 @@ class StatusFiles:
 
 
 def _read(path: Path) -> str | None:
-    """Read a file of the client's by one call: any that begins at its start makes it anew, for all its readers."""
+    """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -268,62 +262,25 @@ def _read(path: Path) -> str | None:
         return None
 
 
-# --- SCSI serial number --------------------------------------------------------------------------------------
-
-_SG_IO = 0x2285
-_SG_DXFER_FROM_DEV = -3
-_INQUIRY_LENGTH = 96
-_TIMEOUT_MS = 5000
-
-
-class _SgIoHeader(ctypes.Structure):
-    """struct sg_io_hdr of the kernel's include/scsi/sg.h."""
-
-    _fields_ = (
-        ("interface_id", ctypes.c_int),
-        ("dxfer_direction", ctypes.c_int),
-        ("cmd_len", ctypes.c_ubyte),
-        ("mx_sb_len", ctypes.c_ubyte),
-        ("iovec_count", ctypes.c_ushort),
-        ("dxfer_len", ctypes.c_uint),
-        ("dxferp", ctypes.c_void_p),
-        ("cmdp", ctypes.c_void_p),
-        ("sbp", ctypes.c_void_p),
-        ("timeout", ctypes.c_uint),
-        ("flags", ctypes.c_uint),
-        ("pack_id", ctypes.c_int),
-        ("usr_ptr", ctypes.c_void_p),
-        ("status", ctypes.c_ubyte),
-        ("masked_status", ctypes.c_ubyte),
-        ("msg_status", ctypes.c_ubyte),
-        ("sb_len_wr", ctypes.c_ubyte),
-        ("host_status", ctypes.c_ushort),
-        ("driver_status", ctypes.c_ushort),
-        ("resid", ctypes.c_int),
-        ("duration", ctypes.c_uint),
-        ("info", ctypes.c_uint),
-    )
+# --- SCSI serial number -------------------------------------------------------------------------------------------
 
 
 def serial_of(uuid: str) -> str:
-    """Return the serial number that the device of this volume shows: 20 of the uuid's 32 digits."""
+    """Return the serial number of the volume's device: 20 of the uuid's 32 digits."""
     return uuid[0:8] + uuid[9:13] + uuid[24:28] + uuid[32:36]
 
 
 def read_serial(fd: int) -> str | None:
-    """Ask an open device for its serial number; None when it is not a device of NVMesh or cannot be asked."""
-    standard = _inquire(fd, page=None)
+    """Return the serial number of an open device; None when it is no NVMesh device or does not answer."""
+    standard = ioctls.scsi_inquiry(fd)
     if standard is None or not is_nvmesh(standard):
         return None
-    page = _inquire(fd, page=0x80)
+    page = ioctls.scsi_inquiry(fd, page=0x80)
     return parse_serial_page(page) if page is not None else None
 
 
 def is_nvmesh(standard: bytes) -> bool:
-    """Tell whether the standard answer to INQUIRY is of a device of NVMesh, of any version.
-
-    The product `NVMesh` is followed by the release and NULs; the vendor differs between versions.
-    """
+    """Tell if the standard INQUIRY data is of an NVMesh device; the vendor differs between versions."""
     return standard[8:16].strip(b" \0") in (b"Excelero", b"NVMesh") and standard[16:32].startswith(b"NVMesh")
 
 
@@ -336,24 +293,126 @@ def parse_serial_page(page: bytes) -> str | None:
     return serial.lower() or None
 
 
-def _inquire(fd: int, page: int | None) -> bytes | None:
-    command = ctypes.create_string_buffer(bytes((0x12, page is not None, page or 0, 0, _INQUIRY_LENGTH, 0)), 6)
-    data = ctypes.create_string_buffer(_INQUIRY_LENGTH)
-    sense = ctypes.create_string_buffer(32)
-    header = _SgIoHeader(
-        interface_id=ord("S"),
-        dxfer_direction=_SG_DXFER_FROM_DEV,
-        cmd_len=6,
-        mx_sb_len=len(sense),
-        dxfer_len=_INQUIRY_LENGTH,
-        dxferp=ctypes.addressof(data),
-        cmdp=ctypes.addressof(command),
-        sbp=ctypes.addressof(sense),
-        timeout=_TIMEOUT_MS,
-    )
-    try:
-        fcntl.ioctl(fd, _SG_IO, header)
-    except OSError:
+# --- identity of a device -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvidence:
+    """The evidence of which volume a device is: client status, loop label, SCSI serial number. None = no evidence.
+
+    All evidence must agree; without any the device is not written to.
+    """
+
+    status: VolumeStatus | None
+    label_uuid: str | None = None
+    serial: str | None = None
+    is_loop: bool = False
+
+    def uuid(self) -> str | None:
+        """Return the proven uuid of the device."""
+        if self.is_loop:
+            return self.label_uuid
+        return self.status.uuid if self.status is not None else None
+
+    def uuid_for(self, wanted: str | None) -> str | None:
+        """Return the proven uuid, or `wanted` when a serial number alone matches it.
+
+        A serial number is only a part of a uuid: one that does not match is returned as text that equals no uuid.
+        """
+        claimed = self.uuid()
+        if claimed is not None or self.serial is None or wanted is None:
+            return claimed
+        return wanted if self.serial == serial_of(wanted) else f"serial number {self.serial}"
+
+    def unusable(self, name: str) -> str | None:
+        """Return why I/O may hang. A volume that the client does not show is allowed, as during an upgrade."""
+        if self.status is None or self.status.io_enabled is True:
+            return None
+        return f"the client has not enabled I/O for {name}: {self.status.words}"
+
+    def write_refusal(self) -> str:
+        """Return the client's status when writes fail, else an empty text."""
+        return self.status.words if self.status is not None and self.status.refuses_writes else ""
+
+    def refusal(self, name: str) -> str | None:
+        """Return why the device must not be used at all."""
+        if self.status is not None and self.status.refusal:
+            return f"{name} may not be used: {self.status.refusal}"
         return None
-    answered = header.status == 0 and header.host_status == 0 and header.driver_status == 0
-    return data.raw if answered else None
+
+    def disagreement(self, name: str) -> str | None:
+        """Return how the evidence contradicts itself or the name."""
+        if self.status is None:
+            return None
+        if self.status.name != name:
+            return f"the client's status of {name} claims the name {self.status.name}, expected {name}"
+        if self.label_uuid is not None and self.label_uuid != self.status.uuid:
+            return f"{name}: the device claims {self.label_uuid}, expected {self.status.uuid} as the client says"
+        expected = serial_of(self.status.uuid)
+        if self.serial is not None and self.serial != expected:
+            return f"{name}: the device claims the serial number {self.serial}, expected {expected} as the client says"
+        return None
+
+    def mismatch(self, name: str, uuid: str | None) -> str | None:
+        """Return how the evidence contradicts that the volume is `uuid`."""
+        if uuid is None:
+            return None
+        claimed = self.uuid()
+        if claimed is not None and claimed != uuid:
+            return f"{name}: the device claims {claimed}, expected {uuid}"
+        if self.serial is not None and self.serial != serial_of(uuid):
+            return f"{name}: the device claims the serial number of another volume ({self.serial}), expected {uuid}"
+        return None
+
+    def against(self, name: str, uuid: str | None) -> str | None:
+        """Return why the device must not be used as this volume."""
+        return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
+
+    def proves(self) -> bool:
+        """Tell if the client's status, or a loop device's label, proves the identity; a serial number does not."""
+        return (self.label_uuid if self.is_loop else self.status) is not None
+
+
+# --- configuration of the client ----------------------------------------------------------------------------------
+
+_ASSIGNMENT = re.compile(r"\s*(?:export\s+)?MANAGEMENT_SERVERS\s*=\s*(.*?)\s*")
+_VALUE = re.compile(r"\"([^\"]*)\"|'([^']*)'|([^\s#]*)")
+_ADDRESS = re.compile(r"(?:\[([^\]]+)\]|([^\s:]+)|([^\s]*:[^\s]*:[^\s]*))(?::([0-9]+))?")
+_WEBSOCKET_PORT = 4001
+"""The management's port where the configuration names none."""
+
+
+def management_hosts(path: Path) -> Sequence[str]:
+    """Return the hosts of `management_servers`."""
+    return tuple(host for host, _ in management_servers(path))
+
+
+def management_servers(path: Path) -> Sequence[tuple[str, int]]:
+    """Return host and websocket port of the management servers in the client's configuration file.
+
+    Empty when there is no file. Raises `HostFailure` when it cannot be read.
+    """
+    try:
+        return parse_management_servers(path.read_text(errors="replace"))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        raise HostFailure(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_management_servers(text: str) -> Sequence[tuple[str, int]]:
+    """Read MANAGEMENT_SERVERS="host:port,host:port" from a shell file: the last assignment counts."""
+    value = ""
+    for line in text.splitlines():
+        found = _ASSIGNMENT.fullmatch(line)
+        quoted = _VALUE.match(found[1]) if found is not None else None
+        if quoted is not None:
+            value = quoted[1] or quoted[2] or quoted[3] or ""
+    return tuple(server for word in re.split(r"[,\s]+", value) if (server := _server(word)) is not None)
+
+
+def _server(word: str) -> tuple[str, int] | None:
+    address = word.rpartition("://")[2].rstrip("/")
+    found = _ADDRESS.fullmatch(address)
+    host = (found[1] or found[2] or found[3] or "") if found is not None else ""
+    return (host, int(found[4] or _WEBSOCKET_PORT)) if found is not None and host else None

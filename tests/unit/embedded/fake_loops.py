@@ -6,29 +6,14 @@ import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csi_driver.embedded.ports import LoopDevice
-
-
-@dataclass(frozen=True, slots=True)
-class FakeLoop:
-    number: int
-    file: Path
-    label: str
-    read_only: bool
-    node: Path | None
-    fenced: bool = False
-    inode: int = 0
-
-    @property
-    def device(self) -> tuple[int, int]:
-        return 7, self.number
+from csi_driver.host_model import DeviceNumber, LoopDevice
 
 
 @dataclass(slots=True)
 class FakeLoopDevices:
     """Device nodes are plain files holding the device's number, so that no root is needed."""
 
-    bound: dict[int, FakeLoop] = field(default_factory=dict)
+    bound: dict[int, LoopDevice] = field(default_factory=dict)
     size_bytes: dict[int, int] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)
     fences: bool = True
@@ -36,27 +21,29 @@ class FakeLoopDevices:
     attached_ever: int = 0
     guard: threading.Lock = field(default_factory=threading.Lock)
 
-    def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> FakeLoop:
+    def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> LoopDevice:
         assert len(label.encode()) <= 63
         with self.guard:
             number = next(number for number in range(1000) if number not in self.bound)
-            device = FakeLoop(number, file, label, read_only, node, inode=file.stat().st_ino)
+            device = LoopDevice(
+                number, DeviceNumber(7, number), file, label, read_only, node, identity=(0, file.stat().st_ino)
+            )
             self.size_bytes[number] = file.stat().st_size
             node.write_text(str(number))
             self.bound[number] = device
             self.attached_ever += 1
             return device
 
-    def bound_to(self, directory: Path) -> tuple[FakeLoop, ...]:
+    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
         return tuple(device for device in self.bound.values() if device.file.parent == directory)
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
-        return file.exists() and file.stat().st_ino == self.bound[device.number].inode
+        return file.exists() and self.bound[device.number].identity == (0, file.stat().st_ino)
 
     def grow(self, device: LoopDevice) -> None:
         self.size_bytes[device.number] = device.file.stat().st_size
 
-    def fence(self, device: LoopDevice) -> FakeLoop | None:
+    def fence(self, device: LoopDevice) -> LoopDevice | None:
         if not self.fences:
             return None
         self.bound[device.number] = replace(self.bound[device.number], fenced=True)

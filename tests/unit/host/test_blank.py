@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import HostFailure
-from csi_driver.host import blank
+from csi_driver.host import zero_scan
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice
 from csi_driver.model import GIB, MIB
 
@@ -27,7 +27,7 @@ def opened(path: Path, size_bytes: int) -> Iterator[OpenDevice]:
 
 def first_data(path: Path, size_bytes: int) -> int | None:
     with opened(path, size_bytes) as device:
-        return blank.first_data(device, deadline=None, progress=lambda _done, _total: None)
+        return zero_scan.first_data(device, deadline=None, progress=lambda _done, _total: None)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 511, 4095, 4096, MIB - 1, MIB, 4 * MIB - 1, 4 * MIB, 9 * MIB - 1])
@@ -62,5 +62,5 @@ def test_a_device_that_ends_early_is_not_known_to_be_blank(tmp_path: Path, there
 
 @pytest.mark.parametrize(("size_bytes", "most"), [(GIB, 1), (5 * GIB, 5), (10 << 40, 20), ((10 << 40) + 4096, 20)])
 def test_the_largest_volume_fills_no_log_with_its_progress(size_bytes: int, most: int) -> None:
-    step = blank.progress_step(size_bytes)
+    step = zero_scan.progress_step(size_bytes)
     assert (step >= GIB, -(-size_bytes // step)) == (True, most)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.host.claims import Claims
-from csi_driver.host.connectors.nvmesh import serial_of
+from csi_driver.host.connectors.nvmesh import DeviceEvidence, serial_of
 from csi_driver.host_model import VolumeStatus
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
@@ -13,8 +12,8 @@ OTHER = "11234567-89ab-cdef-0123-456789abcdef"
 STATUS = VolumeStatus("csi-1", UUID)
 
 
-def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Claims:
-    return Claims(status, None, serial, is_loop=False)
+def claims(status: VolumeStatus | None = None, serial: str | None = None) -> DeviceEvidence:
+    return DeviceEvidence(status, None, serial, is_loop=False)
 
 
 @pytest.mark.parametrize(
@@ -27,12 +26,12 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Cla
         (claims(None, serial_of(UUID)), UUID, UUID, False),
         (claims(None, serial_of(UUID)), None, None, False),
         (claims(STATUS, serial_of(UUID)), UUID, UUID, True),
-        (Claims(STATUS, None, None, is_loop=True), UUID, None, False),
-        (Claims(None, UUID, None, is_loop=True), UUID, UUID, True),
+        (DeviceEvidence(STATUS, None, None, is_loop=True), UUID, None, False),
+        (DeviceEvidence(None, UUID, None, is_loop=True), UUID, UUID, True),
     ],
 )
 def test_a_device_is_who_the_evidence_says(
-    evidence: Claims, wanted: str | None, uuid: str | None, proven: bool
+    evidence: DeviceEvidence, wanted: str | None, uuid: str | None, proven: bool
 ) -> None:
     assert (evidence.uuid_for(wanted), evidence.proves()) == (uuid, proven)
     assert evidence.against("csi-1", wanted) is None
@@ -51,11 +50,11 @@ def test_the_serial_number_of_another_volume_equals_no_uuid() -> None:
         (claims(STATUS), "csi-2", None, "claims the name"),
         (claims(STATUS, serial_of(OTHER)), "csi-1", UUID, "serial number"),
         (claims(STATUS), "csi-1", OTHER, f"claims {UUID}, expected {OTHER}"),
-        (Claims(STATUS, OTHER, None, is_loop=True), "csi-1", UUID, f"claims {OTHER}"),
+        (DeviceEvidence(STATUS, OTHER, None, is_loop=True), "csi-1", UUID, f"claims {OTHER}"),
         (claims(VolumeStatus("csi-1", UUID, refusal="it is broken")), "csi-1", UUID, "it is broken"),
     ],
 )
-def test_what_speaks_against_a_device_is_said(evidence: Claims, name: str, wanted: str | None, why: str) -> None:
+def test_contradicting_evidence_is_reported(evidence: DeviceEvidence, name: str, wanted: str | None, why: str) -> None:
     assert why in (evidence.against(name, wanted) or "")
 
 

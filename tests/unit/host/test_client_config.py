@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import HostFailure
-from csi_driver.host.client_config import hosts_in, management_hosts
+from csi_driver.host.connectors.nvmesh import management_hosts, parse_management_servers
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from csi_driver.host.client_config import hosts_in, management_hosts
     ],
 )
 def test_the_hosts_are_read_as_a_shell_would(text: str, hosts: tuple[str, ...]) -> None:
-    assert hosts_in(text) == hosts
+    assert tuple(host for host, _ in parse_management_servers(text)) == hosts
 
 
 def test_a_node_without_client_has_no_configuration(tmp_path: Path) -> None:

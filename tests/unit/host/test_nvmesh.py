@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.connectors import loop, nvmesh
-from csi_driver.host_model import StorageClient, VolumeStatus
+from csi_driver.host.connectors import nvmesh
+from csi_driver.host_model import StorageClient, VolumeStatus, uuid_of_label
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 STATUS = {"name": "csi-1", "uuid": UUID, "type": "visible", "size[blks]": 262144, "block[b]": 4096, "debug_di": 0}
@@ -258,4 +258,4 @@ def test_the_page_of_the_serial_number_is_read() -> None:
     ],
 )
 def test_only_a_label_that_begins_with_a_uuid_names_a_volume(label: str, uuid: str | None) -> None:
-    assert loop.uuid_of_label(label) == uuid
+    assert uuid_of_label(label) == uuid

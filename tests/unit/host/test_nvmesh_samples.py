@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.claims import Claims
 from csi_driver.host.connectors import nvmesh
+from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 from csi_driver.node.mount_owner import is_fenced
@@ -62,7 +62,7 @@ def judged(status: VolumeStatus | None) -> str:
     assert (status.name, status.uuid, status.size_bytes, status.refusal) == (NAME, UUID, 1 << 30, "")
     if is_fenced(Shown(status), VolumeHandle(NAME, "z", UUID, "team-a"), UUID):
         return FENCED
-    if Claims(status, None, None, is_loop=False).unusable(NAME) is not None:
+    if DeviceEvidence(status, None, None, is_loop=False).unusable(NAME) is not None:
         return NOT_READY
     return READS if status.refuses_writes else WRITES
 

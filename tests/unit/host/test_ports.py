@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from csi_driver.embedded import ports as embedded
-from csi_driver.host import command
-from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.connectors.reader import ReadOnlyLoops
+from csi_driver.host import processes
+from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.host.facts import MachineTools
 from csi_driver.host.filesystem import LinuxFilesystems
+from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
-from csi_driver.host.supervise import ChildProcesses
+from csi_driver.host.processes import ChildProcesses
 from csi_driver.local import show, stack
 from csi_driver.node import ports
 
@@ -32,6 +31,6 @@ def test_the_adapter_fits_the_ports_of_the_node(tmp_path: Path) -> None:
 
 def test_the_adapter_fits_the_ports_of_the_embedded_manager_and_of_local_runs() -> None:
     loops: embedded.LoopDevices = LoopDevices()
-    processes: stack.Processes = ChildProcesses()
-    commands: show.Commands = command
-    assert all((loops, processes, commands))
+    children: stack.Processes = ChildProcesses()
+    commands: show.Commands = processes
+    assert all((loops, children, commands))

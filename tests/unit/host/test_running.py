@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.host.running import called_in
+from csi_driver.host.processes import called_in
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from csi_driver.host import blank, superblock
+from csi_driver.host import disk_formats, zero_scan
 from csi_driver.host.filesystem import parse_blkid
 from csi_driver.model import GIB, MIB
 
@@ -15,7 +15,7 @@ def ext_head(
     blocks: int, *, log_block: int = 2, incompatible: int = 0, state: int = 1, mounted_s: int = 0, checked_s: int = 0
 ) -> bytes:
     """Build the head of a device with the fields of an ext4 superblock that are read."""
-    raw = bytearray(superblock.HEAD_BYTES)
+    raw = bytearray(disk_formats.HEAD_BYTES)
     struct.pack_into("<I", raw, 1024 + 4, blocks & 0xFFFFFFFF)
     struct.pack_into("<I", raw, 1024 + 24, log_block)
     struct.pack_into("<IIHhHH", raw, 1024 + 44, mounted_s, 0, 3, -1, 0xEF53, state)
@@ -25,8 +25,8 @@ def ext_head(
     return bytes(raw)
 
 
-def found(head: bytes, fs_type: str) -> superblock.Superblock:
-    parsed = superblock.parse(head, fs_type)
+def found(head: bytes, fs_type: str) -> disk_formats.Superblock:
+    parsed = disk_formats.parse(head, fs_type)
     assert parsed is not None
     return parsed
 
@@ -58,7 +58,7 @@ def test_an_xfs_has_its_size() -> None:
 
 
 def test_a_btrfs_has_its_size() -> None:
-    raw = bytearray(superblock.HEAD_BYTES)
+    raw = bytearray(disk_formats.HEAD_BYTES)
     raw[65536 + 64 : 65536 + 72] = b"_BHRfS_M"
     struct.pack_into("<Q", raw, 65536 + 112, 3 * GIB)
     assert found(bytes(raw), "btrfs").size_bytes == 3 * GIB
@@ -66,9 +66,9 @@ def test_a_btrfs_has_its_size() -> None:
 
 def test_an_xfs_that_its_mkfs_did_not_finish_is_none() -> None:
     head = bytearray(b"XFSB" + struct.pack(">IQ", 4096, 1 << 20) + bytes(600))
-    assert superblock.parse(bytes(head), "xfs") is not None
+    assert disk_formats.parse(bytes(head), "xfs") is not None
     head[126] = 1
-    assert superblock.parse(bytes(head), "xfs") is None
+    assert disk_formats.parse(bytes(head), "xfs") is None
 
 
 @pytest.mark.parametrize(("fs_type", "offset"), [("ext4", 1024 + 104), ("xfs", 32), ("btrfs", 65536 + 32)])
@@ -82,14 +82,14 @@ def test_the_uuid_of_a_filesystem_is_read(fs_type: str, offset: int) -> None:
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs", "ntfs", ""])
-@pytest.mark.parametrize("head", [b"", bytes(4096), bytes(superblock.HEAD_BYTES)])
+@pytest.mark.parametrize("head", [b"", bytes(4096), bytes(disk_formats.HEAD_BYTES)])
 def test_where_no_superblock_is_none_is_found(head: bytes, fs_type: str) -> None:
-    assert superblock.parse(head, fs_type) is None
+    assert disk_formats.parse(head, fs_type) is None
 
 
 def test_a_senseless_block_size_is_no_superblock() -> None:
-    assert superblock.parse(ext_head(1000, log_block=40), "ext4") is None
-    assert superblock.parse(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
+    assert disk_formats.parse(ext_head(1000, log_block=40), "ext4") is None
+    assert disk_formats.parse(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
 
 
 def test_quoted_characters_of_blkid_are_taken_as_they_are() -> None:
@@ -101,12 +101,12 @@ def test_quoted_characters_of_blkid_are_taken_as_they_are() -> None:
 
 
 def is_read(offset: int, length: int, size: int) -> bool:
-    return any(start <= offset and offset + length <= start + many for start, many in blank.probe_places(size))
+    return any(start <= offset and offset + length <= start + many for start, many in zero_scan.probe_places(size))
 
 
 @pytest.mark.parametrize("size", [4096, MIB, 8 * MIB, GIB, 10 * GIB + 4096, 1 << 40, 10 << 40])
 def test_places_lie_in_the_device_are_sorted_aligned_and_apart(size: int) -> None:
-    places = blank.probe_places(size)
+    places = zero_scan.probe_places(size)
     ends = [0] + [start + length for start, length in places]
     assert all(start > end or start == 0 for (start, _), end in zip(places, ends, strict=False))
     assert all(start % 4096 == 0 and length > 0 for start, length in places)
@@ -138,6 +138,6 @@ def test_a_copy_of_a_superblock_is_among_the_places(what: str, offset: int, leng
 
 
 def test_the_cheap_check_stays_cheap_on_the_largest_volumes() -> None:
-    places = blank.probe_places(64 << 40)
+    places = zero_scan.probe_places(64 << 40)
     assert sum(length for _, length in places) < 32 * MIB
     assert len(places) < 400

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed
-from csi_driver.host import command
+from csi_driver.host import processes
 from csi_driver.local.local import Local
 from csi_driver.local.places import Places, Role
 from csi_driver.local.settings import LocalSettings
@@ -269,10 +269,10 @@ def test_a_hangup_ends_the_run_unless_whoever_started_it_had_that_ignored(tmp_pa
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
-    settings, processes = LocalSettings(directory=tmp_path), FakeProcesses()
+    settings, children = LocalSettings(directory=tmp_path), FakeProcesses()
     try:
-        with Stack(settings, processes, report=print) as stack:
-            Local(settings, processes, command, write=print, problems=tuple)._stop_on_signals(stack)
+        with Stack(settings, children, report=print) as stack:
+            Local(settings, children, processes, write=print, problems=tuple)._stop_on_signals(stack)
             signal.raise_signal(signal.SIGHUP)
             assert stack.stopping is not is_ignored
     finally:

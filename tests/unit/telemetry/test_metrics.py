@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host import process
+from csi_driver.host import processes
 from csi_driver.telemetry import measured, metrics
 from csi_driver.telemetry.metrics import Counter, Description, Histogram, Kind, Measurement, Reading, exposition
 
@@ -120,11 +120,11 @@ def test_the_figures_of_the_process_are_the_kernels() -> None:
     before_s = time.process_time()
     descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
     try:
-        own = process.figures()
+        own = processes.figures()
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    assert own.open_fds - process.figures().open_fds == 5
+    assert own.open_fds - processes.figures().open_fds == 5
     assert before_s - 0.1 <= own.cpu_s <= time.process_time() + 0.1
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert own.threads == int(status["Threads"])
@@ -140,5 +140,5 @@ def test_the_names_of_the_process_are_those_that_prometheus_wants() -> None:
     from prometheus_client.registry import CollectorRegistry
 
     wanted = {metric.name for metric in ProcessCollector(registry=CollectorRegistry()).collect()}
-    ours = {each.description.name.removesuffix("_total") for each in measured.process(process.figures)}
+    ours = {each.description.name.removesuffix("_total") for each in measured.process(processes.figures)}
     assert wanted <= ours

@@ -1,0 +1,220 @@
+"""What the superblocks of ext4, xfs and btrfs record: pure parsers of the first 128 KiB of a device.
+
+Layouts: the kernel's fs/ext4/ext4.h (struct ext4_super_block, at byte 1024), fs/xfs/libxfs/xfs_format.h (struct
+xfs_dsb, at 0) and include/uapi/linux/btrfs_tree.h (struct btrfs_super_block, at 65536).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from csi_driver.host_model import DamagedHeader, LuksHeader
+
+HEAD_BYTES = 128 * 1024
+"""How much of a device's head the parsers need."""
+
+_EXT_AT, _BTRFS_AT = 1024, 65536
+_EXT_MAGIC, _XFS_MAGIC, _BTRFS_MAGIC = 0xEF53, b"XFSB", b"_BHRfS_M"
+_EXT_VALID = 1
+_XFS_IN_PROGRESS_AT = 126
+"""sb_inprogress: not zero from mkfs.xfs's first write to its last."""
+_EXT_NEEDS_RECOVERY, _EXT_64BIT = 0x4, 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """The recorded size, `blocks` of `block_bytes`, and the filesystem's own uuid.
+
+    `was_closed_well`: cleanly unmounted, without a recorded error and not due for a check by count or time; says
+    something for ext4 only. `was_checked_since_use`: a full check ran after the last mount (ext4 only).
+    """
+
+    fs_type: str
+    block_bytes: int
+    blocks: int
+    uuid: str
+    was_closed_well: bool = True
+    was_checked_since_use: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the filesystem."""
+        return self.block_bytes * self.blocks
+
+
+def parse(head: bytes, fs_type: str) -> Superblock | None:
+    """Read the superblock of that type (ext2 and ext3 count as ext4).
+
+    None when there is none, when it is senseless, and when its own mkfs says in it that it did not finish.
+    """
+    match fs_type:
+        case "ext2" | "ext3" | "ext4":
+            return _ext(head)
+        case "xfs":
+            return _xfs(head)
+        case "btrfs":
+            return _btrfs(head)
+    return None
+
+
+def recognise(head: bytes) -> list[str]:
+    """Return which of the three types have a superblock in this head; usually one or none."""
+    return [fs_type for fs_type in ("ext4", "xfs", "btrfs") if parse(head, fs_type) is not None]
+
+
+def _ext(head: bytes) -> Superblock | None:
+    raw = head[_EXT_AT : _EXT_AT + 1024]
+    if len(raw) < 1024 or struct.unpack_from("<H", raw, 56)[0] != _EXT_MAGIC:
+        return None
+    blocks, log_block = struct.unpack_from("<I", raw, 4)[0], struct.unpack_from("<I", raw, 24)[0]
+    mounted_s, _written_s, mounts, most_mounts, _magic, state = struct.unpack_from("<IIHhHH", raw, 44)
+    checked_s, interval_s = struct.unpack_from("<II", raw, 64)
+    (incompatible,) = struct.unpack_from("<I", raw, 96)
+    if log_block > 6:
+        return None
+    if incompatible & _EXT_64BIT:
+        blocks |= struct.unpack_from("<I", raw, 0x150)[0] << 32
+    is_due = interval_s != 0 or 0 < most_mounts <= mounts
+    return Superblock(
+        fs_type="ext4",
+        block_bytes=1024 << log_block,
+        blocks=blocks,
+        uuid=_uuid(raw, 0x68),
+        was_closed_well=state == _EXT_VALID and not incompatible & _EXT_NEEDS_RECOVERY and not is_due,
+        # Whole seconds: of a check and a mount in the same one, nothing tells which came first.
+        was_checked_since_use=state == _EXT_VALID and checked_s > mounted_s,
+    )
+
+
+def _xfs(head: bytes) -> Superblock | None:
+    if len(head) < 512 or head[:4] != _XFS_MAGIC:
+        return None
+    block_bytes, blocks = struct.unpack_from(">IQ", head, 4)
+    if not 512 <= block_bytes <= 65536 or head[_XFS_IN_PROGRESS_AT]:
+        return None
+    return Superblock("xfs", block_bytes, blocks, _uuid(head, 32))
+
+
+def _btrfs(head: bytes) -> Superblock | None:
+    raw = head[_BTRFS_AT : _BTRFS_AT + 4096]
+    if len(raw) < 4096 or raw[64:72] != _BTRFS_MAGIC:
+        return None
+    (total_bytes,) = struct.unpack_from("<Q", raw, 112)
+    return Superblock("btrfs", 1, total_bytes, _uuid(raw, 32))
+
+
+def _uuid(raw: bytes, offset: int) -> str:
+    return str(uuid.UUID(bytes=raw[offset : offset + 16]))
+
+
+# --- luks_header.py ---
+# What a LUKS header says of itself: pure parsers of the first bytes of a device. No secret is in what they return.
+#
+# Layouts: "LUKS2 On-Disk Format Specification", version 1.1, and "LUKS1 On-Disk Format Specification", version 1.2.3.
+# LUKS2 keeps two copies, each with a checksum: a program that is cut off while it writes leaves one of them whole.
+
+
+_FIRST, _SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
+_BINARY_BYTES = 4096
+_CHECKSUM_AT, _CHECKSUM_BYTES = 448, 64
+# Sizes that a copy may have, binary part and JSON together (section 2.1); the second one follows the first.
+_COPY_BYTES = tuple(16384 << step for step in range(9))
+LARGEST_READ_BYTES = _COPY_BYTES[-1]
+_LUKS1_SLOT_IN_USE = 0x00AC71F3
+_SECTOR_BYTES = 512
+
+Read = Callable[[int, int], bytes]
+"""Returns that many bytes from that offset, both multiples of 4096."""
+
+
+def find_header(read: Read, size_bytes: int) -> LuksHeader | DamagedHeader | None:
+    """Return the header of a device of that size; None when there is no trace of one."""
+    head = read(0, _BINARY_BYTES)
+    version = int.from_bytes(head[6:8], "big") if head.startswith(_FIRST) else 0
+    if version == 1:
+        return _luks1(head)
+    found, traces = None, version != 0
+    for copy in _copies(read, head, size_bytes):
+        traces = True
+        header = _luks2(copy)
+        if header is not None and (found is None or header[0] > found[0]):
+            found = header
+    if found is not None:
+        return found[1]
+    return DamagedHeader() if traces else None
+
+
+def _copies(read: Read, head: bytes, size_bytes: int) -> Iterator[bytes]:
+    """Yield each copy that a magic number announces, whole. Where the first tells no size, the second is searched."""
+    length = _length(head, _FIRST)
+    if length and length <= size_bytes:
+        yield read(0, length)
+    for offset in (length,) if length else _COPY_BYTES:
+        if offset + _BINARY_BYTES > size_bytes:
+            return
+        length = _length(read(offset, _BINARY_BYTES), _SECOND)
+        if length and offset + length <= size_bytes:
+            yield read(offset, length)
+
+
+def _length(binary: bytes, magic: bytes) -> int:
+    if not binary.startswith(magic):
+        return 0
+    (length,) = struct.unpack_from(">Q", binary, 8)
+    return length if length in _COPY_BYTES else 0
+
+
+def _luks2(copy: bytes) -> tuple[int, LuksHeader] | None:
+    """Return sequence number and content of one copy; None when its checksum or its JSON is wrong."""
+    stored = copy[_CHECKSUM_AT : _CHECKSUM_AT + _CHECKSUM_BYTES]
+    blanked = copy[:_CHECKSUM_AT] + bytes(_CHECKSUM_BYTES) + copy[_CHECKSUM_AT + _CHECKSUM_BYTES :]
+    try:
+        digest = hashlib.new(_text(copy, 72, 32), blanked).digest()
+        document = json.loads(copy[_BINARY_BYTES:].split(b"\0", 1)[0])
+        segment = document["segments"]["0"]
+        header = LuksHeader(
+            version=2,
+            uuid=_text(copy, 168, 40),
+            label=_text(copy, 24, 48),
+            subsystem=_text(copy, 208, 48),
+            cipher=str(segment["encryption"]),
+            key_bits=_key_bits(document),
+            key_slots=len(document["keyslots"]),
+            data_offset_bytes=int(segment["offset"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not stored.startswith(digest):
+        return None
+    (sequence,) = struct.unpack_from(">Q", copy, 16)
+    return sequence, header
+
+
+def _key_bits(document: Mapping[str, Mapping[str, Mapping[str, object]]]) -> int:
+    """Return the size of the volume key; 0 where no key slot holds it any more."""
+    sizes = [slot["key_size"] for slot in document["keyslots"].values()]
+    return int(str(sizes[0])) * 8 if sizes else 0
+
+
+def _luks1(head: bytes) -> LuksHeader:
+    slots = (struct.unpack_from(">I", head, 208 + 48 * slot)[0] for slot in range(8))
+    offset, key_bytes = struct.unpack_from(">2I", head, 104)
+    return LuksHeader(
+        version=1,
+        uuid=_text(head, 168, 40),
+        label="",
+        subsystem="",
+        cipher=f"{_text(head, 8, 32)}-{_text(head, 40, 32)}",
+        key_bits=key_bytes * 8,
+        key_slots=sum(slot == _LUKS1_SLOT_IN_USE for slot in slots),
+        data_offset_bytes=offset * _SECTOR_BYTES,
+    )
+
+
+def _text(raw: bytes, offset: int, length: int) -> str:
+    return raw[offset : offset + length].split(b"\0", 1)[0].decode("utf-8", errors="replace")
