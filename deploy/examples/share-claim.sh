@@ -3,9 +3,9 @@
 #
 #   ./share-claim.sh NAMESPACE/CLAIM NAMESPACE/NEW-CLAIM | kubectl apply -f -
 #
-# Nothing is copied: both claims stand for one volume, the new one read-only, for any number of pods and nodes. It needs
-# the right to read PersistentVolumes, and whoever applies the result, to make them. The new PersistentVolume says Retain:
-# deleting it deletes no data, and the volume itself cannot be deleted while it is read.
+# Nothing is copied: both claims use one volume, the new one read-only, for any number of pods and nodes. Requires the
+# right to read PersistentVolumes, and to create them for the apply. The new PersistentVolume has Retain: deleting it
+# deletes no data, and the volume cannot be deleted while it is read.
 set -eu
 
 end() { echo "share-claim.sh: $1" >&2; exit "$2"; }
@@ -14,20 +14,20 @@ usage="usage: share-claim.sh NAMESPACE/CLAIM NAMESPACE/NEW-CLAIM"
 [ $# = 2 ] || end "$usage" 2
 case $1 in ?*/?*) ;; *) end "$usage" 2 ;; esac
 case $2 in ?*/?*) ;; *) end "$usage" 2 ;; esac
-[ "$1" != "$2" ] || end "$1 cannot share itself, wanted another name" 2
+[ "$1" != "$2" ] || end "$1 cannot be shared under its own name; give another name" 2
 namespace=${1%%/*} claim=${1#*/} new_namespace=${2%%/*} new_claim=${2#*/}
 
 of() { kubectl get "$1" -o "jsonpath={$2}"; }
 
 volume=$(kubectl -n "$namespace" get pvc "$claim" -o 'jsonpath={.spec.volumeName}')
-[ -n "$volume" ] || end "claim $1 is not bound, wanted one with a volume" 1
+[ -n "$volume" ] || end "claim $1 is not bound to a volume; wait until it is Bound" 1
 [ -n "$(of "pv/$volume" .spec.csi.driver)" ] || end "volume $volume of claim $1 is no CSI volume" 1
 
-# zone:name:uuid, and who uses it: all readers together, under one handle, as kubelet takes off a node what has one name.
+# zone:name:uuid:readers. All readers share one handle, so that kubelet mounts the volume once on a node.
 handle=$(of "pv/$volume" .spec.csi.volumeHandle)
 case $handle in
 *:*:*) ;;
-*) end "the handle of $volume is $handle, wanted zone:name:uuid (see static.yaml)" 1 ;;
+*) end "the handle of $volume is $handle, expected zone:name:uuid (see static.yaml)" 1 ;;
 esac
 new_handle=$(printf %s "$handle" | cut -d : -f 1-3):readers
 

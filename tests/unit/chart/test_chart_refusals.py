@@ -63,7 +63,7 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         (("management.existingClusters.secret=x", "management.existingClusters.configMap=y"), "more than one is set"),
         (("management.zones.a.servers={https://m}",), "management.zones.a has no credentials"),
         (("storage.enabled=true",), "storage.nodeName is empty: name the Kubernetes node that holds the pool"),
-        ((*NVMESH, "sidecars.snapshotter.enabled=true"), "the driver offers no snapshots"),
+        ((*NVMESH, "sidecars.snapshotter.enabled=true"), "the driver has no snapshots"),
         ((*NVMESH, "node.terminationGracePeriodSeconds=30"), "node.terminationGracePeriodSeconds: expected more than"),
         ((*NVMESH, "controller.flags.preShutdownDelay=40"), "expected more than the 70 seconds"),
         ((*NVMESH, r"commonLabels.app\.kubernetes\.io/name=x"), "commonLabels has the label app.kubernetes.io/name"),

@@ -1,6 +1,6 @@
 {{/*
-What stands before the names of the default classes: "nvmesh-" for the driver that the older ones were, so that their
-names are kept; any other driver name stands there itself, so that several drivers in one cluster do not meet.
+Prefix of the default classes: "nvmesh-" for the older drivers' name, otherwise the driver name, so that several
+drivers in one cluster do not collide.
 */}}
 {{- define "nvmesh-csi.classPrefix" -}}
 {{- with .Values.defaultStorageClasses.namePrefix }}{{ . }}
@@ -8,7 +8,7 @@ names are kept; any other driver name stands there itself, so that several drive
 {{- end }}
 
 {{/*
-The parameters of a class (dict class) as YAML: what the values say, the filesystem, and the Secrets of encryption.
+The parameters of a class (dict class) as YAML: those of the values, the filesystem, and the Secrets of encryption.
 */}}
 {{- define "nvmesh-csi.classParameters" -}}
 {{- $class := .class }}

@@ -18,13 +18,13 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What every role is told. */}}
+{{/* Flags of every role. */}}
 {{- define "nvmesh-csi.logArgs" -}}
 - --log-level={{ .Values.logLevel }}
 - --log-format={{ .Values.logFormat }}
 {{- end -}}
 
-{{/* What controller and node are told alike. */}}
+{{/* Flags of controller and node. */}}
 {{- define "nvmesh-csi.commonArgs" -}}
 - --driver-name={{ .Values.driverName }}
 {{- with .Values.zone }}

@@ -1,4 +1,4 @@
-{{/* How the storage management is reached: arguments, files, and what is refused. */}}
+{{/* Access to the storage management: arguments, files, checks. */}}
 
 {{/* The description of several clusters: "zones", "secret", "configMap", or "" where there is one cluster. */}}
 {{- define "nvmesh-csi.clusters" -}}
@@ -110,7 +110,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* A zone's name may hold what a volume's may not. */}}
+{{/* A zone's name may contain characters that a volume's may not. */}}
 {{- define "nvmesh-csi.zoneVolume" -}}
 {{- printf "zone-%s" (. | sha256sum | trunc 10) -}}
 {{- end -}}

@@ -31,7 +31,7 @@ supplementalGroups:
   type: RunAsAny
 seccompProfiles: [runtime/default]
 volumes: {{ .volumes }}
-# Nobody by this list: the RoleBinding below says who.
+# Empty: the RoleBinding below grants the use.
 users: []
 groups: []
 priority: null

@@ -49,7 +49,7 @@
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: 17280
-  # A leader that cannot renew its lease and goes on all the same is started anew.
+  # Restart a leader that cannot renew its lease and does not stop.
   livenessProbe:
     httpGet: {path: /healthz/leader-election, port: {{ .name }}}
     periodSeconds: 20
@@ -115,6 +115,6 @@
 - --resize-timeout={{ int $sidecar.resizeTimeoutSeconds }}s
 - --modify-timeout={{ int $sidecar.modifyTimeoutSeconds }}s
 - --workers={{ int $sidecar.workerThreads }}
-# Volumes grow while they are in use: nobody needs to watch every pod for that.
+# Volumes expand in use, so the resizer need not watch pods.
 - --handle-volume-inuse-error=false
 {{- end -}}

@@ -1,10 +1,10 @@
-{{/* What the schema cannot say: values that contradict one another. Each message says what is and what was wanted. */}}
+{{/* Checks of values against each other, which the schema cannot express. */}}
 {{- define "nvmesh-csi.validate" -}}
 {{- $v := .Values -}}
 {{- $embedded := include "nvmesh-csi.isEmbedded" . -}}
 {{- $clusters := include "nvmesh-csi.clusters" . -}}
 {{- if $v.sidecars.snapshotter.enabled -}}
-{{- fail "sidecars.snapshotter.enabled is true, but the driver offers no snapshots: leave it false" -}}
+{{- fail "sidecars.snapshotter.enabled is true, but the driver has no snapshots: set it to false" -}}
 {{- end -}}
 {{- if not (or $embedded $clusters $v.management.servers) -}}
 {{- fail "no storage management is set: set management.servers, management.zones or management.existingClusters, or storage.enabled for the embedded manager" -}}
@@ -43,7 +43,7 @@
 {{- include "nvmesh-csi.validateGrace" (dict "role" "node" "values" $v.node) -}}
 {{- end -}}
 
-{{/* The time that a pod gets to end must hold what the driver was told to take. Times with units are not looked at. */}}
+{{/* The grace period must exceed the driver's own times. Times with units are not checked. */}}
 {{- define "nvmesh-csi.validateGrace" -}}
 {{- $drain := dig "drainSeconds" 30 .values.flags -}}
 {{- $delay := dig "preShutdownDelay" 0 .values.flags -}}
@@ -55,7 +55,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Labels by which objects find one another are the chart's. */}}
+{{/* Selector labels are reserved for the chart. */}}
 {{- define "nvmesh-csi.validateLabels" -}}
 {{- $all := dict "commonLabels" .Values.commonLabels -}}
 {{- range $role := list "controller" "node" "storage" -}}
@@ -70,7 +70,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What listens in one pod needs ports of its own. */}}
+{{/* Ports in one pod must differ. */}}
 {{- define "nvmesh-csi.validatePorts" -}}
 {{- $side := .Values.sidecars -}}
 {{- $probe := $side.livenessprobe.enabled -}}
@@ -90,7 +90,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Sidecars whose lease cannot hold end at once, for ever. */}}
+{{/* Sidecars exit at once with an inconsistent lease. */}}
 {{- define "nvmesh-csi.validateLease" -}}
 {{- if le (float64 .leaseDurationSeconds) (float64 .renewDeadlineSeconds) -}}
 {{- fail (printf "sidecars.leaderElection.leaseDurationSeconds: expected more than renewDeadlineSeconds (%v), got %v" .renewDeadlineSeconds .leaseDurationSeconds) -}}
@@ -100,11 +100,11 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What Kubernetes would refuse when half of the release is changed already is refused before. */}}
+{{/* Refuse before the upgrade what Kubernetes would refuse in the middle of it. */}}
 {{- define "nvmesh-csi.validateDriverObject" -}}
 {{- $there := lookup "storage.k8s.io/v1" "CSIDriver" "" .Values.driverName -}}
-{{- $wanted := eq .Values.attachBy "controller" -}}
-{{- if and $there (ne (dig "spec" "attachRequired" true $there) $wanted) -}}
-{{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, but attachBy: %s requires %t; the field is immutable: see docs/upgrading.md for when the object may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $wanted) -}}
+{{- $required := eq .Values.attachBy "controller" -}}
+{{- if and $there (ne (dig "spec" "attachRequired" true $there) $required) -}}
+{{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, but attachBy: %s requires %t; the field is immutable: see docs/upgrading.md for when the object may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $required) -}}
 {{- end -}}
 {{- end -}}
