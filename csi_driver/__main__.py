@@ -91,7 +91,7 @@ def _run(
 ) -> int:
     match command:
         case PreStopCommand():
-            from csi_driver.local.prestop import run_pre_stop
+            from csi_driver.local.kubelet_mounts import run_pre_stop
 
             return run_pre_stop(
                 command.log, command.kubernetes, command.node_name, command.driver_name, command.timeout_s
@@ -99,7 +99,7 @@ def _run(
         case DoctorCommand():
             from csi_driver.local.doctor import run_doctor
 
-            return run_doctor(command.settings)
+            return run_doctor(command.target)
         case VolumeCommand():
             return _volume(command)
         case ControllerCommand():

@@ -58,3 +58,26 @@ class ApiSettings:
     port: int
     account: Path
     timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneEvidence:
+    """Where the node finds out to which cluster it belongs. None = nothing is said there."""
+
+    zone: str | None
+    topology_key: str | None
+    clusters_file: Path | None
+    nodes_file: Path
+    client_config: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlaces:
+    """Where what a node needs is."""
+
+    state_directory: Path
+    path_roots: tuple[Path, ...]
+    device_directory: Path
+    status_directory: Path
+    registration_directory: Path | None
+    evidence: ZoneEvidence

@@ -9,8 +9,7 @@ from csi_driver.config.flags import Flag, Values
 from csi_driver.config.kubernetes import LABEL, STARTUP_TAINT, api
 from csi_driver.config.made import DoctorCommand
 from csi_driver.config.shared import DRIVER_NAME, ENDPOINT, NO_PATH, NODE_NAME, table
-from csi_driver.local.doctor import CONTROLLER, NODE
-from csi_driver.local.doctor_settings import DoctorSettings, Patient
+from csi_driver.local.doctor import CONTROLLER, NODE, Target
 from csi_driver.management.clusters import ClusterDefaults
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.telemetry.log import LogSettings
@@ -50,36 +49,23 @@ DOCTOR_FLAGS = table(_JSON, _STRICT, _TIMEOUT, _ENCRYPTED, _ROLE, _ENDPOINT, *no
 
 
 def doctor(values: Values) -> DoctorCommand:
-    """Make the settings of a look at this machine."""
-    settings = management(values)
-    beside = values.beside
-    where = node.places(values)
-    evidence = where.evidence
-    patient = Patient(
-        role=values.one(_ROLE) if values.given(_ROLE) or beside is None else beside.role,
+    """Describe the machine to check by the flags given, else by those of the role that runs here."""
+    places, settings, running = node.places(values), management(values), values.beside
+    zone = places.evidence.zone or DEFAULT_ZONE
+    target = Target(
+        role=values.one(_ROLE) if values.given(_ROLE) or running is None else running.role,
         driver_name=values.one(DRIVER_NAME),
         node_name=values.one(NODE_NAME) or shared.host_name(),
-        host_name=shared.host_name(),
-        zone=evidence.zone,
-        topology_key=evidence.topology_key,
+        places=places,
         endpoint=values.one(_ENDPOINT),
-        state_directory=where.state_directory,
-        path_roots=where.path_roots,
-        device_directory=where.device_directory,
-        status_directory=where.status_directory,
-        registration_directory=where.registration_directory,
-        client_configuration=evidence.client_config,
-        clusters_file=evidence.clusters_file,
-        older_topology_file=evidence.nodes_file,
-        management=settings,
-        clusters_defaults=ClusterDefaults(
-            settings, evidence.zone or DEFAULT_ZONE, tls_is_decided=values.given(TLS_VERIFY)
-        ),
+        defaults=ClusterDefaults(settings, zone, tls_is_decided=values.given(TLS_VERIFY)),
         api=api(values, timeout_s=_API_TIMEOUT_S),
         label=values.one(LABEL),
         startup_taint=values.one(STARTUP_TAINT),
         encrypted_volumes=values.one(_ENCRYPTED),
-        running=beside,
+        running=running,
         timeout_s=values.one(_TIMEOUT),
+        strict=values.one(_STRICT),
+        as_json=values.one(_JSON),
     )
-    return DoctorCommand(LogSettings("error"), DoctorSettings(patient, values.one(_STRICT), values.one(_JSON)))
+    return DoctorCommand(LogSettings("error"), target)

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from csi_driver.controller.ports import ControllerSettings
     from csi_driver.embedded.settings import StorageSettings
-    from csi_driver.local.doctor_settings import DoctorSettings
+    from csi_driver.local.doctor import Target
     from csi_driver.local.settings import DemoSettings, LocalSettings
     from csi_driver.management.clusters import ClusterDefaults
     from csi_driver.management.settings import ManagementSettings
     from csi_driver.node import NodeSettings
-    from csi_driver.settings import ApiSettings, EndpointSettings, HttpSettings, RegistrationSettings
+    from csi_driver.settings import ApiSettings, EndpointSettings, HttpSettings, RegistrationSettings, ZoneEvidence
     from csi_driver.telemetry.log import LogSettings
 
 
@@ -52,29 +52,6 @@ class NodeAttaching:
     management: ManagementSettings
     zone: str
     clusters: ClustersPlace | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ZoneEvidence:
-    """Where the node finds out to which cluster it belongs. None = nothing is said there."""
-
-    zone: str | None
-    topology_key: str | None
-    clusters_file: Path | None
-    nodes_file: Path
-    client_config: Path
-
-
-@dataclass(frozen=True, slots=True)
-class NodePlaces:
-    """Where what a node needs is."""
-
-    state_directory: Path
-    path_roots: tuple[Path, ...]
-    device_directory: Path
-    status_directory: Path
-    registration_directory: Path | None
-    evidence: ZoneEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +133,7 @@ class DoctorCommand:
     """`nvmesh-csi doctor`."""
 
     log: LogSettings
-    settings: DoctorSettings
+    target: Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from csi_driver.config.clusters import NO_CLUSTERS, read_clusters
 from csi_driver.config.controller import MANAGEMENT_FLAGS, clusters_place, management
 from csi_driver.config.flags import Flag, Values
 from csi_driver.config.kubernetes import LABEL, OWN_OBJECT_FLAGS, STARTUP_TAINT, own_object
-from csi_driver.config.made import NodeAttaching, NodeCommand, NodePlaces, ZoneEvidence
+from csi_driver.config.made import NodeAttaching, NodeCommand
 from csi_driver.config.shared import (
     DEVICES,
     DRIVER_NAME,
@@ -29,7 +29,7 @@ from csi_driver.config.shared import (
 from csi_driver.controller.ports import ControllerSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node import NodeSettings
-from csi_driver.settings import RegistrationSettings
+from csi_driver.settings import NodePlaces, RegistrationSettings, ZoneEvidence
 
 _KUBELET = Path("/var/lib/kubelet")
 

@@ -1,117 +1,269 @@
-"""`nvmesh-csi doctor`: checks the machine and what the driver needs, and prints each problem with its fix.
+"""`nvmesh-csi doctor`: checks this machine and what the driver needs, and prints each problem with its fix.
 
-It changes nothing. Every check has a thread of its own, so one that hangs delays no other. All have the same deadline;
-a check that has not finished by then is reported as skipped.
+It changes nothing. Checks run side by side; one that hangs delays no other and is reported as skipped.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError
-from csi_driver.local.doctor_findings import Check, Finding, document, is_bad, table, unknown
-from csi_driver.local.doctor_settings import DoctorSettings, Patient
+from csi_driver.telemetry.log import one_line
 
-_LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from csi_driver.host_model import RunningRole
+    from csi_driver.management.clusters import ClusterDefaults
+    from csi_driver.settings import ApiSettings, NodePlaces
 
 NODE, CONTROLLER = "node", "controller"
+_LOG = logging.getLogger(__name__)
+_INDENT = " " * 28
+_OF_CONTROLLER = frozenset(["clusters-file", "management", "certificate", "login", "clients", "driver", "clock"])
 
-Look = Callable[[Patient], Iterable[Finding]]
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The machine or pod to check, as its driver's flags describe it. Times in seconds.
+
+    `running`: the process of the role that runs here, if it is known. `defaults`: the management, which may have no
+    servers. `strict`: a warning fails, too.
+    """
+
+    role: str
+    driver_name: str
+    node_name: str
+    places: NodePlaces
+    endpoint: Path | None
+    defaults: ClusterDefaults
+    api: ApiSettings | None
+    label: bool
+    startup_taint: str
+    encrypted_volumes: bool
+    running: RunningRole | None
+    timeout_s: float
+    strict: bool = False
+    as_json: bool = False
 
 
-def looks(role: str) -> Sequence[tuple[Check, Look]]:
-    """Return what is looked at in a role, each with the check that stands for it where it does not end."""
-    from csi_driver.local import (
-        doctor_client,
-        doctor_driver,
-        doctor_kubernetes,
-        doctor_machine,
-        doctor_management,
-        doctor_places,
-        doctor_volumes,
-    )
+class Severity(StrEnum):
+    """How much a finding matters, the worst first.
 
-    management = doctor_management.LOOKS
-    if role == CONTROLLER:
-        return (*management, *doctor_driver.CONTROLLER_LOOKS, *doctor_machine.ANY_LOOKS)
+    ERROR: no volume can be used. WARNING: some cannot, or all of them will not be some day. SKIPPED: not checked.
+    """
+
+    ERROR = "error"
+    WARNING = "warning"
+    SKIPPED = "skipped"
+    OK = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. `check`: its name, where its function makes several.
+
+    A problem without `expected` or `fix` gets those of its check.
+    """
+
+    severity: Severity
+    found: str
+    expected: str = ""
+    fix: str = ""
+    check: str = ""
+
+
+error = partial(Finding, Severity.ERROR)
+warning = partial(Finding, Severity.WARNING)
+skipped = partial(Finding, Severity.SKIPPED)
+ok = partial(Finding, Severity.OK)
+
+Find = Callable[[Target], Iterator[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check: its name, the function that makes it, why it matters, what is expected and how to fix it.
+
+    docs/doctor.md shows these texts. One function may make several checks.
+    """
+
+    name: str
+    find: Find
+    why: str
+    expected: str
+    fix: str
+
+
+def checks(role: str = NODE) -> tuple[Check, ...]:
+    """Return the checks of a role, in the order in which they are printed."""
+    every = (*_node_checks(), *_service_checks())
+    return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
+
+
+def _node_checks() -> tuple[Check, ...]:
+    from csi_driver.local import doctor_node as node
+
     return (
-        *doctor_machine.LOOKS, *doctor_places.LOOKS, *doctor_client.LOOKS, *management, *doctor_driver.LOOKS,
-        *doctor_kubernetes.LOOKS, *doctor_volumes.LOOKS,
+        Check("kernel", node.kernel, "Volumes are mounted by system calls that Linux has since 5.8. They need the"
+              " kernel's filesystems, read-only pods of a raw block volume need loop devices, and volumes that the node"
+              " encrypts need dm_crypt.", "Linux 5.8 or newer, with the modules of the volumes", "upgrade the kernel"),
+        Check("tools", node.tools, "The node runs these programs.", "it is installed", "install its package"),
+        Check("privileges", node.privileges, "The node mounts and grows filesystems. The usual SELinux and AppArmor"
+              " profiles of containers deny it.", "CAP_SYS_ADMIN and CAP_SYS_RESOURCE, unconfined",
+              "run the node's container privileged (the chart does)"),
+        Check("devices", node.devices, "A container's own `/dev` does not show devices that appear later.",
+              "the host's /dev (a devtmpfs) and /sys", "mount the host's /dev into the container (the chart does)"),
+        Check("loop-devices", node.loop_devices, "Data written to a loop device without its file is lost with it.",
+              "every loop device has its file", "losetup --detach"),
+        Check("propagation", node.propagation, "Mounts that do not reach the host leave pods with an empty directory.",
+              "kubelet's directory, with shared mount propagation", "mount --make-rshared DIRECTORY"),
+        Check("state-directory", node.state_directory, "By its usage records the node tells old data from new.",
+              "a writable directory that survives a reboot, with 16 MiB and 256 inodes free",
+              "set --state-directory (value node.stateDirectory) to a directory of the host's disk"),
+        Check("client", node.client, "The storage client attaches volumes; its uuid is the node's id.",
+              "a running storage client, and its status files in --status-directory",
+              "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"),
+        Check("zone", node.zone, "Volumes of another cluster cannot be attached here.", "exactly one zone",
+              "match the server names in --clusters-file and the client's configuration, or set --zone"),
+        Check("client-management", node.client_management, "The client learns from its management what to attach.",
+              "a connection", "start it, open the firewall, or correct MANAGEMENT_SERVERS in the client's file"),
+        Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
+              "every mount with its device, I/O and kubelet's record",
+              "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
+        Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
+              "a readable record", "see what the volume holds, then remove the record"),
     )  # fmt: skip
 
 
-def run_doctor(settings: DoctorSettings, write: Callable[[str], None] = print) -> int:
-    """Make all checks and print the findings. Exit status: 1 when a check fails, else 0."""
-    patient = settings.patient
-    deadline = Deadline.after(patient.timeout_s)
-    findings = examine(looks(patient.role), patient, deadline)
-    if settings.json:
-        write(document(patient.driver_name, patient.node_name, findings))
+def _service_checks() -> tuple[Check, ...]:
+    from csi_driver.local import doctor_node as node
+    from csi_driver.local import doctor_services as services
+
+    return (
+        Check("clusters-file", services.clusters_file, "It names the clusters and their servers.",
+              "a description of the clusters", "correct the file at the key named"),
+        Check("management", services.managements, "The driver creates and attaches volumes through it.", "a response",
+              "start it, or correct its name, address and port (4000 by default), or the firewall"),
+        Check("certificate", services.managements, "Without verified TLS the password can be read on the way.",
+              "a verified certificate that is valid for 30 days or more",
+              "set --management-ca-file (value management.tls.caSecret), use a name of the certificate, or renew it"),
+        Check("login", services.managements, "Every request needs the login and API version 15 or newer.",
+              "an accepted login", "correct user and password in the Secret (value management.existingSecret)"),
+        Check("clients", services.managements, "A volume may be attached to any of the clients that have one uuid.",
+              "a uuid of its own for each client, and this machine's client among them",
+              "these machines were cloned: reinstall the NVMesh client on all but one, so that it gets a new uuid"),
+        Check("driver", services.driver, "Kubelet and the sidecars send their requests to this socket.",
+              "the driver, ready", "see the log of the driver's container"),
+        Check("clock", node.clock, "Certificates, tokens and logs go by the time.",
+              "less than 30 s of difference", "systemctl enable --now chronyd (or systemd-timesyncd) on the host"),
+        Check("sockets", services.sockets, "Kubelet refuses the second driver of a name.",
+              "one registration socket, served by this driver",
+              "remove the other driver of this name: kubectl get daemonsets --all-namespaces | grep -i csi"),
+        Check("api-server", services.kubernetes, "The node label, the start-up taint and the preStop hook need it.",
+              "a response, and this node without the start-up taint",
+              "give the pod a service account token, and let no NetworkPolicy block the API server"),
+        Check("registration", services.kubernetes, "Volumes are attached to the id that kubelet registered.",
+              "one registration with the node's present id, which no other node has",
+              "see the log of the node's container; restart its pod, so that kubelet registers it again"),
+    )  # fmt: skip
+
+
+def run_doctor(target: Target, write: Callable[[str], None] = print) -> int:
+    """Run all checks and print the findings. Exit status: 1 when a check fails, else 0."""
+    deadline = Deadline.after(target.timeout_s)
+    findings = examine(checks(target.role), target, deadline)
+    if target.as_json:
+        write(document(target, findings))
     else:
-        for line in table(_title(patient), findings, deadline.elapsed_s()):
+        for line in table(target, findings, deadline.elapsed_s()):
             write(line)
-    return int(is_bad(findings, strict=settings.strict))
+    failing = (Severity.ERROR, Severity.WARNING) if target.strict else (Severity.ERROR,)
+    return int(any(finding.severity in failing for finding in findings))
 
 
-def _title(patient: Patient) -> str:
-    running = patient.running
-    of = f", with the settings of process {running.pid} ({running.role})" if running is not None else ""
-    where = f"node {patient.node_name}" if patient.role == NODE else patient.role
-    return f"driver {patient.driver_name}, {where}{of}"
+def examine(chosen: Sequence[Check], target: Target, deadline: Deadline) -> list[Finding]:
+    """Run checks until the deadline; return what they found, the worst first, then in the order of the checks."""
+    by_name = {check.name: check for check in chosen}
+    first = {check.find: check.name for check in reversed(chosen)}
+    findings = [
+        _completed(by_name[finding.check or name], finding)
+        for name, finding in collect({name: partial(find, target) for find, name in first.items()}, deadline)
+    ]
+    severities, names = list(Severity), list(by_name)
+    return sorted(findings, key=lambda each: (severities.index(each.severity), names.index(each.check)))
 
 
-# --- looking --------------------------------------------------------------------------------------------------
+def _completed(check: Check, finding: Finding) -> Finding:
+    if finding.severity in (Severity.OK, Severity.SKIPPED):
+        return replace(finding, check=check.name, found=finding.found or check.expected)
+    return replace(finding, check=check.name, expected=finding.expected or check.expected, fix=finding.fix or check.fix)
 
 
-@dataclass(slots=True)
-class _Run:
-    """One look in its thread. `findings` grow while it lasts."""
-
-    check: Check
-    look: Look
-    patient: Patient
-    findings: list[Finding] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    has_ended: bool = False
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name=f"look-{self.check}", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            for finding in self.look(self.patient):
-                self.findings.append(finding)
-            self.has_ended = True
-        except (DriverError, OSError) as error:
-            self.findings.append(unknown(self.check, str(error)))
-            self.has_ended = True
-        finally:
-            self.done.set()
-
-    def found(self, deadline: Deadline) -> list[Finding]:
-        """Return what was found, and that more may be where the look did not end."""
-        in_time = self.done.wait(deadline.remaining_s())
-        found = list(self.findings)
-        if not in_time:
-            found.append(
-                unknown(
-                    self.check,
-                    f"no result within {deadline.elapsed_s():.0f} s",
-                    "find out what hangs, or raise --timeout",
-                )
-            )
-        elif not self.has_ended:  # its traceback was printed
-            found.append(unknown(self.check, "the check failed by an error of this program; see its traceback"))
-        return found
+def collect(jobs: Mapping[str, Callable[[], Iterator[Finding]]], deadline: Deadline) -> Iterator[tuple[str, Finding]]:
+    """Run each job in a thread; yield its name with every finding that it made before the deadline."""
+    runs: list[tuple[str, list[Finding], Future[None]]] = []
+    for name, job in jobs.items():
+        found: list[Finding] = []
+        runs.append((name, found, run_detached(f"doctor-{name}", partial(_collect, job, found))))
+    for name, found, done in runs:
+        last = _wait(name, done, deadline)
+        yield from ((name, finding) for finding in [*found, *last] or [ok("")])
 
 
-def examine(chosen: Sequence[tuple[Check, Look]], patient: Patient, deadline: Deadline) -> list[Finding]:
-    """Look at everything at once; return what was found until the deadline."""
-    runs = [_Run(check, look, patient) for check, look in chosen]
-    for run in runs:
-        run.start()
-    return [finding for run in runs for finding in run.found(deadline)]
+def _collect(job: Callable[[], Iterator[Finding]], found: list[Finding]) -> None:
+    for finding in job():
+        found.append(finding)  # noqa: PERF402  # what was found before it hangs is printed
+
+
+def _wait(name: str, done: Future[None], deadline: Deadline) -> list[Finding]:
+    try:
+        failure = done.exception(deadline.remaining_s())
+    except TimeoutError:
+        found = f"{name}: no result within {deadline.elapsed_s():.0f} s"
+        return [skipped(found, fix="find out what hangs, or raise --timeout")]
+    if failure is None:
+        return []
+    if isinstance(failure, (DriverError, OSError)):
+        return [skipped(f"{name}: {failure}")]
+    _LOG.error("check %s failed unexpectedly", name, exc_info=failure)
+    return [skipped(f"{name}: internal error; see the traceback")]
+
+
+# --- output ---------------------------------------------------------------------------------------------------
+
+
+def table(target: Target, findings: Sequence[Finding], took_s: float) -> Iterator[str]:
+    """Yield the lines for people. Control characters are escaped: some of the text comes from other programs."""
+    where = f"node {target.node_name}" if target.role == NODE else target.role
+    running = target.running
+    yield f"driver {target.driver_name}, {where}" + (
+        f", with the settings of process {running.pid} ({running.role})" if running is not None else ""
+    )
+    yield ""
+    for finding in findings:
+        yield f"{finding.severity.upper():<8} {finding.check:<18} {one_line(finding.found)}"
+        if finding.expected:
+            yield f"{_INDENT}expected: {one_line(finding.expected)}"
+        if finding.fix:
+            yield f"{_INDENT}fix:      {one_line(finding.fix)}"
+    yield ""
+    numbers = {severity: sum(finding.severity is severity for finding in findings) for severity in Severity}
+    plural = {severity: "" if number == 1 else "s" for severity, number in numbers.items()}
+    errors, warnings = (f"{numbers[each]} {each}{plural[each]}" for each in (Severity.ERROR, Severity.WARNING))
+    yield f"{errors}, {warnings}, {numbers[Severity.SKIPPED]} skipped, {numbers[Severity.OK]} ok; {took_s:.1f} s"
+
+
+def document(target: Target, findings: Sequence[Finding]) -> str:
+    """Return all of it as JSON."""
+    keys = ("check", "severity", "found", "expected", "fix")
+    entries = [{key: value for key in keys if (value := getattr(each, key))} for each in findings]
+    return json.dumps({"driver": target.driver_name, "node": target.node_name, "findings": entries}, indent=2)

@@ -441,7 +441,7 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
 def test_a_container_that_hides_block_devices_in_sysfs_is_told_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine_checks, "_SYS_DEV_BLOCK", tmp_path / "absent")
+    monkeypatch.setattr(machine_checks, "SYSFS_BLOCK", tmp_path / "absent")
     assert ["is not visible" in problem for problem in machine_checks.MachineTools([tmp_path]).problems()] == [True]
 
 

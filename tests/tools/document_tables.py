@@ -16,11 +16,12 @@ import yaml
 
 from csi_driver.config.commands import COMMANDS, definition
 from csi_driver.config.flags import Flag
+from csi_driver.local.doctor import checks
 from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "docs" / "parameters.md", ROOT / "docs" / "mkfs.md")
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("parameters.md", "mkfs.md", "doctor.md"))
 VALUES = ROOT / "deploy" / "helm" / "nvmesh-csi-driver" / "values.yaml"
 
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -72,6 +73,12 @@ def _commands(_: str) -> Iterator[str]:
     yield _row(["command", "what it does"])
     yield "|---|---|"
     yield from (_row([f"`nvmesh-csi {name}`", purpose]) for name, purpose in COMMANDS.items())
+
+
+def _doctor(_: str) -> Iterator[str]:
+    yield _row(["check", "why it matters", "expected", "fix"])
+    yield "|---|---|---|---|"
+    yield from (_row([f"`{check.name}`", check.why, check.expected, check.fix]) for check in checks())
 
 
 # --- values of the chart ----------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def _mkfs(fs_type: str) -> Iterator[str]:
 
 
 _KINDS: dict[str, Callable[[str], Iterator[str]]] = {
-    "flags": _flags, "commands": _commands, "values": _values, "mkfs": _mkfs,
+    "flags": _flags, "commands": _commands, "values": _values, "mkfs": _mkfs, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -212,7 +212,7 @@ def _said(what: str, option: str) -> object:
 # --- what is generated ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["parameters.md", "mkfs.md"])
+@pytest.mark.parametrize("name", ["parameters.md", "mkfs.md", "doctor.md"])
 def test_the_generated_tables_are_fresh(name: str) -> None:
     assert fresh(text_of(name)) == text_of(name), f"docs/{name} does not show what the program says: run `make docs`"
 

@@ -1,10 +1,11 @@
-"""Looks that hang, fail or have a bug cost nothing but themselves; findings are told the gravest first."""
+"""A check that hangs or fails affects no other check; findings are printed the worst first."""
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,115 +16,170 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
 from csi_driver.host_model import RunningRole
 from csi_driver.local import doctor
-from csi_driver.local.doctor import Look, examine, looks
-from csi_driver.local.doctor_findings import Check, Finding, Severity, document, fault, fine, is_bad, table, warning
-from csi_driver.local.doctor_management import judge_clients
-from csi_driver.local.doctor_settings import Patient
+from csi_driver.local.doctor import Check, Find, Finding, Severity, Target, error, examine, ok, run_doctor, warning
+from csi_driver.local.doctor_services import check_clients
 from csi_driver.storage_model import Client, ClientStatus
 
 
-def patient(*flags: str, running: RunningRole | None = None) -> Patient:
+def target(*flags: str, running: RunningRole | None = None) -> Target:
     command = parse(["doctor", *flags], {}, lambda roles: running)
     assert isinstance(command, DoctorCommand)
-    return command.settings.patient
+    return command.target
 
 
-def found(look: Look, seconds: float = 5.0) -> list[Finding]:
-    return examine([(Check.ZONE, look), (Check.KERNEL, well)], patient(), Deadline.after(seconds))
+def check(name: str, find: Find) -> Check:
+    return Check(name, find, "why", "expected", "fix")
 
 
-def well(_: Patient) -> Iterator[Finding]:
-    yield fine(Check.KERNEL, "well")
+def examined(seconds: float = 5.0, **finds: Find) -> list[Finding]:
+    return examine([check(name, find) for name, find in finds.items()], target(), Deadline.after(seconds))
 
 
-def test_what_hangs_is_named_and_what_it_said_before_is_told() -> None:
+def passes(_: Target) -> Iterator[Finding]:
+    yield ok("fine")
+
+
+def test_a_check_that_hangs_is_skipped_and_its_earlier_findings_are_kept() -> None:
     released = threading.Event()
 
-    def hangs(_: Patient) -> Iterator[Finding]:
-        yield warning(Check.ZONE, "first", "w", "m")
+    def hangs(_: Target) -> Iterator[Finding]:
+        yield warning("first")
         released.wait(30)
-        yield fine(Check.ZONE, "late")
+        yield ok("late")
 
-    findings = found(hangs, 0.1)
+    findings = examined(0.1, zone=hangs, kernel=passes)
     released.set()
     assert [(each.check, each.severity) for each in findings] == [
-        (Check.ZONE, Severity.WARNING), (Check.ZONE, Severity.SKIPPED), (Check.KERNEL, Severity.OK)
+        ("zone", Severity.WARNING), ("zone", Severity.SKIPPED), ("kernel", Severity.OK)
     ]  # fmt: skip
     assert "no result" in findings[1].found
 
 
-@pytest.mark.parametrize("error", [HostFailure("/proc is not mounted"), PermissionError(13, "Permission denied")])
-def test_what_cannot_be_looked_at_is_unknown(error: Exception) -> None:
-    def fails(_: Patient) -> Iterator[Finding]:
+@pytest.mark.parametrize("failure", [HostFailure("/proc is not mounted"), PermissionError(13, "Permission denied")])
+def test_a_check_that_cannot_be_made_is_skipped(failure: Exception) -> None:
+    def fails(_: Target) -> Iterator[Finding]:
         yield from ()
-        raise error
+        raise failure
 
-    first, second = found(fails)
-    assert (first.severity, second.found) == (Severity.SKIPPED, "well")
-    assert str(error) in first.found
+    first, second = examined(zone=fails, kernel=passes)
+    assert (first.severity, second.found) == (Severity.SKIPPED, "fine")
+    assert str(failure) in first.found
 
 
-def test_a_bug_in_one_look_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = threading.Event()
-    monkeypatch.setattr(threading, "excepthook", lambda _: told.set())
-
-    def has_a_bug(_: Patient) -> Iterator[Finding]:
+def test_an_unexpected_exception_is_logged_and_skips_its_check_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def has_a_bug(_: Target) -> Iterator[Finding]:
         yield from ()
         raise KeyError("bug")
 
-    first, second = found(has_a_bug)
-    assert told.wait(120), "the traceback is printed as ever"
-    assert "an error of this program" in first.found
-    assert second.found == "well"
+    first, second = examined(zone=has_a_bug, kernel=passes)
+    assert (first.severity, second.found) == (Severity.SKIPPED, "fine")
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info is not None) == (logging.ERROR, True)
 
 
-def test_findings_are_told_the_gravest_first_and_then_in_order() -> None:
-    findings = [
-        fine(Check.KERNEL, "k"), warning(Check.CLOCK, "c", "w", "m"), fault(Check.ZONE, "z\x1b[31m", "one", "say it"),
-        fault(Check.TOOLS, "t", "w", "m"),
+def test_a_problem_gets_the_expectation_and_the_fix_of_its_check_where_it_has_none() -> None:
+    def fails(_: Target) -> Iterator[Finding]:
+        yield error("one")
+        yield error("two", "more", "do this")
+
+    findings = examined(zone=fails)
+    assert [(each.expected, each.fix) for each in findings] == [("expected", "fix"), ("more", "do this")]
+
+
+def test_a_check_without_findings_passes() -> None:
+    (finding,) = examined(zone=lambda _: iter(()))
+    assert (finding.severity, finding.found) == (Severity.OK, "expected")
+
+
+def test_a_function_that_makes_several_checks_runs_once() -> None:
+    def both(_: Target) -> Iterator[Finding]:
+        yield ok("one")
+        yield ok("two", check="login")
+
+    assert [(each.check, each.found) for each in examined(management=both, login=both)] == [
+        ("management", "one"), ("login", "two")
     ]  # fmt: skip
-    lines = list(table("title", findings, 0.25))
+
+
+def kernel(_: Target) -> Iterator[Finding]:
+    yield ok("k")
+
+
+def clock(_: Target) -> Iterator[Finding]:
+    yield warning("c")
+
+
+def zone(_: Target) -> Iterator[Finding]:
+    yield error("z\x1b[31m")
+
+
+def tools(_: Target) -> Iterator[Finding]:
+    yield error("t")
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, *flags: str, **finds: Find) -> tuple[int, str]:
+    """Run the doctor with these checks alone."""
+    chosen = tuple(check(name, find) for name, find in finds.items())
+    monkeypatch.setattr(doctor, "checks", lambda _: chosen)
+    lines: list[str] = []
+    status = run_doctor(target(*flags), lines.append)
+    return status, "\n".join(lines)
+
+
+ALL: Mapping[str, Find] = {"kernel": kernel, "tools": tools, "zone": zone, "clock": clock}
+
+
+def test_findings_are_printed_the_worst_first_and_then_in_the_order_of_the_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, text = printed(monkeypatch, **ALL)
+    lines = text.split("\n")
     assert [line.split()[1] for line in lines if line[:1] in "EWO" and line] == ["tools", "zone", "clock", "kernel"]
-    assert "\x1b" not in "".join(lines)
-    assert lines[-1] == "2 errors, 1 warning, 0 skipped, 1 ok; 0.2 s"
-    told = json.loads(document("d", "n", findings))
-    assert (told["driver"], told["node"]) == ("d", "n")
-    assert told["findings"][1] == {
-        "check": "zone", "severity": "error", "found": "z\x1b[31m", "expected": "one", "fix": "say it"
+    assert "\x1b" not in text
+    assert lines[-1].startswith("2 errors, 1 warning, 0 skipped, 1 ok; ")
+
+
+def test_json_has_a_finding_for_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text = printed(monkeypatch, "--json", "--driver-name=d", "--node-name=n", **ALL)
+    report = json.loads(text)
+    assert (report["driver"], report["node"]) == ("d", "n")
+    assert report["findings"][1] == {
+        "check": "zone", "severity": "error", "found": "z\x1b[31m", "expected": "expected", "fix": "fix"
     }  # fmt: skip
-    assert told["findings"][3] == {"check": "kernel", "severity": "ok", "found": "k"}
+    assert report["findings"][3] == {"check": "kernel", "severity": "ok", "found": "k"}
 
 
 @pytest.mark.parametrize(
-    ("findings", "strict", "bad"),
-    [
-        ([fine(Check.KERNEL, "k")], True, False),
-        ([warning(Check.KERNEL, "k", "w", "m")], False, False),
-        ([warning(Check.KERNEL, "k", "w", "m")], True, True),
-        ([fault(Check.KERNEL, "k", "w", "m"), fine(Check.KERNEL, "k")], False, True),
-    ],
+    ("find", "flags", "status"),
+    [(kernel, ["--strict"], 0), (clock, [], 0), (clock, ["--strict"], 1), (tools, [], 1)],
 )
-def test_faults_are_bad_and_warnings_where_that_is_asked_for(
-    findings: Sequence[Finding], strict: bool, bad: bool
+def test_errors_fail_and_warnings_fail_with_strict(
+    monkeypatch: pytest.MonkeyPatch, find: Find, flags: list[str], status: int
 ) -> None:
-    assert is_bad(findings, strict=strict) is bad
+    assert printed(monkeypatch, *flags, it=find)[0] == status
 
 
-def test_a_controller_is_looked_at_for_what_a_controller_needs() -> None:
-    assert {check for check, _ in looks(doctor.CONTROLLER)} < {check for check, _ in looks(doctor.NODE)}
-    assert Check.PROPAGATION not in {check for check, _ in looks(doctor.CONTROLLER)}
+def test_a_controller_is_checked_for_the_needs_of_a_controller() -> None:
+    names = {check.name for check in doctor.checks(doctor.CONTROLLER)}
+    assert names < {check.name for check in doctor.checks(doctor.NODE)}
+    assert {"driver", "login"} <= names
+    assert "propagation" not in names
+
+
+def test_the_flags_of_the_running_role_are_used_unless_others_are_given() -> None:
     flags = ("--endpoint=/c.sock", "--management-server=https://m:4000", "--management-password-file=/p", "--zone=z")
     running = RunningRole(7, "controller", (*flags, "--force-detach"), {})
-    told = patient(running=running)
-    assert (told.role, told.endpoint, told.management.servers) == ("controller", Path("/c.sock"), ("https://m:4000",))
-    assert patient("--role=node", "--endpoint=/n", running=running).endpoint == Path("/n")
+    found = target(running=running)
+    assert (found.role, found.endpoint) == ("controller", Path("/c.sock"))
+    assert found.defaults.management.servers == ("https://m:4000",)
+    assert target("--role=node", "--endpoint=/n", running=running).endpoint == Path("/n")
 
 
-def test_clients_of_one_uuid_are_a_fault_and_those_without_one_are_not() -> None:
+def test_clients_with_one_uuid_are_an_error_and_clients_without_a_uuid_are_not() -> None:
     def client(name: str, uuid: str) -> Client:
         return Client(name, uuid, ClientStatus.READY)
 
     rows = [client("a", "u1"), client("b", "u1"), client("c", ""), client("d", ""), client("e", "u2")]
-    (shared,) = judge_clients(patient("--status-directory=/nowhere"), rows)
+    (shared,) = check_clients(target("--status-directory=/nowhere"), rows)
     assert shared.severity is Severity.ERROR
     assert "a, b have one uuid, u1" in shared.found

@@ -1,0 +1,262 @@
+"""Checks of the programs around the driver: storage management, the driver's own sockets, kubelet, API server."""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import http.client
+import socket
+import ssl
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DriverError, Unauthenticated
+from csi_driver.host.connectors.nvmesh import StatusFiles
+from csi_driver.kubernetes.api import ApiFailed, ApiServer
+from csi_driver.local.doctor import NODE, Finding, Target, collect, error, ok, skipped, warning
+from csi_driver.management import tls
+from csi_driver.management.client import ManagementClient
+from csi_driver.management.clusters import parse_clusters, read_cluster_names
+from csi_driver.management.settings import ManagementSettings
+from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.storage_model import Client
+from csi_driver.yaml_document import InvalidDocument, read_source
+
+_STEP_S = 3.0
+_RENEW_S = 30 * 86400.0
+_CLOCK_SKEW_S = 30.0
+_DENIED = (401, 403)
+_IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.name} {.nodeID}{"\\n"}{end}'"""
+
+
+def clusters_file(target: Target) -> Iterator[Finding]:
+    path = target.places.evidence.clusters_file
+    try:
+        names = read_cluster_names(path, None)
+        yield ok(f"{path or 'no --clusters-file'}: {', '.join(sorted({*names.servers, *names.nodes})) or 'no zone'}")
+    except InvalidDocument as unusable:
+        yield from (error(f"{path}: {problem}") for problem in unusable.problems)
+
+
+def managements(target: Target) -> Iterator[Finding]:
+    """Check each server of each management for which this role has credentials, all side by side."""
+    clusters = [target.defaults.management]
+    path = target.places.evidence.clusters_file
+    if path is not None and not target.defaults.management.servers:
+        try:
+            clusters = list(parse_clusters(read_source(path), target.defaults).zones.values())
+        except InvalidDocument:
+            clusters = []  # a node has a copy without credentials; `clusters_file` reports what cannot be read
+    servers = {
+        url: partial(_management, target, replace(settings, servers=(url,)), len(settings.servers))
+        for settings in clusters
+        for url in settings.servers
+    }
+    if not servers:
+        yield ok("no management is configured: this role does not need one")
+    yield from (finding for _, finding in collect(servers, Deadline.after(target.timeout_s - 0.5)))
+
+
+def _management(target: Target, settings: ManagementSettings, servers: int) -> Iterator[Finding]:
+    """Check one server. It is an error when it is the only one of its cluster, or its certificate is refused."""
+    (url,) = settings.servers
+    yield from (warning(text, check="certificate") for text in settings.warnings())
+    try:
+        valid_until_s, date_s = ask_server(url, settings)
+    except (ssl.SSLError, tls.BadCertificateFile) as problem:
+        yield error(f"{url}: {problem}", check="certificate")
+        return
+    except (OSError, UnicodeError, http.client.HTTPException) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem) or repr(problem)
+        yield (error if servers == 1 else warning)(f"{url}: {reason}")
+        return
+    yield ok(f"{url} responds")
+    now_s = time.time()
+    if valid_until_s is not None:
+        ends = f"the certificate of {url} ends on {time.strftime('%Y-%m-%d', time.gmtime(valid_until_s))}"
+        yield (warning if valid_until_s - now_s < _RENEW_S else ok)(ends, check="certificate")
+    if date_s is not None and abs(date_s - now_s) > _CLOCK_SKEW_S:
+        found = f"the clock of {url} differs from this machine's by {date_s - now_s:+.0f} s"
+        yield warning(found, fix="synchronize both by a time service", check="clock")
+    yield from _login(target, url, settings)
+
+
+def ask_server(url: str, settings: ManagementSettings) -> tuple[float | None, float | None]:
+    """Send one request without a login. Return the end of the verified certificate and the server's clock.
+
+    Both in seconds since the epoch, None where unknown. Raises `OSError` and others at the step that fails.
+    """
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    valid_until_s = None
+    with ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection((host, port), timeout=_STEP_S))
+        if parts.scheme == "https":
+            secured = tls.context(settings).wrap_socket(connection, server_hostname=host)
+            connection = stack.enter_context(secured)
+            until = (secured.getpeercert() or {}).get("notAfter")
+            valid_until_s = ssl.cert_time_to_seconds(until) if isinstance(until, str) else None
+        connection.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        date = response.getheader("Date") or ""
+        response.close()
+    try:
+        return valid_until_s, email.utils.parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return valid_until_s, None
+
+
+def _login(target: Target, url: str, settings: ManagementSettings) -> Iterator[Finding]:
+    deadline = Deadline.after(2 * _STEP_S)
+    with closing(ManagementClient(settings)) as management:
+        try:
+            info = management.system_info(deadline=deadline)
+            clients = management.clients(deadline=deadline)
+        except DriverError as problem:
+            fix = "" if isinstance(problem, Unauthenticated) else "see the log of the management"
+            yield error(str(problem), fix=fix, check="login")
+            return
+    yield ok(f"{url} accepts the login; management {info.version}, API {info.api_version}", check="login")
+    yield from check_clients(target, clients)
+
+
+def check_clients(target: Target, clients: Sequence[Client]) -> Iterator[Finding]:
+    for uuid, ids in _repeated({client.id: client.uuid for client in clients}):
+        yield error(f"the clients {', '.join(ids)} have one uuid, {uuid}", check="clients")
+    own = StatusFiles(target.places.status_directory).client().uuid
+    found = [client for client in clients if own is not None and client.uuid == own]
+    yield from (ok(f"this machine's client is {each.id} there, {each.status.name}", check="clients") for each in found)
+    if own is not None and not found:
+        fix = "let client and driver use the same management (client-management, zone)"
+        yield warning(f"the management does not know this machine's client {own}", fix=fix, check="clients")
+
+
+def _repeated(ids: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each id that several names have, with the names. An empty id does not count."""
+    for each in sorted(each for each, number in Counter(ids.values()).items() if each and number > 1):
+        yield each, sorted(name for name, own in ids.items() if own == each)
+
+
+def driver(target: Target) -> Iterator[Finding]:
+    endpoint = target.endpoint
+    if endpoint is None:
+        yield skipped("no running driver was found", fix="run the doctor beside one, or set --endpoint")
+        return
+    if not endpoint.exists():
+        yield error(f"the socket {endpoint} does not exist")
+        return
+    try:
+        with CsiClient(endpoint, timeout_s=_STEP_S) as client:
+            name = client.plugin_name()
+            is_ready = client.is_ready(timeout_s=_STEP_S)
+            info = client.node_info() if target.role == NODE and is_ready else None
+    except CallFailed as problem:
+        yield error(f"{endpoint}: {problem}")
+        return
+    if name != target.driver_name:
+        fix = "give each driver its own directory (the chart does, by driverName)"
+        yield error(f"{endpoint} is served by {name}", target.driver_name, fix)
+    where = "" if info is None else "".join(f", {key}={value}" for key, value in info.topology.items())
+    limit = "" if info is None else f": node id {info.node_id}, {info.max_volumes or 'any number of'} volumes"
+    yield ok(f"{name} is ready{limit}{where}") if is_ready else error(f"{name} is not ready")
+
+
+def sockets(target: Target) -> Iterator[Finding]:
+    configured, name = target.places.registration_directory, target.driver_name
+    if configured is not None and not configured.is_dir():
+        fix = "correct --kubelet-registration-directory (value kubeletDirectory), or mount it into the container"
+        yield error(f"{configured} does not exist: kubelet finds no driver there", "kubelet's plugins_registry", fix)
+    registries = [root / "plugins_registry" for root in target.places.path_roots]
+    for registry in registries if configured is None else [configured]:
+        found = [each for each in _sockets_in(registry) if each.name in (f"{name}.sock", f"{name}-reg.sock")]
+        served = [each for each in found if _is_served(each)]
+        if len(served) > 1:
+            yield error(f"{name} is registered with kubelet by {', '.join(map(str, served))}")
+        elif served:
+            yield ok(f"{served[0]} is served")
+        for dead in sorted({*found} - {*served}):
+            yield warning(f"no process serves {dead}", fix="start the driver, or remove the file")
+        if configured is not None and configured.is_dir() and not found:
+            yield error(f"{registry} has no socket of {name}", fix="see the log of the node's container")
+    for root in target.places.path_roots:
+        for other in _sockets_in(root / "plugins" / name):
+            own = target.endpoint
+            if (own is None or not own.exists() or not own.samefile(other)) and _is_served(other):
+                yield (error if own is not None else warning)(f"{other} is served by another driver of this name")
+
+
+def _sockets_in(directory: Path) -> list[Path]:
+    try:
+        return [each for each in sorted(directory.iterdir()) if stat.S_ISSOCK(each.lstat().st_mode)]
+    except OSError:
+        return []
+
+
+def _is_served(path: Path) -> bool:
+    """Tell whether a process accepts connections; nothing is sent."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError as problem:
+            return problem.errno not in (errno.ECONNREFUSED, errno.ENOENT)
+    return True
+
+
+def kubernetes(target: Target) -> Iterator[Finding]:
+    if target.api is None:
+        yield ok("no API server is configured: the driver does not need one")
+        return
+    server = ApiServer(target.api)
+    try:
+        node = server.node(target.node_name)
+        if node is None:
+            fix = "set --node-name to spec.nodeName (the chart does)"
+            yield error(f"Kubernetes has no node {target.node_name}", fix=fix)
+        elif target.startup_taint and node.has_taint(target.startup_taint):
+            fix = f"see driver, registration and the node's log; by hand: kubectl taint node {node.name}"
+            yield warning(f"the node still has the taint {target.startup_taint}", fix=f"{fix} {target.startup_taint}-")
+        else:
+            yield ok(f"node {node.name} exists; {node.why_draining() or 'it is not drained'}")
+    except ApiFailed as problem:
+        needs = target.label or target.startup_taint
+        denied = skipped("this account may not get nodes", fix="kubectl get nodes, as a user with that permission")
+        yield denied if problem.status in _DENIED else (error if needs else warning)(str(problem))
+        if problem.status is None:
+            return
+    for check in (_registration, _duplicates):
+        try:
+            yield from (replace(finding, check="registration") for finding in check(target, server))
+        except ApiFailed as problem:
+            denied = skipped("this account may not read csinodes", fix=f"{_IDS} | sort | uniq -d   # expected: nothing")
+            yield replace(denied if problem.status in _DENIED else skipped(str(problem)), check="registration")
+
+
+def _registration(target: Target, server: ApiServer) -> Iterator[Finding]:
+    registered = server.node_id(target.node_name, target.driver_name)
+    client = StatusFiles(target.places.status_directory).client()
+    own = client.uuid or target.node_name
+    if registered is None:
+        yield error(f"kubelet has not registered {target.driver_name}: no volume can be attached to this node")
+    elif client.uuid is None and client.is_expected:
+        yield skipped(f"registered as {registered}; the storage client shows no id now", fix="see client")
+    elif registered != own:
+        fix = "detach what is attached under the old id, then restart the node's pod: kubelet registers it again"
+        yield error(f"the node is registered as {registered}, its id is {own} now", fix=fix)
+    else:
+        yield ok(f"registered with the node id {registered}")
+
+
+def _duplicates(target: Target, server: ApiServer) -> Iterator[Finding]:
+    for node_id, nodes in _repeated(server.node_ids(target.driver_name)):
+        fix = "give each clone its own NVMesh client uuid, or host name; then restart the node pods"
+        yield error(f"the nodes {', '.join(nodes)} are registered with one id, {node_id}", fix=fix)

@@ -1,0 +1,75 @@
+"""The volumes of a driver that kubelet has mounted here, and the preStop hook that waits for them.
+
+Only the mount table and kubelet's own records are read: no filesystem of a volume is asked, so nothing hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from csi_driver.deadline import Deadline
+from csi_driver.node.mount_owner import publication_record, staging_record
+from csi_driver.settings import ApiSettings
+from csi_driver.telemetry import log
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KubeletMount:
+    """A staging path or target path of a volume. `handle` is empty where kubelet has no record of it."""
+
+    path: Path
+    handle: str
+
+    @property
+    def name(self) -> str:
+        """The volume's handle, else the path."""
+        return self.handle or str(self.path)
+
+
+def kubelet_mounts(paths: Iterable[Path], driver_name: str) -> Iterator[KubeletMount]:
+    """Yield those of these mount points that are this driver's, by kubelet's layout and records."""
+    for path in paths:
+        staging = staging_record(path, driver_name)
+        record = _read(staging or publication_record(path))
+        if staging is not None or record.get("driverName") == driver_name:
+            yield KubeletMount(path, str(record.get("volumeHandle") or ""))
+
+
+def _read(record: Path | None) -> dict[str, object]:
+    try:
+        document = json.loads(record.read_bytes()) if record is not None else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def run_pre_stop(
+    settings: log.LogSettings, api: ApiSettings | None, node_name: str, driver_name: str, timeout_s: float
+) -> int:
+    """Wait before the node's container stops while the node is drained. Never fails: the exit status is 0."""
+    from csi_driver.host.mount_table import read_table
+    from csi_driver.host.processes import find_running, log_of
+    from csi_driver.kubernetes.api import ApiServer
+    from csi_driver.kubernetes.node_object import PreStop
+
+    def mounted() -> Collection[str]:
+        return {mount.name for mount in kubelet_mounts((entry.path for entry in read_table()), driver_name)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    node = find_running(["node"])
+    if node is not None and (stream := log_of(node)) is not None:
+        log.configure(settings, stream)  # kubelet shows the output of a hook to nobody
+    signal.signal(signal.SIGTERM, stop)
+    hook = PreStop(ApiServer(api) if api is not None else None, node_name, driver_name, mounted)
+    _LOG.info("the pod stops now: %s", hook.wait(Deadline.after(timeout_s)))
+    return 0
