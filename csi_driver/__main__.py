@@ -44,9 +44,8 @@ if TYPE_CHECKING:
     from csi_driver.node.service import NodeUseCases
     from csi_driver.rpc.boundary import Boundary
     from csi_driver.rpc.services import ControllerUseCases
-    from csi_driver.telemetry.health import Check
-    from csi_driver.telemetry.measured import ManagementMetrics
-    from csi_driver.telemetry.metrics import Measurement
+    from csi_driver.telemetry.metrics import ManagementMetrics, Metric
+    from csi_driver.telemetry.pages import Check
 
 _LOG = logging.getLogger(PROGRAM)
 
@@ -122,7 +121,6 @@ def _controller(command: ControllerCommand) -> int:
     from dataclasses import replace
 
     from csi_driver.controller.zones import Readiness
-    from csi_driver.host.processes import own_measurements
     from csi_driver.model import volume_name
     from csi_driver.rpc.boundary import Deadlines
     from csi_driver.rpc.client import SelfCheck
@@ -130,7 +128,7 @@ def _controller(command: ControllerCommand) -> int:
     from csi_driver.rpc.pb.csi_pb2_grpc import add_ControllerServicer_to_server
     from csi_driver.rpc.services import ControllerServicer, ManagementReadiness
     from csi_driver.serving import serve
-    from csi_driver.telemetry.measured import ManagementMetrics
+    from csi_driver.telemetry.metrics import ManagementMetrics, process
     from csi_driver.telemetry.pages import serving
 
     settings = replace(command.controller, driver_version=driver_version())
@@ -144,7 +142,7 @@ def _controller(command: ControllerCommand) -> int:
         attaches=command.attaches,
     )
     ready = ManagementReadiness(lambda deadline: readiness.ready(deadline=deadline))
-    own = own_measurements("controller", settings.driver_name, settings.driver_version)
+    own = process(role="controller", driver_name=settings.driver_name, version=settings.driver_version)
 
     def beside(boundary: Boundary) -> AbstractContextManager[object]:
         self_check = SelfCheck(command.endpoint.socket)
@@ -210,7 +208,7 @@ def _node(command: NodeCommand) -> int:
     from csi_driver.rpc.pb.csi_pb2_grpc import add_NodeServicer_to_server
     from csi_driver.rpc.services import NodeServicer, is_equipped
     from csi_driver.serving import serve
-    from csi_driver.telemetry.measured import ManagementMetrics
+    from csi_driver.telemetry.metrics import ManagementMetrics
 
     metrics = ManagementMetrics()
     use_cases = _node_use_cases(command, metrics)
@@ -247,21 +245,23 @@ def _tell_of_node(
     command: NodeCommand,
     use_cases: NodeUseCases,
     loops: Sequence[Periodic],
-    measurements: list[Measurement],
+    measurements: list[Metric],
     running: ExitStack,
 ) -> None:
     """Register with kubelet and serve the health pages and metrics, where these are configured."""
-    from csi_driver.host.processes import own_measurements
     from csi_driver.rpc.client import SelfCheck
     from csi_driver.rpc.registration import Registration
-    from csi_driver.telemetry import measured
+    from csi_driver.telemetry import metrics
     from csi_driver.telemetry.pages import serving
 
     self_check, heavy = SelfCheck(command.endpoint.socket), use_cases.heavy
     healthy: dict[str, Check] = {"csi": self_check.why_silent}
     ready: dict[str, Check] = {"csi": self_check.why_not_ready, "storage": use_cases.health.why_unusable}
-    measurements = [*own_measurements("node", command.driver_name, driver_version()), *measurements]
-    measurements += measured.node(use_cases.census.volumes, heavy.under_way, heavy.places)
+    measurements = [
+        *metrics.process(role="node", driver_name=command.driver_name, version=driver_version()),
+        *measurements,
+    ]
+    measurements += metrics.node(use_cases.census.volumes, heavy.under_way, heavy.places)
     for loop in loops:
         ready[loop.name] = loop.why_failing
         if loop.name not in ("reconcile", "usage-records"):  # no restart frees a thread that waits for a disk
@@ -274,9 +274,9 @@ def _tell_of_node(
 
         registration = running.enter_context(Registration(command.registration, check_node))
         healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
-        measurements += measured.registration(lambda: registration.is_registered, registration.verdicts)
+        measurements += metrics.registration(lambda: registration.is_registered, registration.verdicts)
         loops = [*loops, registration.loop]
-    measurements += measured.background(loops)
+    measurements += metrics.background(loops)
     running.enter_context(serving(command.http, healthy=healthy, ready=ready, measurements=measurements))
 
 
@@ -382,7 +382,7 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.luks import LuksFiles
-    from csi_driver.host.processes import own_measurements
+    from csi_driver.telemetry.metrics import process
     from csi_driver.telemetry.pages import serving
 
     def beside(server: StorageServer) -> AbstractContextManager[object]:
@@ -391,7 +391,10 @@ def _storage(command: StorageCommand) -> int:
             healthy={"api": server.why_silent},
             # Not the background threads: a pod that is not ready is reached by nobody, and they may lack one volume.
             ready={"api": server.why_silent, "pool": server.why_unusable},
-            measurements=[*own_measurements("storage", "", driver_version()), *server.measurements()],
+            measurements=[
+                *process(role="storage", driver_name="", version=driver_version()),
+                *server.measurements(),
+            ],
         )
 
     # Cheap keys where tests run the manager.

@@ -37,8 +37,8 @@ from csi_driver.embedded.volumes import Volumes, now
 from csi_driver.embedded.web import application
 from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
-from csi_driver.telemetry import measured
-from csi_driver.telemetry.metrics import Measurement
+from csi_driver.telemetry import metrics
+from csi_driver.telemetry.metrics import Metric
 
 _log = logging.getLogger(__name__)
 _THREADS = 64
@@ -172,10 +172,10 @@ class StorageServer:
         """The background threads. Metrics tell how they are; health pages do not (see docs/metrics.md)."""
         return self.worker, self.encryptions.worker, self.look
 
-    def measurements(self) -> list[Measurement]:
+    def measurements(self) -> list[Metric]:
         """Return what is measured of the pool."""
-        pool = measured.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
-        return [*pool, *measured.background(self.loops)]
+        pool = metrics.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
+        return [*pool, *metrics.background(self.loops)]
 
     def _pool_bytes(self) -> Mapping[str, int]:
         return {

@@ -62,7 +62,7 @@ from csi_driver.storage_model import (
     VolumeSpec,
     Vpg,
 )
-from csi_driver.telemetry.measured import ManagementMetrics
+from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
 

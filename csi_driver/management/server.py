@@ -27,7 +27,7 @@ from csi_driver.management.gate import Gate
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Reply, Transport
 from csi_driver.management.versions import ApiVersion, ManagementTooOld, VersionRule
-from csi_driver.telemetry.measured import ManagementMetrics
+from csi_driver.telemetry.metrics import ManagementMetrics
 
 SYSTEM_INFO = "/systemInfo"
 
@@ -140,7 +140,7 @@ class Server:
     def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
         self._metrics.works(self.url, False)
         if self.gate.failed(took_s, timed_out=error.timed_out):
-            self._metrics.failures.add(self.url)
+            self._metrics.failures.labels(self.url).inc()
             _log.warning(
                 "management server %s failed, requests go to other servers until a probe succeeds: %s", self.url, error
             )
@@ -250,7 +250,7 @@ class Server:
                 f"{reply.status} {'with' if reply.cookie else 'without'} one; check the address"
             )
         self._credentials = credentials
-        self._metrics.logins.add(self.url)
+        self._metrics.logins.labels(self.url).inc()
         return reply.cookie
 
     def _has_other_credentials(self) -> bool:

@@ -25,7 +25,7 @@ from csi_driver.management.server import SYSTEM_INFO, Answer, Request, Server
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.versions import ApiVersion
 from csi_driver.model import is_uuid
-from csi_driver.telemetry.measured import ManagementMetrics
+from csi_driver.telemetry.metrics import ManagementMetrics
 
 _TRIAL_S = 5.0
 """What a server gets of the call that tries it after a failure, where others would answer."""

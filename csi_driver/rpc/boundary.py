@@ -26,10 +26,10 @@ from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.rpc import validation
 from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Pool, Rpc, ThreadPools
 from csi_driver.rpc.redaction import describe
-from csi_driver.telemetry.measured import rpc_durations, work_under_way
+from csi_driver.telemetry.metrics import rpc_durations, running_calls
 
 if TYPE_CHECKING:
-    from csi_driver.telemetry.metrics import Measurement
+    from csi_driver.telemetry.metrics import Metric
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,9 +174,9 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         """Lock a volume by its name in the storage against all calls; raises `OperationPending` while one runs."""
         return self._locks.hold(LockKey("volume", name, f"volume {errors.shown(name)}"))
 
-    def measurements(self) -> list[Measurement]:
+    def measurements(self) -> list[Metric]:
         """Return the metrics of the calls."""
-        return [self.durations, *work_under_way(self.running.by_method)]
+        return [self.durations, *running_calls(self.running.by_method)]
 
     def intercept_service(
         self,
@@ -231,7 +231,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         finally:
             self.running.end(number)
         code = outcome.code if isinstance(outcome, Refusal) else _Code.OK
-        self.durations.observe(time.monotonic() - began_s, rpc.service, rpc.name, code.name)
+        self.durations.labels(rpc.service, rpc.name, code.name).observe(time.monotonic() - began_s)
         return outcome
 
     def _outcome(

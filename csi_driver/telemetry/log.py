@@ -1,7 +1,7 @@
-"""The format of the log: one line of text, or one JSON object, per record, on standard error.
+"""Log format: one line of text, or one JSON object, for each record, on standard error.
 
-What a record says may come from a storage management or a program that was started: it is one line, of bounded length,
-whatever they say. Tracebacks, which only bugs and debugging have, stand below it.
+Messages may quote a storage management or a program, so line breaks and control characters are escaped and the length
+is limited. Tracebacks follow on further lines.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TextIO
 
+from csi_driver.errors import one_line
+
 
 class LogFormat(StrEnum):
-    """How records are written."""
+    """Format of a record."""
 
     TEXT = "text"
     JSON = "json"
@@ -24,23 +26,13 @@ class LogFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """What is logged, and how."""
+    """Level and format of the log."""
 
     level: str = "info"
     format: LogFormat = LogFormat.TEXT
 
 
-_LONGEST_CHARACTERS = 8192
-
-
-def bounded(text: str) -> str:
-    """Return the text, its beginning where it is endless."""
-    return text if len(text) <= _LONGEST_CHARACTERS else f"{text[:_LONGEST_CHARACTERS]}... ({len(text)} characters)"
-
-
-def one_line(text: str) -> str:
-    """Return the text without what a terminal or a reader of lines would obey."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+_LIMIT_CHARACTERS = 8192
 
 
 class TextFormatter(logging.Formatter):
@@ -54,12 +46,12 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = one_line(bounded(record.message))
+        record.message = one_line(record.message, _LIMIT_CHARACTERS)
         return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record: time, level, logger, message, and the traceback where there is one."""
+    """One JSON object for each record: time, level, logger, message, and the traceback of an exception."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -70,7 +62,7 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": bounded(record.getMessage()),
+            "message": record.getMessage()[:_LIMIT_CHARACTERS],
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
@@ -78,11 +70,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
-    """Send the log of the whole process to `stream` (standard error), replacing what was set before."""
+    """Send the log of the process to `stream` (standard error), and replace any earlier configuration."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format is LogFormat.JSON else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
-    # urllib3 writes every connection at DEBUG; nothing of it is ours.
+    # urllib3 logs every connection at DEBUG
     logging.getLogger("urllib3").setLevel(logging.WARNING)

@@ -1,155 +1,285 @@
-"""Measurements and how they are written for Prometheus (text format 0.0.4, exposition_formats of its documentation).
+"""Metrics of the driver. docs/metrics.md explains each one, and a test compares the two.
 
-prometheus_client was measured and costs a node 3.8 MiB and 20 ms at start, for what these lines do. Labels are few and
-of few values: names of methods, codes, servers; never of volumes, nodes or paths.
+`prometheus_client` stores and writes them; its default registry, with metrics of the interpreter, is not used. Labels
+have few values (methods, codes, servers), never names of volumes, nodes or paths.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from csi_driver.background import Background
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-MOST_SERIES = 1000
-"""Of one measurement. What comes beyond is counted under `OTHER`, so that nobody fills the memory by strange labels."""
-OTHER = "other"
+Metric: TypeAlias = Collector
+Sample = tuple[tuple[str, ...], float]
+"""Values of the labels, and the value."""
 
-Labels = tuple[str, ...]
-Sample = tuple[Labels, float]
-
-
-class Kind(StrEnum):
-    """What a measurement is."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
+_CALL = ("service", "method")
+_CALL_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
-    """A measurement's name (with its unit), meaning and labels."""
+class Reading(Collector):
+    """A gauge or counter whose samples are read on each scrape. `read` must return soon."""
 
     name: str
     help: str
-    labels: tuple[str, ...] = ()
-
-
-class Measurement(Protocol):
-    """Something that can be written."""
-
-    @property
-    def description(self) -> Description: ...
-
-    @property
-    def kind(self) -> Kind: ...
-
-    def lines(self) -> Iterable[str]:
-        """Write the samples as they are now."""
-        ...
-
-
-@dataclass(slots=True)
-class Counter:
-    """Counts what happens. Thread-safe."""
-
-    description: Description
-    kind: Kind = field(default=Kind.COUNTER, init=False)
-    _counts: dict[Labels, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, *labels: str, amount: float = 1) -> None:
-        """Count once more, or `amount`; 0 makes a series that starts at nought."""
-        with self._lock:
-            key = _bounded(labels, self._counts)
-            self._counts[key] = self._counts.get(key, 0) + amount
-
-    def lines(self) -> Iterator[str]:
-        """Write a line for each series."""
-        with self._lock:
-            counts = sorted(self._counts.items())
-        for labels, count in counts:
-            yield line(self.description.name, self.description.labels, labels, count)
-
-
-@dataclass(slots=True)
-class Histogram:
-    """Sorts durations or sizes into buckets, whose upper bounds are given in order. Thread-safe."""
-
-    description: Description
-    bounds: tuple[float, ...]
-    kind: Kind = field(default=Kind.HISTOGRAM, init=False)
-    _series: dict[Labels, list[int]] = field(default_factory=dict)
-    """For each bucket, and for what exceeds all of them."""
-    _sums: dict[Labels, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def observe(self, value: float, *labels: str) -> None:
-        """Note a value."""
-        place = bisect_left(self.bounds, value)
-        with self._lock:
-            key = _bounded(labels, self._series)
-            counts = self._series.setdefault(key, [0] * (len(self.bounds) + 1))
-            counts[place] += 1
-            self._sums[key] = self._sums.get(key, 0.0) + value
-
-    def lines(self) -> Iterator[str]:
-        """Write buckets (each counts what the smaller ones do, too), sum and count of each series."""
-        with self._lock:
-            series = sorted((labels, tuple(counts), self._sums[labels]) for labels, counts in self._series.items())
-        name, names = self.description.name, self.description.labels
-        bounds = (*map(_number, self.bounds), "+Inf")
-        for labels, counts, total in series:
-            so_far = 0
-            for bound, count in zip(bounds, counts, strict=True):
-                so_far += count
-                yield line(f"{name}_bucket", (*names, "le"), (*labels, bound), so_far)
-            yield line(f"{name}_sum", names, labels, total)
-            yield line(f"{name}_count", names, labels, so_far)
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Something that is looked up when it is asked for. `read` gives a sample for each series, and ends soon."""
-
-    description: Description
+    labels: tuple[str, ...]
     read: Callable[[], Iterable[Sample]]
-    kind: Kind = Kind.GAUGE
+    is_counter: bool = False
 
-    def lines(self) -> Iterator[str]:
-        """Look it up and write it."""
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Read the samples."""
+        family = (CounterMetricFamily if self.is_counter else GaugeMetricFamily)(
+            self.name, self.help, labels=self.labels
+        )
         for labels, value in self.read():
-            yield line(self.description.name, self.description.labels, labels, value)
+            family.add_metric(labels, value)
+        yield family
 
 
-def exposition(measurements: Iterable[Measurement]) -> str:
-    """Write all measurements, each with its meaning and kind, also one that has no series yet."""
-    written: list[str] = []
-    for each in measurements:
-        description = each.description
-        text = description.help.replace("\\", "\\\\").replace("\n", "\\n")
-        written += [f"# HELP {description.name} {text}", f"# TYPE {description.name} {each.kind}", *each.lines()]
-    return "".join(f"{each}\n" for each in written)
+def exposition(metrics: Iterable[Metric]) -> str:
+    """Return all metrics in the text format of Prometheus."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
+    registry = CollectorRegistry()
+    for metric in metrics:
+        registry.register(metric)
+    return generate_latest(registry).decode()
 
 
-def line(name: str, names: Sequence[str], values: Labels, value: float) -> str:
-    """Write one sample."""
-    shown = ",".join(f'{label}="{_escaped(text)}"' for label, text in zip(names, values, strict=True))
-    return f"{name}{{{shown}}} {_number(value)}" if shown else f"{name} {_number(value)}"
+def _gauge(name: str, text: str, read: Callable[[], float]) -> Metric:
+    return Reading(name, text, (), lambda: [((), read())])
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def _by(label: str, read: Callable[[], Mapping[str, float]]) -> tuple[tuple[str, ...], Callable[[], list[Sample]]]:
+    return (label,), lambda: [((key,), value) for key, value in sorted(read().items())]
 
 
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) and abs(value) < 1 << 53 else repr(float(value))
+# --- every role -------------------------------------------------------------------------------------------------
 
 
-def _bounded(labels: Labels, known: Mapping[Labels, object]) -> Labels:
-    return labels if labels in known or len(known) < MOST_SERIES else (OTHER,) * len(labels)
+def process(*, version: str, role: str, driver_name: str) -> list[Metric]:
+    """Describe the program and its process."""
+    labels = {
+        "version": version,
+        "role": role,
+        "driver_name": driver_name,
+        "python_version": sys.version.split()[0],
+    }
+    build = Reading(
+        "nvmesh_csi_build_info",
+        "Always 1; the labels name the program.",
+        tuple(labels),
+        lambda: [(tuple(labels.values()), 1)],
+    )
+    threads = _gauge("process_threads", "Threads that run Python code.", threading.active_count)
+    return [build, ProcessCollector(registry=None), threads]
+
+
+def background(loops: Sequence[Background]) -> list[Metric]:
+    """Describe the background threads."""
+    return [
+        Reading(
+            "nvmesh_csi_background_failures_total",
+            "Runs of background work that raised an error.",
+            *_by("work", lambda: {loop.name: loop.failures for loop in loops}),
+            is_counter=True,
+        ),
+        Reading(
+            "nvmesh_csi_background_stalled_seconds",
+            "Time since background work began to fail, or since its present run began; 0 when idle.",
+            *_by("work", lambda: {loop.name: loop.stalled_s() for loop in loops}),
+        ),
+    ]
+
+
+# --- CSI calls --------------------------------------------------------------------------------------------------
+
+
+def rpc_durations() -> Histogram:
+    """Return the histogram that the RPC boundary fills; its labels are service, method and code."""
+    return Histogram(
+        "nvmesh_csi_rpc_duration_seconds",
+        "Duration of CSI calls, by the code of the response.",
+        (*_CALL, "code"),
+        buckets=_CALL_BOUNDS_S,
+        registry=None,
+    )
+
+
+def running_calls(read: Callable[[], Mapping[tuple[str, str], tuple[int, float]]]) -> list[Metric]:
+    """Describe running calls: `read` returns their number and the age of the oldest, by service and method."""
+    return [
+        Reading(
+            "nvmesh_csi_rpc_in_flight",
+            "CSI calls that are being executed.",
+            _CALL,
+            lambda: [(call, count) for call, (count, _) in sorted(read().items())],
+        ),
+        Reading(
+            "nvmesh_csi_operation_age_seconds",
+            "Age of the oldest CSI call that is being executed, whether or not its caller still waits.",
+            _CALL,
+            lambda: [(call, age_s) for call, (_, age_s) in sorted(read().items())],
+        ),
+    ]
+
+
+# --- node -------------------------------------------------------------------------------------------------------
+
+
+def node(
+    volumes: Callable[[], Mapping[str, int]], heavy: Callable[[], tuple[int, int]], heavy_limit: int
+) -> list[Metric]:
+    """Describe a node: the number of volumes by state, and how many heavy operations run and wait."""
+    return [
+        Reading(
+            "nvmesh_csi_node_volumes",
+            "Volumes of this driver on the node by state: staged (filesystems), published, or mounted elsewhere.",
+            *_by("state", volumes),
+        ),
+        Reading(
+            "nvmesh_csi_node_heavy_operations",
+            "Formatting, checking, growing and opening of volumes: running, or waiting for a slot.",
+            *_by("state", lambda: dict(zip(("running", "waiting"), heavy(), strict=True))),
+        ),
+        _gauge(
+            "nvmesh_csi_node_heavy_operations_limit",
+            "Heavy operations that may run at the same time.",
+            lambda: heavy_limit,
+        ),
+    ]
+
+
+def registration(is_registered: Callable[[], bool], results: Callable[[], Mapping[str, int]]) -> list[Metric]:
+    """Describe the registration with kubelet."""
+    return [
+        _gauge("nvmesh_csi_kubelet_registered", "1: kubelet has registered the driver.", is_registered),
+        Reading(
+            "nvmesh_csi_kubelet_verdicts_total",
+            "Registrations that kubelet accepted or refused.",
+            *_by("verdict", results),
+            is_counter=True,
+        ),
+    ]
+
+
+# --- storage management -----------------------------------------------------------------------------------------
+
+
+def _management_counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(name, text, ("server", *labels), registry=None)
+
+
+@dataclass(slots=True)
+class ManagementMetrics:
+    """Metrics of a management client's servers. The label is a server's URL, without credentials."""
+
+    requests: Counter = field(
+        default_factory=lambda: _management_counter(
+            "nvmesh_csi_management_requests_total",
+            "Requests to management servers: answered, refused (login or version), unreachable (not executed),"
+            " unknown (perhaps executed), failed (no time left, or unreadable credentials).",
+            "outcome",
+        )
+    )
+    durations: Histogram = field(
+        default_factory=lambda: Histogram(
+            "nvmesh_csi_management_request_duration_seconds",
+            "Duration of requests to management servers, logins included.",
+            ("server",),
+            buckets=_REQUEST_BOUNDS_S,
+            registry=None,
+        )
+    )
+    logins: Counter = field(
+        default_factory=lambda: _management_counter(
+            "nvmesh_csi_management_logins_total", "Sessions opened on management servers."
+        )
+    )
+    failures: Counter = field(
+        default_factory=lambda: _management_counter(
+            "nvmesh_csi_management_server_failures_total",
+            "Failures of a management server after which other servers were used.",
+        )
+    )
+    _up: dict[str, bool] = field(default_factory=dict)
+    _users: dict[str, int] = field(default_factory=dict)
+    """Clients of each server: two for a moment while credentials change."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def asked(self, server: str, outcome: str, took_s: float) -> None:
+        """Count a request."""
+        self.requests.labels(server, outcome).inc()
+        self.durations.labels(server).observe(took_s)
+
+    def begin(self, server: str) -> None:
+        """Add a client of this server, which counts as working until a request fails."""
+        with self._lock:
+            self._users[server] = self._users.get(server, 0) + 1
+            self._up.setdefault(server, True)
+        for counter in (self.logins, self.failures):
+            counter.labels(server)  # makes a series with the value 0
+
+    def works(self, server: str, does: bool) -> None:
+        """Record whether a server worked; ignored for one that has no client any more."""
+        with self._lock:
+            if server in self._up:
+                self._up[server] = does
+
+    def end(self, server: str) -> None:
+        """Remove a client of this server."""
+        with self._lock:
+            self._users[server] -= 1
+            if not self._users[server]:
+                del self._users[server], self._up[server]
+
+    def _states(self) -> dict[str, float]:
+        with self._lock:
+            return {server: int(works) for server, works in self._up.items()}
+
+    def measurements(self) -> list[Metric]:
+        """Return all metrics of the servers."""
+        up = Reading(
+            "nvmesh_csi_management_server_up",
+            "1: the management server worked when it was last used.",
+            *_by("server", self._states),
+        )
+        return [self.requests, self.durations, self.logins, self.failures, up]
+
+
+# --- embedded storage manager -----------------------------------------------------------------------------------
+
+
+def storage(
+    pool: Callable[[], Mapping[str, int]], volumes: Callable[[], int], attachments: Callable[[], int]
+) -> list[Metric]:
+    """Describe the embedded storage manager: bytes of the pool by state, volumes and attachments."""
+    return [
+        Reading(
+            "nvmesh_csi_storage_pool_bytes",
+            "The pool: capacity, promised (to volumes and groups), available (in its filesystem).",
+            *_by("state", pool),
+        ),
+        _gauge("nvmesh_csi_storage_volumes", "Volumes in the pool.", volumes),
+        _gauge("nvmesh_csi_storage_attachments", "Attachments of all clients.", attachments),
+    ]

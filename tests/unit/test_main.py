@@ -147,7 +147,7 @@ class _Announced(logging.Handler):
 def watched(argv: list[str], look: Callable[[int], None]) -> None:
     """Run the program, look at its pages in another thread once it is healthy, and end it with SIGTERM."""
     announced = _Announced()
-    logger = logging.getLogger("csi_driver.telemetry.http_server")
+    logger = logging.getLogger("csi_driver.telemetry.pages")
 
     def is_healthy(port: int) -> bool:
         try:
@@ -215,7 +215,7 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
         assert samples['nvmesh_csi_kubelet_verdicts_total{verdict="accepted"}'] == 1
         assert samples['nvmesh_csi_node_volumes{state="published"}'] == 0
         assert (
-            samples['nvmesh_csi_rpc_duration_seconds_count{service="csi.v1.Node",method="NodeGetInfo",code="OK"}'] >= 2
+            samples['nvmesh_csi_rpc_duration_seconds_count{code="OK",method="NodeGetInfo",service="csi.v1.Node"}'] >= 2
         )
 
     watched([*node_argv(directory), *flags], look)
@@ -232,7 +232,7 @@ def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: 
         samples = measured_as_explained(port, "controller")
         assert samples['nvmesh_csi_management_server_up{server="http://127.0.0.1:1"}'] == 0
         assert samples['nvmesh_csi_management_server_failures_total{server="http://127.0.0.1:1"}'] == 1
-        assert samples['nvmesh_csi_management_requests_total{server="http://127.0.0.1:1",outcome="unreachable"}'] >= 1
+        assert samples['nvmesh_csi_management_requests_total{outcome="unreachable",server="http://127.0.0.1:1"}'] >= 1
 
     watched(controller_argv(tmp_path), look)
 
@@ -341,11 +341,11 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert not top_levels(START) & heavy
 
 
-def test_the_node_loads_no_http_client_and_no_web_framework() -> None:
+def test_the_node_loads_no_rest_client_and_no_web_framework() -> None:
     node = {name for each in ("_node", "_node_use_cases", "_tell_of_node") for name in imported_in(each)}
     loaded = loaded_by(START | {"csi_driver.config.node"} | node)
     assert "grpc" in top_levels(loaded)
-    assert not top_levels(loaded) & {"requests", "urllib3", "http", "fastapi", "uvicorn", "sqlite3"}
+    assert not top_levels(loaded) & {"requests", "urllib3", "fastapi", "uvicorn", "sqlite3"}
     assert not loaded & {
         "csi_driver.embedded.server", "csi_driver.management.client", "csi_driver.management.transport",
         "csi_driver.controller.publish",

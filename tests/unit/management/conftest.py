@@ -8,7 +8,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.telemetry.measured import ManagementMetrics
+from csi_driver.telemetry.metrics import ManagementMetrics
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, running
 
 Connect = Callable[..., ManagementClient]

@@ -8,8 +8,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError
-from csi_driver.telemetry.measured import ManagementMetrics
-from csi_driver.telemetry.metrics import exposition
+from csi_driver.telemetry.metrics import ManagementMetrics, exposition
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import PASSWORD, Breaks, Hangs, ManagementDouble, Says, sample
 
@@ -28,7 +27,7 @@ def _info(server: ManagementDouble, other_server: ManagementDouble) -> None:
 
 
 def value(metrics: ManagementMetrics, sample: str) -> float:
-    """Return a sample, by its name less the prefix and its labels."""
+    """Return a sample, by its name less the prefix and its labels in the order of their names."""
     for line in exposition(metrics.measurements()).splitlines():
         name, _, number = line.rpartition(" ")
         if name == f"nvmesh_csi_management_{sample}":
@@ -42,7 +41,7 @@ def test_requests_logins_and_their_time_are_measured(
     client = connect(server.url, metrics=metrics)
     for _ in range(3):
         client.system_info(deadline=deadline)
-    assert value(metrics, f'requests_total{{server="{server.url}",outcome="answered"}}') == 3
+    assert value(metrics, f'requests_total{{outcome="answered",server="{server.url}"}}') == 3
     assert value(metrics, f'request_duration_seconds_count{{server="{server.url}"}}') == 3
     assert value(metrics, f'logins_total{{server="{server.url}"}}') == 1
     assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
@@ -61,7 +60,7 @@ def test_a_server_that_breaks_is_down_and_the_other_is_asked(
     assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
     assert value(metrics, f'server_up{{server="{server.url}"}}') == 0
     assert value(metrics, f'server_up{{server="{other_server.url}"}}') == 1
-    assert value(metrics, f'requests_total{{server="{other_server.url}",outcome="answered"}}') == 3
+    assert value(metrics, f'requests_total{{outcome="answered",server="{other_server.url}"}}') == 3
 
 
 def test_credentials_that_are_refused_are_no_failure_of_the_server_and_stand_nowhere(
@@ -70,7 +69,7 @@ def test_credentials_that_are_refused_are_no_failure_of_the_server_and_stand_now
     server.password = "another"
     with pytest.raises(DriverError):
         connect(server.url, metrics=metrics).system_info(deadline=deadline)
-    assert value(metrics, f'requests_total{{server="{server.url}",outcome="refused"}}') == 1
+    assert value(metrics, f'requests_total{{outcome="refused",server="{server.url}"}}') == 1
     assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
     assert PASSWORD not in exposition(metrics.measurements())
 

@@ -369,9 +369,9 @@ def test_every_call_is_counted_by_the_code_of_its_answer(endpoint: Endpoint) -> 
     endpoint.trace.hook = raising(RuntimeError("x"))
     assert code_of(lambda: endpoint.controller.CreateVolume(create())) is Code.INTERNAL
     assert endpoint.boundary.running.wait_for_none(30) == []
-    labels = 'service="csi.v1.Controller",method="CreateVolume",code='
-    assert lines(endpoint, "rpc_duration_seconds_count") == [
-        f'nvmesh_csi_rpc_duration_seconds_count{{{labels}"{code}"}} 1'
+    labels = 'method="CreateVolume",service="csi.v1.Controller"'
+    assert sorted(lines(endpoint, "rpc_duration_seconds_count")) == [
+        f'nvmesh_csi_rpc_duration_seconds_count{{code="{code}",{labels}}} 1.0'
         for code in ("INTERNAL", "INVALID_ARGUMENT", "OK")
     ]
 
@@ -388,11 +388,11 @@ def test_work_that_outlives_its_caller_is_under_way_and_grows_older(endpoint: En
     left = endpoint.node.NodeStageVolume.future(stage())
     gate.wait_for()
     left.cancel()  # type: ignore[no-untyped-call]
-    call = 'service="csi.v1.Node",method="NodeStageVolume"'
-    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 1"]
+    call = 'method="NodeStageVolume",service="csi.v1.Node"'
+    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 1.0"]
     first, second = (float(lines(endpoint, "operation_age_seconds")[0].split()[-1]) for _ in range(2))
     assert 0 < first < second
     gate.open()
     assert endpoint.boundary.running.wait_for_none(30) == []
-    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 0"]
-    assert lines(endpoint, "operation_age_seconds") == [f"nvmesh_csi_operation_age_seconds{{{call}}} 0"]
+    assert lines(endpoint, "rpc_in_flight") == [f"nvmesh_csi_rpc_in_flight{{{call}}} 0.0"]
+    assert lines(endpoint, "operation_age_seconds") == [f"nvmesh_csi_operation_age_seconds{{{call}}} 0.0"]
