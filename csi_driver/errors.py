@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _SHOWN_LIMIT = 96
+LINE_LIMIT_CHARACTERS = 8192
 
 
 def shown(text: object, limit: int = _SHOWN_LIMIT) -> str:
@@ -24,7 +25,7 @@ def shown(text: object, limit: int = _SHOWN_LIMIT) -> str:
     return quoted if len(quoted) <= limit else f"{quoted[:limit]}...' ({len(str(text))} characters)"
 
 
-def one_line(text: str, limit: int) -> str:
+def one_line(text: str, limit: int = LINE_LIMIT_CHARACTERS) -> str:
     """Escape what is not printable (line breaks, terminal controls), and shorten to about `limit` characters."""
     line = text if len(text) <= limit else f"{text[: limit - 3]}..."
     if line.isprintable():

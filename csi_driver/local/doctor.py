@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DriverError
-from csi_driver.telemetry.log import one_line
+from csi_driver.errors import DriverError, one_line
 
 if TYPE_CHECKING:
     from csi_driver.host_model import RunningRole

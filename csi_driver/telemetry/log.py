@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TextIO
 
-from csi_driver.errors import one_line
+from csi_driver.errors import LINE_LIMIT_CHARACTERS, one_line
 
 
 class LogFormat(StrEnum):
@@ -32,9 +32,6 @@ class LogSettings:
     format: LogFormat = LogFormat.TEXT
 
 
-_LIMIT_CHARACTERS = 8192
-
-
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO logger: message`, in UTC."""
 
@@ -46,7 +43,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = one_line(record.message, _LIMIT_CHARACTERS)
+        record.message = one_line(record.message)
         return super().formatMessage(record)
 
 
@@ -62,7 +59,7 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage()[:_LIMIT_CHARACTERS],
+            "message": record.getMessage()[:LINE_LIMIT_CHARACTERS],
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)

@@ -39,7 +39,6 @@ REQUEST_TIME_S = 5.0
 """To receive a request, and again to send the response."""
 REQUEST_LIMIT_BYTES = 8 << 10
 _PAGE_TIME_S = 30.0  # far more than any page takes; the checks have limits of their own
-_REASON_LIMIT_CHARACTERS = 8192
 
 Check = Callable[[], str]
 """Returns why it fails, "" when it does not; within a few seconds."""
@@ -82,7 +81,7 @@ def serving(
 def health(checks: Mapping[str, Check]) -> Page:
     """Run the checks and return a page with a line for each; status 503 when one fails."""
     results = {name: check() for name, check in checks.items()}
-    lines = [f"{name}: {one_line(why, _REASON_LIMIT_CHARACTERS) or 'ok'}\n" for name, why in results.items()]
+    lines = [f"{name}: {one_line(why) or 'ok'}\n" for name, why in results.items()]
     return Page(503 if any(results.values()) else 200, "".join(lines))
 
 
