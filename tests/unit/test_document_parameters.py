@@ -138,9 +138,9 @@ def _sums(read: StorageClassParameters) -> tuple[int, int, tuple[int, int]]:
 def test_what_can_be_changed_later_is_what_the_document_says() -> None:
     later = {key for row in ROWS if row["later"] == "yes" for key in code(row["parameter"])}
     assert later == storage_class.MUTABLE_KEYS
-    rows = table(DOCUMENT, "key", "not for")
+    rows = table(DOCUMENT, "key", "not possible for")
     assert {key for row in rows for key in code(row["key"])} == storage_class.MUTABLE_KEYS
-    of_groups = {key for row in rows if "`vpg`" in row["not for"] for key in code(row["key"])}
+    of_groups = {key for row in rows if "`vpg`" in row["not possible for"] for key in code(row["key"])}
     for key in storage_class.MUTABLE_KEYS:
         value = {"relativeRebuildPriority": "3", "enableCrcCheck": "true"}.get(key, "a")
         if key in of_groups:
@@ -151,7 +151,7 @@ def test_what_can_be_changed_later_is_what_the_document_says() -> None:
 
 
 def test_what_is_refused_on_purpose_is_refused_with_its_reason() -> None:
-    rows = table(section(DOCUMENT, "Refused on purpose"), "parameter")
+    rows = table(section(DOCUMENT, "Refused parameters"), "parameter")
     refused = [key for row in rows for key in code(row["parameter"])]
     assert set(refused) == storage_class.THIN_KEYS | {"isEncrypted"}
     for key in refused:
@@ -200,7 +200,7 @@ def _treated(option: str) -> object:
 
 def _said(what: str, option: str) -> object:
     """Return what comes of an option by its row in the document."""
-    if "refused while writing" in what:
+    if "refused for writable mounts" in what:
         return (option,), None
     if "refused" in what:
         return "refused"
