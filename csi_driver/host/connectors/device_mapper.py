@@ -1,8 +1,8 @@
-"""The kernel's device-mapper, as far as encrypted devices need it: what is mapped, over what; resume, remove.
+"""Encrypted devices in the kernel's device-mapper: state, resume and removal, by its ioctls.
 
-Asked by its own ioctls (include/uapi/linux/dm-ioctl.h), because a device that was made and has no table yet, as a
-cryptsetup that was killed leaves it, shows up nowhere else. What is changed is named by its uuid, which tells the kind,
-the LUKS header and the name at once, so that nothing that took a name over meanwhile is met.
+The ioctls (include/uapi/linux/dm-ioctl.h) also show a device without a table, which a killed cryptsetup leaves and
+sysfs does not show. Changes name a device by its uuid, made of kind, LUKS uuid and name: a device that took over the
+name since is not changed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
+from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, sys_number
 from csi_driver.host_model import DeviceNumber, LuksMapping
 
 _CONTROL = Path("/dev/mapper/control")
-_SYS_DEVICES = Path("/sys/dev/block")
 # struct dm_ioctl: version[3], data_size, data_start, target_count, open_count, flags, event_nr, padding, dev,
 # name[128], uuid[129], data[7].
 _ARGUMENT = struct.Struct("=6Ii3IQ128s129s7x")
@@ -38,7 +38,7 @@ class _Answer:
 
 
 def why_unusable() -> str:
-    """Say why this kernel opens no encrypted device; empty = it does, as far as it can be asked. Loads dm_crypt."""
+    """Return why this kernel cannot open encrypted devices; empty when it can. Loads dm_crypt."""
     fix = "run `modprobe dm_crypt` on the node"
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
@@ -48,7 +48,7 @@ def why_unusable() -> str:
     try:
         _call(control, _GET_TARGET_VERSION, name="crypt")
     except OSError as error:
-        # Kernels before 5.5 do not know the question (ENOTTY).
+        # Kernels before 5.5 do not have this ioctl (ENOTTY).
         return f"the device-mapper of this kernel has no target `crypt`; {fix}" if error.errno == errno.EINVAL else ""
     finally:
         os.close(control)
@@ -56,7 +56,7 @@ def why_unusable() -> str:
 
 
 def mapping_named(name: str) -> LuksMapping | None:
-    """Return the encrypted device of that name; None when there is none, or the kernel has no device-mapper."""
+    """Return the device of that name; None when there is none, or the kernel has no device-mapper."""
     answer = _ask("look at", _DEV_STATUS, name=name)
     if answer is None:
         return None
@@ -65,7 +65,7 @@ def mapping_named(name: str) -> LuksMapping | None:
         name=name,
         kernel_uuid=answer.uuid,
         number=answer.number,
-        size_bytes=_size_bytes(answer.number) if has_table else 0,
+        size_bytes=(sys_number(answer.number, "size") or 0) * SECTOR_BYTES if has_table else 0,
         below=below(answer.number) if has_table else None,
         read_only=bool(answer.flags & _READ_ONLY),
         is_suspended=bool(answer.flags & _SUSPENDED),
@@ -73,20 +73,19 @@ def mapping_named(name: str) -> LuksMapping | None:
 
 
 def below(number: DeviceNumber) -> DeviceNumber | None:
-    """Return the one device under an encrypted device; None when `number` is no such device, or that one is gone."""
-    device = _SYS_DEVICES / str(number)
+    """Return the device below an encrypted device; None when `number` is not one, or the device below is gone."""
+    device = SYS_DEV_BLOCK / str(number)
     try:
         if not (device / "dm" / "uuid").read_text().startswith(_CRYPT):
             return None
-        texts = [(slave / "dev").read_text() for slave in (device / "slaves").iterdir()]
-    except OSError:
+        found = [DeviceNumber.parse((slave / "dev").read_text()) for slave in (device / "slaves").iterdir()]
+    except (OSError, ValueError):
         return None
-    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
-    return DeviceNumber(int(major), int(minor)) if minor else None
+    return found[0] if len(found) == 1 else None
 
 
 def remove(mapping: LuksMapping) -> bool:
-    """Take an encrypted device down; gone already is success. False when it is in use: the kernel never takes that."""
+    """Remove an encrypted device; True also when it is gone already, False when it is in use."""
     try:
         _ask("remove", _DEV_REMOVE, uuid=mapping.kernel_uuid)
     except SystemCallFailed as failure:
@@ -97,7 +96,7 @@ def remove(mapping: LuksMapping) -> bool:
 
 
 def resume(mapping: LuksMapping) -> None:
-    """Let a suspended device carry I/O again. The kernel refuses where its key was wiped (EAGAIN)."""
+    """Resume I/O of a suspended device. The kernel refuses when its key was wiped (EAGAIN)."""
     _ask("resume", _DEV_SUSPEND, uuid=mapping.kernel_uuid)
 
 
@@ -125,10 +124,3 @@ def _call(control: int, command: int, *, name: str = "", uuid: str = "") -> byte
     argument = bytearray(_ARGUMENT.pack(*_VERSION, _ARGUMENT.size, 0, 0, 0, 0, 0, 0, 0, name.encode(), uuid.encode()))
     fcntl.ioctl(control, 3 << 30 | _ARGUMENT.size << 16 | 0xFD << 8 | command, argument)
     return argument
-
-
-def _size_bytes(number: DeviceNumber) -> int:
-    try:
-        return int((_SYS_DEVICES / str(number) / "size").read_text()) * 512
-    except OSError:
-        return 0
