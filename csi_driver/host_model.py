@@ -1,7 +1,4 @@
-"""The nouns of one machine: devices, mounts, and what a device holds.
-
-Values only. `csi_driver.host` makes them, `csi_driver.node` decides by them.
-"""
+"""Values of one machine: devices, mounts, and the content of devices. Made by `csi_driver.host`."""
 
 from __future__ import annotations
 
@@ -32,12 +29,11 @@ class DeviceNumber:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A block device that was found and whose identity was verified once.
+    """A block device whose identity was verified.
 
-    `uuid` is the volume's as the evidence on this machine says it; None where nothing says it now.
-    `read_only`: the kernel refuses writes. `write_refusal`: what the storage client says where writes to it fail,
-    whatever the kernel shows; programs then meet I/O errors. `disk_sequence` is what no other disk ever has, also under
-    the same number (Linux 5.15); None where the kernel does not tell it.
+    `uuid` is the volume's, None without evidence. `read_only`: the kernel refuses writes. `write_refusal`: why the
+    storage client fails writes, whatever the kernel shows. `disk_sequence` is unique to the disk, unlike its number
+    (Linux 5.15; None before).
     """
 
     name: str
@@ -51,17 +47,14 @@ class Device:
     disk_sequence: int | None = None
 
     @property
-    def takes_writes(self) -> bool:
-        """Whether nothing on this machine is known to refuse writes to it."""
+    def is_writable(self) -> bool:
+        """Whether neither the kernel nor the storage client refuses writes."""
         return not (self.read_only or self.write_refusal)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenDevice:
-    """A device held open; its identity was verified again on this very descriptor.
-
-    `start_bytes`: where its first byte lies in `fd`; more than 0 only where the device is looked at from below.
-    """
+    """An open device whose identity was verified on the descriptor; its first byte is `start_bytes` into `fd`."""
 
     fd: int
     device: Device
@@ -70,13 +63,12 @@ class OpenDevice:
 
 @dataclass(frozen=True, slots=True)
 class VolumeStatus:
-    """What the storage client of this machine says of a volume that is attached here. None = it does not say.
+    """The storage client's status of a volume attached to this node. None = unknown.
 
-    `refusal`: why the device may not be used although it is there; empty = it may. `io_enabled` is True where the
-    client is known to carry I/O for it: only then may the device be opened. False is an attachment that is not
-    finished, or one that was fenced, suspended or lost its storage: reading it hangs, or fails after half a minute.
-    `refuses_writes`: writes to it fail. `preempted`: the reservation of another client has cut off its I/O for as long
-    as this attachment lasts. `words` repeats what the client says where any of these is not as it should be.
+    `refusal`: why the device must not be used. `io_enabled`: only when True may the device be opened; while it is False
+    (attachment incomplete, fenced, suspended, or storage lost) reads hang or fail after 30 s. `refuses_writes`: writes
+    fail. `preempted`: another client's reservation blocks I/O until the volume is detached. `details` repeats the
+    client's fields when something is wrong.
     """
 
     name: str
@@ -86,17 +78,16 @@ class VolumeStatus:
     io_enabled: bool | None = None
     refuses_writes: bool | None = None
     preempted: bool = False
-    words: str = ""
+    details: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageClient:
-    """The storage client of this machine as it shows itself now.
+    """The state of the storage client of this machine.
 
-    `uuid` is None while it cannot be read: before the client has started, for the moment of an upgrade under running
-    volumes (`is_upgrading`), or for good where there is none. `is_expected`: a client belongs here, so an absent one
-    comes back. `problem`: why it is of no use although it is there; empty = it is. `volume_limit`: how many volumes it
-    can have attached for use, 0 where it knows no limit.
+    `uuid` is None while the client does not run, also during an upgrade under attached volumes (`is_upgrading`).
+    `is_expected`: a client is installed, so it comes back. `problem`: why a running client is unusable.
+    `volume_limit`: how many volumes can be attached, 0 = no limit.
     """
 
     uuid: str | None
@@ -108,7 +99,7 @@ class StorageClient:
 
 @dataclass(frozen=True, slots=True)
 class RunningRole:
-    """A process of this program: which role it is, the arguments behind the role's name, and its environment."""
+    """A running process of this program: its role, the role's arguments, and its environment."""
 
     pid: int
     role: str
@@ -149,13 +140,13 @@ class LoopDevice:
 
 def uuid_of_label(label: str) -> str | None:
     """Return the volume uuid at the beginning of a loop device's label; None for labels of other programs."""
-    uuid, _, _ = label.partition("/")
+    uuid = label.partition("/")[0]
     return uuid.lower() if is_uuid(uuid) else None
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOnlyDevice:
-    """A read-only device that stands over another one for a reader; `over` is that one's node when it was made."""
+    """A read-only device over another one; `over` is the node that it was made from."""
 
     number: DeviceNumber
     over: Path
@@ -163,14 +154,12 @@ class ReadOnlyDevice:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount as the kernel shows it at one path (the topmost, where several are stacked).
+    """A mount as the kernel shows it: the topmost at its path.
 
-    `number` is the device of the mounted filesystem, or, for a bind mount of a device node, of the filesystem
-    the node lies in; then `node_number` is the device that the node stands for.
-    `source` is what the mount was made from, e.g. `/dev/nvmesh/csi-1`. `root` is the path within the filesystem.
-    `options` are those of the mount and of the filesystem as the kernel spells them, without `ro` and `rw`.
-    `turned_read_only`: the filesystem refuses writes although this mount of it does not: it was read-only from the
-    first moment where that was wanted of the mount, so this is what its errors did to it.
+    `number` is the device of the mounted filesystem. For a bind mounted device node that is the filesystem of the
+    node (/dev), and `node_number` the device of the node. `source` is what was mounted, e.g. `/dev/nvmesh/csi-1`;
+    `root` the path within the filesystem; `options` those of mount and filesystem without `ro` and `rw`.
+    `turned_read_only`: the filesystem is read-only and the mount is not, which errors of the filesystem cause.
     """
 
     path: Path
@@ -184,10 +173,10 @@ class Mount:
     turned_read_only: bool = False
 
     def can_be_of(self, device: Device) -> bool:
-        """Tell whether this can be a mount of the device: by its number, and by what it was made from.
+        """Tell if this can be a mount of the device, by number and source.
 
-        A mount outlives its device, whose number may be given to another one then. So a mount that was made from the
-        node of another volume, which lies beside this one's, is not of the device although it has its number.
+        A mount outlives its device, whose number may go to another device then: a mount made from the node of another
+        volume, in the same directory as this one's, is not of the device.
         """
         if self.node_number is None:
             made_from: PurePath = PurePosixPath(self.source)
@@ -200,12 +189,12 @@ class Mount:
 
     @property
     def root_path(self) -> PurePosixPath:
-        """The root; of a bound node the path in /dev's filesystem, to which the kernel appends //deleted at its end."""
+        """The root; of a bind mounted node the path in /dev, without the //deleted that the kernel appends."""
         return PurePosixPath(self.root.removesuffix("//deleted"))
 
 
 class FaultKind(Enum):
-    """What can be found wrong with a device or a filesystem by looking at it."""
+    """The faults of a device or filesystem that can be observed."""
 
     DEVICE_READ_ONLY = "the device refuses writes"
     BACKING_FILE_GONE = "the file behind the device was deleted"
@@ -218,20 +207,23 @@ class FaultKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that was found wrong. `detail` says more for people."""
+    """A fault; `detail` is text for people."""
 
     kind: FaultKind
     detail: str
 
 
+# --- content of a device ------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """Every place that the probe read was read without error and held only zeroes."""
+    """All probed places were read without error and hold zeroes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filesystem:
-    """A filesystem was recognised. `uuid` is its own, empty where nothing tells it."""
+    """A recognised filesystem; `uuid` is the filesystem's own, empty where unknown."""
 
     fs_type: str
     uuid: str = ""
@@ -240,7 +232,7 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True)
 class OtherContent:
-    """Something else is there: a partition table, LUKS, LVM, RAID, or data that nothing recognises."""
+    """Other content: a partition table, LUKS, LVM, RAID, or unrecognised data."""
 
     description: str
 
@@ -248,19 +240,15 @@ class OtherContent:
 Content = Blank | Filesystem | OtherContent
 
 
-# --- encrypted devices ------------------------------------------------------------------------------------------
-
+# --- encrypted devices --------------------------------------------------------------------------------------------
 
 LUKS_SUBSYSTEM = "nvmesh-csi"
-"""Stands in the header of every volume that this driver encrypted, with the volume's uuid as the label."""
+"""In the header of every volume that this driver encrypted; the label is the volume's uuid."""
 
 
 @dataclass(frozen=True, slots=True)
 class LuksHeader:
-    """A LUKS header as a device holds it. `key_slots`: how many passphrases it has; 0 = nothing opens it any more.
-
-    `label` and `subsystem` are free text (LUKS2). What is encrypted begins at `data_offset_bytes`.
-    """
+    """A LUKS header. `key_slots`: number of passphrases; `label` and `subsystem` are free text (LUKS2)."""
 
     version: int
     uuid: str
@@ -274,15 +262,12 @@ class LuksHeader:
 
 @dataclass(frozen=True, slots=True)
 class DamagedHeader:
-    """There is, or was, a LUKS header; no copy of it is whole."""
+    """Traces of a LUKS header without an intact copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class LuksSettings:
-    """How a LUKS2 header is made. What is 0 or empty is cryptsetup's to choose.
-
-    `pbkdf` and what belongs to it say how costly it is to try a passphrase, and so to open the volume.
-    """
+    """Options of a new LUKS2 header; 0 and empty leave the choice to cryptsetup."""
 
     cipher: str = ""
     key_bits: int = 0
@@ -293,10 +278,10 @@ class LuksSettings:
 
 @dataclass(frozen=True, slots=True)
 class LuksMapping:
-    """An encrypted device as the kernel has it opened.
+    """An opened encrypted device in device-mapper.
 
-    `kernel_uuid` tells what it is: kind, LUKS uuid without dashes, name. `size_bytes` is 0 and `below` None while it
-    has no table: whoever made it was killed. `below` is None, too, when the device under it is gone.
+    `kernel_uuid` has kind, LUKS uuid without dashes, and name. Without a table, as a killed cryptsetup leaves it,
+    `size_bytes` is 0 and `below` None; `below` is None too when the device below is gone.
     """
 
     name: str
@@ -309,9 +294,9 @@ class LuksMapping:
 
     @property
     def is_encryption(self) -> bool:
-        """Whether it is one of cryptsetup's at all."""
+        """Whether cryptsetup made it."""
         return self.kernel_uuid.startswith("CRYPT-")
 
     def is_of(self, header: LuksHeader) -> bool:
-        """Tell whether it was opened by this very header, under its own name."""
+        """Tell if it was opened with this header, under its own name."""
         return self.kernel_uuid == f"CRYPT-LUKS{header.version}-{header.uuid.replace('-', '')}-{self.name}"

@@ -113,7 +113,7 @@ class LinuxDevices:
         if status is None or os.path.lexists(self.path_of(name)):
             return "it is absent or has no size yet"
         return (
-            f"the storage client shows the volume ({status.words}), but its device node is missing: it is not made "
+            f"the storage client shows the volume ({status.details}), but its device node is missing: it is not made "
             "yet, or was removed; if it stays so, detach the volume and attach it again"
         )
 

@@ -1,18 +1,19 @@
-"""Facts about this machine: what it lacks for serving volumes, and what `nvmesh-csi doctor` shows besides.
+"""Facts about this machine: missing tools and privileges, and more for `nvmesh-csi doctor`.
 
-Nothing here changes the machine, opens a device or asks a filesystem of a volume, so nothing here hangs.
+Nothing here opens a device or touches the filesystem of a volume, so nothing here hangs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure
 from csi_driver.host import syscalls
+from csi_driver.host.block_devices import SYS_DEV_BLOCK
 from csi_driver.host.mount_table import read_table
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.processes import find_tool, package_of, run
@@ -21,7 +22,6 @@ from csi_driver.host_model import DeviceNumber
 DEVICES = Path("/dev")
 LOOP_CONTROL = Path("/dev/loop-control")
 DEVICE_MAPPER = Path("/dev/mapper/control")
-SYSFS_BLOCK = Path("/sys/dev/block")
 _PROC, _SYS = Path("/proc"), Path("/sys")
 _TIMEX_BYTES = 512  # more than struct timex has; modes = 0 only reads (adjtimex(2))
 _TIME_ERROR = 5
@@ -29,20 +29,20 @@ _NEEDED_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "blkid")
 _VERSION_OPTION = {
     "mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V", "cryptsetup": "--version",
 }  # fmt: skip
-# Below this root nothing is mounted for others to see: a node of one machine, not of a container.
 _ROOT = Path("/")
-CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24
+"""As a path root: a node outside a container, whose mounts need no propagation."""
+CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # include/uapi/linux/capability.h
 _VERSION_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
 class MachineTools:
-    """Fits `csi_driver.node.ports.Tools`. `path_roots` are where kubelet's paths lie."""
+    """Programs and privileges of this machine. Fits `csi_driver.node.ports.Tools`."""
 
-    def __init__(self, path_roots: Sequence[Path] = ()) -> None:
-        self._roots = tuple(path_roots)
+    path_roots: Sequence[Path] = ()
 
     def problems(self) -> Sequence[str]:
-        """Return what keeps this machine from serving volumes, a sentence each; empty = all well."""
+        """Return the reasons why this machine cannot serve volumes, one sentence each."""
         found = [
             f"{tool} is not installed; install the package {package_of(tool)}"
             for tool in _NEEDED_TOOLS
@@ -50,30 +50,30 @@ class MachineTools:
         ]
         if not has_capability(CAP_SYS_ADMIN):
             found.append("this process lacks CAP_SYS_ADMIN, without which it cannot mount")
-        if not SYSFS_BLOCK.is_dir():
-            found.append(f"{SYSFS_BLOCK} is not visible, without which no device can be known: mount the host's /sys")
-        found += [f"the path root {root} does not exist" for root in self._roots if not root.is_dir()]
+        if not SYS_DEV_BLOCK.is_dir():
+            found.append(f"{SYS_DEV_BLOCK} is not visible, without which no device can be known: mount the host's /sys")
+        found += [f"the path root {root} does not exist" for root in self.path_roots if not root.is_dir()]
         return found
 
     def warnings(self) -> Sequence[str]:
-        """Return what will limit this machine without keeping it from working, a sentence each."""
+        """Return the limits of this machine, one sentence each."""
         found = []
         if not has_capability(CAP_SYS_RESOURCE):
             found.append("this process lacks CAP_SYS_RESOURCE: ext4 grows at the next stage, not while mounted")
         if not syscalls.has_mount_api():
-            found.append("this kernel has no fsopen(2): a mount option that it refuses cannot be named alone")
+            found.append("this kernel has no fsopen(2): errors do not name the mount option that was refused")
         mounts = LinuxMounts()
         found += [
             f"mounts below {root} do not reach the host (mount propagation is private): "
             "the volume of the container needs mountPropagation Bidirectional"
-            for root in self._roots
+            for root in self.path_roots
             if root != _ROOT and root.is_dir() and not mounts.propagation_is_shared(root)
         ]
         return found
 
 
 def has_capability(number: int, pid: int | None = None) -> bool:
-    """Tell whether a process, None = this one, has a capability in effect (capabilities(7))."""
+    """Tell if a process, None = this one, has a capability in effect (capabilities(7))."""
     try:
         lines = (_PROC / str(pid or "self") / "status").read_bytes().decode(errors="replace").split("\n")
     except OSError as error:
@@ -83,7 +83,7 @@ def has_capability(number: int, pid: int | None = None) -> bool:
 
 
 def tool_versions() -> dict[str, str]:
-    """Return the first line that each installed tool prints of its version; starts a process for each."""
+    """Return the first line of each installed tool's version; starts a process for each."""
     versions = {}
     for tool, option in _VERSION_OPTION.items():
         if find_tool(tool) is None:
@@ -98,11 +98,6 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def host_name() -> str:
-    """Return the name of this machine as its kernel has it."""
-    return socket.gethostname()
-
-
 # --- for the doctor -------------------------------------------------------------------------------------------
 
 
@@ -112,12 +107,12 @@ def mountable_filesystems() -> frozenset[str]:
 
 
 def is_loaded(module: str) -> bool:
-    """Tell whether a module is loaded, or built in with parameters."""
+    """Tell if a module is loaded, or built in with parameters."""
     return (_SYS / "module" / module).is_dir()
 
 
 def can_be_loaded(module: str) -> bool | None:
-    """Tell whether the kernel has a module of this name; None where /lib/modules is not visible."""
+    """Tell if the kernel has a module of this name; None where /lib/modules is not visible."""
     directory = Path("/lib/modules") / os.uname().release
     text = _text(directory / "modules.dep") + _text(directory / "modules.builtin")
     files = (Path(line.partition(":")[0]) for line in text.splitlines())
@@ -126,12 +121,12 @@ def can_be_loaded(module: str) -> bool | None:
 
 
 def security_label(pid: int | None) -> str:
-    """Return the security module's label of a process, None = this one; empty where there is none."""
+    """Return the security module's label of a process, None = this one; empty without a security module."""
     return _text(_PROC / str(pid or "self") / "attr/current").strip("\0\n ")
 
 
 def selinux_enforces() -> bool:
-    """Tell whether SELinux denies what its policy does not allow."""
+    """Tell if SELinux denies what its policy does not allow."""
     return _text(_SYS / "fs/selinux/enforce").strip() == "1"
 
 
@@ -144,12 +139,12 @@ def mount_above(path: Path) -> str:
 
 
 def is_present(number: DeviceNumber) -> bool:
-    """Tell whether a block device exists. An anonymous number, as of btrfs, counts as present."""
-    return number.major == 0 or (SYSFS_BLOCK / str(number)).exists()
+    """Tell if a block device exists. An anonymous number, as of btrfs, counts as present."""
+    return number.major == 0 or (SYS_DEV_BLOCK / str(number)).exists()
 
 
 def loops_without_file() -> Iterator[tuple[str, str]]:
-    """Yield the loop devices whose file was deleted, each with the file."""
+    """Yield each loop device whose backing file was deleted, and that file."""
     for text in sorted((_SYS / "block").glob("loop*/loop/backing_file")):
         file = _text(text).rstrip("\n")
         if file.endswith(" (deleted)"):
@@ -157,7 +152,7 @@ def loops_without_file() -> Iterator[tuple[str, str]]:
 
 
 def clock_is_synchronized() -> bool:
-    """Tell whether something synchronizes the clock; true where the kernel does not say."""
+    """Tell if something synchronizes the clock; true where the kernel does not say."""
     return bool(syscalls.libc().adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) != _TIME_ERROR)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from csi_driver.errors import DriverError, HostFailure
 from csi_driver.host import machine_checks as machine
+from csi_driver.host.block_devices import SYS_DEV_BLOCK
 from csi_driver.host.connectors.nvmesh import UPDATER_MARK, StatusFiles, management_hosts, management_servers
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.mount_table import read_table
@@ -83,8 +84,8 @@ def privileges(target: Target) -> Iterator[Finding]:
 
 def devices(target: Target) -> Iterator[Finding]:
     directory = target.places.device_directory
-    if not machine.SYSFS_BLOCK.is_dir():
-        yield error(f"{machine.SYSFS_BLOCK} is not visible", fix="mount the host's /sys into the container")
+    if not SYS_DEV_BLOCK.is_dir():
+        yield error(f"{SYS_DEV_BLOCK} is not visible", fix="mount the host's /sys into the container")
     fs_type = machine.mount_above(machine.DEVICES)
     if fs_type != "devtmpfs":
         level = error if directory.is_relative_to(machine.DEVICES) else warning
@@ -212,10 +213,10 @@ def volumes(target: Target) -> Iterator[Finding]:
             fix = f"none while the node runs, which unmounts what it can prove an orphan; else: umount {mount.path}"
             yield warning(f"{mount.path} is mounted, and kubelet has no record of it", fix=fix)
         elif status is not None and status.preempted:
-            yield warning(f"{where} was taken over by another node: {status.words}")
+            yield warning(f"{where} was taken over by another node: {status.details}")
         elif status is not None and status.io_enabled is not True:
             fix = "see the volume in the management: programs wait until its data has a path again"
-            yield warning(f"{where} carries no I/O: {status.words}", fix=fix)
+            yield warning(f"{where} carries no I/O: {status.details}", fix=fix)
     yield ok(f"{len(mounts)} mounts of volumes of this driver in kubelet's directories")
 
 

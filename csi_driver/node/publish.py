@@ -231,7 +231,7 @@ class Publish:
             )
         if self._paths.kind(staging) != "directory":
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}")
-        if not device.takes_writes and not read_only:
+        if not device.is_writable and not read_only:
             why = device.write_refusal or "the kernel has it read-only"
             raise PreconditionFailed(f"the device of volume {volume} refuses writes ({why}), expected write access")
         needs_reader = read_only and not device.read_only

@@ -380,7 +380,7 @@ class Stage:
     ) -> Device:
         """Wait for the volume's device; where its very attachment is read-only, make the kernel keep it so."""
         device = self._devices.wait_for(volume.name, volume.uuid, deadline=deadline)
-        if not device.takes_writes and not read_only:
+        if not device.is_writable and not read_only:
             why = device.write_refusal or "the kernel has it read-only"
             raise PreconditionFailed(f"the device of volume {volume} refuses writes ({why}), expected write access")
         if context is not None and context.read_only and not device.read_only:

@@ -254,7 +254,7 @@ def _told(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
         yield VolumeEntry(VolumeFault.DATA_LOSS, Reason.DATA_NOT_WRITTEN, status.refusal)
     if status.io_enabled is False:
         yield VolumeEntry(
-            VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client carries no I/O for it: {status.words}"
+            VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client carries no I/O for it: {status.details}"
         )
 
 

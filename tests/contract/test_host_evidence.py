@@ -121,12 +121,12 @@ def test_the_volume_made_anew_under_the_name_is_refused(silent: Silent) -> None:
 def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
     silent.says(reservation="SHARED_READ_ONLY")
     device = silent.machine.devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
-    assert (device.read_only, device.takes_writes) == (False, False)
+    assert (device.read_only, device.is_writable) == (False, False)
     assert "SHARED_READ_ONLY" in device.write_refusal
     silent.says()
     found = silent.machine.devices.find(NAME)
     assert found is not None
-    assert found.takes_writes
+    assert found.is_writable
 
 
 # --- I/O --------------------------------------------------------------------------------------------------------

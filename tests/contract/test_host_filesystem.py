@@ -323,7 +323,7 @@ def test_a_mounted_ext4_grows_or_the_missing_capability_is_named(machine: HostMa
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
     before = total_bytes(target)
     grown = machine.grow(volume, 128 * MIB)
-    if machine_checks.has_capability(24):
+    if machine_checks.has_capability(machine_checks.CAP_SYS_RESOURCE):
         machine.filesystems.grow_mounted(target, grown, "ext4")
         assert total_bytes(target) > before
     else:
@@ -441,7 +441,7 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
 def test_a_container_that_hides_block_devices_in_sysfs_is_told_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine_checks, "SYSFS_BLOCK", tmp_path / "absent")
+    monkeypatch.setattr(machine_checks, "SYS_DEV_BLOCK", tmp_path / "absent")
     assert ["is not visible" in problem for problem in machine_checks.MachineTools([tmp_path]).problems()] == [True]
 
 

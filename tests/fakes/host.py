@@ -115,7 +115,7 @@ class FakeDisk:
         status = self.status
         claimed = self.uuid if self.claims_uuid else status.uuid if status is not None else None
         device = Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
-        return replace(device, write_refusal=status.words if status is not None and status.refuses_writes else "")
+        return replace(device, write_refusal=status.details if status is not None and status.refuses_writes else "")
 
     @property
     def is_usable(self) -> bool:

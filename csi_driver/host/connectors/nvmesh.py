@@ -63,7 +63,7 @@ def parse_volume_status(text: str) -> VolumeStatus | None:
         io_enabled=io_enabled,
         refuses_writes=refuses_writes,
         preempted=io_enabled is False and _is_preempted(document),
-        words="" if io_enabled and not refuses_writes else _words(document),
+        details="" if io_enabled and not refuses_writes else _words(document),
     )
 
 
@@ -328,11 +328,11 @@ class DeviceEvidence:
         """Return why I/O may hang. A volume that the client does not show is allowed, as during an upgrade."""
         if self.status is None or self.status.io_enabled is True:
             return None
-        return f"the client has not enabled I/O for {name}: {self.status.words}"
+        return f"the client has not enabled I/O for {name}: {self.status.details}"
 
     def write_refusal(self) -> str:
         """Return the client's status when writes fail, else an empty text."""
-        return self.status.words if self.status is not None and self.status.refuses_writes else ""
+        return self.status.details if self.status is not None and self.status.refuses_writes else ""
 
     def refusal(self, name: str) -> str | None:
         """Return why the device must not be used at all."""

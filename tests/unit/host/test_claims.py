@@ -60,7 +60,7 @@ def test_contradicting_evidence_is_reported(evidence: DeviceEvidence, name: str,
 
 def test_a_device_is_not_usable_unless_its_client_says_that_it_carries_io() -> None:
     for enabled in (False, None):
-        off = VolumeStatus("csi-1", UUID, io_enabled=enabled, words="dbg is '0x0'")
+        off = VolumeStatus("csi-1", UUID, io_enabled=enabled, details="dbg is '0x0'")
         assert "dbg is '0x0'" in (claims(off).unusable("csi-1") or "")
     assert claims(VolumeStatus("csi-1", UUID, io_enabled=True)).unusable("csi-1") is None
     assert claims().unusable("csi-1") is None

@@ -94,7 +94,7 @@ def test_io_is_on_or_off_where_everything_that_the_client_shows_says_so(
     status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
     assert status is not None
     assert status.io_enabled is enabled
-    assert bool(status.words) is (enabled is not True)
+    assert bool(status.details) is (enabled is not True)
 
 
 @pytest.mark.parametrize(

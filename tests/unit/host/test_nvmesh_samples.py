@@ -84,7 +84,7 @@ def test_every_sample_is_judged() -> None:
 def test_whatever_is_not_ready_for_writing_says_why(state: str, generation: str) -> None:
     status = status_of(state, generation)
     assert status is not None
-    assert status.words
+    assert status.details
 
 
 def test_how_often_a_device_is_open_is_read() -> None:

@@ -93,7 +93,7 @@ def test_a_reader_of_the_raw_volume_keeps_it_decrypted_and_another_handles_unsta
 def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     node.stage()
-    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, words="cut off")
+    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, details="cut off")
     disk.references, disk.opened_by_others = (), 1
     node.unstage()
     assert node.host.mounts_at(STAGING) == 0
@@ -106,7 +106,7 @@ def test_a_volume_that_was_taken_only_for_a_moment_must_be_closed(
     disk = node.host.attach(NAME, UUID)
     node.stage()
     held = disk.status, disk.references
-    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, words="cut off")
+    disk.status = VolumeStatus(NAME, UUID, disk.size_bytes, io_enabled=False, details="cut off")
     disk.references, disk.opened_by_others = (), 1
     sleep = node.clock.sleep
 

@@ -123,12 +123,12 @@ def test_a_filesystem_without_inodes_left_is_told(published: FakeNode) -> None:
 
 
 def test_what_the_client_says_is_told(published: FakeNode, disk: FakeDisk) -> None:
-    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, refusal="it does not write", words="dbg is 0")
+    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, refusal="it does not write", details="dbg is 0")
     assert health(published) == {
         (VolumeFault.INACCESSIBLE, Reason.IO_DISABLED),
         (VolumeFault.DATA_LOSS, Reason.DATA_NOT_WRITTEN),
     }
-    disk.status = VolumeStatus(NAME, OTHER_UUID, io_enabled=False, words="of another volume")
+    disk.status = VolumeStatus(NAME, OTHER_UUID, io_enabled=False, details="of another volume")
     assert health(published) == set()
 
 
@@ -191,7 +191,7 @@ def test_a_filesystem_that_does_not_answer_is_told_and_costs_one_thread(hanging:
 
 
 def test_what_the_client_says_of_a_device_that_hangs_is_told_too(hanging: FakeNode) -> None:
-    hanging.host.disks[NAME].status = VolumeStatus(NAME, UUID, io_enabled=False, words="dbg is 0")
+    hanging.host.disks[NAME].status = VolumeStatus(NAME, UUID, io_enabled=False, details="dbg is 0")
     assert {reason for _, reason in health(hanging)} == {Reason.NOT_RESPONDING, Reason.IO_DISABLED}
 
 

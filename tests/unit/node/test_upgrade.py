@@ -145,7 +145,7 @@ def test_a_volume_without_io_is_waited_for(attached: FakeNode, access: object) -
 
 @ACCESS
 def test_a_volume_that_its_client_keeps_read_only_is_not_staged_for_writing(attached: FakeNode, access: object) -> None:
-    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True, words="it is degraded")
+    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True, details="it is degraded")
     with pytest.raises(PreconditionFailed, match=r"refuses writes \(it is degraded\)"):
         attached.stage(access=access)  # type: ignore[arg-type]
     assert attached.host.formats == []
@@ -153,7 +153,7 @@ def test_a_volume_that_its_client_keeps_read_only_is_not_staged_for_writing(atta
 
 def test_a_raw_volume_that_its_client_keeps_read_only_is_not_published_for_writing(attached: FakeNode) -> None:
     attached.stage(access=BLOCK)
-    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True, words="it is degraded")
+    shown(attached.host.disks[NAME], io_enabled=True, refuses_writes=True, details="it is degraded")
     with pytest.raises(PreconditionFailed, match=r"refuses writes \(it is degraded\)"):
         attached.publish(access=BLOCK)
 
