@@ -223,3 +223,93 @@ class Usage:
     total_inodes: int | None = None
     used_inodes: int | None = None
     available_inodes: int | None = None
+
+
+# --- health, as CSI 1.13 (alpha) reports it ---------------------------------------------------------------------
+
+
+class VolumeFault(StrEnum):
+    """A problem of a volume (CSI VolumeHealthErrorType)."""
+
+    DEGRADED = "DEGRADED"
+    INACCESSIBLE = "INACCESSIBLE"
+    DATA_LOSS = "DATA_LOSS"
+
+
+class StorageFault(StrEnum):
+    """A problem of a node's connection to the storage (CSI StorageHealthErrorType)."""
+
+    STORAGE_DEGRADED = "STORAGE_DEGRADED"
+    STORAGE_UNREACHABLE = "STORAGE_UNREACHABLE"
+
+
+class Reason(StrEnum):
+    """Reasons of health entries. docs/health.md promises that they do not change."""
+
+    # Volume, reported by the controller.
+    VOLUME_OFFLINE = "VolumeOffline"
+    VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    VOLUME_DEGRADED = "VolumeDegraded"
+    VOLUME_REBUILDING = "VolumeRebuilding"
+    VOLUME_ALARM = "VolumeAlarm"
+    VOLUME_CRITICAL = "VolumeCritical"
+    NODE_DOWN = "NodeDown"
+    ATTACH_FAILED = "AttachFailed"
+    # Volume, reported by both.
+    IO_DISABLED = "IoDisabled"
+    # Volume, reported by the node.
+    DATA_NOT_WRITTEN = "DataNotWritten"
+    DEVICE_GONE = "DeviceGone"
+    DEVICE_READ_ONLY = "DeviceReadOnly"
+    BACKING_FILE_GONE = "BackingFileGone"
+    BACKING_FILE_CUT_SHORT = "BackingFileCutShort"
+    NOT_RESPONDING = "NotResponding"
+    FILESYSTEM_SHUT_DOWN = "FilesystemShutDown"
+    FILESYSTEM_READ_ONLY = "FilesystemReadOnly"
+    FILESYSTEM_ERRORS = "FilesystemErrors"
+    FILESYSTEM_FULL = "FilesystemFull"
+    INODES_EXHAUSTED = "InodesExhausted"
+    IO_ERROR = "IoError"
+    # The node's connection to the storage.
+    CLIENT_ABSENT = "ClientAbsent"
+    CLIENT_NOT_RUNNING = "ClientNotRunning"
+    CLIENT_UPGRADING = "ClientUpgrading"
+    CLIENT_UNUSABLE = "ClientUnusable"
+    NODE_NOT_EQUIPPED = "NodeNotEquipped"
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeEntry:
+    """One problem of a volume; status and reason identify it, the message may change."""
+
+    status: VolumeFault
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeHealth:
+    """The known problems of a volume, each (status, reason) once. What cannot be found out is an error of the call."""
+
+    volume_id: str
+    entries: tuple[VolumeEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageEntry:
+    """One problem of a node's connection to the storage."""
+
+    status: StorageFault
+    reason: Reason
+    message: str
+
+
+def each_once(entries: Sequence[VolumeEntry]) -> tuple[VolumeEntry, ...]:
+    """Merge entries of one status and reason: the first message, and how many others there are."""
+    messages: dict[tuple[VolumeFault, Reason], dict[str, None]] = {}
+    for entry in entries:
+        messages.setdefault((entry.status, entry.reason), {})[entry.message] = None
+    return tuple(
+        VolumeEntry(*key, first if not others else f"{first} (and {len(others)} more)")
+        for key, (first, *others) in messages.items()
+    )

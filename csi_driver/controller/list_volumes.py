@@ -24,8 +24,7 @@ from csi_driver.controller.zones import (
 )
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
-from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
-from csi_driver.model import ListedVolume, VolumeHandle
+from csi_driver.model import ListedVolume, Reason, VolumeEntry, VolumeFault, VolumeHandle, VolumeHealth, each_once
 from csi_driver.publish_context import held_reference
 from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 

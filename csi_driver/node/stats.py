@@ -10,9 +10,17 @@ from types import MappingProxyType
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, VolumeNotMounted
-from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth, each_once
 from csi_driver.host_model import Device, DeviceNumber, Fault, FaultKind, Mount, VolumeStatus
-from csi_driver.model import Usage
+from csi_driver.model import (
+    Reason,
+    StorageEntry,
+    StorageFault,
+    Usage,
+    VolumeEntry,
+    VolumeFault,
+    VolumeHealth,
+    each_once,
+)
 from csi_driver.node import NodeSettings
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.expand import known_path

@@ -11,7 +11,6 @@ from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
 from csi_driver.errors import InvalidRequest
-from csi_driver.health import StorageEntry, VolumeHealth
 from csi_driver.model import (
     Access,
     AccessMode,
@@ -23,7 +22,9 @@ from csi_driver.model import (
     MountAccess,
     ProvisionedVolume,
     Segments,
+    StorageEntry,
     Usage,
+    VolumeHealth,
 )
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2

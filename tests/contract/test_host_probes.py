@@ -18,7 +18,6 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
-from csi_driver.health import Reason
 from csi_driver.host import syscalls
 from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.health import LinuxProbes
@@ -26,7 +25,7 @@ from csi_driver.host.luks import LinuxEncryption
 from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host_model import FaultKind, Mount
-from csi_driver.model import MIB
+from csi_driver.model import MIB, Reason
 from csi_driver.node import NodeSettings
 from csi_driver.node.service import NodeUseCases, assemble
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell

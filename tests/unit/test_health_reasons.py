@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from csi_driver.health import Reason, StorageFault, VolumeEntry, VolumeFault, each_once
+from csi_driver.model import Reason, StorageFault, VolumeEntry, VolumeFault, each_once
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "health.md"
 

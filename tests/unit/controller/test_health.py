@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.controller.list_volumes import GetVolumeHealth, find_faults
 from csi_driver.errors import StaleToken, VolumeNotFound
-from csi_driver.health import Reason, VolumeFault
+from csi_driver.model import Reason, VolumeFault
 from csi_driver.storage_model import (
     Client,
     ClientStatus,

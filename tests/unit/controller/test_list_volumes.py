@@ -13,7 +13,6 @@ from csi_driver.controller.list_volumes import GetVolumeHealth, health_bytes, li
 from csi_driver.controller.ports import TopologyRequirement, ValidateRequest
 from csi_driver.controller.volume_metadata import OWN_KEY
 from csi_driver.errors import Exhausted, StaleToken, StorageUnavailable, Unauthenticated, VolumeNotFound
-from csi_driver.health import Reason, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     DEFAULT_TOPOLOGY_KEY,
     GIB,
@@ -22,7 +21,11 @@ from csi_driver.model import (
     CapacityRange,
     ListedVolume,
     ProvisionedVolume,
+    Reason,
     Segments,
+    VolumeEntry,
+    VolumeFault,
+    VolumeHealth,
 )
 from csi_driver.parameters.storage_class import parse
 from csi_driver.rpc import wire

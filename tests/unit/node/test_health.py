@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from csi_driver.errors import VolumeNotFound
-from csi_driver.health import Reason, StorageFault, VolumeFault
 from csi_driver.host_model import Fault, FaultKind, VolumeStatus
+from csi_driver.model import Reason, StorageFault, VolumeFault
 from csi_driver.node import NodeSettings
 from csi_driver.node.stats import _MEANING
 from tests.fakes.host import FakeDisk

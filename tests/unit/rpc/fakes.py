@@ -16,7 +16,6 @@ from google.protobuf.message_factory import GetMessageClass
 from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NodeNotFound, VolumeNotFound
-from csi_driver.health import Reason, StorageEntry, StorageFault, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.model import (
     BlockAccess,
     Capability,
@@ -24,8 +23,14 @@ from csi_driver.model import (
     CapacityRange,
     ListedVolume,
     ProvisionedVolume,
+    Reason,
     Segments,
+    StorageEntry,
+    StorageFault,
     Usage,
+    VolumeEntry,
+    VolumeFault,
+    VolumeHealth,
 )
 from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
