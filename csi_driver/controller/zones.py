@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
+from csi_driver.background import DaemonPool
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -46,60 +46,18 @@ class Crew(Protocol):
 
 
 class Threads:
-    """A few threads for each zone: a zone that hangs keeps its own busy, never those of another.
-
-    They are daemons: a question that nobody waits for any more does not hold up the end of the process, as the threads
-    of an executor would.
-    """
+    """At most `per_zone` daemon threads for each zone: a zone that hangs keeps no other waiting."""
 
     def __init__(self, per_zone: int = _THREADS_PER_ZONE) -> None:
         self._per_zone = per_zone
         self._lock = threading.Lock()
-        self._desks: dict[str, _Desk] = {}
+        self._pools: dict[str, DaemonPool] = {}
 
     def submit(self, zone: str, question: Callable[[], T]) -> Future[T]:
         """Begin to ask one zone."""
         with self._lock:
-            desk = self._desks.setdefault(zone, _Desk(zone, self._per_zone))
-        return desk.submit(question)
-
-
-class _Desk:
-    """The threads of one zone, made when they are needed, and the questions that wait for one."""
-
-    def __init__(self, zone: str, most: int) -> None:
-        self._zone = zone
-        self._most = most
-        self._lock = threading.Lock()
-        self._threads = self._idle = 0
-        self._waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()
-
-    def submit(self, question: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        with self._lock:
-            self._waiting.put(lambda: _answer(future, question))
-            if self._idle:
-                self._idle -= 1  # whoever rests takes it
-            elif self._threads < self._most:
-                self._threads += 1
-                threading.Thread(target=self._work, name=f"zone-{self._zone}-{self._threads}", daemon=True).start()
-        return future
-
-    def _work(self) -> None:
-        while True:
-            self._waiting.get()()
-            with self._lock:
-                # What waits beyond those who rest is taken at once; else this one rests too.
-                self._idle += 1 if self._waiting.empty() else 0
-
-
-def _answer(future: Future[T], question: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(question())
-    except BaseException as problem:  # noqa: BLE001 - handed to whoever asked
-        future.set_exception(problem)
+            pool = self._pools.setdefault(zone, DaemonPool(f"zone-{zone}", self._per_zone))
+        return pool.submit(question)
 
 
 CREW: Crew = Threads()

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from csi_driver.background import run_detached
 from csi_driver.deadline import Clock, Deadline
 from csi_driver.errors import (
     DriverError,
@@ -300,7 +301,7 @@ class Server:
     def probe(self, *, urgent: bool = False) -> None:
         """Look in the background whether a server that rests answers again, where that is due."""
         if not self._is_closed and self.gate.take_probe(urgent=urgent):
-            threading.Thread(target=self._probe, name="management-probe", daemon=True).start()
+            run_detached("management-probe", self._probe)
 
     def _probe(self) -> None:
         alive = False

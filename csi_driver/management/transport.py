@@ -9,7 +9,6 @@ and take some from the environment.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import http.client
 import io
@@ -17,6 +16,8 @@ import re
 import socket
 import ssl
 import threading
+from concurrent.futures import wait
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -27,6 +28,7 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import ConnectionPool
 
+from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management import tls
@@ -96,15 +98,8 @@ def _look_up(host: str, port: int, limit_s: object) -> None:
     """
     if _ADDRESS.fullmatch(host) or not isinstance(limit_s, int | float):
         return
-    ended = threading.Event()
-
-    def look() -> None:
-        with contextlib.suppress(OSError):  # the connection's own attempt tells it
-            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        ended.set()
-
-    threading.Thread(target=look, name="name-lookup", daemon=True).start()
-    if not ended.wait(limit_s):
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    if wait([run_detached("name-lookup", look_up)], limit_s).not_done:  # the connection's own attempt raises its error
         raise TimeoutError(errno.ETIMEDOUT, f"the name {host} could not be looked up in time")
 
 

@@ -121,6 +121,7 @@ class Watchdog(Generic[Answer]):
     def _provide_thread(self) -> None:
         """See that somebody takes up what waits: threads that are free, or a new one. The lock is held."""
         if len(self._waiting) > self._free and self._threads < self._workers:
+            # Not a DaemonPool: a thread that hangs in the kernel is written off and replaced.
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
             self._threads += 1
             self._free += 1
