@@ -22,10 +22,10 @@ from csi_driver.errors import DriverError, Unauthenticated
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.kubernetes.api import ApiFailed, ApiServer
 from csi_driver.local.doctor import NODE, Finding, Target, collect, error, ok, skipped, warning
-from csi_driver.management import tls
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import parse_clusters, read_cluster_names
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.transport import BadCertificateFile, tls_context
 from csi_driver.rpc.client import CallFailed, CsiClient
 from csi_driver.storage_model import Client
 from csi_driver.yaml_document import InvalidDocument, read_source
@@ -71,7 +71,7 @@ def _management(target: Target, settings: ManagementSettings, servers: int) -> I
     yield from (warning(text, check="certificate") for text in settings.warnings())
     try:
         valid_until_s, date_s = ask_server(url, settings)
-    except (ssl.SSLError, tls.BadCertificateFile) as problem:
+    except (ssl.SSLError, BadCertificateFile) as problem:
         yield error(f"{url}: {problem}", check="certificate")
         return
     except (OSError, UnicodeError, http.client.HTTPException) as problem:
@@ -100,7 +100,7 @@ def ask_server(url: str, settings: ManagementSettings) -> tuple[float | None, fl
     with ExitStack() as stack:
         connection = stack.enter_context(socket.create_connection((host, port), timeout=_STEP_S))
         if parts.scheme == "https":
-            secured = tls.context(settings).wrap_socket(connection, server_hostname=host)
+            secured = tls_context(settings).wrap_socket(connection, server_hostname=host)
             connection = stack.enter_context(secured)
             until = (secured.getpeercert() or {}).get("notAfter")
             valid_until_s = ssl.cert_time_to_seconds(until) if isinstance(until, str) else None

@@ -1,15 +1,14 @@
-"""What the management's numeric ids mean, per operation: one table, read by id, innermost id first.
+"""What the numeric ids in the management's errors mean for each operation; the innermost id decides.
 
-The numbers are those of the management's `systemMessages` (a running server lists them under
-`GET /getAllSystemMessages`). Nothing is ever decided by a message text, with one exception: a creation that
-finds no space answers 1664 with the bare string "Failed to allocate" where other causes have an object with an
-id, so that string is the only sign there is.
+The ids are those of its `systemMessages` (a running server lists them at `GET /getAllSystemMessages`). Texts decide
+nothing, with one exception: a creation without space answers 1664 with the bare string "Failed to allocate" in place
+of an inner error with an id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from csi_driver.errors import (
@@ -32,14 +31,14 @@ LOGIN_REQUIRED = 1267
 VOLUME_NOT_FOUND = 1543
 NOT_ENOUGH = 1673
 SERVER_RETIRED = frozenset({16268, 16269})
-"""Upgrade mode, shutting down: the request was not looked at, another server will take it."""
+"""The server is being upgraded or shut down, and did not look at the request."""
 
 _NO_ALLOCATION = "Failed to allocate"
 _TEXT_LIMIT = 256
 
 
 class Operation(StrEnum):
-    """What was asked for, as an operator reads it."""
+    """A request, as messages name it."""
 
     READ = "read"
     CREATE = "create"
@@ -52,7 +51,7 @@ class Operation(StrEnum):
 
 
 class Meaning(Enum):
-    """What an id says to the driver."""
+    """What an id means for the driver."""
 
     DONE = auto()
     VOLUME_ABSENT = auto()
@@ -61,12 +60,12 @@ class Meaning(Enum):
     EXISTS = auto()
     NO_SPACE = auto()
     BAD_REQUEST = auto()
-    UNDER_WAY = auto()
+    IN_PROGRESS = auto()
     PENDING = auto()
     FORBIDDEN = auto()
-    HELD = auto()
+    RESERVED = auto()
     DENIED = auto()
-    TROUBLE = auto()
+    SERVER_ERROR = auto()
 
 
 def _ids(meaning: Meaning, *ids: int) -> dict[int, Meaning]:
@@ -113,15 +112,15 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ALWAYS,
         **_ids(Meaning.DONE, 1678),
         **_ids(Meaning.PENDING, 1582),
-        # What this volume cannot have, however often it is asked for: its group decides, or it is a snapshot.
+        # The volume can never have it: its provisioning group decides, or it is a snapshot.
         **_ids(Meaning.BAD_REQUEST, 168412, 168413, 1722, 1512, 1513, 1721, 1680),
         **_ids(Meaning.FORBIDDEN, 1603, 1604, 1605, 1564, 1472),
     },
     Operation.ENCRYPT: {
         **_ALWAYS,
         **_ids(Meaning.DONE, 14592),
-        # It is initialised, or being initialised, by whomever: the volume's document tells.
-        **_ids(Meaning.UNDER_WAY, 16792, 167921, 16794),
+        # The encryption is initialised or being initialised; the volume's document tells which.
+        **_ids(Meaning.IN_PROGRESS, 16792, 167921, 16794),
         **_ids(Meaning.FORBIDDEN, 16793),
     },
     Operation.ATTACH: {
@@ -129,14 +128,14 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ids(Meaning.DONE, 1611, 16112),
         **_ids(Meaning.VOLUME_ABSENT, 1693),
         **_ids(Meaning.CLIENT_ABSENT, 1621, 1608),
-        **_ids(Meaning.HELD, 1716, 1717, 1718),
+        **_ids(Meaning.RESERVED, 1716, 1717, 1718),
         **_ids(Meaning.PENDING, 1719, 16303, 11212),
         **_ids(Meaning.FORBIDDEN, 1569, 1607, 1720, 162821),
         **_ids(Meaning.DENIED, 1620),
     },
     Operation.DETACH: {
         **_ALWAYS,
-        # "Not there any more" is what was wanted, whoever was first.
+        # Already detached, or no such client or volume: the result is the desired one.
         **_ids(Meaning.DONE, 1706, 17061, 162222, 162223, 1622, 1608, VOLUME_NOT_FOUND),
         **_ids(Meaning.PENDING, 16303),
     },
@@ -144,13 +143,13 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """An answer that carries an error: its ids, innermost first, and what the server says of it."""
+class ApiError:
+    """The error in a response: its ids, innermost first, and its text."""
 
     ids: tuple[int, ...]
     text: str
     current_version: int | None = None
-    no_allocation: bool = field(default=False)
+    no_allocation: bool = False
 
     @property
     def main_id(self) -> int | None:
@@ -158,54 +157,54 @@ class Refusal:
         return self.ids[-1] if self.ids else None
 
 
-def refusal_in(envelope: Mapping[str, object]) -> Refusal | None:
-    """Return the refusal that an envelope carries, None for a plain success.
+def error_in(envelope: Mapping[str, object]) -> ApiError | None:
+    """Return the error in an envelope, None for a success.
 
-    A refusal of the level WARNING comes with `success: true`, so the error decides, not the flag.
+    The error decides, not `success`: an error of level WARNING comes with `success: true`.
     """
     error = envelope.get("error")
     if error is None and "systemMessage" in envelope:
         error = envelope
     if error is None:
-        return None if envelope.get("success", True) is True else Refusal((), "no reason given")
+        return None if envelope.get("success", True) is True else ApiError((), "no reason given")
     if not isinstance(error, dict):
-        return Refusal((), _quoted(error))
-    links = _links(error)
-    inner = error.get("innerMessage")
-    return Refusal(
-        ids=tuple(number for link in reversed(links) if (number := _id(link)) is not None),
-        text=_text(links),
-        current_version=next((v for link in links if isinstance(v := link.get("volumeReservation"), int)), None),
-        no_allocation=inner == _NO_ALLOCATION,
+        return ApiError((), shown(error, _TEXT_LIMIT))
+    chain = _chain(error)
+    return ApiError(
+        ids=tuple(number for each in reversed(chain) if (number := _id(each)) is not None),
+        text=_text(chain),
+        current_version=next((v for each in chain if isinstance(v := each.get("volumeReservation"), int)), None),
+        no_allocation=error.get("innerMessage") == _NO_ALLOCATION,
     )
 
 
-def meaning_of(operation: Operation, refusal: Refusal) -> tuple[Meaning, int | None]:
-    """Return what the refusal means for this operation and the id that says so."""
+def meaning_of(operation: Operation, error: ApiError) -> tuple[Meaning, int | None]:
+    """Return what the error means for this operation, and the id that decided."""
     table = MEANINGS[operation]
-    for number in refusal.ids:
+    for number in error.ids:
         if number in table:
             return table[number], number
-    if operation is Operation.CREATE and refusal.no_allocation and CREATE_FAILED in refusal.ids:
+    if operation is Operation.CREATE and error.no_allocation and CREATE_FAILED in error.ids:
         return Meaning.NO_SPACE, CREATE_FAILED
-    return Meaning.TROUBLE, refusal.main_id
+    return Meaning.SERVER_ERROR, error.main_id
 
 
 def failure_of(
-    operation: Operation, refusal: Refusal, *, volume: str = "", client: str = "", vpg: str = ""
+    operation: Operation, error: ApiError, *, volume: str = "", client: str = "", vpg: str = ""
 ) -> DriverError:
-    """Return the failure to raise for a refusal; `volume`, `client`, `vpg` name what the request was about."""
-    meaning, number = meaning_of(operation, refusal)
+    """Return the exception for an error; `volume`, `client` and `vpg` name the object of the request."""
+    meaning, number = meaning_of(operation, error)
     match meaning:
         case Meaning.VOLUME_ABSENT:
             return VolumeNotFound(volume)
         case Meaning.CLIENT_ABSENT:
             return NodeNotFound(client)
-        case Meaning.HELD if number is not None:
-            return ReservationConflict(volume, number, refusal.current_version)
-    subject = _subject(volume, client, vpg)
+        case Meaning.RESERVED if number is not None:
+            return ReservationConflict(volume, number, error.current_version)
+    names = (("volume", volume), ("client", client), ("VPG", vpg))
+    subject = " on ".join(f"{kind} {shown(name)}" for kind, name in names if name) or "the requested object"
     family = _FAMILIES.get(meaning, StorageUnavailable)
-    return family(f"the management refuses to {operation} {subject}: {refusal.text} (management id {number})")
+    return family(f"the management refuses to {operation} {subject}: {error.text} (management id {number})")
 
 
 _FAMILIES: Mapping[Meaning, type[DriverError]] = {
@@ -217,35 +216,24 @@ _FAMILIES: Mapping[Meaning, type[DriverError]] = {
 }
 
 
-def _subject(volume: str, client: str, vpg: str) -> str:
-    named = [f"{kind} {shown(name)}" for kind, name in (("volume", volume), ("client", client), ("VPG", vpg)) if name]
-    return " on ".join(named) or "the requested object"
+def _chain(error: object) -> list[dict[str, object]]:
+    """Return the nested error objects, outermost first."""
+    chain: list[dict[str, object]] = []
+    while isinstance(error, dict) and len(chain) < 8:
+        chain.append(error)
+        error = error.get("innerMessage")
+    return chain
 
 
-def _links(error: dict[str, object]) -> list[dict[str, object]]:
-    """Return the error objects from the outermost to the innermost."""
-    links: list[dict[str, object]] = []
-    link: object = error
-    while isinstance(link, dict) and len(links) < 8:
-        links.append(link)
-        link = link.get("innerMessage")
-    return links
-
-
-def _id(link: dict[str, object]) -> int | None:
-    # List errors leak the server's own object, whose id lies one level deeper.
-    message = link.get("systemMessage")
-    number = message.get("id") if isinstance(message, dict) else link.get("id")
+def _id(error: dict[str, object]) -> int | None:
+    # In errors of lists the id is one level deeper, in an object of the server's own.
+    message = error.get("systemMessage")
+    number = message.get("id") if isinstance(message, dict) else error.get("id")
     return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
-def _text(links: list[dict[str, object]]) -> str:
-    said = [link["message"] for link in links if isinstance(link.get("message"), str)]
-    last = links[-1].get("innerMessage")
-    if isinstance(last, str):
-        said.append(last)
-    return _quoted(": ".join(str(text) for text in said)) if said else "no reason given"
-
-
-def _quoted(text: object) -> str:
-    return shown(text, _TEXT_LIMIT)
+def _text(chain: list[dict[str, object]]) -> str:
+    texts = [each["message"] for each in chain if isinstance(each.get("message"), str)]
+    if isinstance(innermost := chain[-1].get("innerMessage"), str):
+        texts.append(innermost)
+    return shown(": ".join(map(str, texts)), _TEXT_LIMIT) if texts else "no reason given"

@@ -1,23 +1,26 @@
-"""What the management client must be told; checked together, so that all problems are reported at once."""
+"""Settings of the management client, and the credentials in the files that they name. Loads no HTTP client."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from csi_driver.errors import Unauthenticated
 from csi_driver.model import DEFAULT_DRIVER_NAME
+
+_MOST_READS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ManagementSettings:
-    """How to reach the storage management of one cluster.
+    """How to reach the management of one storage cluster.
 
-    `servers` are URLs with scheme, host and port, in order of preference. With a user (by name, or in
-    `username_file`) user and password are read from their files at every login, as a mounted Secret changes while we
-    run; without one the client certificate is the identity. `request_timeout_s` bounds each request; the caller's
-    deadline does too.
+    `servers` are URLs with scheme, host and port, in order of preference. With a user (`username` or `username_file`),
+    the files are read at each login, because a mounted Secret changes while the driver runs; without one, the client
+    certificate is the login. `request_timeout_s` limits each request, as does the caller's deadline.
     """
 
     servers: tuple[str, ...]
@@ -25,7 +28,7 @@ class ManagementSettings:
     username_file: Path | None = None
     password_file: Path | None = None
     password: str = field(default="", repr=False)
-    """Only where an older driver's configuration holds it; a file is read again, this is not."""
+    """Only from the configuration of an older driver."""
     ca_file: Path | None = None
     tls_verify: bool = True
     client_certificate: Path | None = None
@@ -37,71 +40,65 @@ class ManagementSettings:
 
     @property
     def has_user(self) -> bool:
-        """Whether we log in with a password; else the client certificate says who we are."""
+        """Whether the login is a user with a password; else it is the client certificate."""
         return bool(self.username) or self.username_file is not None
 
     @property
     def password_place(self) -> str:
-        """Where the password stands, for messages."""
+        """Where the password is stored, for messages."""
         return str(self.password_file or "the clusters file")
 
     def problems(self) -> tuple[str, ...]:
-        """Return all that makes these settings unusable, each a sentence naming the setting; empty = sound."""
-        found = (
-            [] if self.servers else ["management servers: expected at least one URL, got none; set --management-server"]
-        )
-        for server in self.servers:
-            found.extend(_server_problems(server))
-        if len(set(self.servers)) != len(self.servers):
-            found.append("management servers: one is given twice; remove it")
-        if self.has_user and self.password_file is None and not self.password:
-            found.append(
-                f"management user {self.username or self.username_file}: no password; set --management-password-file"
-            )
-        if not self.has_user and self.client_certificate is None:
-            found.append(
-                "login: expected a management user or a client certificate, got neither; set --management-user"
-            )
-        if not self.has_user and self.client_certificate is not None:
-            plain = [server for server in self.servers if server.startswith("http:")]
-            found.extend(
-                f"{server} is plain http, which cannot use the client certificate; use https" for server in plain
-            )
-        if self.client_key is not None and self.client_certificate is None:
-            found.append("--management-client-key requires --management-client-certificate")
-        if self.request_timeout_s <= 0:
-            found.append(f"request timeout: expected more than 0 s, got {self.request_timeout_s:g} s")
-        if self.max_requests_in_flight < 1:
-            found.append(f"limit of requests in flight: expected at least 1, got {self.max_requests_in_flight}")
-        return tuple(found)
+        """Return a sentence for each problem; empty for usable settings."""
+        return (*self._server_problems(), *self._login_problems())
 
-    def warnings(self) -> tuple[str, ...]:
-        """Return what works but should not be left so: credentials in the clear, an unverified server."""
-        found = []
+    def _server_problems(self) -> Iterator[str]:
+        if not self.servers:
+            yield "management servers: expected at least one URL, got none; set --management-server"
+        for server in self.servers:
+            yield from _url_problems(server)
+        if len(set(self.servers)) != len(self.servers):
+            yield "management servers: one is given twice; remove it"
+        if self.request_timeout_s <= 0:
+            yield f"request timeout: expected more than 0 s, got {self.request_timeout_s:g} s"
+        if self.max_requests_in_flight < 1:
+            yield f"limit of requests in flight: expected at least 1, got {self.max_requests_in_flight}"
+
+    def _login_problems(self) -> Iterator[str]:
+        if self.has_user and self.password_file is None and not self.password:
+            yield f"management user {self.username or self.username_file}: no password; set --management-password-file"
+        if not self.has_user and self.client_certificate is None:
+            yield "login: expected a management user or a client certificate, got neither; set --management-user"
+        if not self.has_user and self.client_certificate is not None:
+            for server in self.servers:
+                if server.startswith("http:"):
+                    yield f"{server} is plain http, which cannot use the client certificate; use https"
+        if self.client_key is not None and self.client_certificate is None:
+            yield "--management-client-key requires --management-client-certificate"
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a sentence for each insecure setting."""
         for server in self.servers:
             url = urlsplit(server)
             if url.scheme == "http" and not _is_loopback(url.hostname or ""):
-                found.append(
-                    f"{server} is plain http: the management password crosses the network unencrypted; use https"
-                )
+                yield f"{server} is plain http: the management password crosses the network unencrypted; use https"
             if url.scheme == "https" and not self.tls_verify:
-                found.append(f"the certificate of {server} is not verified, so any host can impersonate it")
-        return tuple(found)
+                yield f"the certificate of {server} is not verified, so any host can impersonate it"
 
 
-def _server_problems(server: str) -> list[str]:
+def _url_problems(server: str) -> Iterator[str]:
     try:
         url = urlsplit(server)
         port = url.port
     except ValueError as error:
-        return [f"management server: expected a URL, got {server!r}: {error}"]
+        yield f"management server: expected a URL, got {server!r}: {error}"
+        return
     if url.username is not None or url.password is not None:
-        return ["a management server's URL holds credentials; write them to --management-password-file"]
-    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
-        return [f"management server: expected https://HOST:PORT, got {server!r}"]
-    if url.path not in ("", "/") or url.query or url.fragment:
-        return [f"management server: expected nothing after the port, got {server!r}"]
-    return []
+        yield "a management server's URL holds credentials; write them to --management-password-file"
+    elif url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        yield f"management server: expected https://HOST:PORT, got {server!r}"
+    elif url.path not in ("", "/") or url.query or url.fragment:
+        yield f"management server: expected nothing after the port, got {server!r}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -111,3 +108,52 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+# --- credentials ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user and its password, which `repr` hides."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+def read_credentials(settings: ManagementSettings) -> Credentials:
+    """Read user and password. Raises `Unauthenticated` naming a file without content.
+
+    Both files are read until two readings agree: kubelet replaces the files of a Secret together, but not atomically
+    for a reader of both.
+    """
+    found = _read(settings)
+    for _ in range(_MOST_READS):
+        before, found = found, _read(settings)
+        if found == before:
+            break
+    return found
+
+
+def _read(settings: ManagementSettings) -> Credentials:
+    username = settings.username
+    if settings.username_file is not None:
+        username = _content(settings.username_file, "user")
+    if settings.password:
+        return Credentials(username, settings.password)
+    if settings.password_file is None:
+        raise Unauthenticated(f"no password file is configured for user {username!r}")
+    return Credentials(username, _content(settings.password_file, "password"))
+
+
+def _content(path: Path, what: str) -> str:
+    try:
+        content = path.read_text(encoding="utf-8").rstrip("\r\n")
+    except OSError as error:
+        raise Unauthenticated(f"the {what} file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        # Without a cause, which would carry the bytes of the file.
+        raise Unauthenticated(f"the {what} file {path} is not UTF-8") from None
+    if not content:
+        raise Unauthenticated(f"the {what} file {path} is empty")
+    return content

@@ -1,10 +1,8 @@
-"""One HTTP exchange with one management server: bytes out, status and bytes in, within a deadline.
+"""Send one HTTP request to one management server, within a deadline.
 
-What the exchange means is decided in `csi_driver.management.session`. Redirects are never followed, proxies and
-netrc of the environment are not used, and no cookie jar is kept: the server object owns its cookie.
-
-Requests are prepared by hand and sent by an adapter: `requests.Session` would merge settings that never change here,
-and take some from the environment.
+`requests` is used by its public interface: `Request.prepare` and `HTTPAdapter.send`. Not by `Session`, which follows
+redirects, keeps cookies, and takes proxies and passwords (netrc) from the environment. Not with `Retry`: urllib3
+repeats a request with its full timeout, and only `csi_driver.management.failover` knows which may be repeated.
 """
 
 from __future__ import annotations
@@ -17,33 +15,31 @@ import socket
 import ssl
 import threading
 from concurrent.futures import wait
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import ConnectionPool
 
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
-from csi_driver.management import tls
 from csi_driver.management.settings import ManagementSettings
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer as Buffer
 
-_ADDRESS = re.compile(r"[0-9.]+|.*:.*")  # of IPv4 or IPv6: nothing to look up
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _CONNECT_TIMEOUT_S = 5.0
-_CHUNK_BYTES = 1 << 16
 
 
-class Reply(NamedTuple):
-    """What came back. `cookie` is what the server set with it, ready to be sent, or ''."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A response. `cookie` holds the cookies that it sets, as a request sends them, or ""."""
 
     status: int
     location: str
@@ -51,12 +47,71 @@ class Reply(NamedTuple):
     content: bytes
 
 
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+Version = tuple[tuple[int, int, int] | None, ...]
+"""Inode, modification time and size of each certificate file."""
+
+
+class BadCertificateFile(Exception):
+    """A certificate file cannot be used. `what` names it."""
+
+    def __init__(self, what: str, error: OSError) -> None:
+        reason = getattr(error, "reason", None) or error.strerror or "it holds no certificate"
+        super().__init__(f"{what} cannot be used: {reason}")
+
+
+def _certificate_version(settings: ManagementSettings) -> Version:
+    """Return a value that differs as soon as a certificate file is replaced."""
+    files = (settings.ca_file, settings.client_certificate, settings.client_key)
+    return tuple(_file_version(path) for path in files if path is not None)
+
+
+def _file_version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def tls_context(settings: ManagementSettings) -> ssl.SSLContext:
+    """Load the certificate files. Raises `BadCertificateFile`."""
+    if settings.ca_file is None:
+        context = ssl.create_default_context()
+    else:
+        # Without the system's CA certificates: a named CA is the only one trusted.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(cafile=settings.ca_file)
+        except OSError as error:
+            raise BadCertificateFile(f"the CA file {settings.ca_file}", error) from error
+    if not settings.tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if settings.client_certificate is not None:
+        try:
+            # The empty password keeps an encrypted key from asking for one at the terminal.
+            context.load_cert_chain(settings.client_certificate, settings.client_key, password=b"")
+        except OSError as error:
+            key = f" with the key {settings.client_key}" if settings.client_key is not None else ""
+            raise BadCertificateFile(f"the client certificate {settings.client_certificate}{key}", error) from error
+    return context
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
 class _NotConnected(Exception):
-    """No connection came about, whatever the cause: the request was not sent."""
+    """The connection failed before the request was sent."""
 
 
-class _Timed(io.RawIOBase):
-    """What a server sends, up to a deadline: the socket's own time-out begins anew with every byte that drips in."""
+_local = threading.local()
+"""Holds the `deadline` of the request that this thread sends."""
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket until a deadline: the socket's own timeout starts again with each byte of a slow response."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._connection = connection
@@ -69,7 +124,7 @@ class _Timed(io.RawIOBase):
     def readinto(self, buffer: Buffer) -> int | None:
         left_s = self._deadline.remaining_s()
         if left_s <= 0:
-            raise TimeoutError("the answer did not end in time")
+            raise TimeoutError("the response did not end in time")
         self._connection.settimeout(left_s)
         return self._raw.readinto(buffer)
 
@@ -78,96 +133,69 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
-_thread = threading.local()
-"""Holds the `deadline` of the exchange that a thread is at."""
-
-
-class _TimedResponse(http.client.HTTPResponse):
+class _Response(http.client.HTTPResponse):
     def __init__(
         self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
     ) -> None:
         super().__init__(sock, debuglevel, method, url)
         self.fp.close()
-        self.fp = io.BufferedReader(_Timed(sock, _thread.deadline))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, _local.deadline))
 
 
-def _look_up(host: str, port: int, limit_s: object) -> None:
-    """Wait until the name is looked up, no longer than a connection may take: the resolver has time-outs of its own.
+class _Connection(HTTPConnection):
+    """A connection with what no parameter of `requests` offers.
 
-    The connection then looks it up again, which a resolver that has just answered does at once.
+    A deadline for the whole response and for the name lookup; and `_NotConnected`, which tells a failed connection
+    (TLS handshake included) from a request that may have been executed.
     """
-    if _ADDRESS.fullmatch(host) or not isinstance(limit_s, int | float):
-        return
-    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    if wait([run_detached("name-lookup", look_up)], limit_s).not_done:  # the connection's own attempt raises its error
-        raise TimeoutError(errno.ETIMEDOUT, f"the name {host} could not be looked up in time")
 
-
-class _PlainConnection(HTTPConnection):
-    response_class = _TimedResponse
+    response_class = _Response
 
     def connect(self) -> None:
         try:
-            _look_up(self.host, self.port, self.timeout)
+            _resolve(self.host, self.port, self.timeout)
             super().connect()
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise _NotConnected from error
 
 
-class _TlsConnection(HTTPSConnection):
-    response_class = _TimedResponse
-
-    # The library tells a handshake that fails or hangs like an answer that does not come.
-    def connect(self) -> None:
-        try:
-            _look_up(self.host, self.port, self.timeout)
-            super().connect()
-        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise _NotConnected from error
+class _TlsConnection(_Connection, HTTPSConnection):
+    pass
 
 
-class _PlainPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
 
 
 class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
-class _Adapter(HTTPAdapter):
-    """The way to one server, on `terms` alone.
+def _resolve(host: str, port: int, timeout_s: object) -> None:
+    """Look up the name for at most `timeout_s`: the resolver has timeouts of its own, which may be longer.
 
-    What the library would do for `verify`, `cert` and `proxies` is left out: it would add the authorities that come
-    with it (certifi) to those of `terms`.
+    The connection looks it up again, which a resolver that has just answered does at once.
     """
+    if _IP_ADDRESS.fullmatch(host) or not isinstance(timeout_s, int | float):
+        return
+    lookup = run_detached("name-lookup", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    if wait([lookup], timeout_s).not_done:  # the connection reports its error
+        raise TimeoutError(errno.ETIMEDOUT, f"the name {host} could not be looked up in time")
 
-    def __init__(self, server: str, terms: ssl.SSLContext | None, most: int) -> None:
-        url = urlsplit(server)
-        self._place = (url.hostname, url.port, url.scheme)
-        self._terms = terms
-        super().__init__(pool_connections=1, pool_maxsize=most, max_retries=urllib3.Retry(total=False))
 
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: object) -> None:
-        super().init_poolmanager(connections, maxsize, block, ssl_context=self._terms, **pool_kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+class _Adapter(HTTPAdapter):
+    """Connects with our TLS context only. Both methods are hooks of `requests` for subclasses."""
 
-    def get_connection_with_tls_context(self, *_: object, **__: object) -> ConnectionPool:
-        pool: ConnectionPool = self.poolmanager.connection_from_host(*self._place)
-        return pool
+    def __init__(self, context: ssl.SSLContext | None, connections: int) -> None:
+        self._context = context
+        super().__init__(pool_connections=1, pool_maxsize=connections)
 
-    def cert_verify(self, *_: object) -> None:
-        """Leave the connection's terms as they are."""
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: object) -> None:
+        super().init_poolmanager(connections, maxsize, block, ssl_context=self._context, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
 
-    def request_url(self, request: requests.PreparedRequest, _proxies: object) -> str:
-        return request.path_url
-
-    def build_response(self, req: requests.PreparedRequest, resp: urllib3.BaseHTTPResponse) -> requests.Response:
-        """Hand over status and bytes: a jar for cookies and an encoding cost an eighth of a request, for nobody."""
-        response = requests.Response()
-        response.status_code = resp.status
-        response.raw = resp
-        response.request = req
-        return response
+    def cert_verify(self, *args: object, **options: object) -> None:
+        """Add no CA certificates: `requests` would add those of certifi to the context."""
 
 
 class Transport:
@@ -180,147 +208,122 @@ class Transport:
         self._headers = {"Accept": "application/json", "User-Agent": settings.driver_name}
         self._lock = threading.Lock()
         self._adapter: _Adapter | None = None
-        self._stamp: tls.Stamp = ()
+        self._version: Version = ()
         self._is_closed = False
         if not settings.tls_verify:
-            # Said once in our own log (`ManagementSettings.warnings`), not at every connection.
+            # `ManagementSettings.warnings` says so once, instead of a warning for each connection.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
-        """Close the idle connections; requests under way end, and no other one is sent."""
+        """Close the idle connections; running requests finish, and no other is sent."""
         with self._lock:
             self._is_closed = True
             if self._adapter is not None:
                 self._adapter.close()
                 self._adapter = None
 
-    def exchange(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        cookie: str | None,
-        deadline: Deadline,
-    ) -> Reply:
-        """Send one request and read its whole answer.
+    def exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Reply:
+        """Send one request and read its whole response.
 
-        Raises `ServerUnreachable` where it cannot have been read by the server, `OutcomeUnknown` where it may have
-        been, `Unauthenticated` where the server refuses our certificate, `DeadlineReached` where the time is up before
-        anything is sent.
+        Raises `ServerUnreachable` where the server certainly did not execute the request, `OutcomeUnknown` where it
+        may have, `Unauthenticated` where it rejects the client certificate, `DeadlineReached` where no time is left.
         """
         left_s = deadline.remaining_s()
         if left_s <= 0:
-            raise DeadlineReached(f"an answer of management server {self.server}")
-        what = f"{method} {path.partition('?')[0]}"
-        is_read = method == "GET"
-        _thread.deadline = deadline
-        try:
-            response = self._current_adapter().send(
-                self._prepared(method, path, body, cookie),
-                stream=True,
-                timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
-            )
-        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter: all of requests' too
-            raise self._failure(what, error, is_read=is_read) from error
-        content = self._content(what, response.raw, is_read=is_read)
-        cookies = response.raw.headers.getlist("Set-Cookie")
-        cookie = "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies)
-        return Reply(response.status_code, response.raw.headers.get("Location", ""), cookie, content)
-
-    def _prepared(self, method: str, path: str, body: bytes | None, cookie: str | None) -> requests.PreparedRequest:
-        headers: CaseInsensitiveDict[str] = CaseInsensitiveDict(self._headers)
+            raise DeadlineReached(f"a response of management server {self.server}")
+        headers = dict(self._headers)
         if cookie:
             headers["Cookie"] = cookie
         if body is not None:
             headers["Content-Type"] = "application/json"
-            headers["Content-Length"] = str(len(body))
-        request = requests.PreparedRequest()
-        request.method = method
-        request.url = self.server + path
-        request.headers = headers
-        request.body = body
-        return request
+        request = requests.Request(method, self.server + path, headers, data=body).prepare()
+        _local.deadline = deadline
+        try:
+            response = self._current_adapter().send(
+                request,
+                stream=True,
+                timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
+                verify=self._settings.tls_verify,
+            )
+            # Twice as fast for a long list as `response.content`; both return the connection to the pool.
+            content = response.raw.read(decode_content=True)
+        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter has all of requests
+            raise self._failure(method, path, error) from error
+        cookies = response.raw.headers.getlist("Set-Cookie")
+        return Reply(
+            response.status_code,
+            response.headers.get("Location", ""),
+            "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies),
+            content,
+        )
 
     def _current_adapter(self) -> _Adapter:
-        """Return the adapter; a new one where the certificate files have changed, so that no old connection is used."""
-        stamp = tls.stamp(self._settings) if self._is_tls else ()
+        """Return the adapter; a new one after a change of the certificate files, so that no old connection is used."""
+        version = _certificate_version(self._settings) if self._is_tls else ()
         with self._lock:
             if self._is_closed:
-                # A new pool would be closed by nobody.
+                # Nobody would close a new pool.
                 raise StorageUnavailable(
-                    f"management server {self.server} is no longer used: the description of its zone changed; retry"
+                    f"management server {self.server} is no longer used: the settings of its zone changed; retry"
                 )
-            if self._adapter is None or stamp != self._stamp:
-                made = self._new_adapter()
+            if self._adapter is None or version != self._version:
+                try:
+                    context = tls_context(self._settings) if self._is_tls else None
+                except BadCertificateFile as error:
+                    raise ServerUnreachable(self.server, str(error)) from error
                 if self._adapter is not None:
                     self._adapter.close()
-                self._adapter, self._stamp = made, stamp
+                # One connection more than requests: a probe runs beside them.
+                self._adapter = _Adapter(context, self._settings.max_requests_in_flight + 1)
+                self._version = version
             return self._adapter
 
-    def _new_adapter(self) -> _Adapter:
-        most = self._settings.max_requests_in_flight + 1  # a probe goes beside them
-        try:
-            terms = tls.context(self._settings) if self._is_tls else None
-        except tls.BadCertificateFile as error:
-            raise ServerUnreachable(self.server, str(error)) from error
-        return _Adapter(self.server, terms, most)
-
-    def _content(self, what: str, response: urllib3.BaseHTTPResponse, *, is_read: bool) -> bytes:
-        pieces: list[bytes] = []
-        try:
-            while piece := response.read1(_CHUNK_BYTES, decode_content=True):
-                pieces.append(piece)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            response.close()
-            raise self._failure(what, error, is_read=is_read) from error
-        response.release_conn()
-        return b"".join(pieces)
-
     def _failure(
-        self, what: str, error: Exception, *, is_read: bool
+        self, method: str, path: str, error: Exception
     ) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
-        chain = _chain(error)
-        timed_out = any(isinstance(link, _TIMED_OUT) for link in chain)
-        if any(_refuses_our_certificate(link) for link in chain):
+        chain = _causes(error)
+        reason, timed_out = _reason(chain), any(isinstance(cause, _TIMEOUTS) for cause in chain)
+        certificate = self._settings.client_certificate
+        if any(_rejects_certificate(cause) for cause in chain):
             return Unauthenticated(
                 f"management server {self.server} does not accept the client certificate "
-                f"{self._settings.client_certificate or '(none is configured)'} ({_reason(chain)})"
+                f"{certificate or '(none is configured)'} ({reason})"
             )
-        if any(isinstance(link, (_NotConnected, urllib3.exceptions.NewConnectionError)) for link in chain):
-            return ServerUnreachable(self.server, _reason(chain), timed_out=timed_out)
-        reason = _reason(chain)
-        if self._settings.client_certificate is not None and not timed_out:
-            # TLS 1.3 lets the client send before the server has judged it, and a quick end loses the alert.
-            reason += f"; it may not accept the client certificate {self._settings.client_certificate}"
-        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out, is_read=is_read)
+        if any(isinstance(cause, _NotConnected) for cause in chain):
+            return ServerUnreachable(self.server, reason, timed_out=timed_out)
+        if certificate is not None and not timed_out:
+            # In TLS 1.3 the client sends before the server has verified it, and a fast close loses the alert.
+            reason += f"; it may not accept the client certificate {certificate}"
+        what = f"{method} {path.partition('?')[0]}"
+        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out, is_read=method == "GET")
 
 
-_TIMED_OUT = (urllib3.exceptions.TimeoutError, TimeoutError)
+_TIMEOUTS = (urllib3.exceptions.TimeoutError, TimeoutError)
 _CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
 
-def _refuses_our_certificate(error: BaseException) -> bool:
-    """Tell whether the server said in an alert that our certificate will not do (RFC 8446, section 6)."""
+def _rejects_certificate(error: BaseException) -> bool:
+    """Tell whether this is a TLS alert about our certificate (RFC 8446, section 6)."""
     reason = error.reason if isinstance(error, ssl.SSLError) else None
     return isinstance(reason, str) and "ALERT" in reason and any(word in reason for word in _CERTIFICATE_ALERTS)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return the error with all that it wraps, outermost first: the library keeps causes in several places."""
-    chain: list[BaseException] = []
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return the exception and all its causes, outermost first: the libraries keep them in several attributes."""
+    causes: list[BaseException] = []
     pending: list[object] = [error]
     while pending:
-        link = pending.pop(0)
-        if isinstance(link, BaseException) and link not in chain:
-            chain.append(link)
-            pending += [getattr(link, "reason", None), *link.args, link.__cause__, link.__context__]
-    return chain
+        cause = pending.pop(0)
+        if isinstance(cause, BaseException) and cause not in causes:
+            causes.append(cause)
+            pending += [getattr(cause, "reason", None), *cause.args, cause.__cause__, cause.__context__]
+    return causes
 
 
-def _reason(chain: list[BaseException]) -> str:
-    for link in chain:
-        if isinstance(link, ssl.SSLCertVerificationError):
-            return f"its certificate cannot be verified: {link.verify_message}"
-        if isinstance(link, OSError) and link.strerror:
-            return f"{type(link).__name__}: {link.strerror}"
-    return type(chain[-1]).__name__
+def _reason(causes: list[BaseException]) -> str:
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate cannot be verified: {cause.verify_message}"
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{type(cause).__name__}: {cause.strerror}"
+    return type(causes[-1]).__name__

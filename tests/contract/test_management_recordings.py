@@ -12,8 +12,8 @@ import pytest
 from csi_driver.controller.fencing import was_preempted
 from csi_driver.controller.volume_metadata import AttachmentRecord, with_attachments
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
-from csi_driver.management.documents import decode_client, decode_volume, decode_vpg
-from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, failure_of, meaning_of, refusal_in
+from csi_driver.management.codec import decode_client, decode_volume, decode_vpg
+from csi_driver.management.failures import CREATE_FAILED, Meaning, Operation, error_in, failure_of, meaning_of
 from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -94,9 +94,9 @@ def test_every_recorded_client_is_understood() -> None:
 
 @pytest.mark.parametrize(("operation", "row"), refusals(), ids=lambda value: str(value) if value is Operation else None)
 def test_every_recorded_refusal_has_a_meaning(operation: Operation, row: dict[str, object]) -> None:
-    refusal = refusal_in(row)
+    refusal = error_in(row)
     assert refusal is not None
-    assert meaning_of(operation, refusal)[0] is not Meaning.TROUBLE
+    assert meaning_of(operation, refusal)[0] is not Meaning.SERVER_ERROR
 
 
 # --- what the driver's own requests were answered ---------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_a_snapshot_cannot_be_attached_and_the_answer_is_no_passing_one() -> Non
         for _, path, body in exchanges("driver/snapshots")
         if path == "/clients/attach" and isinstance(body, list)
         for row in body
-        if (refusal := refusal_in(row)) is not None and 1607 in refusal.ids
+        if (refusal := error_in(row)) is not None and 1607 in refusal.ids
     ]
     assert refused
     assert all(isinstance(failure, PreconditionFailed) for failure in refused)

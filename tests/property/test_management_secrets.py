@@ -55,7 +55,7 @@ def echoes(secrets: str) -> st.SearchStrategy[Step]:
 def unlock(client: ManagementClient, deadline: Deadline) -> None:
     """Send a passphrase, as every operation that carries one does."""
     body = {"passphrase": PASSPHRASE}
-    _, refusal = client._act("/volumes/secret", body, Operation.UPDATE, deadline, secret=True)
+    _, refusal = client._post("/volumes/secret", body, Operation.UPDATE, deadline, secret=True)
     if refusal is not None:
         raise failure_of(Operation.UPDATE, refusal, volume="v1")
 

@@ -21,7 +21,7 @@ from csi_driver.errors import (
 )
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import OneCluster
-from csi_driver.management.documents import decode_client, decode_volume
+from csi_driver.management.codec import decode_client, decode_volume
 from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, ReservationMode, VolumeSpec
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, ManagementDouble, Says, sample

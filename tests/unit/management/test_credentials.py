@@ -10,8 +10,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, Unauthenticated
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.credentials import Credentials, read_credentials
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
 from csi_driver.storage_model import Volume
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.errors import StorageUnavailable
-from csi_driver.management.documents import (
+from csi_driver.management.codec import (
     decode_client,
     decode_system_info,
     decode_volume,

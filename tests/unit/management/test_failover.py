@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
-from csi_driver.management.server import Request
+from csi_driver.management.server_session import Request
 from csi_driver.storage_model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, SaysRaw, closed_port, sample
@@ -236,11 +236,11 @@ def test_no_change_is_the_trial_of_a_server_that_shows_life(
     client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
     client.system_info(deadline=deadline)
     client.volume("v1", deadline=deadline)
-    gate = client._session._servers[0].gate
+    breaker = client._servers._servers[0].breaker
 
     def shows_life() -> bool:
-        client._session._servers[0].probe()
-        return gate.shows_life(deadline)
+        client._servers._servers[0].probe()
+        return breaker.wait_for_probe(deadline)
 
     assert deadline.wait_until(shows_life)
     client.set_metadata(VOLUME, {}, deadline=Deadline.after(10))
@@ -250,39 +250,39 @@ def test_no_change_is_the_trial_of_a_server_that_shows_life(
 def test_a_trial_gets_a_few_seconds_where_others_would_answer(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
-    session = connect(server.url, other_server.url)._session
+    session = connect(server.url, other_server.url)._servers
     first = session._servers[0]
     deadline = Deadline.after(100)
-    assert session._limit(first, deadline, others_wait=True).remaining_s() > 25
-    first.gate.failed(0.01, timed_out=False)
-    assert session._limit(first, deadline, others_wait=True).remaining_s() < 6
-    assert session._limit(first, deadline, others_wait=False).remaining_s() > 25
+    assert session._limit(first, deadline, has_others=True).remaining_s() > 25
+    first.breaker.failed(0.01, timed_out=False)
+    assert session._limit(first, deadline, has_others=True).remaining_s() < 6
+    assert session._limit(first, deadline, has_others=False).remaining_s() > 25
 
 
 def test_a_call_that_a_server_made_wait_gives_it_less_time_and_no_trial(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
-    session = connect(server.url, other_server.url)._session
+    session = connect(server.url, other_server.url)._servers
     first, second = session._servers
     made_wait = Deadline.after(100)
-    first.gate.failed(30, timed_out=True)
-    assert first.gate.take_probe(urgent=True)
-    first.gate.probed(alive=True)
-    assert session._limit(first, made_wait, others_wait=False).remaining_s() < 11
+    first.breaker.failed(30, timed_out=True)
+    assert first.breaker.take_probe(urgent=True)
+    first.breaker.probe_ended(succeeded=True)
+    assert session._limit(first, made_wait, has_others=False).remaining_s() < 11
     assert session._in_order(Request("GET", INFO), made_wait) == [second, first]
     later = Deadline.after(100)
-    assert session._limit(first, later, others_wait=False).remaining_s() > 25
+    assert session._limit(first, later, has_others=False).remaining_s() > 25
     assert session._in_order(Request("GET", INFO), later) == [first, second]
 
 
 def test_a_server_that_refuses_the_login_works(server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
     client = connect(server.url)
-    gate = client._session._servers[0].gate
-    gate.failed(0.01, timed_out=False)
+    breaker = client._servers._servers[0].breaker
+    breaker.failed(0.01, timed_out=False)
     server.password = "another"
     with pytest.raises(Unauthenticated):
         client.system_info(deadline=deadline)
-    assert gate.is_open()
+    assert breaker.is_closed()
 
 
 def test_a_failure_and_its_end_are_told_once(

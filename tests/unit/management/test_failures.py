@@ -13,17 +13,17 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
-from csi_driver.management.failures import Meaning, Operation, Refusal, failure_of, meaning_of, refusal_in
+from csi_driver.management.failures import ApiError, Meaning, Operation, error_in, failure_of, meaning_of
 
 
-def refusal(error: object, *, success: bool = False) -> Refusal:
-    found = refusal_in({"_id": "v", "uuid": None, "success": success, "error": error, "payload": None})
+def refusal(error: object, *, success: bool = False) -> ApiError:
+    found = error_in({"_id": "v", "uuid": None, "success": success, "error": error, "payload": None})
     assert found is not None
     return found
 
 
 def test_a_plain_success_is_no_refusal() -> None:
-    assert refusal_in({"_id": "v", "uuid": "u", "success": True, "error": None, "payload": None}) is None
+    assert error_in({"_id": "v", "uuid": "u", "success": True, "error": None, "payload": None}) is None
 
 
 def test_ids_are_told_innermost_first() -> None:
@@ -32,7 +32,7 @@ def test_ids_are_told_innermost_first() -> None:
 
 def test_the_inner_id_decides_where_both_are_known() -> None:
     error = {"id": 1543, "innerMessage": {"id": 1718}}
-    assert meaning_of(Operation.ATTACH, refusal(error)) == (Meaning.HELD, 1718)
+    assert meaning_of(Operation.ATTACH, refusal(error)) == (Meaning.RESERVED, 1718)
 
 
 def test_the_outer_id_decides_where_the_inner_one_is_not_known() -> None:
@@ -53,7 +53,7 @@ def test_the_id_of_a_leaked_internal_object_is_found() -> None:
 
 
 def test_a_leaked_internal_object_may_be_the_whole_answer() -> None:
-    found = refusal_in({"systemMessage": {"id": 16272}, "additionalInfo": {}})
+    found = error_in({"systemMessage": {"id": 16272}, "additionalInfo": {}})
     assert found is not None
     assert found.ids == (16272,)
 
@@ -64,7 +64,7 @@ def test_an_inner_message_without_an_id_leaves_the_outer_one(inner: object) -> N
 
 
 def test_no_success_and_no_error_is_a_refusal() -> None:
-    assert refusal_in({"success": False, "error": None}) is not None
+    assert error_in({"success": False, "error": None}) is not None
 
 
 def test_an_inner_chain_without_end_is_cut() -> None:

@@ -59,16 +59,16 @@ def test_credentials_in_a_url_are_not_repeated_in_the_problem() -> None:
 
 
 def test_plain_http_to_another_machine_is_warned_of() -> None:
-    assert len(settings("http://m1:4000").warnings()) == 1
+    assert len(list(settings("http://m1:4000").warnings())) == 1
 
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:4000", "http://localhost:4000", "http://[::1]:4000"])
 def test_plain_http_on_this_machine_is_no_reason_for_a_warning(server: str) -> None:
-    assert settings(server).warnings() == ()
+    assert list(settings(server).warnings()) == []
 
 
 def test_an_unverified_server_is_warned_of() -> None:
-    assert len(settings(tls_verify=False).warnings()) == 1
+    assert len(list(settings(tls_verify=False).warnings())) == 1
 
 
 def test_a_client_is_not_made_from_unsound_settings() -> None:

@@ -9,7 +9,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.versions import ApiVersion, ManagementTooOld
+from csi_driver.management.server_session import ApiVersion, ManagementTooOld
 from csi_driver.storage_model import Feature
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import ManagementDouble, Says, sample

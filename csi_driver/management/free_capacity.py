@@ -1,16 +1,17 @@
-"""Free space of the drives that a volume may use, from the documents of targets, drives and classes.
+"""Free capacity of the drives that a volume may use, and of a provisioning group. Pure.
 
-The server has sums of its own (`/getSpaceAllocation`, `/servers/totalSpace`), but they are rounded to 10 MB, count the
-head of each drive that is never allocated, and know neither classes nor groups. So the drives are added up here, under
-the allocator's own conditions (getAllocatableNodesMatch, getAllocatableDrivesMatch and getDisksByClasses in utils.js of
-github.com/NVIDIA/nvmesh-management). Pure.
+The server's own sums (`/getSpaceAllocation`, `/servers/totalSpace`) are rounded to 10 MB, count the head of each drive,
+which is never allocated, and know neither classes nor groups. So the drives are added up here under the allocator's
+conditions (getAllocatableNodesMatch, getAllocatableDrivesMatch and getDisksByClasses in utils.js of
+github.com/NVIDIA/nvmesh-management).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from csi_driver.management.documents import Document, undecodable
+from csi_driver.capacity import BLOCK_BYTES
+from csi_driver.management.codec import Document, gigabytes, invalid_document
 from csi_driver.storage_model import AllowedDrives
 
 TARGET_FIELDS = (
@@ -27,16 +28,27 @@ TARGET_FIELDS = (
 )  # fmt: skip
 CLASS_FIELDS = ("domains", "disks.diskID", "disks.disks.diskID", "targetNodes")
 
-_BLOCK_BYTES = 4096
-_TARGET_IS_UP, _TARGET_IS_LEAVING = 1, 5
+_TARGET_UP, _TARGET_LEAVING = 1, 5
 _ALLOCATABLE = ("Ok", "Initializing")
 _OFFLINE = ("Missing", "Ingesting")
-_NEVER_ALLOCATED = 125
-"""One part in so many of a drive is head and partition table; 0.8 % was seen."""
+_HEAD_FRACTION = 125
+"""1/125 of a drive is its head with the partition table, which is never allocated; 0.8 % was measured."""
+
+
+def vpg_free_bytes(usage: Document) -> int:
+    """Return the free bytes in the usage document of a provisioning group."""
+    free = usage.get("freeCapacity")
+    if usage.get("allowOverflow") is False and free is not None:
+        try:
+            return gigabytes(free)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise invalid_document(free, "the free capacity of a VPG") from error
+    # A group that may overflow has no free capacity, only the blocks that it reserves.
+    return max(0, _blocks(usage, "reservedBlocks") - _blocks(usage, "allocatedBlocks")) * BLOCK_BYTES
 
 
 def class_filter(names: Sequence[str], domain: str | None) -> object | None:
-    """Return the filter for the classes that a volume names, or for those of its domain; None = none to ask for."""
+    """Return the filter for the named classes, or for those of a domain; None where no class is needed."""
     if names:
         return {"_id": {"$in": list(names)}}
     return {"domains.scope": domain} if domain is not None else None
@@ -48,34 +60,34 @@ def free_bytes(
     drive_classes: Sequence[Document],
     target_classes: Sequence[Document],
 ) -> int | None:
-    """Return the raw free bytes of the allowed drives; None where the restriction names what does not exist.
+    """Return the free bytes of the allowed drives; None where the restriction names an object that does not exist.
 
-    `drive_classes`, `target_classes`: the documents that were found for `class_filter`.
+    `drive_classes` and `target_classes` are the documents found with `class_filter`.
     """
-    by_class = _members(allowed, drive_classes, target_classes)
-    if by_class is None:
+    members = _class_members(allowed, drive_classes, target_classes)
+    if members is None:
         return None
-    drives, nodes = by_class
+    class_drives, class_targets = members
     known = [(str(target.get("node_id")), target, drive) for target in targets for drive in _rows(target.get("disks"))]
     if allowed.targets and not any(node in allowed.targets for node, _, _ in known):
         return None
     if allowed.drives and not any(drive.get("diskID") in allowed.drives for _, _, drive in known):
         return None
-    return _BLOCK_BYTES * sum(
+    return BLOCK_BYTES * sum(
         _free_blocks(drive)
         for node, target, drive in known
         if _is_allocatable(target, drive, allowed)
-        and _is_in(node, nodes)
+        and _is_in(node, class_targets)
         and _is_in(node, allowed.targets or None)
-        and _is_in(drive.get("diskID"), drives)
+        and _is_in(drive.get("diskID"), class_drives)
         and _is_in(drive.get("diskID"), allowed.drives or None)
     )
 
 
-def _members(
+def _class_members(
     allowed: AllowedDrives, drive_classes: Sequence[Document], target_classes: Sequence[Document]
 ) -> tuple[set[object] | None, set[object] | None] | None:
-    """Return the drives and the targets of the classes, None = all; None in place of both for what does not exist."""
+    """Return the drives and targets of the classes (None = all); None where a class or the domain does not exist."""
     if allowed.domain is not None and not (drive_classes or target_classes):
         return None
     result: list[set[object] | None] = []
@@ -83,13 +95,13 @@ def _members(
         if len(found) < len(set(names)):
             return None
         inside = [row for row in found if allowed.domain is None or _has_domain(row, allowed.domain)]
-        members = {member for row in inside for member in _members_of(row)}
+        members = {member for row in inside for member in _members(row)}
         result.append(members if names or inside else None)
     drives, targets = result
     return drives, targets
 
 
-def _members_of(row: Document) -> Iterator[object]:
+def _members(row: Document) -> Iterator[object]:
     nodes = row.get("targetNodes")
     yield from nodes if isinstance(nodes, list) else ()
     for drive in _rows(row.get("disks")):
@@ -110,7 +122,7 @@ def _is_allocatable(target: Document, drive: Document, allowed: AllowedDrives) -
     status, is_offline = target.get("node_status"), drive.get("status") in _OFFLINE
     is_out = any(drive.get(mark) is True for mark in ("isExcluded", "isOutOfService", "isPendingFormat"))
     return (
-        (status == _TARGET_IS_UP or (allowed.with_offline and status != _TARGET_IS_LEAVING))
+        (status == _TARGET_UP or (allowed.with_offline and status != _TARGET_LEAVING))
         and target.get("isPending") is not True
         and (drive.get("status") in _ALLOCATABLE or (allowed.with_offline and is_offline))
         and not is_out
@@ -119,17 +131,17 @@ def _is_allocatable(target: Document, drive: Document, allowed: AllowedDrives) -
 
 
 def _free_blocks(drive: Document) -> int:
-    """Return what can be allocated: all of the largest piece, and of many pieces all but the head of the drive."""
+    """Return the allocatable blocks: the whole largest segment, or of several segments all but the drive's head."""
     available, usable = (_blocks(drive, key) for key in ("availableBlocks", "usableBlocks"))
     largest = drive.get("largestSegmentAvailable")
-    piece = _blocks(largest, "blocks") if isinstance(largest, dict) else 0
-    return max(0, min(available, max(piece, available - usable // _NEVER_ALLOCATED)))
+    segment = _blocks(largest, "blocks") if isinstance(largest, dict) else 0
+    return max(0, min(available, max(segment, available - usable // _HEAD_FRACTION)))
 
 
 def _blocks(row: Document, key: str) -> int:
     value = row.get(key) or 0
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise undecodable(row, f"a drive: expected a number as {key}")
+        raise invalid_document(row, f"expected a number as {key}")
     return int(value)
 
 

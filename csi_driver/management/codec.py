@@ -1,7 +1,7 @@
-"""From the management's JSON documents to nouns of `csi_driver.storage_model`; each document is read in one place.
+"""Encode `csi_driver.storage_model` into the API's JSON documents and decode them. Pure.
 
-Tolerant of absent and additional fields, strict about those that identify and size an object. Numbers and names
-that are not known yet become OTHER or UNKNOWN.
+Decoding tolerates absent and additional fields, but not in what identifies and sizes an object; unknown numbers and
+names become OTHER or UNKNOWN.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from csi_driver.compat.volumes import METADATA_FIELD
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
 from csi_driver.storage_model import (
@@ -27,6 +28,8 @@ from csi_driver.storage_model import (
     StorageEncryption,
     SystemInfo,
     Volume,
+    VolumeChanges,
+    VolumeSpec,
     Vpg,
 )
 
@@ -34,41 +37,15 @@ Document = Mapping[str, Any]
 
 GB = 1_000_000_000
 _LARGEST_HEADER_MIB = 1024
-SHOWN_CHARACTERS = 256
+_SHOWN_CHARACTERS = 256
 
 VOLUME_FIELDS = (
-    "_id",
-    "name",
-    "uuid",
-    "blocks",
-    "blockSize",
-    "capacity",
-    "status",
-    "action",
-    "health",
-    "isReady",
-    "isReserved",
-    "isReadOnly",
-    "sourceID",
-    "allowAllocationOnOfflineDrives",
-    "isEncrypted",
-    "encryption",
-    "RAIDLevel",
-    "stripeWidth",
-    "stripeSize",
-    "dataBlocks",
-    "parityBlocks",
-    "numberOfMirrors",
-    "protectionLevel",
-    "enableCrcCheck",
-    "VPG",
-    "reservation",
-    "description",
-    "relativeRebuildPriority",
-    "metadata",
-    "csi_metadata",
-)
-"""What a list of volumes is asked for: all that `decode_volume` reads, not the chunks, which are large."""
+    "_id", "name", "uuid", "blocks", "blockSize", "capacity", "status", "action", "health", "isReady", "isReserved",
+    "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "isEncrypted", "encryption", "RAIDLevel", "stripeWidth",
+    "stripeSize", "dataBlocks", "parityBlocks", "numberOfMirrors", "protectionLevel", "enableCrcCheck", "VPG",
+    "reservation", "description", "relativeRebuildPriority", "metadata", METADATA_FIELD,
+)  # fmt: skip
+"""Projection of lists of volumes: all that `decode_volume` reads, without the chunks, which are large."""
 
 CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "attachments", "block_devices")
 
@@ -83,32 +60,35 @@ _RAID_LEVELS: Mapping[str, RaidLevel] = {
 }
 _CLIENT_STATUSES: Mapping[object, ClientStatus] = {status.value: status for status in ClientStatus}
 _DEVICE_STATUSES: Mapping[object, DeviceStatus] = {status.value: status for status in DeviceStatus}
-_PREEMPT = 2  # 1 is a weak one, which gives way
+_PREEMPT = 2  # 1 is a weak preemption, which yields to reservations
 _MODES: Mapping[object, ReservationMode] = {mode.value: mode for mode in ReservationMode}
 
 
-def document(body: object, what: str) -> Document:
+def as_document(body: object, what: str) -> Document:
     """Return `body` as a JSON object. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, dict):
-        raise undecodable(body, f"{what}: expected a JSON object")
+        raise invalid_document(body, f"{what}: expected a JSON object")
     return body
 
 
-def documents(body: object, what: str) -> list[Document]:
+def as_documents(body: object, what: str) -> list[Document]:
     """Return `body` as a list of JSON objects. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, list):
-        raise undecodable(body, f"{what}: expected a JSON list")
-    return [document(row, what) for row in body]
+        raise invalid_document(body, f"{what}: expected a JSON list")
+    return [as_document(row, what) for row in body]
 
 
-def undecodable(body: object, what: str) -> StorageUnavailable:
-    """Return the failure for an answer that is not what the API promises, with its beginning."""
+def invalid_document(body: object, what: str) -> StorageUnavailable:
+    """Return the error for a response that is not what the API specifies, with its beginning."""
     text = json.dumps(body, default=str)
-    return StorageUnavailable(f"invalid answer of the management: {what}, got {shown(text, SHOWN_CHARACTERS)}")
+    return StorageUnavailable(f"invalid response of the management: {what}, got {shown(text, _SHOWN_CHARACTERS)}")
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
 
 
 def decode_volume(row: Document, *, listed: bool = False) -> Volume:
-    """Read a volume document. `listed`: an unknown RAID level is no reason to refuse a whole list."""
+    """Decode a volume. `listed`: tolerate an unknown RAID level, which must not fail a whole list."""
     try:
         return Volume(
             name=_text(row, "name", "_id"),
@@ -130,14 +110,14 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
             reservation=_reservation(row),
             description=str(row.get("description") or ""),
             relative_rebuild_priority=_whole(row.get("relativeRebuildPriority")),
-            metadata=_object(row.get("metadata") or row.get("csi_metadata") or {}, "metadata"),
+            metadata=_object(row.get("metadata") or row.get(METADATA_FIELD) or {}, "metadata"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise undecodable(row, f"a volume document that cannot be read ({error})") from error
+        raise invalid_document(row, f"a volume document that cannot be read ({error})") from error
 
 
 def decode_client(row: Document) -> Client:
-    """Read a client document: what is wished for there and what the client reports of its devices."""
+    """Decode a client with its desired attachments and the devices that it reports."""
     try:
         desired = (_desired(uuid, entry) for uuid, entry in (row.get("attachments") or {}).items())
         reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
@@ -149,11 +129,11 @@ def decode_client(row: Document) -> Client:
             devices={report.volume_uuid: report for report in reports},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise undecodable(row, f"a client document that cannot be read ({error})") from error
+        raise invalid_document(row, f"a client document that cannot be read ({error})") from error
 
 
 def decode_vpg(row: Document) -> Vpg:
-    """Read the document of a volume provisioning group."""
+    """Decode a volume provisioning group."""
     try:
         return Vpg(
             name=_text(row, "name", "_id"),
@@ -168,15 +148,15 @@ def decode_vpg(row: Document) -> Vpg:
             domain=str(row["domain"]) if row.get("domain") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise undecodable(row, f"a VPG document that cannot be read ({error})") from error
+        raise invalid_document(row, f"a VPG document that cannot be read ({error})") from error
 
 
 def decode_system_info(row: Document) -> SystemInfo:
-    """Read who answers. The API's version is a string or a number; the database's uuid identifies the cluster."""
+    """Decode the system information. The API version is text or a number; the database's UUID is the cluster's."""
     version = row.get("version") or row.get("managementVersion")
     api_version = row.get("APIVersion")
     if version is None and api_version is None:
-        raise undecodable(row, "system information without a version")
+        raise invalid_document(row, "system information without a version")
     return SystemInfo(
         version=str(version or ""),
         api_version="" if api_version is None else str(api_version),
@@ -185,13 +165,13 @@ def decode_system_info(row: Document) -> SystemInfo:
 
 
 def gigabytes(value: object) -> int:
-    """Return decimal gigabytes as bytes, rounded down. Raises ValueError or TypeError for what is no number."""
+    """Return decimal gigabytes as bytes, rounded down. Raises `TypeError` or `ValueError` for anything but a number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{value!r} is no number of gigabytes")
     return max(0, int(value * GB))
 
 
-# Ten thousand volumes share a handful of layouts: making each once halves the time that a long list takes.
+# Thousands of volumes share a few layouts: reusing the objects halves the time to decode a long list.
 _known_layout = lru_cache(maxsize=1024)(Layout)
 _known_reservation = lru_cache(maxsize=1024)(Reservation)
 
@@ -284,7 +264,7 @@ def _mode(holder: Document) -> ReservationMode:
 def _text(row: Document, *keys: str) -> str:
     for key in keys:
         value = row.get(key)
-        # The server writes the word "undefined" where it has no id.
+        # The server stores the text "undefined" for a missing id.
         if isinstance(value, str) and value and value != "undefined":
             return value
     raise KeyError(keys[0])
@@ -301,3 +281,65 @@ def _natural(row: Document, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{key} is {shown(value)}")
     return value
+
+
+# --- encode -----------------------------------------------------------------------------------------------------------
+
+
+def encode_spec(spec: VolumeSpec) -> dict[str, Any]:
+    """Encode a volume to create, without unset fields: the server refuses a field that does not apply."""
+    body: dict[str, Any] = {"name": spec.name, "capacity": spec.capacity_gb, "metadata": dict(spec.metadata)}
+    optional: dict[str, object] = {
+        "VPG": spec.vpg,
+        "description": spec.description,
+        "relativeRebuildPriority": spec.relative_rebuild_priority,
+        "diskClasses": list(spec.drive_classes) or None,
+        "serverClasses": list(spec.target_classes) or None,
+        "limitByDisks": list(spec.limit_by_drives) or None,
+        "limitByNodes": list(spec.limit_by_targets) or None,
+        "domain": spec.domain,
+        "VSGs": list(spec.security_groups) or None,
+        "allowAllocationOnOfflineDrives": spec.allow_offline_drives,
+        **_encryption_fields(spec),
+        **(_layout_fields(spec.layout) if spec.layout is not None else {}),
+    }
+    body.update({key: value for key, value in optional.items() if value is not None})
+    return body
+
+
+def _layout_fields(layout: Layout) -> dict[str, object]:
+    return {
+        "RAIDLevel": layout.raid_level.value,
+        "stripeWidth": layout.stripe_width,
+        "stripeSize": layout.stripe_size_blocks,
+        "dataBlocks": layout.data_blocks,
+        "parityBlocks": layout.parity_blocks,
+        "numberOfMirrors": layout.number_of_mirrors,
+        "protectionLevel": layout.protection_level,
+        "enableCrcCheck": layout.enable_crc_check,
+    }
+
+
+def _encryption_fields(spec: VolumeSpec) -> dict[str, object]:
+    if not spec.encrypted_header_bytes:
+        return {}
+    # A provisioning group has a header size of its own, and the server refuses another one.
+    header = {} if spec.vpg is not None else {"encryption": {"headerSize": spec.encrypted_header_bytes // MIB}}
+    return {"isEncrypted": True, **header}
+
+
+def encode_changes(changes: VolumeChanges) -> Mapping[str, object]:
+    """Encode the fields to change; the server keeps all others."""
+    lists = {
+        "diskClasses": changes.drive_classes,
+        "serverClasses": changes.target_classes,
+        "limitByDisks": changes.limit_by_drives,
+        "limitByNodes": changes.limit_by_targets,
+    }
+    fields: dict[str, object] = {
+        "description": changes.description,
+        "relativeRebuildPriority": changes.relative_rebuild_priority,
+        "enableCrcCheck": changes.enable_crc_check,
+        **{name: list(values) for name, values in lists.items() if values is not None},
+    }
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,384 @@
+"""Send each request to one of a cluster's management servers: their order, failover, and a circuit breaker for each.
+
+A request that may have been executed is repeated only if that changes nothing. A request waits for a hanging server
+once: afterwards the server's circuit breaker is open, and requests go to other servers until a background probe
+succeeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from enum import Enum, auto
+
+from csi_driver.background import run_detached
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
+from csi_driver.management.server_session import (
+    NO_GATEWAY,
+    SYSTEM_INFO,
+    Answer,
+    ApiVersion,
+    InvalidResponse,
+    ManagementTooOld,
+    Request,
+    ServerSession,
+    is_retired,
+    response_body,
+)
+from csi_driver.management.settings import ManagementSettings
+from csi_driver.telemetry.metrics import ManagementMetrics
+
+_LOG = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+_PROBE_WAIT_S = 1.0
+"""How long a request waits for the result of a running probe."""
+_TRIAL_LIMIT_S = 5.0
+"""Time for a trial request while other servers could answer it."""
+_TRIAL_S = 6.0
+"""Lifetime of a trial, more than `_TRIAL_LIMIT_S`: then the request that took it was never sent."""
+_SECOND_WAIT_S = 10.0
+"""Time for a server that already made the same request wait."""
+_SLOW_S = 1.0
+"""A failure that took longer (a name server that hangs, say) is not worth a second attempt."""
+
+
+class State(Enum):
+    """State of a circuit breaker."""
+
+    CLOSED = auto()
+    """The server worked when it was last used."""
+    OPEN = auto()
+    """It failed, and no probe has succeeded since."""
+    HALF_OPEN = auto()
+    """A probe succeeded: one request at a time may try the server."""
+
+
+class FailedWhileQueued(ServerUnreachable):
+    """The server failed while the request waited for a free connection."""
+
+
+class CircuitBreaker:
+    """Limits the concurrent requests to one server, and keeps requests from a failed one. Thread-safe."""
+
+    def __init__(self, url: str, limit: int, clock: Clock) -> None:
+        self.state = State.CLOSED
+        self._url = url
+        self._clock = clock
+        self._free = limit
+        lock = threading.Lock()
+        self._state_changed = threading.Condition(lock)
+        self._slot_freed = threading.Condition(lock)
+        self._is_slow = False
+        self._failures = 0
+        self._failed_at_s = self._slow_at_s = self._pause_ends_s = float("-inf")
+        self._is_probing = False
+        self._probe_began_s = self._probe_ended_s = self._trial_ends_s = float("-inf")
+
+    def is_closed(self) -> bool:
+        """Tell whether the server worked when it was last used."""
+        return self.state is State.CLOSED
+
+    def fails_fast(self) -> bool:
+        """Tell whether another attempt costs little: the failures so far took no time."""
+        return not self._is_slow
+
+    def was_slow_since(self, since_s: float) -> bool:
+        """Tell whether a request waited in vain for the server since then."""
+        return self._slow_at_s >= since_s
+
+    def take_trial(self) -> bool:
+        """Admit one request in the half-open state."""
+        with self._state_changed:
+            now_s = self._clock.monotonic()
+            if self.state is not State.HALF_OPEN or now_s < self._trial_ends_s:
+                return False
+            self._trial_ends_s = now_s + _TRIAL_S
+            return True
+
+    @contextlib.contextmanager
+    def slot(self, deadline: Deadline) -> Iterator[None]:
+        """Hold one of the server's connections.
+
+        Raises `FailedWhileQueued` where the server fails during the wait, `DeadlineReached` where none becomes free.
+        """
+        with self._state_changed:
+            failed_at_s = self._failed_at_s
+            while self._free == 0:
+                if not self._slot_freed.wait(deadline.remaining_s()) and self._free == 0 and deadline.expired():
+                    raise DeadlineReached(f"a free connection to management server {self._url}")
+                if self._failed_at_s != failed_at_s:
+                    raise FailedWhileQueued(
+                        self._url, "it failed while this request waited for a free connection; retry"
+                    )
+            self._free -= 1
+        try:
+            yield
+        finally:
+            with self._state_changed:
+                self._free += 1
+                self._slot_freed.notify()
+
+    def succeeded(self) -> bool:
+        """Close after a response; return whether the server had failed before."""
+        if self.state is State.CLOSED:
+            return False
+        with self._state_changed:
+            had_failed = self._failures > 0
+            self.state = State.CLOSED
+            self._failures = 0
+            self._is_slow = False
+            return had_failed
+
+    def failed(self, took_s: float, *, timed_out: bool) -> bool:
+        """Open after a failure and drop the queue; return whether the server had worked before.
+
+        The pause until a probe doubles with each failure. Failures during the pause count as the same one, which
+        several requests met.
+        """
+        with self._state_changed:
+            was_closed = self.state is State.CLOSED
+            now_s = self._clock.monotonic()
+            self._failed_at_s = now_s
+            if timed_out or took_s > _SLOW_S:
+                self._is_slow = True
+                self._slow_at_s = now_s
+            if self.state is not State.OPEN or now_s >= self._pause_ends_s:
+                self._open(now_s)
+            self._state_changed.notify_all()
+            self._slot_freed.notify_all()
+            return was_closed
+
+    def _open(self, now_s: float) -> None:
+        self.state = State.OPEN
+        self._pause_ends_s = now_s + min(_FIRST_PAUSE_S * 2 ** min(self._failures, 10), _LONGEST_PAUSE_S)
+        self._failures += 1
+
+    def rejection(self) -> ServerUnreachable:
+        """Return the error for a request that is not sent. Its text stays the same while the server is down."""
+        return ServerUnreachable(self._url, "it failed and has not answered a probe since", timed_out=self._is_slow)
+
+    def take_probe(self, *, urgent: bool = False) -> bool:
+        """Let one caller start a probe, if the pause is over; `urgent`: no other server works either."""
+        with self._state_changed:
+            now_s = self._clock.monotonic()
+            due_s = self._pause_ends_s
+            if urgent:
+                due_s = min(due_s, self._probe_ended_s + _FIRST_PAUSE_S)
+            if self._is_probing or self.state is not State.OPEN or now_s < due_s:
+                return False
+            self._is_probing = True
+            self._probe_began_s = now_s
+            return True
+
+    def probe_ended(self, *, succeeded: bool) -> None:
+        """Half-open after a successful probe; pause again after a failed one."""
+        with self._state_changed:
+            now_s = self._clock.monotonic()
+            self._is_probing = False
+            self._probe_ended_s = now_s
+            if self.state is State.OPEN:
+                if succeeded:
+                    self.state = State.HALF_OPEN
+                elif now_s >= self._pause_ends_s:
+                    self._open(now_s)
+            self._state_changed.notify_all()
+
+    def wait_for_probe(self, deadline: Deadline) -> bool:
+        """Wait for a running probe, at most `_PROBE_WAIT_S` since its start; return whether the breaker is not open."""
+        with self._state_changed:
+            left_s = self._probe_began_s + _PROBE_WAIT_S - self._clock.monotonic()
+            self._state_changed.wait_for(
+                lambda: not self._is_probing or self.state is not State.OPEN,
+                max(0.0, min(left_s, deadline.remaining_s())),
+            )
+            return self.state is not State.OPEN
+
+
+class Server:
+    """One management server: our session there, its circuit breaker and its metrics. Thread-safe."""
+
+    def __init__(self, url: str, settings: ManagementSettings, clock: Clock, metrics: ManagementMetrics) -> None:
+        self.session = ServerSession(url, settings, metrics)
+        self.url = self.session.url
+        self.breaker = CircuitBreaker(self.url, settings.max_requests_in_flight, clock)
+        self._clock = clock
+        self._metrics = metrics
+        self._is_closed = False
+        metrics.begin(self.url)
+
+    def close(self) -> None:
+        """Close the idle connections. The session on the server expires by itself."""
+        if not self._is_closed:
+            self._metrics.end(self.url)
+        self._is_closed = True
+        self.session.close()
+
+    def send(self, request: Request, deadline: Deadline) -> Answer:
+        """Send a request; note in breaker and metrics how it ended. Raises what `ServerSession.send` raises.
+
+        Raises `ServerUnreachable` also where a gateway or a retired server rejected the request unread.
+        """
+        with self.breaker.slot(deadline):
+            began_s, outcome = self._clock.monotonic(), "failed"
+            try:
+                answer = self.session.send(request, deadline)
+                if answer.status in NO_GATEWAY and (request.is_repeatable or is_retired(answer)):
+                    raise ServerUnreachable(self.url, f"HTTP {answer.status}, management id {answer.error_id}")
+                outcome = "answered"
+            except (ServerUnreachable, OutcomeUnknown) as error:
+                outcome = "unreachable" if isinstance(error, ServerUnreachable) else "unknown"
+                self._failed(error, self._clock.monotonic() - began_s)
+                raise
+            except (Unauthenticated, ManagementTooOld):
+                outcome = "refused"
+                self._succeeded()  # a server that refuses a login works
+                raise
+            finally:
+                self._metrics.asked(self.url, outcome, self._clock.monotonic() - began_s)
+            self._succeeded()
+            return answer
+
+    def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
+        self._metrics.works(self.url, False)
+        if self.breaker.failed(took_s, timed_out=error.timed_out):
+            self._metrics.failures.labels(self.url).inc()
+            _LOG.warning(
+                "management server %s failed, requests go to other servers until a probe succeeds: %s", self.url, error
+            )
+
+    def _succeeded(self) -> None:
+        self._metrics.works(self.url, True)
+        if self.breaker.succeeded():
+            _LOG.info("management server %s works again", self.url)
+
+    def probe(self, *, urgent: bool = False) -> None:
+        """Start a probe in the background, if one is due."""
+        if not self._is_closed and self.breaker.take_probe(urgent=urgent):
+            try:
+                run_detached("management-probe", self._probe).add_done_callback(_log_exception)
+            except RuntimeError:  # no thread can be started
+                self.breaker.probe_ended(succeeded=False)
+
+    def _probe(self) -> None:
+        succeeded = False
+        try:
+            succeeded = self.session.probe()
+        finally:
+            self.breaker.probe_ended(succeeded=succeeded)
+
+
+def _log_exception(probe: Future[None]) -> None:
+    if (error := probe.exception()) is not None:
+        _LOG.error("a probe of a management server failed unexpectedly", exc_info=error)
+
+
+class ManagementServers:
+    """The servers of one management cluster. Thread-safe."""
+
+    def __init__(
+        self, settings: ManagementSettings, clock: Clock = SYSTEM_CLOCK, metrics: ManagementMetrics | None = None
+    ) -> None:
+        self._request_timeout_s = settings.request_timeout_s
+        metrics = ManagementMetrics() if metrics is None else metrics
+        self._servers = [Server(url, settings, clock, metrics) for url in settings.servers]
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        for server in self._servers:
+            server.close()
+
+    def any_works(self) -> bool:
+        """Tell whether any server worked when it was last used."""
+        return any(server.breaker.is_closed() for server in self._servers)
+
+    def api_version(self, *, deadline: Deadline) -> ApiVersion:
+        """Return the API version of the preferred server. It is requested once in each session, not at each call."""
+        for server in self._servers:
+            if server.breaker.is_closed():
+                if server.session.version is None:
+                    break
+                return server.session.version
+        self.get(SYSTEM_INFO, deadline=deadline)
+        known = [server.session.version for server in self._servers if server.session.version is not None]
+        return known[0] if known else ApiVersion.read(None)
+
+    def get(self, path: str, *, deadline: Deadline) -> object:
+        """Return the decoded response to a GET, from another server where one does not respond."""
+        return self._request(Request("GET", path), deadline)
+
+    def post(self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False) -> object:
+        """Return the decoded response to a POST.
+
+        `repeatable`: executing the request twice has the effect of once, so it may be repeated without a response;
+        otherwise `OutcomeUnknown` is raised. `secret`: the body holds a secret, which the response may quote: of the
+        response only UUIDs are kept.
+        """
+        content = json.dumps(body, allow_nan=False).encode()
+        return self._request(Request("POST", path, content, is_repeatable=repeatable, is_secret=secret), deadline)
+
+    def _request(self, request: Request, deadline: Deadline) -> object:
+        waiting = self._in_order(request, deadline)
+        is_repeated = False
+        while True:
+            server = waiting.pop(0)
+            try:
+                return self._send(server, request, deadline, has_others=bool(waiting))
+            except (OutcomeUnknown, ServerUnreachable, DeadlineReached, InvalidResponse) as error:
+                if deadline.expired() or (isinstance(error, OutcomeUnknown) and not request.is_repeatable):
+                    raise
+                if waiting:
+                    continue
+                if not isinstance(error, FailedWhileQueued):  # then a probe decides
+                    # A broken connection may have been an old idle one; a server that hangs would hang again.
+                    if is_repeated or not isinstance(error, OutcomeUnknown) or error.timed_out:
+                        raise
+                    is_repeated = True
+                waiting.append(server)
+
+    def _send(self, server: Server, request: Request, deadline: Deadline, *, has_others: bool) -> object:
+        if not server.breaker.is_closed() and not server.breaker.fails_fast():
+            server.probe(urgent=True)
+            if not server.breaker.wait_for_probe(deadline):
+                raise server.breaker.rejection()
+        limit = self._limit(server, deadline, has_others=has_others)
+        return response_body(server.send(request, limit), server.url, request)
+
+    def _in_order(self, request: Request, deadline: Deadline) -> list[Server]:
+        """Return all servers in the order of the settings, failed ones last.
+
+        A half-open server is tried first by one request at a time, and only by a repeatable one.
+        """
+        if not self.any_works():
+            for server in self._servers:  # together, so that one request waits for all of them at once
+                server.probe(urgent=True)
+        if len(self._servers) == 1:
+            return list(self._servers)
+        first: list[Server] = []
+        last: list[Server] = []
+        for server in self._servers:
+            if server.breaker.is_closed():
+                first.append(server)
+                continue
+            server.probe()
+            may_try = not first and request.is_repeatable and not server.breaker.was_slow_since(deadline.started_s)
+            (first if may_try and server.breaker.take_trial() else last).append(server)
+        return first + last
+
+    def _limit(self, server: Server, deadline: Deadline, *, has_others: bool) -> Deadline:
+        """Return the deadline for one server: at most half of the remaining time while others could answer."""
+        left_s = deadline.remaining_s()
+        if left_s <= 0:
+            raise DeadlineReached("a response of the management")
+        seconds = min(self._request_timeout_s, left_s / 2 if has_others else left_s)
+        if server.breaker.was_slow_since(deadline.started_s):
+            seconds = min(seconds, _SECOND_WAIT_S)
+        if has_others and not server.breaker.is_closed():
+            seconds = min(seconds, _TRIAL_LIMIT_S)
+        return Deadline(deadline.clock.monotonic() + seconds, deadline.started_s, deadline.clock)

@@ -1,0 +1,398 @@
+"""Our session on one management server: login, expiry, API version, and what an HTTP status means.
+
+Sessions belong to one server process, so each server has its own cookie.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from dataclasses import dataclass, field, replace
+from urllib.parse import unquote, urlsplit
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    Denied,
+    DriverError,
+    InvalidRequest,
+    OutcomeUnknown,
+    PreconditionFailed,
+    ServerUnreachable,
+    StorageUnavailable,
+    Unauthenticated,
+    same_again,
+    shown,
+)
+from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, error_in
+from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
+from csi_driver.management.transport import Reply, Transport
+from csi_driver.model import is_uuid
+from csi_driver.storage_model import Feature
+from csi_driver.telemetry.metrics import ManagementMetrics
+
+_LOG = logging.getLogger(__name__)
+
+SYSTEM_INFO = "/systemInfo"
+NO_GATEWAY = frozenset({502, 503, 504})
+
+_PROBE = "/volumes/count"
+"""A server that works answers it or requires a login; a retired one answers 503."""
+_PROBE_TIMEOUT_S = 5.0
+_SHOWN_CHARACTERS = 256
+
+
+# --- requests and answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request. `is_repeatable`: twice has the effect of once. `is_secret`: no text of the answer is ever shown."""
+
+    method: str
+    path: str
+    body: bytes | None = field(default=None, repr=False)
+    is_repeatable: bool = True
+    is_secret: bool = False
+
+    @property
+    def what(self) -> str:
+        """The request as messages name it."""
+        return f"{self.method} {self.path.partition('?')[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A decoded response; `is_json` is False, and `body` None, where it cannot be decoded."""
+
+    status: int
+    body: object
+    is_json: bool
+    content: bytes
+    location: str
+
+    @property
+    def error_id(self) -> int | None:
+        """The id of the error in the body, if it has one."""
+        error = error_in(self.body) if isinstance(self.body, dict) else None
+        return error.main_id if error is not None else None
+
+
+def _decode(reply: Reply) -> Answer:
+    try:
+        body, is_json = json.loads(reply.content), True
+    except (ValueError, RecursionError):
+        body, is_json = None, False
+    return Answer(reply.status, body, is_json, reply.content, reply.location)
+
+
+class InvalidResponse(StorageUnavailable):
+    """A server's response is unusable; another server may give a valid one."""
+
+
+def response_body(answer: Answer, server: str, request: Request) -> object:
+    """Return the body of a successful answer. Raises the error that the HTTP status stands for."""
+    if answer.status == 200 and answer.is_json:
+        return _without_texts(answer.body) if request.is_secret else answer.body
+    if answer.status in (401, 403):
+        raise Denied(
+            f"management server {server} denies this user {request.what}: {_beginning(answer, request)}; "
+            "give the user the permission in the management"
+        )
+    if answer.status in (400, 413, 422):
+        error = error_in(answer.body) if isinstance(answer.body, dict) and not request.is_secret else None
+        text = error.text if error is not None else _beginning(answer, request)
+        raise InvalidRequest(f"the management rejected {request.what} as invalid: {text}")
+    if 300 <= answer.status < 400:
+        target = "elsewhere" if request.is_secret else f"to {shown(answer.location.partition('?')[0])}"
+        raise StorageUnavailable(
+            f"management server {server} redirects {request.what} {target}; redirects are not followed: "
+            "configure the final address"
+        )
+    reason = f"HTTP {answer.status} with {_beginning(answer, request)}"
+    if answer.status == 404:
+        raise StorageUnavailable(f"management server {server} answered {request.what} with {reason}")
+    if request.is_repeatable:
+        raise InvalidResponse(f"management server {server} answered {request.what} with {reason}")
+    raise OutcomeUnknown(server, request.what, reason)
+
+
+def is_retired(answer: Answer) -> bool:
+    """Tell whether the server is being upgraded or shut down, and did not look at the request."""
+    return answer.status == 503 and answer.error_id in SERVER_RETIRED
+
+
+def _without_texts(body: object) -> object:
+    """Return a body without its texts, except UUIDs."""
+    match body:
+        case dict():
+            return {key: _without_texts(value) for key, value in body.items()}
+        case list():
+            return [_without_texts(value) for value in body]
+        case str() if not is_uuid(body):
+            return "(not shown)"
+    return body
+
+
+def _beginning(answer: Answer, request: Request) -> str:
+    if request.is_secret:
+        return "an answer that may hold a secret and is not shown"
+    return shown(answer.content[: 4 * _SHOWN_CHARACTERS].decode(errors="replace"), _SHOWN_CHARACTERS)
+
+
+# --- versions of the API ----------------------------------------------------------------------------------------------
+
+_VERSION = re.compile(r"[vV]?(\d{1,6}(?:\.\d{1,6}){0,5})(?:[-+].*)?")
+_LOWEST = (15,)
+"""The first version that stores `metadata` with a volume, which the driver needs to recognise its volumes."""
+_NEWEST = (18,)
+"""The newest version that the driver was tested with."""
+
+
+class ManagementTooOld(PreconditionFailed):
+    """The API version of a server is below the lowest one that the driver supports."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiVersion:
+    """The API version of a server: () where it states none, None where it is unreadable."""
+
+    text: str
+    numbers: tuple[int, ...] | None
+
+    @classmethod
+    def read(cls, value: object) -> ApiVersion:
+        """Read the value of `APIVersion`: a number, or text such as "16" and "17.2.0"."""
+        if value is None or value == "":
+            return cls("", ())
+        text = value.strip() if isinstance(value, str) else str(value)
+        match = _VERSION.fullmatch(text) if not isinstance(value, bool) else None
+        return cls(text, tuple(int(part) for part in match[1].split(".")) if match is not None else None)
+
+    def offers(self, feature: Feature) -> bool:
+        """Tell whether this version has the feature; an unreadable version counts as newer."""
+        return self.numbers is None or self.numbers >= feature.value
+
+    def __str__(self) -> str:
+        return f"API version {shown(self.text)}" if self.text else "an API without a version"
+
+
+def _check_version(version: ApiVersion, server: str, *, allow_incompatible: bool) -> str:
+    """Return a warning about an untested version, or "". Raises `ManagementTooOld` unless that is allowed."""
+    if version.numbers is None:
+        return "which is unreadable and treated as newer"
+    if version.numbers < _LOWEST:
+        lowest = ".".join(map(str, _LOWEST))
+        if not allow_incompatible:
+            raise ManagementTooOld(
+                f"management server {server}: expected API version {lowest} or newer, got {version}; upgrade the"
+                " management, or set --allow-incompatible-versions to continue at your own risk"
+            )
+        return f"older than the lowest supported ({lowest}); allowed by --allow-incompatible-versions"
+    return f"newer than the newest tested ({_NEWEST[0]})" if version.numbers[:1] > _NEWEST else ""
+
+
+# --- session ----------------------------------------------------------------------------------------------------------
+
+
+class ServerSession:
+    """A session on one management server. Thread-safe."""
+
+    def __init__(self, url: str, settings: ManagementSettings, metrics: ManagementMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._transport = Transport(url, settings)
+        self.url = self._transport.server
+        self.version: ApiVersion | None = None
+        """The API version of the present session; None before the first one."""
+        self._logged_version: ApiVersion | None = None
+        self._warned = set[str]()
+        self._cookie: str | None = None
+        self._credentials: Credentials | None = None
+        self._opening = threading.Lock()
+        self._openings = 0
+        self._opening_failure: DriverError | None = None
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._transport.close()
+
+    def probe(self) -> bool:
+        """Tell whether the server responds, by a request that needs no session."""
+        try:
+            reply = self._transport.exchange("GET", _PROBE, None, self._cookie, Deadline.after(_PROBE_TIMEOUT_S))
+        except DriverError as error:
+            _LOG.debug("probe failed: %s", error)
+            return False
+        return reply.status < 500
+
+    def send(self, request: Request, deadline: Deadline) -> Answer:
+        """Send a request within the session, which is opened first if needed.
+
+        Raises what `Transport.exchange` raises; `Unauthenticated` where the login is refused; `ManagementTooOld`.
+        """
+        self._open(request, None, deadline)
+        cookie = self._cookie
+        answer = self._exchange(request, cookie, deadline)
+        if _requires_login(answer) or (answer.status == 401 and self._credentials_changed()):
+            # The server rejected the request unread, so it may be sent again.
+            self._open(request, cookie or "", deadline)
+            answer = self._exchange(request, self._cookie, deadline)
+            if _requires_login(answer):
+                raise Unauthenticated(
+                    f"management server {self.url} requires a login right after a successful one; "
+                    "check its clock and sessions"
+                )
+        if answer.status == 401 and not self._settings.has_user and not _lacks_permission(answer):
+            raise Unauthenticated(
+                f"management server {self.url} has no user for the client certificate "
+                f"{self._settings.client_certificate}: create a management user "
+                "with the name in the OU of the certificate's subject"
+            )
+        if answer.error_id == PASSWORD_CHANGE_REQUIRED:
+            self._cookie = None  # the session was opened with the old password
+            user = self._credentials.username if self._credentials is not None else self._settings.username
+            raise Unauthenticated(
+                f"management server {self.url} requires a new password for user {user!r} "
+                f"before any other request: change it in the management's interface or by POST /users/changePassword, "
+                f"then write the new password to {self._settings.password_place}"
+            )
+        if request.path == SYSTEM_INFO and answer.status == 200 and isinstance(answer.body, dict):
+            self._take_version(answer.body)
+        return answer
+
+    def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Answer:
+        reply = self._transport.exchange(request.method, request.path, request.body, cookie, deadline)
+        if reply.cookie and not self._settings.has_user and reply.cookie != self._cookie:
+            self._cookie = reply.cookie  # a client certificate opens the session with the first request
+        return _decode(_without_session_id(reply, cookie))
+
+    # --- login ---
+
+    def _open(self, request: Request, stale: str | None, deadline: Deadline) -> None:
+        """Open a session other than `stale` and read its API version, in one thread; others wait for its result."""
+        needs_version = request.path != SYSTEM_INFO  # whose answer has it
+        has_login = self._cookie is not None or not self._settings.has_user
+        if stale is None and has_login and (self.version is not None or not needs_version):
+            return
+        seen = self._openings
+        if not self._opening.acquire(timeout=deadline.remaining_s()):
+            raise ServerUnreachable(self.url, "the login timed out", timed_out=True)
+        try:
+            if self._openings != seen and self._opening_failure is not None:
+                raise same_again(self._opening_failure)
+            self._opening_failure = None
+            self._log_in_again(stale, deadline)
+            if needs_version and self.version is None:
+                self._request_version(deadline)
+        except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
+            self._opening_failure = same_again(error)
+            raise
+        finally:
+            self._openings += 1
+            self._opening.release()
+
+    def _log_in_again(self, stale: str | None, deadline: Deadline) -> None:
+        if not self._settings.has_user:
+            if stale is not None:
+                raise Unauthenticated(
+                    f"management server {self.url} does not accept the client certificate "
+                    f"{self._settings.client_certificate} as a login; check --management-client-certificate"
+                )
+        elif self._cookie is None or self._cookie == stale:
+            self._cookie = self.version = None
+            self._cookie = self._log_in(deadline)
+
+    def _log_in(self, deadline: Deadline) -> str:
+        credentials = read_credentials(self._settings)
+        body = json.dumps({"username": credentials.username, "password": credentials.password}).encode()
+        try:
+            reply = self._transport.exchange("POST", "/login", body, None, deadline)
+        except OutcomeUnknown as error:
+            # The request behind the login was not sent.
+            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
+        answer = _decode(reply)
+        envelope = answer.body if isinstance(answer.body, dict) else {}
+        if reply.status == 401 or (reply.status == 200 and envelope.get("success") is False):
+            raise Unauthenticated(
+                f"management server {self.url} does not accept user {credentials.username!r} "
+                f"with the password in {self._settings.password_place}"
+            )
+        if reply.status in NO_GATEWAY:
+            raise ServerUnreachable(self.url, f"HTTP {reply.status} for a login")
+        if reply.status != 200 or not envelope or not reply.cookie:
+            # The answer is not shown: an error page may quote the password.
+            raise StorageUnavailable(
+                f"management server {self.url}: expected HTTP 200 with a session cookie for a login, got HTTP "
+                f"{reply.status} {'with' if reply.cookie else 'without'} one; check the address"
+            )
+        self._credentials = credentials
+        self._metrics.logins.labels(self.url).inc()
+        return reply.cookie
+
+    def _credentials_changed(self) -> bool:
+        """Tell whether the files hold other credentials than the session's, which may have more permissions."""
+        if not self._settings.has_user:
+            return False
+        try:
+            return read_credentials(self._settings) != self._credentials
+        except Unauthenticated:
+            return False
+
+    # --- version ---
+
+    def _request_version(self, deadline: Deadline) -> None:
+        try:
+            answer = self._exchange(Request("GET", SYSTEM_INFO), self._cookie, deadline)
+        except OutcomeUnknown as error:
+            # The request behind it was not sent.
+            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
+        if _requires_login(answer):
+            if not self._settings.has_user:
+                self._log_in_again("", deadline)
+            return  # the request itself gets the same answer, and opens the next session
+        if answer.error_id == PASSWORD_CHANGE_REQUIRED or answer.status in (401, 403):
+            return  # the request itself gets the same answer
+        if answer.status != 200 or not isinstance(answer.body, dict):
+            raise ServerUnreachable(self.url, f"HTTP {answer.status} for {SYSTEM_INFO}")
+        self._take_version(answer.body)
+
+    def _take_version(self, info: dict[str, object]) -> None:
+        """Check and keep the API version of the session."""
+        if "success" in info:
+            return  # an error
+        version = ApiVersion.read(info.get("APIVersion"))
+        allow_incompatible = self._settings.allow_incompatible_versions
+        warning = _check_version(version, self.url, allow_incompatible=allow_incompatible)
+        if warning and version.text not in self._warned:
+            self._warned.add(version.text)
+            _LOG.warning("management server %s has %s, %s", self.url, version, warning)
+        if version != self._logged_version:
+            self._logged_version = version
+            management = shown(info.get("version") or info.get("managementVersion"))
+            _LOG.info("management server %s works: management %s, %s", self.url, management, version)
+        self.version = version
+
+
+def _without_session_id(reply: Reply, cookie: str | None) -> Reply:
+    """Remove the session's id from a response: an error page may quote it, and an error shows the page."""
+    session = (cookie or "").partition("=")[2]
+    for secret in {session, unquote(session)} - {""}:
+        reply = replace(
+            reply,
+            content=reply.content.replace(secret.encode(), b"(session)"),
+            location=reply.location.replace(secret, "(session)"),
+        )
+    return reply
+
+
+def _requires_login(answer: Answer) -> bool:
+    if answer.status in (301, 302, 303, 307, 308):
+        return urlsplit(answer.location).path.rstrip("/") == "/login"
+    return answer.error_id == LOGIN_REQUIRED
+
+
+def _lacks_permission(answer: Answer) -> bool:
+    """Tell whether the server knows the user but refuses the request: only then the answer has an id."""
+    return isinstance(answer.body, dict) and answer.body.get("id") == 401
