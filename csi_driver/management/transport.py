@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _CONNECT_TIMEOUT_S = 5.0
+_BUFFER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class _Response(http.client.HTTPResponse):
     ) -> None:
         super().__init__(sock, debuglevel, method, url)
         self.fp.close()
-        self.fp = io.BufferedReader(_DeadlineReader(sock, _local.deadline))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, _local.deadline), _BUFFER_BYTES)
 
 
 class _Connection(HTTPConnection):
@@ -169,6 +170,23 @@ class _Pool(urllib3.HTTPConnectionPool):
 
 class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
+
+
+def _content(response: urllib3.BaseHTTPResponse) -> bytes:
+    """Read the whole body, which returns the connection to the pool.
+
+    In pieces of one system call: an incomplete `read` raises an exception that carries the content, and an error page
+    may quote a password. Also several times as fast for a long list as `requests.Response.content`.
+    """
+    pieces = []
+    try:
+        while piece := response.read1(_BUFFER_BYTES, decode_content=True):
+            pieces.append(piece)
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+    return b"".join(pieces)
 
 
 def _resolve(host: str, port: int, timeout_s: object) -> None:
@@ -245,8 +263,7 @@ class Transport:
                 timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
                 verify=self._settings.tls_verify,
             )
-            # Twice as fast for a long list as `response.content`; both return the connection to the pool.
-            content = response.raw.read(decode_content=True)
+            content = _content(response.raw)
         except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter has all of requests
             raise self._failure(method, path, error) from error
         cookies = response.raw.headers.getlist("Set-Cookie")
