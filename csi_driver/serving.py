@@ -1,6 +1,6 @@
-"""How a CSI role runs: its endpoint, what runs along, and the end.
+"""Assemble and serve the controller and node roles.
 
-Part of the composition root, which knows every layer. Loaded when a role starts.
+Each role imports its own use cases and adapters when it starts.
 """
 
 from __future__ import annotations
@@ -8,16 +8,42 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
-from csi_driver.config.version import driver_version
+from csi_driver import driver_version
+from csi_driver.background import Periodic, SelfPaced
+from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
+from csi_driver.model import volume_name
 from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, LockKeys, ThreadPools
-from csi_driver.rpc.pb.csi_pb2_grpc import add_IdentityServicer_to_server
+from csi_driver.rpc.pb import csi_pb2_grpc
 from csi_driver.rpc.server import Register, Server, Termination
-from csi_driver.rpc.services import IdentityServicer
-from csi_driver.settings import EndpointSettings
+from csi_driver.rpc.services import (
+    ControllerServicer,
+    ControllerUseCases,
+    IdentityServicer,
+    ManagementReadiness,
+    NodeServicer,
+    is_equipped,
+)
+from csi_driver.settings import AttachBy, EndpointSettings
+from csi_driver.telemetry import metrics
+from csi_driver.telemetry.pages import serving
+
+if TYPE_CHECKING:
+    from csi_driver.controller.ports import Clusters
+    from csi_driver.node.node_info import NodeZone
+    from csi_driver.node.ports import Attachments
+    from csi_driver.node.service import NodeUseCases
+    from csi_driver.settings import ControllerSettings
+    from csi_driver.telemetry.pages import Check
+
+_LOG = logging.getLogger(__name__)
 
 
 def serve(
@@ -26,29 +52,249 @@ def serve(
     driver_name: str,
     is_ready: Callable[[], bool],
     register: Register,
-    beside: Callable[[Boundary], AbstractContextManager[object]],
+    background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
-    """Serve until told to end, with what `beside` makes running along; return the exit status."""
+    """Serve CSI until SIGTERM, with `background` around all requests; return the exit status."""
     pools = ThreadPools()
     identity = IdentityServicer(driver_name, driver_version, is_ready)
-    services = (register, lambda server: add_IdentityServicer_to_server(identity, server))
+    services = (register, partial(csi_pb2_grpc.add_IdentityServicer_to_server, identity))
     disabled = frozenset() if settings.volume_health else HEALTH
     boundary = Boundary(lock_keys, pools, disabled, Deadlines(settings.default_deadline_s))
     server = Server(settings, boundary, pools, services)
     with Termination() as termination, ExitStack() as running:
-        running.enter_context(beside(boundary))
+        running.enter_context(background(boundary))
         server.start()
         termination.wait()
         server.linger()
         is_done = server.drain()
         running.close()
         if not is_done:
-            _leave_now()
+            _exit_now()
     return 0
 
 
-def _leave_now() -> None:
-    """End without waiting for the threads that are still at work: the time they had is over."""
+def _exit_now() -> None:
+    """End the process without waiting for threads that still work after the drain."""
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
+
+
+def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> Clusters:
+    from csi_driver.management.client import ManagementClient
+    from csi_driver.management.clusters import open_clusters
+
+    return open_clusters(access.clusters_file, access.defaults, partial(ManagementClient, metrics=requests))
+
+
+# --- controller -----------------------------------------------------------------------------------------------------
+
+
+def run_controller(command: ControllerCommand) -> int:
+    """Serve the CSI controller service until SIGTERM; return the exit status."""
+    from csi_driver.controller.zones import Readiness
+
+    settings = replace(command.controller, driver_version=driver_version())
+    requests = metrics.ManagementMetrics()
+    clusters = _connect(command.access, requests)
+    readiness = Readiness(clusters)
+    servicer = ControllerServicer(
+        _controller_use_cases(clusters, settings),
+        Deadlines(command.endpoint.default_deadline_s),
+        volume_health=command.endpoint.volume_health,
+        attaches=command.attach_by is AttachBy.CONTROLLER,
+    )
+    ready = ManagementReadiness(lambda deadline: readiness.ready(deadline=deadline))
+    own = metrics.process(role="controller", driver_name=settings.driver_name, version=settings.driver_version)
+
+    def background(boundary: Boundary) -> AbstractContextManager[object]:
+        self_check = SelfCheck(command.endpoint.socket)
+        return serving(
+            command.http,
+            healthy={"csi": self_check.why_silent},
+            ready={"csi": self_check.why_not_ready, "management": readiness.why_unreachable},
+            measurements=[*own, *boundary.measurements(), *requests.measurements()],
+        )
+
+    return serve(
+        command.endpoint,
+        LockKeys(volume_name),
+        settings.driver_name,
+        ready.is_ready,
+        partial(csi_pb2_grpc.add_ControllerServicer_to_server, servicer),
+        background,
+    )
+
+
+def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> ControllerUseCases:
+    from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.create_volume import CreateVolume
+    from csi_driver.controller.delete_volume import DeleteVolume
+    from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
+    from csi_driver.controller.publish import PublishVolume
+    from csi_driver.controller.unpublish import UnpublishVolume
+    from csi_driver.controller.validate import ModifyVolume, ValidateVolume
+
+    listing = ListVolumes(clusters, settings)
+    return ControllerUseCases(
+        create=CreateVolume(clusters, settings),
+        delete=DeleteVolume(clusters, settings),
+        publish=PublishVolume(clusters, settings),
+        unpublish=UnpublishVolume(clusters, settings),
+        expand=ExpandVolume(clusters, settings),
+        modify=ModifyVolume(clusters),
+        listing=listing,
+        capacity=GetCapacity(clusters, settings),
+        validate=ValidateVolume(clusters, settings),
+        health=GetVolumeHealth(clusters, listing, settings),
+    )
+
+
+# --- node -----------------------------------------------------------------------------------------------------------
+
+
+def run_node(command: NodeCommand) -> int:
+    """Serve the CSI node service until SIGTERM; return the exit status."""
+    requests = metrics.ManagementMetrics()
+    use_cases = _node_use_cases(command, requests)
+
+    def background(boundary: Boundary) -> ExitStack:
+        def sweep() -> None:
+            use_cases.reconcile.sweep(boundary.lock_volume)
+
+        loops = [
+            Periodic("reconcile", sweep, command.node.reconcile_interval_s),
+            Periodic("usage-records", use_cases.records.sweep, command.node.reconcile_interval_s),
+            *_node_object_loops(command, use_cases),
+        ]
+        with ExitStack() as running:
+            for loop in loops:
+                running.enter_context(loop)
+            _register_and_report(
+                command, use_cases, loops, [*boundary.measurements(), *requests.measurements()], running
+            )
+            return running.pop_all()
+
+    servicer = NodeServicer(
+        use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
+    )
+    return serve(
+        command.endpoint,
+        LockKeys(volume_name),
+        command.node.driver_name,
+        partial(is_equipped, use_cases.identity.problems),
+        partial(csi_pb2_grpc.add_NodeServicer_to_server, servicer),
+        background,
+    )
+
+
+def _register_and_report(
+    command: NodeCommand,
+    use_cases: NodeUseCases,
+    loops: Sequence[Periodic],
+    measurements: Iterable[metrics.Metric],
+    running: ExitStack,
+) -> None:
+    """Register the driver with kubelet and serve health pages and metrics, where these are configured."""
+    self_check, heavy = SelfCheck(command.endpoint.socket), use_cases.heavy
+    healthy: dict[str, Check] = {"csi": self_check.why_silent}
+    ready: dict[str, Check] = {"csi": self_check.why_not_ready, "storage": use_cases.health.why_unusable}
+    own = metrics.process(role="node", driver_name=command.node.driver_name, version=driver_version())
+    measurements = [*own, *measurements]
+    measurements += metrics.node(use_cases.census.volumes, heavy.under_way, heavy.places)
+    for loop in loops:
+        ready[loop.name] = loop.why_failing
+        if loop.name not in ("reconcile", "usage-records"):  # no restart frees a thread that waits for a disk
+            healthy[loop.name] = loop.why_stuck
+    if command.registration is not None:
+        from csi_driver.rpc.registration import Registration
+
+        def check_node() -> None:
+            use_cases.identity.info()  # without gRPC first, which logs each failure
+            self_check.check_node()
+
+        registration = running.enter_context(Registration(command.registration, check_node))
+        healthy["registration"], ready["registration"] = registration.why_restart, registration.why_not_registered
+        measurements += metrics.registration(lambda: registration.is_registered, registration.verdicts)
+        loops = [*loops, registration.loop]
+    measurements += metrics.background(loops)
+    running.enter_context(serving(command.http, healthy=healthy, ready=ready, measurements=measurements))
+
+
+def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Periodic]:
+    """Return the loops that maintain the label and the start-up taint of this node's Kubernetes object."""
+    wanted, name = command.node_object, command.node.node_name
+    loops: list[Periodic] = []
+    if not (wanted.label or wanted.startup_taint):
+        return loops
+    from csi_driver.kubernetes import node_object
+    from csi_driver.kubernetes.api import ApiServer
+
+    server = ApiServer(command.api)
+    if wanted.label:
+        client = node_object.ClientLabel(server, name, use_cases.health.why_unusable)
+        loops.append(SelfPaced("node-label", client.tend, node_object.LABEL_INTERVAL_S))
+    if wanted.startup_taint:
+        startup = node_object.StartupTaint(
+            server, name, command.node.driver_name, wanted.startup_taint, use_cases.identity.why_not_ready
+        )
+        loops.append(SelfPaced("startup-taint", startup.tend, node_object.TAINT_INTERVAL_S))
+    return loops
+
+
+def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics) -> NodeUseCases:
+    from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
+    from csi_driver.host.devices import LinuxDevices
+    from csi_driver.host.filesystem import LinuxFilesystems
+    from csi_driver.host.health import LinuxProbes
+    from csi_driver.host.luks import LinuxEncryption
+    from csi_driver.host.machine_checks import MachineTools
+    from csi_driver.host.mounts import LinuxMounts
+    from csi_driver.host.paths import LinuxPaths
+    from csi_driver.node.service import assemble, attaching_by_node
+    from csi_driver.node.usage_records import UsageRecords
+
+    tools = MachineTools(command.paths.path_roots)
+    for warning in tools.warnings():
+        _LOG.warning("%s", warning)
+    devices = LinuxDevices(command.paths.device_directory, command.paths.status_directory)
+    paths = LinuxPaths(command.paths.path_roots)
+    use_cases = assemble(
+        devices=devices,
+        encryption=LinuxEncryption(devices),
+        read_only_devices=ReadOnlyLoops(LoopDevices()),
+        mounts=LinuxMounts(paths.open),
+        filesystems=LinuxFilesystems(devices),
+        paths=paths,
+        probes=LinuxProbes(),
+        records=UsageRecords(command.node.state_directory),
+        tools=tools,
+        zone=_node_zone(command),
+        settings=command.node,
+    )
+    if command.attach_by is AttachBy.CONTROLLER:
+        return use_cases
+    return attaching_by_node(use_cases, _node_attach(command, requests, lambda: use_cases.identity.info().node_id))
+
+
+def _node_zone(command: NodeCommand) -> NodeZone:
+    from csi_driver.host.connectors.nvmesh import management_hosts
+    from csi_driver.management.clusters import read_cluster_names
+    from csi_driver.node.node_info import NodeZone
+
+    paths = command.paths
+    return NodeZone(
+        given=paths.zone,
+        topology_key=paths.topology_key,
+        node_name=command.node.node_name,
+        client_servers=lambda: management_hosts(paths.client_configuration),
+        clusters=lambda: read_cluster_names(paths.clusters_file, paths.older_topology_file),
+    )
+
+
+def _node_attach(command: NodeCommand, requests: metrics.ManagementMetrics, node_id: Callable[[], str]) -> Attachments:
+    from csi_driver.controller.publish import NodeAttach, PublishVolume
+    from csi_driver.controller.unpublish import UnpublishVolume
+
+    clusters, settings = _connect(command.access, requests), command.attach
+    return NodeAttach(PublishVolume(clusters, settings), UnpublishVolume(clusters, settings), node_id)

@@ -1,24 +1,304 @@
-"""Settings of the CSI roles, filled from the command line. Pure: imports no gRPC and no HTTP client."""
+"""Settings of the controller and node roles, each declared together with its flag. Pure: loads no adapter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from typing import Self
+
+from csi_driver.flags import (
+    DRIVER_NAME,
+    ENDPOINT,
+    MAX_VOLUMES,
+    NODE_NAME,
+    PATH_ROOT,
+    TOPOLOGY_KEY,
+    VOLUME_HEALTH,
+    ZONE,
+    Flag,
+    choice,
+    flag,
+    host_name,
+    read_boolean,
+    read_directory,
+    read_duration,
+    read_file,
+    read_positive_count,
+    read_positive_duration,
+    read_text,
+    read_topology_key,
+)
+from csi_driver.model import DEFAULT_ZONE
+
+# --- what both roles have -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
     """How a role serves CSI. Times in seconds."""
 
-    socket: Path
-    default_deadline_s: float = 60.0
-    """Limit of a request without a deadline."""
-    drain_s: float = 30.0
-    """Time for running requests to finish after SIGTERM."""
-    pre_shutdown_s: float = 0.0
-    """Time before that in which new requests are still served."""
-    volume_health: bool = False
-    """Whether the alpha health RPCs of CSI 1.13 are served."""
+    socket: Path = ENDPOINT.field()
+    default_deadline_s: float = flag(
+        60.0, "--default-deadline", read_positive_duration, "Time limit of a request that has no deadline."
+    )
+    drain_s: float = flag(30.0, "--drain-seconds", read_duration, "Time after SIGTERM for running requests to finish.")
+    pre_shutdown_s: float = flag(
+        0.0,
+        "--pre-shutdown-delay",
+        read_duration,
+        "Time after SIGTERM during which new requests are still served, so that a node that shuts down can stop its"
+        " workloads.",
+    )
+    volume_health: bool = VOLUME_HEALTH.field()
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Address of health pages and metrics. Empty host: every address; port 0: any free port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """How to reach the Kubernetes API server. Time in seconds."""
+
+    host: str = Flag(
+        "", "--kubernetes-host", read_text, "Host of the Kubernetes API server.", "none",
+        metavar="HOST", environment="KUBERNETES_SERVICE_HOST",
+    ).field()  # fmt: skip
+    port: int = Flag(
+        443, "--kubernetes-port", read_positive_count, "HTTPS port of the API server.", unit="TCP port",
+        metavar="PORT", environment="KUBERNETES_SERVICE_PORT",
+    ).field()  # fmt: skip
+    account: Path = flag(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        "--kubernetes-account",
+        read_directory,
+        "Directory with token and ca.crt of the service account; both are read again for every request.",
+    )
+    timeout_s: float = 10.0
+
+
+# --- attaching and the controller -----------------------------------------------------------------------------------
+
+
+class AttachBy(StrEnum):
+    """Which role attaches volumes."""
+
+    CONTROLLER = "controller"
+    NODE = "node"
+
+
+class Fencing(StrEnum):
+    """When a volume may be taken from nodes that have it attached.
+
+    NEVER: it must be detached there first. RECORDED: after ControllerUnpublishVolume and while the node's storage
+    client is down. ALWAYS: the last request gets the volume, also from a healthy node that is using it.
+    """
+
+    NEVER = "never"
+    RECORDED = "recorded"
+    ALWAYS = "always"
+
+
+class ZonePolicy(StrEnum):
+    """Which of several zones of equal preference gets a new volume."""
+
+    FREE_SPACE = "free-space"
+    RANDOM = "random"
+    ROUND_ROBIN = "round-robin"
+
+
+ATTACH_BY = Flag(
+    AttachBy.CONTROLLER,
+    "--attach-by",
+    choice(*AttachBy),
+    "Which role attaches volumes: controller, or node where the orchestrator has no attacher. Set the same on"
+    " controller and nodes. With node, nodes need the management's address and credentials.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttachSettings:
+    """How volumes are attached and detached, by the controller or by a node. Times in seconds."""
+
+    max_volumes_per_node: int = MAX_VOLUMES.field()
+    force_detach: bool = flag(
+        False,
+        "--force-detach",
+        read_boolean,
+        "Detach volumes by force, even if their device is in use: unwritten data is lost. Applies to detachments that"
+        " begin after it was set.",
+    )
+    fencing: Fencing = flag(
+        Fencing.RECORDED,
+        "--fencing",
+        choice(*Fencing),
+        "When to take a volume from a node that has it attached: never; recorded = after ControllerUnpublishVolume and"
+        " with the node's storage client down (not possible with --attach-by node); always.",
+    )
+    attach_wait_s: float = flag(
+        30.0, "--attach-io-enabled-timeout", read_positive_duration, "Time limit for an attachment to have I/O enabled."
+    )
+    detach_wait_s: float = flag(60.0, "--detach-timeout", read_positive_duration, "Time limit of a detachment.")
+    answer_margin_s: float = 1.0
+    """A wait ends this long before the request's deadline, so that the response is in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSettings(AttachSettings):
+    """Settings of the controller's use cases. Times in seconds."""
+
+    driver_name: str = DRIVER_NAME.field()
+    topology_key: str = TOPOLOGY_KEY.field()
+    zone_policy: ZonePolicy = flag(
+        ZonePolicy.FREE_SPACE,
+        "--zone-selection-policy",
+        choice(*ZonePolicy),
+        "How to choose the zone of a new volume among zones of equal preference: free-space (weighted), random,"
+        " round-robin (counted by each controller separately).",
+    )
+    allow_zone_skip: bool = flag(
+        False,
+        "--allow-zone-skip",
+        read_boolean,
+        "Create volumes even if an allowed zone is unreachable; it may already have the volume, which is logged later.",
+    )
+    usable_wait_s: float = flag(
+        50.0, "--volume-usable-timeout", read_positive_duration, "Time limit for a new volume to become usable."
+    )
+    driver_version: str = ""
+
+
+# --- the node -------------------------------------------------------------------------------------------------------
+
+DEVICE_DIRECTORY = Flag(
+    Path("/dev/nvmesh"), "--device-directory", read_directory, "Directory with the devices of attached volumes."
+)
+STATE_DIRECTORY = Flag(
+    Path(),
+    "--state-directory",
+    read_directory,
+    "Directory of this node's only state: records of volumes in use and of pending formats. They distinguish old data"
+    " from new: keep them while volumes are attached, also over reboots.",
+    "/var/lib/kubelet/plugins/DRIVER-NAME/state",
+)
+
+
+def state_directory(given: Path, driver_name: str) -> Path:
+    """Return the state directory of a node: that of --state-directory, else the default."""
+    return Path(f"/var/lib/kubelet/plugins/{driver_name}/state") if given == Path() else given
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """Settings of the node's use cases. Times in seconds."""
+
+    node_name: str = NODE_NAME.field()
+    """The node id, where the machine has no storage client."""
+    state_directory: Path = STATE_DIRECTORY.field()
+    zone: str = ZONE.field()
+    topology_key: str = TOPOLOGY_KEY.field()
+    max_volumes_per_node: int = MAX_VOLUMES.with_default(
+        0,
+        "0, the limit of the storage client: 1024 on NVMesh, less its own volumes; unlimited on the embedded manager",
+    )
+    heavy_operations: int = flag(
+        4,
+        "--heavy-operations",
+        read_positive_count,
+        "Maximum number of volumes that are formatted, checked, grown or decrypted at the same time; others wait.",
+        unit="volumes",
+    )
+    answer_margin_s: float = 0.5
+    statistics_timeout_s: float = 1.5
+    driver_name: str = DRIVER_NAME.field()
+    """As kubelet spells it in staging paths."""
+    reconcile_interval_s: float = flag(
+        60.0,
+        "--reconcile-interval",
+        read_duration,
+        "Interval of the cleanup of this node: removes mounts and devices that two checks in a row found orphaned, and"
+        " old usage records of deleted volumes. 0 = never.",
+    )
+
+    def resolved(self) -> Self:
+        """Fill in defaults that depend on the machine and on other flags."""
+        state = state_directory(self.state_directory, self.driver_name)
+        return replace(self, node_name=self.node_name or host_name(), state_directory=state)
+
+
+@dataclass(frozen=True, slots=True)
+class NodePaths:
+    """Files and directories of a node, and its zone where flags set it."""
+
+    zone: str | None = ZONE.with_default(None, f"detected from the files below, else {DEFAULT_ZONE}")
+    clusters_file: Path | None = flag(
+        None,
+        "--clusters-file",
+        read_file,
+        "The controller's clusters file, or a copy without credentials: finds this node's zone by the management"
+        " servers of its storage client.",
+        shown="none",
+    )
+    older_topology_file: Path = flag(
+        Path("/topology/zones"),
+        "--older-topology-file",
+        read_file,
+        "Mounted ConfigMap nvmesh-csi-topology of the older driver: finds this node's zone by its name.",
+        shown="/topology/zones, if it exists",
+    )
+    client_configuration: Path = flag(
+        Path("/etc/nvmesh/nvmesh.conf"),
+        "--client-configuration",
+        read_file,
+        "Configuration file of the storage client; its management servers are read.",
+        shown="/etc/nvmesh/nvmesh.conf, if it exists",
+    )
+    topology_key: str | None = TOPOLOGY_KEY.with_default(None, TOPOLOGY_KEY.shown_default)
+    path_roots: tuple[Path, ...] = PATH_ROOT.field()
+    device_directory: Path = DEVICE_DIRECTORY.field()
+    status_directory: Path = flag(
+        Path("/proc/nvmeibc"),
+        "--status-directory",
+        read_directory,
+        "Directory with the storage client's status files.",
+    )
+    registration_directory: Path | None = flag(
+        None,
+        "--kubelet-registration-directory",
+        read_directory,
+        "Register the driver with kubelet by a socket in this directory, kubelet's plugins_registry. Use a mount of"
+        " kubelet's directory itself, so that a deleted and recreated plugins_registry is found again.",
+        shown="none, another program registers the driver",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeObjectSettings:
+    """Which parts of its Kubernetes object a node maintains."""
+
+    label: bool = flag(
+        False,
+        "--node-label",
+        read_boolean,
+        "Set the label nvmesh-csi/client-status=ready on this node's Kubernetes object while its storage client is"
+        " usable.",
+    )
+    startup_taint: str = flag(
+        "",
+        "--startup-taint",
+        read_topology_key,
+        "Remove taints with this key from this node's Kubernetes object after kubelet has registered the driver and"
+        " the driver is ready; checked while the driver runs.",
+        shown="none",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,47 +317,3 @@ class RegistrationSettings:
     def socket(self) -> Path:
         """Return the path of the registration socket."""
         return self.directory / f"{self.driver_name}-reg.sock"
-
-
-@dataclass(frozen=True, slots=True)
-class HttpSettings:
-    """Address of health pages and metrics. Empty host: every address; port 0: any free port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class ApiSettings:
-    """Address of the Kubernetes API server and directory of the service account (token, ca.crt)."""
-
-    host: str
-    port: int
-    account: Path
-    timeout_s: float = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class ZoneEvidence:
-    """Where the node finds out to which cluster it belongs. None = nothing is said there."""
-
-    zone: str | None
-    topology_key: str | None
-    clusters_file: Path | None
-    nodes_file: Path
-    client_config: Path
-
-
-@dataclass(frozen=True, slots=True)
-class NodePlaces:
-    """Where what a node needs is."""
-
-    state_directory: Path
-    path_roots: tuple[Path, ...]
-    device_directory: Path
-    status_directory: Path
-    registration_directory: Path | None
-    evidence: ZoneEvidence

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csi_driver import capacity as sizes
-from csi_driver.controller.ports import Clusters, ControllerSettings, Management, TopologyRequirement, ZonePolicy
+from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
 from csi_driver.controller.validate import check_capabilities, check_capability
 from csi_driver.controller.volume_lookup import require
 from csi_driver.controller.volume_metadata import Creation, encryption_of, reserved_bytes
@@ -29,6 +29,7 @@ from csi_driver.errors import (
 from csi_driver.model import BlockAccess, Capability, Capacity, CapacityRange, Segments
 from csi_driver.parameters.storage_class import StorageClassParameters, parse
 from csi_driver.publish_context import Encryption
+from csi_driver.settings import ControllerSettings, ZonePolicy
 from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)

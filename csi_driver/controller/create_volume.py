@@ -11,7 +11,7 @@ from csi_driver import capacity as sizes
 from csi_driver.controller.capacity import ZoneSelection
 from csi_driver.controller.duplicate_guard import DuplicateGuard, Found
 from csi_driver.controller.native_encryption import NativeEncryption
-from csi_driver.controller.ports import Clusters, ControllerSettings, CreateRequest, Management
+from csi_driver.controller.ports import Clusters, CreateRequest, Management
 from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences, is_short
 from csi_driver.controller.volume_lookup import described, issued_reference
 from csi_driver.controller.volume_metadata import (
@@ -52,6 +52,7 @@ from csi_driver.parameters import storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import StorageClassParameters
 from csi_driver.publish_context import Encryption
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 
 from csi_driver.controller.fencing import was_preempted
-from csi_driver.controller.ports import Clusters, ControllerSettings
+from csi_driver.controller.ports import Clusters
 from csi_driver.controller.volume_lookup import locate
 from csi_driver.controller.volume_metadata import Creation
 from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, shown
 from csi_driver.model import VolumeHandle
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Client, ClientStatus, Volume
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
-from csi_driver.controller.ports import Clusters, ControllerSettings, Management
+from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_metadata import Creation, read_creation
 from csi_driver.controller.waiting import within
 from csi_driver.controller.zones import CREW, Crew, ask, served, unavailable
@@ -22,6 +22,7 @@ from csi_driver.errors import (
     PreconditionFailed,
     shown,
 )
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Volume
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from csi_driver.controller.ports import Fencing
 from csi_driver.controller.volume_lookup import Located
 from csi_driver.controller.volume_metadata import read_attachments
 from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable
+from csi_driver.settings import Fencing
 from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceStatus, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from csi_driver.controller.duplicate_guard import Found, doubles, report_double
-from csi_driver.controller.ports import Clusters, ControllerSettings, Management
+from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import derived_spelling, described, issued_handle, require
 from csi_driver.controller.volume_metadata import read_attachments, read_creation
 from csi_driver.controller.zones import (
@@ -26,6 +26,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
 from csi_driver.model import ListedVolume, Reason, VolumeEntry, VolumeFault, VolumeHandle, VolumeHealth, each_once
 from csi_driver.publish_context import held_reference
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 
 _VERSION = "v1."

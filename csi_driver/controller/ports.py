@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import (
-    DEFAULT_DRIVER_NAME,
-    DEFAULT_TOPOLOGY_KEY,
     Capability,
     CapacityRange,
     Segments,
@@ -209,43 +206,3 @@ class ValidateRequest:
     context: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
     mutable_parameters: Mapping[str, str] = field(default_factory=dict)
-
-
-class Fencing(StrEnum):
-    """When a volume may be taken from nodes that hold it.
-
-    NEVER: it must be detached there first. RECORDED: when it was given up there (ControllerUnpublish) and the node's
-    storage client is down. ALWAYS: whoever asks last gets it, also from a node that is well and using it.
-    """
-
-    NEVER = "never"
-    RECORDED = "recorded"
-    ALWAYS = "always"
-
-
-class ZonePolicy(StrEnum):
-    """Which zone a volume goes to among those that its request prefers alike."""
-
-    FREE_SPACE = "free-space"
-    RANDOM = "random"
-    ROUND_ROBIN = "round-robin"
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerSettings:
-    """What the controller's use-cases are told at start. Times in seconds."""
-
-    driver_name: str = DEFAULT_DRIVER_NAME
-    driver_version: str = ""
-    topology_key: str = DEFAULT_TOPOLOGY_KEY
-    max_volumes_per_node: int = 0
-    zone_policy: ZonePolicy = ZonePolicy.FREE_SPACE
-    allow_zone_skip: bool = False
-    """Make volumes although an allowed zone, which may have them already, cannot be asked."""
-    force_detach: bool = False
-    fencing: Fencing = Fencing.RECORDED
-    usable_wait_s: float = 50.0
-    attach_wait_s: float = 30.0
-    detach_wait_s: float = 60.0
-    answer_margin_s: float = 1.0
-    """A wait ends this long before the caller's deadline, so that the answer still arrives."""

@@ -22,7 +22,7 @@ from csi_driver.controller.fencing import (
     missing,
     references,
 )
-from csi_driver.controller.ports import Clusters, ControllerSettings, Management, PublishRequest
+from csi_driver.controller.ports import Clusters, Management, PublishRequest
 from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.controller.validate import check_capability, reservation_mode
 from csi_driver.controller.volume_lookup import (
@@ -59,6 +59,7 @@ from csi_driver.errors import (
 from csi_driver.model import BlockAccess, Capability, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import History, PublishContext, held_reference, reference_id
+from csi_driver.settings import AttachSettings
 from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ _log = logging.getLogger(__name__)
 class PublishVolume:
     """Attach volumes to nodes and detach them. Keeps no state: several controllers may do the same at once."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
+    def __init__(self, clusters: Clusters, settings: AttachSettings) -> None:
         self._clusters = clusters
         self._settings = settings
         self._take_over = Preemption(settings.fencing)

@@ -10,7 +10,7 @@ from csi_driver.controller.fencing import (
     is_withdrawn,
     references,
 )
-from csi_driver.controller.ports import Clusters, ControllerSettings
+from csi_driver.controller.ports import Clusters
 from csi_driver.controller.volume_lookup import (
     Located,
     ZoneNotServed,
@@ -25,6 +25,7 @@ from csi_driver.errors import (
     shown,
 )
 from csi_driver.model import VolumeHandle
+from csi_driver.settings import AttachSettings
 from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceReport
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 class UnpublishVolume:
     """Give volumes up on nodes. Keeps no state: several controllers may do the same at once."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
+    def __init__(self, clusters: Clusters, settings: AttachSettings) -> None:
         self._clusters = clusters
         self._settings = settings
 

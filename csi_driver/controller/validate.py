@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from csi_driver.controller.ports import Clusters, ControllerSettings, ValidateRequest
+from csi_driver.controller.ports import Clusters, ValidateRequest
 from csi_driver.controller.volume_lookup import Located, described, is_blank, require
 from csi_driver.controller.volume_metadata import Creation, encryption_of
 from csi_driver.deadline import Deadline
@@ -21,6 +21,7 @@ from csi_driver.parameters import storage_class
 from csi_driver.parameters.mkfs import check_fs_type
 from csi_driver.parameters.storage_class import check_use, is_compared, parse
 from csi_driver.parameters.values import Problems
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import ReservationMode, Volume
 
 _log = logging.getLogger(__name__)

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from csi_driver.flags import (
+    OVERCOMMIT,
+    PREALLOCATE,
+    flag,
+    read_boolean,
+    read_count,
+    read_directory,
+    read_file,
+    read_named_directory,
+    read_positive_duration,
+    read_positive_size,
+    read_size,
+    read_text,
+    reader,
+    repeatable,
+    required,
+    section,
+)
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -36,7 +55,7 @@ class TestSwitches:
 
     __test__ = False  # the name makes pytest look for tests in it
 
-    enabled: bool = False
+    enabled: bool = flag(False, "--test-switches", read_boolean, "Test API that blocks work and sets clients DOWN.")
     """Serve the /embedded/test routes, which hold back work and make clients DOWN."""
     must_change_password: bool = False
     """Answer every call 1268 until the password is changed, as a freshly installed management does."""
@@ -50,38 +69,75 @@ class TestSwitches:
     """Called with the name of each step that a crash may fall between."""
 
 
+@reader("NAME=DIR")
+def read_client(value: str) -> ClientSettings:
+    """Read NAME=DIR."""
+    return ClientSettings.under(*read_named_directory(value))
+
+
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
     """How the embedded storage manager is run."""
 
-    pool_directory: Path
-    """Holds volumes/<uuid>.img, manager.sqlite, password and lock. Made if missing."""
-    clients: tuple[ClientSettings, ...] = ()
-    """At least one is needed to attach anything; the first is this machine's own."""
-    size_bytes: int | None = None
-    """Bytes that may be promised to volumes. None: what is free in the pool at its first start, less the reserve."""
-    overcommit: bool = False
-    """Allow `size_bytes` above what is free. Guests may then meet I/O errors; for benchmarks and tests."""
-    preallocate: bool = False
-    """Reserve every block of a volume in the file system when it is made; else others may fill the disk before it."""
-    reserve_bytes: int = 128 * MIB
-    """New volumes and extensions leave this much free in the file system."""
+    pool_directory: Path = required(
+        Path(), "--pool", read_directory, "Directory that holds the volumes and their records."
+    )
+    clients: tuple[ClientSettings, ...] = repeatable(
+        (),
+        "--client",
+        read_client,
+        "Storage client on this machine, with its devices in DIR/dev and its status files in DIR/proc; the first is"
+        " this machine's own.",
+        shown="one, described by --node-name, --device-directory and --status-directory",
+    )
+    size_bytes: int | None = flag(
+        None,
+        "--size",
+        read_positive_size,
+        "Total size of all volumes.",
+        shown="free space at the first start, less the reserve",
+    )
+    overcommit: bool = OVERCOMMIT.field()
+    preallocate: bool = PREALLOCATE.field()
+    reserve_bytes: int = flag(
+        128 * MIB,
+        "--reserve",
+        read_size,
+        "Free space that must remain in the pool's filesystem; below it new volumes are refused.",
+    )
     listen_host: str = "127.0.0.1"
     listen_port: int = 4000
-    """0 takes any free port; the one taken is printed."""
+    """0: any free port."""
     listen_fd: int | None = None
-    """Descriptor of a bound socket that this process has inherited; it takes the place of host and port."""
-    user: str = "admin@nvidia.com"
-    password_file: Path | None = None
-    """File holding the password, read again when it changes. None: DIR/password, generated, for root alone."""
-    session_idle_s: float = 3600.0
-    """Seconds without a request after which a session ends."""
-    pretend_targets: int = 0
-    """Number of storage targets to pretend, so that RAID levels with redundancy can be allocated. 0: the truth."""
+    """Descriptor of an inherited, bound socket; replaces host and port."""
+    user: str = flag("admin@nvidia.com", "--user", read_text, "User for the login at the REST API.", metavar="USER")
+    password_file: Path | None = flag(
+        None,
+        "--password-file",
+        read_file,
+        "File with the user's password; read again when it changes.",
+        shown="POOL/password, generated",
+    )
+    session_idle_s: float = flag(
+        3600.0, "--session-idle", read_positive_duration, "Idle time after which a login expires."
+    )
+    pretend_targets: int = flag(
+        0,
+        "--pretend-targets",
+        read_count,
+        "Number of simulated storage targets, to try layouts with redundancy; they do not protect data.",
+        shown="0, the real number",
+        unit="targets",
+    )
     retry_first_s: float = 0.2
-    """Seconds before the first new try of work that could not be done (a busy device); doubled each time."""
+    """Pause before the first retry of work that failed; doubled up to `retry_most_s`."""
     retry_most_s: float = 5.0
-    tls_certificate: Path | None = None
-    """PEM chain; with `tls_key` the API is served over https."""
-    tls_key: Path | None = None
-    test_switches: TestSwitches = field(default_factory=TestSwitches)
+    tls_certificate: Path | None = flag(
+        None,
+        "--tls-certificate",
+        read_file,
+        "PEM certificate chain; with --tls-key the API uses https.",
+        shown="none, plain http",
+    )
+    tls_key: Path | None = flag(None, "--tls-key", read_file, "PEM private key of the certificate.", shown="none")
+    test_switches: TestSwitches = section(TestSwitches)

@@ -13,45 +13,78 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, one_line
-
-if TYPE_CHECKING:
-    from csi_driver.host_model import RunningRole
-    from csi_driver.management.clusters import ClusterDefaults
-    from csi_driver.settings import ApiSettings, NodePlaces
+from csi_driver.flags import (
+    DRIVER_NAME,
+    ENDPOINT,
+    NODE_NAME,
+    choice,
+    flag,
+    host_name,
+    read_boolean,
+    read_positive_duration,
+    section,
+)
+from csi_driver.host_model import RunningRole
+from csi_driver.management.clusters import ClusterDefaults
+from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
+from csi_driver.model import DEFAULT_ZONE
+from csi_driver.settings import STATE_DIRECTORY, ApiSettings, NodeObjectSettings, NodePaths, state_directory
 
 NODE, CONTROLLER = "node", "controller"
+_API_TIMEOUT_S = 4.0
 _LOG = logging.getLogger(__name__)
 _INDENT = " " * 28
 _OF_CONTROLLER = frozenset(["clusters-file", "management", "certificate", "login", "clients", "driver", "clock"])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The machine or pod to check, as its driver's flags describe it. Times in seconds.
+    """The machine or pod to check, as its driver's flags describe it. Times in seconds."""
 
-    `running`: the process of the role that runs here, if it is known. `defaults`: the management, which may have no
-    servers. `strict`: a warning fails, too.
-    """
+    as_json: bool = flag(False, "--json", read_boolean, "Print the results as JSON.")
+    strict: bool = flag(False, "--strict", read_boolean, "Exit with status 1 for warnings, too.")
+    timeout_s: float = flag(10.0, "--timeout", read_positive_duration, "Time limit of all checks together.")
+    encrypted_volumes: bool = flag(
+        False, "--encrypted-volumes", read_boolean, "Check the requirements of encrypted volumes on this node."
+    )
+    role: str = flag(
+        NODE,
+        "--role",
+        choice(NODE, CONTROLLER),
+        "Role whose requirements are checked.",
+        shown="node, or the role that runs here",
+    )
+    endpoint: Path | None = ENDPOINT.with_default(None, "that of the role that runs here")
+    driver_name: str = DRIVER_NAME.field()
+    node_name: str = NODE_NAME.field()
+    state_directory: Path = STATE_DIRECTORY.field()
+    paths: NodePaths = section(NodePaths)
+    management: ManagementSettings = section(ManagementSettings)
+    tls_verify: bool | None = TLS_VERIFY.with_default(None, TLS_VERIFY.shown_default)
+    node_object: NodeObjectSettings = section(NodeObjectSettings)
+    api: ApiSettings = section(ApiSettings)
+    """Without a host where no flag and no pod gives one."""
+    running: RunningRole | None = None
+    """The process of the role that runs here, if it is known."""
 
-    role: str
-    driver_name: str
-    node_name: str
-    places: NodePlaces
-    endpoint: Path | None
-    defaults: ClusterDefaults
-    api: ApiSettings | None
-    label: bool
-    startup_taint: str
-    encrypted_volumes: bool
-    running: RunningRole | None
-    timeout_s: float
-    strict: bool = False
-    as_json: bool = False
+    def resolved(self) -> Self:
+        """Fill in defaults that depend on the machine and on other flags."""
+        return replace(
+            self,
+            node_name=self.node_name or host_name(),
+            state_directory=state_directory(self.state_directory, self.driver_name),
+            api=replace(self.api, timeout_s=_API_TIMEOUT_S),
+        )
+
+    @property
+    def defaults(self) -> ClusterDefaults:
+        """Return the settings of a zone for what the clusters file leaves out."""
+        return ClusterDefaults(self.management, self.paths.zone or DEFAULT_ZONE, self.tls_verify is not None)
 
 
 class Severity(StrEnum):

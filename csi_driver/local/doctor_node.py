@@ -83,7 +83,7 @@ def privileges(target: Target) -> Iterator[Finding]:
 
 
 def devices(target: Target) -> Iterator[Finding]:
-    directory = target.places.device_directory
+    directory = target.paths.device_directory
     if not SYS_DEV_BLOCK.is_dir():
         yield error(f"{SYS_DEV_BLOCK} is not visible", fix="mount the host's /sys into the container")
     fs_type = machine.mount_above(machine.DEVICES)
@@ -108,7 +108,7 @@ def clock(target: Target) -> Iterator[Finding]:
 
 def propagation(target: Target) -> Iterator[Finding]:
     mounts = LinuxMounts()
-    for root in target.places.path_roots:
+    for root in target.paths.path_roots:
         is_host = root == Path("/")
         if not root.is_dir():
             fix = "set --path-root (value kubeletDirectory) to kubelet's --root-dir, and mount it into the container"
@@ -125,7 +125,7 @@ def propagation(target: Target) -> Iterator[Finding]:
 
 
 def state_directory(target: Target) -> Iterator[Finding]:
-    directory = target.places.state_directory
+    directory = target.state_directory
     existing = next(each for each in (directory, *directory.parents) if each.is_dir())
     fs_type = machine.mount_above(existing)
     if fs_type in ("tmpfs", "ramfs", "devtmpfs"):
@@ -143,8 +143,8 @@ def state_directory(target: Target) -> Iterator[Finding]:
 
 
 def client(target: Target) -> Iterator[Finding]:
-    directory = target.places.status_directory
-    found = LinuxDevices(target.places.device_directory, directory).client()
+    directory = target.paths.status_directory
+    found = LinuxDevices(target.paths.device_directory, directory).client()
     upgrade = f"an upgrade that failed leaves {UPDATER_MARK}: repeat it until it succeeds, or reboot the machine"
     if found.problem:
         yield error(f"the storage client is unusable: {found.problem}")
@@ -163,19 +163,19 @@ def client(target: Target) -> Iterator[Finding]:
         found_none = f"this machine has no storage client: {directory} does not exist"
         yield error(found_none, fix=f"{fix} machine by node.nodeSelector")
     host = socket.gethostname()  # a pod has one of its own
-    if found.uuid is None and target.api is None and not same_host(target.node_name, host):
+    if found.uuid is None and not target.api.host and not same_host(target.node_name, host):
         fix = "set --node-name to the name by which the management knows this machine, or start the client"
         yield warning(f"without a client uuid, node name {target.node_name} and host name {host} differ", fix=fix)
 
 
 def zone(target: Target) -> Iterator[Finding]:
-    evidence = target.places.evidence
+    evidence = target.paths
     configured = NodeZone(
         given=evidence.zone,
         topology_key=evidence.topology_key,
         node_name=target.node_name,
-        client_servers=lambda: management_hosts(evidence.client_config),
-        clusters=lambda: read_cluster_names(evidence.clusters_file, evidence.nodes_file),
+        client_servers=lambda: management_hosts(evidence.client_configuration),
+        clusters=lambda: read_cluster_names(evidence.clusters_file, evidence.older_topology_file),
     )
     try:
         yield ok(", ".join(f"{key}={value}" for key, value in configured.segments().items()))
@@ -184,7 +184,7 @@ def zone(target: Target) -> Iterator[Finding]:
 
 
 def client_management(target: Target) -> Iterator[Finding]:
-    servers = management_servers(target.places.evidence.client_config)
+    servers = management_servers(target.paths.client_configuration)
     problems = {f"{host}:{port}": _why_unreachable(host, port) for host, port in servers}
     level = error if all(problems.values()) else warning
     for server, why in problems.items():
@@ -201,7 +201,7 @@ def _why_unreachable(host: str, port: int) -> str:
 
 def volumes(target: Target) -> Iterator[Finding]:
     table = {entry.path: entry for entry in read_table()}
-    status_files = StatusFiles(target.places.status_directory)
+    status_files = StatusFiles(target.paths.status_directory)
     mounts = list(kubelet_mounts(table, target.driver_name))
     for mount in mounts:
         entry = table[mount.path]
@@ -221,8 +221,8 @@ def volumes(target: Target) -> Iterator[Finding]:
 
 
 def usage_records(target: Target) -> Iterator[Finding]:
-    records = UsageRecords(target.places.state_directory)
-    present = LinuxDevices(target.places.device_directory, target.places.status_directory).present()
+    records = UsageRecords(target.state_directory)
+    present = LinuxDevices(target.paths.device_directory, target.paths.status_directory).present()
     here = None if present is None else {uuid.lower() for uuid in present.values()}
     numbers = {"in use": 0, "half formatted, which the next NodeStageVolume repeats": 0, "no longer here": 0}
     in_use, half, absent = numbers

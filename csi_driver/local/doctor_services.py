@@ -38,7 +38,7 @@ _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.n
 
 
 def clusters_file(target: Target) -> Iterator[Finding]:
-    path = target.places.evidence.clusters_file
+    path = target.paths.clusters_file
     try:
         names = read_cluster_names(path, None)
         yield ok(f"{path or 'no --clusters-file'}: {', '.join(sorted({*names.servers, *names.nodes})) or 'no zone'}")
@@ -49,7 +49,7 @@ def clusters_file(target: Target) -> Iterator[Finding]:
 def managements(target: Target) -> Iterator[Finding]:
     """Check each server of each management for which this role has credentials, all side by side."""
     clusters = [target.defaults.management]
-    path = target.places.evidence.clusters_file
+    path = target.paths.clusters_file
     if path is not None and not target.defaults.management.servers:
         try:
             clusters = list(parse_clusters(read_source(path), target.defaults).zones.values())
@@ -132,7 +132,7 @@ def _login(target: Target, url: str, settings: ManagementSettings) -> Iterator[F
 def check_clients(target: Target, clients: Sequence[Client]) -> Iterator[Finding]:
     for uuid, ids in _repeated({client.id: client.uuid for client in clients}):
         yield error(f"the clients {', '.join(ids)} have one uuid, {uuid}", check="clients")
-    own = StatusFiles(target.places.status_directory).client().uuid
+    own = StatusFiles(target.paths.status_directory).client().uuid
     found = [client for client in clients if own is not None and client.uuid == own]
     yield from (ok(f"this machine's client is {each.id} there, {each.status.name}", check="clients") for each in found)
     if own is not None and not found:
@@ -171,11 +171,11 @@ def driver(target: Target) -> Iterator[Finding]:
 
 
 def sockets(target: Target) -> Iterator[Finding]:
-    configured, name = target.places.registration_directory, target.driver_name
+    configured, name = target.paths.registration_directory, target.driver_name
     if configured is not None and not configured.is_dir():
         fix = "correct --kubelet-registration-directory (value kubeletDirectory), or mount it into the container"
         yield error(f"{configured} does not exist: kubelet finds no driver there", "kubelet's plugins_registry", fix)
-    registries = [root / "plugins_registry" for root in target.places.path_roots]
+    registries = [root / "plugins_registry" for root in target.paths.path_roots]
     for registry in registries if configured is None else [configured]:
         found = [each for each in _sockets_in(registry) if each.name in (f"{name}.sock", f"{name}-reg.sock")]
         served = [each for each in found if _is_served(each)]
@@ -187,7 +187,7 @@ def sockets(target: Target) -> Iterator[Finding]:
             yield warning(f"no process serves {dead}", fix="start the driver, or remove the file")
         if configured is not None and configured.is_dir() and not found:
             yield error(f"{registry} has no socket of {name}", fix="see the log of the node's container")
-    for root in target.places.path_roots:
+    for root in target.paths.path_roots:
         for other in _sockets_in(root / "plugins" / name):
             own = target.endpoint
             if (own is None or not own.exists() or not own.samefile(other)) and _is_served(other):
@@ -213,22 +213,22 @@ def _is_served(path: Path) -> bool:
 
 
 def kubernetes(target: Target) -> Iterator[Finding]:
-    if target.api is None:
+    if not target.api.host:
         yield ok("no API server is configured: the driver does not need one")
         return
-    server = ApiServer(target.api)
+    server, taint = ApiServer(target.api), target.node_object.startup_taint
     try:
         node = server.node(target.node_name)
         if node is None:
             fix = "set --node-name to spec.nodeName (the chart does)"
             yield error(f"Kubernetes has no node {target.node_name}", fix=fix)
-        elif target.startup_taint and node.has_taint(target.startup_taint):
+        elif taint and node.has_taint(taint):
             fix = f"see driver, registration and the node's log; by hand: kubectl taint node {node.name}"
-            yield warning(f"the node still has the taint {target.startup_taint}", fix=f"{fix} {target.startup_taint}-")
+            yield warning(f"the node still has the taint {taint}", fix=f"{fix} {taint}-")
         else:
             yield ok(f"node {node.name} exists; {node.why_draining() or 'it is not drained'}")
     except ApiFailed as problem:
-        needs = target.label or target.startup_taint
+        needs = target.node_object.label or taint
         denied = skipped("this account may not get nodes", fix="kubectl get nodes, as a user with that permission")
         yield denied if problem.status in _DENIED else (error if needs else warning)(str(problem))
         if problem.status is None:
@@ -243,7 +243,7 @@ def kubernetes(target: Target) -> Iterator[Finding]:
 
 def _registration(target: Target, server: ApiServer) -> Iterator[Finding]:
     registered = server.node_id(target.node_name, target.driver_name)
-    client = StatusFiles(target.places.status_directory).client()
+    client = StatusFiles(target.paths.status_directory).client()
     own = client.uuid or target.node_name
     if registered is None:
         yield error(f"kubelet has not registered {target.driver_name}: no volume can be attached to this node")

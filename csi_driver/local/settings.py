@@ -1,7 +1,4 @@
-"""What `nvmesh-csi local` and `nvmesh-csi demo` are told at start: plain values, filled by the command line.
-
-Must not read the environment or look at the machine; the defaults here are the documented defaults of the flags.
-"""
+"""Settings of `nvmesh-csi local` and `nvmesh-csi demo`, each declared together with its flag."""
 
 from __future__ import annotations
 
@@ -9,71 +6,109 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver.model import DEFAULT_DRIVER_NAME, GIB, MIB
+from csi_driver.flags import (
+    DRIVER_NAME,
+    LOG_LEVEL,
+    MAX_VOLUMES,
+    NODE_NAME,
+    OVERCOMMIT,
+    PATH_ROOT,
+    PREALLOCATE,
+    VOLUME_HEALTH,
+    Flag,
+    choice,
+    flag,
+    read_count,
+    read_directory,
+    read_named_directory,
+    read_positive_duration,
+    read_positive_size,
+    repeatable,
+    required,
+)
+from csi_driver.model import GIB, MIB
+
+START_TIMEOUT = Flag(
+    60.0, "--start-timeout", read_positive_duration, "Time limit for storage, controller and node to become ready."
+)
 
 
 def this_program() -> tuple[str, ...]:
-    """Return the argument list that starts this very program again; a role's name and flags are put after it."""
+    """Return the arguments that start this program again, before the name of a command."""
     return (sys.executable, "-m", "csi_driver")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """`nvmesh-csi local`: storage, controller and node on this machine. Sizes in bytes, times in seconds."""
+    """`nvmesh-csi local`. Sizes in bytes, times in seconds."""
 
-    directory: Path
-    """`--directory DIR`, required: holds pool, sockets, device nodes, pid files and logs. Made if absent."""
-    size_bytes: int | None = None
-    """`--size`: capacity of the pool; None: the space free in DIR. More than that needs `overcommit`."""
-    overcommit: bool = False
-    """`--overcommit`: let `size_bytes` exceed the space free in DIR (tests, benchmarks)."""
-    preallocate: bool = False
-    """`--preallocate`: reserve a volume's space when it is created."""
-    driver_name: str = DEFAULT_DRIVER_NAME
-    """`--driver-name`: the name that both CSI endpoints report."""
-    node_name: str = ""
-    """`--node-name`: name of this node and of its storage client; empty: the host's name."""
-    extra_clients: tuple[tuple[str, Path], ...] = ()
-    """`--client NAME=DIR`, repeatable: further storage clients on this machine, each with its own device directory."""
-    max_volumes_per_node: int = 0
-    """`--max-volumes-per-node`: 0 is no limit."""
-    volume_health: bool = False
-    """`--volume-health`: serve the alpha health RPCs."""
-    path_roots: tuple[Path, ...] = (Path("/"),)
-    """`--path-root`, repeatable: staging and target paths must lie below one of these."""
-    log_level: str = "info"
-    """`--log-level` of the three roles; their logs are DIR/<role>.log."""
-    start_timeout_s: float = 60.0
-    """`--start-timeout`: all three roles must be ready by then."""
-    stop_timeout_s: float = 30.0
-    """`--stop-timeout`: what one role gets between SIGTERM and SIGKILL."""
-    restart_limit: int = 5
-    """`--restart-limit`: a role that dies more often than this within `restart_window_s` ends the whole."""
-    restart_window_s: float = 60.0
-    """`--restart-window`: see `restart_limit`."""
+    directory: Path = required(
+        Path(),
+        "--directory",
+        read_directory,
+        "Directory for the pool, sockets, device nodes, pid files and logs; created if absent, kept afterwards.",
+    )
+    size_bytes: int | None = flag(
+        None, "--size", read_positive_size, "Capacity of the pool.", shown="free space of the directory"
+    )
+    overcommit: bool = OVERCOMMIT.field()
+    preallocate: bool = PREALLOCATE.field()
+    driver_name: str = DRIVER_NAME.field()
+    node_name: str = NODE_NAME.field()
+    extra_clients: tuple[tuple[str, Path], ...] = repeatable(
+        (),
+        "--client",
+        read_named_directory,
+        "Further storage client on this machine, with its devices in DIR/dev and its status files in DIR/proc.",
+        shown="none",
+    )
+    max_volumes_per_node: int = MAX_VOLUMES.field()
+    volume_health: bool = VOLUME_HEALTH.field()
+    path_roots: tuple[Path, ...] = PATH_ROOT.with_default((Path("/"),), "/")
+    log_level: str = LOG_LEVEL.field()
+    start_timeout_s: float = START_TIMEOUT.field()
+    stop_timeout_s: float = flag(
+        30.0, "--stop-timeout", read_positive_duration, "Time for a role to stop before it is killed."
+    )
+    restart_limit: int = flag(
+        5,
+        "--restart-limit",
+        read_count,
+        "Stop all roles when one exits more often than this within --restart-window.",
+        unit="exits",
+    )
+    restart_window_s: float = flag(60.0, "--restart-window", read_positive_duration, "Time window of --restart-limit.")
     program: tuple[str, ...] = field(default_factory=this_program)
-    """How this program is started again; not a flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """`nvmesh-csi demo`: the life of two volumes, shown. Sizes in bytes, times in seconds."""
+    """`nvmesh-csi demo`. Sizes in bytes, times in seconds."""
 
-    directory: Path | None = None
-    """`--directory DIR`: where to work; must be absent or empty. None: a new one below /tmp, removed at the end."""
-    size_bytes: int = 4 * GIB
-    """`--size`: capacity of the pool (sparse)."""
-    volume_bytes: int = 1 * GIB
-    """`--volume-size`: size of each volume when it is created."""
-    expanded_bytes: int = 2 * GIB
-    """`--expanded-size`: size of each volume after its expansion."""
-    fs_types: tuple[str, ...] = ()
-    """`--fs-type`, repeatable: ext4, xfs, btrfs. None given: ext4, and xfs where mkfs.xfs is installed."""
-    write_bytes: int = 16 * MIB
-    """`--write-size`: how much is written to each volume and checked afterwards."""
-    step_timeout_s: float = 120.0
-    """`--step-timeout`: the deadline of every CSI call."""
-    start_timeout_s: float = 60.0
-    """`--start-timeout`: storage, controller and node must be ready by then."""
+    directory: Path | None = flag(
+        None,
+        "--directory",
+        read_directory,
+        "Working directory; must be absent or empty.",
+        shown="a new one below /tmp, removed at the end",
+    )
+    size_bytes: int = flag(
+        4 * GIB, "--size", read_positive_size, "Capacity of the pool; only written blocks take space."
+    )
+    volume_bytes: int = flag(1 * GIB, "--volume-size", read_positive_size, "Size of each new volume.")
+    expanded_bytes: int = flag(
+        2 * GIB, "--expanded-size", read_positive_size, "Size of each volume after its expansion."
+    )
+    fs_types: tuple[str, ...] = repeatable(
+        (),
+        "--fs-type",
+        choice("ext4", "xfs", "btrfs"),
+        "Filesystem of the demo.",
+        shown="ext4, and xfs where mkfs.xfs is installed",
+    )
+    write_bytes: int = flag(
+        16 * MIB, "--write-size", read_positive_size, "Bytes written to and verified on each volume."
+    )
+    step_timeout_s: float = flag(120.0, "--step-timeout", read_positive_duration, "Time limit of each CSI request.")
+    start_timeout_s: float = START_TIMEOUT.field()
     program: tuple[str, ...] = field(default_factory=this_program)
-    """How this program is started again; not a flag."""

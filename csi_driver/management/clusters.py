@@ -174,6 +174,15 @@ class FileClusters:
         _LOG.info("%s describes the zones %s", self._path, ", ".join(file.zones))
 
 
+def open_clusters(
+    file: Path | None, defaults: ClusterDefaults, connect: Callable[[ManagementSettings], ManagementClient]
+) -> OneCluster | FileClusters:
+    """Return the clusters of a file, or the one cluster of the command line."""
+    if file is None:
+        return OneCluster(defaults.zone, connect(defaults.management))
+    return FileClusters(file, defaults, connect)
+
+
 # --- the file -------------------------------------------------------------------------------------------------------
 
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 from csi_driver.errors import Unauthenticated
-from csi_driver.model import DEFAULT_DRIVER_NAME
+from csi_driver.flags import (
+    DRIVER_NAME,
+    Flag,
+    flag,
+    read_boolean,
+    read_file,
+    read_positive_count,
+    read_positive_duration,
+    read_text,
+    repeatable,
+)
 
+_DEFAULT_USER = "admin@nvidia.com"
+TLS_VERIFY = Flag(True, "--management-tls-verify", read_boolean, "Reject servers with an unverifiable certificate.")
 _MOST_READS = 3
 
 
@@ -23,20 +36,75 @@ class ManagementSettings:
     certificate is the login. `request_timeout_s` limits each request, as does the caller's deadline.
     """
 
-    servers: tuple[str, ...]
-    username: str = ""
-    username_file: Path | None = None
-    password_file: Path | None = None
+    servers: tuple[str, ...] = repeatable(
+        (), "--management-server", read_text,
+        "URL of a management server, as https://HOST:PORT, in order of preference.",
+        shown="none, with --clusters-file; else at least one must be given", metavar="URL",
+    )  # fmt: skip
+    username: str = flag(
+        "", "--management-user", read_text, "User for the login at the management.",
+        shown=f"{_DEFAULT_USER}, where a password file is given", metavar="USER",
+    )  # fmt: skip
+    username_file: Path | None = flag(
+        None,
+        "--management-user-file",
+        read_file,
+        "File with the user for the login, instead of --management-user; read again at every login.",
+        shown="none",
+    )
+    password_file: Path | None = flag(
+        None,
+        "--management-password-file",
+        read_file,
+        "File with the user's password; read again at every login.",
+        shown="none",
+    )
     password: str = field(default="", repr=False)
     """Only from the configuration of an older driver."""
-    ca_file: Path | None = None
-    tls_verify: bool = True
-    client_certificate: Path | None = None
-    client_key: Path | None = None
-    request_timeout_s: float = 30.0
-    max_requests_in_flight: int = 16
-    driver_name: str = DEFAULT_DRIVER_NAME
-    allow_incompatible_versions: bool = False
+    ca_file: Path | None = flag(
+        None,
+        "--management-ca-file",
+        read_file,
+        "PEM CA certificates that verify the servers' certificates.",
+        shown="the system's CA certificates",
+    )
+    tls_verify: bool = TLS_VERIFY.field()
+    client_certificate: Path | None = flag(
+        None,
+        "--management-client-certificate",
+        read_file,
+        "PEM client certificate for the login, instead of a password.",
+        shown="none",
+    )
+    client_key: Path | None = flag(
+        None,
+        "--management-client-key",
+        read_file,
+        "PEM private key of the client certificate.",
+        shown="the certificate's file",
+    )
+    request_timeout_s: float = flag(
+        30.0, "--management-request-timeout", read_positive_duration, "Time limit of one request to the management."
+    )
+    max_requests_in_flight: int = flag(
+        16,
+        "--management-requests",
+        read_positive_count,
+        "Maximum number of concurrent requests to one management server.",
+        unit="requests",
+    )
+    driver_name: str = DRIVER_NAME.field()
+    allow_incompatible_versions: bool = flag(
+        False,
+        "--allow-incompatible-versions",
+        read_boolean,
+        "Accept a management with an API version below 15, at your own risk.",
+    )
+
+    def resolved(self) -> Self:
+        """Fill in the default user, who logs in with the password file alone."""
+        by_name = self.password_file is not None and self.username_file is None
+        return replace(self, username=(self.username or _DEFAULT_USER) if by_name else "")
 
     @property
     def has_user(self) -> bool:

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from csi_driver.model import (
-    DEFAULT_DRIVER_NAME,
-    DEFAULT_TOPOLOGY_KEY,
-    DEFAULT_ZONE,
     Capability,
     CapacityRange,
     Segments,
@@ -62,26 +59,3 @@ class NodeInfo:
     node_id: str
     max_volumes: int
     topology: Segments
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSettings:
-    """What the node's use-cases are told at start. Times in seconds.
-
-    `node_name` is used as node id where the machine has no storage client.
-    `state_directory` holds the format marks, the only state on a node.
-    """
-
-    node_name: str
-    state_directory: str
-    zone: str = DEFAULT_ZONE
-    topology_key: str = DEFAULT_TOPOLOGY_KEY
-    max_volumes_per_node: int = 0
-    heavy_operations: int = 4
-    """How many format, check and grow operations run at once; more wait inside their RPC."""
-    answer_margin_s: float = 0.5
-    statistics_timeout_s: float = 1.5
-    driver_name: str = DEFAULT_DRIVER_NAME
-    """As kubelet spells it in the paths of what it has staged."""
-    reconcile_interval_s: float = 60.0
-    """Between two looks at what is left over on the node; 0 = none."""

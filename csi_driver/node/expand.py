@@ -15,13 +15,14 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import Device, Mount
 from csi_driver.model import BlockAccess
-from csi_driver.node import NodeExpandRequest, NodeSettings
+from csi_driver.node import NodeExpandRequest
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.format import GROWTH_SLACK_BYTES
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, node_volume, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import read_only_device
+from csi_driver.settings import NodeSettings
 
 # Clients show a new size within seconds. kubelet asks for sizes that never come, too: that of a static PersistentVolume
 # which claims more than its volume has. Until the answer, no pod with the volume can end.

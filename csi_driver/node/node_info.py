@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from csi_driver.errors import DriverError, HostFailure, InvalidRequest, PreconditionFailed, StorageUnavailable, shown
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, ClusterNames, Segments
-from csi_driver.node import NodeInfo, NodeSettings
+from csi_driver.node import NodeInfo
 from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.usage_records import UsageRecords
+from csi_driver.settings import NodeSettings
 
 
 class NodeIdentity:

@@ -10,7 +10,7 @@ from typing import Protocol
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, NotAttached, OperationPending, StorageUnavailable
 from csi_driver.model import ClusterNames
-from csi_driver.node import NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
@@ -33,6 +33,7 @@ from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import NodeHealth, Statistics, VolumeCounts
 from csi_driver.node.usage_records import RecordCleanup, UsageRecords
+from csi_driver.settings import NodeSettings
 
 
 @dataclass(frozen=True, slots=True)

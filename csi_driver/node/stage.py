@@ -21,7 +21,7 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import Device, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess, VolumeHandle
-from csi_driver.node import NodeSettings, StageRequest
+from csi_driver.node import StageRequest
 from csi_driver.node.encryption import EncryptedVolumes, LockedVolume
 from csi_driver.node.format import Preparation, PreparationTask, Prepared
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, node_volume
@@ -36,6 +36,7 @@ from csi_driver.parameters.encryption import (
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.publish_context import Encryption, PublishContext
+from csi_driver.settings import NodeSettings
 from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 logger = logging.getLogger(__name__)

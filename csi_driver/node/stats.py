@@ -21,7 +21,6 @@ from csi_driver.model import (
     VolumeHealth,
     each_once,
 )
-from csi_driver.node import NodeSettings
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.expand import known_path
 from csi_driver.node.mount_owner import (
@@ -35,6 +34,7 @@ from csi_driver.node.mount_owner import (
     staging_record,
 )
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices, Tools
+from csi_driver.settings import NodeSettings
 
 
 class Statistics:

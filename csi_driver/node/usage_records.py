@@ -109,8 +109,8 @@ class UsageRecords:
     changes a mark holds the volume's byte of the file `lock`.
     """
 
-    def __init__(self, state_directory: str | Path) -> None:
-        self._directory = Path(state_directory) / "format-marks"
+    def __init__(self, state_directory: Path) -> None:
+        self._directory = state_directory / "format-marks"
         self._held = threading.local()
 
     @contextmanager

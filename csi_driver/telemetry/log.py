@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import TextIO
 
 from csi_driver.errors import LINE_LIMIT_CHARACTERS, one_line
+from csi_driver.flags import LOG_LEVEL, choice, flag
 
 
 class LogFormat(StrEnum):
@@ -28,8 +29,8 @@ class LogFormat(StrEnum):
 class LogSettings:
     """Level and format of the log."""
 
-    level: str = "info"
-    format: LogFormat = LogFormat.TEXT
+    level: str = LOG_LEVEL.field()
+    format: LogFormat = flag(LogFormat.TEXT, "--log-format", choice(*LogFormat), "Format of log lines.")
 
 
 class TextFormatter(logging.Formatter):

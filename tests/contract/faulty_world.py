@@ -20,7 +20,7 @@ from typing import TypeVar
 from csi_driver.controller.capacity import ExpandVolume
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
-from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.deadline import Deadline
@@ -40,6 +40,7 @@ from csi_driver.model import (
     VolumeHandle,
 )
 from csi_driver.publish_context import PublishContext
+from csi_driver.settings import ControllerSettings
 from tests.contract.two_managements import Storage
 from tests.fakes.fault_proxy import Drawn, Fault, FaultProxy, Seen
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.config.commands import parse
-from csi_driver.config.made import DoctorCommand
+from csi_driver.config.local_commands import DoctorCommand
+from csi_driver.config.parser import parse
 from csi_driver.local.doctor import run_doctor
 from tests.contract.pki import Authority, Pair
 from tests.contract.small_api_server import Cluster, served

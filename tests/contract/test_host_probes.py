@@ -26,8 +26,8 @@ from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.host_model import FaultKind, Mount
 from csi_driver.model import MIB, Reason
-from csi_driver.node import NodeSettings
 from csi_driver.node.service import NodeUseCases, assemble
+from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 
 pytestmark = pytest.mark.root
@@ -176,7 +176,7 @@ def node(machine: HostMachine) -> NodeUseCases:
         paths=paths,
         probes=LinuxProbes(),
         tools=MachineTools(),
-        settings=NodeSettings("n", str(machine.directory / "state"), statistics_timeout_s=0.3),
+        settings=NodeSettings("n", machine.directory / "state", statistics_timeout_s=0.3),
     )
 
 

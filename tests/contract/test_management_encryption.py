@@ -14,7 +14,7 @@ import pytest
 from csi_driver.controller.capacity import ExpandVolume, GetCapacity
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.native_encryption import EncryptionNotBegun
-from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.ports import LuksHeaders
@@ -24,6 +24,7 @@ from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import GIB, MIB, AccessMode, Capability, CapacityRange, MountAccess, ProvisionedVolume
 from csi_driver.publish_context import Encryption
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
 from tests.contract.two_managements import OTHER_UUID, Actor, FakeSide, Side, Work, embedded_side
 from tests.fakes.management import FakeClusters

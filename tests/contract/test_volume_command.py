@@ -10,11 +10,12 @@ import pytest
 
 from csi_driver import __main__ as program
 from csi_driver.controller.create_volume import CreateVolume
-from csi_driver.controller.ports import ControllerSettings, CreateRequest, PublishRequest
+from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.management.clusters import OneCluster
 from csi_driver.model import DEFAULT_ZONE, GIB, AccessMode, Capability, CapacityRange, MountAccess
+from csi_driver.settings import ControllerSettings
 from tests.contract.two_managements import Storage, embedded_storage
 
 RWO = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)

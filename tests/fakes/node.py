@@ -12,11 +12,12 @@ from typing import Any
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
-from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.concurrency import Watchdog
 from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import Encryption, History, PublishContext
+from csi_driver.settings import NodeSettings
 from tests.fakes.host import MIB, FakeClock, FakeHost
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
@@ -72,7 +73,7 @@ class FakeNode:
         self.clock = FakeClock()
         self.records = FakeUsageRecords(self.host)
         self.settings = settings or NodeSettings(
-            node_name="node-1", state_directory="/nowhere", heavy_operations=heavy_operations
+            node_name="node-1", state_directory=Path("/nowhere"), heavy_operations=heavy_operations
         )
         self.use = self.restart()
         for path in (STAGING, TARGET.parent, OTHER_TARGET.parent):

@@ -25,9 +25,10 @@ from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecords
+from csi_driver.settings import NodeSettings
 from tests.faults import Faults
 
 CALL_TIME_S = 60.0
@@ -37,7 +38,7 @@ def node(directory: Path) -> NodeUseCases:
     """Compose a node as the program does, with faults."""
     devices = LinuxDevices(directory / "dev", directory / "proc")
     paths = LinuxPaths([directory / "kubelet"])
-    settings = NodeSettings(node_name="faults", state_directory=str(directory / "state"))
+    settings = NodeSettings(node_name="faults", state_directory=directory / "state")
     return Faults(directory / "faults").compose(
         assemble,
         devices=devices,

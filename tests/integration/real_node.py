@@ -17,10 +17,11 @@ from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import MIB, AccessMode, Capability, MountAccess
-from csi_driver.node import NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.node.service import assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import History, PublishContext
+from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, shell
 
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
@@ -33,7 +34,7 @@ class RealNode:
         self.machine = machine
         self.root = machine.directory / "kubelet"
         self.root.mkdir()
-        settings = NodeSettings(node_name="real", state_directory=str(machine.directory / "state"))
+        settings = NodeSettings(node_name="real", state_directory=machine.directory / "state")
         self.records = UsageRecords(machine.directory / "state")
         self.paths = LinuxPaths([self.root])
         self.use = assemble(

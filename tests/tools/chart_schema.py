@@ -1,6 +1,6 @@
-"""Write into the chart's values.schema.json which flags each role's `flags` takes: what the program's own tables say.
+"""Write the schema of each role's `flags` into the chart's values.schema.json, from the flags of the program.
 
-`make chart` runs it; a test holds the file to what it would write.
+`make chart` runs it; a test compares the file with its output.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from csi_driver.config import values as read
-from csi_driver.config.commands import definition
-from csi_driver.config.flags import Flag
+from csi_driver import flags
+from csi_driver.config.parser import command_class
+from csi_driver.config.parser import flags_of as flags_in
+from csi_driver.flags import Flag
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"
 
@@ -67,27 +68,28 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         "--http-listen": "storage.http",
     },
 }
-"""Flags that the templates set from values of their own, with where; all others are in the role's `flags`."""
+"""The values from which templates set a flag; all other flags are in the role's `flags`."""
 
 _SHAPES: Mapping[Callable[[str], object], Mapping[str, Any]] = {
-    read.boolean: {"type": "boolean"},
-    read.count: {"type": "integer", "minimum": 0},
-    read.positive_count: {"type": "integer", "minimum": 1},
-    read.duration: {"$ref": "#/$defs/duration"},
-    read.seconds: {"$ref": "#/$defs/duration"},
-    read.size: {"$ref": "#/$defs/size"},
-    read.positive_size: {"$ref": "#/$defs/size"},
-    read.path: {"type": "string", "pattern": "^/"},
+    flags.read_boolean: {"type": "boolean"},
+    flags.read_count: {"type": "integer", "minimum": 0},
+    flags.read_positive_count: {"type": "integer", "minimum": 1},
+    flags.read_duration: {"$ref": "#/$defs/duration"},
+    flags.read_positive_duration: {"$ref": "#/$defs/duration"},
+    flags.read_size: {"$ref": "#/$defs/size"},
+    flags.read_positive_size: {"$ref": "#/$defs/size"},
+    flags.read_file: {"type": "string", "pattern": "^/"},
+    flags.read_directory: {"type": "string", "pattern": "^/"},
 }
 
 
 def flags_of(role: str) -> tuple[Flag[object], ...]:
     """Return the flags of a role."""
-    return tuple(definition(role)[0])
+    return tuple(flags_in(command_class(role)).values())
 
 
 def value_name(flag: Flag[object]) -> str:
-    """Return a flag's name in camelCase, as values have it."""
+    """Return the name of a flag's value: in camelCase."""
     first, *rest = flag.name.removeprefix("--").split("-")
     return first + "".join(word.capitalize() for word in rest)
 
@@ -104,23 +106,14 @@ def flags_schema(role: str) -> dict[str, Any]:
 
 
 def _shape(flag: Flag[object]) -> dict[str, Any]:
-    one = dict(_SHAPES.get(flag.read) or _choice(flag) or {"type": "string", "minLength": 1})
-    shape = {"type": "array", "items": one} if flag.repeatable else one
-    return {"description": flag.describe().replace("%%", "%")} | shape
-
-
-def _choice(flag: Flag[object]) -> dict[str, Any] | None:
-    """Return the words that a flag takes, as its reader names them when it refuses another one."""
-    try:
-        flag.read("\0")
-    except ValueError as refusal:
-        words = str(refusal)
-        return {"enum": words.removeprefix("one of ").split(", ")} if words.startswith("one of ") else None
-    return None
+    words: dict[str, Any] = {"enum": list(flag.read.words)} if flag.read.words else {"type": "string", "minLength": 1}
+    one = dict(_SHAPES.get(flag.read, words))
+    shape = {"type": "array", "items": one} if flag.is_repeatable else one
+    return {"description": flag.describe()} | shape
 
 
 def fresh(text: str) -> str:
-    """Return the schema with its parts about flags written anew."""
+    """Return the schema with new definitions of flags."""
     schema = json.loads(text)
     for role in OWN_VALUES:
         schema["$defs"][f"{role}Flags"] = flags_schema(role)

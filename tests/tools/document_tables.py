@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from csi_driver.config.commands import COMMANDS, definition
-from csi_driver.config.flags import Flag
+from csi_driver.config.parser import COMMANDS, command_class, flags_of
+from csi_driver.flags import Flag
 from csi_driver.local.doctor import checks
 from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
@@ -54,14 +54,13 @@ def _flags(command: str) -> Iterator[str]:
     in_chart = command in OWN_VALUES
     yield _row(["flag", "default", "environment", *(["value of the chart"] * in_chart), "what it does"])
     yield "|---|---|---|---|" + "---|" * in_chart
-    for flag in definition(command)[0]:
+    for flag in flags_of(command_class(command)).values():
         if flag.is_positional:
-            yield _row([f"`{flag.name}`", "must be given", "", flag.help])
+            yield _row([f"`{flag.name}`", "required", "", flag.explain()])
             continue
-        name = f"`{flag.name}`" if flag.is_switch else f"`{flag.name} {flag.metavar}`"
-        notes = [flag.help, *(["May be repeated."] * flag.repeatable), *([f"Unit: {flag.unit}."] * bool(flag.unit))]
+        name = f"`{flag.name}`" if flag.is_switch else f"`{flag.name} {flag.value_name}`"
         value = [_chart_value(command, flag)] if in_chart else []
-        yield _row([name, flag.shown_default or "must be given", f"`{flag.variable}`", *value, " ".join(notes)])
+        yield _row([name, flag.shown_default or "required", f"`{flag.variable}`", *value, flag.explain()])
 
 
 def _chart_value(role: str, flag: Flag[object]) -> str:

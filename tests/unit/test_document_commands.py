@@ -12,8 +12,7 @@ from pathlib import PurePath
 import pytest
 import yaml
 
-from csi_driver.config.commands import COMMANDS, definition, parse
-from csi_driver.config.flags import UsageError
+from csi_driver.config.parser import COMMANDS, UsageError, command_class, flags_of, parse
 from tests.documents import NAMES, ROOT, code, fenced, text_of, unfenced
 from tests.unit.chart.rendering import CHART, NVMESH, helm, render
 
@@ -122,7 +121,7 @@ def _of_the_program(words: Words, *, is_whole: bool) -> list[str]:
         except UsageError as refused:
             return list(refused.problems)
         return []
-    known = {flag.name for flag in definition(words[0])[0]} | {"--help"}
+    known = {*flags_of(command_class(words[0])), "--help"}
     unknown = [flag for flag in flags_in(words) if flag not in known]
     return unknown if words[0] in COMMANDS or words[0].startswith("[") else [words[0]]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from csi_driver import capacity
-from csi_driver.config.commands import COMMANDS, definition
+from csi_driver.config.parser import COMMANDS, command_class, flags_of
 from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
@@ -223,22 +223,22 @@ def test_every_filesystem_has_its_table_of_options() -> None:
 
 def test_every_command_with_flags_has_its_table() -> None:
     tables = re.findall(r"<!-- table: flags (\S+) -->", DOCUMENT)
-    assert tables == [command for command in COMMANDS if definition(command)[0]]
+    assert tables == [command for command in COMMANDS if flags_of(command_class(command))]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if definition(command)[0]])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if flags_of(command_class(command))])
 def test_every_flag_with_its_variable_is_in_the_document(command: str) -> None:
     (text,) = re.findall(rf"(?s)<!-- table: flags {command} -->(.*?)<!-- end of table -->", DOCUMENT)
     words = {word for span in code(text) for word in span.split()}
     missing = [
         word
-        for flag in definition(command)[0]
+        for flag in flags_of(command_class(command)).values()
         for word in ((flag.name,) if flag.is_positional else (flag.name, flag.variable))
         if word not in words
     ]
     assert missing == []
     assert {word for word in words if word.startswith("--")} == {
-        flag.name for flag in definition(command)[0] if not flag.is_positional
+        flag.name for flag in flags_of(command_class(command)).values() if not flag.is_positional
     }
 
 

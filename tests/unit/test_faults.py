@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 import pytest
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.node import NodeSettings, service
+from csi_driver.node import service
 from csi_driver.node.node_info import NodeZone
 from csi_driver.node.ports import Tools
+from csi_driver.settings import NodeSettings
 from tests import faults
 from tests.fakes.node import FakeNode
 from tests.faults import PORTS, Faults

@@ -22,7 +22,7 @@ import pytest
 
 import csi_driver
 from csi_driver import __main__ as program
-from csi_driver.config.version import driver_version
+from csi_driver import driver_version
 from csi_driver.deadline import Deadline
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.telemetry import log
@@ -305,13 +305,14 @@ def at_once(tree: ast.AST) -> Iterator[ast.AST]:
         yield from at_once(node)
 
 
-def imported_in(function: str) -> set[str]:
-    """Return the modules that a function of the composition root imports."""
-    tree = ast.parse((SOURCE / "__main__.py").read_text())
-    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+def imported_in(*functions: str) -> set[str]:
+    """Return the modules that these functions of `csi_driver.serving` or `csi_driver.__main__` import."""
+    trees = [ast.parse((SOURCE / name).read_text()) for name in ("serving.py", "__main__.py")]
+    bodies = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     return {
         name
-        for node in ast.walk(body)
+        for function in functions
+        for node in ast.walk(bodies[function])
         if isinstance(node, ast.ImportFrom) and node.module
         for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     }
@@ -342,8 +343,8 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_node_loads_no_rest_client_and_no_web_framework() -> None:
-    node = {name for each in ("_node", "_node_use_cases", "_tell_of_node") for name in imported_in(each)}
-    loaded = loaded_by(START | {"csi_driver.config.node"} | node)
+    node = imported_in("run_node", "_node_use_cases", "_node_zone", "_register_and_report")
+    loaded = loaded_by(START | {"csi_driver.config.csi_commands", "csi_driver.serving"} | node)
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"requests", "urllib3", "fastapi", "uvicorn", "sqlite3"}
     assert not loaded & {
@@ -354,14 +355,14 @@ def test_the_node_loads_no_rest_client_and_no_web_framework() -> None:
 
 
 def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:
-    controller = imported_in("_controller") | imported_in("_controller_use_cases")
-    loaded = loaded_by(START | {"csi_driver.config.controller"} | controller)
+    controller = imported_in("run_controller", "_controller_use_cases")
+    loaded = loaded_by(START | {"csi_driver.config.csi_commands", "csi_driver.serving"} | controller)
     assert "grpc" in top_levels(loaded)
     assert not top_levels(loaded) & {"fastapi", "uvicorn", "sqlite3", "ctypes", "pyudev"}
 
 
 def test_the_storage_manager_loads_no_grpc() -> None:
-    loaded = loaded_by(START | {"csi_driver.config.storage"} | imported_in("_storage"))
+    loaded = loaded_by(START | {"csi_driver.config.local_commands"} | imported_in("_storage"))
     assert "fastapi" in top_levels(loaded)
     assert not top_levels(loaded) & {"grpc", "google"}
 

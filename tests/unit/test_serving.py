@@ -94,7 +94,7 @@ def test_what_runs_along_ends_after_the_last_call(tmp_path: Path) -> None:
 def test_what_runs_along_ends_also_where_work_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     role = Role(tmp_path / "n.sock", drain_s=0.1)
     gate = Gate("stage")
-    monkeypatch.setattr(serving, "_leave_now", lambda: role.events.append("leaves"))
+    monkeypatch.setattr(serving, "_exit_now", lambda: role.events.append("leaves"))
 
     def during(node: csi_pb2_grpc.NodeStub) -> Callable[[], None]:
         call = node.NodeStageVolume.future(stage())

@@ -22,10 +22,11 @@ from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.node import NodeExpandRequest, NodePublishRequest, NodeSettings, StageRequest
+from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.service import assemble
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 from tests.integration.fault_nodes import ServingNode, Subject, World
 
@@ -61,7 +62,7 @@ class Machine:
             paths=paths,
             probes=LinuxProbes(),
             tools=MachineTools([root]),
-            settings=NodeSettings(node_name="vm", state_directory=str(machine.directory / "state")),
+            settings=NodeSettings(node_name="vm", state_directory=machine.directory / "state"),
         )
 
     # --- calls ---

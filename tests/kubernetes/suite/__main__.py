@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from csi_driver.config.version import driver_version
+from csi_driver import driver_version
 from tests.kubernetes.suite import driver_log, report, results
 from tests.kubernetes.suite.cluster import ENTER, REPOSITORY, Cluster, NoCluster, revision
 from tests.kubernetes.suite.selections import HERE, NAMES, SELECTIONS, Selection, left_out, named

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from csi_driver.config import values as read
-from csi_driver.config.commands import parse
-from csi_driver.config.flags import Flag
+from csi_driver import flags as read
+from csi_driver.config.parser import parse
+from csi_driver.embedded.settings import read_client
+from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
 
@@ -34,24 +35,21 @@ Values = Mapping[str, Any]
 def other_value(flag: Flag[object]) -> Any:
     """Return a value as YAML has it that is not the flag's default."""
     samples: dict[Any, Any] = {
-        read.boolean: flag.default is False,
-        read.count: 1234567,
-        read.positive_count: 1234567,
-        read.duration: "2.5m",
-        read.seconds: 7,
-        read.size: "3GiB",
-        read.path: f"/elsewhere{flag.name[1:]}",
-        read.endpoint: "/elsewhere/csi.sock",
-        read.named_directory: "other=/elsewhere",
-        read.text: "words with spaces, and: a colon",
+        read.read_boolean: flag.default is False,
+        read.read_count: 1234567,
+        read.read_positive_count: 1234567,
+        read.read_duration: "2.5m",
+        read.read_positive_duration: 7,
+        read.read_size: "3GiB",
+        read.read_file: f"/elsewhere{flag.name[1:]}",
+        read.read_directory: f"/elsewhere{flag.name[1:]}",
+        read.read_socket: "/elsewhere/csi.sock",
+        read_client: "other=/elsewhere",
+        read.read_text: "words with spaces, and: a colon",
     }
     if flag.read in samples:
         return samples[flag.read]
-    try:
-        flag.read("\0")
-    except ValueError as refusal:
-        return next(word for word in str(refusal).removeprefix("one of ").split(", ") if word != flag.default)
-    raise AssertionError(f"{flag.name} takes anything: give it a sample here")
+    return next(str(word) for word in flag.read.words if word != flag.default)
 
 
 def free_flags(role: str) -> dict[str, Any]:
@@ -60,10 +58,7 @@ def free_flags(role: str) -> dict[str, Any]:
     for flag in flags_of(role):
         if flag.name not in OWN_VALUES[role]:
             value = other_value(flag)
-            found[flag.name] = [value, "second=/elsewhere/2"] if flag.repeatable else value
-    # The only two that contradict each other, wanted the same.
-    if "--use-preempt" in found:
-        found["--fencing"] = "always"
+            found[flag.name] = [value, "second=/elsewhere/2"] if flag.is_repeatable else value
     return found
 
 

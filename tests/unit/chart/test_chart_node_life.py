@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.config.commands import parse
-from csi_driver.config.made import PreStopCommand
+from csi_driver.config.csi_commands import PreStopCommand
+from csi_driver.config.parser import parse
 from csi_driver.host_model import RunningRole
 from tests.unit.chart.rendering import NVMESH, Manifest, Rendered, helm, render
 
@@ -61,7 +61,7 @@ def test_the_hook_takes_the_rest_from_the_node_beside_it() -> None:
     made = parse(argv, {}, lambda _: node)
     assert isinstance(made, PreStopCommand)
     assert (program, made.driver_name, made.node_name) == ("nvmesh-csi", "d.example.com", "$(NODE_NAME)")
-    assert (made.timeout_s, made.kubernetes is not None) == (77, True)
+    assert (made.timeout_s, bool(made.api.host)) == (77, True)
 
 
 def test_the_pod_gets_the_hooks_time_on_top_of_the_drivers_own() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.config.controller import CONTROLLER_FLAGS
-from csi_driver.config.shared import DRAIN
-from csi_driver.config.version import driver_version
+from csi_driver import driver_version
+from csi_driver.config.csi_commands import ControllerCommand
+from csi_driver.config.parser import flags_of
 from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, Manifest, Rendered, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 
@@ -185,8 +185,8 @@ def test_the_chart_and_the_program_have_one_version() -> None:
 
 def defaults_s(*names: str) -> float:
     """Return the sum of the program's defaults of these flags."""
-    flags = {flag.name: flag.default for flag in CONTROLLER_FLAGS}
-    return sum(float(str(flags[name])) for name in names)
+    flags = flags_of(ControllerCommand)
+    return sum(float(flags[name].default) for name in names)
 
 
 def seconds(rendered: Rendered, container: str, flag: str) -> float:
@@ -207,7 +207,7 @@ def test_sidecars_wait_for_what_the_driver_may_take() -> None:
 def test_pods_get_the_time_that_the_driver_takes_to_end() -> None:
     pods = render(*NVMESH).pods()
     for role in ("controller", "node"):
-        assert pods[role]["terminationGracePeriodSeconds"] > DRAIN.default
+        assert pods[role]["terminationGracePeriodSeconds"] > defaults_s("--drain-seconds")
 
 
 def test_sidecars_outlive_a_management_that_is_away() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.config.commands import parse
-from csi_driver.config.flags import UsageError
-from csi_driver.config.made import Command, ControllerCommand, NodeCommand, StorageCommand
+from csi_driver.config.csi_commands import ControllerCommand, NodeCommand
+from csi_driver.config.local_commands import StorageCommand
+from csi_driver.config.parser import Command, UsageError, parse
 from csi_driver.management.clusters import parse_clusters
 from csi_driver.yaml_document import read_source
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Rendered, helm, render
@@ -45,8 +45,8 @@ def test_zones_reach_the_program_with_their_files_where_secrets_are_mounted(tmp_
     rendered = render(values=ZONES)
     command = parsed(rendered, "controller/driver", tmp_path)
     assert isinstance(command, ControllerCommand)
-    assert command.clusters is not None
-    zones = parse_clusters(read_source(command.clusters.path), command.clusters.defaults).zones
+    assert command.access.clusters_file is not None
+    zones = parse_clusters(read_source(command.access.clusters_file), command.access.defaults).zones
     assert sorted(zones) == ["east", "north", "west_2"]
     east, west, north = zones["east"], zones["west_2"], zones["north"]
     assert east.servers == ("https://e1:4000", "https://e2:4000")
@@ -84,8 +84,8 @@ def test_node_and_storage_agree_on_who_and_where_they_are(tmp_path: Path) -> Non
         assert isinstance(storage, StorageCommand)
         (client,) = storage.storage.clients
         assert client.name == node.node.node_name
-        assert client.device_directory == node.device_directory
-        assert client.status_directory == node.status_directory
+        assert client.device_directory == node.paths.device_directory
+        assert client.status_directory == node.paths.status_directory
 
 
 def test_a_node_registers_itself_unless_the_registrar_does() -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from csi_driver.controller.fencing import was_preempted
-from csi_driver.controller.ports import ControllerSettings, Fencing
 from csi_driver.controller.volume_metadata import read_attachments
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed
 from csi_driver.model import Capability
 from csi_driver.publish_context import History
+from csi_driver.settings import ControllerSettings, Fencing
 from csi_driver.storage_model import (
     Client,
     ClientStatus,

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller import volume_metadata
-from csi_driver.controller.ports import ControllerSettings
 from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.errors import (
     DeadlineReached,
@@ -23,6 +22,7 @@ from csi_driver.errors import (
 )
 from csi_driver.model import DEFAULT_ZONE, AccessMode, Capability, MountAccess
 from csi_driver.publish_context import History
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import ClientStatus, Reservation, ReservationMode, Volume
 from tests.unit.controller.world import (
     BLOCK,

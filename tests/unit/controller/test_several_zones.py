@@ -12,7 +12,7 @@ import pytest
 from csi_driver.controller.capacity import ZoneSelection, by_free_space
 from csi_driver.controller.delete_volume import DeleteVolume
 from csi_driver.controller.duplicate_guard import SETTLED_S
-from csi_driver.controller.ports import ControllerSettings, TopologyRequirement, ZonePolicy
+from csi_driver.controller.ports import TopologyRequirement
 from csi_driver.controller.zones import Threads, any_says_yes, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -27,6 +27,7 @@ from csi_driver.errors import (
 )
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, CapacityRange
 from csi_driver.parameters.storage_class import parse
+from csi_driver.settings import ControllerSettings, ZonePolicy
 from csi_driver.storage_model import Layout, Volume, Vpg
 from tests.fakes.management import FakeManagement
 from tests.unit.controller.world import CLAIM, NODE_1, RWO, World

@@ -8,12 +8,7 @@ from csi_driver.controller.capacity import ExpandVolume, GetCapacity
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
 from csi_driver.controller.list_volumes import ListVolumes
-from csi_driver.controller.ports import (
-    ControllerSettings,
-    CreateRequest,
-    PublishRequest,
-    TopologyRequirement,
-)
+from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.controller.validate import ModifyVolume, ValidateVolume
@@ -31,6 +26,7 @@ from csi_driver.model import (
     ProvisionedVolume,
 )
 from csi_driver.publish_context import PublishContext
+from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Volume
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
 

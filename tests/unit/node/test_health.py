@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from csi_driver.errors import VolumeNotFound
 from csi_driver.host_model import Fault, FaultKind, VolumeStatus
 from csi_driver.model import Reason, StorageFault, VolumeFault
-from csi_driver.node import NodeSettings
 from csi_driver.node.stats import _MEANING
+from csi_driver.settings import NodeSettings
 from tests.fakes.host import FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 from tests.unit.node.test_encryption import Locked
 
-NO_PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=0.02)
-PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=60)
+NO_PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=0.02)
+PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=60)
 Found = set[tuple[VolumeFault, Reason]]
 
 

@@ -9,12 +9,13 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.model import BlockAccess, ClusterNames, MountAccess
-from csi_driver.node import NodeInfo, NodeSettings
+from csi_driver.node import NodeInfo
 from csi_driver.node.node_info import NodeIdentity, NodeZone
 from csi_driver.node.usage_records import UsageRecords
+from csi_driver.settings import NodeSettings
 from tests.fakes.node import BLOCK, EXT4, NAME, OTHER_UUID, UUID, FakeNode
 
-SETTINGS = NodeSettings("node-1", "/nowhere", zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
+SETTINGS = NodeSettings("node-1", Path("/nowhere"), zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)
 
 
 def test_the_storage_clients_uuid_is_the_node_id() -> None:
@@ -33,7 +34,7 @@ def test_the_node_name_is_the_node_id_where_there_is_no_storage_client() -> None
     ("configured", "of_client", "told"), [(0, 0, 0), (7, 0, 7), (0, 1024, 1024), (7, 1024, 7), (2000, 1024, 1024)]
 )
 def test_the_volume_limit_is_never_above_what_the_client_can(configured: int, of_client: int, told: int) -> None:
-    node = FakeNode(settings=NodeSettings("node-1", "/nowhere", max_volumes_per_node=configured))
+    node = FakeNode(settings=NodeSettings("node-1", Path("/nowhere"), max_volumes_per_node=configured))
     node.host.client_limit = of_client
     assert node.use.identity.info().max_volumes == told
     node.host.upgrade_client()
@@ -47,7 +48,7 @@ def test_the_volume_limit_is_never_above_what_the_client_can(configured: int, of
 def test_what_others_attached_is_taken_off_the_limit_and_asked_for_each_time(
     configured: int, of_client: int, foreign: int, told: int
 ) -> None:
-    node = FakeNode(settings=NodeSettings("node-1", "/nowhere", max_volumes_per_node=configured))
+    node = FakeNode(settings=NodeSettings("node-1", Path("/nowhere"), max_volumes_per_node=configured))
     node.host.client_limit = of_client
     before = node.use.identity.info().max_volumes
     node.host.unnamed_attachments = tuple(str(uuid.uuid4()) for _ in range(foreign))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
-from csi_driver.node import NodeSettings
+from csi_driver.settings import NodeSettings
 from tests.fakes.host import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 
-NO_PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=0.02)
-PATIENCE = NodeSettings(node_name="n", state_directory="/nowhere", statistics_timeout_s=60)
+NO_PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=0.02)
+PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=60)
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ Never read as "detached", and nothing is used of which nobody can tell whose it 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import VolumeStatus
-from csi_driver.node import NodeSettings
+from csi_driver.settings import NodeSettings
 from tests.fakes.host import MIB, FakeDisk
 from tests.fakes.node import (
     BLOCK,
@@ -118,7 +120,7 @@ def test_the_nodes_id_outlives_the_upgrade_and_follows_a_new_client() -> None:
 
 
 def test_a_driver_that_starts_during_an_upgrade_gives_no_other_id() -> None:
-    node = FakeNode(settings=NodeSettings("node-1", "/nowhere"))
+    node = FakeNode(settings=NodeSettings("node-1", Path("/nowhere")))
     node.host.upgrade_client()
     with pytest.raises(StorageUnavailable, match="uuid"):
         node.use.identity.info()

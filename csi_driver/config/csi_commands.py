@@ -1,0 +1,257 @@
+"""Commands of a storage cluster: controller, node, volume and pre-stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from csi_driver.config.parser import Command, Values, build, flags_of
+from csi_driver.flags import (
+    DRIVER_NAME,
+    NODE_NAME,
+    SOCKET_PATH_BYTES,
+    ZONE,
+    Flag,
+    choice,
+    flag,
+    host_name,
+    read_duration,
+    read_file,
+    read_listen_address,
+    read_positive_duration,
+    read_socket,
+    read_text,
+    reader,
+    required,
+    section,
+)
+from csi_driver.management.clusters import ClusterDefaults, ClustersFile, parse_clusters
+from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
+from csi_driver.settings import (
+    ATTACH_BY,
+    ApiSettings,
+    AttachBy,
+    AttachSettings,
+    ControllerSettings,
+    EndpointSettings,
+    HttpSettings,
+    NodeObjectSettings,
+    NodePaths,
+    NodeSettings,
+    RegistrationSettings,
+)
+from csi_driver.telemetry.log import LogSettings
+from csi_driver.yaml_document import InvalidDocument, read_source
+
+ALLOW_FORMAT, SHOW = "allow-format", "show"
+
+
+@reader("HOST:PORT")
+def read_http(value: str) -> HttpSettings:
+    """Read the address of the health pages."""
+    return HttpSettings(*read_listen_address(value))
+
+
+HTTP_LISTEN: Flag[HttpSettings | None] = Flag(
+    None,
+    "--http-listen",
+    read_http,
+    "HTTP address for /healthz, /readyz and /metrics; :PORT = all addresses, port 0 = any free port.",
+    "none, disabled",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ManagementAccess:
+    """How to reach the storage management: of one cluster by flags, or of several by a file."""
+
+    clusters_file: Path | None = flag(
+        None,
+        "--clusters-file",
+        read_file,
+        "YAML or JSON file of the zones with their management servers and credentials; read again when it changes."
+        " Also accepted: the topology JSON of older drivers, or the mount directory of their ConfigMap.",
+        shown="none",
+    )
+    management: ManagementSettings = section(ManagementSettings)
+    zone: str = ZONE.field()
+    tls_verify: bool | None = TLS_VERIFY.with_default(None, TLS_VERIFY.shown_default)
+
+    @property
+    def defaults(self) -> ClusterDefaults:
+        """Return the settings of a zone for what the file leaves out."""
+        return ClusterDefaults(self.management, self.zone, tls_is_decided=self.tls_verify is not None)
+
+    def read_file(self, values: Values) -> ClustersFile | None:
+        """Read the clusters file and add its settings to `values`; None where there is none or it is invalid."""
+        if self.clusters_file is None:
+            return None
+        try:
+            found = parse_clusters(read_source(self.clusters_file), self.defaults)
+        except InvalidDocument as invalid:
+            values.problems.extend(f"{self.clusters_file}: {problem}" for problem in invalid.problems)
+            return None
+        old = found.old
+        for name, key, value in (
+            ("--attach-io-enabled-timeout", "attachIOEnabledTimeout", old.attach_wait_s),
+            ("--detach-timeout", "detachTimeout", old.detach_wait_s),
+            ("--force-detach", "forceDetach", old.force_detach),
+            ("--fencing", "usePreempt", "always" if old.use_preempt else None),
+        ):
+            values.add(name, key, None if value is None else str(value))
+        return found
+
+    def problems(self) -> Iterator[str]:
+        """Yield the problems of the flags together."""
+        servers = self.management.servers
+        if self.clusters_file is None and not servers:
+            yield ("--management-server (or NVMESH_CSI_MANAGEMENT_SERVER) or --clusters-file is required")
+        if self.clusters_file is not None and servers:
+            yield "--clusters-file and --management-server are both given; set only one of them"
+        if servers:
+            yield from self.management.problems()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerCommand(Command):
+    """`nvmesh-csi controller`."""
+
+    endpoint: EndpointSettings = section(EndpointSettings)
+    access: ManagementAccess = section(ManagementAccess)
+    controller: ControllerSettings = section(ControllerSettings)
+    attach_by: AttachBy = ATTACH_BY.field()
+    http: HttpSettings | None = HTTP_LISTEN.field()
+    log: LogSettings = section(LogSettings)
+
+    @classmethod
+    def read(cls, values: Values) -> Self:
+        """Read the flags and the clusters file, in which older drivers have settings of theirs."""
+        described = build(ManagementAccess, values).read_file(values)
+        if described is not None:
+            values.add("--topology-key", "topologyKey", described.topology_key)
+            values.add("--zone-selection-policy", "zoneSelectionPolicy", described.zone_policy)
+            values.add("--log-level", "logLevel", described.old.log_level)
+        return build(cls, values)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        """Yield the problems of the flags together."""
+        return self.access.problems()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCommand(Command):
+    """`nvmesh-csi node`."""
+
+    endpoint: EndpointSettings = section(EndpointSettings)
+    paths: NodePaths = section(NodePaths)
+    node: NodeSettings = section(NodeSettings)
+    kubelet_endpoint: Path | None = flag(
+        None,
+        "--kubelet-endpoint",
+        read_socket,
+        "Path of the CSI socket on the host, for kubelet.",
+        shown="the same as --endpoint",
+    )
+    attach_by: AttachBy = ATTACH_BY.field()
+    access: ManagementAccess = section(ManagementAccess)
+    attach: AttachSettings = section(AttachSettings)
+    node_object: NodeObjectSettings = section(NodeObjectSettings)
+    api: ApiSettings = section(ApiSettings)
+    http: HttpSettings | None = HTTP_LISTEN.field()
+    log: LogSettings = section(LogSettings)
+
+    @classmethod
+    def read(cls, values: Values) -> Self:
+        """Read the flags, and the clusters file where the node attaches volumes."""
+        if values.value(ATTACH_BY) is AttachBy.NODE:
+            build(ManagementAccess, values).read_file(values)
+        return build(cls, values)
+
+    @property
+    def registration(self) -> RegistrationSettings | None:
+        """Return how the driver is registered with kubelet; None where another program registers it."""
+        directory, own = self.paths.registration_directory, self.endpoint.socket
+        if directory is None:
+            return None
+        return RegistrationSettings(directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        """Yield the problems of the flags together."""
+        if self.attach_by is AttachBy.NODE:
+            yield from self.access.problems()
+        else:
+            flags = {**flags_of(ManagementSettings), **flags_of(AttachSettings)}
+            own = flags_of(NodeSettings)
+            given = ", ".join(name for name, each in flags.items() if name not in own and values.is_given(each))
+            if given:
+                yield f"{given} requires --attach-by node: else the node attaches no volume itself"
+        wanted = {"--node-label": self.node_object.label, "--startup-taint": self.node_object.startup_taint}
+        if any(wanted.values()) and not self.api.host:
+            names = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+            yield f"{names} requires --kubernetes-host (or KUBERNETES_SERVICE_HOST, which every pod has)"
+        registration = self.registration
+        if registration is None and self.kubelet_endpoint is not None:
+            yield "--kubelet-endpoint requires --kubelet-registration-directory"
+        if registration is not None and (length := len(str(registration.socket).encode())) > SOCKET_PATH_BYTES:
+            yield (
+                f"registration socket {registration.socket}: expected at most {SOCKET_PATH_BYTES} bytes, got {length};"
+                " shorten --kubelet-registration-directory or --driver-name"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeCommand(Command):
+    """`nvmesh-csi volume`."""
+
+    action: str = required(
+        SHOW,
+        "ACTION",
+        choice(ALLOW_FORMAT, SHOW),
+        f"{SHOW}: print the volume, its attachments, and when it would be formatted. {ALLOW_FORMAT}: allow only the"
+        " next attachment to format it over any data; the volume must be detached.",
+    )
+    handle: str = required("", "HANDLE", read_text, "Volume handle: volumeHandle of the PersistentVolume.")
+    timeout_s: float = flag(60.0, "--timeout", read_positive_duration, "Time limit.")
+    access: ManagementAccess = section(ManagementAccess)
+    log: LogSettings = section(LogSettings)
+
+    @classmethod
+    def read(cls, values: Values) -> Self:
+        """Read the flags, and check the clusters file."""
+        build(ManagementAccess, values).read_file(values)
+        return build(cls, values)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        """Yield the problems of the flags together."""
+        return self.access.problems()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreStopCommand(Command):
+    """`nvmesh-csi pre-stop`."""
+
+    timeout_s: float = flag(
+        25.0,
+        "--timeout",
+        read_duration,
+        "Time limit of the wait; must be less than terminationGracePeriodSeconds by the time that the node needs to"
+        " stop.",
+    )
+    driver_name: str = DRIVER_NAME.field()
+    node_name: str = NODE_NAME.field()
+    api: ApiSettings = section(ApiSettings)
+    log: LogSettings = section(LogSettings)
+
+    def resolved(self) -> Self:
+        """Fill in the name of the machine."""
+        return replace(self, node_name=self.node_name or host_name(), api=replace(self.api, timeout_s=5.0))
+
+
+COMMANDS: Mapping[str, type[Command]] = {
+    "controller": ControllerCommand,
+    "node": NodeCommand,
+    "volume": VolumeCommand,
+    "pre-stop": PreStopCommand,
+}

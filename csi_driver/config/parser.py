@@ -1,0 +1,240 @@
+"""Read the command line and the environment into the settings of one command.
+
+Flags win over the environment. All problems are reported together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
+
+from csi_driver.errors import shown
+from csi_driver.flags import FLAG, SECTION, Flag
+
+if TYPE_CHECKING:
+    from csi_driver.host_model import RunningRole
+    from csi_driver.telemetry.log import LogSettings
+
+T = TypeVar("T")
+
+PROGRAM = "nvmesh-csi"
+
+COMMANDS = {
+    "controller": "Run the CSI controller service.",
+    "node": "Run the CSI node service.",
+    "storage": "Run the embedded storage manager: the management REST API over files of this machine.",
+    "local": "Run storage, controller and node on this machine in one command.",
+    "demo": "Create, use and delete volumes on this machine, step by step, and clean up.",
+    "doctor": "Check this machine and the driver's requirements. Exit status: 1 when a check fails.",
+    "pre-stop": "Wait, before the node's pod stops, until a node that is being drained has no volume left.",
+    "volume": "Print the state of a volume, or allow that its old data is formatted over, once.",
+    "version": "Print the version.",
+}
+BESIDE: Mapping[str, Sequence[str]] = {"doctor": ("node", "controller"), "pre-stop": ("node",)}
+"""Commands that take the flags and environment of a running role for what they are not given themselves."""
+
+_LOCAL_COMMANDS = ("storage", "local", "demo", "doctor")
+_EXIT_STATUS = """exit status:
+  0  success (stopped by SIGTERM or Ctrl-C included)
+  1  failed to start or to continue; the last line gives the reason
+  2  invalid command line or environment; every problem is listed
+  128 + N  ended at once by the second signal, number N
+"""
+
+
+class UsageError(Exception):
+    """The command line or the environment is invalid. `problems`: a sentence each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__("; ".join(self.problems))
+
+
+class Values:
+    """The values of flags, from arguments, else the environment, else a file, else the flag's default.
+
+    `problems` collects each value that cannot be read. `running`: the role beside which a command runs.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Sequence[str]],
+        environ: Mapping[str, str],
+        running: RunningRole | None = None,
+    ) -> None:
+        self.problems: list[str] = []
+        self.running = running
+        self._arguments = arguments
+        self._environ = environ
+        self._file: dict[str, tuple[str, str]] = {}
+
+    def add(self, name: str, source: str, text: str | None) -> None:
+        """Use a text from elsewhere where the flag is not given; `source` names it in problems."""
+        if text is not None:
+            self._file[name] = (source, text)
+
+    def is_given(self, flag: Flag[Any]) -> bool:
+        """Return whether a flag is set by an argument or the environment."""
+        return bool(self._arguments.get(flag.name) or (not flag.is_positional and self._environ.get(flag.variable)))
+
+    def value(self, flag: Flag[T]) -> T:
+        """Return the value of a flag (the last one given; all values of a repeatable one)."""
+        source, texts = self._texts(flag)
+        if not texts:
+            if flag.is_required:
+                self.problems.append(f"{flag.name} (or {flag.variable}) is required")
+            return flag.default
+        try:
+            values = tuple(map(flag.read, texts if flag.is_repeatable else texts[-1:]))
+        except ValueError as error:
+            self.problems.append(f"{source}: expected {error}, got {shown(texts[-1])}")
+            return flag.default
+        return cast("T", values if flag.is_repeatable else values[0])
+
+    def _texts(self, flag: Flag[Any]) -> tuple[str, Sequence[str]]:
+        if given := self._arguments.get(flag.name):
+            return flag.name, given
+        if self.is_given(flag):
+            text = self._environ[flag.variable]
+            return flag.variable, [word.strip() for word in text.split(",")] if flag.is_repeatable else [text]
+        source, *texts = self._file.get(flag.name, (flag.name,))
+        return source, texts
+
+
+def build(settings: type[T], values: Values) -> T:
+    """Return settings, a dataclass, with the value of each flag that its fields declare."""
+    found: dict[str, Any] = {}
+    for each in fields(settings):  # type: ignore[arg-type]
+        if FLAG in each.metadata:
+            found[each.name] = values.value(each.metadata[FLAG])
+        elif SECTION in each.metadata:
+            found[each.name] = build(each.metadata[SECTION], values)
+    made = settings(**found)
+    return made.resolved() if hasattr(made, "resolved") else made
+
+
+def flags_of(settings: type[object]) -> dict[str, Flag[Any]]:
+    """Return the flags of settings, a dataclass, by name. Of several declarations the first one counts."""
+    found: dict[str, Flag[Any]] = {}
+    for each in fields(settings):  # type: ignore[arg-type]
+        if FLAG in each.metadata:
+            found.setdefault(each.metadata[FLAG].name, each.metadata[FLAG])
+        elif SECTION in each.metadata:
+            found = {
+                **found,
+                **{name: flag for name, flag in flags_of(each.metadata[SECTION]).items() if name not in found},
+            }
+    return found
+
+
+class Command:
+    """Settings of one command: a dataclass whose fields declare its flags."""
+
+    __slots__ = ()
+    log: LogSettings
+
+    @classmethod
+    def read(cls, values: Values) -> Self:
+        """Return the settings of this command."""
+        return build(cls, values)
+
+    def problems(self, values: Values) -> Iterable[str]:
+        """Return the problems that values have together, a sentence each."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCommand(Command):
+    """`nvmesh-csi version`."""
+
+
+def command_class(name: str) -> type[Command]:
+    """Return the class of a command, loading only what commands like it need."""
+    if name == "version":
+        return VersionCommand
+    if name in _LOCAL_COMMANDS:
+        from csi_driver.config import local_commands
+
+        return local_commands.COMMANDS[name]
+    from csi_driver.config import csi_commands
+
+    return csi_commands.COMMANDS[name]
+
+
+def parse(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    find_running: Callable[[Sequence[str]], RunningRole | None] = lambda _: None,
+) -> Command:
+    """Return the command that the arguments after the program's name describe; --help ends the process.
+
+    `find_running` returns the running process of one of these roles. Raises `UsageError` with every problem.
+    """
+    name = next((argument for argument in argv if argument in COMMANDS), "")
+    if argv and not name and not argv[0].startswith("-"):
+        raise UsageError([f"unknown command {shown(argv[0])}{_suggestion(argv[0], COMMANDS)}"])
+    kind = command_class(name or "version")
+    flags = flags_of(kind)
+    arguments, unknown = _parser(name, flags).parse_known_args(list(argv))
+    if arguments.command is None:
+        raise UsageError([f"no command given; expected one of {', '.join(COMMANDS)}"])
+    given = {flag: getattr(arguments, flag) or [] for flag in flags}
+    running = find_running(BESIDE[name]) if name in BESIDE else None
+    if running is not None:
+        # The role's other flags mean nothing to this command.
+        theirs, _ = _parser(name, flags).parse_known_args([name, *running.arguments])
+        given = {flag: texts or getattr(theirs, flag) or [] for flag, texts in given.items()}
+        environ = {**running.environ, **environ}
+    values = Values(given, environ, running)
+    command = kind.read(values)
+    problems = [*_unknown(unknown, name, flags), *values.problems, *command.problems(values)]
+    if problems:
+        raise UsageError(problems)
+    return command
+
+
+def _unknown(arguments: Sequence[str], command: str, flags: Iterable[str]) -> Iterator[str]:
+    """Yield a problem for each argument that the command does not have; the value of an unknown flag is not shown."""
+    is_value = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name = argument.partition("=")[0]
+            yield f"unknown flag {shown(name)[1:-1]} for {command}{_suggestion(name, flags)}"
+        elif not is_value:
+            yield f"unexpected argument {shown(argument)} for {command}"
+        is_value = argument.startswith("-") and "=" not in argument
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches  # only for a mistake
+
+    close = get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; see {PROGRAM} --help"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError([message])
+
+
+def _parser(chosen: str, flags: Mapping[str, Flag[Any]]) -> argparse.ArgumentParser:
+    """Return the parser of all commands, of which only the chosen one has its flags."""
+    form: dict[str, Any] = {
+        "epilog": _EXIT_STATUS, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter
+    }  # fmt: skip
+    parser = _Parser(
+        prog=PROGRAM, description="CSI driver for NVMesh, with a storage manager of its own for one machine.", **form
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose, **form)
+        for flag in flags.values() if name == chosen else ():
+            value: dict[str, Any] = {} if flag.is_positional else {"dest": flag.name, "metavar": flag.value_name}
+            if flag.is_switch:
+                value |= {"nargs": "?", "const": "true"}
+            command.add_argument(flag.name, action="append", help=flag.describe().replace("%", "%%"), **value)
+    return parser

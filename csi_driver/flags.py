@@ -1,0 +1,406 @@
+"""Declare command-line flags as fields of settings classes, and read their values.
+
+A flag is declared once, as a field:
+
+    drain_s: float = flag(30.0, "--drain-seconds", read_seconds, "Time after SIGTERM for running requests to finish.")
+
+Parser, environment variable, help, docs/parameters.md and the chart's schema follow from it (`csi_driver.config`).
+A reader turns text into a value and raises ValueError with a description of what it expects.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, is_zone_name
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+Other = TypeVar("Other")
+Word = TypeVar("Word", bound=str)
+
+FLAG, SECTION = "flag", "section"
+"""Keys of a field's metadata: the flag that fills it, or the class of further settings."""
+
+_PREFIX = "NVMESH_CSI_"
+_STANDARD_ERROR = 2
+_SIZE_UNIT = "bytes, or with a unit as in 10GiB"
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}{suffix}": 1024**power for power, letter in enumerate("kmgtp", 1) for suffix in ("i", "ib")},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", 1)},
+    **{letter: 1000**power for power, letter in enumerate("kmgtp", 1)},
+}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+_SECONDS = {"": Decimal(1), "ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
+SOCKET_PATH_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
+_DNS = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
+_HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})")
+
+
+# --- readers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reader(Generic[T_co]):
+    """Turn text into a value. `metavar`, `unit`: of the value, in the help; `words`: all that it accepts, if few."""
+
+    read: Callable[[str], T_co]
+    metavar: str = "VALUE"
+    unit: str = ""
+    words: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> T_co:
+        return self.read(text)
+
+
+def reader(metavar: str = "VALUE", unit: str = "") -> Callable[[Callable[[str], T]], Reader[T]]:
+    """Return a decorator that makes a reader of a function."""
+    return lambda read: Reader(read, metavar, unit)
+
+
+@reader()
+def read_text(value: str) -> str:
+    """Accept any text."""
+    return value
+
+
+@reader()
+def read_boolean(value: str) -> bool:
+    """Read true or false."""
+    known = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    if value.lower() not in known:
+        raise ValueError("true or false")
+    return known[value.lower()]
+
+
+@reader("SIZE", _SIZE_UNIT)
+def read_size(value: str) -> int:
+    """Read a size without rounding: bytes, or with a unit (KiB to PiB, kB to PB; Ki to Pi, k to P)."""
+    match = _SIZE.fullmatch(value.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("a size in bytes or with a unit, such as 10GiB")
+    whole = Decimal(match[1]) * _UNITS[match[2].lower()]
+    if whole != whole.to_integral_value():
+        raise ValueError("a size of whole bytes")
+    return int(whole)
+
+
+@reader("TIME", "seconds")
+def read_duration(value: str) -> float:
+    """Read a time of 0 or more: seconds, or with a unit (ms, s, m, h)."""
+    match = _DURATION.fullmatch(value.strip())
+    if match is None or match[2] not in _SECONDS:
+        raise ValueError("a time in seconds or with a unit, such as 90s or 2m")
+    return float(Decimal(match[1]) * _SECONDS[match[2]])
+
+
+@reader("N")
+def read_count(value: str) -> int:
+    """Read a number of 0 or more."""
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise ValueError("a number of 0 or more")
+    return int(value)
+
+
+def _above_zero(read: Reader[T], expected: str) -> Reader[T]:
+    def read_positive(value: str) -> T:
+        number = read(value)
+        if number == 0:
+            raise ValueError(expected)
+        return number
+
+    return replace(read, read=read_positive)
+
+
+read_positive_size = _above_zero(read_size, "a size above 0")
+read_positive_duration = _above_zero(read_duration, "a time above 0 s")
+read_positive_count = _above_zero(read_count, "a number of 1 or more")
+
+
+@reader("FILE")
+def read_file(value: str) -> Path:
+    """Read the path of a file; a relative path starts at the working directory."""
+    if not value or "\0" in value:
+        raise ValueError("a path")
+    return Path(value).absolute()
+
+
+@reader("DIR")
+def read_directory(value: str) -> Path:
+    """Read the path of a directory."""
+    return read_file(value)
+
+
+@reader("SOCKET")
+def read_socket(value: str) -> Path:
+    """Read the path of a Unix socket: unix:///run/csi.sock, unix:run/csi.sock or a bare path."""
+    scheme, separator, rest = value.partition("://")
+    bare = rest if separator and scheme == "unix" else value.removeprefix("unix:")
+    if "://" in bare or not bare or bare.endswith("/"):
+        raise ValueError("the path of a Unix socket, such as unix:///csi/csi.sock")
+    path = read_file(bare)
+    if len(str(path).encode()) > SOCKET_PATH_BYTES:
+        raise ValueError(f"the path of a Unix socket, which has at most {SOCKET_PATH_BYTES} bytes")
+    return path
+
+
+def _matching(metavar: str, is_sound: Callable[[str], object], expected: str) -> Reader[str]:
+    def read_matching(value: str) -> str:
+        if not is_sound(value):
+            raise ValueError(expected)
+        return value
+
+    return Reader(read_matching, metavar)
+
+
+# The specification wants a domain name of at most 63 characters; letters at both ends satisfy csi-sanity as well.
+read_driver_name = _matching(
+    "NAME",
+    re.compile(r"[A-Za-z](?:[A-Za-z0-9.-]{0,61}[A-Za-z])?").fullmatch,
+    "a domain name of at most 63 characters, with letters at both ends",
+)
+read_zone = _matching(
+    "NAME", is_zone_name, "at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"
+)
+read_topology_key = _matching(
+    "KEY",
+    re.compile(rf"(?:(?=[^/]{{1,63}}/){_DNS}/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?").fullmatch,
+    "a key such as example.com/zone",
+)
+read_node_name = _matching("NAME", re.compile(r"(?!\.{1,2}$)[^\s/\x00-\x1f\x7f]{1,253}").fullmatch, "a host name")
+
+
+@reader("NAME=DIR")
+def read_named_directory(value: str) -> tuple[str, Path]:
+    """Read NAME=DIR."""
+    name, equals, directory = value.partition("=")
+    if not equals or not name:
+        raise ValueError("NAME=DIR")
+    return read_node_name(name), read_directory(directory)
+
+
+@reader("HOST:PORT")
+def read_host_port(value: str) -> tuple[str, int]:
+    """Read HOST:PORT or [IPv6]:PORT."""
+    match = _HOST_PORT.fullmatch(value)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError("HOST:PORT")
+    return match[1] or match[2], int(match[3])
+
+
+@reader("HOST:PORT")
+def read_host_port_or_fd(value: str) -> tuple[str, int] | int:
+    """Read HOST:PORT, or the descriptor N of fd:N."""
+    if not value.startswith("fd:"):
+        return read_host_port(value)
+    number = value.removeprefix("fd:")
+    if not number.isascii() or not number.isdecimal() or int(number) <= _STANDARD_ERROR:
+        raise ValueError("HOST:PORT, or fd:N with a descriptor above 2")
+    return int(number)
+
+
+@reader("HOST:PORT")
+def read_listen_address(value: str) -> tuple[str, int]:
+    """Read HOST:PORT, [IPv6]:PORT, or :PORT for every address.
+
+    An IPv6 address without brackets, as Kubernetes gives pods their own, ends at the last colon.
+    """
+    host, colon, port = value.rpartition(":")
+    if colon and not host:
+        return "", read_host_port(f"every{value}")[1]
+    bare = ":" in host and not host.startswith("[")
+    return read_host_port(f"[{host}]:{port}" if bare and _is_ipv6(host) else value)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
+        return False
+    return True
+
+
+def choice(*words: Word) -> Reader[Word]:
+    """Return the reader of one of these words."""
+
+    def read_choice(value: str) -> Word:
+        for word in words:
+            if word == value:
+                return word
+        raise ValueError(f"one of {', '.join(words)}")
+
+    return Reader(read_choice, words=words)
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Flag(Generic[T]):
+    """One flag. `shown` says more of its default than the value; a required flag has its default in no settings.
+
+    A name without dashes is a positional word: it is required and has no environment variable.
+    """
+
+    default: T
+    name: str
+    read: Reader[Any]
+    """Reader of one value, of which a repeatable flag has several."""
+    effect: str
+    shown: str = ""
+    unit: str = ""
+    metavar: str = ""
+    environment: str = ""
+    is_required: bool = False
+    is_repeatable: bool = False
+
+    def field(self) -> T:
+        """Return the dataclass field that takes the value of this flag."""
+        default = {} if self.is_required else {"default": self.default}
+        return cast("T", field(**default, metadata={FLAG: self}))  # type: ignore[call-overload]
+
+    def with_default(self, default: Other, shown: str) -> Other:
+        """Return a field with another default for the same flag."""
+        changed = replace(cast("Flag[Any]", self), default=default, shown=shown, is_required=False)
+        return cast("Other", changed.field())
+
+    @property
+    def variable(self) -> str:
+        """Return the name of the environment variable."""
+        return self.environment or _PREFIX + self.name.removeprefix("--").replace("-", "_").upper()
+
+    @property
+    def is_positional(self) -> bool:
+        """Return whether this is a positional word."""
+        return not self.name.startswith("--")
+
+    @property
+    def is_switch(self) -> bool:
+        """Return whether the flag needs no value."""
+        return self.read is read_boolean
+
+    @property
+    def value_name(self) -> str:
+        """Return the name of the value in the help."""
+        return self.metavar or self.read.metavar
+
+    @property
+    def value_unit(self) -> str:
+        """Return the unit of the value; empty where it has none."""
+        return self.unit or self.read.unit
+
+    @property
+    def shown_default(self) -> str:
+        """Return the default as the help shows it; empty for a required flag."""
+        if self.is_required or self.shown:
+            return self.shown
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
+        if isinstance(self.default, int) and self.read.unit == _SIZE_UNIT:
+            return size_text(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    def explain(self) -> str:
+        """Return what the flag does, the words that it takes and the unit of its value."""
+        parts = [self.effect]
+        if self.read.words:
+            parts.append(f"One of: {', '.join(self.read.words)}.")
+        if self.is_repeatable:
+            parts.append("May be repeated.")
+        if self.value_unit:
+            parts.append(f"Unit: {self.value_unit}.")
+        return " ".join(parts)
+
+    def describe(self) -> str:
+        """Return the help: effect, default, environment."""
+        if self.is_positional:
+            return self.explain()
+        default = "Required." if self.is_required else f"Default: {self.shown_default}."
+        commas = " (separated by commas)" if self.is_repeatable else ""
+        return f"{self.explain()} {default} Environment: {self.variable}{commas}."
+
+
+def flag(
+    default: T, name: str, read: Reader[T], effect: str, *, shown: str = "", unit: str = "", metavar: str = ""
+) -> T:
+    """Return a field for an optional flag."""
+    return Flag(default, name, read, effect, shown, unit, metavar).field()
+
+
+def required(placeholder: T, name: str, read: Reader[T], effect: str) -> T:
+    """Return a field for a required flag. `placeholder`: its value until the missing flag is reported."""
+    return Flag(placeholder, name, read, effect, is_required=True).field()
+
+
+def repeatable(
+    default: tuple[T, ...], name: str, read: Reader[T], effect: str, *, shown: str, metavar: str = ""
+) -> tuple[T, ...]:
+    """Return a field for a flag that may be given several times."""
+    return Flag(default, name, read, effect, shown, metavar=metavar, is_repeatable=True).field()
+
+
+def section(settings: type[T]) -> T:
+    """Return a field for further settings that flags fill in; its default are their defaults."""
+    return field(default_factory=settings, metadata={SECTION: settings})
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size in the largest binary unit that divides it."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes and size_bytes % (1 << power) == 0:
+            return f"{size_bytes >> power}{unit}"
+    return str(size_bytes)
+
+
+def host_name() -> str:
+    """Return the name of this machine."""
+    return os.uname().nodename
+
+
+# --- flags that several settings have --------------------------------------------------------------------------------
+
+LOG_LEVEL = Flag("info", "--log-level", choice("debug", "info", "warning", "error"), "Minimum log level.")
+DRIVER_NAME = Flag(DEFAULT_DRIVER_NAME, "--driver-name", read_driver_name, "Name that the driver reports.")
+ENDPOINT = Flag(
+    Path(), "--endpoint", read_socket, "Unix socket of the driver, as unix:///PATH or PATH.",
+    environment="CSI_ENDPOINT", is_required=True,
+)  # fmt: skip
+NODE_NAME = Flag("", "--node-name", read_node_name, "Name of this node and of its storage client.", "the host's name")
+ZONE = Flag(
+    DEFAULT_ZONE,
+    "--zone",
+    read_zone,
+    "Name of the storage cluster: first part of volume handles, value of the topology key. It must never change after"
+    " the first volume. With --clusters-file, the names in that file are used.",
+)
+TOPOLOGY_KEY = Flag(DEFAULT_TOPOLOGY_KEY, "--topology-key", read_topology_key, "Topology key of the zones.")
+MAX_VOLUMES = Flag(
+    0, "--max-volumes-per-node", read_count, "Maximum number of volumes attached to one node.", "0, no limit", "volumes"
+)
+VOLUME_HEALTH = Flag(False, "--volume-health", read_boolean, "Serve the alpha health RPCs of CSI 1.13.")
+PATH_ROOT = Flag(
+    (Path("/var/lib/kubelet"),),
+    "--path-root",
+    read_directory,
+    "Staging and target paths must be below one of these directories.",
+    "/var/lib/kubelet",
+    is_repeatable=True,
+)
+OVERCOMMIT = Flag(False, "--overcommit", read_boolean, "Allow --size above the free space; pods may get I/O errors.")
+PREALLOCATE = Flag(
+    False,
+    "--preallocate",
+    read_boolean,
+    "Allocate every block of a volume when it is created; without it pods get I/O errors when other programs fill the"
+    " disk later.",
+)
