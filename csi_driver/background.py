@@ -31,7 +31,6 @@ T = TypeVar("T")
 
 STALE_S = 600.0
 """Default limit of one run, and of a series of failures, before a health page reports it."""
-_FIRST_PAUSE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -43,11 +42,12 @@ class Backoff:
 
     longest_s: float
     jitter: Callable[[], float] = random.random
+    first_s: float = 1.0
     _failures: int = 0
 
     def after_failure_s(self) -> float:
         """Count a failure and return the seconds until the retry."""
-        longest_s = min(_FIRST_PAUSE_S * float(1 << min(self._failures, 16)), self.longest_s)
+        longest_s = min(self.first_s * float(1 << min(self._failures, 16)), self.longest_s)
         self._failures += 1
         return longest_s * (0.5 + 0.5 * self.jitter())
 

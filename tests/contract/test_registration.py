@@ -75,8 +75,8 @@ def test_a_directory_that_was_replaced_under_its_own_mount_is_told_and_needs_a_n
         (home / "host" / "reg").mkdir()
         made.tend()
         made.tend()
-        assert "new start of the container" in made.why_not_registered()
-        assert "new start of the container" in made.why_restart()
+        assert "restart the container" in made.why_not_registered()
+        assert "restart the container" in made.why_restart()
         made.close()
 
 
