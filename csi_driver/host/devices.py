@@ -1,11 +1,10 @@
-"""Block devices of volumes: found by name, believed only after their identity was proven, opened with proof.
+"""Devices of volumes: found by name, identified by evidence, and opened with the identity verified.
 
-What proves it: the client's `status.json`, and the open device itself (a loop device's label, a SCSI serial number).
-All evidence that there is must agree; without any, nothing is written. udev is used as an alarm clock at most: its
-database may be older than the device's content and is never read.
+The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; udev's database may be
+outdated and is not read. All evidence must agree; without any, nothing is written.
 
-The client's status is read before a device is opened, and a device that is not said to carry I/O is not opened: its
-open may hang, and cannot be killed then. Where I/O is lost in between, the thread is lost (`node.concurrency`).
+The client's status is read before a device is opened: opening a device without I/O may hang for good. When I/O is lost
+in between, the calling thread is lost, which the watchdog of the node covers.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
 
 class LinuxDevices:
-    """Fits `csi_driver.node.ports.Devices`.
-
-    `device_root` holds a device node for each volume, by name. `status_root` is the client's status directory.
-    """
+    """Devices of volumes on this machine. Fits `csi_driver.node.ports.Devices`."""
 
     def __init__(
         self,
@@ -48,6 +44,7 @@ class LinuxDevices:
         udev_control: Path = Path("/run/udev/control"),
         status_files: nvmesh.StatusFiles | None = None,
     ) -> None:
+        """`device_root` has a device node for each volume; `status_root` is the client's status directory."""
         self._root = device_root
         self._status = status_files or nvmesh.StatusFiles(status_root)
         self._clock = clock
@@ -56,25 +53,25 @@ class LinuxDevices:
     # --- finding ---
 
     def path_of(self, name: str) -> Path:
-        """Return where the device of a volume appears: what a mount of it names as its source."""
+        """Return the device path of a volume, which mounts of it have as their source."""
         if not is_volume_name(name):
             raise InvalidField("volume name", name, "the name of a volume")
         return self._root / name
 
     def find(self, name: str, uuid: str | None = None) -> Device | None:
-        """Return the volume's device as it is now; None when it is absent or has no size yet.
+        """Return the volume's device; None when it is absent or has no size. `uuid`: the expected identity."""
+        return self.device_at(name, self.path_of(name), uuid)
 
-        `uuid` is who it should be: where only a serial number speaks, that is all it can be compared with.
-        """
-        seen = self._look(name)
+    def device_at(self, name: str, path: Path, uuid: str | None) -> Device | None:
+        """Return the device at `path`, e.g. an opened encrypted one, as the volume's."""
+        seen = self._look_at(name, path)
         return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the volume's device is there, has a size, is proven to be who it should be, and carries I/O.
+        """Wait until the device is present, has a size and a proven identity, and carries I/O.
 
-        A device that is clearly another volume is refused at once with `PreconditionFailed`; evidence that does not
-        agree with itself is awaited to settle, and so is a client that comes back from an upgrade. Raises
-        `DeadlineReached` when time is up, naming what is missing.
+        Waits while the evidence is contradictory or the client restarts. Raises `PreconditionFailed` at once for
+        another volume, `DeadlineReached` naming what is missing.
         """
         wanted = uuid.lower() if uuid else None
         path = self.path_of(name)
@@ -89,26 +86,25 @@ class LinuxDevices:
                 pause(left_s)
 
     def _ready(self, name: str, uuid: str | None) -> tuple[Device | None, str]:
-        """Return the device when it can be used, else None and what is missing."""
-        seen = self._look(name)
+        """Return the device when it is usable, else None and what is missing."""
+        seen = self._look_at(name, self.path_of(name))
         if seen is None:
             return None, self._absence(name)
-        device, claims = seen
-        unsettled = claims.disagreement(name)
+        device, evidence = seen
+        unsettled = evidence.disagreement(name)
         if unsettled is not None:
             return None, unsettled
-        refusal = claims.refusal(name) or claims.mismatch(name, uuid)
+        refusal = evidence.refusal(name) or evidence.mismatch(name, uuid)
         if refusal is not None:
             raise PreconditionFailed(refusal)
-        if not claims.proves():
+        if not evidence.proves():
             return None, f"{self._silence()}: nothing on this machine says that it is {uuid or 'a volume at all'}"
-        unusable = claims.unusable(name)
+        unusable = evidence.unusable(name)
         if unusable is not None:
             return None, unusable
-        return replace(device, uuid=claims.uuid_for(uuid)), ""
+        return replace(device, uuid=evidence.uuid_for(uuid)), ""
 
     def _absence(self, name: str) -> str:
-        """Say what is missing where there is no device; a node that somebody removed is made by nobody again."""
         status = self._status.volume(name)
         if status is None or os.path.lexists(self.path_of(name)):
             return "it is absent or has no size yet"
@@ -118,7 +114,7 @@ class LinuxDevices:
         )
 
     def _silence(self) -> str:
-        """Say why the client may be saying nothing."""
+        """Explain why the client shows no status of a volume."""
         client = self.client()
         if client.is_upgrading:
             return "the storage client is being upgraded, or starts"
@@ -128,14 +124,6 @@ class LinuxDevices:
             else "the storage client is not running yet (no status files)"
         )
 
-    def device_at(self, name: str, path: Path, uuid: str | None) -> Device | None:
-        """Return what is at `path`, such as an opened encrypted device, as the volume's; None when nothing is."""
-        seen = self._look_at(name, path)
-        return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
-
-    def _look(self, name: str) -> tuple[Device, DeviceEvidence] | None:
-        return self._look_at(name, self.path_of(name))
-
     def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
         try:
             node = os.stat(path)
@@ -143,7 +131,7 @@ class LinuxDevices:
                 return None
             status = self._status.volume(name)
             if status is not None and status.io_enabled is not True:
-                return self._unopened(name, path, ioctls.device_number(node.st_rdev), status)
+                return _describe_unopened(name, path, ioctls.device_number(node.st_rdev), status)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in NOT_READY:
@@ -154,27 +142,6 @@ class LinuxDevices:
         finally:
             os.close(fd)
 
-    def _unopened(
-        self, name: str, path: Path, number: DeviceNumber, status: VolumeStatus
-    ) -> tuple[Device, DeviceEvidence] | None:
-        """Describe a device that carries no I/O, by what sysfs and the client say of it."""
-        size = block_devices.size_bytes(number)
-        if not size:
-            return None
-        claims = DeviceEvidence(status)
-        device = Device(
-            name,
-            path,
-            number,
-            size,
-            read_only=block_devices.sys_number(number, "ro") == 1,
-            uuid=status.uuid,
-            block_bytes=block_devices.sys_number(number, "queue/logical_block_size") or 4096,
-            write_refusal=claims.write_refusal(),
-            disk_sequence=block_devices.sys_number(number, "diskseq"),
-        )
-        return device, claims
-
     def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, DeviceEvidence] | None:
         status = os.fstat(fd)
         if not stat.S_ISBLK(status.st_mode):
@@ -183,11 +150,11 @@ class LinuxDevices:
         if size == 0:
             return None
         number = ioctls.device_number(status.st_rdev)
-        with self._speaking(fd, number) as (speaker, is_loop):
-            claims = DeviceEvidence(
+        with self._identifying(fd, number) as (identifying, is_loop):
+            evidence = DeviceEvidence(
                 status=self._status.volume(name),
-                label_uuid=loop.claimed_uuid(speaker) if is_loop else None,
-                serial=None if is_loop else nvmesh.read_serial(speaker),
+                label_uuid=loop.claimed_uuid(identifying) if is_loop else None,
+                serial=None if is_loop else nvmesh.read_serial(identifying),
                 is_loop=is_loop,
             )
         device = Device(
@@ -196,46 +163,46 @@ class LinuxDevices:
             number,
             size,
             read_only=ioctls.is_read_only(fd),
-            uuid=claims.uuid(),
+            uuid=evidence.uuid(),
             block_bytes=ioctls.logical_block_bytes(fd),
-            write_refusal=claims.write_refusal(),
+            write_refusal=evidence.write_refusal(),
             disk_sequence=ioctls.disk_sequence(fd),
         )
-        return device, claims
+        return device, evidence
 
     @contextlib.contextmanager
-    def _speaking(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
-        """Give the device that says who an open device is, and whether it is a loop device.
+    def _identifying(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
+        """Give the device that has a label or serial number, and whether it is a loop device.
 
-        An encrypted device has nothing to say: the one below it does.
+        That is the device itself, or the device below an encrypted one.
         """
         below = device_mapper.below(number)
         if below is None:
             yield fd, number.major == loop.LOOP_MAJOR
             return
         try:
-            speaker = self.open_number(below)
+            opened = self.open_number(below)
         except OSError as error:
             raise SystemCallFailed(f"open the device {below} under {number}", error.errno or 0) from error
         try:
-            yield speaker, below.major == loop.LOOP_MAJOR
+            yield opened, below.major == loop.LOOP_MAJOR
         finally:
-            os.close(speaker)
+            os.close(opened)
 
     # --- opening ---
 
     @contextlib.contextmanager
     def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
-        """Hold the device open, past the page cache (O_DIRECT); it is proven on the descriptor to be the one found.
+        """Open the device with O_DIRECT and verify its identity on the descriptor.
 
-        `exclusive` also proves that nothing has it mounted or claimed, and holds its lock (flock, as udev and others
-        respect it: systemd.io/BLOCK_DEVICE_LOCKING), which a program that inherits the descriptor holds on to.
-        It is no claim (O_EXCL) by itself, because mkfs and fsck make that claim.
-        Raises `PreconditionFailed` when it is another device, is busy or carries no I/O, `OperationPending` while
-        another program holds its lock, and `IdentityNotProven` when it is to be written to and nothing proves now who
-        it is.
+        `exclusive` checks that it is neither mounted nor claimed, and locks it (flock, as udev does:
+        systemd.io/BLOCK_DEVICE_LOCKING); programs that inherit the descriptor keep the lock. The claim itself (O_EXCL)
+        is left to mkfs and fsck. Raises `PreconditionFailed` when it is another device, busy or without I/O,
+        `OperationPending` while another program holds its lock, `IdentityNotProven` with `write` without evidence.
         """
-        self._require_io(device.name)
+        unusable = DeviceEvidence(self.status(device.name)).unusable(device.name)
+        if unusable is not None:
+            raise PreconditionFailed(unusable)
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
         try:
             fd = os.open(device.path, flags)
@@ -246,40 +213,16 @@ class LinuxDevices:
         try:
             if exclusive:
                 block_devices.lock_unclaimed(fd, device.path, self._clock)
-            yield OpenDevice(fd, self._proven(fd, device, write=write))
+            yield OpenDevice(fd, self._verified(fd, device, write=write))
         finally:
             os.close(fd)
 
-    def _require_io(self, name: str) -> None:
-        status = self.status(name)
-        unusable = DeviceEvidence(status).unusable(name)
-        if unusable is not None:
-            raise PreconditionFailed(unusable)
-
-    def is_claimed(self, device: Device) -> bool | None:
-        """Tell whether a mount, an encrypted device or a program has the device for itself (O_EXCL) at this moment.
-
-        False when it is gone. None where that cannot be told: it carries no I/O, and is not opened.
-        """
-        status = self.status(device.name)
-        if status is not None and status.io_enabled is not True:
-            return None
-        return block_devices.is_claimed(device.path)
-
-    def is_open(self, device: Device) -> bool | None:
-        """Tell whether anything on this machine has the device open; None where that cannot be told now.
-
-        Where the client counts no opens, a device that nothing has for itself is taken for closed.
-        """
-        opens = self._status.opens(device.name)
-        return opens > 0 if opens is not None else self.is_claimed(device)
-
-    def _proven(self, fd: int, device: Device, *, write: bool) -> Device:
+    def _verified(self, fd: int, device: Device, *, write: bool) -> Device:
         seen = self._describe(device.name, device.path, fd)
         if seen is None:
             raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
-        found, claims = seen
-        against = claims.against(device.name, device.uuid) or claims.unusable(device.name)
+        found, evidence = seen
+        against = evidence.against(device.name, device.uuid) or evidence.unusable(device.name)
         if against is not None:
             raise PreconditionFailed(against)
         for what, is_now, was in (
@@ -290,31 +233,46 @@ class LinuxDevices:
         ):
             if is_now != was:
                 raise PreconditionFailed(f"{device.path} claims {what} {is_now}, expected {was}")
-        if write and not claims.proves():
-            if not claims.is_loop:
+        if write and not evidence.proves():
+            if not evidence.is_loop:
                 raise IdentityNotProven(device.path, self._silence())
             raise PreconditionFailed(f"{device.path}: nothing on this machine proves which volume it is")
         return found if found.uuid is not None else device
+
+    def is_claimed(self, device: Device) -> bool | None:
+        """Tell if a mount, an encrypted device or a program has the device open exclusively (O_EXCL).
+
+        False when it is gone, None when it carries no I/O: then it is not opened.
+        """
+        status = self.status(device.name)
+        if status is not None and status.io_enabled is not True:
+            return None
+        return block_devices.is_claimed(device.path)
+
+    def is_open(self, device: Device) -> bool | None:
+        """Tell if anything on this machine has the device open; by `is_claimed` when the client counts no opens."""
+        opens = self._status.opens(device.name)
+        return opens > 0 if opens is not None else self.is_claimed(device)
 
     def set_read_only(self, device: Device) -> None:
         """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
         with self.open(device) as opened:
             ioctls.set_read_only(opened.fd, True)
 
-    # --- facts by number ---
+    # --- by number ---
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
-        """Return the present size of a device without opening it; None when the device is gone."""
+        """Return the size of a device without opening it; None when the device is gone."""
         return block_devices.size_bytes(number)
 
     def open_number(self, number: DeviceNumber) -> int:
-        """Open a device for reading by its number, whatever nodes there are here; `OSError` where it is gone."""
+        """Open a device read-only by its number. Raises OSError when it is gone."""
         return block_devices.open_number(number, self._root)
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
-        """Return the volume uuid that the device itself claims; None when it claims none.
+        """Return the volume uuid that the device itself has.
 
-        A serial number holds only a part of the uuid: it is completed by the status of the volume that fits it.
+        A serial number is only a part of the uuid: the matching status of the client completes it.
         """
         number = device_mapper.below(number) or number
         status = self.status(self.name_of(number) or "")
@@ -330,67 +288,57 @@ class LinuxDevices:
             serial = nvmesh.read_serial(fd)
         finally:
             os.close(fd)
-        return self._uuid_with_serial(number, serial) if serial is not None else None
-
-    def _uuid_with_serial(self, number: DeviceNumber, serial: str) -> str | None:
         status = self._status.volume(self.name_of(number) or "")
         return status.uuid if status is not None and nvmesh.serial_of(status.uuid) == serial else None
 
     def name_of(self, number: DeviceNumber) -> str | None:
-        """Return the name under which the device root has this device; None when it does not."""
-        try:
-            nodes = sorted(self._root.iterdir())
-        except OSError:
-            return None
-        for node in nodes:
+        """Return the name of the volume whose device has this number."""
+        for name in sorted(self._nodes()):
             with contextlib.suppress(OSError):
-                status = os.stat(node)
+                status = os.stat(self._root / name)
                 if stat.S_ISBLK(status.st_mode) and ioctls.device_number(status.st_rdev) == number:
-                    return node.name
+                    return name
         return None
+
+    def _nodes(self) -> set[str]:
+        try:
+            return set(os.listdir(self._root))
+        except OSError:
+            return set()
 
     # --- the client ---
 
     def client(self) -> StorageClient:
-        """Return what is known now of this node's storage client.
+        """Return the state of this node's storage client.
 
-        Attachments without a device are the client's own (hidden): they take places that no volume can have.
+        Attachments without a device (hidden) count against the limit of volumes.
         """
         client = self._status.client()
-        try:
-            devices = {entry.name for entry in self._root.iterdir()}
-        except OSError:
-            devices = set()
+        devices = self._nodes()
         limit = client.volume_limit
         if limit:
             limit = max(1, limit - len(self._status.shown() - devices))
         return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
 
     def unnamed(self) -> tuple[str, ...]:
-        """Return the uuids of attachments that no CSI driver is seen to hold. Reads a small file or two for each.
+        """Return the uuids of attachments that no CSI driver made, by their reference ids.
 
-        Drivers attach under an id of the handle; whoever names none gets the volume's uuid. So do handles without such
-        an id, static ones and those of the drivers up to 1.4: of the latter the volumes are told by their name.
+        This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
+        to 1.4, whose volumes are known by name.
         """
-        try:
-            names = [entry.name for entry in self._root.iterdir()]
-        except OSError:
-            return ()
-        shown = (self._status.volume(name) for name in names if self._is_unnamed(name))
+        shown = (self._status.volume(name) for name in self._nodes() if self._is_unnamed(name))
         return tuple(status.uuid for status in shown if status is not None)
 
-    def present(self) -> dict[str, str] | None:
-        """Return the uuid of every volume that this node has, by name; None when one of them cannot be told.
+    def _is_unnamed(self, name: str) -> bool:
+        ids = self.reference_ids(name)
+        return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
 
-        While the storage client does not run, is upgraded or starts, volumes that are attached may not be shown.
-        """
+    def present(self) -> dict[str, str] | None:
+        """Return the uuid of each attached volume by name; None when one is unknown or the client does not run."""
         client = self._status.client()
         if client.uuid is None or client.is_upgrading or client.problem:
             return None
-        try:
-            nodes = {entry.name for entry in self._root.iterdir()}
-        except OSError:
-            nodes = set()
+        nodes = self._nodes()
         found: dict[str, str] = {}
         for name in filter(is_volume_name, nodes | self._status.shown()):
             status = self._status.volume(name)
@@ -402,14 +350,32 @@ class LinuxDevices:
                 return None
         return found
 
-    def _is_unnamed(self, name: str) -> bool:
-        ids = self._status.reference_ids(name) if is_volume_name(name) else None
-        return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
-
     def status(self, name: str) -> VolumeStatus | None:
-        """Return what the client says of a volume; None while it says nothing that can be read."""
+        """Return the client's status of a volume; None when it is not shown or torn."""
         return self._status.volume(name) if is_volume_name(name) else None
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference ids under which this node holds a volume; None when that cannot be told."""
+        """Return the reference ids of this node's attachment of a volume; None when unknown."""
         return self._status.reference_ids(name) if is_volume_name(name) else None
+
+
+def _describe_unopened(
+    name: str, path: Path, number: DeviceNumber, status: VolumeStatus
+) -> tuple[Device, DeviceEvidence] | None:
+    """Describe a device that carries no I/O by sysfs and the client's status."""
+    size = block_devices.size_bytes(number)
+    if not size:
+        return None
+    evidence = DeviceEvidence(status)
+    device = Device(
+        name,
+        path,
+        number,
+        size,
+        read_only=block_devices.sys_number(number, "ro") == 1,
+        uuid=status.uuid,
+        block_bytes=block_devices.sys_number(number, "queue/logical_block_size") or 4096,
+        write_refusal=evidence.write_refusal(),
+        disk_sequence=block_devices.sys_number(number, "diskseq"),
+    )
+    return device, evidence

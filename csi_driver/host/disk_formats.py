@@ -1,13 +1,15 @@
-"""What the superblocks of ext4, xfs and btrfs record: pure parsers of the first 128 KiB of a device.
+"""Parsers of superblocks and LUKS headers: pure functions of the first bytes of a device.
 
 Layouts: the kernel's fs/ext4/ext4.h (struct ext4_super_block, at byte 1024), fs/xfs/libxfs/xfs_format.h (struct
-xfs_dsb, at 0) and include/uapi/linux/btrfs_tree.h (struct btrfs_super_block, at 65536).
+xfs_dsb, at 0), include/uapi/linux/btrfs_tree.h (struct btrfs_super_block, at 65536); "LUKS2 On-Disk Format
+Specification" 1.1 and "LUKS1 On-Disk Format Specification" 1.2.3.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -16,22 +18,24 @@ from dataclasses import dataclass
 from csi_driver.host_model import DamagedHeader, LuksHeader
 
 HEAD_BYTES = 128 * 1024
-"""How much of a device's head the parsers need."""
+"""Length of the head of a device that the superblock parsers need."""
 
 _EXT_AT, _BTRFS_AT = 1024, 65536
 _EXT_MAGIC, _XFS_MAGIC, _BTRFS_MAGIC = 0xEF53, b"XFSB", b"_BHRfS_M"
-_EXT_VALID = 1
+_EXT_VALID, _EXT_NEEDS_RECOVERY, _EXT_64BIT = 1, 0x4, 0x80
 _XFS_IN_PROGRESS_AT = 126
-"""sb_inprogress: not zero from mkfs.xfs's first write to its last."""
-_EXT_NEEDS_RECOVERY, _EXT_64BIT = 0x4, 0x80
+"""sb_inprogress: not zero while mkfs.xfs writes."""
+
+
+# --- superblocks --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """The recorded size, `blocks` of `block_bytes`, and the filesystem's own uuid.
+    """The recorded size, `blocks` of `block_bytes`, and the uuid of a filesystem.
 
-    `was_closed_well`: cleanly unmounted, without a recorded error and not due for a check by count or time; says
-    something for ext4 only. `was_checked_since_use`: a full check ran after the last mount (ext4 only).
+    For ext4 only: `was_closed_well`: unmounted cleanly, without recorded errors, no check due by count or time;
+    `was_checked_since_use`: a full check ran after the last mount.
     """
 
     fs_type: str
@@ -47,10 +51,10 @@ class Superblock:
         return self.block_bytes * self.blocks
 
 
-def parse(head: bytes, fs_type: str) -> Superblock | None:
-    """Read the superblock of that type (ext2 and ext3 count as ext4).
+def parse_superblock(head: bytes, fs_type: str) -> Superblock | None:
+    """Read the superblock of that type; ext2 and ext3 count as ext4.
 
-    None when there is none, when it is senseless, and when its own mkfs says in it that it did not finish.
+    None when there is none, it is invalid, or records an unfinished mkfs.
     """
     match fs_type:
         case "ext2" | "ext3" | "ext4":
@@ -62,9 +66,9 @@ def parse(head: bytes, fs_type: str) -> Superblock | None:
     return None
 
 
-def recognise(head: bytes) -> list[str]:
-    """Return which of the three types have a superblock in this head; usually one or none."""
-    return [fs_type for fs_type in ("ext4", "xfs", "btrfs") if parse(head, fs_type) is not None]
+def superblock_types(head: bytes) -> list[str]:
+    """Return which of ext4, xfs and btrfs have a superblock in this head."""
+    return [fs_type for fs_type in ("ext4", "xfs", "btrfs") if parse_superblock(head, fs_type) is not None]
 
 
 def _ext(head: bytes) -> Superblock | None:
@@ -86,7 +90,7 @@ def _ext(head: bytes) -> Superblock | None:
         blocks=blocks,
         uuid=_uuid(raw, 0x68),
         was_closed_well=state == _EXT_VALID and not incompatible & _EXT_NEEDS_RECOVERY and not is_due,
-        # Whole seconds: of a check and a mount in the same one, nothing tells which came first.
+        # In whole seconds: the order of a check and a mount within one second is unknown.
         was_checked_since_use=state == _EXT_VALID and checked_s > mounted_s,
     )
 
@@ -112,19 +116,26 @@ def _uuid(raw: bytes, offset: int) -> str:
     return str(uuid.UUID(bytes=raw[offset : offset + 16]))
 
 
-# --- luks_header.py ---
-# What a LUKS header says of itself: pure parsers of the first bytes of a device. No secret is in what they return.
-#
-# Layouts: "LUKS2 On-Disk Format Specification", version 1.1, and "LUKS1 On-Disk Format Specification", version 1.2.3.
-# LUKS2 keeps two copies, each with a checksum: a program that is cut off while it writes leaves one of them whole.
+def parse_blkid(text: str) -> dict[str, str]:
+    r"""Read blkid's export format: KEY=value lines, in which a backslash quotes the next character."""
+    values = {}
+    for line in text.split("\n"):  # a label may hold other characters at which splitlines() splits
+        key, separator, value = line.partition("=")
+        if separator:
+            values[key] = re.sub(r"\\(.?)", r"\1", value, flags=re.DOTALL)
+    return values
 
+
+# --- LUKS headers -------------------------------------------------------------------------------------------------
+# LUKS2 keeps two copies with checksums: an interrupted write leaves one intact.
 
 _FIRST, _SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _BINARY_BYTES = 4096
 _CHECKSUM_AT, _CHECKSUM_BYTES = 448, 64
-# Sizes that a copy may have, binary part and JSON together (section 2.1); the second one follows the first.
+# The lengths of a copy, binary part and JSON (section 2.1); the second copy follows the first.
 _COPY_BYTES = tuple(16384 << step for step in range(9))
-LARGEST_READ_BYTES = _COPY_BYTES[-1]
+LUKS_READ_BYTES = _COPY_BYTES[-1]
+"""The longest read of `find_luks_header`."""
 _LUKS1_SLOT_IN_USE = 0x00AC71F3
 _SECTOR_BYTES = 512
 
@@ -132,7 +143,7 @@ Read = Callable[[int, int], bytes]
 """Returns that many bytes from that offset, both multiples of 4096."""
 
 
-def find_header(read: Read, size_bytes: int) -> LuksHeader | DamagedHeader | None:
+def find_luks_header(read: Read, size_bytes: int) -> LuksHeader | DamagedHeader | None:
     """Return the header of a device of that size; None when there is no trace of one."""
     head = read(0, _BINARY_BYTES)
     version = int.from_bytes(head[6:8], "big") if head.startswith(_FIRST) else 0
@@ -150,7 +161,7 @@ def find_header(read: Read, size_bytes: int) -> LuksHeader | DamagedHeader | Non
 
 
 def _copies(read: Read, head: bytes, size_bytes: int) -> Iterator[bytes]:
-    """Yield each copy that a magic number announces, whole. Where the first tells no size, the second is searched."""
+    """Yield each copy with a magic number. The second is searched when the first does not tell the length."""
     length = _length(head, _FIRST)
     if length and length <= size_bytes:
         yield read(0, length)
@@ -170,7 +181,7 @@ def _length(binary: bytes, magic: bytes) -> int:
 
 
 def _luks2(copy: bytes) -> tuple[int, LuksHeader] | None:
-    """Return sequence number and content of one copy; None when its checksum or its JSON is wrong."""
+    """Return the sequence number and header of a copy; None when the checksum or JSON is invalid."""
     stored = copy[_CHECKSUM_AT : _CHECKSUM_AT + _CHECKSUM_BYTES]
     blanked = copy[:_CHECKSUM_AT] + bytes(_CHECKSUM_BYTES) + copy[_CHECKSUM_AT + _CHECKSUM_BYTES :]
     try:
@@ -196,7 +207,7 @@ def _luks2(copy: bytes) -> tuple[int, LuksHeader] | None:
 
 
 def _key_bits(document: Mapping[str, Mapping[str, Mapping[str, object]]]) -> int:
-    """Return the size of the volume key; 0 where no key slot holds it any more."""
+    """Return the size of the volume key; 0 without a key slot."""
     sizes = [slot["key_size"] for slot in document["keyslots"].values()]
     return int(str(sizes[0])) * 8 if sizes else 0
 

@@ -115,8 +115,8 @@ def can_be_loaded(module: str) -> bool | None:
     """Tell if the kernel has a module of this name; None where /lib/modules is not visible."""
     directory = Path("/lib/modules") / os.uname().release
     text = _text(directory / "modules.dep") + _text(directory / "modules.builtin")
-    files = (Path(line.partition(":")[0]) for line in text.splitlines())
-    names = {file.name.partition(".")[0].replace("-", "_") for file in files}
+    files = (line.partition(":")[0].rpartition("/")[2] for line in text.splitlines())
+    names = {file.partition(".")[0].replace("-", "_") for file in files}
     return module.replace("-", "_") in names if names else None
 
 

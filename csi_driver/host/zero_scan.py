@@ -1,8 +1,7 @@
-"""Is a device blank? Answered only by reading it: past the page cache, every read whole and without error.
+"""Read whether a device is blank, with O_DIRECT, each read complete and without error.
 
-`probe_places` is the cheap check's list: head, tail, and wherever a filesystem, a volume manager or a partition table
-keeps a copy of its superblock. `first_data` reads everything. Neither interprets what it finds. `wipe_places` makes
-the cheap check's list read as zeroes.
+`probe_places` are the places of the quick probe: head, tail, and all places of superblocks and their copies.
+`first_data` reads the whole device.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 from csi_driver.deadline import Deadline
@@ -32,20 +30,20 @@ _PROGRESS_EVERY_BYTES, _PROGRESS_STEPS = 1 * GIB, 20
 
 
 def probe_places(size_bytes: int) -> list[tuple[int, int]]:
-    """Return (offset, length) of all that the cheap check reads of a device, sorted, merged, within the device.
+    """Return (offset, length) of the places of the quick probe, sorted, merged, within the device.
 
-    - The first and last 4 MiB hold, of filesystems, volume managers, RAID, encryption and partition tables, every
-      primary superblock and the copies at the end (GPT; md 0.90 and 1.0; ZFS labels; LVM), and LUKS2's second
-      headers but the last, which begins at 4 MiB.
+    - The first and last 4 MiB: all primary superblocks of filesystems, volume managers, RAID, encryption and partition
+      tables, the copies at the end (GPT; md 0.90 and 1.0; ZFS labels; LVM), and the second headers of LUKS2 but the
+      last, which begins at 4 MiB.
     - ext2/3/4 copies: block groups 1, 2 and the powers of 3, 5 and 7, for block sizes from 1 to 64 KiB (a group has
       8 blocks for each byte of a block).
     - btrfs mirrors: 64 KiB, 64 MiB, 256 GiB.
-    - XFS: the starts of allocation groups, as mkfs.xfs divides a device into 4, 8, 16 or 32, or by whole TiB.
+    - XFS: the starts of allocation groups, 4, 8, 16 or 32 of a device, or one per TiB (mkfs.xfs).
     """
     ends = [(0, _ENDS_BYTES), (size_bytes - _ENDS_BYTES, _ENDS_BYTES), (_LUKS2_LAST_HEADER, _PLACE_BYTES)]
-    wanted = [*ends, *_ext_copies(size_bytes), *_xfs_groups(size_bytes)]
-    wanted += [(offset, _PLACE_BYTES) for offset in (64 * MIB, 256 * GIB)]
-    return _merged(wanted, size_bytes)
+    places = [*ends, *_ext_copies(size_bytes), *_xfs_groups(size_bytes)]
+    places += [(offset, _PLACE_BYTES) for offset in (64 * MIB, 256 * GIB)]
+    return _merged(places, size_bytes)
 
 
 def _ext_copies(size_bytes: int) -> Iterator[tuple[int, int]]:
@@ -53,7 +51,7 @@ def _ext_copies(size_bytes: int) -> Iterator[tuple[int, int]]:
         group_bytes = 8 << (2 * log_block)
         groups = size_bytes // group_bytes
         for group in sorted({1, 2, *_powers(3, groups), *_powers(5, groups), *_powers(7, groups), groups}):
-            # Blocks of 1 KiB are counted from 1: the first is the boot block.
+            # With blocks of 1 KiB the first block group begins at block 1.
             yield group * group_bytes, _PLACE_BYTES
 
 
@@ -89,7 +87,7 @@ def _merged(places: list[tuple[int, int]], size_bytes: int) -> list[tuple[int, i
 
 
 class DirectReader:
-    """Reads an open device into one aligned buffer. A context manager: leaving it frees the buffer."""
+    """Reads an open device into an aligned buffer, which leaving the context frees."""
 
     def __init__(self, device: OpenDevice, buffer_bytes: int = _PROBE_BUFFER_BYTES) -> None:
         self._device = device
@@ -102,20 +100,18 @@ class DirectReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         del self._first
         self._view.release()
         self._buffer.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return those bytes, at most a buffer full; raises `HostFailure` when not all can be read."""
+        """Return those bytes, at most a buffer full. Raises `HostFailure` when one cannot be read."""
         self._fill(offset, length)
         return bytes(self._view[:length])
 
     def first_data(self, offset: int, length: int) -> int | None:
-        """Return the offset of the first byte that is not zero, or None; raises `HostFailure` as `read` does."""
+        """Return the offset of the first byte that is not zero. Raises `HostFailure` when a byte cannot be read."""
         for start in range(offset, offset + length, len(self._buffer)):
             part = min(len(self._buffer), offset + length - start)
             self._fill(start, part)
@@ -125,8 +121,7 @@ class DirectReader:
         return None
 
     def _is_zero(self, length: int) -> bool:
-        # A buffer is all zero when it begins so and equals itself moved by one; memcmp runs without the
-        # interpreter's lock.
+        # All bytes are zero when the first is and each equals the next; memcmp runs without the interpreter's lock.
         address = ctypes.c_void_p(self._address)
         following = ctypes.c_void_p(self._address + 1)
         return self._buffer[0] == 0 and self._compare(address, following, ctypes.c_size_t(length - 1)) == 0
@@ -139,15 +134,15 @@ class DirectReader:
                 count = os.preadv(self._device.fd, [self._view[done:length]], at)
             except OSError as error:
                 name = errno.errorcode.get(error.errno or 0, str(error.errno))
-                raise HostFailure(f"{path} cannot be read at byte {at} ({name}): what it holds is not known") from error
+                raise HostFailure(f"{path} cannot be read at byte {at} ({name}): its content is unknown") from error
             if count == 0 or (done + count < length and count % _ALIGNMENT):
                 size = self._device.device.size_bytes
-                raise HostFailure(f"{path} ends at byte {at + count}, expected {size}: what it holds is not known")
+                raise HostFailure(f"{path} ends at byte {at + count}, expected {size}: its content is unknown")
             done += count
 
 
 def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Deadline) -> int | None:
-    """Return where the first byte that is not zero lies in the places of the cheap check; None when all are zero."""
+    """Return the offset of the first byte that is not zero in the places of the quick probe."""
     for offset, length in probe_places(device.device.size_bytes):
         if deadline.expired():
             raise DeadlineReached(f"reading {device.device.path}")
@@ -158,7 +153,7 @@ def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Dea
 
 
 def wipe_places(device: OpenDevice) -> None:
-    """Write zeroes over every place of the cheap check, past the page cache, and see them on disk."""
+    """Write zeroes over the places of the quick probe, and sync."""
     with mmap.mmap(-1, _PROBE_BUFFER_BYTES) as zeroes, memoryview(zeroes) as view:
         for offset, length in probe_places(device.device.size_bytes):
             done = 0
@@ -175,14 +170,14 @@ def wipe_places(device: OpenDevice) -> None:
 
 
 def progress_step(size_bytes: int) -> int:
-    """Return after how many bytes of a device of this size its reader tells how far it is."""
+    """Return after how many bytes a scan of a device of this size reports progress."""
     return max(_PROGRESS_EVERY_BYTES, -(-size_bytes // _PROGRESS_STEPS))
 
 
 def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> int | None:
-    """Read the whole device; return the offset of the first byte that is not zero, or None when there is none.
+    """Read the whole device; return the offset of the first byte that is not zero.
 
-    `progress(done_bytes, total_bytes)` is called after every twentieth, but at least a GiB, and at the end.
+    Calls `progress(done_bytes, total_bytes)` after each `progress_step` and at the end.
     """
     size = device.device.size_bytes
     reported, step = 0, progress_step(size)

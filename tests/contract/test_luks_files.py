@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import Denied, DriverError, HostFailure, PreconditionFailed
-from csi_driver.host.luks import LuksFiles, claimed
+from csi_driver.host.luks import LuksFiles, locked_header
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
 FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"
@@ -115,7 +115,7 @@ def test_while_a_program_of_a_killed_manager_still_writes_nobody_else_changes_th
     headers = LuksFiles(iterations=1000)
     make(headers, file)
     before = file.read_bytes()
-    with claimed(file) as claim:
+    with locked_header(file) as claim:
         left_over = subprocess.Popen(["sleep", "60"], pass_fds=(claim,))
     try:
         with pytest.raises(PreconditionFailed, match="another program"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host.disk_formats import find_header
+from csi_driver.host.disk_formats import find_luks_header
 from csi_driver.host_model import DamagedHeader, LuksHeader
 from csi_driver.model import MIB
 from tests.contract.host_machine import shell
@@ -38,7 +38,7 @@ def luks_format(file: Path, *options: str, kind: str = "luks2") -> Path:
 
 def found(file: Path) -> LuksHeader | DamagedHeader | None:
     content = file.read_bytes()
-    return find_header(lambda offset, length: content[offset : offset + length], len(content))
+    return find_luks_header(lambda offset, length: content[offset : offset + length], len(content))
 
 
 def damage(file: Path, offset: int, length: int = 1) -> None:

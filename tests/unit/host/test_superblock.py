@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from csi_driver.host import disk_formats, zero_scan
-from csi_driver.host.filesystem import parse_blkid
+from csi_driver.host.disk_formats import parse_blkid
 from csi_driver.model import GIB, MIB
 
 
@@ -26,7 +26,7 @@ def ext_head(
 
 
 def found(head: bytes, fs_type: str) -> disk_formats.Superblock:
-    parsed = disk_formats.parse(head, fs_type)
+    parsed = disk_formats.parse_superblock(head, fs_type)
     assert parsed is not None
     return parsed
 
@@ -66,9 +66,9 @@ def test_a_btrfs_has_its_size() -> None:
 
 def test_an_xfs_that_its_mkfs_did_not_finish_is_none() -> None:
     head = bytearray(b"XFSB" + struct.pack(">IQ", 4096, 1 << 20) + bytes(600))
-    assert disk_formats.parse(bytes(head), "xfs") is not None
+    assert disk_formats.parse_superblock(bytes(head), "xfs") is not None
     head[126] = 1
-    assert disk_formats.parse(bytes(head), "xfs") is None
+    assert disk_formats.parse_superblock(bytes(head), "xfs") is None
 
 
 @pytest.mark.parametrize(("fs_type", "offset"), [("ext4", 1024 + 104), ("xfs", 32), ("btrfs", 65536 + 32)])
@@ -84,12 +84,12 @@ def test_the_uuid_of_a_filesystem_is_read(fs_type: str, offset: int) -> None:
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs", "ntfs", ""])
 @pytest.mark.parametrize("head", [b"", bytes(4096), bytes(disk_formats.HEAD_BYTES)])
 def test_where_no_superblock_is_none_is_found(head: bytes, fs_type: str) -> None:
-    assert disk_formats.parse(head, fs_type) is None
+    assert disk_formats.parse_superblock(head, fs_type) is None
 
 
 def test_a_senseless_block_size_is_no_superblock() -> None:
-    assert disk_formats.parse(ext_head(1000, log_block=40), "ext4") is None
-    assert disk_formats.parse(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
+    assert disk_formats.parse_superblock(ext_head(1000, log_block=40), "ext4") is None
+    assert disk_formats.parse_superblock(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
 
 
 def test_quoted_characters_of_blkid_are_taken_as_they_are() -> None:
