@@ -83,7 +83,7 @@ def _run_local_command(command: Command) -> int:
         case StorageCommand():
             return _storage(command)
         case LocalCommand():
-            from csi_driver.local.local import run_local
+            from csi_driver.local.supervisor import run_local
 
             return run_local(command.settings)
         case DemoCommand():

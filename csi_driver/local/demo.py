@@ -1,239 +1,401 @@
-"""`nvmesh-csi demo`: the life of volumes on this machine, shown step by step, leaving nothing behind.
+"""`nvmesh-csi demo`: create, use, expand and delete volumes on this machine, step by step, and clean up.
 
-Runs the same storage manager, controller and node as `nvmesh-csi local`, in a directory of its own.
+Runs the storage manager, controller and node of `nvmesh-csi local` in a directory of its own and sends them CSI
+requests. findmnt, lsblk and losetup, which know nothing of this driver, show the effect of each.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DriverError, HostFailure, PreconditionFailed
-from csi_driver.local.life import Stage, Undo, block_life, filesystem_life
-from csi_driver.local.places import Places, Role
+from csi_driver.host.processes import ChildProcesses, find_tool, run
 from csi_driver.local.settings import DemoSettings, LocalSettings
-from csi_driver.local.show import Commands, Kernel, Screen
-from csi_driver.local.stack import Processes, Stack, last_line
+from csi_driver.local.supervisor import TOOLS, Paths, Role, Supervisor, last_line, why_impossible
+from csi_driver.model import GIB, MIB, AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed, CsiClient
 
-TOOLS = ("findmnt", "lsblk", "losetup", "blkid", "mkfs.ext4", "e2fsck", "resize2fs")
-"""Without these nothing can be shown. Other filesystems are shown where their mkfs is installed."""
-
-_PACKAGES = {"findmnt": "util-linux", "lsblk": "util-linux", "losetup": "util-linux (on Debian: mount)"}
+_UNDO_S = 60.0
+_TOOL_TIMEOUT_S = 20.0
+_RETRIED = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+_NOTHING_FOUND = (0, 1, 32)
+"""findmnt(8) and lsblk(8) exit with 1 when nothing matched, lsblk with 32 when no device was found."""
+_FINDMNT = ("findmnt", "--output", "TARGET,SOURCE,FSTYPE,SIZE,USED,OPTIONS", "--mountpoint")
+_LSBLK = ("lsblk", "--output", "NAME,MAJ:MIN,SIZE,RO,TYPE")
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came.
+    """SIGINT or SIGTERM came. Like KeyboardInterrupt it is no Exception: gRPC catches those around its callbacks."""
 
-    Like KeyboardInterrupt it is no Exception: gRPC catches those around what it calls, and goes on.
-    """
+
+@dataclass(slots=True)
+class Cleanup:
+    """Requests that undo what was done. Each is idempotent, so it is added before the step that it undoes."""
+
+    clock: Clock = SYSTEM_CLOCK
+    requests: dict[str, Callable[[], None]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def run(self, timeout_s: float = _UNDO_S) -> None:
+        """Send all requests, the last first.
+
+        A request that fails because an interrupted step is still running is retried until the time is up.
+        """
+        deadline = Deadline.after(timeout_s, self.clock)
+        while self.requests:
+            name, request = self.requests.popitem()
+            if (failure := self._retry(request, deadline)) is not None:
+                self.failures.append(f"{name}: {failure}")
+
+    def _retry(self, request: Callable[[], None], deadline: Deadline) -> CallFailed | None:
+        while True:
+            try:
+                request()
+            except CallFailed as error:
+                if error.code not in _RETRIED or deadline.expired():
+                    return error
+                self.clock.sleep(0.2)
+            else:
+                return None
+
+
+@dataclass(slots=True)
+class Screen:
+    """Prints the steps, each line at once."""
+
+    write: Callable[[str], None]
+    monotonic: Callable[[], float] = time.monotonic
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[list[str]]:
+        """Print the name of a step and its duration; text appended to the list becomes part of the line."""
+        words: list[str] = []
+        start = self.monotonic()
+        yield words
+        self.write(f"{self.monotonic() - start:8.3f} s  {name:<26}{' '.join(words)}".rstrip())
+
+    def show(self, argv: Sequence[str], path: Path) -> None:
+        """Print what a tool says about a path, indented."""
+        output = run([*argv, str(path)], timeout_s=_TOOL_TIMEOUT_S, accept=_NOTHING_FOUND).stdout
+        for line in output.decode(errors="replace").splitlines():
+            self.write(f"{'':12}| {line}")
+
+
+@dataclass(slots=True)
+class Session:
+    """What all volumes of a demo share. Staging and target paths lie in `directory`."""
+
+    controller: CsiClient
+    node: CsiClient
+    directory: Path
+    settings: DemoSettings
+    screen: Screen
+    cleanup: Cleanup
+
+
+@dataclass(slots=True)
+class Volume:
+    """One volume. Every request is printed as a step."""
+
+    on: Session
+    label: str
+    capability: Capability
+    id: str = ""
+    publish_context: Mapping[str, str] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        return self.on.directory / f"{self.label}-{name}"
+
+    def create(self) -> None:
+        """Create the volume and attach it."""
+        on, here = self.on, self.on.node.node_info()
+        with on.screen.step("CreateVolume") as words:
+            created = on.controller.create_volume(
+                f"demo-{self.label}",
+                required_bytes=on.settings.volume_bytes,
+                capabilities=[self.capability],
+                requisite=[here.topology] if here.topology else [],
+            )
+            self.id = created.volume_id
+            words += [size(created.capacity_bytes), f"as {self.id}"]
+        on.cleanup.requests["DeleteVolume"] = partial(on.controller.delete_volume, self.id)
+        on.cleanup.requests["ControllerUnpublishVolume"] = partial(on.controller.detach, self.id, here.node_id)
+        with on.screen.step("ControllerPublishVolume") as words:
+            self.publish_context = on.controller.attach(
+                self.id, here.node_id, self.capability, volume_context=created.context
+            )
+            words.append(f"on node {here.node_id}")
+        on.screen.show(_LSBLK, on.directory / "dev" / self.id.split(":")[1])
+
+    def stage(self) -> None:
+        on, staging = self.on, self.path("staging")
+        staging.mkdir(exist_ok=True)
+        on.cleanup.requests["NodeUnstageVolume"] = partial(on.node.unstage, self.id, staging)
+        with on.screen.step("NodeStageVolume"):
+            on.node.stage(self.id, staging, self.capability, publish_context=self.publish_context)
+        on.screen.show(_FINDMNT, staging)
+
+    def publish(self, name: str, *, read_only: bool = False) -> Path:
+        on, target = self.on, self.path(name)
+        on.cleanup.requests[f"NodeUnpublishVolume {target.name}"] = partial(on.node.unpublish, self.id, target)
+        with on.screen.step("NodePublishVolume") as words:
+            on.node.publish(
+                self.id, self.path("staging"), target, self.capability, read_only=read_only,
+                publish_context=self.publish_context,
+            )  # fmt: skip
+            words.append(f"at {target.name}{', read-only' if read_only else ''}")
+        on.screen.show(_FINDMNT, target)
+        return target
+
+    def expand(self, target: Path) -> bool:
+        """Expand the volume and what is on it; False when the filesystem grows at the next NodeStageVolume only."""
+        on, required_bytes = self.on, self.on.settings.expanded_bytes
+        with on.screen.step("ControllerExpandVolume") as words:
+            capacity_bytes, needs_node = on.controller.expand_volume(
+                self.id, required_bytes, capability=self.capability
+            )
+            words.append(f"to {size(capacity_bytes)}")
+        if needs_node:
+            with on.screen.step("NodeExpandVolume") as words:
+                try:
+                    on.node.expand_on_node(self.id, target, required_bytes=required_bytes, staging=self.path("staging"))
+                except CallFailed as error:
+                    if error.code != "FAILED_PRECONDITION":
+                        raise
+                    words.append(f"{error.code}: {error.message}")
+                    return False
+                words.append("while in use")
+            on.screen.show(*((_FINDMNT, target) if target.is_dir() else (_LSBLK, target)))
+        return True
+
+    def show_stats(self, target: Path) -> None:
+        with self.on.screen.step("NodeGetVolumeStats") as words:
+            usage = self.on.node.stats(self.id, target)
+            if "BYTES" in usage:
+                words.append(f"{size(usage['BYTES'].used)} used of {size(usage['BYTES'].total)}")
+            if "INODES" in usage:
+                words.append(f"and {usage['INODES'].used} inodes of {usage['INODES'].total}")
+
+    def undo(self, *steps: str) -> None:
+        """Send the requests that undo earlier steps."""
+        for step in steps:
+            with self.on.screen.step(step):
+                self.on.cleanup.requests[step]()
+            del self.on.cleanup.requests[step]
+
+
+def show_life(on: Session, fs_type: str) -> None:
+    """Show a volume from its creation to its deletion, its data checked after every change; no `fs_type`: raw block."""
+    label = fs_type or "block"
+    access = MountAccess(fs_type) if fs_type else BlockAccess()
+    volume = Volume(on, label, Capability(access, AccessMode.SINGLE_NODE_WRITER))
+    on.screen.write(f"\n== {f'a filesystem volume: {fs_type}' if fs_type else 'a raw block volume'}")
+    volume.create()
+    volume.stage()
+    target = volume.publish("target")
+    data = target / "data" if fs_type else target
+    digest = _write(on, data)
+    if not volume.expand(target) and fs_type:
+        on.screen.write(f"{'':12}  the next NodeStageVolume grows it before it is mounted:")
+        volume.undo(f"NodeUnpublishVolume {target.name}", "NodeUnstageVolume")
+        volume.stage()
+        volume.publish("target")
+    _check(on, data, digest)
+    reader = volume.publish("reader", read_only=True)
+    read_only = reader / "data" if fs_type else reader
+    _check(on, read_only, digest)
+    _require_refusal(on, read_only)
+    volume.show_stats(target)
+    volume.undo(f"NodeUnpublishVolume {reader.name}", f"NodeUnpublishVolume {target.name}")
+    volume.undo("NodeUnstageVolume", "ControllerUnpublishVolume", "DeleteVolume")
+
+
+def _write(on: Session, path: Path) -> str:
+    data = os.urandom(on.settings.write_bytes)
+    flags = os.O_WRONLY | (0 if path.is_block_device() else os.O_CREAT)
+    with on.screen.step("write") as words, os.fdopen(os.open(path, flags, 0o644), "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        words.append(f"{size(len(data))} to {path.relative_to(on.directory)}")
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check(on: Session, path: Path, digest: str) -> None:
+    with on.screen.step("read back") as words, path.open("rb") as stream:
+        found = hashlib.sha256(stream.read(on.settings.write_bytes)).hexdigest()
+        if found != digest:
+            raise HostFailure(f"{path}: expected the data that was written, sha256 {digest}, got {found}")
+        words.append(f"{path.relative_to(on.directory)}: the same data")
+
+
+def _require_refusal(on: Session, path: Path) -> None:
+    with on.screen.step("write, read-only") as words:
+        try:
+            with path.open("r+b", buffering=0) as stream:
+                stream.write(b"x")
+                os.fsync(stream.fileno())
+        except OSError as error:
+            words.append(f"refused: {errno.errorcode.get(error.errno or 0, str(error.errno))}")
+        else:
+            raise HostFailure(f"{path}: expected a read-only volume to refuse the write, but it was accepted")
+
+
+# --- the whole run ----------------------------------------------------------------------------------------------
 
 
 def run_demo(settings: DemoSettings) -> int:
-    """Run the demo; returns the exit status: 0 when every step worked and nothing is left."""
-    from csi_driver.host import processes
-    from csi_driver.host.machine_checks import MachineTools
-    from csi_driver.host.processes import ChildProcesses
+    """Run the demo; return the exit status: 0 when every step worked and nothing is left, 130 when interrupted."""
+    start = time.monotonic()
+    screen = Screen(lambda line: print(line, flush=True))
+    try:
+        if problem := why_impossible(("findmnt", "lsblk", "losetup", *TOOLS)):
+            raise PreconditionFailed(problem)
+        directory, is_new = prepare_directory(settings.directory)
+    except DriverError as error:
+        print(f"nvmesh-csi demo: {error}", file=sys.stderr, flush=True)
+        return 1
+    with interruptible() as ignore:
+        status, pids = _run(settings, directory, screen, ignore)
+        left = _sweep(directory, is_new, pids)
+    for each in left:
+        screen.write(f"left behind: {each}")
+    if left:
+        return 1
+    screen.write(f"\nclean: no mount, loop device, process or file is left ({time.monotonic() - start:.1f} s in all)")
+    return status
 
-    def write(line: str) -> None:
-        print(line, flush=True)
 
-    return Demo(settings, ChildProcesses(), processes, write=write, problems=MachineTools(()).problems).run()
+def prepare_directory(configured: Path | None) -> tuple[Path, bool]:
+    """Return the directory to work in, and whether it is new. Raises `PreconditionFailed` when it is not empty."""
+    if configured is None:
+        return Path(tempfile.mkdtemp(prefix="nvmesh-csi-demo-", dir="/tmp")), True
+    directory = Paths(configured).directory
+    try:
+        is_new = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise PreconditionFailed(f"--directory {directory} is not empty; the demo removes all files in it")
+    except OSError as error:
+        raise PreconditionFailed(f"--directory {directory} cannot be used: {error.strerror}") from error
+    return directory, is_new
 
 
-class Demo:
-    """One demo. `write` prints a line."""
+def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callable[[], None]) -> tuple[int, set[int]]:
+    """Start the roles, show the volumes, clean up; return the exit status and the process ids of the roles.
 
-    def __init__(
-        self,
-        settings: DemoSettings,
-        processes: Processes,
-        commands: Commands,
-        *,
-        write: Callable[[str], None],
-        problems: Callable[[], Sequence[str]],
-        effective_uid: Callable[[], int] = os.geteuid,
-    ) -> None:
-        self._settings = settings
-        self._processes = processes
-        self._commands = commands
-        self._screen = Screen(write)
-        self._kernel = Kernel(commands)
-        self._problems = problems
-        self._effective_uid = effective_uid
-        self._pids: set[int] = set()
-
-    def run(self) -> int:
-        """Run it; returns the exit status."""
-        problem = missing(self._commands, TOOLS, self._effective_uid(), self._problems)
-        if problem is not None:
-            print(f"nvmesh-csi demo: {problem}", file=sys.stderr, flush=True)
-            return 1
-        start = time.monotonic()
+    `ignore`: ignores further signals.
+    """
+    local = LocalSettings(
+        directory=directory,
+        size_bytes=settings.size_bytes,
+        overcommit=True,
+        start_timeout_s=settings.start_timeout_s,
+        program=settings.program,
+    )
+    status, cleanup = 0, Cleanup()
+    with closing(Supervisor(local, ChildProcesses(), screen.write)) as supervisor:
         try:
-            directory, made = self._prepare()
-        except DriverError as error:
-            print(f"nvmesh-csi demo: {error}", file=sys.stderr, flush=True)
-            return 1
-        with interruptible() as ignore:
-            status = self._live(directory, ignore)
-            left = self._sweep(directory, made)
-        for each in left:
-            self._screen.say(f"left behind: {each}")
-        if left:
-            return 1
-        self._screen.say(
-            f"\nclean: no mount, loop device, process or file is left ({time.monotonic() - start:.1f} s in all)"
-        )
-        return status
+            screen.write(f"\n== storage manager, controller and node in {directory}")
+            with screen.step("start") as words:
+                supervisor.start()
+                words.append(", ".join(f"{role} is process {supervisor.pid(role)}" for role in Role))
+            limit_s = settings.step_timeout_s
+            controller, node = (CsiClient(path, timeout_s=limit_s) for path in supervisor.paths.sockets.values())
+            with controller, node:
+                try:
+                    _show_all(Session(controller, node, directory, settings, screen, cleanup))
+                finally:
+                    ignore()
+                    cleanup.run()
+        except Interrupted:
+            screen.write("\ninterrupted: cleaned up")
+            status = 130
+        except (DriverError, CallFailed, OSError) as error:
+            screen.write(f"\nnvmesh-csi demo: {error}")
+            for role, log in supervisor.paths.logs.items():
+                screen.write(f"  {role}: {last_line(log)}")
+            status = 1
+        ignore()
+        pids = {pid for pid in map(supervisor.pid, Role) if pid is not None}
+    for failure in cleanup.failures:
+        screen.write(f"could not undo {failure}")
+    return status, pids
 
-    def _prepare(self) -> tuple[Path, bool]:
-        """Return the directory, and whether it was made here."""
-        wanted = self._settings.directory
-        if wanted is None:
-            return Path(tempfile.mkdtemp(prefix="nvmesh-csi-demo-", dir="/tmp")), True
-        directory = Path(os.path.normpath(wanted.absolute()))
-        Places.below(directory)
-        try:
-            existed = directory.exists()
-            directory.mkdir(parents=True, exist_ok=True)
-            if any(directory.iterdir()):
-                raise PreconditionFailed(f"--directory {directory} is not empty; the demo removes what it works in")
-        except OSError as error:
-            raise PreconditionFailed(f"--directory {directory} cannot be used: {error.strerror}") from error
-        return directory, not existed
 
-    def _live(self, directory: Path, ignore: Callable[[], None]) -> int:
-        local = LocalSettings(
-            directory=directory,
-            size_bytes=self._settings.size_bytes,
-            overcommit=True,
-            start_timeout_s=self._settings.start_timeout_s,
-            program=self._settings.program,
-        )
-        undo = Undo()
-        problems: list[str] = []
-        status = 0
-        with Stack(local, self._processes, report=self._screen.say) as stack:
-            try:
-                self._start(stack)
-                with (
-                    CsiClient(stack.places.controller_socket, timeout_s=self._settings.step_timeout_s) as controller,
-                    CsiClient(stack.places.node_socket, timeout_s=self._settings.step_timeout_s) as node,
-                ):
-                    try:
-                        self._show(stack.places, controller, node, undo)
-                    finally:
-                        ignore()
-                        if len(undo):
-                            self._screen.title("taking back what was begun")
-                        problems = undo.run()
-            except Interrupted:
-                self._screen.say("\ninterrupted: cleaned up")
-                status = 130
-            except (DriverError, CallFailed, OSError) as error:
-                self._screen.say(f"\nnvmesh-csi demo: {error}")
-                self._say_logs(stack)
-                status = 1
-            ignore()
-            self._pids |= {pid for pid in map(stack.pid, Role) if pid is not None}
-        for problem in problems:
-            self._screen.say(f"could not take back {problem}")
-        return status
+def _show_all(on: Session) -> None:
+    defaults = ("ext4", "xfs") if find_tool("mkfs.xfs") is not None else ("ext4",)
+    for fs_type in (*(on.settings.fs_types or defaults), ""):
+        show_life(on, fs_type)
 
-    def _start(self, stack: Stack) -> None:
-        self._screen.title(f"storage manager, controller and node in {stack.places.directory}")
-        with self._screen.step("start") as words:
-            stack.start()
-            words += [f"{role} is process {stack.pid(role)}," for role in Role]
-            words[-1] = words[-1].rstrip(",")
 
-    def _show(self, places: Places, controller: CsiClient, node: CsiClient, undo: Undo) -> None:
-        info = node.node_info()
-        stage = Stage(
-            controller=controller,
-            node=node,
-            node_id=info.node_id,
-            topology=dict(info.topology),
-            screen=self._screen,
-            kernel=self._kernel,
-            directory=places.directory,
-            settings=self._settings,
-            undo=undo,
-        )
-        for fs_type in self._fs_types():
-            filesystem_life(stage, fs_type)
-        block_life(stage)
-
-    def _fs_types(self) -> tuple[str, ...]:
-        if self._settings.fs_types:
-            return self._settings.fs_types
-        return ("ext4", "xfs") if self._commands.find_tool("mkfs.xfs") else ("ext4",)
-
-    def _say_logs(self, stack: Stack) -> None:
-        for role in Role:
-            self._screen.say(f"  {role}: {last_line(stack.places.log(role))}")
-
-    def _sweep(self, directory: Path, made: bool) -> list[str]:
-        """Remove the directory when the kernel holds nothing of it; returns what is left, a sentence each."""
-        left = [f"process {pid}" for pid in sorted(self._pids) if is_running(pid)]
-        try:
-            left += [f"mount {path}" for path in self._kernel.mounts_below(directory)]
-            left += [f"loop device {name}" for name in self._kernel.loop_devices_over(directory)]
-        except HostFailure as error:
-            left.append(f"perhaps something in {directory}: {error}")
-        if left:
-            return [*left, f"directory {directory}"]
-        try:
+def _sweep(directory: Path, is_new: bool, pids: Iterable[int]) -> list[str]:
+    """Remove the files when the kernel uses none of them; return what is left, a sentence each."""
+    left = [f"process {pid}" for pid in sorted(pids) if _is_running(pid)]
+    try:
+        left += [f"mount {path}" for path in mounts_below(directory)]
+        left += [f"loop device {device}" for device in loops_below(directory)]
+        if not left:
             for child in directory.iterdir():
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-            if made:
+            if is_new:
                 directory.rmdir()
-        except OSError as error:
-            return [f"directory {directory}: {error}"]
-        return []
+            return []
+    except (DriverError, OSError) as error:
+        left.append(str(error))
+    return [*left, f"directory {directory}"]
 
 
-def missing(
-    commands: Commands, tools: tuple[str, ...], effective_uid: int, problems: Callable[[], Sequence[str]]
-) -> str | None:
-    """Return what keeps this from running, one line that says what to do; None when nothing does.
-
-    `problems` are the machine's own, which only root can judge.
-    """
-    if effective_uid != 0:
-        return "it mounts filesystems and attaches loop devices, which takes root: run it as root, e.g. with sudo"
-    absent = [tool for tool in tools if commands.find_tool(tool) is None]
-    if not absent:
-        return "; ".join(problems()) or None
-    packages = sorted({_PACKAGES.get(tool) or commands.package_of(tool) or tool for tool in absent})
-    return f"{', '.join(absent)} not found: install {', '.join(packages)}"
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process with this id exists."""
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
+
+
+def mounts_below(directory: Path) -> list[str]:
+    """Return the mount points below a directory, the directory included."""
+    rows = _rows("filesystems", "findmnt", "--json", "--list", "--output", "TARGET")
+    return [row["target"] for row in rows if Path(row["target"]).is_relative_to(directory)]
+
+
+def loops_below(directory: Path) -> list[str]:
+    """Return the loop devices over files, present or deleted, below a directory."""
+    rows = _rows("loopdevices", "losetup", "--json", "--list", "--output", "NAME,BACK-FILE")
+    return [row["name"] for row in rows if Path(row["back-file"] or "").is_relative_to(directory)]
+
+
+def _rows(table: str, *argv: str) -> list[dict[str, str]]:
+    output = run(argv, timeout_s=_TOOL_TIMEOUT_S, accept=_NOTHING_FOUND).stdout
+    return list(json.loads(output)[table]) if output.strip() else []
+
+
+def size(size_bytes: int) -> str:
+    """Write a size for people, in binary units."""
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Make SIGINT and SIGTERM raise `Interrupted`, until the function given is called: then they are ignored.
 
-    What was set before comes back at the end. Only in the main thread.
+    The earlier handlers are restored at the end. Only in the main thread.
     """
     signals = (signal.SIGINT, signal.SIGTERM)
 

@@ -54,7 +54,7 @@ def test_a_role_that_keeps_dying_ends_the_run_with_a_message(tmp_path_factory: p
         os.kill(rig.pid("node"), signal.SIGKILL)
         assert rig.process is not None
         assert rig.process.wait(60) == 1
-        assert "node died 1 times" in rig.log.read_text()
+        assert "node exited 1 times" in rig.log.read_text()
         assert processes_of(rig.directory) == []
 
 
