@@ -289,7 +289,7 @@ def prepare_directory(configured: Path | None) -> tuple[Path, bool]:
     try:
         is_new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
+        if os.listdir(directory):
             raise PreconditionFailed(f"--directory {directory} is not empty; the demo removes all files in it")
     except OSError as error:
         raise PreconditionFailed(f"--directory {directory} cannot be used: {error.strerror}") from error
