@@ -1,7 +1,5 @@
 """What the driver writes into a volume's metadata, and reads back: the only memory that controllers share.
 
-_log = logging.getLogger(__name__)
-
 Keys at the top are those that earlier drivers of this name wrote (`csi_name`, `fsType`, `volumeMode`, `zone`, and the
 parameters with dots made dashes); what is new lies under one key of its own. Writing replaces the
 whole metadata, so that nothing of what stands there is ever left out.
@@ -15,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from csi_driver.capacity import stripes_of
+from csi_driver.compat import volumes as compat
 from csi_driver.errors import PreconditionFailed
 from csi_driver.model import AccessMode, CapacityRange
 from csi_driver.publish_context import Encryption, PublishContext
@@ -24,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
-_NAMESPACE_KEY = "csi-storage-k8s-io/pvc/namespace"
 _FORMAT = 1
 _MODES = {mode.value: mode for mode in AccessMode}
 _MOST_CLIENTS = 1024
@@ -96,7 +94,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         fs_type=_text(metadata, "fsType"),
         is_block=mode.lower() == "block" if mode else None,
         zone=_text(metadata, "zone"),
-        reference=_text(own, "reference") if is_ours else _text(metadata, _NAMESPACE_KEY),
+        reference=_text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         is_ours=is_ours,
         capacity=_recorded_capacity(own) if is_ours else None,
@@ -242,13 +240,12 @@ def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) 
     """
     if volume.is_encrypted:
         return Encryption.NATIVE
-    parameters = creation.parameters if creation.is_ours else {**given, **creation.parameters}
-    word = parameters.get("encryption", "").strip().lower()
-    if word == "luks" or (word == "dmcrypt" and (not creation.is_ours or _has_old_key(parameters))):
-        # The keys beside the word were optional in the 1.4 driver, and its volumes can be no other kind.
+    if not creation.is_ours:
+        return compat.encryption_of({**given, **creation.parameters})
+    word = creation.parameters.get("encryption", "").strip().lower()
+    if word == "luks" or compat.is_node_encryption(creation.parameters):
         return Encryption.LUKS
-    if not word or (not creation.is_ours and word != "native"):
-        # Earlier drivers made plain volumes of every other word.
+    if not word:
         return Encryption.NONE
     return Encryption.UNKNOWN
 
@@ -286,7 +283,3 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
         stripe_unit_bytes=unit_bytes,
         stripe_bytes=stripe_bytes,
     )
-
-
-def _has_old_key(parameters: Mapping[str, str]) -> bool:
-    return any(key.startswith("dmcrypt/") for key in parameters)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from csi_driver.compat.volumes import passphrase_readings
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
 from csi_driver.host_model import (
@@ -27,7 +28,7 @@ from csi_driver.node.format_policy import Evidence, Format, FormatAgain, FormatO
 from csi_driver.node.mount_owner import NodeVolume, is_cut_off
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
 from csi_driver.node.usage_records import LUKS, UsageRecord, UsageRecords
-from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in, spellings
+from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY, EncryptionPlan, passphrase_in
 from csi_driver.parameters.mount_options import FilesystemRequest
 from csi_driver.publish_context import Encryption as By
 from csi_driver.publish_context import History, PublishContext
@@ -385,7 +386,7 @@ class EncryptedVolumes:
     def _resize(self, volume: NodeVolume, mapping: LuksMapping, secrets: Mapping[str, str]) -> None:
         passphrase = passphrase_in(secrets)
         given = (passphrase, secrets.get(PREVIOUS_KEY))
-        told: list[str | None] = [each for text in given if text is not None for each in spellings(text)]
+        told: list[str | None] = [each for text in given if text is not None for each in passphrase_readings(text)]
         for each in told or [None]:
             try:
                 self._encryption.resize(mapping, each)

@@ -1,8 +1,6 @@
 """The `encryption` and `dmcrypt` keys of a StorageClass, and the passphrase in its Secret.
 
-Two drivers of this name used one word, `encryption: dmcrypt`, for two things: 1.4 made a LUKS header on the node, and
-its StorageClasses say `dmcrypt/type` and `dmcrypt/cipher` beside it; 1.9 asks the storage to encrypt by itself. The
-keys beside the word tell the two apart; `native` and `luks` say it without them.
+What `encryption: dmcrypt` means is in `csi_driver.compat.volumes`.
 
 No value of a Secret is kept in a message.
 """
@@ -13,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from csi_driver.compat import volumes as compat
 from csi_driver.errors import InvalidRequest, MissingField, PreconditionFailed
 from csi_driver.host_model import LuksSettings
 from csi_driver.model import MIB, AccessMode, Capability
@@ -21,26 +20,25 @@ from csi_driver.parameters.values import InvalidParameter
 from csi_driver.publish_context import Encryption, PublishContext
 from csi_driver.storage_model import LUKS_HEADER_BYTES, Vpg
 
-ENCRYPTION, TYPE, OLD_CIPHER = "encryption", "dmcrypt/type", "dmcrypt/cipher"
+ENCRYPTION = "encryption"
 CIPHER, KEY_SIZE, DISCARDS = "encryption/cipher", "encryption/keySize", "encryption/allowDiscards"
 PBKDF, MEMORY, ITERATIONS = "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"
 _HEADER_SIZE, _SLOT, _SLOTS = "encryption/headerSize", "encryption/slot", "encryption/numberOfSlots"
-PASSPHRASE_KEYS = ("passphrase", "dmcryptKey")
-"""Keys of the Secret that may hold the passphrase: the 1.9 driver's and the 1.4 driver's."""
+PASSPHRASE_KEYS = ("passphrase", compat.DMCRYPT_KEY)
+"""Keys of the Secret that may hold the passphrase."""
 PREVIOUS_KEY = "previousPassphrase"
 
 _DOTTED = "encryption."
-_OLD_KEYS = {TYPE, OLD_CIPHER}
 _NATIVE_KEYS = {_HEADER_SIZE, _SLOT, _SLOTS}
 _LUKS_KEYS = {CIPHER, PBKDF, MEMORY, ITERATIONS}
-NODE_KEYS = tuple(sorted({ENCRYPTION, KEY_SIZE, DISCARDS} | _OLD_KEYS | _LUKS_KEYS))
+NODE_KEYS = tuple(sorted({ENCRYPTION, KEY_SIZE, DISCARDS} | compat.LUKS_KEYS | _LUKS_KEYS))
 """Keys that the node needs to make or open a LUKS header."""
 ENCRYPTION_KEYS = {*NODE_KEYS, *_NATIVE_KEYS}
 
 _WORDS: Mapping[str, Encryption] = {
     "native": Encryption.NATIVE,
     "luks": Encryption.LUKS,
-    "dmcrypt": Encryption.NATIVE,
+    compat.DMCRYPT: Encryption.NATIVE,
 }
 _CIPHER = re.compile(r"[a-z0-9][a-z0-9:()_,-]{0,63}")
 _TYPES = {name: name for name in ("luks", "luks1", "luks2")}
@@ -119,16 +117,15 @@ def encryption(own: Mapping[str, str]) -> EncryptionRequest:
 
 
 def encrypting(own: Mapping[str, str]) -> Encryption:
-    """Return who encrypts, by the word under `encryption` and the 1.4 driver's keys beside it."""
+    """Return who encrypts."""
     by = read.chosen(own, ENCRYPTION, _WORDS)
     if by is None:
         return Encryption.NONE
-    is_old = own[ENCRYPTION].strip().lower() == "dmcrypt" and _OLD_KEYS & own.keys()
-    return Encryption.LUKS if is_old else by
+    return Encryption.LUKS if compat.is_node_encryption(own) else by
 
 
 def _native(own: Mapping[str, str]) -> EncryptionRequest:
-    read.refuse_keys(own, _OLD_KEYS | _LUKS_KEYS, "the storage makes the header; use encryption: luks with it")
+    read.refuse_keys(own, compat.LUKS_KEYS | _LUKS_KEYS, "the storage makes the header; use encryption: luks with it")
     header = read.number(own, _HEADER_SIZE, 1, 100)
     if "vpg" in own and header not in (None, LUKS_HEADER_BYTES // MIB):
         raise InvalidParameter(_HEADER_SIZE, header, "16, as a volume provisioning group makes the volume")
@@ -165,7 +162,7 @@ def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, st
 class EncryptionPlan:
     """How a node opens a volume, and who encrypts it: NATIVE or LUKS.
 
-    `spelled`: other readings of the passphrase that the header may have been made with (see `spellings`).
+    `spelled`: other readings of the passphrase that the header may have been made with .
     `previous`: passphrases that the present one replaces.
     """
 
@@ -197,9 +194,9 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
     passphrase = passphrase_in(secrets)
     if passphrase is None:
         raise MissingField(f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}), which opens the volume,")
-    first, *others = spellings(passphrase)
+    first, *others = compat.passphrase_readings(passphrase)
     previous = secrets.get(PREVIOUS_KEY, "")
-    replaced = spellings(previous) if previous not in ("", passphrase) else ()
+    replaced = compat.passphrase_readings(previous) if previous not in ("", passphrase) else ()
     return EncryptionPlan(by, first, tuple(others), replaced, settings, discards)
 
 
@@ -215,7 +212,7 @@ def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSetti
 
 def _luks_settings(own: Mapping[str, str]) -> LuksSettings:
     """Read how a node makes a LUKS header; cryptsetup itself judges ciphers."""
-    read.chosen(own, TYPE, _TYPES)
+    read.chosen(own, compat.LUKS_TYPE_KEY, _TYPES)
     pbkdf = read.chosen(own, PBKDF, _PBKDFS) or ""
     memory = read.number(own, MEMORY, 32, 4 << 20)
     if pbkdf == "pbkdf2" and memory is not None:
@@ -233,11 +230,12 @@ def _luks_settings(own: Mapping[str, str]) -> LuksSettings:
 def _cipher(own: Mapping[str, str]) -> str:
     given = [
         value
-        for key in (CIPHER, OLD_CIPHER)
+        for key in (CIPHER, compat.CIPHER_KEY)
         if (value := read.text(own, key, _CIPHER, "a cipher as cryptsetup spells it, such as aes-xts-plain64"))
     ]
     if len(set(given)) > 1:
-        raise InvalidParameter(OLD_CIPHER, own[OLD_CIPHER], f"the value of {CIPHER}, or only one of the two keys")
+        expected = f"the value of {CIPHER}, or only one of the two keys"
+        raise InvalidParameter(compat.CIPHER_KEY, own[compat.CIPHER_KEY], expected)
     return given[0] if given else ""
 
 
@@ -282,16 +280,3 @@ def required_passphrase(secrets: Mapping[str, str]) -> str:
 def _check_length(name: str, passphrase: str) -> None:
     if not _SHORTEST <= len(passphrase) <= _LONGEST:
         raise InvalidRequest(f"{name}: expected {_SHORTEST} to {_LONGEST} characters, got {len(passphrase)}")
-
-
-def spellings(text: str) -> tuple[str, ...]:
-    """Return the passphrases that a Secret's value may mean, best first.
-
-    The 1.4 driver let cryptsetup read the value as if typed, up to the first line feed (cryptsetup(8), "Notes on
-    passphrase processing"); headers made through the management use every byte. A line feed at the very end is
-    never part of the passphrase.
-    """
-    line, feed, rest = text.partition("\n")
-    if not feed or not line:
-        return (text,)
-    return (text, line) if rest else (line, text)
