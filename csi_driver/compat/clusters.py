@@ -8,10 +8,9 @@ The older drivers never verified a certificate and had an account built in. The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from csi_driver.errors import shown
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.yaml_document import Entry, Findings, InvalidDocument, Reader, Source, decode_mapping
 
@@ -41,11 +40,14 @@ _SAME_KEYS = (
 """Keys of a zone of the clusters file (and `password`), which the older forms accept as well."""
 _MANAGEMENT_KEYS = ("username", "ws_port", *_SAME_KEYS)
 _TOPOLOGY_KEYS = ("type", "topologyKey", "zoneSelectionPolicy", "zones")
-_CONTROLLER_KEYS = ("attachIOEnabledTimeout", "detachTimeout", "forceDetach", "usePreempt", "logLevel")
+_CONTROLLER_FLAGS = {
+    "attachIOEnabledTimeout": "--attach-io-enabled-timeout", "detachTimeout": "--detach-timeout",
+    "forceDetach": "--force-detach", "logLevel": "--log-level", "usePreempt": "--fencing",
+}  # fmt: skip
 API_PARAMS_KEYS = ("managementServers", "managementProtocol", "username", *_SAME_KEYS)
 CONFIG_MAP_KEYS = (
     "management.servers", "management.protocol", "topology", "sdkHttpRequestTimeout", "tlsVerify",
-    "allowIncompatibleVersions", "apiParams", *_CONTROLLER_KEYS, *_WITHOUT_EFFECT,
+    "allowIncompatibleVersions", "apiParams", *_CONTROLLER_FLAGS, *_WITHOUT_EFFECT,
     *(key for key in _SAME_KEYS if key not in ("servers", "protocol")), "username",
 )  # fmt: skip
 _LOG_LEVELS = {
@@ -55,22 +57,14 @@ _LOG_LEVELS = {
 
 
 @dataclass(frozen=True, slots=True)
-class OldSettings:
-    """Settings of the controller in a ConfigMap; None = absent."""
-
-    attach_wait_s: float | None = None
-    detach_wait_s: float | None = None
-    force_detach: bool | None = None
-    use_preempt: bool | None = None
-    log_level: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Translation:
-    """A configuration in the form of the clusters file; a zone may hold a `password` besides."""
+    """A configuration in the form of the clusters file; a zone may hold a `password` besides.
+
+    `flags`: settings of the controller, as `ClustersFile` has them.
+    """
 
     document: Entry
-    settings: OldSettings = field(default_factory=OldSettings)
+    flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def is_old(document: Entry) -> bool:
@@ -104,17 +98,17 @@ def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findin
     }
     findings.unknown_keys(what, values, CONFIG_MAP_KEYS)
     _warn_without_effect(what, values, findings)
-    settings = _controller_settings(Reader(what, values, findings))
+    flags = dict(_controller_flags(Reader(what, values, findings)))
     shared = {key: value for key, value in values.items() if key in _SAME_KEYS or key in _RENAMED}
     if (topology := _mapping(values, "topology", findings)) is not None:
         shared = {key: value for key, value in shared.items() if not key.startswith("management.")}
-        return Translation(_topology(topology, shared, given, findings), settings)
+        return Translation(_topology(topology, shared, given, findings), flags)
     if (params := _mapping(values, "apiParams", findings)) is not None:
         findings.unknown_keys("apiParams", params, API_PARAMS_KEYS)
         shared |= params
     elif "management.servers" not in values:
         findings.problems.append("management.servers: expected HOST:PORT of each management server, got none")
-    return Translation({"zones": {zone: _zone(zone, shared, given, findings)}}, settings)
+    return Translation({"zones": {zone: _zone(zone, shared, given, findings)}}, flags)
 
 
 def _topology(document: Entry, shared: Entry, given: frozenset[str], findings: Findings) -> Entry:
@@ -169,25 +163,21 @@ def _has_https(zone: Entry) -> bool:
     return any(word.startswith("https:") if "://" in word else not is_plain for word in map(str, words))
 
 
-def _controller_settings(reader: Reader) -> OldSettings:
-    level = reader.text("logLevel").upper()
-    if level and level not in _LOG_LEVELS:
-        reader.findings.problems.append(
-            f"{reader.what}: logLevel: expected DEBUG, INFO, WARNING or ERROR, got {shown(level)}"
-        )
-    use_preempt = reader.boolean("usePreempt")
-    if use_preempt:
+def _controller_flags(reader: Reader) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield each flag that the configuration sets, with its key and its text there."""
+    for key, flag in _CONTROLLER_FLAGS.items():
+        value = reader.entry.get(key)
+        if key == "logLevel" and isinstance(value, str):
+            value = _LOG_LEVELS.get(value.upper(), value)
+        if key == "usePreempt":
+            value = "always" if reader.boolean(key) else None
+        if value is not None:
+            yield flag, (key, str(value))
+    if reader.boolean("usePreempt"):
         reader.findings.warnings.append(
             f"{reader.what}: usePreempt takes volumes from nodes that use them (--fencing always); the older driver"
             " ignored it: remove it if this is not intended"
         )
-    return OldSettings(
-        attach_wait_s=reader.number("attachIOEnabledTimeout"),
-        detach_wait_s=reader.number("detachTimeout"),
-        force_detach=reader.boolean("forceDetach"),
-        use_preempt=use_preempt,
-        log_level=_LOG_LEVELS.get(level),
-    )
 
 
 def _warn_without_effect(what: str, entry: Entry, findings: Findings) -> None:

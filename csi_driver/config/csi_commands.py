@@ -27,7 +27,7 @@ from csi_driver.flags import (
     required,
     section,
 )
-from csi_driver.management.clusters import ClusterDefaults, ClustersFile, parse_clusters
+from csi_driver.management.clusters import ClusterDefaults, parse_clusters
 from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
 from csi_driver.settings import (
     ATTACH_BY,
@@ -84,24 +84,17 @@ class ManagementAccess:
         """Return the settings of a zone for what the file leaves out."""
         return ClusterDefaults(self.management, self.zone, tls_is_decided=self.tls_verify is not None)
 
-    def read_file(self, values: Values) -> ClustersFile | None:
-        """Read the clusters file and add its settings to `values`; None where there is none or it is invalid."""
+    def read_file(self, values: Values) -> None:
+        """Add the flags of the clusters file to `values`, and the problems of the file."""
         if self.clusters_file is None:
-            return None
+            return
         try:
             found = parse_clusters(read_source(self.clusters_file), self.defaults)
         except InvalidDocument as invalid:
             values.problems.extend(f"{self.clusters_file}: {problem}" for problem in invalid.problems)
-            return None
-        old = found.old
-        for name, key, value in (
-            ("--attach-io-enabled-timeout", "attachIOEnabledTimeout", old.attach_wait_s),
-            ("--detach-timeout", "detachTimeout", old.detach_wait_s),
-            ("--force-detach", "forceDetach", old.force_detach),
-            ("--fencing", "usePreempt", "always" if old.use_preempt else None),
-        ):
-            values.add(name, key, None if value is None else str(value))
-        return found
+            return
+        for name, (key, text) in found.flags.items():
+            values.add(name, key, text)
 
     def problems(self) -> Iterator[str]:
         """Yield the problems of the flags together."""
@@ -127,12 +120,8 @@ class ControllerCommand(Command):
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        """Read the flags and the clusters file, in which older drivers have settings of theirs."""
-        described = build(ManagementAccess, values).read_file(values)
-        if described is not None:
-            values.add("--topology-key", "topologyKey", described.topology_key)
-            values.add("--zone-selection-policy", "zoneSelectionPolicy", described.zone_policy)
-            values.add("--log-level", "logLevel", described.old.log_level)
+        """Read the flags and the clusters file."""
+        build(ManagementAccess, values).read_file(values)
         return build(cls, values)
 
     def problems(self, values: Values) -> Iterator[str]:
@@ -219,7 +208,7 @@ class VolumeCommand(Command):
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        """Read the flags, and check the clusters file."""
+        """Read the flags and the clusters file."""
         build(ManagementAccess, values).read_file(values)
         return build(cls, values)
 

@@ -70,10 +70,9 @@ class Values:
         self._environ = environ
         self._file: dict[str, tuple[str, str]] = {}
 
-    def add(self, name: str, source: str, text: str | None) -> None:
-        """Use a text from elsewhere where the flag is not given; `source` names it in problems."""
-        if text is not None:
-            self._file[name] = (source, text)
+    def add(self, name: str, source: str, text: str) -> None:
+        """Use this text where the flag is not given; `source` names it in problems."""
+        self._file[name] = (source, text)
 
     def is_given(self, flag: Flag[Any]) -> bool:
         """Return whether a flag is set by an argument or the environment."""

@@ -30,7 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 _CHECK_INTERVAL_S = 1.0
 _DEFAULT_PORT = 4000
-_FILE_KEYS = ("zones", "topologyKey", "zoneSelectionPolicy")
+_FLAGS = {"topologyKey": "--topology-key", "zoneSelectionPolicy": "--zone-selection-policy"}
+_FILE_KEYS = ("zones", *_FLAGS)
 ZONE_KEYS = (
     "servers", "protocol", "user", "userFile", "passwordFile", "caFile", "tlsVerify", "clientCertificateFile",
     "clientKeyFile", "requestTimeout", "maxRequestsInFlight", "allowIncompatibleVersions",
@@ -48,12 +49,13 @@ class ClusterDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ClustersFile:
-    """The content of a clusters file; zones in the order of the file."""
+    """The content of a clusters file; zones in the order of the file.
+
+    `flags`: the key and text in the file that set a flag, by the flag's name. The command line wins over them.
+    """
 
     zones: Mapping[str, ManagementSettings]
-    topology_key: str | None = None
-    zone_policy: str | None = None
-    old: compat.OldSettings = field(default_factory=compat.OldSettings)
+    flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -152,8 +154,9 @@ class FileClusters:
             return
         before, self._seen, self._clusters = self._clusters, source, clusters
         self._log(changed)
-        if changed.topology_key != self._file.topology_key or changed.zone_policy != self._file.zone_policy:
-            _LOG.warning("%s: topologyKey or zoneSelectionPolicy changed; restart the driver to apply it", self._path)
+        keys = {key for key, _ in set(changed.flags.values()) ^ set(self._file.flags.values())}
+        if keys:
+            _LOG.warning("%s: %s changed; restart the driver to apply it", self._path, ", ".join(sorted(keys)))
         self._file = changed
         for zone, cluster in before.items():
             if clusters.get(zone) is not cluster:
@@ -189,11 +192,11 @@ def open_clusters(
 def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
     """Parse a clusters file of any form. Raises `InvalidDocument` with every problem."""
     document = decode_mapping(source, "the clusters file") if isinstance(source, str) else source
-    findings, old = Findings(), compat.OldSettings()
+    findings, flags = Findings(), {}
     is_old = not isinstance(source, str) or compat.is_old(document)
     if is_old:
         translation = compat.translate(source, document, defaults.zone, _given(defaults), findings)
-        document, old = translation.document, translation.settings
+        document, flags = translation.document, dict(translation.flags)
     else:
         findings.unknown_keys("the clusters file", document, _FILE_KEYS)
     zones = {}
@@ -208,10 +211,12 @@ def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
         zones[zone] = _zone_settings(Reader(f"zone {zone}", entry, findings), defaults.management)
     findings.problems += _shared_servers(zones)
     reader = Reader("the clusters file", document, findings)
-    topology_key, zone_policy = reader.text("topologyKey") or None, reader.text("zoneSelectionPolicy") or None
+    for key, flag in _FLAGS.items():
+        if text := reader.text(key):
+            flags[flag] = (key, text)
     if findings.problems:
         raise InvalidDocument(findings.problems)
-    return ClustersFile(zones, topology_key, zone_policy, old, tuple(dict.fromkeys(findings.warnings)))
+    return ClustersFile(zones, flags, tuple(dict.fromkeys(findings.warnings)))
 
 
 def _given(defaults: ClusterDefaults) -> frozenset[str]:

@@ -298,6 +298,15 @@ def test_an_older_config_map_sets_what_no_flag_sets(tmp_path: Path) -> None:
     assert with_file(tmp_path / "c", json.dumps(values), "--fencing=never").controller.fencing is Fencing.NEVER
 
 
+def test_an_invalid_value_of_an_older_config_map_is_named_by_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    values = {"forceDetach": "perhaps", "detachTimeout": "soon", "logLevel": "LOUD"}
+    path.write_text(json.dumps({"management.servers": "m", "tlsVerify": "true", **values}))
+    text = problems([*ZONED, f"--clusters-file={path}"])
+    for key in values:
+        assert f"{key}: expected" in text
+
+
 def test_a_node_that_attaches_reads_the_older_config_map(tmp_path: Path) -> None:
     path = tmp_path / "c"
     path.write_text(json.dumps({"management.servers": "m", "tlsVerify": "true", "detachTimeout": "8"}))

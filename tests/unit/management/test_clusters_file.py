@@ -87,7 +87,10 @@ def one(file: ClustersFile) -> ManagementSettings:
 def test_each_zone_has_its_servers_and_credentials() -> None:
     file = parse_clusters(OWN, NOTHING)
     assert list(file.zones) == ["east", "west"]
-    assert (file.topology_key, file.zone_policy) == ("example.com/cluster", "round-robin")
+    assert file.flags == {
+        "--topology-key": ("topologyKey", "example.com/cluster"),
+        "--zone-selection-policy": ("zoneSelectionPolicy", "round-robin"),
+    }
     east, west = file.zones.values()
     assert east.servers == ("https://m1:4000", "https://m2:4001")
     assert (east.username, east.password_file) == ("csi@nvidia.com", Path("/secrets/east/password"))
@@ -187,7 +190,7 @@ def test_the_old_topology_is_taken_as_it_is() -> None:
     a, b = file.zones["a"], file.zones["b"]
     assert (a.servers, a.username, a.password) == (("https://a1:4000", "https://a2:4000"), "admin", "hush-a")
     assert (b.servers, b.username, b.password) == (("http://b1:4000",), "csi", "hush-b")
-    assert (file.topology_key, file.zone_policy) == ("nvmesh-csi.excelero.com/zone", "random")
+    assert [text for _, text in file.flags.values()] == ["nvmesh-csi.excelero.com/zone", "random"]
     assert any("ws_port has no effect" in warning for warning in file.warnings)
 
 
@@ -200,10 +203,10 @@ def test_the_old_config_map_is_taken_as_it_is() -> None:
     settings = file.zones["single-zone-cluster"]
     assert settings.servers == ("https://m1:4000", "https://m2:4000")
     assert (settings.tls_verify, settings.request_timeout_s, settings.allow_incompatible_versions) == (True, 20, True)
-    old = file.old
-    assert (old.attach_wait_s, old.detach_wait_s, old.force_detach, old.use_preempt, old.log_level) == (
-        45, 90, True, False, "debug"
-    )  # fmt: skip
+    assert {flag: text for flag, (_, text) in file.flags.items()} == {
+        "--attach-io-enabled-timeout": "45", "--detach-timeout": "90", "--force-detach": "true",
+        "--log-level": "debug",
+    }  # fmt: skip
     told = " ".join(file.warnings)
     for key in (
         "grpcMaxWorkers", "zoneMaxDisabledTimeInSeconds", "sdkLogLevel", "kubeClientLogLevel", "printStackTraces",
@@ -263,15 +266,6 @@ def test_keys_that_no_older_driver_had_are_refused() -> None:
     wrong = json.loads(json.dumps(TOPOLOGY))
     wrong["zones"]["a"]["management"]["shape"] = "round"
     assert "zone a: management: unknown key 'shape'" in problems(json.dumps(wrong))[0]
-
-
-def test_old_values_are_texts_that_must_make_sense() -> None:
-    told = "; ".join(
-        problems({**CONFIG_MAP, "forceDetach": "perhaps", "detachTimeout": "soon", "logLevel": "LOUD"}, USER)
-    )
-    assert "forceDetach: expected true or false" in told
-    assert "detachTimeout: expected a number" in told
-    assert "logLevel: expected DEBUG" in told
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
