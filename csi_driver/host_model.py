@@ -239,6 +239,18 @@ class OtherContent:
 
 Content = Blank | Filesystem | OtherContent
 
+GROWTH_THRESHOLD_BYTES = 8 << 20
+"""A filesystem is grown if it is smaller than its device by more than this.
+
+ext4 leaves out a last block group that its tables would fill (at most 6.2 MiB with 4 KiB blocks), xfs a last
+allocation group below 64 blocks: with less, both would be grown again at every stage.
+"""
+UNUSABLE_TAIL_BYTES = 16 << 20
+"""After a growth without effect, a filesystem may still be smaller than its device by this.
+
+More than the threshold, as mkfs options enlarge the tables that ext4 has no room for: that is no failure.
+"""
+
 
 # --- encrypted devices --------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def run_node(command: NodeCommand) -> int:
 
         loops = [
             Periodic("reconcile", sweep, command.node.reconcile_interval_s),
-            Periodic("usage-records", use_cases.records.sweep, command.node.reconcile_interval_s),
+            Periodic("usage-records", use_cases.record_cleanup.sweep, command.node.reconcile_interval_s),
             *_node_object_loops(command, use_cases),
         ]
         with ExitStack() as running:
@@ -201,7 +201,7 @@ def _register_and_report(
     ready: dict[str, Check] = {"csi": self_check.why_not_ready, "storage": use_cases.health.why_unusable}
     own = metrics.process(role="node", driver_name=command.node.driver_name, version=driver_version())
     measurements = [*own, *measurements]
-    measurements += metrics.node(use_cases.census.volumes, heavy.under_way, heavy.places)
+    measurements += metrics.node(use_cases.volume_counts.volumes, heavy.running_and_waiting, heavy.limit)
     for loop in loops:
         ready[loop.name] = loop.why_failing
         if loop.name not in ("reconcile", "usage-records"):  # no restart frees a thread that waits for a disk

@@ -19,14 +19,12 @@ from csi_driver.host import disk_formats, ioctls, machine_checks, zero_scan
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
 from csi_driver.host.processes import Completed, fd_path, find_tool, run
-from csi_driver.host_model import Blank, Content, Device, Filesystem, OpenDevice, OtherContent
+from csi_driver.host_model import UNUSABLE_TAIL_BYTES, Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
 _WRITE_LIMIT_S = 30 * 60.0
 _FULL_CHECK_LIMIT_S = 4 * 3600.0
 _DRY_RUN_LIMIT_S = 60.0
-_UNUSABLE_TAIL_BYTES = 16 * MIB
-"""A filesystem may leave the end of its device unused: less than a block group or allocation group."""
 _BTRFS_SECTOR_BYTES = 4096
 _EXT = ("ext2", "ext3", "ext4")
 _FIELD = "mkfsOptions"
@@ -342,5 +340,5 @@ def _grow_mounted_btrfs(fd: int, device: Device, total_bytes: int) -> None:
 
 
 def _require_growth(device: Device, device_bytes: int, before: int, after: int) -> None:
-    if after <= before and device_bytes - before > _UNUSABLE_TAIL_BYTES:
+    if after <= before and device_bytes - before > UNUSABLE_TAIL_BYTES:
         raise HostFailure(f"the filesystem on {device.path} kept {after} bytes, expected about {device_bytes}")

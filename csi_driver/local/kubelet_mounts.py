@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from csi_driver.deadline import Deadline
-from csi_driver.node.mount_owner import publication_record, staging_record
+from csi_driver.node.reconcile import publication_record, staging_record
 from csi_driver.settings import ApiSettings
 from csi_driver.telemetry import log
 

@@ -1,6 +1,6 @@
-"""What `csi_driver.rpc` hands to the node's use-cases: requests in nouns of `model`.
+"""The node's use cases. Their requests are here, and loading them loads nothing else.
 
-Shapes were checked by `rpc.wire` and `rpc.contract`; paths are still text, they are checked by the use-case.
+`rpc.wire` has checked the shape of a request; the use case checks its paths.
 """
 
 from __future__ import annotations
@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from csi_driver.model import (
-    Capability,
-    CapacityRange,
-    Segments,
-)
+from csi_driver.model import Capability, CapacityRange, Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +25,7 @@ class StageRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodePublishRequest:
-    """NodePublishVolume. `staging_target_path` may be empty: that is FAILED_PRECONDITION, decided by the use-case."""
+    """NodePublishVolume. An empty `staging_target_path` is refused with FAILED_PRECONDITION by the use case."""
 
     volume_id: str
     staging_target_path: str
@@ -42,7 +38,7 @@ class NodePublishRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodeExpandRequest:
-    """NodeExpandVolume. `capability` and `staging_target_path` are optional in CSI."""
+    """NodeExpandVolume. CSI makes `capability` and `staging_target_path` optional."""
 
     volume_id: str
     volume_path: str
@@ -54,7 +50,7 @@ class NodeExpandRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """Answer of NodeGetInfo."""
+    """Response of NodeGetInfo. `max_volumes`: 0 = no limit."""
 
     node_id: str
     max_volumes: int

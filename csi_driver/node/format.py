@@ -1,23 +1,23 @@
-"""Make a device ready to be mounted: look at what it holds; refuse, format, or check and grow it.
+"""Make a device ready to be mounted: refuse, format, or check and grow it.
 
-Everything that can destroy data is in this module, in one order: claim the device for ourselves, read it, decide
-(`content.decide`), prove it where that is asked, set the mark, make the filesystem. The claim is held throughout.
-The argument why nothing is lost by it, sentence by sentence with its tests, is docs/data-safety.md.
+Everything that overwrites a device before it is mounted goes through `Preparation`, in one order: claim the device,
+read it, decide (`format_policy.decide`), prove every block zero where required, write the usage record, make the
+filesystem or LUKS header. The device stays claimed throughout. docs/data-safety.md shows why no data is lost.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
-from csi_driver.host_model import Device, Mount, OpenDevice
+from csi_driver.host_model import GROWTH_THRESHOLD_BYTES, Device, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.format_policy import (
     ALLOW_FORMAT,
+    AnyFormat,
     Evidence,
     Format,
     FormatAgain,
@@ -27,57 +27,23 @@ from csi_driver.node.format_policy import (
     Verdict,
     decide,
 )
-from csi_driver.node.mount_owner import NodeVolume
+from csi_driver.node.mount_owner import NodeVolume, VolumeDevice
 from csi_driver.node.ports import Devices, Filesystems, Mounts
 from csi_driver.node.usage_records import USED, UsageRecord, UsageRecords, earlier_use, record_use
 from csi_driver.parameters.mount_options import MountPlan
-from csi_driver.publish_context import History, PublishContext
+from csi_driver.publish_context import History
 
 logger = logging.getLogger(__name__)
 
-BUSY_PATIENCE_S = 2.0
-"""A storage client reads the partition table of a fresh device in a thread of its own; the claim waits that long."""
-
-GROWTH_SLACK_BYTES = 8 << 20
-"""A filesystem is grown when it is smaller than its device by more than this.
-
-ext4 leaves out a last block group that its own tables would fill (at most 6.2 MiB with 4 KiB blocks), xfs a last
-allocation group below 64 blocks: without the slack both would be "grown" again at every stage.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparationTask:
-    """What is to be prepared: a volume's device, as the plan wants it, with what the controller told of it."""
-
-    volume: NodeVolume
-    device: Device
-    plan: MountPlan
-    context: PublishContext | None
-
-    @property
-    def history(self) -> History:
-        return self.context.history if self.context else History.UNKNOWN
-
-    @property
-    def attachment(self) -> int:
-        return self.context.attachment if self.context else 0
-
-    @property
-    def format_allowed(self) -> bool:
-        return self.context is not None and self.context.format_allowed
-
-    @property
-    def uuid(self) -> str | None:
-        """The volume's uuid; None where neither its id nor its device tells it."""
-        return self.volume.uuid or self.device.uuid
+BUSY_TIMEOUT_S = 2.0
+"""A storage client reads the partition table of a new device in a thread of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A device that may be mounted. `grow_mounted`: its filesystem is too small and grows only while mounted.
+    """A device that may be mounted. `grow_mounted`: its filesystem must grow once it is mounted.
 
-    `is_new`: the filesystem was made by this call.
+    `is_new`: this call made the filesystem.
     """
 
     fs_type: str
@@ -85,137 +51,136 @@ class Prepared:
     is_new: bool = False
 
 
+@dataclass(slots=True, kw_only=True)
 class Preparation:
     """Brings a device into the state in which it can be mounted as planned."""
 
-    def __init__(
-        self,
-        *,
-        devices: Devices,
-        mounts: Mounts,
-        filesystems: Filesystems,
-        records: UsageRecords,
-        heavy: HeavyOperations,
-    ) -> None:
-        self._devices = devices
-        self._mounts = mounts
-        self._filesystems = filesystems
-        self._records = records
-        self._heavy = heavy
+    devices: Devices
+    mounts: Mounts
+    filesystems: Filesystems
+    records: UsageRecords
+    heavy: HeavyOperations
 
-    def prepare(self, task: PreparationTask, *, deadline: Deadline) -> Prepared:
-        """Return when the device can be mounted. Raises `PreconditionFailed` where it holds what may not be used."""
-        # Opening for writing and closing makes udev read the device again: only where a format is likely.
-        likely = (task.history is History.FIRST or task.format_allowed) and not task.plan.read_only
-        settled = self._settle(task, write=likely, deadline=deadline)
+    def prepare(self, target: VolumeDevice, plan: MountPlan, *, deadline: Deadline) -> Prepared:
+        """Make the device ready. Raises `PreconditionFailed` where its content must not be used or overwritten."""
+        volume = target.volume
+        # After a device was open for writing, udev reads it again: so only where a format is likely.
+        likely = (volume.history is History.FIRST or volume.format_allowed) and not plan.read_only
+        settled = self._settle(target, plan, write=likely, deadline=deadline)
         if isinstance(settled, Prepared):
             return settled
-        if task.plan.read_only:
+        if plan.read_only:
             return Prepared(settled.fs_type)
-        return self._check_and_grow(task.device, settled.fs_type, deadline)
+        return self._check_and_grow(target.device, settled.fs_type, deadline)
 
-    def hand_over(self, task: PreparationTask, prepared: Prepared) -> None:
-        """Put on record, before the mount, that what the device holds is its user's from now on.
+    def record_use(self, target: VolumeDevice, plan: MountPlan, prepared: Prepared) -> None:
+        """Record that the volume is in use, before it is mounted.
 
-        Nothing may be formatted under this attachment from here on, and nothing that was mounted under it may be used
-        under a later one.
+        From here on nothing is formatted under this attachment, and its mounts must not be used under a later one.
         """
-        if task.uuid is not None:
-            pending = task.plan.root_mode is not None if prepared.is_new else None
-            record_use(self._records, task.uuid, task.attachment, USED, root_mode_pending=pending)
+        if target.uuid is not None:
+            pending = plan.root_mode is not None if prepared.is_new else None
+            record_use(self.records, target.uuid, target.volume.attachment, USED, root_mode_pending=pending)
 
     def root_mode_is_pending(self, volume_uuid: str | None, attachment: int) -> bool:
-        """Tell whether the filesystem was made under this attachment, and its root directory still lacks its mode."""
-        mark = self._records.read(volume_uuid) if volume_uuid is not None else None
-        return mark is not None and mark.root_mode_pending and 0 < attachment == mark.attachment
+        """Tell whether the filesystem is new under this attachment and its root directory lacks the requested mode."""
+        record = self.records.read(volume_uuid) if volume_uuid is not None else None
+        return record is not None and record.root_mode_pending and 0 < attachment == record.attachment
 
     def root_mode_is_set(self, volume_uuid: str | None, attachment: int) -> None:
-        """Record that the root directory has its mode, which is its user's from now on."""
+        """Record that the root directory has its mode; later the user of the volume may change it."""
         if self.root_mode_is_pending(volume_uuid, attachment) and volume_uuid is not None:
-            record_use(self._records, volume_uuid, attachment, USED)
+            record_use(self.records, volume_uuid, attachment, USED)
 
-    def outlived(self, volume: NodeVolume, attachment: int) -> str:
-        """Say why what is mounted of the volume may not be used under this attachment; empty = it may.
+    def why_outdated(self, volume: NodeVolume) -> str:
+        """Return why mounts of the volume must not be used under this attachment; empty = they may.
 
-        Another node may have written to the volume since, and this kernel may hold back what it wrote before.
+        After an earlier attachment another node may have written to the volume, and this kernel caches old data.
         """
-        earlier = earlier_use(self._records, volume.uuid, attachment)
-        said = f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment {attachment}"
-        return f"{said}; it was taken from this node in between: unmount it everywhere first" * bool(earlier)
+        earlier = earlier_use(self.records, volume.uuid, volume.attachment)
+        if not earlier:
+            return ""
+        return (
+            f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment "
+            f"{volume.attachment}: it was detached from this node in between; unmount it everywhere first"
+        )
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
-        """Tell whether the filesystem leaves so much of its device unused that it is to be grown."""
-        return self._filesystems.recorded_bytes(device, fs_type) + GROWTH_SLACK_BYTES < device.size_bytes
+        """Tell whether the filesystem should grow to its device."""
+        return self.filesystems.recorded_bytes(device, fs_type) + GROWTH_THRESHOLD_BYTES < device.size_bytes
 
-    def _settle(self, task: PreparationTask, *, write: bool, deadline: Deadline) -> Use | Prepared:
-        """Look at what the device holds and format it where that is right; without `write`, open it again for that."""
+    def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
+        """Prove the device blank, or wipe it, and record that a format begins; return the volume's UUID.
+
+        The caller holds a slot for heavy operations. `making`: the filesystem or header, for the log.
+        """
+        volume, uuid = target.volume, _require_identity(opened.device, target)
+        how = ""
+        match verdict:
+            case Format(prove_every_block=True):
+                self._prove_blank(opened, volume, making)
+            case FormatAgain():
+                how = "again: an earlier format was not finished"
+            case FormatOver(found=found):
+                how = f"over old content, as allowed for attachment {volume.attachment}: {found}"
+        self.records.write(UsageRecord(uuid, volume.attachment, verdict.fs_type))
+        if not isinstance(verdict, Format):
+            logger.warning("volume %s (%s) is formatted (%s) %s", volume, uuid, making, how)
+            self.filesystems.wipe(opened)
+        return uuid
+
+    def _settle(self, target: VolumeDevice, plan: MountPlan, *, write: bool, deadline: Deadline) -> Use | Prepared:
+        """Format the device where that is right. Without `write` it is opened again for that."""
         with ExitStack() as stack:
-            claim = self._claim(stack, task.device, write=write, deadline=deadline)
+            claim = self._claim(stack, target.device, write=write, deadline=deadline)
             if not isinstance(claim, OpenDevice):
-                outlived = self.outlived(task.volume, task.attachment)
-                if outlived:
-                    raise PreconditionFailed(outlived)
-                return _join(claim, task)
-            verdict = self._judge(claim, task, deadline)
+                if outdated := self.why_outdated(target.volume):
+                    raise PreconditionFailed(outdated)
+                return _share_mount(claim, target.volume, plan)
+            verdict = self._judge(claim, target, plan, deadline)
             match verdict:
                 case Refuse(reason=reason):
-                    raise PreconditionFailed(f"volume {task.volume} {reason}")
+                    raise PreconditionFailed(f"volume {target.volume} {reason}")
                 case Use():
                     return verdict
                 case Format() | FormatAgain() | FormatOver() if write:
-                    self._format(claim, task, verdict, deadline)
+                    self._format(claim, target, plan, verdict, deadline)
                     return Prepared(verdict.fs_type, is_new=True)
-        return self._settle(task, write=True, deadline=deadline)
+        return self._settle(target, plan, write=True, deadline=deadline)
 
-    def _judge(self, opened: OpenDevice, task: PreparationTask, deadline: Deadline) -> Verdict:
-        uuid = task.volume.uuid or opened.device.uuid
-        content = self._filesystems.probe(opened, deadline=deadline)
+    def _judge(self, opened: OpenDevice, target: VolumeDevice, plan: MountPlan, deadline: Deadline) -> Verdict:
+        uuid = target.volume.uuid or opened.device.uuid
+        content = self.filesystems.probe(opened, deadline=deadline)
         evidence = Evidence(
-            history=task.history,
-            attachment=task.attachment,
-            mark=self._records.read(uuid) if uuid else None,
+            history=target.volume.history,
+            attachment=target.volume.attachment,
+            record=self.records.read(uuid) if uuid else None,
             own_uuid=uuid,
-            format_allowed=task.format_allowed,
+            format_allowed=target.volume.format_allowed,
         )
-        verdict = decide(content, task.plan.request, evidence, supported=self._filesystems.supported())
+        verdict = decide(content, plan.request, evidence, supported=self.filesystems.supported())
         if isinstance(verdict, Format | FormatAgain | FormatOver):
-            task.plan.require_mkfs()
+            plan.require_mkfs()
         return verdict
 
     def _format(
-        self, opened: OpenDevice, task: PreparationTask, verdict: Format | FormatAgain | FormatOver, deadline: Deadline
+        self, opened: OpenDevice, target: VolumeDevice, plan: MountPlan, verdict: AnyFormat, deadline: Deadline
     ) -> None:
-        uuid = _proven_uuid(opened.device, task)
-        how = "for the first time"
-        with self._heavy.place(f"format volume {task.volume}", deadline=deadline):
-            match verdict:
-                case Format(prove_every_block=True):
-                    self._prove_blank(opened, task.volume)
-                case FormatAgain():
-                    how = "again, after one left unfinished"
-                case FormatOver(found=found):
-                    how = f"over what was there, which was allowed for attachment {task.attachment}: {found}"
-            self._records.write(UsageRecord(uuid, task.attachment, verdict.fs_type))
-            if not isinstance(verdict, Format):
-                logger.warning("volume %s (%s) is now formatted %s", task.volume, uuid, how)
-                self._filesystems.wipe(opened)
-            mkfs = task.plan.mkfs
-            self._filesystems.make(opened, verdict.fs_type, mkfs.every, uuid=uuid, asked=mkfs.asked)
-        logger.info("formatted volume %s (%s) as %s %s", task.volume, uuid, verdict.fs_type, how)
+        with self.heavy.slot(f"format volume {target.volume}", deadline=deadline):
+            uuid = self.clear(opened, target, verdict, verdict.fs_type)
+            self.filesystems.make(opened, verdict.fs_type, plan.mkfs.every, uuid=uuid, asked=plan.mkfs.asked)
+        logger.info("formatted volume %s (%s) as %s", target.volume, uuid, verdict.fs_type)
 
     def _claim(self, stack: ExitStack, device: Device, *, write: bool, deadline: Deadline) -> OpenDevice | list[Mount]:
-        """Open the device for ourselves alone; where it is mounted already, return its mounts instead.
-
-        Mounts that the table shows of a device that nothing claims are of one that had its number before.
-        """
-        if mounts := self._filesystems_of(device):
+        """Open the device exclusively; if it is mounted already, return its mounts instead."""
+        if mounts := self._live_filesystems(device):
             return mounts
         opened: list[OpenDevice] = []
         refusals: list[PreconditionFailed | OperationPending] = []
 
         def attempt() -> bool:
             try:
-                opened.append(stack.enter_context(self._devices.open(device, write=write, exclusive=True)))
+                opened.append(stack.enter_context(self.devices.open(device, write=write, exclusive=True)))
             except (PreconditionFailed, OperationPending) as refusal:
                 refusals.append(refusal)
                 return False
@@ -223,22 +188,27 @@ class Preparation:
 
         if attempt():
             return opened[0]
-        if mounts := self._filesystems_of(device):
+        if mounts := self._live_filesystems(device):
             return mounts
-        patience = Deadline.after(min(BUSY_PATIENCE_S, deadline.remaining_s()), deadline.clock)
+        patience = Deadline.after(min(BUSY_TIMEOUT_S, deadline.remaining_s()), deadline.clock)
         if patience.wait_until(attempt):
             return opened[0]
         raise refusals[-1]
 
-    def _filesystems_of(self, device: Device) -> list[Mount]:
-        mounts = [found for found in self._mounts.of_device(device) if found.node_number is None]
-        return mounts if mounts and self._devices.is_claimed(device) is not False else []
+    def _live_filesystems(self, device: Device) -> list[Mount]:
+        """Return the mounts of the device; none if nothing claims it: they are of an earlier device of that number."""
+        mounts = [found for found in self.mounts.of_device(device) if found.node_number is None]
+        return mounts if mounts and self.devices.is_claimed(device) is not False else []
 
-    def _prove_blank(self, opened: OpenDevice, volume: NodeVolume) -> None:
-        """Read every block. It takes no deadline: a large volume would never be done, and a retry finds it at work."""
-        logger.info("reading every block of volume %s before it is formatted", volume)
-        with self._heavy.reading():
-            offset = self._filesystems.first_data(opened, deadline=None, progress=_progress_of(volume))
+    def _prove_blank(self, opened: OpenDevice, volume: NodeVolume, making: str) -> None:
+        """Read every block, without deadline: a retry finds the scan running, and a large volume would never finish."""
+
+        def log(done_bytes: int, total_bytes: int) -> None:
+            logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
+
+        logger.info("reading every block of volume %s before making %s", volume, making)
+        with self.heavy.scan():
+            offset = self.filesystems.first_data(opened, deadline=None, progress=log)
         if offset is not None:
             raise PreconditionFailed(
                 f"volume {volume} holds unrecognised data, the first at byte {offset}; "
@@ -247,44 +217,34 @@ class Preparation:
             )
 
     def _check_and_grow(self, device: Device, fs_type: str, deadline: Deadline) -> Prepared:
-        with self._heavy.place(f"check the {fs_type} of {device.name}", deadline=deadline):
-            self._filesystems.check(device, fs_type)
+        with self.heavy.slot(f"check the {fs_type} of {device.name}", deadline=deadline):
+            self.filesystems.check(device, fs_type)
             if not self.is_too_small(device, fs_type):
                 return Prepared(fs_type)
-            return Prepared(fs_type, grow_mounted=not self._filesystems.grow_unmounted(device, fs_type))
+            return Prepared(fs_type, grow_mounted=not self.filesystems.grow_unmounted(device, fs_type))
 
 
-def _join(mounts: list[Mount], task: PreparationTask) -> Prepared:
-    """Decide whether a volume that is mounted on this node can be mounted once more: one filesystem, one access."""
-    plan, volume = task.plan, task.volume
-    there = next((found for found in mounts if not found.read_only), mounts[0])
-    if plan.request.fs_type and there.fs_type != plan.request.fs_type:
+def _share_mount(mounts: list[Mount], volume: NodeVolume, plan: MountPlan) -> Prepared:
+    """Refuse to mount a mounted volume once more with another filesystem type or access."""
+    held = next((found for found in mounts if not found.read_only), mounts[0])
+    if plan.request.fs_type and held.fs_type != plan.request.fs_type:
         raise PreconditionFailed(
-            f"volume {volume}: expected {plan.request.fs_type}, got a mount of {there.fs_type} at {there.path}"
+            f"volume {volume}: expected {plan.request.fs_type}, got a mount of {held.fs_type} at {held.path}"
         )
-    if there.read_only != plan.read_only:
-        have, wanted = ("read-only", "read-write") if there.read_only else ("read-write", "read-only")
-        raise PreconditionFailed(f"volume {volume}: expected it mounted {wanted}, got a {have} mount at {there.path}")
-    return Prepared(there.fs_type)
+    if held.read_only != plan.read_only:
+        have, expected = ("read-only", "read-write") if held.read_only else ("read-write", "read-only")
+        raise PreconditionFailed(f"volume {volume}: expected it mounted {expected}, got a {have} mount at {held.path}")
+    return Prepared(held.fs_type)
 
 
-def _proven_uuid(device: Device, task: PreparationTask) -> str:
-    """Return the uuid under which the device may be formatted; no format without identity and size being sure."""
-    uuid = task.volume.uuid or device.uuid
+def _require_identity(device: Device, target: VolumeDevice) -> str:
+    """Return the volume's UUID. Raises `PreconditionFailed` where identity or size is not certain enough to format."""
+    volume = target.volume
+    uuid = volume.uuid or device.uuid
     if uuid is None:
+        raise PreconditionFailed(f"volume {volume} is not formatted: neither its ID nor its device has its UUID")
+    if device.size_bytes < volume.size_bytes:
         raise PreconditionFailed(
-            f"volume {task.volume} is blank and not formatted: neither its id nor the device tells its uuid"
-        )
-    wanted = task.context.size_bytes if task.context else 0
-    if device.size_bytes < wanted:
-        raise PreconditionFailed(
-            f"volume {task.volume} is not formatted: expected a device of {wanted} bytes, got {device.size_bytes}"
+            f"volume {volume} is not formatted: expected a device of {volume.size_bytes} bytes, got {device.size_bytes}"
         )
     return uuid
-
-
-def _progress_of(volume: NodeVolume) -> Callable[[int, int], None]:
-    def log(done_bytes: int, total_bytes: int) -> None:
-        logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
-
-    return log

@@ -1,10 +1,11 @@
-"""Who this node is, and whether it can do its work."""
+"""NodeGetInfo: node ID, volume limit and zone; and whether the node is ready."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from csi_driver.errors import DriverError, HostFailure, InvalidRequest, PreconditionFailed, StorageUnavailable, shown
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, ClusterNames, Segments
@@ -13,40 +14,39 @@ from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.usage_records import UsageRecords
 from csi_driver.settings import NodeSettings
 
+logger = logging.getLogger(__name__)
 
+
+@dataclass(slots=True, kw_only=True)
 class NodeIdentity:
     """NodeGetInfo, and the node's part of Probe."""
 
-    def __init__(
-        self, *, devices: Devices, tools: Tools, zone: NodeZone, records: UsageRecords, settings: NodeSettings
-    ) -> None:
-        self._devices = devices
-        self._records = records
-        self._zone = zone
-        self._tools = tools
-        self._settings = settings
-        self._client_uuid: str | None = None
-        self._client_limit = 0
+    devices: Devices
+    tools: Tools
+    zone: NodeZone
+    records: UsageRecords
+    settings: NodeSettings
+    _client_uuid: str | None = field(default=None, init=False)
+    _client_limit: int = field(default=0, init=False)
 
     def info(self) -> NodeInfo:
-        """Tell the node's id (its storage client's uuid, else its name), volume limit and topology.
+        """Return the node's ID (its storage client's UUID, otherwise its name), volume limit and topology.
 
-        Raises `StorageUnavailable` while the id cannot be told: where a client belongs and has not shown itself since
-        this process began; `PreconditionFailed` where it is not clear to which zone the node belongs.
+        Raises `StorageUnavailable` while the storage client has not shown its UUID, `PreconditionFailed` when the
+        zone is not known.
         """
-        settings = self._settings
         return NodeInfo(
-            node_id=self._client_id() or settings.node_name,
+            node_id=self._client_id() or self.settings.node_name,
             max_volumes=self._limit(),
-            topology=self._zone.segments(),
+            topology=self.zone.segments(),
         )
 
     def _client_id(self) -> str | None:
-        """Return the client's uuid as it is or, during an upgrade, was; None where no client belongs.
+        """Return the client's UUID, during an upgrade the last one; None on a node without client.
 
-        A node that changed its id for a moment would be another node for the CO: its volumes could not be detached.
+        A changed ID would be another node for the CO: its volumes could not be detached.
         """
-        client = self._devices.client()
+        client = self.devices.client()
         if client.uuid is not None:
             self._client_uuid, self._client_limit = client.uuid, client.volume_limit
         if self._client_uuid is None and client.is_expected:
@@ -55,17 +55,17 @@ class NodeIdentity:
         return self._client_uuid
 
     def _limit(self) -> int:
-        """Return how many volumes of CSI this node takes: what was configured, at most what its client can; 0 = any.
+        """Return how many CSI volumes this node takes: the configured limit, at most the client's; 0 = no limit.
 
-        The orchestrator counts its own volumes alone against it, so what others attached is taken off. Full of those
-        it says 1, as 0 means no limit; the controller then refuses.
+        The CO counts only CSI volumes, so those that others attached are subtracted. At least 1, as 0 would mean no
+        limit; the controller refuses the volume then.
         """
-        limits = (self._settings.max_volumes_per_node, self._client_limit)
+        limits = (self.settings.max_volumes_per_node, self._client_limit)
         limit = min((limit for limit in limits if limit), default=0)
-        return max(1, limit - foreign_attachments(self._devices, self._records)) if limit else 0
+        return max(1, limit - foreign_attachments(self.devices, self.records)) if limit else 0
 
     def why_not_ready(self) -> str:
-        """Tell why this node could not be registered, or serve, now; empty = it could."""
+        """Return why this node cannot be registered or serve; empty = it can."""
         try:
             self.info()
         except DriverError as problem:
@@ -73,73 +73,63 @@ class NodeIdentity:
         return "; ".join(self.problems())
 
     def problems(self) -> Sequence[str]:
-        """Tell what keeps this machine from serving volumes, a sentence each; empty = all well."""
-        found = list(self._tools.problems())
+        """Return what keeps this machine from serving volumes, a sentence each."""
+        found = list(self.tools.problems())
         try:
-            self._zone.segments()
+            self.zone.segments()
         except DriverError as problem:
             found.append(str(problem))
         return found
 
 
 def foreign_attachments(devices: Devices, records: UsageRecords) -> int:
-    """Return how many volumes somebody else than CSI attached to this node.
+    """Return how many volumes on this node were not attached by CSI.
 
-    A static handle leaves nothing in the storage that tells it from a hand, but its use on this node is on record here.
-    One whose record outlived its use counts as CSI's: a limit too high is refused by the controller, one too low keeps
-    pods away for nothing.
+    The storage does not tell static handles from manual attachments, so a volume with a usage record counts as CSI's.
     """
-    return sum(not _was_used(records, uuid) for uuid in devices.unnamed())
+    return sum(not _has_record(records, uuid) for uuid in devices.unnamed())
 
 
-def _was_used(records: UsageRecords, uuid: str) -> bool:
+def _has_record(records: UsageRecords, uuid: str) -> bool:
     try:
         return records.read(uuid) is not None
     except HostFailure:
-        return True  # there is one, though it cannot be read, and nobody but this driver makes any
+        return True  # unreadable, but only this driver makes records
 
 
-_log = logging.getLogger(__name__)
+# --- zone -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True, kw_only=True)
 class NodeZone:
-    """The topology of this node, found out when it is first asked for, and the same from then on.
+    """The storage cluster ("zone") of this node, found without credentials and then kept.
 
-    What is said outright counts; then the management servers that the storage client of this node uses, looked up in
-    the description of the clusters; then what an older driver wrote down of the nodes; then the only zone there is.
+    In this order: the configured zone (`given`); the storage client's management servers, looked up in the clusters
+    file; the node's name in the topology file of older drivers; the only zone.
     """
 
-    def __init__(
-        self,
-        *,
-        given: str | None,
-        topology_key: str | None,
-        node_name: str,
-        client_servers: Callable[[], Sequence[str]],
-        clusters: Callable[[], ClusterNames],
-    ) -> None:
-        self._given = given
-        self._topology_key = topology_key
-        self._node_name = node_name
-        self._client_servers = client_servers
-        self._clusters = clusters
-        self._found: Segments | None = None
+    given: str | None
+    topology_key: str | None
+    node_name: str
+    client_servers: Callable[[], Sequence[str]]
+    clusters: Callable[[], ClusterNames]
+    _found: Segments | None = field(default=None, init=False)
 
     def segments(self) -> Segments:
-        """Return the topology segments. Raises `PreconditionFailed` where several zones may be meant, or none."""
+        """Return the topology segments. Raises `PreconditionFailed` when no zone or several match."""
         if self._found is None:
             try:
-                clusters = self._clusters()
-            except InvalidRequest as unusable:
-                raise PreconditionFailed(f"the zone of this node is unknown: {unusable}") from unusable
-            zone = self._given or zone_of(self._node_name, self._client_servers(), clusters)
-            self._found = {self._topology_key or clusters.topology_key or DEFAULT_TOPOLOGY_KEY: zone}
-            _log.info("this node belongs to the zone %s", zone)
+                clusters = self.clusters()
+            except InvalidRequest as error:
+                raise PreconditionFailed(f"the zone of this node is unknown: {error}") from error
+            zone = self.given or zone_of(self.node_name, self.client_servers(), clusters)
+            self._found = {self.topology_key or clusters.topology_key or DEFAULT_TOPOLOGY_KEY: zone}
+            logger.info("this node belongs to the zone %s", zone)
         return self._found
 
 
 def zone_of(node_name: str, client_servers: Sequence[str], clusters: ClusterNames) -> str:
-    """Return the zone that the evidence names. Raises `PreconditionFailed` where it names several, or none."""
+    """Return the zone of a node. Raises `PreconditionFailed` when no zone or several match."""
     by_servers = _zones_with(clusters.servers, client_servers)
     by_name = _zones_with(clusters.nodes, [node_name])
     for found, why in ((by_servers, "the storage client's management servers"), (by_name, "the name of this node")):
@@ -168,7 +158,7 @@ def _zones_with(zones: Mapping[str, Iterable[str]], hosts: Sequence[str]) -> lis
 def same_host(one: str, other: str) -> bool:
     """Tell whether two spellings mean one host: an address in another notation, a name with or without its domain.
 
-    Names are not resolved: an answer that depends on a name server's health is none to place volumes by.
+    Names are not resolved: the zone must not depend on the health of a name server.
     """
     addresses = _address(one), _address(other)
     if any(addresses):

@@ -1,12 +1,8 @@
-"""Find what is left on the node that nobody will ever take back, and take back what is proven to be so.
+"""Clean up mounts and devices on the node that kubelet will never release.
 
-Everything else is reported and left alone. What is proven, and why nothing else can be meant, is written at each kind
-of `Finding`. A proof must hold in two sweeps, one interval apart, and once more while no call works on the volume; no
-filesystem that still can be written to is ever detached lazily.
-
-To look opens devices, of other volumes too, and goes through paths that lie on anything: it may hang. So a thread that
-can be lost does it, and a volume that was claimed to be looked at once more is given back after a moment. So may an
-unmount: it has a thread of its own, which keeps the volume claimed until it ends.
+Only what is proven to be left over is removed (see `Kind`); the rest is logged. The proof must hold in two sweeps, and
+once more while the volume is locked against all calls. A filesystem that can still be written to is never detached
+lazily. Searching and unmounting may hang: both run in a `Watchdog`, and an unmount keeps its volume locked.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -22,34 +18,34 @@ from csi_driver.errors import DriverError, InvalidField, PreconditionFailed, Sto
 from csi_driver.host_model import DeviceNumber, Mount
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.encryption import EncryptedVolumes
-from csi_driver.node.mount_owner import NodeVolume, Ownership, number_of, publication_record, staging_record
+from csi_driver.node.mount_owner import NodeVolume, Ownership, number_of
 from csi_driver.node.ports import Mounts, Paths, ReadOnlyDevices
 
 logger = logging.getLogger(__name__)
 
-LOOK_LIMIT_S = 30.0
-"""A node with hundreds of volumes is looked at within a second."""
+SEARCH_TIMEOUT_S = 30.0
+"""Time limit of one search; a node with hundreds of volumes takes less than a second."""
 
-Claim = Callable[[str], AbstractContextManager[None]]
-"""Keeps every call off the volume of that name inside a block; `OperationPending` where one is at work."""
+LockVolume = Callable[[str], AbstractContextManager[None]]
+"""Locks a volume, by name, against all calls; raises `OperationPending` while one runs."""
 
 
 class Kind(Enum):
-    """What was found. The text completes "volume X: ..."."""
+    """What is left over. The text completes "volume X: ..."."""
 
     FORGOTTEN = "staged where kubelet has no record of it, and published nowhere"
-    """kubelet lost its file and will never unstage it. Live, so it is unmounted in the ordinary way or not at all."""
+    """kubelet lost its record and will never unstage it. Unmounted, but not while it is busy."""
     DEAD = "a mount of a device that is gone or was taken from this node, and kubelet has no record of it"
-    """Nothing can be read or written through it any more. Unmounted; lazily where a program holds on to it."""
-    BROKEN = "a mount of a device that is gone or was taken from this node; kubelet will take it back"
-    """Only reported: kubelet calls NodeUnpublishVolume and NodeUnstageVolume, which take it off."""
+    """Nothing can be read or written through it. Unmounted, lazily if it is busy."""
+    BROKEN = "a mount of a device that is gone or was taken from this node; kubelet will unmount it"
+    """Only logged: kubelet calls NodeUnpublishVolume and NodeUnstageVolume."""
     READER = "a read-only device that is published nowhere"
-    """What a crash left of a read-only publication of raw block. Taken down only if nobody has it open."""
+    """A read-only publication of raw block that a crash interrupted. Removed unless it is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that nobody uses as it should be used. `path` is where it is mounted, or the device's node."""
+    """A leftover. `path`: where it is mounted, or the node of the device."""
 
     kind: Kind
     name: str
@@ -60,77 +56,68 @@ class Finding:
         return f"volume {self.name}, device {self.number}, {self.path}: {self.kind.value}"
 
 
+@dataclass(slots=True, kw_only=True)
 class Reconcile:
-    """Compares mounts and read-only devices with what can be legitimate. One sweep at a time."""
+    """Finds and removes leftovers. One sweep at a time."""
 
-    def __init__(
-        self,
-        *,
-        read_only_devices: ReadOnlyDevices,
-        mounts: Mounts,
-        paths: Paths,
-        encrypted: EncryptedVolumes,
-        ownership: Ownership,
-        driver_name: str,
-    ) -> None:
-        self._encrypted = encrypted
-        self._read_only_devices = read_only_devices
-        self._mounts = mounts
-        self._paths = paths
-        self._ownership = ownership
-        self._driver_name = driver_name
-        self._looks: Watchdog[frozenset[Finding]] = Watchdog("reconcile-look")
-        self._cleanings: Watchdog[bool] = Watchdog("reconcile-clean")
-        self._seen: frozenset[Finding] = frozenset()
+    read_only_devices: ReadOnlyDevices
+    mounts: Mounts
+    paths: Paths
+    encrypted: EncryptedVolumes
+    ownership: Ownership
+    driver_name: str
+    _searches: Watchdog[frozenset[Finding]] = field(default_factory=lambda: Watchdog("reconcile-search"), init=False)
+    _removals: Watchdog[bool] = field(default_factory=lambda: Watchdog("reconcile-remove"), init=False)
+    _seen: frozenset[Finding] = field(default=frozenset(), init=False)
 
-    def sweep(self, claim: Claim) -> Sequence[Finding]:
-        """Look once; clean up what the sweep before saw as well. Return what is left, each reported when it is new."""
-        found = self._look()
+    def sweep(self, lock_volume: LockVolume) -> Sequence[Finding]:
+        """Log new leftovers, remove those that the sweep before found as well, and return the rest."""
+        found = self._search()
         for finding in sorted(found - self._seen, key=str):
             logger.warning("%s", finding)
-        cleaned = {finding for finding in found & self._seen if self._clean(finding, claim)}
-        self._seen = found - cleaned
+        removed = {finding for finding in found & self._seen if self._remove_locked(finding, lock_volume)}
+        self._seen = found - removed
         return sorted(self._seen, key=str)
 
-    # --- looking ------------------------------------------------------------------------------------------
+    # --- searching ---
 
-    def _look(self) -> frozenset[Finding]:
-        """Find what there is now. Raises `StorageUnavailable` where that takes too long."""
+    def _search(self) -> frozenset[Finding]:
+        """Return all leftovers. Raises `StorageUnavailable` when a device does not respond."""
         try:
-            return self._looks.ask("any", "a look", lambda: frozenset(self._findings()), LOOK_LIMIT_S)
-        except NotResponding as silence:
+            return self._searches.call("any", "a search", lambda: frozenset(self._findings()), SEARCH_TIMEOUT_S)
+        except NotResponding as error:
             raise StorageUnavailable(
-                "a mount or device of this node does not answer, so nothing is cleaned up"
-            ) from silence
+                "a mount or device of this node does not respond, so nothing is cleaned up"
+            ) from error
 
     def _findings(self) -> Iterator[Finding]:
-        table = self._mounts.table()
-        readers = {reader.number: reader for reader in self._read_only_devices.present()}
+        table = self.mounts.table()
+        readers = {reader.number: reader for reader in self.read_only_devices.present()}
         for mounted in table:
             over = readers.get(mounted.node_number) if mounted.node_number is not None else None
-            name = self._ownership.name_at(over.over) if over is not None else self._ownership.name_of(mounted)
-            if name is not None and (kind := self._judged(name, mounted, table)) is not None:
+            name = self.ownership.name_at(over.over) if over is not None else self.ownership.name_of(mounted)
+            if name is not None and (kind := self._kind_or_log(name, mounted, table)) is not None:
                 yield Finding(kind, name, mounted.path, number_of(mounted))
-        shown = {number_of(mounted) for mounted in table}
+        mounted_numbers = {number_of(mounted) for mounted in table}
         for number, reader in readers.items():
-            name = self._ownership.name_at(reader.over)
-            if name is not None and number not in shown:
+            name = self.ownership.name_at(reader.over)
+            if name is not None and number not in mounted_numbers:
                 yield Finding(Kind.READER, name, reader.over, number)
 
-    def _judged(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
-        """Judge a mount; one that cannot be judged does not keep the others from it."""
+    def _kind_or_log(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
+        """Return the kind of a mount; an error about one mount does not stop the search."""
         try:
             return self._kind_of(name, mounted, table) if self._is_below_a_root(mounted.path) else None
         except DriverError as error:
-            logger.warning("volume %s at %s cannot be judged: %s", name, mounted.path, error)
+            logger.warning("volume %s at %s cannot be checked: %s", name, mounted.path, error)
             return None
 
     def _kind_of(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
-        """Judge a mount of ours; None where nothing is wrong with it."""
-        staged = staging_record(mounted.path, self._driver_name)
+        """Return the kind of a mount of this driver; None if it is in order."""
+        staged = staging_record(mounted.path, self.driver_name)
         record = staged or publication_record(mounted.path)
         is_forgotten = record is not None and self._is_absent(record, mounted.path)
-        if self._ownership.is_dead(mounted, name):
+        if self.ownership.is_dead(mounted, name):
             return Kind.DEAD if is_forgotten else Kind.BROKEN
         if staged is None or not is_forgotten:
             return None
@@ -139,57 +126,89 @@ class Reconcile:
         return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
 
     def _is_absent(self, record: Path, path: Path) -> bool:
-        """Tell whether kubelet's file is gone. One that is out of sight, as is then the mount's directory, is not."""
-        return self._paths.kind(path.parent) == "directory" and self._paths.kind(record) == "absent"
+        """Tell whether kubelet's record is gone; not where its directory is not visible at all."""
+        return self.paths.kind(path.parent) == "directory" and self.paths.kind(record) == "absent"
 
     def _is_below_a_root(self, path: Path) -> bool:
         try:
-            return self._paths.check(str(path), "mount") == path
+            return self.paths.check(str(path), "mount") == path
         except InvalidField:
             return False
 
-    # --- cleaning up --------------------------------------------------------------------------------------
+    # --- removing ---
 
-    def _clean(self, finding: Finding, claim: Claim) -> bool:
-        """Clean up, if that is proven to be right now that nobody works on the volume; tell whether it is done."""
+    def _remove_locked(self, finding: Finding, lock_volume: LockVolume) -> bool:
+        """Remove a leftover if it still is one while its volume is locked; tell whether it is gone."""
         if finding.kind is Kind.BROKEN:
             return False
 
-        def clean() -> bool:
-            with claim(finding.name):
-                return finding not in self._look() or self._take_away(finding)
+        def remove() -> bool:
+            with lock_volume(finding.name):
+                return finding not in self._search() or self._remove(finding)
 
         try:
-            return self._cleanings.ask(finding.name, str(finding.path), clean, LOOK_LIMIT_S)
+            return self._removals.call(finding.name, str(finding.path), remove, SEARCH_TIMEOUT_S)
         except DriverError as error:
             logger.warning("%s; it stays for now: %s", finding, error)
             return False
 
-    def _take_away(self, finding: Finding) -> bool:
+    def _remove(self, finding: Finding) -> bool:
         if finding.kind is Kind.READER:
-            done = self._read_only_devices.release(finding.number)
-            if done:
-                logger.info("%s: taken down", finding)
-            return done
-        while (mounted := self._mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
+            is_gone = self.read_only_devices.release(finding.number)
+            if is_gone:
+                logger.info("%s: removed", finding)
+            return is_gone
+        while (mounted := self.mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
             self._unmount(finding)
-        self._encrypted.close(NodeVolume(finding.name, finding.name, None))
+        self.encrypted.close(NodeVolume(finding.name, finding.name, None))
         logger.info("%s: unmounted", finding)
         return True
 
     def _unmount(self, finding: Finding) -> None:
         try:
-            self._mounts.unmount(finding.path)
+            self.mounts.unmount(finding.path)
         except PreconditionFailed:
             if finding.kind is not Kind.DEAD or self._can_flush(finding):
                 raise
-            logger.warning("%s, and a program holds on to it: detached lazily", finding)
-            self._mounts.unmount(finding.path, lost=finding.number)
+            logger.warning("%s, and it is busy: detached lazily", finding)
+            self.mounts.unmount(finding.path, lost=finding.number)
 
     def _can_flush(self, finding: Finding) -> bool:
-        """Tell whether something that was written through the mount may still reach a device."""
+        """Tell whether data written through the mount may still reach a device."""
         name, number = finding.name, finding.number
-        if self._ownership.is_gone(number) or self._ownership.is_cut_off(name, number):
+        if self.ownership.is_gone(number) or self.ownership.is_cut_off(name, number):
             return False
-        mounted = self._mounts.at(finding.path)
-        return mounted is None or not self._ownership.is_left_behind(mounted, name)
+        mounted = self.mounts.at(finding.path)
+        return mounted is None or not self.ownership.is_left_behind(mounted, name)
+
+
+# --- kubelet's records ------------------------------------------------------------------------------------------------
+
+DATA_FILE = "vol_data.json"
+"""kubelet writes it before NodeStageVolume or NodePublishVolume and removes it after the reverse call succeeded. Once
+it is gone, kubelet never makes that call (pkg/volume/csi: csi_attacher.go, csi_mounter.go, csi_block.go)."""
+_CSI = ("plugins", "kubernetes.io", "csi")
+
+
+def staging_record(path: Path, driver_name: str) -> Path | None:
+    """Return kubelet's record of a staging path of this driver; None for another kind of path.
+
+    `.../plugins/kubernetes.io/csi/<driver>/<hash of the volume ID>/globalmount`
+    """
+    parts = path.parts
+    is_staging = len(parts) > 6 and parts[-6:-3] == _CSI and parts[-3] == driver_name and parts[-1] == "globalmount"
+    return path.parent / DATA_FILE if is_staging else None
+
+
+def publication_record(path: Path) -> Path | None:
+    """Return kubelet's record of a target path; None for another kind of path.
+
+    `.../pods/<uid>/volumes/kubernetes.io~csi/<pv>/mount`, or for raw block
+    `.../plugins/kubernetes.io/csi/volumeDevices/publish/<pv>/<pod uid>`.
+    """
+    parts = path.parts
+    if len(parts) > 6 and parts[-6] == "pods" and parts[-4:-2] == ("volumes", "kubernetes.io~csi"):
+        return path.parent / DATA_FILE if parts[-1] == "mount" else None
+    if len(parts) > 7 and parts[-7:-4] == _CSI and parts[-4:-2] == ("volumeDevices", "publish"):
+        return path.parents[2] / parts[-2] / "data" / DATA_FILE
+    return None

@@ -1,11 +1,10 @@
-"""The node's use-cases, put together over their ports."""
+"""The node's use cases over their ports, and attaching by the node itself (--attach-by node)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, NotAttached, OperationPending, StorageUnavailable
@@ -31,25 +30,27 @@ from csi_driver.node.ports import (
 from csi_driver.node.publish import Publish, SharedReaders
 from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.stage import Stage
-from csi_driver.node.stats import NodeHealth, Statistics, VolumeCounts
+from csi_driver.node.stats import NodeHealth, VolumeCounts, VolumeStatistics
 from csi_driver.node.usage_records import RecordCleanup, UsageRecords
 from csi_driver.settings import NodeSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeUseCases:
-    """One object per verb; all are safe to call from several threads, one call per volume at a time (see rpc)."""
+    """The node's use cases, safe for several threads, one call per volume at a time (see `rpc.boundary`)."""
 
     stage: Stage | AttachingStage
     publish: Publish | AttachingPublish
     expand: Expand
-    statistics: Statistics
+    statistics: VolumeStatistics
     identity: NodeIdentity
     reconcile: Reconcile
     health: NodeHealth
-    census: VolumeCounts
+    volume_counts: VolumeCounts
     heavy: HeavyOperations
-    records: RecordCleanup
+    record_cleanup: RecordCleanup
 
 
 def assemble(
@@ -66,54 +67,40 @@ def assemble(
     records: UsageRecords | None = None,
     zone: NodeZone | None = None,
 ) -> NodeUseCases:
-    """Build the use-cases over these ports. `records` and `zone` default to those of the settings."""
+    """Build the use cases. `records` and `zone` default to those of the settings."""
     records, heavy = records or UsageRecords(settings.state_directory), HeavyOperations(settings.heavy_operations)
     ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, records=records, heavy=heavy)
     encrypted = EncryptedVolumes(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems,
-                                 records=records, heavy=heavy)  # fmt: skip
-    joining = SharedReaders(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
-                      preparation=preparation, records=records)  # fmt: skip
-    stage = Stage(devices=devices, read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems,
-                  paths=paths, ownership=ownership, probes=probes, preparation=preparation, encrypted=encrypted,
-                  joining=joining, settings=settings)  # fmt: skip
-    publish = Publish(
-        devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths, probes=probes,
-        records=records, ownership=ownership, encrypted=encrypted, joining=joining
+                                 records=records, heavy=heavy, preparation=preparation)  # fmt: skip
+    readers = SharedReaders(mounts=mounts, filesystems=filesystems, paths=paths, ownership=ownership,
+                            preparation=preparation, records=records)  # fmt: skip
+    return NodeUseCases(
+        stage=Stage(devices=devices, read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems,
+                    paths=paths, probes=probes, ownership=ownership, preparation=preparation, encrypted=encrypted,
+                    shared_readers=readers, settings=settings),
+        publish=Publish(devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths,
+                        probes=probes, records=records, ownership=ownership, encrypted=encrypted,
+                        shared_readers=readers),
+        expand=Expand(read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths,
+                      probes=probes, heavy=heavy, ownership=ownership, preparation=preparation, encrypted=encrypted,
+                      settings=settings),
+        statistics=VolumeStatistics(devices=devices, mounts=mounts, filesystems=filesystems, paths=paths,
+                                    probes=probes, ownership=ownership, settings=settings),
+        identity=NodeIdentity(devices=devices, tools=tools, zone=zone or _configured_zone(settings), records=records,
+                              settings=settings),
+        reconcile=Reconcile(read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted,
+                            ownership=ownership, driver_name=settings.driver_name),
+        health=NodeHealth(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths,
+                          probes=probes, tools=tools, ownership=ownership, settings=settings),
+        volume_counts=VolumeCounts(mounts=mounts, read_only_devices=read_only_devices, ownership=ownership,
+                                   driver_name=settings.driver_name),
+        heavy=heavy,
+        record_cleanup=RecordCleanup(records=records, devices=devices, mounts=mounts, ownership=ownership),
     )  # fmt: skip
-    expand = Expand(
-        read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
-        heavy=heavy, ownership=ownership, encrypted=encrypted, settings=settings
-    )  # fmt: skip
-    statistics = Statistics(
-        devices=devices, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes, ownership=ownership,
-        settings=settings
-    )  # fmt: skip
-    identity = NodeIdentity(devices=devices, tools=tools, zone=zone or _zone_given(settings), records=records,
-                            settings=settings)  # fmt: skip
-    reconcile = Reconcile(
-        read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted, ownership=ownership,
-        driver_name=settings.driver_name
-    )  # fmt: skip
-    health = NodeHealth(
-        devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths, probes=probes,
-        tools=tools, ownership=ownership, settings=settings
-    )  # fmt: skip
-    census = VolumeCounts(mounts, read_only_devices, ownership, driver_name=settings.driver_name)
-    cleanup = RecordCleanup(records=records, devices=devices, mounts=mounts, ownership=ownership)
-    return NodeUseCases(stage, publish, expand, statistics, identity, reconcile, health, census, heavy, cleanup)
 
 
-def attaching_by_node(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
-    """Let the node attach for itself what it stages."""
-    return replace(
-        use_cases,
-        stage=AttachingStage(use_cases.stage, attachments),
-        publish=AttachingPublish(use_cases.publish, attachments),
-    )
-
-
-def _zone_given(settings: NodeSettings) -> NodeZone:
+def _configured_zone(settings: NodeSettings) -> NodeZone:
     return NodeZone(
         given=settings.zone,
         topology_key=settings.topology_key,
@@ -123,99 +110,88 @@ def _zone_given(settings: NodeSettings) -> NodeZone:
     )
 
 
-logger = logging.getLogger(__name__)
+# --- attaching by the node --------------------------------------------------------------------------------------------
 
 
-class Staging(Protocol):
-    """What `stage.Stage` does."""
+def attaching_by_node(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
+    """Return the use cases of a node that attaches its volumes itself.
 
-    def stage(self, request: StageRequest, *, deadline: Deadline) -> None: ...
-
-    def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None: ...
-
-    def is_staged(self, volume_id: str, staging_target_path: str) -> bool: ...
-
-
-class Publishing(Protocol):
-    """What `publish.Publish` does."""
-
-    def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None: ...
-
-    def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None: ...
+    Nobody calls ControllerPublishVolume then, so the node makes the publish context, too.
+    """
+    return replace(
+        use_cases,
+        stage=AttachingStage(use_cases.stage, attachments),
+        publish=AttachingPublish(use_cases.publish, attachments),
+    )
 
 
 class StillAttached(StorageUnavailable):
-    """The volume is attached by this node and could not be staged; whoever gives it up for that must unstage it."""
+    """The volume is attached by this node and could not be staged; it must be unstaged to be detached."""
 
     def __init__(self, reason: DriverError) -> None:
         super().__init__(f"{reason}; the volume stays attached to this node until it is unstaged here")
 
 
+@dataclass(frozen=True, slots=True)
 class AttachingStage:
     """Attaches before it stages, and detaches after it has unstaged.
 
-    What fails in between is answered by an error after which kubelet unstages. After most others it takes the volume
-    for not staged (pkg/volume/csi, csi_client.go `isFinalError`), and nobody would ever detach it. It is not detached
-    here: what a retry may do goes by the attachment's number, such as to make a half-made filesystem again.
+    An error in between is answered so that kubelet unstages: after most errors it takes the volume for not staged
+    (pkg/volume/csi, csi_client.go `isFinalError`), and would never detach it. The volume is not detached here, as a
+    retry depends on the number of the attachment, for example to repeat an unfinished format.
     """
 
-    def __init__(self, stage: Staging, attachments: Attachments) -> None:
-        self._stage = stage
-        self._attachments = attachments
+    inner: Stage | AttachingStage
+    attachments: Attachments
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Attach the volume and stage it. Raises what `Attachments.attach` raises, else `StorageUnavailable`."""
-        context = self._attached(request, deadline=deadline)
+        """Attach and stage the volume. Raises as `Attachments.attach`, otherwise `StorageUnavailable`."""
+        context = self._attach(request, deadline=deadline)
         try:
-            self._stage.stage(replace(request, publish_context=context), deadline=deadline)
+            self.inner.stage(replace(request, publish_context=context), deadline=deadline)
         except (OperationPending, StorageUnavailable):
             raise
         except DriverError as error:
             raise StillAttached(error) from error
 
-    def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
-        """Tell what `Stage.is_staged` tells."""
-        return self._stage.is_staged(volume_id, staging_target_path)
+    def _attach(self, request: StageRequest, *, deadline: Deadline) -> Mapping[str, str]:
+        """Attach the volume, or find it attached. A mount is never used under a new attachment.
 
-    def _attached(self, request: StageRequest, *, deadline: Deadline) -> Mapping[str, str]:
-        """Attach the volume, or find it attached. What is mounted already must not be met by a new attachment.
-
-        It was taken from this node then, and another one may have written to it: what this kernel keeps of it in memory
-        is of the time before, and is taken off first.
+        Another node may have written to the volume since, and this kernel caches old data: it is unstaged first.
         """
-        attach = self._attachments.attach
+        attach = self.attachments.attach
         volume_id, path = request.volume_id, request.staging_target_path
-        if self._stage.is_staged(volume_id, path):
+        if self.inner.is_staged(volume_id, path):
             try:
                 return attach(volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline)
             except NotAttached as lost:
-                logger.warning("%s; that is done now", lost)
-                self._stage.unstage(volume_id, path, deadline=deadline)
+                logger.warning("%s; it is unstaged now", lost)
+                self.inner.unstage(volume_id, path, deadline=deadline)
         return attach(volume_id, request.capability, request.volume_context, deadline=deadline)
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
-        """Unstage the volume, then give it up: also what an earlier call, or an earlier driver, has left attached."""
-        self._stage.unstage(volume_id, staging_target_path, deadline=deadline)
-        self._attachments.detach(volume_id, deadline=deadline)
+        """Unstage the volume, then detach it, also if an earlier call or driver attached it."""
+        self.inner.unstage(volume_id, staging_target_path, deadline=deadline)
+        self.attachments.detach(volume_id, deadline=deadline)
+
+    def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
+        return self.inner.is_staged(volume_id, staging_target_path)
 
 
+@dataclass(frozen=True, slots=True)
 class AttachingPublish:
-    """Publishes with the context of the attachment that is there."""
+    """Publishes with the context of the present attachment."""
 
-    def __init__(self, publish: Publishing, attachments: Attachments) -> None:
-        self._publish = publish
-        self._attachments = attachments
+    inner: Publish | AttachingPublish
+    attachments: Attachments
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
-        """Publish the staged volume. Raises what `Publish.publish` raises, and `NotAttached`.
-
-        It is never attached anew: what was staged belongs to the attachment that it was staged under.
-        """
-        context = self._attachments.attach(
+        """Publish the staged volume. Raises `NotAttached`: a staged volume belongs to its attachment."""
+        context = self.attachments.attach(
             request.volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline
         )
-        self._publish.publish(replace(request, publish_context=context), deadline=deadline)
+        self.inner.publish(replace(request, publish_context=context), deadline=deadline)
 
     def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
-        """Take the volume off the target path; it stays attached until it is unstaged."""
-        self._publish.unpublish(volume_id, target_path, deadline=deadline)
+        """Unpublish the volume; it stays attached until it is unstaged."""
+        self.inner.unpublish(volume_id, target_path, deadline=deadline)

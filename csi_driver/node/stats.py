@@ -1,16 +1,19 @@
-"""Use of a volume, answered in time whatever hangs (kubelet waits for it with everything else it measures)."""
+"""NodeGetVolumeStats, the health conditions of CSI 1.13 (alpha), and the volume counts of the metrics.
+
+A filesystem or device is touched only in a `Watchdog`, so that a dead one does not delay the answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, VolumeNotMounted
-from csi_driver.host_model import Device, DeviceNumber, Fault, FaultKind, Mount, VolumeStatus
+from csi_driver.host_model import Device, DeviceNumber, Fault, FaultKind, Mount, StorageClient, VolumeStatus
 from csi_driver.model import (
     Reason,
     StorageEntry,
@@ -23,75 +26,14 @@ from csi_driver.model import (
 )
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.expand import known_path
-from csi_driver.node.mount_owner import (
-    NodeVolume,
-    Owner,
-    Ownership,
-    is_same,
-    node_volume,
-    number_of,
-    publication_record,
-    staging_record,
-)
+from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, is_same, number_of
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices, Tools
+from csi_driver.node.reconcile import publication_record, staging_record
 from csi_driver.settings import NodeSettings
 
+COUNT_TIMEOUT_S = 5.0
 
-class Statistics:
-    """NodeGetVolumeStats."""
-
-    def __init__(
-        self,
-        *,
-        devices: Devices,
-        mounts: Mounts,
-        filesystems: Filesystems,
-        paths: Paths,
-        probes: Probes,
-        ownership: Ownership,
-        settings: NodeSettings,
-    ) -> None:
-        self._devices = devices
-        self._mounts = mounts
-        self._filesystems = filesystems
-        self._paths = paths
-        self._probes = probes
-        self._ownership = ownership
-        self._timeout_s = settings.statistics_timeout_s
-        self._margin_s = settings.answer_margin_s
-        self._questions: Watchdog[Usage] = Watchdog("volume-statistics")
-
-    def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
-        """Return the use of the volume at `volume_path`. A block volume has only its size.
-
-        Raises `VolumeNotMounted`, `PreconditionFailed` when its filesystem was shut down, `StorageUnavailable` when its
-        filesystem or device does not answer: after the settings' time the first time, at once while that question is
-        still open.
-        """
-        volume, _ = node_volume(volume_id)
-        path = known_path(self._paths, volume, volume_path)
-
-        def ask() -> Usage:
-            mounted = self._mounts.at(path)
-            owner = Owner.OTHER if mounted is None else self._ownership.owner_of(mounted, volume)
-            if mounted is None or owner is Owner.OTHER:
-                raise VolumeNotMounted(volume, path)
-            number = number_of(mounted)
-            size = self._devices.size_bytes(number) if number.major else None
-            if owner is Owner.DEAD or (number.major and not size):
-                raise StorageUnavailable(f"the device {number} of volume {volume} at {path} is gone")
-            if mounted.node_number is not None and size:
-                return Usage(total_bytes=size)
-            dead = self._probes.dead(mounted)
-            if dead is not None and dead.kind is FaultKind.SHUT_DOWN:
-                raise PreconditionFailed(f"volume {volume} at {path} has no statistics: {dead.detail}")
-            return self._filesystems.usage(path)
-
-        timeout_s = min(self._timeout_s, max(0.0, deadline.remaining_s() - self._margin_s))
-        return self._questions.ask(volume.name, str(path), ask, timeout_s)
-
-
-_MEANING: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
+CONDITIONS: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
     {
         FaultKind.DEVICE_READ_ONLY: (VolumeFault.DEGRADED, Reason.DEVICE_READ_ONLY),
         FaultKind.BACKING_FILE_GONE: (VolumeFault.DEGRADED, Reason.BACKING_FILE_GONE),
@@ -104,158 +46,180 @@ _MEANING: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
 )
 
 
+# --- NodeGetVolumeStats -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class VolumeStatistics:
+    """NodeGetVolumeStats."""
+
+    devices: Devices
+    mounts: Mounts
+    filesystems: Filesystems
+    paths: Paths
+    probes: Probes
+    ownership: Ownership
+    settings: NodeSettings
+    watchdog: Watchdog[Usage] = field(default_factory=lambda: Watchdog("volume-statistics"), init=False)
+
+    def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
+        """Return the usage of the volume at `volume_path`; of a block volume only its size.
+
+        Raises `VolumeNotMounted`, `PreconditionFailed` for a filesystem that was shut down, `StorageUnavailable` when
+        the filesystem or device does not respond: at once while an earlier call is still blocked.
+        """
+        volume = NodeVolume.of_request(volume_id)
+        path = known_path(self.paths, volume, volume_path)
+        timeout_s = _timeout_s(self.settings, deadline)
+        return self.watchdog.call(volume.name, str(path), lambda: self._read(volume, path), timeout_s)
+
+    def _read(self, volume: NodeVolume, path: Path) -> Usage:
+        mounted = self.mounts.at(path)
+        owner = Owner.OTHER if mounted is None else self.ownership.owner_of(mounted, volume)
+        if mounted is None or owner is Owner.OTHER:
+            raise VolumeNotMounted(volume, path)
+        number = number_of(mounted)
+        size = self.devices.size_bytes(number) if number.major else None
+        if owner is Owner.DEAD or (number.major and not size):
+            raise StorageUnavailable(f"the device {number} of volume {volume} at {path} is gone")
+        if mounted.node_number is not None and size:
+            return Usage(total_bytes=size)
+        dead = self.probes.dead(mounted)
+        if dead is not None and dead.kind is FaultKind.SHUT_DOWN:
+            raise PreconditionFailed(f"volume {volume} at {path} has no statistics: {dead.detail}")
+        return self.filesystems.usage(path)
+
+
+def _timeout_s(settings: NodeSettings, deadline: Deadline) -> float:
+    return min(settings.statistics_timeout_s, max(0.0, deadline.remaining_s() - settings.answer_margin_s))
+
+
+# --- health conditions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
 class NodeHealth:
     """NodeGetVolumeHealth and NodeGetStorageHealth."""
 
-    def __init__(
-        self,
-        *,
-        devices: Devices,
-        encryption: Encryption,
-        mounts: Mounts,
-        filesystems: Filesystems,
-        paths: Paths,
-        probes: Probes,
-        tools: Tools,
-        ownership: Ownership,
-        settings: NodeSettings,
-    ) -> None:
-        self._devices = devices
-        self._encryption = encryption
-        self._mounts = mounts
-        self._filesystems = filesystems
-        self._paths = paths
-        self._probes = probes
-        self._tools = tools
-        self._ownership = ownership
-        self._timeout_s = settings.statistics_timeout_s
-        self._margin_s = settings.answer_margin_s
-        self._questions: Watchdog[list[VolumeEntry]] = Watchdog("volume-health")
+    devices: Devices
+    encryption: Encryption
+    mounts: Mounts
+    filesystems: Filesystems
+    paths: Paths
+    probes: Probes
+    tools: Tools
+    ownership: Ownership
+    settings: NodeSettings
+    watchdog: Watchdog[list[VolumeEntry]] = field(default_factory=lambda: Watchdog("volume-health"), init=False)
 
     def volume(
         self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
     ) -> VolumeHealth:
-        """Tell what is wrong with a volume here, looking at the paths that are given, else at every mount of it.
+        """Return the faults of a volume at the given paths, otherwise at all of its mounts.
 
-        A filesystem or device that does not answer in time is an entry. Raises `VolumeNotFound` when nothing of the
-        volume is on this node.
+        A filesystem or device that does not respond in time is a fault. Raises `VolumeNotFound` when the volume is not
+        on this node.
         """
-        volume, _ = node_volume(volume_id)
+        volume = NodeVolume.of_request(volume_id)
         texts = [text for text in (volume_publish_path, staging_target_path) if text]
-        paths = [known_path(self._paths, volume, text) for text in texts]
-        told = list(_told(self._status_of(volume)))
-        timeout_s = min(self._timeout_s, max(0.0, deadline.remaining_s() - self._margin_s))
+        paths = [known_path(self.paths, volume, text) for text in texts]
+        shown = list(_client_faults(self._status_of(volume)))
         about = " and ".join(map(str, paths)) or "its device"
+        timeout_s = _timeout_s(self.settings, deadline)
         try:
-            seen = self._questions.ask(volume.name, about, lambda: self._seen(volume, paths), timeout_s)
-        except NotResponding as silence:
-            seen = [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NOT_RESPONDING, str(silence))]
-        return VolumeHealth(volume_id, each_once(told + seen))
+            found = self.watchdog.call(volume.name, about, lambda: self._examine(volume, paths), timeout_s)
+        except NotResponding as error:
+            found = [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NOT_RESPONDING, str(error))]
+        return VolumeHealth(volume_id, each_once(shown + found))
 
     def storage(self) -> tuple[StorageEntry, ...]:
-        """Tell what is wrong with this node's way to the storage; touches no device."""
-        return tuple(self._storage())
+        """Return the faults of this node's access to the storage, without touching a device."""
+        client, problems = self.devices.client(), "; ".join(self.tools.problems())
+        found: list[StorageEntry] = []
+        if client.problem:
+            message = f"the storage client is unusable: {client.problem}"
+            found.append(StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_UNUSABLE, message))
+        if client.uuid is None:
+            found.append(_client_absent(client))
+        if problems:
+            found.append(StorageEntry(StorageFault.STORAGE_DEGRADED, Reason.NODE_NOT_EQUIPPED, problems))
+        return tuple(found)
 
     def why_unusable(self) -> str:
-        """Say why no volume can be used on this node now; empty = they can."""
-        return "; ".join(entry.message for entry in self._storage())
-
-    # --- the volume ---
+        """Return why no volume can be used on this node; empty = they can."""
+        return "; ".join(entry.message for entry in self.storage())
 
     def _status_of(self, volume: NodeVolume) -> VolumeStatus | None:
-        status = self._devices.status(volume.name)
+        status = self.devices.status(volume.name)
         return status if status is not None and is_same(status.uuid, volume.uuid) else None
 
-    def _seen(self, volume: NodeVolume, paths: list[Path]) -> list[VolumeEntry]:
-        """Look at the volume's mounts and devices. May hang."""
+    def _examine(self, volume: NodeVolume, paths: list[Path]) -> list[VolumeEntry]:
+        """Examine the volume's mounts and devices. May hang."""
         mounts = self._mounts_at(volume, paths)
         devices = self._devices_of(volume)
         if not mounts:
-            mounts = [mounted for device in devices for mounted in self._mounts.of_device(device)]
+            mounts = [mounted for device in devices for mounted in self.mounts.of_device(device)]
         if not mounts and not devices:
             if self._status_of(volume) is None:
                 raise VolumeNotFound(volume.volume_id, "nothing of it is on this node")
             return [VolumeEntry(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE, f"the device of {volume} is not there")]
         numbers = dict.fromkeys((*map(number_of, mounts), *(device.number for device in devices)))
-        return [entry for number in numbers for entry in self._judge_device(number, mounts)] + [
-            entry for mounted in _one_of_each(mounts) for entry in self._judge_filesystem(mounted)
+        return [entry for number in numbers for entry in self._device_faults(number, mounts)] + [
+            entry for mounted in _one_per_filesystem(mounts) for entry in self._filesystem_faults(mounted)
         ]
 
     def _devices_of(self, volume: NodeVolume) -> list[Device]:
-        """Return the volume's device as it is now, and the encrypted one opened over it."""
-        device = self._ownership.device_of(volume)
+        """Return the volume's device and the encrypted one opened over it."""
+        device = self.ownership.device_of(volume)
         if device is None:
             return []
-        mapping = self._encryption.mapping(volume.name)
+        mapping = self.encryption.mapping(volume.name)
         if mapping is None or mapping.below != device.number:
             return [device]
-        return [device, replace(device, path=self._encryption.path_of(volume.name), number=mapping.number)]
+        return [device, replace(device, path=self.encryption.path_of(volume.name), number=mapping.number)]
 
     def _mounts_at(self, volume: NodeVolume, paths: list[Path]) -> list[Mount]:
-        found = (self._mounts.at(path) for path in paths)
+        found = (self.mounts.at(path) for path in paths)
         return [
             mounted
             for mounted in found
-            if mounted is not None and self._ownership.owner_of(mounted, volume) is not Owner.OTHER
+            if mounted is not None and self.ownership.owner_of(mounted, volume) is not Owner.OTHER
         ]
 
-    def _judge_device(self, number: DeviceNumber, mounts: list[Mount]) -> Iterator[VolumeEntry]:
+    def _device_faults(self, number: DeviceNumber, mounts: list[Mount]) -> Iterator[VolumeEntry]:
         if not number.major:
             return
-        if not self._devices.size_bytes(number):
+        if not self.devices.size_bytes(number):
             yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE, f"device {number} is gone")
             return
         is_written = any(number_of(mounted) == number and not mounted.read_only for mounted in mounts)
-        for fault in self._probes.device(number):
+        for fault in self.probes.device(number):
             if is_written or fault.kind is not FaultKind.DEVICE_READ_ONLY:
                 yield _entry(fault)
 
-    def _judge_filesystem(self, mounted: Mount) -> Iterator[VolumeEntry]:
-        faults = self._probes.filesystem(mounted)
+    def _filesystem_faults(self, mounted: Mount) -> Iterator[VolumeEntry]:
+        faults = self.probes.filesystem(mounted)
         yield from map(_entry, faults)
         if any(fault.kind in (FaultKind.SHUT_DOWN, FaultKind.IO_ERROR) for fault in faults):
             return
-        usage = self._filesystems.usage(mounted.path)
+        usage, full = self.filesystems.usage(mounted.path), VolumeFault.DEGRADED
         if usage.available_bytes == 0:
-            yield VolumeEntry(
-                VolumeFault.DEGRADED, Reason.FILESYSTEM_FULL, f"no byte of {usage.total_bytes} is available"
-            )
+            yield VolumeEntry(full, Reason.FILESYSTEM_FULL, f"no byte of {usage.total_bytes} is available")
         if usage.total_inodes and usage.available_inodes == 0:
-            yield VolumeEntry(
-                VolumeFault.DEGRADED, Reason.INODES_EXHAUSTED, f"no inode of {usage.total_inodes} is available"
-            )
-
-    # --- the storage ---
-
-    def _storage(self) -> Iterator[StorageEntry]:
-        unreachable, client = StorageFault.STORAGE_UNREACHABLE, self._devices.client()
-        if client.problem:
-            yield StorageEntry(unreachable, Reason.CLIENT_UNUSABLE, f"the storage client is unusable: {client.problem}")
-        if client.uuid is None:
-            yield _absence(is_expected=client.is_expected, is_upgrading=client.is_upgrading)
-        problems = "; ".join(self._tools.problems())
-        if problems:
-            yield StorageEntry(StorageFault.STORAGE_DEGRADED, Reason.NODE_NOT_EQUIPPED, problems)
+            yield VolumeEntry(full, Reason.INODES_EXHAUSTED, f"no inode of {usage.total_inodes} is available")
 
 
-def _absence(*, is_expected: bool, is_upgrading: bool) -> StorageEntry:
-    if is_upgrading:
-        return StorageEntry(
-            StorageFault.STORAGE_DEGRADED,
-            Reason.CLIENT_UPGRADING,
-            "the storage client is being upgraded, or starts; volumes in use stay",
-        )
-    if is_expected:
-        return StorageEntry(
-            StorageFault.STORAGE_UNREACHABLE,
-            Reason.CLIENT_NOT_RUNNING,
-            "the storage client is not running (no status files)",
-        )
+def _client_absent(client: StorageClient) -> StorageEntry:
+    if client.is_upgrading:
+        message = "the storage client is being upgraded, or starts; volumes in use stay"
+        return StorageEntry(StorageFault.STORAGE_DEGRADED, Reason.CLIENT_UPGRADING, message)
+    if client.is_expected:
+        message = "the storage client is not running (no status files)"
+        return StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_NOT_RUNNING, message)
     return StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_ABSENT, "this node has no storage client")
 
 
-def _told(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
-    """Turn what the client says of the volume into entries."""
+def _client_faults(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
     if status is None:
         return
     if status.refusal:
@@ -266,8 +230,8 @@ def _told(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
         )
 
 
-def _one_of_each(mounts: list[Mount]) -> list[Mount]:
-    """Choose one mount of each filesystem, one that was meant to be writable where there is one."""
+def _one_per_filesystem(mounts: list[Mount]) -> list[Mount]:
+    """Return one mount of each filesystem, preferably one that was meant to be writable."""
     chosen: dict[DeviceNumber, Mount] = {}
     for mounted in sorted(mounts, key=lambda each: (not each.turned_read_only, each.read_only)):
         if mounted.node_number is None:
@@ -276,52 +240,50 @@ def _one_of_each(mounts: list[Mount]) -> list[Mount]:
 
 
 def _entry(fault: Fault) -> VolumeEntry:
-    status, reason = _MEANING[fault.kind]
+    status, reason = CONDITIONS[fault.kind]
     return VolumeEntry(status, reason, fault.detail)
 
 
-LOOK_LIMIT_S = 5.0
+# --- volume counts ----------------------------------------------------------------------------------------------------
 
 
-class State(StrEnum):
-    """Where a volume is mounted. A raw block volume is mounted nowhere while it is only staged."""
+class MountState(StrEnum):
+    """Where a volume is mounted. A raw block volume that is only staged has no mount."""
 
     STAGED = "staged"
     PUBLISHED = "published"
     ELSEWHERE = "elsewhere"
-    """Not where kubelet has its volumes: another orchestrator's, or an administrator's."""
+    """At another path than kubelet's: by another orchestrator or an administrator."""
 
 
+@dataclass(slots=True, kw_only=True)
 class VolumeCounts:
-    """Counts volumes by the mount table, in a thread that can be lost to a mount that hangs."""
+    """Number of volumes on this node by mount state, for the metrics."""
 
-    def __init__(
-        self, mounts: Mounts, read_only_devices: ReadOnlyDevices, ownership: Ownership, *, driver_name: str
-    ) -> None:
-        self._mounts = mounts
-        self._read_only_devices = read_only_devices
-        self._ownership = ownership
-        self._driver_name = driver_name
-        self._looks: Watchdog[Mapping[str, int]] = Watchdog("census")
+    mounts: Mounts
+    read_only_devices: ReadOnlyDevices
+    ownership: Ownership
+    driver_name: str
+    watchdog: Watchdog[Mapping[str, int]] = field(default_factory=lambda: Watchdog("volume-counts"), init=False)
 
     def volumes(self) -> Mapping[str, int]:
-        """Return the number of volumes in each `State`; empty where a mount does not let itself be looked at."""
+        """Return the number of volumes in each `MountState`; empty when a mount does not respond."""
         try:
-            return self._looks.ask("any", "a look", self._count, LOOK_LIMIT_S)
+            return self.watchdog.call("any", "the mount table", self._count, COUNT_TIMEOUT_S)
         except NotResponding:
             return {}
 
     def _count(self) -> Mapping[str, int]:
-        names: dict[State, set[str]] = {state: set() for state in State}
-        over = {reader.number: reader.over for reader in self._read_only_devices.present()}
-        for mounted in self._mounts.table():
+        names: dict[MountState, set[str]] = {state: set() for state in MountState}
+        over = {reader.number: reader.over for reader in self.read_only_devices.present()}
+        for mounted in self.mounts.table():
             path = over.get(mounted.node_number) if mounted.node_number is not None else None
-            name = self._ownership.name_at(path) if path is not None else self._ownership.name_of(mounted)
+            name = self.ownership.name_at(path) if path is not None else self.ownership.name_of(mounted)
             if name is not None:
                 names[self._state_of(mounted)].add(name)
         return {state: len(found) for state, found in names.items()}
 
-    def _state_of(self, mounted: Mount) -> State:
-        if staging_record(mounted.path, self._driver_name) is not None:
-            return State.STAGED
-        return State.PUBLISHED if publication_record(mounted.path) is not None else State.ELSEWHERE
+    def _state_of(self, mounted: Mount) -> MountState:
+        if staging_record(mounted.path, self.driver_name) is not None:
+            return MountState.STAGED
+        return MountState.PUBLISHED if publication_record(mounted.path) is not None else MountState.ELSEWHERE

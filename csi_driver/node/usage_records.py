@@ -1,12 +1,11 @@
-"""The format mark: the only state on a node. It tells a filesystem that we left half made from anybody's data.
+"""Usage records: one small file per volume, the only state that a node keeps.
 
-It is on disk before mkfs starts and replaced on disk before the first mount, so while it is there, nobody has
-used what mkfs left. What replaces it says that the volume is in use: under this attachment nothing is formatted any
-more, though the attachment may be told to be the volume's first, or one that may format over old data. A volume that
-was handed out raw gets a mark as well: from then on a blank head and tail prove nothing.
+A record says that a format was begun, or that the volume is in use, and under which attachment. It is on disk before
+mkfs starts, and says "in use" before the first mount: so an unfinished format is known from data of a user, and
+nothing is formatted twice under one attachment, whatever the controller says of its history.
 
-One volume may be held under several handles at once, each with what it was told when it was attached. So what says
-that a volume is in use is never taken away by another handle's call, and counts for every attachment up to its own.
+A volume may be attached under several handles at once, each with its own publish context. So a record of use is never
+removed by a call of another handle, and counts for every attachment up to its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
@@ -28,12 +27,21 @@ from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.node.mount_owner import Ownership
 from csi_driver.node.ports import Devices, Mounts
 
+logger = logging.getLogger(__name__)
+
 LUKS = "luks"
-"""Stands in `UsageRecord.filesystem` while a LUKS header is being made, before there is any filesystem."""
+"""`UsageRecord.filesystem` while a LUKS header is made."""
 RAW = "raw"
-"""Stands in `UsageRecord.filesystem` where the volume was handed out as a raw block device."""
+"""`UsageRecord.filesystem` of a volume that was published as a raw block device."""
 USED = "used"
-"""Stands in `UsageRecord.filesystem` where the volume was mounted writable, or is about to be."""
+"""`UsageRecord.filesystem` of a volume that is or was mounted."""
+
+NEWEST_KEPT = 1024
+"""Number of the newest records that are always kept: as many volumes as a storage client can attach."""
+ABSENT_S = 3600.0
+"""Time without device and mount after which a record may go; a client shows its volumes within minutes of a start."""
+MOST_AT_ONCE = 256
+"""Records that one sweep removes; each waits for the disk."""
 
 # struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")
@@ -41,11 +49,11 @@ _FLOCK = struct.Struct("=hhxxxxqqixxxx")
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """What was begun on a volume, and under which of its attachments (0 = not counted).
+    """What was done to a volume, and under which of its attachments (0 = not counted).
 
-    `uncounted`: the volume was put to use last under an attachment that nobody counts; `attachment` is an earlier one.
-    `root_mode_pending`: its filesystem is new, and the root directory has not got the mode that was asked for: no
-    staging has ended, so no pod had the volume.
+    `filesystem`: the type of a filesystem whose format was begun, or LUKS, RAW or USED.
+    `uncounted`: the last use was under an attachment that is not counted; `attachment` is an earlier one.
+    `root_mode_pending`: the filesystem is new and its root directory does not have the requested mode yet.
     """
 
     volume_uuid: str
@@ -56,57 +64,21 @@ class UsageRecord:
 
     @property
     def is_use(self) -> bool:
-        """Whether it says that somebody may have written to the volume; else it says what was begun to be made."""
+        """Whether the volume may have been written to; otherwise a format was begun."""
         return self.filesystem in (RAW, USED)
 
     def is_of(self, attachment: int) -> bool:
-        """Tell whether it says something of this attachment; attachments that nobody counts are never the same.
-
-        What was begun was so under one attachment; what was used since is known to no earlier one.
-        """
+        """Tell whether the record applies to this attachment: use to all up to its own, a begun format to its own."""
         if self.is_use:
             return 0 < attachment <= self.attachment
         return attachment > 0 and self.attachment == attachment
 
 
-def record_use(
-    records: UsageRecords, volume_uuid: str, attachment: int, how: str, *, root_mode_pending: bool | None = False
-) -> None:
-    """Put on record that the volume is in use (`how`: RAW or USED) under this attachment, and maybe under earlier ones.
-
-    A format that was begun is over with it. Attachments that nobody counts leave no record of their own, but that
-    they came after the one on record. `root_mode_pending`: see `UsageRecord`; None = as recorded.
-    """
-    with records.changing(volume_uuid):
-        mark = records.read(volume_uuid)
-        last = max(attachment, mark.attachment if mark is not None else 0)
-        if root_mode_pending is None:
-            root_mode_pending = mark is not None and mark.root_mode_pending and mark.attachment == attachment
-        if last:
-            used = UsageRecord(volume_uuid, last, how, attachment == 0, root_mode_pending and attachment == last)
-            if mark != used:
-                records.write(used)
-        elif mark is not None:
-            records.remove(volume_uuid)
-
-
-def earlier_use(records: UsageRecords, volume_uuid: str | None, attachment: int) -> int:
-    """Return the attachment under which the volume was put to use, where that is an earlier one than this; else 0.
-
-    What is still mounted of it then belongs to a device that was taken from this node in between. Where it was put to
-    use last under an attachment that nobody counts, that may be this very one.
-    """
-    mark = records.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
-    if mark is None or not mark.is_use or mark.uncounted or mark.attachment >= attachment:
-        return 0
-    return mark.attachment
-
-
 class UsageRecords:
-    """Marks as small files, one per volume, in a directory that survives a reboot.
+    """Usage records as files. A change is on disk when the call returns.
 
-    Two drivers use it for a moment while one replaces the other, and two publications of one volume at any time: who
-    changes a mark holds the volume's byte of the file `lock`.
+    Two drivers use the directory while one replaces the other, and several publications of a volume run at once. So a
+    change holds the volume's byte of the file `lock`.
     """
 
     def __init__(self, state_directory: Path) -> None:
@@ -115,38 +87,40 @@ class UsageRecords:
 
     @contextmanager
     def changing(self, *volume_uuids: str) -> Iterator[None]:
-        """Hold these records against every other thread and process inside the block; held already is success."""
+        """Lock these records against other threads and processes; may be nested."""
         held: frozenset[str] = getattr(self._held, "uuids", frozenset())
-        wanted = frozenset(volume_uuids) - held
-        if not wanted:
+        missing = frozenset(volume_uuids) - held
+        if not missing:
             yield
             return
-        fd = self._lock(wanted)
+        fd = self._lock(missing)
         try:
-            self._held.uuids = held | wanted
+            self._held.uuids = held | missing
             yield
         finally:
             self._held.uuids = held
             os.close(fd)
 
     def _lock(self, volume_uuids: frozenset[str]) -> int:
-        """Return a descriptor that holds the volumes' bytes of the lock file until it is closed."""
+        """Return a descriptor that holds the locks until it is closed."""
         path = self._directory / "lock"
         try:
-            self._make_directory()
+            if not self._directory.is_dir():
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _sync(self._directory.parent)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SystemCallFailed(f"open {path}", error.errno or 0) from error
         try:
-            for place in sorted(map(_place, volume_uuids)):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+            for offset in sorted(map(_lock_offset, volume_uuids)):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
         except OSError as error:
             os.close(fd)
             raise SystemCallFailed(f"lock {path}", error.errno or 0) from error
         return fd
 
     def recorded(self) -> list[str]:
-        """Return the uuids of all volumes that have a mark, the one that was written first at the head."""
+        """Return the UUIDs of all volumes with a record, the oldest record first."""
         found: list[tuple[float, str]] = []
         try:
             for entry in os.scandir(self._directory):
@@ -162,7 +136,7 @@ class UsageRecords:
         return [uuid for _, uuid in sorted(found)]
 
     def read(self, volume_uuid: str) -> UsageRecord | None:
-        """Return the volume's mark. Raises `HostFailure` when there is one that cannot be read."""
+        """Return the volume's record. Raises `HostFailure` when it cannot be read or is invalid."""
         path = self.path_of(volume_uuid)
         try:
             text = path.read_text(encoding="utf-8")
@@ -172,7 +146,7 @@ class UsageRecords:
             raise SystemCallFailed(f"read {path}", error.errno or 0) from error
         try:
             fields = json.loads(text)
-            mark = UsageRecord(
+            record = UsageRecord(
                 str(fields["volume"]),
                 int(fields["attachment"]),
                 str(fields["filesystem"]),
@@ -180,19 +154,19 @@ class UsageRecords:
                 root_mode_pending=fields.get("rootModePending") is True,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HostFailure(f"format mark {path} cannot be read, so the volume is not formatted") from error
-        if mark.volume_uuid != volume_uuid:
-            raise HostFailure(f"format mark {path}: expected volume {volume_uuid}, got {mark.volume_uuid}")
-        return mark
+            raise HostFailure(f"usage record {path} cannot be read, so the volume is not formatted") from error
+        if record.volume_uuid != volume_uuid:
+            raise HostFailure(f"usage record {path}: expected volume {volume_uuid}, got {record.volume_uuid}")
+        return record
 
-    def write(self, mark: UsageRecord) -> None:
-        """Set the mark, replacing an older one of the volume, and see it on disk."""
-        path = self.path_of(mark.volume_uuid)
+    def write(self, record: UsageRecord) -> None:
+        """Replace the record of the volume."""
+        path = self.path_of(record.volume_uuid)
         draft = path.with_suffix(".draft")
-        fields = {"volume": mark.volume_uuid, "attachment": mark.attachment, "filesystem": mark.filesystem}
-        seldom = {"uncounted": mark.uncounted, "rootModePending": mark.root_mode_pending}
-        text = json.dumps({**fields, **{key: True for key, value in seldom.items() if value}})
-        with self.changing(mark.volume_uuid):
+        fields = {"volume": record.volume_uuid, "attachment": record.attachment, "filesystem": record.filesystem}
+        flags = {"uncounted": record.uncounted, "rootModePending": record.root_mode_pending}
+        text = json.dumps({**fields, **{key: True for key, value in flags.items() if value}})
+        with self.changing(record.volume_uuid):
             try:
                 with draft.open("w", encoding="utf-8") as file:
                     file.write(text)
@@ -204,7 +178,7 @@ class UsageRecords:
                 raise SystemCallFailed(f"write {path}", error.errno or 0) from error
 
     def remove(self, volume_uuid: str) -> None:
-        """Remove the mark and see it gone from disk."""
+        """Remove the record of the volume; absent is success."""
         path = self.path_of(volume_uuid)
         if not self._directory.is_dir():
             return
@@ -217,23 +191,49 @@ class UsageRecords:
             except OSError as error:
                 raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
 
-    def _make_directory(self) -> None:
-        if not self._directory.is_dir():
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sync(self._directory.parent)
-
     def path_of(self, volume_uuid: str) -> Path:
         """Return the file of the volume's record."""
         return self._directory / f"{volume_uuid}.mark"
 
 
-def _place(volume_uuid: str) -> int:
-    """Return the byte of the lock file that is the volume's."""
+def record_use(
+    records: UsageRecords, volume_uuid: str, attachment: int, how: str, *, root_mode_pending: bool | None = False
+) -> None:
+    """Record that the volume is in use (`how`: RAW or USED). A begun format is over by this.
+
+    An attachment that is not counted gets no record; it is noted in a record of an earlier one.
+    `root_mode_pending`: see `UsageRecord`; None = as recorded under this attachment.
+    """
+    with records.changing(volume_uuid):
+        old = records.read(volume_uuid)
+        last = max(attachment, old.attachment if old is not None else 0)
+        if root_mode_pending is None:
+            root_mode_pending = old is not None and old.root_mode_pending and old.attachment == attachment
+        if last:
+            used = UsageRecord(volume_uuid, last, how, attachment == 0, root_mode_pending and attachment == last)
+            if old != used:
+                records.write(used)
+        elif old is not None:
+            records.remove(volume_uuid)
+
+
+def earlier_use(records: UsageRecords, volume_uuid: str | None, attachment: int) -> int:
+    """Return the earlier attachment under which the volume was last used; 0 if it was none, or is not known.
+
+    A mount from that time belongs to a device that was detached from this node since.
+    """
+    record = records.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
+    if record is None or not record.is_use or record.uncounted or record.attachment >= attachment:
+        return 0
+    return record.attachment
+
+
+def _lock_offset(volume_uuid: str) -> int:
     return int.from_bytes(hashlib.sha256(volume_uuid.encode()).digest()[:7], "big")
 
 
 def _sync(directory: Path) -> None:
-    """Write a directory's entries to disk (fsync(2): a file's own fsync does not cover them)."""
+    """Write a directory's entries to disk: fsync(2) of a file does not."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -241,80 +241,69 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-logger = logging.getLogger(__name__)
-
-NEWEST_KEPT = 1024
-"""As many volumes as a node can have at once (the limit of the storage client)."""
-ABSENT_S = 3600.0
-"""Far longer than a storage client takes to show its volumes again after a reboot or an upgrade."""
-MOST_AT_ONCE = 256
-"""Records that one look removes; each waits for the disk."""
+# --- removing old records ---------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True, kw_only=True)
 class RecordCleanup:
-    """Looks which volumes are here, and removes records of those that were not, at any look, for an hour."""
+    """Removes records of volumes that the node no longer has.
 
-    def __init__(
-        self,
-        *,
-        records: UsageRecords,
-        devices: Devices,
-        mounts: Mounts,
-        ownership: Ownership,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        self._records = records
-        self._devices = devices
-        self._mounts = mounts
-        self._ownership = ownership
-        self._clock = clock
-        self._absent_since: dict[str, float] = {}
+    A node is never told that an attachment is over: a device may be absent for a while and come back under the same
+    one. So a record goes only after its volume was absent for an hour, and many others were written after it
+    (docs/data-safety.md, "How long a record is kept").
+    """
+
+    records: UsageRecords
+    devices: Devices
+    mounts: Mounts
+    ownership: Ownership
+    clock: Clock = SYSTEM_CLOCK
+    _absent_since: dict[str, float] = field(default_factory=dict, init=False)
 
     def sweep(self) -> int:
-        """Look once; return how many records were removed. Raises `HostFailure` where the records cannot be read."""
-        recorded = self._records.recorded()
-        here = self._here() if len(recorded) > NEWEST_KEPT else None
-        if here is None:
+        """Return how many records were removed. Raises `HostFailure` when the records cannot be listed."""
+        recorded = self.records.recorded()
+        present = self._present() if len(recorded) > NEWEST_KEPT else None
+        if present is None:
             self._absent_since.clear()
             return 0
-        now_s = self._clock.monotonic()
-        self._absent_since = {
-            uuid: self._absent_since.get(uuid, now_s) for uuid in recorded if uuid.lower() not in here
-        }
+        now_s = self.clock.monotonic()
+        absent = [uuid for uuid in recorded if uuid.lower() not in present]
+        self._absent_since = {uuid: self._absent_since.get(uuid, now_s) for uuid in absent}
         old = [
             uuid
-            for uuid in recorded[: max(0, len(recorded) - NEWEST_KEPT)]
+            for uuid in recorded[: len(recorded) - NEWEST_KEPT]
             if now_s - self._absent_since.get(uuid, now_s) >= ABSENT_S and self._is_readable(uuid)
         ]
         removed = self._remove(old[:MOST_AT_ONCE])
         if removed:
-            logger.info("removed %d usage records of volumes that this node has not had for a long time", removed)
+            logger.info("removed %d usage records of volumes that have been absent for a long time", removed)
         return removed
 
     def _remove(self, volume_uuids: Sequence[str]) -> int:
-        """Remove these records, unless a volume has come back: a stage then waits, and writes its record anew."""
+        """Remove these records, but not that of a volume that has come back meanwhile."""
         if not volume_uuids:
             return 0
-        with self._records.changing(*volume_uuids):
-            here = self._here()
-            going = [uuid for uuid in volume_uuids if here is not None and uuid.lower() not in here]
-            for uuid in going:
-                self._records.remove(uuid)
-        return len(going)
+        with self.records.changing(*volume_uuids):
+            present = self._present()
+            absent = [uuid for uuid in volume_uuids if present is not None and uuid.lower() not in present]
+            for uuid in absent:
+                self.records.remove(uuid)
+        return len(absent)
 
     def _is_readable(self, volume_uuid: str) -> bool:
-        """Tell whether a record can be read; one that cannot stops the volume's next stage, which names it."""
+        """Tell whether a record can be read; one that cannot stays, and the volume's next stage reports it."""
         try:
-            return self._records.read(volume_uuid) is not None
+            return self.records.read(volume_uuid) is not None
         except HostFailure:
             return False
 
-    def _here(self) -> frozenset[str] | None:
-        """Return the uuids of the volumes that have a device or a mount here; None when that cannot be told."""
-        present = self._devices.present()
+    def _present(self) -> frozenset[str] | None:
+        """Return the UUIDs of the volumes with a device or a mount on this node; None when they are not all known."""
+        present = self.devices.present()
         if present is None:
             return None
-        names = {self._ownership.name_of(mounted) for mounted in self._mounts.table()} - {None}
+        names = {self.ownership.name_of(mount) for mount in self.mounts.table()} - {None}
         if not names <= present.keys():
-            return None  # a mount whose device is gone: nothing tells which volume it was
+            return None  # a mount whose device is gone: its volume's UUID is not known
         return frozenset(uuid.lower() for uuid in present.values())

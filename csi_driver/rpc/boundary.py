@@ -208,7 +208,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         remaining_s = self._deadlines.of(context).remaining_s()
         timeout_s = remaining_s - min(_REPLY_MARGIN_S, remaining_s / 4)
         try:
-            return self._device_work.ask(
+            return self._device_work.call(
                 str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, context), timeout_s
             )
         except NotResponding as error:

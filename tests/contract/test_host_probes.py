@@ -202,13 +202,13 @@ def test_a_filesystem_that_hangs_is_told_and_hinders_no_other(machine: HostMachi
     dead = machine.place("dead")
     with dead_fuse(machine.devices.path_of("csi-dead"), dead):
         for _ in range(2):
-            with pytest.raises(StorageUnavailable, match=r"did not answer|still blocked"):
+            with pytest.raises(StorageUnavailable, match=r"did not respond|still blocked"):
                 node.statistics.usage("csi-dead", str(dead), "", deadline=Deadline.after(120))
             assert reasons(node, "csi-dead", dead) == {Reason.NOT_RESPONDING}
         use = node.statistics.usage("csi-1", str(alive.path), "", deadline=Deadline.after(120))
         assert use.total_bytes
         assert reasons(node, "csi-1", alive.path) == set()
-    ended = node.health._questions._open.get("csi-dead")
+    ended = node.health.watchdog._open.get("csi-dead")
     assert ended is None or ended.done.wait(120)
 
 

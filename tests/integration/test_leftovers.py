@@ -133,8 +133,7 @@ def test_a_dead_device_that_kubelet_forgot_is_taken_off(world: World, node: Serv
     let_it_look_again()
     assert world.mounted(subject.target) == 1
     assert (
-        "a mount of a device that is gone or was taken from this node; kubelet will take it back"
-        in node.log.read_text()
+        "a mount of a device that is gone or was taken from this node; kubelet will unmount it" in node.log.read_text()
     )
     plugins = world.directory / "kubelet" / "plugins/kubernetes.io/csi"
     (plugins / "volumeDevices" / subject.target.parent.name / "data" / "vol_data.json").unlink()

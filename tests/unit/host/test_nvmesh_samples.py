@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -12,6 +13,7 @@ from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 from csi_driver.node.mount_owner import is_fenced
+from csi_driver.node.ports import Devices
 
 SAMPLES = Path(__file__).parents[2] / "recordings/nvmesh-client"
 NAME, UUID = "csi-1234567890abcdef12", "7f0e2a10-5b1c-11f1-8a3e-0123456789ab"
@@ -60,7 +62,7 @@ def judged(status: VolumeStatus | None) -> str:
     if status is None:
         return NO_VOLUME
     assert (status.name, status.uuid, status.size_bytes, status.refusal) == (NAME, UUID, 1 << 30, "")
-    if is_fenced(Shown(status), VolumeHandle(NAME, "z", UUID, "team-a"), UUID):
+    if is_fenced(cast(Devices, Shown(status)), VolumeHandle(NAME, "z", UUID, "team-a"), UUID):
         return FENCED
     if DeviceEvidence(status, None, None, is_loop=False).unusable(NAME) is not None:
         return NOT_READY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from csi_driver.controller.publish import NodeAttach
@@ -9,7 +11,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, NotAttached, PreconditionFailed, StorageUnavailable
 from csi_driver.model import EMPTY, Capability
 from csi_driver.node import NodePublishRequest, StageRequest
+from csi_driver.node.publish import Publish
 from csi_driver.node.service import AttachingPublish, AttachingStage
+from csi_driver.node.stage import Stage
 from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import ReservationMode
 from tests.unit.controller.world import CLAIM, NODE_1, NODE_2, RWO, World
@@ -59,8 +63,8 @@ class Node:
         self.volume_id = "" if world else self.world.create(parameters=CLAIM).volume_id
         self.machine = Machine(self.world)
         own = NodeAttach(self.world.publication, self.world.unpublication, lambda: node_id)
-        self._stage = AttachingStage(self.machine, own)
-        self._publish = AttachingPublish(self.machine, own)
+        self._stage = AttachingStage(cast(Stage, self.machine), own)
+        self._publish = AttachingPublish(cast(Publish, self.machine), own)
 
     def stage(self, capability: Capability = RWO) -> None:
         request = StageRequest(self.volume_id, "/s", capability)

@@ -1,15 +1,17 @@
-"""What on this machine tells that a volume was taken from it, and what does not."""
+"""The attachment state of a volume, as the files of the storage client show it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from csi_driver.host_model import Device, DeviceNumber, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
 from csi_driver.node.mount_owner import AttachmentState, attachment_state, is_cut_off, is_fenced
+from csi_driver.node.ports import Devices
 
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
@@ -43,7 +45,7 @@ class Client:
 
 
 @pytest.mark.parametrize(
-    ("client", "hold"),
+    ("client", "state"),
     [
         (Client(), AttachmentState.ATTACHED),
         (Client(references=("team-b", "team-a")), AttachmentState.ATTACHED),
@@ -68,8 +70,8 @@ class Client:
         (Client(its_status=None, references=(), node=None), AttachmentState.UNKNOWN),
     ],
 )
-def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold: AttachmentState) -> None:
-    assert attachment_state(client, HANDLE, UUID) is hold
+def test_the_state_follows_from_the_files_of_the_client(client: Client, state: AttachmentState) -> None:
+    assert attachment_state(cast(Devices, client), HANDLE, UUID) is state
 
 
 @pytest.mark.parametrize(
@@ -83,17 +85,18 @@ def test_what_the_client_shows_tells_how_the_volume_is_held(client: Client, hold
     ],
 )
 @pytest.mark.parametrize("status", [None, CUT, WORKS, PREEMPTED])
-def test_a_client_that_does_not_show_itself_tells_nothing(state: StorageClient, status: VolumeStatus | None) -> None:
+def test_without_a_running_client_the_state_is_not_known(state: StorageClient, status: VolumeStatus | None) -> None:
     client = Client(status, None if status is None else (), None, state)
-    assert attachment_state(client, HANDLE, UUID) is AttachmentState.UNKNOWN
-    assert not is_fenced(client, HANDLE, UUID)
+    assert attachment_state(cast(Devices, client), HANDLE, UUID) is AttachmentState.UNKNOWN
+    assert not is_fenced(cast(Devices, client), HANDLE, UUID)
 
 
 @pytest.mark.parametrize("uuid", [UUID, UUID.upper()])
-def test_a_handle_without_a_last_part_is_held_under_the_volumes_uuid(uuid: str) -> None:
+def test_a_handle_without_reference_is_attached_under_the_volumes_uuid(uuid: str) -> None:
     plain = VolumeHandle("v", "z")
-    assert attachment_state(Client(references=(UUID,)), plain, uuid) is AttachmentState.ATTACHED
-    assert attachment_state(Client(its_status=CUT, references=("team-a",)), plain, uuid) is AttachmentState.FENCED
+    assert attachment_state(cast(Devices, Client(references=(UUID,))), plain, uuid) is AttachmentState.ATTACHED
+    fenced = cast(Devices, Client(its_status=CUT, references=("team-a",)))
+    assert attachment_state(fenced, plain, uuid) is AttachmentState.FENCED
 
 
 @pytest.mark.parametrize(
@@ -114,5 +117,5 @@ def test_a_handle_without_a_last_part_is_held_under_the_volumes_uuid(uuid: str) 
         (Client(its_status=CUT, references=(), its_client=StorageClient(None)), False),
     ],
 )
-def test_without_a_handle_only_a_volume_that_nobody_holds_is_cut_off(client: Client, is_cut: bool) -> None:
-    assert is_cut_off(client, "v") is is_cut
+def test_by_name_only_a_preempted_volume_or_one_without_references_is_cut_off(client: Client, is_cut: bool) -> None:
+    assert is_cut_off(cast(Devices, client), "v") is is_cut

@@ -31,7 +31,7 @@ def test_a_mount_that_left_the_table_and_is_still_written_back_is_waited_for(nod
     node.stage()
     node.host.table.clear()
     disk.opened_by_others = 1
-    with pytest.raises(StorageUnavailable, match="the kernel is writing what is left"):
+    with pytest.raises(StorageUnavailable, match="the kernel is writing back data"):
         node.unstage()
 
 

@@ -11,7 +11,7 @@ import pytest
 from csi_driver.errors import VolumeNotFound
 from csi_driver.host_model import Fault, FaultKind, VolumeStatus
 from csi_driver.model import Reason, StorageFault, VolumeFault
-from csi_driver.node.stats import _MEANING
+from csi_driver.node.stats import CONDITIONS
 from csi_driver.settings import NodeSettings
 from tests.fakes.host import FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
@@ -70,14 +70,14 @@ def test_what_is_found_wrong_is_told(
     is_of_device = kind in (FaultKind.BACKING_FILE_GONE, FaultKind.BACKING_FILE_CUT_SHORT)
     wrong = published.host.wrong_devices if is_of_device else published.host.wrong_filesystems
     wrong[disk.number] = [Fault(kind, "first"), Fault(kind, "second")]
-    assert health(published, **paths) == {_MEANING[kind]}
+    assert health(published, **paths) == {CONDITIONS[kind]}
     wrong.clear()
     assert health(published, **paths) == set()
 
 
 def test_every_fault_has_a_meaning_of_its_own() -> None:
-    assert set(_MEANING) == set(FaultKind)
-    assert len(set(_MEANING.values())) == len(FaultKind)
+    assert set(CONDITIONS) == set(FaultKind)
+    assert len(set(CONDITIONS.values())) == len(FaultKind)
 
 
 @PATHS
@@ -199,7 +199,7 @@ def test_what_the_client_says_of_a_device_that_hangs_is_told_too(hanging: FakeNo
 @pytest.mark.parametrize("hanging", [PATIENCE], indirect=True)
 def test_a_filesystem_that_answers_again_is_well_again(hanging: FakeNode) -> None:
     asked = hanging.use.health
-    answered = hanging.write_off(asked._questions, lambda limit: asked.volume(VOLUME_ID, "", "", deadline=limit))
+    answered = hanging.write_off(asked.watchdog, lambda limit: asked.volume(VOLUME_ID, "", "", deadline=limit))
     hanging.host.answers.set()
     assert answered.wait(120)
     assert health(hanging) == set()

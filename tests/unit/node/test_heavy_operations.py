@@ -13,7 +13,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure
 from csi_driver.host_model import OpenDevice
 from csi_driver.node import concurrency
-from csi_driver.node.concurrency import HeavyOperations, _Places
+from csi_driver.node.concurrency import HeavyOperations, _Slots
 from csi_driver.publish_context import Encryption, History
 from tests.fakes.node import NAME, OTHER_UUID, UUID, FakeNode, publish_context
 
@@ -58,11 +58,11 @@ def test_only_so_many_volumes_are_read_at_once() -> None:
     second_reads, ended = threading.Event(), threading.Event()
 
     def second() -> None:
-        with heavy.place("read", deadline=soon), heavy.reading():
+        with heavy.slot("read", deadline=soon), heavy.scan():
             second_reads.set()
         ended.set()
 
-    with heavy.place("read", deadline=soon), heavy.reading():
+    with heavy.slot("read", deadline=soon), heavy.scan():
         worker = threading.Thread(target=second)
         worker.start()
         assert not second_reads.wait(0.05)
@@ -72,10 +72,10 @@ def test_only_so_many_volumes_are_read_at_once() -> None:
 
 def test_the_place_is_had_again_after_a_read_that_failed() -> None:
     heavy = HeavyOperations(1)
-    with pytest.raises(HostFailure), heavy.place("read", deadline=Deadline.after(1)), heavy.reading():
+    with pytest.raises(HostFailure), heavy.slot("read", deadline=Deadline.after(1)), heavy.scan():
         raise HostFailure("no")
-    with heavy.place("format", deadline=Deadline.after(1)), pytest.raises(DeadlineReached):
-        heavy.place("format", deadline=Deadline.after(0)).__enter__()
+    with heavy.slot("format", deadline=Deadline.after(1)), pytest.raises(DeadlineReached):
+        heavy.slot("format", deadline=Deadline.after(0)).__enter__()
 
 
 def test_what_runs_and_what_waits_is_told_apart() -> None:
@@ -84,64 +84,64 @@ def test_what_runs_and_what_waits_is_told_apart() -> None:
     entered, leaves = threading.Event(), threading.Event()
 
     def second() -> None:
-        with heavy.place("check", deadline=soon):
+        with heavy.slot("check", deadline=soon):
             entered.set()
             assert leaves.wait(30)
 
-    assert heavy.under_way() == (0, 0)
-    with heavy.place("format", deadline=soon):
-        assert heavy.under_way() == (1, 0)
+    assert heavy.running_and_waiting() == (0, 0)
+    with heavy.slot("format", deadline=soon):
+        assert heavy.running_and_waiting() == (1, 0)
         worker = threading.Thread(target=second)
         worker.start()
-        assert soon.wait_until(lambda: heavy.under_way() == (1, 1))
-        with heavy.reading():
+        assert soon.wait_until(lambda: heavy.running_and_waiting() == (1, 1))
+        with heavy.scan():
             assert entered.wait(30)
-            assert heavy.under_way() == (2, 0)
+            assert heavy.running_and_waiting() == (2, 0)
             leaves.set()
     worker.join()
-    assert heavy.under_way() == (0, 0)
+    assert heavy.running_and_waiting() == (0, 0)
 
 
 def test_what_waited_in_vain_waits_no_more() -> None:
     heavy = HeavyOperations(1)
-    with heavy.place("format", deadline=Deadline.after(1)):
+    with heavy.slot("format", deadline=Deadline.after(1)):
         with pytest.raises(DeadlineReached):
-            heavy.place("grow", deadline=Deadline.after(0)).__enter__()
-        assert heavy.under_way() == (1, 0)
+            heavy.slot("grow", deadline=Deadline.after(0)).__enter__()
+        assert heavy.running_and_waiting() == (1, 0)
 
 
 def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concurrency, "LENT_AFTER_S", 0.05)
-    monkeypatch.setattr(concurrency, "READING_LENT_AFTER_S", 0.05)
+    monkeypatch.setattr(concurrency, "SLOT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(concurrency, "SCAN_TIMEOUT_S", 0.05)
     heavy = HeavyOperations(1)
     soon = Deadline.after(30)
     goes_on = threading.Event()
 
     def hang() -> None:
-        with heavy.place("format", deadline=soon):
+        with heavy.slot("format", deadline=soon):
             goes_on.wait(30)
 
     def hang_reading() -> None:
-        with heavy.place("format", deadline=soon), heavy.reading():
+        with heavy.slot("format", deadline=soon), heavy.scan():
             goes_on.wait(30)
 
     workers = [threading.Thread(target=work) for work in (hang, hang_reading)]
     for worker in workers:
         worker.start()
-        with heavy.place("format", deadline=soon), heavy.reading():
+        with heavy.slot("format", deadline=soon), heavy.scan():
             pass
     goes_on.set()
     for worker in workers:
         worker.join()
-    assert heavy.under_way() == (0, 0)
-    with heavy.place("format", deadline=soon), pytest.raises(DeadlineReached):
-        heavy.place("format", deadline=Deadline.after(0)).__enter__()
+    assert heavy.running_and_waiting() == (0, 0)
+    with heavy.slot("format", deadline=soon), pytest.raises(DeadlineReached):
+        heavy.slot("format", deadline=Deadline.after(0)).__enter__()
 
 
 def test_a_place_that_was_lent_is_taken_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    places = _Places(2, lent_after_s=600.0)
+    places = _Slots(2, timeout_s=600.0)
     taken = [places.take(0), places.take(0)]
     assert None not in taken
     assert places.take(0) is None

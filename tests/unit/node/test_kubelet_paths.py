@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.node.mount_owner import publication_record, staging_record
+from csi_driver.node.reconcile import publication_record, staging_record
 
 ROOT = Path("/var/lib/kubelet")
 HASH = "0f" * 32

@@ -267,7 +267,7 @@ def test_a_look_that_hangs_gives_the_volume_back_and_the_next_sweep_says_so(
     @contextmanager
     def claim(name: str) -> Iterator[None]:
         answers.clear()
-        monkeypatch.setattr(reconcile, "LOOK_LIMIT_S", 0.01)
+        monkeypatch.setattr(reconcile, "SEARCH_TIMEOUT_S", 0.01)
         try:
             yield
         finally:
@@ -281,7 +281,7 @@ def test_a_look_that_hangs_gives_the_volume_back_and_the_next_sweep_says_so(
     try:
         assert [finding.kind for finding in sweep(claim)] == [Kind.FORGOTTEN]
         assert (given_back, kubelet.host.mounts_at(STAGING)) == ([NAME], 1)
-        with pytest.raises(StorageUnavailable, match="does not answer"):
+        with pytest.raises(StorageUnavailable, match="does not respond"):
             sweep(claim)
     finally:
         answers.set()

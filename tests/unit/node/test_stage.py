@@ -316,9 +316,9 @@ def test_a_format_waits_for_a_place_no_longer_than_its_caller() -> None:
     node.host.attach(NAME, UUID)
     stage = node.use.stage
     assert isinstance(stage, Stage)
-    heavy = stage._preparation._heavy
+    heavy = stage.preparation.heavy
     request = StageRequest(VOLUME_ID, str(STAGING), Capability(EXT4, AccessMode.SINGLE_NODE_WRITER), publish_context())
-    with heavy.place("occupy it", deadline=node.soon()), pytest.raises(DeadlineReached, match="place"):
+    with heavy.slot("occupy it", deadline=node.soon()), pytest.raises(DeadlineReached, match="slot"):
         node.use.stage.stage(request, deadline=Deadline.after(0, node.clock))
     assert node.host.formats == []
 

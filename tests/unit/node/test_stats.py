@@ -30,7 +30,7 @@ def published(node: FakeNode) -> FakeNode:
 
 def write_off(node: FakeNode) -> threading.Event:
     asked = node.use.statistics
-    return node.write_off(asked._questions, lambda limit: asked.usage(VOLUME_ID, str(TARGET), "", deadline=limit))
+    return node.write_off(asked.watchdog, lambda limit: asked.usage(VOLUME_ID, str(TARGET), "", deadline=limit))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_device_that_is_gone_is_said_to_be_gone(published: FakeNode) -> None:
 
 
 def test_a_filesystem_that_hangs_is_given_up(hanging: FakeNode) -> None:
-    with pytest.raises(StorageUnavailable, match="did not answer in time"):
+    with pytest.raises(StorageUnavailable, match="did not respond in time"):
         hanging.usage()
 
 

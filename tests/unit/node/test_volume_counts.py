@@ -21,7 +21,7 @@ def kubelet() -> Kubelet:
 
 
 def volumes(kubelet: Kubelet) -> dict[str, int]:
-    return {str(state): count for state, count in kubelet.node.use.census.volumes().items()}
+    return {str(state): count for state, count in kubelet.node.use.volume_counts.volumes().items()}
 
 
 def test_on_an_empty_node_there_are_none(kubelet: Kubelet) -> None:
@@ -61,7 +61,7 @@ def test_a_volume_outside_of_kubelets_places_is_counted_as_that(kubelet: Kubelet
 
 
 def test_a_mount_that_hangs_leaves_the_numbers_out(kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "LOOK_LIMIT_S", 0.05)
+    monkeypatch.setattr(stats, "COUNT_TIMEOUT_S", 0.05)
     goes_on, table = threading.Event(), kubelet.host.mounts.table
 
     def hangs() -> Sequence[Mount]:

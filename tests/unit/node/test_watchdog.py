@@ -53,7 +53,7 @@ def asking(asked: Watchdog[bool], work: Callable[[], bool], name: str) -> Iterat
         began.set()
         return work()
 
-    asker = threading.Thread(target=lambda: asked.ask(name, "x", noted, PATIENT_S))
+    asker = threading.Thread(target=lambda: asked.call(name, "x", noted, PATIENT_S))
     asker.start()
     assert began.wait(PATIENT_S)
     yield
@@ -64,7 +64,7 @@ def hang(asked: Watchdog[bool], never: threading.Event, name: str, stack: ExitSt
     """Ask what is not answered, and give it up once a thread waits for the answer."""
     stack.enter_context(asking(asked, never.wait, name))
     with pytest.raises(NotResponding):
-        asked.ask(name, "x", never.wait, 0.0)  # shares the question
+        asked.call(name, "x", never.wait, 0.0)  # shares the question
 
 
 def test_more_volumes_than_threads_may_hang_and_the_others_are_answered(never: threading.Event) -> None:
@@ -72,7 +72,7 @@ def test_more_volumes_than_threads_may_hang_and_the_others_are_answered(never: t
     with ExitStack() as stack:
         for number in range(concurrency.WORKERS + 5):
             hang(asked, never, f"dead-{number}", stack)
-        assert asked.ask("alive", "x", lambda: True, PATIENT_S)
+        assert asked.call("alive", "x", lambda: True, PATIENT_S)
         never.set()
 
 
@@ -81,14 +81,14 @@ def test_volumes_that_hang_all_at_once_leave_the_next_question_its_thread(never:
 
     def ask(name: str) -> None:
         with pytest.raises(NotResponding):
-            asked.ask(name, "x", never.wait, SHORT_S)
+            asked.call(name, "x", never.wait, SHORT_S)
 
     callers = [threading.Thread(target=ask, args=(f"dead-{number}",)) for number in range(2 * concurrency.WORKERS)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join(PATIENT_S)
-    assert asked.ask("alive", "x", lambda: True, PATIENT_S)
+    assert asked.call("alive", "x", lambda: True, PATIENT_S)
 
 
 def test_threads_that_were_written_off_go_when_their_device_answers(never: threading.Event, name: str) -> None:
@@ -99,7 +99,7 @@ def test_threads_that_were_written_off_go_when_their_device_answers(never: threa
         assert threads(name) == 20
         never.set()
     until(lambda: threads(name) == 0)
-    assert asked.ask("dead-1", "x", lambda: True, PATIENT_S)
+    assert asked.call("dead-1", "x", lambda: True, PATIENT_S)
 
 
 def test_only_so_many_threads_are_written_off(
@@ -111,10 +111,10 @@ def test_only_so_many_threads_are_written_off(
         for number in range(3):
             hang(asked, never, f"dead-{number}", stack)
         with pytest.raises(NotResponding):
-            asked.ask("late", "x", lambda: True, SHORT_S)
+            asked.call("late", "x", lambda: True, SHORT_S)
         assert threads(name) == 3
         never.set()
-    assert asked.ask("alive", "x", lambda: True, PATIENT_S)
+    assert asked.call("alive", "x", lambda: True, PATIENT_S)
 
 
 def test_a_question_given_up_before_it_began_is_not_asked(
@@ -130,9 +130,9 @@ def test_a_question_given_up_before_it_began_is_not_asked(
 
     with asking(asked, never.wait, "slow"):
         with pytest.raises(NotResponding):
-            asked.ask("late", "x", ask_late, 0.0)
+            asked.call("late", "x", ask_late, 0.0)
         never.set()
-    assert asked.ask("next", "x", lambda: True, PATIENT_S)
+    assert asked.call("next", "x", lambda: True, PATIENT_S)
     assert not late.is_set()
 
 
@@ -149,7 +149,7 @@ def test_a_bug_in_one_question_takes_no_thread_from_the_others(
         raise ZeroDivisionError
 
     answers: list[bool] = []
-    other = threading.Thread(target=lambda: answers.append(asked.ask("right", "x", lambda: True, PATIENT_S)))
+    other = threading.Thread(target=lambda: answers.append(asked.call("right", "x", lambda: True, PATIENT_S)))
     with asking(asked, bug, "wrong"):
         other.start()
         until(lambda: bool(asked._waiting))
@@ -173,13 +173,13 @@ def _hasty_threads() -> Iterator[None]:
 def test_one_thread_serves_questions_that_come_one_by_one(name: str) -> None:
     asked: Watchdog[int] = Watchdog(name)
     for number in range(2000):
-        assert asked.ask("v", "x", lambda number=number: number, PATIENT_S) == number  # type: ignore[misc]
+        assert asked.call("v", "x", lambda number=number: number, PATIENT_S) == number  # type: ignore[misc]
     assert threads(name) == 1
 
 
 def test_none_is_an_answer() -> None:
     asked: Watchdog[None] = Watchdog("questioning")
-    assert asked.ask("v", "x", lambda: None, PATIENT_S) is None
+    assert asked.call("v", "x", lambda: None, PATIENT_S) is None
 
 
 def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event) -> None:
@@ -192,7 +192,7 @@ def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event
 
     def ask() -> None:
         try:
-            asked.ask("v", "x", fail, PATIENT_S)
+            asked.call("v", "x", fail, PATIENT_S)
         except HostFailure as failure:
             failures.append(failure)
 
@@ -214,10 +214,10 @@ def test_what_does_not_answer_is_told_with_where_it_waits(never: threading.Event
         began.set()
         return Deadline.after(PATIENT_S).wait_until(never.is_set)
 
-    asker = threading.Thread(target=lambda: asked.ask("v", "x", hang, PATIENT_S))
+    asker = threading.Thread(target=lambda: asked.call("v", "x", hang, PATIENT_S))
     asker.start()
     assert began.wait(PATIENT_S)
     with pytest.raises(NotResponding, match=r"waits in .*deadline\.wait_until"):
-        asked.ask("v", "x", hang, 0.1)
+        asked.call("v", "x", hang, 0.1)
     never.set()
     asker.join(PATIENT_S)
