@@ -307,7 +307,9 @@ class EncryptedVolumes:
     def _resize(self, volume: NodeVolume, mapping: LuksMapping, secrets: Mapping[str, str]) -> None:
         passphrase = passphrase_in(secrets)
         given = (passphrase, secrets.get(PREVIOUS_KEY))
-        candidates: list[str | None] = [each for text in given if text is not None for each in passphrase_readings(text)]
+        candidates: list[str | None] = [
+            each for text in given if text is not None for each in passphrase_readings(text)
+        ]
         for each in candidates or [None]:
             try:
                 self.encryption.resize(mapping, each)
