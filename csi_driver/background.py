@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -47,29 +47,33 @@ class Backoff:
 
     def after_failure_s(self) -> float:
         """Count a failure and return the seconds until the retry."""
-        longest_s = min(self.first_s * float(1 << min(self._failures, 16)), self.longest_s)
+        pause_s = min(self.first_s * float(1 << min(self._failures, 16)), self.longest_s)
         self._failures += 1
-        return longest_s * (0.5 + 0.5 * self.jitter())
+        return pause_s * (0.5 + 0.5 * self.jitter())
 
     def succeeded(self) -> None:
         """Start again with the shortest pause."""
         self._failures = 0
 
 
+# --- long-lived loops -------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
 class Background:
     """A daemon thread that runs jobs one at a time, and the record of their failures. Base of the two kinds."""
 
-    def __init__(self, name: str, stale_s: float, clock: Clock) -> None:
-        self.name = name
-        self.failures = 0
-        """Runs that raised an exception, since the start."""
-        self._stale_s = stale_s
-        self._clock = clock
-        self._record = threading.Lock()
-        self._running: tuple[str, float] | None = None
-        self._failing: dict[str, tuple[float, str]] = {}
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+    name: str
+    _: KW_ONLY
+    stale_s: float = STALE_S
+    clock: Clock = SYSTEM_CLOCK
+    failures: int = field(default=0, init=False)
+    """Runs that raised an exception, since the start."""
+    _record: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _running: tuple[str, float] | None = field(default=None, init=False)
+    _failing: dict[str, tuple[float, str]] = field(default_factory=dict, init=False)
+    _stopping: bool = field(default=False, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
         """Start the thread."""
@@ -81,37 +85,37 @@ class Background:
         if self._thread is not None and not self._thread.is_alive() and not self._stopping:
             return f"the thread {self.name} has ended; restart the process"
         running = self._running  # read once: the thread sets it meanwhile
-        if running is None or self._since(running[1]) <= self._stale_s:
+        if running is None or self._since_s(running[1]) <= self.stale_s:
             return ""
-        key, since_s = running
-        return f"{key} has been running for {self._since(since_s):.0f} s, expected at most {self._stale_s:.0f} s"
+        key, began_s = running
+        return f"{key} has been running for {self._since_s(began_s):.0f} s, expected at most {self.stale_s:.0f} s"
 
     def why_failing(self) -> str:
         """Return what is stuck, or has failed for longer than the limit, with its last error; "" when all is well."""
         with self._record:
             oldest = min(((since_s, key, error) for key, (since_s, error) in self._failing.items()), default=None)
-        if oldest is None or self._since(oldest[0]) <= self._stale_s:
+        if oldest is None or self._since_s(oldest[0]) <= self.stale_s:
             return self.why_stuck()
-        return f"{oldest[1]} has failed for {self._since(oldest[0]):.0f} s: {oldest[2]}"
+        return f"{oldest[1]} has failed for {self._since_s(oldest[0]):.0f} s: {oldest[2]}"
 
     def stalled_s(self) -> float:
         """Return for how long the oldest failing job has failed, or the present run has lasted; 0 when idle."""
         with self._record:
-            since = [since_s for since_s, _ in self._failing.values()]
+            moments = [since_s for since_s, _ in self._failing.values()]
         running = self._running
         if running is not None:
-            since.append(running[1])
-        return self._since(min(since, default=None))
+            moments.append(running[1])
+        return self._since_s(min(moments)) if moments else 0.0
 
-    def _since(self, moment_s: float | None) -> float:
-        return 0.0 if moment_s is None else self._clock.monotonic() - moment_s
+    def _since_s(self, moment_s: float) -> float:
+        return self.clock.monotonic() - moment_s
 
     def _run(self) -> None:
         raise NotImplementedError
 
     def _attempt(self, key: str, job: Callable[[], T]) -> T | None:
         """Run a job and return its result; None after an exception, which is logged and recorded."""
-        self._running = key, self._clock.monotonic()
+        self._running = key, self.clock.monotonic()
         try:
             result = job()
         except DriverError as error:
@@ -130,38 +134,32 @@ class Background:
     def _failed(self, key: str, error: str) -> None:
         with self._record:
             self.failures += 1
-            self._failing[key] = self._failing.get(key, (self._clock.monotonic(), ""))[0], error
+            self._failing[key] = self._failing.get(key, (self.clock.monotonic(), ""))[0], error
 
     def _succeeded(self, key: str) -> None:
         with self._record:
             self._failing.pop(key, None)
 
 
+@dataclass(eq=False)
 class Periodic(Background):
     """Runs `work` every `interval_s` seconds inside a with-block, or between `start` and `stop`.
 
-    The first run is after `first_s`. An interval of 0 never runs it. `stale_s`: by default 10 minutes, or three
-    intervals where that is longer.
+    The first run is after `first_s`; an interval of 0 never runs it. `stale_s` defaults to at least three intervals.
     """
 
-    def __init__(
-        self,
-        name: str,
-        work: Callable[[], object],
-        interval_s: float,
-        *,
-        first_s: float = 0.0,
-        stale_s: float | None = None,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        super().__init__(name, max(STALE_S, 3 * interval_s) if stale_s is None else stale_s, clock)
-        self._work = work
-        self._interval_s = interval_s
-        self._first_s = first_s
-        self._stopped = threading.Event()
+    work: Callable[[], object]
+    interval_s: float
+    _: KW_ONLY
+    first_s: float = 0.0
+    stale_s: float = 0.0
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.stale_s = self.stale_s or max(STALE_S, 3 * self.interval_s)
 
     def __enter__(self) -> Self:
-        if self._interval_s > 0:
+        if self.interval_s > 0:
             self.start()
         return self
 
@@ -179,40 +177,38 @@ class Periodic(Background):
 
     def run_once(self) -> float:
         """Run the work once, in the caller's thread, and return the seconds until it is due again."""
-        self._attempt(self.name, self._work)
-        return self._interval_s
+        self._attempt(self.name, self.work)
+        return self.interval_s
 
     def _run(self) -> None:
-        self._stopped.wait(self._first_s)
+        self._stopped.wait(self.first_s)
         while not self._stopped.is_set():
             self._stopped.wait(self.run_once())
 
 
+@dataclass(eq=False)
 class SelfPaced(Periodic):
     """Periodic work that returns the seconds until its next run; `interval_s` is the pause after an exception."""
 
     def run_once(self) -> float:
         """Run the work once, in the caller's thread, and return the seconds until it is due again."""
-        pause_s = self._attempt(self.name, self._work)
-        return pause_s if isinstance(pause_s, float | int) else self._interval_s
+        pause_s = self._attempt(self.name, self.work)
+        return pause_s if isinstance(pause_s, float | int) else self.interval_s
 
 
+@dataclass(eq=False)
 class Worker(Background):
     """Runs jobs when they are due. A job has a key; one that returns False or raises is retried after a pause.
 
     The pauses of a key grow from `first_s` to `most_s`.
     """
 
-    def __init__(
-        self, name: str, first_s: float, most_s: float, *, stale_s: float = STALE_S, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
-        super().__init__(name, stale_s, clock)
-        self._first_s = first_s
-        self._most_s = most_s
-        self._wake = threading.Condition()
-        self._jobs: dict[str, tuple[float, Callable[[], bool]]] = {}
-        self._times: list[tuple[float, str]] = []
-        self._pauses: dict[str, float] = {}
+    first_s: float
+    most_s: float
+    _wake: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _jobs: dict[str, tuple[float, Callable[[], bool]]] = field(default_factory=dict, init=False)
+    _times: list[tuple[float, str]] = field(default_factory=list, init=False)
+    _pauses: dict[str, float] = field(default_factory=dict, init=False)
 
     def stop(self) -> None:
         """Finish the present job and end; the caller queues the others again after its next start."""
@@ -226,9 +222,9 @@ class Worker(Background):
         """Run `job` after `delay_s`, by default after the key's next pause. The earliest time of a key counts."""
         with self._wake:
             if delay_s is None:
-                delay_s = self._pauses.get(key, self._first_s)
-                self._pauses[key] = min(delay_s * 2, self._most_s)
-            due = self._clock.monotonic() + delay_s
+                delay_s = self._pauses.get(key, self.first_s)
+                self._pauses[key] = min(delay_s * 2, self.most_s)
+            due = self.clock.monotonic() + delay_s
             if key in self._jobs:
                 due = min(due, self._jobs[key][0])
             self._jobs[key] = (due, job)
@@ -255,7 +251,7 @@ class Worker(Background):
 
     def _take(self) -> tuple[str, Callable[[], bool]] | None:
         with self._wake:
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             while self._times and self._times[0][0] <= now and not self._stopping:
                 due, key = heapq.heappop(self._times)
                 if key in self._jobs and self._jobs[key][0] == due:
@@ -268,7 +264,7 @@ class Worker(Background):
             with self._wake:
                 if self._stopping:
                     return
-                wait_s = self._times[0][0] - self._clock.monotonic() if self._times else None
+                wait_s = self._times[0][0] - self.clock.monotonic() if self._times else None
                 if wait_s is None or wait_s > 0:
                     self._wake.wait(wait_s)
 
@@ -312,8 +308,7 @@ class DaemonPool:
         while True:
             with self._changed:
                 self._idle += 1
-                while not self._jobs:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._jobs)
                 self._idle -= 1
                 job = self._jobs.popleft()
             job()
