@@ -1,13 +1,12 @@
-"""A small typed client of a CSI endpoint: what the demo, the tests and the benchmarks speak through.
+"""A typed client of a CSI endpoint, for the demo, the doctor, tests and benchmarks, and the self-check of the driver.
 
-Thin over the generated stubs, which stay reachable (`identity`, `controller`, `node`) for requests that no method
-here would make. Takes and gives nouns of `csi_driver.model`; a call that does not end with OK raises `CallFailed`.
-The driver itself uses it only to ask whether its own endpoint answers (`SelfCheck`).
+The generated stubs stay reachable (`identity`, `controller`, `node`) for requests that no method here makes. A call
+that does not end with OK raises `CallFailed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,8 @@ import grpc
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, StorageUnavailable
-from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, ListedVolume, MountAccess, ProvisionedVolume
+from csi_driver.node import NodeInfo
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc as stubs
 
@@ -38,7 +38,7 @@ Response = TypeVar("Response")
 
 
 class CallFailed(Exception):
-    """A CSI call ended with another status than OK. `code` is the name of the gRPC code."""
+    """A CSI call did not end with OK. `code` is the name of the gRPC code."""
 
     def __init__(self, method: str, code: str, message: str) -> None:
         self.method = method
@@ -47,51 +47,13 @@ class CallFailed(Exception):
         super().__init__(f"{method}: {code}: {message}")
 
 
-@dataclass(frozen=True, slots=True)
-class NodeIdentity:
-    """Answer of NodeGetInfo."""
-
-    node_id: str
-    max_volumes: int
-    topology: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class CreatedVolume:
-    """Answer of CreateVolume."""
-
-    volume_id: str
-    capacity_bytes: int
-    context: Mapping[str, str]
-    topology: tuple[Mapping[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ListedVolume:
-    """One entry of ListVolumes."""
-
-    volume_id: str
-    capacity_bytes: int
-    node_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """One entry of NodeGetVolumeStats; `unit` is BYTES or INODES."""
-
-    unit: str
-    total: int
-    used: int
-    available: int
-
-
 class CsiClient:
     """Calls one CSI endpoint over a Unix socket. Use it as a context manager, or `close` it."""
 
     def __init__(self, socket: Path, *, timeout_s: float = 60.0) -> None:
-        """Prepare a connection; nothing is sent yet. `timeout_s` is the deadline of each call, in seconds.
+        """Prepare a connection; nothing is sent yet. `timeout_s` is the deadline of each call.
 
-        Raises `InvalidField` when the path is longer than a Unix socket's may be.
+        Raises `InvalidField` when the path is too long for a Unix socket.
         """
         path = str(socket.absolute())
         if len(path.encode()) > SOCKET_PATH_LIMIT_BYTES:
@@ -103,7 +65,7 @@ class CsiClient:
             options=(
                 ("grpc.default_authority", "localhost"),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                # In spite of its name the time that one attempt to connect gets: a busy server needs more than a blink.
+                # Despite its name the time limit of one attempt to connect, for a busy server.
                 ("grpc.min_reconnect_backoff_ms", 20_000),
                 ("grpc.max_reconnect_backoff_ms", 500),
                 ("grpc.enable_http_proxy", 0),
@@ -137,9 +99,8 @@ class CsiClient:
         try:
             return method(request, timeout=self.timeout_s if timeout_s is None else timeout_s)
         except grpc.RpcError as error:
-            raise _failure(request, error) from error
-
-    # --- identity -----------------------------------------------------------------------------------------
+            method_name = type(request).__name__.removesuffix("Request")
+            raise CallFailed(method_name, error.code().name, error.details() or "") from error
 
     def plugin_name(self) -> str:
         """Return the driver's name (GetPluginInfo)."""
@@ -163,8 +124,6 @@ class CsiClient:
                 return reason
             deadline.clock.sleep(min(_RETRY_PAUSE_S, deadline.remaining_s()))
 
-    # --- controller ---------------------------------------------------------------------------------------
-
     def create_volume(
         self,
         name: str,
@@ -175,7 +134,7 @@ class CsiClient:
         parameters: Mapping[str, str] = EMPTY,
         secrets: Mapping[str, str] = EMPTY,
         requisite: Sequence[Mapping[str, str]] = (),
-    ) -> CreatedVolume:
+    ) -> ProvisionedVolume:
         """CreateVolume."""
         request = pb.CreateVolumeRequest(
             name=name,
@@ -187,9 +146,7 @@ class CsiClient:
             request.capacity_range.CopyFrom(_range(required_bytes, limit_bytes))
         for segments in requisite:
             request.accessibility_requirements.requisite.add(segments=dict(segments))
-        volume = self.call(self.controller.CreateVolume, request).volume
-        topology = tuple(dict(each.segments) for each in volume.accessible_topology)
-        return CreatedVolume(volume.volume_id, volume.capacity_bytes, dict(volume.volume_context), topology)
+        return _volume(self.call(self.controller.CreateVolume, request).volume)
 
     def delete_volume(self, volume_id: str) -> None:
         """DeleteVolume."""
@@ -242,10 +199,7 @@ class CsiClient:
         while True:
             request = pb.ListVolumesRequest(max_entries=page, starting_token=token)
             answer = self.call(self.controller.ListVolumes, request)
-            for entry in answer.entries:
-                yield ListedVolume(
-                    entry.volume.volume_id, entry.volume.capacity_bytes, tuple(entry.status.published_node_ids)
-                )
+            yield from (_listed(entry.volume, entry.status.published_node_ids) for entry in answer.entries)
             token = answer.next_token
             if not token:
                 return
@@ -253,21 +207,17 @@ class CsiClient:
     def get_volume(self, volume_id: str) -> ListedVolume:
         """ControllerGetVolume."""
         answer = self.call(self.controller.ControllerGetVolume, pb.ControllerGetVolumeRequest(volume_id=volume_id))
-        return ListedVolume(
-            answer.volume.volume_id, answer.volume.capacity_bytes, tuple(answer.status.published_node_ids)
-        )
+        return _listed(answer.volume, answer.status.published_node_ids)
 
     def free_bytes(self, parameters: Mapping[str, str] = EMPTY) -> int:
         """GetCapacity."""
         request = pb.GetCapacityRequest(parameters=dict(parameters))
         return self.call(self.controller.GetCapacity, request).available_capacity
 
-    # --- node ---------------------------------------------------------------------------------------------
-
-    def node_info(self) -> NodeIdentity:
+    def node_info(self) -> NodeInfo:
         """NodeGetInfo."""
         answer = self.call(self.node.NodeGetInfo, pb.NodeGetInfoRequest())
-        return NodeIdentity(answer.node_id, answer.max_volumes_per_node, dict(answer.accessible_topology.segments))
+        return NodeInfo(answer.node_id, answer.max_volumes_per_node, dict(answer.accessible_topology.segments))
 
     def stage(
         self,
@@ -334,14 +284,11 @@ class CsiClient:
             request.capacity_range.CopyFrom(_range(required_bytes, 0))
         return self.call(self.node.NodeExpandVolume, request).capacity_bytes
 
-    def stats(self, volume_id: str, path: Path) -> dict[str, Usage]:
-        """NodeGetVolumeStats, by unit."""
+    def stats(self, volume_id: str, path: Path) -> dict[str, pb.VolumeUsage]:
+        """NodeGetVolumeStats, by unit: BYTES and INODES."""
         request = pb.NodeGetVolumeStatsRequest(volume_id=volume_id, volume_path=str(path))
         answer = self.call(self.node.NodeGetVolumeStats, request)
-        entries = (
-            Usage(pb.VolumeUsage.Unit.Name(each.unit), each.total, each.used, each.available) for each in answer.usage
-        )
-        return {each.unit: each for each in entries}
+        return {pb.VolumeUsage.Unit.Name(each.unit): each for each in answer.usage}
 
 
 def capability_message(capability: Capability) -> pb.VolumeCapability:
@@ -357,49 +304,55 @@ def capability_message(capability: Capability) -> pb.VolumeCapability:
             return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=mode)
 
 
+def _volume(volume: pb.Volume) -> ProvisionedVolume:
+    topology = tuple(dict(each.segments) for each in volume.accessible_topology)
+    return ProvisionedVolume(volume.volume_id, volume.capacity_bytes, dict(volume.volume_context), topology)
+
+
+def _listed(volume: pb.Volume, node_ids: Iterable[str]) -> ListedVolume:
+    return ListedVolume(_volume(volume), tuple(node_ids))
+
+
 def _range(required_bytes: int, limit_bytes: int) -> pb.CapacityRange:
     return pb.CapacityRange(required_bytes=required_bytes, limit_bytes=limit_bytes)
-
-
-def _failure(request: object, error: grpc.RpcError) -> CallFailed:
-    method = type(request).__name__.removesuffix("Request")
-    return CallFailed(method, error.code().name, error.details() or "")
 
 
 # --- self-check -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """The endpoint of this process. Every question takes a connection of its own, so that a lost socket shows."""
+    """Calls this process over its own CSI socket, as kubelet does.
 
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
+    Each check makes a connection of its own, so that a removed socket is noticed.
+    """
+
+    socket: Path
 
     def why_silent(self) -> str:
-        """Say why no call is answered here; empty = they are.
+        """Return why the endpoint does not answer; "" when it does.
 
-        An answer is one also where it says that the driver is not ready, or that this machine lacks something: a
-        restart would cure neither.
+        "Not ready" and "a tool is missing" are answers: a restart would help with neither.
         """
         why, is_answered = self._probe()
         return "" if is_answered else why
 
     def why_not_ready(self) -> str:
-        """Say why Probe does not answer that the driver is ready; empty = it does."""
+        """Return why Probe does not report the driver as ready; "" when it does."""
         return self._probe()[0]
 
     def _probe(self) -> tuple[str, bool]:
         try:
-            with CsiClient(self._socket) as client:
+            with CsiClient(self.socket) as client:
                 is_ready = client.is_ready(timeout_s=SELF_PROBE_TIMEOUT_S)
         except CallFailed as failure:
             return str(failure), failure.code == "FAILED_PRECONDITION"
         return "" if is_ready else "Probe returns ready=false: the driver is still starting", True
 
     def check_node(self) -> None:
-        """Return when NodeGetInfo is answered. Raises `StorageUnavailable` with what it says instead."""
+        """Return when NodeGetInfo succeeds; else raise `StorageUnavailable` with its error."""
         try:
-            with CsiClient(self._socket, timeout_s=_SELF_INFO_TIMEOUT_S) as client:
+            with CsiClient(self.socket, timeout_s=_SELF_INFO_TIMEOUT_S) as client:
                 client.node_info()
         except CallFailed as failure:
             raise StorageUnavailable(f"NodeGetInfo of this node failed: {failure}") from failure

@@ -215,7 +215,7 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
         capacity_bytes, node_expansion_required = self.do.expand.expand(
             request.volume_id,
             wire.range_from(request.capacity_range),
-            wire.capability_from(request.volume_capability) if request.HasField("volume_capability") else None,
+            wire.optional_capability_from(request),
             deadline=self.deadlines.of(context),
         )
         return pb.ControllerExpandVolumeResponse(
@@ -293,10 +293,9 @@ class NodeServicer(csi_pb2_grpc.NodeServicer):
 
     def NodeGetInfo(self, request: pb.NodeGetInfoRequest, context: Context) -> pb.NodeGetInfoResponse:
         info = self.do.identity.info()
+        topology = wire.topology_to(info.topology)
         return pb.NodeGetInfoResponse(
-            node_id=info.node_id,
-            max_volumes_per_node=info.max_volumes,
-            accessible_topology=pb.Topology(segments=dict(info.topology)),
+            node_id=info.node_id, max_volumes_per_node=info.max_volumes, accessible_topology=topology
         )
 
     def NodeStageVolume(self, request: pb.NodeStageVolumeRequest, context: Context) -> pb.NodeStageVolumeResponse:

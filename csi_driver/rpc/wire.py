@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
 from csi_driver.errors import InvalidRequest
 from csi_driver.model import (
-    Access,
     AccessMode,
     BlockAccess,
     Capability,
@@ -27,69 +26,69 @@ from csi_driver.model import (
     VolumeHealth,
 )
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
-from csi_driver.rpc.pb import csi_pb2
+from csi_driver.rpc.pb import csi_pb2 as pb
 
-_STRING_BYTES = 128
+_STRING_LIMIT_BYTES = 128
 
 
 # --- parts of requests ------------------------------------------------------------------------------------------
 
 
-def capability_from(message: csi_pb2.VolumeCapability) -> Capability:
+def capability_from(message: pb.VolumeCapability) -> Capability:
     """Read a volume capability."""
-    mode = csi_pb2.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode)
-    return Capability(_access_from(message), AccessMode(mode))
-
-
-def _access_from(message: csi_pb2.VolumeCapability) -> Access:
+    mode = AccessMode(pb.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode))
     if message.WhichOneof("access_type") == "block":
-        return BlockAccess()
+        return Capability(BlockAccess(), mode)
     mount = message.mount
-    return MountAccess(mount.fs_type, tuple(mount.mount_flags), mount.volume_mount_group)
+    return Capability(MountAccess(mount.fs_type, tuple(mount.mount_flags), mount.volume_mount_group), mode)
 
 
-def capabilities_from(messages: Iterable[csi_pb2.VolumeCapability]) -> tuple[Capability, ...]:
+def capabilities_from(messages: Iterable[pb.VolumeCapability]) -> tuple[Capability, ...]:
     """Read volume capabilities."""
     return tuple(capability_from(message) for message in messages)
 
 
-def range_from(message: csi_pb2.CapacityRange) -> CapacityRange:
-    """Read a capacity range; unset and zero both mean "not said"."""
+def optional_capability_from(
+    request: pb.ControllerExpandVolumeRequest | pb.NodeExpandVolumeRequest,
+) -> Capability | None:
+    """Read a volume capability that need not be set."""
+    return capability_from(request.volume_capability) if request.HasField("volume_capability") else None
+
+
+def range_from(message: pb.CapacityRange) -> CapacityRange:
+    """Read a capacity range; unset and zero both mean "no limit"."""
     return CapacityRange(message.required_bytes, message.limit_bytes)
 
 
-def _topology_from(message: csi_pb2.CreateVolumeRequest) -> TopologyRequirement | None:
-    if not message.HasField("accessibility_requirements"):
-        return None
-    wanted = message.accessibility_requirements
-    return TopologyRequirement(_segments_from(wanted.requisite), _segments_from(wanted.preferred))
-
-
-def _segments_from(messages: Iterable[csi_pb2.Topology]) -> tuple[Segments, ...]:
+def _segments_from(messages: Iterable[pb.Topology]) -> tuple[Segments, ...]:
     return tuple(dict(message.segments) for message in messages)
 
 
-# --- controller: requests ---------------------------------------------------------------------------------------
+# --- controller -------------------------------------------------------------------------------------------------
 
 
-def create_from(message: csi_pb2.CreateVolumeRequest) -> CreateRequest:
-    """Read CreateVolume. Raises `InvalidRequest` for what is only sent to plugins with capabilities we lack."""
+def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
+    """Read CreateVolume. Raises `InvalidRequest` for a content source, which needs capabilities that we lack."""
     if message.HasField("volume_content_source"):
         raise InvalidRequest(
             "volume_content_source: expected none, as clones and snapshots are not supported; remove the data source"
         )
+    topology = None
+    if message.HasField("accessibility_requirements"):
+        wanted = message.accessibility_requirements
+        topology = TopologyRequirement(_segments_from(wanted.requisite), _segments_from(wanted.preferred))
     return CreateRequest(
         name=message.name,
         capacity=range_from(message.capacity_range),
         capabilities=capabilities_from(message.volume_capabilities),
         parameters=dict(message.parameters),
         secrets=dict(message.secrets),
-        topology=_topology_from(message),
+        topology=topology,
         mutable_parameters=dict(message.mutable_parameters),
     )
 
 
-def publish_from(message: csi_pb2.ControllerPublishVolumeRequest) -> PublishRequest:
+def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
     """Read ControllerPublishVolume."""
     return PublishRequest(
         volume_id=message.volume_id,
@@ -100,7 +99,7 @@ def publish_from(message: csi_pb2.ControllerPublishVolumeRequest) -> PublishRequ
     )
 
 
-def validate_from(message: csi_pb2.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
+def validate_from(message: pb.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
     """Read ValidateVolumeCapabilities."""
     return ValidateRequest(
         volume_id=message.volume_id,
@@ -111,62 +110,57 @@ def validate_from(message: csi_pb2.ValidateVolumeCapabilitiesRequest) -> Validat
     )
 
 
-# --- controller: answers ----------------------------------------------------------------------------------------
+def topology_to(segments: Mapping[str, str]) -> pb.Topology:
+    """Write where a volume or node is."""
+    return pb.Topology(segments=dict(segments))
 
 
-def volume_to(volume: ProvisionedVolume) -> csi_pb2.Volume:
+def volume_to(volume: ProvisionedVolume) -> pb.Volume:
     """Write a volume."""
-    return csi_pb2.Volume(
+    return pb.Volume(
         capacity_bytes=volume.capacity_bytes,
         volume_id=volume.volume_id,
         volume_context=dict(volume.context),
-        accessible_topology=[csi_pb2.Topology(segments=dict(segments)) for segments in volume.topology],
+        accessible_topology=[topology_to(segments) for segments in volume.topology],
     )
 
 
-def list_to(volumes: Sequence[ListedVolume], next_token: str) -> csi_pb2.ListVolumesResponse:
+def list_to(volumes: Sequence[ListedVolume], next_token: str) -> pb.ListVolumesResponse:
     """Write one page of volumes."""
-    return csi_pb2.ListVolumesResponse(
+    listed, status = pb.ListVolumesResponse.Entry, pb.ListVolumesResponse.VolumeStatus
+    return pb.ListVolumesResponse(
         entries=[
-            csi_pb2.ListVolumesResponse.Entry(
-                volume=volume_to(listed.volume),
-                status=csi_pb2.ListVolumesResponse.VolumeStatus(published_node_ids=listed.published_node_ids),
-            )
-            for listed in volumes
+            listed(volume=volume_to(each.volume), status=status(published_node_ids=each.published_node_ids))
+            for each in volumes
         ],
         next_token=next_token,
     )
 
 
-def get_to(listed: ListedVolume) -> csi_pb2.ControllerGetVolumeResponse:
+def get_to(listed: ListedVolume) -> pb.ControllerGetVolumeResponse:
     """Write one volume with its nodes."""
-    return csi_pb2.ControllerGetVolumeResponse(
-        volume=volume_to(listed.volume),
-        status=csi_pb2.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=listed.published_node_ids),
-    )
+    status = pb.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=listed.published_node_ids)
+    return pb.ControllerGetVolumeResponse(volume=volume_to(listed.volume), status=status)
 
 
-def capacity_to(capacity: Capacity) -> csi_pb2.GetCapacityResponse:
-    """Write free space."""
-    return csi_pb2.GetCapacityResponse(
+def capacity_to(capacity: Capacity) -> pb.GetCapacityResponse:
+    """Write free space; a limit that is not known stays unset."""
+    largest, smallest = capacity.maximum_volume_bytes, capacity.minimum_volume_bytes
+    return pb.GetCapacityResponse(
         available_capacity=capacity.available_bytes,
-        maximum_volume_size=_optional(capacity.maximum_volume_bytes),
-        minimum_volume_size=_optional(capacity.minimum_volume_bytes),
+        maximum_volume_size=None if largest is None else Int64Value(value=largest),
+        minimum_volume_size=None if smallest is None else Int64Value(value=smallest),
     )
-
-
-def _optional(value: int | None) -> Int64Value | None:
-    return None if value is None else Int64Value(value=value)
 
 
 def validated_to(
-    message: csi_pb2.ValidateVolumeCapabilitiesRequest, objection: str | None
-) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
-    """Confirm what was asked, or say what speaks against it."""
+    message: pb.ValidateVolumeCapabilitiesRequest, objection: str | None
+) -> pb.ValidateVolumeCapabilitiesResponse:
+    """Confirm everything that was asked, or write the objection."""
     if objection is not None:
-        return csi_pb2.ValidateVolumeCapabilitiesResponse(message=cut(objection))
-    return csi_pb2.ValidateVolumeCapabilitiesResponse(
-        confirmed=csi_pb2.ValidateVolumeCapabilitiesResponse.Confirmed(
+        return pb.ValidateVolumeCapabilitiesResponse(message=cut(objection))
+    return pb.ValidateVolumeCapabilitiesResponse(
+        confirmed=pb.ValidateVolumeCapabilitiesResponse.Confirmed(
             volume_context=dict(message.volume_context),
             volume_capabilities=message.volume_capabilities,
             parameters=dict(message.parameters),
@@ -178,15 +172,15 @@ def validated_to(
 def cut(text: str) -> str:
     """Shorten text to the 128 bytes that a CSI string may have."""
     encoded = text.encode("utf-8", "backslashreplace")
-    if len(encoded) <= _STRING_BYTES:
+    if len(encoded) <= _STRING_LIMIT_BYTES:
         return encoded.decode()
-    return encoded[: _STRING_BYTES - 3].decode("utf-8", "ignore") + "..."
+    return encoded[: _STRING_LIMIT_BYTES - 3].decode("utf-8", "ignore") + "..."
 
 
-# --- node: requests ---------------------------------------------------------------------------------------------
+# --- node -------------------------------------------------------------------------------------------------------
 
 
-def stage_from(message: csi_pb2.NodeStageVolumeRequest) -> StageRequest:
+def stage_from(message: pb.NodeStageVolumeRequest) -> StageRequest:
     """Read NodeStageVolume."""
     return StageRequest(
         volume_id=message.volume_id,
@@ -198,7 +192,7 @@ def stage_from(message: csi_pb2.NodeStageVolumeRequest) -> StageRequest:
     )
 
 
-def node_publish_from(message: csi_pb2.NodePublishVolumeRequest) -> NodePublishRequest:
+def node_publish_from(message: pb.NodePublishVolumeRequest) -> NodePublishRequest:
     """Read NodePublishVolume."""
     return NodePublishRequest(
         volume_id=message.volume_id,
@@ -211,67 +205,47 @@ def node_publish_from(message: csi_pb2.NodePublishVolumeRequest) -> NodePublishR
     )
 
 
-def node_expand_from(message: csi_pb2.NodeExpandVolumeRequest) -> NodeExpandRequest:
+def node_expand_from(message: pb.NodeExpandVolumeRequest) -> NodeExpandRequest:
     """Read NodeExpandVolume."""
-    capability = capability_from(message.volume_capability) if message.HasField("volume_capability") else None
     return NodeExpandRequest(
         volume_id=message.volume_id,
         volume_path=message.volume_path,
         capacity=range_from(message.capacity_range),
         staging_target_path=message.staging_target_path,
-        capability=capability,
+        capability=optional_capability_from(message),
         secrets=dict(message.secrets),
     )
 
 
-# --- node: answers ----------------------------------------------------------------------------------------------
-
-
-def usage_to(usage: Usage) -> csi_pb2.NodeGetVolumeStatsResponse:
-    """Write the use of a volume: bytes always, inodes where they are counted."""
-    measures = [
-        csi_pb2.VolumeUsage(
-            unit=csi_pb2.VolumeUsage.BYTES,
-            total=usage.total_bytes,
-            used=usage.used_bytes or 0,
-            available=usage.available_bytes or 0,
-        )
-    ]
+def usage_to(usage: Usage) -> pb.NodeGetVolumeStatsResponse:
+    """Write the usage of a volume: bytes, and inodes where the filesystem counts them."""
+    unit, total, used, available = pb.VolumeUsage.BYTES, usage.total_bytes, usage.used_bytes, usage.available_bytes
+    measures = [pb.VolumeUsage(unit=unit, total=total, used=used or 0, available=available or 0)]
     if usage.total_inodes is not None:
-        measures.append(
-            csi_pb2.VolumeUsage(
-                unit=csi_pb2.VolumeUsage.INODES,
-                total=usage.total_inodes,
-                used=usage.used_inodes or 0,
-                available=usage.available_inodes or 0,
-            )
-        )
-    return csi_pb2.NodeGetVolumeStatsResponse(usage=measures)
+        unit, used, available = pb.VolumeUsage.INODES, usage.used_inodes, usage.available_inodes
+        measures.append(pb.VolumeUsage(unit=unit, total=usage.total_inodes, used=used or 0, available=available or 0))
+    return pb.NodeGetVolumeStatsResponse(usage=measures)
 
 
 # --- health -----------------------------------------------------------------------------------------------------
 
 
-def volume_health_to(health: VolumeHealth) -> csi_pb2.VolumeHealth:
+def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:
     """Write the problems of a volume."""
-    return csi_pb2.VolumeHealth(
+    entry = pb.VolumeHealth.VolumeHealthEntry
+    return pb.VolumeHealth(
         volume_id=health.volume_id,
         health_statuses=[
-            csi_pb2.VolumeHealth.VolumeHealthEntry(
-                status=entry.status.value, reason=entry.reason, message=cut(entry.message)
-            )
-            for entry in health.entries
+            entry(status=each.status.value, reason=each.reason, message=cut(each.message)) for each in health.entries
         ],
     )
 
 
-def storage_health_to(entries: Iterable[StorageEntry]) -> csi_pb2.NodeGetStorageHealthResponse:
+def storage_health_to(entries: Iterable[StorageEntry]) -> pb.NodeGetStorageHealthResponse:
     """Write the problems of a node's connection to the storage."""
-    return csi_pb2.NodeGetStorageHealthResponse(
+    entry = pb.NodeGetStorageHealthResponse.StorageBackendHealth
+    return pb.NodeGetStorageHealthResponse(
         backend_health=[
-            csi_pb2.NodeGetStorageHealthResponse.StorageBackendHealth(
-                status=entry.status.value, reason=entry.reason, message=cut(entry.message)
-            )
-            for entry in entries
+            entry(status=each.status.value, reason=each.reason, message=cut(each.message)) for each in entries
         ]
     )

@@ -93,7 +93,7 @@ def test_two_controllers_that_create_the_same_volume_make_one(two_of_each: TwoOf
     clients = [two_of_each.rig.controller, two_of_each.controller] * 4
     ids = in_parallel([lambda client=client: settled(lambda: create(client)) for client in clients])
     assert len(set(ids)) == 1
-    held = [each for each in two_of_each.rig.controller.volumes() if each.volume_id == ids[0]]
+    held = [each for each in two_of_each.rig.controller.volumes() if each.volume.volume_id == ids[0]]
     assert len(held) == 1
     deletions = [lambda client=client: settled(lambda: client.delete_volume(str(ids[0]))) for client in clients]
     in_parallel(deletions)
@@ -118,7 +118,7 @@ def test_two_controllers_that_attach_the_same_volume_leave_one_device(two_of_eac
 def test_an_expansion_through_one_controller_shows_through_the_other(two_of_each: TwoOfEach) -> None:
     volume = two_of_each.rig.volume(filesystem())
     volume.expand(2 << 30)
-    assert two_of_each.controller.get_volume(volume.id).capacity_bytes >= 2 << 30
+    assert two_of_each.controller.get_volume(volume.id).volume.capacity_bytes >= 2 << 30
     volume.delete()
 
 
@@ -164,7 +164,7 @@ def test_a_read_only_volume_is_published_on_both_nodes(two_of_each: TwoOfEach) -
     two_of_each.node.stage(volume.id, staging, volume.capability, publish_context=context)
     two_of_each.node.publish(volume.id, staging, target, volume.capability, publish_context=context)
     assert digest(target / "data", MIB) == digest(volume.target / "data", MIB) == wanted
-    held = rig.controller.get_volume(volume.id).node_ids
+    held = rig.controller.get_volume(volume.id).published_node_ids
     assert set(held) == {rig.node_id(), two_of_each.node_id}
     two_of_each.node.unpublish(volume.id, target)
     two_of_each.node.unstage(volume.id, staging)

@@ -38,7 +38,7 @@ def test_a_whole_life_goes_by_this_form_of_the_handle(rig: Rig, form: str) -> No
     volume.id = ":".join(issued.split(":")[first:end])
     wanted = fill(volume.up() / "data", MIB)
     volume.expand(2 << 30)
-    assert rig.controller.get_volume(volume.id).volume_id == volume.id
+    assert rig.controller.get_volume(volume.id).volume.volume_id == volume.id
     assert digest(volume.target / "data", MIB) == wanted
     volume.down()
     volume.id = issued
@@ -57,7 +57,7 @@ def test_an_attached_volume_is_listed_under_the_handle_it_is_attached_by(rig: Ri
     volume = with_namespace(rig, "handle-listed")
     short = Volume(rig, volume.name, ":".join(volume.id.split(":")[:3]), volume.capability, volume.paths)
     short.attach()
-    listed = {each.volume_id: each.node_ids for each in rig.controller.volumes()}
+    listed = {each.volume.volume_id: each.published_node_ids for each in rig.controller.volumes()}
     assert listed[short.id] == (rig.node_id(),)
     short.detach()
     volume.delete()

@@ -144,7 +144,7 @@ def test_zones_are_used_listed_measured_and_followed(clusters: Clusters) -> None
     handles = [create(client, "v1", "b", "a"), create(client, "v2", "a")]
     assert [handle.partition(":")[0] for handle in handles] == ["b", "a"]
     assert create(client, "v1", "a", "b") == handles[0]
-    assert sorted(listed.volume_id for listed in client.volumes()) == sorted(handles)
+    assert sorted(listed.volume.volume_id for listed in client.volumes()) == sorted(handles)
     assert 0 < free_bytes(client, "a") == free_bytes(client, "b")
 
     clusters.describe("b")
@@ -165,7 +165,7 @@ def test_a_dead_zone_leaves_the_other_one_usable(clusters: Clusters) -> None:
     client = clusters.controller("one")
     handle = create(client, "v1", "a")
     clusters.stop("b")
-    assert client.get_volume(handle).volume_id == handle
+    assert client.get_volume(handle).volume.volume_id == handle
     assert create(client, "v2", "a").startswith("a:")
     assert refusal(client, "v3", "a", "b").code == "UNAVAILABLE"
     assert (free_bytes(client, "b"), free_bytes(client, "a") > 0) == (0, True)
