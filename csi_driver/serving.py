@@ -130,9 +130,9 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
+    from csi_driver.controller.fencing import UnpublishVolume
     from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
     from csi_driver.controller.publish import PublishVolume
-    from csi_driver.controller.unpublish import UnpublishVolume
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 
     listing = ListVolumes(clusters, settings)
@@ -293,8 +293,8 @@ def _node_zone(command: NodeCommand) -> NodeZone:
 
 
 def _node_attach(command: NodeCommand, requests: metrics.ManagementMetrics, node_id: Callable[[], str]) -> Attachments:
+    from csi_driver.controller.fencing import UnpublishVolume
     from csi_driver.controller.publish import NodeAttach, PublishVolume
-    from csi_driver.controller.unpublish import UnpublishVolume
 
     clusters, settings = _connect(command.access, requests), command.attach
     return NodeAttach(PublishVolume(clusters, settings), UnpublishVolume(clusters, settings), node_id)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
+from csi_driver.deadline import Deadline
 from csi_driver.flags import (
     DRIVER_NAME,
     ENDPOINT,
@@ -149,6 +150,10 @@ class AttachSettings:
     detach_wait_s: float = flag(60.0, "--detach-timeout", read_positive_duration, "Time limit of a detachment.")
     answer_margin_s: float = 1.0
     """A wait ends this long before the request's deadline, so that the response is in time."""
+
+    def wait(self, deadline: Deadline, limit_s: float) -> Deadline:
+        """Return when to stop waiting: after `limit_s`, and early enough for the response."""
+        return deadline.earlier(self.answer_margin_s).at_most(limit_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,11 @@ class DesiredAttachment:
     def is_detaching(self) -> bool:
         return self.action.startswith("detaching")
 
+    @property
+    def references(self) -> frozenset[str]:
+        """The reference ids of the attachment; the default is the volume's uuid."""
+        return self.reference_ids or frozenset({self.volume_uuid})
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:

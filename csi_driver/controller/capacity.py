@@ -1,4 +1,4 @@
-"""Free capacity of a zone for volumes of one kind (an upper bound: only an allocation shows what fits)."""
+"""GetCapacity, the selection of a zone by free capacity, and ControllerExpandVolume."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csi_driver import capacity as sizes
-from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
+from csi_driver.controller.ports import Clusters, CreateRequest, Management, TopologyRequirement
 from csi_driver.controller.validate import check_capabilities, check_capability
-from csi_driver.controller.volume_lookup import require
-from csi_driver.controller.volume_metadata import Creation, encryption_of, reserved_bytes
-from csi_driver.controller.zones import CREW, Crew, allowed_zones, ask, rank_in, unavailable
+from csi_driver.controller.volume_lookup import Located, require
+from csi_driver.controller.volume_metadata import encryption_of
+from csi_driver.controller.zones import ZONE_POOL, Answers, ZonePool, allowed_zones, ask, rank_in, unavailable
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -35,17 +35,23 @@ from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Volume, V
 _log = logging.getLogger(__name__)
 
 _WITH_DOMAINS = (
-    RaidLevel.MIRRORED,
-    RaidLevel.STRIPED_MIRRORED,
-    RaidLevel.ERASURE_CODED,
-    RaidLevel.STRIPED_ERASURE_CODED,
-)
-"""The management drops the domain of a volume that keeps no redundancy."""
+    RaidLevel.MIRRORED, RaidLevel.STRIPED_MIRRORED, RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED,
+)  # fmt: skip
+"""The management drops the domain of a volume without redundancy."""
+_MOST_REFUSED = 256
+_KNOWN_S = 10.0
+"""Free capacity only orders zones, so one answer serves the calls of this many seconds."""
+_KNOWN_WAIT_S = 5.0
+_MOST_KNOWN = 1024
+_MOST_EXTENSIONS = 3
+
+
+# --- free capacity ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class FreeCapacity:
-    """What a zone has for volumes of one kind. `refusal`: why it refuses every such volume, whatever is free."""
+    """Free capacity of a zone for volumes of some parameters. `refusal`: why the zone refuses every such volume."""
 
     free_bytes: int
     minimum_bytes: int | None = None
@@ -53,10 +59,10 @@ class FreeCapacity:
 
 
 def free_capacity(management: Management, read: StorageClassParameters, *, deadline: Deadline) -> FreeCapacity:
-    """Return the usable bytes for volumes of this kind, and the size of the smallest. At most five requests.
+    """Return the usable bytes, and the size of the smallest volume. At most five requests.
 
-    A provisioning group has the space that it reserved and, where it may overflow, that of its drives. What redundancy
-    and encryption take is subtracted, and the rest is rounded down to a possible size.
+    A provisioning group has its reserved space and, if it may overflow, that of its drives. Redundancy and encryption
+    are subtracted, and the rest is rounded down to a possible size.
     """
     layout, header, reserved, overflows = read.spec.layout, read.encryption.header_bytes, 0, True
     group: Vpg | None = None
@@ -85,7 +91,7 @@ def free_capacity(management: Management, read: StorageClassParameters, *, deadl
 
 
 def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> AllowedDrives:
-    """Return the drives on which the management may allocate a volume of this kind."""
+    """Return the drives on which the management may allocate the volume."""
     source = spec if group is None else group
     erasure_coded = layout.raid_level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
     return AllowedDrives(
@@ -99,79 +105,24 @@ def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> Allow
     )
 
 
-_MOST_ATTEMPTS = 3
+def _free_in(
+    clusters: Clusters, zones: Sequence[str], read: StorageClassParameters, pool: ZonePool, deadline: Deadline
+) -> Answers[FreeCapacity]:
+    def in_zone(zone: str) -> FreeCapacity:
+        management = clusters.management(zone)
+        return FreeCapacity(0) if management is None else free_capacity(management, read, deadline=deadline)
+
+    return ask(zones, in_zone, deadline=deadline, pool=pool)
 
 
-class ExpandVolume:
-    """Make volumes larger, attached or not."""
-
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
-        self._clusters = clusters
-        self._settings = settings
-
-    def expand(
-        self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
-    ) -> tuple[int, bool]:
-        """Return what the user has afterwards, and whether a node must grow what lies on the device.
-
-        A header of encryption is not the user's: the volume has that much more.
-
-        A volume that is large enough is left alone. Raises `CapacityOutOfRange`, also where there is no room: an
-        orchestrator takes `Exhausted` for an expansion that may still go on, and lets nobody ask for less instead.
-        `VolumeNotFound`.
-        """
-        if capability is not None:
-            check_capability(capability)
-        located = require(self._clusters, volume_id, deadline=deadline)
-        management, volume = located.management, located.volume
-        reserved = reserved_bytes(volume, located.creation)
-        for _ in range(_MOST_ATTEMPTS):
-            more = sizes.extension(volume, capacity, reserved)
-            if more is None:
-                return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
-            if volume.is_being_made:
-                raise OperationPending(f"volume {volume.name} is still being created (action {volume.action}); retry")
-            refusal: PreconditionFailed | OperationPending | CapacityOutOfRange | None = None
-            try:
-                management.extend_volume(volume, more.capacity_gb, deadline=deadline)
-                _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
-            except (PreconditionFailed, OperationPending) as problem:
-                # Another controller may have extended it since it was read; then the volume shows it.
-                refusal = problem
-            except Exhausted as problem:
-                refusal = CapacityOutOfRange(
-                    f"no space to extend volume {volume.name} from {volume.size_bytes} "
-                    f"to {more.size_bytes} bytes: {problem}"
-                )
-                refusal.__cause__ = problem
-            before = volume
-            present = management.volume(before.name, deadline=deadline)
-            if present is None or present.uuid != before.uuid:
-                raise VolumeNotFound(volume_id, "it was deleted concurrently")
-            volume = present
-            if refusal is not None and volume.size_bytes == before.size_bytes:
-                raise refusal
-        if sizes.extension(volume, capacity, reserved) is not None:
-            raise OperationPending(
-                f"volume {volume.name} has {volume.size_bytes} bytes and is still being extended; retry"
-            )
-        return volume.size_bytes - reserved, _node_has_work(volume, located.creation, capability)
-
-
-def _node_has_work(volume: Volume, creation: Creation, capability: Capability | None) -> bool:
-    """Tell whether anything on the device must grow: a filesystem, or encryption; the device grows by itself."""
-    is_block = capability is not None and isinstance(capability.access, BlockAccess)
-    return not is_block or encryption_of(volume, creation, {}) is not Encryption.NONE
-
-
+@dataclass(slots=True)
 class GetCapacity:
     """GetCapacity."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings, *, crew: Crew = CREW) -> None:
-        self._clusters = clusters
-        self._crew = crew
-        self._settings = settings
-        self._refused: set[frozenset[tuple[str, str]]] = set()
+    clusters: Clusters
+    settings: ControllerSettings
+    pool: ZonePool = ZONE_POOL
+    _refused: set[frozenset[tuple[str, str]]] = field(default_factory=set)
 
     def capacity(
         self,
@@ -181,21 +132,21 @@ class GetCapacity:
         *,
         deadline: Deadline,
     ) -> Capacity:
-        """Return the free capacity for volumes of this kind: an upper bound, as only an allocation shows what fits.
+        """Return the free capacity for such volumes: an upper bound, as only an allocation shows what fits.
 
-        Nothing is available for unsupported capabilities, nor in a zone that is not served. Of several zones one that
-        cannot be asked counts as full, so that work goes where it can be done; where none can be asked this raises.
+        It is 0 for unsupported capabilities and in a zone that is not served. Of several zones, one that cannot be
+        asked counts as full, so that volumes are created in the others; if none can be asked, this raises.
 
-        Parameters that CreateVolume refuses in every zone get the capacity of all drives: a scheduler that sees none
-        never lets CreateVolume be called, and nobody would see the reason.
+        Parameters that CreateVolume refuses in every zone get the capacity of all drives: with 0, a scheduler would
+        never let CreateVolume be called, and no user would see its error.
         """
-        wanted = TopologyRequirement(requisite=(segments,)) if segments else None
+        requirement = TopologyRequirement(requisite=(segments,)) if segments else None
         try:
             check_capabilities(capabilities)
-            zones = allowed_zones(self._clusters.zones(), wanted, self._settings.topology_key)
+            zones = allowed_zones(self.clusters.zones(), requirement, self.settings.topology_key)
         except (InvalidRequest, Exhausted):
             return Capacity(0, maximum_volume_bytes=0)
-        rooms: Sequence[FreeCapacity] = []
+        found: Sequence[FreeCapacity] = []
         try:
             read = parse(parameters)
         except InvalidRequest as problem:
@@ -205,32 +156,32 @@ class GetCapacity:
                 parse(parameters, capabilities)
             except InvalidRequest:
                 return Capacity(0, maximum_volume_bytes=0)
-            rooms = self._rooms(zones, read, deadline=deadline)
-            refusal = self._refusal(zones, rooms, read, deadline=deadline)
+            found = self._answers(zones, read, deadline)
+            refusal = self._refusal(zones, found, read, deadline)
         if refusal:
             self._report_refusal(parameters, refusal)
-            rooms = self._rooms(zones, StorageClassParameters(VolumeSpec(layout=Layout())), deadline=deadline)
-        least = [room.minimum_bytes for room in rooms if room.minimum_bytes is not None]
+            found = self._answers(zones, StorageClassParameters(VolumeSpec(layout=Layout())), deadline)
+        least = [each.minimum_bytes for each in found if each.minimum_bytes is not None]
         return Capacity(
-            available_bytes=sum(room.free_bytes for room in rooms),
-            maximum_volume_bytes=max((room.free_bytes for room in rooms), default=0),
+            available_bytes=sum(each.free_bytes for each in found),
+            maximum_volume_bytes=max((each.free_bytes for each in found), default=0),
             minimum_volume_bytes=min(least) if least else None,
         )
 
     def _refusal(
-        self, asked: Sequence[str], rooms: Sequence[FreeCapacity], read: StorageClassParameters, *, deadline: Deadline
+        self, zones: Sequence[str], found: Sequence[FreeCapacity], read: StorageClassParameters, deadline: Deadline
     ) -> str:
-        """Say why every zone refuses volumes of this kind; empty where one takes them, or may: it does not answer."""
-        if len(rooms) < len(asked) or not all(room.refusal for room in rooms):
+        """Return why every zone refuses such volumes; empty if one accepts them or does not answer."""
+        if len(found) < len(zones) or not all(each.refusal for each in found):
             return ""
-        others = [zone for zone in self._clusters.zones() if zone not in asked]
+        others = [zone for zone in self.clusters.zones() if zone not in zones]
         try:
-            elsewhere = self._rooms(others, read, deadline=deadline) if others else []
+            elsewhere = self._answers(others, read, deadline) if others else []
         except DriverError:
             return ""
-        if len(elsewhere) < len(others) or not all(room.refusal for room in elsewhere):
+        if len(elsewhere) < len(others) or not all(each.refusal for each in elsewhere):
             return ""
-        return rooms[0].refusal
+        return found[0].refusal
 
     def _report_refusal(self, parameters: Mapping[str, str], refusal: str) -> None:
         """Log once for each set of parameters that CreateVolume will refuse them."""
@@ -246,115 +197,87 @@ class GetCapacity:
             refusal,
         )
 
-    def _rooms(
-        self, zones: Sequence[str], read: StorageClassParameters, *, deadline: Deadline
+    def _answers(
+        self, zones: Sequence[str], read: StorageClassParameters, deadline: Deadline
     ) -> Sequence[FreeCapacity]:
-        """Return what each of these zones has that answers."""
-
-        def room_in(each: str) -> FreeCapacity:
-            management = self._clusters.management(each)
-            return FreeCapacity(0) if management is None else free_capacity(management, read, deadline=deadline)
-
-        answers = ask(zones, room_in, deadline=deadline, crew=self._crew)
-        if answers.missing and len(answers.missing) == len(self._clusters.zones()):
+        answers = _free_in(self.clusters, zones, read, self.pool, deadline)
+        if answers.missing and len(answers.missing) == len(self.clusters.zones()):
             raise unavailable(answers.missing)
         for each, reason in sorted(answers.missing.items()):
             _log.warning("the capacity of zone %s counts as 0: %s", each, reason)
         return list(answers.given.values())
 
 
-_MOST_REFUSED = 256
-_ROOM_KNOWN_S = 10.0
-"""Free space only orders zones, so an answer serves the calls of this many seconds."""
-_ROOM_WAIT_S = 5.0
-_MOST_KNOWN = 1024
+# --- zone selection ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    bytes: int
-    at_s: float
-
-
-@dataclass
+@dataclass(slots=True)
 class ZoneSelection:
-    """Orders zones: by the caller's preference, and by the policy among those that it prefers alike.
+    """Orders zones by the preference of the request, and by the policy among those that it prefers equally.
 
-    `round-robin` counts in this process only: controllers share nothing, so two of them count separately.
+    `round-robin` counts in this process only, as controllers share nothing.
     """
 
     clusters: Clusters
-    policy: ZonePolicy
-    crew: Crew = field(default=CREW)
-    chance: random.Random = field(default_factory=random.Random)
+    settings: ControllerSettings
+    pool: ZonePool = ZONE_POOL
+    generator: random.Random = field(default_factory=random.Random)
     _turn: int = 0
-    _known: dict[Hashable, _Known] = field(default_factory=dict)
+    _known: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
+    """Free bytes, and when they were read, by zone and kind of volume."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def order(
         self,
         allowed: Sequence[str],
-        requirement: TopologyRequirement | None,
-        key: str,
+        request: CreateRequest,
         *,
         name: str,
-        size_bytes: int,
         parameters: StorageClassParameters,
         deadline: Deadline,
     ) -> list[str]:
-        """Return the allowed zones in the order in which they are to be tried for this volume."""
-        rank = rank_in(requirement, key)
+        """Return the allowed zones in the order in which to try them for this volume."""
+        rank = rank_in(request.topology, self.settings.topology_key)
         if len({rank(zone) for zone in allowed}) == len(allowed):
             return sorted(allowed, key=rank)
         zones = sorted(allowed)
-        match self.policy:
+        match self.settings.zone_policy:
             case ZonePolicy.RANDOM:
-                zones = self.chance.sample(zones, len(zones))
+                zones = self.generator.sample(zones, len(zones))
             case ZonePolicy.ROUND_ROBIN:
-                zones = self._in_turn(zones)
+                with self._lock:
+                    first = self._turn % len(zones)
+                    self._turn += 1
+                zones = zones[first:] + zones[:first]
             case ZonePolicy.FREE_SPACE:
-                zones = by_free_space(self._free(zones, parameters, deadline=deadline), name, size_bytes)
+                zones = by_free_space(self._free(zones, parameters, deadline), name, request.capacity.required_bytes)
         return sorted(zones, key=rank)
 
-    def _in_turn(self, zones: list[str]) -> list[str]:
-        with self._lock:
-            first = self._turn % len(zones)
-            self._turn += 1
-        return zones[first:] + zones[:first]
-
-    def _free(self, zones: Sequence[str], parameters: StorageClassParameters, *, deadline: Deadline) -> dict[str, int]:
-        """Return the usable bytes of each zone; 0 for one that does not say."""
+    def _free(self, zones: Sequence[str], parameters: StorageClassParameters, deadline: Deadline) -> dict[str, int]:
+        """Return the usable bytes of each zone; 0 for one that does not answer."""
         now_s = deadline.clock.monotonic()
-        layout = parameters.spec.layout
-        kind: Hashable = (
-            parameters.spec.vpg if layout is None else (layout, allowed_drives(parameters.spec, None, layout))
-        )
+        spec = parameters.spec
+        kind: Hashable = spec.vpg if spec.layout is None else (spec.layout, allowed_drives(spec, None, spec.layout))
         with self._lock:
             if len(self._known) > _MOST_KNOWN:
                 self._known.clear()
-            known = {zone: self._known.get((zone, kind)) for zone in zones}
-        found = {zone: entry.bytes for zone, entry in known.items() if entry and now_s - entry.at_s < _ROOM_KNOWN_S}
+            known = {zone: self._known[zone, kind] for zone in zones if (zone, kind) in self._known}
+        found = {zone: free for zone, (free, at_s) in known.items() if now_s - at_s < _KNOWN_S}
         unknown = [zone for zone in zones if zone not in found]
         if unknown:
-            latest = Deadline(min(deadline.at_s, now_s + _ROOM_WAIT_S), deadline.started_s, deadline.clock)
-            answers = ask(
-                unknown, lambda zone: self._room(zone, parameters, deadline=latest), deadline=latest, crew=self.crew
-            )
+            latest = deadline.at_most(_KNOWN_WAIT_S)
+            given = _free_in(self.clusters, unknown, parameters, self.pool, latest).given
             with self._lock:
-                self._known.update({(zone, kind): _Known(free, now_s) for zone, free in answers.given.items()})
-            found.update(answers.given)
+                self._known.update({(zone, kind): (free.free_bytes, now_s) for zone, free in given.items()})
+            found.update({zone: free.free_bytes for zone, free in given.items()})
         return {zone: found.get(zone, 0) for zone in zones}
-
-    def _room(self, zone: str, parameters: StorageClassParameters, *, deadline: Deadline) -> int:
-        management = self.clusters.management(zone)
-        return 0 if management is None else free_capacity(management, parameters, deadline=deadline).free_bytes
 
 
 def by_free_space(free: Mapping[str, int], name: str, size_bytes: int) -> list[str]:
-    """Order zones so that each comes first in proportion to its free space; those without room come last.
+    """Order zones so that each comes first in proportion to its free space; those without enough space come last.
 
-    Weighted rendezvous hashing: the name decides, so that a call that is repeated, or carried out by two controllers
-    at once, meets the same zone although the free space has changed a little in between.
+    Weighted rendezvous hashing of the name: a retry, or the same call to another controller, gets the same zone
+    although the free space has changed a little.
     """
 
     def score(zone: str) -> float:
@@ -363,3 +286,64 @@ def by_free_space(free: Mapping[str, int], name: str, size_bytes: int) -> list[s
         return free[zone] / -math.log(share)
 
     return sorted(free, key=lambda zone: (free[zone] < size_bytes, -score(zone), zone))
+
+
+# --- expansion --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandVolume:
+    """ControllerExpandVolume, for attached volumes too."""
+
+    clusters: Clusters
+    settings: ControllerSettings
+
+    def expand(
+        self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline
+    ) -> tuple[int, bool]:
+        """Return the user's bytes afterwards, and whether the node must expand a filesystem or encryption.
+
+        The size in the storage also includes an encryption header. A volume that is large enough is not changed. Raises
+        `VolumeNotFound`, and `CapacityOutOfRange` also without space: after `Exhausted` the orchestrator assumes that
+        the expansion may continue, and does not let the user request less.
+        """
+        if capability is not None:
+            check_capability(capability)
+        located = require(self.clusters, volume_id, deadline=deadline)
+        volume = located.volume
+        reserved = located.reserved_bytes
+        for _ in range(_MOST_EXTENSIONS):
+            more = sizes.extension(volume, capacity, reserved)
+            if more is None:
+                break
+            volume = self._extend(located, volume, more, deadline)
+        if sizes.extension(volume, capacity, reserved) is not None:
+            raise OperationPending(
+                f"volume {volume.name} has {volume.size_bytes} bytes and is still being extended; retry"
+            )
+        is_block = capability is not None and isinstance(capability.access, BlockAccess)
+        is_encrypted = encryption_of(volume, located.creation, {}) is not Encryption.NONE
+        return volume.size_bytes - reserved, not is_block or is_encrypted
+
+    def _extend(self, located: Located, volume: Volume, more: sizes.Extension, deadline: Deadline) -> Volume:
+        """Extend the volume and return it as it is then. Another controller may have extended it concurrently."""
+        if volume.is_being_made:
+            raise OperationPending(f"volume {volume.name} is still being created (action {volume.action}); retry")
+        refusal: DriverError | None = None
+        try:
+            located.management.extend_volume(volume, more.capacity_gb, deadline=deadline)
+            _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
+        except (PreconditionFailed, OperationPending) as problem:
+            refusal = problem
+        except Exhausted as problem:
+            refusal = CapacityOutOfRange(
+                f"no space to extend volume {volume.name} from {volume.size_bytes} "
+                f"to {more.size_bytes} bytes: {problem}"
+            )
+            refusal.__cause__ = problem
+        present = located.management.volume(volume.name, deadline=deadline)
+        if present is None or present.uuid != volume.uuid:
+            raise VolumeNotFound(located.volume_id, "it was deleted concurrently")
+        if refusal is not None and present.size_bytes == volume.size_bytes:
+            raise refusal
+        return present

@@ -1,35 +1,24 @@
-"""CreateVolume."""
+"""CreateVolume, with the initialisation of encryption by the storage."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity as sizes
 from csi_driver.controller.capacity import ZoneSelection
-from csi_driver.controller.duplicate_guard import DuplicateGuard, Found
-from csi_driver.controller.native_encryption import NativeEncryption
+from csi_driver.controller.delete_volume import delete_unreturned
 from csi_driver.controller.ports import Clusters, CreateRequest, Management
-from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences, is_short
+from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences
 from csi_driver.controller.volume_lookup import described, issued_reference
 from csi_driver.controller.volume_metadata import (
-    AttachmentRecord,
     Creation,
     creation_metadata,
     read_attachments,
-    read_creation,
     reserved_bytes,
 )
-from csi_driver.controller.waiting import within
-from csi_driver.controller.zones import (
-    CREW,
-    UNANSWERED,
-    Crew,
-    allowed_zones,
-    served,
-)
+from csi_driver.controller.zones import UNANSWERED, ZONE_POOL, DuplicateGuard, Found, ZonePool, allowed_zones, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -47,392 +36,368 @@ from csi_driver.errors import (
     Unauthenticated,
     shown,
 )
-from csi_driver.model import CapacityRange, ProvisionedVolume, volume_name
-from csi_driver.parameters import storage_class
+from csi_driver.model import ProvisionedVolume, volume_name
 from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
-from csi_driver.parameters.storage_class import StorageClassParameters
+from csi_driver.parameters.storage_class import StorageClassParameters, parse, with_mutable
 from csi_driver.publish_context import Encryption
 from csi_driver.settings import ControllerSettings
-from csi_driver.storage_model import Layout, Reservation, Volume, VolumeSpec, Vpg
+from csi_driver.storage_model import Volume, Vpg
 
 _log = logging.getLogger(__name__)
 
 _FINAL = (InvalidRequest, NotFound, CapacityOutOfRange, Exhausted, PreconditionFailed, Denied, Unauthenticated)
-"""What the orchestrator takes for "nothing was made, and nothing is being made": it never comes back to such a volume.
+"""Errors after which the provisioner assumes that no volume exists or is being created, and never deletes one.
 (kubernetes-csi/external-provisioner, pkg/controller/controller.go, checkError.)"""
+_ENCRYPTED = 1
+"""`encryption.command.response.result` of a command that succeeded."""
 
 
 class VpgMissing(InvalidField):
-    """A zone has no volume provisioning group of this name; another one may."""
+    """A zone has no volume provisioning group of this name; another zone may."""
 
     def __init__(self, name: str) -> None:
         super().__init__("parameters.vpg", name, "an existing volume provisioning group")
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A CreateVolume request, understood."""
+class EncryptionNotInitialised(StorageUnavailable):
+    """The storage refused the passphrase or could not write the header; the volume exists and waits for it."""
 
-    csi_name: str
-    name: str
-    capacity: CapacityRange
-    parameters: StorageClassParameters
-    creation: Creation
-    secrets: Mapping[str, str] = field(repr=False)
-
-    def in_zone(self, zone: str) -> Creation:
-        """Return what is recorded of the volume when it is made in this zone."""
-        own = self.creation
-        return Creation(
-            csi_name=own.csi_name,
-            fs_type=own.fs_type,
-            is_block=own.is_block,
-            zone=zone,
-            reference=issued_reference(zone, self.name, self.parameters.pvc_namespace),
-            parameters=own.parameters,
-            is_ours=True,
-            capacity=self.capacity,
-            modes=own.modes,
-            header_bytes=own.header_bytes,
+    def __init__(self, volume: Volume, reason: str) -> None:
+        super().__init__(
+            f"encryption of volume {volume.name} is not initialised: {reason}; a retry of CreateVolume continues"
         )
 
 
+@dataclass(slots=True)
 class CreateVolume:
-    """Make volumes and delete them. Keeps no state: several controllers may do the same at once."""
+    """CreateVolume. Keeps no state of volumes: several controllers may serve the same call at once."""
 
-    def __init__(
-        self,
-        clusters: Clusters,
-        settings: ControllerSettings,
-        *,
-        crew: Crew = CREW,
-        wall_s: Callable[[], float] = time.time,
-    ) -> None:
-        self._clusters = clusters
-        self._settings = settings
-        self._wall_s = wall_s
-        self._search = DuplicateGuard(clusters, settings, crew, wall_s)
-        self._placement = ZoneSelection(clusters, settings.zone_policy, crew)
+    clusters: Clusters
+    settings: ControllerSettings
+    pool: ZonePool = ZONE_POOL
+    selection: ZoneSelection = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.selection = ZoneSelection(self.clusters, self.settings, self.pool)
 
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
-        """Make the volume, or find it again when it was made before, and wait until it is usable.
+        """Create the volume, or find it if an earlier call created it, and wait until it is usable.
 
-        Raises `ExistsDifferently` naming each difference, `Exhausted` when no allowed zone has room,
-        `CapacityOutOfRange`, `InvalidRequest`, and `StorageUnavailable` or `OperationPending` when the same call must
-        come again: always, where an earlier call has left the volume behind, or may have.
+        Raises `ExistsDifferently` naming each difference, `Exhausted` if no allowed zone has space,
+        `CapacityOutOfRange`, `InvalidRequest`, and `StorageUnavailable` or `OperationPending` if a retry is needed:
+        always, if an earlier call left the volume, or may have.
         """
-        wanted = _understood(request)
-        zones = allowed_zones(self._clusters.zones(), request.topology, self._settings.topology_key)
+        check_capabilities(request.capabilities)
+        parameters = parse(with_mutable(request.parameters, request.mutable_parameters), request.capabilities)
+        parameters.encryption.check_access(request.capabilities)
+        fs_type = chosen_fs_type(request.capabilities, parameters.fs_type)
+        if parameters.ignored:
+            _log.warning(
+                "volume %s: its provisioning group %s decides, so %s is ignored",
+                *(shown(request.name), parameters.spec.vpg, ", ".join(parameters.ignored)),
+            )
+        creation = Creation(
+            csi_name=request.name,
+            fs_type=fs_type,
+            is_block=fs_type is None,
+            parameters=parameters.recorded,
+            is_ours=True,
+            capacity=request.capacity,
+            modes=frozenset(capability.mode for capability in request.capabilities),
+            header_bytes=parameters.encryption.header_bytes if parameters.encryption.by is Encryption.LUKS else 0,
+        )
+        zones = allowed_zones(self.clusters.zones(), request.topology, self.settings.topology_key)
+        call = _Call(self, request, volume_name(request.name), parameters, creation, zones, deadline)
         try:
-            return self._found_or_made(request, wanted, zones, deadline=deadline)
+            return call.find_or_create()
         except _FINAL as problem:
-            return self._left_behind(problem, wanted, zones, deadline=deadline)
+            return call.continue_after(problem)
 
-    def _left_behind(
-        self, problem: DriverError, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline
-    ) -> ProvisionedVolume:
-        """Go on with the volume that an earlier call left, although it could not be made now; else raise the problem.
 
-        What was right then may be wrong now: a Secret lost its key, a group changed, the storage is full.
+@dataclass(slots=True)
+class _Call:
+    """One call of CreateVolume, its parameters parsed. `creation`: its record, without the zone."""
+
+    use_case: CreateVolume
+    request: CreateRequest
+    name: str
+    parameters: StorageClassParameters
+    creation: Creation
+    zones: Sequence[str]
+    deadline: Deadline
+    guard: DuplicateGuard | None = field(init=False)
+    """None with one zone, where the storage itself keeps the name unique."""
+
+    def __post_init__(self) -> None:
+        clusters, settings = self.use_case.clusters, self.use_case.settings
+        is_guarded = len(clusters.zones()) > 1
+        self.guard = DuplicateGuard(clusters, settings.allow_zone_skip, self.use_case.pool) if is_guarded else None
+
+    def find_or_create(self) -> ProvisionedVolume:
+        if self.guard is None:
+            return self._create_in_first(self.zones)
+        found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
+        if isinstance(found, Found):
+            return self._finish(found)
+        if not found:
+            raise StorageUnavailable(f"no response of any of the zones {', '.join(self.zones)}")
+        selection = self.use_case.selection
+        return self._create_in_first(
+            selection.order(found, self.request, name=self.name, parameters=self.parameters, deadline=self.deadline)
+        )
+
+    def continue_after(self, problem: DriverError) -> ProvisionedVolume:
+        """Continue with the volume that an earlier call left, although it cannot be created now; else raise `problem`.
+
+        The request may have been valid then and not now: a Secret lost its key, a group changed, the storage is full.
         """
         try:
-            found = self._left_in(wanted, zones, deadline=deadline)
+            found = self._existing()
         except UNANSWERED as silence:
             reasons = "; ".join(dict.fromkeys((str(problem), str(silence))))
-            raise StorageUnavailable(f"{reasons}; it is unknown whether volume {wanted.name} exists") from problem
-        if found is None:
+            raise StorageUnavailable(f"{reasons}; it is unknown whether volume {self.name} exists") from problem
+        if found is None or not found.has_name(self.request.name):
             raise problem
         try:
-            return self._finish(found.zone, wanted, found.volume, deadline=deadline)
+            return self._finish(found)
         except _FINAL as again:
-            raise StorageUnavailable(f"volume {wanted.name} exists, but is not usable yet: {again}") from problem
+            raise StorageUnavailable(f"volume {self.name} exists, but is not usable yet: {again}") from problem
 
-    def _left_in(self, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline) -> Found | None:
-        """Return the volume of this CSI name, None where there is none."""
-        if not self._is_alone():
-            found = self._search.find(wanted.name, wanted.csi_name, zones, deadline=deadline)
-        else:
-            volume = self._management(zones[0]).volume(wanted.name, deadline=deadline)
-            found = Found(zones[0], volume) if volume is not None else []
-        return found if isinstance(found, Found) and found.is_of(wanted.csi_name) else None
+    def _existing(self) -> Found | None:
+        if self.guard is None:
+            volume = self._management(self.zones[0]).volume(self.name, deadline=self.deadline)
+            return Found.of(self.zones[0], volume) if volume is not None else None
+        found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
+        return found if isinstance(found, Found) else None
 
-    def _found_or_made(
-        self, request: CreateRequest, wanted: _Wanted, zones: Sequence[str], *, deadline: Deadline
-    ) -> ProvisionedVolume:
-        key = self._settings.topology_key
-        if not self._is_alone():
-            # Nothing is made anywhere before each allowed zone has said that it does not have the volume.
-            found = self._search.find(wanted.name, wanted.csi_name, zones, deadline=deadline)
-            if isinstance(found, Found):
-                return self._finish(found.zone, wanted, found.volume, deadline=deadline)
-            if not found:
-                raise StorageUnavailable(f"no response of any of the zones {', '.join(zones)}")
-            zones = self._placement.order(
-                found, request.topology, key, name=wanted.name, size_bytes=wanted.capacity.required_bytes,
-                parameters=wanted.parameters, deadline=deadline,
-            )  # fmt: skip
-        return self._create_in_first(zones, wanted, deadline=deadline)
+    # --- creating -----------------------------------------------------------------------------------------------
 
-    def _is_alone(self) -> bool:
-        """Tell whether there is one zone, so that the storage itself keeps every name single."""
-        return len(self._clusters.zones()) == 1
-
-    def _create_in_first(self, zones: Sequence[str], wanted: _Wanted, *, deadline: Deadline) -> ProvisionedVolume:
-        """Make the volume in the first zone that can have it.
-
-        The next one is tried only where this one refused, so that it is certain that it made nothing.
-        """
+    def _create_in_first(self, zones: Sequence[str]) -> ProvisionedVolume:
+        """Create the volume in the first zone that accepts it; the next one only after a refusal, never in doubt."""
         refusals: dict[str, Exhausted | VpgMissing] = {}
         for zone in zones:
-            sent_at_s = deadline.clock.monotonic()
             try:
-                made = self._made_in(zone, wanted, deadline=deadline)
+                uuid = self._create_in(zone)
             except (Exhausted, VpgMissing) as refusal:
                 refusals[zone] = refusal
-                _log.info("zone %s cannot create volume %s: %s", zone, wanted.name, refusal)
+                _log.info("zone %s cannot create volume %s: %s", zone, self.name, refusal)
                 continue
-            return self._answer(zone, zones, wanted, made, sent_at_s, deadline=deadline)
+            return self._finish_created(zone, uuid)
         raise _refused_by_all(refusals)
 
-    def _made_in(self, zone: str, wanted: _Wanted, *, deadline: Deadline) -> str | None:
-        """Make the volume and return its uuid; None when one of that name is there."""
-        management = self._management(zone)
-        layout, encryption = wanted.parameters.spec.layout, wanted.parameters.encryption
+    def _create_in(self, zone: str) -> str | None:
+        """Create the volume and return its uuid; None if a volume of that name exists."""
+        management, parameters = self._management(zone), self.parameters
+        layout, encryption = parameters.spec.layout, parameters.encryption
         if layout is None:
-            group = self._group(management, wanted, deadline=deadline)
+            group = self._group(management)
             if group is None:
                 return None
             layout, encryption = group.layout, encryption.in_group(group)
         if encryption.is_native:
-            required_passphrase(wanted.secrets)
-        elif encryption.by is Encryption.NONE and passphrase_in(wanted.secrets) is not None:
+            required_passphrase(self.request.secrets)
+        elif encryption.by is Encryption.NONE and passphrase_in(self.request.secrets) is not None:
             _log.warning(
                 "volume %s has a passphrase in its Secret but encryption is not enabled; set the encryption parameter",
-                wanted.name,
+                self.name,
             )
-        size = sizes.size_to_create(wanted.capacity, layout, encryption.header_bytes)
-        creation = replace(wanted.in_zone(zone), made_at_s=int(self._wall_s()), maker=self._search.maker)
+        size = sizes.size_to_create(self.request.capacity, layout, encryption.header_bytes)
+        spec = replace(
+            parameters.spec,
+            name=self.name,
+            capacity_gb=sizes.gigabytes_to_create(size, layout),
+            metadata=creation_metadata(self._creation_in(zone)),
+            encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
+        )
         try:
-            return management.create_volume(_spec(wanted, creation, size, layout, encryption), deadline=deadline)
+            return management.create_volume(spec, deadline=self.deadline)
         except Exhausted as problem:
-            raise Exhausted(
-                f"no space for a volume of {size} bytes ({layout.raid_level}): {problem}{_names_to_check(wanted)}"
-            ) from problem
+            reason = f"{problem}{self._names_to_check()}"
+            raise Exhausted(f"no space for a volume of {size} bytes ({layout.raid_level}): {reason}") from problem
 
-    def _answer(
-        self, zone: str, allowed: Sequence[str], wanted: _Wanted, uuid: str | None, sent_at_s: float, *,
-        deadline: Deadline,
-    ) -> ProvisionedVolume:  # fmt: skip
-        """Prove that the volume is the only one, and finish it. `uuid`: of the one that this call made, if it did."""
-        volume = self._management(zone).volume(wanted.name, deadline=deadline)
+    def _creation_in(self, zone: str) -> Creation:
+        reference = issued_reference(zone, self.name, self.parameters.pvc_namespace)
+        return replace(self.creation, zone=zone, reference=reference)
+
+    def _group(self, management: Management) -> Vpg | None:
+        """Return the provisioning group; None if it is missing but the volume exists already."""
+        name = self.parameters.spec.vpg or ""
+        vpg = management.vpg(name, deadline=self.deadline)
+        if vpg is None and management.volume(self.name, deadline=self.deadline) is None:
+            raise VpgMissing(name)
+        if vpg is not None and vpg.is_for_metadata:
+            expected = "a group for volumes, not for metadata of snapshots (type METADATA_VOLUME)"
+            raise InvalidField("parameters.vpg", name, expected)
+        return vpg
+
+    def _names_to_check(self) -> str:
+        """Return a hint at names of drives and targets: a management answers "no space" if they do not exist."""
+        spec = self.parameters.spec
+        given = {"limitByDisks": spec.limit_by_drives, "limitByNodes": spec.limit_by_targets}
+        names = [f"{key} {', '.join(map(shown, some))}" for key, some in given.items() if some]
+        names += [f"domain {shown(spec.domain)}"] if spec.domain is not None else []
+        if not names:
+            return ""
+        return f"; the management answers the same for unknown names: check {' and '.join(names)}"
+
+    def _finish_created(self, zone: str, uuid: str | None) -> ProvisionedVolume:
+        """Prove that no other zone has the volume, and finish it. `uuid`: of the volume that this call created."""
+        volume = self._management(zone).volume(self.name, deadline=self.deadline)
         if volume is None:
-            raise OperationPending(f"volume {wanted.name}: the name is reserved by a pending operation; retry")
+            raise OperationPending(f"volume {self.name}: the name is reserved by a pending operation; retry")
+        found = Found.of(zone, volume)
+        # With another uuid, ours was deleted and created again by another call: like any existing volume.
         is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
         if is_ours:
             _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
-        # Another uuid: ours was deleted and somebody made it again. Then it is an existing volume like any other.
-        if not self._is_alone():
-            if is_ours:
-                self._search.confirm(Found(zone, volume), allowed, sent_at_s, deadline=deadline)
-            else:
-                found = self._search.find(wanted.name, wanted.csi_name, allowed, deadline=deadline)
-                if not isinstance(found, Found):
-                    raise OperationPending(f"volume {wanted.name} was deleted concurrently; retry")
-                zone, volume = found.zone, found.volume
-        return self._finish(zone, wanted, volume, is_new=is_ours, deadline=deadline)
+        if self.guard is not None and is_ours:
+            self.guard.confirm(found, self.zones, deadline=self.deadline)
+        elif self.guard is not None:
+            again = self._existing()
+            if again is None:
+                raise OperationPending(f"volume {self.name} was deleted concurrently; retry")
+            found = again
+        return self._finish(found, is_new=is_ours)
 
-    def _group(self, management: Management, wanted: _Wanted, *, deadline: Deadline) -> Vpg | None:
-        """Return the provisioning group; None where it went after the volume was made."""
-        name = wanted.parameters.spec.vpg or ""
-        vpg = management.vpg(name, deadline=deadline)
-        if vpg is None and management.volume(wanted.name, deadline=deadline) is None:
-            raise VpgMissing(name)
-        if vpg is not None and vpg.is_for_metadata:
-            what = "a group for volumes, not for metadata of snapshots (type METADATA_VOLUME)"
-            raise InvalidField("parameters.vpg", name, what)
-        return vpg
+    # --- finishing ----------------------------------------------------------------------------------------------
 
-    def _finish(
-        self, zone: str, wanted: _Wanted, volume: Volume, *, is_new: bool = False, deadline: Deadline
-    ) -> ProvisionedVolume:
-        """Prove that the volume is the one wanted, wait until it can be used, and answer as the first time.
+    def _finish(self, found: Found, *, is_new: bool = False) -> ProvisionedVolume:
+        """Prove that the volume is the requested one, wait until it is usable, and answer as the first time.
 
-        `is_new`: this call made it. A volume that is new, or that this driver made and that is still smaller than
-        required, was never returned by any call: where it cannot come into the requested range, it is deleted.
+        `is_new`: this call created it. A volume that is new, or that this driver created and that is still smaller than
+        required, was never returned by any call: if it cannot come into the requested range, it is deleted.
         """
-        management = self._management(zone)
-        creation = read_creation(volume.metadata)
+        management, volume, creation = self._management(found.zone), found.volume, found.creation
         if volume.is_being_deleted:
             raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")
-        if creation.csi_name != wanted.csi_name:
+        if creation.csi_name != self.request.name:
             owner = "none" if creation.csi_name is None else shown(creation.csi_name)
-            raise ExistsDifferently(
-                f"volume {volume.name}", [f"CSI name: expected {shown(wanted.csi_name)}, got {owner}"]
-            )
-        size = volume.size_bytes - (reserved_bytes(volume, creation) if creation.is_ours else 0)
-        short = is_short(wanted.capacity, creation, size, sizes.granule_bytes(volume.layout))
-        vpg = wanted.parameters.spec.vpg
-        different = differences(wanted.in_zone(zone), creation, volume, vpg, size_bytes=size, judge_size=not short)
-        if wanted.parameters.encryption.is_native and not volume.is_encrypted:
+            name = f"CSI name: expected {shown(self.request.name)}, got {owner}"
+            raise ExistsDifferently(f"volume {volume.name}", [name])
+        reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
+        is_short = self._is_short(volume, creation, volume.size_bytes - reserved)
+        size = None if is_short else volume.size_bytes - reserved
+        vpg = self.parameters.spec.vpg
+        different = differences(self._creation_in(found.zone), creation, volume, vpg, size_bytes=size)
+        if self.parameters.encryption.is_native and not volume.is_encrypted:
             different.append("encryption by the storage: expected enabled, got disabled")
         if different:
-            raise ExistsDifferently(f"volume {shown(wanted.csi_name)}", different)
-        never_returned = is_new or (short and creation.is_ours)
+            raise ExistsDifferently(f"volume {shown(self.request.name)}", different)
+        never_returned = is_new or (is_short and creation.is_ours)
         if never_returned:
-            self._discard_out_of_range(management, wanted, volume, deadline=deadline)
-        volume = self._usable(management, wanted, volume, deadline=deadline)
-        if short:
-            volume = self._lengthened(management, wanted, volume, deadline=deadline)
+            self._delete_if_out_of_range(management, volume, reserved)
+        volume = self._wait_until_usable(management, volume)
+        if is_short:
+            more = sizes.extension(volume, self.request.capacity, reserved)
+            if more is not None:
+                management.extend_volume(volume, more.capacity_gb, deadline=self.deadline)
+                volume = management.volume(volume.name, deadline=self.deadline) or volume
             if never_returned:
-                self._discard_out_of_range(management, wanted, volume, deadline=deadline)
-        return described(zone, volume, creation, self._settings.topology_key)
+                self._delete_if_out_of_range(management, volume, reserved)
+        return described(found.zone, volume, creation, self.use_case.settings.topology_key)
 
-    def _usable(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
+    def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
+        """Return whether a volume that was created for this range came out smaller.
+
+        Earlier drivers did not know the server's rounding, and a group may change while a volume is created.
+        """
+        missing = self.request.capacity.required_bytes - size_bytes
+        if missing <= 0:
+            return False
+        if creation.is_ours:
+            return creation.capacity == self.request.capacity
+        return missing <= sizes.granule_bytes(volume.layout)
+
+    def _wait_until_usable(self, management: Management, volume: Volume) -> Volume:
         latest = volume
-        keying = NativeEncryption(management, wanted.parameters.encryption, wanted.secrets)
+        encryption = _NativeEncryption(management, self.parameters.encryption, self.request.secrets)
 
         def is_ready() -> bool:
-            return not latest.is_being_made and keying.is_done(latest, deadline=deadline)
+            return not latest.is_being_made and encryption.is_done(latest, deadline=self.deadline)
 
         def is_usable() -> bool:
             nonlocal latest
             if is_ready():
                 return True
-            present = management.volume(volume.name, deadline=deadline)
+            present = management.volume(volume.name, deadline=self.deadline)
             if present is None or present.uuid != volume.uuid or present.is_being_deleted:
                 raise OperationPending(f"volume {volume.name} was deleted while being created; retry")
             latest = present
             return is_ready()
 
-        if not self._wait(deadline).wait_until(is_usable):
+        settings = self.use_case.settings
+        if not settings.wait(self.deadline, settings.usable_wait_s).wait_until(is_usable):
             raise DeadlineReached(
                 f"volume {volume.name} to become usable (status {latest.status}, action {latest.action})"
             )
         return latest
 
-    def _lengthened(self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline) -> Volume:
-        """Add what the volume is short of, so that it is as large as was asked for when it was made."""
-        more = _missing(wanted, volume)
-        if more is None:
-            return volume
-        management.extend_volume(volume, more.capacity_gb, deadline=deadline)
-        return management.volume(volume.name, deadline=deadline) or volume
-
-    def _discard_out_of_range(
-        self, management: Management, wanted: _Wanted, volume: Volume, *, deadline: Deadline
-    ) -> None:
-        """Delete a volume that was never returned and that no extension brings into the range; then raise.
-
-        Nobody can use it: it was never attached, by its reservation, its record and all clients, and nobody has its
-        handle. Returns for any other volume.
-        """
+    def _delete_if_out_of_range(self, management: Management, volume: Volume, reserved: int) -> None:
+        """Delete a volume that was never returned and that no extension brings into the range; then raise."""
         try:
-            _missing(wanted, volume)
-            return
-        except CapacityOutOfRange as problem:
-            reason = problem
-
-        def is_gone() -> bool:
-            present = management.volume(volume.name, deadline=deadline)
-            if present is None or present.uuid != volume.uuid or present.is_being_deleted:
-                return True
-            is_used = present.reservation != Reservation() or read_attachments(present.metadata) != AttachmentRecord()
-            if is_used or management.clients_holding(present.uuid, deadline=deadline):
-                raise PreconditionFailed(
-                    f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it was attached and is kept"
-                )
-            try:
-                management.delete_volume(present, deadline=deadline)
-            except OperationPending:  # it is not ready to be deleted yet
-                return False
-            return True
-
-        if not self._wait(deadline).wait_until(is_gone):
-            raise OperationPending(
-                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it cannot be deleted yet; retry"
-            )
-        _log.info(
-            "deleted volume %s, uuid %s, which no call returned: its %d bytes are out of the requested range",
-            volume.name,
-            volume.uuid,
-            volume.size_bytes,
-        )
-        raise CapacityOutOfRange(
-            f"the management created a volume of {volume.size_bytes} bytes, which was deleted: {reason}"
-        ) from reason
+            sizes.extension(volume, self.request.capacity, reserved)
+        except CapacityOutOfRange as reason:
+            settings = self.use_case.settings
+            wait = settings.wait(self.deadline, settings.usable_wait_s)
+            delete_unreturned(management, volume, str(reason), wait=wait, deadline=self.deadline)
+            raise CapacityOutOfRange(
+                f"the management created a volume of {volume.size_bytes} bytes, which was deleted: {reason}"
+            ) from reason
 
     def _management(self, zone: str) -> Management:
-        return served(self._clusters, zone)
-
-    def _wait(self, deadline: Deadline) -> Deadline:
-        return within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
+        return served(self.use_case.clusters, zone)
 
 
-def _missing(wanted: _Wanted, volume: Volume) -> sizes.Extension | None:
-    """Return the extension that brings a volume into the requested range; None where it lies in it.
+@dataclass(slots=True)
+class _NativeEncryption:
+    """The initialisation of encryption by the storage: one call hands over the passphrase at most once.
 
-    Raises `CapacityOutOfRange` where none does.
+    Such a volume is created without a key and cannot be attached; one request hands the passphrase over, and a storage
+    target writes the header some time later. After a failure nothing is deleted: the volume keeps waiting, and a retry
+    of CreateVolume, with a corrected Secret, continues. The errors leave the outcome open, so the provisioner retries,
+    and deletes the volume if the claim is deleted.
     """
-    creation = read_creation(volume.metadata)
-    reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
-    return sizes.extension(volume, wanted.capacity, reserved)
 
+    management: Management
+    request: EncryptionRequest
+    secrets: Mapping[str, str]
+    _index_before: int | None = None
 
-def _understood(request: CreateRequest) -> _Wanted:
-    check_capabilities(request.capabilities)
-    read = storage_class.parse(
-        storage_class.with_mutable(request.parameters, request.mutable_parameters), request.capabilities
-    )
-    read.encryption.check_access(request.capabilities)
-    fs_type = chosen_fs_type(request.capabilities, read.fs_type)
-    creation = Creation(
-        csi_name=request.name,
-        fs_type=fs_type,
-        is_block=fs_type is None,
-        parameters=read.recorded,
-        is_ours=True,
-        modes=frozenset(capability.mode for capability in request.capabilities),
-        header_bytes=read.encryption.header_bytes if read.encryption.by is Encryption.LUKS else 0,
-    )
-    _tell(request, read)
-    return _Wanted(request.name, volume_name(request.name), request.capacity, read, creation, request.secrets)
+    def is_done(self, volume: Volume, *, deadline: Deadline) -> bool:
+        """Return whether the encryption is initialised, or the volume has none; hand the passphrase over if needed."""
+        state = volume.encryption
+        if state is None or state.is_initialized:
+            return True
+        if not volume.wants_passphrase:
+            return False
+        if self._index_before is None:
+            self._index_before = state.command_index
+            self._initialise(volume, deadline)
+        elif state.command_index > self._index_before and state.command_result not in (None, _ENCRYPTED):
+            error = state.command_error.replace(required_passphrase(self.secrets), "[passphrase]")
+            reason = f"{state.command_result} ({shown(error) if error else 'no reason given'})"
+            raise EncryptionNotInitialised(volume, f"the storage answers {reason}")
+        return False
 
-
-def _tell(request: CreateRequest, read: StorageClassParameters) -> None:
-    """Say in the log what is done otherwise than the parameters may have meant."""
-    name = shown(request.name)
-    if read.ignored:
-        ignored = ", ".join(read.ignored)
-        _log.warning("volume %s: its provisioning group %s decides, so %s is ignored", name, read.spec.vpg, ignored)
+    def _initialise(self, volume: Volume, deadline: Deadline) -> None:
+        # The server refuses this too; a header over data would destroy it.
+        if volume.reservation.version != 1 or read_attachments(volume.metadata).number:
+            raise EncryptionNotInitialised(volume, "it was attached before; delete it")
+        passphrase, slot, bits = required_passphrase(self.secrets), self.request.slot, self.request.key_size_bits
+        try:
+            is_started = self.management.init_encryption(
+                volume, passphrase, slot=slot, key_size_bits=bits, deadline=deadline
+            )
+        except InvalidRequest as refusal:
+            raise EncryptionNotInitialised(volume, str(refusal)) from refusal
+        if is_started:
+            _log.info("handed the passphrase of volume %s, uuid %s, to the storage", volume.name, volume.uuid)
 
 
 def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:
-    """Return why no zone made the volume: room may come, a group that is named wrongly will not."""
+    """Return why no zone created the volume: `Exhausted` if any of them may have space later."""
     if len(refusals) == 1:
         return next(iter(refusals.values()))
     text = "; ".join(f"zone {zone}: {refusal}" for zone, refusal in refusals.items())
     has_full_one = any(isinstance(refusal, Exhausted) for refusal in refusals.values())
     return Exhausted(text) if has_full_one else InvalidRequest(text)
-
-
-def _names_to_check(wanted: _Wanted) -> str:
-    """Return a hint at names of drives and targets: a management answers "no space" where they do not exist."""
-    read = wanted.parameters
-    given = {"limitByDisks": read.spec.limit_by_drives, "limitByNodes": read.spec.limit_by_targets}
-    names = [f"{key} {', '.join(map(shown, some))}" for key, some in given.items() if some]
-    names += [f"domain {shown(read.spec.domain)}"] if read.spec.domain is not None else []
-    if not names:
-        return ""
-    return f"; the management answers the same for unknown names: check {' and '.join(names)}"
-
-
-def _spec(
-    wanted: _Wanted, creation: Creation, size_bytes: int, layout: Layout, encryption: EncryptionRequest
-) -> VolumeSpec:
-    return replace(
-        wanted.parameters.spec,
-        name=wanted.name,
-        capacity_gb=sizes.gigabytes_to_create(size_bytes, layout),
-        metadata=creation_metadata(creation),
-        encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
-    )

@@ -1,38 +1,37 @@
-"""DeleteVolume."""
+"""DeleteVolume, and the deletion of a volume that CreateVolume cannot return."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from csi_driver.controller.fencing import was_preempted
-from csi_driver.controller.ports import Clusters
-from csi_driver.controller.volume_lookup import locate
-from csi_driver.controller.volume_metadata import Creation
-from csi_driver.controller.waiting import within
+from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.volume_lookup import Located, client_names, locate
+from csi_driver.controller.volume_metadata import AttachmentRecord, read_attachments
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, shown
-from csi_driver.model import VolumeHandle
 from csi_driver.settings import ControllerSettings
-from csi_driver.storage_model import Client, ClientStatus, Volume
+from csi_driver.storage_model import Client, ClientStatus, Reservation, Volume
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class DeleteVolume:
-    """Delete volumes. Keeps no state: several controllers may do the same at once."""
+    """DeleteVolume."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
-        self._clusters = clusters
-        self._settings = settings
+    clusters: Clusters
+    settings: ControllerSettings
 
     def delete(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Delete the volume and wait until it is gone; success when it does not exist (any more).
+        """Delete the volume and wait until it is gone; success if it does not exist.
 
-        Raises `PreconditionFailed` while anybody holds it who was not preempted (`takeover.was_preempted`), and for a
-        handle that was made from another one by changing its last part: a reader's copy never deletes the volume.
+        Raises `PreconditionFailed` while a client holds it that was not preempted (`was_preempted`), and for a handle
+        whose last part was changed: a reader's copy of a handle never deletes the volume.
         """
-        located = locate(self._clusters, volume_id, deadline=deadline)
+        located = locate(self.clusters, volume_id, deadline=deadline)
         if located is None:
             return
         management, volume = located.management, located.volume
@@ -42,34 +41,67 @@ class DeleteVolume:
             return present is None or present.uuid != volume.uuid
 
         if not volume.is_being_deleted:
-            _refuse_copy(volume_id, located.handle, located.creation)
-            _refuse_held(volume_id, volume, management.clients_holding(volume.uuid, deadline=deadline))
+            _refuse_copy(located)
+            _refuse_held(located, management.clients_holding(volume.uuid, deadline=deadline))
             if management.delete_volume(volume, deadline=deadline):
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
             elif not is_gone():
-                # "Not found" is no proof that it is gone: the server says it as well of what is pending.
+                # "Not found" does not prove that it is gone: the server says it as well of pending operations.
                 raise OperationPending(
                     f"volume {volume.name} exists, but the management did not find it to delete it: it has a pending "
                     "operation; retry"
                 )
-        wait = within(deadline, self._settings.usable_wait_s, margin_s=self._settings.answer_margin_s)
-        if not wait.wait_until(is_gone):
+        if not self.settings.wait(deadline, self.settings.usable_wait_s).wait_until(is_gone):
             raise OperationPending(f"volume {volume.name} is still being deleted; retry")
 
 
-def _refuse_held(volume_id: str, volume: Volume, holders: Sequence[Client]) -> None:
-    """Raise `PreconditionFailed` naming the clients that have the volume; those that were preempted do not count."""
+def delete_unreturned(
+    management: Management, volume: Volume, reason: str, *, wait: Deadline, deadline: Deadline
+) -> None:
+    """Delete a volume that this driver created and never returned: no caller has its handle.
+
+    Raises `PreconditionFailed` if it was ever attached, by its reservation, its record or any client.
+    """
+
+    def is_gone() -> bool:
+        present = management.volume(volume.name, deadline=deadline)
+        if present is None or present.uuid != volume.uuid or present.is_being_deleted:
+            return True
+        is_used = present.reservation != Reservation() or read_attachments(present.metadata) != AttachmentRecord()
+        if is_used or management.clients_holding(present.uuid, deadline=deadline):
+            raise PreconditionFailed(
+                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it was attached and is kept"
+            )
+        try:
+            management.delete_volume(present, deadline=deadline)
+        except OperationPending:  # not ready to be deleted yet
+            return False
+        return True
+
+    if not wait.wait_until(is_gone):
+        raise OperationPending(
+            f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it cannot be deleted yet; retry"
+        )
+    _log.info(
+        "deleted volume %s, uuid %s, which no call returned: its %d bytes are out of the requested range",
+        *(volume.name, volume.uuid, volume.size_bytes),
+    )
+
+
+def _refuse_held(located: Located, holders: Sequence[Client]) -> None:
+    """Raise `PreconditionFailed` naming the clients that hold the volume, except those that were preempted."""
+    volume = located.volume
     preempted = [client.id for client in holders if was_preempted(volume, client)]
-    left = sorted((client for client in holders if client.id not in preempted), key=lambda client: client.id)
+    left = [client for client in holders if client.id not in preempted]
     if left:
-        names = ", ".join(f"{client.id} ({client.uuid})" for client in left)
-        down = ", ".join(client.id for client in left if client.status is ClientStatus.DOWN)
+        down = ", ".join(sorted(client.id for client in left if client.status is ClientStatus.DOWN))
         way_out = (
             f"; the storage client of {down} is down, so the volume cannot be detached there: if the node does not "
             "come back, delete its client from the management (POST /clients/delete)"
         )
         raise PreconditionFailed(
-            f"volume {shown(volume_id)} is still attached to {names}; detach it first{way_out if down else ''}"
+            f"volume {shown(located.volume_id)} is still attached to {client_names(left)}; detach it first"
+            f"{way_out if down else ''}"
         )
     if preempted:
         _log.warning(
@@ -78,11 +110,12 @@ def _refuse_held(volume_id: str, volume: Volume, holders: Sequence[Client]) -> N
         )
 
 
-def _refuse_copy(volume_id: str, handle: VolumeHandle, creation: Creation) -> None:
-    if handle.reference is None or handle.reference == creation.reference:
+def _refuse_copy(located: Located) -> None:
+    given, issued = located.handle.reference, located.creation.reference
+    if given is None or given == issued:
         return
-    issued = "none" if creation.reference is None else shown(creation.reference)
     raise PreconditionFailed(
-        f"last part of volume handle {shown(volume_id)}: expected {issued}, as issued, got {shown(handle.reference)}; "
+        f"last part of volume handle {shown(located.volume_id)}: expected "
+        f"{'none' if issued is None else shown(issued)}, as issued, got {shown(given)}; "
         "a changed copy of a handle cannot delete the volume: use the original handle"
     )

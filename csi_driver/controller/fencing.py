@@ -1,55 +1,78 @@
-"""What a storage client's document says of one volume: held, leaving, gone, or what is still missing.
+"""ControllerUnpublishVolume, the state of attachments, and the decision behind every preemption.
 
-_log = logging.getLogger(__name__)
+A client's document has both the desired attachment (what the management wants) and the device report (what the client
+says); neither proves the other.
 
-A desired is what the management wants, a report what the client says; nothing here trusts one for the other.
+A lost node may still write. The storage stops it: an attachment that preempts the reservation cuts the I/O of all
+holders. The storage cannot tell whether a node is lost, as a silent client may have a broken cable; somebody else must
+decide. By default that is the orchestrator: it calls ControllerUnpublish for the lost node (because the pod is gone and
+the node is tainted out-of-service, or after a timeout), which records that the volume is to be detached there. That
+record, on a client that is down, permits to preempt it.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from csi_driver.controller.volume_lookup import Located
+from csi_driver.controller.ports import Clusters
+from csi_driver.controller.volume_lookup import Located, ZoneNotServed, find_client, locate
 from csi_driver.controller.volume_metadata import read_attachments
+from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
-from csi_driver.errors import ExistsDifferently, OperationPending, PreconditionFailed, StorageUnavailable
-from csi_driver.settings import Fencing
-from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, DeviceStatus, ReservationMode, Volume
+from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed, shown
+from csi_driver.model import VolumeHandle
+from csi_driver.settings import AttachSettings, Fencing
+from csi_driver.storage_model import (
+    Client,
+    ClientStatus,
+    DesiredAttachment,
+    DeviceReport,
+    DeviceStatus,
+    ReservationMode,
+    Volume,
+)
 
 _log = logging.getLogger(__name__)
 
-_NOT_THERE = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
-_NEVER_CAME = (DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME)
-ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
+_DETACHED = (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
+_NOT_ATTACHED = (
+    *_DETACHED, DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED, DeviceStatus.UNKNOWN_VOLUME,
+)  # fmt: skip
 
 
-def references(desired: DesiredAttachment, volume: Volume) -> frozenset[str]:
-    """Return the references of a desired; one that names none was made without, which is the volume's uuid."""
-    return desired.reference_ids or frozenset({volume.uuid})
+# --- state of an attachment -------------------------------------------------------------------------------------
 
 
-def is_leaving(client: Client, volume_uuid: str) -> bool:
+def is_detaching(client: Client, volume_uuid: str) -> bool:
+    """Return whether the volume is being detached from the client."""
     desired, report = client.desired.get(volume_uuid), client.devices.get(volume_uuid)
     if desired is not None:
         return desired.is_detaching
-    return report is not None and report.status not in (*_NOT_THERE, *_NEVER_CAME)
+    return report is not None and report.status not in _NOT_ATTACHED
 
 
 def is_released(client: Client, located: Located) -> bool:
-    """Tell whether the client no longer holds the volume under this handle's reference."""
+    """Return whether the client no longer holds the volume under this handle's reference."""
     uuid, reference = located.volume.uuid, located.reference
     desired, report = client.desired.get(uuid), client.devices.get(uuid)
     if desired is None:
-        return report is None or report.status in (*_NOT_THERE, *_NEVER_CAME)
-    if desired.is_detaching or reference in references(desired, located.volume):
+        return report is None or report.status in _NOT_ATTACHED
+    if desired.is_detaching or reference in desired.references:
         return False
     # Others on the node still need the device. A report may lack its references.
     return report is None or report.reference_ids is None or reference not in report.reference_ids
 
 
+def is_release_recorded(client: Client, located: Located) -> bool:
+    """Return whether the management has recorded that the client is to release the volume under this reference."""
+    desired = client.desired.get(located.volume.uuid)
+    return desired is None or desired.is_detaching or located.reference not in desired.references
+
+
 def missing(client: Client, located: Located, mode: ReservationMode) -> str:
-    """Name what a usable device lacks; empty when it lacks nothing."""
+    """Return what is missing until the device is usable; empty if it is."""
     report = client.devices.get(located.volume.uuid)
     if client.status is ClientStatus.DOWN:
         return "the attachment (the storage client is down)"
@@ -66,16 +89,10 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
     return ""
 
 
-def is_withdrawn(client: Client, located: Located) -> bool:
-    """Tell whether the desired is recorded that the client give up the volume under this handle's reference."""
-    desired = client.desired.get(located.volume.uuid)
-    return desired is None or desired.is_detaching or located.reference not in references(desired, located.volume)
-
-
 def device_state(client: Client, volume: Volume) -> str:
-    """Describe the device of a detachment that takes long, and how to find what keeps it: the management cannot tell.
+    """Describe the device of a slow detachment, and how to find the program that keeps it open.
 
-    It drops every report of a client that the device is busy, so that a busy one goes on to show as attached.
+    The management drops the reports of a busy device, so such a device keeps showing as attached.
     """
     report = client.devices.get(volume.uuid)
     if report is None:
@@ -83,67 +100,189 @@ def device_state(client: Client, volume: Volume) -> str:
     state = f"device {report.status.name.lower()}"
     if report.status is not DeviceStatus.ATTACHED:
         return state
-    name = volume.name
     if volume.status not in ("online", "unavailable"):
         state += f", and the volume is {volume.status} in the storage management, which may be the reason"
     return (
-        f"{state}; a program on that node may have it open: see /proc/nvmeibc/volumes/{name}/client_processes "
-        f"and `fuser -vam /dev/nvmesh/{name}` there"
+        f"{state}; a program on that node may have it open: see /proc/nvmeibc/volumes/{volume.name}/client_processes "
+        f"and `fuser -vam /dev/nvmesh/{volume.name}` there"
     )
 
 
-def others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:
-    """Return the other clients that hold the volume or are not yet rid of it. Asks the management."""
-    holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
-    return [holder for holder in holders if holder.uuid != client.uuid]
+# --- unpublish --------------------------------------------------------------------------------------------------
 
 
-def held_otherwise(volume: Volume, client: Client, held: ReservationMode, mode: ReservationMode) -> ExistsDifferently:
-    what = f"the attachment of volume {volume.name} to node {client.id}"
-    return ExistsDifferently(what, [f"mode: expected {mode.name.lower()}, got {held.name.lower()}"])
+@dataclass(frozen=True, slots=True)
+class UnpublishVolume:
+    """ControllerUnpublishVolume."""
+
+    clusters: Clusters
+    settings: AttachSettings
+
+    def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
+        """Detach the volume from the node (from all nodes if `node_id` is empty) under this handle, and wait for it.
+
+        Success if volume, node or attachment do not exist, and for a client that is down as soon as the detachment is
+        recorded: `fencing` permits preemption by that record. Raises `DeadlineReached` if the device is not released in
+        time, for example because a program has it open; the record remains.
+
+        `force_detach` applies when the last reference is removed. A volume that is being detached is not attached again
+        in order to force it: that would give the device back to the node and remove the record.
+        """
+        try:
+            located = locate(self.clusters, volume_id, deadline=deadline)
+        except ZoneNotServed as problem:
+            self._prove_never_attached(problem, volume_id, node_id, deadline)
+            return
+        if located is None:
+            return
+        if node_id:
+            client = find_client(located.management, node_id, deadline=deadline)
+            clients = [client] if client is not None else []
+        else:
+            clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
+        for client in clients:
+            self._detach(located, client, deadline)
+        for client in clients:
+            self._await_released(located, client, deadline)
+
+    def _prove_never_attached(self, problem: ZoneNotServed, volume_id: str, node_id: str, deadline: Deadline) -> None:
+        """Return if a volume of a zone that is not served cannot be attached to the node; else raise.
+
+        A storage client belongs to one cluster. So no volume of another cluster was ever attached to a node whose
+        client a served zone knows: the PersistentVolume names a wrong zone. Or that zone is the served one under its
+        former name; then its client tells whether it has the volume. Clients are compared by uuid, as two clusters may
+        have hosts of one name.
+        """
+        clients = ask(
+            self.clusters.zones(),
+            lambda zone: served(self.clusters, zone).client_by_uuid(node_id, deadline=deadline),
+            deadline=deadline,
+        ).all()
+        known = {zone: client for zone, client in clients.items() if client is not None}
+        reasons = [
+            f"node {client.id} has a volume of that name attached in zone {zone}; if that is the same cluster, "
+            "give it its earlier name again, else retry when that volume is detached"
+            for zone, client in known.items()
+            if _holds(client, VolumeHandle.parse(volume_id))
+        ]
+        if not known:
+            reasons.append(
+                f"node {shown(node_id)} is in no configured zone, so the volume may still be attached; configure the "
+                "zone again. If that cluster or node no longer exists, remove the finalizer of the VolumeAttachment"
+            )
+        if reasons:
+            raise ZoneNotServed(volume_id, problem.zone, reasons[0]) from problem
+        _log.warning("%s; it is not attached to %s, a node of %s", problem, node_id, ", ".join(sorted(known)))
+
+    def _detach(self, located: Located, client: Client, deadline: Deadline) -> None:
+        volume = located.volume
+        desired = client.desired.get(volume.uuid)
+        if desired is None and client.id in volume.reservation.attached:
+            # The client's document may come from a server that does not know of the attachment yet.
+            reference: str | None = located.reference
+        elif desired is None or is_release_recorded(client, located):
+            return
+        else:
+            # Named, although it may be the default: without a name every reference would be removed.
+            reference = located.reference if located.reference in desired.reference_ids else None
+        force = self.settings.force_detach
+        located.management.detach(client, volume, reference_id=reference, force=force, deadline=deadline)
+        _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)
+
+    def _await_released(self, located: Located, client: Client, deadline: Deadline) -> None:
+        latest: Client | None = client
+
+        def is_done() -> bool:
+            nonlocal latest
+            latest = located.management.client(client.id, deadline=deadline)
+            if latest is None or latest.uuid != client.uuid:
+                return True
+            return (is_release_recorded if latest.status is ClientStatus.DOWN else is_released)(latest, located)
+
+        wait = self.settings.wait(deadline, self.settings.detach_wait_s)
+        if not wait.wait_until(is_done) and latest is not None:
+            state = device_state(latest, located.volume)
+            raise DeadlineReached(f"volume {located.volume.name} to be detached from node {client.id} ({state})")
 
 
-def client_absent(client: Client) -> StorageUnavailable:
-    return StorageUnavailable(
-        f"storage client of node {client.id}: expected ready, got {client.status.name.lower()}; "
-        "check the client on that node"
+def _holds(client: Client, handle: VolumeHandle | None) -> bool:
+    """Return whether the client may hold the volume: compared by uuid, or by name if the handle has no uuid.
+
+    A device that the client reports without a name may be of any volume.
+    """
+    entries: list[DesiredAttachment | DeviceReport] = [*client.desired.values(), *client.devices.values()]
+    if handle is None:
+        return True
+    return any(
+        (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
+        and client.holds(entry.volume_uuid)
+        for entry in entries
     )
 
 
+# --- preemption -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class Preemption:
-    """Judges those who hold a volume. Every judgement is of one version of the reservation, which is passed on to the
-    storage: it refuses whoever judged an older one, so that of two controllers at once one wins."""
+    """Decides whether a volume may be taken from the clients that hold it.
 
-    def __init__(self, fencing: Fencing) -> None:
-        self._fencing = fencing
+    Every decision is for one version of the reservation, which is sent to the storage with the attachment. The storage
+    refuses an older version, so that only one of two controllers succeeds.
+    """
 
-    def judge(self, located: Located, client: Client, *, deadline: Deadline) -> int:
-        """Return the version of the reservation for which the volume may be taken to `client`.
+    policy: Fencing
 
-        `located` must have been read before this is called: whoever comes to hold the volume later raises the version.
-        Raises `PreconditionFailed` naming who holds it and why they keep it, `OperationPending` when nobody does.
+    def permit(self, located: Located, client: Client, *, deadline: Deadline) -> int:
+        """Return the version of the reservation for which `client` may take the volume.
+
+        `located` must have been read before this call: every later attachment raises the version. Raises
+        `PreconditionFailed` naming the holders and why they keep it, `OperationPending` if there is none.
         """
         volume = located.volume
-        holders = others(located, client, deadline=deadline)
+        holders = _others(located, client, deadline=deadline)
         owner = self._owner(located, client, holders, deadline=deadline)
         kept = {holder.id: reason for holder in holders if (reason := self._reason_to_keep(volume, holder, owner))}
         if kept:
             raise _held_elsewhere(volume, holders, kept)
-        if not holders and self._fencing is Fencing.NEVER:
+        if not holders and self.policy is Fencing.NEVER:
             raise OperationPending(f"volume {volume.name} was released just now; retry")
-        if self._fencing is Fencing.RECORDED:
+        if self.policy is Fencing.RECORDED:
             self._refuse_contradiction(located, {client.id, *(holder.id for holder in holders)}, deadline=deadline)
         return volume.reservation.version
 
-    def _refuse_contradiction(self, located: Located, judged: set[str], *, deadline: Deadline) -> None:
-        """Raise `OperationPending` where the volume's document names one who has it and whom nobody has judged.
+    def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
+        """Decide again right before the preemption. Raises as `permit` does, and `OperationPending` if the version of
+        the reservation has changed."""
+        volume = located.volume
+        present = located.management.volume(volume.name, deadline=deadline)
+        if present is None or present.uuid != volume.uuid or present.reservation.version != version:
+            raise OperationPending(f"volume {volume.name} was attached or detached concurrently; retry")
+        self.permit(replace(located, volume=present), client, deadline=deadline)
+        reason = "--fencing always" if self.policy is Fencing.ALWAYS else "released there, and the client is down"
+        _log.warning(
+            "taking volume %s, uuid %s, version %d, from %s to %s: %s",
+            *(present.name, present.uuid, version, present.reservation.reserved_by or "nobody", client.id, reason),
+        )
 
-        The clients' documents may come from a server that has not yet heard of an attachment. Of a client that is down
-        such an answer is new enough, or it would not say so; one that is gone has nothing any more.
+    def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
+        """Return the answer to a call that the storage refused because the volume is held."""
+        volume = located.volume
+        holders = _others(located, client, deadline=deadline)
+        if not holders:
+            return OperationPending(f"volume {volume.name} was released just now; retry")
+        owner = self._owner(located, client, holders, deadline=deadline)
+        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
+
+    def _refuse_contradiction(self, located: Located, known: set[str], *, deadline: Deadline) -> None:
+        """Raise `OperationPending` if the volume's document names a client that `_others` did not return.
+
+        The clients' documents may come from a server that does not know of an attachment yet. A client that shows as
+        down, or does not exist, is recent enough.
         """
         volume = located.volume
         for name in volume.reservation.attached:
-            if name in judged:
+            if name in known:
                 continue
             unseen = located.management.client(name, deadline=deadline)
             if unseen is not None and unseen.status is not ClientStatus.DOWN:
@@ -152,33 +291,10 @@ class Preemption:
                     "retry (if this persists, attach it there and detach it again in the management)"
                 )
 
-    def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
-        """Judge again right before the volume is taken. Raises as `judge` does, and `OperationPending` when the
-        reservation has another version by now."""
-        volume = located.volume
-        present = located.management.volume(volume.name, deadline=deadline)
-        if present is None or present.uuid != volume.uuid or present.reservation.version != version:
-            raise OperationPending(f"volume {volume.name} was attached or detached concurrently; retry")
-        self.judge(replace(located, volume=present), client, deadline=deadline)
-        holder = present.reservation.reserved_by or "nobody"
-        _log.warning(
-            "taking volume %s, uuid %s, version %d, from %s to %s: %s",
-            *(present.name, present.uuid, version, holder, client.id, _LEAVES[self._fencing]),
-        )
+    def _owner(self, located: Located, client: Client, holders: Sequence[Client], *, deadline: Deadline) -> str | None:
+        """Return the id of the only client for which the volume is reserved, else None.
 
-    def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
-        """Return the answer to a call that the storage refused because the volume is held."""
-        volume = located.volume
-        holders = others(located, client, deadline=deadline)
-        if not holders:
-            return OperationPending(f"volume {volume.name} was released just now; retry")
-        owner = self._owner(located, client, holders, deadline=deadline)
-        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
-
-    def _owner(self, located: Located, client: Client, holders: list[Client], *, deadline: Deadline) -> str | None:
-        """Return the id of the one client for whom the volume is reserved; None where it is nobody's alone.
-
-        None as well for an id that no client has: it may be the old one of a holder that was given another name.
+        Also None for an id that no client has: it may be the former id of a holder that was renamed.
         """
         reservation = located.volume.reservation
         owner = reservation.reserved_by
@@ -188,23 +304,23 @@ class Preemption:
         return owner if is_known or located.management.client(owner, deadline=deadline) is not None else None
 
     def _reason_to_keep(self, volume: Volume, holder: Client, owner: str | None) -> str:
-        """Say why the volume may not be taken from this holder; empty when it may.
+        """Return why the volume must not be taken from this holder; empty if it may.
 
-        A holder that was preempted by the owner has no I/O any more, whether or not it has noticed.
+        A holder that the owner preempted has no I/O any more, whether or not it has noticed.
         """
         desired = holder.desired.get(volume.uuid)
-        is_given_up = desired is None or desired.is_detaching
-        match self._fencing:
+        is_released_there = desired is None or desired.is_detaching
+        match self.policy:
             case Fencing.ALWAYS:
                 return ""
             case Fencing.NEVER:
                 return "volumes are never taken over (--fencing never)"
-        if is_given_up and owner not in (None, holder.id):
+        if is_released_there and owner not in (None, holder.id):
             return ""
         if holder.status is not ClientStatus.DOWN:
-            state = "is being detached there" if is_given_up else "is attached there"
+            state = "is being detached there" if is_released_there else "is attached there"
             return f"the storage client is {holder.status.name.lower()} and the volume {state}"
-        if not is_given_up:
+        if not is_released_there:
             return "the storage client is down, but the volume was not released there (no ControllerUnpublish)"
         return ""
 
@@ -218,22 +334,21 @@ def was_preempted(volume: Volume, holder: Client) -> bool:
     attached again. A raised version alone proves nothing: the management raises it when it is asked to preempt, but
     the storage preempts when the new node attaches, which may never have happened.
     """
-    desired, held = holder.desired.get(volume.uuid), volume.reservation
+    desired, reservation = holder.desired.get(volume.uuid), volume.reservation
     if desired is None or not desired.is_detaching or holder.status is not ClientStatus.DOWN:
         return False
     record = read_attachments(volume.metadata)
-    is_nobodys = held.mode is ReservationMode.NONE and not held.attached
-    return is_nobodys and not record.is_broken and 0 < desired.version < record.taken < held.version
+    is_free = reservation.mode is ReservationMode.NONE and not reservation.attached
+    return is_free and not record.is_broken and 0 < desired.version < record.taken < reservation.version
 
 
-_LEAVES = {
-    Fencing.RECORDED: "it was released there, and the storage client is down",
-    Fencing.ALWAYS: "--fencing always",
-    Fencing.NEVER: "",
-}
+def _others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:
+    """Return the other clients that hold the volume or have not released it yet. Asks the management."""
+    holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
+    return [holder for holder in holders if holder.uuid != client.uuid]
 
 
-def _held_elsewhere(volume: Volume, holders: list[Client], kept: dict[str, str]) -> PreconditionFailed:
+def _held_elsewhere(volume: Volume, holders: Sequence[Client], kept: dict[str, str]) -> PreconditionFailed:
     names = ", ".join(
         f"{holder.uuid} ({holder.id}{f': {kept[holder.id]}' if kept.get(holder.id) else ''})"
         for holder in sorted(holders, key=lambda holder: holder.id)

@@ -1,343 +1,342 @@
-"""ControllerPublishVolume and ControllerUnpublishVolume.
+"""ControllerPublishVolume, and the attachments that a node makes for itself.
 
-What an attachment means for formatting is decided here: the node formats a fresh volume after a quick look only when
-this module says that nobody ever had it (`History.FIRST`). Three independent facts must agree on that: the record
-says that we made the volume, the count of attachments says that this is the first, and the reservation's version, kept
-by the storage itself, says that nobody else was attached before or in between.
+The publish context decides what the node may format: it formats a fresh volume after a short check only with
+`History.FIRST`. Three independent facts must agree on that: the metadata says that this driver created the volume, the
+attachment record says that this is the first attachment, and the version of the reservation, kept by the storage
+itself, says that no other client was attached before or in between.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from csi_driver.controller.fencing import (
-    ABSENT,
     Preemption,
-    client_absent,
+    UnpublishVolume,
     device_state,
-    held_otherwise,
-    is_leaving,
+    is_detaching,
     missing,
-    references,
 )
-from csi_driver.controller.ports import Clusters, Management, PublishRequest
-from csi_driver.controller.unpublish import UnpublishVolume
+from csi_driver.controller.ports import Clusters, PublishRequest
 from csi_driver.controller.validate import check_capability, reservation_mode
 from csi_driver.controller.volume_lookup import (
     Located,
-    derived_spelling,
     find_client,
-    is_blank,
-    issued_handle,
+    must_record_handle,
     require,
     sole_management,
 )
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
-    check_encryption,
-    completed,
+    complete_context,
     encryption_of,
     next_number,
     read_attachments,
     read_creation,
     with_attachments,
 )
-from csi_driver.controller.waiting import within
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     DeadlineReached,
     Exhausted,
+    ExistsDifferently,
     NodeNotFound,
     NotAttached,
     OperationPending,
     PreconditionFailed,
     ReservationConflict,
+    StorageUnavailable,
     VolumeNotFound,
 )
-from csi_driver.model import BlockAccess, Capability, VolumeHandle
+from csi_driver.model import BlockAccess, Capability
 from csi_driver.parameters.storage_class import check_use
-from csi_driver.publish_context import History, PublishContext, held_reference, reference_id
+from csi_driver.publish_context import Encryption, History, PublishContext, reference_id
 from csi_driver.settings import AttachSettings
-from csi_driver.storage_model import Client, ClientStatus, ReservationMode, Volume
+from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, ReservationMode
 
 _log = logging.getLogger(__name__)
 
+_ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
+_OTHER_MODE = 1716
+"""The management's error: the client itself holds the volume in another mode."""
 
+
+@dataclass(frozen=True, slots=True)
 class PublishVolume:
-    """Attach volumes to nodes and detach them. Keeps no state: several controllers may do the same at once."""
+    """ControllerPublishVolume. Keeps no state: several controllers may serve the same call at once."""
 
-    def __init__(self, clusters: Clusters, settings: AttachSettings) -> None:
-        self._clusters = clusters
-        self._settings = settings
-        self._take_over = Preemption(settings.fencing)
+    clusters: Clusters
+    settings: AttachSettings
 
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
-        """Attach the volume to the node and wait until its device can be used there.
+        """Attach the volume to the node and wait until its device is usable there.
 
-        A volume that lost nodes hold is taken from them, where that is allowed (see `takeover`). Raises
-        `ExistsDifferently` when the node holds it in another mode, `PreconditionFailed` naming the node that holds it,
-        `Exhausted` at the node's limit, `DeadlineReached` naming what is missing.
+        A volume that lost nodes hold is preempted, if `fencing` permits it. Raises `ExistsDifferently` if the node
+        holds it in another mode, `PreconditionFailed` naming the node that holds it, `Exhausted` at the node's limit,
+        `DeadlineReached` naming what is missing.
         """
         check_capability(request.capability)
         mode = reservation_mode(request.capability, read_only=request.read_only)
-        located, client = self._found(request, deadline=deadline)
+        located, client = self._find(request, deadline)
+        return _Call(self.clusters, self.settings, request, mode, deadline, located, client).publish()
+
+    def _find(self, request: PublishRequest, deadline: Deadline) -> tuple[Located, Client]:
+        """Find node and volume, the volume last: its attachment record must not be older than the node's state."""
+        management = sole_management(self.clusters, request.volume_id)
+        client = None
+        if management is not None:
+            client = find_client(management, request.node_id, deadline=deadline)
+        located = require(self.clusters, request.volume_id, deadline=deadline)
+        if management is None:
+            client = find_client(located.management, request.node_id, deadline=deadline)
+            located = require(self.clusters, request.volume_id, deadline=deadline)
+        if client is None:
+            raise NodeNotFound(request.node_id)
+        return located, client
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of ControllerPublishVolume; `located` and `client`: as last read."""
+
+    clusters: Clusters
+    settings: AttachSettings
+    request: PublishRequest
+    mode: ReservationMode
+    deadline: Deadline
+    located: Located
+    client: Client
+    preemption: Preemption = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.preemption = Preemption(self.settings.fencing)
+
+    def publish(self) -> PublishContext:
+        self._check_volume()
+        if self._is_detaching():
+            self._await_detached()
+            # The attachment record must be read after the wait.
+            self.located = require(self.clusters, self.request.volume_id, deadline=self.deadline)
+        volume = self.located.volume
+        if self._desired() is None and volume.reservation.mode is not ReservationMode.NONE:
+            # A client holds it by now; perhaps this one, through the same call to another controller.
+            self._read_client()
+            if self._is_detaching():
+                raise OperationPending(f"volume {volume.name} is being detached from node {self.client.id}; retry")
+        desired = self._desired()
+        has_reference = desired is not None and self.located.reference in desired.references
+        if self.request.is_again and not has_reference:
+            raise NotAttached(volume.name, self.client.id)
+        preempted: int | None = None
+        if desired is None:
+            preempted = self._admit()
+        elif desired.mode is not self.mode:
+            raise self._held_in(desired.mode)
+        record = self._record_attachment(is_new=desired is None)
+        if not has_reference:
+            self._attach(preempted)
+        self._await_device()
+        return self._context(record)
+
+    def _check_volume(self) -> None:
+        """Refuse a volume that no node can use so."""
+        located, request = self.located, self.request
         if located.volume.is_snapshot:
             raise PreconditionFailed(
                 f"volume {located.volume.name} is a snapshot, which the storage client of a node cannot attach: "
                 "only a client in user space can; publish the snapshot's source instead"
             )
-        check_encryption(located.volume, request.context)
         by = encryption_of(located.volume, located.creation, request.context)
-        check_use(request.capability, request.context, by=by, read_only=request.read_only, is_blank=is_blank(located))
-        if is_leaving(client, located.volume.uuid):
-            client = self._settled(located, client, deadline=deadline)
-            # What is counted below must be read after the wait, not before it.
-            located = require(self._clusters, request.volume_id, deadline=deadline)
-        desired = client.desired.get(located.volume.uuid)
-        if desired is None and located.volume.reservation.mode is not ReservationMode.NONE:
-            # Somebody holds it by now; perhaps this very node, for the same call made of another controller.
-            client = self._again(located.management, client, deadline=deadline)
-            desired = client.desired.get(located.volume.uuid)
-            if is_leaving(client, located.volume.uuid):
-                raise OperationPending(f"volume {located.volume.name} is being detached from node {client.id}; retry")
-        taken: int | None = None
-        if request.is_again and (desired is None or located.reference not in references(desired, located.volume)):
-            raise NotAttached(located.volume.name, client.id)
-        if desired is None:
-            taken = self._admit(located, client, request, deadline=deadline)
-        elif desired.mode is not mode:
-            raise held_otherwise(located.volume, client, desired.mode, mode)
-        writes = isinstance(request.capability.access, BlockAccess) and mode is not ReservationMode.SHARED_READ_ONLY
-        new = mode if desired is None else None
-        known = self._remember(located, client, request.volume_id, new, writes=writes, deadline=deadline)
-        if desired is None or located.reference not in references(desired, located.volume):
-            self._attach(located, client, mode, taken, deadline=deadline)
-        client = self._await_device(located, client, mode, deadline=deadline)
-        return self._context(located, client, mode, known, request.context, deadline=deadline)
-
-    # --- publish ------------------------------------------------------------------------------------------
-
-    def _found(self, request: PublishRequest, *, deadline: Deadline) -> tuple[Located, Client]:
-        """Find node and volume; the volume last, so that what is counted in it is no older than the node's state."""
-        management = sole_management(self._clusters, request.volume_id)
-        client = None
-        if management is not None:
-            client = find_client(management, request.node_id, deadline=deadline)
-        located = require(self._clusters, request.volume_id, deadline=deadline)
-        if management is None:
-            client = find_client(located.management, request.node_id, deadline=deadline)
-            located = require(self._clusters, request.volume_id, deadline=deadline)
-        if client is None:
-            raise NodeNotFound(request.node_id)
-        return located, client
-
-    def _settled(self, located: Located, client: Client, *, deadline: Deadline) -> Client:
-        """Wait until an earlier detachment on this client is over: attach and detach of one volume never overlap."""
-        latest = client
-        uuid = located.volume.uuid
-
-        def is_settled() -> bool:
-            nonlocal latest
-            latest = self._again(located.management, latest, deadline=deadline)
-            return not is_leaving(latest, uuid)
-
-        if client.status is ClientStatus.DOWN:
-            raise client_absent(client)
-        if not self._attach_wait(deadline).wait_until(is_settled):
-            state = device_state(latest, located.volume)
-            raise OperationPending(
-                f"volume {located.volume.name} is still being detached from node {client.id} ({state})"
+        if by is Encryption.UNKNOWN:
+            raise PreconditionFailed(
+                f"volume {located.volume.name}: expected encryption by the storage, got none in the management; it is "
+                "not attached, because its data would be unencrypted"
             )
-        return latest
+        is_blank = located.is_blank
+        check_use(request.capability, request.context, by=by, read_only=request.read_only, is_blank=is_blank)
 
-    def _admit(self, located: Located, client: Client, request: PublishRequest, *, deadline: Deadline) -> int | None:
-        """Refuse an attachment that must not come about, before anything is written over what its holder counts on.
+    def _await_detached(self) -> None:
+        """Wait until an earlier detachment from this client ends: attach and detach of a volume never overlap."""
+        if self.client.status is ClientStatus.DOWN:
+            raise _client_absent(self.client)
 
-        Return the version of the reservation when the volume must be taken from whoever holds it, else None.
+        def is_detached() -> bool:
+            self._read_client()
+            return not self._is_detaching()
+
+        if not self._wait(is_detached):
+            volume = self.located.volume
+            raise OperationPending(
+                f"volume {volume.name} is still being detached from node {self.client.id} "
+                f"({device_state(self.client, volume)})"
+            )
+
+    def _admit(self) -> int | None:
+        """Refuse an attachment that must not be made, before the record changes on which a holder relies.
+
+        Return the version of the reservation if the volume must be preempted, else None.
         """
-        if client.status in ABSENT:
-            raise client_absent(client)
-        limit = self._settings.max_volumes_per_node
+        client, reservation = self.client, self.located.volume.reservation
+        if client.status in _ABSENT:
+            raise _client_absent(client)
+        limit = self.settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.desired, *client.devices})) >= limit:
             raise Exhausted(
                 f"volumes of node {client.id}: expected fewer than its limit of {limit}, got {held}; use another node, "
                 "or raise --max-volumes-per-node"
             )
-        held_as = located.volume.reservation.mode
-        mode = reservation_mode(request.capability, read_only=request.read_only)
-        may_join = request.capability.mode.is_multi_node and held_as is mode
-        if held_as is ReservationMode.NONE or may_join:
+        may_join = self.request.capability.mode.is_multi_node and reservation.mode is self.mode
+        if reservation.mode is ReservationMode.NONE or may_join:
             return None
-        return self._take_over.judge(located, client, deadline=deadline)
+        return self.preemption.permit(self.located, client, deadline=self.deadline)
 
-    def _remember(
-        self,
-        located: Located,
-        client: Client,
-        volume_id: str,
-        new: ReservationMode | None,
-        *,
-        writes: bool,
-        deadline: Deadline,
-    ) -> AttachmentRecord:
-        """Write what must be known for good before the node can touch the device; nothing where nothing changes.
+    def _record_attachment(self, *, is_new: bool) -> AttachmentRecord:
+        """Write the attachment record before the node can use the device; no request if it is unchanged."""
+        volume = self.located.volume
+        known = record = read_attachments(volume.metadata)
+        if is_new:
+            record = record.counted(self.client.uuid, next_number(volume.reservation, self.mode))
+        is_block = isinstance(self.request.capability.access, BlockAccess)
+        if is_block and self.mode is not ReservationMode.SHARED_READ_ONLY and not record.written:
+            record = replace(record, written=True)
+        if must_record_handle(self.located, record):
+            record = record.with_handle(self.located.volume_id)
+        self._write(volume.metadata, known, record)
+        return record
 
-        `new` is the mode of an attachment that is about to be made, and to be counted.
-        """
-        volume = located.volume
-        known = read_attachments(volume.metadata)
-        attachments = known
-        if new is not None:
-            attachments = known.counted(client.uuid, next_number(volume.reservation, new))
-        if writes and not attachments.written:
-            attachments = attachments.with_writer()
-        if _needs_spelling(located, volume_id, attachments):
-            attachments = attachments.with_handle(volume_id)
-        if attachments != known:
-            metadata = with_attachments(volume.metadata, attachments)
-            located.management.set_metadata(volume, metadata, deadline=deadline)
-        return attachments
+    def _write(self, metadata: Mapping[str, object], known: AttachmentRecord, record: AttachmentRecord) -> None:
+        if record != known:
+            located = self.located
+            located.management.set_metadata(located.volume, with_attachments(metadata, record), deadline=self.deadline)
 
-    def _attach(
-        self, located: Located, client: Client, mode: ReservationMode, taken: int | None, *, deadline: Deadline
-    ) -> None:
-        """Record the desired, preempting the reservation of version `taken`. Where the volume is held, say by whom."""
-        volume = located.volume
-        if taken is not None:
-            self._take_over.confirm(located, client, taken, deadline=deadline)
+    def _attach(self, preempted: int | None) -> None:
+        """Request the attachment; preempt the reservation of version `preempted`."""
+        volume, client = self.located.volume, self.client
+        if preempted is not None:
+            self.preemption.confirm(self.located, client, preempted, deadline=self.deadline)
         try:
-            located.management.attach(
+            self.located.management.attach(
                 client,
                 volume,
-                mode=mode,
-                reference_id=reference_id(located.handle),
-                version=taken,
-                preempt=taken is not None,
-                detach_others=taken is not None,
-                deadline=deadline,
+                mode=self.mode,
+                reference_id=reference_id(self.located.handle),
+                version=preempted,
+                preempt=preempted is not None,
+                detach_others=preempted is not None,
+                deadline=self.deadline,
             )
         except ReservationConflict as conflict:
-            if conflict.management_id == 1716:
+            if conflict.management_id == _OTHER_MODE:
                 raise
-            present = self._again(located.management, client, deadline=deadline).desired.get(volume.uuid)
+            self._read_client()
+            present = self._desired()
             if present is not None and not present.is_detaching:
-                raise held_otherwise(volume, client, present.mode, mode) from conflict
-            raise self._take_over.refusal(located, client, deadline=deadline) from conflict
-        _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode.name.lower())
+                raise self._held_in(present.mode) from conflict
+            raise self.preemption.refusal(self.located, client, deadline=self.deadline) from conflict
+        mode = self.mode.name.lower()
+        _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode)
 
-    def _await_device(self, located: Located, client: Client, mode: ReservationMode, *, deadline: Deadline) -> Client:
-        """Wait until the client reports a usable device, and the desired still stands in that same answer: return it.
+    def _await_device(self) -> None:
+        """Wait until the client reports a usable device, and the desired attachment exists in that same answer.
 
-        The desired is looked at again because servers before 3.5 may lose one that was accepted.
+        Servers before 3.5 may lose an attachment that they accepted.
         """
-        lacks, latest = "the attachment", client
+        lacks = "the attachment"
+        name = self.located.volume.name
 
         def is_usable() -> bool:
-            nonlocal lacks, latest
-            latest = self._again(located.management, client, deadline=deadline)
-            desired = latest.desired.get(located.volume.uuid)
-            if desired is None or desired.is_detaching or located.reference not in references(desired, located.volume):
-                raise OperationPending(
-                    f"volume {located.volume.name} was detached from {client.id} while being attached; retry"
-                )
-            lacks = missing(latest, located, mode)
+            nonlocal lacks
+            self._read_client()
+            desired = self._desired()
+            if desired is None or desired.is_detaching or self.located.reference not in desired.references:
+                raise OperationPending(f"volume {name} was detached from {self.client.id} while being attached; retry")
+            lacks = missing(self.client, self.located, self.mode)
             return not lacks
 
-        if not self._attach_wait(deadline).wait_until(is_usable):
-            raise DeadlineReached(f"{lacks} of volume {located.volume.name} on node {client.id}")
-        return latest
+        if not self._wait(is_usable):
+            raise DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
 
-    def _context(
-        self,
-        located: Located,
-        client: Client,
-        mode: ReservationMode,
-        known: AttachmentRecord,
-        given: Mapping[str, str],
-        *,
-        deadline: Deadline,
-    ) -> PublishContext:
-        """Say what the node may believe, from the volume as it is now that it is attached.
+    def _context(self, known: AttachmentRecord) -> PublishContext:
+        """Return the publish context, from the volume as it is now that it is attached.
 
-        `known` is the record as this call left it, and `client` shows the attachment. The volume may come from a server
-        that has not yet heard of either and shows an earlier attachment of the same node: then nothing is believed.
+        `known` is the record as this call left it, and `client` shows the attachment. The answer may come from a server
+        that knows of neither yet and shows an earlier attachment of the same node: then nothing is promised.
         """
-        volume = located.management.volume(located.volume.name, deadline=deadline)
-        if volume is None or volume.uuid != located.volume.uuid:
-            raise VolumeNotFound(located.volume.name, "it was deleted while it was being attached")
-        attachments = read_attachments(volume.metadata)
-        number = attachments.clients.get(client.uuid, 0)
-        # A number that is not the storage's own (somebody was attached in between, or the version was set back)
-        # could have been another attachment's.
+        volume = self.located.management.volume(self.located.volume.name, deadline=self.deadline)
+        if volume is None or volume.uuid != self.located.volume.uuid:
+            raise VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")
+        creation, record = read_creation(volume.metadata), read_attachments(volume.metadata)
+        desired, version = self.client.desired[volume.uuid], volume.reservation.version
+        number = record.clients.get(self.client.uuid, 0)
         is_old = (
-            number != known.clients.get(client.uuid, 0)
-            or client.desired[volume.uuid].version not in (0, volume.reservation.version)
-            or volume.reservation.version < located.volume.reservation.version
+            number != known.clients.get(self.client.uuid, 0)
+            or desired.version not in (0, version)
+            or version < self.located.volume.reservation.version
         )
-        if not is_old:
-            self._remember_taken(located.management, volume, client, attachments, deadline=deadline)
-        if is_old or number != volume.reservation.version - 1 or number < attachments.number:
+        if not is_old and desired.preempts and record.taken < desired.version:
+            # This client has I/O, so the former holders have none: `was_preempted` needs it to delete the volume.
+            taken = with_attachments(volume.metadata, replace(record, taken=desired.version))
+            self.located.management.set_metadata(volume, taken, deadline=self.deadline)
+        # A number that is not the storage's own (a client was attached in between, or the version was set back) could
+        # be that of another attachment.
+        if is_old or number != version - 1 or number < record.number:
             number = 0
         history = History.ATTACHED
-        if not read_creation(volume.metadata).is_ours or attachments.is_broken:
+        if not creation.is_ours or record.is_broken:
             history = History.UNKNOWN
-        elif attachments.written or known.written:
+        elif record.written or known.written:
             history = History.WRITTEN
-        elif number == 1 and mode is ReservationMode.EXCLUSIVE_READ_WRITE:
+        elif number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
             history = History.FIRST
         context = PublishContext(
             name=volume.name,
             uuid=volume.uuid,
             attachment=number,
             history=history,
-            read_only=mode is ReservationMode.SHARED_READ_ONLY,
+            read_only=self.mode is ReservationMode.SHARED_READ_ONLY,
             size_bytes=volume.size_bytes,
         )
-        return completed(context, volume, given)
+        return complete_context(context, volume, encryption_of(volume, creation, self.request.context))
 
-    def _remember_taken(
-        self, management: Management, volume: Volume, client: Client, known: AttachmentRecord, *, deadline: Deadline
-    ) -> None:
-        """Record that the client has I/O on a volume that it took: those who had it before have none any more.
+    def _desired(self) -> DesiredAttachment | None:
+        return self.client.desired.get(self.located.volume.uuid)
 
-        `takeover.was_preempted` needs it when the volume is deleted and a former holder is not back by then.
-        """
-        desired = client.desired[volume.uuid]
-        if desired.preempts and known.taken < desired.version:
-            metadata = with_attachments(volume.metadata, replace(known, taken=desired.version))
-            management.set_metadata(volume, metadata, deadline=deadline)
+    def _is_detaching(self) -> bool:
+        return is_detaching(self.client, self.located.volume.uuid)
 
-    # --- both -----------------------------------------------------------------------------------------------
+    def _held_in(self, mode: ReservationMode) -> ExistsDifferently:
+        what = f"the attachment of volume {self.located.volume.name} to node {self.client.id}"
+        return ExistsDifferently(what, [f"mode: expected {self.mode.name.lower()}, got {mode.name.lower()}"])
 
-    def _again(self, management: Management, client: Client, *, deadline: Deadline) -> Client:
-        latest = management.client(client.id, deadline=deadline)
-        if latest is None or latest.uuid != client.uuid:
-            raise NodeNotFound(client.uuid)
-        return latest
+    def _read_client(self) -> None:
+        latest = self.located.management.client(self.client.id, deadline=self.deadline)
+        if latest is None or latest.uuid != self.client.uuid:
+            raise NodeNotFound(self.client.uuid)
+        self.client = latest
 
-    def _attach_wait(self, deadline: Deadline) -> Deadline:
-        return within(deadline, self._settings.attach_wait_s, margin_s=self._settings.answer_margin_s)
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        return self.settings.wait(self.deadline, self.settings.attach_wait_s).wait_until(condition)
 
 
-def _needs_spelling(located: Located, volume_id: str, attachments: AttachmentRecord) -> bool:
-    """Tell whether lists would not show this spelling of the handle while it is attached unless it is recorded."""
-    uuid, reference = located.volume.uuid, located.reference
-    if volume_id == issued_handle(located.zone, located.volume, located.creation).format():
-        return False
-    parsed = [handle for text in attachments.handles if (handle := VolumeHandle.parse(text)) is not None]
-    recorded = any(held_reference(handle, uuid) == reference for handle in parsed)
-    return recorded or volume_id != derived_spelling(located.zone, located.volume, reference)
+def _client_absent(client: Client) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"storage client of node {client.id}: expected ready, got {client.status.name.lower()}; "
+        "check the client on that node"
+    )
 
 
+@dataclass(frozen=True, slots=True)
 class NodeAttach:
-    """`node_id` tells who this node is, at each call: its storage client may come up after the driver."""
+    """The attachments that a node makes for itself, by the same rules. Fits `csi_driver.node.ports.Attachments`.
 
-    def __init__(self, publish: PublishVolume, unpublish: UnpublishVolume, node_id: Callable[[], str]) -> None:
-        self._publish = publish
-        self._unpublish = unpublish
-        self._node_id = node_id
+    `node_id` is called each time: the node's storage client may start after the driver.
+    """
+
+    publisher: PublishVolume
+    unpublisher: UnpublishVolume
+    node_id: Callable[[], str]
 
     def attach(
         self,
@@ -349,10 +348,10 @@ class NodeAttach:
         deadline: Deadline,
     ) -> Mapping[str, str]:
         """Attach the volume to this node, or find it attached, and return its publish context."""
-        node_id = self._node_id()
+        node_id = self.node_id()
         request = PublishRequest(volume_id, node_id, capability, False, context=volume_context, is_again=is_again)
-        return self._publish.publish(request, deadline=deadline).as_map()
+        return self.publisher.publish(request, deadline=deadline).as_map()
 
     def detach(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Give up this handle's hold of the volume on this node."""
-        self._unpublish.unpublish(volume_id, self._node_id(), deadline=deadline)
+        """Detach the volume from this node under this handle."""
+        self.unpublisher.unpublish(volume_id, self.node_id(), deadline=deadline)

@@ -1,34 +1,35 @@
-"""What a capability means for the storage: which reservation it takes, and what is refused.
+"""Checks of requests: access modes, ValidateVolumeCapabilities, ControllerModifyVolume, repeated CreateVolume.
 
-_log = logging.getLogger(__name__)
-
-Source of the modes' meanings: CSI specification, VolumeCapability.AccessMode.
+Source of the access modes' meanings: CSI specification, VolumeCapability.AccessMode.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, ValidateRequest
-from csi_driver.controller.volume_lookup import Located, described, is_blank, require
+from csi_driver.controller.volume_lookup import described, require
 from csi_driver.controller.volume_metadata import Creation, encryption_of
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, InvalidRequest, shown
 from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
-from csi_driver.parameters import storage_class
 from csi_driver.parameters.mkfs import check_fs_type
-from csi_driver.parameters.storage_class import check_use, is_compared, parse
+from csi_driver.parameters.storage_class import check_changes, check_use, is_applied, is_compared, parse, parse_changes
 from csi_driver.parameters.values import Problems
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
+_ACCESS = {True: "raw block", False: "filesystem"}
+
+
+# --- capabilities -----------------------------------------------------------------------------------------------
 
 
 def check_capability(capability: Capability) -> None:
-    """Refuse, as `InvalidRequest`, what no volume can do."""
+    """Raise `InvalidRequest` for a capability that no volume has."""
     mode, access = capability.mode, capability.access
     if mode is AccessMode.MULTI_NODE_SINGLE_WRITER:
         raise InvalidRequest(f"access mode {mode} is not supported: the storage cannot tell one writer among readers")
@@ -42,31 +43,28 @@ def check_capability(capability: Capability) -> None:
 
 
 def check_capabilities(capabilities: Sequence[Capability]) -> None:
-    """Refuse a set of capabilities that one volume cannot have together."""
+    """Raise `InvalidRequest` for capabilities that one volume cannot have together."""
     for capability in capabilities:
         check_capability(capability)
     if len({type(capability.access) for capability in capabilities}) > 1:
         raise InvalidRequest("volume_capabilities name mount access and block access; name one of them")
-    kinds = {c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type}
+    kinds = _fs_types(capabilities)
     if len(kinds) > 1:
         raise InvalidRequest(f"volume_capabilities name the filesystems {', '.join(sorted(kinds))}; name one of them")
 
 
 def chosen_fs_type(capabilities: Sequence[Capability], parameter: str) -> str | None:
-    """Return the filesystem that a volume is made for; None for raw block.
-
-    `parameter` is what the StorageClass says in a parameter of its own.
-    """
+    """Return the filesystem of a new volume; None for raw block. `parameter`: the StorageClass's fsType."""
     if any(isinstance(capability.access, BlockAccess) for capability in capabilities):
         return None
-    asked = next((c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type), "")
-    if asked and parameter and asked != parameter:
-        raise InvalidField("parameter fsType", parameter, f"{asked}, the filesystem of the volume capability")
-    return asked or parameter or DEFAULT_FS_TYPE
+    requested = next(iter(_fs_types(capabilities)), "")
+    if requested and parameter and requested != parameter:
+        raise InvalidField("parameter fsType", parameter, f"{requested}, the filesystem of the volume capability")
+    return requested or parameter or DEFAULT_FS_TYPE
 
 
 def reservation_mode(capability: Capability, *, read_only: bool) -> ReservationMode:
-    """Return how the volume is held cluster-wide while it is used so."""
+    """Return the reservation of the volume in the storage while it is used with this capability."""
     if read_only or capability.mode.is_read_only:
         return ReservationMode.SHARED_READ_ONLY
     if capability.mode.is_multi_node:
@@ -74,137 +72,109 @@ def reservation_mode(capability: Capability, *, read_only: bool) -> ReservationM
     return ReservationMode.EXCLUSIVE_READ_WRITE
 
 
-class ModifyVolume:
-    """Change volumes that are there. Touches no metadata: several controllers write that, each for its attachments."""
-
-    def __init__(self, clusters: Clusters) -> None:
-        self._clusters = clusters
-
-    def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None:
-        """Make the volume as the parameters say, all of them or none; done already is success.
-
-        Raises `InvalidRequest` for what no volume, or not this one, can have, `VolumeNotFound`.
-        """
-        changes = storage_class.parse_changes(parameters)
-        located = require(self._clusters, volume_id, deadline=deadline)
-        volume = located.volume
-        storage_class.check_changes(volume, parameters)
-        if storage_class.is_applied(volume, changes):
-            return
-        located.management.update_volume(volume, changes, deadline=deadline)
-        keys = ", ".join(sorted(parameters))
-        _log.info("modified %s of volume %s, uuid %s, zone %s", keys, volume.name, volume.uuid, located.zone)
+def _fs_types(capabilities: Sequence[Capability]) -> set[str]:
+    return {c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type}
 
 
+# --- existing volumes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class ValidateVolume:
     """ValidateVolumeCapabilities."""
 
-    def __init__(self, clusters: Clusters, settings: ControllerSettings) -> None:
-        self._clusters = clusters
-        self._settings = settings
+    clusters: Clusters
+    settings: ControllerSettings
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
-        """Return None when the volume can be used so, else why not; `VolumeNotFound` when there is none."""
-        located = require(self._clusters, request.volume_id, deadline=deadline)
+        """Return None if the volume can be used so, else why not. Raises `VolumeNotFound`."""
+        located = require(self.clusters, request.volume_id, deadline=deadline)
         creation = located.creation
         try:
             check_capabilities(request.capabilities)
             read = parse(request.parameters)
             fs_type = chosen_fs_type(request.capabilities, read.fs_type)
-            storage_class.parse_changes(request.mutable_parameters)
-            storage_class.check_changes(located.volume, request.mutable_parameters)
+            parse_changes(request.mutable_parameters)
+            check_changes(located.volume, request.mutable_parameters)
         except InvalidRequest as problem:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):
-            return (
-                f"access type: expected {'raw block' if creation.is_block else 'filesystem'}, as created, got the other"
-            )
-        issued = described(located.zone, located.volume, creation, self._settings.topology_key).context
+            return f"access type: expected {_ACCESS[creation.is_block]}, as created, got the other"
+        issued = described(located.zone, located.volume, creation, self.settings.topology_key).context
         for key in sorted(issued.keys() & request.context.keys()):
             if issued[key] != request.context[key]:
                 return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"
         for key, value in sorted(read.recorded.items()):
             if is_compared(key) and creation.parameters.get(key, value) != value:
                 return f"parameter {key}: expected {shown(creation.parameters[key])}, got {shown(value)}"
-        return _why_no_node_stages(located, request.capabilities, {**issued, **read.context, **request.context})
+        context = {**issued, **read.context, **request.context}
+        by, is_blank = encryption_of(located.volume, creation, context), located.is_blank
+        problems = Problems()
+        for each in request.capabilities:
+            problems.of(lambda each=each: check_use(each, context, by=by, is_blank=is_blank))  # type: ignore[misc]
+        try:
+            problems.raise_any()
+        except InvalidRequest as problem:
+            return str(problem)
+        return None
 
 
-def _why_no_node_stages(located: Located, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
-    problems = Problems()
-    by = encryption_of(located.volume, located.creation, context)
-    for capability in capabilities:
-        problems.of(partial(check_use, capability, context, by=by, is_blank=is_blank(located)))
-    try:
-        problems.raise_any()
-    except InvalidRequest as problem:
-        return str(problem)
-    return None
+@dataclass(frozen=True, slots=True)
+class ModifyVolume:
+    """ControllerModifyVolume. Does not write the metadata, which other controllers write for their attachments."""
+
+    clusters: Clusters
+
+    def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None:
+        """Apply all mutable parameters or none; success if they are applied already.
+
+        Raises `InvalidRequest` for values that this volume or any volume cannot have, `VolumeNotFound`.
+        """
+        changes = parse_changes(parameters)
+        located = require(self.clusters, volume_id, deadline=deadline)
+        volume = located.volume
+        check_changes(volume, parameters)
+        if is_applied(volume, changes):
+            return
+        located.management.update_volume(volume, changes, deadline=deadline)
+        keys = ", ".join(sorted(parameters))
+        _log.info("modified %s of volume %s, uuid %s, zone %s", keys, volume.name, volume.uuid, located.zone)
 
 
 def differences(
-    wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int, judge_size: bool
+    wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int | None
 ) -> list[str]:
-    """Return how a volume differs from what is wanted, each as "is X, wanted Y"; empty when it is the same.
+    """Return the differences between an existing volume and a repeated CreateVolume; empty if they are compatible.
 
-    `size_bytes` is what its user has of it.
-
-    What an earlier driver did not record cannot differ.
+    `size_bytes`: the user's part of the volume; None: do not compare it. Values that an earlier driver did not record
+    are not compared. Source: CSI specification, CreateVolume, "ALREADY_EXISTS".
     """
     capacity = wanted.capacity or CapacityRange()
-    return [
-        *(_capacity(capacity, found, size_bytes) if judge_size else []),
-        *_access(wanted, found),
-        *_parameters(wanted, found),
-        *(
-            [f"provisioning group: expected '{vpg}', got '{volume.vpg}'"]
-            if vpg is not None and volume.vpg != vpg
-            else []
-        ),
-    ]
+    result = _access_differences(wanted, found)
+    if size_bytes is not None and found.capacity != capacity:
+        if size_bytes < capacity.required_bytes:
+            result.insert(0, f"size: expected at least {capacity.required_bytes} bytes, got {size_bytes}")
+        elif capacity.limit_bytes and size_bytes > capacity.limit_bytes:
+            result.insert(0, f"size: expected at most {capacity.limit_bytes} bytes, got {size_bytes}")
+    keys = {key for key in {*wanted.parameters, *found.parameters} if is_compared(key) and key != "fsType"}
+    if not found.is_ours:
+        keys &= wanted.parameters.keys() & found.parameters.keys()
+    for key in sorted(keys):
+        if found.parameters.get(key) != wanted.parameters.get(key):
+            expected, got = (shown(c.parameters[key]) if key in c.parameters else "not set" for c in (wanted, found))
+            result.append(f"parameter {key}: expected {expected}, got {got}")
+    if vpg is not None and volume.vpg != vpg:
+        result.append(f"provisioning group: expected '{vpg}', got '{volume.vpg}'")
+    return result
 
 
-def is_short(capacity: CapacityRange, found: Creation, size_bytes: int, granule: int) -> bool:
-    """Tell whether a volume that was asked for with this very range came out smaller than it.
-
-    Earlier drivers did not know the server's rounding, and a provisioning group may change while a volume is made.
-    """
-    missing = capacity.required_bytes - size_bytes
-    return missing > 0 and (found.capacity == capacity if found.is_ours else missing <= granule)
-
-
-def _capacity(wanted: CapacityRange, found: Creation, size: int) -> list[str]:
-    if found.capacity == wanted:
-        return []
-    if size < wanted.required_bytes:
-        return [f"size: expected at least {wanted.required_bytes} bytes, got {size}"]
-    if wanted.limit_bytes and size > wanted.limit_bytes:
-        return [f"size: expected at most {wanted.limit_bytes} bytes, got {size}"]
-    return []
-
-
-def _access(wanted: Creation, found: Creation) -> list[str]:
-    kinds = {True: "raw block", False: "filesystem"}
+def _access_differences(wanted: Creation, found: Creation) -> list[str]:
     if found.is_block is not None and found.is_block != bool(wanted.is_block):
-        return [f"access type: expected {kinds[bool(wanted.is_block)]}, got {kinds[found.is_block]}"]
+        return [f"access type: expected {_ACCESS[bool(wanted.is_block)]}, got {_ACCESS[found.is_block]}"]
     result = []
     if found.fs_type is not None and wanted.fs_type is not None and found.fs_type != wanted.fs_type:
         result.append(f"filesystem: expected '{wanted.fs_type}', got '{found.fs_type}'")
     if found.modes is not None and found.modes != wanted.modes:
-        are, want = (" ".join(sorted(modes)) or "none" for modes in (found.modes, wanted.modes or ()))
-        result.append(f"access modes: expected {want}, got {are}")
+        got, expected = (" ".join(sorted(modes)) or "none" for modes in (found.modes, wanted.modes or ()))
+        result.append(f"access modes: expected {expected}, got {got}")
     return result
-
-
-def _parameters(wanted: Creation, found: Creation) -> list[str]:
-    keys = sorted(key for key in {*wanted.parameters, *found.parameters} if is_compared(key) and key != "fsType")
-    if not found.is_ours:
-        keys = [key for key in keys if key in wanted.parameters and key in found.parameters]
-    return [
-        f"parameter {key}: expected {_value(wanted, key)}, got {_value(found, key)}"
-        for key in keys
-        if found.parameters.get(key) != wanted.parameters.get(key)
-    ]
-
-
-def _value(creation: Creation, key: str) -> str:
-    return shown(creation.parameters[key]) if key in creation.parameters else "not set"

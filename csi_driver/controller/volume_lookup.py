@@ -1,12 +1,19 @@
-"""From the ids that CSI knows to the storage's own objects."""
+"""Find volumes by CSI volume ids, storage clients by node ids, and the volume ids of volumes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.volume_metadata import Creation, read_creation, reserved_bytes
+from csi_driver.controller.volume_metadata import (
+    AttachmentRecord,
+    Creation,
+    read_attachments,
+    read_creation,
+    reserved_bytes,
+)
 from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
@@ -16,10 +23,11 @@ from csi_driver.publish_context import held_reference
 from csi_driver.storage_model import Client, Reservation, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
+_ANY_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 class ZoneNotServed(PreconditionFailed):
-    """The handle names a zone that is not configured: what is there cannot be known, so nothing is claimed of it."""
+    """The handle names a zone that is not configured, so it is unknown whether the volume exists."""
 
     def __init__(self, volume_id: str, zone: str, detail: str = "") -> None:
         self.zone = zone
@@ -31,28 +39,39 @@ class ZoneNotServed(PreconditionFailed):
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A volume that is there, with the way to it."""
+    """An existing volume with its creation record and the management of its zone; `volume_id`: as requested."""
 
+    volume_id: str
     handle: VolumeHandle
     zone: str
     management: Management
     volume: Volume
-
-    @property
-    def creation(self) -> Creation:
-        return read_creation(self.volume.metadata)
+    creation: Creation
 
     @property
     def reference(self) -> str:
-        """The reference id under which this handle's attachments show."""
+        """The reference id of this handle's attachments in the storage."""
         return held_reference(self.handle, self.volume.uuid)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
+        return self.creation.is_ours and self.volume.reservation == Reservation()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The bytes of the volume that its user does not get."""
+        return reserved_bytes(self.volume, self.creation)
+
+
+# --- volumes --------------------------------------------------------------------------------------------------
 
 
 def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located | None:
-    """Find the volume that a CSI volume id means; None when there is no such volume (any more).
+    """Find the volume of a CSI volume id; None if it does not exist.
 
-    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without zone that fits volumes in several zones; such an
-    id needs the answer of every zone, lest it mean another volume of that name.
+    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without a zone that matches volumes in several zones. For
+    such an id every zone must answer: it could be the volume of another one.
     """
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
@@ -60,7 +79,15 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
     zones = zones_of(clusters, handle)
     if not zones:
         raise ZoneNotServed(volume_id, handle.zone or "")
-    answers = ask(zones, lambda zone: _locate_in(clusters, zone, handle, deadline=deadline), deadline=deadline).all()
+
+    def in_zone(zone: str) -> Located | None:
+        management = served(clusters, zone)
+        volume = management.volume(handle.name, deadline=deadline)
+        if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
+            return None
+        return Located(volume_id, handle, zone, management, volume, read_creation(volume.metadata))
+
+    answers = ask(zones, in_zone, deadline=deadline).all()
     found = [located for zone in zones if (located := answers[zone]) is not None]
     if len(found) > 1:
         places = ", ".join(located.zone for located in found)
@@ -70,28 +97,8 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
     return found[0] if found else None
 
 
-def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
-    """Return the zones that a handle may mean; none when it names one that is not served.
-
-    Older drivers of one cluster wrote `single-zone-cluster`, a name that says no more than that there was one: where
-    there still is one, it is meant, whatever it is called by now.
-    """
-    served = list(clusters.zones())
-    if handle.zone is None or (handle.zone == DEFAULT_ZONE and len(served) == 1):
-        return served
-    return [handle.zone] if clusters.management(handle.zone) is not None else []
-
-
-def _locate_in(clusters: Clusters, zone: str, handle: VolumeHandle, *, deadline: Deadline) -> Located | None:
-    management = served(clusters, zone)
-    volume = management.volume(handle.name, deadline=deadline)
-    if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
-        return None
-    return Located(handle, zone, management, volume)
-
-
 def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located:
-    """Find the volume; `VolumeNotFound` when there is none, or when it is going."""
+    """Find the volume. Raises `VolumeNotFound` if it does not exist or is being deleted."""
     try:
         located = locate(clusters, volume_id, deadline=deadline)
     except ZoneNotServed as problem:
@@ -103,26 +110,33 @@ def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Locate
     return located
 
 
-def is_blank(located: Located) -> bool:
-    """Tell whether no node can have written to the volume: this driver made it, and it was never attached."""
-    return located.creation.is_ours and located.volume.reservation == Reservation()
+def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
+    """Return the zones where the volume of a handle can be; empty if it names one that is not configured.
+
+    Older drivers always wrote `single-zone-cluster` with one cluster. With one zone it means that zone, whatever its
+    name is now.
+    """
+    zones = list(clusters.zones())
+    if handle.zone is None or (handle.zone == DEFAULT_ZONE and len(zones) == 1):
+        return zones
+    return [handle.zone] if clusters.management(handle.zone) is not None else []
 
 
 def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
-    """Return the only management where the volume can be; None where several must be asked, or none has it."""
+    """Return the management of the only zone where the volume can be; None for several zones or none."""
     handle = VolumeHandle.parse(volume_id)
-    if handle is None:
-        return None
-    zones = zones_of(clusters, handle)
+    zones = zones_of(clusters, handle) if handle is not None else []
     return clusters.management(zones[0]) if len(zones) == 1 else None
 
 
-def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
-    """Find the storage client of a node by the client's uuid, by its id, or by the node's name.
+# --- storage clients ------------------------------------------------------------------------------------------
 
-    Clients are named by the host name that they saw themselves, which may be the short one where the node has the full
-    one, or the other way round, and may have the number of an instance behind it. Raises `PreconditionFailed` where
-    that leaves several.
+
+def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
+    """Find the storage client of a node by the client's uuid, its id, or the node's name.
+
+    A client's id is the host name as the client saw it: short or fully qualified, unlike the node's perhaps, and
+    possibly followed by an instance number. Raises `PreconditionFailed` if several clients match.
     """
     if is_uuid(node_id):
         return management.client_by_uuid(node_id.lower(), deadline=deadline)
@@ -131,30 +145,90 @@ def find_client(management: Management, node_id: str, *, deadline: Deadline) -> 
         return client
     same = [client for client in management.clients(deadline=deadline) if _is_same_host(client.id, node_id)]
     if len(same) > 1:
-        names = ", ".join(sorted(f"{client.id} ({client.uuid})" for client in same))
         raise PreconditionFailed(
-            f"node {shown(node_id)} matches several storage clients: {names}; "
+            f"node {shown(node_id)} matches several storage clients: {client_names(same)}; "
             "delete the stale client from the management"
         )
     return same[0] if same else None
 
 
+def client_names(clients: Iterable[Client]) -> str:
+    """Return ids and uuids of clients for messages."""
+    return ", ".join(sorted(f"{client.id} ({client.uuid})" for client in clients))
+
+
 def _is_same_host(client_id: str, node_name: str) -> bool:
-    """Tell whether a client's id and a node's name can be one host: `a`, `a.example.com` and `a_mc1` can."""
+    """Return whether a client's id and a node's name can be one host: `a`, `a.example.com` and `a_mc1` can."""
     one, other = _INSTANCE.sub("", client_id).lower(), node_name.lower()
     return one == other or one == other.partition(".")[0] or other == one.partition(".")[0]
 
 
+# --- handles ----------------------------------------------------------------------------------------------------
+
+
+def issued_reference(zone: str, name: str, reference: str) -> str | None:
+    """Return the last part of a new volume's handle; None if the handle would be too long with it.
+
+    The uuid is not known yet, but its length is.
+    """
+    if not reference:
+        return None
+    handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
+    return reference if handle is not None and handle.reference == reference else None
+
+
 def issued_handle(zone: str, volume: Volume, creation: Creation) -> VolumeHandle:
-    """Return the handle under which a volume was issued; of volumes that we did not make, the one without reference."""
+    """Return the handle that CreateVolume returned; for volumes of other origin, the one without a reference."""
     reference = creation.reference if creation.is_ours else None
     return VolumeHandle(volume.name, (creation.zone if creation.is_ours else None) or zone, volume.uuid, reference)
+
+
+def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
+    """Return whether `listed_handles` needs this handle in the attachment record while it is attached."""
+    uuid, reference = located.volume.uuid, located.reference
+    if located.volume_id == issued_handle(located.zone, located.volume, located.creation).format():
+        return False
+    is_recorded = reference in _recorded_handles(record, uuid)
+    return is_recorded or located.volume_id != _derived_handle(located.zone, located.volume, reference)
+
+
+def listed_handles(zone: str, volume: Volume, creation: Creation, attached: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the handles of a volume for ListVolumes, each with its reference id: the issued one first.
+
+    external-attacher compares handles literally, so a handle that a person wrote (with another reference, or without
+    the zone) must be listed as it was attached. `attached`: the reference ids of the present attachments. The
+    attachment record has the handles that cannot be derived from them.
+    """
+    issued = issued_handle(zone, volume, creation)
+    handles = {issued.format(): held_reference(issued, volume.uuid)}
+    recorded = _recorded_handles(read_attachments(volume.metadata), volume.uuid)
+    for reference in attached:
+        is_issued = reference == held_reference(issued, volume.uuid)
+        derived = [] if is_issued else [_derived_handle(zone, volume, reference)]
+        for text in recorded.get(reference, derived):
+            handles.setdefault(text, reference)
+    return list(handles.items())
+
+
+def _recorded_handles(record: AttachmentRecord, uuid: str) -> dict[str, list[str]]:
+    """Return the recorded handles by reference id."""
+    recorded: dict[str, list[str]] = {}
+    for text in record.handles:
+        handle = VolumeHandle.parse(text)
+        if handle is not None:
+            recorded.setdefault(held_reference(handle, uuid), []).append(text)
+    return recorded
+
+
+def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
+    """Return the handle of the attachments with this reference id, as far as the id tells."""
+    return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 
 def described(
     zone: str, volume: Volume, creation: Creation, topology_key: str, volume_id: str | None = None
 ) -> ProvisionedVolume:
-    """Show a volume as CSI does: under the id that was asked for, else under the one that was issued."""
+    """Return the CSI message Volume, with the requested id or by default the issued one."""
     context = {"zone": creation.zone or zone}
     if creation.fs_type is not None and not creation.is_block:
         context["fsType"] = creation.fs_type
@@ -165,23 +239,3 @@ def described(
         context=context if creation.csi_name is not None else {},
         topology=({topology_key: zone},),
     )
-
-
-_ANY_UUID = "00000000-0000-0000-0000-000000000000"
-
-
-def issued_reference(zone: str, name: str, reference: str) -> str | None:
-    """Return the last part of a new volume's handle; None where it must be left out.
-
-    It is decided before the volume exists: the uuid, still unknown, has a fixed length.
-    """
-    if not reference:
-        return None
-    handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
-    return reference if handle is not None and handle.reference == reference else None
-
-
-def derived_spelling(zone: str, volume: Volume, reference: str) -> str:
-    """Return how a handle is spelled that holds a volume under this reference id, as far as the id tells."""
-    named = None if reference == volume.uuid else reference
-    return VolumeHandle(volume.name, zone, volume.uuid, named).format()

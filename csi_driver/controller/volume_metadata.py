@@ -1,8 +1,8 @@
-"""What the driver writes into a volume's metadata, and reads back: the only memory that controllers share.
+"""The records that the driver keeps in a volume's metadata: the only memory that controllers share.
 
-Keys at the top are those that earlier drivers of this name wrote (`csi_name`, `fsType`, `volumeMode`, `zone`, and the
-parameters with dots made dashes); what is new lies under one key of its own. Writing replaces the
-whole metadata, so that nothing of what stands there is ever left out.
+The keys at the top level are those of earlier drivers of this name (`csi_name`, `fsType`, `volumeMode`, `zone`, and the
+parameters with dashes for dots); everything else is under `OWN_KEY`. A write replaces the whole metadata, so every
+function that changes a part returns all of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TypeGuard
 
 from csi_driver.capacity import stripes_of
 from csi_driver.compat import volumes as compat
-from csi_driver.errors import PreconditionFailed
 from csi_driver.model import AccessMode, CapacityRange
 from csi_driver.publish_context import Encryption, PublishContext
 from csi_driver.storage_model import Reservation, ReservationMode, Volume
@@ -23,21 +22,22 @@ _log = logging.getLogger(__name__)
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
+_PERMISSION_KEY = "formatAllowed"
 _FORMAT = 1
 _MODES = {mode.value: mode for mode in AccessMode}
 _MOST_CLIENTS = 1024
-"""As many clients as may share one volume; the whole metadata may have 256 KiB."""
+"""The number of clients that may share one volume; the whole metadata may have 256 KiB."""
 _MOST_HANDLES = 64
 
 
-# --- what stands there since the volume was made ------------------------------------------------------------
+# --- creation -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """How a volume was asked for. `fs_type` is None for raw block.
+    """What CreateVolume asked for. `fs_type` is None for raw block; None elsewhere: not recorded.
 
-    `is_ours`: this driver made it and wrote everything; otherwise an earlier one did, or a person.
+    `is_ours`: this driver created the volume and recorded everything; otherwise an earlier one did, or a person.
     """
 
     csi_name: str | None = None
@@ -50,15 +50,11 @@ class Creation:
     capacity: CapacityRange | None = None
     modes: frozenset[AccessMode] | None = None
     header_bytes: int = 0
-    """What a header that the node makes takes of the volume beside what was asked for."""
-    made_at_s: int | None = None
-    """Seconds since the epoch, by the clock of the controller that asked for it."""
-    maker: str | None = None
-    """Which process asked for it."""
+    """Size of a header that the node writes, in addition to the requested capacity."""
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
-    """Write the metadata of a new volume."""
+    """Return the metadata of a new volume."""
     own: dict[str, object] = {"format": _FORMAT, "created": True}
     if creation.reference is not None:
         own["reference"] = creation.reference
@@ -69,10 +65,6 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
     if creation.header_bytes:
         own["header"] = str(creation.header_bytes)
     own["modes"] = sorted(mode.value for mode in creation.modes or ())
-    if creation.made_at_s is not None:
-        own["made"] = creation.made_at_s
-    if creation.maker is not None:
-        own["maker"] = creation.maker
     metadata: dict[str, object] = dict(creation.parameters)
     metadata["csi_name"] = creation.csi_name
     metadata["volumeMode"] = "block" if creation.is_block else "mount"
@@ -84,11 +76,12 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
 
 
 def read_creation(metadata: Mapping[str, object]) -> Creation:
-    """Read how a volume was asked for, whichever driver wrote it; what is missing or malformed stays unknown."""
-    own = _mapping(metadata.get(OWN_KEY))
+    """Read the creation record of any of the drivers; missing and malformed values stay None."""
+    own = _own(metadata)
     is_ours = own.get("created") is True and own.get("format") == _FORMAT
     mode = _text(metadata, "volumeMode")
-    modes, made = own.get("modes"), own.get("made")
+    modes, required, limit = own.get("modes"), _decimal(own.get("required")), _decimal(own.get("limit"))
+    is_range = is_ours and required is not None and limit is not None
     return Creation(
         csi_name=_text(metadata, "csi_name"),
         fs_type=_text(metadata, "fsType"),
@@ -97,30 +90,28 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         reference=_text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         is_ours=is_ours,
-        capacity=_recorded_capacity(own) if is_ours else None,
+        capacity=CapacityRange(required or 0, limit or 0) if is_range else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
         header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
-        made_at_s=made if _natural(made) else None,
-        maker=_text(own, "maker"),
     )
 
 
-# --- what attachments add -------------------------------------------------------------------------------------
+# --- attachments ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AttachmentRecord:
-    """Attachments as they were counted. Equal to what stands in the metadata, so that "changed" is `!=`.
+    """The attachments of a volume, counted. Equal to the metadata, so that a change is found with `!=`.
 
-    An attachment is numbered by the reservation's version just before the volume went from nobody, or from another
-    mode or owner, to those who hold it now. The storage keeps that version and only ever raises it: a number means
-    one attachment for good, retries have the number of what they retry, and an attachment that was counted but never
-    came about does not make a fresh volume look used. No lost or outdated write to the metadata changes any of this.
+    An attachment is numbered by the reservation's version just before the volume went from no client, or from another
+    mode or owner, to its present clients. The storage keeps that version and only raises it. So a number always means
+    one attachment, a retry has the number of the first try, and an attachment that was counted but failed does not make
+    a fresh volume look used. No lost or outdated write to the metadata changes any of this.
 
     `number`: the highest that was counted. `clients`: those of the latest attachment. `written`: a node had the
-    volume as a raw device for writing. `is_broken`: someone else changed the record, so that it proves nothing any
-    more. `handles`: spellings of the handle, other than the issued one, that were attached. `taken`: the latest version
-    of the reservation under which a node had I/O after it took the volume from others; 0 = none.
+    volume as a raw device for writing. `is_broken`: another program changed the record, which therefore proves nothing.
+    `handles`: spellings of the handle, other than the issued one, that were attached. `taken`: the latest version of
+    the reservation under which a node had I/O after it preempted others; 0 = none.
     """
 
     number: int = 0
@@ -131,33 +122,29 @@ class AttachmentRecord:
     taken: int = 0
 
     def counted(self, client_uuid: str, number: int) -> AttachmentRecord:
-        """Count the attachment that is about to be made on this client; unchanged if it was counted already."""
+        """Count an attachment to this client, before it is made; unchanged if it was counted already."""
         if self.clients.get(client_uuid) == number:
             return self
         sharers = [uuid for uuid, theirs in self.clients.items() if theirs == number and uuid != client_uuid]
         clients = dict.fromkeys([*sharers, client_uuid][-_MOST_CLIENTS:], number)
         return replace(self, number=max(self.number, number), clients=clients)
 
-    def with_writer(self) -> AttachmentRecord:
-        """Remember that a node may have written anything anywhere."""
-        return replace(self, written=True)
-
     def with_handle(self, volume_id: str) -> AttachmentRecord:
-        """Add a spelling of the handle; the oldest ones are forgotten."""
+        """Add a spelling of the handle; the oldest ones are dropped."""
         if volume_id in self.handles:
             return self
         return replace(self, handles=(*self.handles, volume_id)[-_MOST_HANDLES:])
 
 
 def next_number(reservation: Reservation, mode: ReservationMode) -> int:
-    """Return the number that an attachment in this mode will have: whoever joins others shares theirs."""
+    """Return the number of the next attachment in this mode: a client that joins others shares their number."""
     joins = reservation.mode is mode and mode is not ReservationMode.EXCLUSIVE_READ_WRITE
     return reservation.version - 1 if joins else reservation.version
 
 
 def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
-    """Read the count of attachments; a malformed record is marked as broken for good."""
-    raw = _mapping(metadata.get(OWN_KEY)).get("attachments")
+    """Read the attachment record; a malformed one is marked as broken."""
+    raw = _own(metadata).get("attachments")
     if raw is None:
         return AttachmentRecord()
     record = _mapping(raw)
@@ -177,9 +164,8 @@ def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
 
 
 def with_attachments(metadata: Mapping[str, object], attachments: AttachmentRecord) -> dict[str, object]:
-    """Return the whole metadata with a new count of attachments; everything else stays as it is."""
-    own = dict(_mapping(metadata.get(OWN_KEY)))
-    own["attachments"] = {
+    """Return the whole metadata with a new attachment record."""
+    record = {
         "number": attachments.number,
         "clients": dict(attachments.clients),
         "written": attachments.written,
@@ -187,61 +173,37 @@ def with_attachments(metadata: Mapping[str, object], attachments: AttachmentReco
         "handles": list(attachments.handles),
         **({"taken": attachments.taken} if attachments.taken else {}),
     }
-    return {**metadata, OWN_KEY: own}
-
-
-def _natural(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _recorded_capacity(own: Mapping[str, object]) -> CapacityRange | None:
-    required, limit = _decimal(own.get("required")), _decimal(own.get("limit"))
-    return CapacityRange(required, limit) if required is not None and limit is not None else None
-
-
-def _decimal(value: object) -> int | None:
-    return int(value) if isinstance(value, str) and value.isdecimal() else None
-
-
-# --- the permission to format over old data -------------------------------------------------------------------
-
-_PERMISSION_KEY = "formatAllowed"
+    return {**metadata, OWN_KEY: {**_own(metadata), "attachments": record}}
 
 
 def with_permission(metadata: Mapping[str, object], attachment: int) -> dict[str, object]:
-    """Return the whole metadata with the permission, for the attachment of this number, to format over old data.
+    """Return the whole metadata with the permission for one attachment to format over old data.
 
-    The number is the reservation's version of a volume that nobody holds: the next attachment, whoever makes it, has
-    it, its retries have it too, and none after it ever will. So the permission is used up without being written again.
+    Its number is the reservation's version of a volume that no client holds. The next attachment and its retries have
+    that number, no later one has it, so the permission expires without another write.
     """
-    return {**metadata, OWN_KEY: {**_mapping(metadata.get(OWN_KEY)), _PERMISSION_KEY: attachment}}
+    return {**metadata, OWN_KEY: {**_own(metadata), _PERMISSION_KEY: attachment}}
 
 
 def read_permission(metadata: Mapping[str, object]) -> int:
     """Return the number of the attachment that may format over old data; 0 = none."""
-    number = _mapping(metadata.get(OWN_KEY)).get(_PERMISSION_KEY)
+    number = _own(metadata).get(_PERMISSION_KEY)
     return number if _natural(number) else 0
 
 
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+# --- derived properties -----------------------------------------------------------------------------------------
 
 
-def _text(metadata: Mapping[str, object], key: str) -> str | None:
-    value = metadata.get(key)
-    return value if isinstance(value, str) and value else None
+def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]) -> Encryption:
+    """Return how a volume is encrypted: by the storage if its document says so, else as its creation asked.
 
-
-def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) -> Encryption:
-    """Return who encrypts a volume that is there: the storage where its document says so, else what was asked for.
-
-    `given` is the volume context of a PersistentVolume; it only counts for volumes that this driver did not make.
-    UNKNOWN where the storage was to encrypt it and does not: such a volume is not touched.
+    `context`: the volume context of a PersistentVolume, used only for volumes that this driver did not create.
+    UNKNOWN: the storage was to encrypt it and does not, so it must not be attached.
     """
     if volume.is_encrypted:
         return Encryption.NATIVE
     if not creation.is_ours:
-        return compat.encryption_of({**given, **creation.parameters})
+        return compat.encryption_of({**context, **creation.parameters})
     word = creation.parameters.get("encryption", "").strip().lower()
     if word == "luks" or compat.is_node_encryption(creation.parameters):
         return Encryption.LUKS
@@ -250,25 +212,16 @@ def encryption_of(volume: Volume, creation: Creation, given: Mapping[str, str]) 
     return Encryption.UNKNOWN
 
 
-def check_encryption(volume: Volume, given: Mapping[str, str]) -> None:
-    """Refuse a volume that the storage was to encrypt and does not, before any node has it."""
-    if encryption_of(volume, read_creation(volume.metadata), given) is Encryption.UNKNOWN:
-        raise PreconditionFailed(
-            f"volume {volume.name}: expected encryption by the storage, got none in the management; it is not "
-            "attached, because its data would be unencrypted"
-        )
-
-
 def reserved_bytes(volume: Volume, creation: Creation) -> int:
-    """Return what of the volume its user does not get: a header of encryption."""
+    """Return the bytes of the volume that its user does not get: an encryption header."""
     return volume.encryption.header_bytes if volume.encryption is not None else creation.header_bytes
 
 
-def completed(context: PublishContext, volume: Volume, given: Mapping[str, str]) -> PublishContext:
-    """Add to a publish context what the volume's making says, and the permission to format where it has one."""
+def complete_context(context: PublishContext, volume: Volume, by: Encryption) -> PublishContext:
+    """Add encryption, stripe geometry and the permission to format to a publish context."""
     unit_bytes, stripe_bytes = stripes_of(volume.layout)
     permitted = read_permission(volume.metadata)
-    # An attachment whose number is not proven has 0, and nothing is permitted for that.
+    # An attachment without a proven number has 0, which is never permitted.
     may_format = permitted != 0 and permitted == context.attachment and not context.read_only
     if may_format:
         _log.warning(
@@ -278,8 +231,29 @@ def completed(context: PublishContext, volume: Volume, given: Mapping[str, str])
         )
     return replace(
         context,
-        encryption=encryption_of(volume, read_creation(volume.metadata), given),
+        encryption=by,
         format_allowed=may_format,
         stripe_unit_bytes=unit_bytes,
         stripe_bytes=stripe_bytes,
     )
+
+
+def _own(metadata: Mapping[str, object]) -> Mapping[str, object]:
+    return _mapping(metadata.get(OWN_KEY))
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _natural(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _decimal(value: object) -> int | None:
+    return int(value) if isinstance(value, str) and value.isdecimal() else None
+
+
+def _text(metadata: Mapping[str, object], key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) and value else None

@@ -1,87 +1,75 @@
-"""Questions to several zones at once, so that a dead one costs its own answer and nobody else's time."""
+"""Requests to several zones at once, and the guard that keeps a CSI name one volume across zones."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from csi_driver.background import DaemonPool
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
+from csi_driver.controller.volume_metadata import Creation, read_creation
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     DeadlineReached,
     Denied,
     DriverError,
     Exhausted,
+    ExistsDifferently,
+    OperationPending,
+    PreconditionFailed,
     StorageUnavailable,
     Unauthenticated,
     shown,
 )
 from csi_driver.model import Segments
+from csi_driver.storage_model import Volume
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_REACHABLE_S = 2.0
-T = TypeVar("T")
-
 UNANSWERED = (StorageUnavailable, Unauthenticated, Denied)
-"""What a zone that cannot be asked answers; everything else is an answer, good or bad."""
-
+"""Errors of a zone that cannot be asked; every other error is an answer."""
 _THREADS_PER_ZONE = 32
-_LAST_WORD_S = 0.25
-# A question ends by itself at its deadline; this much later its own reason has arrived.
+_ANSWER_MARGIN_S = 0.25
+"""A request ends at its deadline, and its own error arrives a moment later."""
 _OPTIONAL_S = 0.5
+_REACHABLE_S = 2.0
 
 
-class Crew(Protocol):
-    """Who carries questions to zones."""
+@dataclass(frozen=True, slots=True)
+class ZonePool:
+    """Daemon threads for each zone: a zone that does not respond blocks its own threads only."""
 
-    def submit(self, zone: str, question: Callable[[], T]) -> Future[T]:
-        """Begin to ask one zone."""
-        ...
+    per_zone: int = _THREADS_PER_ZONE
+    _pools: dict[str, DaemonPool] = field(default_factory=dict)
 
-
-class Threads:
-    """At most `per_zone` daemon threads for each zone: a zone that hangs keeps no other waiting."""
-
-    def __init__(self, per_zone: int = _THREADS_PER_ZONE) -> None:
-        self._per_zone = per_zone
-        self._lock = threading.Lock()
-        self._pools: dict[str, DaemonPool] = {}
-
-    def submit(self, zone: str, question: Callable[[], T]) -> Future[T]:
-        """Begin to ask one zone."""
-        with self._lock:
-            pool = self._pools.setdefault(zone, DaemonPool(f"zone-{zone}", self._per_zone))
-        return pool.submit(question)
+    def submit(self, zone: str, request: Callable[[], T]) -> Future[T]:
+        """Start a request to one zone."""
+        return self._pools.setdefault(zone, DaemonPool(f"zone-{zone}", self.per_zone)).submit(request)
 
 
-CREW: Crew = Threads()
+ZONE_POOL = ZonePool()
 
 
 @dataclass(frozen=True, slots=True)
 class Answers(Generic[T]):
-    """What the zones said: an answer each, or why there is none (only for what is in `UNANSWERED`)."""
+    """The answers of zones; `missing`: the `UNANSWERED` errors of the others."""
 
     given: Mapping[str, T]
     missing: Mapping[str, DriverError]
 
     def all(self) -> Mapping[str, T]:
-        """Return the answers of all zones. Raises `StorageUnavailable` naming every zone that gave none."""
+        """Return the answers of all zones. Raises an error that names every zone without one."""
         if self.missing:
             raise unavailable(self.missing)
         return self.given
 
 
 def served(clusters: Clusters, zone: str) -> Management:
-    """Return the management of a zone that a call has begun to ask.
-
-    Raises `StorageUnavailable` for one that was taken out of the configuration since: its volumes are not gone.
-    """
+    """Return the management of a zone. Raises `StorageUnavailable` if the zone was removed during the call."""
     management = clusters.management(zone)
     if management is None:
         raise StorageUnavailable(f"zone {zone} is no longer configured: it was removed from the clusters file")
@@ -89,7 +77,7 @@ def served(clusters: Clusters, zone: str) -> Management:
 
 
 def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
-    """Return the failure of a call that needed these zones: the only one's own, else one that names all."""
+    """Return the only error, or one error that names all zones."""
     if len(missing) == 1:
         return next(iter(missing.values()))
     return StorageUnavailable("; ".join(f"zone {zone}: {reason}" for zone, reason in sorted(missing.items())))
@@ -97,71 +85,110 @@ def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
 
 def ask(
     zones: Iterable[str],
-    question: Callable[[str], T],
+    request: Callable[[str], T],
     *,
     deadline: Deadline,
     optional: Iterable[str] = (),
-    crew: Crew = CREW,
+    pool: ZonePool = ZONE_POOL,
 ) -> Answers[T]:
-    """Ask all zones at once and wait until each has answered or the time is up.
+    """Send a request to all zones at once; wait until each has answered, or for the deadline.
 
-    `optional` zones are asked too, but waited for only a moment longer than the others. What a question raises beyond
-    `UNANSWERED` is raised here. A single zone is asked by the caller's own thread.
+    `optional` zones are waited for only `_OPTIONAL_S` longer than the others, and their errors are not raised. Errors
+    of the others, except `UNANSWERED` ones, are raised. A single zone is asked in the caller's thread.
     """
-    wanted, welcome = list(zones), list(optional)
-    if len(wanted) == 1 and not welcome:
-        return _asked_alone(wanted[0], question)
-    asked = {zone: crew.submit(zone, lambda zone=zone: question(zone)) for zone in [*wanted, *welcome]}  # type: ignore[misc]
-    wait([asked[zone] for zone in wanted], timeout=deadline.remaining_s() + _LAST_WORD_S)
-    wait([asked[zone] for zone in welcome], timeout=min(_OPTIONAL_S, deadline.remaining_s()))
+    required, others = list(zones), list(optional)
+    if len(required) == 1 and not others:
+        try:
+            return Answers({required[0]: request(required[0])}, {})
+        except UNANSWERED as error:
+            return Answers({}, {required[0]: error})
+    futures = {zone: pool.submit(zone, lambda zone=zone: request(zone)) for zone in [*required, *others]}  # type: ignore[misc]
+    wait([futures[zone] for zone in required], timeout=deadline.remaining_s() + _ANSWER_MARGIN_S)
+    wait([futures[zone] for zone in others], timeout=min(_OPTIONAL_S, deadline.remaining_s()))
     given: dict[str, T] = {}
     missing: dict[str, DriverError] = {}
-    for zone, future in asked.items():
+    for zone, future in futures.items():
         if not future.done():
             future.cancel()
             missing[zone] = DeadlineReached(f"a response of zone {zone}")
             continue
         try:
             given[zone] = future.result()
-        except DriverError as problem:
-            if zone in wanted and not isinstance(problem, UNANSWERED):
+        except DriverError as error:
+            if zone in required and not isinstance(error, UNANSWERED):
                 raise
-            missing[zone] = problem
+            missing[zone] = error
     return Answers(given, missing)
 
 
-def _asked_alone(zone: str, question: Callable[[str], T]) -> Answers[T]:
-    try:
-        return Answers({zone: question(zone)}, {})
-    except UNANSWERED as problem:
-        return Answers({}, {zone: problem})
+@dataclass(slots=True)
+class Readiness:
+    """Whether the storage management of any zone can be reached."""
+
+    clusters: Clusters
+    pool: ZonePool = ZONE_POOL
+    _was_ready: bool = False
+
+    def ready(self, *, deadline: Deadline) -> bool:
+        """Return whether any management has ever answered: a restart of the driver would not cure a later outage.
+
+        Raises the errors of the zones if none answers and some fail.
+        """
+        if not self._was_ready:
+            zones = self.clusters.zones()
+            self._was_ready = any_of(
+                zones, lambda zone: self._answers(zone, deadline), deadline=deadline, pool=self.pool
+            )
+        return self._was_ready
+
+    def why_unreachable(self) -> str:
+        """Return why no management answers at present, within seconds; empty if one does."""
+        deadline = Deadline.after(_REACHABLE_S)
+        zones = self.clusters.zones()
+        try:
+            answers = ask(zones, lambda zone: self._answers(zone, deadline), deadline=deadline, pool=self.pool)
+        except DriverError as error:
+            return str(error)
+        if any(answers.given.values()):
+            return ""
+        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
+
+    def _answers(self, zone: str, deadline: Deadline) -> bool:
+        management = self.clusters.management(zone)
+        if management is None:
+            return False
+        management.system_info(deadline=deadline)
+        return True
 
 
-def any_says_yes(
-    zones: Iterable[str], question: Callable[[str], bool], *, deadline: Deadline, crew: Crew = CREW
+def any_of(
+    zones: Iterable[str], request: Callable[[str], bool], *, deadline: Deadline, pool: ZonePool = ZONE_POOL
 ) -> bool:
-    """Tell whether any zone says yes, as soon as one does. Raises why, where none does and some fail."""
-    asked = {crew.submit(zone, lambda zone=zone: question(zone)): zone for zone in zones}  # type: ignore[misc]
+    """Return true as soon as the request to any zone returns true. Raises the errors if none does and some fail."""
+    futures = {pool.submit(zone, lambda zone=zone: request(zone)): zone for zone in zones}  # type: ignore[misc]
     missing: dict[str, DriverError] = {}
     try:
-        for future in as_completed(asked, timeout=deadline.remaining_s() + _LAST_WORD_S):
+        for future in as_completed(futures, timeout=deadline.remaining_s() + _ANSWER_MARGIN_S):
             try:
                 if future.result():
                     return True
-            except DriverError as problem:
-                missing[asked[future]] = problem
+            except DriverError as error:
+                missing[futures[future]] = error
     except TimeoutError:
-        late = [zone for future, zone in asked.items() if not future.done()]
+        late = [zone for future, zone in futures.items() if not future.done()]
         missing |= {zone: DeadlineReached(f"a response of zone {zone}") for zone in late}
     if missing:
         raise unavailable(missing)
     return False
 
 
-def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None, key: str) -> list[str]:
-    """Return the zones that satisfy the requirement, best first (CSI specification, TopologyRequirement).
+# --- zones that a request allows --------------------------------------------------------------------------------
 
-    Raises `Exhausted` where none does: nothing can be provisioned there.
+
+def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None, key: str) -> list[str]:
+    """Return the zones that satisfy the requirement, preferred ones first (CSI specification, TopologyRequirement).
+
+    Raises `Exhausted` if there is none.
     """
     if requirement is None:
         return list(zones)
@@ -176,6 +203,12 @@ def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None,
     return sorted(allowed, key=rank_in(requirement, key))
 
 
+def rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:
+    """Return the function that ranks zones by `preferred`; zones that it does not name share the last rank."""
+    preferred = [segments.get(key) for segments in requirement.preferred] if requirement is not None else []
+    return lambda zone: preferred.index(zone) if zone in preferred else len(preferred)
+
+
 def _named(segments: Segments, key: str) -> str:
     if key in segments:
         return shown(segments[key])
@@ -183,51 +216,102 @@ def _named(segments: Segments, key: str) -> str:
     return f"{others} without {key}" if others else "no topology segment"
 
 
-def rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str], int]:
-    """Return what ranks zones by the caller's preference; those that it does not name come last, all alike."""
-    preferred = [segments.get(key) for segments in requirement.preferred] if requirement is not None else []
-    return lambda zone: preferred.index(zone) if zone in preferred else len(preferred)
+# --- one volume for each CSI name -------------------------------------------------------------------------------
 
 
-class Readiness:
-    """Whether a management answers."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A volume, its zone and its creation record."""
 
-    def __init__(self, clusters: Clusters, *, crew: Crew = CREW) -> None:
-        self._clusters = clusters
-        self._crew = crew
-        self._was_ready = False
+    zone: str
+    volume: Volume
+    creation: Creation
 
-    def ready(self, *, deadline: Deadline) -> bool:
-        """Tell whether a management has answered us once; then it stays true, as a restart would cure nothing.
+    @classmethod
+    def of(cls, zone: str, volume: Volume) -> Found:
+        return cls(zone, volume, read_creation(volume.metadata))
 
-        Raises why not, where that is known.
+    def has_name(self, csi_name: str | None) -> bool:
+        """Return whether it was created for this CSI name and is not being deleted."""
+        return self.creation.csi_name == csi_name and not self.volume.is_being_deleted
+
+    def __str__(self) -> str:
+        return f"zone {self.zone} (uuid {self.volume.uuid})"
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateGuard:
+    """Finds the volume of a CSI name in several zones, and refuses two. The argument: docs/architecture.md, Topology.
+
+    Every volume that CreateVolume returns was found or created first, and after that no other zone had the name.
+    """
+
+    clusters: Clusters
+    allow_zone_skip: bool = False
+    pool: ZonePool = ZONE_POOL
+
+    def find(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | list[str]:
+        """Return the volume of the CSI name, else a volume that occupies its `name` in an allowed zone.
+
+        Without either: the allowed zones that answered, where it can be created. Raises `ExistsDifferently` if a zone
+        that is not allowed has the volume, the errors of `confirm`, and those of allowed zones that cannot be asked.
         """
-        if not self._was_ready:
-            zones = self._clusters.zones()
-            self._was_ready = any_says_yes(
-                zones, lambda zone: self._answers(zone, deadline=deadline), deadline=deadline, crew=self._crew
-            )
-        return self._was_ready
+        here, elsewhere, silent = self._look(name, allowed, deadline=deadline)
+        same = [found for found in (*here, *elsewhere) if found.has_name(csi_name)]
+        if not same:
+            return here[0] if here else [zone for zone in allowed if zone not in silent]
+        found = _the_only(same)
+        if found.zone not in allowed:
+            place = f"zone: expected {' or '.join(allowed)}, got {found}"
+            raise ExistsDifferently(f"volume {shown(csi_name)}", [place])
+        self.confirm(found, allowed, deadline=deadline)
+        return found
 
-    def why_unreachable(self) -> str:
-        """Say why no management answers just now; empty = one does. Asks them anew, and ends within seconds."""
-        deadline = Deadline.after(_REACHABLE_S)
-        try:
-            answers = ask(
-                self._clusters.zones(),
-                lambda zone: self._answers(zone, deadline=deadline),
-                deadline=deadline,
-                crew=self._crew,
-            )
-        except DriverError as error:
-            return str(error)
-        if any(answers.given.values()):
-            return ""
-        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
+    def confirm(self, found: Found, allowed: Sequence[str], *, deadline: Deadline) -> None:
+        """Ask all other zones, after `found` was seen, and return if none has the name too.
 
-    def _answers(self, zone: str, *, deadline: Deadline) -> bool:
-        management = self._clusters.management(zone)
-        if management is None:
-            return False
-        management.system_info(deadline=deadline)
-        return True
+        Raises `PreconditionFailed` naming both volumes. Nothing is deleted: each one may be in use.
+        """
+        here, elsewhere, _ = self._look(found.volume.name, allowed, but=found.zone, deadline=deadline)
+        others = [other for other in (*here, *elsewhere) if other.has_name(found.creation.csi_name)]
+        if others and _the_only([found, *others]) is not found:
+            name = found.volume.name
+            raise OperationPending(f"volume {name} exists in {others[0]} as well, and is used there; retry")
+
+    def _look(
+        self, name: str, allowed: Sequence[str], *, but: str | None = None, deadline: Deadline
+    ) -> tuple[list[Found], list[Found], set[str]]:
+        """Return the volumes of this name in the allowed zones and in those others that answer at once.
+
+        Also the allowed zones that did not answer; an error instead, unless `allow_zone_skip`.
+        """
+        zones = [zone for zone in allowed if zone != but]
+        others = [zone for zone in self.clusters.zones() if zone not in allowed and zone != but]
+        if not zones and not others:
+            return [], [], set()
+
+        def volume(zone: str) -> Volume | None:
+            return served(self.clusters, zone).volume(name, deadline=deadline)
+
+        answers = ask(zones, volume, deadline=deadline, optional=others, pool=self.pool)
+        silent = {zone: reason for zone, reason in answers.missing.items() if zone in zones}
+        if silent and not self.allow_zone_skip:
+            raise unavailable(silent)
+        for zone, reason in sorted(silent.items()):
+            _log.warning("zone %s is skipped although it may have volume %s: %s", zone, name, reason)
+        found = {zone: Found.of(zone, volume) for zone, volume in answers.given.items() if volume is not None}
+        here, elsewhere = ([found[zone] for zone in some if zone in found] for some in (zones, others))
+        return here, elsewhere, set(silent)
+
+
+def _the_only(same: Sequence[Found]) -> Found:
+    """Return the volume, of several the only one that was ever attached. Raises `PreconditionFailed` naming all."""
+    if len(same) == 1:
+        return same[0]
+    used = [found for found in same if found.volume.reservation.version > 1]
+    if len(used) == 1:
+        return used[0]
+    places = " and in ".join(map(str, same))
+    raise PreconditionFailed(
+        f"volume {same[0].volume.name} exists in {places}; delete the one that no PersistentVolume names"
+    )

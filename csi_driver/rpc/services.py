@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
+    from csi_driver.controller.fencing import UnpublishVolume
     from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
     from csi_driver.controller.publish import PublishVolume
-    from csi_driver.controller.unpublish import UnpublishVolume
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
     from csi_driver.node.service import NodeUseCases
     from csi_driver.rpc.boundary import Deadlines

@@ -20,9 +20,9 @@ from typing import TypeVar
 from csi_driver.controller.capacity import ExpandVolume
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
-from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
 from csi_driver.embedded.server import StorageServer

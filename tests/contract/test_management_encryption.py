@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.controller.capacity import ExpandVolume, GetCapacity
-from csi_driver.controller.create_volume import CreateVolume
-from csi_driver.controller.native_encryption import EncryptionNotBegun
+from csi_driver.controller.create_volume import CreateVolume, EncryptionNotInitialised
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
@@ -228,7 +227,7 @@ def test_a_volume_is_made_encrypted_attached_and_expanded_and_cryptsetup_opens_i
 def test_a_storage_that_cannot_make_the_header_says_so_and_the_same_call_ends_it(tmp_path: Path) -> None:
     headers = FakeLuksHeaders(failing=True)
     with end_to_end(tmp_path, headers) as run:
-        with pytest.raises(EncryptionNotBegun, match="cryptsetup is broken"):
+        with pytest.raises(EncryptionNotInitialised, match="cryptsetup is broken"):
             run.create({"encryption": "native"}, {"passphrase": PASSPHRASE})
         headers.failing = False
         made = run.create({"encryption": "native"}, {"passphrase": PASSPHRASE})

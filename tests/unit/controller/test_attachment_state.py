@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.controller.fencing import is_leaving, is_released, is_withdrawn, missing
+from csi_driver.controller.fencing import is_detaching, is_release_recorded, is_released, missing
 from csi_driver.controller.volume_lookup import Located
+from csi_driver.controller.volume_metadata import Creation
 from csi_driver.model import VolumeHandle
 from csi_driver.storage_model import (
     Client,
@@ -20,7 +21,8 @@ from tests.fakes.management import FakeManagement
 
 UUID = "11111111-2222-3333-4444-555555555555"
 VOLUME = Volume("v", UUID, 262144, 4096, 1.1, "online", "none")
-LOCATED = Located(VolumeHandle("v", "z", UUID, "team-a"), "z", FakeManagement(), VOLUME)
+HANDLE = VolumeHandle("v", "z", UUID, "team-a")
+LOCATED = Located(HANDLE.format(), HANDLE, "z", FakeManagement(), VOLUME, Creation())
 EXCLUSIVE, NONE, READ = (
     ReservationMode.EXCLUSIVE_READ_WRITE,
     ReservationMode.NONE,
@@ -39,15 +41,15 @@ def report(
     return DeviceReport(UUID, "v", status, io, mode, references)
 
 
-def wish(action: str = "attaching", references: frozenset[str] = OURS) -> DesiredAttachment:
+def desired(action: str = "attaching", references: frozenset[str] = OURS) -> DesiredAttachment:
     return DesiredAttachment(UUID, "v", action, EXCLUSIVE, references)
 
 
 def client(
-    wished: DesiredAttachment | None = None, told: DeviceReport | None = None, status: ClientStatus = ClientStatus.READY
+    wanted: DesiredAttachment | None = None, told: DeviceReport | None = None, status: ClientStatus = ClientStatus.READY
 ) -> Client:
-    wishes = {UUID: wished} if wished is not None else {}
-    return Client("node-1", "c", status, wishes, {UUID: told} if told is not None else {})
+    entries = {UUID: wanted} if wanted is not None else {}
+    return Client("node-1", "c", status, entries, {UUID: told} if told is not None else {})
 
 
 @pytest.mark.parametrize(
@@ -88,14 +90,14 @@ def test_what_an_attachment_lacks_is_named(found: Client, reason: str) -> None:
         (client(told=report(DeviceStatus.RESERVATION_DENIED)), True),
         (client(told=report()), False),
         (client(told=report(DeviceStatus.BUSY, references=None)), False),
-        (client(wish("detaching", frozenset()), report(DeviceStatus.DETACHING)), False),
-        (client(wish("detaching", frozenset())), False),
-        (client(wish(), report()), False),
+        (client(desired("detaching", frozenset()), report(DeviceStatus.DETACHING)), False),
+        (client(desired("detaching", frozenset())), False),
+        (client(desired(), report()), False),
         # Others on the node still have it: our reference alone has to be gone.
-        (client(wish(references=THEIRS), report(references=THEIRS)), True),
-        (client(wish(references=THEIRS), report(references=None)), True),
-        (client(wish(references=THEIRS), report(references=frozenset())), True),
-        (client(wish(references=THEIRS), report(references=OURS | THEIRS)), False),
+        (client(desired(references=THEIRS), report(references=THEIRS)), True),
+        (client(desired(references=THEIRS), report(references=None)), True),
+        (client(desired(references=THEIRS), report(references=frozenset())), True),
+        (client(desired(references=THEIRS), report(references=OURS | THEIRS)), False),
     ],
 )
 def test_a_hold_is_over_when_reference_and_device_are_gone(found: Client, is_gone: bool) -> None:
@@ -103,23 +105,23 @@ def test_a_hold_is_over_when_reference_and_device_are_gone(found: Client, is_gon
 
 
 @pytest.mark.parametrize(
-    ("wished", "recorded"),
-    [(None, True), (wish("detaching"), True), (wish(references=THEIRS), True), (wish(), False)],
+    ("wanted", "recorded"),
+    [(None, True), (desired("detaching"), True), (desired(references=THEIRS), True), (desired(), False)],
 )
-def test_a_wish_to_give_up_is_recorded_when_the_reference_has_gone(wished: DesiredAttachment, recorded: bool) -> None:
-    assert is_withdrawn(client(wished, report()), LOCATED) is recorded
+def test_a_release_is_recorded_when_the_reference_is_gone(wanted: DesiredAttachment, recorded: bool) -> None:
+    assert is_release_recorded(client(wanted, report()), LOCATED) is recorded
 
 
 @pytest.mark.parametrize(
     ("found", "leaving"),
     [
         (client(), False),
-        (client(wish(), report()), False),
-        (client(wish("detaching"), report()), True),
+        (client(desired(), report()), False),
+        (client(desired("detaching"), report()), True),
         (client(told=report()), True),
         (client(told=report(DeviceStatus.DETACHED)), False),
         (client(told=report(DeviceStatus.ATTACH_FAILED)), False),
     ],
 )
-def test_a_device_without_a_wish_is_on_its_way_out(found: Client, leaving: bool) -> None:
-    assert is_leaving(found, UUID) is leaving
+def test_a_device_without_a_desired_is_on_its_way_out(found: Client, leaving: bool) -> None:
+    assert is_detaching(found, UUID) is leaving

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.native_encryption import EncryptionNotBegun
+from csi_driver.controller.create_volume import EncryptionNotInitialised
 from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
@@ -146,7 +146,7 @@ def test_a_request_whose_answer_was_lost_is_not_repeated() -> None:
 def test_a_storage_that_fails_says_so_and_the_same_call_again_succeeds() -> None:
     world = World()
     world.management.encryption_results = [3]
-    with pytest.raises(EncryptionNotBegun, match="answers 3") as caught:
+    with pytest.raises(EncryptionNotInitialised, match="answers 3") as caught:
         create(world)
     assert SECRET not in str(caught.value)
     assert (world.stored().wants_passphrase, sent(world)) == (True, 1)
@@ -163,7 +163,7 @@ def test_a_secret_that_is_put_right_finishes_the_volume() -> None:
             raise InvalidRequest("the management refuses it as malformed")
 
     world.management.before = refuse
-    with pytest.raises(EncryptionNotBegun):
+    with pytest.raises(EncryptionNotInitialised):
         create(world)
     uuid = world.stored().uuid
     world.create(parameters=NATIVE, secrets={"dmcryptKey": "another passphrase"})
@@ -174,11 +174,11 @@ def test_a_secret_that_is_put_right_finishes_the_volume() -> None:
 def test_a_volume_that_was_attached_is_never_initialised() -> None:
     world = World()
     world.management.encryption_results = [3]
-    with pytest.raises(EncryptionNotBegun):
+    with pytest.raises(EncryptionNotInitialised):
         create(world)
     volume = world.stored()
     world.management.change(volume.name, reservation=replace(volume.reservation, version=3))
-    with pytest.raises(EncryptionNotBegun, match="attached before"):
+    with pytest.raises(EncryptionNotInitialised, match="attached before"):
         create(world)
     assert sent(world) == 1
 
@@ -194,7 +194,7 @@ def test_a_volume_that_the_storage_does_not_encrypt_is_not_given_out_as_encrypte
 def test_another_volume_of_that_name_gets_no_passphrase() -> None:
     world = World()
     world.management.encryption_results = [3]
-    with pytest.raises(EncryptionNotBegun):
+    with pytest.raises(EncryptionNotInitialised):
         create(world)
     with pytest.raises(ExistsDifferently, match="encryption/slot"):
         create(world, {**NATIVE, "encryption/slot": "2"})
@@ -329,7 +329,7 @@ def test_a_volume_of_others_that_is_said_to_be_encrypted_by_the_storage_and_is_n
 def test_a_volume_that_waits_for_its_passphrase_is_not_attached() -> None:
     world = World()
     world.management.encryption_results = [3]
-    with pytest.raises(EncryptionNotBegun):
+    with pytest.raises(EncryptionNotInitialised):
         create(world)
     with pytest.raises(PreconditionFailed):
         world.publish(world.stored().name)

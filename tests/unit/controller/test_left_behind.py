@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.native_encryption import EncryptionNotBegun
+from csi_driver.controller.create_volume import EncryptionNotInitialised
 from csi_driver.errors import DeadlineReached, Denied, Exhausted, OutcomeUnknown, StorageUnavailable, Unauthenticated
 from csi_driver.model import EMPTY, GIB, MIB, CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Vpg
@@ -28,7 +28,7 @@ def test_a_secret_that_goes_bad_does_not_end_the_calls_for_a_volume_that_waits(
     world = World(zones=zones)
     for management in world.zones.values():
         management.encryption_results = [3]
-    with pytest.raises(EncryptionNotBegun):
+    with pytest.raises(EncryptionNotInitialised):
         world.create(parameters=NATIVE, secrets=SECRET)
     (waiting,) = [volume for zone in world.zones.values() for volume in zone.all_volumes()]
     with pytest.raises(StorageUnavailable, match=r"exists, but is not usable yet: .*secrets\.passphrase|passphrase"):

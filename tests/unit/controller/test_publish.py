@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller import volume_metadata
-from csi_driver.controller.unpublish import UnpublishVolume
+from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.errors import (
     DeadlineReached,
     Exhausted,

@@ -11,16 +11,14 @@ import pytest
 
 from csi_driver.controller.capacity import ZoneSelection, by_free_space
 from csi_driver.controller.delete_volume import DeleteVolume
-from csi_driver.controller.duplicate_guard import SETTLED_S
-from csi_driver.controller.ports import TopologyRequirement
-from csi_driver.controller.zones import Threads, any_says_yes, ask
+from csi_driver.controller.ports import CreateRequest, TopologyRequirement
+from csi_driver.controller.zones import ZonePool, any_of, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     DeadlineReached,
     Exhausted,
     ExistsDifferently,
     InvalidRequest,
-    OperationPending,
     OutcomeUnknown,
     PreconditionFailed,
     StorageUnavailable,
@@ -65,13 +63,13 @@ def duplicate(world: World, source: str, target: str, **changes: object) -> Volu
 
 def test_all_zones_are_asked_at_the_same_time() -> None:
     meet = threading.Barrier(3, timeout=180)
-    answers = ask(("a", "b", "c"), lambda zone: (meet.wait(), zone)[1], deadline=Deadline.after(30), crew=Threads())
+    answers = ask(("a", "b", "c"), lambda zone: (meet.wait(), zone)[1], deadline=Deadline.after(30), pool=ZonePool())
     assert answers.all() == {"a": "a", "b": "b", "c": "c"}
 
 
 def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
     hung = threading.Event()
-    crew = Threads(per_zone=1)
+    pool = ZonePool(per_zone=1)
 
     def question(zone: str) -> str:
         if zone == "dead":
@@ -80,7 +78,7 @@ def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
 
     try:
         for _ in range(3):
-            answers = ask(("dead", "alive"), question, deadline=Deadline.after(0.05), crew=crew)
+            answers = ask(("dead", "alive"), question, deadline=Deadline.after(0.05), pool=pool)
             assert answers.given == {"alive": "alive"}
             assert isinstance(answers.missing["dead"], DeadlineReached)
     finally:
@@ -88,8 +86,8 @@ def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
 
 
 def test_no_question_is_lost_however_few_the_threads() -> None:
-    crew = Threads(per_zone=3)
-    asked = [crew.submit("few", lambda number=number: number) for number in range(500)]  # type: ignore[misc]
+    pool = ZonePool(per_zone=3)
+    asked = [pool.submit("few", lambda number=number: number) for number in range(500)]  # type: ignore[misc]
     assert [future.result(180) for future in asked] == list(range(500))
     assert len([each for each in threading.enumerate() if each.name.startswith("zone-few-")]) <= 3
 
@@ -97,7 +95,7 @@ def test_no_question_is_lost_however_few_the_threads() -> None:
 def test_a_question_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
     hung = threading.Event()
     try:
-        Threads().submit("dead", lambda: hung.wait(30))
+        ZonePool().submit("dead", lambda: hung.wait(30))
         assert all(each.daemon for each in threading.enumerate() if each.name.startswith("zone-dead"))
     finally:
         hung.set()
@@ -108,7 +106,7 @@ def test_a_zone_that_is_only_welcome_is_not_waited_for() -> None:
     try:
         answers = ask(
             ("a",), lambda zone: hung.wait(30) if zone == "b" else zone, deadline=Deadline.after(60), optional=("b",),
-            crew=Threads(),
+            pool=ZonePool(),
         )  # fmt: skip
         assert answers.given == {"a": "a"}
     finally:
@@ -120,17 +118,17 @@ def test_what_is_no_silence_is_raised() -> None:
         raise InvalidRequest(zone)
 
     with pytest.raises(InvalidRequest):
-        ask(("a", "b"), refuse, deadline=Deadline.after(30), crew=Threads())
+        ask(("a", "b"), refuse, deadline=Deadline.after(30), pool=ZonePool())
 
 
 def test_readiness_does_not_wait_for_a_zone_that_hangs() -> None:
     hung = threading.Event()
     try:
-        assert any_says_yes(
+        assert any_of(
             ("dead", "alive"),
             lambda zone: zone == "alive" or hung.wait(30),
             deadline=Deadline.after(60),
-            crew=Threads(),
+            pool=ZonePool(),
         )
     finally:
         hung.set()
@@ -146,9 +144,9 @@ def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another()
             return True
         raise PreconditionFailed("its management is too old")
 
-    assert any_says_yes([*zones, "alive"], question, deadline=Deadline.after(180), crew=Threads())
+    assert any_of([*zones, "alive"], question, deadline=Deadline.after(180), pool=ZonePool())
     with pytest.raises(StorageUnavailable, match="zone old-1: its management is too old"):
-        any_says_yes([*zones, "old-30"], question, deadline=Deadline.after(180), crew=Threads())
+        any_of([*zones, "old-30"], question, deadline=Deadline.after(180), pool=ZonePool())
 
 
 # --- where volumes go --------------------------------------------------------------------------------------------
@@ -156,11 +154,10 @@ def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another()
 
 def order(policy: ZonePolicy, zones: Sequence[str], calls: int, world: World | None = None) -> list[list[str]]:
     world = world or World(zones=("a", "b", "c"))
-    placement = ZoneSelection(world.clusters, policy)
+    selection = ZoneSelection(world.clusters, ControllerSettings(zone_policy=policy))
+    request = CreateRequest("any", CapacityRange(GIB), (RWO,))
     return [
-        placement.order(
-            zones, None, "key", name=f"v{number}", size_bytes=GIB, parameters=parse({}), deadline=world.deadline()
-        )
+        selection.order(zones, request, name=f"v{number}", parameters=parse({}), deadline=world.deadline())
         for number in range(calls)
     ]
 
@@ -244,29 +241,41 @@ def test_a_volume_that_is_there_is_never_made_elsewhere_because_its_zone_fills_u
 # --- one volume in one zone ---------------------------------------------------------------------------------------
 
 
-def test_after_a_crash_the_volume_is_waited_for_and_found_again() -> None:
+def test_after_a_restart_the_volume_is_found_again() -> None:
     world = two()
     made = world.create(topology=within("a", "b"))
-    restarted = World(zones=("a", "b"), beside=world)
-    with pytest.raises(OperationPending, match="has just been created in zone a"):
-        restarted.create(topology=within("b", "a"))
-    world.clock.sleep(SETTLED_S + 2)
-    assert restarted.create(topology=within("b", "a")) == made
+    assert World(zones=("a", "b"), beside=world).create(topology=within("b", "a")) == made
     assert volumes(world)["b"] == []
 
 
-def test_a_maker_whose_clock_is_ahead_keeps_nobody_waiting_longer() -> None:
+def test_two_volumes_that_were_created_at_the_same_time_are_both_named_and_both_kept() -> None:
     world = two()
-    made = world.create(topology=within("a"))
-    (volume,) = world.zones["a"].all_volumes()
-    own = {**volume.metadata["nvmesh-csi"], "made": int(world.clock.now_s) + 9999}  # type: ignore[dict-item]
-    world.zones["a"].change(volume.name, metadata={**volume.metadata, "nvmesh-csi": own})
-    restarted = World(zones=("a", "b"), beside=world)
+
+    def create_elsewhere(request: str) -> None:
+        if request == "create_volume":
+            world.zones["a"].after = lambda _: None
+            duplicate(world, "a", "b")
+
+    world.zones["a"].after = create_elsewhere
     for _ in range(2):
-        with pytest.raises(OperationPending):
-            restarted.create(topology=within("a"))
-        world.clock.sleep(SETTLED_S / 2 + 1)
-    assert restarted.create(topology=within("a")) == made
+        with pytest.raises(PreconditionFailed) as refused:
+            world.create(topology=within("a", "b"))
+        assert all(uuid in str(refused.value) for uuids in volumes(world).values() for uuid in uuids)
+    assert [len(each) for each in volumes(world).values()] == [1, 1]
+
+
+def test_a_found_volume_is_returned_only_after_the_other_zones_were_asked_again() -> None:
+    world = two()
+    world.create(topology=within("b"))
+
+    def appear(request: str) -> None:
+        if request == "volume" and not volumes(world)["a"]:
+            world.zones["b"].before = lambda _: None
+            duplicate(world, "b", "a")
+
+    world.zones["b"].before = appear  # zone a has answered by then, or will show the second volume already
+    with pytest.raises(PreconditionFailed):
+        world.create(topology=within("a", "b"))
 
 
 def test_after_a_crash_nothing_is_made_while_the_zone_of_the_volume_is_down() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from csi_driver.controller.capacity import ExpandVolume, GetCapacity
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.list_volumes import ListVolumes
 from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement
 from csi_driver.controller.publish import PublishVolume
-from csi_driver.controller.unpublish import UnpublishVolume
 from csi_driver.controller.validate import ModifyVolume, ValidateVolume
-from csi_driver.controller.zones import CREW, Crew, Readiness
+from csi_driver.controller.zones import ZONE_POOL, Readiness, ZonePool
 from csi_driver.deadline import Deadline
 from csi_driver.model import (
     DEFAULT_ZONE,
@@ -54,7 +54,7 @@ class World:
         zones: tuple[str, ...] = (DEFAULT_ZONE,),
         *,
         beside: World | None = None,
-        crew: Crew = CREW,
+        pool: ZonePool = ZONE_POOL,
     ) -> None:
         self.clock: FakeClock = beside.clock if beside is not None else FakeClock()
         made = {zone: FakeManagement(clock=self.clock) for zone in zones}
@@ -62,16 +62,16 @@ class World:
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
         self.clusters = FakeClusters(self.zones)
-        self.creation = CreateVolume(self.clusters, self.settings, crew=crew, wall_s=self.clock.monotonic)
+        self.creation = CreateVolume(self.clusters, self.settings, pool)
         self.deletion = DeleteVolume(self.clusters, self.settings)
         self.publication = PublishVolume(self.clusters, self.settings)
         self.unpublication = UnpublishVolume(self.clusters, self.settings)
         self.expand = ExpandVolume(self.clusters, self.settings)
         self.modify = ModifyVolume(self.clusters)
-        self.listing = ListVolumes(self.clusters, self.settings, crew=crew)
-        self.free = GetCapacity(self.clusters, self.settings, crew=crew)
+        self.listing = ListVolumes(self.clusters, self.settings, pool)
+        self.free = GetCapacity(self.clusters, self.settings, pool)
         self.validation = ValidateVolume(self.clusters, self.settings)
-        self.readiness = Readiness(self.clusters, crew=crew)
+        self.readiness = Readiness(self.clusters, pool)
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)
