@@ -2,10 +2,9 @@
 
 A flag is declared once, as a field:
 
-    drain_s: float = flag(30.0, "--drain-seconds", read_seconds, "Time after SIGTERM for running requests to finish.")
+    drain_s: float = flag(30.0, "--drain-seconds", read_duration, "Time after SIGTERM for running requests to finish.")
 
 Parser, environment variable, help, docs/parameters.md and the chart's schema follow from it (`csi_driver.config`).
-A reader turns text into a value and raises ValueError with a description of what it expects.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, is_zone_name
+from csi_driver.model import is_zone_name
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -52,7 +51,10 @@ _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})")
 
 @dataclass(frozen=True, slots=True)
 class Reader(Generic[T_co]):
-    """Turn text into a value. `metavar`, `unit`: of the value, in the help; `words`: all that it accepts, if few."""
+    """Turn text into a value. `read` raises ValueError with a description of the text that it expects.
+
+    `metavar`, `unit`: of the value, in the help. `words`: every text that is accepted, if they are few.
+    """
 
     read: Callable[[str], T_co]
     metavar: str = "VALUE"
@@ -61,6 +63,10 @@ class Reader(Generic[T_co]):
 
     def __call__(self, text: str) -> T_co:
         return self.read(text)
+
+    def named(self, metavar: str, unit: str = "") -> Reader[T_co]:
+        """Return this reader with another name and unit of the value."""
+        return replace(self, metavar=metavar, unit=unit)
 
 
 def reader(metavar: str = "VALUE", unit: str = "") -> Callable[[Callable[[str], T]], Reader[T]]:
@@ -247,19 +253,17 @@ def choice(*words: Word) -> Reader[Word]:
 
 @dataclass(frozen=True, slots=True)
 class Flag(Generic[T]):
-    """One flag. `shown` says more of its default than the value; a required flag has its default in no settings.
+    """One flag. `shown` is its default in the help, where the value does not say all.
 
-    A name without dashes is a positional word: it is required and has no environment variable.
+    A required flag has its default only until the missing flag is reported. A name without dashes is a positional
+    word: it is required and has no environment variable. A repeatable flag reads each of its values by itself.
     """
 
     default: T
     name: str
     read: Reader[Any]
-    """Reader of one value, of which a repeatable flag has several."""
     effect: str
     shown: str = ""
-    unit: str = ""
-    metavar: str = ""
     environment: str = ""
     is_required: bool = False
     is_repeatable: bool = False
@@ -290,16 +294,6 @@ class Flag(Generic[T]):
         return self.read is read_boolean
 
     @property
-    def value_name(self) -> str:
-        """Return the name of the value in the help."""
-        return self.metavar or self.read.metavar
-
-    @property
-    def value_unit(self) -> str:
-        """Return the unit of the value; empty where it has none."""
-        return self.unit or self.read.unit
-
-    @property
     def shown_default(self) -> str:
         """Return the default as the help shows it; empty for a required flag."""
         if self.is_required or self.shown:
@@ -317,8 +311,8 @@ class Flag(Generic[T]):
             parts.append(f"One of: {', '.join(self.read.words)}.")
         if self.is_repeatable:
             parts.append("May be repeated.")
-        if self.value_unit:
-            parts.append(f"Unit: {self.value_unit}.")
+        if self.read.unit:
+            parts.append(f"Unit: {self.read.unit}.")
         return " ".join(parts)
 
     def describe(self) -> str:
@@ -330,11 +324,9 @@ class Flag(Generic[T]):
         return f"{self.explain()} {default} Environment: {self.variable}{commas}."
 
 
-def flag(
-    default: T, name: str, read: Reader[T], effect: str, *, shown: str = "", unit: str = "", metavar: str = ""
-) -> T:
+def flag(default: T, name: str, read: Reader[T], effect: str, *, shown: str = "", environment: str = "") -> T:
     """Return a field for an optional flag."""
-    return Flag(default, name, read, effect, shown, unit, metavar).field()
+    return Flag(default, name, read, effect, shown, environment).field()
 
 
 def required(placeholder: T, name: str, read: Reader[T], effect: str) -> T:
@@ -342,11 +334,9 @@ def required(placeholder: T, name: str, read: Reader[T], effect: str) -> T:
     return Flag(placeholder, name, read, effect, is_required=True).field()
 
 
-def repeatable(
-    default: tuple[T, ...], name: str, read: Reader[T], effect: str, *, shown: str, metavar: str = ""
-) -> tuple[T, ...]:
+def repeatable(default: tuple[T, ...], name: str, read: Reader[T], effect: str, *, shown: str) -> tuple[T, ...]:
     """Return a field for a flag that may be given several times."""
-    return Flag(default, name, read, effect, shown, metavar=metavar, is_repeatable=True).field()
+    return Flag(default, name, read, effect, shown, is_repeatable=True).field()
 
 
 def section(settings: type[T]) -> T:
@@ -365,42 +355,3 @@ def size_text(size_bytes: int) -> str:
 def host_name() -> str:
     """Return the name of this machine."""
     return os.uname().nodename
-
-
-# --- flags that several settings have --------------------------------------------------------------------------------
-
-LOG_LEVEL = Flag("info", "--log-level", choice("debug", "info", "warning", "error"), "Minimum log level.")
-DRIVER_NAME = Flag(DEFAULT_DRIVER_NAME, "--driver-name", read_driver_name, "Name that the driver reports.")
-ENDPOINT = Flag(
-    Path(), "--endpoint", read_socket, "Unix socket of the driver, as unix:///PATH or PATH.",
-    environment="CSI_ENDPOINT", is_required=True,
-)  # fmt: skip
-NODE_NAME = Flag("", "--node-name", read_node_name, "Name of this node and of its storage client.", "the host's name")
-ZONE = Flag(
-    DEFAULT_ZONE,
-    "--zone",
-    read_zone,
-    "Name of the storage cluster: first part of volume handles, value of the topology key. It must never change after"
-    " the first volume. With --clusters-file, the names in that file are used.",
-)
-TOPOLOGY_KEY = Flag(DEFAULT_TOPOLOGY_KEY, "--topology-key", read_topology_key, "Topology key of the zones.")
-MAX_VOLUMES = Flag(
-    0, "--max-volumes-per-node", read_count, "Maximum number of volumes attached to one node.", "0, no limit", "volumes"
-)
-VOLUME_HEALTH = Flag(False, "--volume-health", read_boolean, "Serve the alpha health RPCs of CSI 1.13.")
-PATH_ROOT = Flag(
-    (Path("/var/lib/kubelet"),),
-    "--path-root",
-    read_directory,
-    "Staging and target paths must be below one of these directories.",
-    "/var/lib/kubelet",
-    is_repeatable=True,
-)
-OVERCOMMIT = Flag(False, "--overcommit", read_boolean, "Allow --size above the free space; pods may get I/O errors.")
-PREALLOCATE = Flag(
-    False,
-    "--preallocate",
-    read_boolean,
-    "Allocate every block of a volume when it is created; without it pods get I/O errors when other programs fill the"
-    " disk later.",
-)

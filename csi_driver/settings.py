@@ -9,30 +9,72 @@ from typing import Self
 
 from csi_driver.deadline import Deadline
 from csi_driver.flags import (
-    DRIVER_NAME,
-    ENDPOINT,
-    MAX_VOLUMES,
-    NODE_NAME,
-    PATH_ROOT,
-    TOPOLOGY_KEY,
-    VOLUME_HEALTH,
-    ZONE,
     Flag,
     choice,
     flag,
     host_name,
     read_boolean,
+    read_count,
     read_directory,
+    read_driver_name,
     read_duration,
     read_file,
+    read_listen_address,
+    read_node_name,
     read_positive_count,
     read_positive_duration,
+    read_socket,
     read_text,
     read_topology_key,
+    read_zone,
+    reader,
 )
-from csi_driver.model import DEFAULT_ZONE
+from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE
 
-# --- what both roles have -------------------------------------------------------------------------------------------
+# --- flags of several settings ---
+
+LOG_LEVEL = Flag("info", "--log-level", choice("debug", "info", "warning", "error"), "Minimum log level.")
+DRIVER_NAME = Flag(DEFAULT_DRIVER_NAME, "--driver-name", read_driver_name, "Name that the driver reports.")
+ENDPOINT = Flag(
+    Path(), "--endpoint", read_socket, "Unix socket of the driver, as unix:///PATH or PATH.",
+    environment="CSI_ENDPOINT", is_required=True,
+)  # fmt: skip
+NODE_NAME = Flag("", "--node-name", read_node_name, "Name of this node and of its storage client.", "the host's name")
+ZONE = Flag(
+    DEFAULT_ZONE,
+    "--zone",
+    read_zone,
+    "Name of the storage cluster: first part of volume handles, value of the topology key. It must never change after"
+    " the first volume. With --clusters-file, the names in that file are used.",
+)
+TOPOLOGY_KEY = Flag(DEFAULT_TOPOLOGY_KEY, "--topology-key", read_topology_key, "Topology key of the zones.")
+MAX_VOLUMES = Flag(
+    0,
+    "--max-volumes-per-node",
+    read_count.named("N", "volumes"),
+    "Maximum number of volumes attached to one node.",
+    "0, no limit",
+)
+VOLUME_HEALTH = Flag(False, "--volume-health", read_boolean, "Serve the alpha health RPCs of CSI 1.13.")
+PATH_ROOT = Flag(
+    (Path("/var/lib/kubelet"),),
+    "--path-root",
+    read_directory,
+    "Staging and target paths must be below one of these directories.",
+    "/var/lib/kubelet",
+    is_repeatable=True,
+)
+OVERCOMMIT = Flag(False, "--overcommit", read_boolean, "Allow --size above the free space; pods may get I/O errors.")
+PREALLOCATE = Flag(
+    False,
+    "--preallocate",
+    read_boolean,
+    "Allocate every block of a volume when it is created; without it pods get I/O errors when other programs fill the"
+    " disk later.",
+)
+
+
+# --- both roles -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +107,40 @@ class HttpSettings:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+@reader("HOST:PORT")
+def read_http_listen(value: str) -> HttpSettings:
+    """Read the address of health pages and metrics."""
+    return HttpSettings(*read_listen_address(value))
+
+
+HTTP_LISTEN: Flag[HttpSettings | None] = Flag(
+    None,
+    "--http-listen",
+    read_http_listen,
+    "HTTP address for /healthz, /readyz and /metrics; :PORT = all addresses, port 0 = any free port.",
+    "none, disabled",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
     """How to reach the Kubernetes API server. Time in seconds."""
 
-    host: str = Flag(
-        "", "--kubernetes-host", read_text, "Host of the Kubernetes API server.", "none",
-        metavar="HOST", environment="KUBERNETES_SERVICE_HOST",
-    ).field()  # fmt: skip
-    port: int = Flag(
-        443, "--kubernetes-port", read_positive_count, "HTTPS port of the API server.", unit="TCP port",
-        metavar="PORT", environment="KUBERNETES_SERVICE_PORT",
-    ).field()  # fmt: skip
+    host: str = flag(
+        "",
+        "--kubernetes-host",
+        read_text.named("HOST"),
+        "Host of the Kubernetes API server.",
+        shown="none",
+        environment="KUBERNETES_SERVICE_HOST",
+    )
+    port: int = flag(
+        443,
+        "--kubernetes-port",
+        read_positive_count.named("PORT", "TCP port"),
+        "HTTPS port of the API server.",
+        environment="KUBERNETES_SERVICE_PORT",
+    )
     account: Path = flag(
         Path("/var/run/secrets/kubernetes.io/serviceaccount"),
         "--kubernetes-account",
@@ -217,9 +281,8 @@ class NodeSettings:
     heavy_operations: int = flag(
         4,
         "--heavy-operations",
-        read_positive_count,
+        read_positive_count.named("N", "volumes"),
         "Maximum number of volumes that are formatted, checked, grown or decrypted at the same time; others wait.",
-        unit="volumes",
     )
     answer_margin_s: float = 0.5
     statistics_timeout_s: float = 1.5

@@ -9,21 +9,15 @@ from typing import Self
 
 from csi_driver.config.parser import Command, Values, build, flags_of
 from csi_driver.flags import (
-    DRIVER_NAME,
-    NODE_NAME,
     SOCKET_PATH_BYTES,
-    ZONE,
-    Flag,
     choice,
     flag,
     host_name,
     read_duration,
     read_file,
-    read_listen_address,
     read_positive_duration,
     read_socket,
     read_text,
-    reader,
     required,
     section,
 )
@@ -31,6 +25,10 @@ from csi_driver.management.clusters import ClusterDefaults, parse_clusters
 from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
 from csi_driver.settings import (
     ATTACH_BY,
+    DRIVER_NAME,
+    HTTP_LISTEN,
+    NODE_NAME,
+    ZONE,
     ApiSettings,
     AttachBy,
     AttachSettings,
@@ -46,21 +44,6 @@ from csi_driver.telemetry.log import LogSettings
 from csi_driver.yaml_document import InvalidDocument, read_source
 
 ALLOW_FORMAT, SHOW = "allow-format", "show"
-
-
-@reader("HOST:PORT")
-def read_http(value: str) -> HttpSettings:
-    """Read the address of the health pages."""
-    return HttpSettings(*read_listen_address(value))
-
-
-HTTP_LISTEN: Flag[HttpSettings | None] = Flag(
-    None,
-    "--http-listen",
-    read_http,
-    "HTTP address for /healthz, /readyz and /metrics; :PORT = all addresses, port 0 = any free port.",
-    "none, disabled",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +67,42 @@ class ManagementAccess:
         """Return the settings of a zone for what the file leaves out."""
         return ClusterDefaults(self.management, self.zone, tls_is_decided=self.tls_verify is not None)
 
-    def read_file(self, values: Values) -> None:
-        """Add the flags of the clusters file to `values`, and the problems of the file."""
+    def read_clusters(self, values: Values) -> None:
+        """Add the flags in the clusters file, and the problems of the file, to `values`."""
         if self.clusters_file is None:
             return
         try:
-            found = parse_clusters(read_source(self.clusters_file), self.defaults)
+            values.file.update(parse_clusters(read_source(self.clusters_file), self.defaults).flags)
         except InvalidDocument as invalid:
             values.problems.extend(f"{self.clusters_file}: {problem}" for problem in invalid.problems)
-            return
-        for name, (key, text) in found.flags.items():
-            values.add(name, key, text)
 
     def problems(self) -> Iterator[str]:
-        """Yield the problems of the flags together."""
         servers = self.management.servers
         if self.clusters_file is None and not servers:
-            yield ("--management-server (or NVMESH_CSI_MANAGEMENT_SERVER) or --clusters-file is required")
+            yield "--management-server (or NVMESH_CSI_MANAGEMENT_SERVER) or --clusters-file is required"
         if self.clusters_file is not None and servers:
             yield "--clusters-file and --management-server are both given; set only one of them"
         if servers:
             yield from self.management.problems()
 
 
+class ClusterCommand(Command):
+    """A command that always uses the storage management."""
+
+    __slots__ = ()
+    access: ManagementAccess
+
+    @classmethod
+    def read(cls, values: Values) -> Self:
+        build(ManagementAccess, values).read_clusters(values)
+        return build(cls, values)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        return self.access.problems()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerCommand(Command):
+class ControllerCommand(ClusterCommand):
     """`nvmesh-csi controller`."""
 
     endpoint: EndpointSettings = section(EndpointSettings)
@@ -117,16 +111,6 @@ class ControllerCommand(Command):
     attach_by: AttachBy = ATTACH_BY.field()
     http: HttpSettings | None = HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
-
-    @classmethod
-    def read(cls, values: Values) -> Self:
-        """Read the flags and the clusters file."""
-        build(ManagementAccess, values).read_file(values)
-        return build(cls, values)
-
-    def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
-        return self.access.problems()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,21 +137,19 @@ class NodeCommand(Command):
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        """Read the flags, and the clusters file where the node attaches volumes."""
-        if values.value(ATTACH_BY) is AttachBy.NODE:
-            build(ManagementAccess, values).read_file(values)
+        if values.read(ATTACH_BY) is AttachBy.NODE:
+            build(ManagementAccess, values).read_clusters(values)
         return build(cls, values)
 
     @property
     def registration(self) -> RegistrationSettings | None:
-        """Return how the driver is registered with kubelet; None where another program registers it."""
+        """Return how the node registers itself with kubelet; None if another program registers it."""
         directory, own = self.paths.registration_directory, self.endpoint.socket
         if directory is None:
             return None
         return RegistrationSettings(directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent)
 
     def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
         if self.attach_by is AttachBy.NODE:
             yield from self.access.problems()
         else:
@@ -177,8 +159,8 @@ class NodeCommand(Command):
             if given:
                 yield f"{given} requires --attach-by node: else the node attaches no volume itself"
         wanted = {"--node-label": self.node_object.label, "--startup-taint": self.node_object.startup_taint}
-        if any(wanted.values()) and not self.api.host:
-            names = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+        names = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+        if names and not self.api.host:
             yield f"{names} requires --kubernetes-host (or KUBERNETES_SERVICE_HOST, which every pod has)"
         registration = self.registration
         if registration is None and self.kubelet_endpoint is not None:
@@ -191,7 +173,7 @@ class NodeCommand(Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VolumeCommand(Command):
+class VolumeCommand(ClusterCommand):
     """`nvmesh-csi volume`."""
 
     action: str = required(
@@ -205,16 +187,6 @@ class VolumeCommand(Command):
     timeout_s: float = flag(60.0, "--timeout", read_positive_duration, "Time limit.")
     access: ManagementAccess = section(ManagementAccess)
     log: LogSettings = section(LogSettings)
-
-    @classmethod
-    def read(cls, values: Values) -> Self:
-        """Read the flags and the clusters file."""
-        build(ManagementAccess, values).read_file(values)
-        return build(cls, values)
-
-    def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
-        return self.access.problems()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +206,6 @@ class PreStopCommand(Command):
     log: LogSettings = section(LogSettings)
 
     def resolved(self) -> Self:
-        """Fill in the name of the machine."""
         return replace(self, node_name=self.node_name or host_name(), api=replace(self.api, timeout_s=5.0))
 
 

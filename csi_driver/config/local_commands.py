@@ -7,23 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from csi_driver.config.csi_commands import HTTP_LISTEN
 from csi_driver.config.parser import Command, Values, build
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
-from csi_driver.flags import (
-    NODE_NAME,
-    flag,
-    host_name,
-    read_directory,
-    read_host_port_or_fd,
-    section,
-)
+from csi_driver.flags import flag, host_name, read_directory, read_host_port_or_fd, section
 from csi_driver.local.doctor import Target
 from csi_driver.local.settings import DemoSettings, LocalSettings
-from csi_driver.settings import (
-    DEVICE_DIRECTORY,
-    HttpSettings,
-)
+from csi_driver.settings import DEVICE_DIRECTORY, HTTP_LISTEN, NODE_NAME, HttpSettings
 from csi_driver.telemetry.log import LogSettings
 
 
@@ -51,7 +40,6 @@ class StorageCommand(Command):
     log: LogSettings = section(LogSettings)
 
     def resolved(self) -> Self:
-        """Fill in the address, and the client of this machine where none is given."""
         own = ClientSettings(self.node_name or host_name(), self.device_directory, self.status_directory)
         host, port = ("", 0) if isinstance(self.listen, int) else self.listen
         storage = replace(
@@ -64,7 +52,6 @@ class StorageCommand(Command):
         return replace(self, storage=storage)
 
     def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
         clients = self.storage.clients
         if len({client.name for client in clients}) != len(clients):
             yield "--client names a client twice"
@@ -90,7 +77,6 @@ class DemoCommand(Command):
     log: LogSettings = section(LogSettings)
 
     def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
         least, given = self.settings.volume_bytes, self.settings.expanded_bytes
         if given < least:
             yield f"--expanded-size: expected at least the {least} bytes of --volume-size, got {given}"
@@ -105,13 +91,11 @@ class DoctorCommand(Command):
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        """Read the flags; the role that runs here is the default role."""
         if values.running is not None:
-            values.add("--role", "running role", values.running.role)
+            values.file["--role"] = ("running role", values.running.role)
         return cls(target=replace(build(Target, values), running=values.running))
 
     def problems(self, values: Values) -> Iterator[str]:
-        """Yield the problems of the flags together."""
         if self.target.management.servers:
             yield from self.target.management.problems()
 

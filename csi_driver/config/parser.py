@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
 
 from csi_driver.errors import shown
@@ -33,7 +33,7 @@ COMMANDS = {
     "version": "Print the version.",
 }
 BESIDE: Mapping[str, Sequence[str]] = {"doctor": ("node", "controller"), "pre-stop": ("node",)}
-"""Commands that take the flags and environment of a running role for what they are not given themselves."""
+"""Commands that take missing flags from the arguments and environment of a running role."""
 
 _LOCAL_COMMANDS = ("storage", "local", "demo", "doctor")
 _EXIT_STATUS = """exit status:
@@ -52,53 +52,45 @@ class UsageError(Exception):
         super().__init__("; ".join(self.problems))
 
 
+@dataclass(slots=True)
 class Values:
-    """The values of flags, from arguments, else the environment, else a file, else the flag's default.
+    """Texts of flags: arguments, else environment, else `file` (source and text), and the problems of reading them.
 
-    `problems` collects each value that cannot be read. `running`: the role beside which a command runs.
+    `running`: the role beside which the command runs.
     """
 
-    def __init__(
-        self,
-        arguments: Mapping[str, Sequence[str]],
-        environ: Mapping[str, str],
-        running: RunningRole | None = None,
-    ) -> None:
-        self.problems: list[str] = []
-        self.running = running
-        self._arguments = arguments
-        self._environ = environ
-        self._file: dict[str, tuple[str, str]] = {}
-
-    def add(self, name: str, source: str, text: str) -> None:
-        """Use this text where the flag is not given; `source` names it in problems."""
-        self._file[name] = (source, text)
+    arguments: Mapping[str, Sequence[str]]
+    environ: Mapping[str, str]
+    running: RunningRole | None = None
+    file: dict[str, tuple[str, str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def is_given(self, flag: Flag[Any]) -> bool:
         """Return whether a flag is set by an argument or the environment."""
-        return bool(self._arguments.get(flag.name) or (not flag.is_positional and self._environ.get(flag.variable)))
+        return bool(self.arguments.get(flag.name) or (not flag.is_positional and self.environ.get(flag.variable)))
 
-    def value(self, flag: Flag[T]) -> T:
-        """Return the value of a flag (the last one given; all values of a repeatable one)."""
+    def read(self, flag: Flag[T]) -> T:
+        """Return the value of a flag: the last one given, all of a repeatable flag, else the default."""
         source, texts = self._texts(flag)
-        if not texts:
-            if flag.is_required:
-                self.problems.append(f"{flag.name} (or {flag.variable}) is required")
+        if not texts and flag.is_required:
+            self.problems.append(f"{flag.name} (or {flag.variable}) is required")
+        values = []
+        for text in texts if flag.is_repeatable else texts[-1:]:
+            try:
+                values.append(flag.read(text))
+            except ValueError as error:
+                self.problems.append(f"{source}: expected {error}, got {shown(text)}")
+        if not values:
             return flag.default
-        try:
-            values = tuple(map(flag.read, texts if flag.is_repeatable else texts[-1:]))
-        except ValueError as error:
-            self.problems.append(f"{source}: expected {error}, got {shown(texts[-1])}")
-            return flag.default
-        return cast("T", values if flag.is_repeatable else values[0])
+        return cast("T", tuple(values) if flag.is_repeatable else values[0])
 
     def _texts(self, flag: Flag[Any]) -> tuple[str, Sequence[str]]:
-        if given := self._arguments.get(flag.name):
+        if given := self.arguments.get(flag.name):
             return flag.name, given
         if self.is_given(flag):
-            text = self._environ[flag.variable]
+            text = self.environ[flag.variable]
             return flag.variable, [word.strip() for word in text.split(",")] if flag.is_repeatable else [text]
-        source, *texts = self._file.get(flag.name, (flag.name,))
+        source, *texts = self.file.get(flag.name, (flag.name,))
         return source, texts
 
 
@@ -107,7 +99,7 @@ def build(settings: type[T], values: Values) -> T:
     found: dict[str, Any] = {}
     for each in fields(settings):  # type: ignore[arg-type]
         if FLAG in each.metadata:
-            found[each.name] = values.value(each.metadata[FLAG])
+            found[each.name] = values.read(each.metadata[FLAG])
         elif SECTION in each.metadata:
             found[each.name] = build(each.metadata[SECTION], values)
     made = settings(**found)
@@ -121,15 +113,12 @@ def flags_of(settings: type[object]) -> dict[str, Flag[Any]]:
         if FLAG in each.metadata:
             found.setdefault(each.metadata[FLAG].name, each.metadata[FLAG])
         elif SECTION in each.metadata:
-            found = {
-                **found,
-                **{name: flag for name, flag in flags_of(each.metadata[SECTION]).items() if name not in found},
-            }
+            found |= {name: flag for name, flag in flags_of(each.metadata[SECTION]).items() if name not in found}
     return found
 
 
 class Command:
-    """Settings of one command: a dataclass whose fields declare its flags."""
+    """Settings of a command: a dataclass with a field for each flag."""
 
     __slots__ = ()
     log: LogSettings
@@ -140,7 +129,7 @@ class Command:
         return build(cls, values)
 
     def problems(self, values: Values) -> Iterable[str]:
-        """Return the problems that values have together, a sentence each."""
+        """Yield a sentence for each problem between flags."""
         return ()
 
 
@@ -232,7 +221,7 @@ def _parser(chosen: str, flags: Mapping[str, Flag[Any]]) -> argparse.ArgumentPar
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, **form)
         for flag in flags.values() if name == chosen else ():
-            value: dict[str, Any] = {} if flag.is_positional else {"dest": flag.name, "metavar": flag.value_name}
+            value: dict[str, Any] = {} if flag.is_positional else {"dest": flag.name, "metavar": flag.read.metavar}
             if flag.is_switch:
                 value |= {"nargs": "?", "const": "true"}
             command.add_argument(flag.name, action="append", help=flag.describe().replace("%", "%%"), **value)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.flags import (
-    OVERCOMMIT,
-    PREALLOCATE,
     flag,
     read_boolean,
     read_count,
@@ -24,6 +22,7 @@ from csi_driver.flags import (
     required,
     section,
 )
+from csi_driver.settings import OVERCOMMIT, PREALLOCATE
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -110,7 +109,7 @@ class StorageSettings:
     """0: any free port."""
     listen_fd: int | None = None
     """Descriptor of an inherited, bound socket; replaces host and port."""
-    user: str = flag("admin@nvidia.com", "--user", read_text, "User for the login at the REST API.", metavar="USER")
+    user: str = flag("admin@nvidia.com", "--user", read_text.named("USER"), "User for the login at the REST API.")
     password_file: Path | None = flag(
         None,
         "--password-file",
@@ -124,10 +123,9 @@ class StorageSettings:
     pretend_targets: int = flag(
         0,
         "--pretend-targets",
-        read_count,
+        read_count.named("N", "targets"),
         "Number of simulated storage targets, to try layouts with redundancy; they do not protect data.",
         shown="0, the real number",
-        unit="targets",
     )
     retry_first_s: float = 0.2
     """Pause before the first retry of work that failed; doubled up to `retry_most_s`."""

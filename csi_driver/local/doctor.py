@@ -18,22 +18,21 @@ from typing import Self
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, one_line
-from csi_driver.flags import (
-    DRIVER_NAME,
-    ENDPOINT,
-    NODE_NAME,
-    choice,
-    flag,
-    host_name,
-    read_boolean,
-    read_positive_duration,
-    section,
-)
+from csi_driver.flags import choice, flag, host_name, read_boolean, read_positive_duration, section
 from csi_driver.host_model import RunningRole
 from csi_driver.management.clusters import ClusterDefaults
 from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
 from csi_driver.model import DEFAULT_ZONE
-from csi_driver.settings import STATE_DIRECTORY, ApiSettings, NodeObjectSettings, NodePaths, state_directory
+from csi_driver.settings import (
+    DRIVER_NAME,
+    ENDPOINT,
+    NODE_NAME,
+    STATE_DIRECTORY,
+    ApiSettings,
+    NodeObjectSettings,
+    NodePaths,
+    state_directory,
+)
 
 NODE, CONTROLLER = "node", "controller"
 _API_TIMEOUT_S = 4.0

@@ -7,14 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.flags import (
-    DRIVER_NAME,
-    LOG_LEVEL,
-    MAX_VOLUMES,
-    NODE_NAME,
-    OVERCOMMIT,
-    PATH_ROOT,
-    PREALLOCATE,
-    VOLUME_HEALTH,
     Flag,
     choice,
     flag,
@@ -27,6 +19,16 @@ from csi_driver.flags import (
     required,
 )
 from csi_driver.model import GIB, MIB
+from csi_driver.settings import (
+    DRIVER_NAME,
+    LOG_LEVEL,
+    MAX_VOLUMES,
+    NODE_NAME,
+    OVERCOMMIT,
+    PATH_ROOT,
+    PREALLOCATE,
+    VOLUME_HEALTH,
+)
 
 START_TIMEOUT = Flag(
     60.0, "--start-timeout", read_positive_duration, "Time limit for storage, controller and node to become ready."
@@ -73,9 +75,8 @@ class LocalSettings:
     restart_limit: int = flag(
         5,
         "--restart-limit",
-        read_count,
+        read_count.named("N", "exits"),
         "Stop all roles when one exits more often than this within --restart-window.",
-        unit="exits",
     )
     restart_window_s: float = flag(60.0, "--restart-window", read_positive_duration, "Time window of --restart-limit.")
     program: tuple[str, ...] = field(default_factory=this_program)

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from csi_driver.errors import Unauthenticated
 from csi_driver.flags import (
-    DRIVER_NAME,
     Flag,
     flag,
     read_boolean,
@@ -21,6 +20,7 @@ from csi_driver.flags import (
     read_text,
     repeatable,
 )
+from csi_driver.settings import DRIVER_NAME
 
 _DEFAULT_USER = "admin@nvidia.com"
 TLS_VERIFY = Flag(True, "--management-tls-verify", read_boolean, "Reject servers with an unverifiable certificate.")
@@ -37,14 +37,19 @@ class ManagementSettings:
     """
 
     servers: tuple[str, ...] = repeatable(
-        (), "--management-server", read_text,
+        (),
+        "--management-server",
+        read_text.named("URL"),
         "URL of a management server, as https://HOST:PORT, in order of preference.",
-        shown="none, with --clusters-file; else at least one must be given", metavar="URL",
-    )  # fmt: skip
+        shown="none, with --clusters-file; else at least one must be given",
+    )
     username: str = flag(
-        "", "--management-user", read_text, "User for the login at the management.",
-        shown=f"{_DEFAULT_USER}, where a password file is given", metavar="USER",
-    )  # fmt: skip
+        "",
+        "--management-user",
+        read_text.named("USER"),
+        "User for the login at the management.",
+        shown=f"{_DEFAULT_USER}, where a password file is given",
+    )
     username_file: Path | None = flag(
         None,
         "--management-user-file",
@@ -89,9 +94,8 @@ class ManagementSettings:
     max_requests_in_flight: int = flag(
         16,
         "--management-requests",
-        read_positive_count,
+        read_positive_count.named("N", "requests"),
         "Maximum number of concurrent requests to one management server.",
-        unit="requests",
     )
     driver_name: str = DRIVER_NAME.field()
     allow_incompatible_versions: bool = flag(

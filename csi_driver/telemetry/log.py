@@ -15,7 +15,8 @@ from enum import StrEnum
 from typing import TextIO
 
 from csi_driver.errors import LINE_LIMIT_CHARACTERS, one_line
-from csi_driver.flags import LOG_LEVEL, choice, flag
+from csi_driver.flags import choice, flag
+from csi_driver.settings import LOG_LEVEL
 
 
 class LogFormat(StrEnum):

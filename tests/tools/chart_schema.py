@@ -71,15 +71,15 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
 """The values from which templates set a flag; all other flags are in the role's `flags`."""
 
 _SHAPES: Mapping[Callable[[str], object], Mapping[str, Any]] = {
-    flags.read_boolean: {"type": "boolean"},
-    flags.read_count: {"type": "integer", "minimum": 0},
-    flags.read_positive_count: {"type": "integer", "minimum": 1},
-    flags.read_duration: {"$ref": "#/$defs/duration"},
-    flags.read_positive_duration: {"$ref": "#/$defs/duration"},
-    flags.read_size: {"$ref": "#/$defs/size"},
-    flags.read_positive_size: {"$ref": "#/$defs/size"},
-    flags.read_file: {"type": "string", "pattern": "^/"},
-    flags.read_directory: {"type": "string", "pattern": "^/"},
+    flags.read_boolean.read: {"type": "boolean"},
+    flags.read_count.read: {"type": "integer", "minimum": 0},
+    flags.read_positive_count.read: {"type": "integer", "minimum": 1},
+    flags.read_duration.read: {"$ref": "#/$defs/duration"},
+    flags.read_positive_duration.read: {"$ref": "#/$defs/duration"},
+    flags.read_size.read: {"$ref": "#/$defs/size"},
+    flags.read_positive_size.read: {"$ref": "#/$defs/size"},
+    flags.read_file.read: {"type": "string", "pattern": "^/"},
+    flags.read_directory.read: {"type": "string", "pattern": "^/"},
 }
 
 
@@ -107,7 +107,7 @@ def flags_schema(role: str) -> dict[str, Any]:
 
 def _shape(flag: Flag[object]) -> dict[str, Any]:
     words: dict[str, Any] = {"enum": list(flag.read.words)} if flag.read.words else {"type": "string", "minLength": 1}
-    one = dict(_SHAPES.get(flag.read, words))
+    one = dict(_SHAPES.get(flag.read.read, words))
     shape = {"type": "array", "items": one} if flag.is_repeatable else one
     return {"description": flag.describe()} | shape
 

@@ -58,7 +58,7 @@ def _flags(command: str) -> Iterator[str]:
         if flag.is_positional:
             yield _row([f"`{flag.name}`", "required", "", flag.explain()])
             continue
-        name = f"`{flag.name}`" if flag.is_switch else f"`{flag.name} {flag.value_name}`"
+        name = f"`{flag.name}`" if flag.is_switch else f"`{flag.name} {flag.read.metavar}`"
         value = [_chart_value(command, flag)] if in_chart else []
         yield _row([name, flag.shown_default or "required", f"`{flag.variable}`", *value, flag.explain()])
 

@@ -65,7 +65,7 @@ def test_the_help_of_a_flag_has_default_variable_and_unit(command: str, flag: Fl
     assert flag.effect in shown
     assert flag.is_required != bool(flag.shown_default)
     assert f"Environment: {flag.variable}" in shown
-    assert isinstance(flag.default, (str, bool, Path, tuple, type(None))) or flag.value_unit, "a number has a unit"
+    assert isinstance(flag.default, (str, bool, Path, tuple, type(None))) or flag.read.unit, "a number has a unit"
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS)

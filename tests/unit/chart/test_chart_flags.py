@@ -35,20 +35,20 @@ Values = Mapping[str, Any]
 def other_value(flag: Flag[object]) -> Any:
     """Return a value as YAML has it that is not the flag's default."""
     samples: dict[Any, Any] = {
-        read.read_boolean: flag.default is False,
-        read.read_count: 1234567,
-        read.read_positive_count: 1234567,
-        read.read_duration: "2.5m",
-        read.read_positive_duration: 7,
-        read.read_size: "3GiB",
-        read.read_file: f"/elsewhere{flag.name[1:]}",
-        read.read_directory: f"/elsewhere{flag.name[1:]}",
-        read.read_socket: "/elsewhere/csi.sock",
-        read_client: "other=/elsewhere",
-        read.read_text: "words with spaces, and: a colon",
+        read.read_boolean.read: flag.default is False,
+        read.read_count.read: 1234567,
+        read.read_positive_count.read: 1234567,
+        read.read_duration.read: "2.5m",
+        read.read_positive_duration.read: 7,
+        read.read_size.read: "3GiB",
+        read.read_file.read: f"/elsewhere{flag.name[1:]}",
+        read.read_directory.read: f"/elsewhere{flag.name[1:]}",
+        read.read_socket.read: "/elsewhere/csi.sock",
+        read_client.read: "other=/elsewhere",
+        read.read_text.read: "words with spaces, and: a colon",
     }
-    if flag.read in samples:
-        return samples[flag.read]
+    if flag.read.read in samples:
+        return samples[flag.read.read]
     return next(str(word) for word in flag.read.words if word != flag.default)
 
 
