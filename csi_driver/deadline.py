@@ -1,7 +1,6 @@
-"""Time as the driver sees it: a clock that tests can replace, and the moment by which an RPC must answer.
+"""A clock that tests can replace, and the deadline of an RPC.
 
-Every wait takes a `Deadline`, so that it ends before its caller gives up, with an answer from which the same
-call, repeated, goes on.
+Every wait takes a `Deadline`, so that it ends before the caller's timeout, and a retry continues.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's own clock."""
+    """The clock of the machine."""
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -35,7 +34,7 @@ SYSTEM_CLOCK: Clock = SystemClock()
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A moment on a clock. Make one with `Deadline.after`."""
+    """A moment on a clock; made by `Deadline.after`."""
 
     at_s: float
     started_s: float
@@ -43,7 +42,7 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
-        """Return the deadline that lies `seconds` ahead."""
+        """Return the deadline `seconds` from now."""
         now = clock.monotonic()
         return cls(now + seconds, now, clock)
 
@@ -60,18 +59,15 @@ class Deadline:
         return self.clock.monotonic() >= self.at_s
 
     def earlier(self, seconds: float) -> Deadline:
-        """Return the deadline `seconds` before this one: what a wait inside a call may use of it."""
+        """Return the deadline `seconds` before this one."""
         return Deadline(self.at_s - seconds, self.started_s, self.clock)
 
     def at_most(self, seconds: float) -> Deadline:
-        """Return this deadline, or the moment `seconds` from now where that comes first."""
+        """Return this deadline, or the moment `seconds` from now if that comes first."""
         return Deadline(min(self.at_s, self.clock.monotonic() + seconds), self.started_s, self.clock)
 
     def wait_until(self, ready: Callable[[], bool], *, first_s: float = 0.01, most_s: float = 0.5) -> bool:
-        """Ask `ready` at growing intervals until it is true (return True) or the time is up (False).
-
-        It is asked at least once, even when no time is left.
-        """
+        """Call `ready` at growing intervals, at least once, until it returns True or no time is left (False)."""
         pause_s = first_s
         while not ready():
             left_s = self.remaining_s()

@@ -1,14 +1,11 @@
-"""Every way in which the driver can fail, as one tree that knows neither gRPC nor HTTP.
+"""All expected failures, as one tree that knows neither gRPC nor HTTP.
 
-A *family* (a direct child of `DriverError`) says what the caller can do about it; `csi_driver.rpc.boundary`
-maps each family to one gRPC code, and a test proves that table total. A *leaf* carries the data of one kind
-of failure and writes its own message, so that every place that meets it says the same thing.
+A *family* (a direct child of `DriverError`) says what the caller can do; `csi_driver.rpc.boundary` maps each family to
+one gRPC code. A *leaf* carries the data of one kind of failure and writes its message. Source: CSI specification,
+"Error Scheme" of every RPC.
 
-A message says what failed, why, and what to do: `<thing>: expected <X>, got <Y>; <what to do>`, with the names and
-numbers involved. Messages may reach end users, so nothing secret is ever put into one. Text that a caller sent goes
-through `shown` first.
-
-Source of the families' meanings: CSI specification, "Error Scheme" of every RPC.
+A message says what failed, why, and what to do: `<thing>: expected <X>, got <Y>; <what to do>`. It may reach end users
+and must not contain secrets. Text that a caller sent goes through `shown` first.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ class DriverError(Exception):
 
 
 def same_again(error: DriverError) -> DriverError:
-    """Return a new exception that says the same: one object raised in several threads would mix their tracebacks."""
+    """Return a copy: one exception object raised in several threads would mix their tracebacks."""
     again = type(error).__new__(type(error))
     again.__dict__.update(error.__dict__)
     again.args = error.args
@@ -50,7 +47,7 @@ def same_again(error: DriverError) -> DriverError:
 
 
 class InvalidRequest(DriverError):
-    """The request is malformed, incomplete or asks for something the driver never does."""
+    """The request is malformed, incomplete or asks for something that the driver does not support."""
 
 
 class NotFound(DriverError):
@@ -58,11 +55,11 @@ class NotFound(DriverError):
 
 
 class Incompatible(DriverError):
-    """The object exists, is staged or is published, with properties other than the requested ones."""
+    """The object exists, is staged or is published with other properties than requested."""
 
 
 class CapacityOutOfRange(DriverError):
-    """The capacity range cannot be met: by any volume, or by the existing one because its pool has no space."""
+    """The capacity range cannot be met by any volume, or by the existing one because its pool has no space."""
 
 
 class Exhausted(DriverError):
@@ -132,7 +129,7 @@ class VolumeNotFound(NotFound):
 
 
 class VolumeNotMounted(NotFound):
-    """The volume may exist, but it is not mounted where the request expects it."""
+    """The volume is not mounted where the request expects it."""
 
     def __init__(self, volume: object, path: object) -> None:
         super().__init__(f"volume {volume} is not mounted at {path}")
@@ -147,7 +144,7 @@ class NodeNotFound(NotFound):
 
 
 class ExistsDifferently(Incompatible):
-    """The object exists with different properties. Each difference names one, with what was expected and found."""
+    """The object exists with different properties. Each difference has the expected and the found value."""
 
     def __init__(self, what: str, differences: Sequence[str]) -> None:
         self.differences = tuple(differences)
@@ -160,7 +157,7 @@ class ExistsDifferently(Incompatible):
 class DeadlineReached(StorageUnavailable):
     """The caller's timeout expired during a wait. A retry continues the same operation.
 
-    How long the wait was is left to the log: Kubernetes counts events with equal texts as one.
+    The message has no duration: Kubernetes counts events with equal texts as one.
     """
 
     def __init__(self, awaited: str) -> None:
@@ -168,7 +165,7 @@ class DeadlineReached(StorageUnavailable):
 
 
 class IdentityNotProven(StorageUnavailable):
-    """The identity of a device cannot be proven now. It can be again once the storage client is back."""
+    """The identity of a device cannot be proven while the storage client does not work."""
 
     def __init__(self, device: object, why: str) -> None:
         super().__init__(f"cannot prove which volume device {device} is: {why}; retry when the storage client works")
@@ -193,13 +190,13 @@ class CommandTimedOut(HostFailure):
 
     def __init__(self, argv: Sequence[str], timeout_s: float) -> None:
         self.argv = tuple(argv)
-        # What was left of a caller's time is another number in every call, and would be another event.
+        # A caller's remaining time differs in every call, and each text would be another Kubernetes event.
         limit = f"within {timeout_s:.0f} s" if timeout_s == int(timeout_s) else "in time"
         super().__init__(f"{' '.join(argv)} did not finish {limit} and was killed")
 
 
 class ToolMissing(HostFailure):
-    """A program that the host must have is not installed."""
+    """A required program is not installed."""
 
     def __init__(self, program: str, package: str = "") -> None:
         self.program = program
@@ -207,7 +204,7 @@ class ToolMissing(HostFailure):
 
 
 class SystemCallFailed(HostFailure):
-    """A system call failed. `call` names it with its objects, e.g. "mount /dev/nvmesh/v1 at /a"."""
+    """A system call failed. `call` names it with its arguments, e.g. "mount /dev/nvmesh/v1 at /a"."""
 
     def __init__(self, call: str, errno_number: int, detail: str = "") -> None:
         import errno
@@ -223,7 +220,7 @@ class SystemCallFailed(HostFailure):
 
 
 class NotAttached(PreconditionFailed):
-    """A staged volume has lost its attachment: its device and filesystem on the node are unusable."""
+    """A staged volume lost its attachment: its device and filesystem on the node are unusable."""
 
     def __init__(self, volume_name: str, node: str) -> None:
         super().__init__(
@@ -254,7 +251,7 @@ class ReservationConflict(PreconditionFailed):
 
 
 class ServerUnreachable(StorageUnavailable):
-    """A management server is unreachable or refused the request unread: the request was certainly not carried out."""
+    """A management server is unreachable or refused the request unread: the request was not executed."""
 
     def __init__(self, server: str, reason: str, *, timed_out: bool = False) -> None:
         self.server = server
@@ -264,9 +261,9 @@ class ServerUnreachable(StorageUnavailable):
 
 
 class OutcomeUnknown(StorageUnavailable):
-    """A request was sent and no valid response came: it may have been carried out. Look before repeating it.
+    """A request was sent and no valid response came: it may have been executed, so check before repeating it.
 
-    `is_read`: it changes nothing, carried out or not.
+    `is_read`: the request changes nothing.
     """
 
     def __init__(
@@ -276,5 +273,5 @@ class OutcomeUnknown(StorageUnavailable):
         self.request = request
         self.reason = reason
         self.timed_out = timed_out
-        maybe = "" if is_read else "; the request may have been carried out"
+        maybe = "" if is_read else "; the request may have been executed"
         super().__init__(f"management server {server} gave no valid response to {request} ({reason}){maybe}")

@@ -59,7 +59,7 @@ _MESSAGE_LIMIT_CHARACTERS = 1000
 _INTERNAL_ERROR = "internal error in the driver; its log has the details"
 _REPLY_MARGIN_S = 0.25
 """A call that hangs is answered this long before its deadline. A use case that waits ends earlier by itself
-(`NodeSettings.answer_margin_s`), with a message that says what it waits for."""
+(`NodeSettings.answer_margin_s`), with a better message."""
 _NO_DEADLINE_S = 365 * 24 * 3600.0  # gRPC reports a call without deadline as one far in the future
 
 Handler = Callable[[Message, grpc.ServicerContext], Message]

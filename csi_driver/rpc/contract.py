@@ -1,7 +1,7 @@
 """What each RPC requires: fields, locks, threads. `RPCS` has one entry for each RPC that is implemented.
 
 `required` repeats the specification's REQUIRED marks (a test compares them with proto/csi.proto); `rpc.validation`
-checks what is required inside a VolumeCapability. Locks are taken before the handler runs and never waited for: a
+checks the fields of a VolumeCapability. Locks are taken before the handler runs and never waited for: a
 conflict is answered ABORTED (CSI specification, "Concurrency").
 """
 
@@ -52,7 +52,7 @@ class ThreadPools:
         return self._executors[pool]
 
     def close(self) -> None:
-        """Drop queued calls and accept no more; running calls continue."""
+        """Drop queued calls and reject new ones; running calls continue."""
         for executor in self._executors.values():
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -62,7 +62,7 @@ class ThreadPools:
 
 @dataclass(frozen=True, slots=True)
 class LockKey:
-    """What a call locks. `shared`: other calls may lock it too, if all of them share it."""
+    """The key of a lock. `shared`: other calls may hold it too, if all of them share it."""
 
     kind: str
     value: str
@@ -72,7 +72,7 @@ class LockKey:
 
 @dataclass(frozen=True, slots=True)
 class LockKeys:
-    """Makes lock keys. A volume is locked by its name in the storage, whatever its zone.
+    """Makes lock keys. A volume is locked by its name in the storage, in all zones.
 
     Handles of one volume may differ in the zone, and zones may be renamed while the driver runs. Two volumes of one
     name in two zones exclude each other, which costs a retry. `volume_name` maps a CSI name to the storage's name.
@@ -113,9 +113,8 @@ class Locks:
                 if count < 0 or (count > 0 and not key.shared):
                     raise OperationPending(f"another operation on {key.shown_as} is still running; retry")
             for key in keys:
-                self._holders[key.kind, key.value] = (
-                    self._holders.get((key.kind, key.value), 0) + 1 if key.shared else -1
-                )
+                count = self._holders.get((key.kind, key.value), 0)
+                self._holders[key.kind, key.value] = count + 1 if key.shared else -1
         try:
             yield
         finally:
@@ -142,7 +141,7 @@ class Rpc:
     pool: Pool = Pool.WORK
     required: tuple[str, ...] = ()
     locks: tuple[str, ...] = ()
-    """The fields whose values are locked while the call runs."""
+    """The fields with volumes and paths to lock while the call runs."""
     shares_volume: bool = False
     """Several such calls for one volume may run at the same time."""
     quiet: bool = False
@@ -164,13 +163,13 @@ class Rpc:
         return self.pool is Pool.WORK and self.service.endswith("Node")
 
     def lock_keys(self, keys: LockKeys, request: Message) -> tuple[LockKey, ...]:
-        """Return what the call locks while it runs."""
+        """Return the keys to hold while the call runs."""
         shared = self.shares_volume and not _is_single_writer(request)
         return tuple(keys.for_field(each, getattr(request, each), shared=shared) for each in self.locks)
 
 
 def _is_single_writer(request: Message) -> bool:
-    """Tell whether a publication must be the only one: of two at the same time, neither would find the other."""
+    """Return whether a publication must be the only one: two at the same time would not find each other."""
     return (
         isinstance(request, csi_pb2.NodePublishVolumeRequest)
         and request.volume_capability.access_mode.mode == csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_SINGLE_WRITER
@@ -208,7 +207,7 @@ _RPCS = (
     _read("Controller/ControllerGetVolumeHealth", "volume_id"),
     _read("Controller/ControllerListVolumeHealth"),
     _instant("Node/NodeGetCapabilities"),
-    # Not instant: it reads the usage records, whose disk may hang.
+    # Not instant: it reads the usage records, and their disk may hang.
     _read("Node/NodeGetInfo"),
     Rpc("Node/NodeStageVolume", required=(*_STAGING, "volume_capability"), locks=_STAGING),
     Rpc("Node/NodeUnstageVolume", required=_STAGING, locks=_STAGING),

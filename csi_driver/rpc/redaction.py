@@ -1,17 +1,18 @@
-"""One line of text from a message, with nothing secret in it.
+"""Writes a message as one line for the log, without secrets.
 
-Secret is what the specification marks `csi_secret`, and the mount flags, which "may contain sensitive
+Secret are the fields that the specification marks `csi_secret`, and mount flags, which "may contain sensitive
 information" (CSI specification, VolumeCapability.MountVolume). Everything else is shown, shortened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from csi_driver.errors import one_line
 from csi_driver.rpc.pb import csi_pb2
 
 STRIPPED = "***stripped***"
@@ -21,14 +22,13 @@ _LINE_LIMIT = 2000
 
 
 def describe(message: Message) -> str:
-    """Write the fields that are set as `name=value`, in order, secrets stripped, at most 2,000 characters."""
-    line = " ".join(_fields(message))
-    return line if len(line) <= _LINE_LIMIT else f"{line[:_LINE_LIMIT]}..."
+    """Return the fields that are set as `name=value`, secrets stripped, in about 2,000 characters."""
+    return one_line(" ".join(_fields(message)), _LINE_LIMIT + 3)
 
 
 @cache
 def is_secret(field: FieldDescriptor) -> bool:
-    """Tell whether the field's value is never to be shown."""
+    """Return whether the field's value must never be shown."""
     return field.full_name == _MOUNT_FLAGS or bool(field.GetOptions().Extensions[csi_pb2.csi_secret])
 
 
@@ -39,10 +39,10 @@ def _fields(message: Message) -> Iterable[str]:
 
 def _value(field: FieldDescriptor, value: object) -> str:
     kind = field.message_type
-    if kind is not None and kind.GetOptions().map_entry:
-        return _map(value)
-    if field.is_repeated:
-        return f"[{', '.join(_single(field, kind, item) for item in _items(value))}]"
+    if kind is not None and kind.GetOptions().map_entry and isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in sorted(value.items()))}}}"
+    if field.is_repeated and isinstance(value, Iterable):
+        return f"[{', '.join(_single(field, kind, item) for item in value)}]"
     return _single(field, kind, value)
 
 
@@ -52,18 +52,7 @@ def _single(field: FieldDescriptor, kind: Descriptor | None, value: object) -> s
     if field.enum_type is not None and isinstance(value, int):
         named = field.enum_type.values_by_number.get(value)
         return named.name if named is not None else str(value)
-    if isinstance(value, str):
-        return _text(value)
-    return str(value)
-
-
-def _map(value: object) -> str:
-    pairs = sorted(dict(value).items()) if isinstance(value, Iterable) else []
-    return f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in pairs)}}}"
-
-
-def _items(value: object) -> Iterable[object]:
-    return value if isinstance(value, Iterable) else ()
+    return _text(value) if isinstance(value, str) else str(value)
 
 
 def _text(text: str) -> str:

@@ -1,6 +1,6 @@
-"""A CSI endpoint on a Unix socket: bind, serve, drain.
+"""A CSI endpoint on a Unix socket: bind, serve, drain; and the signals that end it.
 
-The CO gives the socket's path; the plugin makes it and puts no other file beside it (CSI specification,
+The CO chooses the socket's path; the plugin makes the socket and no other file there (CSI specification,
 "Supervised Lifecycle Management").
 """
 
@@ -28,10 +28,9 @@ from csi_driver.settings import EndpointSettings
 
 _LOG = logging.getLogger(__name__)
 
-_SOCKET_UMASK = 0o117  # the socket is for its owner and group alone
+_SOCKET_UMASK = 0o117  # owner and group only
 _REQUEST_LIMIT_BYTES = 4 << 20  # far above the sum of the specification's size limits
 _ANSWER_TIME_S = 1.0
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 Register = Callable[[grpc.Server], None]
@@ -59,7 +58,7 @@ class Server:
             register(self._server)
 
     def start(self) -> None:
-        """Bind the socket and serve. Raises `PreconditionFailed` where the path is taken."""
+        """Bind the socket and serve. Raises `PreconditionFailed` when the path is taken."""
         path = self._settings.socket
         make_way(path)
         before = os.umask(_SOCKET_UMASK)
@@ -73,16 +72,16 @@ class Server:
         _LOG.info("serving CSI on %s", path)
 
     def linger(self) -> None:
-        """Go on serving for the time given before the end: kubelet takes workloads down by calls."""
+        """Go on serving before the shutdown (`pre_shutdown_s`): kubelet still unmounts volumes of pods that end."""
         if self._settings.pre_shutdown_s:
-            _LOG.info("told to end, still serving for %g s", self._settings.pre_shutdown_s)
+            _LOG.info("shutting down, still serving for %g s", self._settings.pre_shutdown_s)
             time.sleep(self._settings.pre_shutdown_s)
 
     def drain(self) -> bool:
-        """Take no more calls and let running ones end; False when some still run after the time given to them."""
+        """Reject new calls and wait for running ones; False when some still run after `drain_s`."""
         until_s = time.monotonic() + self._settings.drain_s
         stopped = self._server.stop(self._settings.drain_s)
-        # A call whose caller has given up is no longer gRPC's, but its work may still be going on.
+        # gRPC forgets a call after its caller left, but its work may continue.
         left = self._boundary.running.wait_for_none(self._settings.drain_s)
         stopped.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
         self._pools.close()
@@ -92,10 +91,7 @@ class Server:
 
 
 def make_way(path: Path) -> None:
-    """Remove a socket that nobody serves any more, and make the directory.
-
-    Raises `PreconditionFailed` where something else is at the path, or somebody answers there.
-    """
+    """Make the socket's directory and remove a stale socket. Raises like `check_free`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,10 +101,7 @@ def make_way(path: Path) -> None:
 
 
 def check_free(path: Path) -> None:
-    """Do nothing where nothing is at the path, or a socket that nobody serves any more.
-
-    Raises `PreconditionFailed` where something else is there, or somebody answers.
-    """
+    """Raise `PreconditionFailed` when the path is no socket, or a socket that a process serves."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -119,22 +112,14 @@ def check_free(path: Path) -> None:
         raise PreconditionFailed(
             f"{path}: expected a socket or nothing, got another kind of file; remove it or use another path"
         )
-    if _somebody_answers(path):
-        raise PreconditionFailed(f"another process serves on {path}; stop it or use another path")
-
-
-def _somebody_answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_ANSWER_TIME_S)
-        result = probe.connect_ex(str(path))
-    return result not in (errno.ECONNREFUSED, errno.ENOENT)
-
-
-# --- signals ----------------------------------------------------------------------------------------------------
+        if probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT):
+            raise PreconditionFailed(f"another process serves on {path}; stop it or use another path")
 
 
 class Termination:
-    """Catches the signals inside its block, in the main thread. The second one ends the process on the spot."""
+    """Catches SIGTERM and SIGINT inside its block, in the main thread. The second signal ends the process at once."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -142,9 +127,8 @@ class Termination:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        # The interpreter writes to the pipe as the signal comes, in whatever thread. A handler of ours runs only when
-        # the main thread next runs Python code, and that may be never: a signal just before a blocking read is not
-        # seen by it (signal.set_wakeup_fd).
+        # The interpreter writes to the pipe when the signal comes, in any thread. A Python handler runs only when the
+        # main thread next runs Python code, which a blocking read may prevent (signal.set_wakeup_fd).
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -155,7 +139,7 @@ class Termination:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave back
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._reader)
         os.close(self._writer)

@@ -1,6 +1,6 @@
 """The CSI services. A handler translates the request, calls a use case and translates the result (see `rpc.wire`).
 
-`rpc.boundary` has checked, locked and logged the call before a handler runs, and maps what it raises to a status.
+`rpc.boundary` has checked, locked and logged the call before a handler runs, and maps its errors to a status.
 """
 
 from __future__ import annotations

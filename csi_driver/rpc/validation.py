@@ -1,8 +1,8 @@
-"""What can be wrong with a request by itself: fields missing, too long, negative, or of unknown value.
+"""Checks a request against the specification: required fields, sizes, ranges, known enum values, legal characters.
 
-Only shape, never meaning. Ids are left alone, however strange: an id that nobody issued names something that does
-not exist, which is an answer of its own. Sources: CSI specification, "Size Limits", "Required vs. Optional",
-CapacityRange, and CreateVolumeRequest.name for the characters of names.
+Handles and tokens are not checked: one that the driver did not issue names an object that does not exist, which has a
+code of its own. Sources: CSI specification, "Size Limits", "Required vs. Optional", CapacityRange, and
+CreateVolumeRequest.name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from csi_driver.rpc.pb import csi_pb2
 
 _STRING_BYTES = 128
 _MAP_BYTES = 4096
-_NODE_ID_BYTES = 256
-_PATH_BYTES = 4095  # PATH_MAX of linux/limits.h, without the closing NUL
-
-_PATHS = frozenset({"staging_target_path", "target_path", "volume_path", "volume_publish_path"})
-_UNJUDGED = frozenset({"volume_id", "snapshot_id", "source_volume_id", "starting_token"})
+_PATH_BYTES = 4095  # PATH_MAX of linux/limits.h without the closing NUL
+_LIMITS_BYTES = {
+    "node_id": 256,
+    "staging_target_path": _PATH_BYTES,
+    "target_path": _PATH_BYTES,
+    "volume_path": _PATH_BYTES,
+    "volume_publish_path": _PATH_BYTES,
+}
+_UNCHECKED = frozenset({"volume_id", "snapshot_id", "source_volume_id", "starting_token"})
 _FORBIDDEN_IN_NAMES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def check(request: Message, required: Sequence[str]) -> None:
-    """Raise a leaf of `InvalidRequest` (or `CapacityOutOfRange`) naming the first field that cannot be used."""
+    """Raise `InvalidRequest` (or `CapacityOutOfRange`) with the name of the first invalid field."""
     present = {field.name for field, _ in request.ListFields()}
     for name in required:
         if name not in present:
@@ -70,22 +74,17 @@ def _check_value(field: FieldDescriptor, value: object, path: str) -> None:
 
 
 def _check_text(field: FieldDescriptor, text: str, path: str) -> None:
-    if field.name in _UNJUDGED:
+    if field.name in _UNCHECKED:
         return
-    limit = _limit_bytes(field)
-    if len(text) > limit or len(text.encode()) > limit:
-        raise InvalidRequest(f"{path}: expected at most {limit} bytes, got {len(text.encode())}")
+    limit = _LIMITS_BYTES.get(field.name, _STRING_BYTES)
+    size = len(text.encode())
+    if size > limit:
+        raise InvalidRequest(f"{path}: expected at most {limit} bytes, got {size}")
     if field.full_name == "csi.v1.CreateVolumeRequest.name":
         if _FORBIDDEN_IN_NAMES.search(text):
             raise InvalidField(path, text, "a name without control characters")
     elif limit == _STRING_BYTES and _CONTROL.search(text):
         raise InvalidField(path, text, "text without control characters")
-
-
-def _limit_bytes(field: FieldDescriptor) -> int:
-    if field.name in _PATHS:
-        return _PATH_BYTES
-    return _NODE_ID_BYTES if field.name == "node_id" else _STRING_BYTES
 
 
 def _check_map(value: Mapping[str, str], path: str) -> None:
