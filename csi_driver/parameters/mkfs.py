@@ -1,7 +1,7 @@
-"""The arguments of mkfs: the driver's defaults, the keys of a StorageClass and its free text. Pure.
+"""The arguments of mkfs: the driver's defaults, the keys of a StorageClass and the free text of `mkfsOptions`.
 
-The controller decides it before a volume exists, and the node before it writes to a device; a volume that has a
-filesystem is not judged. Defaults, keys and what each costs are in docs/mkfs.md. Sizes of keys are bytes.
+The controller checks them before a volume exists, the node before it formats a device. docs/mkfs.md has the defaults,
+the keys and their costs. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from csi_driver.errors import InvalidField
 from csi_driver.parameters import values as read
@@ -20,20 +21,21 @@ from csi_driver.parameters.values import InvalidParameter
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 """Filesystems that the driver makes."""
 BLOCK, INODE, BYTES_PER_INODE = "mkfs/blockSize", "mkfs/inodeSize", "mkfs/bytesPerInode"
-OPTIONS = "mkfsOptions"
 RESERVED, STRIPES, DISCARD = "mkfs/reservedBlocksPercent", "mkfs/stripeGeometry", "mkfs/discard"
+OPTIONS = "mkfsOptions"
 MKFS_KEYS = {BLOCK, INODE, BYTES_PER_INODE, RESERVED, STRIPES, DISCARD}
 
 LARGEST_PAGE_BYTES = 65536
-"""For the controller, which does not know the pages of its nodes: no block can be larger."""
+"""For the controller, which does not know the page size of its nodes: no block can be larger."""
 _SECTOR_BYTES = 4096
-"""Volumes have no smaller sectors, and a filesystem no smaller blocks than its device's sectors."""
+"""Volumes have no smaller sectors, and a filesystem has no smaller blocks than the sectors of its device."""
 _DEFAULT_BLOCK_BYTES = 4096
 _MOST_BLOCK_BYTES = 65536
 _MOST_BYTES_PER_INODE = 64 << 20
 _XFS_STRIPES_FROM_BYTES = 900 << 20
 """mkfs.xfs recalculates the log of a smaller filesystem when it gets stripes, finds it too small and fails."""
-_SWITCH = re.compile("true|false")
+_MOST_TEXT = 1024
+_STRIPE_SETTINGS = frozenset(["stride", "stripe_width", "stripe-width", "su", "sw", "sunit", "swidth", "noalign"])
 
 
 def check_fs_type(field: str, fs_type: str, supported: Sequence[str] = FILESYSTEMS) -> None:
@@ -54,7 +56,7 @@ def check_keys(own: Mapping[str, str]) -> None:
 
 
 def _switch(own: Mapping[str, str], key: str) -> bool | None:
-    text = read.text(own, key, _SWITCH, "true or false")
+    text = read.text(own, key, re.compile("true|false"), "true or false")
     return None if text is None else text == "true"
 
 
@@ -77,180 +79,111 @@ class MkfsRequest:
     page_bytes: int = mmap.PAGESIZE
 
     def arguments(self, fs_type: str) -> MkfsArguments:
-        """Return the arguments of mkfs.`fs_type`. Raises `InvalidParameter` naming the key and the values it takes."""
+        """Return the arguments of mkfs.`fs_type`. Raises `InvalidParameter` naming the key and its possible values."""
         own = {key: value for key, value in self.context.items() if value}
         problems = read.Problems()
-        free = problems.of(lambda: mkfs_arguments(own.get(OPTIONS, ""), fs_type)) or ()
-        block_bytes = _block_bytes(own, free or own.get(OPTIONS, "").split(), fs_type)
-        settings = _Settings(own, self, fs_type, block_bytes, problems)
-        keyed = tuple(_KEYED[fs_type](settings)) if fs_type in _KEYED else ()
-        striped = () if _has_stripes(free) else tuple(_STRIPED[fs_type](settings)) if fs_type in _STRIPED else ()
-        defaults, discards = _defaults(fs_type, settings), _discards(fs_type, settings)
-        settings.refuse_unused()
+        text = own.get(OPTIONS, "")
+        free = problems.of(lambda: mkfs_arguments(text, fs_type)) or ()
+        block_bytes = _block_bytes(own, free or text.split(), fs_type)
+        keyed = tuple(self._keyed(own, fs_type, block_bytes, problems))
+        has_stripes = not _settings_in(free).isdisjoint(_STRIPE_SETTINGS)
+        wants_stripes = not has_stripes and problems.of(lambda: _switch(own, STRIPES)) is not False
+        striped = self._striped(fs_type, block_bytes) if wants_stripes else ()
+        discard = problems.of(lambda: _switch(own, DISCARD)) or False
+        _refuse_unused(own, fs_type, problems)
         _refuse_twice(keyed, free, fs_type, problems)
         problems.raise_any()
-        every = _merged((*defaults, *striped, *keyed, *free))
-        return MkfsArguments(every, _merged((*discards, *keyed, *free)))
+        # docs/mkfs.md has the reasons of the defaults.
+        defaults: tuple[str, ...] = () if discard else ("-K",)
+        if fs_type == "ext4":
+            word = "discard" if discard else "nodiscard"
+            defaults = ("-m", "0", "-E", f"{word},lazy_itable_init=1,lazy_journal_init=1")
+        asked = ("-E", "discard") if discard and fs_type == "ext4" else ()
+        return MkfsArguments(_merged((*defaults, *striped, *keyed, *free)), _merged((*asked, *keyed, *free)))
+
+    def _keyed(self, own: Mapping[str, str], fs_type: str, block_bytes: int, problems: read.Problems) -> Iterator[str]:
+        """Yield the arguments for the keys that are set."""
+        for key in _KEYS.get(fs_type, ()):
+            least, most = key.bounds(block_bytes, self.page_bytes)
+            value = problems.of(partial(key.read, own, key.name, least, most, f" for {fs_type}"))
+            if value is not None:
+                flag, has_setting, setting = key.option.partition(" ")
+                yield from (flag, f"{setting}={value}" if has_setting else str(value))
+
+    def _striped(self, fs_type: str, block_bytes: int) -> tuple[str, ...]:
+        """Return the arguments for the volume's stripes, where these are multiples of blocks."""
+        unit, stripe = self.stripe_unit_bytes, self.stripe_bytes
+        if unit <= 0 or unit % block_bytes or stripe < unit or stripe % unit:
+            return ()
+        if fs_type == "ext4":
+            return ("-E", f"stride={unit // block_bytes},stripe_width={stripe // block_bytes}")
+        if fs_type == "xfs" and self.size_bytes >= _XFS_STRIPES_FROM_BYTES:
+            return ("-d", f"su={unit},sw={stripe // unit}")
+        return ()
 
 
-class _Settings:
-    """Reads the keys one by one for one filesystem; a key that is never read does not exist for it."""
-
-    def __init__(
-        self, own: Mapping[str, str], request: MkfsRequest, fs_type: str, block_bytes: int, problems: read.Problems
-    ) -> None:
-        self._own = own
-        self._request = request
-        self._fs_type = fs_type
-        self._problems = problems
-        self._read = {OPTIONS, STRIPES, DISCARD}
-        self.block_bytes = block_bytes
-        self.size_bytes = request.size_bytes
-
-    def power_of_two(self, key: str, least: int, most: int) -> int | None:
-        """Return a size within these bounds; None where the key is not set."""
-        return self._number(read.power_of_two, key, least, most)
-
-    def number(self, key: str, least: int, most: int) -> int | None:
-        """Return a number within these bounds; None where the key is not set."""
-        return self._number(read.number, key, least, most)
-
-    def _number(
-        self, reader: Callable[[Mapping[str, str], str, int, int, str], int | None], key: str, least: int, most: int
-    ) -> int | None:
-        self._read.add(key)
-        return self._problems.of(lambda: reader(self._own, key, least, most, f" for {self._fs_type}"))
-
-    def block(self) -> int | None:
-        """Return the block size asked for, within what volume and kernel can do."""
-        return self.power_of_two(BLOCK, _SECTOR_BYTES, min(_MOST_BLOCK_BYTES, self._request.page_bytes))
-
-    def switch(self, key: str, *, default: bool) -> bool:
-        """Return the value of a key that is true or false."""
-        value = self._problems.of(lambda: _switch(self._own, key))
-        return default if value is None else value
-
-    def stripes(self) -> tuple[int, int] | None:
-        """Return unit and width of the volume's stripes in bytes; None where mkfs gets none."""
-        if not self.switch(STRIPES, default=True):
-            return None
-        unit, whole, block = self._request.stripe_unit_bytes, self._request.stripe_bytes, self.block_bytes
-        is_whole = unit > 0 and unit % block == 0 and whole >= unit and whole % unit == 0
-        return (unit, whole) if is_whole else None
-
-    def refuse_unused(self) -> None:
-        for key in sorted(self._own):
-            if key.startswith("mkfs/") and key not in self._read:
-                taken = ", ".join(sorted(self._read - {OPTIONS}))
-                reason = f"{self._fs_type} has no such setting; it has {taken}"
-                self._problems.add(read.RefusedParameter(key, reason))
+# --- keys -------------------------------------------------------------------------------------------------------
 
 
-# --- the filesystems ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A key of one filesystem: the option, or option and setting, of mkfs, and the bounds by block and page size."""
+
+    name: str
+    option: str
+    bounds: Callable[[int, int], tuple[int, int]]
+    read: Callable[[Mapping[str, str], str, int, int, str], int | None] = read.power_of_two
+
+
+def _block_bounds(block_bytes: int, page_bytes: int) -> tuple[int, int]:
+    return _SECTOR_BYTES, min(_MOST_BLOCK_BYTES, page_bytes)
+
+
+_KEYS: Mapping[str, Sequence[_Key]] = {
+    "ext4": (
+        _Key(BLOCK, "-b", _block_bounds),
+        _Key(INODE, "-I", lambda block, _: (128, block)),
+        # Fewer bytes than a block for each inode would make inodes that no file could ever use (mke2fs(8), -i).
+        _Key(BYTES_PER_INODE, "-i", lambda block, _: (block, _MOST_BYTES_PER_INODE), read.number),
+        _Key(RESERVED, "-m", lambda *_: (0, 50), read.number),
+    ),
+    "xfs": (
+        _Key(BLOCK, "-b size", _block_bounds),
+        # At least two inodes to a block; with checksums none below 512 bytes (mkfs.xfs(8), -i size).
+        _Key(INODE, "-i size", lambda block, _: (512, min(2048, block // 2))),
+    ),
+    # Its blocks are the machine's pages; the size of its tree nodes can be chosen (mkfs.btrfs(8), -n).
+    "btrfs": (_Key(BLOCK, "-n", lambda *_: (_SECTOR_BYTES, _MOST_BLOCK_BYTES)),),
+}
 
 
 def _block_bytes(own: Mapping[str, str], free: Sequence[str], fs_type: str) -> int:
     """Return the block size that mkfs will use: the bounds of other settings depend on it."""
     text = own.get(BLOCK, "")
     if fs_type in ("ext4", "xfs") and re.fullmatch(r"[0-9]{4,6}", text):
-        found = int(text)
-    else:
-        pairs = dict(itertools.pairwise(free))
-        match = re.fullmatch(r"(?:size=)?([0-9]{1,6})(k?)", pairs.get("-b", ""), re.IGNORECASE)
-        found = int(match[1]) * (1024 if match[2] else 1) if match else 0
-    return found or _DEFAULT_BLOCK_BYTES
+        return int(text) or _DEFAULT_BLOCK_BYTES
+    option = dict(itertools.pairwise(free)).get("-b", "")
+    match = re.fullmatch(r"(?:size=)?([0-9]{1,6})(k?)", option, re.IGNORECASE)
+    return (int(match[1]) * (1024 if match[2] else 1) if match else 0) or _DEFAULT_BLOCK_BYTES
 
 
-def _ext4(settings: _Settings) -> Iterator[str]:
-    block = settings.block()
-    if block is not None:
-        yield from ("-b", str(block))
-    inode = settings.power_of_two(INODE, 128, settings.block_bytes)
-    if inode is not None:
-        yield from ("-I", str(inode))
-    # Fewer bytes than a block for each inode would make inodes that no file could ever use (mke2fs(8), -i).
-    per_inode = settings.number(BYTES_PER_INODE, settings.block_bytes, _MOST_BYTES_PER_INODE)
-    if per_inode is not None:
-        yield from ("-i", str(per_inode))
-    reserved = settings.number(RESERVED, 0, 50)
-    if reserved is not None:
-        yield from ("-m", str(reserved))
-
-
-def _xfs(settings: _Settings) -> Iterator[str]:
-    block = settings.block()
-    if block is not None:
-        yield from ("-b", f"size={block}")
-    # At least two inodes to a block; with checksums none below 512 bytes (mkfs.xfs(8), -i size).
-    inode = settings.power_of_two(INODE, 512, min(2048, settings.block_bytes // 2))
-    if inode is not None:
-        yield from ("-i", f"size={inode}")
-
-
-def _btrfs(settings: _Settings) -> Iterator[str]:
-    # Its blocks are the machine's pages; what can be chosen are the nodes of its trees (mkfs.btrfs(8), -n).
-    node = settings.power_of_two(BLOCK, _SECTOR_BYTES, _MOST_BLOCK_BYTES)
-    if node is not None:
-        yield from ("-n", str(node))
-
-
-def _ext4_stripes(settings: _Settings) -> Iterator[str]:
-    found = settings.stripes()
-    if found is not None:
-        unit, whole = (size // settings.block_bytes for size in found)
-        yield from ("-E", f"stride={unit},stripe_width={whole}")
-
-
-def _xfs_stripes(settings: _Settings) -> Iterator[str]:
-    found = settings.stripes()
-    if found is not None and settings.size_bytes >= _XFS_STRIPES_FROM_BYTES:
-        yield from ("-d", f"su={found[0]},sw={found[1] // found[0]}")
-
-
-def _no_stripes(settings: _Settings) -> Iterator[str]:
-    settings.stripes()
-    return iter(())
-
-
-_KEYED: Mapping[str, Callable[[_Settings], Iterator[str]]] = {"ext4": _ext4, "xfs": _xfs, "btrfs": _btrfs}
-_STRIPED: Mapping[str, Callable[[_Settings], Iterator[str]]] = {
-    "ext4": _ext4_stripes, "xfs": _xfs_stripes, "btrfs": _no_stripes,
-}  # fmt: skip
-
-
-def _defaults(fs_type: str, settings: _Settings) -> tuple[str, ...]:
-    """Return the arguments that hold where the StorageClass asks for nothing else; docs/mkfs.md has the reasons."""
-    discard = settings.switch(DISCARD, default=False)
-    if fs_type == "ext4":
-        word = "discard" if discard else "nodiscard"
-        return ("-m", "0", "-E", f"{word},lazy_itable_init=1,lazy_journal_init=1")
-    return () if discard else ("-K",)
-
-
-def _discards(fs_type: str, settings: _Settings) -> tuple[str, ...]:
-    asked = fs_type == "ext4" and settings.switch(DISCARD, default=False)
-    return ("-E", "discard") if asked else ()
-
-
-def _has_stripes(free: Sequence[str]) -> bool:
-    names = {setting.partition("=")[0] for word in free for setting in word.split(",")}
-    return bool(names & {"stride", "stripe_width", "stripe-width", "su", "sw", "sunit", "swidth", "noalign"})
-
-
-_SAME: Mapping[str, Mapping[str, str]] = {
-    "ext4": {"-b": BLOCK, "-I": INODE, "-i": BYTES_PER_INODE, "-m": RESERVED},
-    "xfs": {"-b size": BLOCK, "-i size": INODE},
-    "btrfs": {"-n": BLOCK, "--nodesize": BLOCK},
-}
+def _refuse_unused(own: Mapping[str, str], fs_type: str, problems: read.Problems) -> None:
+    known = {STRIPES, DISCARD, *(key.name for key in _KEYS.get(fs_type, ()))}
+    for key in sorted(own):
+        if key.startswith("mkfs/") and key not in known:
+            reason = f"{fs_type} has no such setting; it has {', '.join(sorted(known))}"
+            problems.add(read.RefusedParameter(key, reason))
 
 
 def _refuse_twice(keyed: Sequence[str], free: Sequence[str], fs_type: str, problems: read.Problems) -> None:
     """Refuse a setting that both a key and the free text make: which of them counts depends on the tool."""
-    same = _SAME.get(fs_type, {})
-    said = {same[name] for name in _names(keyed) if name in same}
+    keys = {key.option: key.name for key in _KEYS.get(fs_type, ())} | (
+        {"--nodesize": BLOCK} if fs_type == "btrfs" else {}
+    )
+    used = {keys[name] for name in _names(keyed) if name in keys}
     for name in _names(free):
-        if same.get(name) in said:
-            problems.add(InvalidParameter(OPTIONS, name, f"no option that the parameter {same[name]} sets as well"))
+        if keys.get(name) in used:
+            problems.add(InvalidParameter(OPTIONS, name, f"no option that the parameter {keys[name]} sets as well"))
 
 
 def _names(words: Sequence[str]) -> Iterator[str]:
@@ -262,6 +195,10 @@ def _names(words: Sequence[str]) -> Iterator[str]:
             yield flag
         else:
             yield from (f"{flag} {setting.partition('=')[0]}" for setting in word.split(","))
+
+
+def _settings_in(words: Sequence[str]) -> set[str]:
+    return {setting.partition("=")[0] for word in words for setting in word.split(",")}
 
 
 def _merged(words: Sequence[str]) -> tuple[str, ...]:
@@ -276,7 +213,7 @@ def _merged(words: Sequence[str]) -> tuple[str, ...]:
         if flag == "-E":
             for setting in word.split(","):
                 name = setting.partition("=")[0].replace("-", "_")
-                extended.pop("discard" if name == "nodiscard" else "nodiscard" if name == "discard" else "", None)
+                extended.pop({"nodiscard": "discard", "discard": "nodiscard"}.get(name, ""), None)
                 extended[name] = setting
         elif word != "-E" and not (word == "-K" and "-K" in rest):
             rest.append(word)
@@ -284,9 +221,7 @@ def _merged(words: Sequence[str]) -> tuple[str, ...]:
     return (*rest, *(("-E", ",".join(extended.values())) if extended else ()))
 
 
-# --- free text ----------------------------------------------------------------------------------------------
-
-_LONGEST_TEXT = 1024
+# --- free text --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,94 +232,57 @@ class _Value:
     says: str
 
 
-def _list_of(*names: str) -> _Value:
+def _list_of(names: str) -> _Value:
     """Return the value that is a comma-separated list of name or name=number, of these names alone."""
-    one = rf"(?:{'|'.join(names)})(?:={_SIZE_PATTERN})?"
-    return _Value(rf"{one}(?:,{one})*", f"{', '.join(names)} (separated by commas, as name=number)")
+    one = rf"(?:{'|'.join(names.split())})(?:={_SIZE_PATTERN})?"
+    return _Value(rf"{one}(?:,{one})*", f"{', '.join(names.split())} (separated by commas, as name=number)")
 
 
-def _words_of(*names: str) -> _Value:
-    return _Value("|".join(map(re.escape, names)), f"one of {', '.join(names)}")
+def _words_of(words: str) -> _Value:
+    return _Value("|".join(map(re.escape, words.split())), f"one of {', '.join(words.split())}")
+
+
+def _label_of(most: int) -> _Value:
+    return _Value(rf"[A-Za-z0-9_.-]{{1,{most}}}", f"a label of at most {most} letters, digits, _, . and -")
 
 
 _SIZE_PATTERN = r"[0-9]{1,12}[kKmMgGsb]?"
 _FEATURE = r"(?!list-all)\^?[A-Za-z0-9_][A-Za-z0-9_-]*"
-_LETTERS = r"[A-Za-z0-9_.-]"
-
 _NUMBER = _Value(r"[0-9]{1,12}", "a number")
 _SIZE = _Value(_SIZE_PATTERN, "a size, such as 16384 or 16k")
+_PERCENT = _Value(r"[0-9]{1,2}(?:\.[0-9]{1,3})?", "a percentage, such as 1 or 0.5")
+_USAGES = _Value(r"[a-z0-9]+(?:,[a-z0-9]+)*", "usage types of mke2fs.conf, separated by commas")
 _FEATURES = _Value(rf"{_FEATURE}(?:,{_FEATURE})*", "names of features, separated by commas, ^ for without")
 _BLOCKS = _Value(r"4096|8192|16384|32768|65536|(?:4|8|16|32|64)[kK]", "a power of two from 4096 to 65536")
 _XFS_BLOCKS = _Value(rf"size=(?:{_BLOCKS.pattern})", f"size= with {_BLOCKS.says}")
-_BTRFS_PROFILE = _words_of("single", "dup")
+_PROFILE = _words_of("single dup")
 
 ALLOWED: Mapping[str, Mapping[str, _Value | None]] = {
     # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space;
     # -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
     "ext4": {
-        "-b": _words_of("4096", "8192", "16384", "32768", "65536"),
-        "-C": _SIZE,
-        "-D": None,
-        "-e": _words_of("continue", "remount-ro"),
-        "-E": _list_of(
-            "stride",
-            "stripe_width",
-            "stripe-width",
-            "lazy_itable_init",
-            "lazy_journal_init",
-            "discard",
-            "nodiscard",
-            "packed_meta_blocks",
-            "num_backup_sb",
-        ),
-        "-g": _NUMBER,
-        "-G": _NUMBER,
-        "-i": _NUMBER,
-        "-I": _NUMBER,
-        "-J": _list_of("size", "fast_commit_size"),
-        "-K": None,
-        "-L": _Value(_LETTERS + "{1,16}", "a label of at most 16 letters, digits, _, . and -"),
-        "-m": _Value(r"[0-9]{1,2}(?:\.[0-9]{1,3})?", "a percentage, such as 1 or 0.5"),
-        "-N": _NUMBER,
-        "-O": _FEATURES,
-        "-q": None,
-        "-T": _Value(r"[a-z0-9]+(?:,[a-z0-9]+)*", "usage types of mke2fs.conf, separated by commas"),
+        "-b": _words_of("4096 8192 16384 32768 65536"), "-C": _SIZE, "-D": None, "-e": _words_of("continue remount-ro"),
+        "-E": _list_of("stride stripe_width stripe-width lazy_itable_init lazy_journal_init discard nodiscard"
+                       " packed_meta_blocks num_backup_sb"),
+        "-g": _NUMBER, "-G": _NUMBER, "-i": _NUMBER, "-I": _NUMBER, "-J": _list_of("size fast_commit_size"), "-K": None,
+        "-L": _label_of(16), "-m": _PERCENT, "-N": _NUMBER, "-O": _FEATURES, "-q": None, "-T": _USAGES,
     },
     # mkfs.xfs(8). Left out on purpose: -c, -f, -N, -p, -r and what names a file, a log device or a smaller size.
     "xfs": {
-        "-b": _XFS_BLOCKS,
-        "-d": _list_of("agcount", "agsize", "su", "sw", "sunit", "swidth", "noalign", "cowextsize", "extszinherit"),
-        "-i": _list_of("size", "perblock", "maxpct", "align", "attr", "sparse", "nrext64", "exchange"),
-        "-K": None,
-        "-l": _list_of("size", "su", "sunit", "version", "lazy-count"),
-        "-L": _Value(_LETTERS + "{1,12}", "a label of at most 12 letters, digits, _, . and -"),
-        "-m": _list_of("crc", "finobt", "inobtcount", "reflink", "rmapbt", "bigtime", "metadir", "autofsck"),
-        "-n": _list_of("size", "version", "ftype", "parent"),
-        "-q": None,
-        "-s": _XFS_BLOCKS,
+        "-b": _XFS_BLOCKS, "-d": _list_of("agcount agsize su sw sunit swidth noalign cowextsize extszinherit"),
+        "-i": _list_of("size perblock maxpct align attr sparse nrext64 exchange"), "-K": None,
+        "-l": _list_of("size su sunit version lazy-count"), "-L": _label_of(12),
+        "-m": _list_of("crc finobt inobtcount reflink rmapbt bigtime metadir autofsck"),
+        "-n": _list_of("size version ftype parent"), "-q": None, "-s": _XFS_BLOCKS,
     },
     # mkfs.btrfs(8). Left out on purpose: -b, -f, -r, -U, what takes a path, and `list-all`, which makes nothing.
     "btrfs": {
-        "-d": _BTRFS_PROFILE,
-        "-K": None,
-        "-L": _Value(_LETTERS + "{1,64}", "a label of at most 64 letters, digits, _, . and -"),
-        "-m": _BTRFS_PROFILE,
-        "-M": None,
-        "-n": _BLOCKS,
-        "-O": _FEATURES,
-        "-q": None,
-        "-R": _FEATURES,
-        "-s": _BLOCKS,
-        "--csum": _words_of("crc32c", "xxhash", "sha256", "blake2"),
-        "--data": _BTRFS_PROFILE,
-        "--metadata": _BTRFS_PROFILE,
-        "--mixed": None,
-        "--nodesize": _BLOCKS,
-        "--nodiscard": None,
-        "--features": _FEATURES,
-        "--sectorsize": _BLOCKS,
+        "-d": _PROFILE, "-K": None, "-L": _label_of(64), "-m": _PROFILE, "-M": None, "-n": _BLOCKS, "-O": _FEATURES,
+        "-q": None, "-R": _FEATURES, "-s": _BLOCKS, "--csum": _words_of("crc32c xxhash sha256 blake2"),
+        "--data": _PROFILE, "--metadata": _PROFILE, "--mixed": None, "--nodesize": _BLOCKS, "--nodiscard": None,
+        "--features": _FEATURES, "--sectorsize": _BLOCKS,
     },
-}
+}  # fmt: skip
 """Options that free text may hold, by filesystem, with their values; None = the option has no value."""
 
 
@@ -414,9 +312,9 @@ def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
 
 
 def split_options(text: str) -> list[str]:
-    """Split the free text as a shell splits it; what cannot be a list of options is refused for any filesystem."""
-    expected = f"at most {_LONGEST_TEXT} printable ASCII characters that begin with an option"
-    if len(text) > _LONGEST_TEXT or not text.isascii() or not text.isprintable():
+    """Split the free text as a shell does; what cannot be a list of options is refused for any filesystem."""
+    expected = f"at most {_MOST_TEXT} printable ASCII characters that begin with an option"
+    if len(text) > _MOST_TEXT or not text.isascii() or not text.isprintable():
         raise InvalidParameter(OPTIONS, text, expected)
     try:
         words = shlex.split(text)

@@ -1,6 +1,6 @@
-"""Parameters of a StorageClass: read once, in full, before any request is made.
+"""Parameters of StorageClasses and VolumeAttributesClasses: read in full before any request is made.
 
-Names are those of earlier drivers of this name and, where they had none, of the management API.
+Names are those of the older drivers of this name and, where they had none, of the management API.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ RAID_LEVELS: Mapping[str, RaidLevel] = {
     **dict.fromkeys(("ec", "erasure-coding"), RaidLevel.ERASURE_CODED),
     **dict.fromkeys(("sec", "raid60", "raid-60", "striped-ec"), RaidLevel.STRIPED_ERASURE_CODED),
 }
-"""The words of earlier drivers, of the management's own tools, and its API's names."""
+"""The words of the older drivers, of the management's own tools and of its API."""
 
 _STRIPE = {"stripeWidth", "stripeSize"}
 _MIRROR = {"numberOfMirrors", "protectionLevel", "enableCrcCheck"}
 _ERASURE = {"dataBlocks", "parityBlocks", "protectionLevel", "enableCrcCheck"}
-_TAKEN: Mapping[RaidLevel, set[str]] = {
+RAID_KEYS: Mapping[RaidLevel, set[str]] = {
     RaidLevel.CONCATENATED: set(),
     RaidLevel.STRIPED: _STRIPE,
     RaidLevel.MIRRORED: _MIRROR,
@@ -51,22 +51,40 @@ _TAKEN: Mapping[RaidLevel, set[str]] = {
     RaidLevel.ERASURE_CODED: _STRIPE | _ERASURE,
     RaidLevel.STRIPED_ERASURE_CODED: _STRIPE | _ERASURE,
 }
+"""The keys that each level takes."""
 LAYOUT_KEYS = _STRIPE | _MIRROR | _ERASURE
 _PROTECTION_LEVELS = ("Full Separation", "Minimal Separation", "Ignore Separation")
 
-
-def takes(level: RaidLevel, key: str) -> bool:
-    """Tell whether a RAID level has this property."""
-    return key in _TAKEN[level]
+_RESERVED = "csi.storage.k8s.io/"
+_KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
+_FS_TYPE_KEYS = (FS_TYPE, f"{_RESERVED}fstype")
+_VPG_NAME = re.compile(r"[A-Za-z0-9_+=-]{1,100}")
+_DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
+_CLASS_KEYS, _LIMIT_KEYS = {"diskClasses", "serverClasses"}, {"limitByDisks", "limitByNodes"}
+PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
+_DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
+_ANYWHERE_KEYS = {
+    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE,
+}  # fmt: skip
+KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | mkfs.MKFS_KEYS | ENCRYPTION_KEYS
+THIN_KEYS = {
+    "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
+    "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
+}  # fmt: skip
+_MUTABLE_LISTS = _CLASS_KEYS | _LIMIT_KEYS
+_MUTABLE_DECIDED_BY_GROUP = _MUTABLE_LISTS | {"enableCrcCheck"}
+MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _MUTABLE_DECIDED_BY_GROUP
+CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
+"""Parameters that the node needs: they travel in the volume context under their own keys."""
 
 
 def layout(own: Mapping[str, str]) -> Layout:
-    """Read the layout; a key that its RAID level does not take is refused by name."""
+    """Read the layout. Raises `RefusedParameter` for a key that the RAID level does not take."""
     word = own.get("raidLevel", "concatenated")
     level = RAID_LEVELS.get(word.strip().lower())
     if level is None:
         raise InvalidParameter("raidLevel", word, f"one of {', '.join(sorted(RAID_LEVELS))}")
-    read.refuse_keys(own, LAYOUT_KEYS - _TAKEN[level], f"raidLevel {word} has no such property")
+    read.refuse_keys(own, LAYOUT_KEYS - RAID_KEYS[level], f"raidLevel {word} has no such property")
     narrow, wide = (1, 1) if level is RaidLevel.ERASURE_CODED else (2, 300)
     protection = own.get("protectionLevel")
     if protection is not None and protection not in _PROTECTION_LEVELS:
@@ -83,36 +101,14 @@ def layout(own: Mapping[str, str]) -> Layout:
     )
 
 
-_RESERVED = "csi.storage.k8s.io/"
-_KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
-_FS_TYPE_KEYS = (FS_TYPE, f"{_RESERVED}fstype")
-_VPG_NAME = re.compile(r"[A-Za-z0-9_+=-]{1,100}")
-_DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
-_CLASS_KEYS = {"diskClasses", "serverClasses"}
-_LIMIT_KEYS = {"limitByDisks", "limitByNodes"}
-PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
-_DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
-_ANYWHERE_KEYS = {
-    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE,
-}  # fmt: skip
-KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | mkfs.MKFS_KEYS | ENCRYPTION_KEYS
-THIN_KEYS = {
-    "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
-    "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
-}  # fmt: skip
-CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
-"""Parameters that the node needs: they travel in the volume context under their own keys."""
-
-
 @dataclass(frozen=True, slots=True)
 class StorageClassParameters:
     """Parameters of one volume.
 
-    `spec`: what the storage management is asked for, without name, capacity and metadata.
-    `recorded`: parameters in the volume's metadata; keys as earlier drivers wrote them, dots made dashes.
-    `context`: parameters in the volume context.
-    `ignored`: keys that the provisioning group decides. Earlier drivers ignored them without a word, and a StorageClass
-    that has them cannot be changed: refusing them would stop it on the day of the upgrade.
+    `spec`: for the management, without name, capacity and metadata. `recorded`: in the volume's metadata, with dashes
+    for dots in the keys, as the older drivers wrote them. `context`: in the volume context. `ignored`: keys that the
+    provisioning group decides. The older drivers ignored them, and a StorageClass cannot be changed: refusing them
+    would break it at the upgrade.
     """
 
     spec: VolumeSpec
@@ -125,9 +121,9 @@ class StorageClassParameters:
 
 
 def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()) -> StorageClassParameters:
-    """Read the parameters of a volume that is to be used with these capabilities.
+    """Read the parameters of a volume for these capabilities, with all checks of the node.
 
-    Raises `InvalidRequest` with every problem found, in the words in which a node would refuse the volume.
+    Raises `InvalidRequest` with every problem found.
     """
     parameters = normalized(parameters)
     given = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
@@ -137,7 +133,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
     vpg = problems.of(lambda: read.text(given, "vpg", _VPG_NAME, "the name of a volume provisioning group"))
     ignored = tuple(sorted(_DECIDED_BY_GROUP & given.keys())) if "vpg" in given else ()
     if "vpg" in given:
-        # Not ignored: who may attach the volume would be another than the class says.
+        # Not ignored: others might attach the volume than the class says.
         reason = f"the provisioning group {shown(given['vpg'])} decides it"
         problems.of(lambda: read.refuse_keys(given, {"VSGs"}, reason))
     own = {key: value for key, value in given.items() if key not in ignored}
@@ -183,10 +179,10 @@ def check_use(
     read_only: bool = False,
     is_blank: bool = True,
 ) -> None:
-    """Refuse a capability and a volume context with which no node would stage the volume, in the node's words.
+    """Refuse a capability and a volume context with which no node could stage the volume.
 
-    Page size, kernel options and tools differ between nodes: each node checks its own. `by`: who encrypts the volume.
-    `is_blank`: the volume surely has no filesystem yet. Of another one mistakes for mkfs are left to the node.
+    Each node checks its own page size, kernel options and tools. `by`: who encrypts the volume. `is_blank`: the volume
+    is known to have no filesystem; for other volumes mistakes for mkfs are left to the node.
     """
     problems = read.Problems()
     if by is not Encryption.NONE:
@@ -209,7 +205,7 @@ def check_use(
 
 
 def check_placement(own: Mapping[str, str]) -> None:
-    """Refuse two ways of choosing drives and targets at once."""
+    """Refuse to choose drives and targets both by class and by name."""
     if any(own.get(key) for key in _CLASS_KEYS) and any(own.get(key) for key in _LIMIT_KEYS):
         raise InvalidRequest(
             "parameters name classes (diskClasses, serverClasses) and limits (limitByDisks, limitByNodes); "
@@ -218,12 +214,12 @@ def check_placement(own: Mapping[str, str]) -> None:
 
 
 def metadata_key(key: str) -> str:
-    """Return a parameter's key in the volume's metadata, where dots have a meaning of their own."""
+    """Return a parameter's key in the volume's metadata, where a dot separates levels."""
     return key.replace(".", "-")
 
 
 def is_compared(key: str) -> bool:
-    """Tell whether a recorded parameter belongs to the volume, and not only to its claim."""
+    """Tell whether a recorded parameter must be equal in a repeated CreateVolume: it is not of the claim alone."""
     return key not in {metadata_key(kept) for kept in _KEPT}
 
 
@@ -251,15 +247,11 @@ def _unknown(key: str) -> InvalidRequest:
 def _check_filesystem(
     problems: read.Problems, fs_type: str | None, context: Mapping[str, str], capabilities: Sequence[Capability]
 ) -> None:
-    """Check the keys for mkfs for each capability; where no filesystem is known by the bounds of any.
+    """Check the keys for mkfs for each capability with a known filesystem, or by the bounds of any filesystem.
 
-    `fs_type`: the StorageClass's own, None where it cannot be used.
+    `fs_type`: the StorageClass's own, None where it is invalid.
     """
-    known = [
-        capability
-        for capability in capabilities
-        if isinstance(capability.access, MountAccess) and (capability.access.fs_type or fs_type is not None)
-    ]
+    known = [c for c in capabilities if isinstance(c.access, MountAccess) and (c.access.fs_type or fs_type is not None)]
     if not known:
         problems.of(lambda: mkfs.check_keys(context))
     for capability in known:
@@ -271,23 +263,18 @@ def _fs_type(parameters: Mapping[str, str]) -> str:
     for key, value in given.items():
         mkfs.check_fs_type(f"parameter {key}", value)
     if len(set(given.values())) > 1:
-        raise InvalidRequest(
-            f"parameters {' and '.join(given)} name the filesystems {' and '.join(given.values())}; name one of them"
-        )
+        named, values = " and ".join(given), " and ".join(given.values())
+        raise InvalidRequest(f"parameters {named} name the filesystems {values}; name one of them")
     return next(iter(given.values()), "")
 
 
 # --- VolumeAttributesClass ----------------------------------------------------------------------------------
 
-_MUTABLE_LISTS = {"diskClasses", "serverClasses", "limitByDisks", "limitByNodes"}
-_MUTABLE_DECIDED_BY_GROUP = _MUTABLE_LISTS | {"enableCrcCheck"}
-MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _MUTABLE_DECIDED_BY_GROUP
-
 
 def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
-    """Read what is to be changed; `InvalidRequest` has every problem found.
+    """Read the changes to a volume. A list replaces the present one; an empty text is the empty list.
 
-    Lists replace what was there; an empty text means none.
+    Raises `InvalidRequest` with every problem found.
     """
     problems = read.Problems()
     for key in sorted(parameters.keys() - MUTABLE_KEYS):
@@ -308,27 +295,26 @@ def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
 
 
 def with_mutable(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> dict[str, str]:
-    """Return the parameters of a new volume: what can be changed later beats what cannot (CSI, CreateVolume)."""
+    """Return the parameters of a new volume; the mutable ones take precedence (CSI, CreateVolume)."""
     parse_changes(mutable)
     if "vpg" in parameters:
-        read.refuse_keys(
-            mutable, _MUTABLE_DECIDED_BY_GROUP, f"the provisioning group {shown(parameters['vpg'])} decides it"
-        )
+        reason = f"the provisioning group {shown(parameters['vpg'])} decides it"
+        read.refuse_keys(mutable, _MUTABLE_DECIDED_BY_GROUP, reason)
     result = {**parameters, **mutable}
     return {key: value for key, value in result.items() if value or key not in _MUTABLE_LISTS & mutable.keys()}
 
 
 def check_changes(volume: Volume, parameters: Mapping[str, str]) -> None:
-    """Refuse, as `InvalidRequest`, what this volume cannot have."""
+    """Refuse changes that this volume cannot have."""
     if volume.vpg is not None:
         read.refuse_keys(parameters, _MUTABLE_DECIDED_BY_GROUP, f"the provisioning group {volume.vpg} decides it")
     level = volume.layout.raid_level
-    if "enableCrcCheck" in parameters and not takes(level, "enableCrcCheck"):
+    if "enableCrcCheck" in parameters and "enableCrcCheck" not in RAID_KEYS[level]:
         raise InvalidRequest(f"parameter enableCrcCheck cannot be used: the volume is {level.value}")
 
 
 def is_applied(volume: Volume, changes: VolumeChanges) -> bool:
-    """Tell whether the volume shows all of it already; of lists it shows nothing."""
+    """Tell whether the volume has all changes already. A volume does not show its lists, so these never are."""
     lists = (changes.drive_classes, changes.target_classes, changes.limit_by_drives, changes.limit_by_targets)
     return (
         all(names is None for names in lists)
@@ -339,6 +325,4 @@ def is_applied(volume: Volume, changes: VolumeChanges) -> bool:
 
 
 def _mutable_names(parameters: Mapping[str, str], key: str) -> tuple[str, ...] | None:
-    if key not in parameters:
-        return None
-    return read.names(parameters, key) if parameters[key].strip() else ()
+    return read.names(parameters, key) if parameters.get(key, "-").strip() else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from csi_driver.errors import InvalidField, InvalidRequest
@@ -13,7 +14,7 @@ T = TypeVar("T")
 
 
 class InvalidParameter(InvalidField):
-    """A parameter has a value that cannot be used. `expected` completes "expected ..."; `action` says what to do."""
+    """A parameter has an invalid value. `expected` completes "expected ..."; `action` says what to do."""
 
     def __init__(self, key: str, value: object, expected: str, action: str = "") -> None:
         super().__init__(f"parameter {key}", value, expected, action)
@@ -29,7 +30,7 @@ class RefusedParameter(InvalidRequest):
 
 
 class SeveralProblems(InvalidRequest):
-    """Several things are wrong with one request."""
+    """A request has several problems."""
 
     def __init__(self, problems: Sequence[InvalidRequest]) -> None:
         self.problems = tuple(problems)
@@ -56,7 +57,7 @@ class Problems:
             self._found.setdefault(str(each), each)
 
     def raise_any(self, beside: InvalidRequest | None = None) -> None:
-        """Raise the only problem as it is, and several as `SeveralProblems`; `beside` is reported with others alone."""
+        """Raise the only problem as it is, several as `SeveralProblems`; `beside` is added where there are others."""
         if beside is not None and self._found:
             self.add(beside)
         found = tuple(self._found.values())
@@ -64,70 +65,64 @@ class Problems:
             raise found[0] if len(found) == 1 else SeveralProblems(found)
 
 
-def number(own: Mapping[str, str], key: str, least: int, most: int, suffix: str = "") -> int | None:
-    """Return a whole number within bounds; None where the key is absent. `suffix` completes the bounds in messages."""
+# The readers return None where the key is absent.
+
+
+def number(
+    own: Mapping[str, str], key: str, least: int, most: int, suffix: str = "", *, is_power: bool = False
+) -> int | None:
+    """Return a whole number, or power of two, within bounds. `suffix` completes the bounds in messages."""
     given = own.get(key)
     if given is None:
         return None
-    if not _NUMBER.fullmatch(given) or not least <= int(given) <= most:
-        bounds = f"a whole number from {least} to {most}" if least < most else str(least)
-        raise InvalidParameter(key, given, bounds + suffix)
-    return int(given)
-
-
-def power_of_two(own: Mapping[str, str], key: str, least: int, most: int, suffix: str = "") -> int | None:
-    """Return a power of two within bounds; None where the key is absent."""
-    given = own.get(key)
-    if given is None:
-        return None
-    value = int(given) if _NUMBER.fullmatch(given) else 0
-    if not least <= value <= most or value & (value - 1):
-        bounds = f"a power of two from {least} to {most}" if least < most else f"{least}, the only possible value"
+    value = int(given) if _NUMBER.fullmatch(given) else None
+    if value is None or not least <= value <= most or (is_power and value & (value - 1)):
+        kind = "a power of two" if is_power else "a whole number"
+        bounds = f"{kind} from {least} to {most}" if least < most else f"{least}, the only possible value"
         raise InvalidParameter(key, given, bounds + suffix)
     return value
 
 
+power_of_two = partial(number, is_power=True)
+
+
 def switch(own: Mapping[str, str], key: str) -> bool | None:
-    """Return True or False for `true` or `false` in any case; None where the key is absent."""
+    """Return True or False for `true` or `false` in any case."""
     return _read(own, key, {"true": True, "false": False}.get, "true or false")
 
 
 def chosen(own: Mapping[str, str], key: str, choices: Mapping[str, T]) -> T | None:
-    """Return the value that `choices` gives for the key's word, in any case; None where the key is absent."""
+    """Return the value that `choices` has for the key's word, in any case."""
     return _read(own, key, choices.get, f"one of {', '.join(sorted(choices))}")
 
 
+def _read(own: Mapping[str, str], key: str, read: Callable[[str], T | None], expected: str) -> T | None:
+    given = own.get(key)
+    value = read(given.strip().lower()) if given is not None else None
+    if given is not None and value is None:
+        raise InvalidParameter(key, given, expected)
+    return value
+
+
 def text(own: Mapping[str, str], key: str, pattern: re.Pattern[str], expected: str) -> str | None:
-    """Return text that matches the whole pattern; None where the key is absent."""
+    """Return text that matches the whole pattern."""
     value = own.get(key)
     if value is not None and not pattern.fullmatch(value):
         raise InvalidParameter(key, value, expected)
     return value
 
 
-def names(own: Mapping[str, str], key: str) -> tuple[str, ...]:
-    """Return names separated by commas; empty where the key is absent."""
+def names(own: Mapping[str, str], key: str) -> tuple[str, ...] | None:
+    """Return names separated by commas."""
     value = own.get(key)
-    if value is None:
-        return ()
-    found = tuple(name.strip() for name in value.split(","))
-    if not all(found):
+    found = tuple(name.strip() for name in value.split(",")) if value is not None else None
+    if found is not None and not all(found):
         raise InvalidParameter(key, value, "names separated by commas")
     return found
 
 
 def refuse_keys(own: Mapping[str, str], refused: set[str], reason: str) -> None:
-    """Refuse the keys of `refused` that are present, the first by name."""
+    """Refuse the first, by name, of the keys of `refused` that are present."""
     present = sorted(refused & own.keys())
     if present:
         raise RefusedParameter(present[0], reason)
-
-
-def _read(own: Mapping[str, str], key: str, read: Callable[[str], T | None], expected: str) -> T | None:
-    given = own.get(key)
-    if given is None:
-        return None
-    value = read(given.strip().lower())
-    if value is None:
-        raise InvalidParameter(key, given, expected)
-    return value

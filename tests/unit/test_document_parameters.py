@@ -15,7 +15,7 @@ from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.mkfs import FILESYSTEMS
-from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_LEVELS, StorageClassParameters, takes
+from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_KEYS, RAID_LEVELS, StorageClassParameters
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
 from tests.tools.document_tables import VALUES, fresh
 
@@ -101,7 +101,7 @@ def test_every_level_takes_what_the_document_says() -> None:
         key: {RAID_LEVELS[word] for word in code(row["level"])} for row in LEVEL_ROWS for key in code(row["parameter"])
     }
     layout = {key: levels for key, levels in said.items() if levels}
-    assert layout == {key: {level for level in RAID_LEVELS.values() if takes(level, key)} for key in LAYOUT_KEYS}
+    assert layout == {key: {level for level in RAID_LEVELS.values() if key in RAID_KEYS[level]} for key in LAYOUT_KEYS}
 
 
 def test_the_words_of_the_levels_are_those_that_are_taken() -> None:
