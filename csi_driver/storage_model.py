@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum, StrEnum
+from enum import IntEnum, StrEnum
 
 
 class RaidLevel(StrEnum):
@@ -293,11 +293,3 @@ class SystemInfo:
     version: str
     api_version: str
     cluster_id: str
-
-
-class Feature(Enum):
-    """What not every management offers; the value is the first version of its API that does."""
-
-    NATIVE_ENCRYPTION = (8,)
-    REFERENCE_ID = (10,)
-    VPG_RECLAIM = (17, 2)

@@ -15,7 +15,6 @@ from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
     Client,
-    Feature,
     ReservationMode,
     SystemInfo,
     Volume,
@@ -78,9 +77,6 @@ class Management(Protocol):
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         """Return version and identity; proves that the management is reachable and accepts the login."""
-
-    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
-        """Return whether the management supports this; no request once its version is known."""
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         """Return the volume with this name, or None. Reservations of VPGs are not volumes."""

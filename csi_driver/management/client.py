@@ -10,18 +10,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
 from csi_driver.capacity import least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import (
-    CapacityOutOfRange,
-    DriverError,
-    InvalidRequest,
-    OperationPending,
-    OutcomeUnknown,
-    VolumeNotFound,
-)
+from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, OutcomeUnknown, VolumeNotFound
 from csi_driver.management.codec import (
     CLIENT_FIELDS,
     GB,
@@ -39,22 +34,22 @@ from csi_driver.management.codec import (
 )
 from csi_driver.management.failover import ManagementServers
 from csi_driver.management.failures import (
-    NOT_ENOUGH,
     ApiError,
     Meaning,
+    NotLarger,
     Operation,
     error_in,
     failure_of,
     meaning_of,
 )
 from csi_driver.management.free_capacity import CLASS_FIELDS, TARGET_FIELDS, class_filter, free_bytes, vpg_free_bytes
+from csi_driver.management.server_session import Request
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
     Client,
-    Feature,
     ReservationMode,
     SystemInfo,
     Volume,
@@ -87,6 +82,27 @@ _TARGET_PROJECTION = _projection(TARGET_FIELDS)
 _CLASS_PROJECTION = _projection(CLASS_FIELDS)
 
 
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """How an operation is sent. `accepted`: meaning of an error that is a result."""
+
+    path: str
+    accepted: Meaning | None = None
+    is_repeatable: bool = False
+    is_secret: bool = False
+
+
+_CHANGES: Mapping[Operation, _Change] = {
+    Operation.CREATE: _Change("/volumes/save", accepted=Meaning.EXISTS),
+    Operation.EXTEND: _Change("/volumes/extend"),
+    Operation.DELETE: _Change("/volumes/delete", accepted=Meaning.VOLUME_ABSENT, is_repeatable=True),
+    Operation.UPDATE: _Change("/volumes/update"),
+    Operation.ENCRYPT: _Change("/volumes/initEncryption", accepted=Meaning.IN_PROGRESS, is_secret=True),
+    Operation.ATTACH: _Change("/clients/attach"),
+    Operation.DETACH: _Change("/clients/detach"),
+}
+
+
 class ManagementClient:
     """Client of one storage cluster's management. Thread-safe; close it after use."""
 
@@ -108,10 +124,6 @@ class ManagementClient:
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         """Return version and id of the management; proves that it is reachable and accepts the login."""
         return decode_system_info(self._get("/systemInfo", "system information", deadline))
-
-    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
-        """Tell whether the management has a feature, without a request where its version is known."""
-        return self._servers.api_version(deadline=deadline).offers(feature)
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         """Return a volume, or None. Reservations of provisioning groups are not volumes."""
@@ -203,21 +215,17 @@ class ManagementClient:
         compares. If there is none and another server works, the request is sent there: should the first one still be
         executed, the name keeps it to one volume. Raises as `csi_driver.controller.ports` says.
         """
-        body = [encode_spec(spec)]
+        send = partial(self._post, Operation.CREATE, [encode_spec(spec)], spec, deadline)
         try:
-            envelope, error = self._post("/volumes/save", body, Operation.CREATE, deadline)
+            envelope = send()
         except OutcomeUnknown:
             other_works = self._servers.any_works()
             if self.volume(spec.name, deadline=deadline) is not None:
                 return None
             if not other_works:
                 raise
-            envelope, error = self._post("/volumes/save", body, Operation.CREATE, deadline)
-        if error is not None:
-            if meaning_of(Operation.CREATE, error)[0] is Meaning.EXISTS:
-                return None
-            raise failure_of(Operation.CREATE, error, volume=spec.name, vpg=spec.vpg or "")
-        uuid = envelope.get("uuid")
+            envelope = send()
+        uuid = envelope.get("uuid") if envelope is not None else None
         return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
@@ -243,16 +251,11 @@ class ManagementClient:
         if current.allows_offline_drives:
             item["allowAllocationOnOfflineDrives"] = True  # an extension does not take it over from the volume
         try:
-            _, error = self._post("/volumes/extend", [item], Operation.EXTEND, deadline)
-        except OutcomeUnknown:
+            self._post(Operation.EXTEND, [item], volume, deadline)
+        except (OutcomeUnknown, NotLarger):
+            # Executed without a response, or extended concurrently.
             if self._require_same(volume, deadline).capacity_gb < capacity_gb:
                 raise
-            return
-        if error is None:
-            return
-        if NOT_ENOUGH in error.ids and self._require_same(volume, deadline).capacity_gb >= capacity_gb:
-            return  # extended concurrently
-        raise self._failure(Operation.EXTEND, error, volume, deadline)
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
         """Mark a volume for deletion; False where it does not exist.
@@ -260,13 +263,8 @@ class ManagementClient:
         The server compares the UUID, so repeating the request deletes no other volume. Raises `PreconditionFailed`
         while the volume is in use (the text names clients) or is the source of a snapshot.
         """
-        body = [{"_id": volume.name, "uuid": volume.uuid}]
-        _, error = self._post("/volumes/delete", body, Operation.DELETE, deadline, repeatable=True)
-        if error is None:
-            return True
-        if meaning_of(Operation.DELETE, error)[0] is Meaning.VOLUME_ABSENT:
-            return False
-        raise failure_of(Operation.DELETE, error, volume=volume.name)
+        item = {"_id": volume.name, "uuid": volume.uuid}
+        return self._post(Operation.DELETE, [item], volume, deadline) is not None
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         """Replace the whole metadata of a volume. Raises `VolumeNotFound`."""
@@ -277,23 +275,15 @@ class ManagementClient:
         self._update(volume, encode_changes(changes), deadline)
 
     def _update(self, volume: Volume, fields: Mapping[str, object], deadline: Deadline) -> None:
-        body = [{"_id": volume.name, "uuid": volume.uuid, **fields}]
-        _, error = self._post("/volumes/update", body, Operation.UPDATE, deadline)
-        if error is not None:
-            raise self._failure(Operation.UPDATE, error, volume, deadline)
+        item = {"_id": volume.name, "uuid": volume.uuid, **fields}
+        self._post(Operation.UPDATE, [item], volume, deadline)
 
     def init_encryption(
         self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
     ) -> bool:
         """Let the storage initialise the encryption; False where that is done or in progress."""
         item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase, "slot": slot}
-        body = [{**item, "keySize": key_size_bits}]
-        _, error = self._post("/volumes/initEncryption", body, Operation.ENCRYPT, deadline, secret=True)
-        if error is None:
-            return True
-        if meaning_of(Operation.ENCRYPT, error)[0] is Meaning.IN_PROGRESS:
-            return False
-        raise failure_of(Operation.ENCRYPT, error, volume=volume.name)
+        return self._post(Operation.ENCRYPT, [{**item, "keySize": key_size_bits}], volume, deadline) is not None
 
     # --- attachments --------------------------------------------------------------------------------------------------
 
@@ -318,9 +308,7 @@ class ManagementClient:
         if detach_others:
             reservation["isDetachOthers"] = True
         body = _attachment(client, volume, reference_id, {"reservation": reservation})
-        _, error = self._post("/clients/attach", body, Operation.ATTACH, deadline)
-        if error is not None:
-            raise self._failure(Operation.ATTACH, error, volume, deadline, client=client.id)
+        self._post(Operation.ATTACH, body, volume, deadline, client.id)
 
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
@@ -330,48 +318,41 @@ class ManagementClient:
         An attachment that does not exist is no error.
         """
         body = _attachment(client, volume, reference_id, {"force": True} if force else {})
-        _, error = self._post("/clients/detach", body, Operation.DETACH, deadline)
-        if error is not None:
-            raise failure_of(Operation.DETACH, error, volume=volume.name, client=client.id)
+        self._post(Operation.DETACH, body, volume, deadline, client.id)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _post(
-        self,
-        path: str,
-        body: object,
-        operation: Operation,
-        deadline: Deadline,
-        *,
-        repeatable: bool = False,
-        secret: bool = False,
-    ) -> tuple[Document, ApiError | None]:
-        """Send a change of one object; return its envelope, and its error unless that means "done"."""
-        answer = self._servers.post(path, body, repeatable=repeatable, deadline=deadline, secret=secret)
+        self, operation: Operation, body: object, volume: Volume | VolumeSpec, deadline: Deadline, client: str = ""
+    ) -> Document | None:
+        """Send a change of one object and return its envelope; None where it fails with the accepted meaning.
+
+        A volume that the server does not find is looked up: the server says the same of one with a pending operation,
+        and callers stop for good when a volume is absent.
+        """
+        change = _CHANGES[operation]
+        content = json.dumps(body, allow_nan=False).encode()
+        request = Request("POST", change.path, content, change.is_repeatable, change.is_secret)
+        answer = self._servers.send(request, deadline)
         # A request that is rejected as a whole has one envelope as its answer, any other a list.
         first = answer[0] if isinstance(answer, list) and answer else answer
         envelope = as_document(first, f"a request to {operation}")
         if "success" not in envelope and "error" not in envelope:
             raise invalid_document(envelope, f"a request to {operation} with neither `success` nor `error`")
         error = error_in(envelope)
-        if error is not None and meaning_of(operation, error)[0] is Meaning.DONE:
-            error = None
-        return envelope, error
-
-    def _failure(
-        self, operation: Operation, error: ApiError, volume: Volume, deadline: Deadline, *, client: str = ""
-    ) -> DriverError:
-        """Return the exception for a failed change. Verifies that the volume is absent where the server says so.
-
-        It says so also of a volume with a pending operation, and callers stop for good when a volume is absent.
-        """
-        if meaning_of(operation, error)[0] is Meaning.VOLUME_ABSENT:
+        meaning = Meaning.DONE if error is None else meaning_of(operation, error)[0]
+        if error is None or meaning is Meaning.DONE:
+            return envelope
+        if meaning is change.accepted:
+            return None
+        if meaning is Meaning.VOLUME_ABSENT and isinstance(volume, Volume):
             self._require_same(volume, deadline)
-            return OperationPending(
+            raise OperationPending(
                 f"volume {volume.name} exists, but the management did not find it to {operation} it: it has a pending "
                 "operation; retry"
             )
-        return failure_of(operation, error, volume=volume.name, client=client)
+        vpg = volume.vpg if isinstance(volume, VolumeSpec) else None
+        raise failure_of(operation, error, volume=volume.name, client=client, vpg=vpg or "")
 
     def _require_same(self, volume: Volume, deadline: Deadline) -> Volume:
         """Return the present state of a volume. Raises `VolumeNotFound` where another one has its name."""
@@ -384,14 +365,14 @@ class ManagementClient:
 
     def _get(self, path: str, what: str, deadline: Deadline) -> Document:
         """Return a document that always exists."""
-        body = as_document(self._servers.get(path, deadline=deadline), what)
+        body = as_document(self._servers.send(Request("GET", path), deadline), what)
         if error := _read_error(body):
             raise failure_of(Operation.READ, error)
         return body
 
     def _find(self, path: str, absent: Meaning, deadline: Deadline) -> Document | None:
         """Return a document, None where it does not exist."""
-        body = as_document(self._servers.get(path, deadline=deadline), "a document")
+        body = as_document(self._servers.send(Request("GET", path), deadline), "a document")
         error = _read_error(body)
         if error is None:
             return body
@@ -406,7 +387,7 @@ class ManagementClient:
         path = f"/{collection}/all/0/{limit}?{options}"
         if condition is not None:
             path += "&filter=" + _quoted_json(condition)
-        body = self._servers.get(path, deadline=deadline)
+        body = self._servers.send(Request("GET", path), deadline)
         if isinstance(body, dict) and (error := error_in(body)):
             raise failure_of(Operation.READ, error)
         return as_documents(body, f"a list of {collection}")

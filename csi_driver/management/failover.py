@@ -8,7 +8,6 @@ succeeds.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -20,9 +19,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
 from csi_driver.management.server_session import (
     NO_GATEWAY,
-    SYSTEM_INFO,
     Answer,
-    ApiVersion,
     InvalidResponse,
     ManagementTooOld,
     Request,
@@ -298,32 +295,11 @@ class ManagementServers:
         """Tell whether any server worked when it was last used."""
         return any(server.breaker.is_closed() for server in self._servers)
 
-    def api_version(self, *, deadline: Deadline) -> ApiVersion:
-        """Return the API version of the preferred server. It is requested once in each session, not at each call."""
-        for server in self._servers:
-            if server.breaker.is_closed():
-                if server.session.version is None:
-                    break
-                return server.session.version
-        self.get(SYSTEM_INFO, deadline=deadline)
-        known = [server.session.version for server in self._servers if server.session.version is not None]
-        return known[0] if known else ApiVersion.read(None)
+    def send(self, request: Request, deadline: Deadline) -> object:
+        """Return the decoded response to a request, from another server where one does not respond.
 
-    def get(self, path: str, *, deadline: Deadline) -> object:
-        """Return the decoded response to a GET, from another server where one does not respond."""
-        return self._request(Request("GET", path), deadline)
-
-    def post(self, path: str, body: object, *, repeatable: bool, deadline: Deadline, secret: bool = False) -> object:
-        """Return the decoded response to a POST.
-
-        `repeatable`: executing the request twice has the effect of once, so it may be repeated without a response;
-        otherwise `OutcomeUnknown` is raised. `secret`: the body holds a secret, which the response may quote: of the
-        response only UUIDs are kept.
+        Raises `OutcomeUnknown` where a request may have been executed and is not repeatable.
         """
-        content = json.dumps(body, allow_nan=False).encode()
-        return self._request(Request("POST", path, content, is_repeatable=repeatable, is_secret=secret), deadline)
-
-    def _request(self, request: Request, deadline: Deadline) -> object:
         waiting = self._in_order(request, deadline)
         is_repeated = False
         while True:

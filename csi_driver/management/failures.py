@@ -29,12 +29,15 @@ CREATE_FAILED = 1664
 PASSWORD_CHANGE_REQUIRED = 1268
 LOGIN_REQUIRED = 1267
 VOLUME_NOT_FOUND = 1543
-NOT_ENOUGH = 1673
 SERVER_RETIRED = frozenset({16268, 16269})
 """The server is being upgraded or shut down, and did not look at the request."""
 
 _NO_ALLOCATION = "Failed to allocate"
 _TEXT_LIMIT = 256
+
+
+class NotLarger(PreconditionFailed):
+    """The requested capacity is not larger than the volume's."""
 
 
 class Operation(StrEnum):
@@ -63,6 +66,7 @@ class Meaning(Enum):
     IN_PROGRESS = auto()
     PENDING = auto()
     FORBIDDEN = auto()
+    NOT_LARGER = auto()
     RESERVED = auto()
     DENIED = auto()
     SERVER_ERROR = auto()
@@ -98,7 +102,8 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ids(Meaning.DONE, 1670),
         **_ids(Meaning.VOLUME_ABSENT, 1671),
         **_ids(Meaning.PENDING, 1572, 1581, 1676, 16190, 16358),
-        **_ids(Meaning.FORBIDDEN, 1672, NOT_ENOUGH, 1674, 1680, 16825),
+        **_ids(Meaning.FORBIDDEN, 1672, 1674, 1680, 16825),
+        **_ids(Meaning.NOT_LARGER, 1673),
         **_ids(Meaning.NO_SPACE, 1675),
     },
     Operation.DELETE: {
@@ -212,6 +217,7 @@ _FAMILIES: Mapping[Meaning, type[DriverError]] = {
     Meaning.BAD_REQUEST: InvalidRequest,
     Meaning.PENDING: OperationPending,
     Meaning.FORBIDDEN: PreconditionFailed,
+    Meaning.NOT_LARGER: NotLarger,
     Meaning.DENIED: Denied,
 }
 

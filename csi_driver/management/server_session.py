@@ -29,7 +29,6 @@ from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUI
 from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
 from csi_driver.management.transport import Reply, Transport
 from csi_driver.model import is_uuid
-from csi_driver.storage_model import Feature
 from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -169,10 +168,6 @@ class ApiVersion:
         text = value.strip() if isinstance(value, str) else str(value)
         match = _VERSION.fullmatch(text) if not isinstance(value, bool) else None
         return cls(text, tuple(int(part) for part in match[1].split(".")) if match is not None else None)
-
-    def offers(self, feature: Feature) -> bool:
-        """Tell whether this version has the feature; an unreadable version counts as newer."""
-        return self.numbers is None or self.numbers >= feature.value
 
     def __str__(self) -> str:
         return f"API version {shown(self.text)}" if self.text else "an API without a version"

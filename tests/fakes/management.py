@@ -38,7 +38,6 @@ from csi_driver.storage_model import (
     DesiredAttachment,
     DeviceReport,
     DeviceStatus,
-    Feature,
     Layout,
     RaidLevel,
     Reservation,
@@ -201,9 +200,6 @@ class FakeManagement:
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
             return SystemInfo("3.5.0", "18.0.0", "fake-cluster")
-
-    def offers(self, feature: Feature, *, deadline: Deadline) -> bool:
-        return bool(self.api_version >= feature.value)
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         with self._request("volume", deadline):

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.failures import Operation, failure_of
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Volume
 from tests.unit.management.double import USER, Breaks, ManagementDouble, Says, SaysRaw, Step, running, sample
@@ -52,12 +51,9 @@ def echoes(secrets: str) -> st.SearchStrategy[Step]:
     )
 
 
-def unlock(client: ManagementClient, deadline: Deadline) -> None:
-    """Send a passphrase, as every operation that carries one does."""
-    body = {"passphrase": PASSPHRASE}
-    _, refusal = client._post("/volumes/secret", body, Operation.UPDATE, deadline, secret=True)
-    if refusal is not None:
-        raise failure_of(Operation.UPDATE, refusal, volume="v1")
+def encrypt(client: ManagementClient, deadline: Deadline) -> None:
+    """Send a passphrase."""
+    client.init_encryption(VOLUME, PASSPHRASE, slot=1, key_size_bits=512, deadline=deadline)
 
 
 CALLS: dict[str, tuple[str, str, Call]] = {
@@ -76,8 +72,8 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "version": ("GET", "/systemInfo", lambda client, deadline: client.system_info(deadline=deadline)),
     "passphrase": (
         "POST",
-        "/volumes/secret",
-        unlock,
+        "/volumes/initEncryption",
+        encrypt,
     ),
 }
 

@@ -9,8 +9,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.server_session import ApiVersion, ManagementTooOld
-from csi_driver.storage_model import Feature
+from csi_driver.management.server_session import ManagementTooOld
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import ManagementDouble, Says, sample
 
@@ -106,40 +105,3 @@ def test_the_version_is_asked_for_once_a_session(server: ManagementDouble, clien
     server.expire_sessions()
     reads(server, client, "18.0.0")
     assert len(server.seen(INFO)) == 2
-
-
-# --- features -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("version", "wanted"),
-    [
-        ("7", set()),
-        ("8", {Feature.NATIVE_ENCRYPTION}),
-        ("10", {Feature.NATIVE_ENCRYPTION, Feature.REFERENCE_ID}),
-        (16, {Feature.NATIVE_ENCRYPTION, Feature.REFERENCE_ID}),
-        ("17.1.9", {Feature.NATIVE_ENCRYPTION, Feature.REFERENCE_ID}),
-        ("17.2.0", set(Feature)),
-        ("18.0.0", set(Feature)),
-        ("unheard of", set(Feature)),
-        (None, set()),
-    ],
-)
-def test_a_version_offers_what_came_with_it_or_before(version: object, wanted: set[Feature]) -> None:
-    assert {feature for feature in Feature if ApiVersion.read(version).offers(feature)} == wanted
-
-
-def test_a_feature_is_looked_up_without_a_request_in_a_session(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
-    assert client.offers(Feature.VPG_RECLAIM, deadline=deadline)
-    reads(server, client, "18.0.0")
-    assert client.offers(Feature.VPG_RECLAIM, deadline=deadline)
-    assert len(server.seen(INFO)) == 1
-
-
-def test_a_feature_that_is_missing_is_told(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
-    server.on("GET", INFO, info(16))
-    assert not client.offers(Feature.VPG_RECLAIM, deadline=deadline)
