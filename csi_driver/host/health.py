@@ -1,7 +1,7 @@
-"""What is wrong with a device or a mounted filesystem, as far as looking tells; nothing is opened for writing.
+"""Faults of devices and mounted filesystems, and the shutdown of a filesystem whose device is lost.
 
-The kernel's own records come first (sysfs, the mount's options): they answer also for what hangs. The filesystem's
-root is asked last, which may hang: callers do it in a thread that they can do without.
+The kernel's own records (sysfs, mount options) come first: reading them never hangs. Asking the root of a filesystem
+may hang, and is left to threads that can be abandoned.
 """
 
 from __future__ import annotations
@@ -9,36 +9,34 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls, syscalls
+from csi_driver.host.block_devices import SECTOR_BYTES
 from csi_driver.host_model import DeviceNumber, Fault, FaultKind, Mount
 
-_SECTOR_BYTES = 512
 _SHUT_DOWN = frozenset({"shutdown"})
-# Mount options by which ext4 shows what its errors did to it (fs/ext4/super.c, ext4_show_options).
-_EMERGENCY = frozenset({"emergency_ro"})
-_SHUT_DOWN_ERRORS = (errno.ESHUTDOWN,)
-# What the root of an xfs that was shut down answers even to who only asks for its attributes (fs/xfs/xfs_iops.c).
-_DEAD_ROOT = (errno.EIO, errno.ESHUTDOWN)
+_EMERGENCY = frozenset({"emergency_ro"})  # of ext4 after errors (fs/ext4/super.c, ext4_show_options)
+_SHUT_DOWN_ERRORS = (errno.EIO, errno.ESHUTDOWN)  # even for attributes, from an xfs (fs/xfs/xfs_iops.c)
 _WAY_OUT = "it is checked and mounted again when no pod of this node uses the volume: delete these pods"
 
 
+@dataclass(frozen=True, slots=True)
 class LinuxProbes:
-    """Fits `csi_driver.node.ports.Probes`. `sys` is where sysfs is mounted."""
+    """Fits `csi_driver.node.ports.Probes`."""
 
-    def __init__(self, sys: Path = Path("/sys")) -> None:
-        self._sys = sys
+    sys: Path = Path("/sys")
 
     # --- devices ---
 
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
-        """Return what the kernel shows to be wrong with a device; it is not opened."""
+        """Return the faults of a device that the kernel shows; the device is not opened."""
         return list(self._device(number))
 
     def _device(self, number: DeviceNumber) -> Iterator[Fault]:
-        block = self._sys / "dev/block" / str(number)
+        block = self.sys / "dev/block" / str(number)
         if _text(block / "ro") == "1":
             yield Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes")
         backing = _text(block / "loop/backing_file")
@@ -47,12 +45,12 @@ class LinuxProbes:
         if backing.endswith(" (deleted)"):
             yield Fault(FaultKind.BACKING_FILE_GONE, f"{backing.removesuffix(' (deleted)')}: its data ends with it")
             return
-        size_bytes = _number(block / "size") * _SECTOR_BYTES
+        size_bytes = _number(block / "size") * SECTOR_BYTES
         offset_bytes = _number(block / "loop/offset")
         try:
             status = os.stat(backing)
         except OSError:
-            return  # perhaps of another mount namespace: nothing is known
+            return  # unknown: the path may be of another mount namespace
         if os.path.isfile(backing) and status.st_size < offset_bytes + size_bytes:
             yield Fault(
                 FaultKind.BACKING_FILE_CUT_SHORT, f"{backing} has {status.st_size} bytes, the device {size_bytes}"
@@ -61,7 +59,7 @@ class LinuxProbes:
     # --- filesystems ---
 
     def dead(self, mounted: Mount) -> Fault | None:
-        """Return why nothing can be written to a filesystem any more; None when it can. Never waits for the device."""
+        """Return why a filesystem refuses all writes since an error. Never waits for the device."""
         if mounted.node_number is not None:
             return None
         if mounted.options & _SHUT_DOWN or _root_is_dead(mounted.path):
@@ -73,7 +71,7 @@ class LinuxProbes:
         return None
 
     def filesystem(self, mounted: Mount) -> Sequence[Fault]:
-        """Return what is wrong with a mounted filesystem: what the kernel shows of it, and how its root answers."""
+        """Return the faults of a mounted filesystem, by the kernel's records and an access to its root."""
         dead = self.dead(mounted)
         found = [*([] if dead is None else [dead]), *self._counted(mounted)]
         answered = _ask_root(mounted.path)
@@ -89,11 +87,11 @@ class LinuxProbes:
                 yield from self._btrfs_errors(mounted)
 
     def _ext4_errors(self, mounted: Mount) -> Iterator[Fault]:
-        """Read the count that ext4 keeps in its superblock until e2fsck has repaired it."""
-        name = (self._sys / "dev/block" / str(mounted.number)).resolve().name
-        count = _number(self._sys / "fs/ext4" / name / "errors_count")
+        """Read the error count of the superblock, which e2fsck resets."""
+        name = (self.sys / "dev/block" / str(mounted.number)).resolve().name
+        count = _number(self.sys / "fs/ext4" / name / "errors_count")
         if count:
-            function = _text(self._sys / "fs/ext4" / name / "last_error_func") or "?"
+            function = _text(self.sys / "fs/ext4" / name / "last_error_func") or "?"
             yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
 
     def _btrfs_errors(self, mounted: Mount) -> Iterator[Fault]:
@@ -102,7 +100,7 @@ class LinuxProbes:
         except OSError:
             return
         try:
-            root = self._sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
+            root = self.sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
         except SystemCallFailed:
             return
         finally:
@@ -112,55 +110,11 @@ class LinuxProbes:
             yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
 
 
-def _btrfs_counts(text: str) -> list[str]:
-    pairs = (line.rpartition(" ") for line in text.splitlines())
-    return [f"{name} {count}" for name, _, count in pairs if count.isdigit() and int(count)]
-
-
-def _root_is_dead(path: Path) -> bool:
-    """Tell whether a filesystem's root does not even tell its attributes, which the kernel has in memory."""
-    try:
-        syscalls.statx(path)
-    except OSError as error:
-        return error.errno in _DEAD_ROOT
-    return False
-
-
-def _ask_root(path: Path) -> Fault | None:
-    """Ask the filesystem for its numbers and its root's first entry; None when it answers."""
-    try:
-        os.statvfs(path)
-        with os.scandir(path) as entries:
-            next(entries, None)
-    except OSError as error:
-        number = error.errno or 0
-        name = errno.errorcode.get(number, str(number))
-        kind = FaultKind.SHUT_DOWN if number in _SHUT_DOWN_ERRORS else FaultKind.IO_ERROR
-        return Fault(kind, f"the root of the filesystem answers {os.strerror(number)} ({name})")
-    return None
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(errors="surrogateescape").rstrip("\n")
-    except OSError:
-        return None
-
-
-def _number(file: Path) -> int:
-    text = _text(file) or ""
-    return int(text) if text.isascii() and text.isdigit() else 0
-
-
-# --- going_down.py ---
-# End the writing of a filesystem whose device is lost, while programs still hold on to it.
-
-
 def shut_down(path: Path, number: DeviceNumber) -> bool:
-    """Let the filesystem of that device, mounted at `path`, write nothing any more, not even its log.
+    """Shut down the ext4 or xfs of that device mounted at `path`: it writes nothing any more, not even its log.
 
-    What its users have still to write is lost, and they meet errors. False where there is something else at the path,
-    where it went down before, and for filesystems that have no way to (btrfs, which shows a device of its own, too).
+    Unwritten data is lost and its users get errors. False when another filesystem is mounted there, it was shut down
+    before, or it has no such call (btrfs).
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -175,3 +129,43 @@ def shut_down(path: Path, number: DeviceNumber) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def _btrfs_counts(text: str) -> list[str]:
+    pairs = (line.rpartition(" ") for line in text.splitlines())
+    return [f"{name} {count}" for name, _, count in pairs if count.isdigit() and int(count)]
+
+
+def _root_is_dead(path: Path) -> bool:
+    """Tell if the root fails even to return its attributes, which the kernel has in memory."""
+    try:
+        syscalls.statx(path)
+    except OSError as error:
+        return error.errno in _SHUT_DOWN_ERRORS
+    return False
+
+
+def _ask_root(path: Path) -> Fault | None:
+    """Read the filesystem's statistics and the first entry of its root."""
+    try:
+        os.statvfs(path)
+        with os.scandir(path) as entries:
+            next(entries, None)
+    except OSError as error:
+        number = error.errno or 0
+        name = errno.errorcode.get(number, str(number))
+        kind = FaultKind.SHUT_DOWN if number == errno.ESHUTDOWN else FaultKind.IO_ERROR
+        return Fault(kind, f"the root of the filesystem answers {os.strerror(number)} ({name})")
+    return None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(errors="surrogateescape").rstrip("\n")
+    except OSError:
+        return None
+
+
+def _number(file: Path) -> int:
+    text = _text(file) or ""
+    return int(text) if text.isascii() and text.isdigit() else 0

@@ -1,8 +1,7 @@
-"""Control calls on block devices, loop devices and mounted filesystems; every refusal is `SystemCallFailed`.
+"""ioctl(2) of block devices, loop devices, SCSI devices and mounted filesystems. Errors are `SystemCallFailed`.
 
-Thin and without policy. Numbers and structures are those of the kernel's include/uapi/linux/fs.h, loop.h, btrfs.h,
-fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h; they are the same on every architecture that Linux's generic ioctl
-encoding serves (x86, arm64).
+Numbers and structures from the kernel's include/uapi/linux/fs.h, loop.h, btrfs.h, fs/ext4/ext4.h and
+fs/xfs/libxfs/xfs_fs.h, for architectures with the generic encoding (x86, arm64).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import uuid
 from dataclasses import dataclass
 
 from csi_driver.errors import SystemCallFailed
@@ -41,14 +41,14 @@ _BLKGETDISKSEQ = _io_read(0x12, 128, 8)
 
 
 def size_bytes(fd: int) -> int:
-    """Return the size of an open block device as it is at this moment."""
+    """Return the size of a block device."""
     value = bytearray(8)
     _call("BLKGETSIZE64", fd, _BLKGETSIZE64, value)
     return int(struct.unpack("=Q", value)[0])
 
 
 def disk_sequence(fd: int) -> int | None:
-    """Return the sequence number of the disk under an open block device; None before Linux 5.15."""
+    """Return the sequence number of the disk of a block device; None before Linux 5.15."""
     value = bytearray(8)
     try:
         fcntl.ioctl(fd, _BLKGETDISKSEQ, value)
@@ -58,21 +58,21 @@ def disk_sequence(fd: int) -> int | None:
 
 
 def logical_block_bytes(fd: int) -> int:
-    """Return the smallest unit in which an open block device can be read."""
+    """Return the size of the smallest read of a block device."""
     value = bytearray(4)
     _call("BLKSSZGET", fd, _BLKSSZGET, value)
     return int(struct.unpack("=i", value)[0])
 
 
 def is_read_only(fd: int) -> bool:
-    """Tell whether the kernel refuses writes to an open block device."""
+    """Tell if the kernel refuses writes to a block device."""
     value = bytearray(4)
     _call("BLKROGET", fd, _BLKROGET, value)
     return bool(struct.unpack("=i", value)[0])
 
 
 def set_read_only(fd: int, read_only: bool) -> None:
-    """Make the kernel refuse, or accept, writes to a block device: at once, and for those who hold it open too."""
+    """Make the kernel refuse or accept writes to a block device, also of those who have it open."""
     _call("BLKROSET", fd, _BLKROSET, bytearray(struct.pack("=i", int(read_only))))
 
 
@@ -87,10 +87,9 @@ _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
 
 @dataclass(frozen=True, slots=True)
 class LoopStatus:
-    """What a bound loop device says of itself. `label` is lo_file_name, `flags` a sum of LOOP_ constants.
+    """The status of a bound loop device: its file by device and inode, its label (lo_file_name), LOOP_ flags.
 
-    `file` is what tells its file from every other: the device of its filesystem, and its inode. `backing` is the device
-    under it, where it lies over a block device. `limit_bytes`: no more of its file is shown; 0 = all of it.
+    `backing` is the block device below, if any. `limit_bytes`: the part of the file that is visible, 0 = all.
     """
 
     file: tuple[int, int]
@@ -102,19 +101,19 @@ class LoopStatus:
 
 
 def loop_free_number(control_fd: int) -> int:
-    """Return the number of a loop device that was free a moment ago; the kernel makes one if all are bound."""
+    """Return the number of a free loop device, which the kernel makes if all are bound. Another may bind it first."""
     return _call("LOOP_CTL_GET_FREE", control_fd, _LOOP_CTL_GET_FREE)
 
 
 def loop_configure(fd: int, backing_fd: int, *, label: str, flags: int, block_bytes: int) -> None:
-    """Bind an open loop device to an open file, in one step (Linux 5.8)."""
+    """Bind a loop device to a file (Linux 5.8)."""
     info = _LOOP_INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, label.encode(), b"", b"", b"")
     argument = bytearray(struct.pack("=II", backing_fd, block_bytes) + info + bytes(64))
     _call(f"LOOP_CONFIGURE {label}", fd, _LOOP_CONFIGURE, argument)
 
 
 def loop_status(fd: int) -> LoopStatus | None:
-    """Return the status of an open loop device; None when it is not bound (ENXIO)."""
+    """Return the status of a loop device; None when it is not bound."""
     raw = bytearray(_LOOP_INFO.size)
     try:
         fcntl.ioctl(fd, _LOOP_GET_STATUS64, raw)
@@ -129,30 +128,32 @@ def loop_status(fd: int) -> LoopStatus | None:
 
 
 def loop_set_flags(fd: int, status: LoopStatus, flags: int) -> None:
-    """Set the flags of a bound loop device and leave the rest of its status as it was read."""
-    fields = list(_LOOP_INFO.unpack(status.raw))
-    fields[8] = flags
-    _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
+    """Set the flags of a loop device; the rest of its status stays as it was read."""
+    _loop_set(fd, status, 8, flags)
 
 
 def loop_set_limit(fd: int, status: LoopStatus, limit_bytes: int) -> None:
-    """Let a bound loop device show no more than the first bytes of its file, also to those who hold it open.
+    """Limit a loop device to the first bytes of its file, also for those who have it open.
 
-    What they wrote to it so far is written to the file first, what is on its way is waited for; then whatever lies
-    beyond the limit is refused (kernel, drivers/block/loop.c, loop_set_status; block/blk-core.c, bio_check_eod).
+    The kernel syncs and waits for running requests, then refuses requests beyond the limit (drivers/block/loop.c,
+    loop_set_status; block/blk-core.c, bio_check_eod).
     """
+    _loop_set(fd, status, 4, limit_bytes)
+
+
+def _loop_set(fd: int, status: LoopStatus, index: int, value: int) -> None:
     fields = list(_LOOP_INFO.unpack(status.raw))
-    fields[4] = limit_bytes
+    fields[index] = value
     _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
 
 
 def loop_set_capacity(fd: int) -> None:
-    """Let a loop device take the present size of its file."""
+    """Set the size of a loop device to that of its file."""
     _call("LOOP_SET_CAPACITY", fd, _LOOP_SET_CAPACITY)
 
 
 def loop_clear(fd: int) -> None:
-    """Unbind a loop device, or, when others have it open, mark it to be unbound at the last close."""
+    """Unbind a loop device; when others have it open, at their last close."""
     _call("LOOP_CLR_FD", fd, _LOOP_CLR_FD)
 
 
@@ -163,7 +164,7 @@ _GOING_DOWN, _WITHOUT_LOG = _io_read(ord("X"), 125, 4), 2
 
 
 def shut_down(fd: int) -> None:
-    """Let an ext4 or xfs, of which a directory is open, write nothing any more; what was not yet written is lost."""
+    """Shut down the ext4 or xfs of an open directory: it writes nothing any more; unwritten data is lost."""
     _call("shut the filesystem down", fd, _GOING_DOWN, bytearray(struct.pack("=I", _WITHOUT_LOG)))
 
 
@@ -179,7 +180,7 @@ _BTRFS_IOC_FS_INFO = _io_read(0x94, 31, 1024)
 
 @dataclass(frozen=True, slots=True)
 class XfsGeometry:
-    """Size of a mounted XFS filesystem: `blocks` of `block_bytes`, and the share of inodes in percent."""
+    """Size of an XFS filesystem, and its share of inodes."""
 
     block_bytes: int
     blocks: int
@@ -187,12 +188,12 @@ class XfsGeometry:
 
 
 def ext4_resize(fd: int, blocks: int) -> None:
-    """Grow the mounted ext4 filesystem that `fd` lies in to `blocks` of its own blocks; needs CAP_SYS_RESOURCE."""
+    """Grow the mounted ext4 of `fd` to that many of its blocks; needs CAP_SYS_RESOURCE."""
     _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
 
 
 def xfs_geometry(fd: int) -> XfsGeometry:
-    """Return the size of the mounted XFS filesystem that `fd` lies in."""
+    """Return the size of the mounted XFS of `fd`."""
     raw = bytearray(_XFS_GEOMETRY_V1.size)
     _call("XFS_IOC_FSGEOMETRY_V1", fd, _XFS_IOC_FSGEOMETRY_V1, raw)
     fields = _XFS_GEOMETRY_V1.unpack(raw)
@@ -200,21 +201,20 @@ def xfs_geometry(fd: int) -> XfsGeometry:
 
 
 def xfs_grow(fd: int, blocks: int, inode_percent: int) -> None:
-    """Grow the mounted XFS filesystem that `fd` lies in to `blocks` of its own blocks."""
+    """Grow the mounted XFS of `fd` to that many of its blocks."""
     _call("XFS_IOC_FSGROWFSDATA", fd, _XFS_IOC_FSGROWFSDATA, bytearray(struct.pack("=QI4x", blocks, inode_percent)))
 
 
 def btrfs_grow(fd: int) -> None:
-    """Grow the mounted btrfs filesystem that `fd` lies in to the whole of its first device."""
+    """Grow the mounted btrfs of `fd` to its first device."""
     _call("BTRFS_IOC_RESIZE max", fd, _BTRFS_IOC_RESIZE, bytearray(struct.pack("=q4088s", 0, b"max")))
 
 
 def btrfs_uuid(fd: int) -> str:
-    """Return the filesystem uuid of the mounted btrfs filesystem that `fd` lies in."""
+    """Return the uuid of the mounted btrfs of `fd`."""
     raw = bytearray(1024)
     _call("BTRFS_IOC_FS_INFO", fd, _BTRFS_IOC_FS_INFO, raw)
-    text = raw[16:32].hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    return str(uuid.UUID(bytes=bytes(raw[16:32])))
 
 
 # --- SCSI devices -------------------------------------------------------------------------------------------------

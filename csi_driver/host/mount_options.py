@@ -17,7 +17,7 @@ from csi_driver.host import syscalls
 from csi_driver.host_model import Device
 
 FIELD = "mount_flags"
-"""The request field that an option came from (CSI specification, VolumeCapability.MountVolume)."""
+"""The request field of mount options (CSI specification, VolumeCapability.MountVolume)."""
 
 _ATTRIBUTES = {
     "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
@@ -42,14 +42,14 @@ _NOT_A_MOUNT = frozenset(
     {"bind", "rbind", "move", "remount", "shared", "rshared", "slave", "rslave", "private", "rprivate", "unbindable",
      "runbindable", "loop", "offset", "sizelimit", "source"}
 )  # fmt: skip
-"""Words that would make mount(8) do something else than mount this device here."""
+"""Words with which mount(8) does not mount this device here."""
 _MAY_HOLD_COMMAS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
-"""Options of SELinux, whose levels list categories, such as s0:c1,c2 (mount(8))."""
+"""SELinux contexts, whose levels have categories such as s0:c1,c2 (mount(8))."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """Options sorted by who takes them. `own` are the filesystem's, `flags` the same generic ones for mount(2)."""
+    """Options of the mount, of every superblock, and the filesystem's `own`; `flags` are the first two for mount(2)."""
 
     attributes: int
     superblock: tuple[str, ...]
@@ -57,8 +57,13 @@ class MountOptions:
     flags: int
 
     @property
+    def read_only(self) -> bool:
+        """Whether the mount is read-only."""
+        return bool(self.flags & syscalls.MS_RDONLY)
+
+    @property
     def data(self) -> str:
-        """Join the filesystem's own options for mount(2), where SELinux takes what holds commas in quotes."""
+        """The filesystem's own options for mount(2); SELinux contexts with commas are quoted."""
         return ",".join(_quoted(option) for option in self.own)
 
 
@@ -68,10 +73,7 @@ def _quoted(option: str) -> str:
 
 
 def sort_options(options: Sequence[str], *, read_only: bool) -> MountOptions:
-    """Sort the options of a mount, one by one: a value may hold commas, without quotes. `read_only` adds "ro".
-
-    Raises `InvalidField` for words that are no options of a mount.
-    """
+    """Sort single options, whose values may have commas. Raises `InvalidField` for words of mount(8) that are none."""
     attributes, flags = (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY) if read_only else (0, 0)
     superblock = ["ro"] if read_only or "ro" in options else []
     access_time = (0, 0)
@@ -92,7 +94,7 @@ def sort_options(options: Sequence[str], *, read_only: bool) -> MountOptions:
 
 
 def _require_one(option: str) -> None:
-    """Refuse what is no single option, or would be read as several where options are handed over as one text."""
+    """Refuse a word that is not one option, or that mount(2) would split into several."""
     name, _, value = option.partition("=")
     if name in _NOT_A_MOUNT:
         raise InvalidField(FIELD, option, "an option of the filesystem or of its mount")
@@ -104,7 +106,7 @@ _SHOWN_ACCESS_TIMES = {0: "relatime", syscalls.MOUNT_ATTR_NOATIME: "noatime"}
 
 
 def shown_options(attributes: int, superblock_flags: int) -> frozenset[str]:
-    """Name what a mount's attributes and its superblock's flags say, as /proc/self/mountinfo would, without "ro"."""
+    """Return the options of a mount and its superblock as in /proc/self/mountinfo, without "ro"."""
     names = {name for name, (bit, _) in _ATTRIBUTES.items() if attributes & bit}
     names |= {name for name, bit in _SUPERBLOCK.items() if superblock_flags & bit}
     access_time = _SHOWN_ACCESS_TIMES.get(attributes & syscalls.MOUNT_ATTR_ATIME_MASK)
@@ -123,7 +125,7 @@ def keep_fd(stack: contextlib.ExitStack, fd: int) -> int:
 
 
 def configure(stack: contextlib.ExitStack, device: Device, fs_type: str, wanted: MountOptions) -> int:
-    """Open a filesystem context (fsopen) and set its options. Raises `InvalidField` naming a refused option."""
+    """Open a filesystem context and set its options. Raises `InvalidField` naming a refused option."""
     try:
         context = keep_fd(stack, syscalls.fsopen(fs_type))
     except SystemCallFailed as failure:
@@ -146,7 +148,7 @@ def configure(stack: contextlib.ExitStack, device: Device, fs_type: str, wanted:
 def mount_error(
     what: str, device: Device, fs_type: str, wanted: MountOptions, context: int, failure: SystemCallFailed
 ) -> Exception:
-    """Explain why the kernel refused to make the superblock: by the refused options where they can be found."""
+    """Make the error of a refused superblock, which names the refused options where they can be found."""
     reason = "; ".join(syscalls.fs_messages(context))
     if failure.errno == errno.EINVAL:
         names = _refused_options(device, fs_type, wanted)

@@ -1,7 +1,6 @@
-"""The text form of the mount table (/proc/self/mountinfo): its parser, and what to take from a parsed line.
+"""The kernel's mount tables as text (proc_pid_mountinfo(5)): the parser, and what uses a busy mount.
 
-Format: proc_pid_mountinfo(5). Reading it costs time for every mount of the machine: single paths are looked up by
-`mounts.LinuxMounts.at` instead.
+The cost of reading a table grows with the number of mounts: `mounts.LinuxMounts.at` looks up single paths.
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from pathlib import Path
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host_model import DeviceNumber
 
+_PROC = Path("/proc")
+_LOOPS = Path("/sys/block")
+_TABLE = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PEER_GROUP = re.compile(r"(?:shared|master):(\d+)")
-_TABLE = Path("/proc/self/mountinfo")
 _ACCESS = frozenset({"ro", "rw"})
+_MOST_HOLDERS = 3
+_HOLDERS_LIMIT_S = 0.5
+"""A node has thousands of processes; reading their descriptors takes about 20 microseconds each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the table. `path` is where the mount appears; `shared` tells whether its mounts propagate.
-
-    `peers` are the peer groups that mounts made on it propagate to, or come from.
-    """
+    """A line of the table. `shared`: mounts below it propagate; `peers`: the peer groups to and from which they do."""
 
     mount_id: int
     parent_id: int
@@ -46,30 +47,29 @@ class Entry:
 
 
 def read_table() -> list[Entry]:
-    """Return the mount table as the kernel writes it; no filesystem is touched. Raises `SystemCallFailed`."""
+    """Return this process's mount table; no filesystem is touched. Raises `SystemCallFailed`."""
     try:
-        return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may hold "\r", which text mode changes
+        return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may have "\r", which text mode changes
     except OSError as error:
         raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
 
 
 def parse(text: str) -> list[Entry]:
-    """Read the whole table, in the kernel's order: of mounts stacked at one path the later is on top."""
+    """Read a table in the kernel's order: of mounts stacked at one path the later is on top."""
     return list(_entries(text))
 
 
 def _entries(text: str) -> Iterator[Entry]:
-    for line in text.split("\n"):  # a path may hold what splitlines() takes for the end of a line
+    for line in text.split("\n"):  # a path may have other characters at which splitlines() splits
         before, separator, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if not separator or len(left) < 6 or len(right) < 3:
             continue
-        major, _, minor = left[2].partition(":")
         mount_options, own_options = left[5].split(","), right[2].split(",")
         yield Entry(
             mount_id=int(left[0]),
             parent_id=int(left[1]),
-            number=DeviceNumber(int(major), int(minor)),
+            number=DeviceNumber.parse(left[2]),
             root=unescape(left[3]),
             path=Path(unescape(left[4])),
             fs_type=unescape(right[0]),
@@ -82,11 +82,13 @@ def _entries(text: str) -> Iterator[Entry]:
         )
 
 
-def twins(entries: Sequence[Entry], path: Path) -> list[Path]:
-    """Return where else the mount at `path` appears because the directory that it is on does.
+def unescape(text: str) -> str:
+    r"""Undo the kernel's octal escapes, e.g. `\040` for a space."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
 
-    Where that directory lies in a mount that is shared under two paths, the kernel mounts at both.
-    """
+
+def twins(entries: Sequence[Entry], path: Path) -> list[Path]:
+    """Return the other paths at which the mount at `path` appears, because its directory is mounted there too."""
     parents = {entry.mount_id: entry for entry in entries}
     own = next((entry for entry in reversed(entries) if entry.path == path), None)
     parent = parents.get(own.parent_id) if own is not None else None
@@ -104,41 +106,25 @@ def twins(entries: Sequence[Entry], path: Path) -> list[Path]:
 
 
 def _place_in(parent: Entry, path: Path) -> tuple[DeviceNumber, Path]:
-    """Return the directory that a path below a mount is, by the mount's filesystem and the path within it."""
+    """Identify the directory at a path below a mount by filesystem and path within it."""
     return parent.number, Path(parent.root) / path.relative_to(parent.path)
 
 
-def unescape(text: str) -> str:
-    r"""Undo the kernel's octal escapes, e.g. `\040` for a space."""
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
-
-
-# --- holders.py ---
-# Who keeps a mount busy, for a message: mounts below it, loop devices over its files, and programs.
-#
-# No file of the filesystem is touched, which may hang: what is read is /proc and /sys alone. A descriptor is of a mount
-# by the mount's id (`mnt_id` of proc_pid_fdinfo(5)), which every mount namespace numbers for itself. A container sees
-# the programs of its own process namespace alone.
-
-
-_PROC = Path("/proc")
-_LOOPS = Path("/sys/block")
-_MOST = 3
-_LIMIT_S = 0.5
-"""A node has some thousands of programs; to read what they have open takes about 20 microseconds a descriptor."""
+# --- users of a busy mount ----------------------------------------------------------------------------------------
+# Only /proc and /sys are read: the filesystem may hang. Processes of other process namespaces are not visible.
 
 
 def describe_holders(path: Path) -> str:
-    """Name up to three holders of the mount at `path`; says so where none can be seen from here."""
-    found = list(islice(_holders(path), _MOST))
+    """Name up to three users of the mount at `path`: mounts below it, loop devices, processes."""
+    found = list(islice(_holders(path), _MOST_HOLDERS))
     if not found:
         return f"by a program that is not visible here; see `fuser -vm {path}` on the node"
     return "by " + ", ".join(found)
 
 
 def _holders(path: Path) -> Iterator[str]:
-    ends_at_s = time.monotonic() + _LIMIT_S
-    entries = _table("self")
+    ends_at_s = time.monotonic() + _HOLDERS_LIMIT_S
+    entries = _table_of("self")
     own = next((entry for entry in reversed(entries) if entry.path == path), None)
     if own is None:
         return
@@ -157,11 +143,14 @@ def _holders(path: Path) -> Iterator[str]:
 
 
 def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, frozenset[str]]) -> bool:
-    """Tell whether a program has something open in the mount, or works or runs in it."""
+    """Tell if a process has a file of the mount open, or its working directory, root or program in it.
+
+    Open files have the mount's id (`mnt_id` of proc_pid_fdinfo(5)), which differs between mount namespaces.
+    """
     try:
         namespace = os.readlink(process / "ns/mnt")
         if namespace not in mounts_of:
-            same = (entry for entry in _table(process.name) if (entry.path, entry.number) == (path, number))
+            same = (entry for entry in _table_of(process.name) if (entry.path, entry.number) == (path, number))
             mounts_of[namespace] = frozenset(str(entry.mount_id) for entry in same)
         ids = mounts_of[namespace]
         if not ids:
@@ -171,7 +160,7 @@ def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, 
             return True
         return any(_mount_id(file) in ids for file in (process / "fdinfo").iterdir())
     except OSError:
-        return False  # it has ended, or is none that may be looked at
+        return False  # it has ended, or may not be read
 
 
 def _mount_id(fdinfo: Path) -> str:
@@ -188,5 +177,5 @@ def _name(process: Path) -> str:
     return "?"
 
 
-def _table(process: str) -> Sequence[Entry]:
+def _table_of(process: str) -> Sequence[Entry]:
     return parse((_PROC / process / "mountinfo").read_text(errors="surrogateescape"))

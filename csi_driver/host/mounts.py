@@ -1,7 +1,7 @@
-"""The kernel's mounts: look at one, make one that is verified before it is visible, take one off.
+"""Mounts of this process's mount namespace: look them up, make them, unmount them.
 
-Single paths are looked up by statx(2) and statmount(2), which cost the same with ten mounts or ten thousand; the text
-table is read only where the kernel is too old or the filesystem too dead to answer, and for `of_device`.
+Single paths are looked up by statx(2) and statmount(2), whose cost does not depend on the number of mounts. The text
+table is read for `of_device`, and where the kernel is too old or the filesystem shut down.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -32,13 +33,14 @@ from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
-"""PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h: in a container process 1 is not the machine's."""
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h: in another pid namespace process 1 is not the machine's."""
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _HOLDS_NODES = frozenset({"devtmpfs", "tmpfs", "ext4", "xfs", "btrfs", "overlay"})
+_UNMOUNT_NOW = syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH
 
 
 def open_target(path: Path) -> int:
-    """Open a place to mount on; a link as the last component is refused."""
+    """Open a mount target (O_PATH); refuses a link as its last component."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -49,26 +51,23 @@ def open_target(path: Path) -> int:
     return fd
 
 
+@dataclass(frozen=True, slots=True)
 class LinuxMounts:
-    """Mounts of this process's mount namespace.
+    """Fits `csi_driver.node.ports.Mounts`. `open_at` opens a mount target, see `paths.LinuxPaths.open`."""
 
-    `open_at` opens the place to mount on (O_PATH) and may refuse it; see `paths.LinuxPaths.open`.
-    """
+    open_at: Callable[[Path], int] = open_target
+    clock: Clock = SYSTEM_CLOCK
 
-    def __init__(self, open_at: Callable[[Path], int] = open_target, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._open_at = open_at
-        self._clock = clock
-
-    # --- looking ---
+    # --- looking up ---
 
     def at(self, path: Path) -> Mount | None:
-        """Return the topmost mount whose root is `path`; None when no mount begins there."""
+        """Return the topmost mount with the root `path`."""
         try:
             status = syscalls.statx(path)
         except OSError as error:
             if error.errno in _ABSENT:
                 return None
-            # A filesystem that was shut down refuses to say anything of its own root; the table still knows it.
+            # The root of a filesystem that was shut down fails; the table still has the mount.
             return _from_table(path, None)
         if status.is_mount_root is False:
             return None
@@ -90,14 +89,11 @@ class LinuxMounts:
         )
 
     def table(self) -> list[Mount]:
-        """Return every mount of the namespace, in the kernel's order. Costs time for each of them."""
+        """Return all mounts in the kernel's order; the cost grows with their number."""
         return [_mounted(entry, entry.path) for entry in read_table()]
 
     def of_device(self, device: Device) -> list[Mount]:
-        """Return every mount of the filesystem on that device, and bind mount of its node. Reads the whole table.
-
-        What has the device's number and was made from another volume's node is none (`Mount.can_be_of`).
-        """
+        """Return all mounts of the device's filesystem and all bind mounts of its node. Reads the whole table."""
         found = []
         for entry in read_table():
             asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
@@ -108,19 +104,19 @@ class LinuxMounts:
         return found
 
     def twins(self, path: Path) -> list[Path]:
-        """Return where else the mount at `path` appears because the directory that it is on does. Reads the table."""
+        """Return the other paths at which the mount at `path` appears by mount propagation. Reads the whole table."""
         return mount_table.twins(read_table(), _canonical(path))
 
     def reaches_host(self, path: Path) -> bool:
-        """Tell whether a mount made at `path` is seen by the machine's first process, as far as can be told."""
-        with contextlib.suppress(OSError):  # without CAP_SYS_PTRACE nobody is told
+        """Tell if a mount made at `path` is visible to the machine's first process, as far as known."""
+        with contextlib.suppress(OSError):  # without CAP_SYS_PTRACE
             is_of_first = os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
             if is_of_first and os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE:
                 return True
         return self.propagation_is_shared(path)
 
     def propagation_is_shared(self, path: Path) -> bool:
-        """Tell whether mounts made below `path` reach the other mount namespaces of the machine."""
+        """Tell if mounts made below `path` reach other mount namespaces."""
         try:
             status = syscalls.statx(path)
         except OSError as error:
@@ -134,90 +130,87 @@ class LinuxMounts:
         closest = exact or sorted(entries, key=lambda entry: len(entry.path.parts))
         return bool(closest) and closest[-1].shared
 
-    # --- making ---
+    # --- mounting ---
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
-        """Mount the device's filesystem at `target`.
+        """Mount the device's filesystem at `target`; it is verified before it is visible.
 
-        Raises `InvalidField` naming an option that the kernel does not take, `PreconditionFailed` when the device is
-        busy or turned out to be another one.
+        Raises `InvalidField` naming a refused option, `PreconditionFailed` when the device is busy or another one.
         """
         wanted = sort_options(options, read_only=read_only)
-        with contextlib.ExitStack() as held:
-            target_fd = keep_fd(held, self._open_at(target))
+        with contextlib.ExitStack() as stack:
+            target_fd = keep_fd(stack, self.open_at(target))
             what = f"mount {device.path} at {target}"
             if not syscalls.has_mount_api():
                 self._mount_classic(device, target, target_fd, fs_type, wanted)
                 return
-            context = configure(held, device, fs_type, wanted)
+            context = configure(stack, device, fs_type, wanted)
             try:
                 syscalls.fsconfig_create(context)
             except SystemCallFailed as failure:
                 raise mount_error(what, device, fs_type, wanted, context, failure) from failure
-            mount_fd = keep_fd(held, syscalls.fsmount(context, wanted.attributes))
-            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            mount_fd = keep_fd(stack, syscalls.fsmount(context, wanted.attributes))
+            _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _mount_classic(self, device: Device, target: Path, target_fd: int, fs_type: str, wanted: MountOptions) -> None:
-        """Mount by mount(2), which shows the mount before it can be verified: a wrong one is taken off again."""
+        """Mount by mount(2), which makes the mount visible before it is verified: a wrong one is unmounted."""
         what = f"mount {device.path} at {target}"
-        place = Path(f"/proc/self/fd/{target_fd}")
         try:
-            syscalls.mount(str(device.path), place, fs_type, wanted.flags, wanted.data)
+            syscalls.mount(str(device.path), _fd_path(target_fd), fs_type, wanted.flags, wanted.data)
         except SystemCallFailed as failure:
             if failure.errno == errno.EINVAL and wanted.own:
                 raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure
             raise refused(what, failure.errno) from failure
-        mount_fd = self._open_at(target)
+        mount_fd = self.open_at(target)
         try:
-            _verify(mount_fd, device, fs_type, read_only=_is_read_only(wanted), what=what)
+            _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
         except BaseException:
-            syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
+            syscalls.unmount(target, _UNMOUNT_NOW)
             raise
         finally:
             os.close(mount_fd)
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
-        """Bind a directory, or a device node onto a file; read-only from the first moment where asked."""
+        """Bind mount a directory, or a device node onto a file. A read-only mount is never visible writable."""
         what = f"bind {source} at {target}"
-        with contextlib.ExitStack() as held:
-            target_fd = keep_fd(held, self._open_at(target))
-            source_fd = keep_fd(held, self._open_source(source))
+        with contextlib.ExitStack() as stack:
+            target_fd = keep_fd(stack, self.open_at(target))
+            source_fd = keep_fd(stack, self._open_source(source))
             if not syscalls.has_mount_api():
                 _bind_classic(source_fd, target, target_fd, what, read_only=read_only)
                 return
-            mount_fd = keep_fd(held, syscalls.open_tree_clone(source_fd, what))
+            mount_fd = keep_fd(stack, syscalls.open_tree_clone(source_fd, what))
             if read_only:
                 syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
-                _verify_read_only(mount_fd, what)
+                _verify_read_only(os.fstatvfs(mount_fd), what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
     def _open_source(self, source: Path) -> int:
-        """Open what is to be bound: a device node wherever it is, a directory only where mounts may be made."""
+        """Open a bind source: a device node anywhere, a directory only where `open_at` allows."""
         try:
             is_node = stat.S_ISBLK(os.lstat(source).st_mode)
         except OSError as error:
             raise SystemCallFailed(f"look at {source}", error.errno or 0) from error
-        return open_target(source) if is_node else self._open_at(source)
+        return open_target(source) if is_node else self.open_at(source)
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
-        """Take off the topmost mount at `path`; nothing mounted there is success.
+        """Unmount the topmost mount at `path`; success when there is none.
 
-        The directory that it lies in is held open, and its own name not followed, so that no link leads elsewhere.
-        `lost`: the device it is of, which is gone or another node's by now. It is taken off the tree at once, whoever
-        uses it, and its filesystem shut down first: what a user held back must never meet the device when it is back.
-        A mount that is busy is tried again for a moment: a program that another thread starts holds a copy of every
-        descriptor of this process, those that looked at the mount included, from its fork to its exec.
+        The parent directory is held open, so that no link can lead elsewhere. `lost`: the mount's device, which is
+        gone or another one by now: the mount is detached even when in use, and its filesystem shut down first, so that
+        cached writes never reach the device when it returns. A busy mount is retried for 1 s: a process that another
+        thread starts has copies of all descriptors from fork to exec.
         """
-        flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lost is not None else 0)
+        flags = _UNMOUNT_NOW if lost is not None else syscalls.UMOUNT_NOFOLLOW
         refusal: SystemCallFailed | None = None
         try:
-            parent_fd = self._open_at(path.parent)
+            parent_fd = self.open_at(path.parent)
         except SystemCallFailed as failure:
             if failure.errno in _ABSENT:
                 return
             raise
-        held_path = Path(f"/proc/self/fd/{parent_fd}", path.name)
+        held_path = _fd_path(parent_fd) / path.name
         if lost is not None:
             shut_down(held_path, lost)
 
@@ -227,7 +220,7 @@ class LinuxMounts:
             return refusal is None or refusal.errno != errno.EBUSY
 
         try:
-            Deadline.after(_BUSY_GRACE_S, self._clock).wait_until(settled, first_s=0.001, most_s=0.1)
+            Deadline.after(_BUSY_GRACE_S, self.clock).wait_until(settled, first_s=0.001, most_s=0.1)
         finally:
             os.close(parent_fd)
         if refusal is not None and refusal.errno == errno.EBUSY:
@@ -244,7 +237,29 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
     return None
 
 
-# --- looking ------------------------------------------------------------------------------------------------
+def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
+    """Bind by mount(2): read-only needs a second call, whose failure unmounts it."""
+    syscalls.mount(str(_fd_path(source_fd)), _fd_path(target_fd), "none", syscalls.MS_BIND, "")
+    if not read_only:
+        return
+    # A remount without the present flags is refused; their numbers are those of statvfs(3).
+    kept = os.statvfs(target).f_flag & (
+        syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
+    )
+    try:
+        flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
+        syscalls.mount("none", target, "none", flags, "")
+        _verify_read_only(os.statvfs(target), what)
+    except BaseException:
+        syscalls.unmount(target, _UNMOUNT_NOW)
+        raise
+
+
+def _fd_path(fd: int) -> Path:
+    return Path(f"/proc/self/fd/{fd}")
+
+
+# --- looking up ---------------------------------------------------------------------------------------------------
 
 
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
@@ -259,7 +274,7 @@ def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
 
 
 def _canonical(path: Path) -> Path:
-    """Spell `path` as the table does; its last component is not looked at: it may be dead."""
+    """Resolve the links of the parent; the last component is not looked at, because its filesystem may be dead."""
     return path.parent.resolve() / path.name
 
 
@@ -286,7 +301,7 @@ def _node_number(status: syscalls.PathStatus) -> DeviceNumber | None:
 
 
 def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
-    """Return the device under a btrfs mount, which itself shows an anonymous number (`shown`)."""
+    """Return the device of a btrfs mount, whose own number (`shown`) is anonymous."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -297,44 +312,24 @@ def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
         os.close(fd)
 
 
-def _is_read_only(wanted: MountOptions) -> bool:
-    return bool(wanted.flags & syscalls.MS_RDONLY)
-
-
-def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
-    """Bind by mount(2): read-only needs a second call, and is taken off again where that one fails."""
-    place = Path(f"/proc/self/fd/{target_fd}")
-    syscalls.mount(f"/proc/self/fd/{source_fd}", place, "none", syscalls.MS_BIND, "")
-    if not read_only:
-        return
-    kept = _flags_of(os.statvfs(target).f_flag)
+def _btrfs_device_of(fd: int) -> DeviceNumber | None:
     try:
-        flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
-        syscalls.mount("none", target, "none", flags, "")
-        if not os.statvfs(target).f_flag & os.ST_RDONLY:
-            raise HostFailure(f"{what}: expected a read-only mount, got a writable one")
-    except BaseException:
-        syscalls.unmount(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
-        raise
+        devices = Path("/sys/fs/btrfs") / ioctls.btrfs_uuid(fd) / "devices"
+        found = [DeviceNumber.parse((device / "dev").read_text()) for device in sorted(devices.iterdir())]
+    except (SystemCallFailed, OSError, ValueError):
+        return None
+    return found[0] if len(found) == 1 else None
 
 
-def _flags_of(statvfs_flags: int) -> int:
-    """Translate the flags that a remount must repeat, or the kernel refuses it; the numbers agree (statvfs(3))."""
-    same = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
-    return statvfs_flags & same
-
-
-# --- py ---
-# What a mount is that was just made, compared with what was asked; it is not visible to anybody yet.
+# --- checks of a new mount, before it is visible ------------------------------------------------------------------
 
 
 def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:
-    """Compare what was made with what was wanted."""
     _verify_alive(device, what)
     try:
         number = _mounted_number(mount_fd, fs_type)
         is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
-    except OSError as error:  # of a filesystem that died since
+    except OSError as error:  # of a filesystem that was shut down meanwhile
         raise SystemCallFailed(what, error.errno or 0) from error
     if number != device.number:
         raise PreconditionFailed(f"{what}: expected device {device.number}, got {number} from the kernel")
@@ -354,14 +349,14 @@ def _mounted_number(mount_fd: int, fs_type: str) -> DeviceNumber | None:
 
 
 def _verify_alive(device: Device, what: str) -> None:
-    """Refuse a filesystem of a disk that had the device's number before.
+    """Refuse the filesystem of a disk that is gone and had the device's number.
 
-    The kernel looks for a mounted filesystem by number alone before it opens a device (fs/super.c, sget_dev), and hands
-    out what is left of another disk as this one's. A filesystem that is alive claims its device.
+    The kernel finds a mounted filesystem by number before it opens the device (fs/super.c, sget_dev), so it may return
+    that of the earlier disk. Only a filesystem of a present disk claims the device.
     """
     if block_devices.is_claimed(device.path):
         return
-    table = mount_table.read_table()  # a btrfs shows a number of its own
+    table = read_table()  # btrfs has anonymous numbers
     left = next((each.path for each in table if device.number == each.number or each.source == str(device.path)), None)
     by = (
         f"which is still mounted at {left}: unmount it"
@@ -374,16 +369,6 @@ def _verify_alive(device: Device, what: str) -> None:
     )
 
 
-def _verify_read_only(mount_fd: int, what: str) -> None:
-    if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
+def _verify_read_only(status: os.statvfs_result, what: str) -> None:
+    if not status.f_flag & os.ST_RDONLY:
         raise HostFailure(f"{what}: expected a read-only mount, got a writable one")
-
-
-def _btrfs_device_of(fd: int) -> DeviceNumber | None:
-    try:
-        devices = Path("/sys/fs/btrfs") / ioctls.btrfs_uuid(fd) / "devices"
-        texts = [(device / "dev").read_text() for device in sorted(devices.iterdir())]
-    except (SystemCallFailed, OSError):
-        return None
-    major, _, minor = texts[0].strip().partition(":") if len(texts) == 1 else ("", "", "")
-    return DeviceNumber(int(major), int(minor)) if minor else None

@@ -1,9 +1,9 @@
-"""Target and staging paths: checked, made and removed, never through a symbolic link and never more than one thing.
+"""Target and staging paths: checked, created and removed without following symbolic links.
 
-A path lies below one of the configured roots. A root itself may be a link: it is resolved once. Below it the kernel
-resolves every path without following any link (openat2(2), RESOLVE_NO_SYMLINKS), so that nobody who can write below
-the root can lead the driver out of it. A directory on the way that is a link is replaced by where it leads only where
-that lies below a root, too, and what follows is done there, again without following a link.
+A path lies below one of the configured roots, which may be links and are resolved once. Below a root the kernel
+follows no link (openat2(2), RESOLVE_NO_SYMLINKS), so that no user with write access there can lead the driver out of
+it. A directory that is a link is replaced by its target only when that lies below a root too; the rest of the path is
+again resolved without links.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ _MOST_COUNTED = 1000
 
 
 class LinuxPaths:
-    """Fits `csi_driver.node.ports.Paths`."""
+    """Paths below the configured roots. Fits `csi_driver.node.ports.Paths`."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         by_length = sorted(roots, key=lambda root: len(root.parts), reverse=True)
         self._roots = tuple((PurePosixPath(root), root.resolve()) for root in by_length)
 
     def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
-        """Return the path, its root's links resolved, when it is absolute, plain and below a root.
+        """Return the path with the links of its root resolved, when it is absolute, plain and below a root.
 
-        A link to a directory is followed where it leads below another root, and, for a call that makes nothing
-        (`takes_off`), where it leads below any: what was mounted before the link was refused must be taken off.
-        Raises `InvalidField` for other links on the way or at its end.
+        A link to a directory below another root is followed; to unmount (`takes_off`), also one to a directory below
+        the same root, because earlier versions mounted there. Raises `InvalidField` for other links.
         """
         plain = PurePosixPath(path)
         too_long = len(path.encode(errors="surrogatepass")) > _LONGEST_PATH_BYTES
@@ -63,7 +62,6 @@ class LinuxPaths:
         return place
 
     def _about_link(self, path: Path, root: Path) -> str:
-        """Name the link, where it leads, and what to do."""
         way = [*reversed(path.parents), path]
         link = next((each for each in way if each != root and each.is_relative_to(root) and each.is_symlink()), path)
         return (
@@ -75,11 +73,11 @@ class LinuxPaths:
         return " or ".join(str(given) for given, _ in self._roots)
 
     def open(self, path: Path) -> int:
-        """Hold what is at the path (O_PATH), which may be a root: for a mount to be put onto, or taken off in it."""
+        """Open the path (O_PATH), which may be a root, to mount on it or to unmount in it."""
         return _open_below(self._root_of(path, itself=True), path)
 
     def kind(self, path: Path) -> str:
-        """Tell what is at the path itself: "directory", "file", "device", "other" or "absent"."""
+        """Return the type of file at the path: "directory", "file", "device", "other" or "absent"."""
         try:
             fd = self.open(path)
         except SystemCallFailed as failure:
@@ -91,12 +89,12 @@ class LinuxPaths:
         try:
             return _kind_of(os.fstat(fd).st_mode)
         except OSError:
-            return "other"  # the root of a dead filesystem
+            return "other"  # the root of a filesystem that was shut down
         finally:
             os.close(fd)
 
     def make_directory(self, path: Path) -> None:
-        """Create the directory (not its parents); there already is success."""
+        """Create the directory, not its parents; success when it exists."""
         with self._parent(path) as parent:
             try:
                 os.mkdir(path.name, 0o750, dir_fd=parent)
@@ -107,7 +105,7 @@ class LinuxPaths:
                 raise SystemCallFailed(f"make the directory {path}", error.errno or 0) from error
 
     def make_file(self, path: Path) -> None:
-        """Create an empty file to bind a device onto; there already (also as the device bound onto it) is success."""
+        """Create an empty file to bind a device onto; success when it exists, also with the device."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._parent(path) as parent:
             try:
@@ -119,10 +117,10 @@ class LinuxPaths:
                 raise SystemCallFailed(f"make the file {path}", error.errno or 0) from error
 
     def set_mode(self, path: Path, mode: int) -> None:
-        """Change the permission bits of the directory at the path; a link is refused."""
+        """Change the permission bits of the directory at the path; refuses a link."""
         fd = self.open(path)
         try:
-            # fchmod(2) refuses an O_PATH descriptor; its name under /proc is the same file, whatever the path is now.
+            # fchmod(2) refuses O_PATH descriptors; the path under /proc is always the same file.
             os.chmod(f"/proc/self/fd/{fd}", mode)
         except OSError as error:
             raise SystemCallFailed(f"change the mode of {path}", error.errno or 0) from error
@@ -130,9 +128,9 @@ class LinuxPaths:
             os.close(fd)
 
     def remove(self, path: Path) -> None:
-        """Remove an empty directory or an empty file that is no mount point; absent is success. Never a tree.
+        """Remove an empty directory or file that is no mount point; success when it is absent.
 
-        Raises `PreconditionFailed` when it is anything else.
+        Raises `PreconditionFailed` for everything else.
         """
         try:
             with self._parent(path) as parent:
@@ -185,7 +183,6 @@ class LinuxPaths:
 
 
 def _content(name: str, parent: int) -> str:
-    """Say how many entries a directory has, and name the first."""
     names: list[str] = []
     with contextlib.suppress(OSError):
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
@@ -219,7 +216,7 @@ def _kind_of(mode: int) -> str:
 
 
 def _open_below(root: Path, path: Path) -> int:
-    """Open (O_PATH) a path below a root without following any link; ELOOP says that there was one."""
+    """Open (O_PATH) a path below a root; fails with ELOOP at a link."""
     try:
         root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -232,7 +229,7 @@ def _open_below(root: Path, path: Path) -> int:
             except SystemCallFailed as failure:
                 if failure.errno == errno.ENOSYS:
                     return _walk(root_fd, path.relative_to(root))
-                if failure.errno != errno.EAGAIN:  # the kernel asks to try again when a rename went on meanwhile
+                if failure.errno != errno.EAGAIN:  # of a concurrent rename
                     raise
         raise SystemCallFailed(f"open {path}", errno.EAGAIN)
     finally:
@@ -240,7 +237,7 @@ def _open_below(root: Path, path: Path) -> int:
 
 
 def _walk(root_fd: int, relative: Path) -> int:
-    """Do what openat2 does, on kernels before 5.6, one component at a time."""
+    """Open one component at a time, for kernels before 5.6, which have no openat2."""
     fd = os.dup(root_fd)
     for part in relative.parts:
         try:

@@ -1,17 +1,12 @@
-"""Run a program of the machine to its end, and say plainly how it ended.
+"""Processes: run a program to its end, keep child processes, and find the running role of this program.
 
-The only place, besides `supervise`, that starts a process. List argv, no shell, nothing of this process's
-environment. A read takes its caller's remaining time; a write takes a generous limit of its own.
+The only module that starts processes: with a list of arguments, without a shell and without this environment.
 
-A driver that dies by SIGKILL leaves its helper running. A parent-death signal would not close that hole: it is set
-after the fork, so there is a gap, it does nothing for a helper in uninterruptible sleep, and it costs another
-program's start (1.6 ms) each time. Instead a helper that writes inherits the descriptor whose lock says "somebody
-works on this device" (`pass_fds`, see `devices.LinuxDevices.open`): the lock lives as long as the helper, so nobody
-judges the device while it may still be written.
-
-A program that works on a device is never killed, however long it takes. One that is killed while the device's I/O is
-held stays in the kernel with the disk's open mutex, and from then on every open of that device hangs, too (observed on
-Linux 6.12 with blkid). Its caller waits on, in a thread that can be lost, and the volume is busy until it ends.
+A program that works on a device is never killed: while the device's I/O hangs, the kernel keeps the killed process and
+its lock on the disk, and every later open of the device hangs too (seen on Linux 6.12 with blkid). The caller waits,
+and the volume is busy until the program ends. When the driver is killed, the program keeps the lock of the device by
+the descriptor that it inherited (`pass_fds`), so that nothing reads the device while it may be written. A parent-death
+signal is no alternative: it is set after the fork and does not reach a process in uninterruptible sleep.
 """
 
 from __future__ import annotations
@@ -23,7 +18,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TextIO
@@ -37,8 +32,7 @@ SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": SEARCH_PATH, "LC_ALL": "C"}
 _NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 _GRACE_AFTER_KILL_S = 2.0
-
-_PACKAGES = {
+_PACKAGES = {  # of Debian
     "blkid": "util-linux",
     "cryptsetup": "cryptsetup-bin",
     "mkfs.ext4": "e2fsprogs",
@@ -47,12 +41,14 @@ _PACKAGES = {
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
 }
-"""Debian's package of each program that the driver runs."""
+
+
+# --- programs -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """How a program ended. `stdout` is raw: some answers are not text."""
+    """The result of a program; `stdout` may be binary."""
 
     status: int
     stdout: bytes
@@ -65,7 +61,7 @@ def find_tool(program: str) -> str | None:
 
 
 def package_of(program: str) -> str:
-    """Return the Debian package that holds the program; empty when the driver does not know."""
+    """Return the Debian package of a program; empty when unknown."""
     return _PACKAGES.get(program, "")
 
 
@@ -79,12 +75,10 @@ def run(
     environment: Mapping[str, str] = _NOTHING_MORE,
     on_device: bool = False,
 ) -> Completed:
-    """Run `argv` and wait for its end; a status outside `accept` raises `CommandFailed`.
+    """Run a program and wait for its end. `pass_fds` keep their numbers; `environment` is added to PATH and LC_ALL.
 
-    After `timeout_s` the whole process group is killed and `CommandTimedOut` raised, also where the process sits in
-    uninterruptible sleep and outlives the signal. One that works on a device (`on_device`) is not killed and is waited
-    for as long as it takes; after `timeout_s` the log says so. `pass_fds` stay open under their own numbers;
-    `environment` is added to the little that it has. Raises `ToolMissing` naming the package.
+    After `timeout_s` its process group is killed. With `on_device` it is never killed: after `timeout_s` that is
+    logged. Raises `CommandFailed` for a status outside `accept`, `CommandTimedOut`, `ToolMissing`.
     """
     program = find_tool(argv[0])
     if program is None:
@@ -121,33 +115,16 @@ def run(
     return Completed(process.returncode, stdout, text)
 
 
-@contextlib.contextmanager
-def secret_fd(passphrase: str) -> Iterator[int]:
-    """Hold a passphrase in a file that exists in memory alone, has no name, and ends with the last who holds it."""
-    fd = os.memfd_create("passphrase", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _wait_for(process: subprocess.Popen[bytes], stdin: bytes | None, warn_after_s: float) -> tuple[bytes, bytes]:
     try:
-        os.write(fd, passphrase.encode())
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def fd_path(fd: int) -> str:
-    """Return the path under which the program that inherits a descriptor finds it."""
-    return f"/proc/self/fd/{fd}"
-
-
-def _wait_for(process: subprocess.Popen[bytes], stdin: bytes | None, patience_s: float) -> tuple[bytes, bytes]:
-    """Wait until a program ends that works on a device; tell once that it takes long."""
-    try:
-        return process.communicate(stdin, timeout=patience_s)
+        return process.communicate(stdin, timeout=warn_after_s)
     except subprocess.TimeoutExpired:
         logger.warning(
             "%s (process %d) has not ended within %g s; it works on a device and is not killed: its volume is busy "
             "until it ends",
             process.args,
             process.pid,
-            patience_s,
+            warn_after_s,
         )
     return process.communicate()
 
@@ -159,58 +136,70 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         process.communicate(timeout=_GRACE_AFTER_KILL_S)
 
 
-# --- supervise.py ---
-# Long-lived child processes: started with a log and a pid file, stopped in order, never left behind.
-#
-# A child's process group is killed when this process ends, however it ends: a shell in the group reads a pipe whose
-# only writer is this process; end of file is the signal. A parent-death signal (PR_SET_PDEATHSIG) is no substitute:
-# it is set after the fork, so a parent that is killed before that leaves the child running, and it is sent when the
-# *thread* that forked ends. Programs that a child has started in sessions of their own (mkfs) finish. The caller
-# decides whether and when to start a child again.
+@contextlib.contextmanager
+def secret_fd(secret: str) -> Iterator[int]:
+    """Give a file in memory with a secret for a program that inherits it: in no argument list and on no disk."""
+    fd = os.memfd_create("passphrase", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(fd, secret.encode())
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def fd_path(fd: int) -> str:
+    """Return the path of an inherited descriptor."""
+    return f"/proc/self/fd/{fd}"
+
+
+# --- child processes ----------------------------------------------------------------------------------------------
+# A child's process group is killed when this process ends for any reason: a shell in the group reads a pipe whose only
+# writer is this process, and kills the group at end of file. A parent-death signal would miss a parent that is killed
+# before it is set, and is sent when the thread that forked ends. Programs that a child starts by `run` have their own
+# sessions and finish.
 
 _AFTER_KILL_S = 5.0
-_UNTIL_WE_END = 'exec {0}<&0 </dev/null; (read -r _ <&{0}; kill -s KILL -- "-$$") & exec "$@" {0}<&-'
-"""Standard input is the pipe. `$$` is the child's own process id, which is also its group's, in the subshell too."""
-_DIGITS = range(3, 10)
+_KILL_WHEN_PARENT_ENDS = 'exec {0}<&0 </dev/null; (read -r _ <&{0}; kill -s KILL -- "-$$") & exec "$@" {0}<&-'
+"""Standard input is the pipe; in the subshell `$$` is the process id of the child, which is its group's id too."""
+_SHELL_FDS = range(3, 10)
 """Descriptors that a POSIX shell can redirect."""
 
 
+@dataclass(slots=True)
 class ChildProcess:
-    """One child. Made by `ChildProcesses.start`."""
+    """A child that `ChildProcesses.start` made. `lifeline` is the write end of the pipe."""
 
-    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, pid_file: Path) -> None:
-        """`lifeline`: descriptor of the pipe's writing end, whose close kills the group."""
-        self._process = process
-        self._lifeline = lifeline
-        self._pid_file = pid_file
-        self._is_over = False
+    process: subprocess.Popen[bytes]
+    lifeline: int
+    pid_file: Path
+    _is_over: bool = field(default=False, init=False)
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also its group's and session's."""
-        return self._process.pid
+        """The id of the process, its group and its session."""
+        return self.process.pid
 
     def poll(self) -> int | None:
-        """Return how it ended (a signal as a negative number), or None while it runs."""
-        status = self._process.poll()
+        """Return the exit status, negative for a signal; None while it runs."""
+        status = self.process.poll()
         if status is not None:
             self._clean_up()
         return status
 
     def stop(self, *, timeout_s: float) -> int:
-        """End it with SIGTERM, after `timeout_s` with SIGKILL, and its group with it; return how it ended.
+        """End it by SIGTERM, after `timeout_s` by SIGKILL, then its group; return the exit status.
 
-        Raises `HostFailure` when it does not even end after SIGKILL (uninterruptible sleep).
+        Raises `HostFailure` when it is still running after SIGKILL.
         """
         if self._is_over:
-            return self._process.wait()  # its number may be another group's by now
-        if self._process.poll() is None:
-            self._process.terminate()
+            return self.process.wait()  # another group may have its number
+        if self.process.poll() is None:
+            self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
+                self.process.wait(timeout_s)
         self._kill_group()
         try:
-            status = self._process.wait(_AFTER_KILL_S)
+            status = self.process.wait(_AFTER_KILL_S)
         except subprocess.TimeoutExpired as error:
             raise HostFailure(
                 f"process {self.pid} is still running {_AFTER_KILL_S:g} s after SIGKILL: it waits in the kernel, "
@@ -228,23 +217,24 @@ class ChildProcess:
             return
         self._is_over = True
         self._kill_group()
-        os.close(self._lifeline)
+        os.close(self.lifeline)
         with contextlib.suppress(FileNotFoundError):
-            if self._pid_file.read_text().strip() == str(self.pid):
-                self._pid_file.unlink(missing_ok=True)
+            if self.pid_file.read_text().strip() == str(self.pid):
+                self.pid_file.unlink(missing_ok=True)
 
 
 class ChildProcesses:
-    """Starts children. `environment` is all they get; None = a search path and the C locale."""
+    """Starts child processes."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is all that children get; None = a search path and the C locale."""
         self._environment = dict(environment or {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8"})
 
     def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
-        """Start a process whose output is appended to `log`; `pid_file` holds its pid while it runs.
+        """Start a process with output appended to `log`; `pid_file` holds its pid while it runs.
 
-        `pass_fds` stay open in it under their own numbers. It has a session of its own: a Ctrl-C at the terminal
-        reaches this process alone, which then stops its children in its own order.
+        `pass_fds` keep their numbers. It has its own session: Ctrl-C reaches only this process, which stops its
+        children in order.
         """
         shell = find_tool("sh")
         if shell is None:
@@ -253,11 +243,11 @@ class ChildProcesses:
             log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         except OSError as error:
             raise SystemCallFailed(f"open {log}", error.errno or 0) from error
-        digit = next(digit for digit in _DIGITS if digit not in pass_fds)
+        shell_fd = next(fd for fd in _SHELL_FDS if fd not in pass_fds)
         reading, writing = os.pipe()
         try:
             process = subprocess.Popen(
-                [shell, "-c", _UNTIL_WE_END.format(digit), "sh", *argv],
+                [shell, "-c", _KILL_WHEN_PARENT_ENDS.format(shell_fd), "sh", *argv],
                 stdin=reading,
                 stdout=log_fd,
                 stderr=log_fd,
@@ -273,38 +263,30 @@ class ChildProcesses:
             os.close(log_fd)
         child = ChildProcess(process, writing, pid_file)
         try:
-            _write_whole(pid_file, f"{process.pid}\n")
+            draft = pid_file.with_name(f".{pid_file.name}.{os.getpid()}")
+            draft.write_text(f"{process.pid}\n")
+            draft.replace(pid_file)
         except OSError as error:
             child.stop(timeout_s=0)
             raise SystemCallFailed(f"write {pid_file}", error.errno or 0) from error
         return child
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader never meets half a pid."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-# --- running.py ---
-# The role of this program that runs in the same container, or on the same machine: what it was told, and its log.
-#
-# A command that is run beside it (kubectl exec, a hook) gets the container's environment but not the role's arguments.
-
+# --- the running role ---------------------------------------------------------------------------------------------
+# A command beside a role (kubectl exec, a hook) has the container's environment, but not the role's arguments.
 
 _PROC = Path("/proc")
 _PROGRAM = "nvmesh-csi"
 _MODULE = ("-m", "csi_driver")
-_PROGRAM_WITHIN = 4
-"""Words: an interpreter and its own options may stand before the program."""
+_MOST_WORDS_BEFORE = 4
+"""An interpreter and its options may stand before the program."""
 
 
 def find_running(roles: Sequence[str]) -> RunningRole | None:
-    """Return the process of one of these roles; None where there is none, or one cannot be chosen.
+    """Return the process of one of these roles in this mount namespace; None when there is none or several.
 
-    Only those that see the same mounts are meant, and that run as the same user: what one is told names files to read
-    and servers to log in to. Of several the container's first process is.
+    Of several, process 1 is chosen. Processes of other users are not: their arguments name files to read and servers
+    to log in to.
     """
     found = list(_running(roles))
     first = [each for each in found if each.pid == 1]
@@ -318,19 +300,19 @@ def _running(roles: Sequence[str]) -> Iterator[RunningRole]:
         if not directory.name.isdecimal() or int(directory.name) == os.getpid():
             continue
         try:
-            called = called_in(_words(directory / "cmdline"), roles)
+            called = parse_role(_words(directory / "cmdline"), roles)
             if not called or _mount_namespace(directory) != namespace or _users(directory) != users:
                 continue
             environ = dict(word.partition("=")[::2] for word in _words(directory / "environ"))
         except OSError:
-            continue  # it has ended, or is somebody else's
+            continue  # it has ended, or may not be read
         role, *arguments = called
         yield RunningRole(int(directory.name), role, tuple(arguments), environ)
 
 
-def called_in(argv: Sequence[str], roles: Sequence[str]) -> Sequence[str]:
-    """Return the role that a command line starts and what it is told; empty where it starts none of these."""
-    for place, word in enumerate(argv[:_PROGRAM_WITHIN]):
+def parse_role(argv: Sequence[str], roles: Sequence[str]) -> Sequence[str]:
+    """Return the role and its arguments in a command line; empty when it starts none of these roles."""
+    for place, word in enumerate(argv[:_MOST_WORDS_BEFORE]):
         is_module = word == _MODULE[1] and place > 0 and argv[place - 1] == _MODULE[0]
         if is_module or Path(word).name == _PROGRAM:
             called = argv[place + 1 :]
@@ -339,10 +321,10 @@ def called_in(argv: Sequence[str], roles: Sequence[str]) -> Sequence[str]:
 
 
 def log_of(role: RunningRole) -> TextIO | None:
-    """Open the standard error of a running role; None where that cannot be: what a hook prints, nobody is shown."""
+    """Open the standard error of a running role, because the output of a hook is not shown; None when that fails."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        # Without O_NONBLOCK a pipe that nobody reads would keep us here.
+        # Without O_NONBLOCK the open of a pipe without reader would block.
         fd = os.open(_PROC / str(role.pid) / "fd/2", flags)
         os.set_blocking(fd, True)
         return os.fdopen(fd, "w", encoding="utf-8")
@@ -355,8 +337,8 @@ def _mount_namespace(directory: Path) -> str:
 
 
 def _users(directory: Path) -> str:
-    """Return the real, effective, saved and filesystem user: a program with set-user-ID is called by somebody else."""
-    # A name of a process may hold every other end of a line that Python knows.
+    """Return the real, effective, saved and filesystem user: another user may have started a set-user-ID program."""
+    # The name of a process may have other characters at which splitlines() splits.
     lines = (directory / "status").read_bytes().decode(errors="replace").split("\n")
     return next((line for line in lines if line.startswith("Uid:")), "")
 

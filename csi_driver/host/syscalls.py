@@ -1,8 +1,7 @@
-"""The system calls that Python does not have, typed; every refusal is `SystemCallFailed`.
+"""System calls that Python lacks. Errors are `SystemCallFailed`.
 
-No policy here. libc is loaded at the first call. Numbers are those of the unified table that all architectures share
-from 424 on (Linux include/uapi/asm-generic/unistd.h); structures and flags are from include/uapi/linux/mount.h and
-stat.h.
+Numbers from include/uapi/asm-generic/unistd.h (the same for all architectures from 424 on); structures and flags from
+include/uapi/linux/mount.h, stat.h and openat2.h.
 """
 
 from __future__ import annotations
@@ -30,13 +29,11 @@ MS_NODEV = 0x4
 MS_NOEXEC = 0x8
 MS_SYNCHRONOUS = 0x10
 MS_REMOUNT = 0x20
-MS_MANDLOCK = 0x40
 MS_DIRSYNC = 0x80
 MS_NOSYMFOLLOW = 0x100
 MS_NOATIME = 0x400
 MS_NODIRATIME = 0x800
 MS_BIND = 0x1000
-MS_PRIVATE = 1 << 18
 MS_SHARED = 1 << 20
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
@@ -55,7 +52,6 @@ MOUNT_ATTR_ATIME_MASK = 0x70
 MOUNT_ATTR_NODIRATIME = 0x80
 MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 
-RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 
@@ -71,7 +67,7 @@ _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 @functools.cache
 def libc() -> ctypes.CDLL:
-    """Load libc; calls through it release the interpreter's lock."""
+    """Load libc at the first call; its functions run without the interpreter's lock."""
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -104,12 +100,12 @@ def unmount(target: Path, flags: int = UMOUNT_NOFOLLOW) -> None:
 
 
 def fsopen(fs_type: str) -> int:
-    """Open a context in which a filesystem is configured (fsopen(2))."""
+    """Open a filesystem context (fsopen(2))."""
     return _syscall(f"fsopen {fs_type}", _FSOPEN, ctypes.c_char_p(fs_type.encode()), ctypes.c_uint(_FSOPEN_CLOEXEC))
 
 
 def fsconfig(context: int, key: str, value: str | None = None) -> None:
-    """Set one option of a context: a flag, or a string where a value is given."""
+    """Set an option of a context: a flag, or a string when there is a value."""
     command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
     text = None if value is None else ctypes.c_char_p(value.encode())
     _syscall(
@@ -119,7 +115,7 @@ def fsconfig(context: int, key: str, value: str | None = None) -> None:
 
 
 def fsconfig_create(context: int) -> None:
-    """Make the superblock that the context describes, or find the one of the same device."""
+    """Create the superblock of a context, or find that of the same device."""
     _syscall(
         "fsconfig create", _FSCONFIG, ctypes.c_int(context), ctypes.c_uint(_FSCONFIG_CMD_CREATE), None, None,
         ctypes.c_int(0),
@@ -127,7 +123,7 @@ def fsconfig_create(context: int) -> None:
 
 
 def fs_messages(context: int) -> list[str]:
-    """Return, and use up, what the kernel wrote into the context's log, e.g. "ext4: Unknown parameter 'x'"."""
+    """Read the messages in the log of a context, e.g. "ext4: Unknown parameter 'x'"."""
     messages = []
     with contextlib.suppress(OSError):  # ENODATA ends the log
         while message := os.read(context, 4096):
@@ -136,20 +132,20 @@ def fs_messages(context: int) -> list[str]:
 
 
 def fsmount(context: int, attributes: int) -> int:
-    """Make a mount, visible nowhere yet, of the context's superblock."""
+    """Create a detached mount of the superblock of a context."""
     return _syscall(
         "fsmount", _FSMOUNT, ctypes.c_int(context), ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(attributes)
     )
 
 
 def open_tree_clone(source_fd: int, what: str) -> int:
-    """Make a bind mount of what the descriptor holds, visible nowhere yet."""
+    """Create a detached bind mount of an open file or directory."""
     flags = _OPEN_TREE_CLONE | _CLOEXEC | AT_EMPTY_PATH
     return _syscall(what, _OPEN_TREE, ctypes.c_int(source_fd), ctypes.c_char_p(b""), ctypes.c_uint(flags))
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:
-    """Add attributes to the mount held by a descriptor (Linux 5.12)."""
+    """Add attributes to an open mount (Linux 5.12)."""
     wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
     _syscall(
         "mount_setattr", _MOUNT_SETATTR, ctypes.c_int(mount_fd), ctypes.c_char_p(b""), ctypes.c_uint(AT_EMPTY_PATH),
@@ -158,14 +154,14 @@ def mount_setattr(mount_fd: int, attributes: int) -> None:
 
 
 def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
-    """Put a mount that is visible nowhere onto the directory or file held by `target_fd`."""
+    """Attach a detached mount to an open directory or file."""
     flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
     empty = ctypes.c_char_p(b"")
     _syscall(what, _MOVE_MOUNT, ctypes.c_int(mount_fd), empty, ctypes.c_int(target_fd), empty, ctypes.c_uint(flags))
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """Open below a directory with the kernel's own rules of path resolution (Linux 5.6)."""
+    """Open a path below a directory with RESOLVE_ flags (Linux 5.6)."""
     how = struct.pack("=QQQ", flags | _CLOEXEC, 0, resolve)
     return _syscall(
         f"open {path}", _OPENAT2, ctypes.c_int(directory), ctypes.c_char_p(os.fsencode(path)), ctypes.c_char_p(how),
@@ -175,9 +171,9 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
 
 @functools.cache
 def has_mount_api() -> bool:
-    """Tell whether the kernel has the descriptor based mount interface, mount_setattr (5.12) included."""
+    """Tell if the kernel has the mount calls by descriptor, with mount_setattr (5.12)."""
     for number in (_FSOPEN, _MOUNT_SETATTR):
-        # Arguments that cannot work: EINVAL or EFAULT where the call exists, ENOSYS (or a seccomp EPERM) elsewhere.
+        # Invalid arguments: EINVAL or EFAULT when the call exists, else ENOSYS, or EPERM of seccomp.
         try:
             _syscall("probe", number, None, ctypes.c_uint(0xFFFF0000), None, None, ctypes.c_size_t(1))
         except SystemCallFailed as failure:
@@ -195,9 +191,9 @@ _STATX = struct.Struct("=IIQIIIHHQQQQ64sIIIIQ")
 
 @dataclass(frozen=True, slots=True)
 class PathStatus:
-    """What statx tells of a path. `is_mount_root` is None where the kernel cannot say (before 5.8).
+    """The result of statx. `is_mount_root` is None before Linux 5.8.
 
-    `unique_mount_id` (Linux 6.8) is what `statmount` takes; it is never used again, unlike `mount_id`.
+    `unique_mount_id` (Linux 6.8), for `statmount`, is never reused, unlike `mount_id`.
     """
 
     mode: int
@@ -209,7 +205,7 @@ class PathStatus:
 
 
 def statx(path: Path) -> PathStatus:
-    """Look at a path itself (no link followed, no automount, no wait for a remote server). Raises OSError."""
+    """Return the status of a path: no link is followed, nothing is mounted or waited for. Raises OSError."""
     flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
     wanted = _STATX_TYPE | _STATX_MODE | _STATX_MNT_ID | _STATX_MNT_ID_UNIQUE
     buffer = ctypes.create_string_buffer(256)
@@ -236,7 +232,7 @@ _STATMOUNT_STRINGS = 512
 
 @dataclass(frozen=True, slots=True)
 class MountStatus:
-    """What statmount tells of one mount; `options` are the filesystem's own, as the kernel prints them."""
+    """The result of statmount; `options` are the filesystem's own."""
 
     device: tuple[int, int]
     superblock_flags: int
@@ -249,7 +245,7 @@ class MountStatus:
 
 
 def statmount(unique_mount_id: int) -> MountStatus | None:
-    """Return what the kernel knows of a mount; None where it cannot tell all of it (before 6.13)."""
+    """Return the status of a mount; None before Linux 6.13."""
     request = struct.pack("=IIQQ", 24, 0, unique_mount_id, _STATMOUNT_NEEDED | _STATMOUNT_OPTIONS)
     size = 4096
     while True:
@@ -278,9 +274,7 @@ def _decode_statmount(raw: bytes) -> MountStatus | None:
         start = _STATMOUNT_STRINGS + at
         return raw[start : raw.index(b"\0", start)].decode(errors="surrogateescape")
 
-    options = (
-        text(options_at) if mask & _STATMOUNT_OPTIONS else ""
-    )  # the bit stays off where the filesystem has no options to show
+    options = text(options_at) if mask & _STATMOUNT_OPTIONS else ""  # no bit without options
     return MountStatus(
         (major, minor), superblock_flags, attributes, propagation, text(fs_type_at), text(root_at), text(source_at),
         options,

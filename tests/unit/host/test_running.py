@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.host.processes import called_in
+from csi_driver.host.processes import parse_role
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ from csi_driver.host.processes import called_in
     ],
 )
 def test_a_role_is_known_by_its_command_line(argv: list[str], called: list[str]) -> None:
-    assert list(called_in(argv, ["node"])) == called
+    assert list(parse_role(argv, ["node"])) == called
