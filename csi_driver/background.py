@@ -91,7 +91,7 @@ class Background:
         return f"{key} has been running for {self._since_s(began_s):.0f} s, expected at most {self.stale_s:.0f} s"
 
     def why_failing(self) -> str:
-        """Return what is stuck, or has failed for longer than the limit, with its last error; "" when all is well."""
+        """Return the job that is stuck or has failed for longer than the limit, and its error; else ""."""
         with self._record:
             oldest = min(((since_s, key, error) for key, (since_s, error) in self._failing.items()), default=None)
         if oldest is None or self._since_s(oldest[0]) <= self.stale_s:
@@ -316,7 +316,7 @@ class DaemonPool:
 
 
 def _settle(future: Future[T], job: Callable[[], T]) -> None:
-    """Run a job and hand its result, or whatever it raises, to the future."""
+    """Run a job and hand its result or exception to the future."""
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -55,7 +55,7 @@ class Deadline:
         return self.clock.monotonic() - self.started_s
 
     def expired(self) -> bool:
-        """Tell whether no time is left."""
+        """Return whether no time is left."""
         return self.clock.monotonic() >= self.at_s
 
     def earlier(self, seconds: float) -> Deadline:

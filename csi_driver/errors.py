@@ -1,11 +1,11 @@
 """All expected failures, as one tree that knows neither gRPC nor HTTP.
 
-A *family* (a direct child of `DriverError`) says what the caller can do; `csi_driver.rpc.boundary` maps each family to
-one gRPC code. A *leaf* carries the data of one kind of failure and writes its message. Source: CSI specification,
+A *family* (a direct child of `DriverError`) groups failures by the caller's remedy; `csi_driver.rpc.boundary` maps it
+to one gRPC code. A *leaf* carries the data of one kind of failure and writes its message. Source: CSI specification,
 "Error Scheme" of every RPC.
 
-A message says what failed, why, and what to do: `<thing>: expected <X>, got <Y>; <what to do>`. It may reach end users
-and must not contain secrets. Text that a caller sent goes through `shown` first.
+A message has the failure, its cause and the remedy: `<thing>: expected <X>, got <Y>; <what to do>`. It may reach end
+users and must not contain secrets. Text that a caller sent goes through `shown` first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def shown(text: object, limit: int = _SHOWN_LIMIT) -> str:
 
 
 def one_line(text: str, limit: int = LINE_LIMIT_CHARACTERS) -> str:
-    """Escape what is not printable (line breaks, terminal controls), and shorten to about `limit` characters."""
+    """Escape line breaks, terminal controls and the like, and shorten to about `limit` characters."""
     line = text if len(text) <= limit else f"{text[: limit - 3]}..."
     if line.isprintable():
         return line
@@ -110,7 +110,7 @@ class MissingField(InvalidRequest):
 
 
 class InvalidField(InvalidRequest):
-    """A field holds a value that cannot be used. `expected` completes "expected ..."; `action` says what to do."""
+    """A field holds a value that cannot be used. `expected` completes "expected ..."; `action` is the remedy."""
 
     def __init__(self, field: str, value: object, expected: str, action: str = "") -> None:
         self.field = field

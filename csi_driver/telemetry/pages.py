@@ -1,7 +1,7 @@
 """Health pages and metrics over HTTP: `/healthz`, `/readyz` and `/metrics`.
 
-/healthz tells whether a restart of this process would help, and asks no other process: an unavailable management, a
-missing tool or a stopped kubelet must never restart the driver. /readyz tells whether the driver can work now.
+/healthz fails when a restart of this process may help. It asks no other process: an unavailable management, a missing
+tool or a stopped kubelet must never restart the driver. /readyz fails while the driver cannot work.
 
 The standard library's HTTP server, with limits: the time and size of a request, the number of connections, and one
 execution of a page at a time. It serves one request for each connection (HTTP/1.0).
@@ -92,7 +92,7 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     poll_s = 0.5
-    """Interval at which the server looks whether it must stop."""
+    """Interval at which the server checks for its end."""
 
     def __init__(self, settings: HttpSettings, pages: Pages) -> None:
         self._pages = pages
@@ -115,7 +115,7 @@ class PageServer(ThreadingHTTPServer):
         return HttpSettings(host, port)
 
     def __enter__(self) -> Self:
-        self._loop = run_detached("http", partial(self.serve_forever, self.poll_s))
+        run_detached("http", partial(self.serve_forever, self.poll_s))
         _LOG.info("serving %s over HTTP on %s", ", ".join(self._pages), self.address)
         return self
 
@@ -146,7 +146,7 @@ class PageServer(ThreadingHTTPServer):
         return future.result()
 
     def request_received(self, connection: socket.socket) -> None:
-        """Note that a connection sent its request, and so is no longer dropped in favour of others."""
+        """Note that a connection sent its request, and so must not be dropped for others."""
         with self._lock:
             if connection in self._open:
                 self._open[connection] = True
@@ -216,10 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(slots=True)
 class _Limited(io.RawIOBase):
-    """Reads a request from a socket until a moment on the clock, and not more than a request may have."""
+    """Reads a request from a socket, with a limit of time and of size."""
 
     connection: socket.socket
     until_s: float
+    """On the monotonic clock."""
     left_bytes: int = REQUEST_LIMIT_BYTES
 
     def readable(self) -> bool:
@@ -240,9 +241,10 @@ class _Limited(io.RawIOBase):
 def _resolve(host: bytes | str, port: int) -> tuple[socket.AddressFamily, int, int, str, tuple[object, ...]]:
     if not host:
         try:
-            socket.socket(socket.AF_INET6).close()
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::", 0))
             host = b"::"
-        except OSError:  # no IPv6 in this kernel
+        except OSError:  # the kernel has no IPv6, or it is switched off
             host = b"0.0.0.0"
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
 
