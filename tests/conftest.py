@@ -1,4 +1,4 @@
-"""What holds for every test: who may run it, what it may start, and that it leaves nothing behind."""
+"""Rules for every test: root, allowed processes, and a check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def has_device_mapper() -> bool:
-    """Tell whether this kernel can map devices: the node file alone may be there without it."""
+    """Return whether this kernel can map devices: the node file alone may be there without it."""
     try:
         os.close(os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC))
     except OSError:

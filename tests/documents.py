@@ -12,7 +12,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "tests/**/*.md", "proto/**/*.md")
     for path in ROOT.glob(pattern)
 )
-"""Every document in Markdown. What a build or a test left in hidden directories is none."""
+"""Every document in Markdown. Hidden directories are excluded."""
 
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
@@ -39,7 +39,7 @@ def unfenced(text: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """Return what stands under a heading, up to the next one of its level or above."""
+    """Return the text under a heading, up to the next one of its level or above."""
     found = re.search(rf"(?m)^(#+) {re.escape(heading)}$", text)
     assert found is not None, f"there is no heading {heading!r}"
     rest = text[found.end() :]

@@ -186,8 +186,10 @@ def measure_calls(stack: Stack, directory: Path, counts: dict[int, int]) -> None
 
 
 def measure_shell(stack: Stack, directory: Path, rounds: int) -> None:
-    """Print stage and publish beside the same work by a shell script, in turn, at several concurrencies."""
-    table = Table("Stage and publish of a blank volume, beside a shell script", ("", "at once", "p50 ms", "per second"))
+    """Print stage and publish and the same work by a shell script, in turn, at several concurrencies."""
+    table = Table(
+        "Stage and publish of a blank volume, compared with a shell script", ("", "at once", "p50 ms", "per second")
+    )
     kinds = [("ext4", EXT4, "-E nodiscard")] + ([("xfs", XFS, "-K")] if shutil.which("mkfs.xfs") else [])
     for fs, capability, options in kinds:
         life = LifeCycle(stack, capability)
@@ -326,7 +328,8 @@ SHELL_MOUNT = 'mount "$1" "$2" && mount --bind "$2" "$3"'
 def measure_storm(stack: Stack, directory: Path, volumes: int, publications: int) -> None:
     """Print how long many volumes take that are staged and published at once, blank and in use before."""
     table = Table(
-        "Boot storm, beside a shell script one by one over the processors", ("", "calls", "s", "ideal s", "longest s")
+        "Boot storm, compared with a sequential shell script divided by the processors",
+        ("", "calls", "s", "ideal s", "longest s"),
     )
     life = LifeCycle(stack, EXT4)
     subjects_of_it = subjects(directory, "storm", volumes)
@@ -475,7 +478,7 @@ def measure_start(directory: Path, rounds: int) -> None:
 
 
 def wait_for_any_answer(client: CsiClient, socket: Path) -> None:
-    """Return once Probe was answered, whatever the answer."""
+    """Return when Probe was answered, with any answer."""
     give_up_at = time.monotonic() + 30
     while time.monotonic() < give_up_at:
         if socket.exists():
@@ -487,7 +490,7 @@ def wait_for_any_answer(client: CsiClient, socket: Path) -> None:
             else:
                 return
         time.sleep(0.002)
-    raise SystemExit(f"nobody answered on {socket} within 30 s")
+    raise SystemExit(f"no answer on {socket} within 30 s")
 
 
 def main() -> None:
@@ -516,7 +519,7 @@ def main() -> None:
 
 
 def measure_stack(stack: Stack, directory: Path, wanted: set[str], *, quick: bool) -> None:
-    """Measure what is wanted of one running stack."""
+    """Run the selected measurements on one running stack."""
     if "memory" in wanted:
         measure_memory(stack, directory, 300 if quick else 10_000)
     if "calls" in wanted:

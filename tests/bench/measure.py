@@ -17,7 +17,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a number of calls took. `cpu_s` is that of the driver's processes and of the tools they ran."""
+    """Durations of calls. `cpu_s` is that of the driver's processes and of the tools they ran."""
 
     latencies_s: tuple[float, ...]
     wall_s: float

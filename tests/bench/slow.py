@@ -23,7 +23,7 @@ class SlowServer:
         self.port = 0
 
     def reset(self) -> None:
-        """Count anew."""
+        """Reset the counters."""
         self.most_in_flight = self.requests = 0
 
     async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:

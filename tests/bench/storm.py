@@ -1,8 +1,8 @@
 """A node that has just booted: every volume is staged and published at once, as kubelet does it.
 
 Each call has a connection of its own and two minutes, and is made again after half a second, then twice that and so
-on, as kubelet's back-off does. Beside it the same by a shell script, one volume after the other: divided by the
-machine's processors that is what could be had at best.
+on, as kubelet's back-off does. For comparison the same by a shell script, one volume after the other, divided by the
+machine's processors: the ideal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST_PAUSE_S = 122.0
 
 @dataclass
 class Weather:
-    """What a storm was like."""
+    """Results of a storm."""
 
     wall_s: float = 0.0
     calls: int = 0

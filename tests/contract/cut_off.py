@@ -18,7 +18,7 @@ _WRITES = frozenset({1, 18, 20, 296, 328})
 
 
 def can_cut_off() -> bool:
-    """Tell whether this machine is one that the numbers above are of."""
+    """Return whether this machine is one that the numbers above are of."""
     return os.uname().machine == "x86_64"
 
 

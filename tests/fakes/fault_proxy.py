@@ -325,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _has_left(connection: socket.socket) -> bool:
-    """Tell whether the client has given up: then its request must not arrive any more."""
+    """Return whether the client has given up: then its request must not arrive any more."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:

@@ -73,13 +73,13 @@ class Administrator:
         wait_for(lambda: not self.is_held(volume), f"{volume.name} to be detached")
 
     def is_attached(self, volume: Volume) -> bool:
-        """Tell whether the rig's node reports the device as usable."""
+        """Return whether the rig's node reports the device as usable."""
         client = self.management.client_by_uuid(self._rig.node_id(), deadline=self.deadline)
         report = client.devices.get(volume.uuid) if client is not None else None
         return report is not None and report.status is DeviceStatus.ATTACHED and report.io_enabled
 
     def is_held(self, volume: Volume) -> bool:
-        """Tell whether any node holds the volume in any way."""
+        """Return whether any node holds the volume in any way."""
         return bool(self.management.clients_holding(volume.uuid, deadline=self.deadline))
 
     def references(self, volume: Volume) -> frozenset[str]:

@@ -242,7 +242,7 @@ class World:
         draft.rename(self._plan)
 
     def planned(self) -> bool:
-        """Tell whether the plan still waits for its point."""
+        """Return whether the plan still waits for its point."""
         return self._plan.exists()
 
     def cancel(self) -> None:

@@ -42,7 +42,7 @@ def given_up(cluster: Cluster, volume: ClusterVolume) -> None:
 
 
 def is_off(cluster: Cluster, volume: ClusterVolume) -> bool:
-    """Tell whether node-1's client has let go of the volume, and the management has heard of it."""
+    """Return whether node-1's client has let go of the volume, and the management has heard of it."""
     report = cluster.report(volume, "node-1")
     return not volume.device("node-1").exists() and (report is None or report["vol_status"] == DETACHED)
 

@@ -150,7 +150,7 @@ def test_someone_who_is_not_root_gets_one_clear_line() -> None:
 
 
 def nothing_left(directory: Path) -> bool:
-    """Tell whether the kernel and the file system hold nothing of a demo."""
+    """Return whether the kernel and the file system hold nothing of a demo."""
     return not (mounts_below(directory) or loops_over(directory) or processes_of(directory) or directory.exists())
 
 

@@ -1,6 +1,6 @@
-"""What every test on the cluster stands on: the cluster itself, its driver and storage, and a clean stage to work on.
+"""Fixtures of every test on the cluster: the cluster, its driver and storage, and cleanup.
 
-The cluster is the one that `make cluster-up` starts. Tests share it, one after the other; each takes away what it made
+The cluster is the one that `make cluster-up` starts. Tests share it, one after the other; each removes its objects
 and is wrong if it leaves a volume or a device behind.
 """
 
@@ -62,7 +62,7 @@ def stage(cluster: Cluster, storage: Storage) -> Iterator[Stage]:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Put what the cluster shows into the report of a test that failed, before anything is taken away."""
+    """Add the state of the cluster to the report of a failed test, before the cleanup."""
     report = yield
     fixtures = getattr(item, "funcargs", {})
     if report.when == "call" and report.failed and isinstance(fixtures.get("cluster"), Cluster):

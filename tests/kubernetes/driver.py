@@ -1,4 +1,4 @@
-"""The driver as the chart deployed it: its pods, how to disturb them, and what they say of themselves."""
+"""The driver as deployed by the chart: its pods, disturbances, health pages and metrics."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Driver:
 
         return Storage(python, Login(f"http://127.0.0.1:{port}", arguments["user"], password))
 
-    # --- what it says of itself ---------------------------------------------------------------------------------
+    # --- health pages and metrics ---------------------------------------------------------------------------------
 
     def recent_log(self) -> str:
         """Return the ends of the logs of every role."""

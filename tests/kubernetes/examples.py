@@ -23,12 +23,12 @@ def files() -> list[Path]:
 
 
 def written(name: str) -> list[Document]:
-    """Return the documents of an example as they stand there."""
+    """Return the documents of an example unchanged."""
     return [document for document in yaml.safe_load_all((EXAMPLES / name).read_text()) if document is not None]
 
 
 def documents(name: str, schedulers: Collection[str] = ()) -> list[Document]:
-    """Return an example for the cluster of the tests. `schedulers`: those that run there beside the default one."""
+    """Return an example for the cluster of the tests. `schedulers`: additional ones that run there."""
     changed = copy.deepcopy(written(name))
     for document in changed:
         for spec in pod_specs(document):

@@ -1,7 +1,7 @@
-"""A cluster through kubectl: apply, look, wait, exec, delete, and on failure what the cluster itself has to say.
+"""A cluster through kubectl: apply, get, wait, exec, delete; failures show the state of the cluster.
 
 Thin on purpose: documents are what Kubernetes has, not classes of ours. Waiting is generous, as clusters that share
-two cores are slow, and ends with the events and descriptions that explain why it was in vain.
+two cores are slow, and a timeout shows events and descriptions.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ class Cluster:
     def __init__(self, enter: Sequence[str] = (str(ENTER),)) -> None:
         self.enter = tuple(enter)
         self.touched: set[str] = set()
-        """Namespaces that this test worked in: what a failure is explained by."""
+        """Namespaces that this test used, shown after a failure."""
 
     # --- commands -----------------------------------------------------------------------------------------------
 
     def run(self, *argv: str, stdin: str | None = None, timeout_s: float = _CALL_S) -> Ended:
-        """Run a command where the cluster is, whatever it ends with."""
+        """Run a command inside the cluster, with any exit status."""
         done = subprocess.run(
             [*self.enter, *argv], input=stdin or "", capture_output=True, text=True, timeout=timeout_s, check=False
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 
     def kubectl(self, *words: str, stdin: str | None = None, timeout_s: float = _CALL_S) -> str:
-        """Run kubectl and return what it prints; `KubectlFailed` says what it complained of."""
+        """Run kubectl and return its output; `KubectlFailed` has its error."""
         ended = self.run("kubectl", *words, stdin=stdin, timeout_s=timeout_s)
         if ended.status:
             raise KubectlFailed(("kubectl", *words), ended.status, ended.stderr)
         return ended.stdout
 
     def has_processes_of_its_own(self) -> bool:
-        """Tell whether commands see the cluster's processes alone, not this machine's."""
+        """Return whether commands see the cluster's processes alone, not this machine's."""
         return self.run("readlink", "/proc/self/ns/pid").stdout.strip() != os.readlink("/proc/self/ns/pid")
 
     # --- objects ------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Cluster:
     # --- waiting ------------------------------------------------------------------------------------------------
 
     def wait_for(self, condition: Callable[[], Result | None], what: str, *, patience_s: float = PATIENCE_S) -> Result:
-        """Ask again and again until the answer is true, and return it; in vain, say what the cluster shows."""
+        """Poll until the answer is true, and return it; after the timeout raise with the state of the cluster."""
         end_s = time.monotonic() + patience_s
         problem: KubectlFailed | None = None
         while time.monotonic() < end_s:
@@ -136,7 +136,9 @@ class Cluster:
                 if answer:
                     return answer
             time.sleep(_PAUSE_S)
-        raise AssertionError(f"waited {patience_s:.0f} s in vain for {what}; {problem or ''}\n{self.explain()}")
+        raise AssertionError(
+            f"timed out after {patience_s:.0f} s waiting for {what}; {problem or ''}\n{self.explain()}"
+        )
 
     def wait_ready(self, pod: str, namespace: str = "default") -> Document:
         """Wait until a pod is Ready, and return it; a pod that never will be ends the wait."""
@@ -152,7 +154,7 @@ class Cluster:
         return self.wait_for(is_ready, f"pod {namespace}/{pod} to be Ready")
 
     def wait_event(self, name: str, *words: str, namespace: str = "default") -> str:
-        """Wait for an event of an object whose text holds all of the words, and return the text."""
+        """Wait for an event of an object with all of the words in its text, and return the text."""
 
         def told() -> str | None:
             return next((text for text in self.events(name, namespace) if all(word in text for word in words)), None)
@@ -162,23 +164,23 @@ class Cluster:
     # --- pods ---------------------------------------------------------------------------------------------------
 
     def exec(self, pod: str, *command: str, namespace: str = "default", container: str = "") -> str:
-        """Run a command in a pod and return what it prints; it must succeed."""
+        """Run a command in a pod and return its output; it must succeed."""
         ended = self.try_exec(pod, *command, namespace=namespace, container=container)
         if ended.status:
             raise KubectlFailed(("exec", pod, *command), ended.status, ended.stderr or ended.stdout)
         return ended.stdout
 
     def try_exec(self, pod: str, *command: str, namespace: str = "default", container: str = "") -> Ended:
-        """Run a command in a pod, whatever it ends with."""
+        """Run a command in a pod, with any exit status."""
         which = ("-c", container) if container else ()
         return self.run("kubectl", "exec", pod, "-n", namespace, *which, "--", *command)
 
     def sh(self, pod: str, script: str, namespace: str = "default") -> str:
-        """Run a line of shell in a pod and return what it prints, stripped."""
+        """Run a line of shell in a pod and return its output, stripped."""
         return self.exec(pod, "sh", "-c", script, namespace=namespace).strip()
 
     def logs(self, pod: str, namespace: str = "default", *more: str) -> str:
-        """Return what a pod's container wrote."""
+        """Return the log of a pod's container."""
         return self.kubectl("logs", pod, "-n", namespace, *more)
 
     def events(self, name: str, namespace: str = "default") -> list[str]:
@@ -190,7 +192,7 @@ class Cluster:
     # --- when something went wrong --------------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Return what the cluster shows of the namespaces that the test worked in."""
+        """Return objects and events of the namespaces that the test used."""
         parts = []
         for namespace in sorted(self.touched or {"default"}):
             parts += [

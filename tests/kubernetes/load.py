@@ -1,4 +1,4 @@
-"""A pod that writes all the time, and what must hold of it whatever is done to the driver under it."""
+"""A pod that writes all the time, and checks that disturbances of the driver do not affect it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def user_of(claim_name: str, name: str = "", script: str = "exec sleep 1000000")
 
 
 class Writer:
-    """A pod that writes without end, beside a file that nobody touches."""
+    """A pod that writes without end, with a second file that stays unchanged."""
 
     def __init__(self, stage: Stage, cluster: Cluster, name: str) -> None:
         """Start it and wait until it writes."""
@@ -76,7 +76,7 @@ class Writer:
         return int(ended.stdout or "0") if ended.status == 0 else 0
 
     def assert_goes_on(self) -> None:
-        """Prove that it still writes, that no write ever failed, and that what was there is there."""
+        """Check that it still writes, that no write failed, and that old data is intact."""
         seen = self.writes()
         self._cluster.wait_for(lambda: self.writes() > seen + 3, f"{self.name} to go on writing")
         errors = self._cluster.try_exec(self.name, "cat", "/tmp/errors")
@@ -89,7 +89,7 @@ class Writer:
         assert self._checksum() == self._kept
 
     def _checksum(self) -> str:
-        # busybox' dd reads past the cache where it is told so; a filesystem that refuses that is read as usual.
+        # busybox' dd reads past the cache with a flag; a filesystem that refuses that is read as usual.
         return self._cluster.sh(
             self.name, "(dd if=/data/kept bs=1M iflag=direct 2>/dev/null || cat /data/kept) | sha256sum"
         )

@@ -1,4 +1,4 @@
-"""What a test makes in the cluster, and the proof that nothing of it stays."""
+"""Objects that a test creates in the cluster, and the check that none remains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kubernetes.storage import Storage, loop_devices
 
 @dataclass(frozen=True, slots=True)
 class ClaimedVolume:
-    """The volume behind a claim: its PersistentVolume, and what the storage knows it by."""
+    """The volume of a claim: its PersistentVolume, and its name in the storage."""
 
     volume: str
     handle: str
@@ -75,7 +75,7 @@ class Stage:
         return ClaimedVolume(name, handle, stored, str(self.storage.volumes()[stored]["uuid"]))
 
     def restart(self, pod: Document) -> None:
-        """Delete a pod, wait until it is gone, make it anew and wait until it is Ready."""
+        """Delete a pod, wait until it is gone, create it again and wait until it is Ready."""
         self.cluster.delete([pod])
         self.cluster.apply([pod])
         self.cluster.wait_ready(pod["metadata"]["name"], pod["metadata"].get("namespace", "default"))

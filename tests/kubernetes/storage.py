@@ -1,6 +1,6 @@
 """The storage management as its administrator sees it: straight at the REST API, from inside its pod.
 
-Nothing here goes through the driver, so that what it says of the driver's work is somebody else's word.
+Nothing here uses the driver, so it is an independent observation.
 """
 
 from __future__ import annotations

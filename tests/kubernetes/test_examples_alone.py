@@ -1,4 +1,4 @@
-"""Examples in which one pod, or one set of pods, has its own volume: what they promise, seen from inside the pod."""
+"""Examples in which one pod, or one set of pods, has its own volume, checked from inside the pod."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_an_encrypted_volume_is_opened_or_its_pod_says_what_is_missing(stage: St
         assert bytes_in(cluster, "encrypted", "/data") > 0.9 * 2 * GIB
         return
     cluster.wait_event("encrypted", "FailedMount", "device-mapper")
-    # Nobody wrote plaintext in its place.
+    # It was not overwritten by plaintext.
     (device,) = loop_devices(volume.uuid)
     with device.open("rb") as stream:
         start = stream.read(16 * MIB)

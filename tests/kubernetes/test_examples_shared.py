@@ -40,7 +40,7 @@ def pods_of(cluster: Cluster, app: str, namespace: str) -> list[str]:
 
 
 def refusals(cluster: Cluster, pod: str, namespace: str) -> list[str]:
-    """Try every way to change a data set, and return what each was told."""
+    """Try every way to change a data set, and return each error."""
     attempts = (
         "touch /data/new", "sh -c 'echo more >> /data/shard-0'", "mv /data/shard-0 /data/other", "rm /data/shard-0",
         "chmod 777 /data/shard-0", "truncate -s 0 /data/shard-0", "mkdir /data/directory",
@@ -85,7 +85,7 @@ def test_many_pods_of_several_namespaces_read_one_volume(
 def test_copies_with_handles_of_their_own_leave_a_node_one_after_the_other(
     stage: Stage, cluster: Cluster, storage: Storage
 ) -> None:
-    """One PersistentVolume for each namespace, whose name is the last part of the handle, as older drivers have it."""
+    """One PersistentVolume for each namespace, with its name as the last part of the handle, as in older drivers."""
     volume = stage.by_hand(NAME, 2.2)
     wanted = filled(stage, cluster)
 
@@ -156,13 +156,13 @@ def test_two_pods_write_one_raw_device_as_a_migration_does(stage: Stage, cluster
 
 @pytest.fixture
 def schedulers(cluster: Cluster) -> set[str]:
-    """Schedulers beside the default one that run in the cluster."""
+    """Additional schedulers that run in the cluster."""
     return {SCHEDULER} if cluster.all("pods", None, "app=scheduler") else set()
 
 
 @pytest.fixture
 def gpus(cluster: Cluster) -> Iterator[None]:
-    """Advertise GPUs on every node, as a device plugin would: the scheduler counts them, nobody touches one."""
+    """Advertise GPUs on every node, as a device plugin would: the scheduler counts them, no pod uses one."""
 
     def advertise(count: str | None) -> None:
         for node in cluster.all("nodes"):
@@ -210,7 +210,7 @@ def test_a_data_set_is_built_in_a_notebook_and_read_by_many_training_pods(
     assert told == [f"pod {number} has read 8 shards" for number in range(3)]
     cluster.delete(job)
 
-    # Another namespace reads the same volume beside, and the data is what the notebook built.
+    # Another namespace reads the same volume, with the data of the notebook.
     other: Document = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "review"}}
     pod = {**notebook[0], "metadata": {"name": "reviewer", "namespace": "review"}}
     pod["spec"] = {
@@ -278,6 +278,6 @@ def test_a_class_that_was_deleted_and_made_again_soon_has_one_statement_of_capac
 
 
 def selects(selector: Document, labels: dict[str, str]) -> bool:
-    """Tell whether a label selector picks a node."""
+    """Return whether a label selector picks a node."""
     assert set(selector) <= {"matchLabels"}
     return bool(selector["matchLabels"].items() <= labels.items())

@@ -61,7 +61,7 @@ def test_an_ext4_grows_in_use_or_when_its_pod_is_started_anew(stage: Stage, clus
     grow(cluster, "filesystem", "3Gi")
     cluster.wait_for(lambda: driver.calls()["NodeExpandVolume"] > tried, "the node to be asked to grow it")
     if capacity_of(cluster, "filesystem") != "3Gi":
-        # Kubelet tells nobody why, but waits for the pod to be started anew, as the claim says.
+        # Kubelet reports no reason, but waits for a restart of the pod, as the claim says.
         pending = status_of(cluster.there("pvc", "filesystem"), "FileSystemResizePending")
         assert pending == "True" or capacity_of(cluster, "filesystem") == "3Gi"
         stage.restart(pod_of(documents, "filesystem"))
@@ -70,7 +70,7 @@ def test_an_ext4_grows_in_use_or_when_its_pod_is_started_anew(stage: Stage, clus
     assert cluster.sh("filesystem", "cat /data/started").startswith(wanted)
 
 
-# --- what is not deleted too early ------------------------------------------------------------------------------
+# --- deletion in use ------------------------------------------------------------------------------
 
 
 def test_a_claim_in_use_is_deleted_only_when_its_pod_has_gone(stage: Stage, cluster: Cluster, storage: Storage) -> None:
@@ -109,7 +109,7 @@ def test_a_pod_that_was_deleted_by_force_leaves_its_volume_to_the_next(stage: St
     assert cluster.sh("next", "cat /data/file; date >> /data/file") == wanted
 
 
-# --- what cannot be had ------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------------
 
 
 def storage_class(name: str, parameters: dict[str, str], binding_mode: str = "Immediate") -> Document:
@@ -125,7 +125,7 @@ def storage_class(name: str, parameters: dict[str, str], binding_mode: str = "Im
 
 TOO_LARGE = {
     "Immediate": ("ProvisioningFailed", "ResourceExhausted"),
-    # The scheduler knows by the capacity that is stated, and nobody asks for a volume.
+    # The scheduler decides by the published capacity, and requests no volume.
     "WaitForFirstConsumer": ("FailedScheduling", "free storage"),
 }
 
@@ -181,7 +181,7 @@ def test_a_volume_that_does_not_exist_is_named_in_the_pods_events(stage: Stage, 
 
 
 def test_old_data_on_a_new_volume_is_refused_and_kept(stage: Stage, cluster: Cluster) -> None:
-    """What a raw device was written with is nobody's to format, whoever asks for a filesystem on it later."""
+    """Data of a raw device is never formatted by a later request for a filesystem."""
     raw = claim("raw", volumeMode="Block")
     writer = user_of("raw", "raw-writer")
     container = writer["spec"]["containers"][0]

@@ -12,7 +12,7 @@ from tests.kubernetes.kubectl import Cluster
 from tests.kubernetes.load import claim, user_of
 from tests.kubernetes.stage import Stage
 
-TAINT, OTHER = f"{NAME}/agent-not-ready", "example.com/somebody-elses"
+TAINT, OTHER = f"{NAME}/agent-not-ready", "example.com/another"
 
 
 def node_of(driver: Driver) -> tuple[str, str]:
@@ -27,7 +27,7 @@ def taints(cluster: Cluster, node: str) -> set[str]:
 
 @pytest.fixture
 def node(driver: Driver, cluster: Cluster) -> Iterator[str]:
-    """A node with the taint of somebody else, which is put back into use afterwards."""
+    """A node with a foreign taint, which is uncordoned afterwards."""
     _, name = node_of(driver)
     cluster.kubectl("taint", "node", name, f"{OTHER}=x:PreferNoSchedule", "--overwrite")
     yield name
@@ -42,7 +42,7 @@ def test_a_startup_taint_goes_when_the_driver_is_registered_and_no_other_goes(
 ) -> None:
     cluster.kubectl("taint", "node", node, f"{TAINT}=any:NoSchedule", f"{TAINT}=any:NoExecute", "--overwrite")
     driver.delete_pods("node")
-    cluster.wait_for(lambda: TAINT not in taints(cluster, node), "the taint to be taken off")
+    cluster.wait_for(lambda: TAINT not in taints(cluster, node), "the removal of the taint")
     assert OTHER in taints(cluster, node)
     registered = cluster.there("csinode", node)["spec"]["drivers"]
     assert NAME in {plugin["name"] for plugin in registered}
@@ -66,9 +66,7 @@ def test_the_driver_of_a_drained_node_stays_until_its_volumes_are_detached(
     pod, _ = node_of(driver)
     cluster.kubectl("cordon", node)
     cluster.kubectl("delete", "pod", pod, "-n", NAMESPACE, "--wait=false")
-    cluster.wait_for(
-        lambda: f"{handle} is mounted" in cluster.logs(pod, NAMESPACE), "the stop to say what it waits for"
-    )
+    cluster.wait_for(lambda: f"{handle} is mounted" in cluster.logs(pod, NAMESPACE), "the reason of the wait")
     cluster.kubectl("delete", "pod", "drained", "--wait=false")
     cluster.wait_gone("pod", pod, NAMESPACE)
     attached = [each["spec"]["source"] for each in cluster.all("volumeattachment", None)]

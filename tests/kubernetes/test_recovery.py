@@ -1,4 +1,4 @@
-"""What a user can take back: Kubernetes lets a claim ask for less again, if the driver's answers allow it."""
+"""Recovery from a failed expansion: a claim can request less again, if the driver's answers allow it."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def test_an_expansion_without_room_is_given_up_by_asking_for_less(stage: Stage, 
     cluster.wait_for(is_infeasible, "the expansion to be called infeasible")
     cluster.wait_event("given-up", "VolumeResizeFailed", "no space to extend volume")
     grow(cluster, "given-up", "2Gi")
-    cluster.wait_for(lambda: capacity_of(cluster, "given-up") == "2Gi", "the claim to have what it asks for now")
+    cluster.wait_for(lambda: capacity_of(cluster, "given-up") == "2Gi", "the claim to have its requested size")

@@ -1,4 +1,4 @@
-"""What the driver's pods tell of themselves, and their registration with a real kubelet."""
+"""Health pages of the driver's pods, and their registration with a real kubelet."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_refusal_of_kubelets_is_told_with_its_reason_and_mended_without_a_rest
     try:
         assert cluster.run("sh", "-c", f"rm {REGISTRY}/{NAME}-reg.sock").status == 0
         cluster.wait_for(
-            lambda: "kubelet refuses the registration" in readiness(cluster, driver), "a refusal to be told"
+            lambda: "kubelet refuses the registration" in readiness(cluster, driver), "a refusal in the log"
         )
         assert key in readiness(cluster, driver)
         assert page(cluster, pod, "/healthz")[0] == 200

@@ -1,4 +1,4 @@
-"""What runs under the pods is killed, replaced and upgraded while they write: nobody may notice."""
+"""Driver, kubelet and storage manager are killed, replaced and upgraded under writing pods, without effect on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def driver_is_left_well(driver: Driver, cluster: Cluster) -> Iterator[None]:
 
 
 def is_registered(cluster: Cluster) -> bool:
-    """Tell whether kubelet has the driver registered, on every node."""
+    """Return whether kubelet has the driver registered, on every node."""
     known = [[each["name"] for each in node["spec"].get("drivers") or []] for node in cluster.all("csinodes")]
     return bool(known) and all(NAME in names for names in known)
 
@@ -78,7 +78,7 @@ def test_writers_go_on_and_volumes_come_and_go_although(
 ) -> None:
     writer = Writer(stage, cluster, "undisturbed")
     DISTURBANCES[what](cluster, driver)
-    # At once: whoever is away now must be waited for, not failed by.
+    # Immediately: the call must wait for a missing process, not fail.
     assert_volumes_come_and_go(stage, cluster, "meanwhile")
     driver.wait_ready()
     writer.assert_goes_on()

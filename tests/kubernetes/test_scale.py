@@ -19,7 +19,7 @@ from tests.kubernetes.stage import Stage
 from tests.kubernetes.storage import Storage
 
 CLAIMS = int(os.environ.get("NVMESH_CSI_CLAIMS", "100"))
-# What a claim and its pod need of us, and nothing else: statistics and capacities are asked for all the time.
+# Only the calls of a claim and its pod: statistics and capacities are requested all the time.
 OURS = (
     "CreateVolume", "ControllerPublishVolume", "NodeStageVolume", "NodePublishVolume", "NodeGetCapabilities",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A second driver beside the first, and what Helm does with a release: install, upgrade, roll back, uninstall."""
+"""A second driver next to the first, and the life of a release: install, upgrade, roll back, uninstall."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def second(cluster: Cluster, driver: Driver) -> Iterator[Release]:
 
 
 def class_of(cluster: Cluster, name: str) -> tuple[str, str, dict[str, str]]:
-    """Return what nobody can change of a class."""
+    """Return the immutable fields of a class."""
     found = cluster.there("storageclass", name)
     return found["reclaimPolicy"], found["volumeBindingMode"], found.get("parameters", {})
 
@@ -160,7 +160,7 @@ def test_kubelet_refuses_a_second_driver_with_another_zone_under_the_same_key(
             "logs", "--namespace", RELEASE, "--selector", "app.kubernetes.io/component=node", "--tail=50"
         )
 
-    cluster.wait_for(is_refused, "kubelet to refuse it, and the driver to say so")
+    cluster.wait_for(is_refused, "the refusal of kubelet in the driver's log")
     assert SECOND not in second.registered()
     second.put("--wait", "--timeout", "5m")
     second.wait_registered()

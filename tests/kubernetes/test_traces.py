@@ -1,4 +1,4 @@
-"""A cluster that has ended is gone: whatever it had on this machine, also with a pod running and a volume in use."""
+"""A stopped cluster leaves no trace on this machine, also with a running pod and a volume in use."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_cluster_that_has_ended_has_left_nothing_on_this_machine() -> None:
     run("in", "kubectl", "apply", "-f", "-", stdin=POD)
     run("in", "kubectl", "wait", "--for=condition=Ready", "pod/busy", "--timeout=60s")
     running = traces.of_cluster(NAME, directory)
-    # What the check is worth: it has seen the daemons and a pod, their groups, their namespaces, and the devices.
+    # The check works: it has seen the daemons and a pod, their groups, their namespaces, and the devices.
     assert len(running.processes) > 10
     assert running.groups
     assert len(running.namespaces) > 5

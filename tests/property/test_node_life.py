@@ -282,7 +282,7 @@ class NodeLife(RuleBasedStateMachine):
         return life.holds == "blank" and not read_only
 
     def is_outlived(self, name: str, path: Path) -> bool:
-        """Tell whether the path holds what is left of the volume's filesystem since it came back as another device."""
+        """Return whether the path has the dead filesystem of a volume that returned as another device."""
         there = self.places.get(path)
         is_left = there is not None and there.name == name and there.is_dead and not there.block
         return is_left and self.lives[name].disk is not None

@@ -1,8 +1,7 @@
 """Write the tables of documents that follow from the code: flags, values of the chart, options of mkfs.
 
-What stands between `<!-- table: NAME -->` and `<!-- end of table -->` is written here, the rest by hand. The words are
-the program's and values.yaml's own, so that each thing is said in one place. `make docs` runs it; a test holds the
-document to what it would write.
+The text between `<!-- table: NAME -->` and `<!-- end of table -->` is generated from the program and values.yaml; the
+rest is written by hand. `make docs` runs it; a test compares the document with its output.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text as it stands in a cell: what would end it, or be taken for a tag, is escaped."""
+    """Return text for a cell: separators and tags are escaped."""
     spans = re.split(r"(`[^`]*`)", text.replace("|", r"\|"))
     return "".join(span if span.startswith("`") else span.replace("<", "&lt;") for span in spans)
 
@@ -85,7 +84,7 @@ def _doctor(_: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class ChartValue:
-    """One value: its path, its default as values.yaml writes it, and what is said above it there."""
+    """One value: its path, its default as in values.yaml, and the comment above it."""
 
     path: str
     default: str
@@ -118,9 +117,9 @@ _USUAL = {
     "updateStrategy": "As in the workload.",
     "workerThreads": "Calls at the same time.",
 }
-"""What values mean that mean the same wherever they stand, where values.yaml says nothing more of them."""
+"""Descriptions of common values without a comment in values.yaml."""
 _WHOLE = {"resources", "updateStrategy"}
-"""Values that are shown in one piece, as Kubernetes knows what is in them."""
+"""Values shown as one row: Kubernetes objects."""
 _AS_ABOVE = "See the line above."
 
 
@@ -150,7 +149,7 @@ def _values_below(node: yaml.Node | None, path: str, lines: list[str]) -> Iterat
 
 
 def _is_section(node: yaml.Node, lines: list[str]) -> bool:
-    """Tell whether the values below are explained one by one; else what is said above them is said of all."""
+    """Return whether the values below have their own comments; otherwise the comment above applies to all."""
     return (
         isinstance(node, yaml.MappingNode)
         and not node.flow_style

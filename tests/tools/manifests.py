@@ -1,6 +1,6 @@
 """Write deploy/kubernetes/*.yaml: the chart as plain manifests, one file for each file of values.
 
-`make manifests` runs it. Each file says of which state of chart and values it was made, so that a test finds a stale
+`make manifests` runs it. Each file contains a hash of chart and values, so that a test finds a stale
 one also where helm is not at hand.
 """
 
@@ -72,7 +72,7 @@ def digest(name: str) -> str:
 
 
 def said_digest(text: str) -> str:
-    """Return the state that a file says it was made of."""
+    """Return the hash in a file."""
     found = re.search(r"^# state of chart and values: ([0-9a-f]+)$", text, re.MULTILINE)
     return found[1] if found else ""
 

@@ -50,7 +50,7 @@ def test_a_script_parses_and_can_be_run(script: Path) -> None:
 
 @pytest.mark.parametrize("script", [path for path in SHELL_SCRIPTS if CLUSTER in path.parents], ids=lambda p: p.name)
 def test_a_script_of_the_cluster_stops_at_the_first_error(script: Path) -> None:
-    # Process 1 does so only until the daemons run, and uses what may be unset.
+    # Process 1 does so only until the daemons run, and uses unset variables.
     wanted = "set -e" if script.name == "init" else "set -euo pipefail"
     assert re.search(rf"(?m)^{wanted}$", script.read_text())
 

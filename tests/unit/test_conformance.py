@@ -1,4 +1,4 @@
-"""The runs of the official suite: their report, and definitions of the driver that say what is meant."""
+"""The official suite: results of runs, and definitions of the driver."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert results.load(tmp_path / "r").tests == run.tests
 
 
-# --- what the driver logged ---------------------------------------------------------------------------------------
+# --- the driver's log ---------------------------------------------------------------------------------------
 
 
 def test_calls_refusals_and_warnings_are_counted_and_equal_ones_are_counted_together() -> None:

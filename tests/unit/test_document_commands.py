@@ -67,7 +67,7 @@ def lines_of(text: str) -> Iterator[Words]:
 
 
 def spans_of(text: str) -> Iterator[Words]:
-    """Yield the commands that stand in the running text, which may leave out what must be given."""
+    """Yield the commands in running text, which may omit required flags."""
     for span in code(unfenced(text)):
         if span.split(" ")[0] in PROGRAMS and " " in span:
             yield from _simple_commands(shlex.split(span))
@@ -101,7 +101,7 @@ def flags_in(words: Words) -> list[str]:
 
 
 def problems(words: Words, *, is_whole: bool) -> list[str]:
-    """Return what is wrong with a command."""
+    """Return the problems of a command."""
     match words[0]:
         case "nvmesh-csi":
             return _of_the_program(words[1:], is_whole=is_whole)
@@ -127,7 +127,7 @@ def _of_the_program(words: Words, *, is_whole: bool) -> list[str]:
 
 
 def _of_a_table(table: Mapping[str, frozenset[str]], words: Words) -> list[str]:
-    """Return words that a client does not know. Flags of all its verbs may stand before the verb."""
+    """Return words that a client does not know. Flags of all its verbs may precede the verb."""
     verbs = [word for word in words if word in table]
     if not verbs:
         return [f"{' '.join(words)} has no verb that is known"]
@@ -158,7 +158,7 @@ def test_every_command_in_a_document_is_known(name: str) -> None:
     assert [(words, what) for words, what in wrong if what] == []
 
 
-# docs/clusters.md speaks of the older drivers' keys, some of which are spelled alike.
+# docs/clusters.md contains keys of the older drivers, some with the same spelling.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/clusters.md"])
 def test_every_value_of_the_chart_that_a_document_names_is_there(name: str) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())

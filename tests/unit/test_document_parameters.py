@@ -29,16 +29,16 @@ DEFAULTS = {
     "csi.storage.k8s.io/fstype", "encryption/headerSize", "encryption/slot", "encryption/numberOfSlots",
     "encryption/keySize",
 }  # fmt: skip
-"""Parameters whose default is the controller's own; that of others is mkfs's, cryptsetup's or the management's."""
+"""Parameters with a default of the controller; others use that of mkfs, cryptsetup or the management."""
 
 WITHOUT_XTS = {"encryption": "luks", "encryption/cipher": "aes-cbc-plain64"}
 
 Claim = tuple[Mapping[str, str], list[str], list[str]]
-"""Beside which parameters a value stands, the values that are taken there, and those that are not."""
+"""Other parameters of a request, and values that are accepted or refused with them."""
 
 
 def base_of(row: Row) -> Mapping[str, str]:
-    """Return what must stand beside a parameter for it to be taken."""
+    """Return the parameters that another parameter requires."""
     if "level" in row and row["level"] != "every":
         return {"raidLevel": code(row["level"])[0]}
     word = next((word for word in ("native", "luks") if f"`{word}`" in row["meaning"]), "")
@@ -50,7 +50,7 @@ def base_of(row: Row) -> Mapping[str, str]:
 
 
 def claims(key: str, row: Row) -> Iterator[Claim]:
-    """Yield what a row says of a parameter's values: beside what, which are taken, and which are not."""
+    """Yield accepted and refused values of a row, with the required parameters."""
     said, base = row["values"], base_of(row)
     for pattern, claim in _CLAIMS:
         for found in re.finditer(pattern, said):
@@ -68,7 +68,7 @@ def _range(word: str | None, least: str, most: str) -> Claim:
 _CLAIMS: Sequence[tuple[str, Callable[..., Claim]]] = (
     (r"(?:`(luks)`: )?(\d+) to (\d+)", _range),
     (r"with `(ec)` (\d+)", lambda level, only: ({"raidLevel": level}, [only], [str(int(only) + 1)])),
-    (r"beside `(vpg)` (\d+)", lambda vpg, only: ({vpg: "g"}, [only], [str(int(only) + 1)])),
+    (r"with `(vpg)` (\d+)", lambda vpg, only: ({vpg: "g"}, [only], [str(int(only) + 1)])),
     (r"`(native|luks)`: (\d+), (\d+)", lambda word, one, two: ({"encryption": word}, [one, two], ["384"])),
     (r"without xts (\d+) up to (\d+)", lambda least, most: (WITHOUT_XTS, [least, most, "192"], ["64", "200", "1088"])),
     (r"at most (\d+) letters", lambda most: ({}, ["a" * int(most)], ["a" * (int(most) + 1), "a b"])),
@@ -120,7 +120,7 @@ def test_a_default_that_the_document_gives_changes_nothing_where_it_is_written_o
 
 
 def _effect(given: Mapping[str, str]) -> object:
-    """Return what comes of parameters: the arithmetic of their layout, and the rest as it was read."""
+    """Return the parsed parameters: layout, and the rest."""
     read = storage_class.parse(given)
     assert read.spec.layout is not None
     rest = dataclasses.replace(
@@ -199,7 +199,7 @@ def _treated(option: str) -> object:
 
 
 def _said(what: str, option: str) -> object:
-    """Return what comes of an option by its row in the document."""
+    """Return the effect of an option by its row in the document."""
     if "refused for writable mounts" in what:
         return (option,), None
     if "refused" in what:
@@ -209,12 +209,12 @@ def _said(what: str, option: str) -> object:
     return ((), 0o777) if "root directory" in what else ((option,), None)
 
 
-# --- what is generated ------------------------------------------------------------------------------------------
+# --- generated tables ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["parameters.md", "mkfs.md", "doctor.md"])
 def test_the_generated_tables_are_fresh(name: str) -> None:
-    assert fresh(text_of(name)) == text_of(name), f"docs/{name} does not show what the program says: run `make docs`"
+    assert fresh(text_of(name)) == text_of(name), f"docs/{name} is not up to date: run `make docs`"
 
 
 def test_every_filesystem_has_its_table_of_options() -> None:
@@ -260,7 +260,7 @@ def _paths(values: Mapping[str, object], above: str = "") -> Iterator[str]:
 
 
 def _is_covered(path: str, rows: set[str]) -> bool:
-    """Tell whether a value has a row, or one of what it is part of, or those of all its parts."""
+    """Return whether a value, its parent, or all of its parts have rows."""
     parts = path.split(".")
     return any(".".join(parts[:length]) in rows for length in range(1, len(parts) + 1)) or any(
         row.startswith(f"{path}.") for row in rows

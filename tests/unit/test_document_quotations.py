@@ -1,8 +1,6 @@
-"""What documents quote of the program is what it says: messages of errors, and lines of the log.
+"""Quotations in documents equal the program's messages and log lines.
 
-Tables quote in their first column, where its heading says that somebody speaks; `...` stands for what varies, also
-where one message is put into another. Nobody
-reads a message that changed since it was quoted: whoever searches the document for it finds nothing.
+Tables quote in columns with these headings; `...` replaces variable parts, also where one message contains another.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ _ENOUGH = 12
 
 @cache
 def said_by_the_program() -> tuple[str, ...]:
-    """Return every piece of text in the program that stands between what varies; documentation is none of it."""
+    """Return every constant piece of text in the program, without docstrings."""
     files = (path for path in sorted((ROOT / "csi_driver").rglob("*.py")) if "pb" not in path.parts)
     return tuple(piece for path in files for piece in pieces(path.read_text()))
 

@@ -1,4 +1,4 @@
-"""What the documents say holds: links lead somewhere, tests that are named exist, examples are taken by the program."""
+"""Documents are consistent: links and named tests exist, the program accepts examples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_document_is_found_from_the_readme() -> None:
     while new:
         found |= new
         new = {there for name in new for there in _linked_from(name)} - found
-    # What describes recordings is for whoever looks at them.
+    # The description of recordings is found next to them.
     assert sorted(set(NAMES) - found) == ["tests/recordings/README.md"]
 
 

@@ -119,7 +119,7 @@ def test_every_container_is_of_an_image_that_the_cluster_of_the_tests_has_under_
                 assert "schedulerName" not in spec
 
 
-# --- what they refer to -----------------------------------------------------------------------------------------
+# --- references -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +159,7 @@ def test_everything_is_of_this_driver() -> None:
     assert provisioners == drivers == changers == {DEFAULT_DRIVER_NAME}
 
 
-# --- what they ask of the driver --------------------------------------------------------------------------------
+# --- requests to the driver --------------------------------------------------------------------------------
 
 
 def kept_parameters(storage_class: Document) -> dict[str, str]:

@@ -331,7 +331,7 @@ def test_the_new_passphrase_takes_the_place_of_the_previous_one(machine: HostMac
     assert node.dump().count("PBKDF:") == 1
 
 
-# --- what a crash leaves --------------------------------------------------------------------------------------
+# --- after a crash --------------------------------------------------------------------------------------
 
 
 def test_a_device_that_a_killed_cryptsetup_left_without_a_table_is_taken_down(machine: HostMachine) -> None:

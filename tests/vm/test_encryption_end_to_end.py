@@ -37,7 +37,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @dataclass
 class Encrypted(Volume):
-    """A volume whose calls carry the secret, as the sidecars and kubelet hand it over."""
+    """A volume with the secret in its calls, as sidecars and kubelet pass it."""
 
     def stage_with(self, secrets: Mapping[str, str]) -> None:
         self.staging.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Devices that hold, fail or lose their I/O, and whose number comes back as another's: on a kernel of its own.
+"""Devices that block, fail or lose their I/O, or return with the number of another, in a virtual machine.
 
 A volume's device is a device-mapper table over a loop device, which can be suspended (I/O is held, and nothing that
 waits for it can be killed) and made to fail; or a null_blk in memory, which can be removed under a mount, and whose
@@ -51,7 +51,7 @@ def node(world: World) -> Iterator[ServingNode]:
 
 @dataclass
 class Disk:
-    """The device of a volume, and what the storage does to it."""
+    """The device of a volume, and faults of its storage."""
 
     world: World
     subject: Subject
@@ -84,7 +84,7 @@ class Disk:
 
 @contextlib.contextmanager
 def mapped(world: World, kind: str) -> Iterator[Disk]:
-    """Give a volume whose device is a device-mapper table over a loop device."""
+    """Create a volume with a device-mapper table over a loop device."""
     subject = world.subject(kind)
     disk, name = Disk(world, subject), subject.name
     loop = f"/dev/loop{subject.loop.loop.number}"
@@ -119,7 +119,7 @@ def fail(disk: Disk) -> None:
 
 @contextlib.contextmanager
 def removable(world: World, kind: str) -> Iterator[Disk]:
-    """Give a volume whose device is a null_blk in memory, which can be removed under its users."""
+    """Create a volume with a null_blk in memory, which can be removed while in use."""
     name, identity = f"csi-{uuid.uuid4().hex[:8]}", str(uuid.uuid4())
     size = SIZES[kind]
     number = null_block(name, size)
@@ -151,7 +151,7 @@ def null_block(name: str, size_bytes: int) -> DeviceNumber:
 
 
 def take_away(disk: Disk) -> None:
-    """Remove the disk, whoever uses it, with all that the client shows of it; gone already is fine."""
+    """Remove the disk while in use, with its status files; a missing one is fine."""
     entry = _NULL_BLOCKS / disk.subject.name
     if entry.exists():
         (entry / "power").write_text("0")
@@ -283,7 +283,7 @@ def test_a_number_that_comes_back_as_another_volume_mixes_nothing_up(
 
 @contextlib.contextmanager
 def using(disk: Disk, kind: str) -> Iterator[list[int]]:
-    """Have a file of the volume, or its device, open: whoever takes the descriptor closes it."""
+    """Open a file of the volume, or its device; the caller closes the descriptor."""
     place = disk.subject.target if kind == "block" else disk.subject.target / "used"
     fds = [os.open(place, os.O_RDWR | (0 if kind == "block" else os.O_CREAT))]
     try:
@@ -297,7 +297,7 @@ def using(disk: Disk, kind: str) -> Iterator[list[int]]:
 def test_the_same_volume_back_under_its_number_is_not_taken_for_what_died(
     world: World, node: ServingNode, kind: str
 ) -> None:
-    """What is mounted of the disk before has its number, name and source, and answers every write with an error."""
+    """The old mount has number, name and source of the new disk, and fails every write."""
     with removable(world, kind) as disk:
         subject, number = disk.subject, disk.number
         call_all(node, subject, "stage", "publish")
@@ -335,7 +335,7 @@ def test_the_kernels_sequence_number_tells_two_disks_of_one_number_apart(world: 
 
 @pytest.mark.usefixtures("world")
 def test_an_encrypted_volume_that_is_back_under_its_number_is_opened_anew(tmp_path: Path) -> None:
-    """By its path in sysfs what was opened before lies over the disk as it is now; it does not."""
+    """The path in sysfs shows the earlier device over the new disk, which is wrong."""
     with host_machine(tmp_path) as machine:
         volume = Machine(machine, EXT4, Encryption.LUKS)
         name = volume.volume.name

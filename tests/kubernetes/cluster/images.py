@@ -1,10 +1,10 @@
 """Write container images as an OCI archive for `ctr images import`, with no container tool and no registry.
 
-    images.py cluster BIN OUT [NAME...]    pause, busybox, and under each NAME what the official suite means by it
+    images.py cluster BIN OUT [NAME...]    pause, busybox, and for each NAME the image that the official suite uses
     images.py programs OUT NAME=FILE...    images that hold one static program and nothing else, as the sidecars' do
 
-What the storage tests use of the suite's images: of nginx the shell alone, so it is busybox; of glibc-dns-testing GNU
-programs (dd with direct I/O), so it holds those of this machine; agnhost is the program itself with GNU programs.
+The storage tests use these parts of the suite's images: of nginx the shell, so it is busybox; of glibc-dns-testing
+GNU programs (dd with direct I/O), so it contains those of this machine; agnhost has the program and GNU programs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Image:
-    """An image to write: what fills its tree, how it starts, and what it is called."""
+    """An image to write: content, command, and name."""
 
     fill: Callable[[Tree], None]
     start: dict[str, list[str]]
@@ -124,9 +124,9 @@ def gnu(tree: Tree) -> None:
     for name in GNU_PROGRAMS:
         found = shutil.which(name)
         if found is None:
-            raise SystemExit(f"images.py: {name} is not on this machine, wanted for the image of GNU programs")
+            raise SystemExit(f"images.py: {name} is not on this machine; the image of GNU programs needs it")
         tree.program_of_this_machine(f"/bin/{name}", Path(found).resolve())
-    # The shell of Debian's busybox runs its own dd whatever PATH holds.
+    # The shell of Debian's busybox runs its own dd regardless of PATH.
     tree.link("/bin/sh", "bash")
     busybox(tree)
 

@@ -1,4 +1,4 @@
-"""What a cluster leaves on this machine while it runs, as seen from outside: what has to be gone when it has ended."""
+"""Traces of a running cluster on this machine, seen from outside: all must be gone when it has stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """What belongs to a cluster that runs."""
+    """Traces of a running cluster."""
 
     processes: frozenset[tuple[int, int]]  # with the time of their start: numbers are given again
     groups: frozenset[Path]
@@ -36,7 +36,7 @@ class Traces:
 
 
 def of_cluster(name: str, directory: Path) -> Traces:
-    """Return what the cluster has on this machine; its files lie below the directory."""
+    """Return the traces of the cluster on this machine; its files are in the directory."""
     group = f"nvmesh-csi-cluster-{name}"
     pids = [pid for pid in _pids() if re.search(rf"/{group}(/|$)", _read(f"/proc/{pid}/cgroup"), re.MULTILINE)]
     groups = {path for path in Path("/sys/fs/cgroup").rglob(group) if path.is_dir()}
@@ -62,7 +62,7 @@ def left_of(before: Traces) -> Traces:
 
 
 def of_machine() -> dict[str, str]:
-    """Return what a cluster could change outside its namespaces: entries of the places, settings, mounts."""
+    """Return machine state that a cluster could change outside its namespaces: directories, settings, mounts."""
     found = {str(entry): "entry" for place in PLACES for entry in Path(place).iterdir()}
     found |= {setting: _read(f"/proc/sys/{setting}").strip() for setting in SETTINGS}
     found |= {f"mount {line.split()[4]}": "mounted" for line in _read("/proc/self/mountinfo").splitlines()}
@@ -80,7 +80,7 @@ def _start(pid: int) -> int:
 
 
 def _loops_on(directory: Path, file_systems: set[str]) -> list[Loop]:
-    """Return the loop devices on files below the directory, and on file systems that nobody else has."""
+    """Return the loop devices on files below the directory, and on filesystems of no other namespace."""
     inodes = {path.stat().st_ino for path in directory.rglob("*") if path.is_file() and not path.is_symlink()}
     of_directory = f"{os.major(directory.stat().st_dev)}:{os.minor(directory.stat().st_dev)}"
     return [

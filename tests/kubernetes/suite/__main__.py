@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--processes", type=int, default=4, help="tests at the same time")
     runs.add_argument("--hours", type=int, default=3, help="end a selection after so long")
     runs.add_argument("--focus", default="", help="run what matches this instead, to try again what failed")
-    reports = verbs.add_parser("report", help="write what the last run of every selection found")
+    reports = verbs.add_parser("report", help="write the results of the last run of every selection")
     reports.add_argument("--document", type=Path, default=REPOSITORY / ".cache" / "conformance.md")
     for verb in (runs, reports):
         verb.add_argument("--output", type=Path, default=REPOSITORY / ".cache" / "suite", help="where results lie")
@@ -114,7 +114,7 @@ def _say(run: results.Run) -> None:
 
 
 def _ginkgo(selection: Selection, settings: Settings) -> None:
-    """Run ginkgo and show how far it is; its status says no more than its report."""
+    """Run ginkgo and show how far it is; its report has the result."""
     directory = settings.directory(selection)
     for name in ("ginkgo.json", "junit.xml"):
         (directory / name).unlink(missing_ok=True)

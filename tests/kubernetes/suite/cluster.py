@@ -28,7 +28,7 @@ class Cluster:
         return [str(self._enter), *argv]
 
     def output(self, *argv: str, environment: Mapping[str, str] | None = None) -> str:
-        """Run a command inside and return its output; `NoCluster` with what it said where it ends badly."""
+        """Run a command inside and return its output; raises `NoCluster` with its error otherwise."""
         done = subprocess.run(
             self.command(*argv),
             capture_output=True,
@@ -101,7 +101,7 @@ class Cluster:
 
 
 def revision() -> str:
-    """Return which commit was the last to change what is deployed, with a mark where that was changed since."""
+    """Return the last commit that changed deployed files, marked if they have uncommitted changes."""
     what = ("--", "csi_driver", "deploy/helm", "Dockerfile")
     commit = subprocess.run(
         ["git", "-C", str(REPOSITORY), "log", "-1", "--format=%h", "--abbrev=12", *what], capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What the driver logged during a run: how often it was called, what it refused, what was slow, what it warned of."""
+"""Statistics of the driver's log during a run: calls, refusals, slow calls, warnings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Calls:
 
 
 def read(lines: Iterable[str]) -> Calls:
-    """Count what the driver's log (--log-level debug, --log-format text) says."""
+    """Count lines of the driver's log (--log-level debug, --log-format text)."""
     answered: Counter[str] = Counter()
     slowest: dict[str, float] = {}
     refused: Counter[tuple[str, str, str]] = Counter()

@@ -11,7 +11,7 @@ from tests.kubernetes.suite.selections import NOT_RUN, SELECTIONS, named
 _HEAD = """\
 # Conformance
 
-What the official external-storage suite of Kubernetes (`e2e.test`) finds with this driver, deployed by its chart in
+Results of the official external-storage suite of Kubernetes (`e2e.test`) with this driver, deployed by its chart in
 a cluster of real components on one machine, over the embedded storage manager. `python -m tests.kubernetes.suite
 report` writes this page from the results of the runs. The definitions in `tests/kubernetes/suite/definitions` state the
 capabilities of the driver, from which the suite derives its tests.
@@ -95,7 +95,7 @@ def _undefined(runs: Sequence[Run]) -> Iterator[str]:
     for (suite, pattern), entry in first.items():
         if all((suite, pattern) in other for other in others):
             reasons[entry.reason].add(f"{suite}, {pattern}")
-    yield "## What the suite defines no tests for\n"
+    yield "## Patterns without tests\n"
     yield "In the suite's own words; what one of the definitions has tests for is not listed.\n"
     yield from _by_reason(reasons)
 
@@ -138,7 +138,7 @@ def _listed(tests: Iterable[Outcome]) -> Iterator[str]:
 
 
 def _driver(run: Run) -> Iterator[str]:
-    """Say what the driver logged meanwhile."""
+    """Summarise the driver's log."""
     calls = run.calls
     if calls.answered:
         yield "### Calls of the driver meanwhile\n"

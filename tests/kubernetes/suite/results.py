@@ -17,7 +17,7 @@ _PREFIX = "External Storage "
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One test and how it ended. `reason`: what the suite said when it skipped or failed it."""
+    """One test and its result. `reason`: the message of the suite after a skip or failure."""
 
     name: str
     state: str
@@ -36,7 +36,7 @@ class Undefined:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that is told about one run."""
+    """Data of one run."""
 
     selection: str
     began: str
@@ -71,7 +71,7 @@ def load(path: Path) -> Run:
 def of_driver(report: Iterable[Mapping[str, Any]], driver: str) -> tuple[list[Outcome], list[str]]:
     """Return the tests of one driver in ginkgo's JSON report that were selected, and the names of those that were not.
 
-    A test that skips itself says why; one that the selection left out says nothing.
+    A test that skips itself has a reason; one outside of the selection has none.
     """
     tests: list[Outcome] = []
     filtered: list[str] = []
@@ -89,7 +89,7 @@ def of_driver(report: Iterable[Mapping[str, Any]], driver: str) -> tuple[list[Ou
 
 
 def undefined(output: str, driver: str) -> list[Undefined]:
-    """Return what the suite says it defines no tests for (with DEBUG_STORAGE_TESTSUITE set), each once."""
+    """Return the patterns that the suite defines no tests for (with DEBUG_STORAGE_TESTSUITE set), each once."""
     found: dict[Undefined, None] = {}
     for line in output.splitlines():
         start, _, rest = line.partition("Skipping registration: [Testpattern: ")

@@ -1,4 +1,4 @@
-"""What of the suite is run with which definition of the driver, and what cannot be run, with the reason."""
+"""Selections of the suite with their definitions of the driver, and omitted tests with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NotRun:
     only_without_capability: int | None = None
 
     def meets(self, name: str, definition: str) -> bool:
-        """Tell whether a test of a definition is one of these."""
+        """Return whether a test of a definition is one of these."""
         return (not self.definitions or definition in self.definitions) and re.search(self.pattern, name) is not None
 
 
@@ -51,7 +51,7 @@ NOT_RUN = (
     NotRun(r"\[Feature:SELinux\]", "the node has no SELinux"),
     NotRun(
         "any volume data source",
-        "it deploys images that cannot be built here: hello-populator and volume-data-source-validator, whose "
+        "it deploys images that cannot be built here: hello-populator and volume-data-source-validator; their "
         "sources the Go module proxy does not serve",
     ),
     NotRun(
@@ -132,14 +132,14 @@ def named(name: str) -> Selection:
 
 
 def has_capability(number: int) -> bool:
-    """Tell whether processes of this machine may have a capability at all: it is in their bounding set."""
+    """Return whether processes of this machine may have a capability at all: it is in their bounding set."""
     status = Path("/proc/self/status").read_text()
     bounding = re.search(r"^CapBnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
     return bounding is not None and bool(int(bounding[1], 16) >> number & 1)
 
 
 def left_out(definition: str) -> tuple[NotRun, ...]:
-    """Return what is left out of runs with that definition on this machine."""
+    """Return the tests omitted with that definition on this machine."""
     return tuple(
         entry
         for entry in NOT_RUN

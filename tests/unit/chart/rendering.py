@@ -1,4 +1,4 @@
-"""Render the chart as Helm does, and read what comes out."""
+"""Render the chart with Helm, and parse the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Manifest = dict[str, Any]
 
 
 class Refused(Exception):
-    """Helm did not render the chart; its text says why."""
+    """Helm did not render the chart; the text has the reason."""
 
 
 def helm() -> str | None:
@@ -45,7 +45,7 @@ class Rendered:
     def one(self, kind: str, name: str) -> Manifest:
         """Return an object by the end of its name."""
         found = [manifest for manifest in self.of(kind) if manifest["metadata"]["name"].endswith(name)]
-        assert len(found) == 1, f"{len(found)} {kind} end in {name}, wanted one"
+        assert len(found) == 1, f"{len(found)} {kind} end in {name}, expected one"
         return found[0]
 
     def pods(self) -> dict[str, Manifest]:

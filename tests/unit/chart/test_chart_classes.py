@@ -1,4 +1,4 @@
-"""StorageClasses and VolumeAttributesClasses: what the older drivers had is kept, what one asks for comes out."""
+"""StorageClasses and VolumeAttributesClasses: those of the older drivers, and additional ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refusal(*sets: str, **values: Any) -> str:
     return str(refused.value)
 
 
-# --- what the older drivers shipped ------------------------------------------------------------------------------
+# --- classes of the older drivers ------------------------------------------------------------------------------
 
 
 def test_the_older_drivers_classes_are_there_under_their_names_and_groups() -> None:

@@ -1,6 +1,6 @@
 """Every flag of the program can be set by the values, and reaches the right container as it was meant.
 
-The program's own tables say which flags there are, and its own parser reads what the chart rendered.
+The program's tables list the flags, and its parser reads the rendered arguments.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def by_name(role: str) -> dict[str, str]:
 
 
 def engine(role: str) -> tuple[str, ...]:
-    """Return what a role needs to be rendered with everything that it can be told."""
+    """Return the values that render a role with all of its flags."""
     attaching = ("attachBy=node",) if role == "node" else ()
     grace = () if role == "storage" else (f"{role}.terminationGracePeriodSeconds=3600",)
     return (*ENGINES[role], *attaching, *grace)
@@ -123,7 +123,7 @@ def test_no_other_role_is_told_a_roles_flags(role: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """Values, and what a role is told by them. `files`: which key of which Secret stands in a flag's file."""
+    """Values, and the resulting flags of a role. `files`: key of a Secret for each file of a flag."""
 
     sets: tuple[str, ...]
     told: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ BOTH = (
     Case((*NVMESH, "attachBy=node"), {"--attach-by": ["node"]}),
     Case((*NVMESH, "logLevel=debug", "logFormat=json"), {"--log-level": ["debug"], "--log-format": ["json"]}),
 )
-# What says how the management is reached: the controller is told always, a node that attaches for itself.
+# Access to the management: always for the controller, for a node only with attachBy node.
 MANAGEMENT = (
     Case(
         ("management.servers={https://a:1,https://b:2}", "management.existingSecret=s", "management.user=me"),

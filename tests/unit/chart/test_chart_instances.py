@@ -1,4 +1,4 @@
-"""Several drivers in one cluster: what they make, where they write and what they say of nodes does not meet."""
+"""Several drivers in one cluster: their objects, directories and node labels do not collide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERYTHING = ("networkPolicy.enabled=true", "openshift.enabled=true", "node.star
 PLACES = ("--endpoint", "--state-directory", "--pool")
 EMBEDDED_PLACES = ("--device-directory", "--status-directory")
 SHARED = {"/dev", "/var/lib/kubelet", "/etc/nvmesh", "/var/run/nvmesh"}
-"""What belongs to the node, not to a driver: each keeps a directory or names of its own in it."""
+"""Directories of the node that drivers share: each uses its own subdirectory or names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def identity(manifest: Manifest) -> tuple[str, str, str]:
 
 
 def told(rendered: Rendered, name: str) -> set[str]:
-    """Return what any container is told for a flag."""
+    """Return the values of a flag in any container."""
     return {
         word.partition("=")[2]
         for _, container in rendered.containers()
@@ -102,7 +102,7 @@ def test_drivers_have_keys_and_taints_of_their_own(
     one: tuple[str, ...], other: tuple[str, ...], namespaces: tuple[str, str]
 ) -> None:
     both = pair(one, other, namespaces)
-    # What the older drivers reported is the program's default.
+    # The older drivers' value is the program's default.
     keys = [told(rendered, "--topology-key") or {"nvmesh-csi.excelero.com/zone"} for rendered in both.each()]
     assert keys == [{"nvmesh-csi.excelero.com/zone"}, {"fast.example.com/zone"}]
     assert told(both.one, "--startup-taint").isdisjoint(told(both.other, "--startup-taint"))

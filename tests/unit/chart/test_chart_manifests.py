@@ -1,4 +1,4 @@
-"""deploy/kubernetes/*.yaml are what the chart renders now, and can be applied as they are."""
+"""deploy/kubernetes/*.yaml equal the rendered chart, and can be applied unchanged."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def targets() -> list[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Yield every expression of alerts and dashboard, and what stands around it."""
+    """Yield every expression of alerts and dashboard, with its context."""
     for rule in rules():
         yield rule["expr"], " ".join(rule["annotations"].values())
     for target in targets():
@@ -146,7 +146,7 @@ def test_no_two_panels_lie_on_one_another() -> None:
         taken |= cells
 
 
-# --- what the chart makes of it ---------------------------------------------------------------------------------
+# --- rendered alerts ---------------------------------------------------------------------------------
 
 ON = tuple(f"monitoring.{part}.enabled=true" for part in ("podMonitor", "alerts", "dashboard"))
 

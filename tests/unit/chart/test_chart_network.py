@@ -1,4 +1,4 @@
-"""NetworkPolicies: nothing by default, and where they are wanted what the pods really serve and use, no more."""
+"""NetworkPolicies: none by default; if enabled, exactly the ports that pods serve and use."""
 
 from __future__ import annotations
 

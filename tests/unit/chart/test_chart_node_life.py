@@ -1,4 +1,4 @@
-"""What the chart gives a node for its life in Kubernetes: the hook, the taint, and no right that neither needs."""
+"""Hook and taint of a node, and exactly the rights that they need."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def driver(found: Rendered) -> Manifest:
 
 
 def rights(found: Rendered) -> dict[tuple[str, str], set[str]]:
-    """Return what the node's account may do anywhere, by group and resource."""
+    """Return the rights of the node's account, by group and resource."""
     return {
         (group, resource): set(rule["verbs"])
         for role in found.of("ClusterRole")

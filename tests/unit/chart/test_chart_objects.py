@@ -1,4 +1,4 @@
-"""What the chart renders is whole: every object refers to what is there, and its name is its own."""
+"""Rendered objects are consistent: references exist, names are unique."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_the_chart_and_the_program_have_one_version() -> None:
     assert f'\nversion = "{driver_version()}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-# --- what must fit together --------------------------------------------------------------------------------------
+# --- consistency --------------------------------------------------------------------------------------
 
 
 def defaults_s(*names: str) -> float:
@@ -211,7 +211,7 @@ def test_pods_get_the_time_that_the_driver_takes_to_end() -> None:
 
 
 def test_sidecars_outlive_a_management_that_is_away() -> None:
-    """They listen no sooner than the driver is ready: whoever kills them for that makes them start ever more rarely."""
+    """They listen only when the driver is ready: killing them earlier leads to a back-off."""
     for name in ("provisioner", "attacher", "resizer"):
         probe = render(*NVMESH).container(f"controller/{name}")["startupProbe"]
         assert probe["periodSeconds"] * probe["failureThreshold"] >= 24 * 60 * 60

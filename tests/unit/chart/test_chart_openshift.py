@@ -1,4 +1,4 @@
-"""SecurityContextConstraints: what the pods use, read from the pods themselves, and nothing beside."""
+"""SecurityContextConstraints: exactly the rights that the pods use."""
 
 from __future__ import annotations
 

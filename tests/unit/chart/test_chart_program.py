@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
 ROLES = {"controller/driver": ControllerCommand, "node/driver": NodeCommand, "storage/storage": StorageCommand}
 POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
 MOUNTED = {"zones": {"z": {"servers": ["https://m:4000"], "user": "u", "passwordFile": "/p"}}}
-"""Stands in for what somebody else's Secret or ConfigMap holds."""
+"""Content of a user's Secret or ConfigMap."""
 
 
 def parsed(rendered: Rendered, container: str, directory: Path) -> Command:
@@ -73,7 +73,7 @@ def test_files_that_arguments_name_are_mounted(variant: Variant) -> None:
         named = {word.partition("=")[2] for word in container["args"] if "=/etc/nvmesh-csi/" in word}
         directories = [mount["mountPath"] for mount in container["volumeMounts"]]
         lost = {file for file in named if not any(f"{file}/".startswith(f"{place}/") for place in directories)}
-        assert not lost, f"{name} is told of {lost}, which is not mounted"
+        assert not lost, f"{name} gets a flag for {lost}, which is not mounted"
 
 
 def test_node_and_storage_agree_on_who_and_where_they_are(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_helm_lint_finds_nothing(sets: tuple[str, ...]) -> None:
 
 
 def test_every_value_is_explained() -> None:
-    """A value without a comment above it, beside it, or above what it is in is nobody's to understand."""
+    """Every value has a comment above it, on its line, or above its parent."""
     lines = (CHART / "values.yaml").read_text().splitlines()
     assert isinstance(yaml.safe_load("\n".join(lines)), dict)
     sections = [number for number, line in enumerate(lines) if line and line[0] not in " #-{"]

@@ -1,4 +1,4 @@
-"""What `helm test` makes: one pod without any right, whose volume goes with it."""
+"""What `helm test` makes: one pod without rights, and a volume that is deleted with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the accounts may do, against a table of what the sidecars were seen to do and their documentation says."""
+"""Rights of the accounts, compared with a table from observation and documentation of the sidecars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
 Rights = dict[str, set[str]]
 READ = {"get", "list", "watch"}
 LEAD: Rights = {"coordination.k8s.io/leases": {"get", "create", "update"}, "/events": {"create", "patch"}}
-# Sidecars' own deploy/kubernetes/rbac.yaml of the pinned releases, less what they do not use: lists of events, and
+# Sidecars' own deploy/kubernetes/rbac.yaml of the pinned releases, without unused ones: lists of events, and
 # snapshots, which the driver does not offer.
 CLUSTER: dict[str, Rights] = {
     "provisioner": {

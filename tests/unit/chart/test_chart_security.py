@@ -1,4 +1,4 @@
-"""No container has a right that it does not need, and no secret stands where it can be read."""
+"""No container has an unneeded right, and no secret is readable."""
 
 from __future__ import annotations
 

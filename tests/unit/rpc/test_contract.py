@@ -32,7 +32,7 @@ def method_of(rpc: Rpc) -> MethodDescriptor:
 
 
 def presence_shows(field: FieldDescriptor) -> bool:
-    """Tell whether an unset field can be told from one at its default."""
+    """Return whether an unset field can be told from one at its default."""
     return field.is_repeated or field.has_presence or field.type == FieldDescriptor.TYPE_STRING
 
 
