@@ -1,4 +1,1 @@
-"""What users write: parameters of StorageClasses and VolumeAttributesClasses, mount options, volume contexts.
-
-Pure: controller and node call the same functions, so that a mistake is refused before a volume exists.
-"""
+"""What users write: parameters of classes and mount options. Pure: controller and node call the same functions."""

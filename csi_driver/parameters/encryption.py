@@ -1,8 +1,6 @@
-"""The `encryption` and `dmcrypt` keys of a StorageClass, and the passphrase in its Secret.
+"""The `encryption` keys of a StorageClass, and the passphrase in its Secret. No message shows a value of a Secret.
 
-What `encryption: dmcrypt` means is in `csi_driver.compat.volumes`.
-
-No value of a Secret is kept in a message.
+`csi_driver.compat.volumes` has the `dmcrypt` keys and says what `encryption: dmcrypt` means.
 """
 
 from __future__ import annotations
@@ -28,38 +26,30 @@ PASSPHRASE_KEYS = ("passphrase", compat.DMCRYPT_KEY)
 """Keys of the Secret that may hold the passphrase."""
 PREVIOUS_KEY = "previousPassphrase"
 
-_DOTTED = "encryption."
+_DOTTED = re.compile(r"^encryption\.")
 _NATIVE_KEYS = {_HEADER_SIZE, _SLOT, _SLOTS}
 _LUKS_KEYS = {CIPHER, PBKDF, MEMORY, ITERATIONS}
 NODE_KEYS = tuple(sorted({ENCRYPTION, KEY_SIZE, DISCARDS} | compat.LUKS_KEYS | _LUKS_KEYS))
 """Keys that the node needs to make or open a LUKS header."""
 ENCRYPTION_KEYS = {*NODE_KEYS, *_NATIVE_KEYS}
 
-_WORDS: Mapping[str, Encryption] = {
-    "native": Encryption.NATIVE,
-    "luks": Encryption.LUKS,
-    compat.DMCRYPT: Encryption.NATIVE,
-}
+_WORDS = {"native": Encryption.NATIVE, "luks": Encryption.LUKS, compat.DMCRYPT: Encryption.NATIVE}
 _CIPHER = re.compile(r"[a-z0-9][a-z0-9:()_,-]{0,63}")
 _TYPES = {name: name for name in ("luks", "luks1", "luks2")}
 _PBKDFS = {name: name for name in ("argon2id", "argon2i", "pbkdf2")}
 _DEFAULT_MEMORY_KIB = 64 * 1024
-"""RFC 9106, section 4, the recommendation for memory-constrained places: every start of a pod costs as much."""
-_SHORTEST, _LONGEST = 8, 4096
+"""RFC 9106, section 4, for memory-constrained environments: each NodeStageVolume takes as much."""
+_PASSPHRASE_CHARACTERS = range(8, 4097)
 _MOST_SLOTS = 32
 _LINE_BREAK = re.compile("[\n\r\u2028\u2029]")
 
 
-# --- who encrypts -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class EncryptionRequest:
-    """Who is to encrypt a volume. `slot` and `key_size_bits` go to the storage when it encrypts."""
+    """Who encrypts a volume, and how much of it the LUKS header takes. `slot`, `key_size_bits`: for the storage."""
 
     by: Encryption = Encryption.NONE
     header_bytes: int = 0
-    """Bytes of the volume that its user does not get."""
     slot: int = 1
     key_size_bits: int = 512
 
@@ -68,22 +58,19 @@ class EncryptionRequest:
         return self.by is Encryption.NATIVE
 
     def check_access(self, capabilities: Sequence[Capability]) -> None:
-        """Refuse encryption by the nodes where several of them write: nothing keeps two from making the header."""
+        """Refuse encryption by several writing nodes: two could make the header at the same time."""
         if self.by is Encryption.LUKS and any(c.mode is AccessMode.MULTI_NODE_MULTI_WRITER for c in capabilities):
-            raise InvalidRequest(
-                f"access mode {AccessMode.MULTI_NODE_MULTI_WRITER} cannot be used with encryption by the nodes; "
-                "use encryption: native, or an access mode with one writing node"
-            )
+            mode = AccessMode.MULTI_NODE_MULTI_WRITER
+            action = "use encryption: native, or an access mode with one writing node"
+            raise InvalidRequest(f"access mode {mode} cannot be used with encryption by the nodes; {action}")
 
     def in_group(self, group: Vpg) -> EncryptionRequest:
-        """Return the request as a provisioning group changes it: some groups encrypt every volume."""
+        """Return the request for a provisioning group: some encrypt every volume."""
         if not group.is_encrypted:
             return self
         if self.by is Encryption.LUKS:
-            raise InvalidRequest(
-                f"volume provisioning group {group.name} makes volumes that the storage encrypts; "
-                "remove encryption: luks, or use another group"
-            )
+            action = "remove encryption: luks, or use another group"
+            raise InvalidRequest(f"the storage encrypts the volumes of provisioning group {group.name}; {action}")
         return replace(self, by=Encryption.NATIVE, header_bytes=group.header_bytes)
 
 
@@ -91,15 +78,14 @@ def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters with `encryption.slot` and similar keys spelled `encryption/slot`."""
     result: dict[str, str] = {}
     for key, value in parameters.items():
-        plain = f"encryption/{key.removeprefix(_DOTTED)}" if key.startswith(_DOTTED) else key
-        if plain in result and result[plain] != value:
+        plain = _DOTTED.sub("encryption/", key)
+        if result.setdefault(plain, value) != value:
             raise InvalidRequest(f"parameter {plain} is given twice, with a dot and with a slash; keep one of them")
-        result[plain] = value
     return result
 
 
-def encryption(own: Mapping[str, str]) -> EncryptionRequest:
-    """Read who encrypts, and check every key of encryption as the node will check it."""
+def parse_encryption(own: Mapping[str, str]) -> EncryptionRequest:
+    """Read who encrypts, with all checks of the node."""
     by = encrypting(own)
     if by is Encryption.NONE:
         read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption beside it, native or luks")
@@ -118,10 +104,8 @@ def encryption(own: Mapping[str, str]) -> EncryptionRequest:
 
 def encrypting(own: Mapping[str, str]) -> Encryption:
     """Return who encrypts."""
-    by = read.chosen(own, ENCRYPTION, _WORDS)
-    if by is None:
-        return Encryption.NONE
-    return Encryption.LUKS if compat.is_node_encryption(own) else by
+    by = read.chosen(own, ENCRYPTION, _WORDS) or Encryption.NONE
+    return Encryption.LUKS if by is not Encryption.NONE and compat.is_node_encryption(own) else by
 
 
 def _native(own: Mapping[str, str]) -> EncryptionRequest:
@@ -141,29 +125,22 @@ def _native(own: Mapping[str, str]) -> EncryptionRequest:
 
 
 def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, str]) -> Encryption:
-    """Tell the node who encrypts a volume: the controller's answer, else the word in the volume context.
+    """Return who encrypts a volume, by the publish context, else the volume context.
 
     Raises `PreconditionFailed` for a kind of encryption that this node does not know.
     """
     if context is None:
         return encrypting(_set(volume_context))
     if context.encryption is Encryption.UNKNOWN:
-        raise PreconditionFailed(
-            f"volume {context.name} has a kind of encryption that this node plugin does not know: "
-            "it is older than the controller; update the node plugin"
-        )
+        raise PreconditionFailed(f"volume {context.name}: unknown kind of encryption; upgrade this node plugin")
     return context.encryption
-
-
-# --- the header that a node makes ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionPlan:
     """How a node opens a volume, and who encrypts it: NATIVE or LUKS.
 
-    `spelled`: other readings of the passphrase that the header may have been made with .
-    `previous`: passphrases that the present one replaces.
+    `spelled`: other readings of the passphrase, which the header may have. `previous`: replaced passphrases.
     """
 
     by: Encryption
@@ -184,7 +161,7 @@ class EncryptionPlan:
 
 
 def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str, str]) -> EncryptionPlan | None:
-    """Check every key of encryption in a volume context; None where nobody encrypts the volume.
+    """Read a volume context and a Secret; None for a volume without encryption.
 
     Raises `InvalidParameter` naming the key, `MissingField` naming the key of the Secret.
     """
@@ -201,7 +178,7 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
 
 
 def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSettings, bool]:
-    """Read from a volume context how a node makes a header, where it does, and whether it lets discards through."""
+    """Read from a volume context how a node makes the LUKS header, and whether it passes discards on."""
     own = _set(context)
     problems = read.Problems()
     discards = problems.of(lambda: read.switch(own, DISCARDS)) or False
@@ -211,13 +188,12 @@ def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSetti
 
 
 def _luks_settings(own: Mapping[str, str]) -> LuksSettings:
-    """Read how a node makes a LUKS header; cryptsetup itself judges ciphers."""
     read.chosen(own, compat.LUKS_TYPE_KEY, _TYPES)
     pbkdf = read.chosen(own, PBKDF, _PBKDFS) or ""
     memory = read.number(own, MEMORY, 32, 4 << 20)
     if pbkdf == "pbkdf2" and memory is not None:
         raise InvalidParameter(MEMORY, memory, "no value: pbkdf2 has no memory limit")
-    cipher = _cipher(own)
+    cipher = _cipher(own)  # cryptsetup knows which there are
     return LuksSettings(
         cipher=cipher,
         key_bits=_key_bits(own, cipher),
@@ -228,15 +204,11 @@ def _luks_settings(own: Mapping[str, str]) -> LuksSettings:
 
 
 def _cipher(own: Mapping[str, str]) -> str:
-    given = [
-        value
-        for key in (CIPHER, compat.CIPHER_KEY)
-        if (value := read.text(own, key, _CIPHER, "a cipher as cryptsetup spells it, such as aes-xts-plain64"))
-    ]
-    if len(set(given)) > 1:
-        expected = f"the value of {CIPHER}, or only one of the two keys"
-        raise InvalidParameter(compat.CIPHER_KEY, own[compat.CIPHER_KEY], expected)
-    return given[0] if given else ""
+    expected = "a cipher as cryptsetup spells it, such as aes-xts-plain64"
+    cipher, old_cipher = (read.text(own, key, _CIPHER, expected) for key in (CIPHER, compat.CIPHER_KEY))
+    if cipher and old_cipher and cipher != old_cipher:
+        raise InvalidParameter(compat.CIPHER_KEY, old_cipher, f"the value of {CIPHER}, or only one of the two keys")
+    return cipher or old_cipher or ""
 
 
 def _key_bits(own: Mapping[str, str], cipher: str) -> int:
@@ -249,15 +221,12 @@ def _key_bits(own: Mapping[str, str], cipher: str) -> int:
 
 
 def _set(context: Mapping[str, str]) -> dict[str, str]:
-    """Return what a volume context sets; a blank value in a static PersistentVolume sets nothing."""
+    """Leave out blank values: in a static PersistentVolume they set nothing."""
     return {key: value.strip() for key, value in context.items() if value.strip()}
 
 
-# --- passphrases --------------------------------------------------------------------------------------------------
-
-
 def passphrase_in(secrets: Mapping[str, str]) -> str | None:
-    """Return the passphrase that a Secret holds, under any of its names; None where it holds none."""
+    """Return the passphrase in a Secret, under any of its keys; None without one."""
     found = {secrets[key] for key in PASSPHRASE_KEYS if secrets.get(key)}
     if len(found) > 1:
         raise InvalidRequest(f"secrets.{' and secrets.'.join(PASSPHRASE_KEYS)} differ; keep one of them")
@@ -265,18 +234,17 @@ def passphrase_in(secrets: Mapping[str, str]) -> str | None:
 
 
 def required_passphrase(secrets: Mapping[str, str]) -> str:
-    """Return a passphrase that the storage takes; `InvalidRequest` names the key, never the value."""
+    """Return a passphrase that the storage accepts. Raises `InvalidRequest` naming the key, never the value."""
     passphrase = passphrase_in(secrets)
     name = next((f"secrets.{key}" for key in PASSPHRASE_KEYS if secrets.get(key)), f"secrets.{PASSPHRASE_KEYS[0]}")
     if passphrase is None:
         raise MissingField(f"{name} (or {PASSPHRASE_KEYS[1]}), which encrypts the volume,")
     _check_length(name, passphrase)
-    if _LINE_BREAK.search(passphrase):
-        # The management's pattern has a dot, which fits no line break.
-        raise InvalidRequest(f"{name} holds a line break, which the storage does not take: look at its end")
+    if _LINE_BREAK.search(passphrase):  # the management's pattern has a dot, which matches none
+        raise InvalidRequest(f"{name}: expected no line break, which the storage refuses; see its end")
     return passphrase
 
 
 def _check_length(name: str, passphrase: str) -> None:
-    if not _SHORTEST <= len(passphrase) <= _LONGEST:
-        raise InvalidRequest(f"{name}: expected {_SHORTEST} to {_LONGEST} characters, got {len(passphrase)}")
+    if len(passphrase) not in _PASSPHRASE_CHARACTERS:
+        raise InvalidRequest(f"{name}: expected 8 to 4096 characters, got {len(passphrase)}")

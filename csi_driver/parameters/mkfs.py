@@ -27,9 +27,8 @@ MKFS_KEYS = {BLOCK, INODE, BYTES_PER_INODE, RESERVED, STRIPES, DISCARD}
 
 LARGEST_PAGE_BYTES = 65536
 """For the controller, which does not know the page size of its nodes: no block can be larger."""
-_SECTOR_BYTES = 4096
+_SECTOR_BYTES = _DEFAULT_BLOCK_BYTES = 4096
 """Volumes have no smaller sectors, and a filesystem has no smaller blocks than the sectors of its device."""
-_DEFAULT_BLOCK_BYTES = 4096
 _MOST_BLOCK_BYTES = 65536
 _MOST_BYTES_PER_INODE = 64 << 20
 _XFS_STRIPES_FROM_BYTES = 900 << 20
@@ -86,7 +85,7 @@ class MkfsRequest:
         free = problems.of(lambda: mkfs_arguments(text, fs_type)) or ()
         block_bytes = _block_bytes(own, free or text.split(), fs_type)
         keyed = tuple(self._keyed(own, fs_type, block_bytes, problems))
-        has_stripes = not _settings_in(free).isdisjoint(_STRIPE_SETTINGS)
+        has_stripes = any(name.rpartition(" ")[2] in _STRIPE_SETTINGS for name in _names(free))
         wants_stripes = not has_stripes and problems.of(lambda: _switch(own, STRIPES)) is not False
         striped = self._striped(fs_type, block_bytes) if wants_stripes else ()
         discard = problems.of(lambda: _switch(own, DISCARD)) or False
@@ -195,10 +194,6 @@ def _names(words: Sequence[str]) -> Iterator[str]:
             yield flag
         else:
             yield from (f"{flag} {setting.partition('=')[0]}" for setting in word.split(","))
-
-
-def _settings_in(words: Sequence[str]) -> set[str]:
-    return {setting.partition("=")[0] for word in words for setting in word.split(",")}
 
 
 def _merged(words: Sequence[str]) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
-"""Mount options: the options that a user may set, those that are refused, and those that follow from the access. Pure.
+"""Mount options: those that a user may set, those that are refused, and those that follow from the access mode.
 
-An option that passes here and that the filesystem does not know is refused by the kernel when it mounts. Values may be
-sensitive (CSI marks mount_flags so): messages show the name alone, but for values on the driver's own list.
+The kernel refuses options that the filesystem does not know. Values may be sensitive (CSI marks mount_flags so):
+messages show the name alone, unless the value is on the driver's own list.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from csi_driver.errors import InvalidField, InvalidRequest
@@ -17,7 +17,7 @@ from csi_driver.parameters.mkfs import MkfsArguments, MkfsRequest, check_fs_type
 from csi_driver.parameters.values import Problems
 
 FS_TYPE = "fsType"
-"""Key of the volume context that names the filesystem where the capability names none."""
+"""Key of the volume context: the filesystem, unless the capability names one."""
 MOUNT_GROUP = "volume_capability.mount.volume_mount_group"
 
 _SHAPE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*(?:=[A-Za-z0-9_.:+-]+)?")
@@ -28,9 +28,8 @@ _ROOT_MODE_NAMES = ("nvmesh:chmod", "nvmesh:permissions")
 DROPPED = frozenset(
     {"defaults", "_netdev", "nofail", "rw", "silent", "loud", "iversion", "noiversion", "norelatime", "nostrictatime"}
 )
-"""Accepted and not passed on. mount(8) keeps the first three for itself (fstab(5)); `rw` is the default, and says
-nothing of readers: one class serves both; `silent` and `loud` are about messages of the kernel; the others select what
-these filesystems do anyway (mount(8))."""
+"""Accepted and not passed on. The first three are for mount(8) itself (fstab(5)); `rw` is the default, and one class
+serves readers, too; `silent` and `loud` are about kernel messages; the others are the defaults of these filesystems."""
 
 REFUSED = {
     "another operation than mounting the volume": (
@@ -48,10 +47,8 @@ _REFUSED_BY_NAME = {name: reason for reason, names in REFUSED.items() for name i
 _REFUSED_WHOLE = {"errors=panic": "harmful to the machine or to data; errors=remount-ro may be used"}
 NO_REPLAY = frozenset({"noload", "norecovery", "nologreplay", "rescue"})
 """Leave the journal unread: right for a reader, destructive for a writer."""
-
 _ALWAYS = {"xfs": ("nouuid",)}
-"""Clones of a volume carry its uuid, and xfs refuses the second of one uuid on a node (xfs(5), nouuid)."""
-
+"""Clones of a volume have its uuid, and xfs refuses the second of one uuid on a node (xfs(5), nouuid)."""
 _WHEN_READ_ONLY = {
     "ext4": ("noload",),
     "xfs": ("norecovery",),
@@ -69,7 +66,7 @@ class InvalidMountOption(InvalidRequest):
 
 @dataclass(frozen=True, slots=True)
 class FilesystemRequest:
-    """The filesystem that a request asks for. An empty `fs_type` takes what the device holds, else the default."""
+    """The requested filesystem. An empty `fs_type`: the one on the device, else the default."""
 
     fs_type: str
     read_only: bool
@@ -83,8 +80,8 @@ class FilesystemRequest:
 class MountPlan:
     """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's.
 
-    `mkfs_refusal`: why no filesystem can be made as the request says. A volume that has one is mounted all the same:
-    its context cannot be changed, and the driver that made the filesystem took what this one refuses.
+    `mkfs_refusal`: why no filesystem can be made as requested. A volume with a filesystem is mounted all the same: its
+    context cannot be changed, and the driver that made it may have accepted more.
     """
 
     request: FilesystemRequest
@@ -98,12 +95,12 @@ class MountPlan:
         return self.request.read_only
 
     def options_for(self, fs_type: str) -> tuple[str, ...]:
-        """Return the options to mount a filesystem of that type with, each once."""
+        """Return the options for a filesystem of that type, each once."""
         implied = _ALWAYS.get(fs_type, ()) + (_WHEN_READ_ONLY.get(fs_type, ()) if self.read_only else ())
         return tuple(dict.fromkeys((*self.flags, *implied)))
 
     def require_mkfs(self) -> None:
-        """Raise `InvalidRequest` where no filesystem can be made as the request says."""
+        """Raise `InvalidRequest` when no filesystem can be made as requested."""
         if self.mkfs_refusal is not None:
             raise self.mkfs_refusal
 
@@ -117,17 +114,14 @@ def plan_mount(
     supported: Sequence[str],
     fs_type_of_class: str = "",
 ) -> MountPlan:
-    """Check everything that a caller may ask of a filesystem, before any device is touched. Raises `InvalidRequest`.
+    """Check a request for mount access before any device is touched. A problem of mkfs alone is kept in the plan.
 
-    A mistake that concerns mkfs alone is kept in the plan.
-
-    `read_only`: the attachment is read-only, whatever the mode and the flags say. `fs_type_of_class`: the parameter
-    `fsType`, which counts where the capability names no filesystem.
+    `read_only`: the attachment is read-only, whatever mode and flags say. `fs_type_of_class`: the parameter `fsType`.
+    Raises `InvalidRequest`.
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
-        raise InvalidField(
-            "volume_capability.access_mode", mode.value, "a mode that writes on one node: filesystems are not shared"
-        )
+        expected = "a mode that writes on one node: filesystems are not shared"
+        raise InvalidField("volume_capability.access_mode", mode.value, expected)
     fs_type = access.fs_type or fs_type_of_class
     named_by = "volume_capability.mount.fs_type" if access.fs_type else f"parameter {FS_TYPE}"
     check_fs_type(named_by, fs_type, supported)
@@ -138,8 +132,10 @@ def plan_mount(
     kept = tuple(flag for flag in flags if flag != "ro")
     if "ro" in flags and "rw" in _split(access.mount_flags):
         problems.add(InvalidMountOption("rw", "the options have ro as well; remove one of them"))
-    for problem in () if request.read_only else _writing_without_replay(kept):
-        problems.add(problem)
+    for flag in () if request.read_only else kept:
+        if _name(flag) in NO_REPLAY:
+            reason = "it leaves the journal unread, which destroys data while writing; use it with ro alone"
+            problems.add(InvalidMountOption(_name(flag), reason))
     arguments, refusal = MkfsArguments(), None
     try:
         arguments = mkfs.arguments(request.to_make)
@@ -150,39 +146,23 @@ def plan_mount(
 
 
 def check_mount_group(access: MountAccess) -> None:
-    """Refuse a group for the files: the capability VOLUME_MOUNT_GROUP is not offered, and nobody would set it."""
+    """Refuse a group for the files: nothing would set it."""
     if access.mount_group:
-        raise InvalidField(
-            MOUNT_GROUP,
-            access.mount_group,
-            "none, as VOLUME_MOUNT_GROUP is not offered",
-            "set the group of the files otherwise, such as by fsGroup of the pod",
-        )
-
-
-def _writing_without_replay(flags: Sequence[str]) -> Iterator[InvalidMountOption]:
-    for flag in flags:
-        if _name(flag) in NO_REPLAY:
-            reason = "it leaves the journal unread, which destroys data while writing; use it with ro alone"
-            yield InvalidMountOption(_name(flag), reason)
+        expected, action = "none: VOLUME_MOUNT_GROUP is not offered", "set the group by fsGroup of the pod"
+        raise InvalidField(MOUNT_GROUP, access.mount_group, expected, action)
 
 
 def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
-    """Take mount flags apart into kernel options and the mode asked for the root directory."""
+    """Split mount flags into kernel options and the requested mode of the root directory."""
     taken: dict[str, None] = {}
     root_mode: int | None = None
     problems = Problems()
     for option in _split(flags):
-        mode = _ROOT_MODE.fullmatch(option)
-        if mode is not None:
+        if mode := _ROOT_MODE.fullmatch(option):
             root_mode = int(mode[1], 8)
-            continue
-        selinux = _SELINUX.fullmatch(option)
-        if selinux is not None:
+        elif selinux := _SELINUX.fullmatch(option):
             taken[f"{selinux[1]}={selinux[3]}"] = None
-            continue
-        refusal = _refusal(option)
-        if refusal is not None:
+        elif refusal := _refusal(option):
             problems.add(refusal)
         elif option not in DROPPED:
             taken[option] = None
@@ -191,7 +171,7 @@ def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
 
 
 def _refusal(option: str) -> InvalidMountOption | None:
-    """Return why an option is refused. Names are looked up first: the reason of the table beats that of the shape."""
+    """Return why an option is refused, else None."""
     name = _name(option)
     if option in _REFUSED_WHOLE:
         return InvalidMountOption(option, _REFUSED_WHOLE[option])
@@ -208,9 +188,9 @@ def _refusal(option: str) -> InvalidMountOption | None:
 
 
 def _split(flags: Sequence[str]) -> list[str]:
-    """Split flags at commas as mount(8) does, and leave out blanks around them and empty options.
+    """Split flags at commas as mount(8) does, without blanks around them and empty options.
 
-    SELinux contexts stay whole: their levels hold commas themselves.
+    SELinux contexts stay whole: their levels contain commas.
     """
     options: list[str] = []
     for flag in flags:
@@ -229,16 +209,17 @@ _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime",
 
 
 def differences(mounted: Mount, plan: MountPlan) -> list[str]:
-    """Return how a mount differs from the plan, each as "NAME: expected X, got Y"; empty = it does not.
+    """Return the differences of a mount from the plan, each as "NAME: expected X, got Y".
 
-    Only what the kernel is known to show counts: it leaves out defaults and respells values, and a mount that is
-    right must never be called wrong.
+    Only options that the kernel surely shows are compared: it leaves out defaults and respells values, and a correct
+    mount must not be refused.
     """
     found: list[str] = []
     if plan.request.fs_type and mounted.fs_type != plan.request.fs_type:
         found.append(f"filesystem: expected {plan.request.fs_type}, got {mounted.fs_type}")
     if mounted.read_only != plan.read_only:
-        found.append(f"access: expected {_access(plan.read_only)}, got {_access(mounted.read_only)}")
+        have, want = ("read-only", "read-write") if mounted.read_only else ("read-write", "read-only")
+        found.append(f"access: expected {want}, got {have}")
     expected = frozenset(plan.options_for(mounted.fs_type))
     for option in sorted(_ALWAYS_SHOWN & (mounted.options ^ expected)):
         have, want = ("set", "not set") if option in mounted.options else ("not set", "set")
@@ -251,11 +232,7 @@ def _differing_values(shown: Collection[str], expected: Collection[str]) -> list
     found: list[str] = []
     for option in sorted(expected):
         name, has_value, value = option.partition("=")
-        # Only plain numbers are spelled alike by everybody.
+        # Only plain numbers are spelled alike by the kernel.
         if has_value and value.isdigit() and values.get(name, value).isdigit() and values.get(name, value) != value:
             found.append(f"option {name}: expected {value}, got {values[name]}")
     return found
-
-
-def _access(read_only: bool) -> str:
-    return "read-only" if read_only else "read-write"

@@ -13,16 +13,9 @@ from functools import partial
 
 from csi_driver.errors import InvalidRequest, shown
 from csi_driver.model import Capability, MountAccess
-from csi_driver.parameters import mkfs
+from csi_driver.parameters import encryption, mkfs
 from csi_driver.parameters import values as read
-from csi_driver.parameters.encryption import (
-    ENCRYPTION_KEYS,
-    NODE_KEYS,
-    EncryptionRequest,
-    encryption,
-    node_settings,
-    normalized,
-)
+from csi_driver.parameters.encryption import ENCRYPTION_KEYS, NODE_KEYS, EncryptionRequest
 from csi_driver.parameters.mkfs import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
 from csi_driver.parameters.values import InvalidParameter
@@ -63,9 +56,7 @@ _DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
 _CLASS_KEYS, _LIMIT_KEYS = {"diskClasses", "serverClasses"}, {"limitByDisks", "limitByNodes"}
 PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
 _DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
-_ANYWHERE_KEYS = {
-    "relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE,
-}  # fmt: skip
+_ANYWHERE_KEYS = {"relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE}
 KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | mkfs.MKFS_KEYS | ENCRYPTION_KEYS
 THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
@@ -125,7 +116,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
 
     Raises `InvalidRequest` with every problem found.
     """
-    parameters = normalized(parameters)
+    parameters = encryption.normalized(parameters)
     given = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
     problems = read.Problems()
     for key in sorted(given.keys() - KNOWN_KEYS):
@@ -161,7 +152,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
     result = StorageClassParameters(
         spec=spec,
         fs_type=fs_type or "",
-        encryption=problems.of(lambda: encryption(own)) or EncryptionRequest(),
+        encryption=problems.of(lambda: encryption.parse_encryption(own)) or EncryptionRequest(),
         pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
         recorded={metadata_key(key): parameters[key] for key in parameters if key in KNOWN_KEYS or key in _KEPT},
         context=context,
@@ -186,7 +177,7 @@ def check_use(
     """
     problems = read.Problems()
     if by is not Encryption.NONE:
-        problems.of(lambda: node_settings(by, context))
+        problems.of(lambda: encryption.node_settings(by, context))
     access = capability.access
     if isinstance(access, MountAccess):
         plan = problems.of(
@@ -207,10 +198,8 @@ def check_use(
 def check_placement(own: Mapping[str, str]) -> None:
     """Refuse to choose drives and targets both by class and by name."""
     if any(own.get(key) for key in _CLASS_KEYS) and any(own.get(key) for key in _LIMIT_KEYS):
-        raise InvalidRequest(
-            "parameters name classes (diskClasses, serverClasses) and limits (limitByDisks, limitByNodes); "
-            "use one kind of them"
-        )
+        kinds = "classes (diskClasses, serverClasses) and limits (limitByDisks, limitByNodes)"
+        raise InvalidRequest(f"parameters name {kinds}; use one kind of them")
 
 
 def metadata_key(key: str) -> str:
@@ -224,30 +213,28 @@ def is_compared(key: str) -> bool:
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" for a key that is nearly one of the known ones, else an empty text."""
+    """Return "did you mean ...?" for a key that is similar to a known one, else an empty text."""
     by_letters = {name.lower(): name for name in known}
     found = difflib.get_close_matches(key.lower(), by_letters, n=1, cutoff=0.8)
-    return f"; did you mean {by_letters[found[0]]}?" if found else ""
+    return f"did you mean {by_letters[found[0]]}?" if found else ""
 
 
 def _unknown(key: str) -> InvalidRequest:
     if key in THIN_KEYS:
         return InvalidRequest(f"parameter {key} asks for a thin volume, which is not supported; remove it")
-    if key == "isEncrypted":
-        return InvalidRequest("parameter isEncrypted is not known; use encryption: native")
     if key == "isReadOnly":
-        return InvalidRequest(
-            "parameter isReadOnly is not supported: nothing could ever be written to the new volume; "
-            "use an access mode for readers, or set it in the management when the volume has its content"
-        )
-    hint = did_you_mean(key, KNOWN_KEYS) or "; docs/parameters.md lists the parameters"
-    return InvalidRequest(f"parameter {shown(key)} is not known{hint}")
+        action = "use an access mode for readers, or set it in the management once the volume has its content"
+        return InvalidRequest(f"parameter isReadOnly would let nobody write to the new volume; {action}")
+    hint = did_you_mean(key, KNOWN_KEYS) or "docs/parameters.md lists the parameters"
+    if key == "isEncrypted":
+        hint = "use encryption: native"
+    return InvalidRequest(f"parameter {shown(key)} is not known; {hint}")
 
 
 def _check_filesystem(
     problems: read.Problems, fs_type: str | None, context: Mapping[str, str], capabilities: Sequence[Capability]
 ) -> None:
-    """Check the keys for mkfs for each capability with a known filesystem, or by the bounds of any filesystem.
+    """Check the keys for mkfs for the filesystem of each capability, or by the bounds of any.
 
     `fs_type`: the StorageClass's own, None where it is invalid.
     """
@@ -278,8 +265,8 @@ def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
     """
     problems = read.Problems()
     for key in sorted(parameters.keys() - MUTABLE_KEYS):
-        hint = did_you_mean(key, MUTABLE_KEYS) or f"; it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
-        problems.add(InvalidRequest(f"mutable parameter {shown(key)} is not known{hint}"))
+        hint = did_you_mean(key, MUTABLE_KEYS) or f"it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
+        problems.add(InvalidRequest(f"mutable parameter {shown(key)} is not known; {hint}"))
     problems.of(lambda: check_placement(parameters))
     changes = VolumeChanges(
         description=problems.of(lambda: read.text(parameters, "description", _DESCRIPTION, "at most 1024 characters")),

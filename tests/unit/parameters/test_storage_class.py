@@ -89,7 +89,7 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"tpvExtentSizeKB": "64"}, "thin"),
         ({"vpg": "gold", "color": "red"}, "color"),
         ({"isEncrypted": "true"}, "encryption: native"),
-        ({"isReadOnly": "true"}, "isReadOnly is not supported"),
+        ({"isReadOnly": "true"}, "parameter isReadOnly"),
         ({"VSGs": "a,"}, "VSGs"),
         ({"vpg": "gold", "VSGs": "a"}, "VSGs cannot be used"),
         ({"allowAllocationOnOfflineDrives": "yes"}, "allowAllocationOnOfflineDrives"),
