@@ -1,7 +1,6 @@
-"""The nouns of CSI as the driver has them: access, handles, zones, what use-cases answer.
+"""Values of CSI that all layers share: access, handles, answers of use cases, health. Sizes are int bytes.
 
-Plain immutable values shared by all layers. Sizes are int bytes. The storage management's nouns are in
-`csi_driver.storage_model`.
+Those of the storage management are in `csi_driver.storage_model`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ DEFAULT_ZONE = "single-zone-cluster"
 DEFAULT_TOPOLOGY_KEY = "nvmesh-csi.excelero.com/zone"
 DEFAULT_FS_TYPE = "ext4"
 CSI_NAME_PREFIX = "csi-"
-"""With it begins the storage's name of every volume that a driver of this family made."""
+"""Prefix of the storage's names of volumes that this driver and earlier ones created."""
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -36,7 +35,7 @@ Segments = Mapping[str, str]
 
 
 class AccessMode(StrEnum):
-    """Who may do what at the same time, as CSI names it (CSI specification, VolumeCapability.AccessMode)."""
+    """Access modes (CSI specification, VolumeCapability.AccessMode)."""
 
     SINGLE_NODE_WRITER = "SINGLE_NODE_WRITER"
     SINGLE_NODE_READER_ONLY = "SINGLE_NODE_READER_ONLY"
@@ -48,18 +47,18 @@ class AccessMode(StrEnum):
 
     @property
     def is_read_only(self) -> bool:
-        """Whether nobody writes under this mode."""
+        """Whether no node writes."""
         return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
 
     @property
     def is_multi_node(self) -> bool:
-        """Whether several nodes may hold the volume at once."""
+        """Whether several nodes may use the volume at once."""
         return self.value.startswith("MULTI_NODE")
 
 
 @dataclass(frozen=True, slots=True)
 class MountAccess:
-    """The volume is used as a filesystem. An empty `fs_type` leaves the choice to the driver."""
+    """Access as a filesystem. An empty `fs_type`: the driver chooses."""
 
     fs_type: str = ""
     mount_flags: tuple[str, ...] = ()
@@ -68,7 +67,7 @@ class MountAccess:
 
 @dataclass(frozen=True, slots=True)
 class BlockAccess:
-    """The volume is used as a raw block device."""
+    """Access as a raw block device."""
 
 
 Access = MountAccess | BlockAccess
@@ -76,7 +75,7 @@ Access = MountAccess | BlockAccess
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """How a volume is to be used: access and access mode (CSI VolumeCapability)."""
+    """Access and access mode (CSI VolumeCapability)."""
 
     access: Access
     mode: AccessMode
@@ -84,7 +83,7 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class CapacityRange:
-    """Bytes asked for; 0 means "not said". Never negative, never required above limit (checked by `rpc.wire`)."""
+    """Requested bytes; 0 = not given. Never negative, never required above limit (checked by `rpc.wire`)."""
 
     required_bytes: int = 0
     limit_bytes: int = 0
@@ -101,9 +100,9 @@ INCOMING_HANDLE_LIMIT_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class VolumeHandle:
-    """What a CSI volume id says: `name`, `zone:name`, `zone:name:uuid` or `zone:name:uuid:reference`.
+    """A CSI volume id: `name`, `zone:name`, `zone:name:uuid` or `zone:name:uuid:reference`.
 
-    `reference` is the namespace of the claim or what a user wrote in its place (one volume, another consumer).
+    `reference`: the namespace of the claim, or a text that a user wrote instead (one volume, another consumer).
     """
 
     name: str
@@ -113,7 +112,7 @@ class VolumeHandle:
 
     @classmethod
     def parse(cls, volume_id: str) -> VolumeHandle | None:
-        """Read a volume id; None when it has no form of ours, which means: no such volume."""
+        """Parse a volume id; None if it is malformed: such a volume does not exist."""
         if len(volume_id.encode(errors="replace")) > INCOMING_HANDLE_LIMIT_BYTES:
             return None
         parts = volume_id.split(":", 3)
@@ -131,7 +130,7 @@ class VolumeHandle:
         return cls(name=name, zone=zone, uuid=uuid.lower() if uuid else None, reference=reference)
 
     def format(self) -> str:
-        """Write the id; the reference is left out, never cut, where the id would exceed 128 bytes."""
+        """Return the id, without the reference if it would exceed 128 bytes."""
         parts = [part for part in (self.zone, self.name, self.uuid) if part is not None]
         base = ":".join(parts)
         if self.uuid is None or self.reference is None:
@@ -141,17 +140,17 @@ class VolumeHandle:
 
 
 def is_volume_name(text: str) -> bool:
-    """Tell whether `text` can be the name of a volume of any management version, and a file name."""
+    """Return whether `text` can be the name of a volume in any management version, and of a file."""
     return _NAME.fullmatch(text) is not None and text.strip(".") != ""
 
 
 def is_zone_name(text: str) -> bool:
-    """Tell whether `text` can be the name of a zone: a topology value, and the first part of a handle."""
+    """Return whether `text` can be the name of a zone: a topology value, and the first part of a handle."""
     return _ZONE.fullmatch(text) is not None
 
 
 def is_uuid(text: str) -> bool:
-    """Tell whether `text` is a UUID in its usual spelling."""
+    """Return whether `text` is a UUID with hyphens."""
     return _UUID.fullmatch(text) is not None
 
 
@@ -161,11 +160,7 @@ _NAME_LIMIT = 22
 
 
 def volume_name(csi_name: str) -> str:
-    """Return the storage's name of the volume that CSI calls `csi_name`.
-
-    `pvc-<uuid>` keeps the form that earlier drivers of this name gave it; anything else, CSI names being any Unicode,
-    is hashed (90 bits).
-    """
+    """Return the volume's name in the storage. `pvc-UUID` is shortened as earlier drivers did, others are hashed."""
     length = _NAME_LIMIT - len(CSI_NAME_PREFIX)
     if _PROVISIONED.fullmatch(csi_name):
         return CSI_NAME_PREFIX + csi_name[4 : 4 + length]
@@ -175,19 +170,19 @@ def volume_name(csi_name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ClusterNames:
-    """What may be known of the storage clusters without credentials: by zone, management hosts and names of nodes."""
+    """Facts about the storage clusters that need no credentials: management hosts and node names by zone."""
 
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     nodes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     topology_key: str | None = None
 
 
-# --- answers of use-cases ------------------------------------------------------------------------------------
+# --- answers of use cases ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ProvisionedVolume:
-    """A volume as CSI shows it (CSI message Volume)."""
+    """A volume (CSI message Volume)."""
 
     volume_id: str
     capacity_bytes: int
@@ -197,7 +192,7 @@ class ProvisionedVolume:
 
 @dataclass(frozen=True, slots=True)
 class ListedVolume:
-    """A volume with the ids of the nodes that hold it. `stored`: what the management says of it, where it was asked."""
+    """A volume with the ids of the nodes that use it. `stored`: the management's volume, in lists."""
 
     volume: ProvisionedVolume
     published_node_ids: tuple[str, ...]
@@ -206,7 +201,7 @@ class ListedVolume:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Answer of GetCapacity, bytes. None = no such limit is known."""
+    """Answer of GetCapacity, bytes. None = no known limit."""
 
     available_bytes: int
     maximum_volume_bytes: int | None = None
@@ -215,7 +210,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Use of a volume. A block volume has only `total_bytes`; inodes are None where the filesystem counts none."""
+    """Usage of a volume. A block volume has only `total_bytes`; inodes are None if the filesystem has no count."""
 
     total_bytes: int
     used_bytes: int | None = None
@@ -289,7 +284,7 @@ class VolumeEntry:
 
 @dataclass(frozen=True, slots=True)
 class VolumeHealth:
-    """The known problems of a volume, each (status, reason) once. What cannot be found out is an error of the call."""
+    """The known problems of a volume, each (status, reason) once. A failure to find out is an error of the call."""
 
     volume_id: str
     entries: tuple[VolumeEntry, ...] = ()

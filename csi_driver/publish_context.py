@@ -1,6 +1,4 @@
-"""What controller and node both know of one attachment: the publish context, what its words mean, and the name under
-which the attachment is held.
-"""
+"""The publish context that the controller passes to the node, and the reference id of an attachment."""
 
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ from csi_driver.model import VolumeHandle, is_uuid, is_volume_name
 
 
 class History(StrEnum):
-    """What is known of the writes that a volume has seen, when a node asks whether it is blank.
+    """Possible writes to a volume before this attachment, for the decision whether it is blank.
 
-    FIRST: created by this driver and never attached before. ATTACHED: created by this driver, attached before, and
-    never to a node that had it as a raw device for writing. WRITTEN: a node had. UNKNOWN: not created by this driver,
-    or its records are incomplete.
+    FIRST: created by this driver and never attached. ATTACHED: created by this driver and attached before, but never as
+    a raw device for writing. WRITTEN: attached as one. UNKNOWN: not created by this driver, or incomplete records.
     """
 
     FIRST = "first"
@@ -28,9 +25,9 @@ class History(StrEnum):
 
 
 class Encryption(StrEnum):
-    """Who encrypts a volume: nobody, the storage itself (the node only opens it), or the node (LUKS2).
+    """Encryption of a volume: none, by the storage (the node only opens it), or by the node (LUKS2).
 
-    UNKNOWN: a newer controller said what this node does not understand; such a volume is not touched.
+    UNKNOWN: a word of a newer controller; such a volume is not used.
     """
 
     NONE = "none"
@@ -41,13 +38,11 @@ class Encryption(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PublishContext:
-    """What ControllerPublish tells the node. Every field survives the way through a string map.
+    """The publish context. A string map carries every field.
 
-    `attachment` numbers the attachments of this volume from 1; 0 = not counted.
-    `read_only`: the attachment itself is read-only.
-    `format_allowed`: an administrator allowed, for this attachment, to format over old data.
-    `stripe_unit_bytes`, `stripe_bytes`: what lies on one drive before the next one's turn, and the data of a whole
-    stripe; 0 = the layout has no stripes, or it is not known.
+    `attachment` numbers the attachments of this volume from 1; 0 = unknown. `read_only`: the attachment is read-only.
+    `format_allowed`: an administrator allowed this attachment to format over old data. `stripe_unit_bytes`,
+    `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
     """
 
     name: str
@@ -62,15 +57,15 @@ class PublishContext:
     stripe_bytes: int = 0
 
     def as_map(self) -> dict[str, str]:
-        """Write it as the string map that CSI carries; what few volumes have is left out of the others' maps."""
-        seldom = {
+        """Return the string map for CSI; rare fields are left out unless they are set."""
+        rare = {
             "encryption": self.encryption.value if self.encryption is not Encryption.NONE else "",
             "formatAllowed": "true" if self.format_allowed else "",
             "stripeUnitBytes": str(self.stripe_unit_bytes or ""),
             "stripeBytes": str(self.stripe_bytes or ""),
         }
         return {
-            **{key: text for key, text in seldom.items() if text},
+            **{key: text for key, text in rare.items() if text},
             "name": self.name,
             "uuid": self.uuid,
             "attachment": str(self.attachment),
@@ -81,9 +76,9 @@ class PublishContext:
 
     @classmethod
     def from_map(cls, context: Mapping[str, str]) -> PublishContext | None:
-        """Read it back; None where the map does not come from this driver (older drivers, static attachments).
+        """Parse the map; None if this driver did not write it (older drivers, static attachments).
 
-        What cannot be read counts as unknown, which only ever makes the node more careful.
+        Unreadable values count as unknown, which only makes the node more careful.
         """
         name, uuid = context.get("name", ""), context.get("uuid", "")
         if not is_volume_name(name) or not is_uuid(uuid):
@@ -108,15 +103,15 @@ def _natural(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
-# --- under which name an attachment is held ---------------------------------------------------------------------
+# --- reference ids ---------------------------------------------------------------------------------------------
 
 _REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
 
 
 def reference_id(handle: VolumeHandle) -> str | None:
-    """Return the id under which the storage counts this handle's attachments; None when the handle names none.
+    """Return the reference id of this handle's attachments in the storage; None for its default, the volume's uuid.
 
-    What the storage would not take, or would confuse with its default id (the volume's uuid), is hashed.
+    A reference that the storage would refuse, or confuse with a uuid, is hashed.
     """
     reference = handle.reference
     if reference is None:
@@ -127,5 +122,5 @@ def reference_id(handle: VolumeHandle) -> str | None:
 
 
 def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
-    """Return the reference id as it shows in the storage: its default is the volume's uuid."""
+    """Return the reference id as the storage shows it."""
     return reference_id(handle) or volume_uuid

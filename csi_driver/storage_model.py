@@ -1,8 +1,6 @@
-"""The storage management's nouns: volumes and how they lie, who holds them, clients, groups, what a management offers.
+"""Values of the storage management: volumes, layouts, reservations, storage clients and provisioning groups.
 
-Plain immutable values like those of `csi_driver.model`, with the management's own words and numbers. Sizes are int
-bytes (the API's decimal gigabytes stay inside `csi_driver.management`, except where a stored value must be sent back
-unchanged).
+Names and numbers are the management's own. Sizes are int bytes, except `capacity_gb`: the API's decimal gigabytes.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ class RaidLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the bytes of a volume lie on drives. None = the management's default for the level."""
+    """The layout of a volume on drives. None = the management's default for the level."""
 
     raid_level: RaidLevel = RaidLevel.CONCATENATED
     stripe_width: int | None = None
@@ -39,10 +37,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class AllowedDrives:
-    """The drives that a volume may lie on: nothing set = all. Classes and names restrict each other.
+    """The drives that a volume may use; nothing set = all. Classes and names restrict each other.
 
-    `domain`: a scope of classes; without classes, those of the scope count. `with_metadata`: only drives that are
-    formatted with metadata. `with_offline`: also drives and targets that do not work at present.
+    `domain`: a scope of classes, and without classes all of that scope. `with_metadata`: only drives formatted with
+    metadata. `with_offline`: also drives and targets that are offline.
     """
 
     drive_classes: tuple[str, ...] = ()
@@ -55,8 +53,6 @@ class AllowedDrives:
 
 
 ALL_DRIVES = AllowedDrives()
-
-
 LUKS_HEADER_BYTES = 16 << 20
 """Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
 
@@ -84,12 +80,12 @@ class VolumeSpec:
     security_groups: tuple[str, ...] = ()
     allow_offline_drives: bool | None = None
     encrypted_header_bytes: int = 0
-    """Where the storage is to encrypt the volume: what its header takes of it. A group has a header size of its own."""
+    """Header size if the storage encrypts the volume; a provisioning group has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeChanges:
-    """What is to be set of a volume that is there; None = as it is. Lists replace what was there."""
+    """Changes of a volume; None = unchanged. Lists replace the former ones."""
 
     description: str | None = None
     relative_rebuild_priority: int | None = None
@@ -101,7 +97,7 @@ class VolumeChanges:
 
 
 class ReservationMode(IntEnum):
-    """How a volume is held cluster-wide, with the management's own numbers."""
+    """Kinds of reservations, with the management's numbers."""
 
     NONE = 0
     SHARED_READ_ONLY = 1
@@ -111,7 +107,7 @@ class ReservationMode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The current reservation of a volume. `version` grows with every transition, from 1. `attached`: client ids."""
+    """The reservation of a volume. Every transition raises `version`, which starts at 1. `attached`: client ids."""
 
     mode: ReservationMode = ReservationMode.NONE
     version: int = 1
@@ -121,9 +117,9 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class StorageEncryption:
-    """How far the storage is with encrypting a volume by itself. `command_*` tell of the latest command on its keys.
+    """Encryption by the storage, and the latest command on its keys.
 
-    `command_result`: 1 = done, other numbers = it went wrong, None = no answer yet.
+    `command_result`: 1 = done, other numbers = failed, None = pending.
     """
 
     header_bytes: int
@@ -135,7 +131,7 @@ class StorageEncryption:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A volume as the management shows it."""
+    """A volume of the management."""
 
     name: str
     uuid: str
@@ -150,9 +146,9 @@ class Volume:
     is_read_only: bool = False
     is_snapshot: bool = False
     allows_offline_drives: bool = False
-    """Whether its space may lie on drives that do not answer when it is allocated."""
+    """Whether its space may be allocated on offline drives."""
     encryption: StorageEncryption | None = None
-    """None: the storage does not encrypt it."""
+    """None: not encrypted by the storage."""
     layout: Layout = field(default_factory=Layout)
     vpg: str | None = None
     reservation: Reservation = field(default_factory=Reservation)
@@ -162,17 +158,17 @@ class Volume:
 
     @property
     def size_bytes(self) -> int:
-        """Real size; `capacity_gb` is only what was once asked for."""
+        """The real size; `capacity_gb` is the requested one."""
         return self.blocks * self.block_size
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether the storage encrypts it, and its head is a header that no user gets."""
+        """Whether the storage encrypts it; its header is at the start of the volume."""
         return self.encryption is not None
 
     @property
     def wants_passphrase(self) -> bool:
-        """Whether the storage waits for the passphrase that its encryption begins with."""
+        """Whether the storage waits for the passphrase."""
         return self.action == "initEncryptionRequired"
 
     @property
@@ -181,12 +177,12 @@ class Volume:
 
     @property
     def is_being_made(self) -> bool:
-        """Whether the space is there but the volume cannot be used yet."""
+        """Whether the space is allocated but the volume is not usable yet."""
         return self.action == "initializing" or self.status == "pending"
 
 
 class ClientStatus(IntEnum):
-    """State of a storage client (a node), with the management's own numbers."""
+    """State of a storage client, with the management's numbers."""
 
     INITIALIZING = 0
     READY = 1
@@ -198,7 +194,7 @@ class ClientStatus(IntEnum):
 
 
 class DeviceStatus(IntEnum):
-    """State of a block device as its client reports it (`vol_status`)."""
+    """State of a block device, reported by its client (`vol_status`)."""
 
     BUSY = 1
     DETACHED = 2
@@ -223,9 +219,9 @@ class DesiredAttachment:
     mode: ReservationMode
     reference_ids: frozenset[str]
     version: int = 0
-    """The reservation's version that the attachment came about with; 0 = not told."""
+    """The reservation's version of the attachment; 0 = unknown."""
     preempts: bool = False
-    """Whether the attachment takes the volume from those who had it."""
+    """Whether the attachment preempts the former holders."""
 
     @property
     def is_detaching(self) -> bool:
@@ -239,7 +235,7 @@ class DesiredAttachment:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """What a client reports of a volume's block device. Hidden devices are left out by the decoder."""
+    """A client's report of a volume's block device. The decoder drops hidden devices."""
 
     volume_uuid: str
     volume_name: str
@@ -251,18 +247,16 @@ class DeviceReport:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A storage client: one node as the management knows it."""
+    """A storage client: one node. Attachments and reports are by volume uuid."""
 
     id: str
     uuid: str
     status: ClientStatus
     desired: Mapping[str, DesiredAttachment] = field(default_factory=dict)
-    """By volume uuid."""
     devices: Mapping[str, DeviceReport] = field(default_factory=dict)
-    """By volume uuid."""
 
     def holds(self, volume_uuid: str) -> bool:
-        """Whether the volume is attached here, or wished for, or not yet known to be gone."""
+        """Whether the volume is attached, to be attached, or not yet reported as detached."""
         report = self.devices.get(volume_uuid)
         gone = report is None or report.status in (DeviceStatus.DETACHED, DeviceStatus.DETACHED_AFTER_SHUTDOWN)
         return volume_uuid in self.desired or not gone
@@ -270,7 +264,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Vpg:
-    """A volume provisioning group: a named layout, perhaps with space of its own."""
+    """A volume provisioning group: a named layout, possibly with reserved space."""
 
     name: str
     layout: Layout
@@ -278,9 +272,9 @@ class Vpg:
     allow_overflow: bool
     is_encrypted: bool = False
     header_bytes: int = 0
-    """What encryption takes of each of its volumes."""
+    """Size of the encryption header of each of its volumes."""
     is_for_metadata: bool = False
-    """Its volumes hold the metadata of snapshots: the management gives them no uuid, and never deletes one."""
+    """Its volumes hold the metadata of snapshots: they have no uuid and are never deleted."""
     drive_classes: tuple[str, ...] = ()
     target_classes: tuple[str, ...] = ()
     domain: str | None = None
@@ -288,7 +282,7 @@ class Vpg:
 
 @dataclass(frozen=True, slots=True)
 class SystemInfo:
-    """Who answers: version of the management and of its API, identity of the cluster."""
+    """Version of the management and of its API, and the id of the cluster."""
 
     version: str
     api_version: str
