@@ -31,19 +31,19 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
-demo: ## as root: the life of a volume on this machine, step by step (30 s / 5 s)
+demo: ## as root: create, mount, expand and delete a volume on this machine, step by step (30 s / 5 s)
 	@tests/tools/check-demo
 	@$(MAKE) --no-print-directory $(VENV)/runtime
 	@$(BIN)/nvmesh-csi demo
 
 .PHONY: test
-test: $(VENV)/test $(SANITY) debian-packages ## every test; as root the ones on real devices too (13 min / 11 min)
+test: $(VENV)/test $(SANITY) debian-packages ## all tests; as root also those on real devices (13 min / 11 min)
 ifdef PYTEST_ARGS
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	@# What touches nothing but its own process first, side by side; then what shares this machine, one after the other,
-	@# which leaves a core for building helm, where there is none; what needs it comes last.
+	@# Tests without shared state first, in parallel; then tests that share the machine, one after the other, while helm is
+	@# built on the other core if needed; chart tests last, as they need it.
 	@mkdir -p $(CACHE) ; \
 	GOMAXPROCS=1 nice $(MAKE) --no-print-directory $(HELM) > $(CACHE)/helm.log 2>&1 & helm=$$! ; \
 	echo '== pytest: $(QUICK_TESTS), side by side' ; \
@@ -59,7 +59,7 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encrypted and lost devices on a kernel of their own, in an emulated machine (30 min / 25 min)
+test-vm: $(VENV)/test ## as root: encrypted and lost devices in an emulated machine (30 min / 25 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest'
 	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
@@ -70,22 +70,22 @@ cluster-up: $(VENV)/test ## as root: a Kubernetes cluster on this machine with t
 	@$(CLUSTER)/image
 	@$(CLUSTER)/up
 	@$(CLUSTER)/install
-	@echo 'Next: $(CLUSTER)/in kubectl get pods -A; what to try stands in deploy/examples. make cluster-down ends it.'
+	@echo 'Next: $(CLUSTER)/in kubectl get pods -A; examples are in deploy/examples. make cluster-down stops it.'
 
 .PHONY: cluster-down
-cluster-down: ## end that cluster without a trace; its state is kept (3 s)
+cluster-down: ## stop that cluster and remove its traces; its state is kept (3 s)
 	@$(CLUSTER)/down
 
 .PHONY: cluster-wipe
-cluster-wipe: ## end it, forget it, and remove what was built for it
+cluster-wipe: ## delete the cluster and its programs
 	@$(CLUSTER)/wipe
 
 .PHONY: test-kubernetes
-test-kubernetes: $(VENV)/test ## as root: the tests on that cluster and the official suite; KEEP=1 leaves it running (2 h)
+test-kubernetes: $(VENV)/test ## as root: the cluster tests and the official suite; KEEP=1 leaves the cluster running (2 h)
 	@tests/kubernetes/run
 
 .PHONY: bench
-bench: $(VENV)/test debian-packages ## as root: what the calls cost, as a table (5 min)
+bench: $(VENV)/test debian-packages ## as root: measure the cost of calls (5 min)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 .PHONY: sanity-repeat
@@ -97,33 +97,33 @@ lint: $(VENV)/test ## lint, format, types and layers only (1 min / 20 s)
 	@$(BIN)/python -m pytest -q tests/unit/test_lint.py tests/unit/test_types.py tests/unit/test_layers.py
 
 .PHONY: format
-format: $(VENV)/test ## rewrite the Python code as ruff formats it (1 s)
+format: $(VENV)/test ## format the Python code with ruff (1 s)
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 .PHONY: coverage
-coverage: $(VENV)/test $(SANITY) debian-packages ## every test, and which lines none reaches (8 min)
+coverage: $(VENV)/test $(SANITY) debian-packages ## all tests, and the lines that none reaches (8 min)
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 .PHONY: proto
-proto: $(VENV)/test ## write csi_driver/rpc/pb again from proto/*.proto (3 s)
+proto: $(VENV)/test ## generate csi_driver/rpc/pb from proto/*.proto (3 s)
 	@$(BIN)/python proto/generate.py
 
 .PHONY: docs
-docs: $(VENV)/runtime ## write the generated tables of docs/parameters.md and docs/mkfs.md again (1 s)
+docs: $(VENV)/runtime ## generate the tables of docs/parameters.md and docs/mkfs.md (1 s)
 	@$(BIN)/python -m tests.tools.document_tables
 
 .PHONY: chart
-chart: $(VENV)/test ## write what the Helm chart has of the program's flags again (1 s)
+chart: $(VENV)/test ## generate the flags in the Helm chart's schema (1 s)
 	@$(BIN)/python -m tests.tools.chart_schema
 
 .PHONY: manifests
-manifests: $(VENV)/test ## write deploy/kubernetes/*.yaml again, from the Helm chart (2 s; needs helm)
+manifests: $(VENV)/test ## generate deploy/kubernetes/*.yaml from the Helm chart (2 s; needs helm)
 	@$(BIN)/python -m tests.tools.manifests
 
 .PHONY: lock
-lock: $(CACHE)/lock ## write requirements/*.txt again with the newest versions (10 s)
+lock: $(CACHE)/lock ## lock requirements/*.txt to the newest versions (10 s)
 	@UV=$(CACHE)/lock/bin/uv tests/tools/lock-requirements
 
 .PHONY: image
@@ -131,11 +131,11 @@ image: ## build the container image (IMAGE=name:tag) with docker, podman or buil
 	@tests/tools/build-image $(IMAGE)
 
 .PHONY: clean
-clean: ## remove what the targets made here
+clean: ## remove everything that the targets created here
 	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find csi_driver tests proto -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --- what the targets stand on: each file marks something done --------------------------------------------------
+# --- prerequisites: each file marks a completed step --------------------------------------------------
 
 $(VENV)/made:
 	@tests/tools/make-venv '$(PYTHON)' $(VENV)
@@ -167,7 +167,7 @@ $(HELM):
 	@tests/tools/install-helm $(HELM_VERSION) $@ '$(PYTHON)'
 
 .PHONY: helm
-helm: $(HELM) ## put helm, which the chart's tests need, into $(CACHE)/bin (3 min / 0 s)
+helm: $(HELM) ## build helm for the chart tests in $(CACHE)/bin (3 min / 0 s)
 
 .PHONY: debian-packages
 debian-packages:
