@@ -1,7 +1,7 @@
 """Client of the management REST API: one method for each operation, in nouns of `csi_driver.storage_model`.
 
-It fits `csi_driver.controller.ports.Management`; no URL of the API is known outside this package. Each change carries
-one object, because the API promises no order of several in a response.
+`csi_driver.controller.ports.Management` says what each method returns and raises; here is how the API does it. Each
+change carries one object, because the API promises no order of several in a response.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from csi_driver.management.codec import (
 )
 from csi_driver.management.failover import ManagementServers
 from csi_driver.management.failures import (
-    ApiError,
     Meaning,
     NotLarger,
     Operation,
@@ -43,8 +42,8 @@ from csi_driver.management.failures import (
     meaning_of,
 )
 from csi_driver.management.free_capacity import CLASS_FIELDS, TARGET_FIELDS, class_filter, free_bytes, vpg_free_bytes
-from csi_driver.management.server_session import Request
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.transport import Request
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import (
     ALL_DRIVES,
@@ -64,7 +63,7 @@ _LOG = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,253}")
 _VPG_NAME = re.compile(r"[\w+=-]{1,100}", re.ASCII)
 _ROUTES = frozenset({"all", "count", "ids", "combinedStatus"})
-"""Routes beside `/volumes/<name>` and `/clients/<id>`: an object with such a name is found only through a list."""
+"""Routes like `/volumes/<name>` and `/clients/<id>`: an object with such a name is found only through a list."""
 
 
 def _quoted_json(value: object) -> str:
@@ -122,49 +121,42 @@ class ManagementClient:
     # --- reads --------------------------------------------------------------------------------------------------------
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
-        """Return version and id of the management; proves that it is reachable and accepts the login."""
-        return decode_system_info(self._get("/systemInfo", "system information", deadline))
+        return decode_system_info(self._read("/systemInfo", deadline))
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
-        """Return a volume, or None. Reservations of provisioning groups are not volumes."""
         if not is_volume_name(name):
             return None
         if name in _ROUTES:
             rows = self._list("volumes", deadline, _VOLUME_PROJECTION, {"_id": name})
             return next((decode_volume(row) for row in rows), None)
-        row = self._find(f"/volumes/{quote(name, safe='')}", Meaning.VOLUME_ABSENT, deadline)
-        if row is None or row.get("isReserved") is True:
-            return None
-        return decode_volume(row)
+        row = self._read(f"/volumes/{quote(name, safe='')}", deadline, absent=Meaning.VOLUME_ABSENT)
+        # A provisioning group's reservation is no volume.
+        return decode_volume(row) if row and row.get("isReserved") is not True else None
 
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
-        """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name, without their chunks."""
         above = {"_id": {"$gt": after}} if after else None
         rows = self._list("volumes", deadline, f"{_SORTED}&{_VOLUME_PROJECTION}", above, limit)
         return [decode_volume(row, listed=True) for row in rows]
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
-        """Return a client by its id (its host name in the management), or None."""
         if not _CLIENT_ID.fullmatch(client_id):
             return None
         if client_id in _ROUTES:
             return self._first_client({"_id": client_id}, deadline)
-        row = self._find(f"/clients/{quote(client_id, safe='')}", Meaning.CLIENT_ABSENT, deadline)
-        return None if row is None else decode_client(row)
+        row = self._read(f"/clients/{quote(client_id, safe='')}", deadline, absent=Meaning.CLIENT_ABSENT)
+        return decode_client(row) if row else None
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        """Return a client by its UUID, or None."""
         return self._first_client({"uuid": uuid.lower()}, deadline) if is_uuid(uuid) else None
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
-        """Return all clients with their attachments. Too expensive for a request about one volume."""
         return [decode_client(row) for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
-        """Return the clients where the volume is attached, is to be attached, or is not yet detached. Two requests.
+        """Filter for desired attachments, then for devices: one that is attached in between is found as a device.
 
         The filters are equality on a path: a desired attachment is keyed by the volume's UUID and repeats it, a device
-        is an element of a list. Desired attachments come first: one that is attached in between is found as a device.
+        is an element of a list.
         """
         if not is_uuid(volume_uuid):
             return []
@@ -177,43 +169,37 @@ class ManagementClient:
         return [client for _, client in sorted(found.items()) if client.holds(uuid)]
 
     def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
-        """Return a volume provisioning group, or None."""
         if not _VPG_NAME.fullmatch(name):
             return None
-        row = self._find(f"/volumeProvisioningGroups/{quote(name, safe='')}", Meaning.VPG_ABSENT, deadline)
-        return None if row is None else decode_vpg(row)
+        path = f"/volumeProvisioningGroups/{quote(name, safe='')}"
+        row = self._read(path, deadline, absent=Meaning.VPG_ABSENT)
+        return decode_vpg(row) if row else None
 
     # --- free capacity ------------------------------------------------------------------------------------------------
 
     def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
-        """Return the free bytes of a provisioning group's reserved space; 0 where it has none."""
         if not _VPG_NAME.fullmatch(name):
             return 0
         path = f"/volumeProvisioningGroups/getVolumesCapacityUsageByID/{quote(name, safe='')}"
-        return vpg_free_bytes(self._get(path, "the usage of a VPG", deadline))
+        return vpg_free_bytes(self._read(path, deadline))
 
     def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
-        """Return the free bytes of the drives that a volume may use, before redundancy.
-
-        None where the restriction names an object that does not exist. One request, and one for each kind of class.
-        """
+        """Send one request, and one for each kind of class."""
+        # A domain counts for a kind of class only where no class of either kind is named.
+        domain = None if allowed.drive_classes or allowed.target_classes else allowed.domain
         classes: list[list[Document]] = []
         for collection, names in (("diskClasses", allowed.drive_classes), ("serverClasses", allowed.target_classes)):
-            # A domain counts for a kind of class only where no class of either kind is named.
-            is_alone = not (allowed.drive_classes or allowed.target_classes)
-            condition = class_filter(names, allowed.domain if is_alone else None)
-            found = [] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition)
-            classes.append(found)
+            condition = class_filter(names, domain)
+            classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
         return free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
     # --- volumes ------------------------------------------------------------------------------------------------------
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
-        """Create a volume and return its UUID; None where a volume or a group's reservation has that name.
+        """Create a volume; without a response, look the name up, and send the request to another server if one works.
 
-        Without a response the name is looked up: a volume that exists then counts as an existing one, which the caller
-        compares. If there is none and another server works, the request is sent there: should the first one still be
-        executed, the name keeps it to one volume. Raises as `csi_driver.controller.ports` says.
+        A volume that exists then counts as an existing one, which the caller compares. Should the first request still
+        be executed after the second, the name keeps it to one volume.
         """
         send = partial(self._post, Operation.CREATE, [encode_spec(spec)], spec, deadline)
         try:
@@ -229,7 +215,7 @@ class ManagementClient:
         return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
-        """Set a larger total capacity, after one request for the present one.
+        """Read the present capacity, then set the larger one.
 
         The server adds the difference to the capacity that it stores. Below one set of blocks it searches endlessly
         for space while it locks the zone, so a smaller difference is not sent, nor one to a capacity that the caller
@@ -258,20 +244,14 @@ class ManagementClient:
                 raise
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
-        """Mark a volume for deletion; False where it does not exist.
-
-        The server compares the UUID, so repeating the request deletes no other volume. Raises `PreconditionFailed`
-        while the volume is in use (the text names clients) or is the source of a snapshot.
-        """
+        # The server compares the UUID, so repeating the request deletes no other volume.
         item = {"_id": volume.name, "uuid": volume.uuid}
         return self._post(Operation.DELETE, [item], volume, deadline) is not None
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
-        """Replace the whole metadata of a volume. Raises `VolumeNotFound`."""
         self._update(volume, {"metadata": dict(metadata)}, deadline)
 
     def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
-        """Change the given fields of a volume."""
         self._update(volume, encode_changes(changes), deadline)
 
     def _update(self, volume: Volume, fields: Mapping[str, object], deadline: Deadline) -> None:
@@ -281,7 +261,6 @@ class ManagementClient:
     def init_encryption(
         self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
     ) -> bool:
-        """Let the storage initialise the encryption; False where that is done or in progress."""
         item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase, "slot": slot}
         return self._post(Operation.ENCRYPT, [{**item, "keySize": key_size_bits}], volume, deadline) is not None
 
@@ -299,7 +278,6 @@ class ManagementClient:
         detach_others: bool = False,
         deadline: Deadline,
     ) -> None:
-        """Set the desired attachment of a volume to a client. Raises as `csi_driver.controller.ports` says."""
         reservation: dict[str, object] = {"mode": mode.name}
         if version is not None:
             reservation["version"] = version
@@ -313,10 +291,6 @@ class ManagementClient:
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
     ) -> None:
-        """Remove one reference to a desired attachment; without an id, or with the last one, the device goes.
-
-        An attachment that does not exist is no error.
-        """
         body = _attachment(client, volume, reference_id, {"force": True} if force else {})
         self._post(Operation.DETACH, body, volume, deadline, client.id)
 
@@ -327,8 +301,8 @@ class ManagementClient:
     ) -> Document | None:
         """Send a change of one object and return its envelope; None where it fails with the accepted meaning.
 
-        A volume that the server does not find is looked up: the server says the same of one with a pending operation,
-        and callers stop for good when a volume is absent.
+        A volume that the server does not find is looked up: the server gives the same error for one with a pending
+        operation, and callers treat an absent volume as final.
         """
         change = _CHANGES[operation]
         content = json.dumps(body, allow_nan=False).encode()
@@ -363,21 +337,15 @@ class ManagementClient:
             raise VolumeNotFound(volume.name, f"expected uuid {volume.uuid}, got {current.uuid} for this name")
         return current
 
-    def _get(self, path: str, what: str, deadline: Deadline) -> Document:
-        """Return a document that always exists."""
-        body = as_document(self._servers.send(Request("GET", path), deadline), what)
-        if error := _read_error(body):
-            raise failure_of(Operation.READ, error)
-        return body
-
-    def _find(self, path: str, absent: Meaning, deadline: Deadline) -> Document | None:
-        """Return a document, None where it does not exist."""
+    def _read(self, path: str, deadline: Deadline, absent: Meaning | None = None) -> Document:
+        """Return a document; {} where the error has the meaning `absent`."""
         body = as_document(self._servers.send(Request("GET", path), deadline), "a document")
-        error = _read_error(body)
+        # A document may have a field `error` without being an envelope.
+        error = error_in(body) if "success" in body or "systemMessage" in body else None
         if error is None:
             return body
         if meaning_of(Operation.READ, error)[0] is absent:
-            return None
+            return {}
         raise failure_of(Operation.READ, error)
 
     def _list(
@@ -395,11 +363,6 @@ class ManagementClient:
     def _first_client(self, condition: object, deadline: Deadline) -> Client | None:
         rows = self._list("clients", deadline, _CLIENT_PROJECTION, condition)
         return next((decode_client(row) for row in rows), None)
-
-
-def _read_error(body: Document) -> ApiError | None:
-    """Return the error in a response to a read; a document is no envelope, whatever fields it has."""
-    return error_in(body) if "success" in body or "systemMessage" in body else None
 
 
 def _attachment(

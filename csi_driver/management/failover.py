@@ -19,15 +19,15 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, Unauthenticated
 from csi_driver.management.server_session import (
     NO_GATEWAY,
-    Answer,
     InvalidResponse,
     ManagementTooOld,
-    Request,
     ServerSession,
+    error_id,
     is_retired,
     response_body,
 )
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.transport import Request, Response
 from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -79,15 +79,15 @@ class CircuitBreaker:
         self._probe_began_s = self._probe_ended_s = self._trial_ends_s = float("-inf")
 
     def is_closed(self) -> bool:
-        """Tell whether the server worked when it was last used."""
+        """Return whether the server worked when it was last used."""
         return self.state is State.CLOSED
 
     def fails_fast(self) -> bool:
-        """Tell whether another attempt costs little: the failures so far took no time."""
+        """Return whether another attempt costs little: the failures so far took no time."""
         return not self._is_slow
 
     def was_slow_since(self, since_s: float) -> bool:
-        """Tell whether a request waited in vain for the server since then."""
+        """Return whether a request waited in vain for the server since then."""
         return self._slow_at_s >= since_s
 
     def take_trial(self) -> bool:
@@ -217,7 +217,7 @@ class Server:
         self._is_closed = True
         self.session.close()
 
-    def send(self, request: Request, deadline: Deadline) -> Answer:
+    def send(self, request: Request, deadline: Deadline) -> Response:
         """Send a request; note in breaker and metrics how it ended. Raises what `ServerSession.send` raises.
 
         Raises `ServerUnreachable` also where a gateway or a retired server rejected the request unread.
@@ -225,9 +225,9 @@ class Server:
         with self.breaker.slot(deadline):
             began_s, outcome = self._clock.monotonic(), "failed"
             try:
-                answer = self.session.send(request, deadline)
-                if answer.status in NO_GATEWAY and (request.is_repeatable or is_retired(answer)):
-                    raise ServerUnreachable(self.url, f"HTTP {answer.status}, management id {answer.error_id}")
+                response = self.session.send(request, deadline)
+                if response.status in NO_GATEWAY and (request.is_repeatable or is_retired(response)):
+                    raise ServerUnreachable(self.url, f"HTTP {response.status}, management id {error_id(response)}")
                 outcome = "answered"
             except (ServerUnreachable, OutcomeUnknown) as error:
                 outcome = "unreachable" if isinstance(error, ServerUnreachable) else "unknown"
@@ -240,7 +240,7 @@ class Server:
             finally:
                 self._metrics.asked(self.url, outcome, self._clock.monotonic() - began_s)
             self._succeeded()
-            return answer
+            return response
 
     def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
         self._metrics.works(self.url, False)
@@ -292,7 +292,7 @@ class ManagementServers:
             server.close()
 
     def any_works(self) -> bool:
-        """Tell whether any server worked when it was last used."""
+        """Return whether any server worked when it was last used."""
         return any(server.breaker.is_closed() for server in self._servers)
 
     def send(self, request: Request, deadline: Deadline) -> object:

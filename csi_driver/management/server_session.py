@@ -9,8 +9,8 @@ import json
 import logging
 import re
 import threading
-from dataclasses import dataclass, field, replace
-from urllib.parse import unquote, urlsplit
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
@@ -27,7 +27,7 @@ from csi_driver.errors import (
 )
 from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, error_in
 from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
-from csi_driver.management.transport import Reply, Transport
+from csi_driver.management.transport import Request, Response, Transport
 from csi_driver.model import is_uuid
 from csi_driver.telemetry.metrics import ManagementMetrics
 
@@ -36,90 +36,59 @@ _LOG = logging.getLogger(__name__)
 SYSTEM_INFO = "/systemInfo"
 NO_GATEWAY = frozenset({502, 503, 504})
 
-_PROBE = "/volumes/count"
+_PROBE = Request("GET", "/volumes/count")
 """A server that works answers it or requires a login; a retired one answers 503."""
 _PROBE_TIMEOUT_S = 5.0
 _SHOWN_CHARACTERS = 256
 
 
-# --- requests and answers ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request. `is_repeatable`: twice has the effect of once. `is_secret`: no text of the answer is ever shown."""
-
-    method: str
-    path: str
-    body: bytes | None = field(default=None, repr=False)
-    is_repeatable: bool = True
-    is_secret: bool = False
-
-    @property
-    def what(self) -> str:
-        """The request as messages name it."""
-        return f"{self.method} {self.path.partition('?')[0]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A decoded response; `is_json` is False, and `body` None, where it cannot be decoded."""
-
-    status: int
-    body: object
-    is_json: bool
-    content: bytes
-    location: str
-
-    @property
-    def error_id(self) -> int | None:
-        """The id of the error in the body, if it has one."""
-        error = error_in(self.body) if isinstance(self.body, dict) else None
-        return error.main_id if error is not None else None
-
-
-def _decode(reply: Reply) -> Answer:
-    try:
-        body, is_json = json.loads(reply.content), True
-    except (ValueError, RecursionError):
-        body, is_json = None, False
-    return Answer(reply.status, body, is_json, reply.content, reply.location)
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
 class InvalidResponse(StorageUnavailable):
     """A server's response is unusable; another server may give a valid one."""
 
 
-def response_body(answer: Answer, server: str, request: Request) -> object:
-    """Return the body of a successful answer. Raises the error that the HTTP status stands for."""
-    if answer.status == 200 and answer.is_json:
-        return _without_texts(answer.body) if request.is_secret else answer.body
-    if answer.status in (401, 403):
+def response_body(response: Response, server: str, request: Request) -> object:
+    """Return the body of a successful response. Raises the error that the HTTP status stands for."""
+    status = response.status
+    if status == 200 and response.is_json:
+        return _without_texts(response.body) if request.is_secret else response.body
+    text = "a response that may hold a secret and is not shown"
+    if not request.is_secret:
+        text = shown(response.content[: 4 * _SHOWN_CHARACTERS].decode(errors="replace"), _SHOWN_CHARACTERS)
+    if status in (401, 403):
         raise Denied(
-            f"management server {server} denies this user {request.what}: {_beginning(answer, request)}; "
-            "give the user the permission in the management"
+            f"management server {server} denies this user {request.what}: {text}; give the user the permission in the"
+            " management"
         )
-    if answer.status in (400, 413, 422):
-        error = error_in(answer.body) if isinstance(answer.body, dict) and not request.is_secret else None
-        text = error.text if error is not None else _beginning(answer, request)
-        raise InvalidRequest(f"the management rejected {request.what} as invalid: {text}")
-    if 300 <= answer.status < 400:
-        target = "elsewhere" if request.is_secret else f"to {shown(answer.location.partition('?')[0])}"
+    if status in (400, 413, 422):
+        error = error_in(response.body) if isinstance(response.body, dict) and not request.is_secret else None
+        reason = error.text if error is not None else text
+        raise InvalidRequest(f"the management rejected {request.what} as invalid: {reason}")
+    if 300 <= status < 400:
+        target = "elsewhere" if request.is_secret else f"to {shown(response.location.partition('?')[0])}"
         raise StorageUnavailable(
             f"management server {server} redirects {request.what} {target}; redirects are not followed: "
             "configure the final address"
         )
-    reason = f"HTTP {answer.status} with {_beginning(answer, request)}"
-    if answer.status == 404:
+    reason = f"HTTP {status} with {text}"
+    if status == 404:
         raise StorageUnavailable(f"management server {server} answered {request.what} with {reason}")
     if request.is_repeatable:
         raise InvalidResponse(f"management server {server} answered {request.what} with {reason}")
     raise OutcomeUnknown(server, request.what, reason)
 
 
-def is_retired(answer: Answer) -> bool:
-    """Tell whether the server is being upgraded or shut down, and did not look at the request."""
-    return answer.status == 503 and answer.error_id in SERVER_RETIRED
+def error_id(response: Response) -> int | None:
+    """Return the id of the error in the body, if it has one."""
+    error = error_in(response.body) if isinstance(response.body, dict) else None
+    return error.main_id if error is not None else None
+
+
+def is_retired(response: Response) -> bool:
+    """Return whether the server is being upgraded or shut down, and did not look at the request."""
+    return response.status == 503 and error_id(response) in SERVER_RETIRED
 
 
 def _without_texts(body: object) -> object:
@@ -132,12 +101,6 @@ def _without_texts(body: object) -> object:
         case str() if not is_uuid(body):
             return "(not shown)"
     return body
-
-
-def _beginning(answer: Answer, request: Request) -> str:
-    if request.is_secret:
-        return "an answer that may hold a secret and is not shown"
-    return shown(answer.content[: 4 * _SHOWN_CHARACTERS].decode(errors="replace"), _SHOWN_CHARACTERS)
 
 
 # --- versions of the API ----------------------------------------------------------------------------------------------
@@ -214,38 +177,38 @@ class ServerSession:
         self._transport.close()
 
     def probe(self) -> bool:
-        """Tell whether the server responds, by a request that needs no session."""
+        """Return whether the server responds, by a request that needs no session."""
         try:
-            reply = self._transport.exchange("GET", _PROBE, None, self._cookie, Deadline.after(_PROBE_TIMEOUT_S))
+            response = self._transport.exchange(_PROBE, self._cookie, Deadline.after(_PROBE_TIMEOUT_S))
         except DriverError as error:
             _LOG.debug("probe failed: %s", error)
             return False
-        return reply.status < 500
+        return response.status < 500
 
-    def send(self, request: Request, deadline: Deadline) -> Answer:
+    def send(self, request: Request, deadline: Deadline) -> Response:
         """Send a request within the session, which is opened first if needed.
 
         Raises what `Transport.exchange` raises; `Unauthenticated` where the login is refused; `ManagementTooOld`.
         """
         self._open(request, None, deadline)
         cookie = self._cookie
-        answer = self._exchange(request, cookie, deadline)
-        if _requires_login(answer) or (answer.status == 401 and self._credentials_changed()):
+        response = self._exchange(request, cookie, deadline)
+        if _requires_login(response) or (response.status == 401 and self._credentials_changed()):
             # The server rejected the request unread, so it may be sent again.
             self._open(request, cookie or "", deadline)
-            answer = self._exchange(request, self._cookie, deadline)
-            if _requires_login(answer):
+            response = self._exchange(request, self._cookie, deadline)
+            if _requires_login(response):
                 raise Unauthenticated(
                     f"management server {self.url} requires a login right after a successful one; "
                     "check its clock and sessions"
                 )
-        if answer.status == 401 and not self._settings.has_user and not _lacks_permission(answer):
+        if response.status == 401 and not self._settings.has_user and not _lacks_permission(response):
             raise Unauthenticated(
                 f"management server {self.url} has no user for the client certificate "
                 f"{self._settings.client_certificate}: create a management user "
                 "with the name in the OU of the certificate's subject"
             )
-        if answer.error_id == PASSWORD_CHANGE_REQUIRED:
+        if error_id(response) == PASSWORD_CHANGE_REQUIRED:
             self._cookie = None  # the session was opened with the old password
             user = self._credentials.username if self._credentials is not None else self._settings.username
             raise Unauthenticated(
@@ -253,15 +216,15 @@ class ServerSession:
                 f"before any other request: change it in the management's interface or by POST /users/changePassword, "
                 f"then write the new password to {self._settings.password_place}"
             )
-        if request.path == SYSTEM_INFO and answer.status == 200 and isinstance(answer.body, dict):
-            self._take_version(answer.body)
-        return answer
+        if request.path == SYSTEM_INFO and response.status == 200 and isinstance(response.body, dict):
+            self._take_version(response.body)
+        return response
 
-    def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Answer:
-        reply = self._transport.exchange(request.method, request.path, request.body, cookie, deadline)
-        if reply.cookie and not self._settings.has_user and reply.cookie != self._cookie:
-            self._cookie = reply.cookie  # a client certificate opens the session with the first request
-        return _decode(_without_session_id(reply, cookie))
+    def _exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Response:
+        response = self._transport.exchange(request, cookie, deadline)
+        if response.cookie and not self._settings.has_user and response.cookie != self._cookie:
+            self._cookie = response.cookie  # a client certificate opens the session with the first request
+        return response
 
     # --- login ---
 
@@ -303,31 +266,30 @@ class ServerSession:
         credentials = read_credentials(self._settings)
         body = json.dumps({"username": credentials.username, "password": credentials.password}).encode()
         try:
-            reply = self._transport.exchange("POST", "/login", body, None, deadline)
+            response = self._transport.exchange(Request("POST", "/login", body), None, deadline)
         except OutcomeUnknown as error:
             # The request behind the login was not sent.
             raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
-        answer = _decode(reply)
-        envelope = answer.body if isinstance(answer.body, dict) else {}
-        if reply.status == 401 or (reply.status == 200 and envelope.get("success") is False):
+        envelope = response.body if isinstance(response.body, dict) else {}
+        if response.status == 401 or (response.status == 200 and envelope.get("success") is False):
             raise Unauthenticated(
                 f"management server {self.url} does not accept user {credentials.username!r} "
                 f"with the password in {self._settings.password_place}"
             )
-        if reply.status in NO_GATEWAY:
-            raise ServerUnreachable(self.url, f"HTTP {reply.status} for a login")
-        if reply.status != 200 or not envelope or not reply.cookie:
-            # The answer is not shown: an error page may quote the password.
+        if response.status in NO_GATEWAY:
+            raise ServerUnreachable(self.url, f"HTTP {response.status} for a login")
+        if response.status != 200 or not envelope or not response.cookie:
+            # The body is not shown: an error page may quote the password.
             raise StorageUnavailable(
                 f"management server {self.url}: expected HTTP 200 with a session cookie for a login, got HTTP "
-                f"{reply.status} {'with' if reply.cookie else 'without'} one; check the address"
+                f"{response.status} {'with' if response.cookie else 'without'} one; check the address"
             )
         self._credentials = credentials
         self._metrics.logins.labels(self.url).inc()
-        return reply.cookie
+        return response.cookie
 
     def _credentials_changed(self) -> bool:
-        """Tell whether the files hold other credentials than the session's, which may have more permissions."""
+        """Return whether the files hold other credentials than the session's, which may have more permissions."""
         if not self._settings.has_user:
             return False
         try:
@@ -339,19 +301,19 @@ class ServerSession:
 
     def _request_version(self, deadline: Deadline) -> None:
         try:
-            answer = self._exchange(Request("GET", SYSTEM_INFO), self._cookie, deadline)
+            response = self._exchange(Request("GET", SYSTEM_INFO), self._cookie, deadline)
         except OutcomeUnknown as error:
             # The request behind it was not sent.
             raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
-        if _requires_login(answer):
+        if _requires_login(response):
             if not self._settings.has_user:
                 self._log_in_again("", deadline)
             return  # the request itself gets the same answer, and opens the next session
-        if answer.error_id == PASSWORD_CHANGE_REQUIRED or answer.status in (401, 403):
+        if error_id(response) == PASSWORD_CHANGE_REQUIRED or response.status in (401, 403):
             return  # the request itself gets the same answer
-        if answer.status != 200 or not isinstance(answer.body, dict):
-            raise ServerUnreachable(self.url, f"HTTP {answer.status} for {SYSTEM_INFO}")
-        self._take_version(answer.body)
+        if response.status != 200 or not isinstance(response.body, dict):
+            raise ServerUnreachable(self.url, f"HTTP {response.status} for {SYSTEM_INFO}")
+        self._take_version(response.body)
 
     def _take_version(self, info: dict[str, object]) -> None:
         """Check and keep the API version of the session."""
@@ -370,24 +332,12 @@ class ServerSession:
         self.version = version
 
 
-def _without_session_id(reply: Reply, cookie: str | None) -> Reply:
-    """Remove the session's id from a response: an error page may quote it, and an error shows the page."""
-    session = (cookie or "").partition("=")[2]
-    for secret in {session, unquote(session)} - {""}:
-        reply = replace(
-            reply,
-            content=reply.content.replace(secret.encode(), b"(session)"),
-            location=reply.location.replace(secret, "(session)"),
-        )
-    return reply
+def _requires_login(response: Response) -> bool:
+    if response.status in (301, 302, 303, 307, 308):
+        return urlsplit(response.location).path.rstrip("/") == "/login"
+    return error_id(response) == LOGIN_REQUIRED
 
 
-def _requires_login(answer: Answer) -> bool:
-    if answer.status in (301, 302, 303, 307, 308):
-        return urlsplit(answer.location).path.rstrip("/") == "/login"
-    return answer.error_id == LOGIN_REQUIRED
-
-
-def _lacks_permission(answer: Answer) -> bool:
-    """Tell whether the server knows the user but refuses the request: only then the answer has an id."""
-    return isinstance(answer.body, dict) and answer.body.get("id") == 401
+def _lacks_permission(response: Response) -> bool:
+    """Return whether the server knows the user and refuses the request: only then the response has an id."""
+    return isinstance(response.body, dict) and response.body.get("id") == 401

@@ -7,18 +7,19 @@ repeats a request with its full timeout, and only `csi_driver.management.failove
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import io
+import json
 import re
 import socket
 import ssl
 import threading
 from concurrent.futures import wait
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
@@ -39,19 +40,37 @@ _BUFFER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A response. `cookie` holds the cookies that it sets, as a request sends them, or ""."""
+class Request:
+    """A request. `is_repeatable`: twice has the effect of once. `is_secret`: no text of the response is ever shown."""
+
+    method: str
+    path: str
+    body: bytes | None = field(default=None, repr=False)
+    is_repeatable: bool = True
+    is_secret: bool = False
+
+    @property
+    def what(self) -> str:
+        """The request as messages name it."""
+        return f"{self.method} {self.path.partition('?')[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response; `is_json` is False, and `body` None, where it cannot be decoded.
+
+    `cookie` holds the cookies that it sets, as a request sends them, or "".
+    """
 
     status: int
+    body: object
+    is_json: bool
+    content: bytes
     location: str
     cookie: str
-    content: bytes
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
-
-Version = tuple[tuple[int, int, int] | None, ...]
-"""Inode, modification time and size of each certificate file."""
 
 
 class BadCertificateFile(Exception):
@@ -62,18 +81,15 @@ class BadCertificateFile(Exception):
         super().__init__(f"{what} cannot be used: {reason}")
 
 
-def _certificate_version(settings: ManagementSettings) -> Version:
+def _certificate_version(settings: ManagementSettings) -> list[tuple[int, int, int]]:
     """Return a value that differs as soon as a certificate file is replaced."""
-    files = (settings.ca_file, settings.client_certificate, settings.client_key)
-    return tuple(_file_version(path) for path in files if path is not None)
-
-
-def _file_version(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    version = []
+    for path in (settings.ca_file, settings.client_certificate, settings.client_key):
+        if path is not None:
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                version.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return version
 
 
 def tls_context(settings: ManagementSettings) -> ssl.SSLContext:
@@ -134,7 +150,7 @@ class _DeadlineReader(io.RawIOBase):
         super().close()
 
 
-class _Response(http.client.HTTPResponse):
+class _TimedResponse(http.client.HTTPResponse):
     def __init__(
         self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
     ) -> None:
@@ -150,7 +166,7 @@ class _Connection(HTTPConnection):
     (TLS handshake included) from a request that may have been executed.
     """
 
-    response_class = _Response
+    response_class = _TimedResponse
 
     def connect(self) -> None:
         try:
@@ -226,7 +242,7 @@ class Transport:
         self._headers = {"Accept": "application/json", "User-Agent": settings.driver_name}
         self._lock = threading.Lock()
         self._adapter: _Adapter | None = None
-        self._version: Version = ()
+        self._version: list[tuple[int, int, int]] = []
         self._is_closed = False
         if not settings.tls_verify:
             # `ManagementSettings.warnings` says so once, instead of a warning for each connection.
@@ -240,7 +256,7 @@ class Transport:
                 self._adapter.close()
                 self._adapter = None
 
-    def exchange(self, method: str, path: str, body: bytes | None, cookie: str | None, deadline: Deadline) -> Reply:
+    def exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Response:
         """Send one request and read its whole response.
 
         Raises `ServerUnreachable` where the server certainly did not execute the request, `OutcomeUnknown` where it
@@ -252,31 +268,32 @@ class Transport:
         headers = dict(self._headers)
         if cookie:
             headers["Cookie"] = cookie
-        if body is not None:
+        if request.body is not None:
             headers["Content-Type"] = "application/json"
-        request = requests.Request(method, self.server + path, headers, data=body).prepare()
+        prepared = requests.Request(request.method, self.server + request.path, headers, data=request.body).prepare()
         _local.deadline = deadline
         try:
             response = self._current_adapter().send(
-                request,
+                prepared,
                 stream=True,
                 timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
                 verify=self._settings.tls_verify,
             )
             content = _content(response.raw)
         except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter has all of requests
-            raise self._failure(method, path, error) from error
+            raise self._failure(request, error) from error
         cookies = response.raw.headers.getlist("Set-Cookie")
-        return Reply(
+        return _decode(
             response.status_code,
+            content,
             response.headers.get("Location", ""),
             "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies),
-            content,
+            session_id=(cookie or "").partition("=")[2],
         )
 
     def _current_adapter(self) -> _Adapter:
         """Return the adapter; a new one after a change of the certificate files, so that no old connection is used."""
-        version = _certificate_version(self._settings) if self._is_tls else ()
+        version = _certificate_version(self._settings) if self._is_tls else []
         with self._lock:
             if self._is_closed:
                 # Nobody would close a new pool.
@@ -295,9 +312,7 @@ class Transport:
                 self._version = version
             return self._adapter
 
-    def _failure(
-        self, method: str, path: str, error: Exception
-    ) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
+    def _failure(self, request: Request, error: Exception) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
         chain = _causes(error)
         reason, timed_out = _reason(chain), any(isinstance(cause, _TIMEOUTS) for cause in chain)
         certificate = self._settings.client_certificate
@@ -311,8 +326,20 @@ class Transport:
         if certificate is not None and not timed_out:
             # In TLS 1.3 the client sends before the server has verified it, and a fast close loses the alert.
             reason += f"; it may not accept the client certificate {certificate}"
-        what = f"{method} {path.partition('?')[0]}"
-        return OutcomeUnknown(self.server, what, reason, timed_out=timed_out, is_read=method == "GET")
+        is_read = request.method == "GET"
+        return OutcomeUnknown(self.server, request.what, reason, timed_out=timed_out, is_read=is_read)
+
+
+def _decode(status: int, content: bytes, location: str, cookie: str, session_id: str) -> Response:
+    """Decode a response, without our session's id: an error page may quote it, and an error shows the page."""
+    for secret in {session_id, unquote(session_id)} - {""}:
+        content = content.replace(secret.encode(), b"(session)")
+        location = location.replace(secret, "(session)")
+    try:
+        body, is_json = json.loads(content), True
+    except (ValueError, RecursionError):
+        body, is_json = None, False
+    return Response(status, body, is_json, content, location, cookie)
 
 
 _TIMEOUTS = (urllib3.exceptions.TimeoutError, TimeoutError)

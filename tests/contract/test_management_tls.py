@@ -19,7 +19,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.management.transport import Transport
+from csi_driver.management.transport import Request, Transport
 from tests.contract.pki import Authority, Pair
 from tests.contract.two_managements import Storage
 from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says, sample
@@ -384,7 +384,7 @@ def test_a_handshake_that_hangs_is_left_at_the_deadline_and_the_change_was_not_s
     try:
         deadline = Deadline.after(0.4)
         with pytest.raises(ServerUnreachable) as caught:
-            transport.exchange("POST", "/volumes/update", b"[]", None, deadline)
+            transport.exchange(Request("POST", "/volumes/update", b"[]"), None, deadline)
         assert caught.value.timed_out
         assert deadline.elapsed_s() < 20  # far below the time that a request may take
     finally:

@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
-from csi_driver.management.server_session import Request
+from csi_driver.management.transport import Request
 from csi_driver.storage_model import Volume
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, SaysRaw, closed_port, sample

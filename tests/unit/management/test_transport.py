@@ -14,7 +14,7 @@ import requests
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OutcomeUnknown, ServerUnreachable
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.management.transport import Transport
+from csi_driver.management.transport import Request, Transport
 from tests.unit.management.double import closed_port, running
 
 LONG_S = 20.0
@@ -87,7 +87,7 @@ def connected(made: list[RawServer | Transport], server: RawServer) -> Transport
 
 
 def asked(transport: Transport, seconds: float = 10.0) -> bytes:
-    return transport.exchange("GET", "/", None, None, Deadline.after(seconds)).content
+    return transport.exchange(Request("GET", "/"), None, Deadline.after(seconds)).content
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_an_answer_that_drips_is_left_at_the_deadline(made: list[RawServer | Tra
     transport = connected(made, RawServer(*drops, pause_s=0.05))
     deadline = Deadline.after(0.4)
     with pytest.raises(OutcomeUnknown) as caught:
-        transport.exchange("POST", "/", b"{}", None, deadline)
+        transport.exchange(Request("POST", "/", b"{}"), None, deadline)
     assert caught.value.timed_out
     assert deadline.elapsed_s() < LONG_S
 
@@ -130,7 +130,7 @@ def test_a_name_whose_lookup_hangs_is_left_at_the_deadline(monkeypatch: pytest.M
     deadline = Deadline.after(0.3)
     try:
         with pytest.raises(ServerUnreachable, match="looked up") as caught:
-            transport.exchange("POST", "/", b"{}", None, deadline)
+            transport.exchange(Request("POST", "/", b"{}"), None, deadline)
         assert caught.value.timed_out
         assert deadline.elapsed_s() < LONG_S
     finally:
@@ -161,7 +161,7 @@ def test_cookies_are_handed_over_without_their_attributes(made: list[RawServer |
         b"Set-Cookie: route=m1; Path=/\r\n\r\n[]"
     )
     transport = connected(made, RawServer(answer))
-    reply = transport.exchange("GET", "/", None, None, Deadline.after(10))
+    reply = transport.exchange(Request("GET", "/"), None, Deadline.after(10))
     assert reply.cookie == "connect.sid=s%3Aa.b; route=m1"
 
 
@@ -184,7 +184,7 @@ def test_nothing_of_the_environment_changes_a_request(monkeypatch: pytest.Monkey
         requests.get(f"{server.url}/systemInfo", timeout=10, proxies={"no_proxy": "127.0.0.1"}).close()
         transport = Transport(server.url, ManagementSettings(servers=(server.url,), driver_name="csi.example.com"))
         try:
-            reply = transport.exchange("GET", "/systemInfo", None, "route=m1", Deadline.after(10))
+            reply = transport.exchange(Request("GET", "/systemInfo"), "route=m1", Deadline.after(10))
         finally:
             transport.close()
         by_library, ours = server.seen("/systemInfo")
@@ -204,9 +204,9 @@ def test_a_cookie_is_sent_by_whom_it_was_given_to_and_never_kept() -> None:
         server.opens_sessions = True
         transport = Transport(server.url, ManagementSettings(servers=(server.url,)))
         try:
-            first = transport.exchange("GET", "/systemInfo", None, None, Deadline.after(10))
-            transport.exchange("GET", "/systemInfo", None, None, Deadline.after(10))
-            transport.exchange("GET", "/systemInfo", None, first.cookie, Deadline.after(10))
+            first = transport.exchange(Request("GET", "/systemInfo"), None, Deadline.after(10))
+            transport.exchange(Request("GET", "/systemInfo"), None, Deadline.after(10))
+            transport.exchange(Request("GET", "/systemInfo"), first.cookie, Deadline.after(10))
         finally:
             transport.close()
         sent = [request.headers.get("Cookie") for request in server.seen("/systemInfo")]
