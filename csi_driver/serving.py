@@ -18,17 +18,16 @@ from csi_driver import driver_version
 from csi_driver.background import Periodic, SelfPaced
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
 from csi_driver.model import volume_name
-from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, LockKeys, ThreadPools
-from csi_driver.rpc.pb import csi_pb2_grpc
-from csi_driver.rpc.server import Register, Server, Termination
+from csi_driver.rpc.server import Server, Termination
 from csi_driver.rpc.services import (
-    ControllerServicer,
+    ControllerService,
     ControllerUseCases,
-    IdentityServicer,
+    IdentityService,
     ManagementReadiness,
-    NodeServicer,
+    NodeService,
     is_equipped,
 )
 from csi_driver.settings import AttachBy, EndpointSettings
@@ -51,16 +50,15 @@ def serve(
     lock_keys: LockKeys,
     driver_name: str,
     is_ready: Callable[[], bool],
-    register: Register,
+    service: Service,
     background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
     """Serve CSI until SIGTERM, with `background` around all requests; return the exit status."""
     pools = ThreadPools()
-    identity = IdentityServicer(driver_name, driver_version, is_ready)
-    services = (register, partial(csi_pb2_grpc.add_IdentityServicer_to_server, identity))
+    identity = IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(lock_keys, pools, disabled, Deadlines(settings.default_deadline_s))
-    server = Server(settings, boundary, pools, services)
+    boundary = Boundary(lock_keys, pools, disabled, settings.default_deadline_s)
+    server = Server(settings, boundary, pools, (service, identity))
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))
         server.start()
@@ -98,9 +96,8 @@ def run_controller(command: ControllerCommand) -> int:
     requests = metrics.ManagementMetrics()
     clusters = _connect(command.access, requests)
     readiness = Readiness(clusters)
-    servicer = ControllerServicer(
+    service = ControllerService(
         _controller_use_cases(clusters, settings),
-        Deadlines(command.endpoint.default_deadline_s),
         volume_health=command.endpoint.volume_health,
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
@@ -121,7 +118,7 @@ def run_controller(command: ControllerCommand) -> int:
         LockKeys(volume_name),
         settings.driver_name,
         ready.is_ready,
-        partial(csi_pb2_grpc.add_ControllerServicer_to_server, servicer),
+        service,
         background,
     )
 
@@ -175,15 +172,12 @@ def run_node(command: NodeCommand) -> int:
             )
             return running.pop_all()
 
-    servicer = NodeServicer(
-        use_cases, Deadlines(command.endpoint.default_deadline_s), volume_health=command.endpoint.volume_health
-    )
     return serve(
         command.endpoint,
         LockKeys(volume_name),
         command.node.driver_name,
         partial(is_equipped, use_cases.identity.problems),
-        partial(csi_pb2_grpc.add_NodeServicer_to_server, servicer),
+        NodeService(use_cases, volume_health=command.endpoint.volume_health),
         background,
     )
 

@@ -15,16 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from csi_driver import errors
-from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.deadline import Deadline
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.rpc import validation
-from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Pool, Rpc, ThreadPools
+from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Rpc, ThreadPools
+from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
 
@@ -62,8 +64,7 @@ _REPLY_MARGIN_S = 0.25
 (`NodeSettings.answer_margin_s`), with a better message."""
 _NO_DEADLINE_S = 365 * 24 * 3600.0  # gRPC reports a call without deadline as one far in the future
 
-Handler = Callable[[Message, grpc.ServicerContext], Message]
-MethodHandler: TypeAlias = "grpc.RpcMethodHandler[Message, Message]"
+Handler = Callable[[Message, Deadline], Message]
 
 
 def code_of(error: errors.DriverError) -> grpc.StatusCode:
@@ -76,19 +77,10 @@ def message_of(error: errors.DriverError) -> str:
     return errors.one_line(" ".join(str(error).split()) or type(error).__name__, _MESSAGE_LIMIT_CHARACTERS)
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Makes the deadline of a call: the caller's, or `default_s` from now for a call that has none."""
+class Service:
+    """A CSI service, named as in csi.proto. It has a method for each RPC, which takes the request and the deadline."""
 
-    default_s: float = 60.0
-    clock: Clock = SYSTEM_CLOCK
-
-    def of(self, context: grpc.ServicerContext) -> Deadline:
-        """Return the deadline of a call."""
-        remaining_s: float | None = context.time_remaining()
-        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
-            remaining_s = self.default_s
-        return Deadline.after(remaining_s, self.clock)
+    name: ClassVar[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +136,8 @@ class RunningCalls:
             return sorted(f"{rpc.name}#{number}" for number, (rpc, _) in self._calls.items())
 
 
-class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Wraps every handler of a server.
+class Boundary:
+    """Wraps every RPC of a server.
 
     Work on devices runs in a thread that may hang in the kernel. When it does not end in time, the call is answered;
     the thread keeps the locks of the call until it ends, so that no other call works on the volume meanwhile.
@@ -156,18 +148,17 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         lock_keys: LockKeys,
         pools: ThreadPools,
         disabled: frozenset[str] = frozenset(),
-        deadlines: Deadlines = Deadlines(),  # a value
+        default_deadline_s: float = 60.0,
     ) -> None:
         """`disabled`: methods to answer UNIMPLEMENTED although they exist."""
         self.running = RunningCalls()
         self.durations = rpc_durations()
         self._lock_keys = lock_keys
-        self._disabled = disabled
         self._pools = pools
-        self._deadlines = deadlines
+        self._disabled = disabled
+        self._default_deadline_s = default_deadline_s
         self._device_work: Watchdog[Message | Refusal] = Watchdog("volume-work", WORK_THREADS)
         self._locks = Locks()
-        self._wrapped: dict[str, MethodHandler] = {}
         self._numbers = itertools.count(1)
 
     def lock_volume(self, name: str) -> AbstractContextManager[None]:
@@ -178,38 +169,39 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         """Return the metrics of the calls."""
         return [self.durations, *running_calls(self.running.by_method)]
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], MethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> MethodHandler | None:
-        """Return the wrapped handler of a method; None (UNIMPLEMENTED) where no service has it."""
-        method = handler_call_details.method
-        if method not in self._wrapped:
-            handler = continuation(handler_call_details)
-            if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
-                return handler
-            rpc = None if method in self._disabled else RPCS.get(method)
-            pool = self._pools.executor(rpc.pool if rpc else Pool.INSTANT)
-            self._wrapped[method] = grpc.unary_unary_rpc_method_handler(
-                _Behaviour(self, rpc, method, handler.unary_unary, pool),
-                request_deserializer=_tolerant(handler.request_deserializer),
-                response_serializer=handler.response_serializer,
+    def handlers(self, service: Service) -> grpc.GenericRpcHandler[Message, Message]:
+        """Return the wrapped RPCs of a service for gRPC, which answers UNIMPLEMENTED to all others."""
+        descriptor = csi_pb2.DESCRIPTOR.services_by_name[service.name]
+        handlers = {}
+        for method in descriptor.methods:
+            rpc = RPCS.get(f"/{descriptor.full_name}/{method.name}")
+            if rpc is None or rpc.method in self._disabled:
+                continue
+            request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                _Behaviour(self, rpc, getattr(service, method.name), self._pools.executor(rpc.pool)),
+                request_deserializer=_tolerant(request.FromString),
+                response_serializer=response.SerializeToString,
             )
-        return self._wrapped[method]
+        return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
-    def answer_in_time(
-        self, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+    def answer(
+        self, rpc: Rpc, handler: Handler, request: Message | Unreadable, remaining_s: float | None
     ) -> Message | Refusal:
-        """Execute a call. One that may hang is answered before its deadline, while its work continues."""
+        """Execute a call. One that may hang is answered before its deadline, while its work continues.
+
+        `remaining_s` is the time until the caller's deadline.
+        """
         number = next(self._numbers)
+        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
+            remaining_s = self._default_deadline_s
+        deadline = Deadline.after(remaining_s)
         if not rpc.may_hang:
-            return self._execute(number, rpc, handler, request, context)
-        remaining_s = self._deadlines.of(context).remaining_s()
+            return self._execute(number, rpc, handler, request, deadline)
         timeout_s = remaining_s - min(_REPLY_MARGIN_S, remaining_s / 4)
         try:
             return self._device_work.call(
-                str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, context), timeout_s
+                str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, deadline), timeout_s
             )
         except NotResponding as error:
             volume = errors.shown(getattr(request, "volume_id", ""))
@@ -222,12 +214,12 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return refusal
 
     def _execute(
-        self, number: int, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+        self, number: int, rpc: Rpc, handler: Handler, request: Message | Unreadable, deadline: Deadline
     ) -> Message | Refusal:
         began_s = time.monotonic()
         self.running.begin(number, rpc, began_s)
         try:
-            outcome = self._outcome(f"{rpc.name}#{number}", rpc, handler, request, context)
+            outcome = self._outcome(f"{rpc.name}#{number}", rpc, handler, request, deadline)
         finally:
             self.running.end(number)
         code = outcome.code if isinstance(outcome, Refusal) else _Code.OK
@@ -235,7 +227,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         return outcome
 
     def _outcome(
-        self, name: str, rpc: Rpc, handler: Handler, request: Message | Unreadable, context: grpc.ServicerContext
+        self, name: str, rpc: Rpc, handler: Handler, request: Message | Unreadable, deadline: Deadline
     ) -> Message | Refusal:
         began_s = time.monotonic()
         try:
@@ -244,7 +236,7 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             _LOG.log(logging.DEBUG if rpc.quiet else logging.INFO, "%s %s", name, _Description(request))
             validation.check(request, rpc.required)
             with self._locks.hold(*rpc.lock_keys(self._lock_keys, request)):
-                response = handler(request, context)
+                response = handler(request, deadline)
         except errors.DriverError as error:
             refusal = Refusal(code_of(error), message_of(error))
             took_s = time.monotonic() - began_s
@@ -273,18 +265,12 @@ class _Behaviour:
     """A handler in the form that grpcio calls. `experimental_thread_pool` is grpcio's name."""
 
     boundary: Boundary
-    rpc: Rpc | None
-    method: str
+    rpc: Rpc
     handler: Handler
     experimental_thread_pool: ThreadPoolExecutor
 
     def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message:
-        if self.rpc is None:
-            outcome: Message | Refusal = Refusal(
-                _Code.UNIMPLEMENTED, f"{self.method} is not implemented by this driver"
-            )
-        else:
-            outcome = self.boundary.answer_in_time(self.rpc, self.handler, request, context)
+        outcome = self.boundary.answer(self.rpc, self.handler, request, context.time_remaining())
         if isinstance(outcome, Refusal):
             context.abort(outcome.code, outcome.message)
         return outcome

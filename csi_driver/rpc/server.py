@@ -13,7 +13,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -22,7 +22,7 @@ from urllib.parse import quote
 import grpc
 
 from csi_driver.errors import PreconditionFailed, SystemCallFailed
-from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.contract import Pool, ThreadPools
 from csi_driver.settings import EndpointSettings
 
@@ -33,29 +33,25 @@ _REQUEST_LIMIT_BYTES = 4 << 20  # far above the sum of the specification's size 
 _ANSWER_TIME_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-Register = Callable[[grpc.Server], None]
-
 
 class Server:
     """One endpoint with its services."""
 
     def __init__(
-        self, settings: EndpointSettings, boundary: Boundary, pools: ThreadPools, services: Sequence[Register]
+        self, settings: EndpointSettings, boundary: Boundary, pools: ThreadPools, services: Sequence[Service]
     ) -> None:
         self._settings = settings
         self._boundary = boundary
         self._pools = pools
         self._server = grpc.server(
             pools.executor(Pool.WORK),
-            interceptors=[boundary],
             options=[
                 ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ],
         )
-        for register in services:
-            register(self._server)
+        self._server.add_generic_rpc_handlers(tuple(boundary.handlers(service) for service in services))
 
     def start(self) -> None:
         """Bind the socket and serve. Raises `PreconditionFailed` when the path is taken."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from google.protobuf.wrappers_pb2 import BoolValue
 
@@ -18,12 +18,10 @@ from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, NotOffered, PreconditionFailed
 from csi_driver.rpc import wire
+from csi_driver.rpc.boundary import Service
 from csi_driver.rpc.pb import csi_pb2 as pb
-from csi_driver.rpc.pb import csi_pb2_grpc
 
 if TYPE_CHECKING:
-    from grpc import ServicerContext as Context
-
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from csi_driver.controller.publish import PublishVolume
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
     from csi_driver.node.service import NodeUseCases
-    from csi_driver.rpc.boundary import Deadlines
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,18 +67,20 @@ _NODE_HEALTH_CAPABILITIES = (_NodeRpc.GET_VOLUME_HEALTH, _NodeRpc.GET_STORAGE_HE
 
 
 @dataclass(slots=True)
-class IdentityServicer(csi_pb2_grpc.IdentityServicer):
+class IdentityService(Service):
     """Identity service. `is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools."""
+
+    name: ClassVar[str] = "Identity"
 
     driver_name: str
     version: Callable[[], str]
     is_ready: Callable[[], bool]
 
-    def GetPluginInfo(self, request: pb.GetPluginInfoRequest, context: Context) -> pb.GetPluginInfoResponse:
+    def GetPluginInfo(self, request: pb.GetPluginInfoRequest, deadline: Deadline) -> pb.GetPluginInfoResponse:
         return pb.GetPluginInfoResponse(name=self.driver_name, vendor_version=self.version())
 
     def GetPluginCapabilities(
-        self, request: pb.GetPluginCapabilitiesRequest, context: Context
+        self, request: pb.GetPluginCapabilitiesRequest, deadline: Deadline
     ) -> pb.GetPluginCapabilitiesResponse:
         services = (_Service.CONTROLLER_SERVICE, _Service.VOLUME_ACCESSIBILITY_CONSTRAINTS)
         return pb.GetPluginCapabilitiesResponse(
@@ -91,7 +90,7 @@ class IdentityServicer(csi_pb2_grpc.IdentityServicer):
             ]
         )
 
-    def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
+    def Probe(self, request: pb.ProbeRequest, deadline: Deadline) -> pb.ProbeResponse:
         return pb.ProbeResponse(ready=BoolValue(value=self.is_ready()))
 
 
@@ -163,16 +162,17 @@ class ControllerUseCases:
 
 
 @dataclass(slots=True)
-class ControllerServicer(csi_pb2_grpc.ControllerServicer):
+class ControllerService(Service):
     """Controller service. `attaches`: the controller attaches volumes, not each node its own."""
 
+    name: ClassVar[str] = "Controller"
+
     do: ControllerUseCases
-    deadlines: Deadlines
     volume_health: bool = False
     attaches: bool = True
 
     def ControllerGetCapabilities(
-        self, request: pb.ControllerGetCapabilitiesRequest, context: Context
+        self, request: pb.ControllerGetCapabilitiesRequest, deadline: Deadline
     ) -> pb.ControllerGetCapabilitiesResponse:
         kinds = (*_CONTROLLER_CAPABILITIES, *(_CONTROLLER_HEALTH_CAPABILITIES if self.volume_health else ()))
         return pb.ControllerGetCapabilitiesResponse(
@@ -183,26 +183,26 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
             ]
         )
 
-    def CreateVolume(self, request: pb.CreateVolumeRequest, context: Context) -> pb.CreateVolumeResponse:
-        volume = self.do.create.create(wire.create_from(request), deadline=self.deadlines.of(context))
+    def CreateVolume(self, request: pb.CreateVolumeRequest, deadline: Deadline) -> pb.CreateVolumeResponse:
+        volume = self.do.create.create(wire.create_from(request), deadline=deadline)
         return pb.CreateVolumeResponse(volume=wire.volume_to(volume))
 
-    def DeleteVolume(self, request: pb.DeleteVolumeRequest, context: Context) -> pb.DeleteVolumeResponse:
-        self.do.delete.delete(request.volume_id, deadline=self.deadlines.of(context))
+    def DeleteVolume(self, request: pb.DeleteVolumeRequest, deadline: Deadline) -> pb.DeleteVolumeResponse:
+        self.do.delete.delete(request.volume_id, deadline=deadline)
         return pb.DeleteVolumeResponse()
 
     def ControllerPublishVolume(
-        self, request: pb.ControllerPublishVolumeRequest, context: Context
+        self, request: pb.ControllerPublishVolumeRequest, deadline: Deadline
     ) -> pb.ControllerPublishVolumeResponse:
         self._require_attaching()
-        published = self.do.publish.publish(wire.publish_from(request), deadline=self.deadlines.of(context))
+        published = self.do.publish.publish(wire.publish_from(request), deadline=deadline)
         return pb.ControllerPublishVolumeResponse(publish_context=published.as_map())
 
     def ControllerUnpublishVolume(
-        self, request: pb.ControllerUnpublishVolumeRequest, context: Context
+        self, request: pb.ControllerUnpublishVolumeRequest, deadline: Deadline
     ) -> pb.ControllerUnpublishVolumeResponse:
         self._require_attaching()
-        self.do.unpublish.unpublish(request.volume_id, request.node_id, deadline=self.deadlines.of(context))
+        self.do.unpublish.unpublish(request.volume_id, request.node_id, deadline=deadline)
         return pb.ControllerUnpublishVolumeResponse()
 
     def _require_attaching(self) -> None:
@@ -210,63 +210,59 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
             raise NotOffered("this controller attaches no volumes: with --attach-by node each node attaches its own")
 
     def ControllerExpandVolume(
-        self, request: pb.ControllerExpandVolumeRequest, context: Context
+        self, request: pb.ControllerExpandVolumeRequest, deadline: Deadline
     ) -> pb.ControllerExpandVolumeResponse:
         capacity_bytes, node_expansion_required = self.do.expand.expand(
             request.volume_id,
             wire.range_from(request.capacity_range),
             wire.optional_capability_from(request),
-            deadline=self.deadlines.of(context),
+            deadline=deadline,
         )
         return pb.ControllerExpandVolumeResponse(
             capacity_bytes=capacity_bytes, node_expansion_required=node_expansion_required
         )
 
     def ControllerModifyVolume(
-        self, request: pb.ControllerModifyVolumeRequest, context: Context
+        self, request: pb.ControllerModifyVolumeRequest, deadline: Deadline
     ) -> pb.ControllerModifyVolumeResponse:
         parameters = dict(request.mutable_parameters)
-        self.do.modify.modify(request.volume_id, parameters, deadline=self.deadlines.of(context))
+        self.do.modify.modify(request.volume_id, parameters, deadline=deadline)
         return pb.ControllerModifyVolumeResponse()
 
     def ValidateVolumeCapabilities(
-        self, request: pb.ValidateVolumeCapabilitiesRequest, context: Context
+        self, request: pb.ValidateVolumeCapabilitiesRequest, deadline: Deadline
     ) -> pb.ValidateVolumeCapabilitiesResponse:
-        objection = self.do.validate.validate(wire.validate_from(request), deadline=self.deadlines.of(context))
+        objection = self.do.validate.validate(wire.validate_from(request), deadline=deadline)
         return wire.validated_to(request, objection)
 
     def ControllerGetVolume(
-        self, request: pb.ControllerGetVolumeRequest, context: Context
+        self, request: pb.ControllerGetVolumeRequest, deadline: Deadline
     ) -> pb.ControllerGetVolumeResponse:
-        return wire.get_to(self.do.listing.volume(request.volume_id, deadline=self.deadlines.of(context)))
+        return wire.get_to(self.do.listing.volume(request.volume_id, deadline=deadline))
 
-    def ListVolumes(self, request: pb.ListVolumesRequest, context: Context) -> pb.ListVolumesResponse:
-        volumes, next_token = self.do.listing.volumes(
-            request.max_entries, request.starting_token, deadline=self.deadlines.of(context)
-        )
+    def ListVolumes(self, request: pb.ListVolumesRequest, deadline: Deadline) -> pb.ListVolumesResponse:
+        volumes, next_token = self.do.listing.volumes(request.max_entries, request.starting_token, deadline=deadline)
         return wire.list_to(volumes, next_token)
 
-    def GetCapacity(self, request: pb.GetCapacityRequest, context: Context) -> pb.GetCapacityResponse:
+    def GetCapacity(self, request: pb.GetCapacityRequest, deadline: Deadline) -> pb.GetCapacityResponse:
         capacity = self.do.capacity.capacity(
             wire.capabilities_from(request.volume_capabilities),
             dict(request.parameters),
             dict(request.accessible_topology.segments) if request.HasField("accessible_topology") else None,
-            deadline=self.deadlines.of(context),
+            deadline=deadline,
         )
         return wire.capacity_to(capacity)
 
     def ControllerGetVolumeHealth(
-        self, request: pb.ControllerGetVolumeHealthRequest, context: Context
+        self, request: pb.ControllerGetVolumeHealthRequest, deadline: Deadline
     ) -> pb.ControllerGetVolumeHealthResponse:
-        found = self.do.health.volume(request.volume_id, deadline=self.deadlines.of(context))
+        found = self.do.health.volume(request.volume_id, deadline=deadline)
         return pb.ControllerGetVolumeHealthResponse(volume_health=wire.volume_health_to(found))
 
     def ControllerListVolumeHealth(
-        self, request: pb.ControllerListVolumeHealthRequest, context: Context
+        self, request: pb.ControllerListVolumeHealthRequest, deadline: Deadline
     ) -> pb.ControllerListVolumeHealthResponse:
-        found, next_token = self.do.health.volumes(
-            request.max_entries, request.starting_token, deadline=self.deadlines.of(context)
-        )
+        found, next_token = self.do.health.volumes(request.max_entries, request.starting_token, deadline=deadline)
         return pb.ControllerListVolumeHealthResponse(
             entries=[wire.volume_health_to(each) for each in found], next_token=next_token
         )
@@ -276,70 +272,75 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
 
 
 @dataclass(slots=True)
-class NodeServicer(csi_pb2_grpc.NodeServicer):
+class NodeService(Service):
     """Node service."""
 
+    name: ClassVar[str] = "Node"
+
     do: NodeUseCases
-    deadlines: Deadlines
     volume_health: bool = False
 
     def NodeGetCapabilities(
-        self, request: pb.NodeGetCapabilitiesRequest, context: Context
+        self, request: pb.NodeGetCapabilitiesRequest, deadline: Deadline
     ) -> pb.NodeGetCapabilitiesResponse:
         kinds = (*_NODE_CAPABILITIES, *(_NODE_HEALTH_CAPABILITIES if self.volume_health else ()))
         return pb.NodeGetCapabilitiesResponse(
             capabilities=[pb.NodeServiceCapability(rpc=_NodeRpc(type=kind)) for kind in kinds]
         )
 
-    def NodeGetInfo(self, request: pb.NodeGetInfoRequest, context: Context) -> pb.NodeGetInfoResponse:
+    def NodeGetInfo(self, request: pb.NodeGetInfoRequest, deadline: Deadline) -> pb.NodeGetInfoResponse:
         info = self.do.identity.info()
         topology = wire.topology_to(info.topology)
         return pb.NodeGetInfoResponse(
             node_id=info.node_id, max_volumes_per_node=info.max_volumes, accessible_topology=topology
         )
 
-    def NodeStageVolume(self, request: pb.NodeStageVolumeRequest, context: Context) -> pb.NodeStageVolumeResponse:
-        self.do.stage.stage(wire.stage_from(request), deadline=self.deadlines.of(context))
+    def NodeStageVolume(self, request: pb.NodeStageVolumeRequest, deadline: Deadline) -> pb.NodeStageVolumeResponse:
+        self.do.stage.stage(wire.stage_from(request), deadline=deadline)
         return pb.NodeStageVolumeResponse()
 
-    def NodeUnstageVolume(self, request: pb.NodeUnstageVolumeRequest, context: Context) -> pb.NodeUnstageVolumeResponse:
-        self.do.stage.unstage(request.volume_id, request.staging_target_path, deadline=self.deadlines.of(context))
+    def NodeUnstageVolume(
+        self, request: pb.NodeUnstageVolumeRequest, deadline: Deadline
+    ) -> pb.NodeUnstageVolumeResponse:
+        self.do.stage.unstage(request.volume_id, request.staging_target_path, deadline=deadline)
         return pb.NodeUnstageVolumeResponse()
 
-    def NodePublishVolume(self, request: pb.NodePublishVolumeRequest, context: Context) -> pb.NodePublishVolumeResponse:
-        self.do.publish.publish(wire.node_publish_from(request), deadline=self.deadlines.of(context))
+    def NodePublishVolume(
+        self, request: pb.NodePublishVolumeRequest, deadline: Deadline
+    ) -> pb.NodePublishVolumeResponse:
+        self.do.publish.publish(wire.node_publish_from(request), deadline=deadline)
         return pb.NodePublishVolumeResponse()
 
     def NodeUnpublishVolume(
-        self, request: pb.NodeUnpublishVolumeRequest, context: Context
+        self, request: pb.NodeUnpublishVolumeRequest, deadline: Deadline
     ) -> pb.NodeUnpublishVolumeResponse:
-        self.do.publish.unpublish(request.volume_id, request.target_path, deadline=self.deadlines.of(context))
+        self.do.publish.unpublish(request.volume_id, request.target_path, deadline=deadline)
         return pb.NodeUnpublishVolumeResponse()
 
-    def NodeExpandVolume(self, request: pb.NodeExpandVolumeRequest, context: Context) -> pb.NodeExpandVolumeResponse:
-        capacity_bytes = self.do.expand.expand(wire.node_expand_from(request), deadline=self.deadlines.of(context))
+    def NodeExpandVolume(self, request: pb.NodeExpandVolumeRequest, deadline: Deadline) -> pb.NodeExpandVolumeResponse:
+        capacity_bytes = self.do.expand.expand(wire.node_expand_from(request), deadline=deadline)
         return pb.NodeExpandVolumeResponse(capacity_bytes=capacity_bytes)
 
     def NodeGetVolumeStats(
-        self, request: pb.NodeGetVolumeStatsRequest, context: Context
+        self, request: pb.NodeGetVolumeStatsRequest, deadline: Deadline
     ) -> pb.NodeGetVolumeStatsResponse:
         usage = self.do.statistics.usage(
-            request.volume_id, request.volume_path, request.staging_target_path, deadline=self.deadlines.of(context)
+            request.volume_id, request.volume_path, request.staging_target_path, deadline=deadline
         )
         return wire.usage_to(usage)
 
     def NodeGetVolumeHealth(
-        self, request: pb.NodeGetVolumeHealthRequest, context: Context
+        self, request: pb.NodeGetVolumeHealthRequest, deadline: Deadline
     ) -> pb.NodeGetVolumeHealthResponse:
         found = self.do.health.volume(
             request.volume_id,
             request.volume_publish_path,
             request.staging_target_path,
-            deadline=self.deadlines.of(context),
+            deadline=deadline,
         )
         return pb.NodeGetVolumeHealthResponse(volume_health=wire.volume_health_to(found))
 
     def NodeGetStorageHealth(
-        self, request: pb.NodeGetStorageHealthRequest, context: Context
+        self, request: pb.NodeGetStorageHealthRequest, deadline: Deadline
     ) -> pb.NodeGetStorageHealthResponse:
         return wire.storage_health_to(self.do.health.storage())

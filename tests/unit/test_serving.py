@@ -16,10 +16,10 @@ import pytest
 
 from csi_driver import serving
 from csi_driver.deadline import Deadline
-from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import LockKeys
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.rpc.services import NodeServicer
+from csi_driver.rpc.services import NodeService
 from csi_driver.settings import EndpointSettings
 from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, derived_name, stage
 
@@ -46,7 +46,6 @@ class Role:
                     os.kill(os.getpid(), signal.SIGTERM)
                 afterwards()
 
-        servicer = NodeServicer(cast("Any", self.node), Deadlines(60))
         with ThreadPoolExecutor(1) as pool:
             acting = pool.submit(act)
             status = serving.serve(
@@ -54,7 +53,7 @@ class Role:
                 LockKeys(derived_name),
                 "nvmesh-csi.example.com",
                 always_ready,
-                lambda server: csi_pb2_grpc.add_NodeServicer_to_server(servicer, server),
+                NodeService(cast("Any", self.node)),
                 self.beside,
             )
             acting.result()

@@ -34,11 +34,11 @@ from csi_driver.model import (
 )
 from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
-from csi_driver.rpc.boundary import Boundary, Deadlines
+from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import ControllerServicer, ControllerUseCases, IdentityServicer, NodeServicer
+from csi_driver.rpc.services import ControllerService, ControllerUseCases, IdentityService, NodeService
 from csi_driver.settings import EndpointSettings
 
 ZONE = "zone-1"
@@ -282,22 +282,17 @@ def serving(
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
     pools = pools or ThreadPools()
-    boundary = Boundary(LockKeys(derived_name), pools, frozenset() if volume_health else HEALTH)
-    deadlines = Deadlines(default_deadline_s)
-    identity = IdentityServicer("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
+    boundary = Boundary(LockKeys(derived_name), pools, frozenset() if volume_health else HEALTH, default_deadline_s)
+    identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
     use_cases = ControllerUseCases(*cast("tuple[Any, ...]", (*(controller,) * 9, _ControllerHealth())))
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,
         pools,
         (
-            lambda s: csi_pb2_grpc.add_IdentityServicer_to_server(identity, s),
-            lambda s: csi_pb2_grpc.add_ControllerServicer_to_server(
-                ControllerServicer(use_cases, deadlines, volume_health=volume_health, attaches=attaches), s
-            ),
-            lambda s: csi_pb2_grpc.add_NodeServicer_to_server(
-                NodeServicer(cast("Any", node), deadlines, volume_health=volume_health), s
-            ),
+            identity,
+            ControllerService(use_cases, volume_health=volume_health, attaches=attaches),
+            NodeService(cast("Any", node), volume_health=volume_health),
         ),
     )
     server.start()

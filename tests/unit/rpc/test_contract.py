@@ -10,10 +10,10 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 
 from csi_driver.rpc.contract import RPCS, Pool, Rpc
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.services import ControllerServicer, IdentityServicer, NodeServicer
+from csi_driver.rpc.services import ControllerService, IdentityService, NodeService
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
-SERVED = {"Identity": IdentityServicer, "Controller": ControllerServicer, "Node": NodeServicer}
+SERVED = {"Identity": IdentityService, "Controller": ControllerService, "Node": NodeService}
 LEFT_TO_THE_USE_CASE = {"ControllerModifyVolume": {"mutable_parameters"}}
 """Required, but csi-sanity 5.6 calls without it and wants NOT_FOUND of an unknown volume, success of a known one."""
 CASES = [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()]
