@@ -27,7 +27,6 @@ Word = TypeVar("Word", bound=str)
 
 FLAG, SECTION = "flag", "section"
 """Keys of a field's metadata: the flag that fills it, or the class of further settings."""
-
 _PREFIX = "NVMESH_CSI_"
 _STANDARD_ERROR = 2
 _SIZE_UNIT = "bytes, or with a unit as in 10GiB"
@@ -287,11 +286,6 @@ class Flag(Generic[T]):
     def is_positional(self) -> bool:
         """Return whether this is a positional word."""
         return not self.name.startswith("--")
-
-    @property
-    def is_switch(self) -> bool:
-        """Return whether the flag needs no value."""
-        return self.read is read_boolean
 
     @property
     def shown_default(self) -> str:

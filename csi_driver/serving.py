@@ -156,20 +156,17 @@ def run_node(command: NodeCommand) -> int:
     use_cases = _node_use_cases(command, requests)
 
     def background(boundary: Boundary) -> ExitStack:
-        def sweep() -> None:
-            use_cases.reconcile.sweep(boundary.lock_volume)
-
+        reconcile = partial(use_cases.reconcile.sweep, boundary.lock_volume)
         loops = [
-            Periodic("reconcile", sweep, command.node.reconcile_interval_s),
+            Periodic("reconcile", reconcile, command.node.reconcile_interval_s),
             Periodic("usage-records", use_cases.record_cleanup.sweep, command.node.reconcile_interval_s),
             *_node_object_loops(command, use_cases),
         ]
         with ExitStack() as running:
             for loop in loops:
                 running.enter_context(loop)
-            _register_and_report(
-                command, use_cases, loops, [*boundary.measurements(), *requests.measurements()], running
-            )
+            measurements = [*boundary.measurements(), *requests.measurements()]
+            _register_and_report(command, use_cases, loops, measurements, running)
             return running.pop_all()
 
     return serve(

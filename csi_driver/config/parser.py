@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
 
 from csi_driver.errors import shown
-from csi_driver.flags import FLAG, SECTION, Flag
+from csi_driver.flags import FLAG, SECTION, Flag, read_boolean
 
 if TYPE_CHECKING:
     from csi_driver.host_model import RunningRole
@@ -222,7 +222,7 @@ def _parser(chosen: str, flags: Mapping[str, Flag[Any]]) -> argparse.ArgumentPar
         command = commands.add_parser(name, help=purpose, description=purpose, **form)
         for flag in flags.values() if name == chosen else ():
             value: dict[str, Any] = {} if flag.is_positional else {"dest": flag.name, "metavar": flag.read.metavar}
-            if flag.is_switch:
+            if flag.read is read_boolean:
                 value |= {"nargs": "?", "const": "true"}
             command.add_argument(flag.name, action="append", help=flag.describe().replace("%", "%%"), **value)
     return parser

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from csi_driver.config.parser import COMMANDS, command_class, flags_of
-from csi_driver.flags import Flag
+from csi_driver.flags import Flag, read_boolean
 from csi_driver.local.doctor import checks
 from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
@@ -57,7 +57,7 @@ def _flags(command: str) -> Iterator[str]:
         if flag.is_positional:
             yield _row([f"`{flag.name}`", "required", "", flag.explain()])
             continue
-        name = f"`{flag.name}`" if flag.is_switch else f"`{flag.name} {flag.read.metavar}`"
+        name = f"`{flag.name}`" if flag.read is read_boolean else f"`{flag.name} {flag.read.metavar}`"
         value = [_chart_value(command, flag)] if in_chart else []
         yield _row([name, flag.shown_default or "required", f"`{flag.variable}`", *value, flag.explain()])
 
