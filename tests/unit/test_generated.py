@@ -1,4 +1,4 @@
-"""What is generated and committed is what the generator writes today."""
+"""The committed gRPC code equals the output of the generator."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
     committed = {path.name: path.read_text() for path in COMMITTED.glob("*_pb2*")}
     assert sorted(fresh) == sorted(committed)
     stale = [name for name, text in fresh.items() if committed[name] != text]
-    assert not stale, f"{', '.join(stale)} differ from what the descriptions in proto/ say: run `make proto`"
+    assert not stale, f"{', '.join(stale)} differ from the output for proto/: run `make proto`"

@@ -1,4 +1,4 @@
-"""The composition root: exit status, what each role loads, and a node and a controller that serve."""
+"""The program: exit status, a role that serves with health pages and metrics, and the modules that a role loads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- exit status ------------------------------------------------------------------------------------------------
 
 
-def test_a_command_line_that_cannot_be_used_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_command_line_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["node", "--zone", "-", "--nonsense"]) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in ("--zone", "--nonsense", "--endpoint"))
@@ -60,12 +60,12 @@ def test_version_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{importlib.metadata.version('nvmesh-csi-driver')}\n"
 
 
-def test_code_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_source_code_has_a_version_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", ["", "archive.zip", str(tmp_path)])
     assert driver_version() == "0+source"
 
 
-def test_a_role_that_cannot_start_is_status_1_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_role_that_cannot_start_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken = tmp_path / "node.sock"
     taken.write_text("precious")
     assert program.main(node_argv(tmp_path)) == 1
@@ -92,8 +92,8 @@ def controller_argv(directory: Path) -> list[str]:
     ]  # fmt: skip
 
 
-class Asking(threading.Thread):
-    """Waits for an endpoint, asks it, and ends the program with SIGTERM whatever happened."""
+class Client(threading.Thread):
+    """Waits for an endpoint, calls it, and ends the program with SIGTERM."""
 
     def __init__(self, socket: Path) -> None:
         super().__init__()
@@ -115,26 +115,26 @@ class Asking(threading.Thread):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_node_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
-    asking = Asking(tmp_path / "node.sock")
-    asking.start()
+def test_a_node_serves_until_sigterm(tmp_path: Path) -> None:
+    client = Client(tmp_path / "node.sock")
+    client.start()
     assert program.main(node_argv(tmp_path)) == 0
-    asking.join()
-    assert asking.name_of_plugin == "nvmesh-csi.excelero.com"
+    client.join()
+    assert client.name_of_plugin == "nvmesh-csi.excelero.com"
     assert not (tmp_path / "node.sock").exists()
 
 
-def test_a_controller_serves_and_is_not_ready_without_its_management(tmp_path: Path) -> None:
-    asking = Asking(tmp_path / "controller.sock")
-    asking.start()
+def test_a_controller_without_management_serves_and_is_not_ready(tmp_path: Path) -> None:
+    client = Client(tmp_path / "controller.sock")
+    client.start()
     assert program.main(controller_argv(tmp_path)) == 0
-    asking.join()
-    assert asking.error is None
-    assert asking.ready is False
+    client.join()
+    assert client.error is None
+    assert client.ready is False
 
 
-class _Announced(logging.Handler):
-    """Hears on which port the pages are served: any that is free, so that no other process can have it."""
+class _LoggedPort(logging.Handler):
+    """Takes the port of the health pages from the log: it is a free one, so no other process uses it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,8 +145,8 @@ class _Announced(logging.Handler):
 
 
 def watched(argv: list[str], look: Callable[[int], None]) -> None:
-    """Run the program, look at its pages in another thread once it is healthy, and end it with SIGTERM."""
-    announced = _Announced()
+    """Run the program, call `look` in another thread once the program is healthy, and end it with SIGTERM."""
+    logged = _LoggedPort()
     logger = logging.getLogger("csi_driver.telemetry.pages")
 
     def is_healthy(port: int) -> bool:
@@ -157,20 +157,20 @@ def watched(argv: list[str], look: Callable[[int], None]) -> None:
 
     def watch() -> None:
         try:
-            port = announced.port.result(120)
+            port = logged.port.result(120)
             assert Deadline.after(120).wait_until(lambda: is_healthy(port))
             look(port)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    logger.addHandler(announced)
+    logger.addHandler(logged)
     try:
         with ThreadPoolExecutor(1) as pool:
             watching = pool.submit(watch)
             assert program.main([*argv, "--http-listen", "127.0.0.1:0"]) == 0
             watching.result()
     finally:
-        logger.removeHandler(announced)
+        logger.removeHandler(logged)
 
 
 def page(port: int, path: str) -> tuple[int, str]:
@@ -183,8 +183,8 @@ def page(port: int, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def measured_as_explained(port: int, role: str) -> dict[str, float]:
-    """Check that a role measures exactly what docs/metrics.md says, and return the samples by name and labels."""
+def documented_samples(port: int, role: str) -> dict[str, float]:
+    """Check that a role has exactly the metrics of docs/metrics.md, and return the samples by name and labels."""
     status, text = page(port, "/metrics")
     assert status == 200
     rows = {code(row["metric"])[0]: row for row in table(text_of("metrics.md"), "metric", "kind", "labels", "roles")}
@@ -196,7 +196,7 @@ def measured_as_explained(port: int, role: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"(?m)^([^#].*) (\S+)$", text)}
 
 
-def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_node_registers_itself_and_serves_health_pages(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("n")
     kubelet = Kubelet(directory / "r")
     flags = ["--kubelet-registration-directory", str(kubelet.directory)]
@@ -210,7 +210,7 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
         assert Deadline.after(120).wait_until(lambda: bool(kubelet.visit()))
         assert kubelet.nodes == {"nvmesh-csi.excelero.com": "node-1"}
         assert "registration: ok" in page(port, "/readyz")[1]
-        samples = measured_as_explained(port, "node")
+        samples = documented_samples(port, "node")
         assert samples["nvmesh_csi_kubelet_registered"] == 1
         assert samples['nvmesh_csi_kubelet_verdicts_total{verdict="accepted"}'] == 1
         assert samples['nvmesh_csi_node_volumes{state="published"}'] == 0
@@ -223,13 +223,13 @@ def test_a_node_registers_itself_and_tells_how_it_is(tmp_path_factory: pytest.Te
     assert kubelet.nodes == {}
 
 
-def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: Path) -> None:
+def test_a_controller_without_management_is_healthy(tmp_path: Path) -> None:
     def look(port: int) -> None:
         assert page(port, "/healthz") == (200, "csi: ok\n")
         status, text = page(port, "/readyz")
         assert status == 503
         assert re.search(r"(?m)^management: .*127\.0\.0\.1:1", text)
-        samples = measured_as_explained(port, "controller")
+        samples = documented_samples(port, "controller")
         assert samples['nvmesh_csi_management_server_up{server="http://127.0.0.1:1"}'] == 0
         assert samples['nvmesh_csi_management_server_failures_total{server="http://127.0.0.1:1"}'] == 1
         assert samples['nvmesh_csi_management_requests_total{outcome="unreachable",server="http://127.0.0.1:1"}'] >= 1
@@ -237,12 +237,12 @@ def test_a_controller_is_healthy_without_its_management_and_not_ready(tmp_path: 
     watched(controller_argv(tmp_path), look)
 
 
-def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
+def test_a_storage_manager_serves_health_pages(tmp_path: Path) -> None:
     def look(port: int) -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
-        # Nothing of a background thread: one volume's failing work must not take the manager from its Service.
+        # No background thread: failing work on one volume must not remove the manager from its Service.
         assert page(port, "/readyz") == (200, "api: ok\npool: ok\n")
-        assert measured_as_explained(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
+        assert documented_samples(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
 
     argv = [
         "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0",
@@ -251,9 +251,7 @@ def test_a_storage_manager_tells_how_it_is(tmp_path: Path) -> None:
     watched(argv, look)
 
 
-def test_an_address_that_is_taken_keeps_a_role_from_starting(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_role_does_not_start_on_a_used_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         given = ["--http-listen", address, "--kubelet-registration-directory", str(tmp_path)]
@@ -263,11 +261,11 @@ def test_an_address_that_is_taken_keeps_a_role_from_starting(
     assert Deadline.after(120).wait_until(lambda: not left & {thread.name for thread in threading.enumerate()})
 
 
-# --- what is loaded ---------------------------------------------------------------------------------------------
+# --- loaded modules ---------------------------------------------------------------------------------------------
 
 
 def loaded_by(modules: set[str]) -> set[str]:
-    """Return every module that importing these loads at once: imports inside functions do not count."""
+    """Return all modules that an import of these loads; imports inside functions do not count."""
     todo, seen = list(modules), set()
     while todo:
         module = todo.pop()
@@ -295,7 +293,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def at_once(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk the code that runs at import: no functions, no `if TYPE_CHECKING`."""
+    """Walk the code that an import runs: no functions, no `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
             continue
@@ -325,7 +323,7 @@ def top_levels(modules: set[str]) -> set[str]:
 START = loaded_by({"csi_driver.__main__"})
 
 
-def test_help_and_version_load_nothing_heavy() -> None:
+def test_help_and_version_load_no_framework() -> None:
     heavy = {
         "grpc",
         "google",
@@ -354,7 +352,7 @@ def test_the_node_loads_no_rest_client_and_no_web_framework() -> None:
     assert "csi_driver.node.stage" in loaded
 
 
-def test_the_controller_loads_no_web_framework_and_nothing_of_the_host() -> None:
+def test_the_controller_loads_no_web_framework_and_no_libc() -> None:
     controller = imported_in("run_controller", "_controller_use_cases")
     loaded = loaded_by(START | {"csi_driver.config.csi_commands", "csi_driver.serving"} | controller)
     assert "grpc" in top_levels(loaded)
@@ -386,7 +384,7 @@ def test_a_record_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> Non
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO some\.where: volume v-1\n", line)
 
 
-def test_a_record_is_one_json_object_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_may_be_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(log.LogSettings("debug", log.LogFormat.JSON))
     try:
         raise ValueError("x")
@@ -400,7 +398,7 @@ def test_a_record_is_one_json_object_where_asked(capsys: pytest.CaptureFixture[s
     assert "ValueError: x" in document["traceback"]
 
 
-def test_what_is_below_the_level_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_below_the_level_is_dropped(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(log.LogSettings("warning"))
     logging.getLogger("some.where").info("quiet")
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""The life of a CSI role: what runs along begins before the first call and ends after the last."""
+"""Background work of a CSI role starts before the first request and ends after the last."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, derived_na
 
 @dataclass
 class Role:
-    """A node over fakes, and what happened to it in order."""
+    """A node over fakes, and its events in order."""
 
     socket: Path
     drain_s: float
@@ -34,7 +34,7 @@ class Role:
     events: list[str] = field(default_factory=list)
 
     def run(self, during: Callable[[csi_pb2_grpc.NodeStub], Callable[[], None]]) -> int:
-        """Serve, call `during` in another thread, send SIGTERM, and call what `during` returned."""
+        """Serve, call `during` in another thread, send SIGTERM, and call the function that `during` returned."""
 
         def act() -> None:
             with grpc.insecure_channel(f"unix:{self.socket}") as channel:
@@ -54,19 +54,19 @@ class Role:
                 "nvmesh-csi.example.com",
                 always_ready,
                 NodeService(cast("Any", self.node)),
-                self.beside,
+                self.background,
             )
             acting.result()
         return status
 
     @contextmanager
-    def beside(self, boundary: Boundary) -> Iterator[None]:
-        self.events.append("along: begins")
+    def background(self, boundary: Boundary) -> Iterator[None]:
+        self.events.append("background: begins")
         yield
-        self.events.append("along: ends")
+        self.events.append("background: ends")
 
 
-def test_what_runs_along_ends_after_the_last_call(tmp_path: Path) -> None:
+def test_background_work_ends_after_the_last_request(tmp_path: Path) -> None:
     role = Role(tmp_path / "n.sock", drain_s=30)
     gate = Gate("stage")
 
@@ -87,10 +87,10 @@ def test_what_runs_along_ends_after_the_last_call(tmp_path: Path) -> None:
 
     role.node.trace.hook = gate
     assert role.run(during) == 0
-    assert role.events == ["along: begins", "call: ends", "along: ends"]
+    assert role.events == ["background: begins", "call: ends", "background: ends"]
 
 
-def test_what_runs_along_ends_also_where_work_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_work_ends_before_abandoned_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     role = Role(tmp_path / "n.sock", drain_s=0.1)
     gate = Gate("stage")
     monkeypatch.setattr(serving, "_exit_now", lambda: role.events.append("leaves"))
@@ -104,4 +104,4 @@ def test_what_runs_along_ends_also_where_work_is_left_behind(tmp_path: Path, mon
     role.node.trace.hook = gate
     role.run(during)
     gate.open()
-    assert role.events == ["along: begins", "along: ends", "leaves"]
+    assert role.events == ["background: begins", "background: ends", "leaves"]
