@@ -1,9 +1,11 @@
-"""The log: one line per record, whatever the record says."""
+"""The log: one line, or one JSON object, for each record."""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,7 @@ HOSTILE = "node-1\n2026-01-31T12:00:00.000Z INFO nvmesh-csi: all is well\r\x1b[2
 
 
 @pytest.fixture(autouse=True)
-def _root() -> Iterator[None]:
+def _restore_log() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -25,34 +27,61 @@ def _root() -> Iterator[None]:
 def written(form: log.LogFormat, text: str) -> str:
     stream = io.StringIO()
     log.configure(log.LogSettings(format=form), stream)
-    logging.getLogger("x").warning("client %s is there", text)
+    logging.getLogger("x").warning("client %s is up", text)
     return stream.getvalue()
 
 
 @pytest.mark.parametrize("form", list(log.LogFormat))
-def test_a_name_with_line_breaks_writes_no_line_of_its_own(form: log.LogFormat) -> None:
+def test_line_breaks_and_control_characters_are_escaped(form: log.LogFormat) -> None:
     text = written(form, HOSTILE)
     assert text.count("\n") == 1
     assert "\x1b" not in text
     assert "all is well" in text
 
 
-def test_names_that_are_printable_stay_as_they_are() -> None:
-    assert "client Zürich-日本 is there\n" in written(log.LogFormat.TEXT, "Zürich-日本")
+def test_printable_text_is_unchanged() -> None:
+    assert "client Zürich-日本 is up\n" in written(log.LogFormat.TEXT, "Zürich-日本")
 
 
 @pytest.mark.parametrize("form", list(log.LogFormat))
-def test_an_endless_name_ends(form: log.LogFormat) -> None:
+def test_a_record_has_a_bounded_length(form: log.LogFormat) -> None:
     assert len(written(form, "x" * 1_000_000)) < 10_000
 
 
-def test_a_traceback_stands_below_its_line() -> None:
+def test_a_traceback_follows_its_record() -> None:
     stream = io.StringIO()
     log.configure(log.LogSettings(), stream)
     try:
         raise ZeroDivisionError("x")
     except ZeroDivisionError:
-        logging.getLogger("x").exception("met a bug")
+        logging.getLogger("x").exception("failed")
     first, *below = stream.getvalue().splitlines()
-    assert first.endswith("met a bug")
+    assert first.endswith("failed")
     assert below[0].startswith("Traceback")
+
+
+def test_a_record_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings())
+    logging.getLogger("some.where").info("volume %s", "v-1")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO some\.where: volume v-1\n", line)
+
+
+def test_a_record_may_be_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings("debug", log.LogFormat.JSON))
+    try:
+        raise ValueError("x")
+    except ValueError:
+        logging.getLogger("some.where").exception("broken\nline")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    document = json.loads(lines[0])
+    assert document["level"] == "error"
+    assert document["message"] == "broken\nline"
+    assert "ValueError: x" in document["traceback"]
+
+
+def test_a_record_below_the_level_is_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(log.LogSettings("warning"))
+    logging.getLogger("some.where").info("quiet")
+    assert capsys.readouterr().err == ""

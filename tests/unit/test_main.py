@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import http.client
 import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -25,7 +24,6 @@ from csi_driver import __main__ as program
 from csi_driver import driver_version
 from csi_driver.deadline import Deadline
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.telemetry import log
 from tests.documents import code, table, text_of
 from tests.fakes.kubelet import Kubelet
 
@@ -33,7 +31,7 @@ SOURCE = Path(csi_driver.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def _the_log_is_as_before() -> Iterator[None]:
+def _restore_log() -> Iterator[None]:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     yield
@@ -372,33 +370,3 @@ def test_only_the_composition_root_reads_the_environment() -> None:
         if re.search(r"\bos\.(environ|getenv|putenv)\b", path.read_text())
     }
     assert readers <= {"__main__.py"}
-
-
-# --- log --------------------------------------------------------------------------------------------------------
-
-
-def test_a_record_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure(log.LogSettings())
-    logging.getLogger("some.where").info("volume %s", "v-1")
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO some\.where: volume v-1\n", line)
-
-
-def test_a_record_may_be_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure(log.LogSettings("debug", log.LogFormat.JSON))
-    try:
-        raise ValueError("x")
-    except ValueError:
-        logging.getLogger("some.where").exception("broken\nline")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    document = json.loads(lines[0])
-    assert document["level"] == "error"
-    assert document["message"] == "broken\nline"
-    assert "ValueError: x" in document["traceback"]
-
-
-def test_a_record_below_the_level_is_dropped(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure(log.LogSettings("warning"))
-    logging.getLogger("some.where").info("quiet")
-    assert capsys.readouterr().err == ""
