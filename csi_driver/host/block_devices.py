@@ -18,6 +18,7 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
+from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
@@ -74,10 +75,9 @@ def ensure_node(node: Path, number: DeviceNumber) -> None:
         return
     draft = node.with_name(f".{node.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        _make_node(draft, number)
-        os.replace(draft, node)
-    except OSError as error:
-        raise SystemCallFailed(f"make the device node {node}", error.errno or 0) from error
+        with system_call(f"make the device node {node}"):
+            _make_node(draft, number)
+            os.replace(draft, node)
     finally:
         draft.unlink(missing_ok=True)
 

@@ -28,12 +28,13 @@ from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import NOT_READY, device_events
 from csi_driver.host.connectors import device_mapper, loop, nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
 
 class LinuxDevices:
-    """Devices of volumes on this machine. Fits `csi_driver.node.ports.Devices`."""
+    """Devices of volumes on this machine. Methods as in `csi_driver.node.ports.Devices`."""
 
     def __init__(
         self,
@@ -53,13 +54,11 @@ class LinuxDevices:
     # --- finding ---
 
     def path_of(self, name: str) -> Path:
-        """Return the device path of a volume, which mounts of it have as their source."""
         if not is_volume_name(name):
             raise InvalidField("volume name", name, "the name of a volume")
         return self._root / name
 
     def find(self, name: str, uuid: str | None = None) -> Device | None:
-        """Return the volume's device; None when it is absent or has no size. `uuid`: the expected identity."""
         return self.device_at(name, self.path_of(name), uuid)
 
     def device_at(self, name: str, path: Path, uuid: str | None) -> Device | None:
@@ -68,11 +67,7 @@ class LinuxDevices:
         return replace(seen[0], uuid=seen[1].uuid_for(uuid)) if seen is not None else None
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the device is present, has a size and a proven identity, and carries I/O.
-
-        Waits while the evidence is contradictory or the client restarts. Raises `PreconditionFailed` at once for
-        another volume, `DeadlineReached` naming what is missing.
-        """
+        """Wait for the device; contradictory evidence and a restart of the client are waited for too."""
         wanted = uuid.lower() if uuid else None
         path = self.path_of(name)
         with device_events(deadline.clock, self._udev_control) as pause:
@@ -137,10 +132,8 @@ class LinuxDevices:
             if error.errno in NOT_READY:
                 return None
             raise SystemCallFailed(f"open {path}", error.errno or 0) from error
-        try:
+        with closing(fd):
             return self._describe(name, path, fd)
-        finally:
-            os.close(fd)
 
     def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, DeviceEvidence] | None:
         status = os.fstat(fd)
@@ -180,14 +173,10 @@ class LinuxDevices:
         if below is None:
             yield fd, number.major == loop.LOOP_MAJOR
             return
-        try:
+        with system_call(f"open the device {below} under {number}"):
             opened = self.open_number(below)
-        except OSError as error:
-            raise SystemCallFailed(f"open the device {below} under {number}", error.errno or 0) from error
-        try:
+        with closing(opened):
             yield opened, below.major == loop.LOOP_MAJOR
-        finally:
-            os.close(opened)
 
     # --- opening ---
 
@@ -210,12 +199,10 @@ class LinuxDevices:
             if error.errno in NOT_READY:
                 raise PreconditionFailed(f"{device.path} is gone, expected {device.number}") from error
             raise SystemCallFailed(f"open {device.path}", error.errno or 0) from error
-        try:
+        with closing(fd):
             if exclusive:
                 block_devices.lock_unclaimed(fd, device.path, self._clock)
             yield OpenDevice(fd, self._verified(fd, device, write=write))
-        finally:
-            os.close(fd)
 
     def _verified(self, fd: int, device: Device, *, write: bool) -> Device:
         seen = self._describe(device.name, device.path, fd)
@@ -240,29 +227,23 @@ class LinuxDevices:
         return found if found.uuid is not None else device
 
     def is_claimed(self, device: Device) -> bool | None:
-        """Tell if a mount, an encrypted device or a program has the device open exclusively (O_EXCL).
-
-        False when it is gone, None when it carries no I/O: then it is not opened.
-        """
         status = self.status(device.name)
         if status is not None and status.io_enabled is not True:
             return None
         return block_devices.is_claimed(device.path)
 
     def is_open(self, device: Device) -> bool | None:
-        """Tell if anything on this machine has the device open; by `is_claimed` when the client counts no opens."""
+        """By `is_claimed` when the client counts no opens."""
         opens = self._status.opens(device.name)
         return opens > 0 if opens is not None else self.is_claimed(device)
 
     def set_read_only(self, device: Device) -> None:
-        """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
         with self.open(device) as opened:
             ioctls.set_read_only(opened.fd, True)
 
     # --- by number ---
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
-        """Return the size of a device without opening it; None when the device is gone."""
         return block_devices.size_bytes(number)
 
     def open_number(self, number: DeviceNumber) -> int:
@@ -282,17 +263,14 @@ class LinuxDevices:
             fd = self.open_number(number)
         except OSError:
             return None
-        try:
+        with closing(fd):
             if number.major == loop.LOOP_MAJOR:
                 return loop.claimed_uuid(fd)
             serial = nvmesh.read_serial(fd)
-        finally:
-            os.close(fd)
         status = self._status.volume(self.name_of(number) or "")
         return status.uuid if status is not None and nvmesh.serial_of(status.uuid) == serial else None
 
     def name_of(self, number: DeviceNumber) -> str | None:
-        """Return the name of the volume whose device has this number."""
         for name in sorted(self._nodes()):
             with contextlib.suppress(OSError):
                 status = os.stat(self._root / name)
@@ -334,7 +312,6 @@ class LinuxDevices:
         return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
 
     def present(self) -> dict[str, str] | None:
-        """Return the uuid of each attached volume by name; None when one is unknown or the client does not run."""
         client = self._status.client()
         if client.uuid is None or client.is_upgrading or client.problem:
             return None
@@ -351,11 +328,9 @@ class LinuxDevices:
         return found
 
     def status(self, name: str) -> VolumeStatus | None:
-        """Return the client's status of a volume; None when it is not shown or torn."""
         return self._status.volume(name) if is_volume_name(name) else None
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference ids of this node's attachment of a volume; None when unknown."""
         return self._status.reference_ids(name) if is_volume_name(name) else None
 
 

@@ -19,6 +19,7 @@ from csi_driver.host import disk_formats, ioctls, machine_checks, zero_scan
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
 from csi_driver.host.processes import Completed, fd_path, find_tool, run
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import UNUSABLE_TAIL_BYTES, Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
@@ -58,12 +59,11 @@ _CORRECTED, _REBOOT, _UNCORRECTED, _OPERATIONAL = 1, 2, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class LinuxFilesystems:
-    """Filesystems by this machine's tools and kernel. Fits `csi_driver.node.ports.Filesystems`."""
+    """Filesystems by this machine's tools and kernel. Methods as in `csi_driver.node.ports.Filesystems`."""
 
     devices: LinuxDevices
 
     def supported(self) -> Sequence[str]:
-        """Return the filesystem types that this machine can make and mount, "ext4" first."""
         return [
             fs_type
             for fs_type, kind in _KINDS.items()
@@ -84,19 +84,16 @@ class LinuxFilesystems:
     def first_data(
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
     ) -> int | None:
-        """Read all blocks; return the offset of the first byte that is not zero."""
         with stored_content(device, self.devices.open_number) as stored:
             return zero_scan.first_data(stored, deadline=deadline, progress=progress)
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
-        """Return the size of the filesystem in its superblock."""
         with self.devices.open(device) as opened:
             return _superblock(opened, fs_type).size_bytes
 
     # --- making and repairing ---
 
     def wipe(self, device: OpenDevice) -> None:
-        """Write zeroes over everything that `probe` reads."""
         with self._verified_again(device):
             zero_scan.wipe_places(device)
 
@@ -120,9 +117,8 @@ class LinuxFilesystems:
         try:
             with self._verified_again(device):
                 _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
-                os.fsync(device.fd)
-        except OSError as error:
-            raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
+                with system_call(f"sync {device.device.path}"):
+                    os.fsync(device.fd)
         except CommandFailed as failure:
             if asked and failure.status > 0 and _options_are_refused(device, argv, options, kind.dry_run):
                 expected = f"options that {argv[0]} takes here ({_first_reason(failure.stderr)})"
@@ -159,7 +155,6 @@ class LinuxFilesystems:
     # --- growing ---
 
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
-        """Grow an unmounted ext4 to its device; False for types that grow only while mounted."""
         if fs_type not in _EXT:
             return False
         with self.devices.open(device, write=True, exclusive=True) as opened:
@@ -172,14 +167,11 @@ class LinuxFilesystems:
         return True
 
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
-        """Grow a mounted filesystem to its device. Raises `PreconditionFailed` for ext4 without CAP_SYS_RESOURCE."""
         before = self.usage(path).total_bytes
         recorded = before
-        try:
+        with system_call(f"open {path}"):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
-        try:
+        with closing(fd):
             mounted = ioctls.device_number(os.fstat(fd).st_dev)
             if fs_type != "btrfs" and mounted != device.number:  # btrfs has anonymous numbers
                 raise PreconditionFailed(f"{path} holds device {mounted}, expected {device.number}")
@@ -191,8 +183,6 @@ class LinuxFilesystems:
                 _grow_mounted_btrfs(fd, device, before)
             else:
                 raise InvalidField("fs_type", fs_type, f"one of {', '.join(_KINDS)}")
-        finally:
-            os.close(fd)
         if self.usage(path).total_bytes <= before:
             _require_growth(device, device.size_bytes, recorded, recorded)
 
@@ -213,11 +203,8 @@ class LinuxFilesystems:
         return now.size_bytes
 
     def usage(self, path: Path) -> Usage:
-        """Return the usage of the filesystem at `path`; inodes are None where it does not count them (btrfs)."""
-        try:
+        with system_call(f"statfs {path}"):
             status = os.statvfs(path)
-        except OSError as error:
-            raise SystemCallFailed(f"statfs {path}", error.errno or 0) from error
         counts_inodes = status.f_files > 0
         return Usage(
             total_bytes=status.f_blocks * status.f_frsize,

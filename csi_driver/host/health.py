@@ -15,6 +15,7 @@ from pathlib import Path
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls, syscalls
 from csi_driver.host.block_devices import SECTOR_BYTES
+from csi_driver.host.syscalls import closing
 from csi_driver.host_model import DeviceNumber, Fault, FaultKind, Mount
 
 _SHUT_DOWN = frozenset({"shutdown"})
@@ -25,14 +26,13 @@ _WAY_OUT = "it is checked and mounted again when no pod of this node uses the vo
 
 @dataclass(frozen=True, slots=True)
 class LinuxProbes:
-    """Fits `csi_driver.node.ports.Probes`."""
+    """Methods as in `csi_driver.node.ports.Probes`."""
 
     sys: Path = Path("/sys")
 
     # --- devices ---
 
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
-        """Return the faults of a device that the kernel shows; the device is not opened."""
         return list(self._device(number))
 
     def _device(self, number: DeviceNumber) -> Iterator[Fault]:
@@ -59,7 +59,6 @@ class LinuxProbes:
     # --- filesystems ---
 
     def dead(self, mounted: Mount) -> Fault | None:
-        """Return why a filesystem refuses all writes since an error. Never waits for the device."""
         if mounted.node_number is not None:
             return None
         if mounted.options & _SHUT_DOWN or _root_is_dead(mounted.path):
@@ -71,7 +70,6 @@ class LinuxProbes:
         return None
 
     def filesystem(self, mounted: Mount) -> Sequence[Fault]:
-        """Return the faults of a mounted filesystem, by the kernel's records and an access to its root."""
         dead = self.dead(mounted)
         found = [*([] if dead is None else [dead]), *self._counted(mounted)]
         answered = _ask_root(mounted.path)
@@ -99,12 +97,11 @@ class LinuxProbes:
             fd = os.open(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return
-        try:
-            root = self.sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
-        except SystemCallFailed:
-            return
-        finally:
-            os.close(fd)
+        with closing(fd):
+            try:
+                root = self.sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
+            except SystemCallFailed:
+                return
         counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
         if counts:
             yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
@@ -120,14 +117,13 @@ def shut_down(path: Path, number: DeviceNumber) -> bool:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
-    try:
-        if ioctls.device_number(os.fstat(fd).st_dev) != number:
+    with closing(fd):
+        try:
+            if ioctls.device_number(os.fstat(fd).st_dev) != number:
+                return False
+            ioctls.shut_down(fd)
+        except (OSError, SystemCallFailed):
             return False
-        ioctls.shut_down(fd)
-    except (OSError, SystemCallFailed):
-        return False
-    finally:
-        os.close(fd)
     return True
 
 

@@ -6,6 +6,7 @@ fs/xfs/libxfs/xfs_fs.h, for architectures with the generic encoding (x86, arm64)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -15,6 +16,7 @@ import uuid
 from dataclasses import dataclass
 
 from csi_driver.errors import SystemCallFailed
+from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber
 
 
@@ -27,10 +29,8 @@ def _io_write(kind: int, number: int, size: int) -> int:
 
 
 def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> int:
-    try:
+    with system_call(what):
         return fcntl.ioctl(fd, request, argument)
-    except OSError as error:
-        raise SystemCallFailed(what, error.errno or 0) from error
 
 
 # --- block devices ------------------------------------------------------------------------------------------
@@ -40,35 +40,32 @@ _BLKGETSIZE64 = _io_read(0x12, 114, 8)
 _BLKGETDISKSEQ = _io_read(0x12, 128, 8)
 
 
+def _get(what: str, fd: int, request: int, layout: str) -> int:
+    value = bytearray(struct.calcsize(layout))
+    _call(what, fd, request, value)
+    return int(struct.unpack(layout, value)[0])
+
+
 def size_bytes(fd: int) -> int:
     """Return the size of a block device."""
-    value = bytearray(8)
-    _call("BLKGETSIZE64", fd, _BLKGETSIZE64, value)
-    return int(struct.unpack("=Q", value)[0])
+    return _get("BLKGETSIZE64", fd, _BLKGETSIZE64, "=Q")
 
 
 def disk_sequence(fd: int) -> int | None:
     """Return the sequence number of the disk of a block device; None before Linux 5.15."""
-    value = bytearray(8)
-    try:
-        fcntl.ioctl(fd, _BLKGETDISKSEQ, value)
-    except OSError:
-        return None
-    return int(struct.unpack("=Q", value)[0])
+    with contextlib.suppress(SystemCallFailed):
+        return _get("BLKGETDISKSEQ", fd, _BLKGETDISKSEQ, "=Q")
+    return None
 
 
 def logical_block_bytes(fd: int) -> int:
     """Return the size of the smallest read of a block device."""
-    value = bytearray(4)
-    _call("BLKSSZGET", fd, _BLKSSZGET, value)
-    return int(struct.unpack("=i", value)[0])
+    return _get("BLKSSZGET", fd, _BLKSSZGET, "=i")
 
 
 def is_read_only(fd: int) -> bool:
     """Tell if the kernel refuses writes to a block device."""
-    value = bytearray(4)
-    _call("BLKROGET", fd, _BLKROGET, value)
-    return bool(struct.unpack("=i", value)[0])
+    return bool(_get("BLKROGET", fd, _BLKROGET, "=i"))
 
 
 def set_read_only(fd: int, read_only: bool) -> None:
@@ -116,11 +113,11 @@ def loop_status(fd: int) -> LoopStatus | None:
     """Return the status of a loop device; None when it is not bound."""
     raw = bytearray(_LOOP_INFO.size)
     try:
-        fcntl.ioctl(fd, _LOOP_GET_STATUS64, raw)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
+        _call("LOOP_GET_STATUS64", fd, _LOOP_GET_STATUS64, raw)
+    except SystemCallFailed as failure:
+        if failure.errno == errno.ENXIO:
             return None
-        raise SystemCallFailed("LOOP_GET_STATUS64", error.errno or 0) from error
+        raise
     fields = _LOOP_INFO.unpack(raw)
     label = bytes(fields[9]).split(b"\0", 1)[0].decode(errors="replace")
     backing = device_number(fields[2]) if fields[2] else None

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import CommandFailed, Denied, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import CommandFailed, Denied, HostFailure, InvalidField, PreconditionFailed
 from csi_driver.host import disk_formats, zero_scan
 from csi_driver.host.block_devices import ensure_node, node_number
 from csi_driver.host.connectors import device_mapper
 from csi_driver.host.processes import Completed, fd_path, find_tool, run, secret_fd
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
@@ -75,18 +76,16 @@ def _require_accepted(answer: Completed, what: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LinuxEncryption:
-    """Encrypted devices of this machine. Fits `csi_driver.node.ports.Encryption`."""
+    """Encrypted devices of this machine. Methods as in `csi_driver.node.ports.Encryption`."""
 
     devices: LinuxDevices
     mapper_directory: Path = Path("/dev/mapper")
     clock: Clock = SYSTEM_CLOCK
 
     def why_unusable(self) -> str:
-        """Return why this machine cannot open encrypted devices; empty when it can."""
         return device_mapper.why_unusable()
 
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
-        """Return the LUKS header of a device that was opened with O_DIRECT; None when there is no trace of one."""
         return _read_header(device)
 
     def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
@@ -108,13 +107,11 @@ class LinuxEncryption:
             raise
 
     def opens(self, device: OpenDevice, passphrase: str) -> bool:
-        """Tell if the passphrase is right, without opening the volume."""
         with secret_fd(passphrase) as key:
             options = ("--test-passphrase", "--key-file", fd_path(key))
             return _on_device("open", options, device, (key,), timeout_s=_READ_LIMIT_S).status == 0
 
     def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None:
-        """Add a passphrase. Raises `Denied` when `passphrase` is wrong."""
         with secret_fd(passphrase) as key, secret_fd(new) as new_key:
             options = (*_arguments(settings, with_key=False), "--key-file", fd_path(key))
             keys, operand = (key, new_key), fd_path(new_key)
@@ -122,7 +119,6 @@ class LinuxEncryption:
         _require_accepted(answer, device.device.path)
 
     def remove_key(self, device: OpenDevice, passphrase: str) -> None:
-        """Remove a passphrase. Raises `PreconditionFailed` for the last one, `Denied` when it is wrong."""
         found = _read_header(device)
         if not isinstance(found, LuksHeader) or found.key_slots < 2:
             raise PreconditionFailed(f"{device.device.path} has no other key than the one to be removed")
@@ -133,19 +129,15 @@ class LinuxEncryption:
     # --- opened devices ---
 
     def path_of(self, name: str) -> Path:
-        """Return the device path of an opened volume, which mounts of it have as their source."""
         return self.mapper_directory / name
 
     def mapping(self, name: str) -> LuksMapping | None:
-        """Return the opened device of a volume; None when it is not open."""
         return device_mapper.mapping_named(name)
 
     def below(self, number: DeviceNumber) -> DeviceNumber | None:
-        """Return the device below an opened one; None when `number` is not one, or the device below is gone."""
         return device_mapper.below(number)
 
     def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
-        """Open the volume under its own name. Raises `Denied` when the passphrase is wrong."""
         switches = ["--readonly"] * read_only + ["--allow-discards"] * allow_discards
         with secret_fd(passphrase) as key:
             options = ("--type", "luks", *switches, "--key-file", fd_path(key))
@@ -167,14 +159,9 @@ class LinuxEncryption:
         return found
 
     def resume(self, mapping: LuksMapping) -> None:
-        """Resume I/O of a device that an interrupted resize left suspended."""
         device_mapper.resume(mapping)
 
     def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
-        """Grow an opened device to the size of the device below.
-
-        Raises `Denied` when the passphrase is wrong, or missing while the kernel keeps the key in its keyring.
-        """
         with contextlib.ExitStack() as stack:
             keys = [stack.enter_context(secret_fd(passphrase))] if passphrase is not None else []
             options = [word for key in keys for word in ("--key-file", fd_path(key))]
@@ -195,7 +182,6 @@ class LinuxEncryption:
         _require_accepted(answer, self.path_of(mapping.name))
 
     def close(self, mapping: LuksMapping) -> None:
-        """Close an opened device; success when it is closed already. Raises `PreconditionFailed` while it is in use."""
         if not Deadline.after(_BUSY_GRACE_S, self.clock).wait_until(lambda: device_mapper.remove(mapping)):
             raise PreconditionFailed(f"{self.path_of(mapping.name)} is busy: it is mounted or otherwise in use")
         node = self.path_of(mapping.name)
@@ -263,14 +249,10 @@ def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int
         return
     path = device.device.path
     with contextlib.ExitStack() as stack:
-        try:
+        with system_call(f"open the device {below} under {path}"):
             os.fsync(device.fd)  # cached writes must reach the device below
-            found = open_number(below)
-            stack.callback(os.close, found)
-            fd = os.open(fd_path(found), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-        except OSError as error:
-            raise SystemCallFailed(f"open the device {below} under {path}", error.errno or 0) from error
+            found = stack.enter_context(closing(open_number(below)))
+            fd = stack.enter_context(closing(os.open(fd_path(found), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)))
         whole = OpenDevice(fd, replace(device.device, size_bytes=os.lseek(fd, 0, os.SEEK_END)))
         header = _read_header(whole)
         if not isinstance(header, LuksHeader):
@@ -282,7 +264,7 @@ def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int
 
 
 class LuksFiles:
-    """LUKS2 headers in plain files, without device-mapper. Fits `csi_driver.embedded.ports.LuksHeaders`."""
+    """LUKS2 headers in plain files, without device-mapper. Methods as in `csi_driver.embedded.ports.LuksHeaders`."""
 
     def __init__(self, *, iterations: int | None = None) -> None:
         """`iterations` makes keys cheap to derive, for tests."""
@@ -299,7 +281,6 @@ class LuksFiles:
     def format(
         self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
     ) -> None:
-        """Make a header whose data begins at `header_bytes`, over any content. The size of the file stays."""
         options = (
             "--type", "luks2", "--uuid", volume_uuid, "--cipher", "aes-xts-plain64", "--key-size", str(key_size_bits),
             "--key-slot", str(slot), "--offset", str(header_bytes // _SECTOR_BYTES), "--sector-size", "4096",
@@ -313,13 +294,11 @@ class LuksFiles:
             os.fsync(lock)
 
     def opens(self, file: Path, passphrase: str) -> bool:
-        """Tell if the passphrase is right."""
         with secret_fd(passphrase) as key:
             options = ("--test-passphrase", "--key-file", fd_path(key))
             return _on_file("open", options, file, (key,), accept=(0, _WRONG_PASSPHRASE)).status == 0
 
     def add(self, file: Path, current: str, new: str, *, slot: int | None) -> None:
-        """Add a passphrase, in this slot or a free one. Raises `Denied`, `PreconditionFailed`."""
         where = () if slot is None else ("--key-slot", str(slot))
         with locked_header(file) as lock, secret_fd(current) as key, secret_fd(new) as new_key:
             options = (*where, *self._cost, "--key-file", fd_path(key))
@@ -327,7 +306,6 @@ class LuksFiles:
             os.fsync(lock)
 
     def remove(self, file: Path, passphrase: str) -> None:
-        """Remove a passphrase. Raises `Denied`, and `PreconditionFailed` for the last one."""
         with locked_header(file) as lock, secret_fd(passphrase) as key:
             dump = _on_file("luksDump", ("--dump-json-metadata",), file, ())
             if dump.stdout.count(b'"type":"luks2"') < 2 and self.opens(file, passphrase):
@@ -355,11 +333,9 @@ def locked_header(file: Path) -> Iterator[int]:
     cryptsetup inherits the descriptor: one that outlives a killed manager keeps the lock until it stopped writing. It
     is an OFD lock because cryptsetup takes flock(2) locks of its own.
     """
-    try:
+    with system_call(f"open {file}"):
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as problem:
-        raise SystemCallFailed(f"open {file}", problem.errno or 0) from problem
-    try:
+    with closing(descriptor):
         # struct flock of <fcntl.h>: the whole file; an OFD lock wants the process id 0.
         whole = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
@@ -367,5 +343,3 @@ def locked_header(file: Path) -> Iterator[int]:
         except (BlockingIOError, PermissionError) as problem:
             raise PreconditionFailed(f"another program still changes the header of {file.name}") from problem
         yield descriptor
-    finally:
-        os.close(descriptor)

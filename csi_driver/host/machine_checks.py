@@ -37,12 +37,11 @@ _VERSION_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class MachineTools:
-    """Programs and privileges of this machine. Fits `csi_driver.node.ports.Tools`."""
+    """Programs and privileges of this machine. Methods as in `csi_driver.node.ports.Tools`."""
 
     path_roots: Sequence[Path] = ()
 
     def problems(self) -> Sequence[str]:
-        """Return the reasons why this machine cannot serve volumes, one sentence each."""
         found = [
             f"{tool} is not installed; install the package {package_of(tool)}"
             for tool in _NEEDED_TOOLS
@@ -56,7 +55,6 @@ class MachineTools:
         return found
 
     def warnings(self) -> Sequence[str]:
-        """Return the limits of this machine, one sentence each."""
         found = []
         if not has_capability(CAP_SYS_RESOURCE):
             found.append("this process lacks CAP_SYS_RESOURCE: ext4 grows at the next stage, not while mounted")

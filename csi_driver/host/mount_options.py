@@ -118,16 +118,10 @@ def shown_options(attributes: int, superblock_flags: int) -> frozenset[str]:
 _WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 
 
-def keep_fd(stack: contextlib.ExitStack, fd: int) -> int:
-    """Have the stack close a descriptor."""
-    stack.callback(os.close, fd)
-    return fd
-
-
 def configure(stack: contextlib.ExitStack, device: Device, fs_type: str, wanted: MountOptions) -> int:
     """Open a filesystem context and set its options. Raises `InvalidField` naming a refused option."""
     try:
-        context = keep_fd(stack, syscalls.fsopen(fs_type))
+        context = stack.enter_context(syscalls.closing(syscalls.fsopen(fs_type)))
     except SystemCallFailed as failure:
         if failure.errno == errno.ENODEV:
             raise HostFailure(f"this kernel has no filesystem {fs_type}") from failure

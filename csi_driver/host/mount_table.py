@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from csi_driver.errors import SystemCallFailed
+from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber
 
 _PROC = Path("/proc")
@@ -48,10 +48,8 @@ class Entry:
 
 def read_table() -> list[Entry]:
     """Return this process's mount table; no filesystem is touched. Raises `SystemCallFailed`."""
-    try:
+    with system_call(f"read {_TABLE}"):
         return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may have "\r", which text mode changes
-    except OSError as error:
-        raise SystemCallFailed(f"read {_TABLE}", error.errno or 0) from error
 
 
 def parse(text: str) -> list[Entry]:

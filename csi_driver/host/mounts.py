@@ -22,13 +22,13 @@ from csi_driver.host.mount_options import (
     FIELD,
     MountOptions,
     configure,
-    keep_fd,
     mount_error,
     refused,
     shown_options,
     sort_options,
 )
 from csi_driver.host.mount_table import describe_holders, read_table
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
@@ -41,10 +41,8 @@ _UNMOUNT_NOW = syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH
 
 def open_target(path: Path) -> int:
     """Open a mount target (O_PATH); refuses a link as its last component."""
-    try:
+    with system_call(f"open {path}"):
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise SystemCallFailed(f"open {path}", error.errno or 0) from error
     if stat.S_ISLNK(os.fstat(fd).st_mode):
         os.close(fd)
         raise PreconditionFailed(f"{path}: expected a directory or a file to mount on, got a symbolic link")
@@ -53,7 +51,7 @@ def open_target(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LinuxMounts:
-    """Fits `csi_driver.node.ports.Mounts`. `open_at` opens a mount target, see `paths.LinuxPaths.open`."""
+    """Methods as in `csi_driver.node.ports.Mounts`. `open_at` opens a mount target, see `paths.LinuxPaths.open`."""
 
     open_at: Callable[[Path], int] = open_target
     clock: Clock = SYSTEM_CLOCK
@@ -61,7 +59,6 @@ class LinuxMounts:
     # --- looking up ---
 
     def at(self, path: Path) -> Mount | None:
-        """Return the topmost mount with the root `path`."""
         try:
             status = syscalls.statx(path)
         except OSError as error:
@@ -89,11 +86,9 @@ class LinuxMounts:
         )
 
     def table(self) -> list[Mount]:
-        """Return all mounts in the kernel's order; the cost grows with their number."""
         return [_mounted(entry, entry.path) for entry in read_table()]
 
     def of_device(self, device: Device) -> list[Mount]:
-        """Return all mounts of the device's filesystem and all bind mounts of its node. Reads the whole table."""
         found = []
         for entry in read_table():
             asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
@@ -104,11 +99,9 @@ class LinuxMounts:
         return found
 
     def twins(self, path: Path) -> list[Path]:
-        """Return the other paths at which the mount at `path` appears by mount propagation. Reads the whole table."""
         return mount_table.twins(read_table(), _canonical(path))
 
     def reaches_host(self, path: Path) -> bool:
-        """Tell if a mount made at `path` is visible to the machine's first process, as far as known."""
         with contextlib.suppress(OSError):  # without CAP_SYS_PTRACE
             is_of_first = os.stat("/proc/self/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino
             if is_of_first and os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE:
@@ -117,10 +110,8 @@ class LinuxMounts:
 
     def propagation_is_shared(self, path: Path) -> bool:
         """Tell if mounts made below `path` reach other mount namespaces."""
-        try:
+        with system_call(f"statx {path}"):
             status = syscalls.statx(path)
-        except OSError as error:
-            raise SystemCallFailed(f"statx {path}", error.errno or 0) from error
         if status.unique_mount_id is not None:
             known = syscalls.statmount(status.unique_mount_id)
             if known is not None:
@@ -133,13 +124,9 @@ class LinuxMounts:
     # --- mounting ---
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
-        """Mount the device's filesystem at `target`; it is verified before it is visible.
-
-        Raises `InvalidField` naming a refused option, `PreconditionFailed` when the device is busy or another one.
-        """
         wanted = sort_options(options, read_only=read_only)
         with contextlib.ExitStack() as stack:
-            target_fd = keep_fd(stack, self.open_at(target))
+            target_fd = stack.enter_context(closing(self.open_at(target)))
             what = f"mount {device.path} at {target}"
             if not syscalls.has_mount_api():
                 self._mount_classic(device, target, target_fd, fs_type, wanted)
@@ -149,7 +136,7 @@ class LinuxMounts:
                 syscalls.fsconfig_create(context)
             except SystemCallFailed as failure:
                 raise mount_error(what, device, fs_type, wanted, context, failure) from failure
-            mount_fd = keep_fd(stack, syscalls.fsmount(context, wanted.attributes))
+            mount_fd = stack.enter_context(closing(syscalls.fsmount(context, wanted.attributes)))
             _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
@@ -162,36 +149,29 @@ class LinuxMounts:
             if failure.errno == errno.EINVAL and wanted.own:
                 raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure
             raise refused(what, failure.errno) from failure
-        mount_fd = self.open_at(target)
-        try:
-            _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
-        except BaseException:
-            syscalls.unmount(target, _UNMOUNT_NOW)
-            raise
-        finally:
-            os.close(mount_fd)
+        with closing(self.open_at(target)) as mount_fd:
+            try:
+                _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
+            except BaseException:
+                syscalls.unmount(target, _UNMOUNT_NOW)
+                raise
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
-        """Bind mount a directory, or a device node onto a file. A read-only mount is never visible writable."""
         what = f"bind {source} at {target}"
-        with contextlib.ExitStack() as stack:
-            target_fd = keep_fd(stack, self.open_at(target))
-            source_fd = keep_fd(stack, self._open_source(source))
+        with closing(self.open_at(target)) as target_fd, closing(self._open_source(source)) as source_fd:
             if not syscalls.has_mount_api():
                 _bind_classic(source_fd, target, target_fd, what, read_only=read_only)
                 return
-            mount_fd = keep_fd(stack, syscalls.open_tree_clone(source_fd, what))
-            if read_only:
-                syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
-                _verify_read_only(os.fstatvfs(mount_fd), what)
-            syscalls.move_mount(mount_fd, target_fd, what)
+            with closing(syscalls.open_tree_clone(source_fd, what)) as mount_fd:
+                if read_only:
+                    syscalls.mount_setattr(mount_fd, syscalls.MOUNT_ATTR_RDONLY)
+                    _verify_read_only(os.fstatvfs(mount_fd), what)
+                syscalls.move_mount(mount_fd, target_fd, what)
 
     def _open_source(self, source: Path) -> int:
         """Open a bind source: a device node anywhere, a directory only where `open_at` allows."""
-        try:
+        with system_call(f"look at {source}"):
             is_node = stat.S_ISBLK(os.lstat(source).st_mode)
-        except OSError as error:
-            raise SystemCallFailed(f"look at {source}", error.errno or 0) from error
         return open_target(source) if is_node else self.open_at(source)
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
@@ -204,15 +184,6 @@ class LinuxMounts:
         """
         flags = _UNMOUNT_NOW if lost is not None else syscalls.UMOUNT_NOFOLLOW
         refusal: SystemCallFailed | None = None
-        try:
-            parent_fd = self.open_at(path.parent)
-        except SystemCallFailed as failure:
-            if failure.errno in _ABSENT:
-                return
-            raise
-        held_path = _fd_path(parent_fd) / path.name
-        if lost is not None:
-            shut_down(held_path, lost)
 
         def settled() -> bool:
             nonlocal refusal
@@ -220,9 +191,16 @@ class LinuxMounts:
             return refusal is None or refusal.errno != errno.EBUSY
 
         try:
+            parent_fd = self.open_at(path.parent)
+        except SystemCallFailed as failure:
+            if failure.errno in _ABSENT:
+                return
+            raise
+        with closing(parent_fd):
+            held_path = _fd_path(parent_fd) / path.name
+            if lost is not None:
+                shut_down(held_path, lost)
             Deadline.after(_BUSY_GRACE_S, self.clock).wait_until(settled, first_s=0.001, most_s=0.1)
-        finally:
-            os.close(parent_fd)
         if refusal is not None and refusal.errno == errno.EBUSY:
             raise PreconditionFailed(f"unmount {path}: it is in use {describe_holders(_canonical(path))}") from refusal
         if refusal is not None:
@@ -306,10 +284,8 @@ def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return shown
-    try:
+    with closing(fd):
         return _btrfs_device_of(fd) or shown
-    finally:
-        os.close(fd)
 
 
 def _btrfs_device_of(fd: int) -> DeviceNumber | None:
@@ -326,11 +302,9 @@ def _btrfs_device_of(fd: int) -> DeviceNumber | None:
 
 def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:
     _verify_alive(device, what)
-    try:
+    with system_call(what):  # fails when the filesystem was shut down meanwhile
         number = _mounted_number(mount_fd, fs_type)
         is_read_only = bool(os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY)
-    except OSError as error:  # of a filesystem that was shut down meanwhile
-        raise SystemCallFailed(what, error.errno or 0) from error
     if number != device.number:
         raise PreconditionFailed(f"{what}: expected device {device.number}, got {number} from the kernel")
     if is_read_only != read_only:
@@ -341,11 +315,8 @@ def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, wha
 def _mounted_number(mount_fd: int, fs_type: str) -> DeviceNumber | None:
     if fs_type != "btrfs":
         return ioctls.device_number(os.fstat(mount_fd).st_dev)
-    root_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
-    try:
+    with closing(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)) as root_fd:
         return _btrfs_device_of(root_fd)
-    finally:
-        os.close(root_fd)
 
 
 def _verify_alive(device: Device, what: str) -> None:

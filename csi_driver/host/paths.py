@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host import syscalls
+from csi_driver.host.syscalls import closing, system_call
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _LONGEST_PATH_BYTES = 4095
@@ -27,7 +28,7 @@ _MOST_COUNTED = 1000
 
 
 class LinuxPaths:
-    """Paths below the configured roots. Fits `csi_driver.node.ports.Paths`."""
+    """Paths below the configured roots. Methods as in `csi_driver.node.ports.Paths`."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         by_length = sorted(roots, key=lambda root: len(root.parts), reverse=True)
@@ -77,7 +78,6 @@ class LinuxPaths:
         return _open_below(self._root_of(path, itself=True), path)
 
     def kind(self, path: Path) -> str:
-        """Return the type of file at the path: "directory", "file", "device", "other" or "absent"."""
         try:
             fd = self.open(path)
         except SystemCallFailed as failure:
@@ -86,52 +86,35 @@ class LinuxPaths:
             if failure.errno == errno.ELOOP:
                 return "other"
             raise
-        try:
-            return _kind_of(os.fstat(fd).st_mode)
-        except OSError:
-            return "other"  # the root of a filesystem that was shut down
-        finally:
-            os.close(fd)
+        with closing(fd):
+            try:
+                return _kind_of(os.fstat(fd).st_mode)
+            except OSError:
+                return "other"  # the root of a filesystem that was shut down
 
     def make_directory(self, path: Path) -> None:
-        """Create the directory, not its parents; success when it exists."""
-        with self._parent(path) as parent:
+        with self._parent(path) as parent, system_call(f"make the directory {path}"):
             try:
                 os.mkdir(path.name, 0o750, dir_fd=parent)
             except FileExistsError as error:
                 if self.kind(path) != "directory":
                     raise PreconditionFailed(f"{path}: expected a directory, got something else") from error
-            except OSError as error:
-                raise SystemCallFailed(f"make the directory {path}", error.errno or 0) from error
 
     def make_file(self, path: Path) -> None:
-        """Create an empty file to bind a device onto; success when it exists, also with the device."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self._parent(path) as parent:
+        with self._parent(path) as parent, system_call(f"make the file {path}"):
             try:
                 os.close(os.open(path.name, flags, 0o640, dir_fd=parent))
             except FileExistsError as error:
                 if self.kind(path) not in ("file", "device"):
                     raise PreconditionFailed(f"{path}: expected a file, got something else") from error
-            except OSError as error:
-                raise SystemCallFailed(f"make the file {path}", error.errno or 0) from error
 
     def set_mode(self, path: Path, mode: int) -> None:
-        """Change the permission bits of the directory at the path; refuses a link."""
-        fd = self.open(path)
-        try:
+        with closing(self.open(path)) as fd, system_call(f"change the mode of {path}"):
             # fchmod(2) refuses O_PATH descriptors; the path under /proc is always the same file.
             os.chmod(f"/proc/self/fd/{fd}", mode)
-        except OSError as error:
-            raise SystemCallFailed(f"change the mode of {path}", error.errno or 0) from error
-        finally:
-            os.close(fd)
 
     def remove(self, path: Path) -> None:
-        """Remove an empty directory or file that is no mount point; success when it is absent.
-
-        Raises `PreconditionFailed` for everything else.
-        """
         try:
             with self._parent(path) as parent:
                 self._remove(path, parent)
@@ -170,10 +153,8 @@ class LinuxPaths:
             fd = _open_below(root, path.parent)
         except SystemCallFailed as failure:
             raise PreconditionFailed(f"the directory {path.parent} is absent or reached by a link") from failure
-        try:
+        with closing(fd):
             yield fd
-        finally:
-            os.close(fd)
 
     def _root_of(self, path: Path, *, itself: bool = False) -> Path:
         for _, root in self._roots:
@@ -185,12 +166,9 @@ class LinuxPaths:
 def _content(name: str, parent: int) -> str:
     names: list[str] = []
     with contextlib.suppress(OSError):
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            with os.scandir(fd) as entries:
-                names = [entry.name for entry in itertools.islice(entries, _MOST_COUNTED)]
-        finally:
-            os.close(fd)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with closing(os.open(name, flags, dir_fd=parent)) as fd, os.scandir(fd) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_COUNTED)]
     many = "at least " * (len(names) == _MOST_COUNTED)
     return f"{many}{len(names)} {'entry' if len(names) == 1 else 'entries'}, the first {shown(min(names, default=''))}"
 
@@ -217,11 +195,9 @@ def _kind_of(mode: int) -> str:
 
 def _open_below(root: Path, path: Path) -> int:
     """Open (O_PATH) a path below a root; fails with ELOOP at a link."""
-    try:
+    with system_call(f"open {root}"):
         root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SystemCallFailed(f"open {root}", error.errno or 0) from error
-    try:
+    with closing(root_fd):
         relative = str(path.relative_to(root))
         for _ in range(_ATTEMPTS):
             try:
@@ -232,20 +208,14 @@ def _open_below(root: Path, path: Path) -> int:
                 if failure.errno != errno.EAGAIN:  # of a concurrent rename
                     raise
         raise SystemCallFailed(f"open {path}", errno.EAGAIN)
-    finally:
-        os.close(root_fd)
 
 
 def _walk(root_fd: int, relative: Path) -> int:
     """Open one component at a time, for kernels before 5.6, which have no openat2."""
     fd = os.dup(root_fd)
     for part in relative.parts:
-        try:
+        with closing(fd), system_call(f"open {relative}"):
             following = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        except OSError as error:
-            raise SystemCallFailed(f"open {relative}", error.errno or 0) from error
-        finally:
-            os.close(fd)
         fd = following
         if stat.S_ISLNK(os.fstat(fd).st_mode):
             os.close(fd)

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import TextIO
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, SystemCallFailed, ToolMissing
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import RunningRole
 
 logger = logging.getLogger(__name__)
@@ -139,12 +140,9 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 @contextlib.contextmanager
 def secret_fd(secret: str) -> Iterator[int]:
     """Give a file in memory with a secret for a program that inherits it: in no argument list and on no disk."""
-    fd = os.memfd_create("passphrase", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+    with closing(os.memfd_create("passphrase", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as fd:
         os.write(fd, secret.encode())
         yield fd
-    finally:
-        os.close(fd)
 
 
 def fd_path(fd: int) -> str:
@@ -239,10 +237,8 @@ class ChildProcesses:
         shell = find_tool("sh")
         if shell is None:
             raise ToolMissing("sh", package_of("sh"))
-        try:
+        with system_call(f"open {log}"):
             log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise SystemCallFailed(f"open {log}", error.errno or 0) from error
         shell_fd = next(fd for fd in _SHELL_FDS if fd not in pass_fds)
         reading, writing = os.pipe()
         try:

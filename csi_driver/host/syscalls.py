@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,6 @@ RESOLVE_BENEATH = 0x08
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
 _OPENAT2, _MOUNT_SETATTR, _STATMOUNT = 437, 442, 457
-_CLOEXEC = os.O_CLOEXEC
 _OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
@@ -71,22 +71,39 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _syscall(what: str, number: int, *arguments: object) -> int:
-    result = int(libc().syscall(ctypes.c_long(number), *arguments))
+@contextlib.contextmanager
+def system_call(what: str) -> Iterator[None]:
+    """Raise OSError as `SystemCallFailed` that names the call."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemCallFailed(what, error.errno or 0) from error
+
+
+@contextlib.contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    registers = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    result = int(libc().syscall(ctypes.c_long(number), *registers))
     if result < 0:
         raise SystemCallFailed(what, ctypes.get_errno())
     return result
 
 
-# --- mount(2), umount2(2) -----------------------------------------------------------------------------------
+# --- mounts -------------------------------------------------------------------------------------------------------
 
 
 def mount(source: str, target: Path, fs_type: str, flags: int, data: str) -> None:
     """mount(2)."""
-    result = libc().mount(
-        source.encode(), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), data.encode() or None
-    )
-    if result != 0:
+    options = data.encode() or None
+    if libc().mount(source.encode(), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), options) != 0:
         raise SystemCallFailed(f"mount {source} at {target}", ctypes.get_errno())
 
 
@@ -96,30 +113,21 @@ def unmount(target: Path, flags: int = UMOUNT_NOFOLLOW) -> None:
         raise SystemCallFailed(f"unmount {target}", ctypes.get_errno())
 
 
-# --- the file descriptor based mount interface ---------------------------------------------------------------
-
-
 def fsopen(fs_type: str) -> int:
     """Open a filesystem context (fsopen(2))."""
-    return _syscall(f"fsopen {fs_type}", _FSOPEN, ctypes.c_char_p(fs_type.encode()), ctypes.c_uint(_FSOPEN_CLOEXEC))
+    return _syscall(f"fsopen {fs_type}", _FSOPEN, fs_type.encode(), _FSOPEN_CLOEXEC)
 
 
 def fsconfig(context: int, key: str, value: str | None = None) -> None:
     """Set an option of a context: a flag, or a string when there is a value."""
     command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
-    text = None if value is None else ctypes.c_char_p(value.encode())
-    _syscall(
-        f"fsconfig {key}", _FSCONFIG, ctypes.c_int(context), ctypes.c_uint(command), ctypes.c_char_p(key.encode()),
-        text, ctypes.c_int(0),
-    )  # fmt: skip
+    text = None if value is None else value.encode()
+    _syscall(f"fsconfig {key}", _FSCONFIG, context, command, key.encode(), text, 0)
 
 
 def fsconfig_create(context: int) -> None:
     """Create the superblock of a context, or find that of the same device."""
-    _syscall(
-        "fsconfig create", _FSCONFIG, ctypes.c_int(context), ctypes.c_uint(_FSCONFIG_CMD_CREATE), None, None,
-        ctypes.c_int(0),
-    )  # fmt: skip
+    _syscall("fsconfig create", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
 
 
 def fs_messages(context: int) -> list[str]:
@@ -133,40 +141,29 @@ def fs_messages(context: int) -> list[str]:
 
 def fsmount(context: int, attributes: int) -> int:
     """Create a detached mount of the superblock of a context."""
-    return _syscall(
-        "fsmount", _FSMOUNT, ctypes.c_int(context), ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(attributes)
-    )
+    return _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
 
 
 def open_tree_clone(source_fd: int, what: str) -> int:
     """Create a detached bind mount of an open file or directory."""
-    flags = _OPEN_TREE_CLONE | _CLOEXEC | AT_EMPTY_PATH
-    return _syscall(what, _OPEN_TREE, ctypes.c_int(source_fd), ctypes.c_char_p(b""), ctypes.c_uint(flags))
+    return _syscall(what, _OPEN_TREE, source_fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH)
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:
     """Add attributes to an open mount (Linux 5.12)."""
     wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    _syscall(
-        "mount_setattr", _MOUNT_SETATTR, ctypes.c_int(mount_fd), ctypes.c_char_p(b""), ctypes.c_uint(AT_EMPTY_PATH),
-        ctypes.c_char_p(wanted), ctypes.c_size_t(len(wanted)),
-    )  # fmt: skip
+    _syscall("mount_setattr", _MOUNT_SETATTR, mount_fd, b"", AT_EMPTY_PATH, wanted, len(wanted))
 
 
 def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
     """Attach a detached mount to an open directory or file."""
-    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-    empty = ctypes.c_char_p(b"")
-    _syscall(what, _MOVE_MOUNT, ctypes.c_int(mount_fd), empty, ctypes.c_int(target_fd), empty, ctypes.c_uint(flags))
+    _syscall(what, _MOVE_MOUNT, mount_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     """Open a path below a directory with RESOLVE_ flags (Linux 5.6)."""
-    how = struct.pack("=QQQ", flags | _CLOEXEC, 0, resolve)
-    return _syscall(
-        f"open {path}", _OPENAT2, ctypes.c_int(directory), ctypes.c_char_p(os.fsencode(path)), ctypes.c_char_p(how),
-        ctypes.c_size_t(len(how)),
-    )  # fmt: skip
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    return _syscall(f"open {path}", _OPENAT2, directory, os.fsencode(path), how, len(how))
 
 
 @functools.cache
@@ -175,7 +172,7 @@ def has_mount_api() -> bool:
     for number in (_FSOPEN, _MOUNT_SETATTR):
         # Invalid arguments: EINVAL or EFAULT when the call exists, else ENOSYS, or EPERM of seccomp.
         try:
-            _syscall("probe", number, None, ctypes.c_uint(0xFFFF0000), None, None, ctypes.c_size_t(1))
+            _syscall("probe", number, None, 0xFFFF0000, None, None, 1)
         except SystemCallFailed as failure:
             if failure.errno in (errno.ENOSYS, errno.EPERM):
                 return False
@@ -209,8 +206,7 @@ def statx(path: Path) -> PathStatus:
     flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
     wanted = _STATX_TYPE | _STATX_MODE | _STATX_MNT_ID | _STATX_MNT_ID_UNIQUE
     buffer = ctypes.create_string_buffer(256)
-    encoded = os.fsencode(path)
-    if libc().statx(AT_FDCWD, encoded, ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:
+    if libc().statx(AT_FDCWD, os.fsencode(path), ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
     fields = _STATX.unpack_from(buffer.raw)
@@ -251,7 +247,7 @@ def statmount(unique_mount_id: int) -> MountStatus | None:
     while True:
         buffer = ctypes.create_string_buffer(size)
         try:
-            _syscall("statmount", _STATMOUNT, ctypes.c_char_p(request), buffer, ctypes.c_size_t(size), ctypes.c_uint(0))
+            _syscall("statmount", _STATMOUNT, request, buffer, size, 0)
         except SystemCallFailed as failure:
             if failure.errno == errno.EOVERFLOW and size < 1 << 20:
                 size *= 4
@@ -275,7 +271,5 @@ def _decode_statmount(raw: bytes) -> MountStatus | None:
         return raw[start : raw.index(b"\0", start)].decode(errors="surrogateescape")
 
     options = text(options_at) if mask & _STATMOUNT_OPTIONS else ""  # no bit without options
-    return MountStatus(
-        (major, minor), superblock_flags, attributes, propagation, text(fs_type_at), text(root_at), text(source_at),
-        options,
-    )  # fmt: skip
+    texts = (text(fs_type_at), text(root_at), text(source_at), options)
+    return MountStatus((major, minor), superblock_flags, attributes, propagation, *texts)

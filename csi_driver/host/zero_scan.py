@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, HostFailure, SystemCallFailed
-from csi_driver.host.syscalls import libc
+from csi_driver.errors import DeadlineReached, HostFailure
+from csi_driver.host.syscalls import libc, system_call
 from csi_driver.host_model import OpenDevice
 from csi_driver.model import GIB, MIB
 
@@ -159,14 +159,10 @@ def wipe_places(device: OpenDevice) -> None:
             done = 0
             while done < length:
                 part = min(len(zeroes), length - done)
-                try:
+                with system_call(f"write zeroes to {device.device.path}"):
                     done += os.pwritev(device.fd, [view[:part]], offset + done)
-                except OSError as error:
-                    raise SystemCallFailed(f"write zeroes to {device.device.path}", error.errno or 0) from error
-    try:
+    with system_call(f"sync {device.device.path}"):
         os.fsync(device.fd)
-    except OSError as error:
-        raise SystemCallFailed(f"sync {device.device.path}", error.errno or 0) from error
 
 
 def progress_step(size_bytes: int) -> int:

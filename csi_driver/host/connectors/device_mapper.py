@@ -17,6 +17,7 @@ from pathlib import Path
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
 from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, sys_number
+from csi_driver.host.syscalls import closing
 from csi_driver.host_model import DeviceNumber, LuksMapping
 
 _CONTROL = Path("/dev/mapper/control")
@@ -45,13 +46,12 @@ def why_unusable() -> str:
     except OSError as error:
         reason = f"{_CONTROL}: {os.strerror(error.errno or 0)}"
         return f"this kernel has no device-mapper, or the host's /dev is not visible ({reason}); {fix}"
-    try:
-        _call(control, _GET_TARGET_VERSION, name="crypt")
-    except OSError as error:
-        # Kernels before 5.5 do not have this ioctl (ENOTTY).
-        return f"the device-mapper of this kernel has no target `crypt`; {fix}" if error.errno == errno.EINVAL else ""
-    finally:
-        os.close(control)
+    with closing(control):
+        try:
+            _call(control, _GET_TARGET_VERSION, name="crypt")
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # ENOTTY: kernels before 5.5 do not have this ioctl
+                return f"the device-mapper of this kernel has no target `crypt`; {fix}"
     return ""
 
 
@@ -107,14 +107,13 @@ def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> _Answer 
         if error.errno in _ABSENT:
             return None
         raise SystemCallFailed(f"open {_CONTROL}", error.errno or 0) from error
-    try:
-        argument = _call(control, command, name=name, uuid=uuid)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return None
-        raise SystemCallFailed(f"{what} the mapped device {name or uuid}", error.errno or 0) from error
-    finally:
-        os.close(control)
+    with closing(control):
+        try:
+            argument = _call(control, command, name=name, uuid=uuid)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise SystemCallFailed(f"{what} the mapped device {name or uuid}", error.errno or 0) from error
     fields = _ARGUMENT.unpack(argument)
     found = bytes(fields[12]).split(b"\0", 1)[0].decode(errors="replace")
     return _Answer(ioctls.device_number(fields[10]), fields[7], found)

@@ -21,6 +21,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevice, uuid_of_label
 
 LOOP_MAJOR = 7
@@ -57,12 +58,9 @@ class LoopDevices:
         if len(label.encode()) > ioctls.LOOP_LABEL_LIMIT:
             raise HostFailure(f"loop label: expected at most {ioctls.LOOP_LABEL_LIMIT} bytes, got {label!r}")
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        backing = _open(file, flags | os.O_NOFOLLOW)
-        try:
+        with closing(_open(file, flags | os.O_NOFOLLOW)) as backing:
             number = self._bind(backing, label, ioctls.LOOP_READ_ONLY if read_only else 0, block_size)
             rdev = os.fstat(backing).st_rdev
-        finally:
-            os.close(backing)
         under = ioctls.device_number(rdev) if rdev else None
         device = LoopDevice(number, _number_of(number), file, label, read_only, backing=under)
         if node is None:
@@ -125,12 +123,10 @@ class LoopDevices:
         return _described(number, text, status) if status is not None else None
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
-        """Tell if the device is bound to the file that is at this path now."""
         found, here = self._bound_number(device.number), _status(file)
         return found is not None and here is not None and found.identity == (here.st_dev, here.st_ino)
 
     def grow(self, device: LoopDevice) -> None:
-        """Set the size of the device to the size of its file."""
         with self._opened(device.number) as fd:
             _require_same(fd, device)
             ioctls.loop_set_capacity(fd)
@@ -173,8 +169,7 @@ class LoopDevices:
     # --- one device ---
 
     def _bind(self, backing: int, label: str, flags: int, block_bytes: int) -> int:
-        control = _open(Path("/dev/loop-control"), os.O_RDWR | os.O_CLOEXEC)
-        try:
+        with closing(_open(Path("/dev/loop-control"), os.O_RDWR | os.O_CLOEXEC)) as control:
             for _ in range(_BIND_ATTEMPTS):
                 with self._binding:
                     number = ioctls.loop_free_number(control)
@@ -184,8 +179,6 @@ class LoopDevices:
                                 # A loop device keeps the BLKROSET state of its previous use.
                                 ioctls.set_read_only(fd, False)
                             return number
-        finally:
-            os.close(control)
         raise HostFailure(f"no loop device stayed free long enough to be bound ({_BIND_ATTEMPTS} attempts)")
 
     def _unbind(self, device: LoopDevice) -> bool:
@@ -224,24 +217,18 @@ class LoopDevices:
     def _opened(self, number: int, flags: int = os.O_RDONLY) -> Iterator[int]:
         wanted = _number_of(number)
         usual = Path(f"/dev/loop{number}")
-        try:
+        with system_call(f"open loop device {number}"):
             if node_number(usual) == wanted:
                 fd = os.open(usual, flags | os.O_CLOEXEC)
             else:
                 fd = block_devices.open_temporary_node(self.directory, wanted, flags)
-        except OSError as error:
-            raise SystemCallFailed(f"open loop device {number}", error.errno or 0) from error
-        try:
+        with closing(fd):
             yield fd
-        finally:
-            os.close(fd)
 
 
 def _open(path: Path, flags: int) -> int:
-    try:
+    with system_call(f"open {path}"):
         return os.open(path, flags)
-    except OSError as error:
-        raise SystemCallFailed(f"open {path}", error.errno or 0) from error
 
 
 def _configure(fd: int, backing: int, label: str, flags: int, block_bytes: int) -> bool:
@@ -307,10 +294,8 @@ def _require_same(fd: int, device: LoopDevice) -> None:
 
 
 def _number_of(number: int) -> DeviceNumber:
-    try:
+    with system_call(f"look at loop device {number}"):
         return DeviceNumber.parse((_SYS_BLOCK / f"loop{number}" / "dev").read_text())
-    except OSError as error:
-        raise SystemCallFailed(f"look at loop device {number}", error.errno or 0) from error
 
 
 def _backing_text(number: int) -> str | None:
@@ -347,9 +332,9 @@ _MARK = "ro-"
 
 
 class ReadOnlyLoops:
-    """Read-only loop devices over block devices that are writable elsewhere on this node. Fits `ReadOnlyDevices`.
+    """Read-only loop devices, labelled `<volume uuid>/ro-<reader id>`, with the nodes /dev/loopN.
 
-    The label is `<volume uuid>/ro-<reader id>`; the nodes are /dev/loopN.
+    Methods as in `csi_driver.node.ports.ReadOnlyDevices`.
     """
 
     def __init__(self, loops: LoopDevices, device_directory: Path = Path("/dev")) -> None:
@@ -358,7 +343,6 @@ class ReadOnlyLoops:
         self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def over(self, device: Device, uuid: str, reader: str) -> Device:
-        """Return the read-only device of this reader over `device`; made when it is missing."""
         if _READER_ID.fullmatch(reader) is None:
             raise HostFailure(f"reader id: expected 16 hexadecimal digits, got {reader!r}")
         label = f"{uuid}/{_MARK}{reader}"
@@ -369,16 +353,13 @@ class ReadOnlyLoops:
             return self._described(device, loop)
 
     def release(self, number: DeviceNumber) -> bool:
-        """Detach such a device when it is unused; False when it is in use or not one of these."""
         loop = self._loops.bound_as(number)
         return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
 
     def present(self, name: str | None = None) -> list[ReadOnlyDevice]:
-        """Return all such devices of this machine, or those over the volume `name`."""
         return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours(name)]
 
     def release_left_over(self, reader: str, name: str) -> None:
-        """Detach the unused devices of a reader over the volume `name`, also when the volume's device is gone."""
         for loop in self._ours(name):
             if _reader_of(loop) == reader:
                 self._loops.detach(loop)
@@ -394,15 +375,12 @@ class ReadOnlyLoops:
         node = self._directory / f"loop{loop.number}"
         self._loops.ensure_node(loop, node)
         self._loops.grow(loop)
-        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with closing(_open(node, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             size = ioctls.size_bytes(fd)
             if not ioctls.is_read_only(fd):
                 raise PreconditionFailed(
                     f"{node} over {device.path}: expected read-only, got a writable device; attach the volume again"
                 )
-        finally:
-            os.close(fd)
         return Device(device.name, node, loop.device_number, size, True, device.uuid, device.block_bytes)
 
 
