@@ -33,34 +33,16 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_ControllerRpc = pb.ControllerServiceCapability.RPC
-_NodeRpc = pb.NodeServiceCapability.RPC
 _Service = pb.PluginCapability.Service
 _Expansion = pb.PluginCapability.VolumeExpansion
 
-_ATTACH_CAPABILITIES = (
-    _ControllerRpc.PUBLISH_UNPUBLISH_VOLUME,
-    _ControllerRpc.PUBLISH_READONLY,
-    _ControllerRpc.LIST_VOLUMES_PUBLISHED_NODES,
-)
-_CONTROLLER_CAPABILITIES = (
-    _ControllerRpc.CREATE_DELETE_VOLUME,
-    *_ATTACH_CAPABILITIES,
-    _ControllerRpc.LIST_VOLUMES,
-    _ControllerRpc.GET_CAPACITY,
-    _ControllerRpc.EXPAND_VOLUME,
-    _ControllerRpc.GET_VOLUME,
-    _ControllerRpc.MODIFY_VOLUME,
-    _ControllerRpc.SINGLE_NODE_MULTI_WRITER,
-)
-_CONTROLLER_HEALTH_CAPABILITIES = (_ControllerRpc.GET_VOLUME_HEALTH, _ControllerRpc.LIST_VOLUME_HEALTH)
-_NODE_CAPABILITIES = (
-    _NodeRpc.STAGE_UNSTAGE_VOLUME,
-    _NodeRpc.GET_VOLUME_STATS,
-    _NodeRpc.EXPAND_VOLUME,
-    _NodeRpc.SINGLE_NODE_MULTI_WRITER,
-)
-_NODE_HEALTH_CAPABILITIES = (_NodeRpc.GET_VOLUME_HEALTH, _NodeRpc.GET_STORAGE_HEALTH)
+# Names of ControllerServiceCapability.RPC.Type and NodeServiceCapability.RPC.Type.
+_ATTACH_CAPABILITIES = ("PUBLISH_UNPUBLISH_VOLUME", "PUBLISH_READONLY", "LIST_VOLUMES_PUBLISHED_NODES")
+_VOLUME_CAPABILITIES = ("CREATE_DELETE_VOLUME", "EXPAND_VOLUME", "MODIFY_VOLUME", "SINGLE_NODE_MULTI_WRITER")
+_LIST_CAPABILITIES = ("LIST_VOLUMES", "GET_VOLUME", "GET_CAPACITY")
+_CONTROLLER_HEALTH_CAPABILITIES = ("GET_VOLUME_HEALTH", "LIST_VOLUME_HEALTH")
+_NODE_CAPABILITIES = ("STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER")
+_NODE_HEALTH_CAPABILITIES = ("GET_VOLUME_HEALTH", "GET_STORAGE_HEALTH")
 
 
 # --- identity ---------------------------------------------------------------------------------------------------
@@ -174,13 +156,12 @@ class ControllerService(Service):
     def ControllerGetCapabilities(
         self, request: pb.ControllerGetCapabilitiesRequest, deadline: Deadline
     ) -> pb.ControllerGetCapabilitiesResponse:
-        kinds = (*_CONTROLLER_CAPABILITIES, *(_CONTROLLER_HEALTH_CAPABILITIES if self.volume_health else ()))
+        attach = _ATTACH_CAPABILITIES if self.attaches else ()
+        health = _CONTROLLER_HEALTH_CAPABILITIES if self.volume_health else ()
+        capability = pb.ControllerServiceCapability
+        names = (*_VOLUME_CAPABILITIES, *_LIST_CAPABILITIES, *attach, *health)
         return pb.ControllerGetCapabilitiesResponse(
-            capabilities=[
-                pb.ControllerServiceCapability(rpc=_ControllerRpc(type=kind))
-                for kind in kinds
-                if self.attaches or kind not in _ATTACH_CAPABILITIES
-            ]
+            capabilities=[capability(rpc=capability.RPC(type=name)) for name in names]
         )
 
     def CreateVolume(self, request: pb.CreateVolumeRequest, deadline: Deadline) -> pb.CreateVolumeResponse:
@@ -212,21 +193,14 @@ class ControllerService(Service):
     def ControllerExpandVolume(
         self, request: pb.ControllerExpandVolumeRequest, deadline: Deadline
     ) -> pb.ControllerExpandVolumeResponse:
-        capacity_bytes, node_expansion_required = self.do.expand.expand(
-            request.volume_id,
-            wire.range_from(request.capacity_range),
-            wire.optional_capability_from(request),
-            deadline=deadline,
-        )
-        return pb.ControllerExpandVolumeResponse(
-            capacity_bytes=capacity_bytes, node_expansion_required=node_expansion_required
-        )
+        capacity, capability = wire.range_from(request.capacity_range), wire.optional_capability_from(request)
+        size_bytes, on_node = self.do.expand.expand(request.volume_id, capacity, capability, deadline=deadline)
+        return pb.ControllerExpandVolumeResponse(capacity_bytes=size_bytes, node_expansion_required=on_node)
 
     def ControllerModifyVolume(
         self, request: pb.ControllerModifyVolumeRequest, deadline: Deadline
     ) -> pb.ControllerModifyVolumeResponse:
-        parameters = dict(request.mutable_parameters)
-        self.do.modify.modify(request.volume_id, parameters, deadline=deadline)
+        self.do.modify.modify(request.volume_id, dict(request.mutable_parameters), deadline=deadline)
         return pb.ControllerModifyVolumeResponse()
 
     def ValidateVolumeCapabilities(
@@ -283,9 +257,10 @@ class NodeService(Service):
     def NodeGetCapabilities(
         self, request: pb.NodeGetCapabilitiesRequest, deadline: Deadline
     ) -> pb.NodeGetCapabilitiesResponse:
-        kinds = (*_NODE_CAPABILITIES, *(_NODE_HEALTH_CAPABILITIES if self.volume_health else ()))
+        names = (*_NODE_CAPABILITIES, *(_NODE_HEALTH_CAPABILITIES if self.volume_health else ()))
+        capability = pb.NodeServiceCapability
         return pb.NodeGetCapabilitiesResponse(
-            capabilities=[pb.NodeServiceCapability(rpc=_NodeRpc(type=kind)) for kind in kinds]
+            capabilities=[capability(rpc=capability.RPC(type=name)) for name in names]
         )
 
     def NodeGetInfo(self, request: pb.NodeGetInfoRequest, deadline: Deadline) -> pb.NodeGetInfoResponse:
@@ -333,10 +308,7 @@ class NodeService(Service):
         self, request: pb.NodeGetVolumeHealthRequest, deadline: Deadline
     ) -> pb.NodeGetVolumeHealthResponse:
         found = self.do.health.volume(
-            request.volume_id,
-            request.volume_publish_path,
-            request.staging_target_path,
-            deadline=deadline,
+            request.volume_id, request.volume_publish_path, request.staging_target_path, deadline=deadline
         )
         return pb.NodeGetVolumeHealthResponse(volume_health=wire.volume_health_to(found))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from prometheus_client import (
@@ -33,6 +33,7 @@ Sample = tuple[tuple[str, ...], float]
 """Values of the labels, and the value."""
 
 _CALL = ("service", "method")
+_SERVER = ("server",)
 _CALL_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -186,46 +187,37 @@ def registration(is_registered: Callable[[], bool], results: Callable[[], Mappin
 # --- storage management -----------------------------------------------------------------------------------------
 
 
-def _management_counter(name: str, text: str, *labels: str) -> Counter:
-    return Counter(name, text, ("server", *labels), registry=None)
-
-
-@dataclass(slots=True)
 class ManagementMetrics:
     """Metrics of a management client's servers. The label is a server's URL, without credentials."""
 
-    requests: Counter = field(
-        default_factory=lambda: _management_counter(
+    def __init__(self) -> None:
+        self.requests = Counter(
             "nvmesh_csi_management_requests_total",
             "Requests to management servers: answered, refused (login or version), unreachable (not executed),"
             " unknown (perhaps executed), failed (no time left, or unreadable credentials).",
-            "outcome",
+            ("server", "outcome"),
+            registry=None,
         )
-    )
-    durations: Histogram = field(
-        default_factory=lambda: Histogram(
+        self.durations = Histogram(
             "nvmesh_csi_management_request_duration_seconds",
             "Duration of requests to management servers, logins included.",
-            ("server",),
+            _SERVER,
             buckets=_REQUEST_BOUNDS_S,
             registry=None,
         )
-    )
-    logins: Counter = field(
-        default_factory=lambda: _management_counter(
-            "nvmesh_csi_management_logins_total", "Sessions opened on management servers."
+        self.logins = Counter(
+            "nvmesh_csi_management_logins_total", "Sessions opened on management servers.", _SERVER, registry=None
         )
-    )
-    failures: Counter = field(
-        default_factory=lambda: _management_counter(
+        self.failures = Counter(
             "nvmesh_csi_management_server_failures_total",
             "Failures of a management server after which other servers were used.",
+            _SERVER,
+            registry=None,
         )
-    )
-    _up: dict[str, bool] = field(default_factory=dict)
-    _users: dict[str, int] = field(default_factory=dict)
-    """Clients of each server: two for a moment while credentials change."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+        self._up: dict[str, bool] = {}
+        self._clients: dict[str, int] = {}
+        """Clients of each server: two for a moment while credentials change."""
+        self._lock = threading.Lock()
 
     def asked(self, server: str, outcome: str, took_s: float) -> None:
         """Count a request."""
@@ -235,7 +227,7 @@ class ManagementMetrics:
     def begin(self, server: str) -> None:
         """Add a client of this server, which counts as working until a request fails."""
         with self._lock:
-            self._users[server] = self._users.get(server, 0) + 1
+            self._clients[server] = self._clients.get(server, 0) + 1
             self._up.setdefault(server, True)
         for counter in (self.logins, self.failures):
             counter.labels(server)  # makes a series with the value 0
@@ -249,9 +241,9 @@ class ManagementMetrics:
     def end(self, server: str) -> None:
         """Remove a client of this server."""
         with self._lock:
-            self._users[server] -= 1
-            if not self._users[server]:
-                del self._users[server], self._up[server]
+            self._clients[server] -= 1
+            if not self._clients[server]:
+                del self._clients[server], self._up[server]
 
     def _states(self) -> dict[str, float]:
         with self._lock:
