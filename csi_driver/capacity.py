@@ -1,12 +1,10 @@
-"""Sizes of volumes: which sizes are possible, and which request makes the server give exactly that size.
+"""Possible sizes of volumes, and the capacity to request for a volume of exactly one size. Pure.
 
 The management takes decimal gigabytes as a float. For striped layouts it divides them into whole stripes, multiplies
-the stripes back into blocks, both in floats, and rounds down to whole sets of 256 blocks on each leg. The product is
-often one block less than the stripes have, and the whole set is lost with it. `_leg_blocks` repeats this arithmetic
-(createRAID0 in utils.js of github.com/NVIDIA/nvmesh-management), so the size is known before anything is sent. Requests
-lie half a stripe above the wanted number of stripes: no float error changes that number.
-
-Pure arithmetic on bytes; nothing here knows the API.
+the stripes back into blocks, both in floats, and rounds each leg down to whole sets of 256 blocks. The product is often
+one block less than the stripes have, which loses a whole set. `_leg_blocks` repeats this arithmetic (createRAID0 in
+utils.js of github.com/NVIDIA/nvmesh-management), so the size is known before the request. A request is half a stripe
+above the desired number of stripes, so that no float error changes that number.
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ BLOCK_BYTES = 4096
 BLOCKS_PER_SET = 256
 GIGABYTE = 1_000_000_000
 MINIMUM_BYTES = GIGABYTE
-"""The management makes nothing smaller."""
+"""Smallest volume of the management."""
 DEFAULT_BYTES = 5 * GIGABYTE
-"""Size of a volume for which nothing was asked; what earlier drivers of this name gave."""
+"""Size of a volume without a capacity range, as with the drivers 1.4 and 1.9."""
 LARGEST_BYTES = 2**63 - 1
 """CSI carries sizes as int64."""
 
@@ -38,32 +36,32 @@ _MIRRORED = (RaidLevel.MIRRORED, RaidLevel.STRIPED_MIRRORED)
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """A larger volume: its size afterwards, and the total that must be asked for."""
+    """An extension: the volume's size afterwards, and the total capacity to request."""
 
     size_bytes: int
     capacity_gb: float
 
 
 def granule_bytes(layout: Layout) -> int:
-    """Return the step of the sizes that have whole stripes and whole sets of blocks on each leg."""
+    """Return the step between sizes with whole stripes and whole sets of blocks on each leg."""
     return _legs(layout) * math.lcm(_stripe_blocks(layout), _set_blocks(layout)) * BLOCK_BYTES
 
 
 def least_extension_bytes(layout: Layout) -> int:
-    """Return the least that may be sent as an extension; the server searches forever for space of zero blocks."""
+    """Return the smallest extension; below it the server searches endlessly for space of zero blocks."""
     return _legs(layout) * max(_stripe_blocks(layout), _set_blocks(layout)) * BLOCK_BYTES
 
 
 def minimum_bytes(layout: Layout) -> int:
-    """Return the smallest size that a volume of this layout can have."""
+    """Return the smallest possible size."""
     return _size_of(_stripes_for(MINIMUM_BYTES, layout), layout)
 
 
 def size_to_create(capacity: CapacityRange, layout: Layout, reserved_bytes: int = 0) -> int:
-    """Choose the size of a new volume: never below `required_bytes`, never above `limit_bytes`.
+    """Return the size of a new volume.
 
-    `reserved_bytes` of the size are not the user's (a header of encryption); the range is what the user gets.
-    Raises `CapacityOutOfRange` where no possible size lies in the range.
+    The user gets the size without `reserved_bytes` (a LUKS header), which is within the capacity range. Raises
+    `CapacityOutOfRange` where no possible size is.
     """
     required, limit = _checked(capacity)
     most = limit + reserved_bytes if limit else LARGEST_BYTES
@@ -84,16 +82,15 @@ def size_to_create(capacity: CapacityRange, layout: Layout, reserved_bytes: int 
 
 
 def gigabytes_to_create(size_bytes: int, layout: Layout) -> float:
-    """Return what to ask for so that a volume of exactly `size_bytes` (a size from `size_to_create`) is made."""
+    """Return the capacity to request for a volume of exactly `size_bytes`, a size from `size_to_create`."""
     return _gigabytes(_stripes_for(size_bytes, layout), layout)
 
 
 def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) -> Extension | None:
-    """Work out the extension of a volume; None when it is large enough.
+    """Return the extension of a volume; None where it is large enough.
 
-    The server rounds what it adds separately, by the same arithmetic. The result is always at least one set of blocks
-    for each leg: the server does not survive less (it searches for space of zero blocks without end).
-    Raises `CapacityOutOfRange` where the range excludes the present size and every larger one that is possible.
+    The server rounds the added capacity by itself, with the same arithmetic. An extension is at least one set of blocks
+    for each leg. Raises `CapacityOutOfRange` where neither the present size nor a possible larger one is in the range.
     """
     required, limit = _checked(capacity)
     size = volume.size_bytes
@@ -115,7 +112,7 @@ def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) 
 
 
 def largest_size(most_bytes: int, layout: Layout) -> int:
-    """Return the largest size of at most so many bytes that the server can make; 0 where there is none."""
+    """Return the largest possible size of at most `most_bytes`; 0 where there is none."""
     stripes = most_bytes // (_legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES) + 1
     while stripes > 0 and _size_of(stripes, layout) > most_bytes:
         stripes -= 1
@@ -123,7 +120,7 @@ def largest_size(most_bytes: int, layout: Layout) -> int:
 
 
 def stripes_of(layout: Layout) -> tuple[int, int]:
-    """Return what lies on one drive before the next one's turn, and the data of a whole stripe; (0, 0) = no stripes."""
+    """Return the bytes of a stripe on one drive, and of its data on all drives; (0, 0) without stripes."""
     if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
         return 0, 0
     unit = (layout.stripe_size_blocks or _DEFAULT_STRIPE_BLOCKS) * BLOCK_BYTES
@@ -131,7 +128,7 @@ def stripes_of(layout: Layout) -> tuple[int, int]:
 
 
 def usable_bytes(raw_bytes: int, layout: Layout) -> int:
-    """Return how much a volume of this layout can hold on so much raw space; an upper bound."""
+    """Return an upper bound for the size of a volume on `raw_bytes` of free space."""
     if layout.raid_level in _MIRRORED:
         copies = 1 + (1 if layout.number_of_mirrors is None else layout.number_of_mirrors)
         usable = raw_bytes // copies
@@ -157,7 +154,7 @@ def _checked(capacity: CapacityRange) -> tuple[int, int]:
 
 
 def _out_of_range(capacity: CapacityRange, below: int, above: int) -> CapacityOutOfRange:
-    """Return the failure that names the possible sizes on both sides of the range; 0 below = none."""
+    """Return the error that names the nearest possible sizes; `below` 0 = none."""
     largest = f"the largest possible size below is {below} bytes" if below > 0 else "no smaller size is possible"
     smallest = f"the smallest above is {above} bytes" if above <= LARGEST_BYTES else "no larger size is possible"
     return CapacityOutOfRange(
@@ -185,7 +182,7 @@ def _set_blocks(layout: Layout) -> int:
 
 
 def _stripe_blocks(layout: Layout) -> int:
-    """Blocks in which a leg is cut; where the layout has no stripes, the set to which it is rounded."""
+    """Return the stripe on one leg; without stripes, the set to which a leg is rounded."""
     if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
         return BLOCKS_PER_SET
     stripe = layout.stripe_size_blocks or _DEFAULT_STRIPE_BLOCKS
@@ -195,7 +192,7 @@ def _stripe_blocks(layout: Layout) -> int:
 
 
 def _leg_blocks(stripes: int, layout: Layout) -> int:
-    """Return the blocks that the server gives each leg for so many stripes, by its float arithmetic."""
+    """Return the blocks of each leg for this number of stripes, by the server's float arithmetic."""
     stripe, per_set = _stripe_blocks(layout), _set_blocks(layout)
     if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
         return stripes * stripe
@@ -208,13 +205,13 @@ def _size_of(stripes: int, layout: Layout) -> int:
 
 
 def _gigabytes(stripes: int, layout: Layout) -> float:
-    """Return the capacity in the middle between so many stripes and one more."""
+    """Return the capacity in the middle between this number of stripes and the next one."""
     stripe_bytes = _legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES
     return (stripes * stripe_bytes + stripe_bytes // 2) / GIGABYTE
 
 
 def _stripes_for(least_bytes: int, layout: Layout) -> int:
-    """Return the lowest number of stripes for which the server gives at least so many bytes."""
+    """Return the lowest number of stripes for a size of at least `least_bytes`."""
     stripes = -(-least_bytes // (_legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES))
     while _size_of(stripes, layout) < least_bytes:
         stripes += 1
@@ -222,10 +219,9 @@ def _stripes_for(least_bytes: int, layout: Layout) -> int:
 
 
 def _stripes_between(least_bytes: int, most_bytes: int, layout: Layout) -> int | None:
-    """Return a number of stripes for which the server gives a size in this range; None where there is none.
+    """Return a number of stripes for a size in this range; None where there is none.
 
-    The nearest multiple of the granule is preferred: sizes between two granules leave a part of a stripe at the end of
-    each leg. Where the server does not make that one, or it exceeds the range, the next size is taken that it makes.
+    The nearest multiple of the granule is preferred, because other sizes leave part of a stripe at the end of each leg.
     """
     for least in (_round_up(least_bytes, granule_bytes(layout)), least_bytes):
         stripes = _stripes_for(least, layout)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from csi_driver.errors import InvalidRequest, shown
 
 _LARGEST_BYTES = 1 << 20
-_LARGEST_NUMBER = 1e9
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
+T = TypeVar("T")
 Source = str | Mapping[str, str]
 """The text of a file, or the files of a directory (a mounted ConfigMap) by name."""
 Entry = Mapping[str, object]
@@ -139,11 +138,8 @@ def _without_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """Reads the values of a mapping, typed by YAML or written as text (in a ConfigMap all are).
-
-    A value of the wrong type becomes a problem and reads as absent.
-    """
+class MappingReader:
+    """Reads the values of a mapping. An invalid value becomes a problem and reads as absent."""
 
     what: str
     entry: Entry
@@ -161,30 +157,16 @@ class Reader:
         text = self.text(key)
         return Path(text) if text else None
 
-    def boolean(self, key: str) -> bool | None:
-        """Return true or false; None where it is absent."""
-        value = self.entry.get(key)
-        if value is None or isinstance(value, bool):
-            return value
-        word = value.strip().lower() if isinstance(value, str) else ""
-        if word not in (*_TRUE, *_FALSE):
-            self._refuse(key, "true or false")
-            return None
-        return word in _TRUE
-
-    def number(self, key: str) -> float | None:
-        """Return a number above 0; None where it is absent."""
+    def value(self, key: str, read: Callable[[str], T]) -> T | None:
+        """Return a value by the reader of its flag, from YAML's types or from text; None where it is absent."""
         value = self.entry.get(key)
         if value is None:
             return None
         try:
-            number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
-        except ValueError:
-            number = 0.0
-        if not 0 < number < _LARGEST_NUMBER:
-            self._refuse(key, "a number above 0")
+            return read(str(value).strip())
+        except ValueError as error:
+            self._refuse(key, str(error))
             return None
-        return number
 
     def _refuse(self, key: str, expected: str) -> None:
         self.findings.problems.append(f"{self.what}: {key}: expected {expected}, got another value")

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from csi_driver.flags import read_boolean
 from csi_driver.model import DEFAULT_ZONE
-from csi_driver.yaml_document import Entry, Findings, InvalidDocument, Reader, Source, decode_mapping
+from csi_driver.yaml_document import Entry, Findings, InvalidDocument, MappingReader, Source, decode_mapping
 
 _WITHOUT_EFFECT: Mapping[str, str] = {
     "grpcMaxWorkers": "threads are started as needed",
@@ -98,7 +99,7 @@ def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findin
     }
     findings.unknown_keys(what, values, CONFIG_MAP_KEYS)
     _warn_without_effect(what, values, findings)
-    flags = dict(_controller_flags(Reader(what, values, findings)))
+    flags = dict(_controller_flags(MappingReader(what, values, findings)))
     shared = {key: value for key, value in values.items() if key in _SAME_KEYS or key in _RENAMED}
     if (topology := _mapping(values, "topology", findings)) is not None:
         shared = {key: value for key, value in shared.items() if not key.startswith("management.")}
@@ -163,21 +164,22 @@ def _has_https(zone: Entry) -> bool:
     return any(word.startswith("https:") if "://" in word else not is_plain for word in map(str, words))
 
 
-def _controller_flags(reader: Reader) -> Iterator[tuple[str, tuple[str, str]]]:
+def _controller_flags(reader: MappingReader) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield each flag that the configuration sets, with its key and its text there."""
     for key, flag in _CONTROLLER_FLAGS.items():
         value = reader.entry.get(key)
         if key == "logLevel" and isinstance(value, str):
             value = _LOG_LEVELS.get(value.upper(), value)
         if key == "usePreempt":
-            value = "always" if reader.boolean(key) else None
+            if not reader.value(key, read_boolean):
+                continue
+            value = "always"
+            reader.findings.warnings.append(
+                f"{reader.what}: usePreempt takes volumes from nodes that use them (--fencing always); the older driver"
+                " ignored it: remove it if this is not intended"
+            )
         if value is not None:
             yield flag, (key, str(value))
-    if reader.boolean("usePreempt"):
-        reader.findings.warnings.append(
-            f"{reader.what}: usePreempt takes volumes from nodes that use them (--fencing always); the older driver"
-            " ignored it: remove it if this is not intended"
-        )
 
 
 def _warn_without_effect(what: str, entry: Entry, findings: Findings) -> None:

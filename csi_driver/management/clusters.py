@@ -19,9 +19,18 @@ from urllib.parse import urlsplit
 from csi_driver.compat import clusters as compat
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import InvalidRequest, shown
+from csi_driver.flags import read_boolean, read_positive_count, read_positive_duration
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.model import ClusterNames, is_zone_name
-from csi_driver.yaml_document import Entry, Findings, InvalidDocument, Reader, Source, decode_mapping, read_source
+from csi_driver.yaml_document import (
+    Entry,
+    Findings,
+    InvalidDocument,
+    MappingReader,
+    Source,
+    decode_mapping,
+    read_source,
+)
 
 if TYPE_CHECKING:  # a node reads names from this file and never loads the client
     from csi_driver.management.client import ManagementClient
@@ -208,9 +217,9 @@ def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
                     f"zone {zone}: password: not accepted in this file; write it to a file of its own and set"
                     " passwordFile"
                 )
-        zones[zone] = _zone_settings(Reader(f"zone {zone}", entry, findings), defaults.management)
+        zones[zone] = _zone_settings(MappingReader(f"zone {zone}", entry, findings), defaults.management)
     findings.problems += _shared_servers(zones)
-    reader = Reader("the clusters file", document, findings)
+    reader = MappingReader("the clusters file", document, findings)
     for key, flag in _FLAGS.items():
         if text := reader.text(key):
             flags[flag] = (key, text)
@@ -258,16 +267,17 @@ def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
                 yield f"zone {zone}: server {server} is in zone {owner} too; describe each cluster as one zone"
 
 
-def _zone_settings(reader: Reader, own: ManagementSettings) -> ManagementSettings:
+def _zone_settings(reader: MappingReader, own: ManagementSettings) -> ManagementSettings:
     """Return the settings of one zone, with the command line's where it is silent."""
-    tls_verify, allow_incompatible = reader.boolean("tlsVerify"), reader.boolean("allowIncompatibleVersions")
+    tls_verify = reader.value("tlsVerify", read_boolean)
+    allow_incompatible = reader.value("allowIncompatibleVersions", read_boolean)
     settings = replace(
         _with_login(reader, own),
         servers=_servers(reader),
         ca_file=reader.path("caFile") or own.ca_file,
         tls_verify=own.tls_verify if tls_verify is None else tls_verify,
-        request_timeout_s=reader.number("requestTimeout") or own.request_timeout_s,
-        max_requests_in_flight=int(reader.number("maxRequestsInFlight") or own.max_requests_in_flight),
+        request_timeout_s=reader.value("requestTimeout", read_positive_duration) or own.request_timeout_s,
+        max_requests_in_flight=reader.value("maxRequestsInFlight", read_positive_count) or own.max_requests_in_flight,
         allow_incompatible_versions=(
             own.allow_incompatible_versions if allow_incompatible is None else allow_incompatible
         ),
@@ -276,7 +286,7 @@ def _zone_settings(reader: Reader, own: ManagementSettings) -> ManagementSetting
     return settings
 
 
-def _with_login(reader: Reader, own: ManagementSettings) -> ManagementSettings:
+def _with_login(reader: MappingReader, own: ManagementSettings) -> ManagementSettings:
     """Return settings with the zone's user or certificate; with the command line's where the zone has neither."""
     user, user_file = reader.text("user"), reader.path("userFile")
     password, password_file = reader.text("password"), reader.path("passwordFile")
@@ -296,7 +306,7 @@ def _with_login(reader: Reader, own: ManagementSettings) -> ManagementSettings:
     return own
 
 
-def _servers(reader: Reader) -> tuple[str, ...]:
+def _servers(reader: MappingReader) -> tuple[str, ...]:
     value = reader.entry.get("servers")
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

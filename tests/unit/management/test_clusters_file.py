@@ -136,7 +136,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     for wanted in (
         "unknown key 'shape'", "zone a: unknown key 'colour'", "zone a: servers: expected a list",
         "zone a: tlsVerify: expected", "zone b: management server: expected https://HOST:PORT, got 'ftp://m'",
-        "zone b: requestTimeout: expected a number", "zone name: expected at most 63", "got 'not a name'",
+        "zone b: requestTimeout: expected a time", "zone name: expected at most 63", "got 'not a name'",
         "zone c: expected a mapping",
     ):  # fmt: skip
         assert wanted in told
