@@ -1,7 +1,4 @@
-"""The node's use cases. Their requests are here, and loading them loads nothing else.
-
-`rpc.wire` has checked the shape of a request; the use case checks its paths.
-"""
+"""The node's use cases; their requests are here, so that `rpc.wire` loads nothing else."""
 
 from __future__ import annotations
 

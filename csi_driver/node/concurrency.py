@@ -33,10 +33,7 @@ Result = TypeVar("Result")
 
 
 class NotResponding(StorageUnavailable):
-    """A filesystem or device did not respond in time, or is still blocked on an earlier call.
-
-    `waits_in`: the driver functions that the thread is in, outermost first; empty if it has not started.
-    """
+    """A filesystem or device did not respond in time. `waits_in`: the functions that the thread is in."""
 
     def __init__(self, message: str, waits_in: str) -> None:
         self.waits_in = waits_in
@@ -92,10 +89,7 @@ class _Call(Generic[Result]):
 
 
 class Watchdog(Generic[Result]):
-    """Runs one call per volume at a time, in daemon threads that are replaced when a call hangs.
-
-    Daemon threads, because a thread that hangs in the kernel must not keep the program from exiting.
-    """
+    """Runs one call per volume at a time, in daemon threads that are replaced when a call hangs."""
 
     def __init__(self, name: str, workers: int | None = None) -> None:
         self._name = name
@@ -122,9 +116,7 @@ class Watchdog(Generic[Result]):
                     self._waiting.append((volume, call))
                     self._start_thread()
                 elif call.timed_out:
-                    raise NotResponding(
-                        f"{call.about} of volume {volume} is still blocked on an earlier call", call.stack()
-                    )
+                    raise NotResponding(f"{call.about} of volume {volume} is still blocked", call.stack())
             if not call.done.wait(deadline.remaining_s()):
                 self._time_out(call)
                 raise NotResponding(f"{call.about} of volume {volume} did not respond in time", call.stack())
@@ -193,19 +185,28 @@ class _Slots:
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._taken_s: dict[object, float] = {}
+        self.waiting = 0
 
     def take(self, within_s: float | None = None) -> object | None:
         """Take a slot, waiting up to `within_s` (None: without limit). Return None if there was none in time."""
         end_s = None if within_s is None else time.monotonic() + within_s
         slot = object()
         with self._changed:
-            while (free_in_s := self._free_in_s()) > 0:
-                left_s = free_in_s if end_s is None else min(free_in_s, end_s - time.monotonic())
-                if left_s <= 0:
-                    return None
-                self._changed.wait(left_s)
-            self._taken_s[slot] = time.monotonic()
+            self.waiting += 1
+            try:
+                while (free_in_s := self._free_in_s()) > 0:
+                    left_s = free_in_s if end_s is None else min(free_in_s, end_s - time.monotonic())
+                    if left_s <= 0:
+                        return None
+                    self._changed.wait(left_s)
+                self._taken_s[slot] = time.monotonic()
+            finally:
+                self.waiting -= 1
         return slot
+
+    @property
+    def held(self) -> int:
+        return len(self._taken_s)
 
     def give_back(self, slot: object) -> None:
         with self._changed:
@@ -221,8 +222,7 @@ class _Slots:
 class HeavyOperations:
     """Limits how many volumes are formatted, checked, grown or opened at once (--heavy-operations).
 
-    A call without a slot waits inside its RPC, so that many pods starting at once cause no errors. The read of a
-    whole volume may take hours, so it has slots of its own: a few large volumes do not delay the others.
+    A call without a slot waits inside its RPC. The read of a whole volume takes hours, so it has slots of its own.
     """
 
     def __init__(self, limit: int) -> None:
@@ -230,29 +230,22 @@ class HeavyOperations:
         self._slots = _Slots(limit, SLOT_TIMEOUT_S)
         self._scans = _Slots(limit, SCAN_TIMEOUT_S)
         self._held = threading.local()
-        self._lock = threading.Lock()
-        self._running = self._waiting = 0
 
     @contextmanager
     def slot(self, operation: str, *, deadline: Deadline) -> Iterator[None]:
         """Hold a slot for the block. Raises `DeadlineReached` if none came free in time."""
-        with self._counted(waiting=1):
-            slot = self._slots.take(deadline.remaining_s())
+        slot = self._slots.take(deadline.remaining_s())
         if slot is None:
             raise DeadlineReached(f"a free slot (--heavy-operations) to {operation}")
         self._held.slot = slot
         try:
-            with self._counted(running=1):
-                yield
+            yield
         finally:
             self._slots.give_back(self._held.slot)
 
     @contextmanager
     def scan(self) -> Iterator[None]:
-        """Exchange the held slot for a scan slot for the block, which reads a whole volume.
-
-        Waits for both without limit: what was read must not have to be read again.
-        """
+        """Exchange the held slot for a scan slot during the block; waits without limit for both."""
         self._slots.give_back(self._held.slot)
         try:
             scan = self._scans.take()
@@ -265,15 +258,4 @@ class HeavyOperations:
 
     def running_and_waiting(self) -> tuple[int, int]:
         """Return how many operations run, including scans, and how many wait for a slot."""
-        with self._lock:
-            return self._running, self._waiting
-
-    @contextmanager
-    def _counted(self, *, running: int = 0, waiting: int = 0) -> Iterator[None]:
-        with self._lock:
-            self._running, self._waiting = self._running + running, self._waiting + waiting
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running, self._waiting = self._running - running, self._waiting - waiting
+        return self._slots.held + self._scans.held, self._slots.waiting + self._scans.waiting

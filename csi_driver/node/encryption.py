@@ -24,7 +24,7 @@ from csi_driver.host_model import (
 )
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.format import Preparation
-from csi_driver.node.format_policy import AnyFormat, Evidence, FormatAgain, FormatOver, Refuse, Use, decide
+from csi_driver.node.format_policy import AnyFormat, FormatAgain, FormatOver, Refuse, Use, decide
 from csi_driver.node.mount_owner import NodeVolume, VolumeDevice, is_cut_off
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts
 from csi_driver.node.usage_records import LUKS, UsageRecords
@@ -50,23 +50,16 @@ class EncryptedVolumes:
     heavy: HeavyOperations
     preparation: Preparation
 
-    # --- the device to use ---
-
     def in_use(self, volume: NodeVolume, device: Device, by: By) -> Device:
-        """Return the device of a staged volume to use: its own, or the opened one of an encrypted volume.
-
-        Raises `PreconditionFailed` when an encrypted volume is not open, or one that is not encrypted is.
-        """
+        """Return the device to use of a staged volume: its own, or the opened one. Raises `PreconditionFailed`."""
         opened = self.opened_over(volume, device)
         if by is By.NONE:
             if opened is not None:
-                raise PreconditionFailed(
-                    f"volume {volume} is to be used unencrypted but is open as an encrypted device: {opened.path}"
-                )
+                raise PreconditionFailed(f"volume {volume} is not encrypted, but is open as {opened.path}")
             return device
         if opened is None:
             raise PreconditionFailed(
-                f"encrypted volume {volume} is not open on this node: it must be staged before it is published"
+                f"encrypted volume {volume} is not open on this node: stage it before it is published"
             )
         return opened
 
@@ -89,11 +82,7 @@ class EncryptedVolumes:
         with self.devices.open(device) as opened:
             header = self.encryption.header(opened)
         if isinstance(header, LuksHeader) and header.subsystem == LUKS_SUBSYSTEM:
-            raise PreconditionFailed(
-                f"volume {volume} is to be used unencrypted but holds the LUKS header that this driver made"
-            )
-
-    # --- opening ---
+            raise PreconditionFailed(f"volume {volume} is not encrypted, but holds a LUKS header of this driver")
 
     def open(self, target: VolumeDevice, plan: EncryptionPlan, *, deadline: Deadline) -> VolumeDevice:
         """Open the volume, with a new header if it has none and may get one, and return the opened device.
@@ -117,7 +106,7 @@ class EncryptedVolumes:
         mapping = self.encryption.mapping(volume.name)
         if mapping is None or mapping.below != target.device.number or not mapping.is_of(header):
             raise PreconditionFailed(
-                f"{self.encryption.path_of(volume.name)}: expected volume {volume}, got another device"
+                f"{self.encryption.path_of(volume.name)}: expected volume {volume}, got another one"
             )
         if volume.context is not None:
             inner_bytes = max(0, volume.size_bytes - header.data_offset_bytes)
@@ -131,9 +120,7 @@ class EncryptedVolumes:
             return None
         path, device = self.encryption.path_of(target.volume.name), target.device
         if not mapping.is_encryption:
-            raise PreconditionFailed(
-                f"{path}: expected the encrypted device of volume {target.volume}, got another mapped device"
-            )
+            raise PreconditionFailed(f"{path}: expected an encrypted device, got another mapped device")
         is_dead = not mapping.size_bytes or mapping.below is None or not self.devices.size_bytes(mapping.below)
         if mapping.below == device.number and self.devices.is_claimed(device) is False:
             is_dead = True  # it lies over an earlier disk with the same name and number
@@ -150,7 +137,7 @@ class EncryptedVolumes:
         if mapping.read_only == target.read_only or self._is_mounted(mapping):
             if mapping.read_only and not target.read_only:
                 raise PreconditionFailed(
-                    f"volume {target.volume}: expected write access, got an encrypted device that is open read-only"
+                    f"encrypted volume {target.volume}: expected write access, it is open read-only"
                 )
             return mapping
         self.encryption.close(mapping)
@@ -161,9 +148,7 @@ class EncryptedVolumes:
         with self.devices.open(target.device) as opened:
             header = self.encryption.header(opened)
             if not isinstance(header, LuksHeader) or not mapping.is_of(header):
-                raise PreconditionFailed(
-                    f"{self.encryption.path_of(mapping.name)} was not opened by the header of volume {target.volume}"
-                )
+                raise PreconditionFailed(f"volume {target.volume} was opened by another LUKS header than its own")
             passphrase = self._first_right(opened, plan.passphrases)
         if passphrase is None:
             raise _denied(target.volume)
@@ -190,9 +175,8 @@ class EncryptedVolumes:
     def _judge(
         self, opened: OpenDevice, target: VolumeDevice, plan: EncryptionPlan, deadline: Deadline
     ) -> LuksHeader | AnyFormat | Refuse:
-        """Decide whether to use the header on the device, make one, or refuse."""
         header = self.encryption.header(opened)
-        evidence = self._evidence(target)
+        evidence = self.preparation.evidence(target.volume, target.uuid)
         may_write = _may_write_header(target, plan)
         problem = "a damaged LUKS header" if isinstance(header, DamagedHeader) else "no LUKS header"
         if isinstance(header, LuksHeader):
@@ -203,9 +187,7 @@ class EncryptedVolumes:
                 return FormatAgain(LUKS)
             problem = problem or "a LUKS header without a key, which nothing can open"
         if plan.by is By.NATIVE:
-            return Refuse(
-                f"holds {problem}; expected the LUKS header that the storage made when it initialised the volume"
-            )
+            return Refuse(f"holds {problem}; expected the LUKS header that the storage made with the volume")
         if isinstance(header, LuksHeader):
             if evidence.may_format_over and may_write:
                 return FormatOver(LUKS, problem)
@@ -215,16 +197,6 @@ class EncryptedVolumes:
         if target.is_shared and not isinstance(verdict, Refuse):
             return Refuse("has no LUKS header, and gets none while other nodes may write to it: " + SHARED_WAY_OUT)
         return Refuse(f"holds {verdict.fs_type}; expected a LUKS header") if isinstance(verdict, Use) else verdict
-
-    def _evidence(self, target: VolumeDevice) -> Evidence:
-        return Evidence(
-            history=target.volume.history,
-            attachment=target.volume.attachment,
-            record=self.records.read(target.uuid) if target.uuid else None,
-            format_allowed=target.volume.format_allowed,
-        )
-
-    # --- headers and keys ---
 
     def _make(self, opened: OpenDevice, target: VolumeDevice, plan: EncryptionPlan, verdict: AnyFormat) -> LuksHeader:
         plan.require_good_passphrase()
@@ -248,10 +220,7 @@ class EncryptedVolumes:
     def _right_passphrase(
         self, opened: OpenDevice, header: LuksHeader, target: VolumeDevice, plan: EncryptionPlan, *, may_write: bool
     ) -> str:
-        """Return the passphrase that opens the volume, after replacing the previous one if asked.
-
-        The new one is added and tested before the old one is removed: one of them opens the volume at every moment.
-        """
+        """Return the right passphrase, after replacing the previous one: the new one is added and tested first."""
         right = self._first_right(opened, (plan.passphrase, *plan.spelled))
         if right is not None and not (may_write and plan.previous and header.key_slots > 1):
             return right
@@ -278,16 +247,12 @@ class EncryptedVolumes:
         self.encryption.remove_key(opened, previous)
         logger.info("volume %s: its previous passphrase was removed", target.volume)
 
-    # --- growing and closing ---
-
     def header_bytes(self, volume: NodeVolume, device: Device) -> int:
         """Return the size of the LUKS header of an open volume."""
         with self.devices.open(device) as opened:
             header = self.encryption.header(opened)
         if not isinstance(header, LuksHeader):
-            raise PreconditionFailed(
-                f"volume {volume} is open but its LUKS header is damaged: keep it open and copy its data"
-            )
+            raise PreconditionFailed(f"the LUKS header of volume {volume} is damaged: keep it open and copy its data")
         return header.data_offset_bytes
 
     def grow(self, volume: NodeVolume, device: Device, used: Device, secrets: Mapping[str, str]) -> Device:
@@ -330,10 +295,9 @@ class EncryptedVolumes:
             self.encryption.resume(mapping)
 
     def close(self, volume: NodeVolume) -> None:
-        """Close the volume if nothing on this node has it mounted; not open is success.
+        """Close the volume if nothing on this node has it mounted. Raises `PreconditionFailed` if it is busy otherwise.
 
-        Raises `PreconditionFailed` when it is busy otherwise: a retry helps. A volume whose device is gone or was
-        taken from this node is then left open for `Reconcile`, as its last user may hang for long.
+        Left to `Reconcile` if its device is gone or was taken from this node: its last user may hang for long.
         """
         mapping = self.encryption.mapping(volume.name)
         if mapping is None or not self._is_of(mapping, volume) or self._is_mounted(mapping):

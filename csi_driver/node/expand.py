@@ -46,11 +46,9 @@ class Expand:
     settings: NodeSettings
 
     def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
-        """Wait until the device has the requested size, grow to it, and return the size in bytes.
+        """Wait until the device has the requested size, grow to it, and return the size without the LUKS header.
 
-        A LUKS header is not counted if it is beside the requested size. Raises `VolumeNotMounted` when the volume is
-        not at the path, `CapacityOutOfRange` when it is larger than the limit, `PreconditionFailed` when its
-        filesystem cannot grow as it is mounted, `DeadlineReached`.
+        Raises `VolumeNotMounted`, `CapacityOutOfRange`, `PreconditionFailed` when it cannot grow, `DeadlineReached`.
         """
         volume = NodeVolume.of_request(request.volume_id)
         mounted = self._mount_of(volume, request)
@@ -129,13 +127,10 @@ class Expand:
             self.filesystems.grow_mounted(writable.path, device, mounted.fs_type)
 
     def _writable_mount(self, volume: NodeVolume, device: Device) -> Mount:
-        """Return a writable mount of the filesystem; it cannot be grown by a read-only one."""
         for found in self.mounts.of_device(device):
             if found.node_number is None and not found.read_only and self.ownership.is_live(found, device):
                 return found
-        raise PreconditionFailed(
-            f"volume {volume} is mounted read-only; its filesystem grows when it is staged writable"
-        )
+        raise PreconditionFailed(f"volume {volume} is mounted read-only; it grows when it is staged writable")
 
 
 def known_path(paths: Paths, volume: NodeVolume, path: str) -> Path:

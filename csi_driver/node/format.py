@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
@@ -41,10 +41,7 @@ BUSY_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A device that may be mounted. `grow_mounted`: its filesystem must grow once it is mounted.
-
-    `is_new`: this call made the filesystem.
-    """
+    """A device that may be mounted, made by this call if `is_new`, and to be grown then if `grow_mounted`."""
 
     fs_type: str
     grow_mounted: bool = False
@@ -74,10 +71,7 @@ class Preparation:
         return self._check_and_grow(target.device, settled.fs_type, deadline)
 
     def record_use(self, target: VolumeDevice, plan: MountPlan, prepared: Prepared) -> None:
-        """Record that the volume is in use, before it is mounted.
-
-        From here on nothing is formatted under this attachment, and its mounts must not be used under a later one.
-        """
+        """Record, before the mount, that the volume is in use: nothing is formatted under this attachment any more."""
         if target.uuid is not None:
             pending = plan.root_mode is not None if prepared.is_new else None
             record_use(self.records, target.uuid, target.volume.attachment, USED, root_mode_pending=pending)
@@ -102,12 +96,17 @@ class Preparation:
             return ""
         return (
             f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment "
-            f"{volume.attachment}: it was detached from this node in between; unmount it everywhere first"
+            f"{volume.attachment}: it was detached from this node in between; unstage it and stage it again"
         )
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Tell whether the filesystem should grow to its device."""
         return self.filesystems.recorded_bytes(device, fs_type) + GROWTH_THRESHOLD_BYTES < device.size_bytes
+
+    def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
+        """Return what is known of the volume's history."""
+        record = self.records.read(uuid) if uuid else None
+        return Evidence(volume.history, volume.attachment, record, format_allowed=volume.format_allowed)
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
         """Prove the device blank, or wipe it, and record that a format begins; return the volume's UUID.
@@ -151,13 +150,7 @@ class Preparation:
     def _judge(self, opened: OpenDevice, target: VolumeDevice, plan: MountPlan, deadline: Deadline) -> Verdict:
         uuid = target.volume.uuid or opened.device.uuid
         content = self.filesystems.probe(opened, deadline=deadline)
-        evidence = Evidence(
-            history=target.volume.history,
-            attachment=target.volume.attachment,
-            record=self.records.read(uuid) if uuid else None,
-            own_uuid=uuid,
-            format_allowed=target.volume.format_allowed,
-        )
+        evidence = replace(self.evidence(target.volume, uuid), own_uuid=uuid)
         verdict = decide(content, plan.request, evidence, supported=self.filesystems.supported())
         if isinstance(verdict, Format | FormatAgain | FormatOver):
             plan.require_mkfs()
@@ -228,9 +221,7 @@ def _share_mount(mounts: list[Mount], volume: NodeVolume, plan: MountPlan) -> Pr
     """Refuse to mount a mounted volume once more with another filesystem type or access."""
     held = next((found for found in mounts if not found.read_only), mounts[0])
     if plan.request.fs_type and held.fs_type != plan.request.fs_type:
-        raise PreconditionFailed(
-            f"volume {volume}: expected {plan.request.fs_type}, got a mount of {held.fs_type} at {held.path}"
-        )
+        raise PreconditionFailed(f"volume {volume}: expected {plan.request.fs_type}, got {held.fs_type} at {held.path}")
     if held.read_only != plan.read_only:
         have, expected = ("read-only", "read-write") if held.read_only else ("read-write", "read-only")
         raise PreconditionFailed(f"volume {volume}: expected it mounted {expected}, got a {have} mount at {held.path}")
@@ -245,6 +236,6 @@ def _require_identity(device: Device, target: VolumeDevice) -> str:
         raise PreconditionFailed(f"volume {volume} is not formatted: neither its ID nor its device has its UUID")
     if device.size_bytes < volume.size_bytes:
         raise PreconditionFailed(
-            f"volume {volume} is not formatted: expected a device of {volume.size_bytes} bytes, got {device.size_bytes}"
+            f"volume {volume} is not formatted: expected {volume.size_bytes} bytes, got {device.size_bytes}"
         )
     return uuid

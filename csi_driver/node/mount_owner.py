@@ -21,15 +21,9 @@ from csi_driver.publish_context import History, PublishContext, held_reference
 logger = logging.getLogger(__name__)
 
 
-# --- volumes of requests ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class NodeVolume:
-    """A volume as a request names it. `uuid` is None where neither its ID nor its publish context has it.
-
-    `context` is None for requests without one, and for attachments that this driver did not make.
-    """
+    """A volume as a request names it; `uuid` and `context` are None where the request does not have them."""
 
     volume_id: str
     name: str
@@ -52,9 +46,7 @@ class NodeVolume:
         if context is None:
             return volume
         if context.name != volume.name:
-            raise PreconditionFailed(
-                f"publish_context: expected volume {volume.name} as in volume_id, got {context.name}"
-            )
+            raise PreconditionFailed(f"publish_context: expected volume {volume.name} (volume_id), got {context.name}")
         if volume.uuid is not None and volume.uuid != context.uuid:
             raise VolumeNotFound(volume_id, f"the volume of this name that is attached has the uuid {context.uuid}")
         return replace(volume, uuid=context.uuid, context=context)
@@ -87,10 +79,7 @@ class NodeVolume:
 
 @dataclass(frozen=True, slots=True)
 class VolumeDevice:
-    """A volume's device (of an encrypted volume also the opened one), and how a request uses it.
-
-    `is_shared`: other nodes may write to the volume at the same time.
-    """
+    """A volume's own or opened device, and how a request uses it. `is_shared`: other nodes may write to the volume."""
 
     volume: NodeVolume
     device: Device
@@ -103,15 +92,8 @@ class VolumeDevice:
         return self.volume.uuid or self.device.uuid
 
 
-# --- attachment state -------------------------------------------------------------------------------------------------
-
-
 class AttachmentState(Enum):
-    """Whether a volume is attached to this node under one reference ID, by the files of the storage client.
-
-    A node that was lost and comes back may have mounts of a volume that another node took over. This is found out
-    without the management and without touching the device.
-    """
+    """Whether a volume is attached to this node, from the files of the storage client, without touching the device."""
 
     ATTACHED = "attached"
     WITHDRAWN = "detached, but its device may carry I/O"
@@ -168,9 +150,6 @@ def _is_conclusive(devices: Devices) -> bool:
     return client.uuid is not None and not client.is_upgrading and not client.problem
 
 
-# --- owners of mounts -------------------------------------------------------------------------------------------------
-
-
 class Owner(Enum):
     """To which device a mount belongs."""
 
@@ -219,11 +198,7 @@ class Ownership:
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
     def is_left_behind(self, mounted: Mount, name: str) -> bool:
-        """Tell whether a filesystem's device went away and its number belongs to another device now.
-
-        Mounts of another volume have another source. Where the volume itself came back under its number, no mount
-        claims the device.
-        """
+        """Tell whether a filesystem's device went away and another device has its number, or the volume's next one."""
         if mounted.node_number is not None or mounted.source != str(self.devices.path_of(name)):
             return False
         device = self.devices.find(name)
@@ -232,10 +207,7 @@ class Ownership:
         return self.devices.name_of(mounted.number) not in (None, name)
 
     def is_live(self, mounted: Mount, device: Device) -> bool:
-        """Tell whether a mount is of the device as it is now; True also where that is not known.
-
-        A live filesystem claims its device exclusively, or the encrypted device between them does.
-        """
+        """Tell whether a mount is of the device as it is now: a live one claims it exclusively. True if not known."""
         if mounted.node_number is None and self.devices.is_claimed(device) is False:
             return False
         return mounted.can_be_of(device)
@@ -253,17 +225,14 @@ class Ownership:
         return is_back and self.owner_of(mounted, volume) is Owner.DEAD
 
     def unmount(self, path: Path, volume: NodeVolume) -> bool:
-        """Unmount all mounts at `path` that are the volume's or dead; False when another mount is there.
-
-        Raises `PreconditionFailed` when a mount is busy; only a dead one is then detached lazily.
-        """
+        """Unmount all mounts at `path` that are the volume's or dead; False when another one is there."""
         while (mounted := self.mounts.at(path)) is not None:
             if not self.unmount_one(mounted, path, volume):
                 return False
         return True
 
     def unmount_one(self, mounted: Mount, path: Path, volume: NodeVolume) -> bool:
-        """Unmount `mounted`, the topmost mount at `path`, if it is the volume's or dead; False otherwise."""
+        """Unmount the topmost mount at `path` if it is the volume's or dead; raises `PreconditionFailed` if busy."""
         owner = self.owner_of(mounted, volume)
         if owner is Owner.OTHER:
             return False
@@ -295,11 +264,14 @@ class Ownership:
         gone = "" if self.devices.size_bytes(number) else ", which is gone"
         return f"{mounted.fs_type} of {mounted.source} (device {number}{gone})"
 
+    def held_by_another(self, path: str, volume: NodeVolume, mounted: Mount) -> PreconditionFailed:
+        """Return the error for a path with a mount of another volume."""
+        return PreconditionFailed(f"{path}: expected volume {volume}, got {self.describe(mounted)}")
+
     def name_of(self, mounted: Mount) -> str | None:
         """Return the name of the volume from whose device path a mount was made; None for other mounts.
 
-        Others have encrypted devices in the same directory. So an opened device counts only over the volume's device,
-        or over one that is gone.
+        An opened device counts only over the volume's device or over one that is gone: others share its directory.
         """
         source = PurePosixPath(mounted.source if mounted.node_number is None else mounted.root_path)
         name = source.name
@@ -350,7 +322,6 @@ class Ownership:
         return bool(number.major) and not self.devices.size_bytes(number)
 
     def _mapping(self, name: str, mounted: Mount) -> LuksMapping | None:
-        """Return the opened encrypted device of a mount."""
         mapping = self.encryption.mapping(name)
         is_it = mapping is not None and mapping.is_encryption and mapping.number == number_of(mounted)
         return mapping if is_it else None
@@ -362,7 +333,6 @@ class Ownership:
         return mounted.root_path.parts[-2:] in [path.parts[-2:] for path in paths]
 
     def _was_made_from_another(self, mounted: Mount, volume: NodeVolume) -> bool:
-        """Tell whether a filesystem was mounted from the path of another volume's device."""
         source = PurePosixPath(mounted.source)
         is_beside = str(source.parent) == str(self.devices.path_of(volume.name).parent)
         return mounted.node_number is None and is_beside and source.name != volume.name

@@ -30,11 +30,7 @@ class NodeIdentity:
     _client_limit: int = field(default=0, init=False)
 
     def info(self) -> NodeInfo:
-        """Return the node's ID (its storage client's UUID, otherwise its name), volume limit and topology.
-
-        Raises `StorageUnavailable` while the storage client has not shown its UUID, `PreconditionFailed` when the
-        zone is not known.
-        """
+        """Return node ID, volume limit and topology. Raises `StorageUnavailable`, `PreconditionFailed`."""
         return NodeInfo(
             node_id=self._client_id() or self.settings.node_name,
             max_volumes=self._limit(),
@@ -42,10 +38,7 @@ class NodeIdentity:
         )
 
     def _client_id(self) -> str | None:
-        """Return the client's UUID, during an upgrade the last one; None on a node without client.
-
-        A changed ID would be another node for the CO: its volumes could not be detached.
-        """
+        """Return the client's UUID, also during its upgrade: a node must not change its ID. None without a client."""
         client = self.devices.client()
         if client.uuid is not None:
             self._client_uuid, self._client_limit = client.uuid, client.volume_limit
@@ -55,10 +48,9 @@ class NodeIdentity:
         return self._client_uuid
 
     def _limit(self) -> int:
-        """Return how many CSI volumes this node takes: the configured limit, at most the client's; 0 = no limit.
+        """Return how many CSI volumes this node takes, without those that others attached; 0 = no limit.
 
-        The CO counts only CSI volumes, so those that others attached are subtracted. At least 1, as 0 would mean no
-        limit; the controller refuses the volume then.
+        At least 1 with a limit; the controller refuses the volume if there is no room.
         """
         limits = (self.settings.max_volumes_per_node, self._client_limit)
         limit = min((limit for limit in limits if limit), default=0)
@@ -83,10 +75,7 @@ class NodeIdentity:
 
 
 def foreign_attachments(devices: Devices, records: UsageRecords) -> int:
-    """Return how many volumes on this node were not attached by CSI.
-
-    The storage does not tell static handles from manual attachments, so a volume with a usage record counts as CSI's.
-    """
+    """Return how many volumes were not attached by CSI: without CSI reference and without usage record on this node."""
     return sum(not _has_record(records, uuid) for uuid in devices.unnamed())
 
 
@@ -95,9 +84,6 @@ def _has_record(records: UsageRecords, uuid: str) -> bool:
         return records.read(uuid) is not None
     except HostFailure:
         return True  # unreadable, but only this driver makes records
-
-
-# --- zone -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,8 +97,8 @@ class NodeZone:
     given: str | None
     topology_key: str | None
     node_name: str
-    client_servers: Callable[[], Sequence[str]]
-    clusters: Callable[[], ClusterNames]
+    client_servers: Callable[[], Sequence[str]] = tuple
+    clusters: Callable[[], ClusterNames] = ClusterNames
     _found: Segments | None = field(default=None, init=False)
 
     def segments(self) -> Segments:
@@ -134,9 +120,7 @@ def zone_of(node_name: str, client_servers: Sequence[str], clusters: ClusterName
     by_name = _zones_with(clusters.nodes, [node_name])
     for found, why in ((by_servers, "the storage client's management servers"), (by_name, "the name of this node")):
         if len(found) > 1:
-            raise PreconditionFailed(
-                f"zone of this node: expected one, got {', '.join(found)}: each matches {why}; set --zone"
-            )
+            raise PreconditionFailed(f"zone of this node: expected one, got {', '.join(found)} by {why}; set --zone")
         if found:
             return found[0]
     known = sorted({*clusters.servers, *clusters.nodes})

@@ -34,19 +34,13 @@ class Devices(Protocol):
     """Block devices of volumes, and the status files of the storage client, which are read without device I/O."""
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the device exists, has a size, carries I/O and is proven to be the volume's.
-
-        Raises `DeadlineReached`, or `PreconditionFailed` at once for a device of another volume.
-        """
-        ...
+        """Wait until the device has a size, carries I/O and is proven to be the volume's, not another one's."""
 
     def find(self, name: str, uuid: str | None = None) -> Device | None:
         """Return the device as it is now; None when it is absent or has no size.
 
-        Its `uuid` is None where nothing proves its identity: then it must not be read or written. The argument `uuid`
-        is for evidence that can only be compared.
+        Its `uuid` is None where nothing proves its identity: then it must not be read or written.
         """
-        ...
 
     def open(
         self, device: Device, *, write: bool = False, exclusive: bool = False
@@ -56,55 +50,38 @@ class Devices(Protocol):
         Raises `PreconditionFailed` for another device than the given one, one without I/O or, with `exclusive`, a busy
         one; `OperationPending` while another program works on it; `IdentityNotProven` with `write` without identity.
         """
-        ...
 
     def is_claimed(self, device: Device) -> bool | None:
         """Tell whether a mount or a program has the device open exclusively (O_EXCL); None = not known now."""
-        ...
 
     def is_open(self, device: Device) -> bool | None:
         """Tell whether anything on this machine has the device open; None = not known now."""
-        ...
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
         """Return the size of a device without opening it; None when the device is gone."""
-        ...
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
         """Return the volume UUID that the device itself has (loop label, SCSI serial number); None without one."""
-        ...
 
     def set_read_only(self, device: Device) -> None:
         """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
-        ...
 
-    def client(self) -> StorageClient:
-        """Return the state of this node's storage client."""
-        ...
+    def client(self) -> StorageClient: ...
 
     def unnamed(self) -> tuple[str, ...]:
         """Return the UUIDs of volumes whose attachment does not name a CSI driver."""
-        ...
 
     def present(self) -> Mapping[str, str] | None:
         """Return the UUID of every volume on this node, by name; None when one of them is not known."""
-        ...
 
-    def status(self, name: str) -> VolumeStatus | None:
-        """Return the client's status of a volume; None without one."""
-        ...
+    def status(self, name: str) -> VolumeStatus | None: ...
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference IDs under which this node has attached the volume; None = not known now."""
-        ...
 
-    def name_of(self, number: DeviceNumber) -> str | None:
-        """Return the volume whose device has that number now; None without one."""
-        ...
+    def name_of(self, number: DeviceNumber) -> str | None: ...
 
-    def path_of(self, name: str) -> Path:
-        """Return the path of a volume's device, which is the source of its mounts."""
-        ...
+    def path_of(self, name: str) -> Path: ...
 
 
 class Attachments(Protocol):
@@ -124,34 +101,24 @@ class Attachments(Protocol):
         `is_again`: raise `NotAttached` unless it is still attached. Raises `VolumeNotFound`, `PreconditionFailed`
         naming the node that has it, `DeadlineReached`.
         """
-        ...
 
-    def detach(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Detach this handle's volume from this node and wait for it."""
-        ...
+    def detach(self, volume_id: str, *, deadline: Deadline) -> None: ...
 
 
 class ReadOnlyDevices(Protocol):
     """Read-only loop devices over devices that are writable elsewhere on this node."""
 
     def over(self, device: Device, uuid: str, reader: str) -> Device:
-        """Return the reader's read-only device over `device`; make it if there is none.
-
-        `reader`: 16 hexadecimal digits that identify the reader in every call.
-        """
-        ...
+        """Return the reader's read-only device over `device`, made if absent. `reader`: 16 hexadecimal digits."""
 
     def release(self, number: DeviceNumber) -> bool:
         """Remove such a device; False when it is not one of this driver or is in use."""
-        ...
 
     def present(self, name: str | None = None) -> Sequence[ReadOnlyDevice]:
         """Return all such devices, or those of one volume without looking at other devices."""
-        ...
 
     def release_left_over(self, reader: str, name: str) -> None:
         """Remove each unused device of the reader over that volume, whether or not the volume's device exists."""
-        ...
 
 
 class Encryption(Protocol):
@@ -159,65 +126,42 @@ class Encryption(Protocol):
 
     def why_unusable(self) -> str:
         """Return why this machine cannot open encrypted devices, and what to do; empty = it can."""
-        ...
 
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
         """Return the LUKS header of the device; None when there is no trace of one. Raises as `Filesystems.probe`."""
-        ...
 
     def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
-        """Make a LUKS2 header that names the volume, destroying the content. Has a long timeout of its own.
-
-        Raises `InvalidField` for a cipher or key size that this machine does not have.
-        """
-        ...
+        """Make a LUKS2 header that names the volume, destroying the content; `InvalidField` for an unknown cipher."""
 
     def opens(self, device: OpenDevice, passphrase: str) -> bool:
         """Test a passphrase without opening the volume; takes seconds by design."""
-        ...
 
-    def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None:
-        """Add a passphrase. Raises `Denied` when `passphrase` is wrong."""
-        ...
+    def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None: ...
 
     def remove_key(self, device: OpenDevice, passphrase: str) -> None:
         """Remove a passphrase. Raises `PreconditionFailed` for the last one."""
-        ...
 
     def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
         """Open the volume under its own name. Raises `Denied` when the passphrase is wrong."""
-        ...
 
-    def mapping(self, name: str) -> LuksMapping | None:
-        """Return the opened device of that name; None without one."""
-        ...
+    def mapping(self, name: str) -> LuksMapping | None: ...
 
     def below(self, number: DeviceNumber) -> DeviceNumber | None:
         """Return the device under an opened one; None when that is gone, or `number` is not an opened one."""
-        ...
 
-    def path_of(self, name: str) -> Path:
-        """Return the path of a volume's opened device, which is the source of its mounts."""
-        ...
+    def path_of(self, name: str) -> Path: ...
 
     def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
         """Return an opened device as the volume's. Raises `PreconditionFailed` when it is another volume's."""
-        ...
 
     def resume(self, mapping: LuksMapping) -> None:
         """Resume I/O of a device that an interrupted resize left suspended."""
-        ...
 
     def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
-        """Give an opened device the size of the device under it.
-
-        Raises `Denied` when the passphrase is wrong, or is missing and the kernel needs one.
-        """
-        ...
+        """Give an opened device the size of the device under it; `Denied` without the passphrase that it needs."""
 
     def close(self, mapping: LuksMapping) -> None:
         """Close an opened device; already closed is success. Raises `PreconditionFailed` while it is in use."""
-        ...
 
 
 class Mounts(Protocol):
@@ -225,37 +169,24 @@ class Mounts(Protocol):
 
     def at(self, path: Path) -> Mount | None:
         """Return the topmost mount at `path`; None without one. Does not read the mount table."""
-        ...
 
     def table(self) -> Sequence[Mount]:
         """Return all mounts in the kernel's order, without touching a filesystem. Takes time for each mount."""
-        ...
 
     def of_device(self, device: Device) -> list[Mount]:
-        """Return all mounts of the device's filesystem and bind mounts of its node. Reads the mount table.
-
-        Leaves out mounts made from another volume's node: they are left over from a device with the same number.
-        """
-        ...
+        """Return all mounts of the device and bind mounts of its node; not those made from another volume's node."""
 
     def twins(self, path: Path) -> Sequence[Path]:
         """Return the other paths of the mount at `path`, where its directory is a shared bind mount."""
-        ...
 
     def reaches_host(self, path: Path) -> bool:
         """Tell whether mounts made at `path` are visible to process 1, as far as can be found out."""
-        ...
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
-        """Mount the device, and verify the mount before it becomes visible.
-
-        Raises `InvalidField` naming an option that the kernel refuses.
-        """
-        ...
+        """Mount the device, verified before it becomes visible; `InvalidField` names an option that is refused."""
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         """Bind-mount a directory, or a device node onto a file."""
-        ...
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
         """Unmount the topmost mount at `path`; none is success. Raises `PreconditionFailed` if busy.
@@ -263,7 +194,6 @@ class Mounts(Protocol):
         `lost`: its device, where that is gone or was detached from this node. Then a busy mount is detached as well,
         and what its users have not written yet never reaches a device.
         """
-        ...
 
 
 class Filesystems(Protocol):
@@ -271,27 +201,20 @@ class Filesystems(Protocol):
 
     def supported(self) -> Sequence[str]:
         """Return the filesystem types that this machine can make and mount, "ext4" first."""
-        ...
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        """Read head, tail and every location of a superblock, bypassing the page cache.
-
-        Raises `HostFailure` when a read fails or is short.
-        """
-        ...
+        """Read head, tail and all superblock locations from the disk; `HostFailure` when a read fails or is short."""
 
     def first_data(
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
     ) -> int | None:
-        """Read every block; return the offset of the first byte that is not zero, None if all are.
+        """Read every block; return the offset of the first byte that is not zero, None if all are. Raises as `probe`.
 
-        Calls `progress(done_bytes, total_bytes)`. Raises `HostFailure` as `probe`, `DeadlineReached` with a deadline.
+        Calls `progress(done_bytes, total_bytes)`.
         """
-        ...
 
     def wipe(self, device: OpenDevice) -> None:
         """Write zeroes to every location that `probe` reads."""
-        ...
 
     def make(
         self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
@@ -301,27 +224,21 @@ class Filesystems(Protocol):
         Proves the device's identity once more just before. `asked`: those of the options that the user gave;
         `InvalidField` names them when mkfs refuses.
         """
-        ...
 
     def check(self, device: Device, fs_type: str) -> None:
         """Check and repair the filesystem. Raises `PreconditionFailed` when it needs manual repair."""
-        ...
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         """Return the filesystem's size from its superblock. Raises `PreconditionFailed` without one."""
-        ...
 
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
         """Grow an unmounted filesystem; False when the type grows only mounted. Raises `PreconditionFailed` if busy."""
-        ...
 
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
         """Grow a mounted filesystem. Raises `PreconditionFailed` where this machine cannot grow it."""
-        ...
 
     def usage(self, path: Path) -> Usage:
         """Return statfs(2) of the filesystem. May hang: call it in a `Watchdog`."""
-        ...
 
 
 class Probes(Protocol):
@@ -329,15 +246,12 @@ class Probes(Protocol):
 
     def dead(self, mounted: Mount) -> Fault | None:
         """Return why the filesystem takes no writes any more; None when it does. Never waits for the device."""
-        ...
 
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
         """Return the faults of a device that the kernel shows; does not open it."""
-        ...
 
     def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         """Return the faults of a mounted filesystem."""
-        ...
 
 
 class Paths(Protocol):
@@ -348,35 +262,23 @@ class Paths(Protocol):
 
         `takes_off`: for an unmount; follows links that lead below a root.
         """
-        ...
 
     def kind(self, path: Path) -> str:
         """Return "directory", "file", "device", "other" or "absent"."""
-        ...
 
     def make_directory(self, path: Path) -> None:
         """Create the directory if needed. Raises `PreconditionFailed` without parent, or for another kind."""
-        ...
 
     def make_file(self, path: Path) -> None:
         """Create an empty file if needed, to bind a device to. Raises as `make_directory`."""
-        ...
 
-    def set_mode(self, path: Path, mode: int) -> None:
-        """Set the permission bits of a directory."""
-        ...
+    def set_mode(self, path: Path, mode: int) -> None: ...
 
     def remove(self, path: Path) -> None:
-        """Remove an empty directory or file; absent is success.
-
-        Raises `PreconditionFailed` for anything else, or a mount point.
-        """
-        ...
+        """Remove an empty directory or file, absent is success; `PreconditionFailed` for anything else."""
 
 
 class Tools(Protocol):
     """Requirements of the machine."""
 
-    def problems(self) -> Sequence[str]:
-        """Return what keeps this machine from serving volumes, a sentence each."""
-        ...
+    def problems(self) -> Sequence[str]: ...

@@ -1,7 +1,4 @@
-"""NodePublishVolume and NodeUnpublishVolume, and readers that share one mounted volume.
-
-A publication is a bind mount of the staging path, or of the device for raw block. Its state is read from the kernel.
-"""
+"""NodePublishVolume and NodeUnpublishVolume, and readers that share one mounted volume."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.format import Preparation
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice, is_same, number_of
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
-from csi_driver.node.usage_records import RAW, UsageRecords, earlier_use, record_use
+from csi_driver.node.usage_records import RAW, UsageRecords, record_use
 from csi_driver.parameters.encryption import encrypted_by
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, check_mount_group, mount_flags, plan_mount
@@ -94,15 +91,12 @@ class Publish:
     probes: Probes
     records: UsageRecords
     ownership: Ownership
+    preparation: Preparation
     encrypted: EncryptedVolumes
     shared_readers: SharedReaders
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
-        """Publish the volume at the target path.
-
-        Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (not staged, another volume at the target, a
-        second target of a single writer), `ExistsDifferently` (published with another capability).
-        """
+        """Publish the volume. Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed`, `ExistsDifferently`."""
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
         if not request.staging_target_path:
             raise PreconditionFailed(f"{STAGING_PATH} is not set: stage volume {volume} before it is published")
@@ -121,7 +115,8 @@ class Publish:
             case MountAccess() as access:
                 check_mount_group(access)
                 flags, _ = mount_flags(access.mount_flags)
-                self._require_present_attachment(volume)
+                if outdated := self.preparation.why_outdated(volume):
+                    raise PreconditionFailed(outdated)
                 if self.mounts.at(staging) is None and self.shared_readers.is_staged(volume, staging):
                     plan = self.shared_readers.plan(access, request)
                     self._publish_shared(VolumeDevice(volume, device, read_only=True), plan, target, deadline=deadline)
@@ -132,10 +127,7 @@ class Publish:
                 self._publish_block(VolumeDevice(volume, device, read_only), staging, target, mode)
 
     def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
-        """Unmount the volume from the target path and remove the path; not published there is success.
-
-        Leaves a mount of another volume, and then also the path, alone. Removes only an empty directory or file.
-        """
+        """Unmount the volume and remove the target path, if nothing else is mounted there and it is empty."""
         target = self.paths.check(target_path, TARGET_PATH, takes_off=True)
         volume = NodeVolume.parse(volume_id)
         if volume is None:
@@ -163,16 +155,6 @@ class Publish:
             self._release_reader(mounted, volume)
         return unmounted, True
 
-    # --- filesystem ---
-
-    def _require_present_attachment(self, volume: NodeVolume) -> None:
-        earlier = earlier_use(self.records, volume.uuid, volume.attachment)
-        if earlier:
-            raise PreconditionFailed(
-                f"volume {volume} is staged under its attachment {earlier}: expected the present one; it was "
-                "detached from this node in between: unstage it and stage it again"
-            )
-
     def _publish_mount(
         self, use: VolumeDevice, staging: Path, target: Path, access: MountAccess, mode: AccessMode
     ) -> None:
@@ -199,7 +181,6 @@ class Publish:
             raise PreconditionFailed(f"{staging} changed while volume {volume} was being published from it; retry")
 
     def _publish_shared(self, use: VolumeDevice, plan: MountPlan, target: Path, *, deadline: Deadline) -> None:
-        """Publish a shared reader, which is staged without a mount, by a mount of its own."""
         published = self.ownership.at(target, use.volume)
         if published is None:
             self._make_target_directory(use.volume, target)
@@ -232,29 +213,25 @@ class Publish:
         if staged is None:
             raise PreconditionFailed(f"volume {use.volume} is not staged at {staging}: nothing is mounted there")
         if staged.node_number is not None or not self.ownership.is_live(staged, use.device):
-            raise PreconditionFailed(
-                f"staging path {staging}: expected volume {use.volume}, got {self.ownership.describe(staged)}"
-            )
+            raise self.ownership.held_by_another(f"staging path {staging}", use.volume, staged)
         return staged
 
     def _accept(self, published: Mount, use: VolumeDevice, target: Path, root: str) -> None:
         found = [] if published.node_number is None else ["access: expected mount, got block"]
         if not published.can_be_of(use.device):
             if self.ownership.owner_of(published, use.volume) is not Owner.OURS:
-                raise self._held_by_another(published, use.volume, target)
+                raise self.ownership.held_by_another(f"target path {target}", use.volume, published)
             found = found or [f"device: expected {use.device.number}, got {number_of(published)}"]
         elif not found and published.root != root:
             found.append(f"root: expected {root}, got {published.root}")
         self._conclude(found, published, use, target)
-
-    # --- block ---
 
     def _publish_block(self, use: VolumeDevice, staging: Path, target: Path, mode: AccessMode) -> None:
         volume, device, read_only = use.volume, use.device, use.read_only
         staged = self.mounts.at(staging)
         if staged is not None:
             raise PreconditionFailed(
-                f"staging path {staging}: expected no mount (raw block), got {self.ownership.describe(staged)}"
+                f"staging path {staging}: expected no mount, got {self.ownership.describe(staged)}"
             )
         if self.paths.kind(staging) != "directory":
             raise PreconditionFailed(f"volume {volume} is not staged at {staging}")
@@ -289,7 +266,7 @@ class Publish:
             if not found and needs_reader:
                 found.append("device: expected a read-only one, got a writable one")
         elif self.ownership.owner_of(published, volume) is not Owner.OURS:
-            raise self._held_by_another(published, volume, target)
+            raise self.ownership.held_by_another(f"target path {target}", volume, published)
         elif not found and not needs_reader:
             found.append(f"device: expected {device.number}, got {number_of(published)}")
         elif not found:
@@ -300,7 +277,6 @@ class Publish:
         self._conclude(found, published, use, target)
 
     def _release_reader(self, unmounted: Mount, volume: NodeVolume) -> None:
-        """Remove the read-only device of a publication, but never the volume's own device."""
         if unmounted.node_number is None or self.encrypted.is_opened(unmounted.node_number):
             return
         device = self.ownership.device_of(volume)
@@ -311,10 +287,8 @@ class Publish:
         """Remove a read-only device of this target that a crash left before its bind mount, or after its unmount."""
         self.read_only_devices.release_left_over(_reader_id(volume, target), volume.name)
 
-    # --- both ---
-
     def _require_single(self, use: VolumeDevice, mode: AccessMode, root: str | None, own: set[Path]) -> None:
-        """Refuse a second target of a single writer. Only this mode reads the mount table.
+        """Refuse a second target of a single writer.
 
         `root`: count only mounts of that directory of the filesystem; kubelet mounts others for subPath.
         """
@@ -326,18 +300,10 @@ class Publish:
         own = own.union(*map(self.mounts.twins, own)) if any(found.path not in own for found in mounts) else own
         for found in mounts:
             if found.path not in own:
-                raise PreconditionFailed(
-                    f"volume {use.volume} is for a single writer and is already published at {found.path}"
-                )
-
-    def _held_by_another(self, published: Mount, volume: NodeVolume, target: Path) -> PreconditionFailed:
-        return PreconditionFailed(
-            f"target path {target}: expected volume {volume}, got {self.ownership.describe(published)}"
-        )
+                raise PreconditionFailed(f"single-writer volume {use.volume} is already published at {found.path}")
 
     @staticmethod
     def _conclude(found: list[str], published: Mount, use: VolumeDevice, target: Path) -> None:
-        """Accept the publication, or raise how it differs from the request."""
         if published.read_only != use.read_only:
             access = ("read-write", "read-only")
             found = [*found, f"access: expected {access[use.read_only]}, got {access[published.read_only]}"]
@@ -349,9 +315,7 @@ def read_only_device(devices: ReadOnlyDevices, volume: NodeVolume, device: Devic
     """Return the read-only device over a volume's device for one target; it has the volume's UUID."""
     uuid = volume.uuid or device.uuid
     if uuid is None:
-        raise PreconditionFailed(
-            f"volume {volume} cannot be published read-only: neither its ID nor its device has its UUID"
-        )
+        raise PreconditionFailed(f"the uuid of volume {volume}, which it needs to be published read-only, is not known")
     return devices.over(device, uuid, _reader_id(volume, target))
 
 

@@ -79,16 +79,11 @@ class Reconcile:
         self._seen = found - removed
         return sorted(self._seen, key=str)
 
-    # --- searching ---
-
     def _search(self) -> frozenset[Finding]:
-        """Return all leftovers. Raises `StorageUnavailable` when a device does not respond."""
         try:
             return self._searches.call("any", "a search", lambda: frozenset(self._findings()), SEARCH_TIMEOUT_S)
         except NotResponding as error:
-            raise StorageUnavailable(
-                "a mount or device of this node does not respond, so nothing is cleaned up"
-            ) from error
+            raise StorageUnavailable("a device of this node does not respond, so nothing is cleaned up") from error
 
     def _findings(self) -> Iterator[Finding]:
         table = self.mounts.table()
@@ -105,7 +100,6 @@ class Reconcile:
                 yield Finding(Kind.READER, name, reader.over, number)
 
     def _kind_or_log(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
-        """Return the kind of a mount; an error about one mount does not stop the search."""
         try:
             return self._kind_of(name, mounted, table) if self._is_below_a_root(mounted.path) else None
         except DriverError as error:
@@ -113,7 +107,6 @@ class Reconcile:
             return None
 
     def _kind_of(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
-        """Return the kind of a mount of this driver; None if it is in order."""
         staged = staging_record(mounted.path, self.driver_name)
         record = staged or publication_record(mounted.path)
         is_forgotten = record is not None and self._is_absent(record, mounted.path)
@@ -135,10 +128,7 @@ class Reconcile:
         except InvalidField:
             return False
 
-    # --- removing ---
-
     def _remove_locked(self, finding: Finding, lock_volume: LockVolume) -> bool:
-        """Remove a leftover if it still is one while its volume is locked; tell whether it is gone."""
         if finding.kind is Kind.BROKEN:
             return False
 
@@ -182,8 +172,6 @@ class Reconcile:
         return mounted is None or not self.ownership.is_left_behind(mounted, name)
 
 
-# --- kubelet's records ------------------------------------------------------------------------------------------------
-
 DATA_FILE = "vol_data.json"
 """kubelet writes it before NodeStageVolume or NodePublishVolume and removes it after the reverse call succeeded. Once
 it is gone, kubelet never makes that call (pkg/volume/csi: csi_attacher.go, csi_mounter.go, csi_block.go)."""
@@ -191,10 +179,7 @@ _CSI = ("plugins", "kubernetes.io", "csi")
 
 
 def staging_record(path: Path, driver_name: str) -> Path | None:
-    """Return kubelet's record of a staging path of this driver; None for another kind of path.
-
-    `.../plugins/kubernetes.io/csi/<driver>/<hash of the volume ID>/globalmount`
-    """
+    """Return kubelet's record of a path `.../plugins/kubernetes.io/csi/<driver>/<hash>/globalmount`; otherwise None."""
     parts = path.parts
     is_staging = len(parts) > 6 and parts[-6:-3] == _CSI and parts[-3] == driver_name and parts[-1] == "globalmount"
     return path.parent / DATA_FILE if is_staging else None

@@ -8,25 +8,13 @@ from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, NotAttached, OperationPending, StorageUnavailable
-from csi_driver.model import ClusterNames
-from csi_driver.node import NodePublishRequest, StageRequest
+from csi_driver.node import NodePublishRequest, StageRequest, ports
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.expand import Expand
 from csi_driver.node.format import Preparation
 from csi_driver.node.mount_owner import Ownership
 from csi_driver.node.node_info import NodeIdentity, NodeZone
-from csi_driver.node.ports import (
-    Attachments,
-    Devices,
-    Encryption,
-    Filesystems,
-    Mounts,
-    Paths,
-    Probes,
-    ReadOnlyDevices,
-    Tools,
-)
 from csi_driver.node.publish import Publish, SharedReaders
 from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.stage import Stage
@@ -41,8 +29,8 @@ logger = logging.getLogger(__name__)
 class NodeUseCases:
     """The node's use cases, safe for several threads, one call per volume at a time (see `rpc.boundary`)."""
 
-    stage: Stage | AttachingStage
-    publish: Publish | AttachingPublish
+    stage: Stage | AttachByNode
+    publish: Publish | AttachByNode
     expand: Expand
     statistics: VolumeStatistics
     identity: NodeIdentity
@@ -55,14 +43,14 @@ class NodeUseCases:
 
 def assemble(
     *,
-    devices: Devices,
-    encryption: Encryption,
-    read_only_devices: ReadOnlyDevices,
-    mounts: Mounts,
-    filesystems: Filesystems,
-    paths: Paths,
-    probes: Probes,
-    tools: Tools,
+    devices: ports.Devices,
+    encryption: ports.Encryption,
+    read_only_devices: ports.ReadOnlyDevices,
+    mounts: ports.Mounts,
+    filesystems: ports.Filesystems,
+    paths: ports.Paths,
+    probes: ports.Probes,
+    tools: ports.Tools,
     settings: NodeSettings,
     records: UsageRecords | None = None,
     zone: NodeZone | None = None,
@@ -80,15 +68,16 @@ def assemble(
                     paths=paths, probes=probes, ownership=ownership, preparation=preparation, encrypted=encrypted,
                     shared_readers=readers, settings=settings),
         publish=Publish(devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths,
-                        probes=probes, records=records, ownership=ownership, encrypted=encrypted,
-                        shared_readers=readers),
+                        probes=probes, records=records, ownership=ownership, preparation=preparation,
+                        encrypted=encrypted, shared_readers=readers),
         expand=Expand(read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths,
                       probes=probes, heavy=heavy, ownership=ownership, preparation=preparation, encrypted=encrypted,
                       settings=settings),
         statistics=VolumeStatistics(devices=devices, mounts=mounts, filesystems=filesystems, paths=paths,
                                     probes=probes, ownership=ownership, settings=settings),
-        identity=NodeIdentity(devices=devices, tools=tools, zone=zone or _configured_zone(settings), records=records,
-                              settings=settings),
+        identity=NodeIdentity(devices=devices, tools=tools, records=records, settings=settings,
+                              zone=zone or NodeZone(given=settings.zone, topology_key=settings.topology_key,
+                                                    node_name=settings.node_name)),
         reconcile=Reconcile(read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted,
                             ownership=ownership, driver_name=settings.driver_name),
         health=NodeHealth(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths,
@@ -100,29 +89,10 @@ def assemble(
     )  # fmt: skip
 
 
-def _configured_zone(settings: NodeSettings) -> NodeZone:
-    return NodeZone(
-        given=settings.zone,
-        topology_key=settings.topology_key,
-        node_name=settings.node_name,
-        client_servers=tuple,
-        clusters=ClusterNames,
-    )
-
-
-# --- attaching by the node --------------------------------------------------------------------------------------------
-
-
-def attaching_by_node(use_cases: NodeUseCases, attachments: Attachments) -> NodeUseCases:
-    """Return the use cases of a node that attaches its volumes itself.
-
-    Nobody calls ControllerPublishVolume then, so the node makes the publish context, too.
-    """
-    return replace(
-        use_cases,
-        stage=AttachingStage(use_cases.stage, attachments),
-        publish=AttachingPublish(use_cases.publish, attachments),
-    )
+def attaching_by_node(use_cases: NodeUseCases, attachments: ports.Attachments) -> NodeUseCases:
+    """Return the use cases of a node that attaches its volumes itself and makes their publish context."""
+    attaching = AttachByNode(use_cases.stage, use_cases.publish, attachments)
+    return replace(use_cases, stage=attaching, publish=attaching)
 
 
 class StillAttached(StorageUnavailable):
@@ -133,65 +103,56 @@ class StillAttached(StorageUnavailable):
 
 
 @dataclass(frozen=True, slots=True)
-class AttachingStage:
-    """Attaches before it stages, and detaches after it has unstaged.
+class AttachByNode:
+    """Attaches a volume before it is staged, and detaches it after it was unstaged.
 
     An error in between is answered so that kubelet unstages: after most errors it takes the volume for not staged
     (pkg/volume/csi, csi_client.go `isFinalError`), and would never detach it. The volume is not detached here, as a
     retry depends on the number of the attachment, for example to repeat an unfinished format.
     """
 
-    inner: Stage | AttachingStage
-    attachments: Attachments
+    inner_stage: Stage | AttachByNode
+    inner_publish: Publish | AttachByNode
+    attachments: ports.Attachments
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Attach and stage the volume. Raises as `Attachments.attach`, otherwise `StorageUnavailable`."""
-        context = self._attach(request, deadline=deadline)
+        """Attach and stage the volume; first unstage a mount of an earlier attachment, as its data may be old."""
+        volume_id, path = request.volume_id, request.staging_target_path
+        was_staged = self.inner_stage.is_staged(volume_id, path)
         try:
-            self.inner.stage(replace(request, publish_context=context), deadline=deadline)
+            context = self._attach(request, is_again=was_staged, deadline=deadline)
+        except NotAttached as lost:
+            if not was_staged:
+                raise
+            logger.warning("%s; it is unstaged now", lost)
+            self.inner_stage.unstage(volume_id, path, deadline=deadline)
+            context = self._attach(request, is_again=False, deadline=deadline)
+        try:
+            self.inner_stage.stage(replace(request, publish_context=context), deadline=deadline)
         except (OperationPending, StorageUnavailable):
             raise
         except DriverError as error:
             raise StillAttached(error) from error
 
-    def _attach(self, request: StageRequest, *, deadline: Deadline) -> Mapping[str, str]:
-        """Attach the volume, or find it attached. A mount is never used under a new attachment.
-
-        Another node may have written to the volume since, and this kernel caches old data: it is unstaged first.
-        """
-        attach = self.attachments.attach
-        volume_id, path = request.volume_id, request.staging_target_path
-        if self.inner.is_staged(volume_id, path):
-            try:
-                return attach(volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline)
-            except NotAttached as lost:
-                logger.warning("%s; it is unstaged now", lost)
-                self.inner.unstage(volume_id, path, deadline=deadline)
-        return attach(volume_id, request.capability, request.volume_context, deadline=deadline)
-
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Unstage the volume, then detach it, also if an earlier call or driver attached it."""
-        self.inner.unstage(volume_id, staging_target_path, deadline=deadline)
+        self.inner_stage.unstage(volume_id, staging_target_path, deadline=deadline)
         self.attachments.detach(volume_id, deadline=deadline)
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
-        return self.inner.is_staged(volume_id, staging_target_path)
-
-
-@dataclass(frozen=True, slots=True)
-class AttachingPublish:
-    """Publishes with the context of the present attachment."""
-
-    inner: Publish | AttachingPublish
-    attachments: Attachments
+        return self.inner_stage.is_staged(volume_id, staging_target_path)
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
         """Publish the staged volume. Raises `NotAttached`: a staged volume belongs to its attachment."""
-        context = self.attachments.attach(
-            request.volume_id, request.capability, request.volume_context, is_again=True, deadline=deadline
-        )
-        self.inner.publish(replace(request, publish_context=context), deadline=deadline)
+        context = self._attach(request, is_again=True, deadline=deadline)
+        self.inner_publish.publish(replace(request, publish_context=context), deadline=deadline)
 
     def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
         """Unpublish the volume; it stays attached until it is unstaged."""
-        self.inner.unpublish(volume_id, target_path, deadline=deadline)
+        self.inner_publish.unpublish(volume_id, target_path, deadline=deadline)
+
+    def _attach(
+        self, request: StageRequest | NodePublishRequest, *, is_again: bool, deadline: Deadline
+    ) -> Mapping[str, str]:
+        volume_id, context = request.volume_id, request.volume_context
+        return self.attachments.attach(volume_id, request.capability, context, is_again=is_again, deadline=deadline)

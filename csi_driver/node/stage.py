@@ -63,11 +63,7 @@ class Stage:
     _checked_propagation: bool = field(default=False, init=False)
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Stage the volume.
-
-        Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed` (its content, or the mount at the staging path,
-        forbids it), `ExistsDifferently` (staged with another capability), `DeadlineReached`.
-        """
+        """Stage the volume. Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed`, `ExistsDifferently` ..."""
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
         path = self.paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self.settings.answer_margin_s)
@@ -86,11 +82,10 @@ class Stage:
             self._stage_mount(volume, path, plan, locks, deadline=in_time)
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
-        """Unmount the volume from its staging path; not mounted there is success.
+        """Unmount the volume from its staging path; leaves a mount of another volume alone.
 
-        Leaves a mount of another volume alone. Publications do not prevent it: the CO unpublishes first, and a bind
-        mount looks like another staging of the same device. Without any mount the device must be closed, as the
-        kernel may write for a while after an unmount. Raises `StorageUnavailable` while it is not.
+        Without any other mount the device must be closed, as the kernel may write for a while after an unmount. Raises
+        `StorageUnavailable` while it is not.
         """
         path = self.paths.check(staging_target_path, STAGING_PATH, takes_off=True)
         volume = NodeVolume.parse(volume_id)
@@ -114,10 +109,7 @@ class Stage:
         return mounted is not None and self.ownership.owner_of(mounted, volume) is not Owner.OTHER
 
     def _require_closed(self, volume: NodeVolume, deadline: Deadline) -> None:
-        """Wait until the volume's device is closed; udev and this driver open it for moments.
-
-        It may stay open for another mount of the volume, or where it was taken from this node.
-        """
+        """Wait until the volume's device is closed, unless it has another mount or was taken from this node."""
         device = self.ownership.device_of(volume)
         if device is None or self.devices.is_open(device) is False or self._is_mounted(volume, device):
             return
@@ -143,14 +135,10 @@ class Stage:
         )
 
     def _is_published_raw(self, volume: NodeVolume) -> bool:
-        """Tell whether a read-only device over the volume's own is published."""
         readers = {reader.number for reader in self.read_only_devices.present(volume.name)}
         return bool(readers) and any(found.node_number in readers for found in self.mounts.table())
 
-    # --- filesystem ---
-
     def _usable_mount(self, volume: NodeVolume, path: Path) -> Mount | None:
-        """Return the mount at the staging path, after unmounting one that is outdated or dead."""
         mounted = self.ownership.at(path, volume)
         outdated = self.preparation.why_outdated(volume)
         if mounted is not None and outdated and self.ownership.unmount(path, volume):
@@ -162,7 +150,6 @@ class Stage:
         return mounted
 
     def _is_dead_and_unused(self, mounted: Mount, volume: NodeVolume, path: Path) -> bool:
-        """Tell whether the filesystem at the staging path is dead and mounted nowhere else; log what is dead."""
         dead = self.probes.dead(mounted)
         if dead is None or self.ownership.owner_of(mounted, volume) is not Owner.OURS:
             return False
@@ -239,9 +226,8 @@ class Stage:
     def _undone_on_error(self, volume: NodeVolume, path: Path | None = None) -> Iterator[None]:
         """Close the volume, and unmount it from `path`, when the block fails: kubelet would not unstage it.
 
-        After most errors kubelet takes the volume for not staged and lets it be detached (pkg/volume/csi:
-        csi_client.go `isFinalError`, csi_attacher.go `MountDevice`). After the errors that are passed on here, and
-        where the cleanup fails, kubelet does unstage it, or a retry goes on from there.
+        After most errors kubelet takes the volume for not staged (pkg/volume/csi, csi_client.go `isFinalError`). It
+        does unstage after those that are passed on here, and where the cleanup fails.
         """
         try:
             yield
@@ -262,7 +248,7 @@ class Stage:
         if device is not None:
             device = self.encrypted.in_use(volume, device, by)
         if device is None or mounted.node_number is not None or not self.ownership.is_live(mounted, device):
-            raise self._held_by_another(mounted, volume, path)
+            raise self.ownership.held_by_another(f"staging path {path}", volume, mounted)
         if self.probes.dead(mounted) is not None:
             return  # running pods use it, so it stays; the next publication reports the error
         found = differences(mounted, plan)
@@ -271,11 +257,6 @@ class Stage:
         if not plan.read_only:
             self._finish_growth(volume, device, mounted, path)
         self._set_root_mode(path, plan, volume.uuid or device.uuid, volume.attachment)
-
-    def _held_by_another(self, mounted: Mount, volume: NodeVolume, path: Path) -> PreconditionFailed:
-        return PreconditionFailed(
-            f"staging path {path}: expected volume {volume}, got {self.ownership.describe(mounted)}"
-        )
 
     def _finish_growth(self, volume: NodeVolume, device: Device, mounted: Mount, path: Path) -> None:
         """Finish a growth that a crash interrupted. A failure is logged: only NodeExpandVolume reports it."""
@@ -288,15 +269,10 @@ class Stage:
     def _set_root_mode(
         self, path: Path, plan: MountPlan, volume_uuid: str | None, attachment: int, *, is_new: bool = False
     ) -> None:
-        """Set the requested mode of the root directory of a new filesystem, once.
-
-        Later kubelet changes it for fsGroup, and applications close their data to others.
-        """
+        """Set the requested mode of the root directory of a new filesystem once: later its user may change it."""
         if plan.root_mode is not None and (is_new or self.preparation.root_mode_is_pending(volume_uuid, attachment)):
             self.paths.set_mode(path, plan.root_mode)
             self.preparation.root_mode_is_set(volume_uuid, attachment)
-
-    # --- block ---
 
     def _stage_block(
         self, volume: NodeVolume, path: Path, locks: EncryptionPlan | None, request: StageRequest, *, deadline: Deadline
@@ -306,10 +282,8 @@ class Stage:
             device = self.ownership.device_of(volume)
             is_filesystem = device is not None and mounted.node_number is None
             if is_filesystem and self.ownership.owner_of(mounted, volume) is Owner.OURS:
-                raise ExistsDifferently(
-                    f"the staging of volume {volume} at {path}", ["access: expected block, got mount"]
-                )
-            raise self._held_by_another(mounted, volume, path)
+                raise ExistsDifferently(f"staging of volume {volume} at {path}", ["access: expected block, got mount"])
+            raise self.ownership.held_by_another(f"staging path {path}", volume, mounted)
         mode = request.capability.mode
         read_only = mode.is_read_only or volume.is_attached_read_only
         device = self._ready_device(volume, read_only=read_only, deadline=deadline)
@@ -321,10 +295,7 @@ class Stage:
             target = VolumeDevice(volume, device, read_only, is_shared=mode.is_multi_node and not read_only)
             self.encrypted.open(target, locks, deadline=deadline)
 
-    # --- both ---
-
     def _ready_device(self, volume: NodeVolume, *, read_only: bool, deadline: Deadline) -> Device:
-        """Wait for the volume's device; make it read-only if the attachment is."""
         device = self.devices.wait_for(volume.name, volume.uuid, deadline=deadline)
         if not device.is_writable and not read_only:
             raise writes_refused(volume, device)
@@ -332,9 +303,7 @@ class Stage:
             writers = (found for found in self.mounts.of_device(device) if not found.read_only)
             writer = next((found for found in writers if self.ownership.is_live(found, device)), None)
             if writer is not None:
-                raise PreconditionFailed(
-                    f"volume {volume} is attached read-only, but {writer.path} mounts it writable; unmount that"
-                )
+                raise PreconditionFailed(f"volume {volume} is attached read-only, but {writer.path} mounts it writable")
             self.devices.set_read_only(device)
         return device
 

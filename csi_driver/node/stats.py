@@ -1,7 +1,4 @@
-"""NodeGetVolumeStats, the health conditions of CSI 1.13 (alpha), and the volume counts of the metrics.
-
-A filesystem or device is touched only in a `Watchdog`, so that a dead one does not delay the answer.
-"""
+"""NodeGetVolumeStats, the health conditions of CSI 1.13 (alpha), and the volume counts of the metrics."""
 
 from __future__ import annotations
 
@@ -46,9 +43,6 @@ CONDITIONS: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
 )
 
 
-# --- NodeGetVolumeStats -----------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True, kw_only=True)
 class VolumeStatistics:
     """NodeGetVolumeStats."""
@@ -65,8 +59,7 @@ class VolumeStatistics:
     def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
         """Return the usage of the volume at `volume_path`; of a block volume only its size.
 
-        Raises `VolumeNotMounted`, `PreconditionFailed` for a filesystem that was shut down, `StorageUnavailable` when
-        the filesystem or device does not respond: at once while an earlier call is still blocked.
+        Raises `VolumeNotMounted`, `PreconditionFailed` after a shutdown of the filesystem, `StorageUnavailable`.
         """
         volume = NodeVolume.of_request(volume_id)
         path = known_path(self.paths, volume, volume_path)
@@ -94,9 +87,6 @@ def _timeout_s(settings: NodeSettings, deadline: Deadline) -> float:
     return min(settings.statistics_timeout_s, max(0.0, deadline.remaining_s() - settings.answer_margin_s))
 
 
-# --- health conditions ------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True, kw_only=True)
 class NodeHealth:
     """NodeGetVolumeHealth and NodeGetStorageHealth."""
@@ -115,11 +105,7 @@ class NodeHealth:
     def volume(
         self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
     ) -> VolumeHealth:
-        """Return the faults of a volume at the given paths, otherwise at all of its mounts.
-
-        A filesystem or device that does not respond in time is a fault. Raises `VolumeNotFound` when the volume is not
-        on this node.
-        """
+        """Return the faults of a volume at the given paths, otherwise at all of its mounts. Raises `VolumeNotFound`."""
         volume = NodeVolume.of_request(volume_id)
         texts = [text for text in (volume_publish_path, staging_target_path) if text]
         paths = [known_path(self.paths, volume, text) for text in texts]
@@ -169,7 +155,6 @@ class NodeHealth:
         ]
 
     def _devices_of(self, volume: NodeVolume) -> list[Device]:
-        """Return the volume's device and the encrypted one opened over it."""
         device = self.ownership.device_of(volume)
         if device is None:
             return []
@@ -179,12 +164,8 @@ class NodeHealth:
         return [device, replace(device, path=self.encryption.path_of(volume.name), number=mapping.number)]
 
     def _mounts_at(self, volume: NodeVolume, paths: list[Path]) -> list[Mount]:
-        found = (self.mounts.at(path) for path in paths)
-        return [
-            mounted
-            for mounted in found
-            if mounted is not None and self.ownership.owner_of(mounted, volume) is not Owner.OTHER
-        ]
+        found = [mounted for path in paths if (mounted := self.mounts.at(path)) is not None]
+        return [mounted for mounted in found if self.ownership.owner_of(mounted, volume) is not Owner.OTHER]
 
     def _device_faults(self, number: DeviceNumber, mounts: list[Mount]) -> Iterator[VolumeEntry]:
         if not number.major:
@@ -225,13 +206,10 @@ def _client_faults(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
     if status.refusal:
         yield VolumeEntry(VolumeFault.DATA_LOSS, Reason.DATA_NOT_WRITTEN, status.refusal)
     if status.io_enabled is False:
-        yield VolumeEntry(
-            VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client carries no I/O for it: {status.details}"
-        )
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client has no I/O: {status.details}")
 
 
 def _one_per_filesystem(mounts: list[Mount]) -> list[Mount]:
-    """Return one mount of each filesystem, preferably one that was meant to be writable."""
     chosen: dict[DeviceNumber, Mount] = {}
     for mounted in sorted(mounts, key=lambda each: (not each.turned_read_only, each.read_only)):
         if mounted.node_number is None:
@@ -242,9 +220,6 @@ def _one_per_filesystem(mounts: list[Mount]) -> list[Mount]:
 def _entry(fault: Fault) -> VolumeEntry:
     status, reason = CONDITIONS[fault.kind]
     return VolumeEntry(status, reason, fault.detail)
-
-
-# --- volume counts ----------------------------------------------------------------------------------------------------
 
 
 class MountState(StrEnum):

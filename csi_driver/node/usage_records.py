@@ -1,11 +1,8 @@
 """Usage records: one small file per volume, the only state that a node keeps.
 
-A record says that a format was begun, or that the volume is in use, and under which attachment. It is on disk before
-mkfs starts, and says "in use" before the first mount: so an unfinished format is known from data of a user, and
-nothing is formatted twice under one attachment, whatever the controller says of its history.
-
-A volume may be attached under several handles at once, each with its own publish context. So a record of use is never
-removed by a call of another handle, and counts for every attachment up to its own.
+A record is on disk before mkfs starts, and says "in use" before the first mount: so an unfinished format is told from
+data of a user, and nothing is formatted twice under one attachment. A volume may be attached under several handles at
+once, so a record of use counts for every attachment up to its own, and no call of another handle removes it.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,8 +74,7 @@ class UsageRecord:
 class UsageRecords:
     """Usage records as files. A change is on disk when the call returns.
 
-    Two drivers use the directory while one replaces the other, and several publications of a volume run at once. So a
-    change holds the volume's byte of the file `lock`.
+    Two drivers use the directory while one replaces the other, so a change locks the volume's byte of the file `lock`.
     """
 
     def __init__(self, state_directory: Path) -> None:
@@ -102,48 +98,37 @@ class UsageRecords:
             os.close(fd)
 
     def _lock(self, volume_uuids: frozenset[str]) -> int:
-        """Return a descriptor that holds the locks until it is closed."""
-        path = self._directory / "lock"
-        try:
+        with _system_call(f"lock {self._directory / 'lock'}"):
             if not self._directory.is_dir():
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _sync(self._directory.parent)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
-        try:
-            for offset in sorted(map(_lock_offset, volume_uuids)):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
-        except OSError as error:
-            os.close(fd)
-            raise SystemCallFailed(f"lock {path}", error.errno or 0) from error
+            fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                for offset in sorted(map(_lock_offset, volume_uuids)):
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
+            except OSError:
+                os.close(fd)
+                raise
         return fd
 
     def recorded(self) -> list[str]:
         """Return the UUIDs of all volumes with a record, the oldest record first."""
         found: list[tuple[float, str]] = []
-        try:
+        with _system_call(f"read the directory {self._directory}"), suppress(FileNotFoundError):
             for entry in os.scandir(self._directory):
                 if entry.name.endswith(".mark"):
-                    try:
+                    with suppress(FileNotFoundError):  # another process has just removed it
                         found.append((entry.stat().st_mtime, entry.name.removesuffix(".mark")))
-                    except FileNotFoundError:
-                        continue  # another process has just removed it
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise SystemCallFailed(f"read the directory {self._directory}", error.errno or 0) from error
         return [uuid for _, uuid in sorted(found)]
 
     def read(self, volume_uuid: str) -> UsageRecord | None:
         """Return the volume's record. Raises `HostFailure` when it cannot be read or is invalid."""
         path = self.path_of(volume_uuid)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SystemCallFailed(f"read {path}", error.errno or 0) from error
+        with _system_call(f"read {path}"):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                return None
         try:
             fields = json.loads(text)
             record = UsageRecord(
@@ -166,30 +151,22 @@ class UsageRecords:
         fields = {"volume": record.volume_uuid, "attachment": record.attachment, "filesystem": record.filesystem}
         flags = {"uncounted": record.uncounted, "rootModePending": record.root_mode_pending}
         text = json.dumps({**fields, **{key: True for key, value in flags.items() if value}})
-        with self.changing(record.volume_uuid):
-            try:
-                with draft.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                draft.replace(path)
-                _sync(self._directory)
-            except OSError as error:
-                raise SystemCallFailed(f"write {path}", error.errno or 0) from error
+        with self.changing(record.volume_uuid), _system_call(f"write {path}"):
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            _sync(self._directory)
 
     def remove(self, volume_uuid: str) -> None:
         """Remove the record of the volume; absent is success."""
         path = self.path_of(volume_uuid)
         if not self._directory.is_dir():
             return
-        with self.changing(volume_uuid):
-            try:
-                path.unlink()
-                _sync(self._directory)
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                raise SystemCallFailed(f"remove {path}", error.errno or 0) from error
+        with self.changing(volume_uuid), _system_call(f"remove {path}"), suppress(FileNotFoundError):
+            path.unlink()
+            _sync(self._directory)
 
     def path_of(self, volume_uuid: str) -> Path:
         """Return the file of the volume's record."""
@@ -218,14 +195,19 @@ def record_use(
 
 
 def earlier_use(records: UsageRecords, volume_uuid: str | None, attachment: int) -> int:
-    """Return the earlier attachment under which the volume was last used; 0 if it was none, or is not known.
-
-    A mount from that time belongs to a device that was detached from this node since.
-    """
+    """Return the earlier attachment under which the volume was last used; 0 if it was none, or is not known."""
     record = records.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
     if record is None or not record.is_use or record.uncounted or record.attachment >= attachment:
         return 0
     return record.attachment
+
+
+@contextmanager
+def _system_call(call: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SystemCallFailed(call, error.errno or 0) from error
 
 
 def _lock_offset(volume_uuid: str) -> int:
@@ -241,16 +223,11 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-# --- removing old records ---------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True, kw_only=True)
 class RecordCleanup:
-    """Removes records of volumes that the node no longer has.
+    """Removes records of volumes that were absent for an hour, if many others were written after them.
 
-    A node is never told that an attachment is over: a device may be absent for a while and come back under the same
-    one. So a record goes only after its volume was absent for an hour, and many others were written after it
-    (docs/data-safety.md, "How long a record is kept").
+    A node is never told that an attachment is over (docs/data-safety.md, "How long a record is kept").
     """
 
     records: UsageRecords

@@ -10,6 +10,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -90,21 +91,20 @@ def test_a_device_without_size_is_awaited_and_not_formatted(machine: HostMachine
 # --- what is another device -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Interrupting(LinuxFilesystems):
-    """The real thing, and something happens after the probe said what is there."""
+    """The real filesystems; `happens` runs after each probe."""
 
-    def __init__(self, machine: HostMachine, happens: Callable[[], None]) -> None:
-        super().__init__(machine.devices)
-        self._happens = happens
+    happens: Callable[[], None]
 
     def probe(self, device: OpenDevice, **more: object) -> Content:
         content = super().probe(device, **more)  # type: ignore[arg-type]
-        self._happens()
+        self.happens()
         return content
 
 
 def interrupted(machine: HostMachine, happens: Callable[[], None]) -> RealNode:
-    machine.filesystems = Interrupting(machine, happens)
+    machine.filesystems = Interrupting(machine.devices, happens)
     return RealNode(machine)
 
 

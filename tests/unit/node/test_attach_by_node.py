@@ -12,7 +12,7 @@ from csi_driver.errors import DeadlineReached, HostFailure, NotAttached, Precond
 from csi_driver.model import EMPTY, Capability
 from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.node.publish import Publish
-from csi_driver.node.service import AttachingPublish, AttachingStage
+from csi_driver.node.service import AttachByNode
 from csi_driver.node.stage import Stage
 from csi_driver.publish_context import History, PublishContext
 from csi_driver.storage_model import ReservationMode
@@ -63,22 +63,21 @@ class Node:
         self.volume_id = "" if world else self.world.create(parameters=CLAIM).volume_id
         self.machine = Machine(self.world)
         own = NodeAttach(self.world.publication, self.world.unpublication, lambda: node_id)
-        self._stage = AttachingStage(cast(Stage, self.machine), own)
-        self._publish = AttachingPublish(cast(Publish, self.machine), own)
+        self._use = AttachByNode(cast(Stage, self.machine), cast(Publish, self.machine), own)
 
     def stage(self, capability: Capability = RWO) -> None:
         request = StageRequest(self.volume_id, "/s", capability)
-        self._stage.stage(request, deadline=self.world.deadline())
+        self._use.stage(request, deadline=self.world.deadline())
 
     def publish(self) -> None:
         request = NodePublishRequest(self.volume_id, "/s", "/t", RWO, read_only=False, publish_context=EMPTY)
-        self._publish.publish(request, deadline=self.world.deadline())
+        self._use.publish(request, deadline=self.world.deadline())
 
     def unpublish(self) -> None:
-        self._publish.unpublish(self.volume_id, "/t", deadline=self.world.deadline())
+        self._use.unpublish(self.volume_id, "/t", deadline=self.world.deadline())
 
     def unstage(self) -> None:
-        self._stage.unstage(self.volume_id, "/s", deadline=self.world.deadline())
+        self._use.unstage(self.volume_id, "/s", deadline=self.world.deadline())
 
 
 def test_a_volume_is_attached_before_it_is_staged_and_detached_after_it_is_unstaged() -> None:

@@ -307,7 +307,7 @@ def test_a_volume_attached_before_gets_a_header_only_when_every_block_is_zero(lo
 
 def test_a_device_smaller_than_its_volume_gets_no_header(locked: Locked) -> None:
     locked.disk.size_bytes = 63 * MIB
-    with pytest.raises(PreconditionFailed, match="expected a device of"):
+    with pytest.raises(PreconditionFailed, match="expected 67108864 bytes"):
         locked.stage()
     assert locked.disk.luks is None
 
@@ -582,14 +582,14 @@ def test_a_volume_with_our_header_is_not_staged_as_an_unencrypted_block_device(b
     block.up()
     block.down()
     block.by = Encryption.NONE
-    with pytest.raises(PreconditionFailed, match="LUKS header that this driver made"):
+    with pytest.raises(PreconditionFailed, match="holds a LUKS header of this driver"):
         block.stage()
 
 
 def test_an_open_volume_is_not_published_as_an_unencrypted_one(block: Locked) -> None:
     block.stage()
     block.by = Encryption.NONE
-    with pytest.raises(PreconditionFailed, match="unencrypted"):
+    with pytest.raises(PreconditionFailed, match="not encrypted, but is open"):
         block.publish()
 
 
@@ -665,7 +665,7 @@ def test_an_opened_device_of_another_header_is_refused(locked: Locked) -> None:
     locked.stage()
     locked.node.host.table.clear()
     locked.luks.uuid = OTHER_UUID
-    with pytest.raises(PreconditionFailed, match="not opened by the header"):
+    with pytest.raises(PreconditionFailed, match="another LUKS header"):
         locked.stage()
 
 

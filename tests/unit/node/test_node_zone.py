@@ -49,7 +49,7 @@ def test_the_zone_is_found(node: str, hosts: list[str], clusters: ClusterNames, 
         ("n9", [], BOTH, "management servers are none"),
         ("n9", ["m1"], BOTH, "got east, west"),  # short for a server of each
         ("n9", ["10.0.0.1", "m1.west.example"], BOTH, "got east, west"),
-        ("n1", [], ClusterNames({}, {"a": ("n1",), "b": ("n1.x",)}), "each matches the name of this node"),
+        ("n1", [], ClusterNames({}, {"a": ("n1",), "b": ("n1.x",)}), "by the name of this node"),
     ],
 )
 def test_what_may_mean_two_zones_is_no_guess(node: str, hosts: list[str], clusters: ClusterNames, told: str) -> None:

@@ -256,7 +256,7 @@ def test_a_block_target_with_another_access_is_incompatible(block: FakeNode, fir
 
 def test_a_filesystem_where_a_block_volume_is_published_is_refused(staged: FakeNode) -> None:
     staged.publish()
-    with pytest.raises(PreconditionFailed, match="block"):
+    with pytest.raises(PreconditionFailed, match="expected no mount"):
         staged.publish(access=BLOCK)
 
 

@@ -123,7 +123,7 @@ def test_what_was_not_staged_is_not_published(node: FakeNode) -> None:
 
 def test_what_was_staged_under_an_earlier_attachment_is_not_published(readers: FakeNode) -> None:
     later = publish_context(read_only=True, history=History.ATTACHED, attachment=3)
-    with pytest.raises(PreconditionFailed, match="staged under its attachment 2"):
+    with pytest.raises(PreconditionFailed, match="under its attachment 2, and this"):
         readers.publish(TARGET, volume_id=SECOND, staging=STAGING_2, mode=READER, read_only=True, context=later)
 
 

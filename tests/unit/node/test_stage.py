@@ -180,7 +180,7 @@ def test_a_volume_that_was_in_use_and_is_zero_throughout_is_formatted(node: Fake
 
 def test_a_device_smaller_than_the_volume_is_not_formatted(node: FakeNode) -> None:
     node.host.attach(NAME, UUID, 32 * MIB)
-    with pytest.raises(PreconditionFailed, match="a device of 67108864 bytes, got 33554432"):
+    with pytest.raises(PreconditionFailed, match="expected 67108864 bytes, got 33554432"):
         node.stage()
     assert node.host.formats == []
 
@@ -738,7 +738,7 @@ def staged_under(node: FakeNode, attachment: int) -> dict[str, str]:
 def test_what_was_mounted_under_an_earlier_attachment_is_not_published_under_the_present_one(node: FakeNode) -> None:
     """Another node had the volume in between: this kernel shows what was, and may hold back what it wrote then."""
     later = staged_under(node, 3)
-    with pytest.raises(PreconditionFailed, match="under its attachment 3: expected"):
+    with pytest.raises(PreconditionFailed, match="under its attachment 3, and"):
         node.publish(OTHER_TARGET, context=later)
     assert node.host.mounts_at(OTHER_TARGET) == 0
     node.unpublish()
@@ -768,7 +768,7 @@ def test_what_was_mounted_under_an_attachment_that_nobody_counted_may_be_that_of
     node.unpublish()
     node.unstage()
     node.stage(context=later)
-    with pytest.raises(PreconditionFailed, match="under its attachment 5: expected"):
+    with pytest.raises(PreconditionFailed, match="under its attachment 5, and"):
         node.publish(OTHER_TARGET, context=publish_context(history=History.ATTACHED, attachment=7))
 
 
