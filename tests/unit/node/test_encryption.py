@@ -785,9 +785,9 @@ def test_the_plain_device_mounted_where_encryption_is_wanted_is_refused(locked: 
 
 def test_an_unknown_kind_of_encryption_is_not_touched(locked: Locked) -> None:
     given = plain_context() | {"encryption": "quantum"}
-    with pytest.raises(PreconditionFailed, match="update"):
+    with pytest.raises(PreconditionFailed, match="unknown kind of encryption"):
         locked.node.stage(context=given, secrets=SECRET)
-    with pytest.raises(PreconditionFailed, match="update"):
+    with pytest.raises(PreconditionFailed, match="unknown kind of encryption"):
         locked.node.publish(context=given)
 
 
