@@ -16,9 +16,17 @@ from csi_driver.controller.volume_metadata import (
     Creation,
     creation_metadata,
     read_attachments,
-    reserved_bytes,
 )
-from csi_driver.controller.zones import UNANSWERED, ZONE_POOL, DuplicateGuard, Found, ZonePool, allowed_zones, served
+from csi_driver.controller.zones import (
+    UNANSWERED,
+    ZONE_POOL,
+    DuplicateGuard,
+    Found,
+    ZonePool,
+    allowed_zones,
+    find_in,
+    served,
+)
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -165,8 +173,7 @@ class _Call:
 
     def _existing(self) -> Found | None:
         if self.guard is None:
-            volume = self._management(self.zones[0]).volume(self.name, deadline=self.deadline)
-            return Found.of(self.zones[0], volume) if volume is not None else None
+            return find_in(self.use_case.clusters, self.zones[0], self.name, deadline=self.deadline)
         found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
         return found if isinstance(found, Found) else None
 
@@ -187,7 +194,7 @@ class _Call:
 
     def _create_in(self, zone: str) -> str | None:
         """Create the volume and return its uuid; None if a volume of that name exists."""
-        management, parameters = self._management(zone), self.parameters
+        management, parameters = served(self.use_case.clusters, zone), self.parameters
         layout, encryption = parameters.spec.layout, parameters.encryption
         if layout is None:
             group = self._group(management)
@@ -242,10 +249,10 @@ class _Call:
 
     def _finish_created(self, zone: str, uuid: str | None) -> ProvisionedVolume:
         """Prove that no other zone has the volume, and finish it. `uuid`: of the volume that this call created."""
-        volume = self._management(zone).volume(self.name, deadline=self.deadline)
-        if volume is None:
+        found = find_in(self.use_case.clusters, zone, self.name, deadline=self.deadline)
+        if found is None:
             raise OperationPending(f"volume {self.name}: the name is reserved by a pending operation; retry")
-        found = Found.of(zone, volume)
+        volume = found.volume
         # With another uuid, ours was deleted and created again by another call: like any existing volume.
         is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
         if is_ours:
@@ -267,14 +274,14 @@ class _Call:
         `is_new`: this call created it. A volume that is new, or that this driver created and that is still smaller than
         required, was never returned by any call: if it cannot come into the requested range, it is deleted.
         """
-        management, volume, creation = self._management(found.zone), found.volume, found.creation
+        management, volume, creation = found.management, found.volume, found.creation
         if volume.is_being_deleted:
             raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")
         if creation.csi_name != self.request.name:
             owner = "none" if creation.csi_name is None else shown(creation.csi_name)
             name = f"CSI name: expected {shown(self.request.name)}, got {owner}"
             raise ExistsDifferently(f"volume {volume.name}", [name])
-        reserved = reserved_bytes(volume, creation) if creation.is_ours else 0
+        reserved = found.reserved_bytes if creation.is_ours else 0
         is_short = self._is_short(volume, creation, volume.size_bytes - reserved)
         size = None if is_short else volume.size_bytes - reserved
         vpg = self.parameters.spec.vpg
@@ -294,7 +301,7 @@ class _Call:
                 volume = management.volume(volume.name, deadline=self.deadline) or volume
             if never_returned:
                 self._delete_if_out_of_range(management, volume, reserved)
-        return described(found.zone, volume, creation, self.use_case.settings.topology_key)
+        return described(replace(found, volume=volume), self.use_case.settings.topology_key)
 
     def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
         """Return whether a volume that was created for this range came out smaller.
@@ -343,9 +350,6 @@ class _Call:
             raise CapacityOutOfRange(
                 f"the management created a volume of {volume.size_bytes} bytes, which was deleted: {reason}"
             ) from reason
-
-    def _management(self, zone: str) -> Management:
-        return served(self.use_case.clusters, zone)
 
 
 @dataclass(slots=True)

@@ -108,7 +108,7 @@ class ListVolumes:
         located = require(self.clusters, volume_id, deadline=deadline)
         holders = _holders(located.management.clients_holding(located.volume.uuid, deadline=deadline))
         return ListedVolume(
-            described(located.zone, located.volume, located.creation, self.settings.topology_key, volume_id),
+            described(located, self.settings.topology_key, volume_id),
             holders.get(located.volume.uuid, {}).get(located.reference, ()),
         )
 
@@ -152,13 +152,13 @@ class ListVolumes:
             if len(by_zone) == 1 or name in self._reported:
                 continue
             self._reported.add(name)
-            same = [Found.of(zone, volume) for zone, volume in sorted(by_zone.items())]
-            csi_name = same[0].creation.csi_name
-            if csi_name is not None and all(each.has_name(csi_name) for each in same):
+            csi_names = {read_creation(volume.metadata).csi_name for volume in by_zone.values()}
+            if len(csi_names) == 1 and None not in csi_names:
+                places = ", ".join(f"zone {zone} (uuid {volume.uuid})" for zone, volume in sorted(by_zone.items()))
                 _log.warning(
                     "volume %s of the CSI name %s exists in several zones: %s; a crash or a skipped zone has left one "
                     "of them, delete the one that no PersistentVolume names",
-                    *(name, shown(csi_name), ", ".join(map(str, same))),
+                    *(name, shown(csi_names.pop()), places),
                 )
 
     def _entries_in(
@@ -170,20 +170,18 @@ class ListVolumes:
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
             after = start.handle_mark if start is not None and volume.name == start.name else ""
-            for handle_mark, entry in self._entries_of(zone, volume, holders.get(volume.uuid, {})):
+            found = Found(zone, management, volume, read_creation(volume.metadata))
+            for handle_mark, entry in self._entries_of(found, holders.get(volume.uuid, {})):
                 if handle_mark > after:
                     yield Position(zone_mark, volume.name, handle_mark), entry
 
-    def _entries_of(
-        self, zone: str, volume: Volume, held: Mapping[str, tuple[str, ...]]
-    ) -> Iterator[tuple[str, ListedVolume]]:
+    def _entries_of(self, found: Found, held: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, ListedVolume]]:
         """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
-        creation = read_creation(volume.metadata)
-        (issued, reference), *others = listed_handles(zone, volume, creation, held)
+        (issued, reference), *others = listed_handles(found, held)
         entries = [("!", issued, reference), *sorted((_mark(text), text, other) for text, other in others)]
         for number, (handle_mark, volume_id, reference) in enumerate(entries, 1):
-            shape = described(zone, volume, creation, self.settings.topology_key, volume_id)
-            listed = ListedVolume(shape, held.get(reference, ()), volume)
+            shape = described(found, self.settings.topology_key, volume_id)
+            listed = ListedVolume(shape, held.get(reference, ()), found.volume)
             yield _LAST if number == len(entries) else handle_mark, listed
 
 

@@ -100,7 +100,7 @@ class ValidateVolume:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):
             return f"access type: expected {_ACCESS[creation.is_block]}, as created, got the other"
-        issued = described(located.zone, located.volume, creation, self.settings.topology_key).context
+        issued = described(located, self.settings.topology_key).context
         for key in sorted(issued.keys() & request.context.keys()):
             if issued[key] != request.context[key]:
                 return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
-    Creation,
     read_attachments,
-    read_creation,
-    reserved_bytes,
 )
-from csi_driver.controller.zones import ask, served
+from csi_driver.controller.zones import Found, ask, find_in
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.publish_context import held_reference
-from csi_driver.storage_model import Client, Reservation, Volume
+from csi_driver.storage_model import Client, Volume
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
 _ANY_UUID = "00000000-0000-0000-0000-000000000000"
@@ -38,30 +35,16 @@ class ZoneNotServed(PreconditionFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """An existing volume with its creation record and the management of its zone; `volume_id`: as requested."""
+class Located(Found):
+    """A volume that was found by a CSI volume id."""
 
     volume_id: str
     handle: VolumeHandle
-    zone: str
-    management: Management
-    volume: Volume
-    creation: Creation
 
     @property
     def reference(self) -> str:
         """The reference id of this handle's attachments in the storage."""
         return held_reference(self.handle, self.volume.uuid)
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
-        return self.creation.is_ours and self.volume.reservation == Reservation()
-
-    @property
-    def reserved_bytes(self) -> int:
-        """The bytes of the volume that its user does not get."""
-        return reserved_bytes(self.volume, self.creation)
 
 
 # --- volumes --------------------------------------------------------------------------------------------------
@@ -81,11 +64,10 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
         raise ZoneNotServed(volume_id, handle.zone or "")
 
     def in_zone(zone: str) -> Located | None:
-        management = served(clusters, zone)
-        volume = management.volume(handle.name, deadline=deadline)
-        if volume is None or (handle.uuid is not None and volume.uuid.lower() != handle.uuid):
+        found = find_in(clusters, zone, handle.name, deadline=deadline)
+        if found is None or (handle.uuid is not None and found.volume.uuid.lower() != handle.uuid):
             return None
-        return Located(volume_id, handle, zone, management, volume, read_creation(volume.metadata))
+        return Located(zone, found.management, found.volume, found.creation, volume_id, handle)
 
     answers = ask(zones, in_zone, deadline=deadline).all()
     found = [located for zone in zones if (located := answers[zone]) is not None]
@@ -177,29 +159,31 @@ def issued_reference(zone: str, name: str, reference: str) -> str | None:
     return reference if handle is not None and handle.reference == reference else None
 
 
-def issued_handle(zone: str, volume: Volume, creation: Creation) -> VolumeHandle:
+def issued_handle(found: Found) -> VolumeHandle:
     """Return the handle that CreateVolume returned; for volumes of other origin, the one without a reference."""
-    reference = creation.reference if creation.is_ours else None
-    return VolumeHandle(volume.name, (creation.zone if creation.is_ours else None) or zone, volume.uuid, reference)
+    creation, volume = found.creation, found.volume
+    if not creation.is_ours:
+        return VolumeHandle(volume.name, found.zone, volume.uuid)
+    return VolumeHandle(volume.name, creation.zone or found.zone, volume.uuid, creation.reference)
 
 
 def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
     """Return whether `listed_handles` needs this handle in the attachment record while it is attached."""
     uuid, reference = located.volume.uuid, located.reference
-    if located.volume_id == issued_handle(located.zone, located.volume, located.creation).format():
+    if located.volume_id == issued_handle(located).format():
         return False
     is_recorded = reference in _recorded_handles(record, uuid)
     return is_recorded or located.volume_id != _derived_handle(located.zone, located.volume, reference)
 
 
-def listed_handles(zone: str, volume: Volume, creation: Creation, attached: Iterable[str]) -> list[tuple[str, str]]:
+def listed_handles(found: Found, attached: Iterable[str]) -> list[tuple[str, str]]:
     """Return the handles of a volume for ListVolumes, each with its reference id: the issued one first.
 
     external-attacher compares handles literally, so a handle that a person wrote (with another reference, or without
     the zone) must be listed as it was attached. `attached`: the reference ids of the present attachments. The
     attachment record has the handles that cannot be derived from them.
     """
-    issued = issued_handle(zone, volume, creation)
+    zone, volume, issued = found.zone, found.volume, issued_handle(found)
     handles = {issued.format(): held_reference(issued, volume.uuid)}
     recorded = _recorded_handles(read_attachments(volume.metadata), volume.uuid)
     for reference in attached:
@@ -225,17 +209,16 @@ def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
     return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 
-def described(
-    zone: str, volume: Volume, creation: Creation, topology_key: str, volume_id: str | None = None
-) -> ProvisionedVolume:
+def described(found: Found, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
     """Return the CSI message Volume, with the requested id or by default the issued one."""
+    zone, volume, creation = found.zone, found.volume, found.creation
     context = {"zone": creation.zone or zone}
     if creation.fs_type is not None and not creation.is_block:
         context["fsType"] = creation.fs_type
     context.update({key: creation.parameters[key] for key in CONTEXT_KEYS if key in creation.parameters})
     return ProvisionedVolume(
-        volume_id=volume_id or issued_handle(zone, volume, creation).format(),
-        capacity_bytes=volume.size_bytes - reserved_bytes(volume, creation),
+        volume_id=volume_id or issued_handle(found).format(),
+        capacity_bytes=volume.size_bytes - found.reserved_bytes,
         context=context if creation.csi_name is not None else {},
         topology=({topology_key: zone},),
     )

@@ -212,11 +212,6 @@ def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]
     return Encryption.UNKNOWN
 
 
-def reserved_bytes(volume: Volume, creation: Creation) -> int:
-    """Return the bytes of the volume that its user does not get: an encryption header."""
-    return volume.encryption.header_bytes if volume.encryption is not None else creation.header_bytes
-
-
 def complete_context(context: PublishContext, volume: Volume, by: Encryption) -> PublishContext:
     """Add encryption, stripe geometry and the permission to format to a publish context."""
     unit_bytes, stripe_bytes = stripes_of(volume.layout)

@@ -25,7 +25,7 @@ from csi_driver.errors import (
     shown,
 )
 from csi_driver.model import Segments
-from csi_driver.storage_model import Volume
+from csi_driver.storage_model import Reservation, Volume
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -221,15 +221,23 @@ def _named(segments: Segments, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A volume, its zone and its creation record."""
+    """An existing volume, its creation record, and the management of its zone."""
 
     zone: str
+    management: Management
     volume: Volume
     creation: Creation
 
-    @classmethod
-    def of(cls, zone: str, volume: Volume) -> Found:
-        return cls(zone, volume, read_creation(volume.metadata))
+    @property
+    def is_blank(self) -> bool:
+        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
+        return self.creation.is_ours and self.volume.reservation == Reservation()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The bytes of the volume that its user does not get: an encryption header."""
+        encryption = self.volume.encryption
+        return encryption.header_bytes if encryption is not None else self.creation.header_bytes
 
     def has_name(self, csi_name: str | None) -> bool:
         """Return whether it was created for this CSI name and is not being deleted."""
@@ -237,6 +245,13 @@ class Found:
 
     def __str__(self) -> str:
         return f"zone {self.zone} (uuid {self.volume.uuid})"
+
+
+def find_in(clusters: Clusters, zone: str, name: str, *, deadline: Deadline) -> Found | None:
+    """Find the volume with this name in the storage of a zone. Raises as `served` does."""
+    management = served(clusters, zone)
+    volume = management.volume(name, deadline=deadline)
+    return None if volume is None else Found(zone, management, volume, read_creation(volume.metadata))
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,18 +304,21 @@ class DuplicateGuard:
         others = [zone for zone in self.clusters.zones() if zone not in allowed and zone != but]
         if not zones and not others:
             return [], [], set()
-
-        def volume(zone: str) -> Volume | None:
-            return served(self.clusters, zone).volume(name, deadline=deadline)
-
-        answers = ask(zones, volume, deadline=deadline, optional=others, pool=self.pool)
+        answers = ask(
+            zones,
+            lambda zone: find_in(self.clusters, zone, name, deadline=deadline),
+            deadline=deadline,
+            optional=others,
+            pool=self.pool,
+        )
         silent = {zone: reason for zone, reason in answers.missing.items() if zone in zones}
         if silent and not self.allow_zone_skip:
             raise unavailable(silent)
         for zone, reason in sorted(silent.items()):
             _log.warning("zone %s is skipped although it may have volume %s: %s", zone, name, reason)
-        found = {zone: Found.of(zone, volume) for zone, volume in answers.given.items() if volume is not None}
-        here, elsewhere = ([found[zone] for zone in some if zone in found] for some in (zones, others))
+        here, elsewhere = (
+            [found for zone in some if (found := answers.given.get(zone)) is not None] for some in (zones, others)
+        )
         return here, elsewhere, set(silent)
 
 

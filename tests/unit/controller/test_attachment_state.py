@@ -22,7 +22,7 @@ from tests.fakes.management import FakeManagement
 UUID = "11111111-2222-3333-4444-555555555555"
 VOLUME = Volume("v", UUID, 262144, 4096, 1.1, "online", "none")
 HANDLE = VolumeHandle("v", "z", UUID, "team-a")
-LOCATED = Located(HANDLE.format(), HANDLE, "z", FakeManagement(), VOLUME, Creation())
+LOCATED = Located("z", FakeManagement(), VOLUME, Creation(), HANDLE.format(), HANDLE)
 EXCLUSIVE, NONE, READ = (
     ReservationMode.EXCLUSIVE_READ_WRITE,
     ReservationMode.NONE,
