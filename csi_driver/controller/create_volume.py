@@ -354,12 +354,11 @@ class _Call:
 
 @dataclass(slots=True)
 class _NativeEncryption:
-    """The initialisation of encryption by the storage: one call hands over the passphrase at most once.
+    """The initialisation of encryption by the storage: the passphrase is sent at most once in a call.
 
-    Such a volume is created without a key and cannot be attached; one request hands the passphrase over, and a storage
-    target writes the header some time later. After a failure nothing is deleted: the volume keeps waiting, and a retry
-    of CreateVolume, with a corrected Secret, continues. The errors leave the outcome open, so the provisioner retries,
-    and deletes the volume if the claim is deleted.
+    Such a volume is created without a key and cannot be attached. One request sends the passphrase, and a storage
+    target writes the header later. After a failure nothing is deleted, and a retry with a corrected Secret continues.
+    The errors are not final, so the provisioner retries, and deletes the volume if the claim is deleted.
     """
 
     management: Management
@@ -368,7 +367,7 @@ class _NativeEncryption:
     _index_before: int | None = None
 
     def is_done(self, volume: Volume, *, deadline: Deadline) -> bool:
-        """Return whether the encryption is initialised, or the volume has none; hand the passphrase over if needed."""
+        """Return whether the encryption is initialised, or the volume has none; send the passphrase if needed."""
         state = volume.encryption
         if state is None or state.is_initialized:
             return True
@@ -395,7 +394,7 @@ class _NativeEncryption:
         except InvalidRequest as refusal:
             raise EncryptionNotInitialised(volume, str(refusal)) from refusal
         if is_started:
-            _log.info("handed the passphrase of volume %s, uuid %s, to the storage", volume.name, volume.uuid)
+            _log.info("sent the passphrase of volume %s, uuid %s, to the storage", volume.name, volume.uuid)
 
 
 def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:

@@ -29,7 +29,7 @@ class DeleteVolume:
         """Delete the volume and wait until it is gone; success if it does not exist.
 
         Raises `PreconditionFailed` while a client holds it that was not preempted (`was_preempted`), and for a handle
-        whose last part was changed: a reader's copy of a handle never deletes the volume.
+        with another last part than the issued one: a reader's copy never deletes the volume.
         """
         located = locate(self.clusters, volume_id, deadline=deadline)
         if located is None:
@@ -46,7 +46,7 @@ class DeleteVolume:
             if management.delete_volume(volume, deadline=deadline):
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
             elif not is_gone():
-                # "Not found" does not prove that it is gone: the server says it as well of pending operations.
+                # "Not found" does not prove that it is gone: the server also answers so during a pending operation.
                 raise OperationPending(
                     f"volume {volume.name} exists, but the management did not find it to delete it: it has a pending "
                     "operation; retry"

@@ -1,13 +1,12 @@
 """ControllerUnpublishVolume, the state of attachments, and the decision behind every preemption.
 
-A client's document has both the desired attachment (what the management wants) and the device report (what the client
-says); neither proves the other.
+A client's document has the desired attachment, set by the management, and the device report of the client; neither
+proves the other.
 
-A lost node may still write. The storage stops it: an attachment that preempts the reservation cuts the I/O of all
-holders. The storage cannot tell whether a node is lost, as a silent client may have a broken cable; somebody else must
-decide. By default that is the orchestrator: it calls ControllerUnpublish for the lost node (because the pod is gone and
-the node is tainted out-of-service, or after a timeout), which records that the volume is to be detached there. That
-record, on a client that is down, permits to preempt it.
+A lost node may still write. An attachment that preempts the reservation makes the storage cut the I/O of all holders,
+but a silent client does not prove a lost node: its cable may be broken. By default the orchestrator decides: it calls
+ControllerUnpublish for the node (the pod is gone and the node is tainted out-of-service, or after a timeout). That
+records the detachment, and the record, on a client that is down, permits to preempt it.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def is_release_recorded(client: Client, located: Located) -> bool:
 
 
 def missing(client: Client, located: Located, mode: ReservationMode) -> str:
-    """Return what is missing until the device is usable; empty if it is."""
+    """Return the obstacle to a usable device; empty if it is usable."""
     report = client.devices.get(located.volume.uuid)
     if client.status is ClientStatus.DOWN:
         return "the attachment (the storage client is down)"
@@ -148,10 +147,9 @@ class UnpublishVolume:
     def _prove_never_attached(self, problem: ZoneNotServed, volume_id: str, node_id: str, deadline: Deadline) -> None:
         """Return if a volume of a zone that is not served cannot be attached to the node; else raise.
 
-        A storage client belongs to one cluster. So no volume of another cluster was ever attached to a node whose
-        client a served zone knows: the PersistentVolume names a wrong zone. Or that zone is the served one under its
-        former name; then its client tells whether it has the volume. Clients are compared by uuid, as two clusters may
-        have hosts of one name.
+        A storage client belongs to one cluster. If a served zone has the node's client, no volume of another cluster
+        was ever attached to it: the PersistentVolume names a wrong zone, or the former name of the served zone. In the
+        latter case the client's document shows the volume. Hosts of two clusters may share a name, so the uuid counts.
         """
         clients = ask(
             self.clusters.zones(),
@@ -252,8 +250,7 @@ class Preemption:
         return volume.reservation.version
 
     def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
-        """Decide again right before the preemption. Raises as `permit` does, and `OperationPending` if the version of
-        the reservation has changed."""
+        """Decide again right before the preemption. Raises `OperationPending` if the reservation has changed."""
         volume = located.volume
         present = located.management.volume(volume.name, deadline=deadline)
         if present is None or present.uuid != volume.uuid or present.reservation.version != version:
@@ -262,7 +259,7 @@ class Preemption:
         reason = "--fencing always" if self.policy is Fencing.ALWAYS else "released there, and the client is down"
         _log.warning(
             "taking volume %s, uuid %s, version %d, from %s to %s: %s",
-            *(present.name, present.uuid, version, present.reservation.reserved_by or "nobody", client.id, reason),
+            *(present.name, present.uuid, version, present.reservation.reserved_by or "no client", client.id, reason),
         )
 
     def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
@@ -275,10 +272,9 @@ class Preemption:
         return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
 
     def _refuse_contradiction(self, located: Located, known: set[str], *, deadline: Deadline) -> None:
-        """Raise `OperationPending` if the volume's document names a client that `_others` did not return.
+        """Raise `OperationPending` if the volume's document names a holder that is not `known`.
 
-        The clients' documents may come from a server that does not know of an attachment yet. A client that shows as
-        down, or does not exist, is recent enough.
+        The clients' documents may be older than the volume's. A client that is down or does not exist is no holder.
         """
         volume = located.volume
         for name in volume.reservation.attached:
@@ -294,7 +290,7 @@ class Preemption:
     def _owner(self, located: Located, client: Client, holders: Sequence[Client], *, deadline: Deadline) -> str | None:
         """Return the id of the only client for which the volume is reserved, else None.
 
-        Also None for an id that no client has: it may be the former id of a holder that was renamed.
+        Also None for an unknown id, possibly the former one of a renamed holder.
         """
         reservation = located.volume.reservation
         owner = reservation.reserved_by

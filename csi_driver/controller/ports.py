@@ -1,4 +1,4 @@
-"""Requests of the controller's use cases, and what they need from the storage management.
+"""Requests of the controller's use cases, and their port to the storage management.
 
 The shape of a request was checked in `csi_driver.rpc`; its meaning is checked by the use case.
 """

@@ -1,9 +1,8 @@
 """ControllerPublishVolume, and the attachments that a node makes for itself.
 
-The publish context decides what the node may format: it formats a fresh volume after a short check only with
-`History.FIRST`. Three independent facts must agree on that: the metadata says that this driver created the volume, the
-attachment record says that this is the first attachment, and the version of the reservation, kept by the storage
-itself, says that no other client was attached before or in between.
+A node formats a fresh volume after a short check only if the publish context has `History.FIRST`. Three independent
+facts must agree on it: by the metadata this driver created the volume, by the attachment record this is the first
+attachment, and by the version of the reservation, which the storage itself keeps, no other client was attached before.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class PublishVolume:
 
         A volume that lost nodes hold is preempted, if `fencing` permits it. Raises `ExistsDifferently` if the node
         holds it in another mode, `PreconditionFailed` naming the node that holds it, `Exhausted` at the node's limit,
-        `DeadlineReached` naming what is missing.
+        `DeadlineReached` naming the obstacle.
         """
         check_capability(request.capability)
         mode = reservation_mode(request.capability, read_only=request.read_only)

@@ -57,10 +57,10 @@ def chosen_fs_type(capabilities: Sequence[Capability], parameter: str) -> str | 
     """Return the filesystem of a new volume; None for raw block. `parameter`: the StorageClass's fsType."""
     if any(isinstance(capability.access, BlockAccess) for capability in capabilities):
         return None
-    requested = next(iter(_fs_types(capabilities)), "")
-    if requested and parameter and requested != parameter:
-        raise InvalidField("parameter fsType", parameter, f"{requested}, the filesystem of the volume capability")
-    return requested or parameter or DEFAULT_FS_TYPE
+    fs_type = next(iter(_fs_types(capabilities)), "")
+    if fs_type and parameter and fs_type != parameter:
+        raise InvalidField("parameter fsType", parameter, f"{fs_type}, the filesystem of the volume capability")
+    return fs_type or parameter or DEFAULT_FS_TYPE
 
 
 def reservation_mode(capability: Capability, *, read_only: bool) -> ReservationMode:
@@ -142,39 +142,39 @@ class ModifyVolume:
 
 
 def differences(
-    wanted: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int | None
+    requested: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int | None
 ) -> list[str]:
     """Return the differences between an existing volume and a repeated CreateVolume; empty if they are compatible.
 
     `size_bytes`: the user's part of the volume; None: do not compare it. Values that an earlier driver did not record
     are not compared. Source: CSI specification, CreateVolume, "ALREADY_EXISTS".
     """
-    capacity = wanted.capacity or CapacityRange()
-    result = _access_differences(wanted, found)
+    capacity = requested.capacity or CapacityRange()
+    result = _access_differences(requested, found)
     if size_bytes is not None and found.capacity != capacity:
         if size_bytes < capacity.required_bytes:
             result.insert(0, f"size: expected at least {capacity.required_bytes} bytes, got {size_bytes}")
         elif capacity.limit_bytes and size_bytes > capacity.limit_bytes:
             result.insert(0, f"size: expected at most {capacity.limit_bytes} bytes, got {size_bytes}")
-    keys = {key for key in {*wanted.parameters, *found.parameters} if is_compared(key) and key != "fsType"}
+    keys = {key for key in {*requested.parameters, *found.parameters} if is_compared(key) and key != "fsType"}
     if not found.is_ours:
-        keys &= wanted.parameters.keys() & found.parameters.keys()
+        keys &= requested.parameters.keys() & found.parameters.keys()
     for key in sorted(keys):
-        if found.parameters.get(key) != wanted.parameters.get(key):
-            expected, got = (shown(c.parameters[key]) if key in c.parameters else "not set" for c in (wanted, found))
+        if found.parameters.get(key) != requested.parameters.get(key):
+            expected, got = (shown(c.parameters[key]) if key in c.parameters else "not set" for c in (requested, found))
             result.append(f"parameter {key}: expected {expected}, got {got}")
     if vpg is not None and volume.vpg != vpg:
         result.append(f"provisioning group: expected '{vpg}', got '{volume.vpg}'")
     return result
 
 
-def _access_differences(wanted: Creation, found: Creation) -> list[str]:
-    if found.is_block is not None and found.is_block != bool(wanted.is_block):
-        return [f"access type: expected {_ACCESS[bool(wanted.is_block)]}, got {_ACCESS[found.is_block]}"]
+def _access_differences(requested: Creation, found: Creation) -> list[str]:
+    if found.is_block is not None and found.is_block != bool(requested.is_block):
+        return [f"access type: expected {_ACCESS[bool(requested.is_block)]}, got {_ACCESS[found.is_block]}"]
     result = []
-    if found.fs_type is not None and wanted.fs_type is not None and found.fs_type != wanted.fs_type:
-        result.append(f"filesystem: expected '{wanted.fs_type}', got '{found.fs_type}'")
-    if found.modes is not None and found.modes != wanted.modes:
-        got, expected = (" ".join(sorted(modes)) or "none" for modes in (found.modes, wanted.modes or ()))
+    if found.fs_type is not None and requested.fs_type is not None and found.fs_type != requested.fs_type:
+        result.append(f"filesystem: expected '{requested.fs_type}', got '{found.fs_type}'")
+    if found.modes is not None and found.modes != requested.modes:
+        got, expected = (" ".join(sorted(modes)) or "none" for modes in (found.modes, requested.modes or ()))
         result.append(f"access modes: expected {expected}, got {got}")
     return result

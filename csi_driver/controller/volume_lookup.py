@@ -95,8 +95,7 @@ def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Locate
 def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
     """Return the zones where the volume of a handle can be; empty if it names one that is not configured.
 
-    Older drivers always wrote `single-zone-cluster` with one cluster. With one zone it means that zone, whatever its
-    name is now.
+    Older drivers always wrote `single-zone-cluster` for the only cluster: with one zone it means that zone.
     """
     zones = list(clusters.zones())
     if handle.zone is None or (handle.zone == DEFAULT_ZONE and len(zones) == 1):

@@ -195,7 +195,7 @@ def read_permission(metadata: Mapping[str, object]) -> int:
 
 
 def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]) -> Encryption:
-    """Return how a volume is encrypted: by the storage if its document says so, else as its creation asked.
+    """Return how a volume is encrypted: by the storage according to its document, else as requested at its creation.
 
     `context`: the volume context of a PersistentVolume, used only for volumes that this driver did not create.
     UNKNOWN: the storage was to encrypt it and does not, so it must not be attached.

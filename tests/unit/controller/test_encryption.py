@@ -115,7 +115,7 @@ def test_two_controllers_that_make_one_volume_send_the_passphrase_once(caplog: p
 
     world.management.before = slip_in
     assert [create(world)] == made
-    assert caplog.text.count("handed the passphrase") == 1
+    assert caplog.text.count("sent the passphrase") == 1
 
 
 def test_a_call_that_was_cut_off_goes_on_waiting_without_sending_again() -> None:
