@@ -6,7 +6,9 @@ rest is written by hand. `make docs` runs it; a test compares the document with 
 
 from __future__ import annotations
 
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +52,33 @@ def _cell(text: str) -> str:
 
 
 def _flags(command: str) -> Iterator[str]:
+    """Yield the table of a command's flags; a command outside the chart leaves out flags of the commands above."""
     in_chart = command in OWN_VALUES
+    above = {} if in_chart else _flags_above(command)
+    flags = flags_of(command_class(command))
     yield _row(["flag", "default", "environment", *(["value of the chart"] * in_chart), "what it does"])
     yield "|---|---|---|---|" + "---|" * in_chart
-    for flag in flags_of(command_class(command)).values():
+    for flag in flags.values():
+        if flag.describe() == above.get(flag.name):
+            continue
         if flag.is_positional:
             yield _row([f"`{flag.name}`", "required", "", flag.explain()])
             continue
         name = f"`{flag.name}`" if flag.read is read_boolean else f"`{flag.name} {flag.read.metavar}`"
         value = [_chart_value(command, flag)] if in_chart else []
         yield _row([name, flag.shown_default or "required", f"`{flag.variable}`", *value, flag.explain()])
+
+    same = [f"`{name}`" for name, flag in flags.items() if flag.describe() == above.get(name)]
+    if same:
+        yield from ("", *textwrap.wrap(f"As above: {', '.join(same)}.", 100, break_on_hyphens=False))
+
+
+def _flags_above(command: str) -> dict[str, str]:
+    """Return the help of the flags of all commands that the document shows before this one."""
+    found: dict[str, str] = {}
+    for name in itertools.takewhile(lambda name: name != command, COMMANDS):
+        found |= {each.name: each.describe() for each in flags_of(command_class(name)).values()}
+    return found
 
 
 def _chart_value(role: str, flag: Flag[object]) -> str:
