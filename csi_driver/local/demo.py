@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,7 @@ class Interrupted(BaseException):
 
 @dataclass(slots=True)
 class Cleanup:
-    """Requests that undo what was done. Each is idempotent, so it is added before the step that it undoes."""
+    """Requests that undo steps. Each is idempotent, so it is added before the step that it undoes."""
 
     clock: Clock = SYSTEM_CLOCK
     requests: dict[str, Callable[[], None]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Screen:
         self.write(f"{self.monotonic() - start:8.3f} s  {name:<26}{' '.join(words)}".rstrip())
 
     def show(self, argv: Sequence[str], path: Path) -> None:
-        """Print what a tool says about a path, indented."""
+        """Print a tool's output for a path, indented."""
         output = run([*argv, str(path)], timeout_s=_TOOL_TIMEOUT_S, accept=_NOTHING_FOUND).stdout
         for line in output.decode(errors="replace").splitlines():
             self.write(f"{'':12}| {line}")
@@ -163,7 +163,7 @@ class Volume:
         return target
 
     def expand(self, target: Path) -> bool:
-        """Expand the volume and what is on it; False when the filesystem grows at the next NodeStageVolume only."""
+        """Expand volume and filesystem; False when the filesystem grows at the next NodeStageVolume only."""
         on, required_bytes = self.on, self.on.settings.expanded_bytes
         with on.screen.step("ControllerExpandVolume") as words:
             capacity_bytes, needs_node = on.controller.expand_volume(
@@ -271,8 +271,8 @@ def run_demo(settings: DemoSettings) -> int:
         print(f"nvmesh-csi demo: {error}", file=sys.stderr, flush=True)
         return 1
     with interruptible() as ignore:
-        status, pids = _run(settings, directory, screen, ignore)
-        left = _sweep(directory, is_new, pids)
+        status = _run(settings, directory, screen, ignore)
+        left = _sweep(directory, is_new)
     for each in left:
         screen.write(f"left behind: {each}")
     if left:
@@ -296,11 +296,8 @@ def prepare_directory(configured: Path | None) -> tuple[Path, bool]:
     return directory, is_new
 
 
-def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callable[[], None]) -> tuple[int, set[int]]:
-    """Start the roles, show the volumes, clean up; return the exit status and the process ids of the roles.
-
-    `ignore`: ignores further signals.
-    """
+def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callable[[], None]) -> int:
+    """Start the roles, show the volumes, clean up; return the exit status. `ignore`: ignores further signals."""
     local = LocalSettings(
         directory=directory,
         size_bytes=settings.size_bytes,
@@ -308,6 +305,7 @@ def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callab
         start_timeout_s=settings.start_timeout_s,
         program=settings.program,
     )
+    defaults = ("ext4", "xfs") if find_tool("mkfs.xfs") is not None else ("ext4",)
     status, cleanup = 0, Cleanup()
     with closing(Supervisor(local, ChildProcesses(), screen.write)) as supervisor:
         try:
@@ -319,7 +317,9 @@ def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callab
             controller, node = (CsiClient(path, timeout_s=limit_s) for path in supervisor.paths.sockets.values())
             with controller, node:
                 try:
-                    _show_all(Session(controller, node, directory, settings, screen, cleanup))
+                    on = Session(controller, node, directory, settings, screen, cleanup)
+                    for fs_type in (*(settings.fs_types or defaults), ""):
+                        show_life(on, fs_type)
                 finally:
                     ignore()
                     cleanup.run()
@@ -332,21 +332,15 @@ def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callab
                 screen.write(f"  {role}: {last_line(log)}")
             status = 1
         ignore()
-        pids = {pid for pid in map(supervisor.pid, Role) if pid is not None}
     for failure in cleanup.failures:
         screen.write(f"could not undo {failure}")
-    return status, pids
+    return status
 
 
-def _show_all(on: Session) -> None:
-    defaults = ("ext4", "xfs") if find_tool("mkfs.xfs") is not None else ("ext4",)
-    for fs_type in (*(on.settings.fs_types or defaults), ""):
-        show_life(on, fs_type)
-
-
-def _sweep(directory: Path, is_new: bool, pids: Iterable[int]) -> list[str]:
-    """Remove the files when the kernel uses none of them; return what is left, a sentence each."""
-    left = [f"process {pid}" for pid in sorted(pids) if _is_running(pid)]
+def _sweep(directory: Path, is_new: bool) -> list[str]:
+    """Remove the files unless the kernel still uses some of them; return the leftovers, a sentence each."""
+    # The pid file of a process is removed once it has ended.
+    left = [f"process {file.read_text().strip()}" for file in directory.glob("*.pid")]
     try:
         left += [f"mount {path}" for path in mounts_below(directory)]
         left += [f"loop device {device}" for device in loops_below(directory)]
@@ -359,14 +353,6 @@ def _sweep(directory: Path, is_new: bool, pids: Iterable[int]) -> list[str]:
     except (DriverError, OSError) as error:
         left.append(str(error))
     return [*left, f"directory {directory}"]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def mounts_below(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`nvmesh-csi doctor`: checks this machine and what the driver needs, and prints each problem with its fix.
+"""`nvmesh-csi doctor`: checks this machine and the services that the driver needs; prints each problem with its fix.
 
 It changes nothing. Checks run side by side; one that hangs delays no other and is reported as skipped.
 """
@@ -82,7 +82,7 @@ class Target:
 
     @property
     def defaults(self) -> ClusterDefaults:
-        """Return the settings of a zone for what the clusters file leaves out."""
+        """Return the settings of a zone for keys that the clusters file leaves out."""
         return ClusterDefaults(self.management, self.paths.zone or DEFAULT_ZONE, self.tls_verify is not None)
 
 
@@ -100,7 +100,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found. `check`: its name, where its function makes several.
+    """A result of a check. `check`: its name, where its function makes several.
 
     A problem without `expected` or `fix` gets those of its check.
     """
@@ -122,9 +122,9 @@ Find = Callable[[Target], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check: its name, the function that makes it, why it matters, what is expected and how to fix it.
+    """A check: its name, its function, why it matters, the expectation and how to fix it. See docs/doctor.md.
 
-    docs/doctor.md shows these texts. One function may make several checks.
+    One function may make several checks.
     """
 
     name: str
@@ -171,7 +171,7 @@ def _node_checks() -> tuple[Check, ...]:
               "every mount with its device, I/O and kubelet's record",
               "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
         Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
-              "a readable record", "see what the volume holds, then remove the record"),
+              "a readable record", "inspect the volume, then remove the record"),
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def run_doctor(target: Target, write: Callable[[str], None] = print) -> int:
 
 
 def examine(chosen: Sequence[Check], target: Target, deadline: Deadline) -> list[Finding]:
-    """Run checks until the deadline; return what they found, the worst first, then in the order of the checks."""
+    """Run checks until the deadline; return their findings, the worst first, then in the order of the checks."""
     by_name = {check.name: check for check in chosen}
     first = {check.find: check.name for check in reversed(chosen)}
     findings = [
@@ -252,7 +252,7 @@ def collect(jobs: Mapping[str, Callable[[], Iterator[Finding]]], deadline: Deadl
 
 def _collect(job: Callable[[], Iterator[Finding]], found: list[Finding]) -> None:
     for finding in job():
-        found.append(finding)  # noqa: PERF402  # what was found before it hangs is printed
+        found.append(finding)  # noqa: PERF402  # findings before a hang are printed
 
 
 def _wait(name: str, done: Future[None], deadline: Deadline) -> list[Finding]:

@@ -1,6 +1,6 @@
 """Checks of a node: the machine, kubelet's directories, the storage client, and the volumes mounted here.
 
-No device is opened and no filesystem of a volume is asked. docs/doctor.md says why each check matters.
+No device is opened and no filesystem of a volume is asked. docs/doctor.md explains each check.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def volumes(target: Target) -> Iterator[Finding]:
         if not machine.is_present(entry.number):
             yield warning(f"{where}: its device {entry.number} is gone")
         elif not mount.handle:
-            fix = f"none while the node runs, which unmounts what it can prove an orphan; else: umount {mount.path}"
+            fix = f"none while the node runs: it unmounts proven orphans; else: umount {mount.path}"
             yield warning(f"{mount.path} is mounted, and kubelet has no record of it", fix=fix)
         elif status is not None and status.preempted:
             yield warning(f"{where} was taken over by another node: {status.details}")
@@ -230,7 +230,7 @@ def usage_records(target: Target) -> Iterator[Finding]:
         try:
             record = records.read(uuid)
         except HostFailure as problem:
-            yield warning(str(problem), fix=f"see what the volume holds, then remove {records.path_of(uuid)}")
+            yield warning(str(problem), fix=f"inspect the volume, then remove {records.path_of(uuid)}")
             continue
         if record is not None:
             is_absent = here is not None and uuid.lower() not in here

@@ -54,7 +54,7 @@ def managements(target: Target) -> Iterator[Finding]:
         try:
             clusters = list(parse_clusters(read_source(path), target.defaults).zones.values())
         except InvalidDocument:
-            clusters = []  # a node has a copy without credentials; `clusters_file` reports what cannot be read
+            clusters = []  # a node has a copy without credentials; `clusters_file` reports other problems
     servers = {
         url: partial(_management, target, replace(settings, servers=(url,)), len(settings.servers))
         for settings in clusters
@@ -149,7 +149,7 @@ def _repeated(ids: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
 def driver(target: Target) -> Iterator[Finding]:
     endpoint = target.endpoint
     if endpoint is None:
-        yield skipped("no running driver was found", fix="run the doctor beside one, or set --endpoint")
+        yield skipped("no running driver was found", fix="run the doctor in a pod of the driver, or set --endpoint")
         return
     if not endpoint.exists():
         yield error(f"the socket {endpoint} does not exist")
@@ -202,7 +202,7 @@ def _sockets_in(directory: Path) -> list[Path]:
 
 
 def _is_served(path: Path) -> bool:
-    """Tell whether a process accepts connections; nothing is sent."""
+    """Return whether a process accepts connections; nothing is sent."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         probe.settimeout(1.0)
         try:
@@ -250,7 +250,7 @@ def _registration(target: Target, server: ApiServer) -> Iterator[Finding]:
     elif client.uuid is None and client.is_expected:
         yield skipped(f"registered as {registered}; the storage client shows no id now", fix="see client")
     elif registered != own:
-        fix = "detach what is attached under the old id, then restart the node's pod: kubelet registers it again"
+        fix = "detach the volumes of the old id, then restart the node's pod: kubelet registers it again"
         yield error(f"the node is registered as {registered}, its id is {own} now", fix=fix)
     else:
         yield ok(f"registered with the node id {registered}")

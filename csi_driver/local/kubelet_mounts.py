@@ -68,7 +68,7 @@ def run_pre_stop(
 
     node = find_running(["node"])
     if node is not None and (stream := log_of(node)) is not None:
-        log.configure(settings, stream)  # kubelet shows the output of a hook to nobody
+        log.configure(settings, stream)  # kubelet discards the output of a hook
     signal.signal(signal.SIGTERM, stop)
     hook = PreStop(ApiServer(api) if api is not None else None, node_name, driver_name, mounted)
     _LOG.info("the pod stops now: %s", hook.wait(Deadline.after(timeout_s)))

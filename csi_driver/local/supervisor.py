@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +33,7 @@ _RESPONSE_S = 2.0
 _SHOWN_BYTES = 4096
 
 TOOLS = ("blkid", "mkfs.ext4", "e2fsck", "resize2fs")
+_say = partial(print, flush=True)
 _PACKAGES = {"findmnt": "util-linux", "lsblk": "util-linux", "losetup": "util-linux (on Debian: mount)"}
 
 
@@ -63,13 +65,6 @@ class Paths:
             raise InvalidField("--directory", str(self.directory), expected, action)
 
 
-class RoleKeepsExiting(HostFailure):
-    """A role exited more often than it may."""
-
-    def __init__(self, role: Role, times: int, window_s: float, log: Path) -> None:
-        super().__init__(f"{role} exited {times} times within {window_s:g} s; see its log {log}")
-
-
 @dataclass(slots=True)
 class _Child:
     """A role, its process while it runs, and the times of its latest exits."""
@@ -82,9 +77,10 @@ class _Child:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Starts the roles, restarts those that exit, and stops them. Call `close` at the end, whatever happens.
+    """Starts the roles, restarts those that exit, and stops them in `close`.
 
-    `report` gets a sentence for each exit and restart. `why_not_ready` returns None once a role is ready.
+    `report` gets a sentence for each exit and restart. `why_not_ready` returns None once a role is ready. `stop` makes
+    `start` and `watch` return soon; a signal handler may set it.
     """
 
     settings: LocalSettings
@@ -94,7 +90,7 @@ class Supervisor:
     clock: Clock = SYSTEM_CLOCK
     paths: Paths = field(init=False)
     _children: dict[Role, _Child] = field(init=False)
-    _stop: threading.Event = field(init=False, default_factory=threading.Event)
+    stop: threading.Event = field(init=False, default_factory=threading.Event)
     _resources: ExitStack = field(init=False, default_factory=ExitStack)
     _listener: socket.socket = field(init=False)
 
@@ -103,7 +99,7 @@ class Supervisor:
         self._children = {role: _Child(role) for role in Role}
 
     def start(self) -> None:
-        """Lock the directory and start all roles; return when all are ready, or a stop was requested.
+        """Lock the directory and start all roles; return when all are ready, or `stop` is set.
 
         Raises `PreconditionFailed` when another local run uses the directory, `HostFailure` when a role exits,
         `DeadlineReached` when one is not ready in time.
@@ -170,7 +166,7 @@ class Supervisor:
 
         def is_settled() -> bool:
             nonlocal reason
-            if self._stop.is_set() or self._exit_status(role) is not None:
+            if self.stop.is_set() or self._exit_status(role) is not None:
                 return True
             reason = self.why_not_ready(role, self.paths, self.port)
             return reason is None
@@ -180,7 +176,7 @@ class Supervisor:
         if status is not None:
             raise HostFailure(f"{role} {describe_exit(status)} while starting: {last_line(self.paths.logs[role])}")
         if not in_time:
-            raise DeadlineReached(f"{role} ({reason}), whose log is {self.paths.logs[role]}")
+            raise DeadlineReached(f"{role} ({reason}; see its log {self.paths.logs[role]})")
 
     def _exit_status(self, role: Role) -> int | None:
         process = self._children[role].process
@@ -192,12 +188,12 @@ class Supervisor:
         return None if process is None else process.pid
 
     def watch(self) -> None:
-        """Restart roles that exit, until `request_stop`. Raises `RoleKeepsExiting` beyond the limit."""
-        while not self._stop.wait(_WATCH_INTERVAL_S):
+        """Restart roles that exit, until `stop` is set. Raises `HostFailure` beyond the limit."""
+        while not self.stop.wait(_WATCH_INTERVAL_S):
             self.restart_exited()
 
     def restart_exited(self) -> None:
-        """Look at every role once; restart those that exited and are due. Raises `RoleKeepsExiting`."""
+        """Look at every role once; restart those that exited and are due. Raises `HostFailure`."""
         now = self.clock.monotonic()
         for child in self._children.values():
             status = self._exit_status(child.role)
@@ -215,22 +211,14 @@ class Supervisor:
         times, log = len(child.exits), self.paths.logs[child.role]
         self.report(f"{child.role} (process {pid}) {describe_exit(status)}: {last_line(log)}")
         if times > self.settings.restart_limit:
-            raise RoleKeepsExiting(child.role, times, self.settings.restart_window_s, log)
+            window_s = self.settings.restart_window_s
+            raise HostFailure(f"{child.role} exited {times} times within {window_s:g} s; see its log {log}")
         pause_s = 0.0 if times == 1 else min(_FIRST_PAUSE_S * 2 ** (times - 2), _LONGEST_PAUSE_S)
         child.restart_at_s = now + pause_s
 
-    def request_stop(self) -> None:
-        """Make `start` and `watch` return soon. Safe in a signal handler and from any thread."""
-        self._stop.set()
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether a stop was requested."""
-        return self._stop.is_set()
-
     def close(self) -> None:
         """Stop node, controller and storage, in this order, and unlock the directory. Idempotent."""
-        self._stop.set()
+        self.stop.set()
         for child in reversed(self._children.values()):
             if child.process is None:
                 continue
@@ -317,7 +305,7 @@ def stop_on_signals(supervisor: Supervisor) -> None:
     """Stop on SIGINT, SIGTERM and, unless it is ignored as nohup(1) leaves it, SIGHUP."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        supervisor.request_stop()
+        supervisor.stop.set()
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if each is not signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:
@@ -333,7 +321,7 @@ def run_local(settings: LocalSettings) -> int:
         with closing(Supervisor(settings, ChildProcesses(), _say)) as supervisor:
             stop_on_signals(supervisor)
             supervisor.start()
-            if not supervisor.is_stopping:
+            if not supervisor.stop.is_set():
                 _greet(supervisor)
             supervisor.watch()
             _say("stopping: node, controller, storage")
@@ -342,10 +330,6 @@ def run_local(settings: LocalSettings) -> int:
         return 1
     _say("stopped; volumes and attachments are kept")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _greet(supervisor: Supervisor) -> None:

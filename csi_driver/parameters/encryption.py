@@ -1,6 +1,6 @@
 """The `encryption` keys of a StorageClass, and the passphrase in its Secret. No message shows a value of a Secret.
 
-`csi_driver.compat.volumes` has the `dmcrypt` keys and says what `encryption: dmcrypt` means.
+`csi_driver.compat.volumes` has the `dmcrypt` keys and the meaning of `encryption: dmcrypt`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def parse_encryption(own: Mapping[str, str]) -> EncryptionRequest:
     """Read who encrypts, with all checks of the node."""
     by = encrypting(own)
     if by is Encryption.NONE:
-        read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption beside it, native or luks")
+        read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption as well, native or luks")
         return EncryptionRequest()
     problems = read.Problems()
     problems.of(lambda: node_settings(by, own))

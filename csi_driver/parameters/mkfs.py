@@ -61,7 +61,7 @@ def _switch(own: Mapping[str, str], key: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class MkfsArguments:
-    """Arguments of mkfs besides device and uuid: `every` one, and those that the StorageClass `asked` for."""
+    """Arguments of mkfs without device and uuid: `every` one, and those that the StorageClass `asked` for."""
 
     every: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
@@ -253,7 +253,7 @@ _XFS_BLOCKS = _Value(rf"size=(?:{_BLOCKS.pattern})", f"size= with {_BLOCKS.says}
 _PROFILE = _words_of("single dup")
 
 ALLOWED: Mapping[str, Mapping[str, _Value | None]] = {
-    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which nobody can promise of reused space;
+    # mke2fs(8). Left out on purpose: assume_storage_prezeroed, which is wrong for reused space;
     # -F, -n, -S, -d, -l, -c, -z, -U, -M, -o, -r and what names another device.
     "ext4": {
         "-b": _words_of("4096 8192 16384 32768 65536"), "-C": _SIZE, "-D": None, "-e": _words_of("continue remount-ro"),
@@ -307,7 +307,7 @@ def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
 
 
 def split_options(text: str) -> list[str]:
-    """Split the free text as a shell does; what cannot be a list of options is refused for any filesystem."""
+    """Split the free text as a shell does. Raises `InvalidParameter` for text that is no list of options."""
     expected = f"at most {_MOST_TEXT} printable ASCII characters that begin with an option"
     if len(text) > _MOST_TEXT or not text.isascii() or not text.isprintable():
         raise InvalidParameter(OPTIONS, text, expected)

@@ -80,8 +80,8 @@ class FilesystemRequest:
 class MountPlan:
     """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's.
 
-    `mkfs_refusal`: why no filesystem can be made as requested. A volume with a filesystem is mounted all the same: its
-    context cannot be changed, and the driver that made it may have accepted more.
+    `mkfs_refusal`: why no filesystem can be made as requested. A volume with a filesystem can still be
+    mounted: its context cannot be changed, and the driver that made it may have accepted more.
     """
 
     request: FilesystemRequest
@@ -116,7 +116,7 @@ def plan_mount(
 ) -> MountPlan:
     """Check a request for mount access before any device is touched. A problem of mkfs alone is kept in the plan.
 
-    `read_only`: the attachment is read-only, whatever mode and flags say. `fs_type_of_class`: the parameter `fsType`.
+    `read_only`: the attachment is read-only, despite mode and flags. `fs_type_of_class`: the parameter `fsType`.
     Raises `InvalidRequest`.
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
@@ -202,7 +202,7 @@ def _name(option: str) -> str:
     return option.partition("=")[0]
 
 
-# --- comparing with what the kernel shows -------------------------------------------------------------------
+# --- comparing with an existing mount -------------------------------------------------------------------
 
 _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime", "sync", "dirsync", "lazytime"})
 """Options that /proc/self/mountinfo shows exactly when they are set (fs/proc_namespace.c)."""

@@ -208,7 +208,7 @@ def metadata_key(key: str) -> str:
 
 
 def is_compared(key: str) -> bool:
-    """Tell whether a recorded parameter must be equal in a repeated CreateVolume: it is not of the claim alone."""
+    """Return whether a recorded parameter must be equal in a repeated CreateVolume: it is not of the claim alone."""
     return key not in {metadata_key(kept) for kept in _KEPT}
 
 
@@ -224,7 +224,7 @@ def _unknown(key: str) -> InvalidRequest:
         return InvalidRequest(f"parameter {key} asks for a thin volume, which is not supported; remove it")
     if key == "isReadOnly":
         action = "use an access mode for readers, or set it in the management once the volume has its content"
-        return InvalidRequest(f"parameter isReadOnly would let nobody write to the new volume; {action}")
+        return InvalidRequest(f"parameter isReadOnly would make the new volume unusable; {action}")
     hint = did_you_mean(key, KNOWN_KEYS) or "docs/parameters.md lists the parameters"
     if key == "isEncrypted":
         hint = "use encryption: native"
@@ -301,7 +301,7 @@ def check_changes(volume: Volume, parameters: Mapping[str, str]) -> None:
 
 
 def is_applied(volume: Volume, changes: VolumeChanges) -> bool:
-    """Tell whether the volume has all changes already. A volume does not show its lists, so these never are."""
+    """Return whether the volume has all changes already. It does not show its lists, so these count as changes."""
     lists = (changes.drive_classes, changes.target_classes, changes.limit_by_drives, changes.limit_by_targets)
     return (
         all(names is None for names in lists)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class InvalidParameter(InvalidField):
-    """A parameter has an invalid value. `expected` completes "expected ..."; `action` says what to do."""
+    """A parameter has an invalid value. `expected` completes "expected ..."; `action` is the fix."""
 
     def __init__(self, key: str, value: object, expected: str, action: str = "") -> None:
         super().__init__(f"parameter {key}", value, expected, action)
@@ -22,7 +22,7 @@ class InvalidParameter(InvalidField):
 
 
 class RefusedParameter(InvalidRequest):
-    """A parameter does not apply here, whatever its value."""
+    """A parameter does not apply here."""
 
     def __init__(self, key: str, reason: str) -> None:
         self.field = key
@@ -56,10 +56,10 @@ class Problems:
         for each in problem.problems if isinstance(problem, SeveralProblems) else (problem,):
             self._found.setdefault(str(each), each)
 
-    def raise_any(self, beside: InvalidRequest | None = None) -> None:
-        """Raise the only problem as it is, several as `SeveralProblems`; `beside` is added where there are others."""
-        if beside is not None and self._found:
-            self.add(beside)
+    def raise_any(self, also: InvalidRequest | None = None) -> None:
+        """Raise the only problem as it is, several as `SeveralProblems`; `also` is added to others."""
+        if also is not None and self._found:
+            self.add(also)
         found = tuple(self._found.values())
         if found:
             raise found[0] if len(found) == 1 else SeveralProblems(found)
