@@ -52,7 +52,7 @@ def _read(record: Path | None) -> dict[str, object]:
 
 
 def run_pre_stop(
-    settings: log.LogSettings, api: ApiSettings | None, node_name: str, driver_name: str, timeout_s: float
+    settings: log.LogSettings, api: ApiSettings, node_name: str, driver_name: str, timeout_s: float
 ) -> int:
     """Wait before the node's container stops while the node is drained. Never fails: the exit status is 0."""
     from csi_driver.host.mount_table import read_table
@@ -70,6 +70,6 @@ def run_pre_stop(
     if node is not None and (stream := log_of(node)) is not None:
         log.configure(settings, stream)  # kubelet discards the output of a hook
     signal.signal(signal.SIGTERM, stop)
-    hook = PreStop(ApiServer(api) if api is not None else None, node_name, driver_name, mounted)
+    hook = PreStop(ApiServer(api) if api.host else None, node_name, driver_name, mounted)
     _LOG.info("the pod stops now: %s", hook.wait(Deadline.after(timeout_s)))
     return 0

@@ -23,6 +23,7 @@ import csi_driver
 from csi_driver import __main__ as program
 from csi_driver import driver_version
 from csi_driver.deadline import Deadline
+from csi_driver.host import processes
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from tests.documents import code, table, text_of
 from tests.fakes.kubelet import Kubelet
@@ -69,6 +70,17 @@ def test_a_role_that_cannot_start_is_status_1(tmp_path: Path, capsys: pytest.Cap
     assert program.main(node_argv(tmp_path)) == 1
     assert "expected a socket" in capsys.readouterr().err
     assert taken.read_text() == "precious"
+
+
+def test_pre_stop_needs_no_api_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(processes, "find_running", lambda roles: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert program.main(["pre-stop", "--driver-name", "unused.example.com"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "no API server is configured" in capsys.readouterr().err
 
 
 # --- serving ----------------------------------------------------------------------------------------------------
