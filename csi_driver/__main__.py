@@ -130,8 +130,7 @@ def _storage(command: StorageCommand) -> int:
             measurements=[*process(role="storage", driver_name="", version=driver_version()), *server.measurements()],
         )
 
-    # Tests use cheap keys.
-    headers = LuksFiles(iterations=1000 if command.storage.test_switches.enabled else None)
+    headers = LuksFiles()
     if not headers.are_possible():
         _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
         return serve(command.storage, LoopDevices(), beside=pages)

@@ -1,43 +1,115 @@
-"""What the API shows of each record: the documents of volumes, clients, VPGs and servers. Pure."""
+"""Answers of the API: envelopes, errors, documents of volumes, clients, VPGs and targets, and lists of them. Pure."""
 
 from __future__ import annotations
 
+import json
 import uuid
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
-from csi_driver.embedded.records import DOWN, READY, Attachment, Client, Encryption, Group, Report, Volume
-from csi_driver.embedded.refusals import Document
-from csi_driver.embedded.status_files import VERSION
+from csi_driver.embedded.layouts import BLOCK_SIZE
+from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Group, Report, Volume
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.errors import DriverError
 
-MANAGEMENT_ID = "127.0.0.1:4001"
-_HANDLED_BY: Document = {"managementId": MANAGEMENT_ID, "bootVersion": 1}
+API_VERSION = "18.0.0"
+VERSION = "3.5.0-1.embedded"
+
+VOLUME_NOT_FOUND = 1543
+CLIENT_NOT_FOUND = 1608
+GROUP_NOT_FOUND = 16220
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+class ApiError(DriverError):
+    """A refused operation; the API answers it with HTTP 200, `success: false` and `error.id`.
+
+    `inner` is its innerMessage. `loses_uuid`: the server names the volume's uuid "undefined" in this answer.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        message: str,
+        keys: Mapping[str, object] | None = None,
+        inner: object = None,
+        *,
+        loses_uuid: bool = False,
+    ) -> None:
+        self.number = number
+        self.message = message
+        self.keys = dict(keys or {})
+        self.inner = inner
+        self.loses_uuid = loses_uuid
+        super().__init__(f"{number}: {message}")
+
+    def item(self, key: str, identity: str | None) -> Document:
+        """Return the envelope of one object of a mutating request."""
+        error: Document = {"message": self.message, "id": self.number, **self.keys}
+        if self.loses_uuid:
+            identity = "undefined"
+            if "volumeUUID" in error:
+                error["volumeUUID"] = identity
+        error["ApiRequestUUID"] = str(uuid.uuid1())
+        if self.inner is not None:
+            error["innerMessage"] = self.inner
+        return envelope(key, identity, False, error)
+
+    def whole(self) -> Document:
+        """Return the envelope of a request that has no list of objects."""
+        return failure(self.number, self.message, **self.keys)
+
+
+def detail(number: int, message: str, **keys: object) -> Document:
+    """Return an `innerMessage` object."""
+    return {"message": message, "id": number, **keys}
+
+
+def envelope(
+    key: str | None, identity: str | None, success: bool, error: object = None, payload: object = None
+) -> Document:
+    """Return the five keys of each answer that is neither a list nor a document."""
+    return {"_id": key, "uuid": identity, "success": success, "error": error, "payload": payload}
+
+
+def failure(number: int, message: str, **keys: object) -> Document:
+    """Return the envelope of a request that failed as a whole."""
+    return envelope(None, None, False, {"message": message, "id": number, **keys})
+
+
+def volume_not_found(name: str, identity: str) -> ApiError:
+    return ApiError(VOLUME_NOT_FOUND, "Volume not found", {"volumeID": name, "volumeUUID": identity})
+
+
+# --- volumes ------------------------------------------------------------------------------------------------
 
 
 def volume_document(volume: Volume) -> Document:
-    """Return a volume's document, all but its chunks."""
+    """Return a volume's document, without the placement of its blocks."""
     reservation = volume.reservation
     document: Document = {
-        "name": volume.name,
-        "capacity": volume.capacity,
         "allowAllocationOnOfflineDrives": False,
         "isReadOnly": False,
-        "enableNVMf": False,
         "metadata": {},
-        "use_debug_di": False,
         **volume.given,
+        "_id": volume.name,
+        "name": volume.name,
+        "uuid": volume.uuid,
+        "capacity": volume.capacity,
+        "blockSize": BLOCK_SIZE,
+        "blocks": volume.blocks,
         "createdBy": volume.created_by,
         "modifiedBy": volume.modified_by,
         "dateCreated": volume.created,
         "dateModified": volume.modified,
-        "_id": volume.name,
         "version": volume.version,
         "isReserved": False,
         "isReady": volume.ready,
-        **replace(volume.layout, stripe_size=volume.layout.whole_stripe).parameters(),
         "status": volume.status,
-        "handledBy": _HANDLED_BY,
-        "uuid": volume.uuid,
+        "health": volume.health,
+        "action": volume.action,
         "reservation": {
             "mode": reservation.mode,
             "version": reservation.version,
@@ -45,21 +117,14 @@ def volume_document(volume: Volume) -> Document:
             "attachedClients": list(reservation.attached),
             "lastTransitionDate": reservation.last_transition,
         },
-        "health": volume.health,
-        "lockServer": {"maxNOwners": 1 + volume.layout.mirrors, "type": 4, "locksetShift": -1},
-        "docVersion": "1.0.0",
-        "createdByManagement": MANAGEMENT_ID,
-        "blockSize": BLOCK_SIZE,
-        "blocks": volume.blocks,
-        "action": volume.action,
+        **replace(volume.layout, stripe_size=volume.layout.whole_stripe).parameters(),
     }
-    document.setdefault("selectedClientsForNvmf", [])
     if not volume.layout.striped and volume.layout.mirrors == 0:
         document["numberOfMirrors"] = 0
     if volume.group is not None:
         document |= {"VPG": volume.group, "diskClasses": [], "serverClasses": [], "allowOverflow": True}
     else:
-        document.setdefault("isEncrypted", False)
+        document["isEncrypted"] = False
     if volume.encryption is not None:
         document |= {"isEncrypted": True, "encryption": _encryption(volume.encryption)}
     return document
@@ -74,128 +139,25 @@ def _encryption(state: Encryption) -> Document:
     return document
 
 
-def chunks_of(volume: Volume, target: str) -> list[Document]:
-    """Return where a volume lies: one chunk for its first allocation and one for each extension."""
-    chunks: list[Document] = []
-    first = 0
-    for index, blocks in enumerate(volume.extents):
-        identity = str(uuid.uuid5(uuid.UUID(volume.uuid), f"chunk {index}"))
-        segments = [
-            _segment(volume, index, leg, first, blocks // volume.layout.legs, target)
-            for leg in range(volume.layout.drives)
-        ]
-        raid: Document = {
-            "activated": True,
-            "version": {"major": 1, "minor": 0},
-            "tomaLeaderRaftTerm": 0,
-            "zone": "1",
-            "uuid": str(uuid.uuid5(uuid.UUID(volume.uuid), f"raid {index}")),
-            "stripeIndex": 0,
-            "diskSegments": segments,
-            "lastReport": volume.modified,
-        }
-        chunks.append(
-            {
-                "_id": identity,
-                "uuid": identity,
-                "vlbs": first,
-                "vlbe": first + blocks - 1,
-                "pRaids": [raid],
-                "zone": "1",
-            }
-        )
-        first += blocks
-    return chunks
-
-
-def _segment(volume: Volume, chunk: int, leg: int, first: int, blocks: int, target: str) -> Document:
-    namespace = uuid.UUID(volume.uuid)
-    identity = str(uuid.uuid5(namespace, f"segment {chunk} {leg}"))
-    return {
-        "_id": identity,
-        "uuid": identity,
-        "diskID": "POOL.1",
-        "diskUUID": str(uuid.uuid5(uuid.NAMESPACE_DNS, target)),
-        "diskFormatRequestCounter": 0,
-        "nodeUUID": str(uuid.uuid5(uuid.NAMESPACE_DNS, target)),
-        "node_id": target,
-        "volumeName": volume.name,
-        "volumeUUID": volume.uuid,
-        "pRaidUUID": str(uuid.uuid5(namespace, f"raid {chunk}")),
-        "allocationIndex": chunk,
-        "pRaidIndex": leg,
-        "zone": "1",
-        "redundancyRatio": volume.layout.mirrors,
-        "lbs": first,
-        "lbe": first + blocks - 1,
-        "type": "data",
-        "pRaidTypeIndex": leg,
-        "status": "normal",
-        "isDead": False,
-    }
-
-
-def reserve_document(group: Group) -> Document:
-    """Return the document of a VPG's reserved space, which the API keeps among the volumes."""
-    return {
-        "_id": group.name,
-        "name": group.name,
-        "uuid": group.uuid,
-        "VPG": group.name,
-        "isReserved": True,
-        "capacity": group.capacity,
-        "blockSize": BLOCK_SIZE,
-        "blocks": group.blocks,
-        "status": "online",
-        "action": "none",
-        **group.layout.parameters(),
-    }
+# --- clients ------------------------------------------------------------------------------------------------
 
 
 def client_document(client: Client, reports: list[Report], attachments: list[Attachment], *, down: bool) -> Document:
-    """Return a client's document. `down`: it does not carry out wishes now."""
+    """Return a client's document."""
     return {
         "_id": client.name,
         "clientID": client.name,
         "uuid": client.uuid,
-        "agentOriginID": f"agentOriginID_{client.name}",
         "health": "critical" if down else "healthy",
         "client_status": DOWN if down else READY,
-        "managementAgentStatus": "down" if down else "up",
-        "kafkaMessageSequence": {"keepalive": 1, "reportClient": 0, "updateAttachmentStatus": 0},
-        "agentKafkaMessageSequence": {
-            "keepalive": 1,
-            "configProfileUpdated": 0,
-            "updateConfigProfileUserOverride": 0,
-            "updateKeys": 0,
-        },
-        "managementAgentToken": 1,
-        "clientToken": 1,
         "maxReportID": client.report_id,
-        "nvmfAttachmentsID": 0,
-        "keepAliveCounter": 0,
         "attachmentsVersion": client.attachments_version,
-        "isUmClient": False,
         "block_devices": [_block_device(report) for report in reports],
-        "attachments": {wish.uuid: _attachment(wish) for wish in attachments},
+        "attachments": {attachment.uuid: _attachment(attachment) for attachment in attachments},
         "dateCreated": client.created,
         "dateModified": client.created,
-        "featureCompatibilityVersion": 2,
-        "topics": {
-            ".client.main": f"{client.name}.client.main.1.0.0",
-            ".managementAgent.main": f"{client.name}.managementAgent.main.1.0.0",
-        },
-        "docVersion": "1.0.0",
-        "health_old": "healthy",
         "version": VERSION,
-        "branch": "embedded",
-        "commit": "embedded",
-        "configProfile": {"version": 0, "id": "No-Profile", "name": "No Profile"},
-        "volumeVersionsSum": 0,
-        "hasWIPOperations": False,
         "hasIoDisabled": any(report.io_enabled == 0 for report in reports),
-        "clientOriginID": f"clientOriginID_{client.name}",
-        "lastReceivedClientKeepAlive": client.created,
     }
 
 
@@ -216,42 +178,256 @@ def _block_device(report: Report) -> Document:
     }
 
 
-def _attachment(wish: Attachment) -> Document:
+def _attachment(attachment: Attachment) -> Document:
     document: Document = {
-        "uuid": wish.uuid,
-        "name": wish.volume,
-        "action": wish.action,
-        "reservation": wish.reservation,
-        "attachmentsVersion": wish.attachments_version,
-        "referenceIDs": list(wish.references),
-        "version": wish.version,
+        "uuid": attachment.uuid,
+        "name": attachment.volume,
+        "action": attachment.action,
+        "reservation": attachment.reservation,
+        "attachmentsVersion": attachment.attachments_version,
+        "referenceIDs": list(attachment.references),
+        "version": attachment.version,
     }
-    if wish.force is not None and wish.action == "detaching":
-        document["force"] = wish.force
+    if attachment.force is not None and not attachment.is_attaching:
+        document["force"] = attachment.force
     return document
 
 
+# --- VPGs ---------------------------------------------------------------------------------------------------
+
+
 def group_document(group: Group) -> Document:
-    """Return a VPG's document."""
+    """Return a VPG's document. It has no reserved space."""
     return {
         "_id": group.name,
         "name": group.name,
         "uuid": group.uuid,
-        "capacity": group.capacity,
-        "allowOverflow": group.overflow,
+        "capacity": 0,
+        "allowOverflow": True,
         "isDefault": group.built_in,
         "diskClasses": [],
         "serverClasses": [],
-        "VSGs": [],
         "dateCreated": group.created,
         "dateModified": group.modified,
         "version": group.version,
-        "docVersion": "1.0.0",
         **group.given,
-        **_group_layout(group.layout),
-        **({"isEncrypted": True, "encryption": _encryption(group.encryption)} if group.encryption else {}),
+        **group.layout.parameters(),
     }
 
 
-def _group_layout(layout: Layout) -> Document:
-    return layout.parameters()
+def group_usage(group: Group, volumes: Iterable[Volume]) -> Document:
+    """Return the use of a VPG's reserved space, which is empty; `volumes` are all of the pool."""
+    return {
+        "allowOverflow": True,
+        "allocatedCapacity": 0,
+        "allocatedBlocks": 0,
+        "reservedBlocks": 0,
+        "freeCapacity": None,
+        "volumesInUse": [{"name": each.name, "uuid": each.uuid} for each in volumes if each.group == group.name],
+        "VPG": group.name,
+        "totalCapacity": 0,
+    }
+
+
+# --- the cluster --------------------------------------------------------------------------------------------
+
+
+def system_info(settings: StorageSettings, database_uuid: str) -> Document:
+    return {
+        "version": VERSION,
+        "managementVersion": VERSION,
+        "APIVersion": API_VERSION,
+        "hostname": settings.host_name,
+        "ipAddress": settings.listen_host,
+        "dbUUID": database_uuid,
+    }
+
+
+def target_documents(settings: StorageSettings, total_blocks: int, available_blocks: int) -> list[Document]:
+    """Return the storage targets, each with one drive and an equal share of the pool."""
+    names = settings.target_names()
+    total, available = total_blocks // len(names), available_blocks // len(names)
+    return [_target(name, f"POOL-{name}.1", total, available) for name in names]
+
+
+def _target(name: str, drive_id: str, total_blocks: int, available_blocks: int) -> Document:
+    identity = str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
+    drive: Document = {
+        "diskID": drive_id,
+        "uuid": identity,
+        "nodeID": name,
+        "status": "Ok",
+        "health": "healthy",
+        "isExcluded": False,
+        "isOutOfService": False,
+        "isPendingFormat": False,
+        "block_size": BLOCK_SIZE,
+        "metadata_size": 8,
+        "blocks": total_blocks,
+        "usableBlocks": total_blocks,
+        "availableBlocks": available_blocks,
+        "largestSegmentAvailable": {"blocks": available_blocks},
+    }
+    return {
+        "_id": name,
+        "node_id": name,
+        "uuid": identity,
+        "node_status": 1,
+        "health": "healthy",
+        "isPending": False,
+        "version": VERSION,
+        "disks": [drive],
+    }
+
+
+# --- lists --------------------------------------------------------------------------------------------------
+
+
+class InvalidQuery(Exception):
+    """The request is no valid one: HTTP 422."""
+
+
+class QueryRefused(Exception):
+    """The list cannot be made. `mixed`: the projection both includes and excludes fields."""
+
+    def __init__(self, message: str, *, mixed: bool = False) -> None:
+        self.mixed = mixed
+        super().__init__(message)
+
+
+_MISSING = object()
+_Test = Callable[[object], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Filter, order, fields and page of a list, as `GET /<collection>/all/:page/:count` takes them.
+
+    A filter has equality, $in and $gt, of dotted keys. Patterns ($regex) are refused: one can block the manager.
+    """
+
+    filter: Mapping[str, object]
+    sort: Mapping[str, object]
+    projection: Mapping[str, object]
+    page: int
+    count: int
+    """Documents of a page; 0 = all."""
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, str], page: str, count: str) -> Query:
+        """Decode the query string and the path. Raises InvalidQuery."""
+        for text in (page, count):
+            if not (text.isascii() and text.isdigit()):
+                raise InvalidQuery(f"data/params: expected page and count as integers, got {page}/{count}")
+        condition, sort, projection = (_json_object(parameters, name) for name in ("filter", "sort", "projection"))
+        return cls(condition, sort, projection, int(page), int(count))
+
+    def select(self, documents: Iterable[Document]) -> list[Document]:
+        """Return the filtered and sorted page with the projected fields. Raises QueryRefused."""
+        tests = [(key.split("."), _test(wanted)) for key, wanted in self.filter.items()]
+        project = self._projector()
+        selected = [document for document in documents if all(test(_reach(document, path)) for path, test in tests)]
+        for key, direction in self.sort.items():
+            if key != "_id" or direction not in (1, -1):
+                raise QueryRefused(f'sort: expected {{"_id": 1}} or -1, got {key}: {direction}')
+            selected.sort(key=lambda document: str(document["_id"]), reverse=direction == -1)
+        if self.count:
+            selected = selected[self.page * self.count : (self.page + 1) * self.count]
+        return selected if project is None else [project(document) for document in selected]
+
+    def with_field(self, name: str) -> Query:
+        """Return the query with a further projected field."""
+        return Query(self.filter, self.sort, {**self.projection, name: 1}, self.page, self.count)
+
+    def _projector(self) -> Callable[[Document], Document] | None:
+        if not self.projection:
+            return None
+        flags = {bool(value) for key, value in self.projection.items() if key != "_id"}
+        if len(flags) > 1:
+            raise QueryRefused("the projection both includes and excludes", mixed=True)
+        including = flags.pop() if flags else bool(self.projection.get("_id"))
+        if not including:
+            return lambda document: {key: value for key, value in document.items() if key not in self.projection}
+        names = [key for key, value in self.projection.items() if value]
+        if self.projection.get("_id", 1) and "_id" not in names:
+            names.append("_id")
+        if any("." in name for name in names):
+            return lambda document: _with(document, names)
+        return lambda document: {name: document[name] for name in names if name in document}
+
+
+def _json_object(parameters: Mapping[str, str], name: str) -> Mapping[str, object]:
+    text = parameters.get(name)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise InvalidQuery(f'data/query/{name} must match format "json"') from problem
+    if not isinstance(value, dict):
+        raise InvalidQuery(f"data/query/{name} must be object")
+    return value
+
+
+def _reach(document: object, path: Sequence[str]) -> object:
+    """Return the value at a path; of a list the values in its elements, as in MongoDB."""
+    for index, step in enumerate(path):
+        if isinstance(document, list):
+            return [value for each in document if (value := _reach(each, path[index:])) is not _MISSING]
+        if not isinstance(document, dict) or step not in document:
+            return _MISSING
+        document = document[step]
+    return document
+
+
+def _test(wanted: object) -> _Test:
+    if not isinstance(wanted, dict) or not any(str(key).startswith("$") for key in wanted):
+        return lambda value: _equal(value, wanted)
+    tests = [_operator(str(name), operand) for name, operand in wanted.items()]
+    return lambda value: all(test(value) for test in tests)
+
+
+def _operator(name: str, operand: object) -> _Test:
+    if name == "$in" and isinstance(operand, list):
+        return lambda value: any(_equal(value, item) for item in operand)
+    if name == "$gt":
+        return lambda value: _greater(value, operand)
+    raise QueryRefused(f"filter operator: expected $in with a list, $gt, or a plain value, got {name}")
+
+
+def _equal(value: object, wanted: object) -> bool:
+    if value is _MISSING:
+        return wanted is None
+    if isinstance(value, bool) != isinstance(wanted, bool):
+        return False
+    if isinstance(value, list) and not isinstance(wanted, list):
+        return wanted in value
+    return value == wanted
+
+
+def _greater(value: object, wanted: object) -> bool:
+    if isinstance(value, str) and isinstance(wanted, str):
+        return value > wanted
+    numbers = (int, float)
+    if isinstance(value, numbers) and isinstance(wanted, numbers) and not isinstance(value, bool):
+        return value > wanted
+    return False
+
+
+def _with(document: Document, names: Sequence[str]) -> Document:
+    """Return the named fields; a dotted name reaches into each element of a list, as in MongoDB."""
+    rests: dict[str, list[str]] = {}
+    for name in names:
+        head, _, rest = name.partition(".")
+        rests.setdefault(head, []).append(rest)
+    kept: Document = {}
+    for head, below in rests.items():
+        value = document.get(head, _MISSING)
+        if "" in below and value is not _MISSING:
+            kept[head] = value
+        elif isinstance(value, dict):
+            if inner := _with(value, below):
+                kept[head] = inner
+        elif isinstance(value, list):
+            kept[head] = [_with(element, below) for element in value if isinstance(element, dict)]
+    return kept

@@ -30,13 +30,12 @@ IGNORE_SEPARATION = "Ignore Separation"
 PARAMETERS: dict[str, tuple[str, ...]] = {
     CONCATENATED: (),
     RAID_0: ("stripeSize", "stripeWidth"),
-    RAID_1: ("numberOfMirrors", "protectionLevel", "ignoreNodeSeparation", "enableCrcCheck"),
+    RAID_1: ("numberOfMirrors", "protectionLevel", "enableCrcCheck"),
     RAID_10: (
         "stripeSize",
         "stripeWidth",
         "numberOfMirrors",
         "protectionLevel",
-        "ignoreNodeSeparation",
         "enableCrcCheck",
     ),
     EC: ("dataBlocks", "parityBlocks", "stripeSize", "stripeWidth", "protectionLevel", "enableCrcCheck"),
@@ -131,6 +130,26 @@ class Layout:
         if "enableCrcCheck" in names and self.crc is not None:
             shown["enableCrcCheck"] = self.crc
         return shown
+
+
+def _mirrored(level: str, width: int) -> Layout:
+    return Layout(level, stripe_width=width, mirrors=1, protection=MINIMAL_SEPARATION, crc=False)
+
+
+def _coded(level: str, width: int, protection: str) -> Layout:
+    return Layout(level, stripe_width=width, data_blocks=8, parity_blocks=2, protection=protection, crc=True)
+
+
+BUILT_IN_GROUPS: dict[str, Layout] = {
+    "DEFAULT_CONCATENATED_VPG": Layout(CONCATENATED),
+    "DEFAULT_RAID_0_VPG": Layout(RAID_0, stripe_width=2),
+    "DEFAULT_RAID_1_VPG": _mirrored(RAID_1, 1),
+    "DEFAULT_RAID_10_VPG": _mirrored(RAID_10, 2),
+    "DEFAULT_EC_DUAL_TARGET_REDUNDANCY_VPG": _coded(EC, 1, FULL_SEPARATION),
+    "DEFAULT_EC_SINGLE_TARGET_REDUNDANCY_VPG": _coded(EC, 1, MINIMAL_SEPARATION),
+    "DEFAULT_STRIPED_EC_DUAL_TARGET_REDUNDANCY_VPG": _coded(STRIPED_EC, 2, FULL_SEPARATION),
+    "DEFAULT_METADATA_RAID_1_VPG": _mirrored(RAID_1, 1),
+}
 
 
 def gigabytes(blocks: int) -> float:

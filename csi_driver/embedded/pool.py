@@ -1,7 +1,8 @@
-"""The pool on disk: a directory of sparse files, one per volume, with a lock so that one manager at a time uses it.
+"""The pool: a directory with a sparse file for each volume, and the allocation of its space.
 
-It promises nothing itself: who may have how much is decided in the store's totals. A file that no volume owns is
-never removed here.
+Space is allocated in the change that records a volume or an extension, so it is never allocated twice. The free
+capacity is the smaller of the unallocated bytes of the pool and of the free bytes of its filesystem, less the reserve
+and less the allocated bytes that are not written yet.
 """
 
 from __future__ import annotations
@@ -9,12 +10,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver.errors import PreconditionFailed, SystemCallFailed
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
+from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, Layout
+from csi_driver.embedded.model import FACTS, TOTALS, VOLUMES, Fact, Totals, Volume
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.store import Change, Store
+from csi_driver.errors import HostFailure, InvalidRequest, PreconditionFailed, SystemCallFailed
 
-_ENDING = ".img"
+_SUFFIX = ".img"
+_SIZE = "size_bytes"
+_FEW = 256
+"""Number of files that are scanned each time: it takes some milliseconds."""
+_PAUSE_FACTOR = 19
+_LONGEST_PAUSE_S = 10.0
 
 
 class PoolInUse(PreconditionFailed):
@@ -23,21 +37,47 @@ class PoolInUse(PreconditionFailed):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             f"the pool {directory} is in use by another storage manager, which holds {directory}/lock; "
-            "stop that one, or give another --pool"
+            "stop that one, or set another --pool"
         )
 
 
+class TotalsWrong(HostFailure):
+    """The totals in the database are not the sum of its volumes."""
+
+    def __init__(self, kept: Totals, counted: Totals) -> None:
+        super().__init__(
+            f"the totals in the pool's database are {kept}, expected the sum of its volumes, {counted}: "
+            "it was changed by hand or is damaged; restore manager.sqlite and manager.sqlite-wal from a backup"
+        )
+
+
+class PoolTooLarge(InvalidRequest):
+    """The requested size of the pool is more than its filesystem has."""
+
+    def __init__(self, wanted: int, had: int) -> None:
+        super().__init__(
+            f"--size: expected at most the {had} bytes that the pool's filesystem has for volumes (free and allocated "
+            f"bytes less --reserve), got {wanted}; set a smaller --size, or --overcommit for tests and benchmarks"
+        )
+
+
+class NoSpace(Exception):
+    """An allocation does not fit."""
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
 class Pool:
-    """The files of one pool directory."""
+    """The files of a pool directory. It removes no file without a request."""
 
     def __init__(self, directory: Path, *, preallocate: bool = False) -> None:
-        """Make the directory if it is missing and take its lock. Raises PoolInUse, SystemCallFailed."""
+        """Create the directory if missing and take its lock. Raises PoolInUse, SystemCallFailed."""
         try:
             self._open(directory)
         except OSError as problem:
-            raise SystemCallFailed(
-                f"open the pool {directory}", problem.errno or 0, problem.filename or ""
-            ) from problem
+            what, file = f"open the pool {directory}", problem.filename or ""
+            raise SystemCallFailed(what, problem.errno or 0, file) from problem
         self._preallocate = preallocate
 
     def _open(self, directory: Path) -> None:
@@ -56,37 +96,45 @@ class Pool:
             raise
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         os.close(self._lock)
 
     def file(self, identity: str) -> Path:
-        """Return where the volume with this uuid has its data."""
-        return self.volumes / f"{identity}{_ENDING}"
+        """Return the path of the file of the volume with this uuid."""
+        return self.volumes / f"{identity}{_SUFFIX}"
 
     def free_bytes(self) -> int:
-        """Return what the file system has left for us."""
+        """Return the free bytes of the filesystem."""
         with _named(f"look at the file system of {self.volumes}"):
             space = os.statvfs(self.volumes)
         return space.f_bavail * space.f_frsize
 
+    def why_unusable(self) -> str:
+        """Return why the pool cannot be used; "" when it can."""
+        try:
+            self.free_bytes()
+        except SystemCallFailed as error:
+            return str(error)
+        return ""
+
     def allocated_bytes(self) -> dict[str, int]:
-        """Return what each volume's file takes on disk, by the volume's uuid."""
+        """Return the bytes on disk of each file, by uuid."""
         found = {}
         with _named(f"list {self.volumes}"), os.scandir(self.volumes) as entries:
             for entry in entries:
-                if entry.name.endswith(_ENDING):
-                    with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                if entry.name.endswith(_SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                         status = entry.stat(follow_symlinks=False)
-                        found[entry.name.removesuffix(_ENDING)] = status.st_blocks * 512
+                        found[entry.name.removesuffix(_SUFFIX)] = status.st_blocks * 512
         return found
 
     def identities(self) -> set[str]:
-        """Return the uuids for which there is a file."""
+        """Return the uuids that have a file."""
         with _named(f"list {self.volumes}"):
-            return {name.removesuffix(_ENDING) for name in os.listdir(self.volumes) if name.endswith(_ENDING)}
+            return {name.removesuffix(_SUFFIX) for name in os.listdir(self.volumes) if name.endswith(_SUFFIX)}
 
     def has(self, identity: str, size_bytes: int) -> bool:
-        """Tell whether the file is there and at least that long."""
+        """Tell whether the file exists and has at least this length."""
         with _named(f"look at {self.file(identity)}"):
             try:
                 return self.file(identity).stat().st_size >= size_bytes
@@ -94,7 +142,7 @@ class Pool:
                 return False
 
     def make(self, identity: str, size_bytes: int, *, synced: bool = False) -> None:
-        """Make the file, or make the one that is there at least `size_bytes` long. It never becomes shorter.
+        """Create or extend the file to at least this length; it never becomes shorter.
 
         `synced`: file and directory entry are on disk when this returns.
         """
@@ -115,7 +163,7 @@ class Pool:
                 self._sync_directory()
 
     def remove(self, identity: str) -> None:
-        """Remove the file of a volume that is being deleted; gone already is fine."""
+        """Remove the file; a missing one is success."""
         with _named(f"remove {self.file(identity)}"):
             self.file(identity).unlink(missing_ok=True)
 
@@ -129,8 +177,170 @@ class Pool:
 
 @contextlib.contextmanager
 def _named(call: str) -> Iterator[None]:
-    """Raise SystemCallFailed, with what was done, for an error of the system."""
+    """Turn an OSError into SystemCallFailed."""
     try:
         yield
     except OSError as problem:
         raise SystemCallFailed(call, problem.errno or 0) from problem
+
+
+@dataclass(slots=True)
+class VolumeLocks:
+    """A lock for each volume, by uuid."""
+
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _locks: dict[str, tuple[threading.Lock, int]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def hold(self, identity: str) -> Iterator[None]:
+        """Hold the lock of a volume; wait for it."""
+        with self._guard:
+            lock, users = self._locks.get(identity, (threading.Lock(), 0))
+            self._locks[identity] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[identity]
+                if users == 1:
+                    del self._locks[identity]
+                else:
+                    self._locks[identity] = (lock, users - 1)
+
+
+# --- space --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """Bytes that the files of the volumes occupied, and free bytes, at the time of a scan."""
+
+    held_bytes: int
+    free_bytes: int
+    until_s: float
+
+
+class Allocator:
+    """Allocates the space of the pool."""
+
+    def __init__(self, settings: StorageSettings, pool: Pool, store: Store, clock: Clock = SYSTEM_CLOCK) -> None:
+        """Set the pool's size at its first start and verify the totals. Raises PoolTooLarge, TotalsWrong."""
+        self._settings = settings
+        self._pool = pool
+        self._store = store
+        self._clock = clock
+        self._scanning = threading.Lock()
+        self._scan: _Scan | None = None
+        counted = Totals()
+        for volume in store.all(VOLUMES):
+            counted = counted.with_volume(volume)
+        if self.totals != counted:
+            raise TotalsWrong(self.totals, counted)
+        self.size_bytes = self._fixed_size()
+
+    def _fixed_size(self) -> int:
+        known = self._store.get(FACTS, _SIZE)
+        wanted = self._settings.size_bytes
+        if known is not None and (wanted is None or wanted == int(known.value)):
+            return int(known.value)
+        occupied = sum(self._pool.allocated_bytes().values())
+        had = max(0, self._pool.free_bytes() + occupied - self._settings.reserve_bytes)
+        if wanted is not None and wanted > had and not self._settings.overcommit:
+            raise PoolTooLarge(wanted, had)
+        size = had if wanted is None else wanted
+        self._store.write(lambda change: change.put(FACTS, _SIZE, Fact(str(size))))
+        return size
+
+    @property
+    def totals(self) -> Totals:
+        return self._store.get(TOTALS, "pool") or Totals()
+
+    @property
+    def total_blocks(self) -> int:
+        return self.size_bytes // BLOCK_SIZE
+
+    def available_blocks(self) -> int:
+        """Return the raw blocks that new volumes can have now, by the account of `allocate`."""
+        unallocated = self._unallocated_blocks(self.totals)
+        return min(unallocated, self._free_blocks(self._store, unallocated))
+
+    def allocate(self, change: Change, layout: Layout, capacity: float | str) -> int:
+        """Return the blocks of data for `capacity` (decimal GB or "MAX"). `record` allocates them. Raises NoSpace."""
+        targets = max(1, self._settings.pretend_targets)
+        if layout.redundancy_of(layout.data_blocks) and targets < layout.targets:
+            raise NoSpace(f"the layout needs {layout.targets} targets, this pool has {targets}")
+        granule = layout.granule_blocks
+        raw = self._unallocated_blocks(change.get(TOTALS, "pool") or Totals())
+        unallocated = raw // (granule + layout.redundancy_of(granule)) * granule
+        if isinstance(capacity, str):
+            fits = min(unallocated, self._free_blocks(change, unallocated))
+            blocks = fits // granule * granule
+            least = GIGABYTE // BLOCK_SIZE - granule
+        else:
+            blocks = least = layout.blocks_of(capacity)
+            if blocks <= 0:
+                step = granule * BLOCK_SIZE
+                raise NoSpace(f"asked {capacity:g} GB, and the layout is allocated in steps of {step} bytes")
+            fits = min(unallocated, self._free_blocks(change, blocks))
+        if blocks < least or blocks > fits:
+            overcommit = self._settings.overcommit
+            free = self._pool.free_bytes() if overcommit else self._free_blocks(change, sys.maxsize) * BLOCK_SIZE
+            raise NoSpace(
+                f"asked {max(blocks, least) * BLOCK_SIZE} bytes; {unallocated * BLOCK_SIZE} are unallocated in the "
+                f"pool, {free} free in its file system: the smaller counts"
+            )
+        return blocks
+
+    def record(self, change: Change, volume: Volume | None, before: Volume | None = None) -> None:
+        """Put a volume, or remove `before` for None, and account for its space in the same change."""
+        totals = change.get(TOTALS, "pool") or Totals()
+        if before is not None:
+            totals = totals.with_volume(before, -1)
+        if volume is not None:
+            totals = totals.with_volume(volume)
+            change.put(VOLUMES, volume.name, volume)
+        elif before is not None:
+            change.delete(VOLUMES, before.name)
+        change.put(TOTALS, "pool", totals)
+
+    def _unallocated_blocks(self, totals: Totals) -> int:
+        return max(0, self.total_blocks - totals.allocated)
+
+    def _free_blocks(self, view: Change | Store, enough: int) -> int:
+        """Return the blocks of data that the filesystem can still hold.
+
+        If there are `enough` even when no allocated block is written yet, the files are not scanned, and the result
+        may be too small. Later writes of other programs are not counted. With `overcommit` only the reserve is kept.
+        """
+        free = self._pool.free_bytes()
+        spare = free - self._settings.reserve_bytes
+        if self._settings.overcommit:
+            return sys.maxsize if spare >= 0 else 0
+        allocated = (view.get(TOTALS, "pool") or Totals()).data * BLOCK_SIZE
+        least = max(0, spare - allocated) // BLOCK_SIZE
+        if least >= enough:
+            return least
+        scan = self._scan_files()
+        # Space that became free since may have come from the volumes.
+        held = scan.held_bytes - max(0, free - scan.free_bytes)
+        return max(0, spare - max(0, allocated - held)) // BLOCK_SIZE
+
+    def _scan_files(self) -> _Scan:
+        """Return the space that the volumes' files occupy; of many files the result may be some seconds old.
+
+        A scan takes time for each file, so at most a twentieth of the time is spent on scans. An older scan is as
+        good: the sum of free and occupied bytes is changed only by other programs, because a block that a volume
+        writes, trims or frees goes from one to the other.
+        """
+        with self._scanning:
+            before = self._clock.monotonic()
+            if self._scan is None or before >= self._scan.until_s:
+                occupied = self._pool.allocated_bytes()
+                volumes = self._store.all(VOLUMES)
+                held = sum(min(occupied.get(volume.uuid, 0), volume.bytes) for volume in volumes)
+                # Read last: blocks written during the scan are then counted nowhere, rather than twice.
+                free, after = self._pool.free_bytes(), self._clock.monotonic()
+                pause_s = min((after - before) * _PAUSE_FACTOR, _LONGEST_PAUSE_S) if len(volumes) > _FEW else 0.0
+                self._scan = _Scan(held, free, after + pause_s)
+            return self._scan

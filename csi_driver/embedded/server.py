@@ -1,8 +1,9 @@
-"""The storage manager as a whole: opens the pool, mends what a crash left, serves the API, and stops in order."""
+"""The embedded storage manager: opens the pool, repairs what a crash left, serves the API, and stops in order."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -10,42 +11,35 @@ import socket
 import ssl
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import uvicorn
 
 from csi_driver.background import Periodic, Worker
-from csi_driver.embedded import health
-from csi_driver.embedded.api import Api
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.encryption import Encryptions
-from csi_driver.embedded.groups import Groups
+from csi_driver.embedded.http import Api, Password, Sessions, application
 from csi_driver.embedded.layouts import BLOCK_SIZE
-from csi_driver.embedded.overview import Overview
-from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.ports import LoopDevices, LuksHeaders
-from csi_driver.embedded.records import ATTACHMENTS
-from csi_driver.embedded.recovery import recover
-from csi_driver.embedded.sessions import Password, Sessions
-from csi_driver.embedded.settings import StorageSettings
-from csi_driver.embedded.space import Space
-from csi_driver.embedded.store import Store
-from csi_driver.embedded.volumes import Volumes, now
-from csi_driver.embedded.web import application
-from csi_driver.embedded.work import Holds, Locks
+from csi_driver.embedded.model import ATTACHMENTS, FACTS, VOLUMES, Fact, Volume
+from csi_driver.embedded.pool import Allocator, Pool, VolumeLocks
+from csi_driver.embedded.settings import LoopDevices, LuksHeaders, StorageSettings
+from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric
 
 _log = logging.getLogger(__name__)
-_THREADS = 64
 _GRACE_S = 10
-_LOOK_S = 5.0
-"""Time between two looks at what others may have removed: device nodes and volume files."""
+_CHECK_INTERVAL_S = 5.0
+"""Between two checks of the device nodes and volume files, which others may remove."""
 _BACKLOG = 2048
+_ANSWER_TIME_S = 2.0
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_PUBLIC_PATH = "/login"
 
 
 class DeviceDirectoryUnusable(PreconditionFailed):
@@ -54,12 +48,12 @@ class DeviceDirectoryUnusable(PreconditionFailed):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             f"device nodes in {directory} would not work: it is on a file system mounted nodev; "
-            "give a directory below /dev, or remount the file system with the option dev"
+            "set a directory below /dev, or remount the file system with the option dev"
         )
 
 
 class CannotListen(HostFailure):
-    """The address cannot be had."""
+    """The address is in use or does not exist."""
 
     def __init__(self, host: str, port: int, why: str) -> None:
         super().__init__(f"cannot listen on {host}:{port}: {why}; stop what listens there, or choose another --listen")
@@ -76,12 +70,12 @@ class CertificateUnusable(HostFailure):
 
 
 class StorageServer:
-    """A storage manager on one pool. `start` serves from a thread of its own, `run` from the caller's."""
+    """A storage manager on one pool. `start` serves in a thread, `run` in the caller's."""
 
     def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
-        """Open the pool, mend it, carry out every wish. Raises leaves of DriverError if that cannot be.
+        """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
-        Without `headers` volumes that the storage is to encrypt are refused.
+        Without `headers` no volume can be encrypted by the storage.
         """
         self.settings = settings
         for client in settings.clients:
@@ -95,57 +89,66 @@ class StorageServer:
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
             self._build(loops, headers)
+            self.recover()
             undo.pop_all()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
     def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
         settings, store, pool = self.settings, self.store, self.pool
-        self.holds = holds = Holds()
-        for name in settings.test_switches.down_clients:
-            holds.set(f"client:{name}", True)
-        locks = Locks()
-        self.space = Space(settings, pool, store)
-        self.password = Password(settings.password_file or pool.password, ours=settings.password_file is None)
-        self.worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
-        self._workers = ThreadPoolExecutor(_THREADS, "storage-api")
-        sessions = Sessions(settings, self.password)
-        volumes = Volumes(settings, store, self.space, pool, locks, self.worker, holds)
-        groups = Groups(store, self.space, holds)
-        clients = Clients(settings, store, volumes.judge_file)
-        self.attacher = Attacher(settings, store, pool, volumes, loops, locks, self.worker, holds)
-        self.look = Periodic("storage-look", self.attacher.look, _LOOK_S, first_s=_LOOK_S)
-        overview = Overview(settings, store, self.space, holds, now())
-        self.encryptions = Encryptions(
-            store,
-            pool,
-            locks,
-            holds,
-            headers,
-            volumes.has_device,
-            tuple(overview.servers()),
-            settings.test_switches.fault,
-        )
-        volumes.can_encrypt = headers is not None
-        groups.install(now())
-        clients.install()
-        overview.install()
-        recover(store, pool, volumes, self.attacher)
-        self.encryptions.recover()
-        groups.finish_reclaims()
+        locks = VolumeLocks()
+        self.allocator = Allocator(settings, pool, store)
+        given = settings.password_file
+        self.password = Password.generated(pool.password) if given is None else Password(given)
+        self.password.read()
+        self.worker = worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
+        can_encrypt = headers is not None
+        self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
+        self.clients = Clients(store, tuple(client.name for client in settings.clients), volumes.check_file)
+        self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
+        self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
+        self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device, settings.target_names())
+        self.sessions = Sessions(settings, self.password)
         self.api = Api(
-            store,
-            sessions,
-            volumes,
-            groups,
-            clients,
-            self.attacher,
-            overview,
-            self.encryptions,
-            holds,
-            test_routes=settings.test_switches.enabled,
+            settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions.user
         )
-        self.app = application(self.api, sessions, self._workers)
+        self.app = application(self.api, self.sessions)
+
+    # --- start ------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Make files, rows, attachments and the kernel agree. A file without a volume is reported and kept."""
+        self.volumes.install_groups()
+        self.clients.install()
+        self.store.write(_install_database_uuid)
+        store, volumes = self.store, self.volumes
+        files = self.pool.identities()
+        for volume in store.all(VOLUMES):
+            if volume.action != "markedForDeletion" and not volumes.why_lost(volume):
+                self._make_file(volume)
+            volumes.finish_creation(volume.name)
+            volumes.finish_extension(volume.name)
+        owned = {volume.uuid for volume in store.all(VOLUMES)}
+        for identity in sorted(files - owned):
+            _log.warning("the file %s belongs to no volume; it is kept", self.pool.file(identity))
+        self.attacher.recover()
+        volumes.check_files()
+        for volume in store.all(VOLUMES):
+            if volume.action == "markedForDeletion":
+                volumes.remove_soon(volume.name, volume.uuid)
+            else:
+                self.attacher.grow(volume.uuid)
+        self.encryptions.recover()
+
+    def _make_file(self, volume: Volume) -> None:
+        """Create the file, or its latest extension, that a crash left out; a failure is retried at the attach."""
+        try:
+            if not self.pool.has(volume.uuid, volume.bytes):
+                self.pool.make(volume.uuid, volume.bytes)
+        except HostFailure as problem:
+            _log.warning("volume %s: %s; tried again when it is attached", volume.name, problem)
+
+    # --- state ------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> tuple[str, int]:
@@ -160,35 +163,37 @@ class StorageServer:
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def why_silent(self) -> str:
-        """Say why the API does not answer; empty = it does."""
-        return health.why_silent(*self.address, tls=self.settings.tls_certificate is not None)
+        """Return why the API does not answer; "" when it does."""
+        return why_silent(*self.address, tls=self.settings.tls_certificate is not None)
 
     def why_unusable(self) -> str:
-        """Say why the pool cannot be used; empty = it can."""
-        return health.why_unusable(self.pool)
+        """Return why the pool cannot be used; "" when it can."""
+        return self.pool.why_unusable()
 
     @property
     def loops(self) -> Sequence[Worker | Periodic]:
-        """The background threads. Metrics tell how they are; health pages do not (see docs/metrics.md)."""
-        return self.worker, self.encryptions.worker, self.look
+        """The background threads, for the metrics; they are not part of the health pages (docs/metrics.md)."""
+        return self.worker, self.encryptions.worker, self.check
 
     def measurements(self) -> list[Metric]:
-        """Return what is measured of the pool."""
-        pool = metrics.storage(self._pool_bytes, lambda: self.space.totals.volumes, self._attachments)
+        """Return the metrics of the pool."""
+        pool = metrics.storage(self._pool_bytes, lambda: self.allocator.totals.volumes, self._attachments)
         return [*pool, *metrics.background(self.loops)]
 
     def _pool_bytes(self) -> Mapping[str, int]:
         return {
-            "capacity": self.space.size_bytes,
-            "promised": self.space.totals.promised * BLOCK_SIZE,
+            "capacity": self.allocator.size_bytes,
+            "promised": self.allocator.totals.allocated * BLOCK_SIZE,
             "available": self.pool.free_bytes(),
         }
 
     def _attachments(self) -> int:
         return sum(1 for _ in self.store.everywhere(ATTACHMENTS))
 
+    # --- serve ------------------------------------------------------------------------------------------
+
     def start(self) -> None:
-        """Serve from a thread. Connections are accepted from now on."""
+        """Serve in a thread. Connections are accepted when this returns."""
         self._server = self._uvicorn()
         self._thread = threading.Thread(target=self._serve, name="storage-http", daemon=True)
         self._listener.listen(_BACKLOG)
@@ -196,7 +201,7 @@ class StorageServer:
         self._thread.start()
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Serve until SIGTERM or SIGINT; `ready` is called first. Only in the main thread."""
+        """Call `ready` and serve until SIGTERM or SIGINT. In the main thread only."""
         server = self._server = self._uvicorn()
 
         def end(number: int, frame: object) -> None:
@@ -229,7 +234,6 @@ class StorageServer:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                lifespan="off",
                 ws="none",
                 timeout_keep_alive=600,
                 timeout_graceful_shutdown=_GRACE_S,
@@ -239,22 +243,21 @@ class StorageServer:
         )
 
     def stop(self) -> None:
-        """End: finish the requests under way, close the pool. What is attached stays attached."""
+        """Finish the running requests and close the pool. Attached volumes stay attached."""
         if self._server is not None:
             self._server.should_exit = True
         if self._thread is not None:
             self._thread.join()
         self._listener.close()
-        self.look.stop(wait_s=_GRACE_S)
+        self.check.stop(wait_s=_GRACE_S)
         self.worker.stop()
         self.encryptions.worker.stop()
-        self._workers.shutdown(wait=True)
         self.store.close()
         self.pool.close()
 
 
 class _HttpServer(uvicorn.Server):
-    """Leaves the process's signals to the storage server, which handles them in the main thread."""
+    """Leaves signals to `StorageServer.run`."""
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -266,10 +269,7 @@ def serve(
     headers: LuksHeaders | None = None,
     beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
 ) -> int:
-    """Run the manager in this process until SIGTERM or SIGINT, with what `beside` makes running along.
-
-    Returns the exit status.
-    """
+    """Run the manager until SIGTERM or SIGINT, inside the context that `beside` makes. Returns the exit status."""
     server = StorageServer(settings, loops, headers)
     try:
         with beside(server):
@@ -284,6 +284,34 @@ def _announce(server: StorageServer) -> None:
         f"storage management listens on {server.url}\nuser {server.settings.user}, password in {server.password.path}\n"
     )
     sys.stdout.flush()
+
+
+def why_silent(host: str, port: int, *, tls: bool) -> str:
+    """Return why the API on this address does not answer a client; "" when it does."""
+    host = _LOOPBACK.get(host, host)
+    try:
+        if tls:
+            # It is this process: the certificate need not be verified.
+            context = ssl._create_unverified_context()  # noqa: S323
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, timeout=_ANSWER_TIME_S, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_TIME_S)
+        try:
+            connection.request("GET", _PUBLIC_PATH)
+            status = connection.getresponse().status
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException) as error:
+        return f"the API does not answer within {_ANSWER_TIME_S:g} s: {type(error).__name__}: {error}"
+    return "" if status == http.client.OK else f"the API answers with HTTP status {status}"
+
+
+def _install_database_uuid(change: Change) -> None:
+    """Give a new pool the uuid by which clients know it."""
+    if change.get(FACTS, "dbUUID") is None:
+        change.put(FACTS, "dbUUID", Fact(str(uuid.uuid4())))
 
 
 def _check_device_directory(directory: Path) -> None:
@@ -323,7 +351,7 @@ def _bound(settings: StorageSettings) -> socket.socket:
 
 
 def _inherited(fd: int) -> socket.socket:
-    """Take over a bound TCP socket. Raises `PreconditionFailed` where the descriptor is none."""
+    """Take over a bound TCP socket. Raises PreconditionFailed for anything else."""
     try:
         listener = socket.socket(fileno=fd)
     except OSError as problem:

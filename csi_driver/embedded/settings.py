@@ -1,14 +1,16 @@
-"""Every option of the embedded storage manager, with its unit and default; the composition root parses them."""
+"""What the embedded storage manager is given: its settings with their flags, and the ports to this machine.
+
+The adapters of the ports are in csi_driver.host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from csi_driver.flags import (
     flag,
-    read_boolean,
     read_count,
     read_directory,
     read_file,
@@ -20,52 +22,27 @@ from csi_driver.flags import (
     reader,
     repeatable,
     required,
-    section,
 )
+from csi_driver.host_model import LoopDevice
 from csi_driver.settings import OVERCOMMIT, PREALLOCATE
 
-GIB = 1 << 30
 MIB = 1 << 20
-
-
-def no_fault(point: str) -> None:
-    """Do nothing at a fault point: what every real run uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """One storage client (a node) that this manager serves on this machine."""
+    """A storage client (a node) that this manager serves on this machine."""
 
     name: str
     device_directory: Path
-    """Where its device nodes appear, one per attached volume, under the volume's name; a real client's: /dev/nvmesh."""
+    """Holds a device node for each attached volume, named after the volume; a real client's is /dev/nvmesh."""
     status_directory: Path
-    """Where it keeps what a real client shows under /proc/nvmeibc: status.json, version, volumes/<volume>/..."""
+    """Holds the files that a real client shows under /proc/nvmeibc."""
 
     @classmethod
     def under(cls, name: str, directory: Path) -> ClientSettings:
-        """Return the client of `--client NAME=DIR`: devices in DIR/dev, status files in DIR/proc."""
+        """Return the client of `--client NAME=DIR`."""
         return cls(name, directory / "dev", directory / "proc")
-
-
-@dataclass(frozen=True, slots=True)
-class TestSwitches:
-    """Behaviour that only tests ask for. Every default is the behaviour of a real run."""
-
-    __test__ = False  # the name makes pytest look for tests in it
-
-    enabled: bool = flag(False, "--test-switches", read_boolean, "Test API that blocks work and sets clients DOWN.")
-    """Serve the /embedded/test routes, which hold back work and make clients DOWN."""
-    must_change_password: bool = False
-    """Answer every call 1268 until the password is changed, as a freshly installed management does."""
-    down_clients: tuple[str, ...] = ()
-    """Clients that are DOWN from the start: their wishes are recorded and not carried out."""
-    attach_delay_s: float = 0.0
-    """Seconds that a client takes before it carries out an attach; the request does not wait for it."""
-    detach_delay_s: float = 0.0
-    """Seconds that a client takes before it carries out a detach; the request does not wait for it."""
-    fault: Callable[[str], None] = no_fault
-    """Called with the name of each step that a crash may fall between."""
 
 
 @reader("NAME=DIR")
@@ -76,7 +53,7 @@ def read_client(value: str) -> ClientSettings:
 
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
-    """How the embedded storage manager is run."""
+    """Settings of the embedded storage manager."""
 
     pool_directory: Path = required(
         Path(), "--pool", read_directory, "Directory that holds the volumes and their records."
@@ -138,4 +115,60 @@ class StorageSettings:
         shown="none, plain http",
     )
     tls_key: Path | None = flag(None, "--tls-key", read_file, "PEM private key of the certificate.", shown="none")
-    test_switches: TestSwitches = section(TestSwitches)
+
+    def target_names(self) -> list[str]:
+        """Return the names of the storage targets: the simulated ones, or this machine."""
+        simulated = [f"target{number + 1}.sim" for number in range(self.pretend_targets)]
+        return simulated or [self.host_name]
+
+    @property
+    def host_name(self) -> str:
+        return self.clients[0].name if self.clients else "localhost"
+
+
+class LoopDevices(Protocol):
+    """Loop devices of this machine. Each method raises HostFailure where the kernel refuses."""
+
+    def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> LoopDevice:
+        """Bind a free loop device to `file`, with `label` (at most 63 bytes), and make its device node at `node`."""
+        ...
+
+    def ensure_node(self, device: LoopDevice, node: Path) -> LoopDevice:
+        """Make `node` the device node of the device, atomically; return the device with it."""
+        ...
+
+    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
+        """Return the loop devices whose backing file is in `directory`."""
+        ...
+
+    def has_file(self, device: LoopDevice, file: Path) -> bool:
+        """Tell whether the file at this path is the backing file of the device."""
+        ...
+
+    def grow(self, device: LoopDevice) -> None:
+        """Set the device's size to the present size of its file."""
+        ...
+
+    def fence(self, device: LoopDevice) -> LoopDevice | None:
+        """Cut a device in use off from its file for ever; None where that is impossible.
+
+        Earlier writes are in the file when this returns; later ones never reach it.
+        """
+        ...
+
+    def detach(self, device: LoopDevice) -> bool:
+        """Unbind the device; False, with no change, if it is mounted or open."""
+        ...
+
+
+class LuksHeaders(Protocol):
+    """LUKS2 headers in files. Raises HostFailure if the tool fails."""
+
+    def format(
+        self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
+    ) -> None:
+        """Write and sync a header, replacing what the file holds. The data begins at `header_bytes`.
+
+        Slots count from 0.
+        """
+        ...

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from csi_driver.embedded.records import TABLES, Table
+from csi_driver.embedded.model import TABLES, Table
 from csi_driver.errors import HostFailure, StorageUnavailable
 
 _log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""Volumes: save, extend, update, delete. Each returns the API's envelope of one object.
+"""Volumes and built-in VPGs: create, extend, update and delete volumes; each method raises ApiError.
 
-Order of every change, so that a crash at any point loses nothing that was acknowledged: the row is committed before
-the file is made or grown, and removed after the file is. What a crash left half done, `Volumes.recover` finishes.
+The row is committed before the file is created or grown, and removed after the file, so that a crash at any point loses
+nothing that was acknowledged. The start finishes what a crash interrupted.
 """
 
 from __future__ import annotations
@@ -10,144 +10,152 @@ import errno
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import cast
+from dataclasses import dataclass, replace
 
 from csi_driver.background import Worker
-from csi_driver.embedded.admission import absent_classes, admitted, not_allocated, not_saved, refuse_unsupported
+from csi_driver.embedded.documents import ApiError, detail, volume_not_found
 from csi_driver.embedded.encryption import REQUIRED
-from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, PARAMETERS, gigabytes
-from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, GROUPS, REPORTS, SHARED_READ_ONLY, VOLUMES, Group, Volume
-from csi_driver.embedded.refusals import Document, Refusal, detail, envelope, refused_item, volume_not_found
+from csi_driver.embedded.layouts import BLOCK_SIZE, BUILT_IN_GROUPS, LEVELS, PARAMETERS, Layout, gigabytes
+from csi_driver.embedded.model import (
+    ATTACHMENTS,
+    CLIENTS,
+    GROUPS,
+    REPORTS,
+    SHARED_READ_ONLY,
+    VOLUMES,
+    Encryption,
+    Group,
+    Volume,
+    now,
+)
+from csi_driver.embedded.pool import Allocator, NoSpace, Pool, VolumeLocks
+from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
 from csi_driver.embedded.settings import StorageSettings
-from csi_driver.embedded.space import NoSpace, Space
 from csi_driver.embedded.store import Change, Store
-from csi_driver.embedded.work import Holds, Locks
 from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT_FIELDS = frozenset(
-    (
-        "RAIDLevel",
-        "stripeSize",
-        "stripeWidth",
-        "numberOfMirrors",
-        "protectionLevel",
-        "ignoreNodeSeparation",
-        "enableCrcCheck",
-        "dataBlocks",
-        "parityBlocks",
-    )
-)
-_OWN_FIELDS = {"name", "capacity", "VPG", "isEncrypted", "encryption", "sourceID", "sourceUUID", "mdvSpec"}
 _NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-_NOT_KEPT = _LAYOUT_FIELDS | _OWN_FIELDS
-_LOCKED_BY_GROUP = ("diskClasses", "serverClasses", "limitByDisks", "limitByNodes", "enableCrcCheck", "VSGs")
+_CLASSES = (
+    ("disk_classes", "diskClasses", 1512, "Drive class not found"),
+    ("server_classes", "serverClasses", 1513, "Target class not found"),
+)
+_SET_BY_GROUP = ("disk_classes", "server_classes", "limit_by_disks", "limit_by_nodes", "enable_crc_check", "vsgs")
 
 
-def now() -> str:
-    """Return the time as the API writes it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
+@dataclass(eq=False)
 class Volumes:
-    """The use-cases on volumes."""
+    """The operations on volumes."""
 
-    def __init__(
-        self,
-        settings: StorageSettings,
-        store: Store,
-        space: Space,
-        pool: Pool,
-        locks: Locks,
-        worker: Worker,
-        holds: Holds,
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._space = space
-        self._pool = pool
-        self._locks = locks
-        self._worker = worker
-        self._holds = holds
-        self._fault = settings.test_switches.fault
-        self.has_device: Callable[[str], bool] = lambda identity: False
-        """Tells whether a device is bound to the volume's file; set by whoever binds devices."""
-        self.can_encrypt = False
-        """Whether headers can be made; set by whoever makes them."""
+    settings: StorageSettings
+    store: Store
+    allocator: Allocator
+    pool: Pool
+    locks: VolumeLocks
+    worker: Worker
+    can_encrypt: bool
+    has_device: Callable[[str], bool] = lambda identity: False
+    """Tells whether a device is bound to the volume's file; set by the attacher."""
 
-    # --- save -------------------------------------------------------------------------------------------
+    def install_groups(self) -> None:
+        """Add the built-in VPGs to a new database."""
 
-    def save(self, item: Mapping[str, object], user: str) -> Document:
-        """Make a volume: space promised, row committed, file made."""
-        name = str(item["name"])
+        def put(change: Change) -> None:
+            for name, layout in BUILT_IN_GROUPS.items():
+                if change.get(GROUPS, name) is None:
+                    moment = now()
+                    group = Group(name, str(uuid.uuid4()), layout, built_in=True, created=moment, modified=moment)
+                    change.put(GROUPS, name, group)
+
+        self.store.write(put)
+
+    # --- create -----------------------------------------------------------------------------------------
+
+    def create(self, item: NewVolume, user: str) -> str:
+        """Create a volume and return its uuid."""
+        self._refuse_unsupported(item)
+        volume = self.store.write(lambda change: self._record(change, item, user))
         try:
-            refuse_unsupported(item, lambda source: self._store.get(VOLUMES, source))
-            volume = self._store.write(lambda change: self._promise(change, item, user))
-            self._fault("save:row")
-            self._make(volume)
-        except Refusal as refusal:
-            return refused_item(name, None, refusal)
-        self._fault("save:file")
-        return envelope(name, volume.uuid, True)
+            with self.locks.hold(volume.uuid):
+                current = self.store.get(VOLUMES, volume.name)
+                if current is not None and current.uuid == volume.uuid:  # else deleted meanwhile
+                    self.pool.make(volume.uuid, volume.bytes)
+        except SystemCallFailed as problem:
+            # The row goes last, as in a deletion: if the file cannot be removed, the volume stays and is usable.
+            self.pool.remove(volume.uuid)
+            self.store.write(lambda change: self._forget(change, volume.name, volume.uuid))
+            refusal = _not_allocated if problem.errno in _NO_SPACE else _not_saved
+            raise refusal(volume.name, str(problem)) from problem
+        self.finish_creation(volume.name)
+        return volume.uuid
 
-    def _promise(self, change: Change, item: Mapping[str, object], user: str) -> Volume:
-        name = str(item["name"])
-        wanted = admitted(change, item, self._settings, can_encrypt=self.can_encrypt)
-        group, layout, encryption = wanted.group, wanted.layout, wanted.encryption
-        capacity = cast("float | str", item["capacity"])
+    def _record(self, change: Change, item: NewVolume, user: str) -> Volume:
+        group, layout, encryption = self._checked(change, item)
         try:
-            taken = self._space.take(change, layout, capacity, group)
+            blocks = self.allocator.allocate(change, layout, item.capacity)
         except NoSpace as problem:
-            raise not_allocated(name, problem) from problem
+            raise _not_allocated(item.name, problem) from problem
         moment = now()
-        slow = self._settings.preallocate or "initialize" in self._holds
+        slow = self.settings.preallocate
         volume = Volume(
-            name=name,
+            name=item.name,
             uuid=str(uuid.uuid4()),
-            capacity=capacity if not isinstance(capacity, str) else gigabytes(taken.blocks),
-            extents=(taken.blocks,),
+            capacity=gigabytes(blocks) if isinstance(item.capacity, str) else item.capacity,
+            extents=(blocks,),
             layout=layout,
             group=group.name if group else None,
-            given={key: value for key, value in item.items() if key not in _NOT_KEPT},
+            given=item.stored(),
             created_by=user,
             modified_by=user,
             created=moment,
             modified=moment,
             action="initializing" if slow else "none" if encryption is None else REQUIRED,
             status="unavailable" if slow else "online",
-            from_reserved=taken.from_reserved,
             encryption=encryption,
         )
-        self._space.record(change, volume)
-        if group and taken.from_reserved:
-            change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
+        self.allocator.record(change, volume)
         return volume
 
-    def _make(self, volume: Volume) -> None:
-        try:
-            with self._locks.hold(volume.uuid):
-                current = self._store.get(VOLUMES, volume.name)
-                if current is not None and current.uuid == volume.uuid:  # else deleted meanwhile: nobody owns a file
-                    self._pool.make(volume.uuid, volume.bytes)
-        except SystemCallFailed as problem:
-            # As at a deletion, the row goes last: where the file cannot be removed, the volume stays and can be had.
-            self._pool.remove(volume.uuid)
-            self._store.write(lambda change: self._forget(change, volume.name, volume.uuid))
-            refusal = not_allocated if problem.errno in _NO_SPACE else not_saved
-            raise refusal(volume.name, str(problem)) from problem
-        self.initialize(volume.name)
+    def _refuse_unsupported(self, item: NewVolume) -> None:
+        name = item.name
+        if name.endswith("_MD"):
+            reason = "Illegal volume name: names that end in _MD belong to the storage"
+            raise _not_saved(name, detail(1552, reason, innerMessage={}))
+        for number, message in _absent_classes(item):
+            raise _not_saved(name, detail(number, message))
+        if item.vsgs:
+            raise _not_saved(name, detail(1721, f"VSG not found: {item.vsgs}; this pool has none, leave VSGs out"))
 
-    def initialize(self, name: str) -> bool:
-        """Let a volume whose file is there come online, unless a test holds that back."""
-        volume = self._store.get(VOLUMES, name)
+    def _checked(self, change: Change, item: NewVolume) -> tuple[Group | None, Layout, Encryption | None]:
+        """Return VPG, layout and encryption of a new volume."""
+        name = item.name
+        if change.get(VOLUMES, name) is not None:
+            raise ApiError(1523, "Volume name already exists", {"volumeID": name})
+        group = change.get(GROUPS, item.vpg) if item.vpg else None
+        if item.vpg and group is None:
+            reason = f"VPG {item.vpg} not found; /volumeProvisioningGroups/all/0/0 lists them"
+            raise _not_saved(name, detail(1514, reason, vpgID=item.vpg))
+        if group is None and item.raid_level not in LEVELS:
+            reason = f"Unknown RAID level {item.raid_level}; expected one of {', '.join(LEVELS)}"
+            raise _not_saved(name, detail(1606, reason))
+        if item.is_encrypted and not self.can_encrypt:
+            reason = "the storage manager encrypts no volumes: cryptsetup is not installed there; leave isEncrypted out"
+            raise _not_saved(name, detail(16825, reason))
+        if item.limit_by_disks:
+            raise _not_allocated(name, f"limitByDisks is {item.limit_by_disks}, and this pool lets no drive be chosen")
+        targets = {*self.settings.target_names(), self.settings.host_name}
+        if item.limit_by_nodes and targets.isdisjoint(item.limit_by_nodes):
+            reason = f"limitByNodes: expected one of {sorted(targets)}, got {item.limit_by_nodes}"
+            raise _not_allocated(name, reason)
+        encryption = Encryption(header_mib=item.encryption.header_size) if item.is_encrypted else None
+        return group, group.layout if group else item.layout(), encryption
+
+    def finish_creation(self, name: str) -> bool:
+        """Set a volume online when its file exists; always return True."""
+        volume = self.store.get(VOLUMES, name)
         if volume is None or volume.action != "initializing":
             return True
-        if "initialize" in self._holds:
-            return False
 
         def online(change: Change) -> None:
             current = change.get(VOLUMES, name)
@@ -155,18 +163,18 @@ class Volumes:
                 action = "none" if current.ready else REQUIRED
                 change.put(VOLUMES, name, replace(current, action=action, status="online"))
 
-        self._store.write(online)
+        self.store.write(online)
         return True
 
-    # --- the file -----------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------------
 
-    def judge_file(self, name: str) -> str:
-        """Say why a volume's file cannot be used, empty = it can, and let the volume's status say the same.
+    def check_file(self, name: str) -> str:
+        """Return why a volume's file cannot be used ("" = it can) and set the volume's status accordingly.
 
-        A volume whose file lacks what may be data is offline, or degraded while a device still holds the file; it is
-        online again when the file is back.
+        A volume that lacks data in its file is offline, or degraded while a device still holds the file. It is online
+        again when the file is back.
         """
-        volume = self._store.get(VOLUMES, name)
+        volume = self.store.get(VOLUMES, name)
         if volume is None or volume.action in ("initializing", "markedForDeletion"):
             return ""
         reason = self.why_lost(volume)
@@ -174,33 +182,33 @@ class Volumes:
         if status == volume.status:
             return reason
 
-        def judge(change: Change) -> None:
+        def update(change: Change) -> None:
             current = change.get(VOLUMES, name)
             if current is not None and current.uuid == volume.uuid:
                 change.put(VOLUMES, name, replace(current, status=status, health="critical" if reason else "healthy"))
 
-        self._store.write(judge)
+        self.store.write(update)
         if reason:
             _log.error("volume %s is %s: %s", name, status, reason)
         else:
             _log.info("the file of volume %s is whole again; the volume is online", name)
         return reason
 
-    def judge_files(self) -> None:
-        """Judge the files of all volumes."""
-        for volume in self._store.all(VOLUMES):
-            self.judge_file(volume.name)
+    def check_files(self) -> None:
+        """Check the files of all volumes."""
+        for volume in self.store.all(VOLUMES):
+            self.check_file(volume.name)
 
     def why_lost(self, volume: Volume) -> str:
-        """Say why a volume's file cannot be used; empty = it can, or can be made."""
+        """Return why a volume's file cannot be used; "" when it can, or can be created."""
         if not volume.made:
             return ""
         try:
-            if self._pool.has(volume.uuid, volume.least_bytes):
+            if self.pool.has(volume.uuid, volume.least_bytes):
                 return ""
         except HostFailure as problem:
             return str(problem)
-        file, size_bytes = self._pool.file(volume.uuid), volume.least_bytes
+        file, size_bytes = self.pool.file(volume.uuid), volume.least_bytes
         source = "its attached device" if self.has_device(volume.uuid) else "a backup"
         return (
             f"its file {file} is gone or cut short, expected at least {size_bytes} bytes of data; "
@@ -209,211 +217,160 @@ class Volumes:
 
     # --- extend -----------------------------------------------------------------------------------------
 
-    def extend(self, item: Mapping[str, object], user: str) -> Document:
-        """Make a volume larger: space promised, row committed, file grown. The caller grows the devices."""
-        name, identity = str(item["_id"]), str(item["uuid"])
-        capacity = cast("float | str", item["capacity"])
-        try:
-            with self._locks.hold(identity):
-                before = self._store.get(VOLUMES, name)
-                lost = self.judge_file(name)
-                volume = self._store.write(lambda change: self._extend(change, name, identity, capacity, user, lost))
-                self._fault("extend:row")
-                try:
-                    # Synced: only the latest extension may be on record and not in the file (see recovery).
-                    self._pool.make(identity, volume.bytes, synced=True)
-                except SystemCallFailed as problem:
-                    self._store.write(lambda change: self._shrink_back(change, before))
-                    number = 1675 if problem.errno in _NO_SPACE else 500
-                    raise _extension_refused(name, identity, number, f"extension create failed: {problem}") from problem
-                self._fault("extend:file")
-            self.finish_extension(name)
-        except Refusal as refusal:
-            return refused_item(name, identity, refusal)
-        return envelope(name, identity, True)
+    def extend(self, item: Extension, user: str) -> None:
+        """Extend a volume and its file; the caller extends its devices."""
+        with self.locks.hold(item.uuid):
+            before = self.store.get(VOLUMES, item.id)
+            lost = self.check_file(item.id)
+            volume = self.store.write(lambda change: self._extended(change, item, user, lost))
+            try:
+                # Synced: only the latest extension may be in the row and not in the file (see recovery).
+                self.pool.make(item.uuid, volume.bytes, synced=True)
+            except SystemCallFailed as problem:
+                self.store.write(lambda change: self._undo_extension(change, before))
+                number = 1675 if problem.errno in _NO_SPACE else 500
+                raise _not_extended(item, number, f"extension create failed: {problem}") from problem
+        self.finish_extension(item.id)
 
-    def _extend(self, change: Change, name: str, identity: str, capacity: float | str, user: str, lost: str) -> Volume:
-        volume = _found(change, name, identity)
-        refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
+    def _extended(self, change: Change, item: Extension, user: str, lost: str) -> Volume:
+        volume, capacity = _found(change, item.id, item.uuid), item.capacity
+        _refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
         if lost:
-            raise _extension_refused(name, identity, 1674, lost)
-        group = change.get(GROUPS, volume.group) if volume.group else None
+            raise _not_extended(item, 1674, lost)
         wanted: float | str = "MAX"
         if not isinstance(capacity, str):
-            if capacity <= volume.capacity:
-                raise _extension_refused(
-                    name,
-                    identity,
-                    1673,
-                    "its capacity",
-                    f"capacity is {capacity:g} GB, expected more than the {volume.capacity:g} GB that it has",
-                )
             wanted = capacity - volume.capacity
+            got = f"capacity is {capacity:g} GB, expected "
+            if wanted <= 0:
+                inner = f"{got}more than the {volume.capacity:g} GB that it has"
+                raise _not_extended(item, 1673, "its capacity", inner)
             if volume.layout.blocks_of(wanted) <= 0:
-                # The management itself never ends here (or adds an unaligned tail); we say what is missing.
+                # The real server never ends here, or adds an unaligned tail.
                 step = volume.layout.granule_blocks * BLOCK_SIZE
-                raise _extension_refused(
-                    name, identity, 1673, "its capacity", f"capacity is {capacity:g} GB, expected {step} bytes more"
-                )
+                raise _not_extended(item, 1673, "its capacity", f"{got}{step} bytes more")
         try:
-            taken = self._space.take(change, volume.layout, wanted, group)
+            blocks = self.allocator.allocate(change, volume.layout, wanted)
         except NoSpace as problem:
-            raise _extension_refused(name, identity, 1675, f"extension create failed: {problem}") from problem
+            raise _not_extended(item, 1675, f"extension create failed: {problem}") from problem
         extended = replace(
             volume,
             action="extending" if volume.action == "none" else volume.action,
-            capacity=volume.capacity + gigabytes(taken.blocks) if isinstance(capacity, str) else capacity,
-            extents=(*volume.extents, taken.blocks),
-            from_reserved=volume.from_reserved + taken.from_reserved,
+            capacity=volume.capacity + gigabytes(blocks) if isinstance(capacity, str) else capacity,
+            extents=(*volume.extents, blocks),
             version=volume.version + 1,
             modified=now(),
             modified_by=user,
         )
-        self._space.record(change, extended, volume)
-        if group and taken.from_reserved:
-            change.put(GROUPS, group.name, replace(group, used=group.used + taken.from_reserved))
+        self.allocator.record(change, extended, volume)
         return extended
 
     def finish_extension(self, name: str) -> bool:
-        """Let an extension whose file has grown be over, unless a test holds that back: the targets have reported."""
-        if "extend" in self._holds:
-            return False
+        """Clear the action of a volume whose file has grown; always return True."""
 
         def finished(change: Change) -> None:
             volume = change.get(VOLUMES, name)
             if volume is not None and volume.action == "extending":
                 change.put(VOLUMES, name, replace(volume, action="none"))
 
-        self._store.write(finished)
+        self.store.write(finished)
         return True
 
-    def _shrink_back(self, change: Change, before: Volume | None) -> None:
-        """Take back an extension whose space could not be had; the caller holds the volume's lock."""
+    def _undo_extension(self, change: Change, before: Volume | None) -> None:
+        """Free the space of an extension that the file could not get; the caller holds the volume's lock."""
         volume = change.get(VOLUMES, before.name) if before is not None else None
         if before is None or volume is None or volume.uuid != before.uuid:
             return
-        returned = volume.from_reserved - before.from_reserved
-        smaller = replace(
-            volume,
-            extents=before.extents,
-            capacity=before.capacity,
-            from_reserved=before.from_reserved,
-            action=before.action if volume.action == "extending" else volume.action,
-        )
-        self._space.record(change, smaller, volume)
-        group = change.get(GROUPS, volume.group) if volume.group else None
-        if group and returned:
-            change.put(GROUPS, group.name, replace(group, used=group.used - returned))
+        action = before.action if volume.action == "extending" else volume.action
+        smaller = replace(volume, extents=before.extents, capacity=before.capacity, action=action)
+        self.allocator.record(change, smaller, volume)
 
     # --- update -----------------------------------------------------------------------------------------
 
-    def update(self, item: Mapping[str, object], user: str) -> Document:
-        """Replace the fields that the request names."""
-        name, identity = str(item["_id"]), str(item["uuid"])
-        try:
-            self._store.write(lambda change: self._update(change, name, identity, item, user))
-        except Refusal as refusal:
-            return refused_item(name, identity, refusal)
-        return envelope(name, identity, True)
+    def update(self, item: VolumeUpdate, user: str) -> None:
+        """Replace the fields that the request has."""
+        self.store.write(lambda change: self._update(change, item, user))
 
-    def _update(self, change: Change, name: str, identity: str, item: Mapping[str, object], user: str) -> None:
-        volume = _found(change, name, identity)
-        refuse_action(volume, {"markedForDeletion": (1582, "edited")})
-        keys = {"volumeID": name, "volumeUUID": identity}
-        if item.get("isReadOnly") and volume.reservation.mode > SHARED_READ_ONLY:
+    def _update(self, change: Change, item: VolumeUpdate, user: str) -> None:
+        volume = _found(change, item.id, item.uuid)
+        _refuse_action(volume, {"markedForDeletion": (1582, "edited")})
+        keys = {"volumeID": item.id, "volumeUUID": item.uuid}
+        if item.is_read_only and volume.reservation.mode > SHARED_READ_ONLY:
             holders = ", ".join(volume.reservation.attached)
-            raise Refusal(1605, f"isReadOnly cannot be set: the volume is reserved for writing by {holders}", keys)
-        if volume.group and any(item.get(field) for field in _LOCKED_BY_GROUP):
-            fields = ", ".join(field for field in _LOCKED_BY_GROUP if item.get(field))
-            raise Refusal(168412, f"the volume's VPG {volume.group} sets {fields}; leave them out", keys)
-        for _, number, message in absent_classes(item):
-            raise Refusal(1722, "Failed to update volume", keys, detail(number, message))
-        changes = {key: value for key, value in item.items() if key not in ("_id", "uuid", "enableCrcCheck")}
+            raise ApiError(1605, f"isReadOnly cannot be set: the volume is reserved for writing by {holders}", keys)
+        locked = [str(VolumeUpdate.model_fields[name].alias) for name in _SET_BY_GROUP if getattr(item, name)]
+        if volume.group and locked:
+            reason = f"the volume's VPG {volume.group} sets {', '.join(locked)}; leave them out"
+            raise ApiError(168412, reason, keys)
+        for number, message in _absent_classes(item):
+            raise ApiError(1722, "Failed to update volume", keys, detail(number, message))
         layout = volume.layout
-        if "enableCrcCheck" in item and "enableCrcCheck" in PARAMETERS[layout.level]:
-            layout = replace(layout, crc=item["enableCrcCheck"] is True)
-        change.put(
-            VOLUMES,
-            name,
-            replace(
-                volume,
-                given={**volume.given, **changes},
-                layout=layout,
-                version=volume.version + 1,
-                modified=now(),
-                modified_by=user,
-            ),
+        if "enable_crc_check" in item.model_fields_set and "enableCrcCheck" in PARAMETERS[layout.level]:
+            layout = replace(layout, crc=item.enable_crc_check)
+        updated = replace(
+            volume,
+            given={**volume.given, **item.given("id", "uuid", "enable_crc_check")},
+            layout=layout,
+            version=volume.version + 1,
+            modified=now(),
+            modified_by=user,
         )
+        change.put(VOLUMES, item.id, updated)
 
     # --- delete -----------------------------------------------------------------------------------------
 
-    def delete(self, item: Mapping[str, object]) -> Document:
+    def delete(self, name: str, identity: str) -> None:
         """Mark a volume for deletion and remove it as soon as no device uses its file."""
-        name, identity = str(item["_id"]), str(item["uuid"])
-        try:
-            self._store.write(lambda change: self._mark(change, name, identity))
-        except Refusal as refusal:
-            return refused_item(name, identity, refusal)
-        self._fault("delete:marked")
-        self.removal_due(name, identity)
-        return envelope(name, identity, True)
+        self.store.write(lambda change: self._mark(change, name, identity))
+        self.remove_soon(name, identity)
 
     def _mark(self, change: Change, name: str, identity: str) -> None:
         volume = _found(change, name, identity)
-        refuse_action(volume, {"initializing": (1571, "deleted")})
+        _refuse_action(volume, {"initializing": (1571, "deleted")})
         if volume.action == "markedForDeletion":
             return
         users = [
             client
             for client in volume.reservation.attached
-            if (wish := change.get(ATTACHMENTS, identity, client)) is not None and wish.action == "attaching"
+            if (wanted := change.get(ATTACHMENTS, identity, client)) is not None and wanted.is_attaching
         ]
         if users:
-            raise Refusal(
-                1683,
-                "Volume to delete in use",
-                {"volumeID": name, "volumeUUID": identity},
-                f"The volume is used by: {', '.join(users[:3])}. Please detach",
-            )
+            inner = f"The volume is used by: {', '.join(users[:3])}. Please detach"
+            raise ApiError(1683, "Volume to delete in use", {"volumeID": name, "volumeUUID": identity}, inner)
         change.put(VOLUMES, name, replace(volume, action="markedForDeletion", version=volume.version + 1))
 
-    def removal_due(self, name: str, identity: str) -> None:
-        """Remove a marked volume now if that can be, else when it can."""
+    def remove_soon(self, name: str, identity: str) -> None:
+        """Remove a marked volume now, or retry in the background."""
         try:
             removed = self.remove(name, identity)
         except DriverError as problem:
-            _log.warning("volume %s could not be removed: %s; tried again", name, problem)
+            _log.warning("volume %s could not be removed and will be retried: %s", name, problem)
             removed = False
         if not removed:
-            self._worker.later(f"remove {identity}", lambda: self.remove(name, identity))
+            self.worker.later(f"remove {identity}", lambda: self.remove(name, identity))
 
     def remove(self, name: str, identity: str) -> bool:
-        """Remove a marked volume's file, then its row; False while a client still has its device."""
-        if "delete" in self._holds:
-            return False
-        with self._locks.hold(identity):
-            volume = self._store.get(VOLUMES, name)
+        """Remove a marked volume's file, then its row; False while a client has its device."""
+        with self.locks.hold(identity):
+            volume = self.store.get(VOLUMES, name)
             if volume is None or volume.uuid != identity or volume.action != "markedForDeletion":
                 return True
             if volume.reservation.attached or self.has_device(identity):
                 return False
-            self._pool.remove(identity)
-            self._fault("delete:file")
-            self._store.write(lambda change: self._forget(change, name, identity))
-        self._fault("delete:row")
+            self.pool.remove(identity)
+            self.store.write(lambda change: self._forget(change, name, identity))
         return True
 
     def _forget(self, change: Change, name: str, identity: str) -> None:
         volume = change.get(VOLUMES, name)
         if volume is None or volume.uuid != identity:
             return
-        self._space.record(change, None, volume)
-        group = change.get(GROUPS, volume.group) if volume.group else None
-        if group and volume.from_reserved:
-            change.put(GROUPS, group.name, replace(group, used=group.used - volume.from_reserved))
-        for client in self._store.all(CLIENTS):
+        self.allocator.record(change, None, volume)
+        for client in self.store.all(CLIENTS):
             if change.get(REPORTS, volume.uuid, client.name) is not None:
                 change.delete(REPORTS, volume.uuid, client.name)
+
+
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def _found(change: Change, name: str, identity: str) -> Volume:
@@ -423,26 +380,34 @@ def _found(change: Change, name: str, identity: str) -> Volume:
     return volume
 
 
-def refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> None:
-    """Raise the refusal that belongs to what is being done with the volume, if one does."""
+def _refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> None:
     if volume.action in refused:
         number, verb = refused[volume.action]
-        raise Refusal(
+        raise ApiError(
             number,
             f"Volume {volume.name} cannot be {verb}: its action is {volume.action}",
             {"volumeAction": volume.action, "volumeID": volume.name, "volumeUUID": volume.uuid},
         )
 
 
-def _extension_refused(name: str, identity: str, number: int, reason: str, inner: str | None = None) -> Refusal:
-    keys = {"volumeID": name, "volumeUUID": identity}
-    return Refusal(number, f"Failed to extend volume: {reason}", keys, inner)
+def _absent_classes(item: NewVolume | VolumeUpdate) -> list[tuple[int, str]]:
+    """Return the errors for the classes that a request names: this manager has none."""
+    return [
+        (number, f"{message}: {names}; this pool has none, leave {alias} out")
+        for field, alias, number, message in _CLASSES
+        if (names := getattr(item, field))
+    ]
 
 
-def reserved_group(store: Store, name: str) -> Group | None:
-    """Return the VPG whose reserved space hides behind a volume of this name, if there is one."""
-    group = store.get(GROUPS, name)
-    return group if group is not None and group.blocks else None
+def _not_saved(name: str, inner: object) -> ApiError:
+    return ApiError(1664, "Failed to save volume", {"volumeID": name}, inner)
 
 
-__all__ = ["GIGABYTE", "Volumes", "now", "refuse_action", "reserved_group"]
+def _not_allocated(name: str, reason: object) -> ApiError:
+    """Return the error of a volume that does not fit: its inner message is a bare text."""
+    return ApiError(1664, f"Failed to save volume: {reason}", {"volumeID": name}, "Failed to allocate")
+
+
+def _not_extended(item: Extension, number: int, reason: str, inner: str | None = None) -> ApiError:
+    keys = {"volumeID": item.id, "volumeUUID": item.uuid}
+    return ApiError(number, f"Failed to extend volume: {reason}", keys, inner)

@@ -264,7 +264,7 @@ def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int
 
 
 class LuksFiles:
-    """LUKS2 headers in plain files, without device-mapper. Methods as in `csi_driver.embedded.ports.LuksHeaders`."""
+    """LUKS2 headers in plain files, without device-mapper. Methods as in `csi_driver.embedded.settings.LuksHeaders`."""
 
     def __init__(self, *, iterations: int | None = None) -> None:
         """`iterations` makes keys cheap to derive, for tests."""

@@ -24,7 +24,7 @@ from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
-from csi_driver.embedded.records import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
+from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
 from csi_driver.embedded.server import StorageServer
 from csi_driver.errors import DriverError, PreconditionFailed
 from csi_driver.management.client import ManagementClient

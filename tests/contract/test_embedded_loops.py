@@ -17,7 +17,7 @@ import requests
 
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.attacher import label_of
-from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.model import FACTS, Fact
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
 from csi_driver.host.connectors.loop import LoopDevices
@@ -93,7 +93,7 @@ def test_an_open_device_is_not_taken_away(manager: Manager, tmp_path: Path) -> N
         assert manager.wish("data")["action"] == "detaching"
         device.write(b"x")
         os.fsync(device.fileno())
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert manager.wish("data") is None
     assert not node(tmp_path, "data").exists()
 
@@ -167,7 +167,7 @@ def test_a_device_whose_file_was_removed_stays_until_its_data_is_copied_back(
     manager.detach("data")
     assert len(loops.bound_to(tmp_path)) == 1
     subprocess.run(["cp", "--sparse=always", node(tmp_path, "data"), file], check=True)
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert not loops.bound_to(tmp_path)
     with file.open("rb") as copy:
         assert copy.read(8) == b"precious"
@@ -202,7 +202,7 @@ def test_a_node_that_somebody_removed_is_made_again(manager: Manager, tmp_path: 
     manager.attach("data")
     (device,) = loops.bound_to(tmp_path)
     node(tmp_path, "data").unlink()
-    manager.server.attacher.look()
+    manager.server.attacher.check()
     assert node(tmp_path, "data").stat().st_rdev == os.makedev(*device.device)
 
 
@@ -214,7 +214,7 @@ def test_a_node_that_stands_for_another_device_is_put_right(
     (device,) = loops.bound_to(tmp_path)
     node(tmp_path, "data").unlink()
     os.mknod(node(tmp_path, "data"), stat.S_IFBLK | 0o600, os.makedev(7, 250))
-    manager.server.attacher.look()
+    manager.server.attacher.check()
     assert node(tmp_path, "data").stat().st_rdev == os.makedev(*device.device)
 
 
@@ -224,7 +224,7 @@ def test_what_is_being_detached_gets_no_node_again(manager: Manager, tmp_path: P
     with node(tmp_path, "data").open("rb"):
         manager.detach("data")
         node(tmp_path, "data").unlink()
-        manager.server.attacher.look()
+        manager.server.attacher.check()
         assert not node(tmp_path, "data").exists()
 
 

@@ -16,7 +16,8 @@ import pytest
 import requests
 
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
+from csi_driver.embedded.settings import ClientSettings, StorageSettings
+from tests.storage_switches import Switches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
@@ -25,28 +26,21 @@ FILES = ("1-session", "2-volumes", "3-attach-extend-delete", "4-reservations-vpg
 Key = tuple[int, int]
 """File (1 to 4) and line, from 0."""
 
+NOT_CALLED = "the driver and its tools do not call it, so the manager does not serve it"
 LEFT_OUT: dict[Key, str] = {
-    **dict.fromkeys([(4, 45), (4, 46), (4, 47), (4, 50)], "snapshots are refused"),
+    (1, 5): "the manager never demands another password",
+    **dict.fromkeys(
+        [(1, 6), (1, 9), (2, 19), (4, 51), *((4, line) for line in (*range(59, 70), 71, 72, 73))], NOT_CALLED
+    ),
+    **dict.fromkeys([(4, 44), (4, 45), (4, 46), (4, 47), (4, 50)], "snapshots are refused"),
+    **dict.fromkeys([(4, line) for line in range(54, 59)], "VPGs are built in and have no reserved space"),
 }
 
 SHAPE_ONLY: dict[Key, str] = {
     (1, 10): "versions and host are the manager's own",
-    (2, 19): "the pool has another size",
     (4, 34): "the recorded client reported once, and not again after it was preempted",
-    (4, 51): "the snapshots of the recording are missing",
-    (4, 52): "as above",
-    (4, 59): "as above, and the pool has another size",
-    (4, 60): "the pool has another size",
-    (4, 61): "the pool has another size",
-    (4, 62): "the pool has another size",
-    (4, 63): "the pool has another size",
-    (4, 64): "versions, host and port are the manager's own",
-    (4, 65): "the snapshots of the recording are missing",
-    (4, 66): "settings are the manager's own",
-    (4, 68): "versions are the manager's own",
-    (4, 69): "the snapshots of the recording are missing",
-    (4, 70): "the snapshots of the recording are missing",
-    (4, 72): "the snapshots of the recording are missing",
+    (4, 52): "the snapshots of the recording are missing",
+    (4, 70): "the snapshots and the VPG of the recording are missing",
 }
 
 # Where the server was between two states: what is held back before an exchange, and what goes on.
@@ -65,17 +59,19 @@ HELD: dict[Key, list[tuple[str, bool]]] = {
 }
 
 # Not compared by value, only by kind: ids, moments, and what depends on the machinery behind the server.
-VOLATILE = {
-    "ApiRequestUUID", "dateCreated", "dateModified", "lastTransitionDate", "lastReceivedClientKeepAlive",
-    "kafkaMessageSequence", "agentKafkaMessageSequence", "branch", "commit", "health_old", "chunks",
-}  # fmt: skip
-# Fields of the server's own machinery, which no client of the API reads.
+VOLATILE = {"ApiRequestUUID", "dateCreated", "dateModified", "lastTransitionDate"}
+# Fields that neither the driver nor its tools read.
 NOT_SERVED = {
     "lastReservationVersionSentToTomaByTargetVersion", "lastVersionSentToTomaViaKafka",
-    "lastVersionSentToTomaTopicName", "lastVersionSentToClientViaKafka",
-    "keepaliveIntervals", "enableLegacyFormatting", "debugComponents", "sendStatsInterval", "snapshotAttachTimeout",
-    "snapshotExportTimeout", "forceUpgradeUpToDateComponents", "zoneRanking", "kafka", "hidden",
-    "fixInSanityAndRecover",
+    "lastVersionSentToTomaTopicName", "lastVersionSentToClientViaKafka", "chunks",
+    "agentKafkaMessageSequence", "agentOriginID", "bootVersion", "branch", "changeID", "clientOriginID", "clientToken",
+    "commit", "commitID", "configProfile", "createdByManagement", "docVersion", "enableNVMf",
+    "featureCompatibilityVersion", "handledBy", "hasMongoClusterManagerRole", "hasMongoRootRole", "hasWIPOperations",
+    "health_old", "isDev", "isMongoReplicated", "isUmClient", "kafkaMessageSequence", "keepAliveCounter",
+    "lastReceivedClientKeepAlive", "lockServer", "managementAgentStatus", "managementAgentToken",
+    "managementCompatibilityVersion", "managementId", "mongoVersion", "nodeVersion", "nvmfAttachmentsID",
+    "protocolVersion", "rpmVersion", "selectedClientsForNvmf", "topics", "use_debug_di", "volumeVersionsSum",
+    "websocketProtocolVersion",
 }  # fmt: skip
 
 
@@ -115,13 +111,14 @@ class Replay:
 
     def __init__(self, server: StorageServer) -> None:
         self._server = server
+        self._switches = Switches(server)
         self._session = requests.Session()
         self._uuids: dict[str, str] = {}
 
     def run(self) -> Iterator[Exchange]:
         for key, line in recorded_lines():
             for kind, held in HELD.get(key, []):
-                self._server.api.hold(kind, held=held)
+                (self._switches.hold if held else self._switches.release)(kind)
             if key in LEFT_OUT:
                 continue
             yield self._exchange(key, line)
@@ -174,7 +171,6 @@ def exchanges(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Exchange]:
         overcommit=True,
         listen_port=0,
         pretend_targets=3,
-        test_switches=TestSwitches(must_change_password=True),
     )
     server = StorageServer(settings, FakeLoopDevices(), FakeLuksHeaders())
     server.start()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.refusals import Refusal
+from csi_driver.embedded.documents import ApiError
+from csi_driver.embedded.requests import NewVolume
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -40,14 +41,9 @@ def settings_on(disk: Path, **changes: object) -> StorageSettings:
 
 
 def available_bytes(manager: Manager) -> int:
-    return int(manager.get("/getSpaceAllocation")["availableSpace"] * GB + 0.5)
-
-
-def by_drives_bytes(manager: Manager) -> int:
-    """Return the free bytes as a caller works them out that asks for the drives of a group."""
-    asked = {"vpg": "DEFAULT_CONCATENATED_VPG"}
-    total, allocated = (manager.post(f"/servers/{what}Space", asked) for what in ("total", "allocated"))
-    return int((total - allocated) * GB + 0.5)
+    """Return the free bytes of the drives of all targets."""
+    targets = manager.get("/servers/all/0/0")
+    return 4096 * sum(int(drive["availableBlocks"]) for target in targets for drive in target["disks"])
 
 
 def save(manager: Manager, name: str, size_bytes: int) -> bool:
@@ -61,7 +57,6 @@ def test_a_volume_of_all_that_is_available_can_be_made_and_none_larger(disk: Pat
         assert save(manager, "first", 1000 * MIB)
         resize(disk, left_mib + 1200)
         available = available_bytes(manager) // MIB * MIB
-        assert available == by_drives_bytes(manager) // MIB * MIB
         assert 1000 * MIB < available <= min(left_mib + 1200 - 128 - 1000, 3072 - 1000) * MIB
         assert not save(manager, "larger", available + MIB)
         assert save(manager, "all", available)
@@ -118,29 +113,17 @@ def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -
     """What is put and not yet committed counts: neither row nor file of it is to be seen elsewhere."""
     with running(settings_on(disk), FakeLoopDevices()) as manager:
         resize(disk, 2000)
-        items = [{"name": name, "capacity": 1, "VPG": "DEFAULT_CONCATENATED_VPG"} for name in ("first", "second")]
-        volumes = manager.server.api._volumes
+        body = {"capacity": 1, "VPG": "DEFAULT_CONCATENATED_VPG"}
+        items = [NewVolume.model_validate({"name": name, **body}) for name in ("first", "second")]
+        volumes = manager.server.volumes
 
         def both(change: Change) -> None:
             for item in items:
-                volumes._promise(change, item, "admin")
+                volumes._record(change, item, "admin")
 
-        with pytest.raises(Refusal, match="free in its file system"):
+        with pytest.raises(ApiError, match="free in its file system"):
             manager.server.store.write(both)
-        manager.server.store.write(lambda change: volumes._promise(change, items[0], "admin"))
-
-
-def test_the_reserve_of_a_group_is_promised_too(disk: Path) -> None:
-    with running(settings_on(disk), FakeLoopDevices()) as manager:
-        group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 1.5, "allowOverflow": False}
-        assert manager.post("/volumeProvisioningGroups/save", [group])[0]["success"]
-        resize(disk, 2300)
-        usage = "/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold"
-        assert manager.get(usage)["freeCapacity"] == 1.5
-        assert not save(manager, "other", 1000 * MIB)
-        assert manager.save("own", 1.2, VPG="gold")["success"]
-        resize(disk, 1200)
-        assert manager.get(usage)["freeCapacity"] == 0
+        manager.server.store.write(lambda change: volumes._record(change, items[0], "admin"))
 
 
 @pytest.mark.parametrize(("reserve_mib", "made"), [(100, True), (2500, False)])
@@ -156,10 +139,10 @@ def test_a_refusal_says_what_was_asked_and_what_there_is(disk: Path) -> None:
     with running(settings_on(disk), FakeLoopDevices()) as manager:
         resize(disk, 1700)
         error = manager.save("data", 2 * GB / GB + HALF_MIB_GB)["error"]
-        asked, unpromised = 2 * GB // MIB * MIB, 3 << 30
+        asked, unallocated = 2 * GB // MIB * MIB, 3 << 30
         free = available_bytes(manager)
         assert error["message"] == (
-            f"Failed to save volume: asked {asked} bytes; {unpromised} are unpromised in the pool, "
+            f"Failed to save volume: asked {asked} bytes; {unallocated} are unallocated in the pool, "
             f"{free} free in its file system: the smaller counts"
         )
         assert (error["id"], error["innerMessage"]) == (1664, "Failed to allocate")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
-from csi_driver.embedded.ports import LuksHeaders
 from csi_driver.errors import Denied, DriverError, HostFailure, PreconditionFailed
 from csi_driver.host.luks import LuksFiles, locked_header
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
+LuksHeaders: TypeAlias = FakeLuksHeaders | LuksFiles
 FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"
 SIZE_BYTES = 64 << 20
 UUID = "11111111-2222-3333-4444-555555555555"

@@ -12,7 +12,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import Exhausted, PreconditionFailed, ServerUnreachable, Unauthenticated
 from tests.contract.two_managements import POOL_BYTES, Actor, Storage, embedded_storage
 
@@ -41,17 +41,6 @@ def test_a_wrong_password_is_unauthenticated(storage: Storage, tmp_path: Path, d
     with pytest.raises(Unauthenticated):
         client.system_info(deadline=deadline)
     client.close()
-
-
-def test_a_forced_password_change_is_unauthenticated(tmp_path: Path, deadline: Deadline) -> None:
-    storage = Storage.start(tmp_path, switches=TestSwitches(must_change_password=True))
-    client = storage.connect()
-    try:
-        with pytest.raises(Unauthenticated, match="changePassword"):
-            client.system_info(deadline=deadline)
-    finally:
-        client.close()
-        storage.server.stop()
 
 
 def test_a_restarted_server_has_forgotten_the_session_and_is_logged_in_to_again(storage: Storage, actor: Actor) -> None:
@@ -96,8 +85,8 @@ def test_the_reason_of_a_lost_file_reaches_the_caller(storage: Storage, actor: A
 
 
 def test_the_numbers_of_a_pool_that_is_full_reach_the_caller(actor: Actor) -> None:
-    asked, unpromised = 10**15 // 2**20 * 2**20, POOL_BYTES // 2**20 * 2**20
-    numbers = f"asked {asked} bytes; {unpromised} are unpromised in the pool, "
+    asked, unallocated = 10**15 // 2**20 * 2**20, POOL_BYTES // 2**20 * 2**20
+    numbers = f"asked {asked} bytes; {unallocated} are unallocated in the pool, "
     with pytest.raises(Exhausted, match=numbers) as creating:
         actor.created(capacity_gb=10**6)
     assert "free in its file system: the smaller counts" in str(creating.value)

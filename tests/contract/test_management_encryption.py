@@ -16,8 +16,8 @@ from csi_driver.controller.create_volume import CreateVolume, EncryptionNotIniti
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
-from csi_driver.embedded.ports import LuksHeaders
-from csi_driver.errors import InvalidRequest, OperationPending, PreconditionFailed, VolumeNotFound
+from csi_driver.embedded.settings import LuksHeaders
+from csi_driver.errors import InvalidRequest, PreconditionFailed, VolumeNotFound
 from csi_driver.host.luks import LuksFiles
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
@@ -233,21 +233,3 @@ def test_a_storage_that_cannot_make_the_header_says_so_and_the_same_call_ends_it
         made = run.create({"encryption": "native"}, {"passphrase": PASSPHRASE})
         assert len(headers.formatted) == 1
         assert made.volume_id.split(":")[2] == headers.formatted[0]
-
-
-def test_a_group_whose_space_is_being_reclaimed_is_pending_and_its_free_space_is_always_asked_for(
-    tmp_path: Path,
-) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 10, "allowOverflow": False}
-    with end_to_end(tmp_path, FakeLuksHeaders()) as run:
-        run.manager.post("/volumeProvisioningGroups/save", [group])
-        run.manager.save("data", VPG="gold")
-        before = run.free({"vpg": "gold"})
-        run.manager.hold("reclaim")
-        identity = run.manager.get("/volumeProvisioningGroups/gold")["uuid"]
-        run.manager.post("/volumeProvisioningGroups/reclaim", [{"_id": "gold", "uuid": identity}])
-        with pytest.raises(OperationPending):
-            run.create({"vpg": "gold"})
-        run.manager.release("reclaim")
-        assert before > 8 * GIB
-        assert run.free({"vpg": "gold"}) < GIB

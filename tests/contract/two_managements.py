@@ -14,11 +14,12 @@ from typing import Protocol
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, StorageSettings, TestSwitches
+from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Client, ClientStatus, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
 from tests.fakes.management import FakeManagement
+from tests.storage_switches import Switches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 
@@ -80,7 +81,7 @@ class FakeSide:
                 self._fake.encrypt_s = float("inf")
 
 
-@dataclass(slots=True)
+@dataclass
 class Storage:
     """An embedded manager that can be stopped and started again on the same pool and port."""
 
@@ -88,12 +89,21 @@ class Storage:
     loops: FakeLoopDevices
     server: StorageServer
 
+    def __post_init__(self) -> None:
+        self._switches = Switches(self.server)
+
+    def hold(self, kind: str) -> None:
+        """Block a kind of work of the server that was started first."""
+        self._switches.hold(kind)
+
+    def release(self, kind: str) -> None:
+        self._switches.release(kind)
+
     @classmethod
     def start(
         cls,
         directory: Path,
         *,
-        switches: TestSwitches | None = None,
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> Storage:
@@ -107,7 +117,6 @@ class Storage:
             listen_port=0,
             pretend_targets=3,
             retry_first_s=0.01,
-            test_switches=switches or TestSwitches(),
             tls_certificate=certificate,
             tls_key=key,
         )
@@ -134,10 +143,10 @@ class EmbeddedSide:
         self.management = management
 
     def lose(self, client: str) -> None:
-        self._storage.server.api.hold(f"client:{client}", held=True)
+        self._storage.hold(f"client:{client}")
 
     def hold(self, work: Work) -> None:
-        self._storage.server.api.hold(work.value, held=True)
+        self._storage.hold(work.value)
 
 
 @contextlib.contextmanager

@@ -67,8 +67,8 @@ class Cluster:
     def start_storage(self) -> None:
         clients = [flag for name in self.clients for flag in ("--client", f"{name}={self.directory / name}")]
         self._spawn(
-            "storage", "storage", "--pool", str(self.directory / "pool"), "--size", "200GiB", "--overcommit",
-            "--listen", "127.0.0.1:0", "--test-switches", *clients,
+            "storage", "--pool", str(self.directory / "pool"), "--size", "200GiB", "--overcommit",
+            "--listen", "127.0.0.1:0", *clients, module="tests.storage_switches",
         )  # fmt: skip
         log = self.directory / "storage.log"
         wait_for(lambda: b"listens on" in log.read_bytes(), "the storage manager to listen")
@@ -87,10 +87,10 @@ class Cluster:
             "--state-directory", str(self.directory / f"{name}.state"), "--path-root", str(self.paths),
         ]  # fmt: skip
 
-    def _spawn(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, *argv: str, module: str = "csi_driver") -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "csi_driver", *argv],
+                [sys.executable, "-m", module, *argv],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True,
             )  # fmt: skip
         self.processes.append(process)
@@ -134,11 +134,11 @@ class Cluster:
 
     def lose(self, client: str) -> None:
         """Let a client be DOWN: it carries out nothing and reports nothing."""
-        self.api("/embedded/test/hold", {"kind": f"client:{client}", "held": True})
+        self.api("/tests/hold", {"kind": f"client:{client}", "held": True})
 
     def find_again(self, client: str) -> None:
         """Let it be back."""
-        self.api("/embedded/test/hold", {"kind": f"client:{client}", "held": False})
+        self.api("/tests/hold", {"kind": f"client:{client}", "held": False})
 
     def holders(self, volume: ClusterVolume) -> list[str]:
         """Return the clients that are to hold a volume."""

@@ -179,13 +179,13 @@ def test_a_dead_zone_leaves_the_other_one_usable(clusters: Clusters) -> None:
 
 def test_a_controller_that_is_killed_leaves_no_second_volume_behind(clusters: Clusters) -> None:
     first = clusters.controller("first")
-    clusters.zones["a"].server.api.hold("initialize", held=True)
+    clusters.zones["a"].hold("initialize")
     with ThreadPoolExecutor(1) as pool:
         cut_off = pool.submit(refusal, first, "v1", "a", "b")
         wait_for(lambda: len(clusters.volumes("a")) == 1, "the volume to be made")
         clusters.kill("first")
         cut_off.result(120)
-    clusters.zones["a"].server.api.hold("initialize", held=False)
+    clusters.zones["a"].release("initialize")
     second = clusters.controller("second")
     assert create(second, "v1", "b", "a").startswith("a:")
     clusters.stop("a")

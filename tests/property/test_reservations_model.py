@@ -28,6 +28,7 @@ from csi_driver.host_model import LoopDevice
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Client, ClientStatus, Layout, ReservationMode, Volume, VolumeSpec
+from tests.storage_switches import Switches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 
 USUAL_EXAMPLES = 25
@@ -188,6 +189,7 @@ class Storage:
         )  # fmt: skip
         self.loops = FakeLoopDevices()
         self.server = StorageServer(self.settings, self.loops)
+        self.switches = Switches(self.server)
         self.server.start()
         self.client = ManagementClient(
             ManagementSettings(
@@ -197,7 +199,7 @@ class Storage:
         self.names = count(1)
 
     def hold(self, client: str, *, down: bool) -> None:
-        self.server.api.hold(f"client:{client}", held=down)
+        (self.switches.hold if down else self.switches.release)(f"client:{client}")
 
     def device(self, client: str, uuid: str) -> LoopDevice | None:
         directory = self.server.settings.clients[CLIENTS.index(client)].device_directory

@@ -34,6 +34,11 @@ class FakeLoopDevices:
             self.attached_ever += 1
             return device
 
+    def ensure_node(self, device: LoopDevice, node: Path) -> LoopDevice:
+        node.write_text(str(device.number))
+        self.bound[device.number] = replace(self.bound[device.number], node=node)
+        return self.bound[device.number]
+
     def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
         return tuple(device for device in self.bound.values() if device.file.parent == directory)
 

@@ -15,7 +15,7 @@ MAGIC = b"FAKE-LUKS "
 
 @dataclass(slots=True)
 class FakeLuksHeaders:
-    """Fits `csi_driver.embedded.ports.LuksHeaders`. Everything is on disk, as with the real ones."""
+    """Fits `csi_driver.embedded.settings.LuksHeaders`. Everything is on disk, as with the real ones."""
 
     failing: bool = False
     """Every change is refused, as by a tool that is broken."""

@@ -1,22 +1,19 @@
-"""A storage manager without HTTP for tests: requests are routed, checked and answered as over HTTP."""
+"""A storage manager for tests: requests go through its web application, without a socket."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
-from csi_driver.embedded.api import Call
-from csi_driver.embedded.ports import LoopDevices, LuksHeaders
-from csi_driver.embedded.refusals import SchemaRefusal
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, StorageSettings
-from csi_driver.embedded.web import perform
+from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, StorageSettings
+from tests.storage_switches import Switches, retry_client
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 
 Json: TypeAlias = Any
@@ -39,21 +36,29 @@ class Manager:
 
     def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
         self.server = StorageServer(settings, loops, headers)
-        self._routes = self.server.api.routes()
+        self._switches = Switches(self.server)
+        self._session = self.server.sessions.open(settings.user, self.server.password.path.read_text().strip())
 
     def request(self, method: str, target: str, body: object = None) -> Json:
-        parts = urlsplit(target)
-        for route in self._routes:
-            pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path)
-            found = re.fullmatch(pattern, parts.path)
-            if found is not None and route.method == method:
-                call = Call(found.groupdict(), dict(parse_qsl(parts.query)), body)
-                try:
-                    route.checked(body)
-                    return json.loads(bytes(perform(route, call, "volumes").body))
-                except SchemaRefusal as refusal:
-                    return refusal.envelope()
-        raise AssertionError(f"no route {method} {target}")
+        return self.send(method, target, b"" if body is None else json.dumps(body).encode())
+
+    def send(self, method: str, target: str, sent: bytes) -> Json:
+        parts, received = urlsplit(target), bytearray()
+        headers = {"accept": "*/*", "content-type": "application/json", "cookie": f"connect.sid={self._session}"}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": method,
+            "path": unquote(parts.path), "raw_path": parts.path.encode(), "query_string": parts.query.encode(),
+            "root_path": "", "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }  # fmt: skip
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": sent, "more_body": False}
+
+        async def send(message: Mapping[str, Any]) -> None:
+            received.extend(message.get("body", b""))
+
+        asyncio.run(self.server.app(scope, receive, send))
+        return json.loads(received)
 
     def get(self, target: str) -> Json:
         return self.request("GET", target)
@@ -111,10 +116,14 @@ class Manager:
         return next((wish for wish in wishes if wish["name"] == volume), None)
 
     def hold(self, kind: str) -> None:
-        self.server.api.hold(kind, held=True)
+        self._switches.hold(kind)
 
     def release(self, kind: str) -> None:
-        self.server.api.hold(kind, held=False)
+        self._switches.release(kind)
+
+    def retry(self, client: str) -> None:
+        """Settle everything of a client now, as retries do later."""
+        retry_client(self.server, client)
 
     def die(self) -> None:
         """End as kill -9 does: nothing more is written; the kernel drops locks and descriptors."""

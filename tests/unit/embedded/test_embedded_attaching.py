@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from csi_driver.embedded.clients import Clients
-from csi_driver.embedded.records import ATTACHMENTS
-from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from csi_driver.embedded.model import ATTACHMENTS
+from csi_driver.embedded.requests import DetachedVolume
+from csi_driver.embedded.settings import StorageSettings
+from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Manager, running, settings_in
 
@@ -100,7 +101,7 @@ def test_a_busy_device_stays_until_it_is_free(manager: Manager, loops: FakeLoopD
     assert manager.wish("data")["action"] == "detaching"
     assert (manager.report("data")["vol_status"], manager.report("data")["ioEnabled"]) == (4, 1)
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert manager.wish("data") is None
 
 
@@ -187,7 +188,7 @@ def test_taking_over_waits_for_a_device_in_use(manager: Manager, loops: FakeLoop
     assert manager.report("data", "node-2") is None
     loops.open.clear()
     for client in ("node-1", "node-2"):
-        manager.server.attacher.client_returns(client)
+        manager.retry(client)
     assert manager.report("data", "node-2")["vol_status"] == 4
 
 
@@ -221,13 +222,12 @@ def test_a_detach_amid_the_attach_leaves_neither_device_nor_report(tmp_path: Pat
 
     def withdraw(point: str) -> None:
         nonlocal wished
-        if point == "attach:device" and not wished:
+        if point == "loops.attach" and not wished:
             wished = True
-            item = {"name": "data", "uuid": manager.uuid("data")}
-            Clients(manager.server.settings, manager.server.store).detach("node-1", item)
+            manager.server.clients.detach("node-1", DetachedVolume(name="data", uuid=manager.uuid("data")))
 
-    settings = settings_in(tmp_path, test_switches=TestSwitches(fault=withdraw))
-    with running(settings, loops) as manager:
+    with running(settings_in(tmp_path), loops) as manager:
+        add_points(manager.server, withdraw)
         manager.save("data")
         manager.attach("data")
         assert manager.wish("data") is None
@@ -295,7 +295,7 @@ def test_a_device_in_use_read_only_becomes_writable_when_it_is_free(manager: Man
     assert [device.read_only for device in loops.bound.values()] == [True]
     assert manager.report("data")["reservation"]["mode"] == 1
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert [device.read_only for device in loops.bound.values()] == [False]
     assert (manager.report("data")["vol_status"], manager.report("data")["reservation"]["mode"]) == (4, 3)
 
@@ -307,7 +307,7 @@ def test_taking_over_waits_for_a_slow_client(manager: Manager) -> None:
     take_over(manager, "data", "node-2", 2)
     assert manager.report("data", "node-2") is None
     manager.release("slow:node-1")
-    manager.server.attacher.client_returns("node-2")
+    manager.retry("node-2")
     assert manager.report("data", "node-2")["vol_status"] == 4
 
 
@@ -331,5 +331,5 @@ def test_a_directory_that_cannot_be_written_is_tried_again(manager: Manager, tmp
     assert manager.attach("data")["success"]
     assert manager.report("data") is None
     shown.unlink()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert manager.report("data")["vol_status"] == 4

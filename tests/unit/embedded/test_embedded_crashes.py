@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.settings import StorageSettings, TestSwitches
+from csi_driver.embedded.settings import StorageSettings
+from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
 
@@ -20,16 +21,22 @@ class Crash(BaseException):
 
 @dataclass(slots=True)
 class Fault:
-    """Crashes at one point, once it is armed."""
+    """Notes the points that are passed once it is armed, and crashes at one of them."""
 
-    point: str
+    number: int | None = None
+    """Which of them, counted from 0; None = none."""
     armed: bool = False
-    met: bool = False
+    passed: list[str] = field(default_factory=list)
 
     def __call__(self, point: str) -> None:
-        if self.armed and point == self.point:
-            self.met = True
-            raise Crash
+        if self.armed:
+            self.passed.append(point)
+            if self.number is not None and len(self.passed) == self.number + 1:
+                raise Crash
+
+    @property
+    def met(self) -> bool:
+        return self.number is not None and len(self.passed) > self.number
 
 
 def save(manager: Manager) -> None:
@@ -52,38 +59,51 @@ def detach(manager: Manager) -> None:
     manager.detach("attached")
 
 
-STEPS: list[tuple[Callable[[Manager], None], str]] = [
-    (save, "save:row"),
-    (save, "save:file"),
-    (extend, "extend:row"),
-    (extend, "extend:file"),
-    (delete, "delete:marked"),
-    (delete, "delete:file"),
-    (delete, "delete:row"),
-    (attach, "attach:wished"),
-    (attach, "attach:device"),
-    (attach, "attach:files"),
-    (attach, "attach:reported"),
-    (detach, "detach:wished"),
-    (detach, "detach:device"),
-    (detach, "detach:reported"),
-]
+POINTS: dict[Callable[[Manager], None], list[str]] = {
+    save: ["store.write", "pool.make"],
+    extend: ["store.write", "pool.make", "store.write"],
+    delete: ["store.write", "pool.remove", "store.write"],
+    attach: ["store.write", "pool.make", "store.write", "loops.attach", "files.show", "store.write"],
+    detach: ["store.write", "loops.detach", "files.hide", "files.hide", "store.write"],
+}
+"""Changes that each request makes, in order; the manager is killed after each."""
+STEPS = [(act, number) for act, points in POINTS.items() for number in range(len(points))]
+after_every_step = pytest.mark.parametrize(
+    ("act", "number"), STEPS, ids=[f"{act.__name__}-{number}-{POINTS[act][number]}" for act, number in STEPS]
+)
 
 
-def crashed(directory: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str) -> StorageSettings:
-    """Run a manager with the volumes old and attached, crash it in `act`, return settings for the next start."""
-    fault = Fault(point)
-    settings = settings_in(directory)
-    manager = Manager(replace(settings, test_switches=TestSwitches(fault=fault)), loops)
+def prepared(directory: Path, loops: FakeLoopDevices, fault: Fault) -> Manager:
+    """Return a manager with the volumes old and attached, with points."""
+    manager = Manager(settings_in(directory), loops)
     manager.save("old")
     manager.save("attached")
     manager.attach("attached")
+    add_points(manager.server, fault)
     fault.armed = True
+    return manager
+
+
+@pytest.mark.parametrize("act", POINTS, ids=lambda act: act.__name__)
+def test_every_change_of_a_request_is_followed_by_a_point(
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None]
+) -> None:
+    fault = Fault()
+    manager = prepared(tmp_path, loops, fault)
+    act(manager)
+    manager.server.stop()
+    assert fault.passed == POINTS[act]
+
+
+def crashed(directory: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int) -> StorageSettings:
+    """Crash a manager in `act` after this change; return settings for the next start."""
+    fault = Fault(number)
+    manager = prepared(directory, loops, fault)
     with pytest.raises(Crash):
         act(manager)
     manager.die()
     assert fault.met
-    return settings
+    return manager.server.settings
 
 
 def files_fit_rows(manager: Manager) -> bool:
@@ -101,21 +121,21 @@ def wishes(manager: Manager) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+@after_every_step
 def test_after_a_crash_files_fit_the_rows(
-    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
 ) -> None:
-    settings = crashed(tmp_path, loops, act, point)
+    settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         assert files_fit_rows(manager)
         assert all(row["action"] == "none" for row in manager.get("/volumes/all/0/0"))
 
 
-@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+@after_every_step
 def test_after_a_crash_exactly_the_wished_devices_are_there(
-    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
 ) -> None:
-    settings = crashed(tmp_path, loops, act, point)
+    settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         assert [label.partition("/")[0] for label in loops.labels()] == wishes(manager)
         shown = {path.name for path in (tmp_path / "node-1" / "proc" / "volumes").iterdir()}
@@ -123,29 +143,29 @@ def test_after_a_crash_exactly_the_wished_devices_are_there(
         assert len(shown) == len(loops.bound)
 
 
-@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+@after_every_step
 def test_after_a_crash_acknowledged_volumes_and_attachments_are_there(
-    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
 ) -> None:
-    settings = crashed(tmp_path, loops, act, point)
+    settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         assert manager.volume("attached")["status"] == "online"
         assert act is delete or manager.volume("old")["status"] == "online"
         assert act is detach or manager.report("attached")["vol_status"] == 4
 
 
-@pytest.mark.parametrize(("act", "point"), STEPS, ids=[point for _, point in STEPS])
+@after_every_step
 def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
-    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], point: str
+    tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
 ) -> None:
-    settings = crashed(tmp_path, loops, act, point)
+    settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         for client in ("node-1", "node-2"):
             for wish in manager.get(f"/clients/{client}")["attachments"].values():
                 manager.detach(wish["name"], client)
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
-        assert manager.server.space.totals.promised == 0
+        assert manager.server.allocator.totals.allocated == 0
         assert not manager.server.pool.identities()
 
 
@@ -199,7 +219,7 @@ def lose(manager: Manager) -> Path:
 
 def test_a_lost_file_is_seen_without_a_restart_and_without_an_attachment(manager: Manager) -> None:
     lose(manager)
-    manager.server.attacher.look()
+    manager.server.attacher.check()
     assert (manager.volume("data")["status"], manager.volume("data")["health"]) == ("offline", "critical")
 
 
@@ -224,10 +244,10 @@ def test_an_extension_of_a_lost_file_is_refused_with_the_reason(manager: Manager
 def test_a_file_that_comes_back_makes_its_volume_usable_again(tmp_path: Path, loops: FakeLoopDevices, by: str) -> None:
     with running(settings_in(tmp_path), loops) as manager:
         elsewhere = lose(manager)
-        manager.server.attacher.look()
+        manager.server.attacher.check()
         elsewhere.rename(elsewhere.with_suffix(".img"))
         if by == "look":
-            manager.server.attacher.look()
+            manager.server.attacher.check()
         elif by == "attach":
             assert manager.attach("data")["success"]
         elif by == "extend":
@@ -244,7 +264,7 @@ def test_a_volume_whose_file_is_lost_under_its_device_is_degraded(manager: Manag
     manager.save("data")
     manager.attach("data")
     manager.server.pool.file(manager.uuid("data")).unlink()
-    manager.server.attacher.look()
+    manager.server.attacher.check()
     assert (manager.volume("data")["status"], len(loops.bound)) == ("degraded", 1)
     inner = manager.attach("data", "node-2", mode="SHARED_READ_WRITE")["error"]["innerMessage"]
     assert (inner["id"], "restore it from its attached device" in inner["message"]) == (1569, True)
@@ -267,8 +287,8 @@ def test_a_device_that_holds_the_last_copy_of_its_data_stays_until_that_is_decid
             aside.rename(file)
         else:
             assert manager.delete("data")["success"]
-        manager.server.attacher.client_returns("node-1")
-        manager.server.attacher.look()
+        manager.retry("node-1")
+        manager.server.attacher.check()
         assert not loops.bound
         assert manager.volume("data").get("status") == ("online" if then == "restored" else None)
         assert then == "deleted" or manager.attach("data")["success"]
@@ -285,10 +305,10 @@ def test_a_device_stays_until_the_file_that_replaces_its_own_is_whole(manager: M
     manager.detach("data")
     assert len(loops.bound) == 1
     os.truncate(file, size_bytes - 4096)
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert len(loops.bound) == 1
     os.truncate(file, size_bytes)
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert not loops.bound
 
 
@@ -385,4 +405,4 @@ def test_sizes_are_kept_over_a_restart(tmp_path: Path, loops: FakeLoopDevices) -
         blocks = manager.volume("data")["blocks"]
     with running(settings, loops) as manager:
         assert manager.volume("data")["blocks"] == blocks
-        assert manager.server.space.size_bytes == 100 * GB
+        assert manager.server.allocator.size_bytes == 100 * GB

@@ -7,11 +7,12 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.records import FACTS, Fact
+from csi_driver.embedded.model import FACTS, VOLUMES, Fact
 from csi_driver.embedded.store import Store
 from csi_driver.errors import HostFailure, StorageUnavailable
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -75,7 +76,7 @@ def test_the_manager_keeps_its_account_when_the_reserve_file_cannot_be_made_agai
         assert manager.save("second")["success"]
     with running(settings_in(tmp_path), loops) as manager:
         assert [row["_id"] for row in manager.get("/volumes/all/0/0")] == ["first", "second"]
-        assert manager.server.space.totals.volumes == 2
+        assert manager.server.allocator.totals.volumes == 2
 
 
 @pytest.mark.parametrize("left_bytes", [0, 4096])
@@ -138,8 +139,11 @@ def deep(levels: int) -> Json:
 def test_a_record_that_cannot_be_written_down_is_not_the_ground_of_later_changes(tmp_path: Path) -> None:
     with running(settings_in(tmp_path)) as manager:
         manager.save("first")
-        with pytest.raises(RecursionError):
-            manager.save("deep", metadata=deep(900))
+        first = manager.server.store.get(VOLUMES, "first")
+        assert first is not None
+        too_deep = replace(first, name="deep", given=deep(900))
+        with pytest.raises(ValueError, match="depth"):
+            manager.server.store.write(lambda change: change.put(VOLUMES, "deep", too_deep))
         assert manager.save("second")["success"]
     with running(settings_in(tmp_path)) as manager:
         assert [row["_id"] for row in manager.get("/volumes/all/0/0")] == ["first", "second"]
@@ -264,10 +268,10 @@ def test_every_request_that_met_a_disk_error_succeeds_when_it_is_repeated(
             assert answer["success"] in (True, False)
             if seen(manager) != done:
                 act(manager)
-            manager.server.attacher.client_returns("node-1")
+            manager.retry("node-1")
             assert seen(manager) == done, f"{act.__name__}, first answered {answer}"
     with running(settings_in(tmp_path), loops) as manager:
-        assert manager.server.space.totals.promised == 0
+        assert manager.server.allocator.totals.allocated == 0
 
 
 @pytest.mark.parametrize(("function", "name"), FAULTS, ids=["-".join(fault) for fault in FAULTS])

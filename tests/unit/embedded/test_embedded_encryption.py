@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.records import VOLUMES
-from csi_driver.embedded.settings import TestSwitches
+from csi_driver.embedded.model import VOLUMES
+from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -47,11 +47,6 @@ def encrypted(manager: Manager, name: str = "enc") -> None:
     begun(manager, name)
 
 
-def rotated(manager: Manager) -> None:
-    command(manager, "rotatePassphrase", currentPassphrase=FIRST, newPassphrase=SECOND)
-    proceed(manager)
-
-
 def response(manager: Manager, name: str = "enc") -> Json:
     return manager.volume(name)["encryption"]["command"].get("response")
 
@@ -84,14 +79,6 @@ def test_beside_a_group_the_size_of_the_header_is_no_field(manager: Manager) -> 
         "/volumes/save", [{"name": "enc", "capacity": 1, "VPG": "DEFAULT_RAID_0_VPG", "encryption": {"headerSize": 16}}]
     )
     assert answer["error"]["id"] == 422
-
-
-def test_a_group_that_encrypts_makes_encrypted_volumes(manager: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 0, "isEncrypted": True}
-    manager.post("/volumeProvisioningGroups/save", [{**group, "encryption": {"headerSize": 8}}])
-    manager.save("enc", VPG="gold")
-    assert manager.volume("enc")["encryption"] == {"headerSize": 8}
-    assert manager.get("/volumeProvisioningGroups/gold")["isEncrypted"]
 
 
 def test_without_the_tool_it_is_refused(tmp_path: Path) -> None:
@@ -136,18 +123,6 @@ def test_a_command_under_way_shows_and_excludes_others(manager: Manager) -> None
     manager.release("encrypt")
     proceed(manager)
     assert state(manager) == ("none", True)
-    manager.hold("encrypt")
-    command(manager, "addPassphrase", currentPassphrase=FIRST, newPassphrase=SECOND)
-    assert state(manager) == ("addingPassphrase", True)
-    other = command(manager, "deletePassphrase", currentPassphrase=FIRST)
-    assert other["error"]["innerMessage"]["id"] == 16794
-
-
-@pytest.mark.parametrize("verb", ["addPassphrase", "rotatePassphrase", "deletePassphrase"])
-def test_passphrases_need_a_header_first(manager: Manager, verb: str) -> None:
-    manager.save("enc", isEncrypted=True)
-    fields = {"currentPassphrase": FIRST} | ({} if verb == "deletePassphrase" else {"newPassphrase": SECOND})
-    assert command(manager, verb, **fields)["error"]["innerMessage"]["id"] == 167922
 
 
 def test_a_volume_is_initialised_once(manager: Manager) -> None:
@@ -161,49 +136,6 @@ def test_a_plain_volume_has_no_encryption(manager: Manager) -> None:
     assert (answer["error"]["id"], answer["error"]["innerMessage"]["id"]) == (14591, 16793)
 
 
-def test_passphrases_are_added_replaced_and_removed(manager: Manager, headers: FakeLuksHeaders) -> None:
-    encrypted(manager)
-    command(manager, "addPassphrase", currentPassphrase=FIRST, newPassphrase=SECOND, slot=5)
-    proceed(manager)
-    assert list(headers.slots(file(manager))) == ["0", "4"]
-    command(manager, "deletePassphrase", currentPassphrase=FIRST)
-    proceed(manager)
-    assert [headers.opens(file(manager), word) for word in (FIRST, SECOND)] == [False, True]
-    command(manager, "rotatePassphrase", currentPassphrase=SECOND, newPassphrase=FIRST)
-    proceed(manager)
-    assert [headers.opens(file(manager), word) for word in (FIRST, SECOND)] == [True, False]
-
-
-def test_the_last_passphrase_stays(manager: Manager, headers: FakeLuksHeaders) -> None:
-    encrypted(manager)
-    command(manager, "deletePassphrase", currentPassphrase=FIRST)
-    proceed(manager)
-    assert response(manager)["result"] == 2
-    assert headers.opens(file(manager), FIRST)
-
-
-def test_a_wrong_passphrase_changes_nothing_and_the_volume_stays_usable(
-    manager: Manager, headers: FakeLuksHeaders
-) -> None:
-    encrypted(manager)
-    before = headers.header(file(manager))
-    command(manager, "rotatePassphrase", currentPassphrase=WRONG, newPassphrase=SECOND)
-    proceed(manager)
-    assert (response(manager)["result"], headers.header(file(manager))) == (2, before)
-    assert state(manager) == ("none", True)
-
-
-def test_a_rotation_that_was_cut_off_after_the_new_passphrase_is_finished_by_the_same_request(
-    manager: Manager, headers: FakeLuksHeaders
-) -> None:
-    encrypted(manager)
-    headers.add(file(manager), FIRST, SECOND, slot=None)
-    command(manager, "rotatePassphrase", currentPassphrase=FIRST, newPassphrase=SECOND)
-    proceed(manager)
-    assert [headers.opens(file(manager), word) for word in (FIRST, SECOND)] == [False, True]
-    assert len(headers.slots(file(manager))) == 1
-
-
 def test_a_failure_is_answered_and_the_next_try_succeeds(manager: Manager, headers: FakeLuksHeaders) -> None:
     manager.save("enc", isEncrypted=True)
     headers.failing = True
@@ -213,15 +145,6 @@ def test_a_failure_is_answered_and_the_next_try_succeeds(manager: Manager, heade
     headers.failing = False
     begun(manager)
     assert (state(manager), response(manager)["commandIndex"]) == (("none", True), 2)
-
-
-def test_an_answer_is_acknowledged(manager: Manager) -> None:
-    encrypted(manager)
-    of = {"command": {"commandIndex": 1}}
-    assert command(manager, "acknowledgeResponse", encryption=of)["success"]
-    assert response(manager)["acknowledged"]
-    stale = command(manager, "acknowledgeResponse", encryption={"command": {"commandIndex": 7}})
-    assert stale["error"]["id"] == 1464
 
 
 @pytest.mark.parametrize("passphrase", ["seven77", "x" * 4097, "line\nbreak"])
@@ -261,48 +184,30 @@ def test_no_header_is_made_in_what_a_client_had(manager: Manager, headers: FakeL
 
 # --- crashes ----------------------------------------------------------------------------------------------------
 
-POINTS = ["encrypt:accepted", "encrypt:header", "encrypt:answered"]
+POINTS = ["store.write", "headers.format", "store.write"]
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("number", range(len(POINTS)))
 def test_after_a_crash_the_same_passphrase_makes_the_volume_usable(
-    tmp_path: Path, loops: FakeLoopDevices, headers: FakeLuksHeaders, point: str
+    tmp_path: Path, loops: FakeLoopDevices, headers: FakeLuksHeaders, number: int
 ) -> None:
-    fault = Fault(point, armed=True)
+    fault = Fault(number)
     settings = settings_in(tmp_path)
-    manager = Manager(replace(settings, test_switches=TestSwitches(fault=fault)), loops, headers)
+    manager = Manager(settings, loops, headers)
     manager.save("enc", isEncrypted=True)
+    add_points(manager.server, fault)
+    fault.armed = True
     with pytest.raises(Crash):
         begun(manager)
     manager.die()
+    assert fault.passed == POINTS[: number + 1]
     with running(settings, loops, headers) as again:
-        if point != "encrypt:answered":
+        if number < 2:
             assert (state(again), response(again)["retryable"]) == (("initEncryptionRequired", False), True)
             begun(again)
         assert state(again) == ("none", True)
         assert headers.opens(file(again), FIRST)
         assert again.attach("enc")["success"]
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_after_a_crash_in_a_rotation_one_of_the_two_opens_and_the_same_request_ends_it(
-    tmp_path: Path, loops: FakeLoopDevices, headers: FakeLuksHeaders, point: str
-) -> None:
-    fault = Fault(point)
-    settings = settings_in(tmp_path)
-    manager = Manager(replace(settings, test_switches=TestSwitches(fault=fault)), loops, headers)
-    encrypted(manager)
-    fault.armed = True
-    with pytest.raises(Crash):
-        rotated(manager)
-    manager.die()
-    with running(settings, loops, headers) as again:
-        opens = {word: headers.opens(file(again), word) for word in (FIRST, SECOND)}
-        assert any(opens.values())
-        assert state(again) == ("none", True)
-        if opens[FIRST]:
-            rotated(again)
-        assert [headers.opens(file(again), word) for word in (FIRST, SECOND)] == [False, True]
 
 
 def test_no_passphrase_is_in_the_database(manager: Manager, tmp_path: Path) -> None:
@@ -312,30 +217,3 @@ def test_no_passphrase_is_in_the_database(manager: Manager, tmp_path: Path) -> N
     written = b"".join(path.read_bytes() for path in (tmp_path / "pool").glob("manager.sqlite*"))
     assert b"initializingEncryption" in written
     assert FIRST.encode() not in written
-
-
-# --- space that is being reclaimed ------------------------------------------------------------------------------
-
-
-def reclaim(manager: Manager) -> Json:
-    group = manager.get("/volumeProvisioningGroups/gold")
-    return manager.post("/volumeProvisioningGroups/reclaim", [{"_id": "gold", "uuid": group["uuid"]}])[0]
-
-
-def test_nothing_is_made_from_a_group_whose_space_is_being_reclaimed(manager: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 10, "allowOverflow": True}
-    manager.post("/volumeProvisioningGroups/save", [group])
-    manager.save("data", VPG="gold")
-    manager.hold("reclaim")
-    assert reclaim(manager)["success"]
-    assert manager.save("more", VPG="gold")["error"]["innerMessage"]["id"] == 16358
-    manager.release("reclaim")
-    assert manager.save("more", VPG="gold")["success"]
-
-
-def test_nothing_to_reclaim_is_a_warning_that_comes_as_success(manager: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 10, "allowOverflow": True}
-    manager.post("/volumeProvisioningGroups/save", [group])
-    reclaim(manager)
-    answer = reclaim(manager)
-    assert (answer["success"], answer["error"]["id"]) == (True, 16353)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.records import REPORTS
-from csi_driver.embedded.settings import TestSwitches
+from csi_driver.embedded.model import REPORTS
+from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
+from tests.unit.embedded.test_embedded_crashes import Crash
 
 EXCLUSIVE, SHARED, READ_ONLY = "EXCLUSIVE_READ_WRITE", "SHARED_READ_WRITE", "SHARED_READ_ONLY"
 DETACHED, ATTACHED, DENIED = 2, 4, 17
@@ -65,7 +66,7 @@ def test_nobody_gets_a_volume_whose_last_writer_cannot_be_cut_off(manager: Manag
     take_over(manager)
     assert (manager.report("data", "node-2"), loops.writers(file)) == (None, [0])
     loops.open.clear()
-    manager.server.attacher.client_returns("node-2")
+    manager.retry("node-2")
     assert (manager.report("data", "node-2")["vol_status"], len(loops.writers(file))) == (ATTACHED, 1)
 
 
@@ -88,7 +89,7 @@ def test_what_a_returning_client_still_has_open_goes_when_it_is_closed(
     take_over(manager)
     manager.release("client:node-1")
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert manager.wish("data", "node-1") is None
     assert loops.writers(file) == list(loops.bound) == [1]
     assert not (tmp_path / "node-1" / "proc" / "volumes" / "data").exists()
@@ -104,7 +105,7 @@ def test_a_device_that_was_cut_off_is_never_used_again(manager: Manager, loops: 
     report = manager.report("data", "node-1")
     assert (report["vol_status"], report["ioEnabled"]) == (ATTACHED, 0)
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert manager.report("data", "node-1")["vol_status"] == ATTACHED
     assert [device.fenced for device in loops.bound.values()] == [False]
 
@@ -142,7 +143,7 @@ def test_a_sharer_that_takes_the_volume_for_itself_waits_for_the_others(
     assert manager.report("data", "node-2")["vol_status"] == ATTACHED
     loops.open.clear()
     for client in ("node-1", "node-2"):
-        manager.server.attacher.client_returns(client)
+        manager.retry(client)
     assert manager.report("data", "node-2")["vol_status"] == ATTACHED
 
 
@@ -158,8 +159,8 @@ def test_nobody_gets_a_volume_while_a_client_that_is_told_of_no_more_has_its_dev
     assert manager.attach("data", "node-2", mode=EXCLUSIVE)["success"]
     assert (manager.report("data", "node-2"), loops.writers(file)) == (None, [0])
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
-    manager.server.attacher.client_returns("node-2")
+    manager.retry("node-1")
+    manager.retry("node-2")
     assert (manager.report("data", "node-2")["vol_status"], loops.writers(file)) == (ATTACHED, list(loops.bound))
 
 
@@ -175,12 +176,13 @@ def test_a_manager_that_starts_again_knows_which_device_is_cut_off(tmp_path: Pat
 
 def test_a_crash_right_after_the_cut_is_mended_at_the_next_start(tmp_path: Path, loops: FakeLoopDevices) -> None:
     def die(point: str) -> None:
-        if point == "fence:device":
-            raise KeyboardInterrupt
+        if point == "loops.fence":
+            raise Crash
 
-    with running(settings_in(tmp_path, test_switches=TestSwitches(fault=die)), loops) as manager:
+    with running(settings_in(tmp_path), loops) as manager:
+        add_points(manager.server, die)
         file = lost(manager, loops)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Crash):
             take_over(manager)
         assert loops.writers(file) == []
     with running(settings_in(tmp_path), loops) as manager:

@@ -65,5 +65,5 @@ def test_space_that_the_file_system_does_not_have_is_not_promised(
         assert manager.save("data")["error"]["innerMessage"] == "Failed to allocate"
         assert manager.extend("there", 5)["error"]["id"] == 1675
         assert manager.volume("there")["capacity"] == 1
-        assert manager.server.space.totals.volumes == 1
+        assert manager.server.allocator.totals.volumes == 1
         assert len(manager.server.pool.identities()) == 1

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from csi_driver.embedded.groups import BUILT_IN
-from csi_driver.embedded.layouts import Layout
-from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.records import VOLUMES, Volume
-from csi_driver.embedded.space import NoSpace, PoolTooLarge, Space
+from csi_driver.embedded.layouts import BUILT_IN_GROUPS, Layout
+from csi_driver.embedded.model import VOLUMES, Volume
+from csi_driver.embedded.pool import Allocator, NoSpace, Pool, PoolTooLarge
 from csi_driver.embedded.store import Change, Store
 from tests.fakes.management import FakeClock
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -46,17 +44,17 @@ GRANULES = {
 
 @pytest.mark.parametrize(("group", "capacity", "blocks"), RECORDED)
 def test_sizes_are_the_recorded_ones(group: str, capacity: float, blocks: int) -> None:
-    assert BUILT_IN[group].blocks_of(capacity) == blocks
+    assert BUILT_IN_GROUPS[group].blocks_of(capacity) == blocks
 
 
-@pytest.mark.parametrize("group", BUILT_IN)
+@pytest.mark.parametrize("group", BUILT_IN_GROUPS)
 def test_granules_are_those_of_the_layouts(group: str) -> None:
-    assert BUILT_IN[group].granule_blocks * 4096 == GRANULES[group] * MIB
+    assert BUILT_IN_GROUPS[group].granule_blocks * 4096 == GRANULES[group] * MIB
 
 
-@given(st.sampled_from(sorted(BUILT_IN)), st.integers(1 * GB, 10_000 * GB))
+@given(st.sampled_from(sorted(BUILT_IN_GROUPS)), st.integers(1 * GB, 10_000 * GB))
 def test_half_a_granule_more_is_never_short_and_never_over(group: str, wanted: int) -> None:
-    layout: Layout = BUILT_IN[group]
+    layout: Layout = BUILT_IN_GROUPS[group]
     granule = GRANULES[group] * MIB
     count = math.ceil(wanted / granule)
     assert layout.blocks_of((count * granule + granule / 2) / GB) * 4096 == count * granule
@@ -65,7 +63,7 @@ def test_half_a_granule_more_is_never_short_and_never_over(group: str, wanted: i
 def test_an_extension_is_rounded_by_itself(manager: Manager) -> None:
     manager.save("data", 10)
     manager.extend("data", 12)
-    concatenated = BUILT_IN["DEFAULT_CONCATENATED_VPG"]
+    concatenated = BUILT_IN_GROUPS["DEFAULT_CONCATENATED_VPG"]
     assert manager.volume("data")["blocks"] == 2441216 + concatenated.blocks_of(2)
     assert manager.volume("data")["capacity"] == 12
 
@@ -98,48 +96,25 @@ def test_redundancy_is_refused_on_one_machine_with_the_reason(manager: Manager, 
     assert error["message"].endswith(f"the layout needs {targets} targets, this pool has 1")
 
 
-@pytest.mark.parametrize(
-    ("asked", "share"),
-    [
-        ({}, 10),
-        ({"vpg": "DEFAULT_RAID_1_VPG"}, 10),
-        ({"vpg": "there is none"}, 10),
-        ({"nodes": ["target1.sim", "target4.sim", "elsewhere"]}, 2),
-        ({"disks": ["POOL-target2.sim.1"]}, 1),
-        ({"nodes": ["target2.sim"], "disks": ["POOL-target2.sim.1"], "vpg": "gold"}, 1),
-        ({"nodes": ["target1.sim"], "disks": ["POOL-target2.sim.1"]}, None),
-        ({"nodes": ["elsewhere"]}, None),
-    ],
-)  # fmt: skip
-def test_targets_and_drives_restrict_the_space_and_a_group_does_not(
-    redundant: Manager, asked: dict[str, object], share: int | None
-) -> None:
-    """`share`: how many of the ten targets count."""
-    redundant.save("data", 10)
-    whole = {"total": 100 * GB // 4096 * 4096 / GB, "allocated": redundant.volume("data")["blocks"] * 4096 / GB}
-    for what, size in whole.items():
-        answered = redundant.post(f"/servers/{what}Space", asked)
-        assert answered is None if share is None else answered == pytest.approx(size * share / 10)
+def free_blocks(manager: Manager) -> int:
+    """Return the raw free blocks, from the drives of all targets."""
+    return sum(drive["availableBlocks"] for target in manager.get("/servers/all/0/0") for drive in target["disks"])
 
 
-def test_the_drives_have_the_ids_that_restrict_the_space(redundant: Manager) -> None:
-    drives = [disk["diskID"] for server in redundant.get("/servers/all/0/0") for disk in server["disks"]]
-    assert len(set(drives)) == 10
-    assert redundant.post("/servers/totalSpace", {"disks": drives}) == redundant.post("/servers/totalSpace", {})
+def test_the_free_space_is_told_to_the_block(manager: Manager) -> None:
+    assert free_blocks(manager) == 100 * GB // 4096
 
 
-def test_the_free_space_is_told_to_the_byte(manager: Manager) -> None:
-    assert manager.get("/getSpaceAllocation")["availableSpace"] == 100 * GB // 4096 * 4096 / GB
+def test_targets_share_the_pool_and_have_drives_of_their_own(redundant: Manager) -> None:
+    drives = [drive for target in redundant.get("/servers/all/0/0") for drive in target["disks"]]
+    assert len({drive["diskID"] for drive in drives}) == 10
+    assert {drive["usableBlocks"] for drive in drives} == {100 * GB // 4096 // 10}
 
 
 def test_redundancy_is_allocated_with_pretended_targets(redundant: Manager) -> None:
     assert redundant.save("data", 10, VPG="DEFAULT_RAID_1_VPG")["success"]
-    space = redundant.get("/getSpaceAllocation")
-    assert (space["data"], space["redundancy"], space["availableSpace"]) == (
-        10.0,
-        10.0,
-        (100 * GB // 4096 - 2 * redundant.volume("data")["blocks"]) * 4096 / GB,
-    )
+    free = 100 * GB // 4096 - 2 * redundant.volume("data")["blocks"]
+    assert free_blocks(redundant) == free // 10 * 10
 
 
 def test_the_largest_volume_takes_all_that_is_left(manager: Manager) -> None:
@@ -147,34 +122,6 @@ def test_the_largest_volume_takes_all_that_is_left(manager: Manager) -> None:
     assert manager.save("rest", "MAX")["success"]
     assert 100 * GB - 2 * MIB <= sum(row["blocks"] * 4096 for row in manager.get("/volumes/all/0/0")) <= 100 * GB
     assert not manager.save("more", 1)["success"]
-
-
-def test_reserved_space_is_only_for_its_group(redundant: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 60, "allowOverflow": False}
-    assert redundant.post("/volumeProvisioningGroups/save", [group])[0]["success"]
-    assert not redundant.save("other", 50)["success"]
-    assert redundant.save("mine", 50, VPG="gold")["success"]
-    assert not redundant.save("mine-too", 20, VPG="gold")["success"]
-    usage = redundant.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")
-    assert usage["freeCapacity"] == pytest.approx(10, abs=0.002)
-    redundant.delete("mine")
-    assert redundant.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")["allocatedBlocks"] == 0
-
-
-def test_a_reserve_hides_behind_its_groups_name(manager: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 5}
-    manager.post("/volumeProvisioningGroups/save", [group])
-    assert manager.save("gold")["error"]["id"] == 1523
-    assert manager.volume("gold")["isReserved"] is True
-    assert manager.get("/volumes/all/0/0") == []
-
-
-def test_an_unused_reserve_can_be_reclaimed(manager: Manager) -> None:
-    group = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 90}
-    made = manager.post("/volumeProvisioningGroups/save", [group])[0]
-    assert not manager.save("data", 50)["success"]
-    manager.post("/volumeProvisioningGroups/reclaim", [{"_id": "gold", "uuid": made["uuid"]}])
-    assert manager.save("data", 50)["success"]
 
 
 def test_nothing_is_promised_below_the_reserve(tmp_path: Path) -> None:
@@ -189,11 +136,11 @@ def test_a_pool_larger_than_what_is_free_needs_overcommitment(tmp_path: Path) ->
 
 def test_the_pool_is_what_was_free_at_first_start(tmp_path: Path) -> None:
     with running(settings_in(tmp_path, size_bytes=None, overcommit=False)) as manager:
-        first = manager.server.space.size_bytes
+        first = manager.server.allocator.size_bytes
         assert 0 < first <= manager.server.pool.free_bytes() + 64 * MIB
     (tmp_path / "ballast").write_bytes(b"x" * MIB)
     with running(settings_in(tmp_path, size_bytes=None, overcommit=False)) as manager:
-        assert manager.server.space.size_bytes == first
+        assert manager.server.allocator.size_bytes == first
 
 
 # --- many files -------------------------------------------------------------------------------------------
@@ -228,7 +175,7 @@ class Account:
         self.clock = FakeClock()
         self.disk = Disk(directory / "pool", self.clock, 100 * GB)
         self.store = Store(self.disk.database)
-        self.space = Space(settings_in(directory, overcommit=False), self.disk, self.store, self.clock)
+        self.allocator = Allocator(settings_in(directory, overcommit=False), self.disk, self.store, self.clock)
         self.disk.free = free
         self.disk.looks = 0
 
@@ -237,12 +184,12 @@ class Account:
         self.disk.close()
 
     def make(self, name: str, size_gb: float) -> bool:
-        layout = BUILT_IN["DEFAULT_CONCATENATED_VPG"]
+        layout = BUILT_IN_GROUPS["DEFAULT_CONCATENATED_VPG"]
 
         def put(change: Change) -> None:
-            blocks = self.space.take(change, layout, size_gb, None).blocks
+            blocks = self.allocator.allocate(change, layout, size_gb)
             volume = Volume(name, name, size_gb, (blocks,), layout, None, {}, "", "", "", "")
-            self.space.record(change, volume)
+            self.allocator.record(change, volume)
 
         try:
             self.store.write(put)
@@ -254,12 +201,12 @@ class Account:
         volume = self.store.get(VOLUMES, name)
         if volume is not None:
             self.disk.free += self.disk.given.pop(name, 0)
-            self.store.write(lambda change: self.space.record(change, None, volume))
+            self.store.write(lambda change: self.allocator.record(change, None, volume))
 
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
-    monkeypatch.setattr("csi_driver.embedded.space._FEW", 0)
+    monkeypatch.setattr("csi_driver.embedded.pool._FEW", 0)
     account = Account(tmp_path, 40 * GB)
     yield account
     account.close()
@@ -327,7 +274,7 @@ def test_what_is_promised_can_be_written_whatever_was_looked_at_when(
     """Nobody but users writes here, so every promise is kept to the last byte."""
     account = Account(tmp_path_factory.mktemp("pool"), 40 * GB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("csi_driver.embedded.space._FEW", 100 if few else 0)
+        patch.setattr("csi_driver.embedded.pool._FEW", 100 if few else 0)
         for verb, name, number in steps:
             volume, given = account.store.get(VOLUMES, name), account.disk.given.get(name, 0)
             if verb == "make" and volume is None:
@@ -349,7 +296,7 @@ def test_what_is_promised_can_be_written_whatever_was_looked_at_when(
 
 names = st.sampled_from(["a", "b", "c", "d", "e"])
 sizes = st.one_of(st.floats(1, 40, allow_nan=False), st.just("MAX"))
-groups = st.sampled_from([*sorted(BUILT_IN), "gold"])
+groups = st.sampled_from(sorted(BUILT_IN_GROUPS))
 actions = st.one_of(
     st.tuples(st.just("save"), names, sizes, groups),
     st.tuples(st.just("extend"), names, sizes, groups),
@@ -363,8 +310,6 @@ def test_the_pool_is_never_promised_twice(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, float | str, str]]
 ) -> None:
     with running(settings_in(tmp_path_factory.mktemp("pool"), pretend_targets=10), FakeLoopDevices()) as manager:
-        gold = {"name": "gold", "RAIDLevel": "Concatenated", "capacity": 30}
-        manager.post("/volumeProvisioningGroups/save", [gold])
         for verb, name, size, group in steps:
             there = "uuid" in manager.volume(name) and manager.volume(name)["uuid"] is not None
             if verb == "save":
@@ -376,16 +321,13 @@ def test_the_pool_is_never_promised_twice(
             assert promised_bytes(manager) <= 100 * GB
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
-        reserve = manager.get("/volumeProvisioningGroups/getVolumesCapacityUsageByID/gold")["reservedBlocks"]
-        assert manager.server.space.totals.promised == reserve
+        assert manager.server.allocator.totals.allocated == 0
 
 
 def promised_bytes(manager: Manager) -> int:
-    """Work out from the documents alone what the pool owes: raw bytes of volumes, and reserves not used by them."""
+    """Return the raw bytes of all volumes, from their documents alone."""
     owed = 0
     for row in manager.get("/volumes/all/0/0"):
         copies = 1 + row.get("numberOfMirrors", 0) + row.get("parityBlocks", 0) / row.get("dataBlocks", 1)
         owed += math.ceil(row["blocks"] * copies) * 4096
-    for usage in manager.get("/volumeProvisioningGroups/getVolumesCapacityUsage/all"):
-        owed += (usage["reservedBlocks"] - usage["allocatedBlocks"]) * 4096
     return owed

@@ -6,7 +6,7 @@ import random
 import threading
 from pathlib import Path
 
-from csi_driver.embedded.records import TOTALS, VOLUMES, Totals
+from csi_driver.embedded.model import TOTALS, VOLUMES, Totals
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Manager, running, settings_in
 
@@ -88,8 +88,8 @@ def test_everything_agrees_after_many_callers_at_once(tmp_path: Path) -> None:
         assert not problems
         manager.server.worker.stop()
         for client in CLIENTS:
-            manager.server.attacher.client_returns(client)
+            manager.retry(client)
         for row in manager.get("/volumes/all/0/0"):
-            manager.server.api.hold("delete", held=False)
+            manager.release("delete")
             assert row["status"] == "online"
         assert contradictions(manager, loops) == []

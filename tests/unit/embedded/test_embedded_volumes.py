@@ -1,4 +1,4 @@
-"""Refusals of volumes and VPGs that the recordings do not show, and the store's own rules."""
+"""Refusals of volumes that the recordings do not show, and the store's own rules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.pool import PoolInUse
-from csi_driver.embedded.records import FACTS, Fact
-from csi_driver.embedded.settings import TestSwitches
-from csi_driver.embedded.space import TotalsWrong
+from csi_driver.embedded.model import FACTS, Fact
+from csi_driver.embedded.pool import PoolInUse, TotalsWrong
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import StorageUnavailable
+from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.manager import Manager, running, settings_in
@@ -23,7 +22,7 @@ def test_a_snapshot_is_refused_and_leaves_its_source_as_it_was(manager: Manager)
     manager.save("source")
     source = manager.volume("source")
     answer = manager.save("copy", 2, sourceID="source", sourceUUID=source["uuid"])
-    assert (answer["error"]["id"], answer["uuid"]) == (1522, "undefined")
+    assert answer["error"]["id"] == 422
     assert manager.volume("source") == source
     assert manager.extend("source", 2)["success"]
 
@@ -54,10 +53,13 @@ def test_parallel_saves_of_one_name_have_one_winner(manager: Manager) -> None:
 
 def test_a_volume_deleted_while_it_is_saved_leaves_no_file(tmp_path: Path, loops: FakeLoopDevices) -> None:
     def delete(point: str) -> None:
-        if point == "save:row":
+        if point == "store.write" and not deleted:
+            deleted.append(True)
             manager.delete("data")
 
-    with running(settings_in(tmp_path, test_switches=TestSwitches(fault=delete)), loops) as manager:
+    deleted: list[bool] = []
+    with running(settings_in(tmp_path), loops) as manager:
+        add_points(manager.server, delete)
         manager.save("data")
         assert not manager.server.pool.identities()
 
@@ -88,7 +90,7 @@ def test_a_volume_is_deleted_when_its_last_device_has_gone(manager: Manager, loo
     assert manager.delete("data")["success"]
     assert manager.server.pool.identities()
     loops.open.clear()
-    manager.server.attacher.client_returns("node-1")
+    manager.retry("node-1")
     assert not manager.server.pool.identities()
     assert manager.volume("data")["error"]["id"] == 1543
 
@@ -111,23 +113,6 @@ def test_an_extension_leaves_the_action_of_an_encryption_that_is_still_to_come(
         manager.save("data", isEncrypted=True, VPG=None, RAIDLevel="Concatenated")
         manager.extend("data", 2)
         assert manager.volume("data")["action"] == "initEncryptionRequired"
-
-
-def test_default_groups_cannot_be_changed(manager: Manager) -> None:
-    group = manager.get("/volumeProvisioningGroups/DEFAULT_RAID_1_VPG")
-    item = {"_id": group["_id"], "uuid": group["uuid"]}
-    assert manager.post("/volumeProvisioningGroups/delete", [item])[0]["error"]["id"] == 16230
-
-
-def test_a_group_in_use_is_not_deleted(manager: Manager) -> None:
-    made = manager.post(
-        "/volumeProvisioningGroups/save", [{"name": "gold", "RAIDLevel": "Concatenated", "capacity": 0}]
-    )[0]
-    manager.save("data", VPG="gold")
-    item = {"_id": "gold", "uuid": made["uuid"]}
-    assert not manager.post("/volumeProvisioningGroups/delete", [item])[0]["success"]
-    manager.delete("data")
-    assert manager.post("/volumeProvisioningGroups/delete", [item])[0]["success"]
 
 
 def test_one_manager_holds_a_pool(tmp_path: Path) -> None:

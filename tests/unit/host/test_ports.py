@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csi_driver.embedded import ports as embedded
+from csi_driver.embedded import settings as embedded
 from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.filesystem import LinuxFilesystems

@@ -1,0 +1,301 @@
+"""Records of the embedded storage manager, their form in the database, and the rules of reservations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
+
+Document = dict[str, object]
+"""A decoded JSON object."""
+
+NONE, SHARED_READ_ONLY, SHARED_READ_WRITE, EXCLUSIVE_READ_WRITE = range(4)
+MODES = {
+    "SHARED_READ_ONLY": SHARED_READ_ONLY,
+    "SHARED_READ_WRITE": SHARED_READ_WRITE,
+    "EXCLUSIVE_READ_WRITE": EXCLUSIVE_READ_WRITE,
+}
+MODE_NAMES = {NONE: "NONE", **{number: name for name, number in MODES.items()}}
+
+DETACHED, ATTACHED, RESERVATION_DENIED = 2, 4, 17
+"""block_devices[].vol_status"""
+READY, DOWN = 1, 5
+"""client_status"""
+
+
+def now() -> str:
+    """Return the time as the API writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRequest:
+    """The reservation that an attach request asks for."""
+
+    mode: int = SHARED_READ_WRITE
+    version: int | None = None
+    preempt: bool = False
+    detach_others: bool = False
+    is_explicit: bool = False
+    """The request has a `reservation`."""
+
+
+class ReservationRefused(Exception):
+    """The reservation conflicts with the present one, or with a read-only volume.
+
+    `number` is the API's error id; `details` are keys of the error document.
+    """
+
+    def __init__(self, number: int, message: str, **details: object) -> None:
+        self.number = number
+        self.message = message
+        self.details = details
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Cluster-wide access to a volume. Each transition increments `version`."""
+
+    mode: int = NONE
+    version: int = 1
+    reserved_by: str | None = None
+    attached: tuple[str, ...] = ()
+    last_transition: str | None = None
+
+    def allows(self, client: str, mode: int) -> bool:
+        """Tell whether a client that attached in this mode may do I/O; False after a preemption."""
+        return self.mode == mode and (mode != EXCLUSIVE_READ_WRITE or self.reserved_by == client)
+
+    def acquired(self, client: str, wanted: ReservationRequest, *, read_only: bool) -> Reservation:
+        """Return the reservation with `client` attached. Raises ReservationRefused.
+
+        `read_only`: the volume is.
+        """
+        if read_only and wanted.mode != SHARED_READ_ONLY:
+            mode = MODE_NAMES[wanted.mode]
+            raise ReservationRefused(
+                1716, f"{mode} was requested and the volume is read-only; attach it as SHARED_READ_ONLY"
+            )
+        attached = self.attached if client in self.attached else (*self.attached, client)
+        if self.allows(client, wanted.mode):
+            return replace(self, attached=attached)
+        if self.mode != NONE:
+            held = f"the volume is reserved as {MODE_NAMES[self.mode]} for {', '.join(self.attached)}"
+            if wanted.version != self.version:
+                reason = f"{held}; expected reservation version {self.version}, got {wanted.version}"
+                raise ReservationRefused(1717, reason, volumeReservation=self.version)
+            if not wanted.preempt:
+                raise ReservationRefused(1718, f"{held}; detach it there, or set preempt")
+            if wanted.detach_others:
+                # Detached clients no longer count, even if they are down and still have a device: the last client
+                # that counts ends the reservation.
+                attached = (client,)
+        return Reservation(wanted.mode, self.version + 1, client, attached, now())
+
+    def released(self, client: str) -> Reservation:
+        """Return the reservation without `client`; it ends with the last client."""
+        left = tuple(name for name in self.attached if name != client)
+        if left == self.attached:
+            return self
+        if left:
+            return replace(self, attached=left)
+        return Reservation(NONE, self.version + 1, None, (), now())
+
+
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """Encryption of a volume by the storage. `command` is the latest command, as the API shows it."""
+
+    header_mib: int = 16
+    initialized: bool = False
+    command: Document = field(default_factory=dict)
+    last_message: Document = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        """Number of the latest command; 0 = none."""
+        number = self.command.get("commandIndex")
+        return number if isinstance(number, int) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    name: str
+    uuid: str
+    capacity: int | float
+    """Decimal gigabytes as requested; the exact size is `blocks`."""
+    extents: tuple[int, ...]
+    """Blocks of the first allocation and of each extension."""
+    layout: Layout
+    group: str | None
+    """VPG that it was created from."""
+    given: Document
+    """Request fields that are only stored and shown."""
+    created_by: str
+    modified_by: str
+    created: str
+    modified: str
+    version: int = 1
+    action: str = "none"
+    status: str = "online"
+    health: str = "healthy"
+    made: bool = False
+    """Its file is on disk and may hold data: it must never be created again."""
+    reservation: Reservation = field(default_factory=Reservation)
+    encryption: Encryption | None = None
+
+    @property
+    def blocks(self) -> int:
+        return sum(self.extents)
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * BLOCK_SIZE
+
+    @property
+    def least_bytes(self) -> int:
+        """Minimum length of its file: a crash can lose the latest extension only."""
+        return sum(self.extents[:-1] or self.extents) * BLOCK_SIZE
+
+    @property
+    def read_only(self) -> bool:
+        return self.given.get("isReadOnly") is True
+
+    @property
+    def ready(self) -> bool:
+        """False until its encryption is initialized: no client may attach it."""
+        return self.encryption is None or self.encryption.initialized
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A volume provisioning group (VPG): a named layout."""
+
+    name: str
+    uuid: str
+    layout: Layout
+    built_in: bool = False
+    given: Document = field(default_factory=dict)
+    created: str = ""
+    modified: str = ""
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    name: str
+    uuid: str
+    created: str
+    status: int = READY
+    attachments_version: int = 0
+    report_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """The desired attachment of a volume to a client."""
+
+    client: str
+    volume: str
+    uuid: str
+    action: str
+    """attaching (it stays so while the volume is attached) or detaching."""
+    reservation: Document
+    references: tuple[str, ...]
+    attachments_version: int
+    version: int = 1
+    force: bool | None = None
+
+    @property
+    def mode(self) -> int:
+        mode = self.reservation.get("mode")
+        return mode if isinstance(mode, int) else NONE
+
+    @property
+    def read_only(self) -> bool:
+        return self.mode == SHARED_READ_ONLY
+
+    @property
+    def is_attaching(self) -> bool:
+        return self.action == "attaching"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of a volume that a client reported: a row of its block_devices."""
+
+    client: str
+    volume: str
+    uuid: str
+    status: int
+    io_enabled: int
+    reservation: Document
+    references: tuple[str, ...]
+    attachments_version: int
+    version: int
+    report_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Allocated blocks of all volumes; updated with each change and verified at start."""
+
+    volumes: int = 0
+    data: int = 0
+    redundancy: int = 0
+
+    @property
+    def allocated(self) -> int:
+        return self.data + self.redundancy
+
+    def with_volume(self, volume: Volume, sign: int = 1) -> Totals:
+        """Return the totals with the volume added, or removed for sign -1."""
+        return Totals(
+            self.volumes + sign,
+            self.data + sign * volume.blocks,
+            self.redundancy + sign * volume.layout.redundancy_of(volume.blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A value of the whole pool."""
+
+    value: str
+
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Table(Generic[R]):
+    """A kind of record and its name in the database. Fields that only earlier versions had are ignored."""
+
+    name: str
+    kind: type[R]
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[R]:
+        return TypeAdapter(self.kind)
+
+    def text(self, record: R) -> str:
+        return self._adapter.dump_json(record).decode()
+
+    def record(self, text: str) -> R:
+        return self._adapter.validate_json(text)
+
+
+VOLUMES = Table("volumes", Volume)
+GROUPS = Table("groups", Group)
+CLIENTS = Table("clients", Client)
+ATTACHMENTS = Table("attachments", Attachment)
+REPORTS = Table("reports", Report)
+TOTALS = Table("totals", Totals)
+FACTS = Table("facts", Fact)
+TABLES: tuple[Table[Any], ...] = (VOLUMES, GROUPS, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS)

@@ -1,0 +1,341 @@
+"""Requests of the API: limits of a body, and models of the bodies.
+
+The models take what the server's own schemas take: no unknown field, no value of another JSON type, no null unless
+stated. A whole float is an integer, as in JSON Schema.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic.alias_generators import to_camel
+
+from csi_driver.embedded.layouts import (
+    CONCATENATED,
+    EC,
+    PARAMETERS,
+    RAID_1,
+    Layout,
+)
+from csi_driver.embedded.model import MODES, Document, ReservationRequest
+
+_MAX_SAFE_INTEGER = 9007199254740991
+_MAX_METADATA_BYTES = 256 * 1024
+_MAX_BODY_BYTES = 2 * 1024 * 1024
+_MAX_LEVELS = 100
+"""As deep as the server's database takes a document; documents are copied by recursion."""
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+class JsonRequest(Request):
+    """A request whose body is limited in size and depth."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            parts, size = [], 0
+            async for part in self.stream():
+                parts.append(part)
+                size += len(part)
+                if size > _MAX_BODY_BYTES:
+                    raise HTTPException(413, "request entity too large")
+            self._body = b"".join(parts)
+        return self._body
+
+    async def json(self) -> object:
+        body = await self.body()
+        try:
+            decoded = json.loads(body or b"{}", parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as problem:
+            raise HTTPException(400, "the body is no JSON") from problem
+        if _is_deeper(decoded, _MAX_LEVELS):
+            raise HTTPException(400, f"the body is nested deeper than {_MAX_LEVELS} levels")
+        return decoded
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+def _refuse_constant(text: str) -> object:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Tell whether objects and arrays are nested deeper than that."""
+    inside = [value]
+    for _ in range(levels + 1):
+        containers = [each for each in inside if isinstance(each, dict | list)]
+        if not containers:
+            return False
+        inside = [each for one in containers for each in (one.values() if isinstance(one, dict) else one)]
+    return True
+
+
+# --- bodies -------------------------------------------------------------------------------------------------
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _capacity(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "MAX" and not (is_number and 1 <= value <= _MAX_SAFE_INTEGER):  # type: ignore[operator]
+        raise ValueError(f'expected decimal GB from 1 to {_MAX_SAFE_INTEGER}, or "MAX"')
+    return value
+
+
+def _matching(pattern: str) -> AfterValidator:
+    """Return a validator of whole texts; the framework's own patterns take a MiB of memory each."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(value: str) -> str:
+        if not compiled.fullmatch(value):
+            raise ValueError(f"expected a text that matches {pattern}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _metadata(value: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(value).encode()) > _MAX_METADATA_BYTES:
+        raise ValueError(f"expected at most {_MAX_METADATA_BYTES} bytes of JSON")
+    return value
+
+
+Integer: TypeAlias = Annotated[int, BeforeValidator(_whole)]
+Capacity: TypeAlias = Annotated[float | str, PlainValidator(_capacity)]
+"""Decimal GB, or MAX."""
+Uuid: TypeAlias = Annotated[str, _matching(r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")]
+ObjectName: TypeAlias = Annotated[str, _matching(r"(?!e_|d_)[\w+=-]*")]
+Names: TypeAlias = Annotated[list[str], Field(default_factory=list)]
+Metadata: TypeAlias = Annotated[dict[str, Any], Field(default_factory=dict), AfterValidator(_metadata)]
+Description: TypeAlias = Annotated[str, Field(max_length=1024)] | None
+Priority: TypeAlias = Annotated[Integer, Field(ge=0, le=10)]
+Passphrase: TypeAlias = Annotated[str, _matching(r".{8,4096}")]
+ReferenceId: TypeAlias = Annotated[str, _matching(r"[a-z0-9-]{1,63}")]
+
+
+class RequestBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel)
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        """Name and uuid of the volume, as the answer to an item begins."""
+        raise NotImplementedError
+
+    def given(self, *without: str) -> Document:
+        """Return the fields that the request has, by their names in the API, without the named ones."""
+        fields = type(self).model_fields
+        return {str(fields[name].alias): getattr(self, name) for name in self.model_fields_set.difference(without)}
+
+
+class _Named(RequestBody):
+    id: str = Field(alias="_id")
+    uuid: Uuid
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.id, self.uuid
+
+
+class _Placement(RequestBody):
+    """Restrictions of the drives that a volume uses."""
+
+    disk_classes: Names
+    server_classes: Names
+    limit_by_disks: Names
+    limit_by_nodes: Names
+    vsgs: Names = Field(alias="VSGs")
+
+
+class HeaderOptions(RequestBody):
+    header_size: Annotated[Integer, Field(ge=1, le=100)] = 16
+
+
+_LAYOUT = (
+    "stripe_size", "stripe_width", "number_of_mirrors", "protection_level", "enable_crc_check",
+    "data_blocks", "parity_blocks",
+)  # fmt: skip
+_ONLY_WITHOUT_GROUP = (
+    "raid_level", "type", "encryption", "vsgs", "disk_classes", "server_classes", "limit_by_disks", "limit_by_nodes",
+    "domain", *_LAYOUT,
+)  # fmt: skip
+
+
+class NewVolume(_Placement):
+    """An item of /volumes/save. The VPG, if there is one, decides the layout."""
+
+    name: Annotated[ObjectName, Field(min_length=1, max_length=22)]
+    capacity: Capacity
+    vpg: Annotated[ObjectName, Field(max_length=100)] = Field(default="", alias="VPG")
+    description: Description = None
+    metadata: Metadata
+    is_read_only: bool = False
+    relative_rebuild_priority: Priority = 0
+    allow_allocation_on_offline_drives: bool = False
+    is_encrypted: bool = False
+    raid_level: str = Field(default="", alias="RAIDLevel")
+    type: str = ""
+    encryption: HeaderOptions = HeaderOptions()
+    domain: str | None = None
+    stripe_size: Annotated[Integer, Field(ge=32)] = 32
+    stripe_width: Annotated[Integer, Field(ge=1, le=300)] = 2
+    number_of_mirrors: Annotated[Integer, Field(ge=1, le=2)] = 1
+    protection_level: Literal["Full Separation", "Minimal Separation", "Ignore Separation"] = "Full Separation"
+    enable_crc_check: bool = False
+    data_blocks: Annotated[Integer, Field(ge=1, le=10)] = 8
+    parity_blocks: Annotated[Integer, Field(ge=1, le=2)] = 2
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.name, None
+
+    def has(self, field: str) -> bool:
+        """Tell whether the request has this field."""
+        return field in self.model_fields_set
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.vpg:
+            self._refuse(_ONLY_WITHOUT_GROUP)
+        elif not self.has("raid_level"):
+            raise ValueError("expected RAIDLevel or VPG")
+        elif self.raid_level in PARAMETERS:
+            self._check_layout()
+        if (self.limit_by_nodes or self.limit_by_disks) and (self.disk_classes or self.server_classes):
+            raise ValueError("expected classes or limits, got both")
+        return self
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.has(name):
+                raise ValueError(f'Error: Invalid property: "{type(self).model_fields[name].alias}"')
+
+    def _check_layout(self) -> None:
+        level = self.raid_level
+        self._refuse(name for name in _LAYOUT if to_camel(name) not in PARAMETERS[level])
+        if self.has("stripe_width") and (self.stripe_width != 1 if level == EC else self.stripe_width < 2):
+            raise ValueError(f"stripeWidth: expected {'1' if level == EC else 'at least 2'}, got {self.stripe_width}")
+
+    def stored(self) -> Document:
+        """Return the fields that are only stored and shown."""
+        return self.given("name", "capacity", "vpg", "raid_level", "is_encrypted", "encryption", *_LAYOUT)
+
+    def layout(self) -> Layout:
+        """Return the requested layout, with the API's defaults; the RAID level must be a known one."""
+        names = PARAMETERS[self.raid_level]
+        coded = "dataBlocks" in names
+        return Layout(
+            self.raid_level,
+            stripe_size=self.stripe_size,
+            stripe_width=1 if self.raid_level in (CONCATENATED, RAID_1, EC) else self.stripe_width,
+            mirrors=self.number_of_mirrors if "numberOfMirrors" in names else 0,
+            data_blocks=self.data_blocks if coded else 1,
+            parity_blocks=self.parity_blocks if coded else 0,
+            protection=self.protection_level if "protectionLevel" in names else None,
+            crc=(self.enable_crc_check if self.has("enable_crc_check") else coded)
+            if "enableCrcCheck" in names
+            else None,
+        )
+
+
+class Extension(_Named):
+    """An item of /volumes/extend."""
+
+    capacity: Capacity
+    allow_allocation_on_offline_drives: bool = False
+
+
+class VolumeUpdate(_Named, _Placement):
+    """An item of /volumes/update: fields that the request lacks stay as they are."""
+
+    description: Description = None
+    metadata: Metadata
+    is_read_only: bool = False
+    relative_rebuild_priority: Priority = 0
+    allow_allocation_on_offline_drives: bool = False
+    enable_crc_check: bool = False
+
+
+class Deletion(_Named):
+    """An item of /volumes/delete."""
+
+
+class EncryptionInit(_Named):
+    """An item of /volumes/initEncryption."""
+
+    passphrase: Passphrase = Field(repr=False)
+    slot: Annotated[Integer, Field(ge=1, le=32)] = 1
+    """Counted from 1."""
+    key_size: Annotated[Literal[256, 512], BeforeValidator(_whole)] = 512
+
+
+class _ReservationBody(RequestBody):
+    mode: Literal["SHARED_READ_ONLY", "SHARED_READ_WRITE", "EXCLUSIVE_READ_WRITE"] = "SHARED_READ_WRITE"
+    version: Integer = 0
+    preempt: bool = False
+    is_detach_others: bool = False
+
+
+class _VolumeOfClient(RequestBody):
+    name: str
+    uuid: Uuid
+    reference_id: ReferenceId = Field(default="", alias="referenceID")
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.name, self.uuid
+
+    @property
+    def reference(self) -> str:
+        return self.reference_id or self.uuid
+
+
+class AttachedVolume(_VolumeOfClient):
+    reservation: _ReservationBody = _ReservationBody()
+
+    def wanted(self) -> ReservationRequest:
+        asked = self.reservation
+        return ReservationRequest(
+            mode=MODES[asked.mode],
+            version=asked.version if "version" in asked.model_fields_set else None,
+            preempt=asked.preempt,
+            detach_others=asked.is_detach_others,
+            is_explicit="reservation" in self.model_fields_set,
+        )
+
+
+class DetachedVolume(_VolumeOfClient):
+    force: bool = False
+
+
+class AttachRequest(RequestBody):
+    """The body of /clients/attach."""
+
+    client: str
+    client_uuid: Uuid = Field(alias="clientUUID")
+    volumes: Annotated[list[AttachedVolume], Field(min_length=1)]
+
+
+class DetachRequest(RequestBody):
+    """The body of /clients/detach."""
+
+    client: str
+    client_uuid: Uuid = Field(alias="clientUUID")
+    force: bool = False
+    volumes: Annotated[list[DetachedVolume], Field(min_length=1)]
