@@ -21,7 +21,7 @@ print(main(sys.argv[1:]), *sys.modules)
 """
 
 
-def test_a_node_that_serves_pages_loads_no_archives_and_no_tables_of_names(tmp_path: Path) -> None:
+def test_a_node_loads_no_archive_reader_and_no_name_tables(tmp_path: Path) -> None:
     ended = subprocess.run(
         [
             sys.executable, "-c", _RUN, "node", "--endpoint", str(tmp_path / "s"), "--node-name", "node-1",

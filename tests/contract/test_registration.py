@@ -49,7 +49,7 @@ def registration(directory: Path, drafts: Path) -> Registration:
 
 
 @pytest.mark.root
-def test_a_directory_below_the_mount_is_found_again_when_it_was_made_anew(home: Path) -> None:
+def test_a_replaced_directory_below_the_mount_is_found(home: Path) -> None:
     with bound(home / "host", home / "here"):
         made = registration(home / "here" / "reg", home / "here")
         made.tend()
@@ -63,9 +63,7 @@ def test_a_directory_below_the_mount_is_found_again_when_it_was_made_anew(home: 
 
 
 @pytest.mark.root
-def test_a_directory_that_was_replaced_under_its_own_mount_is_told_and_needs_a_new_container(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replaced_mounted_directory_needs_a_new_container(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "OUT_OF_PLACE_S", 0.0)
     with bound(home / "host" / "reg", home / "here"):
         made = registration(home / "here", home)
@@ -86,7 +84,7 @@ def has_registered(kubelet: Kubelet, times: int) -> bool:
 
 
 @pytest.mark.root
-def test_a_node_that_was_killed_is_registered_again_at_its_next_start(home: Path) -> None:
+def test_a_killed_node_is_registered_at_its_next_start(home: Path) -> None:
     kubelet = Kubelet(home / "host" / "reg")
     argv = [
         sys.executable, "-m", "csi_driver", "node", "--endpoint", str(home / "csi.sock"), "--state-directory",

@@ -45,7 +45,7 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     ),
     "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
 }
-"""What the driver does not offer, and the beginnings of the names of the tests that the suite leaves out for it."""
+"""Capabilities that the driver lacks: beginnings of the names of the tests that the suite skips for each."""
 
 _AT_LIMIT = (
     "Controller Service [Controller Server] ControllerPublishVolume"
@@ -56,7 +56,7 @@ _AT_LIMIT = (
 
 @dataclass(frozen=True)
 class Report:
-    """What the suite reported: names of tests by outcome."""
+    """Names of the suite's tests by outcome."""
 
     passed: frozenset[str]
     failed: frozenset[str]
@@ -90,7 +90,7 @@ def csi_sanity() -> str:
 
 @pytest.fixture
 def sanity_rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """A rig that holds no volume: the suite counts them exactly. What is alpha is switched on."""
+    """A rig without volumes, as the suite counts them, and with the alpha RPCs."""
     flags = ("--volume-health", *getattr(request, "param", ()))
     with running(tmp_path_factory.mktemp("sanity") / "d", *flags) as rig:
         yield rig
@@ -140,7 +140,7 @@ def assert_all_that_apply_pass(report: Report, *, at_limit: bool = False) -> Non
 
 
 @pytest.mark.parametrize("access", ["mount", "block"])
-def test_all_that_apply_pass_and_nothing_is_left(csi_sanity: str, sanity_rig: Rig, access: str) -> None:
+def test_the_suite_passes_and_leaves_nothing(csi_sanity: str, sanity_rig: Rig, access: str) -> None:
     report = run(csi_sanity, sanity_rig, f"--csi.testvolumeaccesstype={access}")
     assert_all_that_apply_pass(report)
     assert loops_over(sanity_rig.directory) == []
@@ -149,7 +149,7 @@ def test_all_that_apply_pass_and_nothing_is_left(csi_sanity: str, sanity_rig: Ri
 
 
 @pytest.mark.parametrize("sanity_rig", [("--max-volumes-per-node", str(ATTACH_LIMIT))], indirect=True)
-def test_all_that_apply_pass_at_the_attach_limit(csi_sanity: str, sanity_rig: Rig) -> None:
+def test_the_suite_passes_at_the_attach_limit(csi_sanity: str, sanity_rig: Rig) -> None:
     assert sanity_rig.node.node_info().max_volumes == ATTACH_LIMIT
     report = run(csi_sanity, sanity_rig, "--csi.testnodevolumeattachlimit")
     assert_all_that_apply_pass(report, at_limit=True)

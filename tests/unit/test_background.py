@@ -57,12 +57,12 @@ def test_work_goes_on_in_its_thread_after_every_kind_of_exception(name: str) -> 
     assert loop.failures == len(ERRORS)
 
 
-def test_an_interval_of_zero_is_never(name: str) -> None:
+def test_an_interval_of_zero_never_runs(name: str) -> None:
     with Periodic(name, lambda: pytest.fail("it ran"), 0):
         assert not [thread for thread in threading.enumerate() if thread.name == name]
 
 
-def test_nothing_is_begun_after_the_end(name: str) -> None:
+def test_no_run_begins_after_the_stop(name: str) -> None:
     begun = threading.Semaphore(0)
     with Periodic(name, begun.release, 3600):
         assert begun.acquire(timeout=60)
@@ -72,18 +72,16 @@ def test_nothing_is_begun_after_the_end(name: str) -> None:
     assert not thread.is_alive()
 
 
-def test_work_that_returns_a_pause_sets_its_own_pace_and_an_error_the_interval(clock: FakeClock) -> None:
+def test_self_paced_work_returns_its_pause(clock: FakeClock) -> None:
     loop = SelfPaced("loop", failing([OSError("no")], lambda: 7.5), 60, clock=clock)
     assert [loop.run_once(), loop.run_once()] == [60, 7.5]
 
 
-def test_what_other_work_returns_is_no_pause(clock: FakeClock) -> None:
+def test_periodic_work_returns_no_pause(clock: FakeClock) -> None:
     assert Periodic("loop", lambda: 0, 60, clock=clock).run_once() == 60
 
 
-def test_an_unexpected_error_is_logged_with_its_traceback_and_an_expected_one_with_its_message(
-    caplog: pytest.LogCaptureFixture, clock: FakeClock
-) -> None:
+def test_only_unexpected_errors_are_logged_with_a_traceback(caplog: pytest.LogCaptureFixture, clock: FakeClock) -> None:
     loop = Periodic("sweep", failing([OSError("disk"), HostFailure("no tool")]), 60, clock=clock)
     loop.run_once()
     loop.run_once()
@@ -95,7 +93,7 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_an_expected_one_wi
     assert expected.getMessage() == "sweep failed and will be retried: no tool"
 
 
-def test_failures_are_reported_once_they_last_and_forgotten_after_a_success(clock: FakeClock) -> None:
+def test_lasting_failures_are_reported_until_a_success(clock: FakeClock) -> None:
     loop = Periodic("sweep", failing([OSError("first"), OSError("second")]), 60, clock=clock)
     loop.run_once()
     clock.sleep(STALE_S)
@@ -109,7 +107,7 @@ def test_failures_are_reported_once_they_last_and_forgotten_after_a_success(cloc
     assert (loop.why_failing(), loop.stalled_s(), loop.failures) == ("", 0, 2)
 
 
-def test_a_rare_loop_is_not_late_before_three_of_its_intervals(clock: FakeClock) -> None:
+def test_a_rare_loop_may_fail_for_three_intervals(clock: FakeClock) -> None:
     loop = Periodic("sweep", failing([OSError("no")]), 3600, clock=clock)
     loop.run_once()
     clock.sleep(3 * 3600)
@@ -168,7 +166,7 @@ def test_a_job_is_retried_after_every_kind_of_exception(clock: FakeClock, error:
     assert (worker.failures, worker.why_failing()) == (5, "")
 
 
-def test_a_job_that_fails_keeps_no_other_from_its_time(clock: FakeClock) -> None:
+def test_a_failing_job_does_not_delay_others(clock: FakeClock) -> None:
     worker = Worker("worker", 1, 8, clock=clock)
     good = threading.Event()
 
@@ -184,7 +182,7 @@ def test_a_job_that_fails_keeps_no_other_from_its_time(clock: FakeClock) -> None
     assert (worker.run_due(), good.is_set()) == (2, True)
 
 
-def test_a_job_that_fails_for_long_is_named_until_it_is_settled(clock: FakeClock) -> None:
+def test_a_lasting_failure_of_a_job_is_reported_until_it_is_settled(clock: FakeClock) -> None:
     worker = Worker("worker", 1, 8, clock=clock)
 
     def bad() -> bool:
@@ -198,7 +196,7 @@ def test_a_job_that_fails_for_long_is_named_until_it_is_settled(clock: FakeClock
     assert worker.why_failing() == ""
 
 
-def test_a_job_that_waits_for_something_is_no_failure(clock: FakeClock) -> None:
+def test_a_job_that_returns_false_is_no_failure(clock: FakeClock) -> None:
     worker = Worker("worker", 1, 8, clock=clock)
     worker.later("wait", lambda: False, 0)
     worker.run_due()
@@ -206,7 +204,7 @@ def test_a_job_that_waits_for_something_is_no_failure(clock: FakeClock) -> None:
     assert (worker.why_failing(), worker.failures) == ("", 0)
 
 
-def test_the_worker_goes_on_in_its_thread_and_ends_when_told(name: str) -> None:
+def test_a_worker_survives_errors_and_stops(name: str) -> None:
     worker = Worker(name, 0.001, 0.001)
     done = threading.Event()
     job = failing(list(ERRORS), done.set)
@@ -221,7 +219,7 @@ def test_the_worker_goes_on_in_its_thread_and_ends_when_told(name: str) -> None:
 # --- pauses -----------------------------------------------------------------------------------------------------
 
 
-def test_pauses_double_up_to_the_longest_and_start_again_after_a_success() -> None:
+def test_pauses_double_until_a_success() -> None:
     backoff = Backoff(5, jitter=lambda: 1.0)
     assert [backoff.after_failure_s() for _ in range(5)] == [1, 2, 4, 5, 5]
     backoff.succeeded()
@@ -246,7 +244,7 @@ def test_a_detached_call_runs_in_a_daemon_thread_of_its_own(name: str) -> None:
     assert (thread.name, thread.daemon) == (name, True)
 
 
-def test_a_pool_starts_a_thread_for_each_job_that_waits_up_to_its_limit(name: str) -> None:
+def test_a_pool_starts_threads_up_to_its_limit(name: str) -> None:
     pool, go_on, begun = DaemonPool(name, 2), threading.Event(), threading.Semaphore(0)
 
     def wait() -> bool:
@@ -262,7 +260,7 @@ def test_a_pool_starts_a_thread_for_each_job_that_waits_up_to_its_limit(name: st
     assert [future.result(60) for future in futures[:2]] == [True, True]
 
 
-def test_an_idle_thread_of_a_pool_takes_the_next_job_also_after_an_error(name: str) -> None:
+def test_a_thread_of_a_pool_survives_an_error(name: str) -> None:
     pool = DaemonPool(name, 1)
     with pytest.raises(RuntimeError):
         pool.submit(failing([RuntimeError("bug")])).result(60)

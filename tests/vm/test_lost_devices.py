@@ -214,7 +214,7 @@ def test_a_device_that_holds_its_io_while_it_is_read_takes_nothing_from_others(w
         try:
             told = node.call("stage", subject, timeout_s=10.0)
             assert told.startswith("DEADLINE_EXCEEDED")
-            assert "waits in" in told
+            assert "blocked in" in told
             assert node.call("unstage", subject, timeout_s=SOON_S).startswith("ABORTED")
             disk.tell(status="Live, no IO, partial Error (storage lost)", dbg="0x2a1")
             with contextlib.closing(ServingNode(world.directory, "next.sock", "--reconcile-interval", "0")) as new:

@@ -93,7 +93,7 @@ def test_a_second_call_on_a_busy_volume_is_aborted_at_once(endpoint: Endpoint) -
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.OK
 
 
-def test_publishing_at_two_targets_goes_on_together(endpoint: Endpoint) -> None:
+def test_publishing_at_two_targets_runs_concurrently(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("publish")
     calls = [endpoint.node.NodePublishVolume.future(node_publish(path=f"/target/{i}")) for i in range(2)]
     gate.wait_for(2)
@@ -104,9 +104,7 @@ def test_publishing_at_two_targets_goes_on_together(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("first", ["SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_WRITER"])
 @pytest.mark.parametrize("handle", ["zone-1:csi-1", f"single-zone-cluster:csi-1:{UUID}"])
-def test_of_two_publications_at_once_that_a_single_writer_takes_part_in_one_runs(
-    endpoint: Endpoint, first: str, handle: str
-) -> None:
+def test_a_single_writer_publication_excludes_any_other_one(endpoint: Endpoint, first: str, handle: str) -> None:
     mode = csi_pb2.VolumeCapability.AccessMode.Mode
     gate = endpoint.trace.hook = Gate("publish")
     running = endpoint.node.NodePublishVolume.future(node_publish(path="/target/1", mode=mode.Value(first)))
@@ -118,7 +116,7 @@ def test_of_two_publications_at_once_that_a_single_writer_takes_part_in_one_runs
     assert set(endpoint.node_fake.publish.published) == {"/target/1"}
 
 
-def test_publishing_excludes_staging_of_the_volume_and_the_same_target(endpoint: Endpoint) -> None:
+def test_publishing_excludes_staging_and_the_same_target(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("publish")
     first = endpoint.node.NodePublishVolume.future(node_publish())
     gate.wait_for()
@@ -128,7 +126,7 @@ def test_publishing_excludes_staging_of_the_volume_and_the_same_target(endpoint:
     first.result()
 
 
-def test_the_volume_stays_busy_while_its_work_goes_on_after_the_caller_left(endpoint: Endpoint) -> None:
+def test_a_volume_stays_locked_while_abandoned_work_runs(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("stage")
     first = endpoint.node.NodeStageVolume.future(stage())
     gate.wait_for()
@@ -139,7 +137,7 @@ def test_the_volume_stays_busy_while_its_work_goes_on_after_the_caller_left(endp
     assert endpoint.boundary.running.wait_for_none(5) == []
 
 
-def test_a_call_that_hangs_is_answered_in_time_and_keeps_its_volume_busy(endpoint: Endpoint) -> None:
+def test_a_hanging_call_is_answered_in_time_and_keeps_its_lock(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("stage", limit_s=60)
     with pytest.raises(grpc.RpcError) as hung:
         endpoint.node.NodeStageVolume(stage(), timeout=5)
@@ -152,7 +150,7 @@ def test_a_call_that_hangs_is_answered_in_time_and_keeps_its_volume_busy(endpoin
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.OK
 
 
-def test_more_calls_may_hang_than_there_are_threads_to_answer(tmp_path: Path) -> None:
+def test_more_calls_may_hang_than_the_pool_has_threads(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage", limit_s=60)
         for number in range(4):
@@ -165,7 +163,7 @@ def test_more_calls_may_hang_than_there_are_threads_to_answer(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("handle", ["csi-1", "z1:csi-1", f"z2:csi-1:{UUID}"])
-def test_a_volume_locked_by_name_excludes_every_call_for_it_and_only_those(endpoint: Endpoint, handle: str) -> None:
+def test_a_lock_by_name_excludes_only_calls_for_that_volume(endpoint: Endpoint, handle: str) -> None:
     with endpoint.boundary.lock_volume("csi-1"):
         assert code_of(lambda: endpoint.node.NodeStageVolume(stage(handle))) is Code.ABORTED
         assert code_of(lambda: endpoint.node.NodePublishVolume(node_publish(handle))) is Code.ABORTED
@@ -179,7 +177,7 @@ def test_a_volume_locked_by_name_excludes_every_call_for_it_and_only_those(endpo
     running.result()
 
 
-def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> None:
+def test_one_of_many_concurrent_calls_for_a_volume_runs(endpoint: Endpoint) -> None:
     gate = endpoint.trace.hook = Gate("create")
     calls = [endpoint.controller.CreateVolume.future(create()) for _ in range(20)]
     ended = threading.Semaphore(0)
@@ -193,7 +191,7 @@ def test_of_many_calls_at_once_on_one_volume_one_runs(endpoint: Endpoint) -> Non
     assert codes.count(Code.ABORTED) == 19
 
 
-def test_what_was_left_of_a_callers_time_is_not_in_an_error() -> None:
+def test_the_remaining_time_of_a_caller_is_not_in_an_error() -> None:
     """Kubernetes counts events of one text as one; a limit of our own is worth telling."""
     said = {str(errors.CommandTimedOut(("e2fsck", "/dev/x"), seconds)) for seconds in (37.2193, 12.5, 0.25)}
     assert said == {"e2fsck /dev/x did not finish in time and was killed"}
@@ -231,7 +229,7 @@ def test_the_details_of_a_status_stay_empty(endpoint: Endpoint) -> None:
     assert "grpc-status-details-bin" not in dict(trailers_of(refused.value))
 
 
-def test_a_bug_is_internal_and_says_nothing_of_itself(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_is_internal_without_details(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     endpoint.trace.hook = raising(KeyError("a secret detail"))
     with pytest.raises(grpc.RpcError) as refused:
         endpoint.controller.CreateVolume(create())
@@ -241,12 +239,12 @@ def test_a_bug_is_internal_and_says_nothing_of_itself(endpoint: Endpoint, caplog
     assert "a secret detail" in caplog.text
 
 
-def test_an_rpc_that_is_not_implemented_says_so(endpoint: Endpoint) -> None:
+def test_a_missing_rpc_is_unimplemented(endpoint: Endpoint) -> None:
     request = csi_pb2.CreateSnapshotRequest(name="s", source_volume_id="v")
     assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
 
 
-def test_an_rpc_that_is_not_implemented_says_so_before_it_looks_at_the_request(endpoint: Endpoint) -> None:
+def test_an_empty_request_for_a_missing_rpc_is_unimplemented(endpoint: Endpoint) -> None:
     request = csi_pb2.CreateSnapshotRequest()
     assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
 
@@ -257,14 +255,14 @@ def test_a_service_that_is_not_served_is_unimplemented(endpoint: Endpoint) -> No
 
 
 @pytest.mark.parametrize("data", [b"\x0a\x02\xff\xfe", b"\x0a\x03\xed\xa0\x80", b"\x0a\xff", b"garbage \xff"])
-def test_bytes_that_are_no_message_are_an_invalid_argument(endpoint: Endpoint, data: bytes) -> None:
+def test_a_malformed_message_is_an_invalid_argument(endpoint: Endpoint, data: bytes) -> None:
     assert code_of(lambda: endpoint.send("/csi.v1.Controller/CreateVolume", data)) is Code.INVALID_ARGUMENT
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------
 
 
-def test_a_use_case_gets_the_callers_deadline(endpoint: Endpoint) -> None:
+def test_a_use_case_gets_the_deadline_of_the_caller(endpoint: Endpoint) -> None:
     endpoint.controller.CreateVolume(create(), timeout=120)
     assert 60 < endpoint.trace.deadlines[0].remaining_s() < 121  # gRPC rounds up on the way
 
@@ -278,9 +276,7 @@ def test_a_call_without_a_deadline_gets_the_default(tmp_path: Path) -> None:
 # --- log --------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_is_logged_with_its_ids_and_without_its_secrets(
-    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_call_is_logged_with_ids_and_without_secrets(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     request = stage("zone-1:csi-77")
     request.secrets["key"] = "hidden-secret"
@@ -291,7 +287,7 @@ def test_a_call_is_logged_with_its_ids_and_without_its_secrets(
     assert "hidden" not in caplog.text
 
 
-def test_a_failure_is_one_more_line(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_in_one_line(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     endpoint.trace.hook = raising(errors.VolumeNotFound("v"))
     code_of(lambda: endpoint.controller.CreateVolume(create()))
@@ -300,9 +296,7 @@ def test_a_failure_is_one_more_line(endpoint: Endpoint, caplog: pytest.LogCaptur
     assert "NOT_FOUND" in lines[1].getMessage()
 
 
-def test_what_is_asked_all_the_time_is_logged_only_for_debugging(
-    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_frequent_calls_are_logged_at_debug(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     endpoint.identity.Probe(csi_pb2.ProbeRequest())
     assert not [record for record in caplog.records if record.name == "csi_driver.rpc.boundary"]
@@ -335,7 +329,7 @@ def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
             call.result()
 
 
-def test_probe_is_answered_while_what_tells_of_the_node_hangs(tmp_path: Path) -> None:
+def test_probe_is_answered_while_node_info_hangs(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("info")
         hanging = [endpoint.node.NodeGetInfo.future(csi_pb2.NodeGetInfoRequest()) for _ in range(2)]
@@ -355,7 +349,7 @@ def test_a_hundred_volumes_are_worked_on_at_once(endpoint: Endpoint) -> None:
         call.result()
 
 
-# --- what is measured -------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------
 
 
 def lines(endpoint: Endpoint, name: str) -> list[str]:
@@ -376,13 +370,13 @@ def test_every_call_is_counted_by_the_code_of_its_answer(endpoint: Endpoint) -> 
     ]
 
 
-def test_a_method_that_nobody_serves_is_not_measured(endpoint: Endpoint) -> None:
+def test_a_missing_method_has_no_metrics(endpoint: Endpoint) -> None:
     assert code_of(lambda: endpoint.send("/csi.v1.Node/Nonsense", b"")) is Code.UNIMPLEMENTED
     assert code_of(lambda: endpoint.send("/csi.v1.Controller/CreateSnapshot", b"")) is Code.UNIMPLEMENTED
     assert lines(endpoint, "rpc") == []
 
 
-def test_work_that_outlives_its_caller_is_under_way_and_grows_older(endpoint: Endpoint) -> None:
+def test_abandoned_work_counts_as_running_and_its_age_grows(endpoint: Endpoint) -> None:
     gate = Gate("stage")
     endpoint.trace.hook = gate
     left = endpoint.node.NodeStageVolume.future(stage())

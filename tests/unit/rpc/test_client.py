@@ -15,7 +15,7 @@ from tests.unit.rpc.fakes import serving
 
 
 class Time:
-    """Time that passes only when somebody sleeps."""
+    """A clock that only `sleep` moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -38,14 +38,14 @@ def test_a_socket_with_an_odd_name_is_served_and_reached(tmp_path: Path, name: s
         assert client.plugin_name()
 
 
-def test_nobody_at_the_socket_is_told_as_the_reason_when_time_is_up(tmp_path: Path) -> None:
+def test_waiting_for_a_missing_socket_returns_the_reason(tmp_path: Path) -> None:
     with CsiClient(tmp_path / "none.sock") as client:
         reason = client.wait_ready(Deadline.after(1, Time()))
     assert reason is not None
     assert "UNAVAILABLE" in reason
 
 
-def test_waiting_ends_as_soon_as_it_makes_no_sense_any_more(tmp_path: Path) -> None:
+def test_waiting_ends_when_told_to_give_up(tmp_path: Path) -> None:
     time = Time()
     with CsiClient(tmp_path / "none.sock") as client:
         assert client.wait_ready(Deadline.after(60, time), give_up=lambda: True)

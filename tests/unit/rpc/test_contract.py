@@ -43,11 +43,11 @@ def test_required_fields_are_those_that_the_specification_marks(rpc: Rpc) -> Non
     assert set(rpc.required) == visible - LEFT_TO_THE_USE_CASE.get(rpc.name, set())
 
 
-def test_the_marks_are_really_read() -> None:
+def test_the_marks_of_the_specification_are_read() -> None:
     assert marked("NodePublishVolumeRequest") == {"volume_id", "target_path", "volume_capability", "readonly"}
 
 
-def test_the_rows_are_the_rpcs_that_are_implemented() -> None:
+def test_every_implemented_rpc_has_an_entry() -> None:
     implemented = {
         f"/csi.v1.{service}/{name}"
         for service, servicer in SERVED.items()
@@ -58,5 +58,5 @@ def test_the_rows_are_the_rpcs_that_are_implemented() -> None:
 
 
 @pytest.mark.parametrize("rpc", CASES)
-def test_what_changes_something_is_exclusive_and_what_reads_is_not(rpc: Rpc) -> None:
+def test_changes_take_locks_and_reads_do_not(rpc: Rpc) -> None:
     assert bool(rpc.locks) == (rpc.pool is Pool.WORK)

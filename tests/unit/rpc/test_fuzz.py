@@ -1,4 +1,4 @@
-"""Random requests: whatever comes, the answer is never INTERNAL or UNKNOWN."""
+"""Random requests are never answered INTERNAL or UNKNOWN."""
 
 from __future__ import annotations
 

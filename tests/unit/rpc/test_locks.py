@@ -29,7 +29,7 @@ def conflict(first: LockKey, second: LockKey) -> bool:
 
 @pytest.mark.parametrize("one", SPELLINGS)
 @pytest.mark.parametrize("other", SPELLINGS)
-def test_every_spelling_of_a_handle_is_the_same_volume(one: str, other: str) -> None:
+def test_all_spellings_of_a_handle_are_one_volume(one: str, other: str) -> None:
     assert conflict(KEYS.volume(one), KEYS.volume(other))
 
 
@@ -37,12 +37,12 @@ def test_another_volume_does_not_conflict() -> None:
     assert not conflict(KEYS.volume("csi-1"), KEYS.volume("csi-2"))
 
 
-def test_a_zone_by_another_name_makes_no_other_volume() -> None:
+def test_a_renamed_zone_is_the_same_volume() -> None:
     assert conflict(KEYS.volume("zone-1:csi-1"), KEYS.volume(f"single-zone-cluster:csi-1:{UUID}"))
 
 
 @pytest.mark.parametrize("handle", SPELLINGS)
-def test_creation_conflicts_with_work_on_the_volume_that_it_makes(handle: str) -> None:
+def test_creation_conflicts_with_work_on_its_volume(handle: str) -> None:
     assert conflict(KEYS.for_field("name", "1"), KEYS.volume(handle))
 
 
@@ -55,29 +55,29 @@ def test_creations_of_one_name_conflict_and_of_two_do_not() -> None:
     assert not conflict(KEYS.for_field("name", "1"), KEYS.for_field("name", "2"))
 
 
-def test_shared_claims_go_together_and_exclude_the_lone_one() -> None:
+def test_shared_locks_exclude_an_exclusive_one() -> None:
     shared, alone = KEYS.volume("csi-1", shared=True), KEYS.volume("csi-1")
     assert not conflict(shared, shared)
     assert conflict(shared, alone)
     assert conflict(alone, shared)
 
 
-def test_a_path_is_the_same_however_it_is_spelled() -> None:
+def test_all_spellings_of_a_path_are_one_lock() -> None:
     assert conflict(KEYS.for_field("target_path", "/a/b"), KEYS.for_field("target_path", "/a/./c/../b/"))
 
 
-def test_a_strange_handle_conflicts_with_itself() -> None:
+def test_an_unknown_handle_conflicts_with_itself() -> None:
     assert conflict(KEYS.volume("no handle\n"), KEYS.volume("no handle\n"))
 
 
-def test_claims_are_given_back_when_the_work_fails() -> None:
+def test_locks_are_released_when_the_work_fails() -> None:
     locks = Locks()
     with pytest.raises(ZeroDivisionError), locks.hold(KEYS.volume("csi-1")):
         raise ZeroDivisionError
     assert locks.held() == 0
 
 
-def test_a_refused_call_holds_nothing() -> None:
+def test_a_refused_call_holds_no_lock() -> None:
     locks = Locks()
     with locks.hold(KEYS.for_field("target_path", "/a")):
         with pytest.raises(OperationPending), locks.hold(KEYS.volume("csi-1"), KEYS.for_field("target_path", "/a")):
@@ -87,7 +87,7 @@ def test_a_refused_call_holds_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["csi-1", "z:csi-1", "csi-2"]), st.booleans()), max_size=8))
-def test_whatever_was_taken_nothing_is_left(wanted: list[tuple[str, bool]]) -> None:
+def test_no_lock_is_left_behind(wanted: list[tuple[str, bool]]) -> None:
     locks = Locks()
     with ExitStack() as stack:
         for volume_id, shared in wanted:

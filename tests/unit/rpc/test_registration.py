@@ -31,7 +31,7 @@ NAME = "nvmesh-csi.example.com"
 
 @dataclass
 class Clock:
-    """Stands still unless it is moved."""
+    """A clock that only the test moves."""
 
     now_s: float = 1000.0
 
@@ -86,7 +86,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Itera
         yield scene
 
 
-# --- the ordinary way -------------------------------------------------------------------------------------------
+# --- registration -----------------------------------------------------------------------------------------------
 
 
 def test_kubelet_finds_the_driver_and_its_node(scene: Scene) -> None:
@@ -99,13 +99,13 @@ def test_kubelet_finds_the_driver_and_its_node(scene: Scene) -> None:
     assert registration.is_registered
 
 
-def test_the_socket_is_for_its_owner_alone_and_stands_alone(scene: Scene) -> None:
+def test_the_registration_socket_is_private_and_the_only_file(scene: Scene) -> None:
     scene.registration().tend()
     assert stat.S_IMODE(scene.socket().stat().st_mode) == 0o600
     assert os.listdir(scene.directory) == [scene.socket().name]
 
 
-def test_what_kubelet_is_told_is_what_the_interface_wants(scene: Scene) -> None:
+def test_get_info_returns_name_endpoint_and_versions(scene: Scene) -> None:
     seen: list[Plugin] = []
 
     def look(plugin: Plugin) -> str:
@@ -118,7 +118,7 @@ def test_what_kubelet_is_told_is_what_the_interface_wants(scene: Scene) -> None:
     assert seen == [Plugin("CSIPlugin", NAME, str(scene.endpoint.socket), ("1.0.0",))]
 
 
-def test_a_look_changes_nothing_that_is_in_place(scene: Scene) -> None:
+def test_a_check_keeps_a_socket_in_place(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     before = scene.socket().stat()
@@ -138,7 +138,7 @@ def test_nothing_is_registered_until_the_node_service_answers(scene: Scene) -> N
     assert registration.is_registered
 
 
-def test_a_node_that_does_not_answer_is_asked_ever_less_often_and_no_reason_to_restart(scene: Scene) -> None:
+def test_a_silent_node_is_checked_less_often_and_not_restarted(scene: Scene) -> None:
     scene.node.problem = StorageUnavailable("no")
     registration = scene.registration()
     assert [registration.tend() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
@@ -173,9 +173,7 @@ def test_a_socket_is_complete_when_kubelet_first_sees_it(scene: Scene, monkeypat
 
 
 @pytest.mark.parametrize("objection", ["", "not now"])
-def test_what_kubelet_says_at_once_is_not_forgotten(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, objection: str
-) -> None:
+def test_an_immediate_report_of_kubelet_is_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch, objection: str) -> None:
     move = Path.rename
 
     def answered_at_once(draft: Path, target: Path) -> None:
@@ -193,9 +191,7 @@ def test_what_kubelet_says_at_once_is_not_forgotten(
     assert (scene.socket().stat().st_ino != inode) is bool(objection)
 
 
-def test_where_nothing_can_be_moved_from_elsewhere_it_is_hidden_until_it_is_complete(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_in_kubelets_directory_is_hidden(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     move = Path.rename
     seen: list[str] = []
 
@@ -215,7 +211,7 @@ def test_where_nothing_can_be_moved_from_elsewhere_it_is_hidden_until_it_is_comp
     assert (os.listdir(scene.directory), os.listdir(scene.drafts)) == ([scene.socket().name], [])
 
 
-def test_what_cannot_be_put_into_place_leaves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_leaves_no_file(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(draft: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "no")
 
@@ -226,10 +222,10 @@ def test_what_cannot_be_put_into_place_leaves_nothing(scene: Scene, monkeypatch:
     assert (os.listdir(scene.directory), os.listdir(scene.drafts)) == ([], [])
 
 
-# --- what is taken away -----------------------------------------------------------------------------------------
+# --- removed files ------------------------------------------------------------------------------------------------
 
 
-def test_a_socket_that_was_removed_is_made_anew(scene: Scene) -> None:
+def test_a_removed_socket_is_made_again(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     scene.kubelet.visit()
@@ -243,7 +239,7 @@ def test_a_socket_that_was_removed_is_made_anew(scene: Scene) -> None:
     assert registration.is_registered
 
 
-def test_a_directory_that_was_removed_is_made_anew_as_kubelet_makes_it(scene: Scene) -> None:
+def test_a_removed_directory_is_made_with_kubelets_mode(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     shutil.rmtree(scene.directory)
@@ -254,7 +250,7 @@ def test_a_directory_that_was_removed_is_made_anew_as_kubelet_makes_it(scene: Sc
     assert stat.S_IMODE(scene.directory.stat().st_mode) == 0o750
 
 
-def test_a_directory_that_was_replaced_gets_a_socket_of_its_own(scene: Scene) -> None:
+def test_a_replaced_directory_gets_a_socket(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     scene.directory.rename(scene.directory.with_name("old"))
@@ -264,7 +260,7 @@ def test_a_directory_that_was_replaced_gets_a_socket_of_its_own(scene: Scene) ->
     assert registration.is_registered
 
 
-def test_where_kubelet_has_no_directory_at_all_nothing_is_made_and_a_restart_may_help(scene: Scene) -> None:
+def test_a_missing_kubelet_directory_is_a_reason_to_restart(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     home = scene.directory.parent / "kubelet"
@@ -287,7 +283,7 @@ def test_where_kubelet_has_no_directory_at_all_nothing_is_made_and_a_restart_may
     assert lost.why_not_registered() == "kubelet has not registered the driver yet"
 
 
-def test_kubelet_finds_the_driver_again_after_its_own_restart(scene: Scene) -> None:
+def test_a_restarted_kubelet_finds_the_driver(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     scene.kubelet.visit()
@@ -296,7 +292,7 @@ def test_kubelet_finds_the_driver_again_after_its_own_restart(scene: Scene) -> N
     assert registration.is_registered
 
 
-def test_a_kubelet_that_never_comes_is_no_reason_to_restart(scene: Scene) -> None:
+def test_an_absent_kubelet_is_no_reason_to_restart(scene: Scene) -> None:
     registration = scene.registration()
     for _ in range(100):
         scene.clock.now_s += registration.tend() + 30
@@ -304,10 +300,10 @@ def test_a_kubelet_that_never_comes_is_no_reason_to_restart(scene: Scene) -> Non
     assert not registration.is_registered
 
 
-# --- what is in the way -----------------------------------------------------------------------------------------
+# --- obstacles -----------------------------------------------------------------------------------------------------
 
 
-def test_a_stale_socket_of_a_former_life_is_replaced(scene: Scene) -> None:
+def test_a_stale_registration_socket_is_replaced(scene: Scene) -> None:
     with socket.socket(socket.AF_UNIX) as former:
         former.bind(str(scene.socket()))
     registration = scene.registration()
@@ -316,7 +312,7 @@ def test_a_stale_socket_of_a_former_life_is_replaced(scene: Scene) -> None:
     assert registration.is_registered
 
 
-def test_a_socket_that_somebody_else_serves_is_left_to_him(scene: Scene) -> None:
+def test_a_socket_that_another_process_serves_is_kept(scene: Scene) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(scene.socket()))
         other.listen()
@@ -334,7 +330,7 @@ def test_a_socket_that_somebody_else_serves_is_left_to_him(scene: Scene) -> None
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
-def test_what_is_no_socket_is_left_alone(scene: Scene, kind: str) -> None:
+def test_another_kind_of_file_is_kept(scene: Scene, kind: str) -> None:
     path = scene.socket()
     if kind == "file":
         path.write_text("precious")
@@ -350,7 +346,7 @@ def test_what_is_no_socket_is_left_alone(scene: Scene, kind: str) -> None:
     assert os.listdir(scene.directory) == [path.name]
 
 
-def test_two_of_one_name_do_not_take_the_path_from_each_other(scene: Scene) -> None:
+def test_two_drivers_of_one_name_do_not_replace_each_others_socket(scene: Scene) -> None:
     first, second = scene.registration(), scene.registration()
     first.tend()
     inode = scene.socket().stat().st_ino
@@ -364,7 +360,7 @@ def test_two_of_one_name_do_not_take_the_path_from_each_other(scene: Scene) -> N
     assert second.is_registered
 
 
-def test_instances_of_different_names_are_registered_side_by_side(scene: Scene) -> None:
+def test_drivers_of_different_names_are_both_registered(scene: Scene) -> None:
     names = ("a.example.com", "b.example.com")
     both = [scene.registration(name) for name in names]
     for each in both:
@@ -377,12 +373,10 @@ def test_instances_of_different_names_are_registered_side_by_side(scene: Scene) 
     assert both[1].is_registered
 
 
-# --- what kubelet refuses ---------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_a_refusal_is_logged_with_its_reason_and_registered_anew_ever_less_often(
-    scene: Scene, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refusal_is_logged_and_retried_less_often(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     scene.kubelet.objection = lambda plugin: "the topology label has another value\x1b[2J"
     registration = scene.registration()
     registration.tend()
@@ -416,7 +410,7 @@ def test_a_refusal_that_ends_is_forgotten(scene: Scene) -> None:
     assert registration.why_restart() == ""
 
 
-def test_a_refusal_that_lasts_is_in_the_end_a_reason_to_restart(scene: Scene) -> None:
+def test_a_lasting_refusal_is_a_reason_to_restart(scene: Scene) -> None:
     scene.kubelet.objection = lambda plugin: "never"
     registration = scene.registration()
     registration.tend()
@@ -430,7 +424,7 @@ def test_a_refusal_that_lasts_is_in_the_end_a_reason_to_restart(scene: Scene) ->
     assert "never" in registration.why_restart()
 
 
-def test_an_unexpected_error_that_lasts_is_a_reason_to_restart(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lasting_unexpected_error_is_a_reason_to_restart(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_threads(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -446,10 +440,10 @@ def test_an_unexpected_error_that_lasts_is_a_reason_to_restart(scene: Scene, mon
     assert registration.why_restart() == ""
 
 
-# --- the end ----------------------------------------------------------------------------------------------------
+# --- closing ----------------------------------------------------------------------------------------------------
 
 
-def test_at_the_end_the_socket_goes(scene: Scene) -> None:
+def test_closing_removes_the_socket(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     scene.kubelet.visit()
@@ -459,7 +453,7 @@ def test_at_the_end_the_socket_goes(scene: Scene) -> None:
     assert scene.kubelet.nodes == {}
 
 
-def test_the_socket_of_a_successor_stays_and_serves_on(scene: Scene) -> None:
+def test_closing_keeps_the_socket_of_a_successor(scene: Scene) -> None:
     registration = scene.registration()
     registration.tend()
     scene.socket().unlink()
@@ -471,14 +465,14 @@ def test_the_socket_of_a_successor_stays_and_serves_on(scene: Scene) -> None:
     assert successor.is_registered
 
 
-def test_after_the_end_no_socket_is_made(scene: Scene) -> None:
+def test_no_socket_is_made_after_closing(scene: Scene) -> None:
     registration = scene.registration()
     registration.close()
     registration.tend()
     assert os.listdir(scene.directory) == []
 
 
-def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
+def test_the_loop_registers_the_driver(scene: Scene) -> None:
     asked = SelfCheck(scene.endpoint.socket)
     settings = RegistrationSettings(scene.directory, NAME, scene.endpoint.socket, scene.drafts)
 
@@ -493,10 +487,10 @@ def test_in_its_own_thread_it_registers_by_itself(scene: Scene) -> None:
     assert os.listdir(scene.directory) == []
 
 
-# --- asking self_check ----------------------------------------------------------------------------------------------
+# --- self-check ------------------------------------------------------------------------------------------------------
 
 
-def test_an_endpoint_that_is_not_there_does_not_tell_who_it_is(tmp_path: Path) -> None:
+def test_a_missing_endpoint_fails_the_check_of_the_node(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="UNAVAILABLE"):
         SelfCheck(tmp_path / "none.sock").check_node()
 
@@ -518,7 +512,7 @@ def has_a_bug() -> bool:
         (has_a_bug, "INTERNAL", "INTERNAL"),
     ],
 )
-def test_an_endpoint_that_answers_is_healthy_though_it_is_not_ready(
+def test_an_endpoint_that_answers_is_healthy(
     tmp_path: Path, answer: Callable[[], bool], why_silent: str, why_not_ready: str
 ) -> None:
     self_check = SelfCheck(tmp_path / "csi.sock")

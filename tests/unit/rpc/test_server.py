@@ -28,7 +28,7 @@ def test_the_socket_is_for_owner_and_group_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(mode) == 0o660
 
 
-def test_the_umask_is_as_before(tmp_path: Path) -> None:
+def test_the_umask_is_restored(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         with serving(tmp_path / "csi.sock"):
@@ -43,7 +43,7 @@ def test_the_directory_of_the_socket_is_made(tmp_path: Path) -> None:
         assert endpoint.identity.Probe(csi_pb2.ProbeRequest()).ready.value
 
 
-def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "csi.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -52,7 +52,7 @@ def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
         assert endpoint.identity.Probe(csi_pb2.ProbeRequest()).ready.value
 
 
-def test_a_socket_that_somebody_serves_is_left_alone(tmp_path: Path) -> None:
+def test_a_served_socket_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "csi.sock"
     with serving(path) as endpoint:
         with pytest.raises(PreconditionFailed, match="another process serves"):
@@ -61,7 +61,7 @@ def test_a_socket_that_somebody_serves_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
-def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+def test_another_kind_of_file_is_kept(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "csi.sock"
     match kind:
         case "file":
@@ -89,13 +89,13 @@ def test_draining_lets_running_work_end(tmp_path: Path) -> None:
     assert drained == [True]
 
 
-def test_draining_takes_no_more_calls(tmp_path: Path) -> None:
+def test_draining_rejects_new_calls(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock") as endpoint:
         endpoint.server.drain()
         assert code_of(lambda: endpoint.identity.Probe(csi_pb2.ProbeRequest(), timeout=120)) is Code.UNAVAILABLE
 
 
-def test_draining_waits_for_work_whose_caller_has_left(tmp_path: Path) -> None:
+def test_draining_waits_for_abandoned_work(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock") as endpoint:
         gate = endpoint.trace.hook = Gate("stage")
         left = endpoint.node.NodeStageVolume.future(stage())
@@ -112,7 +112,7 @@ def test_draining_waits_for_work_whose_caller_has_left(tmp_path: Path) -> None:
     assert drained == [True]
 
 
-def test_draining_ends_in_time_and_tells_that_work_was_left(tmp_path: Path) -> None:
+def test_draining_ends_in_time_and_reports_remaining_work(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", drain_s=0.2) as endpoint:
         gate = endpoint.trace.hook = Gate("stage")
         running = endpoint.node.NodeStageVolume.future(stage())
@@ -123,7 +123,7 @@ def test_draining_ends_in_time_and_tells_that_work_was_left(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_wait_and_the_handlers_come_back(number: signal.Signals) -> None:
+def test_a_signal_ends_the_wait_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Termination() as termination:
         os.kill(os.getpid(), number)
@@ -131,7 +131,7 @@ def test_a_signal_ends_the_wait_and_the_handlers_come_back(number: signal.Signal
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_that_another_thread_receives_ends_the_wait_too() -> None:
+def test_a_signal_in_another_thread_ends_the_wait() -> None:
     rescued = threading.Event()
 
     def rescue() -> None:

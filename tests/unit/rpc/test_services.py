@@ -1,4 +1,4 @@
-"""The three services over a real socket: what they advertise, and that answers come through."""
+"""The three services over a real socket: capabilities and responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.rpc.fakes import (
 Plugin = csi_pb2.PluginCapability
 
 
-def test_the_plugin_says_its_name_and_version(endpoint: Endpoint) -> None:
+def test_plugin_info_has_name_and_version(endpoint: Endpoint) -> None:
     info = endpoint.identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest())
     assert re.fullmatch(r"[a-zA-Z][A-Za-z0-9-._]{0,61}[a-zA-Z]", info.name)
     assert info.vendor_version == "1.2.3"
@@ -54,7 +54,7 @@ def test_the_controller_capabilities_are_these(endpoint: Endpoint) -> None:
     }  # fmt: skip
 
 
-def test_a_controller_that_attaches_nothing_offers_nothing_of_it(tmp_path: Path) -> None:
+def test_a_controller_without_attaching_lacks_its_capabilities(tmp_path: Path) -> None:
     with serving(tmp_path / "s", attaches=False, volume_health=False) as endpoint:
         found = endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities
         names = {csi_pb2.ControllerServiceCapability.RPC.Type.Name(c.rpc.type) for c in found}
@@ -120,7 +120,7 @@ def test_capabilities_are_validated(endpoint: Endpoint) -> None:
     assert endpoint.controller.ValidateVolumeCapabilities(request).message == "not that"
 
 
-def test_capacity_is_asked_for_a_place(endpoint: Endpoint) -> None:
+def test_capacity_is_limited_to_a_topology(endpoint: Endpoint) -> None:
     everywhere = endpoint.controller.GetCapacity(csi_pb2.GetCapacityRequest())
     assert not everywhere.HasField("maximum_volume_size")
     there = endpoint.controller.GetCapacity(
@@ -149,7 +149,7 @@ def test_a_volume_lives_its_life_on_the_node(endpoint: Endpoint) -> None:
     assert not fake.publish.published
 
 
-def test_the_node_says_who_and_where_it_is(endpoint: Endpoint) -> None:
+def test_node_info_has_id_limit_and_topology(endpoint: Endpoint) -> None:
     info = endpoint.node.NodeGetInfo(csi_pb2.NodeGetInfoRequest())
     assert (info.node_id, info.max_volumes_per_node) == ("node-1", 7)
     assert dict(info.accessible_topology.segments) == {"nvmesh-csi.excelero.com/zone": ZONE}
@@ -158,7 +158,7 @@ def test_the_node_says_who_and_where_it_is(endpoint: Endpoint) -> None:
 # --- health of volumes ------------------------------------------------------------------------------------------
 
 
-def test_health_that_is_switched_off_is_neither_offered_nor_served(tmp_path: Path) -> None:
+def test_disabled_volume_health_is_unimplemented(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", volume_health=False) as endpoint:
         offered = [
             *endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities,
@@ -176,7 +176,7 @@ def test_health_that_is_switched_off_is_neither_offered_nor_served(tmp_path: Pat
         assert [code_of(call) for call in calls] == [grpc.StatusCode.UNIMPLEMENTED] * 4
 
 
-def test_the_health_of_a_volume_comes_through_with_its_text_cut(endpoint: Endpoint) -> None:
+def test_volume_health_has_a_shortened_message(endpoint: Endpoint) -> None:
     request = csi_pb2.ControllerGetVolumeHealthRequest(volume_id=VOLUME_ID)
     health = endpoint.controller.ControllerGetVolumeHealth(request).volume_health
     (entry,) = health.health_statuses
@@ -188,7 +188,7 @@ def test_the_health_of_a_volume_comes_through_with_its_text_cut(endpoint: Endpoi
     assert code_of(lambda: call(csi_pb2.ControllerGetVolumeHealthRequest())) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_the_health_of_volumes_comes_in_pages(endpoint: Endpoint) -> None:
+def test_volume_health_is_listed_in_pages(endpoint: Endpoint) -> None:
     ask = endpoint.controller.ControllerListVolumeHealth
     everything = ask(csi_pb2.ControllerListVolumeHealthRequest())
     assert [len(each.health_statuses) for each in everything.entries] == [1, 0]
@@ -198,7 +198,7 @@ def test_the_health_of_volumes_comes_in_pages(endpoint: Endpoint) -> None:
     assert code_of(lambda: ask(wrong)) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_the_health_on_a_node_comes_through(endpoint: Endpoint) -> None:
+def test_node_health_is_reported(endpoint: Endpoint) -> None:
     ask = endpoint.node.NodeGetVolumeHealth
     named = csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID)
     published = csi_pb2.NodeGetVolumeHealthRequest(volume_id=VOLUME_ID, volume_publish_path="/a")
@@ -220,7 +220,7 @@ def test_an_unhealthy_node_fails_its_probe_with_every_reason(tmp_path: Path) -> 
         assert code_of(lambda: endpoint.identity.Probe(csi_pb2.ProbeRequest())) is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_not_ready_is_an_answer_and_not_a_failure(tmp_path: Path) -> None:
+def test_probe_may_report_that_the_driver_is_not_ready(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", is_ready=lambda: False) as endpoint:
         answer = endpoint.identity.Probe(csi_pb2.ProbeRequest())
     assert answer.HasField("ready")
@@ -247,20 +247,20 @@ def test_a_controller_is_not_ready_while_its_management_hangs() -> None:
     assert ManagementReadiness(lambda deadline: True, wait_s=5).is_ready()
 
 
-def test_a_controller_stays_ready_from_the_first_answer_on() -> None:
+def test_a_controller_stays_ready_after_the_first_answer() -> None:
     answers = [False, True]
     readiness = ManagementReadiness(lambda deadline: answers.pop(0), wait_s=5)
     assert [readiness.is_ready() for _ in range(4)] == [False, True, True, True]
     assert answers == []
 
 
-def test_a_management_that_cannot_be_reached_is_not_ready() -> None:
+def test_a_controller_is_not_ready_without_its_management() -> None:
     def check(deadline: Deadline) -> bool:
-        raise StorageUnavailable("nobody answers")
+        raise StorageUnavailable("no response")
 
     assert not ManagementReadiness(check, wait_s=5).is_ready()
 
 
-def test_every_problem_of_a_node_is_told() -> None:
+def test_every_problem_of_a_node_is_reported() -> None:
     with pytest.raises(PreconditionFailed, match="a; b"):
         is_equipped(lambda: ["a", "b"])

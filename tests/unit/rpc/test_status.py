@@ -10,8 +10,8 @@ import pytest
 from csi_driver import errors
 from csi_driver.rpc.boundary import CODES, code_of, message_of
 
-# What the specification's error scheme wants of each family, written down independently of the table.
-WANTED = {
+# The codes of the specification's error scheme, independent of the table.
+SPECIFIED = {
     "InvalidRequest": 3, "NotFound": 5, "Incompatible": 6, "CapacityOutOfRange": 11, "Exhausted": 8,
     "PreconditionFailed": 9, "OperationPending": 10, "StaleToken": 10, "Denied": 7, "Unauthenticated": 16,
     "StorageUnavailable": 14, "NotOffered": 12, "HostFailure": 13,
@@ -28,7 +28,7 @@ def test_every_family_has_a_code() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_a_family_has_the_code_of_the_specification(family: type[errors.DriverError]) -> None:
-    assert CODES[family].value[0] == WANTED[family.__name__]
+    assert CODES[family].value[0] == SPECIFIED[family.__name__]
 
 
 @pytest.mark.parametrize("leaf", [c for c in ALL if c is not errors.DriverError], ids=lambda leaf: leaf.__name__)
@@ -40,7 +40,7 @@ def test_a_leaf_has_the_code_of_its_family() -> None:
     assert code_of(errors.VolumeNotFound("v")) is grpc.StatusCode.NOT_FOUND
 
 
-def test_the_root_itself_is_internal() -> None:
+def test_the_root_of_the_tree_is_internal() -> None:
     assert code_of(errors.DriverError("?")) is grpc.StatusCode.INTERNAL
 
 
@@ -58,5 +58,5 @@ def test_a_message_is_one_line_that_fits_a_trailer() -> None:
     assert len(message) <= 1000
 
 
-def test_a_message_holds_nothing_that_a_terminal_obeys() -> None:
+def test_control_characters_of_a_message_are_escaped() -> None:
     assert message_of(errors.HostFailure("a\x1b[2Jb\x00c\u2028d")) == "a\\x1b[2Jb\\x00c d"

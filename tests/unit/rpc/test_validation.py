@@ -1,4 +1,4 @@
-"""What can be wrong with a request by itself."""
+"""Requests against the limits of the specification."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refusal(message: Message) -> str:
 
 
 @pytest.mark.parametrize("name", ["v", "x" * 128, "pvc-é世界", "tab\tand\nnewline\r", "a/b:c"])
-def test_a_name_of_the_specifications_characters_is_taken(name: str) -> None:
+def test_a_name_of_legal_characters_is_accepted(name: str) -> None:
     validation.check(create(name=name), ())
 
 
@@ -52,7 +52,7 @@ def test_a_node_id_may_have_256_bytes() -> None:
     assert "node_id" in refusal(csi_pb2.ControllerPublishVolumeRequest(node_id="n" * 257))
 
 
-def test_a_path_may_be_as_long_as_the_kernel_takes_it() -> None:
+def test_a_path_may_have_4095_bytes() -> None:
     validation.check(stage(staging_target_path="/" * 4095), ())
     assert "staging_target_path" in refusal(stage(staging_target_path="/" * 4096))
 
@@ -82,13 +82,13 @@ def test_a_filesystem_with_a_control_character_is_refused() -> None:
 
 
 @pytest.mark.parametrize("missing", ["mount", "access_mode"])
-def test_what_a_capability_lacks_is_named(missing: str) -> None:
+def test_a_missing_field_of_a_capability_is_named(missing: str) -> None:
     incomplete = {key: value for key, value in MOUNT.items() if key != missing}
     assert missing in refusal(create(volume_capabilities=[MOUNT, incomplete]))
 
 
 @pytest.mark.parametrize("mode", [8, -1, 2**31 - 1])
-def test_an_access_mode_that_nobody_knows_is_refused(mode: int) -> None:
+def test_an_unknown_access_mode_is_refused(mode: int) -> None:
     capability = {"mount": {}, "access_mode": {"mode": mode}}
     assert "volume_capabilities[0].access_mode.mode" in refusal(create(volume_capabilities=[capability]))
 
@@ -100,7 +100,7 @@ def test_a_capacity_that_is_negative_or_empty_is_refused(capacity: dict[str, int
     assert "capacity_range" in refusal(create(capacity_range=capacity))
 
 
-def test_a_capacity_whose_limit_is_below_what_is_required_is_out_of_range() -> None:
+def test_a_limit_below_the_required_bytes_is_out_of_range() -> None:
     with pytest.raises(CapacityOutOfRange):
         validation.check(create(capacity_range={"required_bytes": 2, "limit_bytes": 1}), ())
 
@@ -108,7 +108,7 @@ def test_a_capacity_whose_limit_is_below_what_is_required_is_out_of_range() -> N
 @pytest.mark.parametrize(
     "capacity", [{"required_bytes": 1}, {"limit_bytes": 1}, {"required_bytes": 1, "limit_bytes": 1}]
 )
-def test_a_sound_capacity_is_taken(capacity: dict[str, int]) -> None:
+def test_a_valid_capacity_is_accepted(capacity: dict[str, int]) -> None:
     validation.check(create(capacity_range=capacity), ())
 
 
@@ -116,7 +116,7 @@ def test_a_negative_number_of_entries_is_refused() -> None:
     assert "max_entries" in refusal(csi_pb2.ListVolumesRequest(max_entries=-1))
 
 
-def test_a_strange_token_is_left_to_the_list() -> None:
+def test_a_list_token_is_not_validated() -> None:
     validation.check(csi_pb2.ListVolumesRequest(starting_token="x" * 1000 + "\x00"), ())
 
 

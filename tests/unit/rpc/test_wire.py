@@ -34,12 +34,12 @@ def test_every_access_mode_is_read_by_its_name(mode: AccessMode) -> None:
     assert wire.capability_from(message) == Capability(BlockAccess(), mode)
 
 
-def test_a_mount_is_read_whole() -> None:
+def test_a_mount_is_read_with_all_fields() -> None:
     message = mounted(fs_type="xfs", volume_mount_group="100")
     assert wire.capability_from(message).access == MountAccess("xfs", ("noatime",), "100")
 
 
-def test_topology_that_is_not_given_is_none() -> None:
+def test_a_missing_topology_is_none() -> None:
     assert wire.create_from(csi_pb2.CreateVolumeRequest(name="v")).topology is None
 
 
@@ -60,7 +60,7 @@ def test_the_secrets_of_a_request_are_not_in_its_representation() -> None:
     assert "hidden" not in repr(request)
 
 
-def test_the_secrets_of_a_node_call_reach_it_and_are_not_shown() -> None:
+def test_the_secrets_of_a_node_request_are_not_in_its_representation() -> None:
     secrets = {"passphrase": "hidden"}
     staged = wire.stage_from(csi_pb2.NodeStageVolumeRequest(secrets=secrets, volume_capability=mounted()))
     expanded = wire.node_expand_from(csi_pb2.NodeExpandVolumeRequest(secrets=secrets))
@@ -74,19 +74,19 @@ def test_a_content_source_is_refused() -> None:
         wire.create_from(csi_pb2.CreateVolumeRequest(name="v", volume_content_source=source))
 
 
-def test_mutable_parameters_are_read_apart_from_the_others() -> None:
+def test_mutable_parameters_are_read_separately() -> None:
     message = csi_pb2.CreateVolumeRequest(name="v", parameters={"a": "1"}, mutable_parameters={"k": "v"})
     read = wire.create_from(message)
     assert (read.parameters, read.mutable_parameters) == ({"a": "1"}, {"k": "v"})
 
 
-def test_what_is_confirmed_is_all_that_was_asked_for() -> None:
+def test_mutable_parameters_are_confirmed() -> None:
     message = csi_pb2.ValidateVolumeCapabilitiesRequest(parameters={"a": "1"}, mutable_parameters={"k": "v"})
     assert wire.validate_from(message).mutable_parameters == {"k": "v"}
     assert wire.validated_to(message, None).confirmed.mutable_parameters == {"k": "v"}
 
 
-def test_a_volume_is_written_whole() -> None:
+def test_a_volume_is_written_with_all_fields() -> None:
     written = wire.volume_to(ProvisionedVolume("id", 5, {"a": "b"}, ({"z": "1"},)))
     assert written == csi_pb2.Volume(
         volume_id="id",
@@ -109,7 +109,7 @@ def test_an_unknown_limit_is_left_unset() -> None:
     assert not written.HasField("minimum_volume_size")
 
 
-def test_what_is_confirmed_is_what_was_asked() -> None:
+def test_the_whole_request_is_confirmed() -> None:
     asked = csi_pb2.ValidateVolumeCapabilitiesRequest(
         volume_id="v", volume_capabilities=[mounted()], volume_context={"a": "b"}, parameters={"c": "d"}
     )

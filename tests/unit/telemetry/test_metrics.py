@@ -29,7 +29,7 @@ def test_a_reading_is_read_on_each_scrape() -> None:
     assert [parsed(reading) for _ in range(2)] == [{("x_total", (("kind", "a"),)): value} for value in (1, 2)]
 
 
-def test_a_metric_without_samples_is_named_all_the_same() -> None:
+def test_a_metric_without_samples_is_named() -> None:
     families = text_string_to_metric_families(exposition(metrics.node(dict, lambda: (0, 0), 4)))
     assert {family.name: len(family.samples) for family in families} == {
         "nvmesh_csi_node_volumes": 0,
@@ -38,7 +38,7 @@ def test_a_metric_without_samples_is_named_all_the_same() -> None:
     }
 
 
-def test_durations_have_buckets_a_sum_and_a_count_and_no_time_of_creation() -> None:
+def test_durations_have_buckets_sum_and_count() -> None:
     durations = metrics.rpc_durations()
     durations.labels("s", "m", "OK").observe(0.03)
     found = parsed(durations)
@@ -51,7 +51,7 @@ def test_durations_have_buckets_a_sum_and_a_count_and_no_time_of_creation() -> N
     ] == [0, 1, 1]
 
 
-def test_nothing_is_lost_between_threads() -> None:
+def test_concurrent_updates_are_counted() -> None:
     servers = ManagementMetrics()
     ready = threading.Barrier(8)
 
@@ -68,7 +68,7 @@ def test_nothing_is_lost_between_threads() -> None:
     assert found["nvmesh_csi_management_request_duration_seconds_count", (("server", "s"),)] == 4000
 
 
-def test_the_process_is_described_by_the_names_that_prometheus_expects() -> None:
+def test_the_process_has_the_standard_metrics() -> None:
     found = parsed(*metrics.process(version="1", role="node", driver_name="d"))
     assert {name for name, _ in found} == {
         "nvmesh_csi_build_info", "process_virtual_memory_bytes", "process_resident_memory_bytes",

@@ -1,4 +1,4 @@
-"""The small HTTP server: what it serves, and what clients of bad will cannot do to it. Asked by http.client."""
+"""Health pages and metrics over HTTP, and clients that are slow, silent or hostile."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def say(server: PageServer, data: bytes) -> bytes:
 
 
 def all_of(client: socket.socket) -> bytes:
-    """Return what comes until the server closes, also over data that it did not read."""
+    """Return the bytes until the server closes the connection."""
     parts: list[bytes] = []
     with suppress(ConnectionResetError):
         parts.extend(iter(lambda: client.recv(4096), b""))
@@ -115,7 +115,7 @@ def _nothing_is_served_afterwards() -> Iterator[None]:
     _SHARED.close()
 
 
-# --- what is served ---------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------
 
 
 def test_a_page_is_served_with_its_status_and_its_length() -> None:
@@ -158,7 +158,7 @@ def test_a_request_of_bare_newlines_is_understood() -> None:
         assert say(server, b"GET /healthz HTTP/1.0\n\n").startswith(b"HTTP/1.0 200 OK\r\n")
 
 
-def test_a_page_that_raises_is_an_internal_error_without_details(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_page_with_a_bug_is_an_internal_error_without_details(caplog: pytest.LogCaptureFixture) -> None:
     def broken() -> Page:
         raise RuntimeError("secret")
 
@@ -175,16 +175,16 @@ def test_a_page_of_any_size_arrives_whole() -> None:
         assert ask(server, "/p").body == text
 
 
-# --- where ------------------------------------------------------------------------------------------------------
+# --- addresses ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("host", "asked"), [("::1", "::1"), ("::", "127.0.0.1"), ("::", "::1"), ("", "127.0.0.1")])
-def test_addresses_of_both_kinds_are_listened_on(host: str, asked: str) -> None:
+def test_ipv4_and_ipv6_addresses_are_served(host: str, asked: str) -> None:
     with serving(host=host) as server:
         assert ask(server, "/healthz", host=asked).status == 200
 
 
-def test_without_ipv6_every_address_is_that_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ipv4_addresses_are_served_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     make = socket.socket
 
     def without_ipv6(family: int = -1, *more: int) -> socket.socket:
@@ -199,17 +199,17 @@ def test_without_ipv6_every_address_is_that_of_ipv4(monkeypatch: pytest.MonkeyPa
         assert ask(server, "/healthz", host="127.0.0.1").status == 200
 
 
-def test_an_address_that_is_taken_is_told_at_start() -> None:
+def test_a_used_address_is_an_error_at_start() -> None:
     with serving() as server, pytest.raises(PreconditionFailed, match=rf"listen on {server.address}: .*in use"):
         PageServer(server.address, PAGES)
 
 
-def test_an_address_of_another_machine_is_told_at_start() -> None:
+def test_a_foreign_address_is_an_error_at_start() -> None:
     with pytest.raises(PreconditionFailed, match=r"cannot listen on 192\.0\.2\.1:0"):
         PageServer(HttpSettings("192.0.2.1", 0), PAGES)
 
 
-def test_the_address_can_be_had_again_at_once() -> None:
+def test_an_address_can_be_reused_at_once() -> None:
     with serving() as server:
         ask(server, "/healthz")
         address = server.address
@@ -217,7 +217,7 @@ def test_the_address_can_be_had_again_at_once() -> None:
         assert ask(server, "/healthz").status == 200
 
 
-# --- clients of bad will ----------------------------------------------------------------------------------------
+# --- hostile clients --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_address_can_be_had_again_at_once() -> None:
         (b"GET /\xff\xfe HTTP/1.1\r\n\r\n", 404),
     ],
 )  # fmt: skip
-def test_garbage_is_refused_in_the_words_of_http(sent: bytes, status: int) -> None:
+def test_invalid_requests_have_their_http_status(sent: bytes, status: int) -> None:
     with serving() as server:
         assert f" {status}".encode() in say(server, sent)
         assert ask(server, "/healthz").status == 200
@@ -245,7 +245,7 @@ def test_garbage_is_refused_in_the_words_of_http(sent: bytes, status: int) -> No
     ),
     st.booleans(),
 )
-def test_whatever_is_sent_is_answered_or_closed_and_others_are_served(parts: list[bytes], hangs_up: bool) -> None:
+def test_any_bytes_are_answered_or_closed_and_other_clients_served(parts: list[bytes], hangs_up: bool) -> None:
     server = _SHARED.get()
     with connect(server) as client:
         client.sendall(b"".join(parts))
@@ -274,7 +274,7 @@ def test_a_slow_request_holds_a_thread_for_a_limited_time(monkeypatch: pytest.Mo
         assert Deadline.after(60).wait_until(lambda: not server._open)
 
 
-def test_a_client_that_takes_no_response_holds_a_thread_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_holds_a_thread_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REQUEST_TIME_S", 0.3)
     with serving({"/p": lambda: Page(200, "x" * (64 << 20))}) as server, connect(server) as client:
         client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
@@ -291,7 +291,7 @@ def test_a_request_that_is_too_large_is_not_read_to_its_end() -> None:
         assert ask(server, "/healthz").status == 200
 
 
-def test_clients_that_say_nothing_keep_nobody_from_being_served() -> None:
+def test_silent_clients_do_not_block_others() -> None:
     with serving() as server, ExitStack() as held:
         for _ in range(3 * module.MOST_CONNECTIONS):
             client = held.enter_context(connect(server))
@@ -302,7 +302,7 @@ def test_clients_that_say_nothing_keep_nobody_from_being_served() -> None:
         assert len(serving_threads) <= module.MOST_CONNECTIONS + 1
 
 
-def test_a_client_that_waits_for_its_page_is_not_dropped_for_those_that_say_nothing() -> None:
+def test_a_waiting_client_is_not_dropped_for_silent_ones() -> None:
     gate = Gate()
     with serving({"/p": gate}) as server, ExitStack() as held:
         patient = held.enter_context(connect(server))
@@ -314,7 +314,7 @@ def test_a_client_that_waits_for_its_page_is_not_dropped_for_those_that_say_noth
         assert b"made 1" in all_of(patient)
 
 
-def test_a_page_is_made_once_for_all_who_ask_meanwhile() -> None:
+def test_concurrent_requests_share_one_execution_of_a_page() -> None:
     gate = Gate()
     with serving({"/p": gate}) as server, ExitStack() as held:
         clients = [held.enter_context(connect(server)) for _ in range(20)]
@@ -327,7 +327,7 @@ def test_a_page_is_made_once_for_all_who_ask_meanwhile() -> None:
         assert ask(server, "/p").body == "made 2\n"
 
 
-def test_a_page_that_hangs_holds_up_no_other_and_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_page_times_out_and_blocks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PAGE_TIME_S", 0.2)
     gate = Gate()
     with serving({"/p": gate, **PAGES}) as server:
@@ -339,7 +339,7 @@ def test_a_page_that_hangs_holds_up_no_other_and_is_given_up(monkeypatch: pytest
         assert ask(server, "/p").body == "made 2\n"
 
 
-def test_a_client_that_leaves_before_its_answer_harms_nothing() -> None:
+def test_a_client_that_leaves_early_harms_no_other() -> None:
     gate = Gate()
     with serving({"/p": gate, **PAGES}) as server:
         with connect(server) as client:
@@ -350,7 +350,7 @@ def test_a_client_that_leaves_before_its_answer_harms_nothing() -> None:
         assert ask(server, "/healthz").status == 200
 
 
-def test_the_end_is_at_once_whoever_is_connected() -> None:
+def test_the_server_ends_at_once_with_open_connections() -> None:
     gate = Gate()
     with serving({"/p": gate}) as server, connect(server) as client:
         client.sendall(b"GET /p HTTP/1.1\r\n\r\n")
@@ -368,9 +368,9 @@ def checks(*results: str) -> dict[str, Callable[[], str]]:
     return {f"check-{number}": (lambda why=why: why) for number, why in enumerate(results)}  # type: ignore[misc]
 
 
-def test_health_is_fine_when_no_check_fails() -> None:
+def test_health_is_ok_when_no_check_fails() -> None:
     assert health(checks("", "")) == Page(200, "check-0: ok\ncheck-1: ok\n")
 
 
-def test_every_check_has_a_line_and_one_that_fails_says_why() -> None:
+def test_every_check_has_a_line_with_its_reason() -> None:
     assert health(checks("", "away\nfor good")) == Page(503, "check-0: ok\ncheck-1: away\\nfor good\n")
