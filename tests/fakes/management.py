@@ -1,8 +1,8 @@
 """A storage management in memory: fits `csi_driver.controller.ports.Management`, proven by the contract suite.
 
-It keeps what the real one keeps (volumes, clients, wishes, device reports, reservations with versions, references,
-provisioning groups, space) and does its slow work (making, attaching, detaching, deleting) when its clock has
-moved on; with the default delays of zero that is at the next look. The switches at the end of
+It keeps the state of the real one (volumes, clients, desired attachments, reports, reservations with versions,
+references, provisioning groups, space) and does its slow work (creating, attaching, detaching, deleting) when its clock
+has moved on; with the default delays of zero that is at the next request. The switches at the end of
 `FakeManagement.__init__` make it slow, full, unreachable, or stop it between two requests.
 """
 
@@ -55,7 +55,7 @@ _NAME = re.compile(r"(?!e_|d_)[\w+=-]{1,22}", re.ASCII)
 
 
 class FakeClock:
-    """Time that moves only when somebody sleeps."""
+    """Time that moves only during a sleep."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -75,9 +75,9 @@ class _Client:
     desired: dict[str, DesiredAttachment] = field(default_factory=dict)
     devices: dict[str, DeviceReport] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
-    """Uuids of volumes whose device a program holds open."""
+    """Uuids of volumes with a device that a program holds open."""
     overtaken: set[str] = field(default_factory=set)
-    """Uuids of volumes whose desired went while the message to attach them was under way."""
+    """Uuids of volumes that were detached while the message to attach them was under way."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ class FakeManagement:
         self.passphrases: dict[str, tuple[str, int, int]] = {}
         """By volume: the passphrase that its encryption began with, the slot, and the bits of its key."""
         self.reclaiming: set[str] = set()
-        """Provisioning groups whose unused space is being given back."""
+        """Provisioning groups that are releasing unused space."""
         self.is_reachable = True
         self.api_version: tuple[int, ...] = (18, 0, 0)
         self.pending: set[str] = set()
@@ -129,13 +129,13 @@ class FakeManagement:
         self.old_news: dict[str, Volume] = {}
         """Volumes as a server shows them that has not yet heard of what became of them."""
         self.unheard_of: set[str] = set()
-        """Clients whose documents come from a server that has not yet heard of their attachments."""
+        """Clients with documents from a server that does not know of their attachments yet."""
         self.unread: set[str] = set()
-        """Clients whose reports nobody reads, as for about 30 s after a management was killed."""
+        """Clients with ignored reports, as for about 30 s after a management was killed."""
         self.extend_s = 0.0
         """How long a volume is `extending`: until its targets have reported, after its size has changed."""
         self.before: Callable[[str], None] = lambda request: None
-        """Called before a request is carried out; what it raises, the caller gets."""
+        """Called before a request is carried out; its exceptions go to the caller."""
         self.after: Callable[[str], None] = lambda request: None
         """Called after a request was carried out and before it is answered."""
 
@@ -148,7 +148,7 @@ class FakeManagement:
         del self._vpgs[name]
 
     def add_volume(self, volume: Volume) -> None:
-        """Put a volume there that nobody of ours made."""
+        """Add a volume that this driver did not create."""
         self._volumes[volume.name] = volume
 
     def add_client(self, name: str, uuid: str | None = None) -> None:
@@ -158,7 +158,7 @@ class FakeManagement:
         del self._clients[name]
 
     def rename_client(self, name: str, new_name: str) -> None:
-        """Let a client register under another host name; its uuid and what it holds stay."""
+        """Rename a client; its uuid and its attachments stay."""
         client = self._clients.pop(name)
         client.id = new_name
         self._clients[new_name] = client
@@ -169,7 +169,7 @@ class FakeManagement:
             self.change(volume.name, reservation=replace(held, reserved_by=owner, attached=attached))
 
     def set_status(self, name: str, status: ClientStatus) -> None:
-        """Change a client's state; one that comes back reports what it was told to attach meanwhile."""
+        """Change a client's state; after a return it reports the attachments of the meantime."""
         client = self._clients[name]
         client.status = status
         for volume in self._volumes.values():
@@ -181,7 +181,7 @@ class FakeManagement:
         (self._clients[name].busy.add if busy else self._clients[name].busy.discard)(volume.uuid)
 
     def report(self, name: str, volume: Volume, status: DeviceStatus) -> None:
-        """Let a client report another state of a volume's device, until it reports anew."""
+        """Set the reported state of a volume's device, until the client's next report."""
         devices = self._clients[name].devices
         devices[volume.uuid] = replace(devices[volume.uuid], status=status)
 
@@ -190,7 +190,7 @@ class FakeManagement:
         self._volumes[name] = replace(self._volumes[name], **values)  # type: ignore[arg-type]
 
     def all_volumes(self) -> list[Volume]:
-        """Return what is there, without a request."""
+        """Return all volumes, without a request."""
         with self._lock:
             self._proceed()
             return sorted(self._volumes.values(), key=lambda volume: volume.name)
@@ -217,11 +217,11 @@ class FakeManagement:
             if spec.name in self._volumes or spec.name in self._vpgs:
                 return None
             if (spec.vpg is None) == (spec.layout is None):
-                raise InvalidRequest("wanted a provisioning group or a layout")
+                raise InvalidRequest("expected a provisioning group or a layout")
             if _NAME.fullmatch(spec.name) is None:
                 raise InvalidRequest(f"{spec.name} is no name of a volume")
             if spec.capacity_gb < 1:
-                raise InvalidRequest("wanted at least 1 GB")
+                raise InvalidRequest("expected at least 1 GB")
             if spec.vpg is not None and spec.vpg not in self._vpgs:
                 raise InvalidRequest(f"no provisioning group {spec.vpg}")
             if spec.vpg in self.reclaiming:
@@ -575,7 +575,7 @@ class FakeManagement:
         if desired is None or not desired.is_detaching:
             return
         if client.status is ClientStatus.DOWN or (volume_uuid in client.busy and not force):
-            # A busy client says so, and the server drops what it says: the device goes on to show as attached.
+            # The server drops the report of a busy device, which keeps showing as attached.
             self._later(1.0, lambda: self._detached(client, volume_uuid, force=force))
             return
         if report is not None:

@@ -1,8 +1,7 @@
-"""Nodes come and go, servers answer what was true before, and two controllers act at once: nobody loses a volume that
-the orchestrator says is attached there, and no attachment gets what was meant for another.
+"""Two controllers, lost nodes and outdated servers: no node loses a published volume, and no permission is misused.
 
-Between any two requests of a call something else may happen. The storage in memory keeps the written rules of
-reservations; what it shows may be old, as another management server would show it.
+Other events happen between any two requests of a call. The storage in memory keeps the documented rules of
+reservations; its answers may be outdated, as those of another management server.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Fencing(RuleBasedStateMachine):
         self.volume_id = self.controllers[0].create("v", parameters=CLAIM).volume_id
         self.name = self.controllers[0].stored().name
         self.attached: set[str] = set()
-        """Nodes where the orchestrator was told that the volume is attached, and has not given it up since."""
+        """Nodes where the volume was published and not unpublished since."""
         self.given_up = dict.fromkeys(("node-1", "node-2", "node-3"), 0)
         self.acts = 0
 
@@ -123,7 +122,7 @@ class Fencing(RuleBasedStateMachine):
         except DriverError:
             return
         finally:
-            self._give_up(node)  # whatever was attached there meanwhile
+            self._give_up(node)  # with the attachments of the meantime
 
     def _give_up(self, node: str) -> None:
         self.attached.discard(node)
@@ -137,10 +136,10 @@ class Fencing(RuleBasedStateMachine):
         except DriverError:
             return
 
-    # --- what must hold ------------------------------------------------------------------------------------------
+    # --- invariants ----------------------------------------------------------------------------------------------
 
     def _judge(self, context: PublishContext) -> None:
-        """Judge what a node was told, by the storage as it really is."""
+        """Compare a publish context with the real state of the storage."""
         volume = self.controllers[0].stored()
         assert context.attachment in (0, volume.reservation.version - 1)
         if context.history is History.FIRST:

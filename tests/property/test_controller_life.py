@@ -39,7 +39,7 @@ class Call:
 
 @dataclass
 class Expected:
-    """What the specification says of one volume."""
+    """The state of one volume by the specification."""
 
     volume_id: str
     size_bytes: int
@@ -75,7 +75,7 @@ class Life:
         self.compare()
 
     def compare(self) -> None:
-        """The storage holds exactly what the model says: no volume twice, none lost, nobody attached by mistake."""
+        """The storage and the model are equal: no volume twice, none lost, no wrong attachment."""
         found = {str(volume.metadata["csi_name"]): volume for volume in self.world.management.all_volumes()}
         assert len(found) == len(self.world.management.all_volumes())
         assert {name: volume.size_bytes for name, volume in found.items()} == {
@@ -84,7 +84,7 @@ class Life:
         for name, volume in found.items():
             assert sorted(self.world.holders(volume)) == sorted(self.expected[name].uses)
 
-    # --- verbs: the real call, then what it must have done ---
+    # --- calls, and their expected effects ---
 
     def create(self, call: Call) -> None:
         made = self._create(call)

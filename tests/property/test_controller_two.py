@@ -26,7 +26,7 @@ SCHEDULES = st.lists(st.integers(0, 1), max_size=40)
 
 
 class Turns:
-    """Lets one of two threads move at a time, from one request to the next."""
+    """Runs one of two threads at a time, from one request to the next."""
 
     def __init__(self, schedule: list[int]) -> None:
         self.schedule = schedule

@@ -1,7 +1,7 @@
-"""Controllers over several zones: whatever is lost, stalls or dies, one name is answered as one volume, which stays.
+"""Controllers over several zones: at most one volume of a name is returned, and none is deleted.
 
-As in `test_controller_two`, one controller moves at a time, from one request to the next, as the schedule says.
-Besides, drawn requests are lost on their way there or back, stall, or are the last thing that their controller does.
+As in `test_controller_two`, the schedule decides which controller moves until its next request. Drawn requests are
+lost before or after they are carried out, stall, or are the last one of their controller.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Fault:
     controller: int
     request: int
     kind: str
-    """lost: it never arrived; unanswered: it was carried out; late: a creation that is carried out when nobody waits
-    any more; killed before or after it; stalled."""
+    """lost: not carried out; unanswered: carried out; late: a creation that is carried out after the call has failed;
+    killed before or after it; stalled."""
     stall_s: float = 0.0
 
 
@@ -73,7 +73,7 @@ FAULTS = st.lists(
 
 
 class Zoned:
-    """Two controllers over three zones, and what befalls their requests."""
+    """Two controllers over three zones, and the faults of their requests."""
 
     def __init__(self, schedule: Sequence[int], faults: Sequence[Fault]) -> None:
         self.one = World(zones=ZONES, pool=InTurn())
@@ -131,7 +131,7 @@ class Zoned:
             raise StorageUnavailable("lost on the way back")
 
     def answer(self, world: World, zones: Sequence[str], tries: int) -> ProvisionedVolume | DriverError:
-        """Ask as an orchestrator does: again while it is told to."""
+        """Call as an orchestrator does, with retries."""
         wanted = TopologyRequirement(*(tuple({DEFAULT_TOPOLOGY_KEY: zone} for zone in zones),) * 2)
         last: DriverError = OperationPending("never asked")
         for _ in range(tries):
@@ -173,7 +173,7 @@ def test_one_name_is_returned_as_at_most_one_volume_and_nothing_is_deleted(
 
 @settings(max_examples=300, deadline=None)
 @given(FAULTS, WHERE, st.sets(st.sampled_from(ZONES)))
-def test_one_controller_that_dies_leaves_no_second_volume(
+def test_a_controller_that_dies_leaves_no_second_volume(
     faults: list[Fault], where: tuple[str, ...], full: set[str]
 ) -> None:
     zoned = Zoned([], [fault for fault in faults if fault.controller == 0 and fault.kind != "late"])

@@ -1,4 +1,4 @@
-"""What the controller hands to the node."""
+"""The publish context that the controller passes to the node."""
 
 from __future__ import annotations
 

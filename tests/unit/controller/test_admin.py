@@ -1,4 +1,4 @@
-"""What an administrator does by hand with one volume, over a storage management in memory."""
+"""The commands `nvmesh-csi volume` over a storage management in memory."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_raw_block_volume_is_refused() -> None:
         allow(world, world.create(capabilities=(BLOCK,)).volume_id)
 
 
-def test_an_attachment_that_slips_in_between_gets_no_permission_and_the_administrator_is_told() -> None:
+def test_an_attachment_during_allow_format_gets_no_permission_and_fails_the_command() -> None:
     world = World()
     made = world.create()
     other = World(beside=world)
@@ -187,7 +187,7 @@ def test_an_attachment_that_slips_in_between_gets_no_permission_and_the_administ
     assert not world.publish(made.volume_id).format_allowed
 
 
-# --- show -------------------------------------------------------------------------------------------------------
+# --- show -----------------------------------------------------------------------------------------------------
 
 
 def test_a_new_volume_is_shown_as_one_that_nobody_had() -> None:

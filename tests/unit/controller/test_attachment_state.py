@@ -1,4 +1,4 @@
-"""What a client's document says of a volume: what an attachment still lacks, and when one is over."""
+"""The state of an attachment in a client's document: missing, detaching, released."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def client(
     ("found", "reason"),
     [
         (client(told=report()), ""),
-        # Servers and clients that say nothing of a reservation or of references are believed.
+        # A report without a reservation or references is accepted.
         (client(told=report(mode=NONE)), ""),
         (client(told=report(references=None)), ""),
         (client(), "the attachment (the client reports no device)"),

@@ -187,7 +187,7 @@ def test_a_group_whose_space_is_being_reclaimed_is_pending() -> None:
     world.create(parameters={"vpg": "gold"})
 
 
-# --- the same call again --------------------------------------------------------------------------------------
+# --- retries -------------------------------------------------------------------------------------------------
 
 
 def test_the_same_call_again_gives_the_same_answer() -> None:

@@ -39,7 +39,7 @@ def sent(world: World) -> int:
     return world.management.requests.count("init_encryption")
 
 
-# --- by the storage ---------------------------------------------------------------------------------------------
+# --- by the storage -------------------------------------------------------------------------------------------
 
 
 def test_the_storage_gets_the_passphrase_once_and_the_volume_is_ready() -> None:
@@ -248,7 +248,7 @@ def test_free_space_leaves_room_for_the_header() -> None:
     assert plain.available_bytes - encrypted.available_bytes == 16 * MIB
 
 
-# --- on the node ------------------------------------------------------------------------------------------------
+# --- on the node ----------------------------------------------------------------------------------------------
 
 
 def test_a_volume_for_luks_has_room_for_its_header_and_the_node_is_told() -> None:
@@ -262,7 +262,7 @@ def test_a_volume_for_luks_has_room_for_its_header_and_the_node_is_told() -> Non
 
 
 def test_nodes_do_not_encrypt_what_several_of_them_write() -> None:
-    """Each would make a header of its own; what the storage encrypts has one before anybody attaches it."""
+    """Each node would write its own header; a volume that the storage encrypts has one before it is attached."""
     world = World()
     with pytest.raises(InvalidRequest, match="MULTI_NODE_MULTI_WRITER"):
         world.create(parameters=LUKS, capabilities=(RWX_BLOCK,))
@@ -318,7 +318,7 @@ def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is
     assert world.holders() == []
 
 
-def test_a_volume_of_others_that_is_said_to_be_encrypted_by_the_storage_and_is_not_is_attached_nowhere() -> None:
+def test_a_foreign_volume_without_the_native_encryption_of_its_context_is_not_attached() -> None:
     world = World()
     world.management.add_volume(Volume("old", UUID, 1 << 20, 4096, 4.3, "online", "none"))
     with pytest.raises(PreconditionFailed, match="expected encryption by the storage"):
@@ -335,7 +335,7 @@ def test_a_volume_that_waits_for_its_passphrase_is_not_attached() -> None:
         world.publish(world.stored().name)
 
 
-# --- stripes ----------------------------------------------------------------------------------------------------
+# --- stripes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_limit_below_the_present_size_is_out_of_range() -> None:
 
 
 def test_no_room_is_out_of_range_so_that_less_can_be_asked_for_instead() -> None:
-    """csi-resizer 2.3 (util.IsFinalError) asks for the same size until it is told so, or the expansion is done."""
+    """csi-resizer 2.3 (util.IsFinalError) requests the same size until this error, or until the expansion is done."""
     world = World()
     made = world.create(capacity=CapacityRange(GIB))
     world.management.raw_bytes = 2 * GIB

@@ -1,4 +1,4 @@
-"""Volumes move off lost nodes: when they may, when they must not, and what is left behind."""
+"""Preemption of volumes on lost nodes: when it is permitted, when not, and the deletion of such volumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def held(fencing: Fencing = Fencing.RECORDED, capability: Capability = RWO) -> t
 
 
 def lost(fencing: Fencing = Fencing.RECORDED, capability: Capability = RWO) -> tuple[World, str]:
-    """Return a world in which node-1 held the volume, went down, and was told to give it up."""
+    """Return a world in which node-1 held the volume and went down, and the volume was unpublished there."""
     world, volume_id = held(fencing, capability)
     world.management.set_status("node-1", ClientStatus.DOWN)
     world.unpublish(volume_id, NODE_1)
@@ -103,7 +103,7 @@ def test_publishing_again_after_a_take_over_takes_nothing_more() -> None:
     assert world.management.requests.count("set_metadata") == written
 
 
-def test_a_take_over_is_not_recorded_over_the_metadata_of_a_server_that_has_not_heard_of_it() -> None:
+def test_a_preemption_is_not_recorded_over_outdated_metadata() -> None:
     world, volume_id = lost()
     before = world.stored()
 
@@ -305,7 +305,7 @@ def test_always_takes_nothing_from_those_who_share() -> None:
     assert world.holders() == ["node-1", "node-2"]
 
 
-# --- the wish that is the leave -------------------------------------------------------------------------------
+# --- the recorded release -------------------------------------------------------------------------------------
 
 
 def test_for_a_lost_node_nothing_is_answered_before_the_wish_is_recorded() -> None:
@@ -324,7 +324,7 @@ def test_for_a_lost_node_nothing_is_answered_before_the_wish_is_recorded() -> No
         world.unpublish(volume_id, NODE_1, seconds=5)
 
 
-# --- deletion after a node died for good ------------------------------------------------------------------------------
+# --- deletion after the loss of a node ------------------------------------------------------------------------
 
 
 def test_a_volume_that_was_taken_from_a_dead_node_can_be_deleted(caplog: pytest.LogCaptureFixture) -> None:
@@ -333,7 +333,7 @@ def test_a_volume_that_was_taken_from_a_dead_node_can_be_deleted(caplog: pytest.
     with pytest.raises(PreconditionFailed, match=r"still attached to node-1 .*node-2"):
         world.delete(volume_id)
     world.unpublish(volume_id, NODE_2)
-    assert world.holders() == ["node-1"]  # whose document keeps wish and device until it comes back
+    assert world.holders() == ["node-1"]  # its document keeps both entries until it comes back
     with caplog.at_level("WARNING"):
         world.delete(volume_id)
     assert world.management.all_volumes() == []
@@ -341,7 +341,7 @@ def test_a_volume_that_was_taken_from_a_dead_node_can_be_deleted(caplog: pytest.
 
 
 @pytest.mark.parametrize("use", [RWO, ROX])
-def test_a_volume_that_a_dead_node_gave_up_and_nobody_took_is_kept_and_the_way_out_is_named(use: Capability) -> None:
+def test_a_volume_of_a_dead_node_that_no_other_took_is_not_deleted_and_the_fix_is_named(use: Capability) -> None:
     world, volume_id = lost(capability=use)
     if use is ROX:
         world.publish(volume_id, NODE_3, ROX)

@@ -1,4 +1,4 @@
-"""ControllerGetVolumeHealth and ControllerListVolumeHealth, from what the management says of volumes and clients."""
+"""ControllerGetVolumeHealth and ControllerListVolumeHealth by the documents of volumes and clients."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_two_nodes_with_one_trouble_are_one_entry() -> None:
     assert "2 more" in entry.message
 
 
-# --- over a storage ---------------------------------------------------------------------------------------------
+# --- over a storage -------------------------------------------------------------------------------------------
 
 
 def of(world: World) -> GetVolumeHealth:

@@ -1,4 +1,4 @@
-"""What an earlier CreateVolume left behind is finished, or asked for again: a final answer would leak it."""
+"""CreateVolume continues with a volume of an earlier call, or asks for a retry: a final error would leak it."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ WRONG = [
 
 @pytest.mark.parametrize("zones", [("a",), ("a", "b")])
 @pytest.mark.parametrize("parameters", WRONG)
-def test_parameters_that_are_wrong_everywhere_get_all_capacity_so_that_the_reason_is_shown(
+def test_parameters_that_no_zone_accepts_get_the_capacity_of_all_drives(
     zones: tuple[str, ...], parameters: dict[str, str]
 ) -> None:
     world = World(zones=zones)
@@ -480,7 +480,7 @@ def test_ready_once_is_ready_for_good() -> None:
     assert world.readiness.ready(deadline=world.deadline())
 
 
-# --- pages that a message can hold ------------------------------------------------------------------------------------
+# --- pages that a message can hold ----------------------------------------------------------------------------
 
 GRPC_LIMIT = 4 << 20
 

@@ -122,7 +122,7 @@ def test_a_volume_that_is_being_deleted_is_not_found() -> None:
         modify(world, made.volume_id, description="new")
 
 
-# --- at creation ------------------------------------------------------------------------------------------------
+# --- at creation ----------------------------------------------------------------------------------------------
 
 
 def test_mutable_parameters_beat_the_others_at_creation() -> None:

@@ -72,7 +72,7 @@ def test_a_volume_whose_extension_leads_beyond_the_limit_is_deleted_in_the_same_
     assert world.management.all_volumes() == []
 
 
-def test_a_short_volume_that_a_call_left_before_it_could_delete_it_is_deleted_by_the_next() -> None:
+def test_a_short_volume_that_one_call_could_not_delete_is_deleted_by_the_next() -> None:
     world = World()
     comes_out(world, -4096)
     world.management.make_s = 100.0

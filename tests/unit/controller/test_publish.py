@@ -291,7 +291,7 @@ def test_an_attachment_waits_until_the_earlier_one_is_gone() -> None:
     assert world.publish(volume_id).attachment == 3
 
 
-# --- history: what the node may believe before it formats -----------------------------------------------------
+# --- history: the decision of a node before it formats --------------------------------------------------------
 
 
 def test_the_first_attachment_of_a_new_volume_is_the_first() -> None:
@@ -329,7 +329,7 @@ def test_a_server_that_shows_an_earlier_attachment_of_this_node_is_not_believed(
     world, volume_id = made()
     world.publish(volume_id)
     before = world.stored()
-    metadata = volume_metadata.with_permission(before.metadata, 1)  # what was allowed then must not be allowed now
+    metadata = volume_metadata.with_permission(before.metadata, 1)  # the permission for then must not count now
     world.unpublish(volume_id)
 
     def show_old(request: str) -> None:
@@ -562,7 +562,7 @@ def test_another_volume_under_the_same_name_is_left_alone() -> None:
     assert world.holders() == ["node-1"]
 
 
-def test_a_device_that_is_open_is_not_taken_away_and_the_answer_says_how_to_find_who_has_it() -> None:
+def test_an_open_device_stays_attached_and_the_error_names_how_to_find_the_program() -> None:
     world, volume_id = made()
     world.publish(volume_id)
     world.management.set_busy("node-1", world.stored())
@@ -590,7 +590,7 @@ def test_a_detachment_that_takes_long_says_that_the_volume_is_degraded() -> None
 
 
 def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> None:
-    """Force counts with the last reference; an attachment would give the node back what it was told to give up."""
+    """Force applies to the last reference; another attachment would give the device back to the node."""
     world, volume_id = made()
     world.publish(volume_id)
     world.management.set_busy("node-1", world.stored())
@@ -604,7 +604,7 @@ def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> 
 
 
 def test_a_detachment_that_overtakes_the_attachment_leaves_a_device_that_is_waited_for() -> None:
-    """The management forgets at once a wish whose device it was not told of, and the message is under way."""
+    """The management forgets an attachment at once if no device was reported, while its message is under way."""
     world, volume_id = made()
     world.management.attach_s, world.management.detach_s = 40.0, 3.0
     with pytest.raises(DeadlineReached, match="the client reports no device"):
@@ -688,7 +688,7 @@ def test_a_zone_that_is_served_under_another_name_is_not_declared_detached() -> 
     assert world.holders() == ["node-1"]
 
 
-def test_a_device_that_is_reported_without_a_name_may_be_that_of_a_zone_that_is_not_served() -> None:
+def test_a_device_without_a_name_may_be_of_a_zone_that_is_not_served() -> None:
     world, volume_id = made()
     world.publish(volume_id)
     volume = world.stored()
@@ -702,7 +702,7 @@ def test_a_device_that_is_reported_without_a_name_may_be_that_of_a_zone_that_is_
 
 
 @pytest.mark.parametrize("node_id", ["node-of-mars", "node-1", "12345678-0000-0000-0000-000000000000", ""])
-def test_a_zone_that_is_not_served_is_not_declared_detached_from_a_node_that_nobody_knows(node_id: str) -> None:
+def test_a_volume_of_an_unserved_zone_stays_attached_to_an_unknown_node(node_id: str) -> None:
     with pytest.raises(PreconditionFailed, match=r"mars.*remove the finalizer of the VolumeAttachment"):
         World().unpublish("mars:csi-1", node_id)
 
@@ -718,7 +718,7 @@ def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown
 def test_an_attachment_serves_raw_block_and_filesystem_and_its_volume_counts_as_written(
     first: Capability, second: Capability
 ) -> None:
-    """See docs/decisions/0006-access-modes.md: what the storage gives a node is the same device either way."""
+    """See docs/decisions/0006-access-modes.md: the node gets the same device in both modes."""
     world, volume_id = made()
     number = world.publish(volume_id, capability=first).attachment
     again = world.publish(volume_id, capability=second)

@@ -1,4 +1,4 @@
-"""A controller over several zones: where volumes go, how they are found again, and what a dead zone means."""
+"""A controller over several zones: zone selection, one volume for each name, and unreachable zones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def duplicate(world: World, source: str, target: str, **changes: object) -> Volu
     return copy
 
 
-# --- asking ----------------------------------------------------------------------------------------------------
+# --- requests to zones ----------------------------------------------------------------------------------------
 
 
 def test_all_zones_are_asked_at_the_same_time() -> None:
@@ -85,14 +85,14 @@ def test_a_zone_that_hangs_costs_only_its_own_answer() -> None:
         hung.set()
 
 
-def test_no_question_is_lost_however_few_the_threads() -> None:
+def test_every_request_is_sent_with_few_threads() -> None:
     pool = ZonePool(per_zone=3)
     asked = [pool.submit("few", lambda number=number: number) for number in range(500)]  # type: ignore[misc]
     assert [future.result(180) for future in asked] == list(range(500))
     assert len([each for each in threading.enumerate() if each.name.startswith("zone-few-")]) <= 3
 
 
-def test_a_question_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
+def test_a_request_that_hangs_does_not_delay_the_end_of_the_process() -> None:
     hung = threading.Event()
     try:
         ZonePool().submit("dead", lambda: hung.wait(30))
@@ -101,7 +101,7 @@ def test_a_question_that_hangs_does_not_hold_up_the_end_of_the_process() -> None
         hung.set()
 
 
-def test_a_zone_that_is_only_welcome_is_not_waited_for() -> None:
+def test_an_optional_zone_is_not_waited_for() -> None:
     hung = threading.Event()
     try:
         answers = ask(
@@ -113,7 +113,7 @@ def test_a_zone_that_is_only_welcome_is_not_waited_for() -> None:
         hung.set()
 
 
-def test_what_is_no_silence_is_raised() -> None:
+def test_an_error_of_a_zone_that_answers_is_raised() -> None:
     def refuse(zone: str) -> None:
         raise InvalidRequest(zone)
 
@@ -134,7 +134,7 @@ def test_readiness_does_not_wait_for_a_zone_that_hangs() -> None:
         hung.set()
 
 
-def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another() -> None:
+def test_the_driver_is_ready_if_one_of_many_zones_answers() -> None:
     zones = [f"old-{number}" for number in range(30)]
     all_refused = threading.Barrier(len(zones) + 1, timeout=180)
 
@@ -149,7 +149,7 @@ def test_zones_that_refuse_do_not_keep_the_driver_from_being_ready_for_another()
         any_of([*zones, "old-30"], question, deadline=Deadline.after(180), pool=ZonePool())
 
 
-# --- where volumes go --------------------------------------------------------------------------------------------
+# --- zone selection -------------------------------------------------------------------------------------------
 
 
 def order(policy: ZonePolicy, zones: Sequence[str], calls: int, world: World | None = None) -> list[list[str]]:
@@ -195,7 +195,7 @@ def test_zones_without_room_come_last() -> None:
     assert all(by_free_space({"a": GIB, "b": 9 * GIB}, f"v{n}", 5 * GIB) == ["b", "a"] for n in range(20))
 
 
-def test_what_the_caller_prefers_beats_the_policy() -> None:
+def test_the_preference_of_the_request_comes_before_the_policy() -> None:
     world = two()
     world.zones["b"].raw_bytes = GIB * 2
     for number in range(5):
@@ -204,7 +204,7 @@ def test_what_the_caller_prefers_beats_the_policy() -> None:
         assert made.topology == ({DEFAULT_TOPOLOGY_KEY: "b"},)
 
 
-def test_a_group_that_one_zone_lacks_is_taken_from_another() -> None:
+def test_a_group_that_one_zone_lacks_is_used_in_another() -> None:
     world = two()
     world.zones["b"].add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True))
     assert world.create(parameters={"vpg": "gold"}, topology=within("a", "b")).topology[0][DEFAULT_TOPOLOGY_KEY] == "b"
@@ -223,7 +223,7 @@ def test_all_zones_full_names_each() -> None:
         world.create()
 
 
-def test_a_volume_that_is_there_is_never_made_elsewhere_because_its_zone_fills_up() -> None:
+def test_an_existing_volume_is_not_created_elsewhere_when_its_zone_fills_up() -> None:
     world = two()
 
     def comes_out_short(request: str) -> None:
@@ -233,12 +233,12 @@ def test_a_volume_that_is_there_is_never_made_elsewhere_because_its_zone_fills_u
             world.zones["a"].raw_bytes = 0
 
     world.zones["a"].after = comes_out_short
-    with pytest.raises(StorageUnavailable, match="has no room"):  # a final answer would leave it to nobody
+    with pytest.raises(StorageUnavailable, match="has no room"):  # a final error would leak it
         world.create(topology=within("a", "b"))
     assert [len(each) for each in volumes(world).values()] == [1, 0]
 
 
-# --- one volume in one zone ---------------------------------------------------------------------------------------
+# --- one volume in one zone -----------------------------------------------------------------------------------
 
 
 def test_after_a_restart_the_volume_is_found_again() -> None:
@@ -287,7 +287,7 @@ def test_after_a_crash_nothing_is_made_while_the_zone_of_the_volume_is_down() ->
     assert volumes(world)["b"] == []
 
 
-def test_a_zone_that_is_not_allowed_keeps_nobody_waiting_but_is_believed() -> None:
+def test_a_zone_that_is_not_allowed_is_asked_but_not_waited_for() -> None:
     world = two()
     world.zones["a"].is_reachable = False
     assert world.create(topology=within("b")).topology == ({DEFAULT_TOPOLOGY_KEY: "b"},)
@@ -299,7 +299,7 @@ def test_a_zone_that_is_not_allowed_keeps_nobody_waiting_but_is_believed() -> No
         World(zones=("a", "b"), beside=world).create(topology=within("a"))
 
 
-def test_a_lost_answer_moves_no_volume_to_the_next_zone() -> None:
+def test_after_a_lost_answer_no_volume_is_created_in_the_next_zone() -> None:
     world = two()
 
     def lose(request: str) -> None:
@@ -312,7 +312,7 @@ def test_a_lost_answer_moves_no_volume_to_the_next_zone() -> None:
     assert [len(each) for each in volumes(world).values()] == [1, 0]
 
 
-def test_a_lost_answer_is_made_good_by_the_next_call() -> None:
+def test_the_retry_after_a_lost_answer_finds_the_volume() -> None:
     world = two()
 
     def lose(request: str) -> None:
@@ -328,7 +328,7 @@ def test_a_lost_answer_is_made_good_by_the_next_call() -> None:
     assert world.zones["b"].requests.count("volume") == looked + 2  # before it was believed, and after
 
 
-def test_a_zone_may_be_skipped_and_what_that_leaves_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_zone_may_be_skipped_and_duplicates_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     world = two(SKIPPING)
     world.zones["a"].is_reachable = False
     made = world.create(topology=within("a", "b"))
@@ -368,16 +368,16 @@ def test_another_volume_of_that_short_name_is_refused_in_any_zone() -> None:
     world = two()
     world.create(topology=within("b"))
     (volume,) = world.zones["b"].all_volumes()
-    world.zones["b"].change(volume.name, metadata={"csi_name": "somebody else's"})
-    with pytest.raises(ExistsDifferently, match="somebody else"):
+    world.zones["b"].change(volume.name, metadata={"csi_name": "another claim's"})
+    with pytest.raises(ExistsDifferently, match="another claim"):
         World(zones=("a", "b"), beside=world).create(topology=within("a", "b"))
     assert volumes(world)["a"] == []
 
 
-# --- what a dead zone means ---------------------------------------------------------------------------------------
+# --- unreachable zones ----------------------------------------------------------------------------------------
 
 
-def test_a_list_without_a_dead_zone_is_no_list() -> None:
+def test_a_list_fails_while_a_zone_is_unreachable() -> None:
     world = two()
     world.create()
     world.zones["b"].is_reachable = False
@@ -448,7 +448,7 @@ def test_whether_a_management_answers_now_is_asked_anew_and_one_zone_is_enough()
     assert world.readiness.why_unreachable() == "no storage management is configured"
 
 
-# --- zones that change their names, or go -----------------------------------------------------------------------
+# --- zones that change their names, or go ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["{name}", "single-zone-cluster:{name}", "single-zone-cluster:{name}:{uuid}:team-a"])
@@ -491,7 +491,7 @@ def test_a_zone_that_goes_while_a_call_looks_into_it_has_not_lost_its_volumes(ha
     asked = iter(range(10))
 
     class Going:
-        """Serves zone a when it is first asked about, and no more when the call comes to it."""
+        """Serves zone a at the first question, and not at the next one."""
 
         def zones(self) -> Sequence[str]:
             return ("a", "b")

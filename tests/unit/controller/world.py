@@ -46,7 +46,7 @@ CLAIM = {
 
 
 class World:
-    """A controller and its storage; one made `beside` another works on the same storage."""
+    """A controller and its storage. `beside`: another controller, with the same storage."""
 
     def __init__(
         self,
