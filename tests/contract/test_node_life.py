@@ -172,6 +172,6 @@ def test_a_look_beside_the_node_goes_by_what_the_node_was_told(pod: Pod) -> None
     command = pod.inside(sys.executable, "-m", "csi_driver", "doctor")
     told = subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True).stdout
     assert told.startswith(f"driver {DRIVER}, node node-1, with the settings of process 1 (node)\n")
-    assert f"{DRIVER} serves: node id node-1" in told
+    assert f"{DRIVER} is ready: node id node-1" in told
     assert "registered with the node id node-1" in told
     assert f"ERROR    propagation        mounts below {pod.directory / 'kubelet'} do not reach the host" in told
