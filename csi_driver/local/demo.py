@@ -256,9 +256,6 @@ def _require_refusal(on: Session, path: Path) -> None:
             raise HostFailure(f"{path}: expected a read-only volume to refuse the write, but it was accepted")
 
 
-# --- the whole run ----------------------------------------------------------------------------------------------
-
-
 def run_demo(settings: DemoSettings) -> int:
     """Run the demo; return the exit status: 0 when every step worked and nothing is left, 130 when interrupted."""
     start = time.monotonic()

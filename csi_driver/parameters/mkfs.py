@@ -121,9 +121,6 @@ class MkfsRequest:
         return ()
 
 
-# --- keys -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Key:
     """A key of one filesystem: the option, or option and setting, of mkfs, and the bounds by block and page size."""
@@ -214,9 +211,6 @@ def _merged(words: Sequence[str]) -> tuple[str, ...]:
             rest.append(word)
         flag = "" if flag == "-E" else word
     return (*rest, *(("-E", ",".join(extended.values())) if extended else ()))
-
-
-# --- free text --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,8 +202,6 @@ def _name(option: str) -> str:
     return option.partition("=")[0]
 
 
-# --- comparing with an existing mount -------------------------------------------------------------------
-
 _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime", "sync", "dirsync", "lazytime"})
 """Options that /proc/self/mountinfo shows exactly when they are set (fs/proc_namespace.c)."""
 

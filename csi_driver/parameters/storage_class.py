@@ -255,9 +255,6 @@ def _fs_type(parameters: Mapping[str, str]) -> str:
     return next(iter(given.values()), "")
 
 
-# --- VolumeAttributesClass ----------------------------------------------------------------------------------
-
-
 def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
     """Read the changes to a volume. A list replaces the present one; an empty text is the empty list.
 
