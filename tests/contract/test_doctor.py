@@ -1,4 +1,4 @@
-"""`nvmesh-csi doctor` by real processes, over faults that are really there: in namespaces, over sockets, in TLS."""
+"""`nvmesh-csi doctor` as a process, with real problems: in mount namespaces, on sockets, in TLS."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _PATIENCE_S = 60
 
 @dataclass
 class Findings:
-    """What was found, by check and severity; `text` is all of it."""
+    """The findings of a run; `text` is its whole output."""
 
     status: int
     text: str
     entries: list[dict[str, str]] = field(default_factory=list)
 
     def of(self, check: str, severity: str) -> str:
-        """Return what is said of a check with a severity, joined; empty where nothing is."""
+        """Return the findings of a check with a severity as one text."""
         chosen = (entry for entry in self.entries if entry["check"] == check and entry["severity"] == severity)
         return "; ".join(f"{entry['found']} | {entry.get('expected')} | {entry.get('fix')}" for entry in chosen)
 
@@ -51,9 +51,9 @@ class Findings:
 
 
 class Machine:
-    """Directories as a node has them, below one of pytest's; looked at in a mount namespace of its own.
+    """The directories of a node, below one of pytest's, checked in a separate mount namespace.
 
-    `prepare` is what is done there before the look, in a shell.
+    `prepare`: shell commands that run there first.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -82,14 +82,14 @@ class Machine:
         environ = {"PATH": os.environ["PATH"], "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=_PATIENCE_S)
 
-    def look_inside(self, *flags: str, how: Sequence[str] = ()) -> Findings:
-        """Look from a process in a mount namespace of its own."""
+    def check_in_namespace(self, *flags: str, how: Sequence[str] = ()) -> Findings:
+        """Run the doctor in a separate mount namespace."""
         done = self.run("--json", *flags, how=how)
         assert done.stderr == "", done.stderr
         return Findings(done.returncode, done.stdout, json.loads(done.stdout)["findings"])
 
-    def look(self, *flags: str) -> Findings:
-        """Look from this process, where no namespace is needed: what is looked at is as real."""
+    def check(self, *flags: str) -> Findings:
+        """Run the doctor in this process, for checks that need no namespace."""
         command = parse(["doctor", *self.flags, "--json", *flags], {})
         assert isinstance(command, DoctorCommand)
         lines: list[str] = []
@@ -110,7 +110,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 # --- the machine ------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_that_is_well_is_told_so(machine: Machine) -> None:
+def test_a_complete_machine_has_no_error(machine: Machine) -> None:
     machine.flags = machine.flags[:-2]  # no driver runs
     told = machine.run()
     assert told.returncode == 0, told.stdout
@@ -121,17 +121,17 @@ def test_a_machine_that_is_well_is_told_so(machine: Machine) -> None:
     assert UUID in told.stdout
 
 
-def test_warnings_count_where_that_is_asked_for(machine: Machine) -> None:
+def test_a_warning_fails_with_strict(machine: Machine) -> None:
     machine.flags = machine.flags[:-2]
     (machine.kubelet / "pods").rmdir()
     (machine.kubelet / "plugins_registry").rmdir()
-    assert machine.look_inside("--strict").status == 1
-    found = machine.look_inside()
+    assert machine.check_in_namespace("--strict").status == 1
+    found = machine.check_in_namespace()
     assert "no kubelet uses it" in found.of("propagation", "warning")
     assert found.status == 0
 
 
-def test_what_a_container_lacks_is_told(machine: Machine) -> None:
+def test_a_container_without_tools_devices_and_propagation_gets_an_error_for_each(machine: Machine) -> None:
     tools = ("mkfs.ext4", "blkid", "mkfs.xfs", "cryptsetup")
     places = [f"{place}/{tool}" for tool in tools for place in ("/usr/local/sbin", "/usr/sbin", "/usr/bin", "/sbin")]
     state = machine.kubelet / "plugins" / DRIVER
@@ -142,7 +142,7 @@ def test_what_a_container_lacks_is_told(machine: Machine) -> None:
         "mknod -m 666 /dev/null c 1 3",
         f"mount -t tmpfs -o size=1M none {state}",
     ]
-    found = machine.look_inside("--encrypted-volumes", "--device-directory", "/dev/nvmesh")
+    found = machine.check_in_namespace("--encrypted-volumes", "--device-directory", "/dev/nvmesh")
     assert found.status == 1
     assert f"mount --make-rshared {machine.kubelet}" in found.of("propagation", "error")
     assert "/dev is tmpfs" in found.of("devices", "error")
@@ -155,43 +155,43 @@ def test_what_a_container_lacks_is_told(machine: Machine) -> None:
     assert "mkfs.xfs is not installed" in found.of("tools", "warning")
     assert "/dev/mapper/control does not exist" in found.of("kernel", "error")
     assert "/dev/loop-control does not exist" in found.of("kernel", "warning")
-    found = machine.look_inside(how=("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--inh-caps=-all"))
+    found = machine.check_in_namespace(how=("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--inh-caps=-all"))
     assert "/dev is tmpfs" in found.of("devices", "warning")
     assert "cryptsetup is not installed" in found.of("tools", "warning")
     assert "as root" in found.of("privileges", "skipped")
 
 
-def test_another_user_is_told_what_root_would_see(machine: Machine) -> None:
+def test_another_user_than_root_gets_the_findings_that_need_no_privilege(machine: Machine) -> None:
     for directory in (machine.directory, *list(machine.directory.parents)[:2]):
         directory.chmod(0o755)
-    found = machine.look_inside(how=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+    found = machine.check_in_namespace(how=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
     assert "user 65534" in found.of("state-directory", "error")
     assert found.of("kernel", "ok")
 
 
-def test_a_client_that_is_absent_or_unusable_is_a_fault(machine: Machine) -> None:
+def test_an_absent_or_unusable_client_is_an_error(machine: Machine) -> None:
     (machine.status / "version").write_text(json.dumps({"version": ""}))
-    assert "is unusable" in machine.look().of("client", "error")
+    assert "is unusable" in machine.check().of("client", "error")
     (machine.status / "status.json").unlink()
-    assert "is not running" in machine.look().of("client", "error")
+    assert "is not running" in machine.check().of("client", "error")
     (machine.status / "version").unlink()
     machine.status.rmdir()
-    assert "has no storage client" in machine.look().of("client", "error")
+    assert "has no storage client" in machine.check().of("client", "error")
 
 
-def test_the_mark_of_an_upgrade_that_may_have_failed_is_told(machine: Machine) -> None:
+def test_the_file_of_an_unfinished_client_upgrade_is_a_warning(machine: Machine) -> None:
     """Only success or a reboot removes it."""
     mark = "/var/run/nvmesh/nvmeshclient/upgrade"
     machine.prepare += ["mount -t tmpfs none /run", f"mkdir -p {Path(mark).parent}", f"touch {mark}"]
-    assert mark in machine.look_inside().of("client", "warning")
+    assert mark in machine.check_in_namespace().of("client", "warning")
     (machine.status / "status.json").unlink()
-    assert mark in machine.look_inside().of("client", "warning")
+    assert mark in machine.check_in_namespace().of("client", "warning")
 
 
 @pytest.mark.parametrize(
     ("state", "said"), [("preempted", "taken over by another node"), ("io-lost", "carries no I/O")]
 )
-def test_a_mounted_volume_without_io_is_told(machine: Machine, state: str, said: str) -> None:
+def test_a_mounted_volume_without_io_is_a_warning(machine: Machine, state: str, said: str) -> None:
     name = "csi-1234567890abcdef12"
     staging = machine.kubelet / "plugins/kubernetes.io/csi" / DRIVER / "0123/globalmount"
     staging.mkdir(parents=True)
@@ -201,10 +201,10 @@ def test_a_mounted_volume_without_io_is_told(machine: Machine, state: str, said:
     status.parent.mkdir(parents=True)
     status.write_bytes((ROOT / f"tests/recordings/nvmesh-client/volumes/B-{state}.json").read_bytes())
     machine.prepare.append(f"mount -t tmpfs {machine.directory}/dev/{name} {staging}")
-    assert said in machine.look_inside().of("volumes", "warning")
+    assert said in machine.check_in_namespace().of("volumes", "warning")
 
 
-def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
+def test_orphaned_mounts_and_unreadable_usage_records_are_warnings(machine: Machine) -> None:
     staging = machine.kubelet / "plugins/kubernetes.io/csi" / DRIVER / "0123/globalmount"
     staging.mkdir(parents=True)
     marks = machine.kubelet / "plugins" / DRIVER / "state/format-marks"
@@ -216,7 +216,7 @@ def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
     (machine.status / "volumes/csi-other").mkdir(parents=True)
     (machine.status / "volumes/csi-other/status.json").write_text(json.dumps({"name": "csi-other", "uuid": other}))
     machine.prepare.append(f"mount -t tmpfs none {staging}")
-    found = machine.look_inside()
+    found = machine.check_in_namespace()
     assert "kubelet has no record of it" in found.of("volumes", "warning")
     assert f"{UUID}.mark cannot be read" in found.of("usage-records", "warning")
     counted = found.of("usage-records", "ok")
@@ -224,21 +224,21 @@ def test_mounts_and_marks_that_are_left_over_are_told(machine: Machine) -> None:
     assert "1 no longer here" in counted
 
 
-def test_a_loop_device_without_its_file_is_told(machine: Machine) -> None:
+def test_a_loop_device_without_its_file_is_a_warning(machine: Machine) -> None:
     file = machine.directory / "pool"
     file.write_bytes(bytes(1 << 20))
     device = subprocess.run(
         ["losetup", "--find", "--show", file], check=True, capture_output=True, text=True
     ).stdout.strip()
     try:
-        assert device not in machine.look().of("loop-devices", "warning")
+        assert device not in machine.check().of("loop-devices", "warning")
         file.unlink()
-        assert f"losetup --detach {device}" in machine.look().of("loop-devices", "warning")
+        assert f"losetup --detach {device}" in machine.check().of("loop-devices", "warning")
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-# --- who else is there ------------------------------------------------------------------------------------------
+# --- other drivers ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -249,25 +249,25 @@ def listening(path: Path) -> Iterator[socket.socket]:
         yield server
 
 
-def test_another_driver_of_the_same_name_is_a_fault(machine: Machine) -> None:
+def test_another_driver_of_the_same_name_is_an_error(machine: Machine) -> None:
     registry, plugin = machine.kubelet / "plugins_registry", machine.kubelet / "plugins" / DRIVER
     with listening(registry / f"{DRIVER}-reg.sock"):
-        assert "is served" in machine.look().of("sockets", "ok")
+        assert "is served" in machine.check().of("sockets", "ok")
         with listening(registry / f"{DRIVER}.sock"), listening(plugin / "csi.sock"):
-            said = machine.look().of("sockets", "error")
+            said = machine.check().of("sockets", "error")
         assert "registered with kubelet by" in said
         assert f"{plugin}/csi.sock is served by another driver" in said
-        assert "no process serves" in machine.look().of("sockets", "warning")
+        assert "no process serves" in machine.check().of("sockets", "warning")
     flag = "--kubelet-registration-directory"
-    assert "does not exist" in machine.look(flag, str(machine.directory / "none")).of("sockets", "error")
+    assert "does not exist" in machine.check(flag, str(machine.directory / "none")).of("sockets", "error")
     (registry / f"{DRIVER}-reg.sock").unlink()
     (registry / f"{DRIVER}.sock").unlink()
-    assert f"has no socket of {DRIVER}" in machine.look(flag, str(registry)).of("sockets", "error")
+    assert f"has no socket of {DRIVER}" in machine.check(flag, str(registry)).of("sockets", "error")
 
 
-def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machine) -> None:
+def test_a_driver_that_does_not_respond_does_not_delay_other_checks(machine: Machine) -> None:
     with listening(machine.directory / "csi.sock"):
-        found = machine.look("--timeout=4")
+        found = machine.check("--timeout=4")
     assert found.of("driver", "skipped") or found.of("driver", "error")
     assert found.of("kernel", "ok")
 
@@ -275,8 +275,8 @@ def test_a_driver_that_does_not_answer_costs_its_time_and_no_more(machine: Machi
 # --- the management ---------------------------------------------------------------------------------------------
 
 
-def told_of(machine: Machine, *servers: str, ca: Path | None = None) -> list[str]:
-    """Return the flags by which the management is known."""
+def login(machine: Machine, *servers: str, ca: Path | None = None) -> list[str]:
+    """Return the flags for a management."""
     password = machine.directory / "password"
     password.write_text(PASSWORD)
     flags = [flag for server in servers for flag in ("--management-server", server)]
@@ -300,31 +300,31 @@ def plain() -> Iterator[ManagementDouble]:
         thread.join(5)
 
 
-def test_a_management_that_answers_knows_this_machines_client(machine: Machine) -> None:
+def test_the_management_is_checked_for_the_client_of_this_machine(machine: Machine) -> None:
     with plain() as double:
         double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID.replace("1", "2"))))
-        found = machine.look(*told_of(machine, double.url))
+        found = machine.check(*login(machine, double.url))
         assert "accepts the login" in found.of("login", "ok")
         assert "is node-1 there, READY" in found.of("clients", "ok")
         double.on("GET", "/clients/all/0/0", clients(("node-2", UUID.replace("1", "2"))))
-        assert "does not know" in machine.look(*told_of(machine, double.url)).of("clients", "warning")
+        assert "does not know" in machine.check(*login(machine, double.url)).of("clients", "warning")
         double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID)))
-        assert "node-1, node-2 have one uuid" in machine.look(*told_of(machine, double.url)).of("clients", "error")
+        assert "node-1, node-2 have one uuid" in machine.check(*login(machine, double.url)).of("clients", "error")
 
 
-def test_a_login_that_is_refused_is_a_fault_and_no_password_is_shown(machine: Machine) -> None:
+def test_a_refused_login_is_an_error_without_the_password(machine: Machine) -> None:
     with plain() as double:
         double.password = "another one"
-        done = machine.run(*told_of(machine, double.url))
+        done = machine.run(*login(machine, double.url))
         assert f"does not accept user '{USER}'" in done.stdout
         assert PASSWORD not in done.stdout + done.stderr
         assert done.returncode == 1
 
 
-def test_an_old_api_is_a_fault(machine: Machine) -> None:
+def test_an_old_api_version_is_an_error(machine: Machine) -> None:
     with plain() as double:
         double.on("GET", "/systemInfo", Says({"APIVersion": "14.1.0", "version": "2.0"}))
-        assert "expected API version 15 or newer" in machine.look(*told_of(machine, double.url)).of("login", "error")
+        assert "expected API version 15 or newer" in machine.check(*login(machine, double.url)).of("login", "error")
 
 
 @pytest.mark.parametrize(
@@ -335,35 +335,35 @@ def test_an_old_api_is_a_fault(machine: Machine) -> None:
         ("", "", "warning", "ends on"),
     ],
 )
-def test_a_certificate_is_judged_by_its_end(
+def test_a_certificate_is_checked_for_its_end(
     machine: Machine, authority: Authority, first: str, last: str, gravity: str, word: str
 ) -> None:
     pair = authority.issue_between(f"until-{last}", first, last) if first else authority.issue("two-days")
     with serving(TlsDouble(pair)) as double:
-        found = machine.look(*told_of(machine, double.url, ca=authority.certificate))
+        found = machine.check(*login(machine, double.url, ca=authority.certificate))
         assert word in found.of("certificate", gravity), found.text
 
 
 def test_a_certificate_that_is_not_verified_is_a_warning(machine: Machine, authority: Authority) -> None:
     with serving(TlsDouble(authority.issue("unverified"))) as double:
-        found = machine.look(*told_of(machine, double.url), "--management-tls-verify=false")
+        found = machine.check(*login(machine, double.url), "--management-tls-verify=false")
         assert "is not verified" in found.of("certificate", "warning")
 
 
-def test_a_certificate_of_somebody_else_is_a_fault(machine: Machine, authority: Authority, tmp_path: Path) -> None:
+def test_a_certificate_of_another_authority_is_an_error(machine: Machine, authority: Authority, tmp_path: Path) -> None:
     pair: Pair = Authority(tmp_path / "other", "other").issue("server")
     with serving(TlsDouble(pair)) as double:
-        said = machine.look(*told_of(machine, double.url, ca=authority.certificate)).of("certificate", "error")
+        said = machine.check(*login(machine, double.url, ca=authority.certificate)).of("certificate", "error")
         assert "--management-ca-file" in said
 
 
-def test_servers_that_cannot_be_reached_or_hang_do_not_hide_the_others(machine: Machine) -> None:
+def test_unreachable_and_hanging_servers_do_not_hide_the_others(machine: Machine) -> None:
     with plain() as good, plain() as hanging, socket.create_server(("127.0.0.1", 0)) as silent:
         good.on("GET", "/clients/all/0/0", clients(("node-1", UUID)))
         hanging.on("GET", "/systemInfo", Hangs())
         mute = f"http://127.0.0.1:{silent.getsockname()[1]}"
         servers = ("http://127.0.0.1:1", "http://no-such-host.invalid:4000", mute, hanging.url, good.url)
-        found = machine.look(*told_of(machine, *servers), "--timeout=4")
+        found = machine.check(*login(machine, *servers), "--timeout=4")
     warned = found.of("management", "warning")
     assert "http://127.0.0.1:1: Connection refused" in warned
     assert "no-such-host.invalid:4000: " in warned
@@ -373,23 +373,23 @@ def test_servers_that_cannot_be_reached_or_hang_do_not_hide_the_others(machine: 
     assert found.of("kernel", "ok")
 
 
-def test_the_clients_own_servers_are_tried(machine: Machine) -> None:
+def test_the_servers_of_the_client_are_connected_to(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         (machine.directory / "nvmesh.conf").write_text(f'MANAGEMENT_SERVERS="127.0.0.1:{port},127.0.0.1:1"\n')
-        found = machine.look()
+        found = machine.check()
         assert f"127.0.0.1:{port} accepts connections" in found.of("client-management", "ok")
         assert "cannot reach 127.0.0.1:1" in found.of("client-management", "warning")
-    assert "cannot reach" in machine.look().of("client-management", "error")
+    assert "cannot reach" in machine.check().of("client-management", "error")
 
 
-def test_a_zone_that_is_not_clear_is_a_fault(machine: Machine) -> None:
+def test_an_ambiguous_zone_is_an_error(machine: Machine) -> None:
     description = machine.directory / "clusters"
     description.write_text("{zones: {a: {servers: [m1]}, b: {servers: [m2]}}}")
-    found = machine.look("--clusters-file", str(description))
+    found = machine.check("--clusters-file", str(description))
     assert "expected one of a, b" in found.of("zone", "error")
     description.write_text("zones: [")
-    assert str(description) in machine.look("--clusters-file", str(description)).of("clusters-file", "error")
+    assert str(description) in machine.check("--clusters-file", str(description)).of("clusters-file", "error")
 
 
 # --- Kubernetes -------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def csi_node(name: str, node_id: str) -> dict[str, object]:
     return {"metadata": {"name": name}, "spec": {"drivers": [{"name": DRIVER, "nodeID": node_id}]}}
 
 
-def test_kubernetes_is_asked_for_node_taint_registration_and_duplicates(
+def test_kubernetes_is_checked_for_node_taint_registration_and_duplicates(
     machine: Machine, authority: Authority, tmp_path: Path
 ) -> None:
     account = tmp_path / "account"
@@ -408,36 +408,36 @@ def test_kubernetes_is_asked_for_node_taint_registration_and_duplicates(
     with served(cluster, authority, authority.issue("api"), account) as api:
         flags = ["--kubernetes-host=127.0.0.1", f"--kubernetes-port={api.port}", f"--kubernetes-account={account}"]
         flags += ["--startup-taint=key.example.com/x"]
-        found = machine.look(*flags)
+        found = machine.check(*flags)
         assert "has no node node-1" in found.of("api-server", "error")
         assert "kubelet has not registered" in found.of("registration", "error")
         taints = [{"key": "key.example.com/x", "effect": "NoSchedule"}]
         cluster.objects[f"{NODES}/node-1"] = {"metadata": {"name": "node-1"}, "spec": {"taints": taints}}
         one, two = csi_node("node-1", UUID), csi_node("node-2", UUID)
         cluster.objects |= {f"{CSI_NODES}/node-1": one, CSI_NODES: {"items": [one, two]}}
-        found = machine.look(*flags)
+        found = machine.check(*flags)
         assert "kubectl taint node node-1 key.example.com/x-" in found.of("api-server", "warning")
         assert "node-1, node-2 are registered with one id" in found.of("registration", "error")
         cluster.objects[f"{CSI_NODES}/node-1"] = csi_node("node-1", "old-id")
-        assert f"registered as old-id, its id is {UUID} now" in machine.look(*flags).of("registration", "error")
+        assert f"registered as old-id, its id is {UUID} now" in machine.check(*flags).of("registration", "error")
         (machine.status / "status.json").write_text("{}")
-        found = machine.look(*flags)
+        found = machine.check(*flags)
         assert "shows no id now" in found.of("registration", "skipped")
         assert "its id is" not in found.text
         cluster.forbidden = (f"GET {CSI_NODES}", f"GET {NODES}")
-        found = machine.look(*flags)
+        found = machine.check(*flags)
         assert "may not get nodes" in found.of("api-server", "skipped")
         assert "uniq -d" in found.of("registration", "skipped")
         (account / "token").write_text("top secret")
         assert "top secret" not in machine.run(*flags).stdout
-    assert "refused" in machine.look(*flags).of("api-server", "error")
+    assert "refused" in machine.check(*flags).of("api-server", "error")
 
 
 # --- nothing is changed -----------------------------------------------------------------------------------------
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return of every file below what a change would change. Times of access are nobody's business."""
+    """Return mode, size and times of every file below, without times of access."""
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted([directory, *directory.rglob("*")]):
         status = path.lstat()
@@ -446,7 +446,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def test_nothing_is_changed_and_nothing_need_be_writable(machine: Machine) -> None:
+def test_the_doctor_changes_nothing_and_needs_no_writable_directory(machine: Machine) -> None:
     (machine.directory / "nvmesh.conf").write_text('MANAGEMENT_SERVERS="127.0.0.1:1"\n')
     (machine.kubelet / "plugins" / DRIVER / "state/format-marks").mkdir(parents=True)
     place = f"/run/{machine.directory.name}-{os.getpid()}"  # other runs have directories of this name
@@ -454,13 +454,13 @@ def test_nothing_is_changed_and_nothing_need_be_writable(machine: Machine) -> No
     compare = 'cat /proc/self/mountinfo > $0-before; "$@"; s=$?; cat /proc/self/mountinfo > $0-after; exit $s'
     with listening(machine.directory / "csi.sock"):
         before = snapshot(machine.directory)
-        machine.look_inside("--timeout=1", how=("sh", "-c", compare, place))
+        machine.check_in_namespace("--timeout=1", how=("sh", "-c", compare, place))
         assert snapshot(machine.directory) == before
     assert mounts[0].read_text() == mounts[1].read_text()
     for file in mounts:
         file.unlink()
-    # Where nothing at all can be written it finds the same, but for the state directory.
+    # On a read-only filesystem the findings are the same, except for the state directory.
     machine.prepare.append(f"mount -o remount,bind,ro / && mount -o remount,bind,ro {machine.kubelet}")
-    found = machine.look_inside()
+    found = machine.check_in_namespace()
     assert found.of("kernel", "ok")
     assert "cannot be written" in found.of("state-directory", "error")

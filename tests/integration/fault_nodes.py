@@ -90,13 +90,13 @@ class Subject:
 
 
 class Node(Protocol):
-    """Makes one call and tells how it ended: "ok", "killed", or why it failed."""
+    """Sends one request and returns "ok", "killed", or why it failed."""
 
     def call(self, verb: str, subject: Subject) -> str: ...
 
 
 class ForkedNode:
-    """The use-cases, composed anew in a forked process for every call (see `fault_server`)."""
+    """Composes the use cases in a new forked process for every request (see `fault_server`)."""
 
     def __init__(self, directory: Path) -> None:
         self._server = subprocess.Popen(
@@ -161,7 +161,7 @@ class ServingNode:
         return process
 
     def call(self, verb: str, subject: Subject, *, timeout_s: float | None = None) -> str:
-        """Make the call; where a killed node left nobody to answer, wait for its end and start it again."""
+        """Send the request; if the node was killed, wait for its end and start it again."""
         before = self.client.timeout_s
         self.client.timeout_s = timeout_s or before
         try:
@@ -225,7 +225,7 @@ class World:
         self.trace = self.directory / "faults" / "trace"
 
     def subject(self, kind: str, **more: object) -> Subject:
-        """Make a volume that nobody ever used, but for the old data that may be formatted over."""
+        """Make a volume that was never used, with old data if it may be formatted over."""
         self._made += 1
         name = f"csi-{kind}-{self._made}"
         loop = self.machine.volume(name, SIZES[kind])
@@ -265,7 +265,7 @@ class World:
         return sum(re.sub(r"\\040", " ", line.split()[4]) == str(path) for line in lines)
 
     def readers_over(self, subject: Subject) -> int:
-        """Count the loop devices that stand over the volume's device."""
+        """Count the loop devices over the volume's device."""
         return len(list(loops_of(str(self.directory / "dev" / subject.name))))
 
     def marks(self) -> list[str]:
@@ -288,7 +288,7 @@ def loops_of(file: str) -> Iterator[str]:
 
 
 def until_ok(node: Node, verb: str, subject: Subject, *, passing: tuple[str, ...] = ("ABORTED",)) -> None:
-    """Repeat a call as a CO does while it is told to."""
+    """Retry a request as a CO does."""
     end = time.monotonic() + 180
     while (outcome := node.call(verb, subject)) != "ok":
         assert outcome.startswith(passing), f"{verb}: {outcome}"

@@ -31,15 +31,14 @@ ALL = os.environ.get("NVMESH_CSI_ALL_FAULTS") == "1"
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """The life of one kind of volume, and the points that its calls pass: each is struck in turn."""
+    """The life of one kind of volume, and the points that its requests pass. A fault is injected at each in turn."""
 
     kind: str
     settings: Mapping[str, object]
     verbs: tuple[str, ...]
     passes: frozenset[str]
-    struck: tuple[str, ...] = ("",)
-    """What the points begin with that are struck; the rest is struck in another story, or with
-    NVMESH_CSI_ALL_FAULTS=1."""
+    tested: tuple[str, ...] = ("",)
+    """Prefixes of the points to test; the others are tested in another story, or with NVMESH_CSI_ALL_FAULTS=1."""
 
 
 def effects(names: str) -> frozenset[str]:
@@ -125,9 +124,9 @@ ENCRYPTED_STORIES = {
         ("encryption.open", "encryption.close"),
     ),
 }
-"""Struck by `tests/vm/test_encrypted_faults.py`: they need a kernel with device-mapper."""
+"""Tested by `tests/vm/test_encrypted_faults.py`: they need a kernel with device-mapper."""
 NOT_ON_THE_WAY = {"read_only_devices.release_left_over", "encryption.resume"}
-"""Passed only by a call that mends what a crash left: the tests of that are `test_a_mended_call_may_die_as_well` and
+"""Passed only by a request that repairs the leftovers of a crash: `test_a_repairing_request_may_be_killed_as_well`,
 `tests/vm/test_encrypted_volumes.py`."""
 
 
@@ -153,7 +152,7 @@ def serving(world: World) -> Iterator[ServingNode]:
 
 
 class Life:
-    """Leads one volume through its story; knows what must hold after each call."""
+    """Sends the requests of a story for one volume and checks the machine after each."""
 
     def __init__(self, world: World, node: Node, story: Story) -> None:
         self.world, self.node, self.story = world, node, story
@@ -182,7 +181,7 @@ class Life:
         return self.subject.target if self.subject.kind == "block" else self.subject.target / "data"
 
     def check(self, verb: str) -> None:
-        """Compare the machine with what the call promised."""
+        """Compare the machine with the expected result of the request."""
         world, subject = self.world, self.subject
         if verb in ("stage", "unstage"):
             assert world.mounted(subject.staging) == (verb == "stage" and subject.kind != "block")
@@ -198,17 +197,17 @@ class Life:
             self.do("read")
 
     def end(self) -> None:
-        """Bring the volume down from wherever it is, and see that nothing is left of it."""
+        """Unpublish and unstage the volume; assert that nothing is left of it."""
         for verb in DOWN:
             self.do(verb)
-        # What says that a volume was used stays, whatever comes after.
+        # The record that the volume was used is never removed.
         marks = [] if self.subject.read_only else [f"{self.subject.loop.uuid}.mark"]
         assert [mark for mark in self.world.marks() if mark.startswith(self.subject.loop.uuid)] == marks
         self.world.end(self.subject)
 
 
 def points_by_step(world: World, node: Node, story: Story) -> list[tuple[int, str]]:
-    """Return every (step, point) that the story passes when nothing goes wrong, each point of a step once."""
+    """Return every (step, point) that the story passes without faults, each point of a step once."""
     found: list[tuple[int, str]] = []
     life = Life(world, node, story)
     world.traced()
@@ -220,14 +219,14 @@ def points_by_step(world: World, node: Node, story: Story) -> list[tuple[int, st
     return found
 
 
-def strike_each(world: World, node: Node, story: Story, action: str, ended: Callable[[str], bool]) -> int:
-    """Let a fresh volume meet the action at each point of its story; return how many points there were."""
+def inject_at_each(world: World, node: Node, story: Story, action: str, ended: Callable[[str], bool]) -> int:
+    """Inject the action at each point of the story, each time for a new volume; return the number of points."""
     steps = points_by_step(world, node, story)
     if not ALL:  # once each, in the first call of its kind that passes it
         once = {(story.verbs[number], point): number for number, point in reversed(steps)}
-        steps = [(number, point) for (_, point), number in once.items() if point.startswith(story.struck)]
-    struck = sorted(steps)
-    for number, point in struck:
+        steps = [(number, point) for (_, point), number in once.items() if point.startswith(story.tested)]
+    injected = sorted(steps)
+    for number, point in injected:
         life = Life(world, node, story)
         for verb in story.verbs[:number]:
             life.do(verb)
@@ -240,7 +239,7 @@ def strike_each(world: World, node: Node, story: Story, action: str, ended: Call
         opposite = OPPOSITES.get(verb)
         if opposite is not None:
             life.do(opposite)
-            # The other way: the call is struck again, and its opposite follows at once.
+            # Inject it again, and send the opposite request at once.
             world.plan(point, action)
             node.call(verb, life.subject)
             world.cancel()
@@ -249,7 +248,7 @@ def strike_each(world: World, node: Node, story: Story, action: str, ended: Call
         for rest in story.verbs[number + 1 :]:
             life.do(rest)
         life.end()
-    return len(struck)
+    return len(injected)
 
 
 def require_points(world: World, node: Node, story: Story) -> None:
@@ -257,38 +256,38 @@ def require_points(world: World, node: Node, story: Story) -> None:
     assert passed == story.passes
 
 
-def test_every_point_is_on_the_way_of_some_story() -> None:
+def test_every_point_is_passed_by_some_story() -> None:
     known = {point.partition(":")[0] for point in points()}
     told = STORIES | ENCRYPTED_STORIES
     assert set().union(*(story.passes for story in told.values())) | NOT_ON_THE_WAY == known
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_the_calls_pass_the_points_that_they_are_said_to(world: World, forked: ForkedNode, name: str) -> None:
+def test_the_requests_pass_the_declared_points(world: World, forked: ForkedNode, name: str) -> None:
     require_points(world, forked, STORIES[name])
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_a_node_killed_at_any_point_goes_on_or_back(world: World, forked: ForkedNode, name: str) -> None:
-    assert strike_each(world, forked, STORIES[name], "kill", lambda outcome: outcome == "killed")
+def test_a_node_killed_at_any_point_continues_or_undoes(world: World, forked: ForkedNode, name: str) -> None:
+    assert inject_at_each(world, forked, STORIES[name], "kill", lambda outcome: outcome == "killed")
 
 
 @pytest.mark.parametrize("name", STORIES if ALL else ["block read-only"])
-def test_an_error_at_any_point_is_told_and_the_next_call_goes_on(world: World, forked: ForkedNode, name: str) -> None:
-    assert strike_each(world, forked, STORIES[name], "fail", lambda outcome: outcome.startswith("SystemCallFailed"))
+def test_an_error_at_any_point_is_returned_and_a_retry_succeeds(world: World, forked: ForkedNode, name: str) -> None:
+    assert inject_at_each(world, forked, STORIES[name], "fail", lambda outcome: outcome.startswith("SystemCallFailed"))
 
 
 @pytest.mark.skipif(not ALL, reason="takes minutes: NVMESH_CSI_ALL_FAULTS=1 runs it")
 @pytest.mark.parametrize("action", ["kill", "fail"])
 @pytest.mark.parametrize("name", STORIES)
-def test_the_program_itself_is_struck_at_any_point(world: World, serving: ServingNode, name: str, action: str) -> None:
+def test_the_program_itself_fails_at_any_point(world: World, serving: ServingNode, name: str, action: str) -> None:
     outcome = {"kill": "killed", "fail": "INTERNAL"}[action]
-    assert strike_each(world, serving, STORIES[name], action, lambda ended: ended.startswith(outcome))
+    assert inject_at_each(world, serving, STORIES[name], action, lambda ended: ended.startswith(outcome))
 
 
 @pytest.mark.parametrize("action", ["kill", "fail"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_mended_call_may_die_as_well(world: World, forked: ForkedNode, when: str, action: str) -> None:
+def test_a_repairing_request_may_be_killed_as_well(world: World, forked: ForkedNode, when: str, action: str) -> None:
     life = Life(world, forked, STORIES["block read-only"])
     life.do("stage")
     world.plan("mounts.bind:before", "kill")
@@ -310,11 +309,11 @@ DEADLINE_STORIES = {
              ("publish", "mounts.bind"), ("unpublish", "mounts.unmount"), ("unstage", "mounts.unmount")),
     "block read-only": (("publish", "read_only_devices.over"), ("unpublish", "read_only_devices.release")),
 }  # fmt: skip
-"""What the gate tries; the rest with NVMESH_CSI_ALL_FAULTS=1."""
+"""Tested in the gate; the others with NVMESH_CSI_ALL_FAULTS=1."""
 
 
 @pytest.mark.parametrize("name", STORIES if ALL else DEADLINE_STORIES)
-def test_work_goes_on_under_the_lock_after_its_deadline(world: World, serving: ServingNode, name: str) -> None:
+def test_work_continues_under_the_lock_after_its_deadline(world: World, serving: ServingNode, name: str) -> None:
     story = STORIES[name]
     steps = points_by_step(world, serving, story)
     tried = [(number, point) for number, point in steps if ALL or _is_tried(name, story, number, point)]
@@ -337,7 +336,7 @@ def _is_tried(name: str, story: Story, number: int, point: str) -> bool:
 
 
 def outlive(world: World, node: ServingNode, subject: Subject, verb: str, point: str) -> None:
-    """Let a call's deadline pass while its work stalls at a point; the same call is ABORTED until the work is done."""
+    """Let a deadline pass while the work stalls at a point; a retry is ABORTED until the work is done."""
     release = world.directory / "faults" / "release"
     release.unlink(missing_ok=True)
     world.plan(point, f"stall {release}")
@@ -384,7 +383,7 @@ def test_sigterm_lets_running_work_finish(world: World, forked: ForkedNode, own:
     life.end()
 
 
-def test_calls_are_served_during_the_delay_before_the_end(own: ServingNode) -> None:
+def test_requests_are_served_during_the_pre_shutdown_delay(own: ServingNode) -> None:
     own.process.terminate()
     own.process.wait(180)
     own.start("--pre-shutdown-delay", "60")
@@ -396,7 +395,7 @@ def test_calls_are_served_during_the_delay_before_the_end(own: ServingNode) -> N
     assert own.process.wait(120) == 128 + signal.SIGTERM
 
 
-def test_a_second_sigterm_ends_it_at_once_and_the_next_start_goes_on(
+def test_a_second_sigterm_ends_it_at_once_and_the_next_start_continues(
     world: World, forked: ForkedNode, own: ServingNode
 ) -> None:
     life = Life(world, forked, STORIES["ext4"])
@@ -415,7 +414,7 @@ def test_a_second_sigterm_ends_it_at_once_and_the_next_start_goes_on(
     life.end()
 
 
-def test_work_that_outlasts_the_drain_is_left_to_the_next_start(
+def test_work_that_outlasts_the_drain_is_completed_after_the_next_start(
     world: World, forked: ForkedNode, own: ServingNode
 ) -> None:
     own.process.terminate()

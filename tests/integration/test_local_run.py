@@ -1,4 +1,4 @@
-"""`nvmesh-csi local` and `nvmesh-csi demo` as a person runs them."""
+"""`nvmesh-csi local` and `nvmesh-csi demo` as programs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_role_that_is_killed_is_reported_and_serves_again(fresh_rig: Rig) -> N
     assert "was killed by signal 9" in fresh_rig.log.read_text()
 
 
-def test_a_role_that_keeps_dying_ends_the_run_with_a_message(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_role_that_keeps_exiting_ends_the_run_with_a_message(tmp_path_factory: pytest.TempPathFactory) -> None:
     with running(tmp_path_factory.mktemp("die") / "d", "--restart-limit", "0") as rig:
         os.kill(rig.pid("node"), signal.SIGKILL)
         assert rig.process is not None
@@ -64,7 +64,7 @@ def test_a_stop_ends_every_process_and_removes_pid_files_and_sockets(fresh_rig: 
     assert [*fresh_rig.directory.glob("*.pid"), *fresh_rig.directory.glob("*.sock")] == []
 
 
-def test_volumes_and_their_data_are_there_at_the_next_start(fresh_rig: Rig) -> None:
+def test_volumes_and_their_data_survive_a_restart(fresh_rig: Rig) -> None:
     volume = fresh_rig.volume(filesystem())
     wanted = fill(volume.up() / "data", MIB)
     fresh_rig.restart()
@@ -76,7 +76,7 @@ def test_volumes_and_their_data_are_there_at_the_next_start(fresh_rig: Rig) -> N
     volume.end()
 
 
-def test_after_a_kill_of_all_at_once_the_next_start_goes_on(fresh_rig: Rig) -> None:
+def test_volumes_survive_a_kill_of_all_processes(fresh_rig: Rig) -> None:
     volume = fresh_rig.volume(filesystem())
     wanted = fill(volume.up() / "data", MIB)
     assert fresh_rig.process is not None
@@ -89,7 +89,7 @@ def test_after_a_kill_of_all_at_once_the_next_start_goes_on(fresh_rig: Rig) -> N
 
 
 @pytest.mark.parametrize("role", ["storage", "controller", "node"])
-def test_a_kill_in_the_middle_of_the_start_leaves_no_role(tmp_path: Path, role: str) -> None:
+def test_a_kill_during_the_start_leaves_no_process(tmp_path: Path, role: str) -> None:
     directory = tmp_path / "d"
     starting = subprocess.Popen(
         [*PROGRAM, "local", "--directory", str(directory)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
@@ -108,7 +108,7 @@ def test_a_second_start_on_the_same_directory_is_refused_and_harms_nothing(fresh
     assert fresh_rig.controller.plugin_name()
 
 
-def test_two_runs_live_side_by_side(fresh_rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_runs_do_not_disturb_each_other(fresh_rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> None:
     with running(tmp_path_factory.mktemp("side") / "d") as other:
         mine, theirs = fresh_rig.volume(filesystem()), other.volume(filesystem())
         wanted = fill(mine.up() / "data", MIB)
@@ -134,7 +134,7 @@ def test_a_directory_with_spaces_and_other_letters_works(tmp_path_factory: pytes
         volume.end()
 
 
-def test_someone_who_is_not_root_gets_one_clear_line() -> None:
+def test_another_user_than_root_gets_one_line() -> None:
     refused = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", *PROGRAM, "local", "--directory", "/tmp/not-root"],
         cwd=REPOSITORY,

@@ -23,19 +23,19 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "fault-points.md"
 
 
 def port_protocols() -> dict[str, Any]:
-    """Return what `assemble` takes by which the use-cases reach the machine, by parameter."""
+    """Return the ports that `assemble` takes, by parameter."""
     hints = get_type_hints(service.assemble)
     del hints["return"]
     kinds = {name: next(k for k in getattr(hint, "__args__", (hint,))) for name, hint in hints.items()}
     return {name: kind for name, kind in kinds.items() if kind not in (NodeSettings, Tools, NodeZone)}
 
 
-def test_every_port_has_its_row() -> None:
+def test_every_port_is_declared() -> None:
     assert set(PORTS) == set(port_protocols())
 
 
 @pytest.mark.parametrize("name", PORTS)
-def test_every_method_of_a_port_is_a_read_or_has_its_points(name: str) -> None:
+def test_every_method_of_a_port_is_a_read_or_has_points(name: str) -> None:
     protocol = port_protocols()[name]
     methods = {name for name, _ in inspect.getmembers(protocol, callable) if not name.startswith("_")}
     declared = PORTS[name]
@@ -63,7 +63,7 @@ def test_a_plan_triggers_once(faulty: Faults, tmp_path: Path) -> None:
     paths.make_directory(made)
 
 
-def test_a_point_before_an_effect_keeps_it_from_happening(faulty: Faults, tmp_path: Path) -> None:
+def test_a_failure_before_an_effect_prevents_it(faulty: Faults, tmp_path: Path) -> None:
     paths = faulty.wrap("paths", FakeNode().host.paths)
     (tmp_path / "plan").write_text("paths.make_directory:before fail")
     with pytest.raises(SystemCallFailed):

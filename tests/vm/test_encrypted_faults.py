@@ -9,7 +9,7 @@ import pytest
 
 from tests.contract.host_machine import host_machine
 from tests.integration.fault_nodes import ForkedNode, World
-from tests.integration.test_fault_points import ENCRYPTED_STORIES, require_points, strike_each
+from tests.integration.test_fault_points import ENCRYPTED_STORIES, inject_at_each, require_points
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
 
@@ -28,15 +28,15 @@ def forked(world: World) -> Iterator[ForkedNode]:
 
 
 @pytest.mark.parametrize("name", ENCRYPTED_STORIES)
-def test_the_calls_pass_the_points_that_they_are_said_to(world: World, forked: ForkedNode, name: str) -> None:
+def test_the_requests_pass_the_declared_points(world: World, forked: ForkedNode, name: str) -> None:
     require_points(world, forked, ENCRYPTED_STORIES[name])
 
 
 @pytest.mark.parametrize("name", ENCRYPTED_STORIES)
-def test_a_node_killed_at_any_point_goes_on_or_back(world: World, forked: ForkedNode, name: str) -> None:
-    assert strike_each(world, forked, ENCRYPTED_STORIES[name], "kill", lambda outcome: outcome == "killed")
+def test_a_node_killed_at_any_point_continues_or_undoes(world: World, forked: ForkedNode, name: str) -> None:
+    assert inject_at_each(world, forked, ENCRYPTED_STORIES[name], "kill", lambda outcome: outcome == "killed")
 
 
-def test_an_error_at_any_point_is_told_and_the_next_call_goes_on(world: World, forked: ForkedNode) -> None:
+def test_an_error_at_any_point_is_returned_and_a_retry_succeeds(world: World, forked: ForkedNode) -> None:
     story = ENCRYPTED_STORIES["encrypted block"]
-    assert strike_each(world, forked, story, "fail", lambda outcome: outcome.startswith("SystemCallFailed"))
+    assert inject_at_each(world, forked, story, "fail", lambda outcome: outcome.startswith("SystemCallFailed"))

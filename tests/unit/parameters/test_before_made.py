@@ -1,4 +1,4 @@
-"""A static mistake in a StorageClass is refused before a volume exists, in the words in which a node refuses it."""
+"""A mistake in a StorageClass is refused before a volume exists, with the message with which a node refuses it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MISTAKES = [
 def words_of_the_node(
     context: Mapping[str, str], access: MountAccess, mode: AccessMode, told: Mapping[str, str] = EMPTY
 ) -> list[str]:
-    """Return the problems for which a node refuses the request as invalid; empty = for none."""
+    """Return the problems for which a node refuses the request as invalid."""
     node = FakeNode()
     node.host.attach(NAME, UUID)
     try:
@@ -66,7 +66,7 @@ def words_of_the_node(
 
 
 @pytest.mark.parametrize(("parameters", "fs_type", "flags", "mode"), MISTAKES)
-def test_what_no_node_stages_is_not_created(
+def test_a_volume_that_no_node_can_stage_is_not_created(
     parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode
 ) -> None:
     world, access = World(), MountAccess(fs_type, flags)
@@ -78,10 +78,10 @@ def test_what_no_node_stages_is_not_created(
 
 
 @pytest.mark.parametrize(("parameters", "fs_type", "flags", "mode"), MISTAKES)
-def test_what_no_node_stages_is_neither_confirmed_nor_attached(
+def test_a_volume_that_no_node_can_stage_is_neither_confirmed_nor_attached(
     parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode
 ) -> None:
-    """As for a static PersistentVolume, or a volume that an older release made."""
+    """As with a static PersistentVolume, or a volume of an older release."""
     world, access = World(), MountAccess(fs_type, flags)
     (words,) = words_of_the_node(parameters, access, mode)
     by = {key: value for key, value in parameters.items() if key == "encryption"}
@@ -96,7 +96,7 @@ def test_what_no_node_stages_is_neither_confirmed_nor_attached(
 
 
 @pytest.mark.parametrize("options", ["-F", "-b 1024", "-E root_owner=1:1", "nonsense", "-L 'a"])
-def test_a_volume_of_an_older_driver_is_attached_and_confirmed_whatever_made_its_filesystem(options: str) -> None:
+def test_mkfs_options_of_an_older_driver_do_not_prevent_attachment(options: str) -> None:
     world = World()
     made = world.create()
     old = {"csi_name": PVC, "fsType": "ext4", "volumeMode": "mount", "mkfsOptions": options}
@@ -108,8 +108,8 @@ def test_a_volume_of_an_older_driver_is_attached_and_confirmed_whatever_made_its
     assert world.holders() == ["node-1"]
 
 
-def test_a_volume_that_was_attached_before_is_attached_again_whatever_mkfs_would_be_asked() -> None:
-    """An older release took what this one refuses."""
+def test_invalid_keys_for_mkfs_do_not_prevent_a_later_attachment() -> None:
+    """An older release accepted more."""
     world = World()
     made = world.create()
     world.publish(made.volume_id)
@@ -118,8 +118,8 @@ def test_a_volume_that_was_attached_before_is_attached_again_whatever_mkfs_would
     assert world.holders() == ["node-1"]
 
 
-def test_a_class_that_mounts_rw_serves_claims_that_are_read_as_well() -> None:
-    """One class mounts for all access modes of a claim, and kubelet uses the first of them."""
+def test_a_class_with_the_option_rw_serves_readers_too() -> None:
+    """One class serves all access modes of a claim, and kubelet uses the first of them."""
     access = MountAccess("ext4", ("rw", "noatime"))
     capabilities = (Capability(access, WRITER), Capability(access, READER))
     made = World().create(capabilities=capabilities)
@@ -139,25 +139,25 @@ def test_every_problem_of_a_request_is_reported_at_once() -> None:
     assert [said.count(name) for name in named] == [1] * len(named)
 
 
-def test_a_volume_for_raw_block_access_has_no_filesystem_whose_keys_could_be_wrong() -> None:
+def test_keys_for_mkfs_are_not_checked_for_raw_block_access() -> None:
     made = World().create(capabilities=(BLOCK,), parameters={"mkfs/inodeSize": "8192"})
     assert made.context["mkfs/inodeSize"] == "8192"
 
 
-def test_a_block_as_large_as_the_pages_of_some_machines_is_left_to_the_node() -> None:
+def test_a_block_larger_than_the_page_is_left_to_the_node() -> None:
     made = World().create(parameters={"mkfs/blockSize": "65536"})
     assert made.context["mkfs/blockSize"] == "65536"
 
 
-def test_there_is_no_room_for_a_volume_that_no_node_stages() -> None:
+def test_there_is_no_capacity_for_a_volume_that_no_node_can_stage() -> None:
     world = World()
     capability = Capability(MountAccess("ext4", ("bind",)), WRITER)
     assert world.free.capacity((capability,), EMPTY, None, deadline=world.deadline()).available_bytes == 0
     assert world.free.capacity((RWO,), EMPTY, None, deadline=world.deadline()).available_bytes > 0
 
 
-def test_keys_of_encryption_of_a_volume_that_is_not_encrypted_are_not_judged() -> None:
-    """Volumes of older drivers carry words that meant nothing to them."""
+def test_keys_of_encryption_of_an_unencrypted_volume_are_not_checked() -> None:
+    """Volumes of older drivers may have keys that had no meaning there."""
     world = World()
     made = world.create()
     world.publish(made.volume_id, context={**made.context, "encryption/allowDiscards": "1"})
@@ -209,7 +209,7 @@ PARAMETERS = st.lists(st.sampled_from(sorted(VALUES)), max_size=4, unique=True).
     mode=st.sampled_from((WRITER, READER)),
     group=st.sampled_from(("", "", "", "2000")),
 )
-def test_the_controller_and_the_node_judge_any_request_alike(
+def test_controller_and_node_refuse_the_same_requests(
     parameters: dict[str, str], fs_type: str, flags: tuple[str, ...], mode: AccessMode, group: str
 ) -> None:
     access, world = MountAccess(fs_type, flags, group), World()
@@ -222,8 +222,8 @@ def test_the_controller_and_the_node_judge_any_request_alike(
         context = dict(made.context)
     words = words_of_the_node(context, access, mode)
     if not problem:
-        assert words == [], "the controller took what the node refuses"
-    assert [each for each in words if each not in problem] == [], "the controller says it in other words"
+        assert words == [], "the controller accepted a request that the node refuses"
+    assert [each for each in words if each not in problem] == [], "the messages of controller and node differ"
 
 
 @settings(max_examples=80, deadline=None)
@@ -236,7 +236,7 @@ def test_the_controller_and_the_node_judge_any_request_alike(
     read_only=st.booleans(),
     by=st.sampled_from(({}, {"encryption": "luks"})),
 )
-def test_the_controller_attaches_a_static_volume_where_the_node_takes_its_context(
+def test_the_controller_attaches_a_static_volume_if_the_node_accepts_its_context(
     context: dict[str, str], flags: tuple[str, ...], mode: AccessMode, read_only: bool, by: dict[str, str]
 ) -> None:
     world, access = World(), MountAccess("", flags)
@@ -249,5 +249,5 @@ def test_the_controller_attaches_a_static_volume_where_the_node_takes_its_contex
         problem = str(refusal)
     words = words_of_the_node(context, access, mode, replace(told, name="csi-1", uuid=UUID).as_map())
     if not problem:
-        assert words == [], "the controller took what the node refuses"
-    assert [each for each in words if each not in problem] == [], "the controller says it in other words"
+        assert words == [], "the controller accepted a request that the node refuses"
+    assert [each for each in words if each not in problem] == [], "the messages of controller and node differ"

@@ -1,4 +1,4 @@
-"""What mkfs is told: defaults, keys of the StorageClass, free text; what is refused before a device is touched."""
+"""The arguments of mkfs: defaults, keys of the StorageClass, free text, and refusals before a device is touched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def told(
 
 
 @pytest.mark.parametrize(("fs_type", "words"), [("ext4", EXT4_DEFAULTS), ("xfs", "-K"), ("btrfs", "-K")])
-def test_without_a_wish_mkfs_is_told_the_defaults(fs_type: str, words: str) -> None:
+def test_without_keys_mkfs_gets_the_defaults(fs_type: str, words: str) -> None:
     assert told(fs_type) == words
 
 
@@ -52,7 +52,7 @@ def test_each_key_becomes_the_option_of_its_filesystem(fs_type: str, keys: dict[
     assert told(fs_type, keys) == expected
 
 
-def test_discard_takes_the_place_of_its_opposite() -> None:
+def test_discard_replaces_nodiscard() -> None:
     assert told("ext4", {"discard": "true"}) == EXT4_DEFAULTS.replace("nodiscard", "discard")
     assert told("ext4", free="-E discard") == "-m 0 -E lazy_itable_init=1,lazy_journal_init=1,discard"
 
@@ -91,9 +91,7 @@ def test_a_block_may_be_as_large_as_a_page_of_the_machine(page_bytes: int) -> No
         ("ext4", {"chunk": "1"}, "mkfs/chunk"),
     ],
 )
-def test_a_key_that_the_filesystem_cannot_have_is_refused_with_what_it_can(
-    fs_type: str, keys: dict[str, str], said: str
-) -> None:
+def test_an_invalid_key_is_refused_with_the_possible_values(fs_type: str, keys: dict[str, str], said: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         told(fs_type, keys)
     assert said in str(refusal.value)
@@ -110,7 +108,7 @@ def test_a_key_that_the_filesystem_cannot_have_is_refused_with_what_it_can(
         ("btrfs", {"blockSize": "16384"}, "--nodesize 32768"),
     ],
 )
-def test_what_a_key_and_the_free_text_both_set_is_refused(fs_type: str, keys: dict[str, str], free: str) -> None:
+def test_a_setting_in_both_a_key_and_the_free_text_is_refused(fs_type: str, keys: dict[str, str], free: str) -> None:
     with pytest.raises(InvalidRequest, match="sets as well"):
         told(fs_type, keys, free=free)
 
@@ -126,39 +124,37 @@ def test_what_a_key_and_the_free_text_both_set_is_refused(fs_type: str, keys: di
         ("btrfs", "-K"),
     ],
 )
-def test_a_filesystem_is_told_the_stripes_of_its_volume(fs_type: str, words: str) -> None:
+def test_mkfs_gets_the_stripes_of_the_volume(fs_type: str, words: str) -> None:
     assert told(fs_type, stripes=STRIPES) == words
 
 
 @pytest.mark.parametrize(
     "stripes", [(0, 0), (6000, 12000), (128 * KIB, 0), (128 * KIB, 200 * KIB), (128 * KIB, 64 * KIB)]
 )
-def test_stripes_that_make_no_sense_are_left_out(stripes: tuple[int, int]) -> None:
+def test_inconsistent_stripes_are_left_out(stripes: tuple[int, int]) -> None:
     assert (told("ext4", stripes=stripes), told("xfs", stripes=stripes)) == (EXT4_DEFAULTS, "-K")
 
 
 @pytest.mark.parametrize(("keys", "free"), [({"blockSize": "0000"}, ""), ({}, "-b 0"), ({}, "-b size=0k")])
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
-def test_a_block_of_no_bytes_is_refused_where_there_are_stripes_too(
-    fs_type: str, keys: dict[str, str], free: str
-) -> None:
+def test_a_block_of_no_bytes_is_refused_with_stripes_too(fs_type: str, keys: dict[str, str], free: str) -> None:
     with pytest.raises(InvalidRequest, match=r"blockSize|-b"):
         told(fs_type, keys, free=free, stripes=STRIPES)
 
 
-def test_an_xfs_that_is_too_small_for_them_is_told_no_stripes() -> None:
+def test_a_small_xfs_gets_no_stripes() -> None:
     assert told("xfs", stripes=STRIPES, size_bytes=512 << 20) == "-K"
     assert "stride" in told("ext4", stripes=STRIPES, size_bytes=512 << 20)
 
 
-def test_stripes_are_left_out_where_they_are_not_wanted() -> None:
+def test_stripes_can_be_switched_off() -> None:
     assert told("xfs", {"stripeGeometry": "false"}, stripes=STRIPES) == "-K"
 
 
 @pytest.mark.parametrize(
     ("fs_type", "free"), [("ext4", "-E stride=4"), ("xfs", "-d sunit=8,swidth=64"), ("xfs", "-d noalign")]
 )
-def test_stripes_of_the_free_text_count_alone(fs_type: str, free: str) -> None:
+def test_stripes_of_the_free_text_replace_those_of_the_volume(fs_type: str, free: str) -> None:
     words = told(fs_type, free=free, stripes=STRIPES)
     assert (free.split()[1] in words, "su=" in words, "stripe_width" in words) == (True, False, False)
 
@@ -167,12 +163,12 @@ def test_stripes_of_the_free_text_count_alone(fs_type: str, free: str) -> None:
 
 
 def test_extended_options_of_the_free_text_do_not_undo_the_defaults() -> None:
-    """mke2fs heeds only the last -E."""
+    """mke2fs takes only the last -E."""
     assert told("ext4", free="-E num_backup_sb=1") == f"{EXT4_DEFAULTS},num_backup_sb=1"
     assert told("ext4", free="-E lazy_itable_init=0").count("-E") == 1
 
 
-def test_what_was_asked_for_is_told_apart_from_the_defaults() -> None:
+def test_requested_arguments_are_kept_apart_from_the_defaults() -> None:
     wish = MkfsRequest({"mkfsOptions": "-E num_backup_sb=1", "mkfs/inodeSize": "512"}, 128 * KIB, 1024 * KIB)
     assert wish.arguments("ext4").asked == ("-I", "512", "-E", "num_backup_sb=1")
     assert MkfsRequest({}, 128 * KIB, 1024 * KIB).arguments("ext4").asked == ()
@@ -195,7 +191,7 @@ def test_what_was_asked_for_is_told_apart_from_the_defaults() -> None:
         ("-O none,FEATURE_C12", "ext4", ("-O", "none,FEATURE_C12")),
     ],
 )
-def test_known_options_of_mkfs_are_taken(text: str, fs_type: str, arguments: tuple[str, ...]) -> None:
+def test_known_options_of_mkfs_are_accepted(text: str, fs_type: str, arguments: tuple[str, ...]) -> None:
     assert mkfs_arguments(text, fs_type) == arguments
 
 

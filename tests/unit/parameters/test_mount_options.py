@@ -1,4 +1,4 @@
-"""Mount flags: what is taken and what is refused."""
+"""Mount flags: accepted, dropped and refused options, and differences of a mount."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(
         "nvmesh:chmod=u+s", "helper=evil", "sb=8193", "context=a;b", "abort", "a" * 5000 + "!",
     ],
 )  # fmt: skip
-def test_a_flag_that_is_no_plain_option_of_the_volume_is_refused(flag: str) -> None:
+def test_a_flag_that_is_no_option_of_the_filesystem_is_refused(flag: str) -> None:
     with pytest.raises(InvalidRequest, match="mount_flags"):
         mount_flags([flag])
 
@@ -45,11 +45,11 @@ def test_a_refusal_does_not_repeat_the_value_of_an_option() -> None:
 
 
 @pytest.mark.parametrize("flag", ["noatime", "commit=30", "discard", "errors=remount-ro", "data=writeback", "inode64"])
-def test_an_option_of_a_filesystem_is_taken(flag: str) -> None:
+def test_an_option_of_a_filesystem_is_accepted(flag: str) -> None:
     assert mount_flags([flag]) == ((flag,), None)
 
 
-def test_options_in_one_flag_are_taken_apart() -> None:
+def test_options_in_one_flag_are_split() -> None:
     assert mount_flags(["noatime,discard", "noatime"]) == (("noatime", "discard"), None)
 
 
@@ -70,12 +70,12 @@ def test_options_in_one_flag_are_taken_apart() -> None:
         "nofail",
     ],
 )
-def test_a_word_that_mount_takes_and_that_changes_nothing_is_dropped(flag: str) -> None:
+def test_an_option_without_effect_is_dropped(flag: str) -> None:
     assert mount_flags([flag, "noatime"]) == (("noatime",), None)
 
 
 @pytest.mark.parametrize("flag", ["noatime, nodiratime", " noatime,nodiratime ", "noatime,,nodiratime"])
-def test_blanks_around_an_option_are_left_out_as_mount_does(flag: str) -> None:
+def test_blanks_around_an_option_are_removed(flag: str) -> None:
     assert mount_flags([flag]) == (("noatime", "nodiratime"), None)
 
 
@@ -89,13 +89,13 @@ def test_blanks_around_an_option_are_left_out_as_mount_does(flag: str) -> None:
         ("nvmesh:chmod=a+w", "expected a mode of three or four octal digits, such as nvmesh:chmod=0770"),
     ],
 )
-def test_a_refusal_gives_the_reason_that_the_driver_knows(flag: str, said: str) -> None:
+def test_a_refusal_gives_the_reason(flag: str, said: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         mount_flags([flag])
     assert said in str(refusal.value)
 
 
-def test_a_group_for_the_files_is_refused_as_the_capability_for_it_is_not_offered() -> None:
+def test_a_volume_mount_group_is_refused() -> None:
     with pytest.raises(InvalidField, match="volume_mount_group: expected none"):
         plan_mount(
             MountAccess("ext4", (), "2000"),
@@ -112,11 +112,11 @@ def test_an_selinux_context_keeps_its_commas_and_loses_its_quotes() -> None:
 
 
 @pytest.mark.parametrize(("flag", "mode"), [("nvmesh:chmod=777", 0o777), ("nvmesh:permissions=0750", 0o750)])
-def test_a_mode_of_the_root_directory_is_no_option_of_the_kernel(flag: str, mode: int) -> None:
+def test_a_mode_of_the_root_directory_is_not_passed_to_the_kernel(flag: str, mode: int) -> None:
     assert mount_flags([flag]) == ((), mode)
 
 
-def test_xfs_is_mounted_whatever_uuid_it_carries() -> None:
+def test_xfs_is_mounted_with_nouuid() -> None:
     assert "nouuid" in plan(fs_type="xfs").options_for("xfs")
 
 
@@ -139,7 +139,7 @@ def test_the_flag_ro_makes_the_access_read_only() -> None:
 
 
 @pytest.mark.parametrize("flags", [("rw", "ro"), ("ro,rw",)])
-def test_the_flags_rw_and_ro_contradict_each_other(flags: tuple[str, ...]) -> None:
+def test_the_flags_rw_and_ro_together_are_refused(flags: tuple[str, ...]) -> None:
     with pytest.raises(InvalidRequest, match="rw"):
         plan(*flags)
 
@@ -149,7 +149,7 @@ def test_the_flag_rw_gives_a_reader_no_write_access() -> None:
     assert (reader.read_only, reader.flags) == (True, ())
 
 
-def test_a_journal_that_ends_with_an_error_of_data_may_be_asked_for() -> None:
+def test_data_err_abort_is_accepted() -> None:
     assert plan("data_err=abort").flags == ("data_err=abort",)
 
 
@@ -172,7 +172,7 @@ def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mo
 
 
 @pytest.mark.parametrize(
-    ("shown", "wanted"),
+    ("shown", "plan"),
     [
         (mounted("relatime"), plan()),
         (mounted("noatime", "commit=30"), plan("noatime", "commit=30")),
@@ -184,12 +184,12 @@ def mounted(*options: str, fs_type: str = "ext4", read_only: bool = False) -> Mo
         (mounted("relatime", "noload", read_only=True), plan("ro")),
     ],
 )
-def test_a_mount_as_wanted_is_never_called_wrong(shown: Mount, wanted: MountPlan) -> None:
-    assert differences(shown, wanted) == []
+def test_a_correct_mount_has_no_differences(shown: Mount, plan: MountPlan) -> None:
+    assert differences(shown, plan) == []
 
 
 @pytest.mark.parametrize(
-    ("shown", "wanted", "said"),
+    ("shown", "plan", "said"),
     [
         (mounted("relatime", fs_type="xfs"), plan(fs_type="ext4"), "filesystem: expected ext4, got xfs"),
         (mounted("relatime"), plan("ro"), "access: expected read-only, got read-write"),
@@ -199,5 +199,5 @@ def test_a_mount_as_wanted_is_never_called_wrong(shown: Mount, wanted: MountPlan
         (mounted("commit=5"), plan("commit=30"), "option commit: expected 30, got 5"),
     ],
 )
-def test_a_difference_is_named(shown: Mount, wanted: MountPlan, said: str) -> None:
-    assert said in differences(shown, wanted)
+def test_a_difference_is_named(shown: Mount, plan: MountPlan, said: str) -> None:
+    assert said in differences(shown, plan)

@@ -41,7 +41,7 @@ def test_no_parameters_mean_concatenated() -> None:
     assert storage_class.parse({}).spec.layout == Layout(RaidLevel.CONCATENATED)
 
 
-def test_everything_a_level_takes_reaches_the_layout() -> None:
+def test_every_key_of_a_raid_level_reaches_the_layout() -> None:
     read = storage_class.parse(
         {
             "raidLevel": "ec",
@@ -135,7 +135,7 @@ def test_everything_a_level_takes_reaches_the_layout() -> None:
         ({"mkfsOptions": "-" + "x" * 2000}, "mkfsOptions"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str], named: str) -> None:
+def test_an_invalid_parameter_is_refused_by_name(given_parameters: dict[str, str], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         storage_class.parse(given_parameters)
 
@@ -148,19 +148,19 @@ def test_what_cannot_be_used_is_refused_by_name(given_parameters: dict[str, str]
         ("mkfs/blocksize", "mkfs/blockSize"), ("vsgs", "VSGs"),
     ],
 )  # fmt: skip
-def test_a_key_that_is_nearly_right_is_answered_with_the_right_one(key: str, meant: str) -> None:
+def test_a_misspelt_key_is_refused_with_the_right_one(key: str, meant: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         storage_class.parse({key: "x"})
     assert str(refusal.value) == f"parameter {key!r} is not known; did you mean {meant}?"
 
 
-def test_a_key_that_is_like_no_other_is_answered_with_the_place_of_the_list() -> None:
+def test_an_unknown_key_is_refused_with_the_document_that_lists_them() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         storage_class.parse({"replicas": "3"})
     assert str(refusal.value) == "parameter 'replicas' is not known; docs/parameters.md lists the parameters"
 
 
-def test_who_may_attach_a_volume_and_where_its_space_may_lie_reach_the_storage() -> None:
+def test_security_groups_and_placement_reach_the_management() -> None:
     read = storage_class.parse({"VSGs": "secret, inner", "allowAllocationOnOfflineDrives": "True"})
     assert (read.spec.security_groups, read.spec.allow_offline_drives) == (("secret", "inner"), True)
     assert (
@@ -170,7 +170,7 @@ def test_who_may_attach_a_volume_and_where_its_space_may_lie_reach_the_storage()
     assert storage_class.parse({}).spec.allow_offline_drives is None
 
 
-def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did() -> None:
+def test_keys_that_a_provisioning_group_decides_are_ignored() -> None:
     read = storage_class.parse(
         {"vpg": "gold", "raidLevel": "raid7", "stripeWidth": "x", "diskClasses": "a", "domain": "d"}
     )
@@ -178,7 +178,7 @@ def test_beside_a_group_what_the_group_decides_is_ignored_as_earlier_drivers_did
     assert read.ignored == ("diskClasses", "domain", "raidLevel", "stripeWidth")
 
 
-def test_beside_a_group_the_rebuild_priority_counts() -> None:
+def test_the_rebuild_priority_applies_with_a_provisioning_group() -> None:
     assert storage_class.parse({"vpg": "gold", "relativeRebuildPriority": "3"}).spec.relative_rebuild_priority == 3
 
 
@@ -214,12 +214,12 @@ def test_three_copies_and_striped_erasure_coding_are_read(level: dict[str, str],
         ({"encryption": "luks", "encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "1000"}, Encryption.LUKS),
     ],
 )
-def test_the_keys_beside_the_word_say_who_encrypts(words: dict[str, str], by: Encryption) -> None:
+def test_the_keys_decide_who_encrypts(words: dict[str, str], by: Encryption) -> None:
     assert storage_class.parse(words).encryption.by is by
 
 
 @pytest.mark.parametrize("mark", [".", "/"])
-def test_both_spellings_of_the_keys_of_encryption_are_one(mark: str) -> None:
+def test_keys_of_encryption_may_have_a_dot_or_a_slash(mark: str) -> None:
     words = {"encryption": "dmcrypt", f"encryption{mark}headerSize": "32", f"encryption{mark}slot": "3"}
     read = storage_class.parse({**words, f"encryption{mark}keySize": "256", f"encryption{mark}numberOfSlots": "6"})
     assert read.encryption == EncryptionRequest(Encryption.NATIVE, 32 << 20, slot=3, key_size_bits=256)
@@ -232,7 +232,7 @@ def test_a_passphrase_has_two_names(key: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1234567", "x" * 4097, "longenough\n", "long\u2028enough"])
-def test_a_passphrase_that_the_storage_would_not_take_is_refused_without_being_shown(value: str) -> None:
+def test_an_invalid_passphrase_is_refused_and_not_shown(value: str) -> None:
     with pytest.raises(InvalidRequest, match=r"secrets\.dmcryptKey") as caught:
         required_passphrase({"dmcryptKey": value})
     assert value.strip() not in str(caught.value)
@@ -243,7 +243,7 @@ def test_two_passphrases_that_differ_are_refused() -> None:
         required_passphrase({"passphrase": "correct horse", "dmcryptKey": "battery staple"})
 
 
-def test_what_the_node_reads_is_handed_to_it() -> None:
+def test_parameters_for_the_node_are_in_the_volume_context() -> None:
     constants = [*vars(encryption).items(), *vars(mkfs).items()]
     texts = {value for name, value in constants if re.fullmatch("[A-Z][A-Z_]*", name) and isinstance(value, str)}
     on_the_node = {text for text in texts if text.startswith(("encryption", "dmcrypt", "mkfs"))}
@@ -251,7 +251,7 @@ def test_what_the_node_reads_is_handed_to_it() -> None:
     assert on_the_node <= set(storage_class.CONTEXT_KEYS)
 
 
-def test_keys_of_the_sidecars_are_ignored_but_for_the_claim() -> None:
+def test_keys_of_the_sidecars_are_ignored_except_the_claim() -> None:
     read = storage_class.parse(
         {
             "csi.storage.k8s.io/provisioner-secret-name": "secret",
@@ -272,7 +272,7 @@ def test_any_parameters_are_read_or_refused(given_parameters: dict[str, str]) ->
     assert (read.spec.vpg is None) != (read.spec.layout is None)
 
 
-def test_a_value_with_control_characters_is_shown_escaped_in_every_problem_that_names_it() -> None:
+def test_control_characters_are_escaped_in_messages() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         storage_class.parse({"vpg": "gold\nINFO all is well", "VSGs": "g"})
     said = str(refusal.value)
