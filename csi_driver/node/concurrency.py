@@ -20,12 +20,10 @@ from csi_driver.errors import DeadlineReached, DriverError, StorageUnavailable, 
 
 WORKERS = 32
 """Threads of a watchdog, not counting those that hang and were replaced."""
-LOST_LIMIT = 512
-"""Threads that may be replaced because they hang. Beyond it, the number of working threads shrinks."""
+LOST_LIMIT = 512  # threads that may be replaced because they hang; beyond it the working threads get fewer
 SLOT_TIMEOUT_S = 10 * 60.0
 """Time after which an operation no longer counts against the limit: its device may hang for days."""
-SCAN_TIMEOUT_S = 4 * 3600.0
-"""The same for the read of a whole volume."""
+SCAN_TIMEOUT_S = 4 * 3600.0  # the same for the read of a whole volume
 _FRAMES_SHOWN = 3
 _PACKAGE = __name__.partition(".")[0] + "."
 

@@ -13,15 +13,7 @@ from dataclasses import dataclass, replace
 from csi_driver.compat.volumes import passphrase_readings
 from csi_driver.deadline import Deadline
 from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
-from csi_driver.host_model import (
-    LUKS_SUBSYSTEM,
-    DamagedHeader,
-    Device,
-    DeviceNumber,
-    LuksHeader,
-    LuksMapping,
-    OpenDevice,
-)
+from csi_driver.host_model import LUKS_SUBSYSTEM, DamagedHeader, Device, LuksHeader, LuksMapping, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.format import Preparation
 from csi_driver.node.format_policy import AnyFormat, FormatAgain, FormatOver, Refuse, Use, decide
@@ -72,9 +64,9 @@ class EncryptedVolumes:
             return None  # it lies over an earlier disk with the same name and number
         return self.encryption.device(mapping, volume.uuid or device.uuid)
 
-    def is_opened(self, number: DeviceNumber) -> bool:
-        """Tell whether a device is an opened encrypted one."""
-        return self.encryption.below(number) is not None
+    def is_opened(self, mounted: Mount) -> bool:
+        """Return whether a bound device node is that of an opened encrypted device."""
+        return mounted.node_number is not None and self.encryption.below(mounted.node_number) is not None
 
     def require_plain(self, volume: NodeVolume, device: Device) -> None:
         """Refuse to publish a volume raw that this driver encrypted: its header would be overwritten."""
@@ -98,7 +90,7 @@ class EncryptedVolumes:
             mapping = self._usable_mapping(target)
             if mapping is None:
                 # After a device was open for writing, udev reads it again: so only where it is likely to be written.
-                likely = volume.history is History.FIRST or bool(plan.previous)
+                likely = volume.context.history is History.FIRST or bool(plan.previous)
                 write = likely and _may_write_header(target, plan)
                 header = self._unlock(target, plan, write=write, deadline=deadline)
             else:
@@ -108,9 +100,8 @@ class EncryptedVolumes:
             raise PreconditionFailed(
                 f"{self.encryption.path_of(volume.name)}: expected volume {volume}, got another one"
             )
-        if volume.context is not None:
-            inner_bytes = max(0, volume.size_bytes - header.data_offset_bytes)
-            volume = replace(volume, context=replace(volume.context, size_bytes=inner_bytes))
+        inner_bytes = max(0, volume.context.size_bytes - header.data_offset_bytes)
+        volume = replace(volume, context=replace(volume.context, size_bytes=inner_bytes))
         return replace(target, volume=volume, device=self.encryption.device(mapping, target.uuid))
 
     def _usable_mapping(self, target: VolumeDevice) -> LuksMapping | None:
@@ -128,10 +119,7 @@ class EncryptedVolumes:
             self.encryption.close(mapping)
             return None
         if mapping.below != device.number:
-            raise PreconditionFailed(
-                f"{path}: expected it over device {device.number}, got {mapping.below}; it is open for another "
-                "volume, or left over: close it when nothing uses it"
-            )
+            raise PreconditionFailed(f"{path}: expected it over device {device.number}, got {mapping.below}; close it")
         if mapping.is_suspended:
             self.encryption.resume(mapping)
         if mapping.read_only == target.read_only or self._is_mounted(mapping):
@@ -316,7 +304,7 @@ class EncryptedVolumes:
         return bool(self.mounts.of_device(opened))
 
     def _is_of(self, mapping: LuksMapping, volume: NodeVolume) -> bool:
-        """Tell whether an opened device is the volume's. The name proves it only if the device under it is gone."""
+        """Return whether an opened device is the volume's. The name proves it only if the device under it is gone."""
         if not mapping.is_encryption:
             return False
         if mapping.below is None:
@@ -329,7 +317,7 @@ class EncryptedVolumes:
 
 
 def _may_write_header(target: VolumeDevice, plan: EncryptionPlan) -> bool:
-    """Tell whether this node may write a header: nothing keeps two nodes that share a volume from making one each."""
+    """Return whether this node may write a header: nothing keeps two nodes that share a volume from making one each."""
     return plan.by is By.LUKS and not target.read_only and not target.is_shared
 
 
@@ -337,7 +325,7 @@ def _header_problem(header: LuksHeader, target: VolumeDevice, plan: EncryptionPl
     """Return why the header on the device is not the volume's own; empty = it is."""
     if header.subsystem == LUKS_SUBSYSTEM and header.label != target.uuid:
         return f"the LUKS header of volume {header.label}"
-    is_made_by_driver = target.volume.history is not History.UNKNOWN
+    is_made_by_driver = target.volume.context.history is not History.UNKNOWN
     if plan.by is By.LUKS and header.subsystem != LUKS_SUBSYSTEM and is_made_by_driver:
         return "a LUKS header that was not made for it (leftover data of another volume)"
     return ""

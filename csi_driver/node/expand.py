@@ -111,10 +111,8 @@ class Expand:
                 return
             self.read_only_devices.release(reader.number)
         if not self.ownership.is_live(mounted, device):
-            raise PreconditionFailed(
-                f"{mounted.path}: expected volume {volume} on device {device.number}, got "
-                f"{self.ownership.describe(mounted)}; unstage it and stage it again"
-            )
+            held = self.ownership.held_by_another(str(mounted.path), volume, mounted)
+            raise PreconditionFailed(f"{held}; unstage it and stage it again")
 
     def _grow_filesystem(self, volume: NodeVolume, device: Device, mounted: Mount, deadline: Deadline) -> None:
         if not self.preparation.is_too_small(device, mounted.fs_type):

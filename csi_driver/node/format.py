@@ -15,18 +15,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.host_model import GROWTH_THRESHOLD_BYTES, Device, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
-from csi_driver.node.format_policy import (
-    ALLOW_FORMAT,
-    AnyFormat,
-    Evidence,
-    Format,
-    FormatAgain,
-    FormatOver,
-    Refuse,
-    Use,
-    Verdict,
-    decide,
-)
+from csi_driver.node.format_policy import ALLOW_FORMAT, AnyFormat, Evidence, Format, Refuse, Use, Verdict, decide
 from csi_driver.node.mount_owner import NodeVolume, VolumeDevice
 from csi_driver.node.ports import Devices, Filesystems, Mounts
 from csi_driver.node.usage_records import USED, UsageRecord, UsageRecords, earlier_use, record_use
@@ -62,7 +51,7 @@ class Preparation:
         """Make the device ready. Raises `PreconditionFailed` where its content must not be used or overwritten."""
         volume = target.volume
         # After a device was open for writing, udev reads it again: so only where a format is likely.
-        likely = (volume.history is History.FIRST or volume.format_allowed) and not plan.read_only
+        likely = (volume.context.history is History.FIRST or volume.context.format_allowed) and not plan.read_only
         settled = self._settle(target, plan, write=likely, deadline=deadline)
         if isinstance(settled, Prepared):
             return settled
@@ -74,10 +63,10 @@ class Preparation:
         """Record, before the mount, that the volume is in use: nothing is formatted under this attachment any more."""
         if target.uuid is not None:
             pending = plan.root_mode is not None if prepared.is_new else None
-            record_use(self.records, target.uuid, target.volume.attachment, USED, root_mode_pending=pending)
+            record_use(self.records, target.uuid, target.volume.context.attachment, USED, root_mode_pending=pending)
 
     def root_mode_is_pending(self, volume_uuid: str | None, attachment: int) -> bool:
-        """Tell whether the filesystem is new under this attachment and its root directory lacks the requested mode."""
+        """Return whether the filesystem is new under this attachment and its root directory lacks its mode."""
         record = self.records.read(volume_uuid) if volume_uuid is not None else None
         return record is not None and record.root_mode_pending and 0 < attachment == record.attachment
 
@@ -91,22 +80,24 @@ class Preparation:
 
         After an earlier attachment another node may have written to the volume, and this kernel caches old data.
         """
-        earlier = earlier_use(self.records, volume.uuid, volume.attachment)
+        earlier = earlier_use(self.records, volume.uuid, volume.context.attachment)
         if not earlier:
             return ""
         return (
             f"volume {volume} is still mounted under its attachment {earlier}, and this is attachment "
-            f"{volume.attachment}: it was detached from this node in between; unstage it and stage it again"
+            f"{volume.context.attachment}: it was detached from this node in between; unstage it and stage it again"
         )
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
-        """Tell whether the filesystem should grow to its device."""
+        """Return whether the filesystem should grow to its device."""
         return self.filesystems.recorded_bytes(device, fs_type) + GROWTH_THRESHOLD_BYTES < device.size_bytes
 
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
         """Return what is known of the volume's history."""
         record = self.records.read(uuid) if uuid else None
-        return Evidence(volume.history, volume.attachment, record, format_allowed=volume.format_allowed)
+        return Evidence(
+            volume.context.history, volume.context.attachment, record, format_allowed=volume.context.format_allowed
+        )
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
         """Prove the device blank, or wipe it, and record that a format begins; return the volume's UUID.
@@ -114,17 +105,18 @@ class Preparation:
         The caller holds a slot for heavy operations. `making`: the filesystem or header, for the log.
         """
         volume, uuid = target.volume, _require_identity(opened.device, target)
-        how = ""
-        match verdict:
-            case Format(prove_every_block=True):
-                self._prove_blank(opened, volume, making)
-            case FormatAgain():
-                how = "again: an earlier format was not finished"
-            case FormatOver(found=found):
-                how = f"over old content, as allowed for attachment {volume.attachment}: {found}"
-        self.records.write(UsageRecord(uuid, volume.attachment, verdict.fs_type))
+        if isinstance(verdict, Format) and verdict.prove_every_block:
+            self._prove_blank(opened, volume, making)
+        self.records.write(UsageRecord(uuid, volume.context.attachment, verdict.fs_type))
         if not isinstance(verdict, Format):
-            logger.warning("volume %s (%s) is formatted (%s) %s", volume, uuid, making, how)
+            logger.warning(
+                "volume %s (%s), attachment %d: making %s over %s",
+                volume,
+                uuid,
+                volume.context.attachment,
+                making,
+                verdict.found,
+            )
             self.filesystems.wipe(opened)
         return uuid
 
@@ -142,7 +134,7 @@ class Preparation:
                     raise PreconditionFailed(f"volume {target.volume} {reason}")
                 case Use():
                     return verdict
-                case Format() | FormatAgain() | FormatOver() if write:
+                case _ if write:
                     self._format(claim, target, plan, verdict, deadline)
                     return Prepared(verdict.fs_type, is_new=True)
         return self._settle(target, plan, write=True, deadline=deadline)
@@ -152,7 +144,7 @@ class Preparation:
         content = self.filesystems.probe(opened, deadline=deadline)
         evidence = replace(self.evidence(target.volume, uuid), own_uuid=uuid)
         verdict = decide(content, plan.request, evidence, supported=self.filesystems.supported())
-        if isinstance(verdict, Format | FormatAgain | FormatOver):
+        if isinstance(verdict, AnyFormat):
             plan.require_mkfs()
         return verdict
 
@@ -234,8 +226,8 @@ def _require_identity(device: Device, target: VolumeDevice) -> str:
     uuid = volume.uuid or device.uuid
     if uuid is None:
         raise PreconditionFailed(f"volume {volume} is not formatted: neither its ID nor its device has its UUID")
-    if device.size_bytes < volume.size_bytes:
+    if device.size_bytes < volume.context.size_bytes:
         raise PreconditionFailed(
-            f"volume {volume} is not formatted: expected {volume.size_bytes} bytes, got {device.size_bytes}"
+            f"volume {volume} is not formatted: expected {volume.context.size_bytes} bytes, got {device.size_bytes}"
         )
     return uuid

@@ -39,6 +39,7 @@ class FormatAgain:
     """Repeat a format that this driver did not finish; the volume was never used."""
 
     fs_type: str
+    found: str = "an unfinished format of this driver"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,6 @@ class Evidence:
 
     @property
     def own_record(self) -> str:
-        """State in the record of this very attachment; empty without one."""
         return self.record.filesystem if self.record is not None and self.record.is_of(self.attachment) else ""
 
     @property

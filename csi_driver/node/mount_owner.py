@@ -16,19 +16,22 @@ from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
 from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.ports import Devices, Encryption, Mounts
-from csi_driver.publish_context import History, PublishContext, held_reference
+from csi_driver.publish_context import PublishContext, held_reference
 
 logger = logging.getLogger(__name__)
 
 
+NO_CONTEXT = PublishContext("", "")
+
+
 @dataclass(frozen=True, slots=True)
 class NodeVolume:
-    """A volume as a request names it; `uuid` and `context` are None where the request does not have them."""
+    """A volume as a request names it. `uuid` is None and `context` NO_CONTEXT where the request has none."""
 
     volume_id: str
     name: str
     uuid: str | None
-    context: PublishContext | None = None
+    context: PublishContext = NO_CONTEXT
 
     @classmethod
     def parse(cls, volume_id: str) -> NodeVolume | None:
@@ -52,26 +55,8 @@ class NodeVolume:
         return replace(volume, uuid=context.uuid, context=context)
 
     @property
-    def attachment(self) -> int:
-        """Number of the attachment; 0 = not counted."""
-        return self.context.attachment if self.context else 0
-
-    @property
-    def history(self) -> History:
-        return self.context.history if self.context else History.UNKNOWN
-
-    @property
-    def format_allowed(self) -> bool:
-        return self.context is not None and self.context.format_allowed
-
-    @property
-    def is_attached_read_only(self) -> bool:
-        return self.context is not None and self.context.read_only
-
-    @property
-    def size_bytes(self) -> int:
-        """Size that the controller knows; 0 = not known."""
-        return self.context.size_bytes if self.context else 0
+    def given_context(self) -> PublishContext | None:
+        return None if self.context == NO_CONTEXT else self.context
 
     def __str__(self) -> str:
         return self.name
@@ -99,16 +84,12 @@ class AttachmentState(Enum):
     WITHDRAWN = "detached, but its device may carry I/O"
     """Others on this node use the device, or it was detached while in use."""
     FENCED = "taken over by another node, or detached by force"
-    """No I/O reaches the storage; its mounts are dead."""
     UNKNOWN = "not known"
     """The client starts, is upgraded, or writes its files: no reason to act."""
 
 
 def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> AttachmentState:
-    """Return the state of the staged volume `uuid` under the handle's reference ID.
-
-    A client that was preempted still shows its reference IDs: it cannot be detached while the device is open.
-    """
+    """Return the state of the staged volume `uuid` under the reference ID of the handle."""
     if not _is_conclusive(devices):
         return AttachmentState.UNKNOWN
     status, references = devices.status(handle.name), devices.reference_ids(handle.name)
@@ -119,7 +100,7 @@ def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> Attac
     if status.uuid != uuid.lower():
         return AttachmentState.WITHDRAWN  # another volume has the name; nothing tells about the staged one's device
     if status.preempted:
-        return AttachmentState.FENCED
+        return AttachmentState.FENCED  # although its references are still shown, while its device is open
     if references is None:
         return AttachmentState.UNKNOWN
     if held_reference(handle, uuid.lower()) in references:
@@ -128,10 +109,7 @@ def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> Attac
 
 
 def is_cut_off(devices: Devices, name: str) -> bool:
-    """Tell whether a volume of which only the name is known has no I/O, and was preempted or has no reference left.
-
-    The client writes its files one after the other: check twice, some time apart, before acting on it.
-    """
+    """Return whether a volume was preempted, or has neither I/O nor a reference. Check twice: files are not atomic."""
     if not _is_conclusive(devices):
         return False
     status = devices.status(name)
@@ -141,7 +119,7 @@ def is_cut_off(devices: Devices, name: str) -> bool:
 
 
 def is_fenced(devices: Devices, handle: VolumeHandle, uuid: str) -> bool:
-    """Tell whether nothing written to the staged volume can reach the storage. Check twice, as of `is_cut_off`."""
+    """Return whether no write to the staged volume can reach the storage. Check twice, as of `is_cut_off`."""
     return attachment_state(devices, handle, uuid) is AttachmentState.FENCED
 
 
@@ -172,10 +150,9 @@ class Ownership:
         return device if device is not None and is_same(device.uuid, volume.uuid) else None
 
     def owner_of(self, mounted: Mount, volume: NodeVolume) -> Owner:
-        """Return the owner of a mount that is to be unmounted. The UUID of the device outranks the name of the source.
+        """Return the owner of a mount that is to be unmounted. The device's UUID outranks the name of the source.
 
-        A bound device node is the volume's if it was made from the volume's path, even when its number belongs to
-        another device now: a bind mount does not keep a device.
+        A bound node is the volume's by its path, whatever device has its number now: a bind mount keeps no device.
         """
         number = number_of(mounted)
         if mounted.node_number is not None and self._was_made_from(mounted, volume):
@@ -198,16 +175,16 @@ class Ownership:
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
     def is_left_behind(self, mounted: Mount, name: str) -> bool:
-        """Tell whether a filesystem's device went away and another device has its number, or the volume's next one."""
+        """Return whether the device of a filesystem went away and another device has its number now."""
         if mounted.node_number is not None or mounted.source != str(self.devices.path_of(name)):
             return False
         device = self.devices.find(name)
-        if device is not None and device.number == mounted.number:  # whatever other node has that number, too
+        if device is not None and device.number == mounted.number:
             return self.devices.is_claimed(device) is False
         return self.devices.name_of(mounted.number) not in (None, name)
 
     def is_live(self, mounted: Mount, device: Device) -> bool:
-        """Tell whether a mount is of the device as it is now: a live one claims it exclusively. True if not known."""
+        """Return whether a mount is of the device as it is now: a live one claims it exclusively. True if not known."""
         if mounted.node_number is None and self.devices.is_claimed(device) is False:
             return False
         return mounted.can_be_of(device)
@@ -249,7 +226,7 @@ class Ownership:
         return True
 
     def is_lost(self, volume: NodeVolume) -> bool:
-        """Tell whether the volume was certainly taken from this node: no pending write can reach it."""
+        """Return whether the volume was certainly taken from this node: no pending write can reach it."""
         return self._is_fenced(volume) or is_cut_off(self.devices, volume.name)
 
     def _is_fenced(self, volume: NodeVolume) -> bool:
@@ -296,7 +273,7 @@ class Ownership:
             return None
 
     def is_dead(self, mounted: Mount, name: str) -> bool:
-        """Tell whether nothing written through a mount can reach the volume: its device is gone or was taken away."""
+        """Return whether nothing written through a mount can reach the volume: its device is gone or was taken away."""
         number = number_of(mounted)
         if self.is_gone(number):
             return True
@@ -310,14 +287,14 @@ class Ownership:
         return self.is_cut_off(name, number if mapping is None else mapping.below)
 
     def is_cut_off(self, name: str, number: DeviceNumber | None) -> bool:
-        """Tell whether the volume's device, which has that number, was taken from this node."""
+        """Return whether the volume's device, which has that number, was taken from this node."""
         if not is_cut_off(self.devices, name):
             return False
         device = self.devices.find(name)
         return device is not None and device.number == number
 
     def is_gone(self, number: DeviceNumber) -> bool:
-        """Tell whether a block device does not exist any more."""
+        """Return whether a block device does not exist any more."""
         # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
         return bool(number.major) and not self.devices.size_bytes(number)
 
@@ -344,5 +321,5 @@ def number_of(mounted: Mount) -> DeviceNumber:
 
 
 def is_same(claimed: str | None, wanted: str | None) -> bool:
-    """Tell whether two UUIDs may be of one volume; an unknown one contradicts nothing."""
+    """Return whether two UUIDs may be of one volume; an unknown one contradicts nothing."""
     return claimed is None or wanted is None or claimed.lower() == wanted.lower()

@@ -48,10 +48,7 @@ class NodeIdentity:
         return self._client_uuid
 
     def _limit(self) -> int:
-        """Return how many CSI volumes this node takes, without those that others attached; 0 = no limit.
-
-        At least 1 with a limit; the controller refuses the volume if there is no room.
-        """
+        """Return how many CSI volumes this node takes, at least 1; 0 = no limit. Volumes of others are subtracted."""
         limits = (self.settings.max_volumes_per_node, self._client_limit)
         limit = min((limit for limit in limits if limit), default=0)
         return max(1, limit - foreign_attachments(self.devices, self.records)) if limit else 0
@@ -140,7 +137,7 @@ def _zones_with(zones: Mapping[str, Iterable[str]], hosts: Sequence[str]) -> lis
 
 
 def same_host(one: str, other: str) -> bool:
-    """Tell whether two spellings mean one host: an address in another notation, a name with or without its domain.
+    """Return whether two spellings mean one host: an address in another notation, a name with or without its domain.
 
     Names are not resolved: the zone must not depend on the health of a name server.
     """

@@ -33,14 +33,16 @@ from csi_driver.model import Capability, Usage
 class Devices(Protocol):
     """Block devices of volumes, and the status files of the storage client, which are read without device I/O."""
 
+    def client(self) -> StorageClient: ...
+    def status(self, name: str) -> VolumeStatus | None: ...
+    def name_of(self, number: DeviceNumber) -> str | None: ...
+    def path_of(self, name: str) -> Path: ...
+
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
-        """Wait until the device has a size, carries I/O and is proven to be the volume's, not another one's."""
+        """Wait until the device has a size, carries I/O and is proven to be the volume's."""
 
     def find(self, name: str, uuid: str | None = None) -> Device | None:
-        """Return the device as it is now; None when it is absent or has no size.
-
-        Its `uuid` is None where nothing proves its identity: then it must not be read or written.
-        """
+        """Return the device as it is now, its `uuid` only if proven; None when it is absent or has no size."""
 
     def open(
         self, device: Device, *, write: bool = False, exclusive: bool = False
@@ -52,10 +54,10 @@ class Devices(Protocol):
         """
 
     def is_claimed(self, device: Device) -> bool | None:
-        """Tell whether a mount or a program has the device open exclusively (O_EXCL); None = not known now."""
+        """Return whether a mount or a program has the device open exclusively (O_EXCL); None = not known now."""
 
     def is_open(self, device: Device) -> bool | None:
-        """Tell whether anything on this machine has the device open; None = not known now."""
+        """Return whether anything on this machine has the device open; None = not known now."""
 
     def size_bytes(self, number: DeviceNumber) -> int | None:
         """Return the size of a device without opening it; None when the device is gone."""
@@ -66,22 +68,14 @@ class Devices(Protocol):
     def set_read_only(self, device: Device) -> None:
         """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
 
-    def client(self) -> StorageClient: ...
-
     def unnamed(self) -> tuple[str, ...]:
         """Return the UUIDs of volumes whose attachment does not name a CSI driver."""
 
     def present(self) -> Mapping[str, str] | None:
         """Return the UUID of every volume on this node, by name; None when one of them is not known."""
 
-    def status(self, name: str) -> VolumeStatus | None: ...
-
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference IDs under which this node has attached the volume; None = not known now."""
-
-    def name_of(self, number: DeviceNumber) -> str | None: ...
-
-    def path_of(self, name: str) -> Path: ...
 
 
 class Attachments(Protocol):
@@ -124,6 +118,10 @@ class ReadOnlyDevices(Protocol):
 class Encryption(Protocol):
     """LUKS headers, and opened encrypted devices, which have the volume's name."""
 
+    def mapping(self, name: str) -> LuksMapping | None: ...
+    def path_of(self, name: str) -> Path: ...
+    def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None: ...
+
     def why_unusable(self) -> str:
         """Return why this machine cannot open encrypted devices, and what to do; empty = it can."""
 
@@ -136,20 +134,14 @@ class Encryption(Protocol):
     def opens(self, device: OpenDevice, passphrase: str) -> bool:
         """Test a passphrase without opening the volume; takes seconds by design."""
 
-    def add_key(self, device: OpenDevice, settings: LuksSettings, passphrase: str, new: str) -> None: ...
-
     def remove_key(self, device: OpenDevice, passphrase: str) -> None:
         """Remove a passphrase. Raises `PreconditionFailed` for the last one."""
 
     def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
         """Open the volume under its own name. Raises `Denied` when the passphrase is wrong."""
 
-    def mapping(self, name: str) -> LuksMapping | None: ...
-
     def below(self, number: DeviceNumber) -> DeviceNumber | None:
         """Return the device under an opened one; None when that is gone, or `number` is not an opened one."""
-
-    def path_of(self, name: str) -> Path: ...
 
     def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
         """Return an opened device as the volume's. Raises `PreconditionFailed` when it is another volume's."""
@@ -180,7 +172,7 @@ class Mounts(Protocol):
         """Return the other paths of the mount at `path`, where its directory is a shared bind mount."""
 
     def reaches_host(self, path: Path) -> bool:
-        """Tell whether mounts made at `path` are visible to process 1, as far as can be found out."""
+        """Return whether mounts made at `path` are visible to process 1, as far as can be found out."""
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         """Mount the device, verified before it becomes visible; `InvalidField` names an option that is refused."""
@@ -208,10 +200,7 @@ class Filesystems(Protocol):
     def first_data(
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
     ) -> int | None:
-        """Read every block; return the offset of the first byte that is not zero, None if all are. Raises as `probe`.
-
-        Calls `progress(done_bytes, total_bytes)`.
-        """
+        """Read every block; return the offset of the first byte that is not zero. `progress(done_bytes, all_bytes)`."""
 
     def wipe(self, device: OpenDevice) -> None:
         """Write zeroes to every location that `probe` reads."""

@@ -41,25 +41,25 @@ class SharedReaders:
     records: UsageRecords
 
     def joins(self, target: VolumeDevice) -> bool:
-        """Tell whether a volume to be staged is a reader of a volume that is mounted on this node."""
+        """Return whether a volume to be staged is a reader of a volume that is mounted on this node."""
         if target.uuid is None or not _is_reader(target.volume):
             return False
         mounts = self.mounts.of_device(target.device)
         return any(found.node_number is None and self.ownership.is_live(found, target.device) for found in mounts)
 
     def has_joined(self, volume: NodeVolume, staging: Path) -> bool:
-        """Tell whether the volume is staged without a mount and others still have it mounted."""
+        """Return whether the volume is staged without a mount and others still have it mounted."""
         if not self.is_staged(volume, staging):
             return False
         mounts = (found for found in self.mounts.table() if found.node_number is None)
         return any(self.ownership.name_of(found) == volume.name for found in mounts)
 
     def is_staged(self, volume: NodeVolume, staging: Path) -> bool:
-        """Tell whether the volume is staged without a mount, by its staging directory and its usage record."""
+        """Return whether the volume is staged without a mount, by its staging directory and its usage record."""
         record = self.records.read(volume.uuid) if volume.uuid is not None else None
         if not _is_reader(volume) or record is None or record.uncounted:
             return False
-        return record.is_use and record.is_of(volume.attachment) and self.paths.kind(staging) == "directory"
+        return record.is_use and record.is_of(volume.context.attachment) and self.paths.kind(staging) == "directory"
 
     def plan(self, access: MountAccess, request: NodePublishRequest) -> MountPlan:
         """Return how to mount such a publication. Raises `InvalidField`."""
@@ -108,9 +108,9 @@ class Publish:
         if not is_same(device.uuid, volume.uuid):
             raise PreconditionFailed(f"the device of volume {volume} claims {device.uuid}, expected {volume.uuid}")
         # From here on only the opened device of an encrypted volume is used.
-        device = self.encrypted.in_use(volume, device, encrypted_by(volume.context, request.volume_context))
+        device = self.encrypted.in_use(volume, device, encrypted_by(volume.given_context, request.volume_context))
         mode = request.capability.mode
-        read_only = request.read_only or mode.is_read_only or volume.is_attached_read_only
+        read_only = request.read_only or mode.is_read_only or volume.context.read_only
         match request.capability.access:
             case MountAccess() as access:
                 check_mount_group(access)
@@ -132,28 +132,19 @@ class Publish:
         volume = NodeVolume.parse(volume_id)
         if volume is None:
             return
-        unmounted, is_clear = self._unmount(volume, target)
-        if unmounted == 0:
-            # A repeated call, a crash, or a target that another volume had since. Only these pay for looking at all
-            # loop devices.
+        unmounted = False
+        while (mounted := self.mounts.at(target)) is not None and self.ownership.unmount_one(mounted, target, volume):
+            self._release_reader(mounted, volume)
+            unmounted = True
+        if not unmounted:  # a repeated call, or a crash: only these pay for looking at all loop devices
             self._release_left_over(volume, target)
-        if not is_clear:
+        if mounted is not None:
             return
         kind = self.paths.kind(target)
         if kind in ("directory", "file"):
             self.paths.remove(target)
         elif kind != "absent":
             raise PreconditionFailed(f"target path {target}: expected a directory or a file, got {kind}")
-
-    def _unmount(self, volume: NodeVolume, target: Path) -> tuple[int, bool]:
-        """Unmount the volume; return the number of its mounts, and whether no other mount is left."""
-        unmounted = 0
-        while (mounted := self.mounts.at(target)) is not None:
-            if not self.ownership.unmount_one(mounted, target, volume):
-                return unmounted, False
-            unmounted += 1
-            self._release_reader(mounted, volume)
-        return unmounted, True
 
     def _publish_mount(
         self, use: VolumeDevice, staging: Path, target: Path, access: MountAccess, mode: AccessMode
@@ -249,7 +240,7 @@ class Publish:
         if not read_only and use.uuid is not None:
             # Recorded before the device can be written to: from then on a blank head and tail prove nothing, also for
             # another handle whose attachment is the volume's first, and no begun format is repeated.
-            record_use(self.records, use.uuid, volume.attachment, RAW)
+            record_use(self.records, use.uuid, volume.context.attachment, RAW)
         kind = self.paths.kind(target)
         if kind == "file":
             self._release_left_over(volume, target)
@@ -277,7 +268,7 @@ class Publish:
         self._conclude(found, published, use, target)
 
     def _release_reader(self, unmounted: Mount, volume: NodeVolume) -> None:
-        if unmounted.node_number is None or self.encrypted.is_opened(unmounted.node_number):
+        if unmounted.node_number is None or self.encrypted.is_opened(unmounted):
             return
         device = self.ownership.device_of(volume)
         if device is None or device.number != unmounted.node_number:
@@ -288,10 +279,7 @@ class Publish:
         self.read_only_devices.release_left_over(_reader_id(volume, target), volume.name)
 
     def _require_single(self, use: VolumeDevice, mode: AccessMode, root: str | None, own: set[Path]) -> None:
-        """Refuse a second target of a single writer.
-
-        `root`: count only mounts of that directory of the filesystem; kubelet mounts others for subPath.
-        """
+        """Refuse a second target of a single writer. `root`: only of this directory; kubelet binds others (subPath)."""
         if mode is not AccessMode.SINGLE_NODE_SINGLE_WRITER:
             return
         mounts = [found for found in self.mounts.of_device(use.device) if root is None or found.root == root]
@@ -332,4 +320,4 @@ def _reader_id(volume: NodeVolume, target: Path) -> str:
 
 
 def _is_reader(volume: NodeVolume) -> bool:
-    return volume.is_attached_read_only and volume.attachment > 0
+    return volume.context.read_only and volume.context.attachment > 0

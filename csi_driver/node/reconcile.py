@@ -101,7 +101,10 @@ class Reconcile:
 
     def _kind_or_log(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
         try:
-            return self._kind_of(name, mounted, table) if self._is_below_a_root(mounted.path) else None
+            is_below_a_root = self.paths.check(str(mounted.path), "mount") == mounted.path
+            return self._kind_of(name, mounted, table) if is_below_a_root else None
+        except InvalidField:
+            return None
         except DriverError as error:
             logger.warning("volume %s at %s cannot be checked: %s", name, mounted.path, error)
             return None
@@ -119,14 +122,8 @@ class Reconcile:
         return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
 
     def _is_absent(self, record: Path, path: Path) -> bool:
-        """Tell whether kubelet's record is gone; not where its directory is not visible at all."""
+        """Return whether kubelet's record is gone; not where its directory is not visible at all."""
         return self.paths.kind(path.parent) == "directory" and self.paths.kind(record) == "absent"
-
-    def _is_below_a_root(self, path: Path) -> bool:
-        try:
-            return self.paths.check(str(path), "mount") == path
-        except InvalidField:
-            return False
 
     def _remove_locked(self, finding: Finding, lock_volume: LockVolume) -> bool:
         if finding.kind is Kind.BROKEN:
@@ -164,7 +161,7 @@ class Reconcile:
             self.mounts.unmount(finding.path, lost=finding.number)
 
     def _can_flush(self, finding: Finding) -> bool:
-        """Tell whether data written through the mount may still reach a device."""
+        """Return whether data written through the mount may still reach a device."""
         name, number = finding.name, finding.number
         if self.ownership.is_gone(number) or self.ownership.is_cut_off(name, number):
             return False

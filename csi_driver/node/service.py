@@ -95,13 +95,6 @@ def attaching_by_node(use_cases: NodeUseCases, attachments: ports.Attachments) -
     return replace(use_cases, stage=attaching, publish=attaching)
 
 
-class StillAttached(StorageUnavailable):
-    """The volume is attached by this node and could not be staged; it must be unstaged to be detached."""
-
-    def __init__(self, reason: DriverError) -> None:
-        super().__init__(f"{reason}; the volume stays attached to this node until it is unstaged here")
-
-
 @dataclass(frozen=True, slots=True)
 class AttachByNode:
     """Attaches a volume before it is staged, and detaches it after it was unstaged.
@@ -132,7 +125,8 @@ class AttachByNode:
         except (OperationPending, StorageUnavailable):
             raise
         except DriverError as error:
-            raise StillAttached(error) from error
+            message = f"{error}; the volume stays attached to this node until it is unstaged here"
+            raise StorageUnavailable(message) from error
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Unstage the volume, then detach it, also if an earlier call or driver attached it."""

@@ -67,7 +67,7 @@ class Stage:
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
         path = self.paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self.settings.answer_margin_s)
-        by = encrypted_by(volume.context, request.volume_context)
+        by = encrypted_by(volume.given_context, request.volume_context)
         locks = plan_encryption(by, request.volume_context, request.secrets)
         if locks is None and passphrase_in(request.secrets) is not None:
             logger.warning("volume %s has a passphrase but encryption is not enabled", volume)
@@ -101,7 +101,7 @@ class Stage:
         self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
-        """Tell whether a filesystem of the volume, also a dead one, is mounted at its staging path."""
+        """Return whether a filesystem of the volume, also a dead one, is mounted at its staging path."""
         volume = NodeVolume.parse(volume_id)
         if volume is None:
             return False
@@ -119,14 +119,10 @@ class Stage:
         if is_closed or (was_lost and self.ownership.is_lost(volume)):
             return
         if self.devices.is_open(device) is None:
-            raise StorageUnavailable(
-                f"volume {volume} is unmounted, but it is not known whether its device {device.path} is closed: its "
-                "storage client carries no I/O for it, so it is not opened; retry when I/O is back"
-            )
-        raise StorageUnavailable(
-            f"volume {volume} is unmounted, and its device {device.path} is still open on this node: the kernel is "
-            "writing back data, or a program outside of the mounts uses it; end that program, and retry"
-        )
+            state = "without I/O, and it is not known whether it is closed; retry when I/O is back"
+        else:
+            state = "still open: the kernel is writing back data, or a program uses it; end that program, and retry"
+        raise StorageUnavailable(f"volume {volume} is unmounted, but its device {device.path} is {state}")
 
     def _is_mounted(self, volume: NodeVolume, device: Device) -> bool:
         used = (device, self.encrypted.opened_over(volume, device))
@@ -166,7 +162,7 @@ class Stage:
         return plan_mount(
             access,
             request.capability.mode,
-            read_only=volume.is_attached_read_only,
+            read_only=volume.context.read_only,
             mkfs=_mkfs_request(request, volume),
             supported=self.filesystems.supported(),
             fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
@@ -198,10 +194,8 @@ class Stage:
         self._checked_propagation = True
         if not self.mounts.reaches_host(path):
             logger.warning(
-                "mounts at %s do not reach other mount namespaces (mount propagation is private): where kubelet runs "
-                "in another one, its pods find an empty directory; share the directory (of a container: "
-                "mountPropagation Bidirectional), or run in the host's namespace (a systemd unit without "
-                "PrivateMounts, PrivateTmp, ProtectSystem and the like)",
+                "mounts at %s do not reach other mount namespaces (mount propagation is private): pods find an empty "
+                "directory; set mountPropagation Bidirectional, or no PrivateMounts, PrivateTmp, ProtectSystem=",
                 path,
             )
 
@@ -220,7 +214,7 @@ class Stage:
         with self._undone_on_error(target.volume, path):
             if prepared.grow_mounted:
                 self.filesystems.grow_mounted(path, target.device, prepared.fs_type)
-            self._set_root_mode(path, plan, target.uuid, target.volume.attachment, is_new=prepared.is_new)
+            self._set_root_mode(path, plan, target.uuid, target.volume.context.attachment, is_new=prepared.is_new)
 
     @contextmanager
     def _undone_on_error(self, volume: NodeVolume, path: Path | None = None) -> Iterator[None]:
@@ -243,7 +237,7 @@ class Stage:
             raise
 
     def _accept(self, mounted: Mount, volume: NodeVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
-        """Accept the mount at the staging path, finishing what a crash interrupted, or refuse a different one."""
+        """Accept the mount at the staging path and finish an interrupted stage, or raise how it differs."""
         device = self.ownership.device_of(volume)
         if device is not None:
             device = self.encrypted.in_use(volume, device, by)
@@ -256,7 +250,7 @@ class Stage:
             raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)
         if not plan.read_only:
             self._finish_growth(volume, device, mounted, path)
-        self._set_root_mode(path, plan, volume.uuid or device.uuid, volume.attachment)
+        self._set_root_mode(path, plan, volume.uuid or device.uuid, volume.context.attachment)
 
     def _finish_growth(self, volume: NodeVolume, device: Device, mounted: Mount, path: Path) -> None:
         """Finish a growth that a crash interrupted. A failure is logged: only NodeExpandVolume reports it."""
@@ -285,7 +279,7 @@ class Stage:
                 raise ExistsDifferently(f"staging of volume {volume} at {path}", ["access: expected block, got mount"])
             raise self.ownership.held_by_another(f"staging path {path}", volume, mounted)
         mode = request.capability.mode
-        read_only = mode.is_read_only or volume.is_attached_read_only
+        read_only = mode.is_read_only or volume.context.read_only
         device = self._ready_device(volume, read_only=read_only, deadline=deadline)
         self._require_directory(path)
         if locks is None:
@@ -299,7 +293,7 @@ class Stage:
         device = self.devices.wait_for(volume.name, volume.uuid, deadline=deadline)
         if not device.is_writable and not read_only:
             raise writes_refused(volume, device)
-        if volume.is_attached_read_only and not device.read_only:
+        if volume.context.read_only and not device.read_only:
             writers = (found for found in self.mounts.of_device(device) if not found.read_only)
             writer = next((found for found in writers if self.ownership.is_live(found, device)), None)
             if writer is not None:
@@ -317,8 +311,6 @@ class Stage:
 
 def _mkfs_request(request: StageRequest, volume: NodeVolume) -> MkfsRequest:
     context = volume.context
-    if context is None:
-        return MkfsRequest(request.volume_context)
     if context.encryption is not Encryption.NONE and context.stripe_bytes and LUKS_HEADER_BYTES % context.stripe_bytes:
         # Behind the header the filesystem begins in the middle of a stripe.
         return MkfsRequest(request.volume_context, size_bytes=context.size_bytes)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, VolumeNotMounted
@@ -30,17 +29,15 @@ from csi_driver.settings import NodeSettings
 
 COUNT_TIMEOUT_S = 5.0
 
-CONDITIONS: Mapping[FaultKind, tuple[VolumeFault, Reason]] = MappingProxyType(
-    {
-        FaultKind.DEVICE_READ_ONLY: (VolumeFault.DEGRADED, Reason.DEVICE_READ_ONLY),
-        FaultKind.BACKING_FILE_GONE: (VolumeFault.DEGRADED, Reason.BACKING_FILE_GONE),
-        FaultKind.BACKING_FILE_CUT_SHORT: (VolumeFault.DATA_LOSS, Reason.BACKING_FILE_CUT_SHORT),
-        FaultKind.SHUT_DOWN: (VolumeFault.INACCESSIBLE, Reason.FILESYSTEM_SHUT_DOWN),
-        FaultKind.TURNED_READ_ONLY: (VolumeFault.DEGRADED, Reason.FILESYSTEM_READ_ONLY),
-        FaultKind.ERRORS: (VolumeFault.DEGRADED, Reason.FILESYSTEM_ERRORS),
-        FaultKind.IO_ERROR: (VolumeFault.INACCESSIBLE, Reason.IO_ERROR),
-    }
-)
+CONDITIONS: Mapping[FaultKind, tuple[VolumeFault, Reason]] = {
+    FaultKind.DEVICE_READ_ONLY: (VolumeFault.DEGRADED, Reason.DEVICE_READ_ONLY),
+    FaultKind.BACKING_FILE_GONE: (VolumeFault.DEGRADED, Reason.BACKING_FILE_GONE),
+    FaultKind.BACKING_FILE_CUT_SHORT: (VolumeFault.DATA_LOSS, Reason.BACKING_FILE_CUT_SHORT),
+    FaultKind.SHUT_DOWN: (VolumeFault.INACCESSIBLE, Reason.FILESYSTEM_SHUT_DOWN),
+    FaultKind.TURNED_READ_ONLY: (VolumeFault.DEGRADED, Reason.FILESYSTEM_READ_ONLY),
+    FaultKind.ERRORS: (VolumeFault.DEGRADED, Reason.FILESYSTEM_ERRORS),
+    FaultKind.IO_ERROR: (VolumeFault.INACCESSIBLE, Reason.IO_ERROR),
+}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -26,19 +26,14 @@ from csi_driver.node.ports import Devices, Mounts
 
 logger = logging.getLogger(__name__)
 
-LUKS = "luks"
-"""`UsageRecord.filesystem` while a LUKS header is made."""
-RAW = "raw"
-"""`UsageRecord.filesystem` of a volume that was published as a raw block device."""
-USED = "used"
-"""`UsageRecord.filesystem` of a volume that is or was mounted."""
+# `UsageRecord.filesystem` while a LUKS header is made, after a publication as raw block, and after a mount.
+LUKS, RAW, USED = "luks", "raw", "used"
 
 NEWEST_KEPT = 1024
 """Number of the newest records that are always kept: as many volumes as a storage client can attach."""
 ABSENT_S = 3600.0
 """Time without device and mount after which a record may go; a client shows its volumes within minutes of a start."""
-MOST_AT_ONCE = 256
-"""Records that one sweep removes; each waits for the disk."""
+MOST_AT_ONCE = 256  # records that one sweep removes; each waits for the disk
 
 # struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")
@@ -46,9 +41,8 @@ _FLOCK = struct.Struct("=hhxxxxqqixxxx")
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """What was done to a volume, and under which of its attachments (0 = not counted).
+    """The last use of a volume or the format that was begun (`filesystem`), and its attachment (0 = not counted).
 
-    `filesystem`: the type of a filesystem whose format was begun, or LUKS, RAW or USED.
     `uncounted`: the last use was under an attachment that is not counted; `attachment` is an earlier one.
     `root_mode_pending`: the filesystem is new and its root directory does not have the requested mode yet.
     """
@@ -65,7 +59,7 @@ class UsageRecord:
         return self.filesystem in (RAW, USED)
 
     def is_of(self, attachment: int) -> bool:
-        """Tell whether the record applies to this attachment: use to all up to its own, a begun format to its own."""
+        """Return whether the record applies to this attachment: use to all up to its own, a begun format to its own."""
         if self.is_use:
             return 0 < attachment <= self.attachment
         return attachment > 0 and self.attachment == attachment
@@ -176,10 +170,9 @@ class UsageRecords:
 def record_use(
     records: UsageRecords, volume_uuid: str, attachment: int, how: str, *, root_mode_pending: bool | None = False
 ) -> None:
-    """Record that the volume is in use (`how`: RAW or USED). A begun format is over by this.
+    """Record that the volume is in use (`how`: RAW or USED), which ends a begun format.
 
-    An attachment that is not counted gets no record; it is noted in a record of an earlier one.
-    `root_mode_pending`: see `UsageRecord`; None = as recorded under this attachment.
+    Of an attachment that is not counted only an older record is updated. `root_mode_pending`: None = unchanged.
     """
     with records.changing(volume_uuid):
         old = records.read(volume_uuid)
@@ -269,7 +262,7 @@ class RecordCleanup:
         return len(absent)
 
     def _is_readable(self, volume_uuid: str) -> bool:
-        """Tell whether a record can be read; one that cannot stays, and the volume's next stage reports it."""
+        """Return whether a record can be read; one that cannot stays, and the volume's next stage reports it."""
         try:
             return self.records.read(volume_uuid) is not None
         except HostFailure:

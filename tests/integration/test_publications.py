@@ -58,7 +58,7 @@ def test_a_single_writer_is_published_where_kubelets_directory_is_a_shared_bind_
     node.publish(volume, mode=SINGLE)
     assert set(map(Path, mounts_below(twin))) == {twin / staging.name, twin / target.name}
     (target / "data").write_text("of the pod")
-    with pytest.raises(PreconditionFailed, match="single writer"):
+    with pytest.raises(PreconditionFailed, match="single-writer"):
         node.publish(volume, "pod-2", mode=SINGLE)
     node.unpublish(volume)
     node.publish(volume, "pod-2", mode=SINGLE)

@@ -657,7 +657,7 @@ def test_an_opened_device_over_another_volume_is_refused(locked: Locked) -> None
     locked.node.host.table.clear()
     other = locked.node.host.attach("csi-2", OTHER_UUID)
     mapper.below = other
-    with pytest.raises(PreconditionFailed, match="open for another volume"):
+    with pytest.raises(PreconditionFailed, match="expected it over device"):
         locked.stage()
 
 

@@ -209,7 +209,7 @@ def test_what_was_formatted_over_is_in_the_log(node: FakeNode, caplog: pytest.Lo
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
     assert NAME in said[0]
-    assert f"allowed for attachment 3: ext4 with the uuid {OTHER_UUID}" in said[0]
+    assert f"attachment 3: making ext4 over ext4 with the uuid {OTHER_UUID}" in said[0]
 
 
 def test_a_permission_is_used_once(node: FakeNode) -> None:
