@@ -1,6 +1,6 @@
 """What exists only for the drivers 1.4 and 1.9 of this name, and the version after which each part can go.
 
-Configuration, which `docs/upgrading.md` tells how to rewrite. Can go after version 1:
+Configuration (`docs/upgrading.md` shows its new form). Can go after version 1:
 
 * ConfigMap, `topology` JSON and `apiParams` as clusters file: `csi_driver.compat.clusters`, and its callers in
   `csi_driver.management.clusters` (with `ManagementSettings.password`) and `csi_driver.config`
@@ -9,7 +9,7 @@ Configuration, which `docs/upgrading.md` tells how to rewrite. Can go after vers
   `csi_driver.management.clusters.read_cluster_names`
 * the label `nvmesh-csi/client-status`, by which workloads are scheduled: `csi_driver.kubernetes.node_object`
 
-StorageClasses, Secrets and volumes, which exist as long as a volume of these drivers. Can go after version 2:
+StorageClasses, Secrets and volumes, which are used as long as a volume of these drivers exists. Can go after version 2:
 
 * `encryption: dmcrypt`, `dmcrypt/type`, `dmcrypt/cipher`, `dmcryptKey`, passphrases up to a line feed:
   `csi_driver.compat.volumes`, and its callers in `csi_driver.parameters.encryption` and `csi_driver.node.encryption`
@@ -17,6 +17,5 @@ StorageClasses, Secrets and volumes, which exist as long as a volume of these dr
   `csi_driver.controller.volume_metadata.read_creation`, `csi_driver.controller.validate.is_short`
 * the zone `single-zone-cluster` in a handle: `csi_driver.model.DEFAULT_ZONE`,
   `csi_driver.controller.volume_lookup.zones_of`
-* handles without a reference id, whose attachments are known only by the volume's name:
-  `csi_driver.host.devices`
+* handles without a reference id; the volume's name identifies the driver of an attachment: `csi_driver.host.devices`
 """

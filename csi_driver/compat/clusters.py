@@ -59,7 +59,7 @@ _LOG_LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A configuration in the form of the clusters file; a zone may hold a `password` besides.
+    """A configuration in the form of the clusters file; a zone may also hold a `password`.
 
     `flags`: settings of the controller, as `ClustersFile` has them.
     """
@@ -69,7 +69,7 @@ class Translation:
 
 
 def is_old(document: Entry) -> bool:
-    """Tell whether a file has one of the older forms."""
+    """Return whether a file has one of the older forms."""
     zones = document.get("zones")
     entries = zones.values() if isinstance(zones, dict) else ()
     return (
@@ -135,7 +135,7 @@ def _topology(document: Entry, shared: Entry, given: frozenset[str], findings: F
 
 
 def _zone(zone: str, entry: Entry, given: frozenset[str], findings: Findings) -> Entry:
-    """Rename the keys of one zone, and require what the older drivers had built in."""
+    """Rename the keys of one zone, and require the settings that the older drivers had built in."""
     named = {_RENAMED.get(key, key): value for key, value in entry.items()}
     renamed = {key: value for key, value in named.items() if key in _SAME_KEYS}
     if not renamed.get("clientCertificateFile") and "clientCertificateFile" not in given:

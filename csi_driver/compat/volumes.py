@@ -1,7 +1,7 @@
-"""Meaning of what the drivers 1.4 and 1.9 wrote into volumes, StorageClasses and Secrets. Pure.
+"""Keys and words of the drivers 1.4 and 1.9 in volumes, StorageClasses and Secrets, and their meaning. Pure.
 
-Both wrote `encryption: dmcrypt`, for two things: 1.4 made a LUKS header on the node, and its StorageClasses have
-`dmcrypt/type` or `dmcrypt/cipher` beside it; 1.9 asked the storage to encrypt.
+`encryption: dmcrypt` has two meanings: 1.4 made a LUKS header on the node, and its StorageClasses also have
+`dmcrypt/type` or `dmcrypt/cipher`; 1.9 asked the storage to encrypt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from csi_driver.publish_context import Encryption
 METADATA_FIELD = "csi_metadata"
 """Field of a volume's document in which a management before `metadata` (API version 15) stores the metadata."""
 NAMESPACE_KEY = "csi-storage-k8s-io/pvc/namespace"
-"""Key of the metadata whose value is the reference id of attachments."""
+"""Key of the metadata with the reference id of attachments."""
 DMCRYPT = "dmcrypt"
 LUKS_TYPE_KEY, CIPHER_KEY = "dmcrypt/type", "dmcrypt/cipher"
 LUKS_KEYS = {LUKS_TYPE_KEY, CIPHER_KEY}
@@ -22,15 +22,15 @@ DMCRYPT_KEY = "dmcryptKey"
 
 
 def is_node_encryption(parameters: Mapping[str, str]) -> bool:
-    """Tell whether a StorageClass means the encryption of 1.4, on the node."""
+    """Return whether a StorageClass means the encryption of 1.4, on the node."""
     return parameters.get("encryption", "").strip().lower() == DMCRYPT and not LUKS_KEYS.isdisjoint(parameters)
 
 
 def encryption_of(parameters: Mapping[str, str]) -> Encryption:
     """Return who encrypts an older driver's volume that the storage does not encrypt.
 
-    UNKNOWN where the storage should. The keys beside `dmcrypt` were optional in 1.4, whose volumes these must be; for
-    every other word the older drivers made plain volumes.
+    UNKNOWN where the storage should. `dmcrypt` without its keys is a volume of 1.4, where they were optional; for every
+    other word the older drivers made plain volumes.
     """
     match parameters.get("encryption", "").strip().lower():
         case "luks" | "dmcrypt":

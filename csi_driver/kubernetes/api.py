@@ -64,7 +64,7 @@ class Node:
     volumes: tuple[str, ...] = ()
 
     def has_taint(self, key: str) -> bool:
-        """Tell whether the node has a taint with this key, of any effect."""
+        """Return whether the node has a taint with this key, of any effect."""
         return any(taint.get("key") == key for taint in self.taints)
 
     def why_draining(self) -> str:
@@ -170,7 +170,7 @@ class ApiServer:
         return ids
 
     def has_attachment(self, name: str) -> bool:
-        """Tell whether a VolumeAttachment exists. Needs the right to get volumeattachments, not to list them."""
+        """Return whether a VolumeAttachment exists. Needs the right to get volumeattachments, not to list them."""
         path = f"/apis/storage.k8s.io/v1/volumeattachments/{quote(name, safe='')}"
         return self._get(path, f"get VolumeAttachment {shown(name)}") is not None
 

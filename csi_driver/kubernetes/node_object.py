@@ -30,7 +30,7 @@ READY = "ready"
 LABEL_INTERVAL_S = 10.0
 """Between two checks of the storage client, which use no network."""
 REAPPLY_S = 300.0
-"""After this time the label is set again, because somebody may have removed it."""
+"""After this time the label is set again, in case it was removed."""
 UNUSABLE_CHECKS = 3
 """Consecutive checks that must find the client unusable: an upgrade of the client takes a second or two."""
 
@@ -99,8 +99,8 @@ _CONFLICT_S = 0.2
 class StartupTaint:
     """Removes the start-up taint when `why_not_ready` returns "" and the CSINode of this node lists the driver.
 
-    Whoever adds a node (an autoscaler, kubelet's --register-with-taints) sets the taint, so that the scheduler places
-    no pod before it knows how many volumes the node takes. A node that is recreated under the same name has it again,
+    An autoscaler, or kubelet's --register-with-taints, sets the taint on a new node, so that the scheduler places no
+    pod before it knows how many volumes the node takes. A node that is recreated under the same name has it again,
     so the check goes on as long as the driver runs. `tend` never raises a `DriverError`.
     """
 
@@ -192,7 +192,7 @@ class PreStop:
         return end
 
     def _check(self) -> tuple[str, str]:
-        """Return why the wait is over, or "", and what it waits for, or ""."""
+        """Return the reason to end the wait, or "", and the remaining volumes, or ""."""
         mounted = self._mounted()
         if self.server is None:
             return _judge_by_mounts(mounted, "no API server is configured")
@@ -228,7 +228,7 @@ class PreStop:
         return f"{_listed([attached])} being detached" if attached is not None else ""
 
     def _is_attached(self, server: ApiServer, handle: str) -> bool:
-        """Tell whether the volume's VolumeAttachment exists; one that is gone is forgotten."""
+        """Return whether the volume's VolumeAttachment exists; one that is gone is forgotten."""
         if not self._may_get_attachments:
             return False
         try:

@@ -1,6 +1,6 @@
 """Client of the management REST API: one method for each operation, in nouns of `csi_driver.storage_model`.
 
-`csi_driver.controller.ports.Management` says what each method returns and raises; here is how the API does it. Each
+Results and errors of each method are in `csi_driver.controller.ports.Management`. Each
 change carries one object, because the API promises no order of several in a response.
 """
 

@@ -79,7 +79,7 @@ def as_documents(body: object, what: str) -> list[Document]:
 
 
 def invalid_document(body: object, what: str) -> StorageUnavailable:
-    """Return the error for a response that is not what the API specifies, with its beginning."""
+    """Return the error for a response that violates the API, with its beginning."""
     text = json.dumps(body, default=str)
     return StorageUnavailable(f"invalid response of the management: {what}, got {shown(text, _SHOWN_CHARACTERS)}")
 

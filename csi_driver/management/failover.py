@@ -87,7 +87,7 @@ class CircuitBreaker:
         return not self._is_slow
 
     def was_slow_since(self, since_s: float) -> bool:
-        """Return whether a request waited in vain for the server since then."""
+        """Return whether a request waited for the server without a response since then."""
         return self._slow_at_s >= since_s
 
     def take_trial(self) -> bool:
@@ -162,7 +162,7 @@ class CircuitBreaker:
         return ServerUnreachable(self._url, "it failed and has not answered a probe since", timed_out=self._is_slow)
 
     def take_probe(self, *, urgent: bool = False) -> bool:
-        """Let one caller start a probe, if the pause is over; `urgent`: no other server works either."""
+        """Admit one probe at a time, after the pause; `urgent`: no other server works either."""
         with self._state_changed:
             now_s = self._clock.monotonic()
             due_s = self._pause_ends_s

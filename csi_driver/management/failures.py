@@ -1,4 +1,4 @@
-"""What the numeric ids in the management's errors mean for each operation; the innermost id decides.
+"""Meaning of the numeric ids in the management's errors, for each operation; the innermost id decides.
 
 The ids are those of its `systemMessages` (a running server lists them at `GET /getAllSystemMessages`). Texts decide
 nothing, with one exception: a creation without space answers 1664 with the bare string "Failed to allocate" in place
@@ -54,7 +54,7 @@ class Operation(StrEnum):
 
 
 class Meaning(Enum):
-    """What an id means for the driver."""
+    """Meaning of an id for the driver."""
 
     DONE = auto()
     VOLUME_ABSENT = auto()
@@ -184,7 +184,7 @@ def error_in(envelope: Mapping[str, object]) -> ApiError | None:
 
 
 def meaning_of(operation: Operation, error: ApiError) -> tuple[Meaning, int | None]:
-    """Return what the error means for this operation, and the id that decided."""
+    """Return the meaning of an error for this operation, and the id that decided."""
     table = MEANINGS[operation]
     for number in error.ids:
         if number in table:

@@ -1,4 +1,4 @@
-"""Our session on one management server: login, expiry, API version, and what an HTTP status means.
+"""Our session on one management server: login, expiry, API version, and the meaning of an HTTP status.
 
 Sessions belong to one server process, so each server has its own cookie.
 """
@@ -50,7 +50,7 @@ class InvalidResponse(StorageUnavailable):
 
 
 def response_body(response: Response, server: str, request: Request) -> object:
-    """Return the body of a successful response. Raises the error that the HTTP status stands for."""
+    """Return the body of a successful response. Raises an error for any other HTTP status."""
     status = response.status
     if status == 200 and response.is_json:
         return _without_texts(response.body) if request.is_secret else response.body
@@ -230,7 +230,7 @@ class ServerSession:
 
     def _open(self, request: Request, stale: str | None, deadline: Deadline) -> None:
         """Open a session other than `stale` and read its API version, in one thread; others wait for its result."""
-        needs_version = request.path != SYSTEM_INFO  # whose answer has it
+        needs_version = request.path != SYSTEM_INFO  # the response has it
         has_login = self._cookie is not None or not self._settings.has_user
         if stale is None and has_login and (self.version is not None or not needs_version):
             return

@@ -245,7 +245,7 @@ class Transport:
         self._version: list[tuple[int, int, int]] = []
         self._is_closed = False
         if not settings.tls_verify:
-            # `ManagementSettings.warnings` says so once, instead of a warning for each connection.
+            # `ManagementSettings.warnings` warns once, urllib3 for each connection.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
@@ -296,7 +296,7 @@ class Transport:
         version = _certificate_version(self._settings) if self._is_tls else []
         with self._lock:
             if self._is_closed:
-                # Nobody would close a new pool.
+                # A new pool would never be closed.
                 raise StorageUnavailable(
                     f"management server {self.server} is no longer used: the settings of its zone changed; retry"
                 )
@@ -307,7 +307,7 @@ class Transport:
                     raise ServerUnreachable(self.server, str(error)) from error
                 if self._adapter is not None:
                     self._adapter.close()
-                # One connection more than requests: a probe runs beside them.
+                # One connection more than requests, for a probe.
                 self._adapter = _Adapter(context, self._settings.max_requests_in_flight + 1)
                 self._version = version
             return self._adapter
@@ -347,7 +347,7 @@ _CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
 
 def _rejects_certificate(error: BaseException) -> bool:
-    """Tell whether this is a TLS alert about our certificate (RFC 8446, section 6)."""
+    """Return whether this is a TLS alert about our certificate (RFC 8446, section 6)."""
     reason = error.reason if isinstance(error, ssl.SSLError) else None
     return isinstance(reason, str) and "ALERT" in reason and any(word in reason for word in _CERTIFICATE_ALERTS)
 

@@ -45,13 +45,13 @@ def api(tmp_path: Path, pki: tuple[Authority, Pair, Authority]) -> Iterator[Api]
         yield api
 
 
-def test_a_label_is_set_and_taken_away_and_the_others_stay(api: Api) -> None:
+def test_only_the_given_label_is_set_and_removed(api: Api) -> None:
     for value, expected in (("ready", {LABEL: "ready"}), ("ready", {LABEL: "ready"}), (None, {}), (None, {})):
         label(api, value)
         assert labels(api) == {"kubernetes.io/os": "linux"} | expected
 
 
-def test_a_token_that_was_replaced_is_taken_without_a_restart(api: Api) -> None:
+def test_a_replaced_token_is_used_without_a_restart(api: Api) -> None:
     client = api.client()
     client.label_node("node-1", {LABEL: "ready"})
     api.cluster.token = "second"
@@ -63,7 +63,7 @@ def test_a_token_that_was_replaced_is_taken_without_a_restart(api: Api) -> None:
     assert LABEL not in labels(api)
 
 
-def test_a_server_that_cannot_be_verified_is_told_nothing(api: Api, pki: tuple[Authority, Pair, Authority]) -> None:
+def test_an_unverified_api_server_gets_no_token(api: Api, pki: tuple[Authority, Pair, Authority]) -> None:
     _, _, other = pki
     (api.account / "ca.crt").write_bytes(other.certificate.read_bytes())
     with pytest.raises(ApiFailed, match="CERTIFICATE_VERIFY_FAILED"):
@@ -74,7 +74,7 @@ def test_a_server_that_cannot_be_verified_is_told_nothing(api: Api, pki: tuple[A
 
 
 @pytest.mark.parametrize("fault", ["302", "401", "403", "404", "409", "422", "429", "500", "503", "close", "garbage"])
-def test_a_fault_is_told_and_the_next_try_succeeds(api: Api, fault: str) -> None:
+def test_an_error_status_is_reported_and_a_retry_succeeds(api: Api, fault: str) -> None:
     api.cluster.faults.append(fault)
     with pytest.raises(ApiFailed) as failed:
         label(api)
@@ -84,13 +84,13 @@ def test_a_fault_is_told_and_the_next_try_succeeds(api: Api, fault: str) -> None
     assert labels(api)[LABEL] == "ready"
 
 
-def test_a_server_that_hangs_is_given_up(api: Api) -> None:
+def test_a_hanging_api_server_times_out(api: Api) -> None:
     api.cluster.faults.append("hang")
     with pytest.raises(ApiFailed, match="timed out"):
         api.client(timeout_s=0.2).label_node("node-1", {LABEL: "ready"})
 
 
-def test_what_is_missing_is_named(api: Api) -> None:
+def test_a_missing_token_or_ca_is_named(api: Api) -> None:
     with pytest.raises(ApiFailed, match="not found") as absent:
         label(api, node="no such/node")
     assert absent.value.status == 404
@@ -99,7 +99,7 @@ def test_what_is_missing_is_named(api: Api) -> None:
         label(api)
 
 
-def test_a_server_that_is_not_there_is_told(tmp_path: Path, api: Api) -> None:
+def test_a_refused_connection_is_reported(tmp_path: Path, api: Api) -> None:
     client = ApiServer(ApiSettings("127.0.0.1", 1, api.account))
     with pytest.raises(ApiFailed, match="refused"):
         client.label_node("node-1", {LABEL: "ready"})
@@ -108,7 +108,7 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path, api: Api) -> None:
 # --- taints and what stands for attachments -------------------------------------------------------------------------
 
 
-def test_a_taint_is_taken_off_and_the_others_stay(api: Api) -> None:
+def test_one_taint_is_removed_and_the_others_stay(api: Api) -> None:
     api.cluster.objects[NODE] = a_node(taints=[OTHER, {"key": TAINT, "effect": "NoSchedule", "value": "x"}])
     node = api.client().node("node-1")
     assert node is not None
@@ -117,7 +117,7 @@ def test_a_taint_is_taken_off_and_the_others_stay(api: Api) -> None:
     assert api.cluster.objects[NODE]["spec"] == {"taints": [OTHER]}
 
 
-def test_taints_that_changed_in_between_are_not_written_over(api: Api) -> None:
+def test_concurrently_changed_taints_are_not_overwritten(api: Api) -> None:
     api.cluster.objects[NODE] = a_node(taints=[{"key": TAINT, "effect": "NoSchedule"}])
     node = api.client().node("node-1")
     assert node is not None
@@ -127,7 +127,7 @@ def test_taints_that_changed_in_between_are_not_written_over(api: Api) -> None:
     assert api.cluster.objects[NODE] == changed
 
 
-def test_a_driver_is_registered_where_the_nodes_storage_object_lists_it(api: Api) -> None:
+def test_a_driver_is_registered_where_the_csinode_lists_it(api: Api) -> None:
     client, path = api.client(), "/apis/storage.k8s.io/v1/csinodes"
     assert client.node_id("node-1", "driver") is None
     one = {"metadata": {"name": "node-1"}, "spec": {"drivers": [{"name": "driver", "nodeID": "id-1"}]}}
@@ -137,7 +137,7 @@ def test_a_driver_is_registered_where_the_nodes_storage_object_lists_it(api: Api
     assert client.node_ids("driver") == {"node-1": "id-1", "node-2": "id-2"}
 
 
-def test_an_attachment_is_asked_for_by_its_name(api: Api) -> None:
+def test_an_attachment_is_found_by_its_name(api: Api) -> None:
     handle = "single-zone-cluster:csi-66163eba-3bf3-48d4:128da7e3-f73d-491c-8555-27075a80c69a:default"
     name = attachment_name(handle, "nvmesh-csi.excelero.com", "node1")
     # As the control plane of Kubernetes 1.37 named it.
@@ -147,7 +147,7 @@ def test_an_attachment_is_asked_for_by_its_name(api: Api) -> None:
     assert api.client().has_attachment(name)
 
 
-def test_a_node_tells_what_drains_it_and_which_volumes_are_its(api: Api) -> None:
+def test_a_node_has_its_drain_reason_and_volumes(api: Api) -> None:
     node = a_node()
     node["status"] = {
         "volumesAttached": [{"name": "kubernetes.io/csi/driver^a"}, {"name": "kubernetes.io/csi/driver-2^b"}],
@@ -173,7 +173,7 @@ def test_a_node_tells_what_drains_it_and_which_volumes_are_its(api: Api) -> None
         ("status", {"conditions": [{"type": "DiskPressure", "message": "node is shutting down"}, None]}, ""),
     ],
 )
-def test_a_drain_is_known_by_every_sign_of_it(api: Api, part: str, value: dict[str, Any], why: str) -> None:
+def test_every_sign_of_a_drain_is_recognised(api: Api, part: str, value: dict[str, Any], why: str) -> None:
     api.cluster.objects[NODE] = a_node() | {part: value}
     found = api.client().node("node-1")
     assert found is not None
@@ -182,7 +182,7 @@ def test_a_drain_is_known_by_every_sign_of_it(api: Api, part: str, value: dict[s
 
 
 @pytest.mark.parametrize("fault", ["403", "500", "close", "garbage", "hang"])
-def test_an_answer_that_does_not_come_is_not_taken_for_absence(api: Api, fault: str) -> None:
+def test_a_missing_response_is_not_absence(api: Api, fault: str) -> None:
     client = api.client(timeout_s=0.2 if fault == "hang" else 10)
     for ask in (
         lambda: client.node("node-1"),

@@ -43,7 +43,7 @@ def test_a_wrong_password_is_unauthenticated(storage: Storage, tmp_path: Path, d
     client.close()
 
 
-def test_a_restarted_server_has_forgotten_the_session_and_is_logged_in_to_again(storage: Storage, actor: Actor) -> None:
+def test_a_restarted_server_gets_a_new_login(storage: Storage, actor: Actor) -> None:
     volume = actor.created()
     port = storage.server.address[1]
     storage.server.stop()
@@ -65,7 +65,7 @@ def test_a_restarted_server_has_forgotten_the_session_and_is_logged_in_to_again(
 # --- reasons, word for word --------------------------------------------------------------------------------
 
 
-def test_the_reason_of_a_lost_file_reaches_the_caller(storage: Storage, actor: Actor) -> None:
+def test_the_error_about_a_lost_file_reaches_the_caller(storage: Storage, actor: Actor) -> None:
     volume = actor.created()
     actor.attach(volume)
     actor.detach(volume)
@@ -84,7 +84,7 @@ def test_the_reason_of_a_lost_file_reaches_the_caller(storage: Storage, actor: A
     assert actor.management.volume("v1", deadline=actor.deadline).status == "offline"  # type: ignore[union-attr]
 
 
-def test_the_numbers_of_a_pool_that_is_full_reach_the_caller(actor: Actor) -> None:
+def test_the_sizes_of_a_full_pool_reach_the_caller(actor: Actor) -> None:
     asked, unallocated = 10**15 // 2**20 * 2**20, POOL_BYTES // 2**20 * 2**20
     numbers = f"asked {asked} bytes; {unallocated} are unallocated in the pool, "
     with pytest.raises(Exhausted, match=numbers) as creating:
@@ -95,6 +95,6 @@ def test_the_numbers_of_a_pool_that_is_full_reach_the_caller(actor: Actor) -> No
         actor.management.extend_volume(volume, 10**6, deadline=actor.deadline)
 
 
-def test_a_layout_that_the_pool_cannot_keep_is_told_from_a_full_pool(actor: Actor) -> None:
+def test_a_layout_that_the_pool_cannot_hold_differs_from_a_full_pool(actor: Actor) -> None:
     with pytest.raises(Exhausted, match="the layout needs 10 targets, this pool has 3"):
         actor.created(vpg="DEFAULT_EC_DUAL_TARGET_REDUNDANCY_VPG")

@@ -68,13 +68,13 @@ def test_an_encrypted_volume_waits_for_its_passphrase_and_shows_its_header(actor
     assert (volume.encryption.is_initialized, volume.encryption.command_index) == (False, 0)
 
 
-def test_beside_a_group_a_volume_is_encrypted_with_a_header_of_16_mib(actor: Actor) -> None:
+def test_in_a_group_a_volume_is_encrypted_with_a_header_of_16_mib(actor: Actor) -> None:
     volume = actor.created(vpg="DEFAULT_CONCATENATED_VPG", encrypted_header_bytes=16 * MIB)
     assert volume.encryption is not None
     assert volume.encryption.header_bytes == 16 * MIB
 
 
-def test_with_its_passphrase_it_becomes_ready_and_says_so(actor: Actor) -> None:
+def test_an_encrypted_volume_becomes_ready_with_its_passphrase(actor: Actor) -> None:
     assert begin(actor, actor.created(encrypted_header_bytes=16 * MIB))
     volume = ready(actor)
     assert volume.encryption is not None
@@ -82,7 +82,7 @@ def test_with_its_passphrase_it_becomes_ready_and_says_so(actor: Actor) -> None:
     assert (volume.encryption.command_index, volume.encryption.command_result) == (1, 1)
 
 
-def test_before_that_it_cannot_be_attached(actor: Actor) -> None:
+def test_an_encrypted_volume_without_passphrase_cannot_be_attached(actor: Actor) -> None:
     volume = actor.created(encrypted_header_bytes=16 * MIB)
     with pytest.raises(PreconditionFailed):
         actor.attach(volume)
@@ -91,7 +91,7 @@ def test_before_that_it_cannot_be_attached(actor: Actor) -> None:
     assert actor.holders(volume) == ["node-1"]
 
 
-def test_encryption_under_way_is_not_begun_again(actor: Actor, side: Side) -> None:
+def test_encryption_in_progress_is_not_started_again(actor: Actor, side: Side) -> None:
     volume = actor.created(encrypted_header_bytes=16 * MIB)
     side.hold(Work.ENCRYPTING)
     assert begin(actor, volume)
@@ -99,7 +99,7 @@ def test_encryption_under_way_is_not_begun_again(actor: Actor, side: Side) -> No
     assert not begin(actor, volume)
 
 
-def test_encryption_that_is_done_is_not_begun_again(actor: Actor) -> None:
+def test_finished_encryption_is_not_started_again(actor: Actor) -> None:
     volume = actor.created(encrypted_header_bytes=16 * MIB)
     begin(actor, volume)
     ready(actor)
@@ -111,7 +111,7 @@ def test_a_plain_volume_is_not_encrypted(actor: Actor) -> None:
         begin(actor, actor.created())
 
 
-def test_another_volume_of_that_name_gets_no_passphrase(actor: Actor) -> None:
+def test_another_volume_with_the_name_gets_no_passphrase(actor: Actor) -> None:
     volume = actor.created(encrypted_header_bytes=16 * MIB)
     with pytest.raises(VolumeNotFound):
         begin(actor, Volume("v1", OTHER_UUID, volume.blocks, 4096, 2.0, "online", "initEncryptionRequired"))
@@ -125,14 +125,14 @@ def test_a_passphrase_that_is_too_short_is_a_bad_request(actor: Actor) -> None:
 # --- changes ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_named_changes_and_nothing_else(actor: Actor) -> None:
+def test_only_the_named_fields_change(actor: Actor) -> None:
     before = actor.created(relative_rebuild_priority=3)
     actor.management.update_volume(before, VolumeChanges(description="new"), deadline=actor.deadline)
     after = actor.usable("v1")
     assert (after.description, after.relative_rebuild_priority, after.metadata) == ("new", 3, before.metadata)
 
 
-def test_each_thing_that_can_change_changes(actor: Actor) -> None:
+def test_each_changeable_field_changes(actor: Actor) -> None:
     volume = actor.created(layout=Layout(RaidLevel.MIRRORED, number_of_mirrors=1))
     changes = VolumeChanges(description="", relative_rebuild_priority=0, enable_crc_check=True)
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_each_thing_that_can_change_changes(actor: Actor) -> None:
     assert (after.description, after.relative_rebuild_priority, after.layout.enable_crc_check) == ("", 0, True)
 
 
-def test_what_its_group_decides_is_a_bad_request(actor: Actor) -> None:
+def test_a_field_that_the_group_decides_is_a_bad_request(actor: Actor) -> None:
     volume = actor.created(vpg="DEFAULT_RAID_1_VPG")
     with pytest.raises(InvalidRequest):
         actor.management.update_volume(volume, VolumeChanges(enable_crc_check=True), deadline=actor.deadline)
@@ -153,7 +153,7 @@ def test_a_class_that_does_not_exist_is_a_bad_request(actor: Actor) -> None:
         actor.management.update_volume(actor.created(), changes, deadline=actor.deadline)
 
 
-def test_another_volume_of_that_name_is_not_changed(actor: Actor) -> None:
+def test_another_volume_with_the_name_is_not_changed(actor: Actor) -> None:
     volume = actor.created()
     stranger = Volume("v1", OTHER_UUID, volume.blocks, 4096, 2.0, "online", "none")
     with pytest.raises(VolumeNotFound):
@@ -203,7 +203,7 @@ def end_to_end(directory: Path, headers: LuksHeaders) -> Iterator[EndToEnd]:
 @pytest.mark.skipif(
     not LuksFiles.are_possible(), reason="cryptsetup is not installed: as root, `make test` installs it"
 )
-def test_a_volume_is_made_encrypted_attached_and_expanded_and_cryptsetup_opens_it(tmp_path: Path) -> None:
+def test_an_encrypted_volume_is_created_attached_expanded_and_opened_by_cryptsetup(tmp_path: Path) -> None:
     with end_to_end(tmp_path, LuksFiles(iterations=1000)) as run:
         parameters = {"encryption": "dmcrypt", "encryption/slot": "2", "encryption/headerSize": "32"}
         made = run.create(parameters, {"dmcryptKey": PASSPHRASE})
@@ -224,7 +224,7 @@ def test_a_volume_is_made_encrypted_attached_and_expanded_and_cryptsetup_opens_i
         assert (grown, file.stat().st_size) == ((2 * GIB, True), 2 * GIB + 32 * MIB)
 
 
-def test_a_storage_that_cannot_make_the_header_says_so_and_the_same_call_ends_it(tmp_path: Path) -> None:
+def test_a_header_that_fails_is_reported_and_succeeds_on_retry(tmp_path: Path) -> None:
     headers = FakeLuksHeaders(failing=True)
     with end_to_end(tmp_path, headers) as run:
         with pytest.raises(EncryptionNotInitialised, match="cryptsetup is broken"):

@@ -62,7 +62,7 @@ def actor(side: Side) -> Actor:
     return Actor(side.management, Deadline.after(20))
 
 
-def test_the_server_says_who_it_is(actor: Actor) -> None:
+def test_the_server_states_version_and_cluster(actor: Actor) -> None:
     info = actor.management.system_info(deadline=actor.deadline)
     assert info.api_version.split(".")[0].isdigit()
     assert info.cluster_id
@@ -71,7 +71,7 @@ def test_the_server_says_who_it_is(actor: Actor) -> None:
 # --- volumes ----------------------------------------------------------------------------------------------
 
 
-def test_a_created_volume_is_found_with_what_it_was_created_with(actor: Actor) -> None:
+def test_a_created_volume_is_found_with_its_attributes(actor: Actor) -> None:
     volume = actor.created()
     assert (volume.metadata, volume.layout.raid_level, volume.is_ready) == (
         {"csi_name": "pvc-v1"},
@@ -80,7 +80,7 @@ def test_a_created_volume_is_found_with_what_it_was_created_with(actor: Actor) -
     )
 
 
-def test_a_volume_is_never_larger_than_asked_for_and_short_by_less_than_a_granule(actor: Actor) -> None:
+def test_a_volume_is_smaller_than_requested_by_less_than_a_granule(actor: Actor) -> None:
     volume = actor.created(capacity_gb=3.3)
     assert 0 <= 3_300_000_000 - volume.size_bytes < granule_bytes(volume.layout)
 
@@ -105,13 +105,13 @@ def test_a_group_lends_its_layout_to_its_volumes(actor: Actor) -> None:
     assert (volume.vpg, volume.layout.raid_level) == ("DEFAULT_RAID_1_VPG", RaidLevel.MIRRORED)
 
 
-def test_a_name_is_given_once(actor: Actor) -> None:
+def test_a_name_is_used_once(actor: Actor) -> None:
     actor.created()
     spec = VolumeSpec("v1", 2.0, {}, layout=Layout())
     assert actor.management.create_volume(spec, deadline=actor.deadline) is None
 
 
-def test_of_parallel_creations_of_one_name_one_wins(actor: Actor) -> None:
+def test_one_of_parallel_creations_with_one_name_succeeds(actor: Actor) -> None:
     spec = VolumeSpec("v1", 2.0, {}, layout=Layout())
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: actor.management.create_volume(spec, deadline=actor.deadline), range(8)))
@@ -123,12 +123,12 @@ def test_a_volume_that_does_not_exist_is_none(actor: Actor) -> None:
 
 
 @pytest.mark.parametrize("name", ["all", "ids", "count"])
-def test_a_volume_named_like_a_route_is_a_volume_like_any_other(actor: Actor, name: str) -> None:
+def test_a_volume_named_like_a_route_is_an_ordinary_volume(actor: Actor, name: str) -> None:
     assert actor.management.volume(name, deadline=actor.deadline) is None
     assert actor.created(name).name == name
 
 
-def test_more_than_there_is_is_exhausted(actor: Actor) -> None:
+def test_a_volume_larger_than_the_pool_is_exhausted(actor: Actor) -> None:
     with pytest.raises(Exhausted):
         actor.created(capacity_gb=2 * POOL_BYTES / 1e9)
 
@@ -149,7 +149,7 @@ def test_metadata_is_replaced_as_a_whole(actor: Actor) -> None:
     assert actor.usable("v1").metadata == {"other": {"nested": [1, "ü"]}}
 
 
-def test_metadata_of_another_volume_of_that_name_is_not_touched(actor: Actor) -> None:
+def test_metadata_of_another_volume_with_the_name_is_not_changed(actor: Actor) -> None:
     volume = actor.created()
     stranger = Volume("v1", OTHER_UUID, volume.blocks, 4096, 2.0, "online", "none")
     with pytest.raises(VolumeNotFound):
@@ -167,14 +167,14 @@ def test_pages_show_every_volume_once_in_order_of_names(actor: Actor) -> None:
     assert pages == [["B", "a"], ["b", "c"], ["d"], []]
 
 
-def test_a_page_goes_on_where_its_first_volume_is_gone(actor: Actor) -> None:
+def test_a_page_continues_after_a_deleted_volume(actor: Actor) -> None:
     for name in ("a", "b", "c"):
         actor.created(name)
     actor.management.delete_volume(actor.usable("a"), deadline=actor.deadline)
     assert actor.names("a", 2) == ["b", "c"]
 
 
-def test_a_listed_volume_is_the_same_as_a_volume_asked_for(actor: Actor) -> None:
+def test_a_listed_volume_equals_the_volume_itself(actor: Actor) -> None:
     volume = actor.created()
     assert actor.management.volumes(after="", limit=0, deadline=actor.deadline) == [volume]
 
@@ -240,7 +240,7 @@ def test_an_attached_volume_is_reported_with_io_and_reference(actor: Actor) -> N
     )
 
 
-def test_without_a_reference_the_volume_stands_for_itself(actor: Actor) -> None:
+def test_without_a_reference_the_uuid_is_the_reference(actor: Actor) -> None:
     volume = actor.created()
     actor.attach(volume)
     assert actor.node().desired[volume.uuid].reference_ids == {volume.uuid}
@@ -310,9 +310,7 @@ def test_a_takeover_detaches_the_others(actor: Actor) -> None:
     assert actor.usable("v1").reservation.reserved_by == "node-2"
 
 
-def test_what_a_dead_client_had_stays_in_its_document_and_the_versions_tell_that_it_was_taken(
-    actor: Actor, side: Side
-) -> None:
+def test_the_desired_attachment_of_a_dead_client_stays_with_its_old_version(actor: Actor, side: Side) -> None:
     """The proof by which DeleteVolume goes on: see docs/fencing.md."""
     volume = actor.created()
     actor.attach(volume, reference="ns")
@@ -348,7 +346,7 @@ def test_an_unknown_client_cannot_be_attached_to(actor: Actor) -> None:
         actor.management.attach(nobody, actor.created(), mode=EXCLUSIVE, reference_id=None, deadline=actor.deadline)
 
 
-def test_another_volume_of_that_name_is_not_attached(actor: Actor) -> None:
+def test_another_volume_with_the_name_is_not_attached(actor: Actor) -> None:
     volume = actor.created()
     stranger = Volume("v1", OTHER_UUID, volume.blocks, 4096, 2.0, "online", "none")
     with pytest.raises(VolumeNotFound):
@@ -375,23 +373,23 @@ def test_a_volume_under_detach_is_still_held(actor: Actor, side: Side) -> None:
 
 
 @pytest.mark.parametrize("reference", [None, "ns"])
-def test_detaching_what_is_not_attached_returns(actor: Actor, reference: str | None) -> None:
+def test_detaching_a_detached_volume_succeeds(actor: Actor, reference: str | None) -> None:
     actor.detach(actor.created(), reference=reference)
 
 
-def test_detaching_a_reference_that_is_not_held_leaves_the_others(actor: Actor) -> None:
+def test_detaching_an_absent_reference_keeps_the_others(actor: Actor) -> None:
     volume = actor.created()
     actor.attach(volume, reference="a")
     actor.detach(volume, reference="b")
     assert actor.node().desired[volume.uuid].reference_ids == {"a"}
 
 
-def test_detaching_from_a_client_that_is_gone_returns(actor: Actor) -> None:
+def test_detaching_from_an_absent_client_succeeds(actor: Actor) -> None:
     nobody = Client("nobody", OTHER_UUID, actor.node().status)
     actor.management.detach(nobody, actor.created(), reference_id=None, deadline=actor.deadline)
 
 
-def test_detaching_a_volume_that_is_gone_returns(actor: Actor) -> None:
+def test_detaching_an_absent_volume_succeeds(actor: Actor) -> None:
     actor.detach(Volume("gone", OTHER_UUID, 256, 4096, 2.0, "online", "none"))
 
 
@@ -403,12 +401,12 @@ def test_a_deleted_volume_is_gone(actor: Actor) -> None:
     assert actor.deadline.wait_until(lambda: actor.management.volume("v1", deadline=actor.deadline) is None)
 
 
-def test_deleting_what_is_gone_says_so(actor: Actor) -> None:
+def test_deleting_an_absent_volume_returns_false(actor: Actor) -> None:
     gone = Volume("v1", OTHER_UUID, 256, 4096, 2.0, "online", "none")
     assert not actor.management.delete_volume(gone, deadline=actor.deadline)
 
 
-def test_another_volume_of_that_name_is_not_deleted(actor: Actor) -> None:
+def test_another_volume_with_the_name_is_not_deleted(actor: Actor) -> None:
     volume = actor.created()
     stranger = Volume("v1", OTHER_UUID, volume.blocks, 4096, 2.0, "online", "none")
     assert not actor.management.delete_volume(stranger, deadline=actor.deadline)
@@ -422,7 +420,7 @@ def test_an_attached_volume_is_not_deleted_and_its_client_is_named(actor: Actor)
         actor.management.delete_volume(volume, deadline=actor.deadline)
 
 
-def test_a_volume_that_is_being_deleted_says_so_and_keeps_its_name(actor: Actor, side: Side) -> None:
+def test_a_volume_that_is_being_deleted_keeps_its_name(actor: Actor, side: Side) -> None:
     volume = actor.created()
     side.hold(Work.DELETING)
     assert actor.management.delete_volume(volume, deadline=actor.deadline)
@@ -432,7 +430,7 @@ def test_a_volume_that_is_being_deleted_says_so_and_keeps_its_name(actor: Actor,
     assert actor.management.create_volume(spec, deadline=actor.deadline) is None
 
 
-def test_a_volume_that_is_being_made_is_neither_extended_nor_deleted(actor: Actor, side: Side) -> None:
+def test_a_volume_that_is_being_created_is_neither_extended_nor_deleted(actor: Actor, side: Side) -> None:
     side.hold(Work.MAKING)
     spec = VolumeSpec("v1", 2.0, {}, layout=Layout())
     actor.management.create_volume(spec, deadline=actor.deadline)
@@ -458,7 +456,7 @@ def test_an_unknown_group_is_none(actor: Actor) -> None:
     assert actor.management.vpg("nope", deadline=actor.deadline) is None
 
 
-def test_a_group_without_space_of_its_own_has_no_free_bytes(actor: Actor) -> None:
+def test_a_group_without_reserved_space_has_no_free_bytes(actor: Actor) -> None:
     assert actor.management.vpg_free_bytes("DEFAULT_RAID_1_VPG", deadline=actor.deadline) == 0
 
 
@@ -469,7 +467,7 @@ def test_an_empty_pool_offers_no_more_than_it_has(actor: Actor) -> None:
     assert 0 <= POOL_BYTES - free < 100_000
 
 
-def test_free_space_shrinks_by_what_is_created(actor: Actor) -> None:
+def test_free_space_shrinks_by_the_created_size(actor: Actor) -> None:
     before = actor.management.raw_free_bytes(deadline=actor.deadline)
     volume = actor.created(capacity_gb=50.0)
     after = actor.management.raw_free_bytes(deadline=actor.deadline)
@@ -489,5 +487,5 @@ def test_free_space_shrinks_by_what_is_created(actor: Actor) -> None:
         AllowedDrives(domain="unknown"),
     ],
 )
-def test_free_space_of_what_does_not_exist_is_none(actor: Actor, allowed: AllowedDrives) -> None:
+def test_free_space_of_an_absent_class_is_none(actor: Actor, allowed: AllowedDrives) -> None:
     assert actor.management.raw_free_bytes(allowed, deadline=actor.deadline) is None

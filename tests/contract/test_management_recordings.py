@@ -69,13 +69,13 @@ def refusals() -> list[tuple[Operation, dict[str, object]]]:
     ]
 
 
-def test_there_are_recordings() -> None:
+def test_recordings_exist() -> None:
     assert len(found("/volumes/")) > 10
     assert len(found("/clients/")) > 10
     assert len(refusals()) > 30
 
 
-def test_every_recorded_volume_is_understood() -> None:
+def test_every_recorded_volume_is_decoded() -> None:
     for row in found("/volumes/"):
         if "uuid" not in row:  # made in a group for metadata
             with pytest.raises(StorageUnavailable):
@@ -85,7 +85,7 @@ def test_every_recorded_volume_is_understood() -> None:
         assert (volume.name, volume.uuid) == (row["_id"], row["uuid"])
 
 
-def test_every_recorded_client_is_understood() -> None:
+def test_every_recorded_client_is_decoded() -> None:
     for row in found("/clients/"):
         client = decode_client(row)
         assert set(client.desired) == set(row["attachments"])  # type: ignore[call-overload]
@@ -93,7 +93,7 @@ def test_every_recorded_client_is_understood() -> None:
 
 
 @pytest.mark.parametrize(("operation", "row"), refusals(), ids=lambda value: str(value) if value is Operation else None)
-def test_every_recorded_refusal_has_a_meaning(operation: Operation, row: dict[str, object]) -> None:
+def test_every_recorded_error_has_a_meaning(operation: Operation, row: dict[str, object]) -> None:
     refusal = error_in(row)
     assert refusal is not None
     assert meaning_of(operation, refusal)[0] is not Meaning.SERVER_ERROR
@@ -102,20 +102,20 @@ def test_every_recorded_refusal_has_a_meaning(operation: Operation, row: dict[st
 # --- what the driver's own requests were answered ---------------------------------------------------------------------
 
 
-def test_a_group_for_metadata_is_told_apart_from_the_others() -> None:
+def test_a_group_for_metadata_is_recognised() -> None:
     rows = [row for row in found("/volumeProvisioningGroups/") if "_id" in row]
     groups = {group.name: group for group in map(decode_vpg, rows)}
     assert [name for name, group in groups.items() if group.is_for_metadata] == ["DEFAULT_METADATA_RAID_1_VPG"]
     assert len(groups) > 4
 
 
-def test_only_snapshots_are_taken_for_snapshots() -> None:
+def test_only_snapshots_are_decoded_as_snapshots() -> None:
     volumes = [decode_volume(row) for row in found("/volumes/", "driver/snapshots")]
     assert {volume.name for volume in volumes if volume.is_snapshot} == {"sn280669"}
     assert {volume.name for volume in volumes if not volume.is_snapshot} == {"ro80669", "sn280669_MD", "src80669"}
 
 
-def test_a_snapshot_cannot_be_attached_and_the_answer_is_no_passing_one() -> None:
+def test_attaching_a_snapshot_fails_permanently() -> None:
     refused = [
         failure_of(Operation.ATTACH, refusal)
         for _, path, body in exchanges("driver/snapshots")
@@ -127,7 +127,7 @@ def test_a_snapshot_cannot_be_attached_and_the_answer_is_no_passing_one() -> Non
     assert all(isinstance(failure, PreconditionFailed) for failure in refused)
 
 
-def test_the_server_shows_no_report_of_a_busy_device() -> None:
+def test_the_server_reports_no_busy_device() -> None:
     """So a busy one shows as attached, and as being detached: what the driver's answers are made for."""
     clients = [decode_client(row) for row in found("/clients/", "driver/attach-busy-force-denied")]
     stood = [
@@ -144,7 +144,7 @@ def test_the_server_shows_no_report_of_a_busy_device() -> None:
     }  # fmt: skip
 
 
-def test_a_dead_node_is_proven_preempted_when_its_volume_came_back_from_another_and_not_before() -> None:
+def test_a_preempted_node_is_proven_only_after_another_node_released_the_volume() -> None:
     """node-4 had two volumes, died, and was told to give them up; each was taken over, and then given up there.
 
     ControllerPublishVolume records the version of an attachment that took the volume and has I/O.

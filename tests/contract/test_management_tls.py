@@ -129,14 +129,14 @@ def connect(tmp_path: Path) -> Iterator[Connect]:
 # --- the server's certificate ---------------------------------------------------------------------------
 
 
-def test_a_server_of_the_named_authority_is_believed(
+def test_a_server_of_the_named_ca_is_trusted(
     server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline
 ) -> None:
     client = connect(server.url, ca_file=authority.certificate)
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_the_embedded_manager_is_spoken_to_over_tls(
+def test_the_embedded_manager_is_used_over_tls(
     tmp_path: Path, server_pair: Pair, authority: Authority, deadline: Deadline
 ) -> None:
     storage = Storage.start(tmp_path, certificate=server_pair.certificate, key=server_pair.key)
@@ -155,7 +155,7 @@ def test_the_embedded_manager_is_spoken_to_over_tls(
         storage.server.stop()
 
 
-def test_a_server_of_another_authority_is_refused(
+def test_a_server_of_another_ca_is_refused(
     server: TlsDouble, connect: Connect, other_authority: Authority, deadline: Deadline
 ) -> None:
     with pytest.raises(ServerUnreachable, match="cannot be verified"):
@@ -163,15 +163,13 @@ def test_a_server_of_another_authority_is_refused(
     assert not server.logins
 
 
-def test_without_a_named_authority_those_of_the_system_decide(
-    server: TlsDouble, connect: Connect, deadline: Deadline
-) -> None:
+def test_without_a_ca_file_the_system_cas_decide(server: TlsDouble, connect: Connect, deadline: Deadline) -> None:
     with pytest.raises(ServerUnreachable, match="cannot be verified"):
         connect(server.url).system_info(deadline=deadline)
     assert not server.logins
 
 
-def test_the_authorities_of_the_system_are_believed_where_none_is_named(
+def test_the_system_cas_are_trusted_without_a_ca_file(
     server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))  # where OpenSSL finds the system's
@@ -180,7 +178,7 @@ def test_the_authorities_of_the_system_are_believed_where_none_is_named(
 
 @pytest.mark.parametrize("is_named", [False, True], ids=["the system's", "a named one"])
 @pytest.mark.parametrize("way", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "certifi"])
-def test_the_http_library_adds_no_authorities_of_its_own(
+def test_the_http_library_adds_no_cas(
     server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
     monkeypatch: pytest.MonkeyPatch, way: str, is_named: bool,
 ) -> None:  # fmt: skip
@@ -204,7 +202,7 @@ def test_a_certificate_for_another_host_is_refused(connect: Connect, authority: 
         connect(elsewhere.url, ca_file=authority.certificate).system_info(deadline=deadline)
 
 
-def test_an_unverified_server_is_spoken_to_where_that_was_asked_for_and_warned_of(
+def test_an_unverified_server_is_used_where_allowed_and_warned_about(
     server: TlsDouble, connect: Connect, deadline: Deadline, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = connect(server.url, tls_verify=False)
@@ -212,7 +210,7 @@ def test_an_unverified_server_is_spoken_to_where_that_was_asked_for_and_warned_o
     assert "is not verified" in caplog.text
 
 
-def test_a_renewed_authority_is_believed_without_a_restart(
+def test_a_renewed_ca_is_trusted_without_a_restart(
     server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -228,7 +226,7 @@ def test_a_renewed_authority_is_believed_without_a_restart(
     assert len(server.logins) == 1
 
 
-def test_a_file_that_holds_no_authority_is_named_and_mended_without_a_restart(
+def test_an_invalid_ca_file_is_named_and_read_again_without_a_restart(
     server: TlsDouble, connect: Connect, authority: Authority, deadline: Deadline, tmp_path: Path
 ) -> None:
     ca_file = tmp_path / "ca.pem"
@@ -240,7 +238,7 @@ def test_a_file_that_holds_no_authority_is_named_and_mended_without_a_restart(
     client.system_info(deadline=deadline)
 
 
-def test_a_server_that_does_not_speak_tls_is_not_told_the_password(
+def test_a_server_without_tls_does_not_get_the_password(
     connect: Connect, authority: Authority, deadline: Deadline
 ) -> None:
     plain = ManagementDouble()
@@ -258,7 +256,7 @@ def test_a_server_that_does_not_speak_tls_is_not_told_the_password(
 # --- our own certificate --------------------------------------------------------------------------------
 
 
-def test_a_client_certificate_takes_the_place_of_the_password(
+def test_a_client_certificate_replaces_the_password(
     mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
 ) -> None:
     client = connect(
@@ -276,7 +274,7 @@ def test_a_client_certificate_takes_the_place_of_the_password(
     assert cookies == [None, *["connect.sid=opened"] * 3]
 
 
-def test_a_session_that_ended_is_opened_again_by_the_next_request(
+def test_the_next_request_opens_an_expired_session_again(
     mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
 ) -> None:
     client = connect(
@@ -290,7 +288,7 @@ def test_a_session_that_ended_is_opened_again_by_the_next_request(
     client.system_info(deadline=deadline)
 
 
-def test_a_client_certificate_whose_ou_is_no_user_is_named_with_its_reason(
+def test_a_client_certificate_without_a_user_is_explained(
     mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
 ) -> None:
     """The server's own words were recorded: 401 and a plain "Failed to authenticate."."""
@@ -310,7 +308,7 @@ def test_a_client_certificate_whose_ou_is_no_user_is_named_with_its_reason(
             ask(deadline=deadline)
 
 
-def test_a_user_of_a_client_certificate_who_lacks_a_right_is_denied(
+def test_a_client_certificate_without_a_permission_is_denied(
     mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline
 ) -> None:
     mutual.on("GET", "/volumes/v1", Says({"message": "", "id": 401}, 401))
@@ -332,7 +330,7 @@ def test_certificate_and_key_may_be_one_file(
     connect(mutual.url, ca_file=authority.certificate, client_certificate=both).system_info(deadline=deadline)
 
 
-def test_a_client_certificate_of_another_authority_is_told_to_be_refused(
+def test_a_rejected_client_certificate_is_named(
     mutual: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline
 ) -> None:
     stranger = other_authority.issue("stranger", subject=CSI_USER, use="clientAuth")
@@ -347,7 +345,7 @@ def test_a_client_certificate_of_another_authority_is_told_to_be_refused(
     assert not mutual.received
 
 
-def test_a_renewed_client_certificate_is_shown_without_a_restart(
+def test_a_renewed_client_certificate_is_used_without_a_restart(
     mutual: TlsDouble, connect: Connect, authority: Authority, client_pair: Pair, deadline: Deadline, tmp_path: Path
 ) -> None:
     files = client_pair.copied_to(tmp_path)
@@ -375,7 +373,7 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_sent(
 # --- time and plain http --------------------------------------------------------------------------------
 
 
-def test_a_handshake_that_hangs_is_left_at_the_deadline_and_the_change_was_not_sent(
+def test_a_hanging_handshake_ends_at_the_deadline_before_the_change_is_sent(
     authority: Authority, server_pair: Pair
 ) -> None:
     """Whoever accepts and says nothing has not read what was never sent: another server may be asked."""
@@ -392,7 +390,7 @@ def test_a_handshake_that_hangs_is_left_at_the_deadline_and_the_change_was_not_s
         silent.server_close()
 
 
-def test_plain_http_is_warned_of_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_plain_http_is_warned_about_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     settings = ManagementSettings(servers=("http://m1:4000",), username=USER, password_file=tmp_path / "password")
     ManagementClient(settings).close()

@@ -90,7 +90,7 @@ def sizes_near(low: int, high: int, layout: Layout) -> list[int]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_one_request_makes_a_volume_within_the_range_wherever_the_server_can(layout: Layout) -> None:
+def test_one_request_creates_a_volume_within_the_range_where_possible(layout: Layout) -> None:
     refused = 0
     for asked in ranges(name_of(layout), EXAMPLES):
         least, most = max(asked.required_bytes, 1_000_000_000), asked.limit_bytes or LARGEST
@@ -107,7 +107,7 @@ def test_one_request_makes_a_volume_within_the_range_wherever_the_server_can(lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_a_volume_is_at_most_a_granule_and_a_stripe_larger_than_asked(layout: Layout) -> None:
+def test_a_volume_is_at_most_a_granule_and_a_stripe_larger_than_requested(layout: Layout) -> None:
     for asked in ranges(name_of(layout), EXAMPLES // 10):
         least = max(asked.required_bytes, 1_000_000_000)
         size = capacity.size_to_create(CapacityRange(least), layout)
@@ -115,7 +115,7 @@ def test_a_volume_is_at_most_a_granule_and_a_stripe_larger_than_asked(layout: La
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_one_request_extends_a_volume_into_the_range_wherever_the_server_can(layout: Layout) -> None:
+def test_one_request_extends_a_volume_into_the_range_where_possible(layout: Layout) -> None:
     for first in ranges(f"extend {name_of(layout)}", EXAMPLES // 10):
         try:
             size = capacity.size_to_create(first, layout)

@@ -46,7 +46,7 @@ def said(source: Source) -> str:
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(TEXTS), EDITS)
 @example(TEXTS[0], [(TEXTS[0].index('": "hush-a') + 1, 1, ",")])
-def test_no_slip_of_the_pen_brings_a_password_to_light(text: str, edits: list[tuple[int, int, str]]) -> None:
+def test_no_typing_error_reveals_a_password(text: str, edits: list[tuple[int, int, str]]) -> None:
     for at, length, put in edits:
         place = at % (len(text) + 1)
         text = text[:place] + put + text[place + length :]

@@ -54,7 +54,7 @@ def test_granule_follows_the_layout(layout: Layout, granule: int) -> None:
     assert capacity.granule_bytes(layout) == granule
 
 
-def test_nothing_asked_gives_five_gigabytes_rounded_up() -> None:
+def test_without_a_range_the_size_is_five_gigabytes_rounded_up() -> None:
     assert capacity.size_to_create(CapacityRange(), PLAIN) == -(-5_000_000_000 // MIB) * MIB
 
 
@@ -123,7 +123,7 @@ def test_a_volume_off_the_granule_is_still_extended_by_whole_granules() -> None:
         (Layout(RaidLevel.ERASURE_CODED, data_blocks=2, parity_blocks=1), 60 * GIB),
     ],
 )
-def test_redundancy_is_taken_off_the_raw_space(layout: Layout, usable: int) -> None:
+def test_redundancy_reduces_the_usable_space(layout: Layout, usable: int) -> None:
     assert capacity.usable_bytes(90 * GIB, layout) == usable
 
 
@@ -132,7 +132,7 @@ def test_overcommitted_space_is_no_space() -> None:
 
 
 @pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['level']}-{row['stripe']}-{row['capacity']}")
-def test_fake_and_embedded_manager_round_as_the_server_was_recorded(row: dict[str, Any]) -> None:
+def test_fake_and_embedded_manager_round_like_the_recorded_server(row: dict[str, Any]) -> None:
     layout = layout_of(row)
     same = embedded.Layout(
         str(row["level"]),
@@ -147,7 +147,7 @@ def test_fake_and_embedded_manager_round_as_the_server_was_recorded(row: dict[st
 
 
 @pytest.mark.parametrize("row", RECORDED, ids=lambda row: f"{row['level']}-{row['stripe']}-{row['capacity']}")
-def test_every_recorded_size_is_known_to_be_possible(row: dict[str, Any]) -> None:
+def test_every_recorded_size_is_possible(row: dict[str, Any]) -> None:
     layout, size = layout_of(row), row["blocks"] * 4096
     if size < 1_000_000_000:
         return  # what exactly 1 GB is rounded down to; the driver makes no use of it
@@ -161,7 +161,7 @@ def test_every_recorded_size_is_known_to_be_possible(row: dict[str, Any]) -> Non
         assert more.size_bytes == size
 
 
-def test_the_recorded_volume_that_came_out_short_is_now_asked_for_with_one_stripe_more() -> None:
+def test_the_recorded_short_volume_is_requested_with_one_more_stripe() -> None:
     layout = Layout(RaidLevel.STRIPED, stripe_width=3, stripe_size_blocks=48)
     asked = CapacityRange(10739515392, 10739515392)
     assert server_blocks(10.739810304, layout) * 4096 == 10736369664
@@ -174,12 +174,12 @@ def test_the_message_names_the_possible_sizes_on_both_sides() -> None:
         capacity.size_to_create(CapacityRange(10 * GIB + 1, 10 * GIB + 2), PLAIN)
 
 
-def test_one_gigabyte_exactly_is_refused_with_the_smallest_size_that_is_possible() -> None:
+def test_a_range_of_exactly_one_gigabyte_names_the_smallest_possible_size() -> None:
     with pytest.raises(CapacityOutOfRange, match="no smaller size is possible, the smallest above is 1000341504 bytes"):
         capacity.size_to_create(CapacityRange(1_000_000_000, 1_000_000_000), PLAIN)
 
 
-def test_the_sizes_named_are_those_that_the_user_would_have_beside_a_header() -> None:
+def test_named_sizes_exclude_the_header() -> None:
     with pytest.raises(CapacityOutOfRange, match="below is 10720641024 bytes, the smallest above is 10721689600"):
         capacity.size_to_create(CapacityRange(10 * GIB - 16 * MIB + 1, 10 * GIB - 16 * MIB + 2), PLAIN, 16 * MIB)
 

@@ -90,7 +90,7 @@ def test_a_drained_node_without_volumes_stops_at_once(stop: Stop) -> None:
     assert stop.wait() == ("it is cordoned, and no volume is left", 0.0)
 
 
-def test_a_drained_node_waits_for_mounts_then_attachments_then_their_end(stop: Stop) -> None:
+def test_a_drained_node_waits_for_mounts_then_for_attachments(stop: Stop) -> None:
     stop.later(10, stop.mounted.clear)
     stop.later(20, stop.cluster.handles.clear)
     stop.later(30, lambda: stop.cluster.attachments.remove("a"))
@@ -99,7 +99,7 @@ def test_a_drained_node_waits_for_mounts_then_attachments_then_their_end(stop: S
     assert (end, took_s) == ("it is cordoned, and no volume is left", 40.0)
 
 
-def test_a_volume_that_never_goes_is_waited_for_until_the_time_is_over(stop: Stop) -> None:
+def test_a_volume_that_stays_is_waited_for_until_the_deadline(stop: Stop) -> None:
     stop.mounted.clear()
     end, took_s = stop.wait()
     assert end == "timed out: it is cordoned, and a, b are attached"
@@ -114,7 +114,7 @@ def test_a_node_that_is_no_longer_drained_stops(stop: Stop) -> None:
     assert stop.wait() == ("node node-1 is not being drained", 6.0)
 
 
-def test_a_node_whose_object_is_gone_waits_for_its_mounts(stop: Stop) -> None:
+def test_a_node_without_an_object_waits_for_its_mounts(stop: Stop) -> None:
     stop.cluster.is_there = False
     stop.cluster.attachments.clear()
     stop.later(8, stop.mounted.clear)
@@ -143,7 +143,7 @@ def test_an_uninstallation_waits_for_nothing(stop: Stop) -> None:
     assert took_s == 0.0
 
 
-def test_an_account_without_rights_goes_by_the_mounts(stop: Stop) -> None:
+def test_without_the_right_to_get_nodes_the_mounts_decide(stop: Stop) -> None:
     """That may be any drain, of a cluster whose roles others make."""
     stop.cluster.node_status = 403
     stop.later(10, stop.mounted.clear)
@@ -160,14 +160,14 @@ def test_an_api_server_that_comes_back_decides(stop: Stop) -> None:
     assert stop.wait() == ("node node-1 is not being drained", 4.0)
 
 
-def test_who_may_not_ask_for_attachments_goes_by_the_nodes_own_list(stop: Stop) -> None:
+def test_without_the_right_to_get_attachments_the_node_object_decides(stop: Stop) -> None:
     stop.cluster.attachments_status = 403
     stop.later(10, stop.mounted.clear)
     stop.later(20, stop.cluster.handles.clear)
     assert stop.wait() == ("it is cordoned, and no volume is left", 20.0)
 
 
-def test_an_attachment_that_cannot_be_asked_for_is_taken_to_be_there(stop: Stop) -> None:
+def test_an_attachment_that_cannot_be_read_counts_as_existing(stop: Stop) -> None:
     stop.mounted.clear()
     stop.cluster.handles.clear()
     stop.mounted.add("a")
@@ -178,11 +178,11 @@ def test_an_attachment_that_cannot_be_asked_for_is_taken_to_be_there(stop: Stop)
     assert took_s == TIME_S
 
 
-def test_mounts_that_cannot_be_read_do_not_keep_the_pod(stop: Stop) -> None:
+def test_unreadable_mounts_do_not_delay_the_stop(stop: Stop) -> None:
     stop.mounts_fail, stop.cluster.is_down = True, True
     assert stop.wait()[1] == 0.0
 
 
-def test_of_many_volumes_three_are_named(stop: Stop) -> None:
+def test_three_of_many_volumes_are_named(stop: Stop) -> None:
     stop.mounted = {f"v{number}" for number in range(5)}
     assert "v0, v1, v2 and 2 more are mounted" in stop.wait()[0]

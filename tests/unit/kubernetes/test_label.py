@@ -68,20 +68,20 @@ def kept() -> Kept:
     return Kept()
 
 
-def test_a_usable_client_is_told_at_once_and_once(kept: Kept) -> None:
+def test_a_usable_client_is_labelled_at_once_and_once(kept: Kept) -> None:
     kept.look(10)
     assert (kept.value, kept.nodes.asked) == (READY, [READY])
     assert kept.nodes.labels["other"] == "label"
 
 
-def test_an_unusable_client_is_told_at_the_start(kept: Kept) -> None:
+def test_an_unusable_client_loses_its_label_at_the_start(kept: Kept) -> None:
     kept.nodes.labels[LABEL] = READY
     kept.reason = "there is none"
     kept.look(10)
     assert (kept.value, kept.nodes.asked) == (None, [None])
 
 
-def test_a_client_that_goes_loses_its_label_and_gets_it_back(kept: Kept) -> None:
+def test_a_client_loses_its_label_and_gets_it_back(kept: Kept) -> None:
     kept.look()
     kept.reason = "it does not run"
     kept.look(UNUSABLE_CHECKS)
@@ -92,7 +92,7 @@ def test_a_client_that_goes_loses_its_label_and_gets_it_back(kept: Kept) -> None
     assert LABEL in kept.nodes.labels
 
 
-def test_a_client_that_is_upgraded_under_its_volumes_keeps_its_label(kept: Kept) -> None:
+def test_a_client_keeps_its_label_during_an_upgrade(kept: Kept) -> None:
     kept.look()
     for _ in range(5):
         kept.reason = "it is being upgraded"
@@ -103,14 +103,14 @@ def test_a_client_that_is_upgraded_under_its_volumes_keeps_its_label(kept: Kept)
     assert kept.nodes.asked == [READY]
 
 
-def test_a_label_that_somebody_took_away_comes_back(kept: Kept) -> None:
+def test_a_removed_label_comes_back(kept: Kept) -> None:
     kept.look()
     del kept.nodes.labels[LABEL]
     kept.look(int(node_object.REAPPLY_S / node_object.LABEL_INTERVAL_S) + 1)
     assert (kept.value, len(kept.nodes.asked)) == (READY, 2)
 
 
-def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(kept: Kept) -> None:
+def test_the_pause_grows_while_the_api_server_does_not_answer(kept: Kept) -> None:
     kept.nodes.is_down = True
     pauses = [kept.keeper.tend() for _ in range(14)]
     assert pauses == sorted(pauses)
@@ -123,14 +123,14 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(kept: Kept) -> 
     assert kept.keeper.tend() == 1.0
 
 
-def test_a_thousand_nodes_do_not_come_back_at_once() -> None:
+def test_pauses_have_jitter() -> None:
     kept = Kept()
     kept.nodes.is_down = True
     kept.keeper.backoff.jitter = iter((0.0, 0.5, 1.0)).__next__
     assert [kept.keeper.tend() for _ in range(3)] == [0.5, 1.5, 4.0]
 
 
-def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kept: Kept) -> None:
+def test_the_label_shows_the_present_state_after_an_outage_of_the_api_server(kept: Kept) -> None:
     kept.look()
     kept.nodes.is_down, kept.reason = True, "it does not run"
     kept.look(UNUSABLE_CHECKS + 2)
@@ -139,7 +139,7 @@ def test_what_became_of_the_client_while_the_server_was_away_is_what_is_told(kep
     assert kept.value == READY
 
 
-def test_the_label_is_kept_in_a_thread_beside_the_calls(kept: Kept) -> None:
+def test_a_background_thread_keeps_the_label(kept: Kept) -> None:
     with SelfPaced("node-label", kept.keeper.tend, node_object.LABEL_INTERVAL_S):
         assert kept.nodes.was_asked.wait(120)
     assert kept.value == READY

@@ -75,7 +75,7 @@ def tended() -> Tended:
     return Tended()
 
 
-def test_the_taint_goes_once_the_driver_is_registered_and_the_others_stay(tended: Tended) -> None:
+def test_only_the_start_up_taint_is_removed_after_the_registration(tended: Tended) -> None:
     tended.nodes.is_registered = False
     tended.tend_for(30)
     assert tended.nodes.taints == [STARTUP, OTHER]
@@ -84,7 +84,7 @@ def test_the_taint_goes_once_the_driver_is_registered_and_the_others_stay(tended
     assert tended.nodes.taints == [OTHER]
 
 
-def test_the_taint_stays_while_the_driver_cannot_serve_and_the_api_server_is_left_alone(tended: Tended) -> None:
+def test_while_the_driver_is_not_ready_no_request_is_sent(tended: Tended) -> None:
     tended.reason = "the storage client does not show itself yet"
     tended.tend_for(300)
     assert (tended.nodes.taints, tended.nodes.asked) == ([STARTUP, OTHER], [])
@@ -94,27 +94,27 @@ def test_the_taint_stays_while_the_driver_cannot_serve_and_the_api_server_is_lef
 
 
 @pytest.mark.parametrize("effect", ["NoSchedule", "PreferNoSchedule", "NoExecute"])
-def test_whatever_its_effect_it_goes(tended: Tended, effect: str) -> None:
+def test_the_taint_is_removed_with_every_effect(tended: Tended, effect: str) -> None:
     tended.nodes.taints = [{"key": KEY, "effect": effect}, STARTUP]
     tended.taint.tend()
     assert tended.nodes.taints == []
 
 
-def test_a_taint_that_comes_back_goes_again(tended: Tended) -> None:
+def test_a_taint_that_comes_back_is_removed_again(tended: Tended) -> None:
     tended.tend_for(1000)
     tended.nodes.taints = [STARTUP]
     tended.tend_for(TAINT_INTERVAL_S)
     assert tended.nodes.taints == []
 
 
-def test_a_change_of_somebody_else_in_between_is_kept(tended: Tended) -> None:
+def test_a_concurrent_change_of_the_taints_is_kept(tended: Tended) -> None:
     third: Mapping[str, object] = {"key": "third", "effect": "NoExecute"}
     tended.nodes.between = [third, STARTUP, OTHER]
     tended.tend_for(1)
     assert tended.nodes.taints == [third, OTHER]
 
 
-def test_a_server_that_is_down_is_tried_for_ever_at_most_once_a_minute(tended: Tended) -> None:
+def test_the_pause_grows_to_a_minute(tended: Tended) -> None:
     tended.nodes.is_down = True
     pauses = [tended.taint.tend() for _ in range(12)]
     assert (pauses[0], pauses[-1]) == (1.0, 60.0)
@@ -124,13 +124,13 @@ def test_a_server_that_is_down_is_tried_for_ever_at_most_once_a_minute(tended: T
     assert tended.nodes.taints == [OTHER]
 
 
-def test_a_node_without_the_taint_costs_one_question_a_minute(tended: Tended) -> None:
+def test_a_node_without_the_taint_costs_one_request_a_minute(tended: Tended) -> None:
     tended.nodes.taints = [OTHER]
     tended.tend_for(600)
     assert tended.nodes.asked == ["node"] * 10
 
 
-def test_a_node_that_is_not_known_yet_is_looked_for_again(tended: Tended) -> None:
+def test_an_unknown_node_is_checked_again(tended: Tended) -> None:
     tended.nodes.is_there = False
     tended.tend_for(TAINT_INTERVAL_S)
     tended.nodes.is_there = True

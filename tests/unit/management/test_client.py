@@ -73,14 +73,12 @@ def test_a_volume_is_found_by_its_name(server: ManagementDouble, client: Managem
     assert client.volume("vol1", deadline=deadline) == VOLUME
 
 
-def test_a_volume_that_is_not_there_is_none(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_an_absent_volume_is_none(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("GET", "/volumes/vol1", absent(1543))
     assert client.volume("vol1", deadline=deadline) is None
 
 
-def test_the_reservation_of_a_vpg_is_no_volume(
+def test_a_vpg_reservation_is_not_a_volume(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/gold", Says({"_id": "gold", "isReserved": True}))
@@ -88,7 +86,7 @@ def test_the_reservation_of_a_vpg_is_no_volume(
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a?b", "a\n", "x" * 65, "ü"])
-def test_what_can_be_no_volume_name_is_not_asked_for(
+def test_an_invalid_volume_name_sends_no_request(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, name: str
 ) -> None:
     assert client.volume(name, deadline=deadline) is None
@@ -122,7 +120,7 @@ def test_a_list_leaves_out_the_chunks(server: ManagementDouble, client: Manageme
     assert set(projection.values()) == {1}
 
 
-def test_a_refused_list_is_no_empty_list(
+def test_a_failed_list_is_not_an_empty_list(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/all/0/0", Says({"success": False, "error": {"systemMessage": {"id": 16272}}}))
@@ -130,7 +128,7 @@ def test_a_refused_list_is_no_empty_list(
         client.volumes(after="", limit=0, deadline=deadline)
 
 
-def test_creation_answers_the_uuid(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
+def test_creation_returns_the_uuid(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("POST", SAVE, done())
     assert client.create_volume(SPEC, deadline=deadline) == VOLUME.uuid
 
@@ -145,7 +143,7 @@ def test_a_group_is_sent_without_a_layout(
     ]
 
 
-def test_a_layout_is_sent_with_what_is_set_of_it(
+def test_only_set_fields_of_a_layout_are_sent(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, done())
@@ -165,9 +163,7 @@ def test_a_layout_is_sent_with_what_is_set_of_it(
     ]
 
 
-def test_a_name_that_is_taken_answers_none(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_an_existing_name_returns_none(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("POST", SAVE, refused(1523))
     assert client.create_volume(SPEC, deadline=deadline) is None
 
@@ -178,7 +174,7 @@ def test_no_space_is_exhausted(server: ManagementDouble, client: ManagementClien
         client.create_volume(SPEC, deadline=deadline)
 
 
-def test_a_creation_without_an_answer_that_left_a_volume_is_left_to_the_caller_to_compare(
+def test_a_volume_found_after_a_lost_response_counts_as_existing(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, Breaks())
@@ -186,7 +182,7 @@ def test_a_creation_without_an_answer_that_left_a_volume_is_left_to_the_caller_t
     assert client.create_volume(SPEC, deadline=deadline) is None
 
 
-def test_a_creation_without_an_answer_and_without_a_volume_has_an_unknown_outcome(
+def test_a_lost_response_without_a_volume_has_an_unknown_outcome(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, Breaks())
@@ -196,7 +192,7 @@ def test_a_creation_without_an_answer_and_without_a_volume_has_an_unknown_outcom
     assert len(server.seen(SAVE)) == 1
 
 
-def test_a_creation_without_an_answer_and_without_a_volume_is_asked_of_another_server(
+def test_a_creation_with_a_lost_response_is_sent_to_another_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, Breaks())
@@ -206,7 +202,7 @@ def test_a_creation_without_an_answer_and_without_a_volume_is_asked_of_another_s
     assert (len(server.seen(SAVE)), len(other_server.seen(SAVE))) == (1, 1)
 
 
-def test_a_creation_that_was_made_without_an_answer_is_asked_of_nobody_else(
+def test_a_creation_that_was_executed_is_sent_to_no_other_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, Breaks())
@@ -216,7 +212,7 @@ def test_a_creation_that_was_made_without_an_answer_is_asked_of_nobody_else(
 
 
 @pytest.mark.parametrize("uuid", [None, "undefined", 7])
-def test_a_creation_that_answers_no_uuid_is_left_to_be_looked_up(
+def test_a_creation_without_a_uuid_in_its_response_returns_none(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, uuid: object
 ) -> None:
     server.on("POST", SAVE, done(uuid))
@@ -224,7 +220,7 @@ def test_a_creation_that_answers_no_uuid_is_left_to_be_looked_up(
 
 
 @pytest.mark.parametrize("answer", [Says([]), Says({}), Says([7]), Says("ok"), Says([{"_id": "v1"}])])
-def test_a_change_whose_answer_says_nothing_is_no_success(
+def test_a_response_without_success_or_error_is_invalid(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, answer: Says
 ) -> None:
     server.on("POST", UPDATE, answer)
@@ -239,7 +235,7 @@ def test_extension_sends_the_new_total(server: ManagementDouble, client: Managem
     assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid, "capacity": 12.0}]
 
 
-def test_security_groups_and_offline_drives_are_sent_in_the_servers_words(
+def test_security_groups_and_offline_drives_have_the_apis_names(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, done())
@@ -253,7 +249,7 @@ def test_security_groups_and_offline_drives_are_sent_in_the_servers_words(
     assert not {"VSGs", "allowAllocationOnOfflineDrives"} & sent[0].keys()
 
 
-def test_an_extension_may_lie_where_the_volume_may(
+def test_an_extension_may_use_offline_drives_like_its_volume(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/vol1", Says({**sample("volume"), "allowAllocationOnOfflineDrives": True}))
@@ -274,7 +270,7 @@ def test_an_extension_below_one_granule_is_never_sent(
     assert not server.seen(EXTEND)
 
 
-def test_an_extension_of_a_striped_volume_is_at_least_one_granule_of_it(
+def test_an_extension_of_a_striped_volume_is_at_least_one_granule(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     striped = volume_row(RAIDLevel="Striped RAID-0", stripeWidth=4, stripeSize=32)
@@ -283,7 +279,7 @@ def test_an_extension_of_a_striped_volume_is_at_least_one_granule_of_it(
         client.extend_volume(decode_volume(striped), 10.003, deadline=deadline)
 
 
-def test_an_extension_worked_out_from_an_old_capacity_is_never_sent(
+def test_an_extension_from_an_old_capacity_is_never_sent(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     # Somebody else has extended it meanwhile: the rest would be below one granule.
@@ -293,7 +289,7 @@ def test_an_extension_worked_out_from_an_old_capacity_is_never_sent(
     assert not server.seen(EXTEND)
 
 
-def test_an_extension_of_another_volume_of_that_name_is_never_sent(
+def test_an_extension_of_another_volume_with_the_name_is_never_sent(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/vol1", Says(sample("volume")))
@@ -303,7 +299,7 @@ def test_an_extension_of_another_volume_of_that_name_is_never_sent(
     assert not server.seen(EXTEND)
 
 
-def test_an_extension_that_somebody_else_made_at_the_same_time_is_done(
+def test_a_concurrent_extension_counts_as_done(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/vol1", Says(sample("volume")), Says(volume_row(capacity=12.0)))
@@ -311,7 +307,7 @@ def test_an_extension_that_somebody_else_made_at_the_same_time_is_done(
     client.extend_volume(VOLUME, 12.0, deadline=deadline)
 
 
-def test_an_extension_without_an_answer_is_looked_at(
+def test_an_extension_with_a_lost_response_is_verified(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/vol1", Says(sample("volume")), Says(volume_row(capacity=12.0)))
@@ -319,7 +315,7 @@ def test_an_extension_without_an_answer_is_looked_at(
     client.extend_volume(VOLUME, 12.0, deadline=deadline)
 
 
-def test_an_extension_without_an_answer_and_without_an_effect_has_an_unknown_outcome(
+def test_an_extension_without_response_and_effect_has_an_unknown_outcome(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/vol1", Says(sample("volume")))
@@ -335,7 +331,7 @@ def test_deletion_names_the_uuid(server: ManagementDouble, client: ManagementCli
 
 
 @pytest.mark.parametrize("number", [1543, 1682])
-def test_deletion_of_what_is_not_there_says_so(
+def test_deletion_of_an_absent_volume_returns_false(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, number: int
 ) -> None:
     server.on("POST", DELETE, refused(number))
@@ -358,7 +354,7 @@ def test_metadata_is_replaced_as_a_whole(
     assert server.received[-1].body == [{"_id": "vol1", "uuid": VOLUME.uuid, "metadata": {"csi_name": "pvc-2"}}]
 
 
-def test_an_update_that_is_refused_with_success_is_refused(
+def test_an_error_of_an_update_with_success_true_is_an_error(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", UPDATE, Says([{"_id": "v", "uuid": "u", "success": True, "error": {"id": 1603}}]))
@@ -374,15 +370,13 @@ def test_a_client_is_found_by_its_id(server: ManagementDouble, client: Managemen
     assert client.client("node-1", deadline=deadline) == CLIENT
 
 
-def test_a_client_that_is_not_there_is_none(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_an_absent_client_is_none(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("GET", "/clients/node-1", absent(1608))
     assert client.client("node-1", deadline=deadline) is None
 
 
 @pytest.mark.parametrize("client_id", ["", ".", "..", "a/../b", "a b", "a\nb", "x" * 300])
-def test_what_can_be_no_client_is_not_asked_for(
+def test_an_invalid_client_id_sends_no_request(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, client_id: str
 ) -> None:
     assert client.client(client_id, deadline=deadline) is None
@@ -395,14 +389,14 @@ def test_a_client_is_found_by_its_uuid(server: ManagementDouble, client: Managem
     assert server.received[-1].query["filter"] == {"uuid": CLIENT.uuid}
 
 
-def test_what_is_no_uuid_is_not_asked_for(
+def test_an_invalid_uuid_sends_no_request(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     assert client.client_by_uuid("node-1", deadline=deadline) is None
     assert not server.logins
 
 
-def test_holders_are_those_with_a_wish_and_those_with_a_device(
+def test_holders_have_a_desired_attachment_or_a_device(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     wishing = {**sample("client"), "_id": "b", "block_devices": []}
@@ -438,7 +432,7 @@ def test_an_attachment_carries_mode_and_reference(
     }
 
 
-def test_a_takeover_carries_the_version_it_was_decided_on(
+def test_a_takeover_carries_the_version_of_the_reservation(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", ATTACH, done())
@@ -461,7 +455,7 @@ def test_a_takeover_carries_the_version_it_was_decided_on(
     }
 
 
-def test_a_conflict_tells_the_version_that_a_takeover_needs(
+def test_a_conflict_has_the_version_that_a_takeover_needs(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", ATTACH, refused(1694, 1717, volumeReservation=4))
@@ -471,7 +465,7 @@ def test_a_conflict_tells_the_version_that_a_takeover_needs(
 
 
 @pytest.mark.parametrize("number", [162222, 162223, 1622, 1608, 1543])
-def test_detaching_what_is_gone_returns(
+def test_detaching_an_absent_attachment_succeeds(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, number: int
 ) -> None:
     server.on("POST", DETACH, refused(number))
@@ -479,7 +473,7 @@ def test_detaching_what_is_gone_returns(
 
 
 @pytest.mark.parametrize("force", [True, False])
-def test_force_stands_beside_the_volume(
+def test_force_is_sent_with_the_volume(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, force: bool
 ) -> None:
     server.on("POST", DETACH, done())
@@ -492,9 +486,7 @@ def test_force_stands_beside_the_volume(
 # --- groups and space -------------------------------------------------------------------------------------
 
 
-def test_a_group_that_is_not_there_is_none(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_an_absent_group_is_none(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("GET", "/volumeProvisioningGroups/gold", absent(16220))
     assert client.vpg("gold", deadline=deadline) is None
 
@@ -510,7 +502,7 @@ def test_a_group_that_is_not_there_is_none(
         ({}, 0),
     ],
 )
-def test_free_bytes_of_a_group_are_what_is_left_of_its_reserve(
+def test_free_bytes_of_a_group_are_the_rest_of_its_reserve(
     server: ManagementDouble,
     client: ManagementClient,
     deadline: Deadline,
@@ -590,7 +582,7 @@ def found_classes(collection: str, names: tuple[str, ...], domain: str | None) -
         (AllowedDrives(domain="unknown"), None),
     ],
 )
-def test_free_space_is_that_of_the_drives_on_which_the_server_would_allocate(
+def test_free_space_counts_the_drives_that_the_server_allocates_on(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, allowed: AllowedDrives, drives: int | None
 ) -> None:
     server.on("GET", "/servers/all/0/0", Says(TARGETS))
@@ -622,7 +614,7 @@ def test_the_head_of_a_drive_is_not_free(
     assert client.raw_free_bytes(deadline=deadline) == blocks * 4096
 
 
-def test_a_drive_whose_space_is_no_number_is_an_invalid_response(
+def test_a_drive_without_a_number_of_blocks_is_an_invalid_response(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", "/servers/all/0/0", Says([target("t1", drive("d1", availableBlocks="many"))]))
@@ -643,7 +635,7 @@ CHANGES: dict[str, Callable[[ManagementClient, Deadline], object]] = {
 
 
 @pytest.mark.parametrize("path", sorted(CHANGES))
-def test_a_volume_that_is_there_but_was_not_found_is_pending(
+def test_a_volume_that_exists_but_was_not_found_is_pending(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
 ) -> None:
     server.on("POST", path, refused(1543))
@@ -653,7 +645,7 @@ def test_a_volume_that_is_there_but_was_not_found_is_pending(
 
 
 @pytest.mark.parametrize("path", sorted(CHANGES))
-def test_a_volume_that_is_not_there_was_not_found(
+def test_an_absent_volume_was_not_found(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
 ) -> None:
     server.on("POST", path, refused(1543))
@@ -663,7 +655,7 @@ def test_a_volume_that_is_not_there_was_not_found(
         CHANGES[path](client, deadline)
 
 
-def test_a_volume_in_the_place_of_ours_was_not_found(
+def test_another_volume_with_the_name_was_not_found(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", UPDATE, refused(1543))

@@ -29,7 +29,7 @@ def begin(client: ManagementClient, deadline: Deadline) -> bool:
     return client.init_encryption(VOLUME, PASSPHRASE, slot=2, key_size_bits=256, deadline=deadline)
 
 
-def test_the_passphrase_goes_to_this_very_volume(
+def test_the_passphrase_is_sent_with_the_uuid(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", INIT, done())
@@ -41,7 +41,7 @@ def test_the_passphrase_goes_to_this_very_volume(
 
 
 @pytest.mark.parametrize("number", [16792, 167921, 16794])
-def test_an_encryption_that_is_done_or_under_way_is_not_begun_again(
+def test_an_encryption_that_is_done_or_in_progress_returns_false(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, number: int
 ) -> None:
     server.on("POST", INIT, refused(14591, number))
@@ -58,7 +58,7 @@ def test_an_encryption_that_is_done_or_under_way_is_not_begun_again(
         (Breaks(), OutcomeUnknown),
     ],
 )
-def test_what_a_server_says_of_a_passphrase_is_not_passed_on(
+def test_an_error_about_a_passphrase_does_not_quote_the_server(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, step: Step, failure: type[Exception]
 ) -> None:
     server.on("POST", INIT, step)
@@ -68,7 +68,7 @@ def test_what_a_server_says_of_a_passphrase_is_not_passed_on(
     assert len(server.seen(INIT)) == 1
 
 
-def test_an_encrypted_volume_is_asked_for_with_its_header(
+def test_an_encrypted_volume_is_created_with_its_header_size(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", SAVE, done(), done())
@@ -79,9 +79,7 @@ def test_an_encrypted_volume_is_asked_for_with_its_header(
     assert (grouped["isEncrypted"], "encryption" in grouped) == (True, False)
 
 
-def test_only_what_is_to_be_changed_is_sent(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_only_changed_fields_are_sent(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("POST", UPDATE, done())
     changes = VolumeChanges(description="", relative_rebuild_priority=0, target_classes=(), enable_crc_check=False)
     client.update_volume(VOLUME, changes, deadline=deadline)
@@ -99,7 +97,7 @@ def test_only_what_is_to_be_changed_is_sent(
         ((1582,), OperationPending),
     ],
 )
-def test_a_change_that_is_refused_says_what_kind_of_refusal_it_is(
+def test_a_failed_change_raises_the_family_of_its_error(
     server: ManagementDouble,
     client: ManagementClient,
     deadline: Deadline,
@@ -112,7 +110,7 @@ def test_a_change_that_is_refused_says_what_kind_of_refusal_it_is(
         client.update_volume(VOLUME, VolumeChanges(description="x"), deadline=deadline)
 
 
-def test_a_warning_that_comes_as_success_is_a_refusal_too(
+def test_a_warning_with_success_true_is_an_error(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     answer = {"_id": VOLUME.name, "uuid": VOLUME.uuid, "success": True, "error": {"id": 1603}, "payload": None}

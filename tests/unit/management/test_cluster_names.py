@@ -32,23 +32,23 @@ from tests.unit.management.test_clusters_file import CONFIG_MAP, OWN, TOPOLOGY
         ({"zones": '{"a": {"nodes": ["n1"]}}'}, ClusterNames({}, {"a": ("n1",)})),
     ],
 )
-def test_hosts_and_nodes_are_found_in_every_form(source: Source, names: ClusterNames) -> None:
+def test_hosts_and_nodes_are_read_from_every_form(source: Source, names: ClusterNames) -> None:
     assert names_in(source) == names
 
 
 @pytest.mark.parametrize("source", ["zones: 5", "a: 5", "[]", '{"a": "hush"}'])
-def test_what_makes_no_sense_is_refused_without_its_values(source: str) -> None:
+def test_an_invalid_file_is_refused_without_quoting_its_values(source: str) -> None:
     with pytest.raises(InvalidDocument) as caught:
         names_in(source)
     assert "hush" not in str(caught.value)
 
 
-def test_no_credential_is_taken(tmp_path: Path) -> None:
+def test_no_credential_is_read(tmp_path: Path) -> None:
     (tmp_path / "zones").write_text(json.dumps(TOPOLOGY))
     assert "hush" not in repr(read_cluster_names(tmp_path / "zones", None))
 
 
-def test_what_the_older_driver_noted_is_added(tmp_path: Path) -> None:
+def test_the_node_list_of_the_older_driver_is_added(tmp_path: Path) -> None:
     clusters, noted = tmp_path / "clusters", tmp_path / "zones"
     clusters.write_text("zones: {a: {servers: m1}}")
     assert read_cluster_names(clusters, noted) == ClusterNames({"a": ("m1",)})

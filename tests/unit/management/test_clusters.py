@@ -48,19 +48,19 @@ class Described:
         return found
 
 
-def test_each_zone_has_a_management_and_no_other_has_one(tmp_path: Path) -> None:
+def test_each_zone_of_the_file_has_a_client_and_no_other_zone(tmp_path: Path) -> None:
     described = Described(tmp_path)
     assert described.clusters.zones() == ("a", "b")
     assert described.client("a") is not described.client("b")
     assert described.clusters.management("c") is None
 
 
-def test_a_file_that_cannot_be_used_is_no_start(tmp_path: Path) -> None:
+def test_an_invalid_file_fails_the_start(tmp_path: Path) -> None:
     with pytest.raises(InvalidDocument):
         Described(tmp_path, "zones: {}")
 
 
-def test_zones_come_change_and_go_and_the_others_keep_their_sessions(tmp_path: Path) -> None:
+def test_changed_zones_are_replaced_and_others_keep_their_sessions(tmp_path: Path) -> None:
     described = Described(tmp_path)
     a, b = described.client("a"), described.client("b")
     described.write("zones: {c: {servers: m3}, a: {servers: m1}, b: {servers: m2, requestTimeout: 9}}")
@@ -73,7 +73,7 @@ def test_zones_come_change_and_go_and_the_others_keep_their_sessions(tmp_path: P
     assert a.is_closed
 
 
-def test_a_broken_version_is_told_once_and_the_last_good_one_stays(
+def test_an_invalid_version_is_logged_once_and_the_last_valid_one_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     described = Described(tmp_path)
@@ -89,7 +89,7 @@ def test_a_broken_version_is_told_once_and_the_last_good_one_stays(
     assert described.client("a") is a
 
 
-def test_a_file_that_is_gone_for_a_while_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_missing_for_a_while_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     described = Described(tmp_path)
     a = described.client("a")
     described.path.unlink()
@@ -101,7 +101,7 @@ def test_a_file_that_is_gone_for_a_while_changes_nothing(tmp_path: Path, caplog:
     assert described.client("a") is a
 
 
-def test_the_file_is_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
+def test_the_file_is_checked_once_a_second_at_most(tmp_path: Path) -> None:
     described = Described(tmp_path)
     described.write("zones: {c: {servers: m3}}", later_s=0.5)
     assert described.clusters.zones() == ("a", "b")
@@ -109,7 +109,7 @@ def test_the_file_is_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
     assert described.clusters.zones() == ("c",)
 
 
-def test_a_config_map_that_is_exchanged_by_its_link_is_seen(tmp_path: Path) -> None:
+def test_a_config_map_that_is_replaced_by_its_link_is_noticed(tmp_path: Path) -> None:
     def version(name: str, servers: str) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "management.servers").write_text(servers)
@@ -128,7 +128,7 @@ def test_a_config_map_that_is_exchanged_by_its_link_is_seen(tmp_path: Path) -> N
     assert clusters.management("single-zone-cluster") is not before
 
 
-def test_what_cannot_be_connected_changes_nothing(tmp_path: Path) -> None:
+def test_a_zone_without_a_valid_login_changes_nothing(tmp_path: Path) -> None:
     described = Described(tmp_path)
 
     def refuse(settings: ManagementSettings) -> ManagementClient:

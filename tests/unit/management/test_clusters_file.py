@@ -100,12 +100,12 @@ def test_each_zone_has_its_servers_and_credentials() -> None:
     assert (west.client_certificate, west.client_key) == (Path("/secrets/west/tls.crt"), Path("/secrets/west/tls.key"))
 
 
-def test_json_says_the_same_as_yaml() -> None:
+def test_json_is_read_like_yaml() -> None:
     text = json.dumps({"zones": {"a": {"servers": ["https://m:4000"]}}}, indent="\t")
     assert parse_clusters(text, USER) == parse_clusters("zones: {a: {servers: ['https://m:4000']}}", USER)
 
 
-def test_what_a_zone_does_not_say_the_command_line_does() -> None:
+def test_a_zone_uses_the_command_line_for_absent_keys() -> None:
     defaults = replace(USER, management=replace(USER.management, ca_file=Path("/ca.pem"), request_timeout_s=3))
     settings = one(parse_clusters("zones: {a: {servers: m}}", defaults))
     assert settings == replace(defaults.management, servers=("https://m:4000",))
@@ -116,14 +116,14 @@ def test_a_zone_with_a_certificate_takes_no_user_from_the_command_line() -> None
     assert (settings.username, settings.password_file, settings.client_certificate) == ("", None, Path("/tls.crt"))
 
 
-def test_a_zone_with_a_user_of_its_own_takes_the_other_file_from_the_command_line() -> None:
+def test_a_zone_with_a_user_file_uses_the_password_file_of_the_command_line() -> None:
     settings = one(parse_clusters("zones: {a: {servers: m, userFile: /u}}", USER))
     assert (settings.username, settings.username_file, settings.password_file) == (
         "", Path("/u"), Path("/secret/password")
     )  # fmt: skip
 
 
-def test_everything_that_is_wrong_is_told_at_once() -> None:
+def test_all_problems_of_a_file_are_reported_together() -> None:
     text = """
     zones:
       a: {servers: 5, tlsVerify: perhaps, colour: red}
@@ -160,7 +160,7 @@ def test_a_file_without_zones_is_refused(text: str) -> None:
         ("zones: !!python/object/apply:os.system ['hush']", "line 1"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_place_never_by_its_value(text: str, place: str) -> None:
+def test_a_problem_names_the_key_or_line_and_never_the_value(text: str, place: str) -> None:
     told = "; ".join(problems(text, USER))
     assert place in told
     assert "hush" not in told
@@ -178,14 +178,14 @@ def test_what_is_wrong_is_told_by_its_place_never_by_its_value(text: str, place:
         ("fe80::1", "https://[fe80::1]:4000"),
     ],
 )
-def test_servers_may_be_written_short(address: str, url: str) -> None:
+def test_a_server_may_be_a_url_host_or_host_and_port(address: str, url: str) -> None:
     assert server_url(address, "https") == url
 
 
 # --- the older drivers' ------------------------------------------------------------------------------------------
 
 
-def test_the_old_topology_is_taken_as_it_is() -> None:
+def test_the_topology_of_1_4_is_accepted() -> None:
     file = parse_clusters(json.dumps(TOPOLOGY), NOTHING)
     a, b = file.zones["a"], file.zones["b"]
     assert (a.servers, a.username, a.password) == (("https://a1:4000", "https://a2:4000"), "admin", "hush-a")
@@ -194,11 +194,11 @@ def test_the_old_topology_is_taken_as_it_is() -> None:
     assert any("ws_port has no effect" in warning for warning in file.warnings)
 
 
-def test_a_password_shows_in_nothing_that_is_printed() -> None:
+def test_repr_hides_passwords() -> None:
     assert "hush" not in repr(parse_clusters(json.dumps(TOPOLOGY), NOTHING))
 
 
-def test_the_old_config_map_is_taken_as_it_is() -> None:
+def test_the_config_map_of_1_4_is_accepted() -> None:
     file = parse_clusters(CONFIG_MAP, replace(USER, tls_is_decided=False))
     settings = file.zones["single-zone-cluster"]
     assert settings.servers == ("https://m1:4000", "https://m2:4000")
@@ -215,7 +215,7 @@ def test_the_old_config_map_is_taken_as_it_is() -> None:
         assert f"{key} has no effect" in told
 
 
-def test_the_topology_inside_the_config_map_counts_before_its_servers() -> None:
+def test_a_topology_in_the_config_map_takes_precedence_over_its_servers() -> None:
     file = parse_clusters({**CONFIG_MAP, "topology": json.dumps(TOPOLOGY)}, NOTHING)
     assert list(file.zones) == ["a", "b"]
     assert file.zones["b"].request_timeout_s == 20
@@ -225,7 +225,7 @@ def test_the_config_map_may_be_one_file() -> None:
     assert parse_clusters(json.dumps(CONFIG_MAP), USER) == parse_clusters(CONFIG_MAP, USER)
 
 
-def test_the_api_parameters_of_the_last_older_driver_are_taken() -> None:
+def test_the_api_params_of_1_9_are_accepted() -> None:
     params = {
         "managementServers": "m1:4000,m2:4000",
         "managementProtocol": "https",
@@ -238,11 +238,11 @@ def test_the_api_parameters_of_the_last_older_driver_are_taken() -> None:
     assert (settings.username, settings.password, settings.tls_verify) == ("csi@nvidia.com", "hush", False)
 
 
-def test_preempting_of_old_is_told_to_do_something_now() -> None:
+def test_use_preempt_is_warned_about() -> None:
     assert "usePreempt takes volumes" in " ".join(parse_clusters({**CONFIG_MAP, "usePreempt": "True"}, USER).warnings)
 
 
-def test_an_old_configuration_without_word_on_certificates_stops() -> None:
+def test_an_old_configuration_must_set_tls_verify() -> None:
     old = {key: value for key, value in CONFIG_MAP.items() if key != "tlsVerify"}
     assert "tlsVerify: expected true or false" in "; ".join(problems(old, replace(USER, tls_is_decided=False)))
     assert parse_clusters(old, USER).zones
@@ -250,7 +250,7 @@ def test_an_old_configuration_without_word_on_certificates_stops() -> None:
     assert parse_clusters(plain, replace(USER, tls_is_decided=False)).zones
 
 
-def test_an_old_configuration_without_credentials_stops() -> None:
+def test_an_old_configuration_must_set_user_and_password() -> None:
     told = problems({key: value for key, value in CONFIG_MAP.items() if key != "tlsVerify"})
     assert len(told) == 2
     assert "user and password: expected a value, got none; the account built into the older driver" in told[0]
@@ -261,7 +261,7 @@ def test_an_old_configuration_without_credentials_stops() -> None:
     assert problem.startswith("zone a: password: expected a value")
 
 
-def test_keys_that_no_older_driver_had_are_refused() -> None:
+def test_unknown_keys_of_older_forms_are_refused() -> None:
     assert "unknown key 'shape'" in problems({**CONFIG_MAP, "shape": "round"}, USER)[0]
     wrong = json.loads(json.dumps(TOPOLOGY))
     wrong["zones"]["a"]["management"]["shape"] = "round"
@@ -280,7 +280,7 @@ def test_a_mounted_config_map_is_read_as_one_version(tmp_path: Path) -> None:
     assert read_source(tmp_path) == {"management.servers": "m:4000\n"}
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidDocument, match=r"absent cannot be read: No such file"):
         read_source(tmp_path / "absent")
     (tmp_path / "binary").write_bytes(b"\xff")
@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("server", ["https://m1:4000", "M1", "https://m1:4000/"])
-def test_one_cluster_is_not_two_zones(server: str) -> None:
+def test_two_zones_may_not_share_a_server(server: str) -> None:
     zones = {"a": {"servers": ["m1:4000"]}, "b": {"servers": ["m2", server]}}
     with pytest.raises(InvalidDocument, match="zone a too; describe each cluster as one zone"):
         parse_clusters(json.dumps({"zones": zones}), USER)

@@ -66,7 +66,7 @@ def test_user_and_password_come_from_the_secret(
     assert server.logins == [{"username": USER, "password": PASSWORD}]
 
 
-def test_a_session_goes_on_when_the_secret_changes(
+def test_a_changed_secret_does_not_end_the_session(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, secret: Secret
 ) -> None:
     client.system_info(deadline=deadline)
@@ -87,7 +87,7 @@ def test_a_changed_password_is_used_at_the_next_login(
     assert server.logins[-1] == {"username": USER, "password": "rotated"}
 
 
-def test_a_refused_login_is_forgotten_as_soon_as_the_secret_is_right(
+def test_a_corrected_secret_ends_the_refused_logins(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, secret: Secret
 ) -> None:
     server.password = "rotated"
@@ -98,7 +98,7 @@ def test_a_refused_login_is_forgotten_as_soon_as_the_secret_is_right(
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_what_the_old_user_may_not_do_is_done_as_the_new_one(
+def test_a_denied_request_is_sent_again_with_changed_credentials(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, secret: Secret
 ) -> None:
     """The session of the old user is good for another hour, so the refusal is the time to look at the Secret."""
@@ -126,13 +126,13 @@ def test_after_a_forced_change_of_the_password_the_new_one_is_used(
     assert server.logins[-1] == {"username": USER, "password": "changed"}
 
 
-def test_a_file_that_is_missing_is_named(client: ManagementClient, deadline: Deadline, secret: Secret) -> None:
+def test_a_missing_credentials_file_is_named(client: ManagementClient, deadline: Deadline, secret: Secret) -> None:
     (secret.directory / "username").unlink()
     with pytest.raises(Unauthenticated, match=r"user file .*/username"):
         client.system_info(deadline=deadline)
 
 
-def test_user_and_password_are_of_one_version_of_the_secret(secret: Secret, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_and_password_come_from_one_version_of_the_secret(secret: Secret, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Secret changes between the reading of the two files."""
     settings = ManagementSettings(
         servers=(), username_file=secret.directory / "username", password_file=secret.directory / "password"
@@ -150,5 +150,5 @@ def test_user_and_password_are_of_one_version_of_the_secret(secret: Secret, monk
     assert read_credentials(settings) == Credentials("new user", "new password")
 
 
-def test_credentials_do_not_show_their_password() -> None:
+def test_repr_of_credentials_hides_the_password() -> None:
     assert "canary" not in repr(Credentials("user", "canary"))

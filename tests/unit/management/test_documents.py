@@ -25,11 +25,11 @@ def test_size_of_a_volume_is_blocks_times_block_size() -> None:
     assert decode_volume(sample("volume")).size_bytes == 9_999_220_736
 
 
-def test_metadata_of_a_volume_is_taken_as_it_is() -> None:
+def test_metadata_of_a_volume_is_kept_unchanged() -> None:
     assert decode_volume(sample("volume")).metadata == {"csi_name": "pvc-1", "a.b": "x"}
 
 
-def test_metadata_of_older_servers_is_found_under_their_name() -> None:
+def test_metadata_of_older_servers_is_read_from_csi_metadata() -> None:
     assert decode_volume({**BARE_VOLUME, "csi_metadata": {"csi_name": "pvc-1"}}).metadata == {"csi_name": "pvc-1"}
 
 
@@ -38,45 +38,45 @@ def test_reservation_of_a_held_volume_names_its_holder() -> None:
     assert held.reservation == Reservation(ReservationMode.EXCLUSIVE_READ_WRITE, 2, "node-1", ("node-1",))
 
 
-def test_name_identity_and_size_are_all_that_a_volume_needs() -> None:
+def test_a_volume_needs_only_name_uuid_and_size() -> None:
     assert decode_volume(BARE_VOLUME).size_bytes == 1 << 20
 
 
 @pytest.mark.parametrize("field", sorted(BARE_VOLUME))
-def test_a_volume_without_a_needed_field_cannot_be_read(field: str) -> None:
+def test_a_volume_without_a_required_field_is_invalid(field: str) -> None:
     row = {key: value for key, value in BARE_VOLUME.items() if key != field}
     with pytest.raises(StorageUnavailable):
         decode_volume(row)
 
 
 @pytest.mark.parametrize("blocks", ["256", None, -1, True, 1.5])
-def test_a_number_of_blocks_that_is_no_natural_number_cannot_be_read(blocks: object) -> None:
+def test_an_invalid_number_of_blocks_is_refused(blocks: object) -> None:
     with pytest.raises(StorageUnavailable):
         decode_volume({**BARE_VOLUME, "blocks": blocks})
 
 
-def test_metadata_that_is_no_object_cannot_be_read() -> None:
+def test_metadata_that_is_not_an_object_is_invalid() -> None:
     with pytest.raises(StorageUnavailable):
         decode_volume({**BARE_VOLUME, "metadata": "pvc-1"})
 
 
-def test_the_word_undefined_is_no_identity() -> None:
+def test_the_text_undefined_is_not_an_id() -> None:
     with pytest.raises(StorageUnavailable):
         decode_volume({**BARE_VOLUME, "uuid": "undefined"})
 
 
-def test_an_answer_that_cannot_be_read_is_shown_only_at_its_beginning() -> None:
+def test_an_error_shows_the_beginning_of_an_invalid_document() -> None:
     with pytest.raises(StorageUnavailable) as caught:
         decode_volume({"_id": "v", "description": "x" * 10_000})
     assert len(str(caught.value)) < 512
 
 
 @pytest.mark.parametrize("spelling", ["LVM/JBOD", "Concatenated", "lvm", "JBOD"])
-def test_older_spellings_of_concatenated_are_understood(spelling: str) -> None:
+def test_older_names_of_the_concatenated_layout_are_accepted(spelling: str) -> None:
     assert decode_volume({**BARE_VOLUME, "RAIDLevel": spelling}).layout.raid_level is RaidLevel.CONCATENATED
 
 
-def test_an_unknown_raid_level_makes_one_volume_unreadable() -> None:
+def test_an_unknown_raid_level_is_invalid() -> None:
     with pytest.raises(StorageUnavailable, match="RAID-99"):
         decode_volume({**BARE_VOLUME, "RAIDLevel": "RAID-99"})
 
@@ -94,7 +94,7 @@ def test_a_reported_device_carries_status_io_and_references() -> None:
     )
 
 
-def test_a_wish_carries_action_mode_references_and_the_reservations_version() -> None:
+def test_a_desired_attachment_has_action_mode_references_and_version() -> None:
     wish = decode_client(sample("client")).desired[VOLUME_UUID]
     assert (wish.action, wish.mode, wish.reference_ids, wish.version) == (
         "attaching",
@@ -105,7 +105,7 @@ def test_a_wish_carries_action_mode_references_and_the_reservations_version() ->
 
 
 @pytest.mark.parametrize(("preempt", "preempts"), [(0, False), (1, False), (2, True), (None, False), ("2", False)])
-def test_a_wish_takes_the_volume_from_others_only_where_it_says_so_in_full(preempt: object, *, preempts: bool) -> None:
+def test_only_a_full_preempt_counts_as_preemption(preempt: object, *, preempts: bool) -> None:
     """1 is a weak preemption, which gives way."""
     wish = {"action": "attaching", "reservation": {"mode": 3, "version": 3, "preempt": preempt}}
     row = {**sample("client"), "attachments": {VOLUME_UUID: wish}}
@@ -113,7 +113,7 @@ def test_a_wish_takes_the_volume_from_others_only_where_it_says_so_in_full(preem
 
 
 @pytest.mark.parametrize("references", [{}, {"referenceIDs": None}])
-def test_references_that_are_not_reported_are_unknown_not_empty(references: dict[str, object]) -> None:
+def test_absent_references_are_unknown_not_empty(references: dict[str, object]) -> None:
     assert decode_client(device(**references)).devices[VOLUME_UUID].reference_ids is None
 
 
@@ -127,7 +127,7 @@ def test_hidden_devices_are_left_out(hidden: object) -> None:
 
 
 @pytest.mark.parametrize("status", [42, None, "4"])
-def test_a_device_status_that_is_not_known_is_other(status: object) -> None:
+def test_an_unknown_device_status_is_other(status: object) -> None:
     assert decode_client(device(vol_status=status)).devices[VOLUME_UUID].status is DeviceStatus.OTHER
 
 
@@ -137,12 +137,12 @@ def test_io_counts_as_enabled_only_when_it_is_reported_so(enabled: object) -> No
 
 
 @pytest.mark.parametrize("status", [99, None, "1"])
-def test_a_client_status_that_is_not_known_is_unknown(status: object) -> None:
+def test_an_unknown_client_status_is_unknown(status: object) -> None:
     assert decode_client({**BARE_CLIENT, "client_status": status}).status is ClientStatus.UNKNOWN
 
 
 @pytest.mark.parametrize("broken", [{"block_devices": [None]}, {"attachments": {"u": 1}}, {"uuid": None}])
-def test_a_client_that_cannot_be_read_is_said_so(broken: dict[str, object]) -> None:
+def test_an_invalid_client_document_is_an_error(broken: dict[str, object]) -> None:
     with pytest.raises(StorageUnavailable):
         decode_client({**BARE_CLIENT, **broken})
 
@@ -167,7 +167,7 @@ def test_a_volume_with_a_source_is_a_snapshot() -> None:
     assert not decode_volume(BARE_VOLUME).is_snapshot
 
 
-def test_a_group_for_the_metadata_of_snapshots_is_told_by_its_type() -> None:
+def test_a_group_for_snapshot_metadata_is_recognised_by_its_type() -> None:
     group = {"_id": "g", "RAIDLevel": "Mirrored RAID-1"}
     assert decode_vpg({**group, "type": "METADATA_VOLUME"}).is_for_metadata
     assert not decode_vpg({**group, "type": "NORMAL"}).is_for_metadata

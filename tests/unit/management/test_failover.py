@@ -32,13 +32,13 @@ def retired(number: int) -> Says:
     return Says({"_id": None, "uuid": None, "success": False, "error": {"id": number}, "payload": None}, 503)
 
 
-def test_a_dead_server_is_passed_over(other_server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
+def test_a_dead_server_is_skipped(other_server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
     client = connect(f"http://127.0.0.1:{closed_port()}", other_server.url)
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
 @pytest.mark.parametrize("number", [16268, 16269])
-def test_a_change_goes_to_another_server_when_the_first_retires(
+def test_a_change_goes_to_another_server_when_the_first_is_retired(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline, number: int
 ) -> None:
     server.on("POST", "/volumes/update", retired(number))
@@ -47,7 +47,7 @@ def test_a_change_goes_to_another_server_when_the_first_retires(
 
 
 @pytest.mark.parametrize("fault", [Breaks(), SaysRaw(b"<html>", 503)], ids=["broken", "503 without an id"])
-def test_a_change_that_may_have_been_made_goes_to_no_other_server(
+def test_a_change_that_may_have_been_executed_goes_to_no_other_server(
     server: ManagementDouble,
     other_server: ManagementDouble,
     connect: Connect,
@@ -60,7 +60,7 @@ def test_a_change_that_may_have_been_made_goes_to_no_other_server(
     assert not other_server.received
 
 
-def test_a_read_goes_on_elsewhere_when_a_server_hangs(
+def test_a_read_goes_to_another_server_when_one_hangs(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
     server.on("GET", INFO, Hangs())
@@ -68,7 +68,7 @@ def test_a_read_goes_on_elsewhere_when_a_server_hangs(
     assert connect(server.url, other_server.url).system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_a_server_that_hung_is_not_asked_again_at_once(
+def test_a_hanging_server_is_not_used_again_at_once(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, Hangs())
@@ -78,14 +78,14 @@ def test_a_server_that_hung_is_not_asked_again_at_once(
     assert len(server.seen(INFO)) == 1
 
 
-def test_all_servers_dead_is_told_at_once(connect: Connect, deadline: Deadline) -> None:
+def test_without_a_working_server_a_request_fails_at_once(connect: Connect, deadline: Deadline) -> None:
     client = connect(f"http://127.0.0.1:{closed_port()}", f"http://localhost:{closed_port()}")
     with pytest.raises(ServerUnreachable):
         client.system_info(deadline=deadline)
     assert not deadline.expired()
 
 
-def test_a_resting_server_is_asked_when_no_other_answers(
+def test_a_failed_server_is_tried_when_no_other_works(
     server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     client = connect(server.url, f"http://127.0.0.1:{closed_port()}")
@@ -99,7 +99,7 @@ def test_a_resting_server_is_asked_when_no_other_answers(
 # --- a server that hangs: its time-out is paid once -----------------------------------------------------
 
 
-def test_the_requests_of_one_call_meet_a_hanging_server_once(
+def test_the_requests_of_one_call_wait_for_a_hanging_server_once(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     """What a CreateVolume does: several requests, each of which would find the server rested."""
@@ -124,7 +124,7 @@ def test_a_change_does_not_wait_for_a_server_that_hangs(
     assert not server.seen("/volumes/update")
 
 
-def test_with_no_other_server_a_hanging_one_is_waited_for_once(
+def test_the_only_server_is_waited_for_once_when_it_hangs(
     server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, Hangs())
@@ -138,7 +138,7 @@ def test_with_no_other_server_a_hanging_one_is_waited_for_once(
     assert len(server.seen(INFO)) == 1
 
 
-def test_with_all_servers_hanging_each_is_waited_for_once(
+def test_each_of_several_hanging_servers_is_waited_for_once(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     for double in (server, other_server):
@@ -151,7 +151,7 @@ def test_with_all_servers_hanging_each_is_waited_for_once(
     assert (len(server.seen(INFO)), len(other_server.seen(INFO))) == (1, 1)
 
 
-def test_those_in_line_for_a_server_that_hangs_go_elsewhere(
+def test_queued_requests_leave_a_hanging_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, Says(sample("system-info")), Hangs())
@@ -163,7 +163,7 @@ def test_those_in_line_for_a_server_that_hangs_go_elsewhere(
     assert len(server.seen(INFO)) <= 3
 
 
-def test_a_server_that_hangs_before_it_takes_the_login_is_passed_over(
+def test_a_server_that_hangs_at_the_login_is_skipped(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.login_answer = Hangs()
@@ -177,7 +177,7 @@ def test_a_server_that_hangs_before_it_takes_the_login_is_passed_over(
 # --- coming back ----------------------------------------------------------------------------------------
 
 
-def test_a_server_that_answers_again_is_asked_again(
+def test_a_recovered_server_is_used_again(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, Breaks(), Says(sample("system-info")))
@@ -190,7 +190,7 @@ def test_a_server_that_answers_again_is_asked_again(
     assert deadline.wait_until(is_back, first_s=0.05, most_s=0.1)
 
 
-def test_the_only_server_is_back_as_soon_as_it_shows_life(
+def test_the_only_server_is_used_as_soon_as_a_probe_succeeds(
     server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     hangs = Hangs()
@@ -201,7 +201,7 @@ def test_the_only_server_is_back_as_soon_as_it_shows_life(
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_a_server_that_shows_life_and_hangs_again_costs_one_call_its_time(
+def test_a_server_that_answers_only_probes_delays_its_trial_requests_only(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
     """It answers probes, but not what is asked of it: then a trial is all that it gets."""
@@ -217,7 +217,7 @@ def test_a_server_that_shows_life_and_hangs_again_costs_one_call_its_time(
     assert len(server.seen(INFO)) <= trials
 
 
-def test_a_server_that_was_left_alone_is_looked_at_when_the_other_one_fails(
+def test_a_failed_server_is_probed_when_the_other_one_fails(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     """In the very request that finds the other one failed, although no probe was due yet."""
@@ -228,7 +228,7 @@ def test_a_server_that_was_left_alone_is_looked_at_when_the_other_one_fails(
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_no_change_is_the_trial_of_a_server_that_shows_life(
+def test_a_change_is_never_the_trial_of_a_half_open_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", "/volumes/v1", Hangs())
@@ -247,7 +247,7 @@ def test_no_change_is_the_trial_of_a_server_that_shows_life(
     assert not server.seen("/volumes/update")
 
 
-def test_a_trial_gets_a_few_seconds_where_others_would_answer(
+def test_a_trial_is_limited_to_seconds_while_other_servers_work(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
     session = connect(server.url, other_server.url)._servers
@@ -259,7 +259,7 @@ def test_a_trial_gets_a_few_seconds_where_others_would_answer(
     assert session._limit(first, deadline, has_others=False).remaining_s() > 25
 
 
-def test_a_call_that_a_server_made_wait_gives_it_less_time_and_no_trial(
+def test_a_request_that_waited_gives_the_server_less_time_and_no_trial(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
     session = connect(server.url, other_server.url)._servers
@@ -275,7 +275,7 @@ def test_a_call_that_a_server_made_wait_gives_it_less_time_and_no_trial(
     assert session._in_order(Request("GET", INFO), later) == [first, second]
 
 
-def test_a_server_that_refuses_the_login_works(server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
+def test_a_refused_login_closes_the_breaker(server: ManagementDouble, connect: Connect, deadline: Deadline) -> None:
     client = connect(server.url)
     breaker = client._servers._servers[0].breaker
     breaker.failed(0.01, timed_out=False)
@@ -285,7 +285,7 @@ def test_a_server_that_refuses_the_login_works(server: ManagementDouble, connect
     assert breaker.is_closed()
 
 
-def test_a_failure_and_its_end_are_told_once(
+def test_a_failure_and_its_end_are_logged_once(
     server: ManagementDouble, connect: Connect, deadline: Deadline, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "csi_driver")
@@ -306,7 +306,7 @@ def test_a_failure_and_its_end_are_told_once(
 
 
 @pytest.mark.parametrize("answer", [SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"<html>", 200)])
-def test_a_read_that_gets_no_usable_answer_is_asked_of_another_server(
+def test_a_read_with_an_invalid_response_goes_to_another_server(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline, answer: SaysRaw
 ) -> None:
     server.on("GET", "/volumes/v1", answer)

@@ -22,11 +22,11 @@ def refusal(error: object, *, success: bool = False) -> ApiError:
     return found
 
 
-def test_a_plain_success_is_no_refusal() -> None:
+def test_a_plain_success_has_no_error() -> None:
     assert error_in({"_id": "v", "uuid": "u", "success": True, "error": None, "payload": None}) is None
 
 
-def test_ids_are_told_innermost_first() -> None:
+def test_ids_are_listed_innermost_first() -> None:
     assert refusal({"id": 1694, "innerMessage": {"id": 1717, "innerMessage": {"id": 3}}}).ids == (3, 1717, 1694)
 
 
@@ -40,7 +40,7 @@ def test_the_outer_id_decides_where_the_inner_one_is_not_known() -> None:
     assert meaning_of(Operation.ATTACH, refusal(error)) == (Meaning.CLIENT_ABSENT, 1621)
 
 
-def test_a_warning_that_comes_with_success_is_still_a_refusal() -> None:
+def test_a_warning_with_success_is_still_an_error() -> None:
     assert isinstance(failure_of(Operation.UPDATE, refusal({"id": 1603}, success=True)), PreconditionFailed)
 
 
@@ -52,7 +52,7 @@ def test_the_id_of_a_leaked_internal_object_is_found() -> None:
     assert refusal({"systemMessage": {"id": 16272}, "additionalInfo": {}}).ids == (16272,)
 
 
-def test_a_leaked_internal_object_may_be_the_whole_answer() -> None:
+def test_a_leaked_internal_object_may_be_the_whole_response() -> None:
     found = error_in({"systemMessage": {"id": 16272}, "additionalInfo": {}})
     assert found is not None
     assert found.ids == (16272,)
@@ -63,23 +63,23 @@ def test_an_inner_message_without_an_id_leaves_the_outer_one(inner: object) -> N
     assert refusal({"id": 1523, "innerMessage": inner}).ids == (1523,)
 
 
-def test_no_success_and_no_error_is_a_refusal() -> None:
+def test_success_false_without_an_error_is_an_error() -> None:
     assert error_in({"success": False, "error": None}) is not None
 
 
-def test_an_inner_chain_without_end_is_cut() -> None:
+def test_an_endless_chain_of_errors_is_cut() -> None:
     error: dict[str, object] = {"id": 1}
     for number in range(2, 100):
         error = {"id": number, "innerMessage": error}
     assert len(refusal(error).ids) == 8
 
 
-def test_no_space_is_known_by_the_bare_string_that_stands_where_an_id_would() -> None:
+def test_no_space_is_recognised_by_the_bare_string() -> None:
     error = {"id": 1664, "innerMessage": "Failed to allocate"}
     assert isinstance(failure_of(Operation.CREATE, refusal(error)), Exhausted)
 
 
-def test_another_string_under_a_failed_creation_is_not_no_space() -> None:
+def test_another_bare_string_is_not_no_space() -> None:
     error = {"id": 1664, "innerMessage": "something else"}
     assert type(failure_of(Operation.CREATE, refusal(error))) is StorageUnavailable
 
@@ -120,7 +120,7 @@ def test_another_string_under_a_failed_creation_is_not_no_space() -> None:
         (Operation.DETACH, (1703,), StorageUnavailable),
     ],
 )
-def test_an_id_means_one_family_per_operation(
+def test_an_id_raises_one_family_for_each_operation(
     operation: Operation, ids: tuple[int, ...], family: type[DriverError]
 ) -> None:
     error: dict[str, object] = {"id": ids[-1]}
@@ -130,11 +130,11 @@ def test_an_id_means_one_family_per_operation(
 
 
 @pytest.mark.parametrize("number", [1706, 17061, 162222, 162223, 1622, 1608, 1543])
-def test_whatever_is_not_there_any_more_counts_as_detached(number: int) -> None:
+def test_an_absent_attachment_client_or_volume_counts_as_detached(number: int) -> None:
     assert meaning_of(Operation.DETACH, refusal({"id": number}))[0] is Meaning.DONE
 
 
-def test_a_conflict_tells_the_current_version() -> None:
+def test_a_conflict_has_the_current_version() -> None:
     failure = failure_of(
         Operation.ATTACH, refusal({"id": 1694, "innerMessage": {"id": 1717, "volumeReservation": 4}}), volume="v"
     )
@@ -142,7 +142,7 @@ def test_a_conflict_tells_the_current_version() -> None:
     assert (failure.management_id, failure.current_version) == (1717, 4)
 
 
-def test_the_reason_of_the_server_reaches_the_operator() -> None:
+def test_an_error_quotes_the_reason_of_the_server() -> None:
     failure = failure_of(Operation.DELETE, refusal({"id": 1683, "message": "in use", "innerMessage": "by node-1"}))
     assert "in use: by node-1" in str(failure)
 

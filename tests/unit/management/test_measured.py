@@ -35,7 +35,7 @@ def value(metrics: ManagementMetrics, sample: str) -> float:
     return 0
 
 
-def test_requests_logins_and_their_time_are_measured(
+def test_requests_logins_and_durations_are_measured(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
     client = connect(server.url, metrics=metrics)
@@ -48,7 +48,7 @@ def test_requests_logins_and_their_time_are_measured(
     assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 0
 
 
-def test_a_server_that_breaks_is_down_and_the_other_is_asked(
+def test_a_failed_server_is_down_and_the_other_is_used(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline,
     metrics: ManagementMetrics,
 ) -> None:  # fmt: skip
@@ -63,7 +63,7 @@ def test_a_server_that_breaks_is_down_and_the_other_is_asked(
     assert value(metrics, f'requests_total{{outcome="answered",server="{other_server.url}"}}') == 3
 
 
-def test_credentials_that_are_refused_are_no_failure_of_the_server_and_stand_nowhere(
+def test_refused_credentials_are_not_a_server_failure_and_not_shown(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
     server.password = "another"
@@ -74,7 +74,7 @@ def test_credentials_that_are_refused_are_no_failure_of_the_server_and_stand_now
     assert PASSWORD not in exposition(metrics.measurements())
 
 
-def test_a_server_that_is_served_no_more_is_not_shown_as_up(
+def test_a_closed_client_removes_its_servers_from_the_metric(
     server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
 ) -> None:
     client = connect(server.url, metrics=metrics)
@@ -83,7 +83,7 @@ def test_a_server_that_is_served_no_more_is_not_shown_as_up(
     assert "server_up{" not in exposition(metrics.measurements())
 
 
-def test_a_server_that_is_still_served_under_new_settings_keeps_its_state(
+def test_a_server_keeps_its_metric_while_another_client_uses_it(
     server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
 ) -> None:
     before = connect(server.url, metrics=metrics)
@@ -95,7 +95,7 @@ def test_a_server_that_is_still_served_under_new_settings_keeps_its_state(
     assert "server_up{" not in exposition(metrics.measurements())
 
 
-def test_a_request_that_ends_after_its_server_was_given_up_leaves_no_alarm(
+def test_a_request_that_ends_after_the_close_adds_no_server_to_the_metric(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
     client = connect(server.url, metrics=metrics)

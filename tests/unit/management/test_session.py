@@ -72,15 +72,13 @@ def test_later_requests_use_the_same_session(
     assert len(server.logins) == 1
 
 
-def test_every_request_says_that_it_takes_json(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_every_request_accepts_json(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     client.system_info(deadline=deadline)
     assert server.received[0].headers["Accept"] == "application/json"
 
 
 @pytest.mark.parametrize("expired", [SaysRaw(b"Found", 302, location="/login"), envelope(1267)], ids=["302", "1267"])
-def test_an_expired_session_is_renewed_without_the_caller_noticing(
+def test_an_expired_session_is_renewed(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, expired: Says | SaysRaw
 ) -> None:
     server.expires_as = expired
@@ -90,7 +88,7 @@ def test_an_expired_session_is_renewed_without_the_caller_noticing(
     assert len(server.logins) == 2
 
 
-def test_a_change_that_met_an_expired_session_is_made_once(
+def test_a_change_in_an_expired_session_is_executed_once(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("POST", "/volumes/update", DELETED)
@@ -100,7 +98,7 @@ def test_a_change_that_met_an_expired_session_is_made_once(
     assert len(server.seen("/volumes/update")) == 1
 
 
-def test_a_server_that_grants_logins_and_forgets_them_is_not_asked_for_ever(
+def test_a_server_that_forgets_its_sessions_gets_two_logins(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, SaysRaw(b"", 302, location="/login"))
@@ -125,7 +123,7 @@ def test_many_threads_renew_an_expired_session_once(
     assert len(server.logins) == 2
 
 
-def test_a_wrong_password_is_told_with_user_and_file(
+def test_a_wrong_password_is_reported_with_its_file(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, password_file: Path
 ) -> None:
     server.password = "another"
@@ -144,7 +142,7 @@ def test_a_rotated_password_is_read_at_the_next_login(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"], ids=["missing", "empty", "binary"])
-def test_a_password_file_that_holds_no_password_is_named(
+def test_a_password_file_without_a_password_is_named(
     client: ManagementClient, deadline: Deadline, password_file: Path, content: bytes | None
 ) -> None:
     password_file.unlink()
@@ -154,7 +152,7 @@ def test_a_password_file_that_holds_no_password_is_named(
         client.system_info(deadline=deadline)
 
 
-def test_a_forced_password_change_says_what_to_do(
+def test_a_forced_password_change_is_explained(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, envelope(1268))
@@ -162,15 +160,13 @@ def test_a_forced_password_change_says_what_to_do(
         client.system_info(deadline=deadline)
 
 
-def test_a_login_without_a_cookie_is_no_login(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_a_login_without_a_cookie_fails(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.login_answer = Says({"success": True, "error": None})
     with pytest.raises(StorageUnavailable, match="got HTTP 200 without one"):
         client.system_info(deadline=deadline)
 
 
-def test_a_broken_login_leaves_a_change_unsent(
+def test_after_a_broken_login_the_change_is_not_sent(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.login_answer = Breaks()
@@ -191,7 +187,7 @@ def names_on_stack(frame: FrameType | None) -> set[str]:
     return names
 
 
-def test_a_failed_login_is_shared_by_all_who_waited_for_it(
+def test_all_waiting_requests_share_a_failed_login(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     refusal = Waits(Says({"success": False, "error": "no"}, 401))
@@ -209,7 +205,7 @@ def test_a_failed_login_is_shared_by_all_who_waited_for_it(
     assert len(server.logins) == 1
 
 
-def test_a_refusal_of_old_is_not_told_to_those_who_wait_for_a_later_login(
+def test_waiting_requests_do_not_get_an_earlier_login_failure(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.login_answer = Says({"success": False, "error": "no"}, 401)
@@ -248,7 +244,7 @@ def test_a_refusal_of_old_is_not_told_to_those_who_wait_for_a_later_login(
         (envelope(999), StorageUnavailable),
     ],
 )
-def test_an_answer_that_is_no_answer_is_one_family(
+def test_an_unusable_response_raises_its_family(
     server: ManagementDouble,
     client: ManagementClient,
     deadline: Deadline,
@@ -269,7 +265,7 @@ def test_redirects_are_not_followed(
     assert not other_server.logins
 
 
-def test_what_cannot_be_read_is_shown_at_its_beginning(
+def test_an_error_shows_the_beginning_of_an_undecodable_response(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, SaysRaw(b"<html>proxy error " + b"x" * 10_000))
@@ -281,32 +277,30 @@ def test_what_cannot_be_read_is_shown_at_its_beginning(
 # --- broken connections ---------------------------------------------------------------------------------
 
 
-def test_nobody_listening_is_unreachable(connect: Connect, deadline: Deadline) -> None:
+def test_a_refused_connection_is_unreachable(connect: Connect, deadline: Deadline) -> None:
     with pytest.raises(ServerUnreachable, match="refused"):
         connect(f"http://127.0.0.1:{closed_port()}").system_info(deadline=deadline)
 
 
-def test_a_name_that_does_not_resolve_is_unreachable(connect: Connect, deadline: Deadline) -> None:
+def test_an_unknown_host_name_is_unreachable(connect: Connect, deadline: Deadline) -> None:
     with pytest.raises(ServerUnreachable):
         connect("http://no-such-host.invalid:4000").system_info(deadline=deadline)
 
 
-def test_a_ca_file_that_is_missing_is_named(connect: Connect, deadline: Deadline, tmp_path: Path) -> None:
+def test_a_missing_ca_file_is_named(connect: Connect, deadline: Deadline, tmp_path: Path) -> None:
     with pytest.raises(ServerUnreachable, match=r"absent\.pem"):
         connect("https://127.0.0.1:1", ca_file=tmp_path / "absent.pem").system_info(deadline=deadline)
 
 
 @pytest.mark.parametrize("fault", [Breaks(), SaysRaw(b"{", promised=100)], ids=["broken", "truncated"])
-def test_a_read_that_broke_is_repeated_once(
+def test_a_broken_read_is_repeated_once(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, fault: Breaks | SaysRaw
 ) -> None:
     server.on("GET", INFO, fault, Says(sample("system-info")))
     assert client.system_info(deadline=deadline).api_version == "18.0.0"
 
 
-def test_a_read_that_always_breaks_is_given_up(
-    server: ManagementDouble, client: ManagementClient, deadline: Deadline
-) -> None:
+def test_a_read_that_breaks_twice_fails(server: ManagementDouble, client: ManagementClient, deadline: Deadline) -> None:
     server.on("GET", INFO, Breaks())
     with pytest.raises(StorageUnavailable):
         client.system_info(deadline=deadline)
@@ -318,7 +312,7 @@ def test_a_read_that_always_breaks_is_given_up(
     [Breaks(), SaysRaw(b"[{", promised=100), SaysRaw(b"<html>", 500), SaysRaw(b"<html>", 502), SaysRaw(b"[{")],
     ids=["broken", "truncated", "500", "502", "undecodable"],
 )
-def test_a_change_without_a_readable_answer_is_not_repeated(
+def test_a_change_without_a_valid_response_is_not_repeated(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, fault: Breaks | SaysRaw
 ) -> None:
     server.on("POST", "/volumes/update", fault)
@@ -337,7 +331,7 @@ def test_a_deletion_is_repeated_because_it_names_the_uuid(
 # --- time -----------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_hangs_is_left_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
+def test_a_hanging_server_is_abandoned_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
     server.on("GET", INFO, Hangs())
     deadline = Deadline.after(0.3)
     with pytest.raises(StorageUnavailable):
@@ -345,7 +339,7 @@ def test_a_server_that_hangs_is_left_at_the_deadline(server: ManagementDouble, c
     assert deadline.elapsed_s() < LONG_S
 
 
-def test_a_server_that_hangs_is_left_at_the_time_out_of_a_request(
+def test_a_hanging_server_is_abandoned_at_the_request_timeout(
     server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
     server.on("GET", INFO, Hangs())
@@ -355,7 +349,7 @@ def test_a_server_that_hangs_is_left_at_the_time_out_of_a_request(
     assert deadline.elapsed_s() < LONG_S
 
 
-def test_a_server_that_drips_is_left_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
+def test_a_slow_response_is_abandoned_at_the_deadline(server: ManagementDouble, client: ManagementClient) -> None:
     pause = threading.Event()
     drops = iter(range(1000))
     server.on("GET", INFO, Drips(lambda: next(drops, None) is not None and not pause.wait(0.05)))
@@ -368,7 +362,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(server: ManagementDouble, c
         pause.set()
 
 
-def test_a_call_without_time_left_sends_nothing(server: ManagementDouble, client: ManagementClient) -> None:
+def test_without_time_left_no_request_is_sent(server: ManagementDouble, client: ManagementClient) -> None:
     with pytest.raises(DeadlineReached):
         client.system_info(deadline=Deadline.after(0))
     assert not server.logins
@@ -429,7 +423,7 @@ def test_the_cookie_is_in_no_message_and_no_log(
 
 
 @pytest.mark.parametrize("path", ["/systemInfo", "/servers/all/0/0"])
-def test_a_read_that_gets_no_answer_is_not_said_to_have_been_done_perhaps(
+def test_a_read_without_a_response_does_not_say_that_it_may_have_been_executed(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, path: str
 ) -> None:
     client.system_info(deadline=deadline)
@@ -439,7 +433,7 @@ def test_a_read_that_gets_no_answer_is_not_said_to_have_been_done_perhaps(
     assert "may have been executed" not in str(caught.value)
 
 
-def test_a_server_that_stays_away_is_described_by_the_same_words_every_time(connect: Connect) -> None:
+def test_the_error_of_a_down_server_stays_the_same(connect: Connect) -> None:
     """Kubernetes counts events of one text as one; a text with an age in it makes a new event each time."""
     client = connect(f"http://127.0.0.1:{closed_port()}")
     said = []
@@ -451,7 +445,7 @@ def test_a_server_that_stays_away_is_described_by_the_same_words_every_time(conn
     assert not [text for text in said if re.search(r"[0-9] s\b", text)]
 
 
-def test_a_client_that_was_closed_sends_nothing_and_opens_no_connection_again(
+def test_a_closed_client_sends_nothing_and_opens_no_connection(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     client.system_info(deadline=deadline)

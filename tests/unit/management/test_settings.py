@@ -14,7 +14,7 @@ def settings(*servers: str, **options: object) -> ManagementSettings:
     return ManagementSettings(servers=servers or ("https://m1:4000",), **wanted)  # type: ignore[arg-type]
 
 
-def test_a_user_with_a_password_file_is_sound() -> None:
+def test_a_user_with_a_password_file_is_valid() -> None:
     assert settings().problems() == ()
 
 
@@ -46,31 +46,31 @@ def test_a_user_may_come_from_a_file() -> None:
         settings(max_requests_in_flight=0),
     ],
 )
-def test_what_cannot_work_is_one_problem(wrong: ManagementSettings) -> None:
+def test_each_invalid_setting_is_one_problem(wrong: ManagementSettings) -> None:
     assert len(wrong.problems()) == 1
 
 
-def test_all_problems_are_told_together() -> None:
+def test_all_problems_are_reported_together() -> None:
     assert len(settings("m1", "m2", password_file=None).problems()) == 3
 
 
-def test_credentials_in_a_url_are_not_repeated_in_the_problem() -> None:
+def test_credentials_in_a_url_are_not_quoted() -> None:
     assert "secret" not in "".join(settings("https://user:secret@m1:4000").problems())
 
 
-def test_plain_http_to_another_machine_is_warned_of() -> None:
+def test_plain_http_to_another_machine_is_warned_about() -> None:
     assert len(list(settings("http://m1:4000").warnings())) == 1
 
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:4000", "http://localhost:4000", "http://[::1]:4000"])
-def test_plain_http_on_this_machine_is_no_reason_for_a_warning(server: str) -> None:
+def test_plain_http_on_this_machine_is_not_warned_about(server: str) -> None:
     assert list(settings(server).warnings()) == []
 
 
-def test_an_unverified_server_is_warned_of() -> None:
+def test_an_unverified_server_is_warned_about() -> None:
     assert len(list(settings(tls_verify=False).warnings())) == 1
 
 
-def test_a_client_is_not_made_from_unsound_settings() -> None:
+def test_invalid_settings_make_no_client() -> None:
     with pytest.raises(InvalidRequest, match="expected https://HOST:PORT"):
         ManagementClient(settings("m1"))

@@ -102,7 +102,7 @@ def asked(transport: Transport, seconds: float = 10.0) -> bytes:
     ids=["length", "length and close", "until the end", "1.0", "chunked"],
 )
 @pytest.mark.parametrize("size", [1, 10_000], ids=["byte by byte", "at once"])
-def test_an_answer_is_read_however_it_is_framed(made: list[RawServer | Transport], answer: bytes, size: int) -> None:
+def test_a_response_is_read_in_every_framing(made: list[RawServer | Transport], answer: bytes, size: int) -> None:
     pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
     assert asked(connected(made, RawServer(*pieces))) == b"[1, 2]"
 
@@ -110,7 +110,7 @@ def test_an_answer_is_read_however_it_is_framed(made: list[RawServer | Transport
 @pytest.mark.parametrize(
     "beginning", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"], ids=["header", "body"]
 )
-def test_an_answer_that_drips_is_left_at_the_deadline(made: list[RawServer | Transport], beginning: bytes) -> None:
+def test_a_slow_response_ends_at_the_deadline(made: list[RawServer | Transport], beginning: bytes) -> None:
     """Each byte comes soon enough; all of them never do."""
     drops = [beginning, *(LONG[start : start + 1] for start in range(len(LONG)))]
     transport = connected(made, RawServer(*drops, pause_s=0.05))
@@ -121,7 +121,7 @@ def test_an_answer_that_drips_is_left_at_the_deadline(made: list[RawServer | Tra
     assert deadline.elapsed_s() < LONG_S
 
 
-def test_a_name_whose_lookup_hangs_is_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_name_lookup_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The resolver answers when it likes; nothing was sent until then."""
     ended = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(120))
@@ -145,7 +145,7 @@ def test_one_connection_serves_many_requests(made: list[RawServer | Transport]) 
     assert server.connections == 1
 
 
-def test_requests_at_the_same_time_share_as_many_connections_as_there_are_of_them(
+def test_concurrent_requests_use_one_connection_each(
     made: list[RawServer | Transport],
 ) -> None:
     server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ends=False)
@@ -155,7 +155,7 @@ def test_requests_at_the_same_time_share_as_many_connections_as_there_are_of_the
     assert server.connections <= 8
 
 
-def test_cookies_are_handed_over_without_their_attributes(made: list[RawServer | Transport]) -> None:
+def test_cookies_are_returned_without_their_attributes(made: list[RawServer | Transport]) -> None:
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: connect.sid=s%3Aa.b; Path=/; HttpOnly\r\n"
         b"Set-Cookie: route=m1; Path=/\r\n\r\n[]"
@@ -165,7 +165,7 @@ def test_cookies_are_handed_over_without_their_attributes(made: list[RawServer |
     assert reply.cookie == "connect.sid=s%3Aa.b; route=m1"
 
 
-def test_nothing_of_the_environment_changes_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_does_not_change_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A session of the HTTP library would ask the proxy, and with the password of a netrc file."""
     proxy = f"http://127.0.0.1:{closed_port()}"
     for name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -199,7 +199,7 @@ def test_nothing_of_the_environment_changes_a_request(monkeypatch: pytest.Monkey
     }
 
 
-def test_a_cookie_is_sent_by_whom_it_was_given_to_and_never_kept() -> None:
+def test_a_cookie_is_sent_only_where_it_is_passed() -> None:
     with running() as server:
         server.opens_sessions = True
         transport = Transport(server.url, ManagementSettings(servers=(server.url,)))

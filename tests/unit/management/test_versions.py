@@ -32,7 +32,7 @@ def reads(server: ManagementDouble, client: ManagementClient, version: object) -
 
 
 @pytest.mark.parametrize("version", WORK, ids=repr)
-def test_a_version_that_is_known_works_without_a_word(
+def test_a_known_version_works_without_a_warning(
     server: ManagementDouble, client: ManagementClient, version: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     reads(server, client, version)
@@ -40,7 +40,7 @@ def test_a_version_that_is_known_works_without_a_word(
 
 
 @pytest.mark.parametrize("version", [*NEWER, *GARBAGE], ids=repr)
-def test_a_version_that_is_not_known_works_with_one_warning(
+def test_an_unknown_version_works_with_one_warning(
     server: ManagementDouble, client: ManagementClient, version: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_a_version_that_is_not_known_works_with_one_warning(
 
 
 @pytest.mark.parametrize("version", TOO_OLD, ids=repr)
-def test_a_version_below_the_floor_is_refused(
+def test_a_version_below_the_lowest_is_refused(
     server: ManagementDouble, client: ManagementClient, version: object
 ) -> None:
     with pytest.raises(PreconditionFailed, match=r"expected API version 15 or newer.*--allow-incompatible-versions"):
@@ -58,34 +58,32 @@ def test_a_version_below_the_floor_is_refused(
     assert not server.seen("/volumes/v1")
 
 
-def test_a_server_that_tells_no_version_is_refused(server: ManagementDouble, client: ManagementClient) -> None:
+def test_a_server_without_a_version_is_refused(server: ManagementDouble, client: ManagementClient) -> None:
     server.on("GET", INFO, Says({"version": "2.5.0"}))
     with pytest.raises(ManagementTooOld, match="got an API without a version"):
         client.volume("v1", deadline=Deadline.after(10))
 
 
-def test_the_version_found_is_named(server: ManagementDouble, client: ManagementClient) -> None:
+def test_the_error_names_the_version(server: ManagementDouble, client: ManagementClient) -> None:
     with pytest.raises(ManagementTooOld, match=r"API version '9\.1'"):
         reads(server, client, "9.1")
 
 
 @pytest.mark.parametrize("version", TOO_OLD, ids=repr)
-def test_a_version_below_the_floor_works_with_a_warning_where_that_is_allowed(
+def test_an_allowed_version_below_the_lowest_works_with_a_warning(
     server: ManagementDouble, connect: Connect, version: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     reads(server, connect(server.url, allow_incompatible_versions=True), version)
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
-def test_a_server_that_was_upgraded_is_no_longer_refused(server: ManagementDouble, client: ManagementClient) -> None:
+def test_an_upgraded_server_is_no_longer_refused(server: ManagementDouble, client: ManagementClient) -> None:
     with pytest.raises(ManagementTooOld):
         reads(server, client, 9)
     reads(server, client, "18.0.0")
 
 
-def test_system_information_of_a_server_that_is_too_old_is_refused_as_well(
-    server: ManagementDouble, client: ManagementClient
-) -> None:
+def test_system_information_of_an_old_server_is_refused(server: ManagementDouble, client: ManagementClient) -> None:
     server.on("GET", INFO, info(9))
     with pytest.raises(ManagementTooOld):
         client.system_info(deadline=Deadline.after(10))
@@ -94,11 +92,11 @@ def test_system_information_of_a_server_that_is_too_old_is_refused_as_well(
 # --- when it is asked for -------------------------------------------------------------------------------
 
 
-def test_nothing_is_asked_before_the_first_call(server: ManagementDouble, client: ManagementClient) -> None:
+def test_no_request_is_sent_before_the_first_call(server: ManagementDouble, client: ManagementClient) -> None:
     assert (server.received, server.logins) == ([], [])
 
 
-def test_the_version_is_asked_for_once_a_session(server: ManagementDouble, client: ManagementClient) -> None:
+def test_the_version_is_requested_once_a_session(server: ManagementDouble, client: ManagementClient) -> None:
     for _ in range(5):
         reads(server, client, "18.0.0")
     assert len(server.seen(INFO)) == 1
