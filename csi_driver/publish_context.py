@@ -64,8 +64,7 @@ class PublishContext:
             "stripeUnitBytes": str(self.stripe_unit_bytes or ""),
             "stripeBytes": str(self.stripe_bytes or ""),
         }
-        return {
-            **{key: text for key, text in rare.items() if text},
+        return {key: text for key, text in rare.items() if text} | {
             "name": self.name,
             "uuid": self.uuid,
             "attachment": str(self.attachment),

@@ -14,7 +14,7 @@ StorageClasses, Secrets and volumes, which are used as long as a volume of these
 * `encryption: dmcrypt`, `dmcrypt/type`, `dmcrypt/cipher`, `dmcryptKey`, passphrases up to a line feed:
   `csi_driver.compat.volumes`, and its callers in `csi_driver.parameters.encryption` and `csi_driver.node.encryption`
 * `csi_metadata`, and the metadata of volumes that this driver did not create: `csi_driver.compat.volumes`,
-  `csi_driver.controller.volume_metadata.read_creation`, `csi_driver.controller.validate.is_short`
+  `csi_driver.controller.volume_metadata.read_creation`, `csi_driver.controller.create_volume`
 * the zone `single-zone-cluster` in a handle: `csi_driver.model.DEFAULT_ZONE`,
   `csi_driver.controller.volume_lookup.zones_of`
 * handles without a reference id; the volume's name identifies the driver of an attachment: `csi_driver.host.devices`

@@ -161,7 +161,7 @@ class UnpublishVolume:
             f"node {client.id} has a volume of that name attached in zone {zone}; if that is the same cluster, "
             "give it its earlier name again, else retry when that volume is detached"
             for zone, client in known.items()
-            if _holds(client, VolumeHandle.parse(volume_id))
+            if _holds(client, problem.handle)
         ]
         if not known:
             reasons.append(
@@ -169,7 +169,7 @@ class UnpublishVolume:
                 "zone again. If that cluster or node no longer exists, remove the finalizer of the VolumeAttachment"
             )
         if reasons:
-            raise ZoneNotServed(volume_id, problem.zone, reasons[0]) from problem
+            raise ZoneNotServed(volume_id, problem.handle, reasons[0]) from problem
         _log.warning("%s; it is not attached to %s, a node of %s", problem, node_id, ", ".join(sorted(known)))
 
     def _detach(self, located: Located, client: Client, deadline: Deadline) -> None:
@@ -203,14 +203,12 @@ class UnpublishVolume:
             raise DeadlineReached(f"volume {located.volume.name} to be detached from node {client.id} ({state})")
 
 
-def _holds(client: Client, handle: VolumeHandle | None) -> bool:
+def _holds(client: Client, handle: VolumeHandle) -> bool:
     """Return whether the client may hold the volume: compared by uuid, or by name if the handle has no uuid.
 
     A device that the client reports without a name may be of any volume.
     """
     entries: list[DesiredAttachment | DeviceReport] = [*client.desired.values(), *client.devices.values()]
-    if handle is None:
-        return True
     return any(
         (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
         and client.holds(entry.volume_uuid)

@@ -26,12 +26,10 @@ _ANY_UUID = "00000000-0000-0000-0000-000000000000"
 class ZoneNotServed(PreconditionFailed):
     """The handle names a zone that is not configured, so it is unknown whether the volume exists."""
 
-    def __init__(self, volume_id: str, zone: str, detail: str = "") -> None:
-        self.zone = zone
-        super().__init__(
-            f"volume {shown(volume_id)} lies in zone {shown(zone)}, which this driver does not serve"
-            + (f": {detail}" if detail else "")
-        )
+    def __init__(self, volume_id: str, handle: VolumeHandle, detail: str = "") -> None:
+        self.handle = handle
+        place = f"volume {shown(volume_id)} lies in zone {shown(handle.zone)}, which this driver does not serve"
+        super().__init__(f"{place}: {detail}" if detail else place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
         return None
     zones = zones_of(clusters, handle)
     if not zones:
-        raise ZoneNotServed(volume_id, handle.zone or "")
+        raise ZoneNotServed(volume_id, handle)
 
     def in_zone(zone: str) -> Located | None:
         found = find_in(clusters, zone, handle.name, deadline=deadline)

@@ -134,31 +134,26 @@ class Readiness:
 
         Raises the errors of the zones if none answers and some fail.
         """
-        if not self._was_ready:
-            zones = self.clusters.zones()
-            self._was_ready = any_of(
-                zones, lambda zone: self._answers(zone, deadline), deadline=deadline, pool=self.pool
-            )
+        self._was_ready = self._was_ready or self._any_answers(deadline)
         return self._was_ready
 
     def why_unreachable(self) -> str:
         """Return why no management answers at present, within seconds; empty if one does."""
-        deadline = Deadline.after(_REACHABLE_S)
-        zones = self.clusters.zones()
         try:
-            answers = ask(zones, lambda zone: self._answers(zone, deadline), deadline=deadline, pool=self.pool)
+            is_reachable = self._any_answers(Deadline.after(_REACHABLE_S))
         except DriverError as error:
             return str(error)
-        if any(answers.given.values()):
-            return ""
-        return str(unavailable(answers.missing)) if answers.missing else "no storage management is configured"
+        return "" if is_reachable else "no storage management is configured"
 
-    def _answers(self, zone: str, deadline: Deadline) -> bool:
-        management = self.clusters.management(zone)
-        if management is None:
-            return False
-        management.system_info(deadline=deadline)
-        return True
+    def _any_answers(self, deadline: Deadline) -> bool:
+        def answers(zone: str) -> bool:
+            management = self.clusters.management(zone)
+            if management is None:
+                return False
+            management.system_info(deadline=deadline)
+            return True
+
+        return any_of(self.clusters.zones(), answers, deadline=deadline, pool=self.pool)
 
 
 def any_of(
