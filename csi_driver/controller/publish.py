@@ -202,13 +202,10 @@ class _Call:
             record = replace(record, written=True)
         if must_record_handle(self.located, record):
             record = record.with_handle(self.located.volume_id)
-        self._write(volume.metadata, known, record)
-        return record
-
-    def _write(self, metadata: Mapping[str, object], known: AttachmentRecord, record: AttachmentRecord) -> None:
         if record != known:
-            located = self.located
-            located.management.set_metadata(located.volume, with_attachments(metadata, record), deadline=self.deadline)
+            metadata = with_attachments(volume.metadata, record)
+            self.located.management.set_metadata(volume, metadata, deadline=self.deadline)
+        return record
 
     def _attach(self, preempted: int | None) -> None:
         """Request the attachment; preempt the reservation of version `preempted`."""
