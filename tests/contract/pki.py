@@ -29,7 +29,7 @@ class Pair:
 
 
 class Authority:
-    """A certificate authority of a test's own."""
+    """A certificate authority of a test."""
 
     def __init__(self, directory: Path, name: str) -> None:
         if shutil.which("openssl") is None:

@@ -1,4 +1,4 @@
-"""A small API server that speaks real HTTPS: objects by path, GET, and PATCH as RFC 7386 and RFC 6902 have it."""
+"""A small API server over HTTPS: objects by path, GET, and PATCH of RFC 7386 and RFC 6902."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Document = dict[str, Any]
 
 @dataclass
 class Cluster:
-    """What the server knows, who may ask, and what goes wrong next.
+    """Objects, valid tokens, and the next faults.
 
     `forbidden`: beginnings of "METHOD path" that are refused. `before_patch` is called before a patch is looked at.
     """
@@ -128,7 +128,7 @@ _PATCHES: dict[str, Callable[[Document, Any], Document]] = {
 
 
 class _Quiet(ThreadingHTTPServer):
-    """Says nothing about clients that refuse it or go away."""
+    """Logs nothing about clients that reject it or disconnect."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The node's object, against a small API server that speaks real HTTPS: labels, taints, tokens, and its faults."""
+"""The client of the API server against a small HTTPS server: labels, taints, tokens and faults."""
 
 from __future__ import annotations
 

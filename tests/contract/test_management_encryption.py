@@ -165,7 +165,7 @@ def test_another_volume_with_the_name_is_not_changed(actor: Actor) -> None:
 
 
 class EndToEnd:
-    """A controller on an embedded manager over a real socket."""
+    """A controller with an embedded manager over a real socket."""
 
     def __init__(self, manager: Manager, client: ManagementClient) -> None:
         self.manager = manager

@@ -1,4 +1,4 @@
-"""The management client understands what a real management server was recorded to answer."""
+"""The client decodes recorded responses of a real management server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exchanges(name: str = "**/*") -> Iterator[Exchange]:
 
 
 def found(path_start: str, name: str = "**/*") -> list[dict[str, object]]:
-    """Return the documents that were answered to a GET of one object."""
+    """Return the recorded documents of single objects."""
     return [
         body
         for method, path, body in exchanges(name)
@@ -51,7 +51,7 @@ def found(path_start: str, name: str = "**/*") -> list[dict[str, object]]:
 
 
 def with_its_text(row: dict[str, object]) -> dict[str, object]:
-    """Put back the one text that has a meaning: the recordings carry none."""
+    """Add the one text that has a meaning: the recordings have none."""
     error = row["error"]
     if isinstance(error, dict) and error["id"] == CREATE_FAILED and error.get("innerMessage") == "":
         return {**row, "error": {**error, "innerMessage": "Failed to allocate"}}
@@ -59,7 +59,7 @@ def with_its_text(row: dict[str, object]) -> dict[str, object]:
 
 
 def refusals() -> list[tuple[Operation, dict[str, object]]]:
-    """Return the envelopes that carry an error, with the operation that they answer."""
+    """Return the envelopes with an error, and their operations."""
     return [
         (OPERATIONS[path], with_its_text(row))
         for _, path, body in exchanges()

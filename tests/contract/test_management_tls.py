@@ -1,4 +1,4 @@
-"""The management client over TLS: to the embedded manager, and to a server that wants client certificates."""
+"""The client over TLS: with the embedded manager, and with a server that requires client certificates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def deadline() -> Deadline:
 
 
 class TlsDouble(ManagementDouble):
-    """The double behind TLS; with `client_authority` it takes clients with a certificate of that authority alone."""
+    """The double behind TLS; `client_authority`: it requires a client certificate of this CA."""
 
     def __init__(self, pair: Pair, client_authority: Path | None = None) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_the_http_library_adds_no_cas(
     server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
     monkeypatch: pytest.MonkeyPatch, way: str, is_named: bool,
 ) -> None:  # fmt: skip
-    """The server's authority stands only where the library looks for authorities when it is left alone."""
+    """The server's CA is only in the library's own places."""
     for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(variable, raising=False)
     if way == "certifi":
@@ -214,7 +214,7 @@ def test_a_renewed_ca_is_trusted_without_a_restart(
     server: TlsDouble, connect: Connect, authority: Authority, other_authority: Authority, deadline: Deadline,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """First the file of authorities is exchanged, then the server's certificate."""
+    """The CA file is replaced first, then the server's certificate."""
     ca_file = tmp_path / "ca.pem"
     ca_file.write_bytes(authority.certificate.read_bytes())
     client = connect(server.url, ca_file=ca_file)
@@ -376,7 +376,7 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_sent(
 def test_a_hanging_handshake_ends_at_the_deadline_before_the_change_is_sent(
     authority: Authority, server_pair: Pair
 ) -> None:
-    """Whoever accepts and says nothing has not read what was never sent: another server may be asked."""
+    """The request was not sent, so another server may be used."""
     silent = TlsDouble(server_pair)  # not serving: the kernel accepts
     transport = Transport(silent.url, ManagementSettings(servers=(silent.url,), ca_file=authority.certificate))
     try:

@@ -74,7 +74,7 @@ def stripe_bytes(layout: Layout) -> int:
 
 
 def made_bytes(stripes: int, layout: Layout) -> int:
-    """Return what the server makes of a request for so many stripes and a half."""
+    """Return the server's size for this number of stripes and a half."""
     one = stripe_bytes(layout)
     return server_blocks((stripes * one + one // 2) / 1e9, layout) * 4096
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the description of the clusters, no password in it shows."""
+"""No error in a clusters file reveals a password."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EDITS = st.lists(
 
 
 def said(source: Source) -> str:
-    """Return all that anybody may get to see of it."""
+    """Return everything that is printed about it."""
     shown = []
     for defaults in (NOTHING, USER):
         try:

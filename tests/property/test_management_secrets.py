@@ -1,4 +1,4 @@
-"""Whatever a management server answers, and whenever it breaks: no password, session or secret shows anywhere."""
+"""No response or fault of a management server reveals a password, session id or passphrase."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Call: TypeAlias = Callable[[ManagementClient, Deadline], object]
 
 
 def echoes(secrets: str) -> st.SearchStrategy[Step]:
-    """Answers that repeat what was sent, in every place that an error could quote."""
+    """Return responses that quote the request, in every place that an error may show."""
     statuses = st.sampled_from([200, 400, 401, 403, 404, 413, 422, 500, 502, 503])
     error = {"id": 422, "message": secrets, "innerMessage": {"id": 1664, "message": secrets}}
     bodies = st.sampled_from(
@@ -79,7 +79,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
 
 
 class Records(logging.Handler):
-    """Keeps whatever is logged, by whomever, at every level."""
+    """Keeps all records of all levels."""
 
     def __init__(self) -> None:
         super().__init__(logging.NOTSET)
@@ -103,7 +103,7 @@ def all_records() -> Iterator[Records]:
 
 
 class CanaryDouble(ManagementDouble):
-    """Grants sessions whose ids are canaries."""
+    """Opens sessions with a canary as id."""
 
     def log_in(self, body: object) -> tuple[Step, str]:
         step, cookie = super().log_in(body)
@@ -114,7 +114,7 @@ class CanaryDouble(ManagementDouble):
 
 
 def told(error: BaseException) -> str:
-    """Return all that an error says to whoever prints it, its causes with it."""
+    """Return the printed forms of an error and its causes."""
     words = traceback.format_exception(error)
     link: BaseException | None = error
     while link is not None:

@@ -1,4 +1,4 @@
-"""Before the node's pod is stopped: nothing is waited for but the volumes of a node that is being drained."""
+"""The preStop hook waits for the volumes of a node that is being drained, else not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRIVER, TIME_S = "driver", 100.0
 
 @dataclass
 class FakeCluster(ApiServer):
-    """A node and its VolumeAttachments. `..._status`: HTTP status of what is refused; None = it answers."""
+    """A node and its VolumeAttachments. `..._status`: HTTP status of an error; None = success."""
 
     settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     handles: set[str] = field(default_factory=set)
@@ -48,7 +48,7 @@ class FakeCluster(ApiServer):
 
 
 class Stop:
-    """A pre-stop over fakes. `events`: what happens at which second."""
+    """A hook with fakes. `events`: actions by second."""
 
     def __init__(self) -> None:
         self.cluster = FakeCluster(handles={"a", "b"}, attachments={"a", "b"})
@@ -136,7 +136,7 @@ def test_without_an_api_server_the_mounts_decide(stop: Stop, alone: bool) -> Non
 
 
 def test_an_uninstallation_waits_for_nothing(stop: Stop) -> None:
-    """It takes the account away before the pod has ended, and mounts stay as they are."""
+    """It deletes the account before the pod has ended, and the mounts stay."""
     stop.cluster.node_status = 401
     end, took_s = stop.wait()
     assert end.startswith("the service account was deleted")
@@ -144,7 +144,7 @@ def test_an_uninstallation_waits_for_nothing(stop: Stop) -> None:
 
 
 def test_without_the_right_to_get_nodes_the_mounts_decide(stop: Stop) -> None:
-    """That may be any drain, of a cluster whose roles others make."""
+    """The roles may not have this right in a cluster with roles of its own."""
     stop.cluster.node_status = 403
     stop.later(10, stop.mounted.clear)
     assert stop.wait()[1] == 10.0

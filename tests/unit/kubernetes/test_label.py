@@ -1,4 +1,4 @@
-"""The node's label says what is so: set while the client can be used, taken away when it cannot, and no oftener."""
+"""The node's label: set while the client is usable, removed while it is not, with few requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.fakes.host import FakeClock
 
 @dataclass
 class FakeNodes(ApiServer):
-    """The labels of one node, and every change that was asked for."""
+    """The labels of one node, and all requested changes."""
 
     settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     labels: dict[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class FakeNodes(ApiServer):
 
 
 class Kept:
-    """A label that is kept over fakes; `pass_time` lets it be tended as its thread would."""
+    """A label with fakes, checked as by its thread."""
 
     def __init__(self) -> None:
         self.nodes = FakeNodes(labels={"other": "label"})

@@ -1,4 +1,4 @@
-"""The start-up taint goes when the driver serves, and whenever it comes back; nothing else of the node changes."""
+"""The start-up taint is removed when the driver is ready, also later; nothing else of the node changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER: Mapping[str, object] = {"key": "other", "effect": "NoSchedule", "timeAdde
 
 @dataclass
 class FakeNodes(ApiServer):
-    """One node with its taints. `between` is done between its reading and its change, once."""
+    """One node with its taints. `between`: taints set by another client between read and change, once."""
 
     settings: ApiSettings = field(default_factory=lambda: ApiSettings("host", 443, Path("/absent")))
     taints: list[Mapping[str, object]] = field(default_factory=lambda: [STARTUP, OTHER])
@@ -55,7 +55,7 @@ class FakeNodes(ApiServer):
 
 
 class Tended:
-    """A taint that is tended over fakes as its thread would do it."""
+    """A taint with fakes, checked as by its thread."""
 
     def __init__(self) -> None:
         self.nodes = FakeNodes()

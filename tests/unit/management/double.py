@@ -1,8 +1,7 @@
-"""A management server in a thread that says what a test tells it to, faults included.
+"""A management server in a thread with scripted responses and faults.
 
-It keeps real sessions (login, cookie, expiry; with `opens_sessions` a request opens one) and a queue of answers per
-request; the last answer stays. It knows nothing of volumes: what the operations mean together is proven by the
-contract suite.
+It keeps real sessions (login, cookie, expiry; with `opens_sessions` a request opens one) and a queue of responses for
+each request; the last one stays. It has no volumes: the contract tests cover sequences of operations.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Says:
 
 @dataclass(frozen=True)
 class SaysRaw:
-    """Answer with bytes as they are; `promised` is the length that the header claims."""
+    """Respond with bytes; `promised`: the length in the header."""
 
     content: bytes
     status: int = 200
@@ -44,19 +43,19 @@ class SaysRaw:
 
 @dataclass(frozen=True)
 class Breaks:
-    """Read the request, then break the connection without a word."""
+    """Read the request, then reset the connection."""
 
 
 @dataclass(frozen=True)
 class Hangs:
-    """Read the request, then say nothing until `until` is set."""
+    """Read the request, then wait for `until` without a response."""
 
     until: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
 class Waits:
-    """Read the request, and answer with `then` when `until` is set."""
+    """Read the request, and respond with `then` when `until` is set."""
 
     then: Says
     until: threading.Event = field(default_factory=threading.Event)
@@ -64,7 +63,7 @@ class Waits:
 
 @dataclass(frozen=True)
 class Drips:
-    """Send the beginning of an answer, then one byte whenever `more` is called, until it returns False."""
+    """Send the beginning of a response, then one byte after each call of `more`, until it returns False."""
 
     more: Callable[[], bool]
 
@@ -84,7 +83,7 @@ class Received:
 
 
 class ManagementDouble(ThreadingHTTPServer):
-    """See the module. `received` lists what was read, logins apart in `logins`."""
+    """A scripted server. `received` lists the requests, except logins, which are in `logins`."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -129,7 +128,7 @@ class ManagementDouble(ThreadingHTTPServer):
             return steps.pop(0) if len(steps) > 1 else steps[0]
 
     def opened_session(self, known: str) -> str:
-        """Return the cookie of a session that this request opens: what a client certificate is good for."""
+        """Return the cookie of a session that this request opens, as with a client certificate."""
         if not self.opens_sessions or known in self.sessions:
             return ""
         with self._lock:
@@ -234,14 +233,14 @@ def running(made: Callable[[], ManagementDouble] | None = None) -> Iterator[Mana
 
 
 def closed_port() -> int:
-    """Return a port of this machine on which nobody listens."""
+    """Return a port of this machine without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def sample(name: str) -> dict[str, object]:
-    """Return a document as a real server answered it (management 3.5), without message texts."""
+    """Return a document of a real server (management 3.5), without message texts."""
     loaded = json.loads((Path(__file__).parent / "samples" / f"{name}.json").read_text())
     assert isinstance(loaded, dict)
     return loaded

@@ -1,4 +1,4 @@
-"""The circuit breaker of one server: which requests it admits, and when it probes."""
+"""The circuit breaker of one server: admitted requests and probes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from csi_driver.management.failover import CircuitBreaker, FailedWhileQueued
 
 
 class HandClock:
-    """A clock that stands still until it is moved."""
+    """A clock that only tests advance."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0

@@ -1,4 +1,4 @@
-"""What each operation sends, and what it makes of the answers."""
+"""Requests of each operation, and results of the responses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def done(uuid: object = VOLUME.uuid) -> Says:
 
 
 def refused(*ids: int, inner: str | None = None, **details: object) -> Says:
-    """Refuse one object; ids from the outermost to the innermost."""
+    """Return an error for one object; ids from the outermost to the innermost."""
     error: dict[str, object] = {"id": ids[-1], **details}
     if inner is not None:
         error["innerMessage"] = inner
@@ -551,7 +551,7 @@ CLASSES: dict[str, list[dict[str, object]]] = {
 
 
 def found_classes(collection: str, names: tuple[str, ...], domain: str | None) -> list[dict[str, object]]:
-    """Return the classes that the server finds: those that are named, else those of the domain."""
+    """Return the classes that the server finds by name, else by domain."""
     if names:
         return [row for row in CLASSES[collection] if row["_id"] in names]
     return [row for row in CLASSES[collection] if f"'{domain}'" in str(row.get("domains"))]

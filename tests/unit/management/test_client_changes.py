@@ -1,4 +1,4 @@
-"""What is sent for encryption and for changes of a volume, and what is made of the answers."""
+"""Requests and results of encryption and changes of a volume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node reads of the description of the clusters, in every form that the controller takes."""
+"""Hosts and nodes that a node reads from a clusters file of any form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters that a file describes: followed as it changes, without losing what did not."""
+"""Clusters of a file that changes; unchanged zones keep their clients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO = "zones: {a: {servers: m1}, b: {servers: m2}}"
 
 
 class Client(ManagementClient):
-    """A client that says whether it was closed."""
+    """A client that records whether it was closed."""
 
     is_closed = False
 
@@ -30,7 +30,7 @@ class Client(ManagementClient):
 
 
 class Described:
-    """A file, the clusters that follow it, and time that passes when it is told to."""
+    """A file, its clusters, and a clock."""
 
     def __init__(self, directory: Path, text: str = TWO) -> None:
         self.path = directory / "clusters.yaml"

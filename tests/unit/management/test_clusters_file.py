@@ -1,4 +1,4 @@
-"""The description of several clusters: its own form and the older drivers', what is demanded, what is refused."""
+"""The clusters file in its own form and those of the older drivers: required and refused settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""User and password from a mounted Secret that changes while we run."""
+"""User and password from a mounted Secret that changes while the driver runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_ADMIN = Says({"message": "Operation not permitted.", "id": 401}, 401)
 
 
 class Secret:
-    """A directory as kubelet mounts a Secret: every file a link into the newest version, exchanged at once."""
+    """A directory like a Secret mounted by kubelet: each file is a link into the newest version."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -101,7 +101,7 @@ def test_a_corrected_secret_ends_the_refused_logins(
 def test_a_denied_request_is_sent_again_with_changed_credentials(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline, secret: Secret
 ) -> None:
-    """The session of the old user is good for another hour, so the refusal is the time to look at the Secret."""
+    """The session of the old user lasts for another hour, so the error is the occasion to read the Secret."""
     server.on("POST", "/volumes/update", NOT_ADMIN, NOT_ADMIN, DONE)
     with pytest.raises(Denied):
         client.set_metadata(VOLUME, {}, deadline=deadline)

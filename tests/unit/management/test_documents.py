@@ -106,7 +106,7 @@ def test_a_desired_attachment_has_action_mode_references_and_version() -> None:
 
 @pytest.mark.parametrize(("preempt", "preempts"), [(0, False), (1, False), (2, True), (None, False), ("2", False)])
 def test_only_a_full_preempt_counts_as_preemption(preempt: object, *, preempts: bool) -> None:
-    """1 is a weak preemption, which gives way."""
+    """1 is a weak preemption, which yields to reservations."""
     wish = {"action": "attaching", "reservation": {"mode": 3, "version": 3, "preempt": preempt}}
     row = {**sample("client"), "attachments": {VOLUME_UUID: wish}}
     assert decode_client(row).desired[VOLUME_UUID].preempts is preempts

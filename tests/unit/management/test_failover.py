@@ -1,4 +1,4 @@
-"""Several servers: who is asked, who rests, and that no change is made twice."""
+"""Several servers: order, failover, and changes that are executed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.management.double import Breaks, Hangs, ManagementDouble, Says, 
 
 INFO = "/systemInfo"
 HANGS_S = 1.0
-"""The time-out of requests to servers that hang: what a test counts."""
+"""Timeout of requests to hanging servers, which tests count."""
 VOLUME = Volume("v1", "74025fd0-e73d-11f1-a2b3-7550e9e5980f", 2441216, 4096, 10.0, "online", "none")
 DONE = Says([{"_id": "v1", "uuid": VOLUME.uuid, "success": True, "error": None, "payload": None}])
 
@@ -102,7 +102,7 @@ def test_a_failed_server_is_tried_when_no_other_works(
 def test_the_requests_of_one_call_wait_for_a_hanging_server_once(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
-    """What a CreateVolume does: several requests, each of which would find the server rested."""
+    """Like CreateVolume: several requests, each after the end of a pause."""
     server.on("GET", INFO, Hangs())
     server.on("GET", "/volumes/count", Hangs())
     client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
@@ -204,7 +204,7 @@ def test_the_only_server_is_used_as_soon_as_a_probe_succeeds(
 def test_a_server_that_answers_only_probes_delays_its_trial_requests_only(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect
 ) -> None:
-    """It answers probes, but not what is asked of it: then a trial is all that it gets."""
+    """It answers probes and no other request, so it gets trial requests only."""
     server.on("GET", INFO, Hangs())
     client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
     began = Deadline.after(120)
@@ -220,7 +220,7 @@ def test_a_server_that_answers_only_probes_delays_its_trial_requests_only(
 def test_a_failed_server_is_probed_when_the_other_one_fails(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline
 ) -> None:
-    """In the very request that finds the other one failed, although no probe was due yet."""
+    """In the same request that finds the other one failed, although no probe was due yet."""
     server.on("GET", INFO, Hangs(), Says(sample("system-info")))
     client = connect(server.url, other_server.url, request_timeout_s=HANGS_S)
     client.system_info(deadline=deadline)

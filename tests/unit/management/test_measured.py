@@ -1,4 +1,4 @@
-"""What is measured of the management's servers."""
+"""Metrics of the management servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _info(server: ManagementDouble, other_server: ManagementDouble) -> None:
 
 
 def value(metrics: ManagementMetrics, sample: str) -> float:
-    """Return a sample, by its name less the prefix and its labels in the order of their names."""
+    """Return a sample by its name without the prefix, and its labels in alphabetical order."""
     for line in exposition(metrics.measurements()).splitlines():
         name, _, number = line.rpartition(" ")
         if name == f"nvmesh_csi_management_{sample}":

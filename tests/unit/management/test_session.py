@@ -1,4 +1,4 @@
-"""Login, expiry, time and faults on one server."""
+"""Login, expiry, deadlines and faults on one server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.unit.management.double import (
 )
 
 LONG_S = 20.0
-"""Far below the time that a request may take, and far above what a busy machine adds to a short deadline."""
+"""Far below the limit of a request, and far above the delays of a busy machine."""
 
 INFO = "/systemInfo"
 VOLUME = Volume("v1", "74025fd0-e73d-11f1-a2b3-7550e9e5980f", 2441216, 4096, 10.0, "online", "none")
@@ -175,7 +175,7 @@ def test_after_a_broken_login_the_change_is_not_sent(
 
 
 def in_login() -> int:
-    """Count the threads that are logging in or wait for another's login."""
+    """Count the threads in a login, or waiting for one."""
     return sum("_open" in names_on_stack(frame) for frame in sys._current_frames().values())
 
 

@@ -1,4 +1,4 @@
-"""What single connections do: how answers may be framed, how slowly they may come, and that connections are kept."""
+"""Single connections: framing, slow responses, reuse, and independence of the environment."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from csi_driver.management.transport import Request, Transport
 from tests.unit.management.double import closed_port, running
 
 LONG_S = 20.0
-"""Far below the time that a request may take, and far above what a busy machine adds to a short deadline."""
+"""Far below the limit of a request, and far above the delays of a busy machine."""
 
 LONG = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Filler: " + b"x" * 20
 
 
 class RawServer:
-    """Sends every connection these bytes, in these pieces with pauses between them; `ends`: and then its end."""
+    """Sends each connection these pieces, with pauses in between; `ends`: then closes it."""
 
     def __init__(self, *pieces: bytes, pause_s: float = 0.0, ends: bool = True) -> None:
         self._pieces, self._pause_s, self._ends = pieces, pause_s, ends
@@ -70,7 +70,7 @@ class RawServer:
 
 @pytest.fixture
 def made() -> Iterator[list[RawServer | Transport]]:
-    """What a test makes; closed in the end, clients before servers."""
+    """Clients and servers of a test; closed at its end, clients first."""
     things: list[RawServer | Transport] = []
     yield things
     for thing in reversed(things):
@@ -111,7 +111,7 @@ def test_a_response_is_read_in_every_framing(made: list[RawServer | Transport], 
     "beginning", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"], ids=["header", "body"]
 )
 def test_a_slow_response_ends_at_the_deadline(made: list[RawServer | Transport], beginning: bytes) -> None:
-    """Each byte comes soon enough; all of them never do."""
+    """No single byte is late, but the response never ends."""
     drops = [beginning, *(LONG[start : start + 1] for start in range(len(LONG)))]
     transport = connected(made, RawServer(*drops, pause_s=0.05))
     deadline = Deadline.after(0.4)
@@ -122,7 +122,7 @@ def test_a_slow_response_ends_at_the_deadline(made: list[RawServer | Transport],
 
 
 def test_a_hanging_name_lookup_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolver answers when it likes; nothing was sent until then."""
+    """The resolver does not answer, so the request was not sent."""
     ended = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(120))
     url = "http://slow.example.com:4000"
@@ -166,7 +166,7 @@ def test_cookies_are_returned_without_their_attributes(made: list[RawServer | Tr
 
 
 def test_the_environment_does_not_change_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A session of the HTTP library would ask the proxy, and with the password of a netrc file."""
+    """A session of the HTTP library would use the proxy and the password of the netrc file."""
     proxy = f"http://127.0.0.1:{closed_port()}"
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, proxy)

@@ -1,4 +1,4 @@
-"""Versions of the management's API: read in every form, refused below the floor, asked for once a session."""
+"""API versions: forms, the lowest supported one, and one request for each session."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def info(version: object) -> Says:
 
 
 def reads(server: ManagementDouble, client: ManagementClient, version: object) -> None:
-    """Read something else than the version from a server of this version."""
+    """Read a volume from a server of this version."""
     server.on("GET", INFO, info(version))
     server.on("GET", "/volumes/v1", Says(sample("volume")))
     client.volume("v1", deadline=Deadline.after(10))
