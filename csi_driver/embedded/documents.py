@@ -238,7 +238,7 @@ def system_info(settings: StorageSettings, database_uuid: str) -> Document:
         "managementVersion": VERSION,
         "APIVersion": API_VERSION,
         "hostname": settings.host_name,
-        "ipAddress": settings.listen_host,
+        "ipAddress": "" if isinstance(settings.listen, int) else settings.listen[0],
         "dbUUID": database_uuid,
     }
 

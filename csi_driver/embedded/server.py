@@ -335,9 +335,9 @@ def _check_certificate(settings: StorageSettings) -> None:
 
 
 def _bound(settings: StorageSettings) -> socket.socket:
-    if settings.listen_fd is not None:
-        return _inherited(settings.listen_fd)
-    host, port = settings.listen_host, settings.listen_port
+    if isinstance(settings.listen, int):
+        return _inherited(settings.listen)
+    host, port = settings.listen
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; else each answer waits 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -5,15 +5,18 @@ The adapters of the ports are in csi_driver.host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from csi_driver.flags import (
     flag,
+    host_name,
     read_count,
     read_directory,
     read_file,
+    read_host_port_or_fd,
     read_named_directory,
     read_positive_duration,
     read_positive_size,
@@ -24,7 +27,7 @@ from csi_driver.flags import (
     required,
 )
 from csi_driver.host_model import LoopDevice
-from csi_driver.settings import OVERCOMMIT, PREALLOCATE
+from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
 
@@ -81,11 +84,21 @@ class StorageSettings:
         read_size,
         "Free space that must remain in the pool's filesystem; below it new volumes are refused.",
     )
-    listen_host: str = "127.0.0.1"
-    listen_port: int = 4000
-    """0: any free port."""
-    listen_fd: int | None = None
-    """Descriptor of an inherited, bound socket; replaces host and port."""
+    node_name: str = NODE_NAME.field()
+    device_directory: Path = DEVICE_DIRECTORY.field()
+    status_directory: Path = flag(
+        Path("/run/nvmesh-csi/proc"),
+        "--status-directory",
+        read_directory,
+        "Directory for the storage client's status files.",
+    )
+    listen: tuple[str, int] | int = flag(
+        ("127.0.0.1", 4000),
+        "--listen",
+        read_host_port_or_fd,
+        "Address of the REST API; port 0 = any free port, fd:N = an inherited, bound TCP socket.",
+        shown="127.0.0.1:4000",
+    )
     user: str = flag("admin@nvidia.com", "--user", read_text.named("USER"), "User for the login at the REST API.")
     password_file: Path | None = flag(
         None,
@@ -115,6 +128,20 @@ class StorageSettings:
         shown="none, plain http",
     )
     tls_key: Path | None = flag(None, "--tls-key", read_file, "PEM private key of the certificate.", shown="none")
+
+    def resolved(self) -> Self:
+        """Fill in the client of this machine where none is given."""
+        own = ClientSettings(self.node_name or host_name(), self.device_directory, self.status_directory)
+        return replace(self, clients=self.clients or (own,))
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each problem between flags."""
+        if len({client.name for client in self.clients}) != len(self.clients):
+            yield "--client names a client twice"
+        if len({client.device_directory for client in self.clients}) != len(self.clients):
+            yield "--client gives two clients one directory, expected one of its own for each"
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            yield "--tls-certificate and --tls-key must be given together"
 
     def target_names(self) -> list[str]:
         """Return the names of the storage targets: the simulated ones, or this machine."""

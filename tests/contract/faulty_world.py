@@ -349,7 +349,7 @@ class Weather:
 @contextmanager
 def faulty_world(directory: Path, seed: int, share: float) -> Iterator[World]:
     storage = Storage.start(directory)
-    storage.settings = replace(storage.settings, listen_port=storage.server.address[1])
+    storage.settings = replace(storage.settings, listen=("127.0.0.1", storage.server.address[1]))
     drawn = Drawn(seed, share, WEIGHTS)
     proxies = (
         FaultProxy(drawn, hang_s=REQUEST_S + 0.5),

@@ -169,7 +169,7 @@ def exchanges(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Exchange]:
         clients=(ClientSettings.under("node-1", directory / "1"), ClientSettings.under("node-2", directory / "2")),
         size_bytes=4_791_620_000_000,
         overcommit=True,
-        listen_port=0,
+        listen=("127.0.0.1", 0),
         pretend_targets=3,
     )
     server = StorageServer(settings, FakeLoopDevices(), FakeLuksHeaders())
@@ -262,7 +262,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorageSe
     (pool / "password").write_text("admin\n")
     settings = StorageSettings(
         pool, clients=(ClientSettings.under("node-1", pool / "client"),), size_bytes=400_000_000_000_000,
-        overcommit=True, listen_port=0, pretend_targets=20,
+        overcommit=True, listen=("127.0.0.1", 0), pretend_targets=20,
     )  # fmt: skip
     server = StorageServer(settings, FakeLoopDevices(), FakeLuksHeaders())
     server.start()

@@ -54,7 +54,7 @@ def test_a_restarted_server_gets_a_new_login(storage: Storage, actor: Actor) -> 
         clients=storage.settings.clients,
         size_bytes=POOL_BYTES,
         overcommit=True,
-        listen_port=port,
+        listen=("127.0.0.1", port),
         pretend_targets=3,
     )
     storage.server = StorageServer(storage.settings, storage.loops)

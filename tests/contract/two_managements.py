@@ -114,7 +114,7 @@ class Storage:
             clients=tuple(ClientSettings.under(name, directory / name) for name in CLIENTS),
             size_bytes=POOL_BYTES,
             overcommit=True,
-            listen_port=0,
+            listen=("127.0.0.1", 0),
             pretend_targets=3,
             retry_first_s=0.01,
             tls_certificate=certificate,

@@ -184,7 +184,7 @@ class Storage:
         pool = directory / "pool"
         pool.mkdir()
         self.settings = StorageSettings(
-            pool, clients=own, size_bytes=10**12, overcommit=True, listen_port=0,
+            pool, clients=own, size_bytes=10**12, overcommit=True, listen=("127.0.0.1", 0),
             retry_first_s=0.002, retry_most_s=0.02,
         )  # fmt: skip
         self.loops = FakeLoopDevices()

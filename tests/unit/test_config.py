@@ -124,9 +124,8 @@ def test_a_storage_manager_serves_this_machine_by_default() -> None:
 
 
 def test_a_storage_manager_listens_on_an_address_or_an_inherited_socket() -> None:
-    address = read(StorageCommand, [*STORAGE, "--listen", "[::1]:80"]).storage
-    assert (address.listen_host, address.listen_port, address.listen_fd) == ("::1", 80, None)
-    assert read(StorageCommand, [*STORAGE, "--listen", "fd:7"]).storage.listen_fd == 7
+    assert read(StorageCommand, [*STORAGE, "--listen", "[::1]:80"]).storage.listen == ("::1", 80)
+    assert read(StorageCommand, [*STORAGE, "--listen", "fd:7"]).storage.listen == 7
 
 
 def test_local_and_demo_have_defaults() -> None:

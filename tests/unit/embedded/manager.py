@@ -26,7 +26,12 @@ def settings_in(directory: Path, **changes: Json) -> StorageSettings:
     """Return settings of a pool of 100 GB with the clients node-1 and node-2."""
     clients = tuple(ClientSettings.under(name, directory / name) for name in ("node-1", "node-2"))
     defaults = StorageSettings(
-        directory / "pool", clients=clients, size_bytes=100 * GB, overcommit=True, reserve_bytes=0, listen_port=0
+        directory / "pool",
+        clients=clients,
+        size_bytes=100 * GB,
+        overcommit=True,
+        reserve_bytes=0,
+        listen=("127.0.0.1", 0),
     )
     return replace(defaults, **changes)
 

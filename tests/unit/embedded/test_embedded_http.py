@@ -233,7 +233,7 @@ def test_a_pool_that_is_gone_cannot_be_used(tmp_path: Path) -> None:
 def test_an_inherited_socket_is_served_under_its_own_address(tmp_path: Path) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        settings = replace(settings_in(tmp_path), listen_fd=os.dup(bound.fileno()))
+        settings = replace(settings_in(tmp_path), listen=os.dup(bound.fileno()))
         running = StorageServer(settings, FakeLoopDevices())
         try:
             running.start()
@@ -245,4 +245,4 @@ def test_an_inherited_socket_is_served_under_its_own_address(tmp_path: Path) -> 
 
 def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path) -> None:
     with open(os.devnull) as other, pytest.raises(PreconditionFailed, match=rf"--listen fd:{other.fileno()}: "):
-        StorageServer(replace(settings_in(tmp_path), listen_fd=other.fileno()), FakeLoopDevices())
+        StorageServer(replace(settings_in(tmp_path), listen=other.fileno()), FakeLoopDevices())
