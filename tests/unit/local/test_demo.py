@@ -1,4 +1,4 @@
-"""What the demo refuses, prints and undoes."""
+"""Refusals, output and cleanup of the demo."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_steps_are_undone_last_first() -> None:
 
 
 def failing(*codes: str) -> tuple[Cleanup, list[str]]:
-    """Return a cleanup whose one request fails with these codes before it succeeds, and the codes that are left."""
+    """Return a cleanup with one request that fails with these codes before it succeeds, and the codes left."""
     left = list(codes)
 
     def request() -> None:

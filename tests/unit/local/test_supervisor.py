@@ -120,7 +120,7 @@ def test_storage_is_ready_before_the_others_are_started(tmp_path: Path) -> None:
 
 
 def test_the_storage_manager_inherits_the_socket_that_the_controller_logs_in_to(tmp_path: Path) -> None:
-    """Also when it is started again: in between nobody else can take the port, and receive the password."""
+    """Also when it is started again: no other process can take the port and receive the password."""
     it = bench(tmp_path)
     with closing(it.supervisor):
         it.supervisor.start()
@@ -142,10 +142,10 @@ def test_roles_are_stopped_in_the_reverse_order(tmp_path: Path) -> None:
 
 
 def test_a_role_that_is_not_ready_in_time_is_named_with_the_reason_and_the_log(tmp_path: Path) -> None:
-    it = bench(tmp_path, why_not_ready=lambda role, *_: "nobody home" if role is Role.NODE else None)
+    it = bench(tmp_path, why_not_ready=lambda role, *_: "not ready" if role is Role.NODE else None)
     with (
         closing(it.supervisor),
-        pytest.raises(DeadlineReached, match=rf"node \(nobody home; .* {tmp_path}/node.log"),
+        pytest.raises(DeadlineReached, match=rf"node \(not ready; .* {tmp_path}/node.log"),
     ):
         it.supervisor.start()
 
