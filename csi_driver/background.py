@@ -273,9 +273,22 @@ class Worker(Background):
 
 
 def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
-    """Run a job once in a daemon thread of its own. The caller may stop waiting for the result at any time."""
+    """Run a job once in a daemon thread of its own. The caller may stop waiting for the result at any time.
+
+    An unexpected exception is logged, as nobody may ask for the result.
+    """
+
+    def logged() -> T:
+        try:
+            return job()
+        except (DriverError, OSError):
+            raise
+        except Exception:
+            _LOG.exception("%s failed unexpectedly", name)
+            raise
+
     future: Future[T] = Future()
-    threading.Thread(target=_settle, args=(future, job), name=name, daemon=True).start()
+    threading.Thread(target=_settle, args=(future, logged), name=name, daemon=True).start()
     return future
 
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from enum import Enum, auto
 
 from csi_driver.background import run_detached
@@ -259,7 +258,7 @@ class Server:
         """Start a probe in the background, if one is due."""
         if not self._is_closed and self.breaker.take_probe(urgent=urgent):
             try:
-                run_detached("management-probe", self._probe).add_done_callback(_log_exception)
+                run_detached("management-probe", self._probe)
             except RuntimeError:  # no thread can be started
                 self.breaker.probe_ended(succeeded=False)
 
@@ -269,11 +268,6 @@ class Server:
             succeeded = self.session.probe()
         finally:
             self.breaker.probe_ended(succeeded=succeeded)
-
-
-def _log_exception(probe: Future[None]) -> None:
-    if (error := probe.exception()) is not None:
-        _LOG.error("a probe of a management server failed unexpectedly", exc_info=error)
 
 
 class ManagementServers:

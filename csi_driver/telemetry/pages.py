@@ -141,7 +141,6 @@ class PageServer(ThreadingHTTPServer):
         except TimeoutError:
             return Page(503, f"the page took longer than {_PAGE_TIME_S:.0f} s\n")
         if error is not None:
-            _LOG.error("%s failed by a bug in the driver", path, exc_info=error)
             return Page(500, "internal error in the driver; its log has the details\n")
         return future.result()
 

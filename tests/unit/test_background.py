@@ -239,6 +239,12 @@ def test_a_detached_call_returns_its_result_or_its_error(name: str) -> None:
         run_detached(name, failing([KeyError("no")])).result(60)
 
 
+def test_only_an_unexpected_error_of_a_detached_call_is_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for error in ERRORS:
+        assert run_detached(name, failing([error])).exception(60) is error
+    assert [type(record.exc_info[1]) for record in caplog.records if record.exc_info] == [RuntimeError, KeyError]
+
+
 def test_a_detached_call_runs_in_a_daemon_thread_of_its_own(name: str) -> None:
     thread = run_detached(name, threading.current_thread).result(60)
     assert (thread.name, thread.daemon) == (name, True)
