@@ -36,6 +36,7 @@ _RETRIED = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 _NOTHING_FOUND = (0, 1, 32)
 """findmnt(8) and lsblk(8) exit with 1 when nothing matched, lsblk with 32 when no device was found."""
 _FINDMNT = ("findmnt", "--output", "TARGET,SOURCE,FSTYPE,SIZE,USED,OPTIONS", "--mountpoint")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LSBLK = ("lsblk", "--output", "NAME,MAJ:MIN,SIZE,RO,TYPE")
 
 
@@ -267,11 +268,12 @@ def run_demo(settings: DemoSettings) -> int:
     except DriverError as error:
         print(f"nvmesh-csi demo: {error}", file=sys.stderr, flush=True)
         return 1
-    with interruptible() as ignore:
-        status = _run(settings, directory, screen, ignore)
-        left = _sweep(directory, is_new)
-    for each in left:
-        screen.write(f"left behind: {each}")
+    for each in SIGNALS:
+        signal.signal(each, interrupt)
+    status = _run(settings, directory, screen)
+    left = _sweep(directory, is_new)
+    for leftover in left:
+        screen.write(f"left behind: {leftover}")
     if left:
         return 1
     screen.write(f"\nclean: no mount, loop device, process or file is left ({time.monotonic() - start:.1f} s in all)")
@@ -293,8 +295,8 @@ def prepare_directory(configured: Path | None) -> tuple[Path, bool]:
     return directory, is_new
 
 
-def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callable[[], None]) -> int:
-    """Start the roles, show the volumes, clean up; return the exit status. `ignore`: ignores further signals."""
+def _run(settings: DemoSettings, directory: Path, screen: Screen) -> int:
+    """Start the roles, show the volumes, clean up; return the exit status."""
     local = LocalSettings(
         directory=directory,
         size_bytes=settings.size_bytes,
@@ -318,7 +320,7 @@ def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callab
                     for fs_type in (*(settings.fs_types or defaults), ""):
                         show_life(on, fs_type)
                 finally:
-                    ignore()
+                    ignore_signals()
                     cleanup.run()
         except Interrupted:
             screen.write("\ninterrupted: cleaned up")
@@ -328,7 +330,7 @@ def _run(settings: DemoSettings, directory: Path, screen: Screen, ignore: Callab
             for role, log in supervisor.paths.logs.items():
                 screen.write(f"  {role}: {last_line(log)}")
             status = 1
-        ignore()
+        ignore_signals()
     for failure in cleanup.failures:
         screen.write(f"could not undo {failure}")
     return status
@@ -374,25 +376,12 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Make SIGINT and SIGTERM raise `Interrupted`, until the function given is called: then they are ignored.
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise `Interrupted`, and ignore further ones, so that the cleanup is not interrupted."""
+    ignore_signals()
+    raise Interrupted
 
-    The earlier handlers are restored at the end. Only in the main thread.
-    """
-    signals = (signal.SIGINT, signal.SIGTERM)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        ignore()
-        raise Interrupted
-
-    def ignore() -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-
-    before = {each: signal.signal(each, interrupt) for each in signals}
-    try:
-        yield ignore
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def ignore_signals() -> None:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)

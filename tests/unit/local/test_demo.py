@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.local.demo import Cleanup, Interrupted, Screen, interruptible, prepare_directory
+from csi_driver.local.demo import SIGNALS, Cleanup, Interrupted, Screen, interrupt, prepare_directory
 from csi_driver.local.supervisor import why_impossible
 from csi_driver.rpc.client import CallFailed
 
@@ -101,5 +101,11 @@ def test_an_interruption_passes_through_code_that_catches_every_exception() -> N
         except Exception:  # noqa: BLE001  # as gRPC does
             pytest.fail("the interruption was swallowed")
 
-    with interruptible(), pytest.raises(Interrupted):
-        call()
+    before = {each: signal.signal(each, interrupt) for each in SIGNALS}
+    try:
+        with pytest.raises(Interrupted):
+            call()
+        call()  # further signals are ignored
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
