@@ -20,7 +20,7 @@ from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, 
 from csi_driver.model import volume_name
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
-from csi_driver.rpc.contract import HEALTH, LockKeys, ThreadPools
+from csi_driver.rpc.contract import HEALTH, LockKeys
 from csi_driver.rpc.server import Server, Termination
 from csi_driver.rpc.services import (
     ControllerService,
@@ -54,11 +54,10 @@ def serve(
     background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
     """Serve CSI until SIGTERM, with `background` around all requests; return the exit status."""
-    pools = ThreadPools()
     identity = IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(lock_keys, pools, disabled, settings.default_deadline_s)
-    server = Server(settings, boundary, pools, (service, identity))
+    boundary = Boundary(lock_keys, disabled, settings.default_deadline_s)
+    server = Server(settings, boundary, (service, identity))
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))
         server.start()

@@ -25,7 +25,7 @@ from csi_driver import errors
 from csi_driver.deadline import Deadline
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.rpc import validation
-from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Rpc, ThreadPools
+from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
@@ -136,6 +136,7 @@ class RunningCalls:
             return sorted(f"{rpc.name}#{number}" for number, (rpc, _) in self._calls.items())
 
 
+@dataclass(eq=False)
 class Boundary:
     """Wraps every RPC of a server.
 
@@ -143,20 +144,15 @@ class Boundary:
     the thread keeps the locks of the call until it ends, so that no other call works on the volume meanwhile.
     """
 
-    def __init__(
-        self,
-        lock_keys: LockKeys,
-        pools: ThreadPools,
-        disabled: frozenset[str] = frozenset(),
-        default_deadline_s: float = 60.0,
-    ) -> None:
-        """`disabled`: methods to answer UNIMPLEMENTED although they exist."""
-        self.running = RunningCalls()
+    lock_keys: LockKeys
+    disabled: frozenset[str] = frozenset()
+    """Methods to answer UNIMPLEMENTED although they exist."""
+    default_deadline_s: float = 60.0
+    pools: ThreadPools = field(default_factory=thread_pools)
+    running: RunningCalls = field(default_factory=RunningCalls)
+
+    def __post_init__(self) -> None:
         self.durations = rpc_durations()
-        self._lock_keys = lock_keys
-        self._pools = pools
-        self._disabled = disabled
-        self._default_deadline_s = default_deadline_s
         self._device_work: Watchdog[Message | Refusal] = Watchdog("volume-work", WORK_THREADS)
         self._locks = Locks()
         self._numbers = itertools.count(1)
@@ -175,11 +171,11 @@ class Boundary:
         handlers = {}
         for method in descriptor.methods:
             rpc = RPCS.get(f"/{descriptor.full_name}/{method.name}")
-            if rpc is None or rpc.method in self._disabled:
+            if rpc is None or rpc.method in self.disabled:
                 continue
             request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
             handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                _Behaviour(self, rpc, getattr(service, method.name), self._pools.executor(rpc.pool)),
+                _Behaviour(self, rpc, getattr(service, method.name), self.pools[rpc.pool]),
                 request_deserializer=_tolerant(request.FromString),
                 response_serializer=response.SerializeToString,
             )
@@ -194,7 +190,7 @@ class Boundary:
         """
         number = next(self._numbers)
         if remaining_s is None or remaining_s > _NO_DEADLINE_S:
-            remaining_s = self._default_deadline_s
+            remaining_s = self.default_deadline_s
         deadline = Deadline.after(remaining_s)
         if not rpc.may_hang:
             return self._execute(number, rpc, handler, request, deadline)
@@ -235,7 +231,7 @@ class Boundary:
                 raise errors.InvalidRequest(request.reason)
             _LOG.log(logging.DEBUG if rpc.quiet else logging.INFO, "%s %s", name, _Description(request))
             validation.check(request, rpc.required)
-            with self._locks.hold(*rpc.lock_keys(self._lock_keys, request)):
+            with self._locks.hold(*rpc.lock_keys(self.lock_keys, request)):
                 response = handler(request, deadline)
         except errors.DriverError as error:
             refusal = Refusal(code_of(error), message_of(error))

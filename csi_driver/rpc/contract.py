@@ -38,23 +38,13 @@ class Pool(Enum):
     """Changes something; may take long."""
 
 
-class ThreadPools:
-    """One executor per `Pool`. grpcio uses the one that a handler names (`experimental_thread_pool`)."""
+ThreadPools = Mapping[Pool, ThreadPoolExecutor]
 
-    def __init__(self, *, work: int = WORK_THREADS, read: int = 64, instant: int = 8) -> None:
-        sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
-        self._executors = {
-            pool: ThreadPoolExecutor(size, thread_name_prefix=pool.name.lower()) for pool, size in sizes.items()
-        }
 
-    def executor(self, pool: Pool) -> ThreadPoolExecutor:
-        """Return the threads of a pool."""
-        return self._executors[pool]
-
-    def close(self) -> None:
-        """Drop queued calls and reject new ones; running calls continue."""
-        for executor in self._executors.values():
-            executor.shutdown(wait=False, cancel_futures=True)
+def thread_pools(*, work: int = WORK_THREADS, read: int = 64, instant: int = 8) -> ThreadPools:
+    """Make the executors. grpcio uses the one that a handler names (`experimental_thread_pool`)."""
+    sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
+    return {pool: ThreadPoolExecutor(size, thread_name_prefix=pool.name.lower()) for pool, size in sizes.items()}
 
 
 # --- locks ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import grpc
 
 from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.rpc.boundary import Boundary, Service
-from csi_driver.rpc.contract import Pool, ThreadPools
+from csi_driver.rpc.contract import Pool
 from csi_driver.settings import EndpointSettings
 
 _LOG = logging.getLogger(__name__)
@@ -37,14 +37,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Server:
     """One endpoint with its services."""
 
-    def __init__(
-        self, settings: EndpointSettings, boundary: Boundary, pools: ThreadPools, services: Sequence[Service]
-    ) -> None:
+    def __init__(self, settings: EndpointSettings, boundary: Boundary, services: Sequence[Service]) -> None:
         self._settings = settings
         self._boundary = boundary
-        self._pools = pools
         self._server = grpc.server(
-            pools.executor(Pool.WORK),
+            boundary.pools[Pool.WORK],
             options=[
                 ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
                 ("grpc.max_send_message_length", -1),
@@ -80,7 +77,8 @@ class Server:
         # gRPC forgets a call after its caller left, but its work may continue.
         left = self._boundary.running.wait_for_none(self._settings.drain_s)
         stopped.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
-        self._pools.close()
+        for pool in self._boundary.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         if left:
             _LOG.warning("still running after %.0f s, left to the next start: %s", self._settings.drain_s, left)
         return not left

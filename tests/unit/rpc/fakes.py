@@ -35,7 +35,7 @@ from csi_driver.model import (
 from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools
+from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
 from csi_driver.rpc.services import ControllerService, ControllerUseCases, IdentityService, NodeService
@@ -281,14 +281,13 @@ def serving(
     """Serve all three services on one socket, over fakes."""
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
-    pools = pools or ThreadPools()
-    boundary = Boundary(LockKeys(derived_name), pools, frozenset() if volume_health else HEALTH, default_deadline_s)
+    disabled: frozenset[str] = frozenset() if volume_health else HEALTH
+    boundary = Boundary(LockKeys(derived_name), disabled, default_deadline_s, pools or thread_pools())
     identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
     use_cases = ControllerUseCases(*cast("tuple[Any, ...]", (*(controller,) * 9, _ControllerHealth())))
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,
-        pools,
         (
             identity,
             ControllerService(use_cases, volume_health=volume_health, attaches=attaches),

@@ -13,7 +13,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from csi_driver import errors
-from csi_driver.rpc.contract import RPCS, Rpc, ThreadPools
+from csi_driver.rpc.contract import RPCS, Rpc, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.telemetry.metrics import exposition
 from tests.unit.rpc.fakes import (
@@ -151,7 +151,7 @@ def test_a_hanging_call_is_answered_in_time_and_keeps_its_lock(endpoint: Endpoin
 
 
 def test_more_calls_may_hang_than_the_pool_has_threads(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=thread_pools(work=2)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage", limit_s=60)
         for number in range(4):
             hanging = stage(volume_id=f"zone:csi-dead-{number}:{UUID}", path=f"/staging/{number}")
@@ -306,7 +306,7 @@ def test_frequent_calls_are_logged_at_debug(endpoint: Endpoint, caplog: pytest.L
 
 
 def test_health_and_reads_are_answered_while_all_workers_are_busy(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=thread_pools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage")
         busy = [endpoint.node.NodeStageVolume.future(stage(f"csi-{i}", f"/staging/{i}")) for i in range(8)]
         gate.wait_for(2)
@@ -319,7 +319,7 @@ def test_health_and_reads_are_answered_while_all_workers_are_busy(tmp_path: Path
 
 
 def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=thread_pools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("volumes")
         busy = [endpoint.controller.ListVolumes.future(csi_pb2.ListVolumesRequest()) for _ in range(4)]
         gate.wait_for(2)
@@ -330,7 +330,7 @@ def test_health_is_answered_while_all_readers_are_busy(tmp_path: Path) -> None:
 
 
 def test_probe_is_answered_while_node_info_hangs(tmp_path: Path) -> None:
-    with serving(tmp_path / "csi.sock", pools=ThreadPools(work=2, read=2, instant=1)) as endpoint:
+    with serving(tmp_path / "csi.sock", pools=thread_pools(work=2, read=2, instant=1)) as endpoint:
         gate = endpoint.trace.hook = Gate("info")
         hanging = [endpoint.node.NodeGetInfo.future(csi_pb2.NodeGetInfoRequest()) for _ in range(2)]
         gate.wait_for()
