@@ -1,6 +1,6 @@
 """Read the command line and run the command. With `csi_driver.serving` the only module that knows every layer.
 
-A command imports what it needs when it runs: the node loads no HTTP client, `version` and `--help` load no adapter.
+Each command imports its own modules when it runs: the node loads no REST client, `version` and `--help` no adapter.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _UNITS = {
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 _SECONDS = {"": Decimal(1), "ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
-SOCKET_PATH_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
+SOCKET_PATH_LIMIT_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
 _DNS = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})")
 
@@ -154,8 +154,8 @@ def read_socket(value: str) -> Path:
     if "://" in bare or not bare or bare.endswith("/"):
         raise ValueError("the path of a Unix socket, such as unix:///csi/csi.sock")
     path = read_file(bare)
-    if len(str(path).encode()) > SOCKET_PATH_BYTES:
-        raise ValueError(f"the path of a Unix socket, which has at most {SOCKET_PATH_BYTES} bytes")
+    if len(str(path).encode()) > SOCKET_PATH_LIMIT_BYTES:
+        raise ValueError(f"the path of a Unix socket, which has at most {SOCKET_PATH_LIMIT_BYTES} bytes")
     return path
 
 
@@ -299,7 +299,7 @@ class Flag(Generic[T]):
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def explain(self) -> str:
-        """Return what the flag does, the words that it takes and the unit of its value."""
+        """Return the effect of the flag, its choices and its unit."""
         parts = [self.effect]
         if self.read.words:
             parts.append(f"One of: {', '.join(self.read.words)}.")

@@ -1,1 +1,1 @@
-"""The command line: what every role can be told, by flag or environment, checked before anything starts."""
+"""The command line: commands, parser, environment, and checks between flags."""

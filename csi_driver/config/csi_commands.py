@@ -9,7 +9,7 @@ from typing import Self
 
 from csi_driver.config.parser import Command, Values, build, flags_of
 from csi_driver.flags import (
-    SOCKET_PATH_BYTES,
+    SOCKET_PATH_LIMIT_BYTES,
     choice,
     flag,
     host_name,
@@ -64,7 +64,7 @@ class ManagementAccess:
 
     @property
     def defaults(self) -> ClusterDefaults:
-        """Return the settings of a zone for what the file leaves out."""
+        """Return the settings of zones that the file leaves out."""
         return ClusterDefaults(self.management, self.zone, tls_is_decided=self.tls_verify is not None)
 
     def read_clusters(self, values: Values) -> None:
@@ -165,10 +165,10 @@ class NodeCommand(Command):
         registration = self.registration
         if registration is None and self.kubelet_endpoint is not None:
             yield "--kubelet-endpoint requires --kubelet-registration-directory"
-        if registration is not None and (length := len(str(registration.socket).encode())) > SOCKET_PATH_BYTES:
+        if registration is not None and (length := len(str(registration.socket).encode())) > SOCKET_PATH_LIMIT_BYTES:
             yield (
-                f"registration socket {registration.socket}: expected at most {SOCKET_PATH_BYTES} bytes, got {length};"
-                " shorten --kubelet-registration-directory or --driver-name"
+                f"registration socket {registration.socket}: expected at most {SOCKET_PATH_LIMIT_BYTES} bytes, got"
+                f" {length}; shorten --kubelet-registration-directory or --driver-name"
             )
 
 

@@ -56,7 +56,7 @@ class UsageError(Exception):
 class Values:
     """Texts of flags: arguments, else environment, else `file` (source and text), and the problems of reading them.
 
-    `running`: the role beside which the command runs.
+    `running`: the process of the role whose flags the command takes, too.
     """
 
     arguments: Mapping[str, Sequence[str]]

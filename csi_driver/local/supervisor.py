@@ -21,10 +21,11 @@ from types import FrameType
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, DriverError, HostFailure, InvalidField, PreconditionFailed
+from csi_driver.flags import SOCKET_PATH_LIMIT_BYTES
 from csi_driver.host.machine_checks import MachineTools
 from csi_driver.host.processes import ChildProcess, ChildProcesses, find_tool, package_of
 from csi_driver.local.settings import LocalSettings
-from csi_driver.rpc.client import SOCKET_PATH_LIMIT_BYTES, CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed, CsiClient
 
 _WATCH_INTERVAL_S = 0.1
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0

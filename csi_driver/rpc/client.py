@@ -17,13 +17,11 @@ import grpc
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, StorageUnavailable
+from csi_driver.flags import SOCKET_PATH_LIMIT_BYTES
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, ListedVolume, MountAccess, ProvisionedVolume
 from csi_driver.node import NodeInfo
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc as stubs
-
-SOCKET_PATH_LIMIT_BYTES = 107
-"""Longest path a Unix socket can be bound to or reached by: sun_path less its closing NUL (unix(7))."""
 
 FILESYSTEM = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
 RAW_BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
