@@ -129,12 +129,10 @@ class LoopDevice:
 
     @property
     def device(self) -> tuple[int, int]:
-        """Major and minor number."""
         return self.device_number.major, self.device_number.minor
 
     @property
     def uuid(self) -> str | None:
-        """The volume's uuid in the label."""
         return uuid_of_label(self.label)
 
 
@@ -306,7 +304,6 @@ class LuksMapping:
 
     @property
     def is_encryption(self) -> bool:
-        """Whether cryptsetup made it."""
         return self.kernel_uuid.startswith("CRYPT-")
 
     def is_of(self, header: LuksHeader) -> bool:

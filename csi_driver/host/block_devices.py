@@ -58,7 +58,6 @@ def sys_number(number: DeviceNumber, attribute: str) -> int | None:
 
 
 def node_number(node: Path) -> DeviceNumber | None:
-    """Return the device number of a device node; None when the path is absent or no block device."""
     try:
         status = os.lstat(node)
     except OSError:
@@ -114,7 +113,6 @@ def open_number(number: DeviceNumber, directory: Path) -> int:
 
 
 def _kernel_path(number: DeviceNumber) -> Path | None:
-    """Return the path of the device in devtmpfs."""
     try:
         lines = (SYS_DEV_BLOCK / str(number) / "uevent").read_text().split("\n")
     except OSError:
@@ -188,7 +186,6 @@ def device_events(clock: Clock, udev_control: Path) -> Iterator[Callable[[float]
 
 
 def _start_monitor() -> Callable[[float], object] | None:
-    """Return a function that waits for an event of udev, at most the given seconds; None without udev."""
     try:
         pyudev = importlib.import_module("pyudev")
         monitor = pyudev.Monitor.from_netlink(pyudev.Context())

@@ -51,8 +51,6 @@ class LinuxDevices:
         self._clock = clock
         self._udev_control = udev_control
 
-    # --- finding ---
-
     def path_of(self, name: str) -> Path:
         if not is_volume_name(name):
             raise InvalidField("volume name", name, "the name of a volume")
@@ -113,11 +111,9 @@ class LinuxDevices:
         client = self.client()
         if client.is_upgrading:
             return "the storage client is being upgraded, or starts"
-        return (
-            "the storage client runs"
-            if client.uuid is not None
-            else "the storage client is not running yet (no status files)"
-        )
+        if client.uuid is None:
+            return "the storage client is not running yet (no status files)"
+        return "the storage client runs"
 
     def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
         try:
@@ -177,8 +173,6 @@ class LinuxDevices:
             opened = self.open_number(below)
         with closing(opened):
             yield opened, below.major == loop.LOOP_MAJOR
-
-    # --- opening ---
 
     @contextlib.contextmanager
     def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
@@ -241,8 +235,6 @@ class LinuxDevices:
         with self.open(device) as opened:
             ioctls.set_read_only(opened.fd, True)
 
-    # --- by number ---
-
     def size_bytes(self, number: DeviceNumber) -> int | None:
         return block_devices.size_bytes(number)
 
@@ -283,8 +275,6 @@ class LinuxDevices:
             return set(os.listdir(self._root))
         except OSError:
             return set()
-
-    # --- the client ---
 
     def client(self) -> StorageClient:
         """Return the state of this node's storage client.
@@ -337,7 +327,6 @@ class LinuxDevices:
 def _describe_unopened(
     name: str, path: Path, number: DeviceNumber, status: VolumeStatus
 ) -> tuple[Device, DeviceEvidence] | None:
-    """Describe a device that carries no I/O by sysfs and the client's status."""
     size = block_devices.size_bytes(number)
     if not size:
         return None

@@ -47,7 +47,6 @@ class Superblock:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the filesystem."""
         return self.block_bytes * self.blocks
 
 
@@ -207,7 +206,6 @@ def _luks2(copy: bytes) -> tuple[int, LuksHeader] | None:
 
 
 def _key_bits(document: Mapping[str, Mapping[str, Mapping[str, object]]]) -> int:
-    """Return the size of the volume key; 0 without a key slot."""
     sizes = [slot["key_size"] for slot in document["keyslots"].values()]
     return int(str(sizes[0])) * 8 if sizes else 0
 

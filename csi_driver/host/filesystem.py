@@ -19,7 +19,7 @@ from csi_driver.host import disk_formats, ioctls, machine_checks, zero_scan
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
 from csi_driver.host.processes import Completed, fd_path, find_tool, run
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import UNUSABLE_TAIL_BYTES, Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
@@ -70,8 +70,6 @@ class LinuxFilesystems:
             if all(find_tool(tool) for tool in kind.tools) and _in_kernel(fs_type)
         ]
 
-    # --- content ---
-
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
         """Return the content of the device: blank only when all of `zero_scan.probe_places` is zero.
 
@@ -90,8 +88,6 @@ class LinuxFilesystems:
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         with self.devices.open(device) as opened:
             return _superblock(opened, fs_type).size_bytes
-
-    # --- making and repairing ---
 
     def wipe(self, device: OpenDevice) -> None:
         with self._verified_again(device):
@@ -152,8 +148,6 @@ class LinuxFilesystems:
         with self.devices.open(device, write=True, exclusive=True) as opened:
             _e2fsck(opened, ("-p",), timeout_s=_WRITE_LIMIT_S)
 
-    # --- growing ---
-
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
         if fs_type not in _EXT:
             return False
@@ -169,9 +163,7 @@ class LinuxFilesystems:
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
         before = self.usage(path).total_bytes
         recorded = before
-        with system_call(f"open {path}"):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with closing(fd):
+        with closing(open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as fd:
             mounted = ioctls.device_number(os.fstat(fd).st_dev)
             if fs_type != "btrfs" and mounted != device.number:  # btrfs has anonymous numbers
                 raise PreconditionFailed(f"{path} holds device {mounted}, expected {device.number}")
@@ -313,11 +305,10 @@ def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> 
 
 
 def _grow_mounted_xfs(fd: int, device: Device) -> int:
-    now = ioctls.xfs_geometry(fd)
-    blocks = device.size_bytes // now.block_bytes
-    if blocks > now.blocks:
-        ioctls.xfs_grow(fd, blocks, now.inode_percent)
-    return now.blocks * now.block_bytes
+    block_bytes, blocks, inode_percent = ioctls.xfs_geometry(fd)
+    if device.size_bytes // block_bytes > blocks:
+        ioctls.xfs_grow(fd, device.size_bytes // block_bytes, inode_percent)
+    return blocks * block_bytes
 
 
 def _grow_mounted_btrfs(fd: int, device: Device, total_bytes: int) -> None:

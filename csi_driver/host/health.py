@@ -6,8 +6,10 @@ may hang, and is left to threads that can be abandoned.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,33 +32,18 @@ class LinuxProbes:
 
     sys: Path = Path("/sys")
 
-    # --- devices ---
-
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
-        return list(self._device(number))
-
-    def _device(self, number: DeviceNumber) -> Iterator[Fault]:
         block = self.sys / "dev/block" / str(number)
+        found = []
         if _text(block / "ro") == "1":
-            yield Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes")
+            found.append(Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes"))
         backing = _text(block / "loop/backing_file")
-        if backing is None:
-            return
-        if backing.endswith(" (deleted)"):
-            yield Fault(FaultKind.BACKING_FILE_GONE, f"{backing.removesuffix(' (deleted)')}: its data ends with it")
-            return
-        size_bytes = _number(block / "size") * SECTOR_BYTES
-        offset_bytes = _number(block / "loop/offset")
-        try:
-            status = os.stat(backing)
-        except OSError:
-            return  # unknown: the path may be of another mount namespace
-        if os.path.isfile(backing) and status.st_size < offset_bytes + size_bytes:
-            yield Fault(
-                FaultKind.BACKING_FILE_CUT_SHORT, f"{backing} has {status.st_size} bytes, the device {size_bytes}"
-            )
-
-    # --- filesystems ---
+        if backing is not None and backing.endswith(" (deleted)"):
+            file = backing.removesuffix(" (deleted)")
+            found.append(Fault(FaultKind.BACKING_FILE_GONE, f"{file}: its data ends with it"))
+        elif backing is not None:
+            found += _cut_short(block, backing)
+        return found
 
     def dead(self, mounted: Mount) -> Fault | None:
         if mounted.node_number is not None:
@@ -71,18 +58,12 @@ class LinuxProbes:
 
     def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         dead = self.dead(mounted)
-        found = [*([] if dead is None else [dead]), *self._counted(mounted)]
+        counts = {"ext4": self._ext4_errors, "btrfs": self._btrfs_errors}.get(mounted.fs_type)
+        found = [*([] if dead is None else [dead]), *(counts(mounted) if counts is not None else ())]
         answered = _ask_root(mounted.path)
         if answered is not None and all(fault.kind is not FaultKind.SHUT_DOWN for fault in found):
             found.append(answered)
         return found
-
-    def _counted(self, mounted: Mount) -> Iterator[Fault]:
-        match mounted.fs_type:
-            case "ext4":
-                yield from self._ext4_errors(mounted)
-            case "btrfs":
-                yield from self._btrfs_errors(mounted)
 
     def _ext4_errors(self, mounted: Mount) -> Iterator[Fault]:
         """Read the error count of the superblock, which e2fsck resets."""
@@ -105,6 +86,15 @@ class LinuxProbes:
         counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
         if counts:
             yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
+
+
+def _cut_short(block: Path, backing: str) -> Iterator[Fault]:
+    size_bytes = _number(block / "size") * SECTOR_BYTES
+    with contextlib.suppress(OSError):  # the path may be of another mount namespace
+        status = os.stat(backing)
+        if stat.S_ISREG(status.st_mode) and status.st_size < _number(block / "loop/offset") + size_bytes:
+            detail = f"{backing} has {status.st_size} bytes, the device {size_bytes}"
+            yield Fault(FaultKind.BACKING_FILE_CUT_SHORT, detail)
 
 
 def shut_down(path: Path, number: DeviceNumber) -> bool:
@@ -142,7 +132,6 @@ def _root_is_dead(path: Path) -> bool:
 
 
 def _ask_root(path: Path) -> Fault | None:
-    """Read the filesystem's statistics and the first entry of its root."""
     try:
         os.statvfs(path)
         with os.scandir(path) as entries:

@@ -47,7 +47,6 @@ def _get(what: str, fd: int, request: int, layout: str) -> int:
 
 
 def size_bytes(fd: int) -> int:
-    """Return the size of a block device."""
     return _get("BLKGETSIZE64", fd, _BLKGETSIZE64, "=Q")
 
 
@@ -64,7 +63,6 @@ def logical_block_bytes(fd: int) -> int:
 
 
 def is_read_only(fd: int) -> bool:
-    """Tell if the kernel refuses writes to a block device."""
     return bool(_get("BLKROGET", fd, _BLKROGET, "=i"))
 
 
@@ -145,7 +143,6 @@ def _loop_set(fd: int, status: LoopStatus, index: int, value: int) -> None:
 
 
 def loop_set_capacity(fd: int) -> None:
-    """Set the size of a loop device to that of its file."""
     _call("LOOP_SET_CAPACITY", fd, _LOOP_SET_CAPACITY)
 
 
@@ -175,26 +172,17 @@ _BTRFS_IOC_RESIZE = _io_write(0x94, 3, 4096)
 _BTRFS_IOC_FS_INFO = _io_read(0x94, 31, 1024)
 
 
-@dataclass(frozen=True, slots=True)
-class XfsGeometry:
-    """Size of an XFS filesystem, and its share of inodes."""
-
-    block_bytes: int
-    blocks: int
-    inode_percent: int
-
-
 def ext4_resize(fd: int, blocks: int) -> None:
     """Grow the mounted ext4 of `fd` to that many of its blocks; needs CAP_SYS_RESOURCE."""
     _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
 
 
-def xfs_geometry(fd: int) -> XfsGeometry:
-    """Return the size of the mounted XFS of `fd`."""
+def xfs_geometry(fd: int) -> tuple[int, int, int]:
+    """Return block size in bytes, number of blocks, and share of inodes in percent of the mounted XFS of `fd`."""
     raw = bytearray(_XFS_GEOMETRY_V1.size)
     _call("XFS_IOC_FSGEOMETRY_V1", fd, _XFS_IOC_FSGEOMETRY_V1, raw)
     fields = _XFS_GEOMETRY_V1.unpack(raw)
-    return XfsGeometry(block_bytes=fields[0], blocks=fields[8], inode_percent=fields[7])
+    return fields[0], fields[8], fields[7]
 
 
 def xfs_grow(fd: int, blocks: int, inode_percent: int) -> None:
@@ -208,7 +196,6 @@ def btrfs_grow(fd: int) -> None:
 
 
 def btrfs_uuid(fd: int) -> str:
-    """Return the uuid of the mounted btrfs of `fd`."""
     raw = bytearray(1024)
     _call("BTRFS_IOC_FS_INFO", fd, _BTRFS_IOC_FS_INFO, raw)
     return str(uuid.UUID(bytes=bytes(raw[16:32])))

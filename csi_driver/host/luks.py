@@ -21,7 +21,7 @@ from csi_driver.host import disk_formats, zero_scan
 from csi_driver.host.block_devices import ensure_node, node_number
 from csi_driver.host.connectors import device_mapper
 from csi_driver.host.processes import Completed, fd_path, find_tool, run, secret_fd
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
@@ -82,8 +82,10 @@ class LinuxEncryption:
     mapper_directory: Path = Path("/dev/mapper")
     clock: Clock = SYSTEM_CLOCK
 
-    def why_unusable(self) -> str:
-        return device_mapper.why_unusable()
+    why_unusable = staticmethod(device_mapper.why_unusable)
+    mapping = staticmethod(device_mapper.mapping_named)
+    below = staticmethod(device_mapper.below)
+    resume = staticmethod(device_mapper.resume)
 
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
         return _read_header(device)
@@ -126,16 +128,8 @@ class LinuxEncryption:
             answer = _on_device("luksRemoveKey", (), device, (key,), fd_path(key), timeout_s=_WRITE_LIMIT_S)
         _require_accepted(answer, device.device.path)
 
-    # --- opened devices ---
-
     def path_of(self, name: str) -> Path:
         return self.mapper_directory / name
-
-    def mapping(self, name: str) -> LuksMapping | None:
-        return device_mapper.mapping_named(name)
-
-    def below(self, number: DeviceNumber) -> DeviceNumber | None:
-        return device_mapper.below(number)
 
     def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
         switches = ["--readonly"] * read_only + ["--allow-discards"] * allow_discards
@@ -157,9 +151,6 @@ class LinuxEncryption:
         if found.uuid is not None and uuid is not None and found.uuid != uuid:
             raise PreconditionFailed(f"what lies under {node} claims {found.uuid}, expected {uuid}")
         return found
-
-    def resume(self, mapping: LuksMapping) -> None:
-        device_mapper.resume(mapping)
 
     def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
         with contextlib.ExitStack() as stack:
@@ -275,7 +266,6 @@ class LuksFiles:
 
     @staticmethod
     def are_possible() -> bool:
-        """Tell if cryptsetup is installed."""
         return find_tool("cryptsetup") is not None
 
     def format(
@@ -333,9 +323,7 @@ def locked_header(file: Path) -> Iterator[int]:
     cryptsetup inherits the descriptor: one that outlives a killed manager keeps the lock until it stopped writing. It
     is an OFD lock because cryptsetup takes flock(2) locks of its own.
     """
-    with system_call(f"open {file}"):
-        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    with closing(descriptor):
+    with closing(open_file(file, os.O_RDWR | os.O_NOFOLLOW)) as descriptor:
         # struct flock of <fcntl.h>: the whole file; an OFD lock wants the process id 0.
         whole = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:

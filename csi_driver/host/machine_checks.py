@@ -124,7 +124,6 @@ def security_label(pid: int | None) -> str:
 
 
 def selinux_enforces() -> bool:
-    """Tell if SELinux denies what its policy does not allow."""
     return _text(_SYS / "fs/selinux/enforce").strip() == "1"
 
 

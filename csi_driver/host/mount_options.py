@@ -58,7 +58,6 @@ class MountOptions:
 
     @property
     def read_only(self) -> bool:
-        """Whether the mount is read-only."""
         return bool(self.flags & syscalls.MS_RDONLY)
 
     @property

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from csi_driver.host.syscalls import system_call
-from csi_driver.host_model import DeviceNumber
+from csi_driver.host_model import DeviceNumber, Mount
 
 _PROC = Path("/proc")
 _LOOPS = Path("/sys/block")
@@ -29,21 +29,16 @@ _HOLDERS_LIMIT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the table. `shared`: mounts below it propagate; `peers`: the peer groups to and from which they do."""
+class Entry(Mount):
+    """A line of the table. `shared`: mounts below it propagate; `peers`: the peer groups to and from which they do.
 
-    mount_id: int
-    parent_id: int
-    number: DeviceNumber
-    root: str
-    path: Path
-    fs_type: str
-    source: str
-    read_only: bool
-    options: frozenset[str]
-    shared: bool
+    The number of a btrfs is anonymous here, and the node of a bind mount is not looked up.
+    """
+
+    mount_id: int = 0
+    parent_id: int = 0
+    shared: bool = False
     peers: frozenset[int] = frozenset()
-    turned_read_only: bool = False
 
 
 def read_table() -> list[Entry]:

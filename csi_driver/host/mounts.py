@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -28,7 +28,7 @@ from csi_driver.host.mount_options import (
     sort_options,
 )
 from csi_driver.host.mount_table import describe_holders, read_table
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
@@ -41,8 +41,7 @@ _UNMOUNT_NOW = syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH
 
 def open_target(path: Path) -> int:
     """Open a mount target (O_PATH); refuses a link as its last component."""
-    with system_call(f"open {path}"):
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = open_file(path, os.O_PATH | os.O_NOFOLLOW)
     if stat.S_ISLNK(os.fstat(fd).st_mode):
         os.close(fd)
         raise PreconditionFailed(f"{path}: expected a directory or a file to mount on, got a symbolic link")
@@ -55,8 +54,6 @@ class LinuxMounts:
 
     open_at: Callable[[Path], int] = open_target
     clock: Clock = SYSTEM_CLOCK
-
-    # --- looking up ---
 
     def at(self, path: Path) -> Mount | None:
         try:
@@ -120,8 +117,6 @@ class LinuxMounts:
         exact = [entry for entry in entries if entry.mount_id == status.mount_id]
         closest = exact or sorted(entries, key=lambda entry: len(entry.path.parts))
         return bool(closest) and closest[-1].shared
-
-    # --- mounting ---
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         wanted = sort_options(options, read_only=read_only)
@@ -261,17 +256,8 @@ def _mounted(entry: mount_table.Entry, path: Path) -> Mount:
     if entry.root != "/" and entry.fs_type in _HOLDS_NODES:
         with contextlib.suppress(OSError):
             node = _node_number(syscalls.statx(path))
-    return Mount(
-        path=path,
-        number=_btrfs_device(path, entry.number) if entry.fs_type == "btrfs" and node is None else entry.number,
-        fs_type=entry.fs_type,
-        source=entry.source,
-        root=entry.root,
-        read_only=entry.read_only,
-        options=entry.options,
-        node_number=node,
-        turned_read_only=entry.turned_read_only,
-    )
+    number = _btrfs_device(path, entry.number) if entry.fs_type == "btrfs" and node is None else entry.number
+    return replace(entry, path=path, number=number, node_number=node)
 
 
 def _node_number(status: syscalls.PathStatus) -> DeviceNumber | None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host import syscalls
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _LONGEST_PATH_BYTES = 4095
@@ -195,9 +195,7 @@ def _kind_of(mode: int) -> str:
 
 def _open_below(root: Path, path: Path) -> int:
     """Open (O_PATH) a path below a root; fails with ELOOP at a link."""
-    with system_call(f"open {root}"):
-        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    with closing(root_fd):
+    with closing(open_file(root, os.O_PATH | os.O_DIRECTORY)) as root_fd:
         relative = str(path.relative_to(root))
         for _ in range(_ATTEMPTS):
             try:

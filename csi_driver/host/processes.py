@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TextIO
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, SystemCallFailed, ToolMissing
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file
 from csi_driver.host_model import RunningRole
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ def find_tool(program: str) -> str | None:
 
 
 def package_of(program: str) -> str:
-    """Return the Debian package of a program; empty when unknown."""
     return _PACKAGES.get(program, "")
 
 
@@ -98,6 +97,8 @@ def run(
         )
     except (FileNotFoundError, PermissionError) as error:
         raise ToolMissing(argv[0], package_of(argv[0])) from error
+    except OSError as error:
+        raise SystemCallFailed(f"start {argv[0]}", error.errno or 0) from error
     try:
         if on_device:
             stdout, stderr = _wait_for(process, stdin, timeout_s)
@@ -146,7 +147,6 @@ def secret_fd(secret: str) -> Iterator[int]:
 
 
 def fd_path(fd: int) -> str:
-    """Return the path of an inherited descriptor."""
     return f"/proc/self/fd/{fd}"
 
 
@@ -165,8 +165,6 @@ _SHELL_FDS = range(3, 10)
 
 @dataclass(slots=True)
 class ChildProcess:
-    """A child that `ChildProcesses.start` made. `lifeline` is the write end of the pipe."""
-
     process: subprocess.Popen[bytes]
     lifeline: int
     pid_file: Path
@@ -174,7 +172,6 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """The id of the process, its group and its session."""
         return self.process.pid
 
     def poll(self) -> int | None:
@@ -221,12 +218,11 @@ class ChildProcess:
                 self.pid_file.unlink(missing_ok=True)
 
 
+@dataclass(slots=True)
 class ChildProcesses:
-    """Starts child processes."""
+    """Starts child processes, which get only this environment."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """`environment` is all that children get; None = a search path and the C locale."""
-        self._environment = dict(environment or {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8"})
+    environment: Mapping[str, str] = field(default_factory=lambda: {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8"})
 
     def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
         """Start a process with output appended to `log`; `pid_file` holds its pid while it runs.
@@ -237,8 +233,7 @@ class ChildProcesses:
         shell = find_tool("sh")
         if shell is None:
             raise ToolMissing("sh", package_of("sh"))
-        with system_call(f"open {log}"):
-            log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        log_fd = open_file(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         shell_fd = next(fd for fd in _SHELL_FDS if fd not in pass_fds)
         reading, writing = os.pipe()
         try:
@@ -247,7 +242,7 @@ class ChildProcesses:
                 stdin=reading,
                 stdout=log_fd,
                 stderr=log_fd,
-                env=self._environment,
+                env=self.environment,
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
             )

@@ -18,11 +18,8 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 
-AT_FDCWD = -100
-AT_SYMLINK_NOFOLLOW = 0x100
-AT_NO_AUTOMOUNT = 0x800
-AT_EMPTY_PATH = 0x1000
-AT_STATX_DONT_SYNC = 0x4000
+_AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
+_AT_SYMLINK_NOFOLLOW, _AT_NO_AUTOMOUNT, _AT_STATX_DONT_SYNC = 0x100, 0x800, 0x4000
 
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -80,9 +77,14 @@ def system_call(what: str) -> Iterator[None]:
         raise SystemCallFailed(what, error.errno or 0) from error
 
 
+def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
+    """Open a file (with O_CLOEXEC). Raises `SystemCallFailed`."""
+    with system_call(f"open {path}"):
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+
 @contextlib.contextmanager
 def closing(fd: int) -> Iterator[int]:
-    """Close a descriptor at the end."""
     try:
         yield fd
     finally:
@@ -146,13 +148,13 @@ def fsmount(context: int, attributes: int) -> int:
 
 def open_tree_clone(source_fd: int, what: str) -> int:
     """Create a detached bind mount of an open file or directory."""
-    return _syscall(what, _OPEN_TREE, source_fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH)
+    return _syscall(what, _OPEN_TREE, source_fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:
     """Add attributes to an open mount (Linux 5.12)."""
     wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    _syscall("mount_setattr", _MOUNT_SETATTR, mount_fd, b"", AT_EMPTY_PATH, wanted, len(wanted))
+    _syscall("mount_setattr", _MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, wanted, len(wanted))
 
 
 def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
@@ -194,7 +196,6 @@ class PathStatus:
     """
 
     mode: int
-    device: tuple[int, int]
     node: tuple[int, int]
     is_mount_root: bool | None
     mount_id: int | None
@@ -203,17 +204,16 @@ class PathStatus:
 
 def statx(path: Path) -> PathStatus:
     """Return the status of a path: no link is followed, nothing is mounted or waited for. Raises OSError."""
-    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     wanted = _STATX_TYPE | _STATX_MODE | _STATX_MNT_ID | _STATX_MNT_ID_UNIQUE
     buffer = ctypes.create_string_buffer(256)
-    if libc().statx(AT_FDCWD, os.fsencode(path), ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:
+    if libc().statx(_AT_FDCWD, os.fsencode(path), ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
     fields = _STATX.unpack_from(buffer.raw)
     mask, attributes, mode, known, mount_id = fields[0], fields[2], fields[6], fields[11], fields[17]
     return PathStatus(
         mode=mode,
-        device=(fields[15], fields[16]),
         node=(fields[13], fields[14]),
         is_mount_root=bool(attributes & _STATX_ATTR_MOUNT_ROOT) if known & _STATX_ATTR_MOUNT_ROOT else None,
         mount_id=mount_id if mask & _STATX_MNT_ID and not mask & _STATX_MNT_ID_UNIQUE else None,

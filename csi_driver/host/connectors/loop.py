@@ -21,7 +21,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevice, uuid_of_label
 
 LOOP_MAJOR = 7
@@ -57,8 +57,7 @@ class LoopDevices:
         """
         if len(label.encode()) > ioctls.LOOP_LABEL_LIMIT:
             raise HostFailure(f"loop label: expected at most {ioctls.LOOP_LABEL_LIMIT} bytes, got {label!r}")
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        with closing(_open(file, flags | os.O_NOFOLLOW)) as backing:
+        with closing(open_file(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW)) as backing:
             number = self._bind(backing, label, ioctls.LOOP_READ_ONLY if read_only else 0, block_size)
             rdev = os.fstat(backing).st_rdev
         under = ioctls.device_number(rdev) if rdev else None
@@ -102,7 +101,6 @@ class LoopDevices:
                 yield device
 
     def bound_as(self, number: DeviceNumber) -> LoopDevice | None:
-        """Return the bound loop device with this device number."""
         try:
             name = (SYS_DEV_BLOCK / str(number)).resolve(strict=True).name
         except OSError:
@@ -166,10 +164,8 @@ class LoopDevices:
             device.node.unlink(missing_ok=True)
         return True
 
-    # --- one device ---
-
     def _bind(self, backing: int, label: str, flags: int, block_bytes: int) -> int:
-        with closing(_open(Path("/dev/loop-control"), os.O_RDWR | os.O_CLOEXEC)) as control:
+        with closing(open_file(Path("/dev/loop-control"), os.O_RDWR)) as control:
             for _ in range(_BIND_ATTEMPTS):
                 with self._binding:
                     number = ioctls.loop_free_number(control)
@@ -224,11 +220,6 @@ class LoopDevices:
                 fd = block_devices.open_temporary_node(self.directory, wanted, flags)
         with closing(fd):
             yield fd
-
-
-def _open(path: Path, flags: int) -> int:
-    with system_call(f"open {path}"):
-        return os.open(path, flags)
 
 
 def _configure(fd: int, backing: int, label: str, flags: int, block_bytes: int) -> bool:
@@ -375,7 +366,7 @@ class ReadOnlyLoops:
         node = self._directory / f"loop{loop.number}"
         self._loops.ensure_node(loop, node)
         self._loops.grow(loop)
-        with closing(_open(node, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        with closing(open_file(node, os.O_RDONLY)) as fd:
             size = ioctls.size_bytes(fd)
             if not ioctls.is_read_only(fd):
                 raise PreconditionFailed(

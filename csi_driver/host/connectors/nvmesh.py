@@ -6,6 +6,7 @@ that cannot be read is unknown (None). The embedded storage manager writes the s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from csi_driver.errors import HostFailure
 from csi_driver.host import ioctls
+from csi_driver.host.syscalls import closing
 from csi_driver.host_model import StorageClient, VolumeStatus
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import ReservationMode
@@ -168,7 +170,6 @@ def parse_opens(text: str) -> int | None:
 
 
 def parse_client_uuid(text: str) -> str | None:
-    """Read the client's uuid from its `status.json`."""
     main = _object(text).get("main")
     uuid = main.get("uuid") if isinstance(main, dict) else None
     return uuid.lower() if isinstance(uuid, str) and is_uuid(uuid) else None
@@ -203,40 +204,32 @@ def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, ob
     return {key: value for key, value in taken.items() if key not in doubtful}
 
 
+@dataclass(frozen=True, slots=True)
 class StatusFiles:
-    """The client's status directory, e.g. `/proc/nvmeibc`. Every method reads the files again."""
+    """The client's status directory, e.g. `/proc/nvmeibc`. Every method reads the files again; None = unknown."""
 
-    def __init__(
-        self, root: Path, *, upgrade_marks: Sequence[Path] = UPGRADE_MARKS, client_signs: Sequence[Path] = CLIENT_SIGNS
-    ) -> None:
-        self._root = root
-        self._upgrade_marks = tuple(upgrade_marks)
-        self._client_signs = (*client_signs, root, *upgrade_marks)
+    root: Path
+    upgrade_marks: Sequence[Path] = UPGRADE_MARKS
+    client_signs: Sequence[Path] = CLIENT_SIGNS
 
     def volume(self, name: str) -> VolumeStatus | None:
-        """Return the status of a volume; None when it is not shown or torn."""
-        text = _read(self._root / "volumes" / name / "status.json")
-        return parse_volume_status(text) if text is not None else None
+        return parse_volume_status(_read(self.root / "volumes" / name / "status.json"))
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference ids of this node's attachment of a volume; None when unknown."""
-        text = _read(self._root / "volumes" / name / "blob.txt")
-        return parse_reference_ids(text) if text is not None else None
+        """Return the reference ids of this node's attachment of a volume."""
+        return parse_reference_ids(_read(self.root / "volumes" / name / "blob.txt"))
 
     def opens(self, name: str) -> int | None:
-        """Return the open count of the volume's device; None when unknown."""
-        text = _read(self._root / "volumes" / name / "client_processes")
-        return parse_opens(text) if text is not None else None
+        return parse_opens(_read(self.root / "volumes" / name / "client_processes"))
 
     def client(self) -> StorageClient:
-        """Return the state of this machine's client."""
-        text = _read(self._root / "status.json")
-        uuid = parse_client_uuid(text) if text is not None else None
-        upgrading = any(mark.exists() for mark in self._upgrade_marks)
-        version = _read(self._root / "version") or ""
+        uuid = parse_client_uuid(_read(self.root / "status.json"))
+        upgrading = any(mark.exists() for mark in self.upgrade_marks)
+        signs = (*self.client_signs, self.root, *self.upgrade_marks)
+        version = _read(self.root / "version")
         return StorageClient(
             uuid=uuid,
-            is_expected=uuid is not None or any(sign.exists() for sign in self._client_signs),
+            is_expected=uuid is not None or any(sign.exists() for sign in signs),
             is_upgrading=upgrading and uuid is None,
             problem=parse_client_problem(version),
             volume_limit=parse_volume_limit(version) if uuid is not None else 0,
@@ -245,21 +238,19 @@ class StatusFiles:
     def shown(self) -> frozenset[str]:
         """Return the names of all attachments, hidden ones included."""
         try:
-            return frozenset(entry.name for entry in (self._root / "volumes").iterdir())
+            return frozenset(entry.name for entry in (self.root / "volumes").iterdir())
         except OSError:
             return frozenset()
 
 
-def _read(path: Path) -> str | None:
-    """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(fd, _STATUS_LIMIT_BYTES).decode(errors="replace")
-        finally:
-            os.close(fd)
-    except OSError:
-        return None
+def _read(path: Path) -> str:
+    """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers.
+
+    A file that cannot be read is empty, which no parser takes for a status.
+    """
+    with contextlib.suppress(OSError), closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return os.read(fd, _STATUS_LIMIT_BYTES).decode(errors="replace")
+    return ""
 
 
 # --- SCSI serial number -------------------------------------------------------------------------------------------
@@ -336,9 +327,8 @@ class DeviceEvidence:
 
     def refusal(self, name: str) -> str | None:
         """Return why the device must not be used at all."""
-        if self.status is not None and self.status.refusal:
-            return f"{name} may not be used: {self.status.refusal}"
-        return None
+        reason = self.status.refusal if self.status is not None else ""
+        return f"{name} may not be used: {reason}" if reason else None
 
     def disagreement(self, name: str) -> str | None:
         """Return how the evidence contradicts itself or the name."""
@@ -383,7 +373,6 @@ _WEBSOCKET_PORT = 4001
 
 
 def management_hosts(path: Path) -> Sequence[str]:
-    """Return the hosts of `management_servers`."""
     return tuple(host for host, _ in management_servers(path))
 
 
