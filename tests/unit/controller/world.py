@@ -120,6 +120,12 @@ class World:
         return [client.id for client in self.management.clients_holding(uuid, deadline=self.deadline())]
 
 
+def created(**settings: object) -> tuple[World, str]:
+    """Return a world with one volume, and its id."""
+    world = World(ControllerSettings(**settings))  # type: ignore[arg-type]
+    return world, world.create(parameters=CLAIM).volume_id
+
+
 def other_reference(volume_id: str, reference: str) -> str:
     """Return the handle with another last part, as users write it for readers in other namespaces."""
     return ":".join([*volume_id.split(":")[:3], reference])
