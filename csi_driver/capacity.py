@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from csi_driver.errors import CapacityOutOfRange, InvalidRequest
+from csi_driver.errors import CapacityOutOfRange
 from csi_driver.model import CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Volume
 
@@ -63,7 +63,7 @@ def size_to_create(capacity: CapacityRange, layout: Layout, reserved_bytes: int 
     The user gets the size without `reserved_bytes` (a LUKS header), which is within the capacity range. Raises
     `CapacityOutOfRange` where no possible size is.
     """
-    required, limit = _checked(capacity)
+    required, limit = capacity.required_bytes, capacity.limit_bytes
     most = limit + reserved_bytes if limit else LARGEST_BYTES
     granule = granule_bytes(layout)
     wanted = (
@@ -92,7 +92,7 @@ def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) 
     The server rounds the added capacity by itself, with the same arithmetic. An extension is at least one set of blocks
     for each leg. Raises `CapacityOutOfRange` where neither the present size nor a possible larger one is in the range.
     """
-    required, limit = _checked(capacity)
+    required, limit = capacity.required_bytes, capacity.limit_bytes
     size = volume.size_bytes
     if size - reserved_bytes >= required:
         if limit and size - reserved_bytes > limit:
@@ -139,18 +139,6 @@ def usable_bytes(raw_bytes: int, layout: Layout) -> int:
     else:
         usable = raw_bytes
     return largest_size(max(0, usable), layout)
-
-
-def _checked(capacity: CapacityRange) -> tuple[int, int]:
-    required, limit = capacity.required_bytes, capacity.limit_bytes
-    if required < 0 or limit < 0:
-        raise InvalidRequest(f"capacity_range: expected no negative number, got {required} to {limit} bytes")
-    if max(required, limit) > LARGEST_BYTES or (limit and required > limit):
-        raise CapacityOutOfRange(
-            f"capacity_range: expected at least 0 and at most {LARGEST_BYTES} bytes, with the minimum below the limit, "
-            f"got {required} to {limit} bytes"
-        )
-    return required, limit
 
 
 def _out_of_range(capacity: CapacityRange, below: int, above: int) -> CapacityOutOfRange:

@@ -17,31 +17,9 @@ from urllib.parse import quote
 from csi_driver.capacity import least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, OutcomeUnknown, VolumeNotFound
-from csi_driver.management.codec import (
-    CLIENT_FIELDS,
-    GB,
-    VOLUME_FIELDS,
-    Document,
-    as_document,
-    as_documents,
-    decode_client,
-    decode_system_info,
-    decode_volume,
-    decode_vpg,
-    encode_changes,
-    encode_spec,
-    invalid_document,
-)
+from csi_driver.management import codec, free_capacity
 from csi_driver.management.failover import ManagementServers
-from csi_driver.management.failures import (
-    Meaning,
-    NotLarger,
-    Operation,
-    error_in,
-    failure_of,
-    meaning_of,
-)
-from csi_driver.management.free_capacity import CLASS_FIELDS, TARGET_FIELDS, class_filter, free_bytes, vpg_free_bytes
+from csi_driver.management.failures import Meaning, NotLarger, Operation, error_in, failure_of, meaning_of
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Request
 from csi_driver.model import is_uuid, is_volume_name
@@ -75,10 +53,10 @@ def _projection(fields: tuple[str, ...]) -> str:
 
 
 _SORTED = "sort=" + _quoted_json({"_id": 1})
-_VOLUME_PROJECTION = _projection(VOLUME_FIELDS)
-_CLIENT_PROJECTION = _projection(CLIENT_FIELDS)
-_TARGET_PROJECTION = _projection(TARGET_FIELDS)
-_CLASS_PROJECTION = _projection(CLASS_FIELDS)
+_VOLUME_PROJECTION = _projection(codec.VOLUME_FIELDS)
+_CLIENT_PROJECTION = _projection(codec.CLIENT_FIELDS)
+_TARGET_PROJECTION = _projection(free_capacity.TARGET_FIELDS)
+_CLASS_PROJECTION = _projection(free_capacity.CLASS_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +99,22 @@ class ManagementClient:
     # --- reads --------------------------------------------------------------------------------------------------------
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
-        return decode_system_info(self._read("/systemInfo", deadline))
+        return codec.decode_system_info(self._read("/systemInfo", deadline))
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         if not is_volume_name(name):
             return None
         if name in _ROUTES:
             rows = self._list("volumes", deadline, _VOLUME_PROJECTION, {"_id": name})
-            return next((decode_volume(row) for row in rows), None)
+            return next((codec.decode_volume(row) for row in rows), None)
         row = self._read(f"/volumes/{quote(name, safe='')}", deadline, absent=Meaning.VOLUME_ABSENT)
         # A provisioning group's reservation is no volume.
-        return decode_volume(row) if row and row.get("isReserved") is not True else None
+        return codec.decode_volume(row) if row and row.get("isReserved") is not True else None
 
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
         above = {"_id": {"$gt": after}} if after else None
         rows = self._list("volumes", deadline, f"{_SORTED}&{_VOLUME_PROJECTION}", above, limit)
-        return [decode_volume(row, listed=True) for row in rows]
+        return [codec.decode_volume(row, listed=True) for row in rows]
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
         if not _CLIENT_ID.fullmatch(client_id):
@@ -144,13 +122,13 @@ class ManagementClient:
         if client_id in _ROUTES:
             return self._first_client({"_id": client_id}, deadline)
         row = self._read(f"/clients/{quote(client_id, safe='')}", deadline, absent=Meaning.CLIENT_ABSENT)
-        return decode_client(row) if row else None
+        return codec.decode_client(row) if row else None
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
         return self._first_client({"uuid": uuid.lower()}, deadline) if is_uuid(uuid) else None
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
-        return [decode_client(row) for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
+        return [codec.decode_client(row) for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         """Filter for desired attachments, then for devices: one that is attached in between is found as a device.
@@ -164,7 +142,7 @@ class ManagementClient:
         found: dict[str, Client] = {}
         for path in (f"attachments.{uuid}.uuid", "block_devices.uuid"):
             for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}", {path: uuid}):
-                client = decode_client(row)
+                client = codec.decode_client(row)
                 found[client.id] = client
         return [client for _, client in sorted(found.items()) if client.holds(uuid)]
 
@@ -173,7 +151,7 @@ class ManagementClient:
             return None
         path = f"/volumeProvisioningGroups/{quote(name, safe='')}"
         row = self._read(path, deadline, absent=Meaning.VPG_ABSENT)
-        return decode_vpg(row) if row else None
+        return codec.decode_vpg(row) if row else None
 
     # --- free capacity ------------------------------------------------------------------------------------------------
 
@@ -181,17 +159,17 @@ class ManagementClient:
         if not _VPG_NAME.fullmatch(name):
             return 0
         path = f"/volumeProvisioningGroups/getVolumesCapacityUsageByID/{quote(name, safe='')}"
-        return vpg_free_bytes(self._read(path, deadline))
+        return free_capacity.vpg_free_bytes(self._read(path, deadline))
 
     def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
         """Send one request, and one for each kind of class."""
         # A domain counts for a kind of class only where no class of either kind is named.
         domain = None if allowed.drive_classes or allowed.target_classes else allowed.domain
-        classes: list[list[Document]] = []
+        classes: list[list[codec.Document]] = []
         for collection, names in (("diskClasses", allowed.drive_classes), ("serverClasses", allowed.target_classes)):
-            condition = class_filter(names, domain)
+            condition = free_capacity.class_filter(names, domain)
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
-        return free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
+        return free_capacity.free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
     # --- volumes ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +179,7 @@ class ManagementClient:
         A volume that exists then counts as an existing one, which the caller compares. Should the first request still
         be executed after the second, the name keeps it to one volume.
         """
-        send = partial(self._post, Operation.CREATE, [encode_spec(spec)], spec, deadline)
+        send = partial(self._post, Operation.CREATE, [codec.encode_spec(spec)], spec, deadline)
         try:
             envelope = send()
         except OutcomeUnknown:
@@ -224,14 +202,14 @@ class ManagementClient:
         current = self._require_same(volume, deadline)
         if current.capacity_gb != volume.capacity_gb:
             raise OperationPending(
-                f"volume {volume.name}: expected a capacity of {volume.capacity_gb} GB before the extension, got "
-                f"{current.capacity_gb} GB: another request extends it; retry"
+                f"volume {volume.name}: expected a capacity of {volume.capacity_gb} codec.GB before the extension, got "
+                f"{current.capacity_gb} codec.GB: another request extends it; retry"
             )
         step = least_extension_bytes(current.layout)
-        if not (capacity_gb - current.capacity_gb) * GB >= step:
+        if not (capacity_gb - current.capacity_gb) * codec.GB >= step:
             raise CapacityOutOfRange(
                 f"volume {volume.name}: expected an extension by at least {step} bytes, "
-                f"got {current.capacity_gb} GB to {capacity_gb} GB; request more"
+                f"got {current.capacity_gb} codec.GB to {capacity_gb} codec.GB; request more"
             )
         item: dict[str, object] = {"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}
         if current.allows_offline_drives:
@@ -252,7 +230,7 @@ class ManagementClient:
         self._update(volume, {"metadata": dict(metadata)}, deadline)
 
     def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
-        self._update(volume, encode_changes(changes), deadline)
+        self._update(volume, codec.encode_changes(changes), deadline)
 
     def _update(self, volume: Volume, fields: Mapping[str, object], deadline: Deadline) -> None:
         item = {"_id": volume.name, "uuid": volume.uuid, **fields}
@@ -298,7 +276,7 @@ class ManagementClient:
 
     def _post(
         self, operation: Operation, body: object, volume: Volume | VolumeSpec, deadline: Deadline, client: str = ""
-    ) -> Document | None:
+    ) -> codec.Document | None:
         """Send a change of one object and return its envelope; None where it fails with the accepted meaning.
 
         A volume that the server does not find is looked up: the server gives the same error for one with a pending
@@ -310,9 +288,9 @@ class ManagementClient:
         answer = self._servers.send(request, deadline)
         # A request that is rejected as a whole has one envelope as its answer, any other a list.
         first = answer[0] if isinstance(answer, list) and answer else answer
-        envelope = as_document(first, f"a request to {operation}")
+        envelope = codec.as_document(first, f"a request to {operation}")
         if "success" not in envelope and "error" not in envelope:
-            raise invalid_document(envelope, f"a request to {operation} with neither `success` nor `error`")
+            raise codec.invalid_document(envelope, f"a request to {operation} with neither `success` nor `error`")
         error = error_in(envelope)
         meaning = Meaning.DONE if error is None else meaning_of(operation, error)[0]
         if error is None or meaning is Meaning.DONE:
@@ -337,9 +315,9 @@ class ManagementClient:
             raise VolumeNotFound(volume.name, f"expected uuid {volume.uuid}, got {current.uuid} for this name")
         return current
 
-    def _read(self, path: str, deadline: Deadline, absent: Meaning | None = None) -> Document:
+    def _read(self, path: str, deadline: Deadline, absent: Meaning | None = None) -> codec.Document:
         """Return a document; {} where the error has the meaning `absent`."""
-        body = as_document(self._servers.send(Request("GET", path), deadline), "a document")
+        body = codec.as_document(self._servers.send(Request("GET", path), deadline), "a document")
         # A document may have a field `error` without being an envelope.
         error = error_in(body) if "success" in body or "systemMessage" in body else None
         if error is None:
@@ -350,7 +328,7 @@ class ManagementClient:
 
     def _list(
         self, collection: str, deadline: Deadline, options: str, condition: object = None, limit: int = 0
-    ) -> list[Document]:
+    ) -> list[codec.Document]:
         # Always page 0: a page begins after the last `_id` of the previous one, which concurrent changes do not shift.
         path = f"/{collection}/all/0/{limit}?{options}"
         if condition is not None:
@@ -358,11 +336,11 @@ class ManagementClient:
         body = self._servers.send(Request("GET", path), deadline)
         if isinstance(body, dict) and (error := error_in(body)):
             raise failure_of(Operation.READ, error)
-        return as_documents(body, f"a list of {collection}")
+        return codec.as_documents(body, f"a list of {collection}")
 
     def _first_client(self, condition: object, deadline: Deadline) -> Client | None:
         rows = self._list("clients", deadline, _CLIENT_PROJECTION, condition)
-        return next((decode_client(row) for row in rows), None)
+        return next((codec.decode_client(row) for row in rows), None)
 
 
 def _attachment(

@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver import capacity
 from csi_driver.embedded import layouts as embedded
-from csi_driver.errors import CapacityOutOfRange, InvalidRequest
+from csi_driver.errors import CapacityOutOfRange
 from csi_driver.model import GIB, MIB, CapacityRange
 from csi_driver.storage_model import Layout, RaidLevel, Volume
 from tests.fakes.management import server_blocks
@@ -84,11 +84,6 @@ def test_an_exact_size_on_the_granule_is_met() -> None:
 def test_a_range_without_a_possible_size_is_out_of_range(asked: CapacityRange) -> None:
     with pytest.raises(CapacityOutOfRange):
         capacity.size_to_create(asked, PLAIN)
-
-
-def test_negative_sizes_are_invalid() -> None:
-    with pytest.raises(InvalidRequest):
-        capacity.size_to_create(CapacityRange(-1, 0), PLAIN)
 
 
 def test_a_volume_that_is_large_enough_is_not_extended() -> None:
