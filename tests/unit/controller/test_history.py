@@ -24,6 +24,7 @@ from tests.unit.controller.world import (
     RWO,
     RWX_BLOCK,
     World,
+    created,
     other_reference,
 )
 

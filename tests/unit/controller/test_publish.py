@@ -30,6 +30,7 @@ from tests.unit.controller.world import (
     RWX_BLOCK,
     RWX_MOUNT,
     World,
+    created,
     other_reference,
 )
 
