@@ -29,10 +29,10 @@ class DeviceNumber:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A block device whose identity was verified.
+    """A block device with a verified identity.
 
     `uuid` is the volume's, None without evidence. `read_only`: the kernel refuses writes. `write_refusal`: why the
-    storage client fails writes, whatever the kernel shows. `disk_sequence` is unique to the disk, unlike its number
+    storage client fails writes, independent of the kernel. `disk_sequence` is unique to the disk, unlike its number
     (Linux 5.15; None before).
     """
 
@@ -54,7 +54,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class OpenDevice:
-    """An open device whose identity was verified on the descriptor; its first byte is `start_bytes` into `fd`."""
+    """A device, verified on the open descriptor; its first byte is at `start_bytes` of `fd`."""
 
     fd: int
     device: Device
@@ -155,7 +155,7 @@ class Mount:
     """A mount as the kernel shows it: the topmost at its path.
 
     `number` is the device of the mounted filesystem. For a bind mounted device node that is the filesystem of the
-    node (/dev), and `node_number` the device of the node. `source` is what was mounted, e.g. `/dev/nvmesh/csi-1`;
+    node (/dev), and `node_number` the device of the node. `source` is e.g. `/dev/nvmesh/csi-1`;
     `root` the path within the filesystem; `options` those of mount and filesystem without `ro` and `rw`.
     `turned_read_only`: the filesystem is read-only and the mount is not, which errors of the filesystem cause.
     """
@@ -173,7 +173,7 @@ class Mount:
     def can_be_of(self, device: Device) -> bool:
         """Tell if this can be a mount of the device, by number and source.
 
-        A mount outlives its device, whose number may go to another device then: a mount made from the node of another
+        The number of a device may be reused while mounts of the device remain: a mount made from the node of another
         volume, in the same directory as this one's, is not of the device.
         """
         if self.node_number is None:

@@ -24,7 +24,7 @@ from csi_driver.host_model import DeviceNumber
 SYS_DEV_BLOCK = Path("/sys/dev/block")
 NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
 SECTOR_BYTES = 512
-"""Unit of sizes in sysfs, whatever the device's own blocks."""
+"""Unit of all sizes in sysfs."""
 _BUSY_GRACE_S = 2.0
 _FIRST_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.1

@@ -3,8 +3,8 @@
 The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; udev's database may be
 outdated and is not read. All evidence must agree; without any, nothing is written.
 
-The client's status is read before a device is opened: opening a device without I/O may hang for good. When I/O is lost
-in between, the calling thread is lost, which the watchdog of the node covers.
+The client's status is read before a device is opened, because opening a device without I/O may hang forever. When I/O
+is lost in between, the calling thread hangs, which the node's watchdog covers.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class LinuxDevices:
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
         """Wait for the device; contradictory evidence and a restart of the client are waited for too."""
-        wanted = uuid.lower() if uuid else None
+        expected = uuid.lower() if uuid else None
         path = self.path_of(name)
         with device_events(deadline.clock, self._udev_control) as pause:
             while True:
-                device, missing = self._ready(name, wanted)
+                device, missing = self._ready(name, expected)
                 if device is not None:
                     return device
                 left_s = deadline.remaining_s()
@@ -79,7 +79,7 @@ class LinuxDevices:
                 pause(left_s)
 
     def _ready(self, name: str, uuid: str | None) -> tuple[Device | None, str]:
-        """Return the device when it is usable, else None and what is missing."""
+        """Return the device when it is usable, else None and a description of the missing part."""
         seen = self._look_at(name, self.path_of(name))
         if seen is None:
             return None, self._absence(name)
@@ -292,7 +292,7 @@ class LinuxDevices:
         """Return the uuids of attachments that no CSI driver made, by their reference ids.
 
         This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
-        to 1.4, whose volumes are known by name.
+        to 1.4; their volumes are known by name.
         """
         shown = (self._status.volume(name) for name in self._nodes() if self._is_unnamed(name))
         return tuple(status.uuid for status in shown if status is not None)

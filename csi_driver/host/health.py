@@ -1,4 +1,4 @@
-"""Faults of devices and mounted filesystems, and the shutdown of a filesystem whose device is lost.
+"""Faults of devices and mounted filesystems, and the shutdown of filesystems on lost devices.
 
 The kernel's own records (sysfs, mount options) come first: reading them never hangs. Asking the root of a filesystem
 may hang, and is left to threads that can be abandoned.

@@ -1,7 +1,7 @@
 """Encryption by cryptsetup: LUKS devices on nodes, and LUKS headers in files for the embedded storage manager.
 
 Whether a header may be made is decided in `csi_driver.node`. A passphrase reaches cryptsetup as an inherited file in
-memory, a device as an inherited descriptor, whose lock lives as long as the program.
+memory, a device as an inherited descriptor, which keeps the lock of the device until the program ends.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class LinuxEncryption:
         if found is None or found.number != mapping.number:
             raise PreconditionFailed(f"{node} is not there or has no size, expected device {mapping.number}")
         if found.uuid is not None and uuid is not None and found.uuid != uuid:
-            raise PreconditionFailed(f"what lies under {node} claims {found.uuid}, expected {uuid}")
+            raise PreconditionFailed(f"the device below {node} claims {found.uuid}, expected {uuid}")
         return found
 
     def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:

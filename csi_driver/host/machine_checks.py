@@ -30,7 +30,7 @@ _VERSION_OPTION = {
     "mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V", "cryptsetup": "--version",
 }  # fmt: skip
 _ROOT = Path("/")
-"""As a path root: a node outside a container, whose mounts need no propagation."""
+"""As a path root: a node outside a container, where mounts need no propagation."""
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # include/uapi/linux/capability.h
 _VERSION_TIMEOUT_S = 5.0
 
@@ -141,7 +141,7 @@ def is_present(number: DeviceNumber) -> bool:
 
 
 def loops_without_file() -> Iterator[tuple[str, str]]:
-    """Yield each loop device whose backing file was deleted, and that file."""
+    """Yield each loop device with a deleted backing file, and that file."""
     for text in sorted((_SYS / "block").glob("loop*/loop/backing_file")):
         file = _text(text).rstrip("\n")
         if file.endswith(" (deleted)"):

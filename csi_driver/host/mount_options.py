@@ -44,7 +44,7 @@ _NOT_A_MOUNT = frozenset(
 )  # fmt: skip
 """Words with which mount(8) does not mount this device here."""
 _MAY_HOLD_COMMAS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
-"""SELinux contexts, whose levels have categories such as s0:c1,c2 (mount(8))."""
+"""SELinux contexts have categories such as s0:c1,c2 (mount(8))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _quoted(option: str) -> str:
 
 
 def sort_options(options: Sequence[str], *, read_only: bool) -> MountOptions:
-    """Sort single options, whose values may have commas. Raises `InvalidField` for words of mount(8) that are none."""
+    """Sort options, one by one. Raises `InvalidField` for words of mount(8) that are no options."""
     attributes, flags = (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY) if read_only else (0, 0)
     superblock = ["ro"] if read_only or "ro" in options else []
     access_time = (0, 0)

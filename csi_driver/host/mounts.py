@@ -1,7 +1,7 @@
 """Mounts of this process's mount namespace: look them up, make them, unmount them.
 
-Single paths are looked up by statx(2) and statmount(2), whose cost does not depend on the number of mounts. The text
-table is read for `of_device`, and where the kernel is too old or the filesystem shut down.
+Single paths are looked up by statx(2) and statmount(2), at a cost that does not depend on the number of mounts. The
+text table is read for `of_device`, and where the kernel is too old or the filesystem shut down.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
 
 
 def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
-    """Bind by mount(2): read-only needs a second call, whose failure unmounts it."""
+    """Bind by mount(2): read-only needs a second call; when that fails, it is unmounted."""
     syscalls.mount(str(_fd_path(source_fd)), _fd_path(target_fd), "none", syscalls.MS_BIND, "")
     if not read_only:
         return
@@ -265,7 +265,7 @@ def _node_number(status: syscalls.PathStatus) -> DeviceNumber | None:
 
 
 def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
-    """Return the device of a btrfs mount, whose own number (`shown`) is anonymous."""
+    """Return the device of a btrfs mount; the number of the mount itself (`shown`) is anonymous."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

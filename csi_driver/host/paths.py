@@ -67,7 +67,7 @@ class LinuxPaths:
         link = next((each for each in way if each != root and each.is_relative_to(root) and each.is_symlink()), path)
         return (
             f"{link} is a link to {os.path.realpath(link)}: bind mount that directory instead, or name it as a path "
-            f"root of its own, beside {self._names()} (--path-root, in the chart node.extraPathRoots)"
+            f"root of its own, besides {self._names()} (--path-root, in the chart node.extraPathRoots)"
         )
 
     def _names(self) -> str:
@@ -178,7 +178,7 @@ def _has_link(root: Path, path: Path, given: str, field: str) -> bool:
         os.close(_open_below(root, path))
     except SystemCallFailed as failure:
         if failure.errno == errno.ENAMETOOLONG:
-            raise InvalidField(field, given, "a path whose parts have at most 255 bytes") from failure
+            raise InvalidField(field, given, "a path with at most 255 bytes in each part") from failure
         if failure.errno not in (errno.ELOOP, errno.EXDEV, *_ABSENT):
             raise
         return failure.errno in (errno.ELOOP, errno.EXDEV)

@@ -151,8 +151,8 @@ def fd_path(fd: int) -> str:
 
 
 # --- child processes ----------------------------------------------------------------------------------------------
-# A child's process group is killed when this process ends for any reason: a shell in the group reads a pipe whose only
-# writer is this process, and kills the group at end of file. A parent-death signal would miss a parent that is killed
+# A child's process group is killed when this process ends for any reason: a shell in the group reads a pipe that only
+# this process can write, and kills the group at end of file. A parent-death signal would miss a parent that is killed
 # before it is set, and is sent when the thread that forked ends. Programs that a child starts by `run` have their own
 # sessions and finish.
 
@@ -264,13 +264,13 @@ class ChildProcesses:
 
 
 # --- the running role ---------------------------------------------------------------------------------------------
-# A command beside a role (kubectl exec, a hook) has the container's environment, but not the role's arguments.
+# A command in a role's container (kubectl exec, a hook) has the environment of the role, but not its arguments.
 
 _PROC = Path("/proc")
 _PROGRAM = "nvmesh-csi"
 _MODULE = ("-m", "csi_driver")
 _MOST_WORDS_BEFORE = 4
-"""An interpreter and its options may stand before the program."""
+"""An interpreter and its options may precede the program."""
 
 
 def find_running(roles: Sequence[str]) -> RunningRole | None:

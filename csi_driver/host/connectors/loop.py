@@ -316,7 +316,7 @@ def _nodes_in(directory: Path) -> dict[DeviceNumber, Path]:
 
 # --- read-only loop devices over block devices ------------------------------------------------------------------
 # A read-only bind mount of a device node does not keep a process from writing through it, and BLKROSET also stops the
-# existing writers. A loop device opened read-only stops its readers from writing, and nobody else.
+# existing writers. A loop device opened read-only refuses only the writes of its own readers.
 
 _READER_ID = re.compile(r"[0-9a-f]{16}")
 _MARK = "ro-"

@@ -1,7 +1,7 @@
 """The NVMesh client on this machine: its status files, its configuration, and the identity of its devices.
 
-The status files change between client versions and may be read half written: only what is needed is parsed, and a value
-that cannot be read is unknown (None). The embedded storage manager writes the same files.
+The status files change between client versions and may be read half written: only needed values are parsed, and an
+unreadable value is unknown (None). The embedded storage manager writes the same files.
 """
 
 from __future__ import annotations
@@ -110,10 +110,7 @@ def _is_preempted(document: Mapping[str, object]) -> bool:
 
 
 def _refuses_writes(document: Mapping[str, object]) -> bool | None:
-    """Tell if writes fail: the attachment is read-only or the volume degraded.
-
-    `enforce_read_only` does not tell it: the client sets it for every volume.
-    """
+    """Tell if writes fail: the attachment is read-only or the volume degraded (`enforce_read_only` is always set)."""
     if _number(document.get("dbg")) == _DEGRADED_READ_ONLY:
         return True
     reservation = document.get("reservation")
@@ -160,7 +157,7 @@ def _reference_ids(values: Mapping[str, str], lines: Sequence[str]) -> tuple[str
 def parse_opens(text: str) -> int | None:
     """Read the open count of a device from the last line of `client_processes`; None when it is torn.
 
-    The processes listed above that line do not tell it: thread groups stay listed after they closed the device.
+    The thread groups above that line stay listed after they closed the device.
     """
     counts = _OPENS.findall(text)
     return int(counts[-1]) if counts else None
@@ -181,7 +178,7 @@ def parse_volume_limit(text: str) -> int:
 
 
 def parse_client_problem(text: str) -> str:
-    """Return the problem of a client whose `version` shows a wrongly built module; else an empty text."""
+    """Return a problem when the client's `version` shows a wrongly built module; else an empty text."""
     version = _object(text).get("version")
     return "its module has an empty version: it was built wrongly and never registers" if version == "" else ""
 
@@ -305,15 +302,15 @@ class DeviceEvidence:
             return self.label_uuid
         return self.status.uuid if self.status is not None else None
 
-    def uuid_for(self, wanted: str | None) -> str | None:
-        """Return the proven uuid, or `wanted` when a serial number alone matches it.
+    def uuid_for(self, expected: str | None) -> str | None:
+        """Return the proven uuid, or the expected one when only the serial number is known and matches it.
 
         A serial number is only a part of a uuid: one that does not match is returned as text that equals no uuid.
         """
         claimed = self.uuid()
-        if claimed is not None or self.serial is None or wanted is None:
+        if claimed is not None or self.serial is None or expected is None:
             return claimed
-        return wanted if self.serial == serial_of(wanted) else f"serial number {self.serial}"
+        return expected if self.serial == serial_of(expected) else f"serial number {self.serial}"
 
     def unusable(self, name: str) -> str | None:
         """Return why I/O may hang. A volume that the client does not show is allowed, as during an upgrade."""
