@@ -233,7 +233,7 @@ def examine(chosen: Sequence[Check], target: Target, deadline: Deadline) -> list
 
 def _completed(check: Check, finding: Finding) -> Finding:
     if finding.severity in (Severity.OK, Severity.SKIPPED):
-        return replace(finding, check=check.name, found=finding.found or check.expected)
+        return replace(finding, check=check.name)
     return replace(finding, check=check.name, expected=finding.expected or check.expected, fix=finding.fix or check.fix)
 
 
@@ -245,7 +245,7 @@ def collect(jobs: Mapping[str, Callable[[], Iterator[Finding]]], deadline: Deadl
         runs.append((name, found, run_detached(f"doctor-{name}", partial(_collect, job, found))))
     for name, found, done in runs:
         last = _wait(name, done, deadline)
-        yield from ((name, finding) for finding in [*found, *last] or [ok("")])
+        yield from ((name, finding) for finding in [*found, *last] or [ok("no problem found")])
 
 
 def _collect(job: Callable[[], Iterator[Finding]], found: list[Finding]) -> None:

@@ -224,7 +224,7 @@ def usage_records(target: Target) -> Iterator[Finding]:
     records = UsageRecords(target.state_directory)
     present = LinuxDevices(target.paths.device_directory, target.paths.status_directory).present()
     here = None if present is None else {uuid.lower() for uuid in present.values()}
-    numbers = {"in use": 0, "half formatted, which the next NodeStageVolume repeats": 0, "no longer here": 0}
+    numbers = {"in use": 0, "with an unfinished format": 0, "no longer here": 0}
     in_use, half, absent = numbers
     for uuid in records.recorded():
         try:

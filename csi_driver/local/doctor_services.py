@@ -41,7 +41,8 @@ def clusters_file(target: Target) -> Iterator[Finding]:
     path = target.paths.clusters_file
     try:
         names = read_cluster_names(path, None)
-        yield ok(f"{path or 'no --clusters-file'}: {', '.join(sorted({*names.servers, *names.nodes})) or 'no zone'}")
+        zones = ", ".join(sorted({*names.servers, *names.nodes})) or "none"
+        yield ok("no --clusters-file is set" if path is None else f"zones in {path}: {zones}")
     except InvalidDocument as unusable:
         yield from (error(f"{path}: {problem}") for problem in unusable.problems)
 

@@ -220,7 +220,7 @@ def test_orphaned_mounts_and_unreadable_usage_records_are_warnings(machine: Mach
     assert "kubelet has no record of it" in found.of("volumes", "warning")
     assert f"{UUID}.mark cannot be read" in found.of("usage-records", "warning")
     counted = found.of("usage-records", "ok")
-    assert "1 half formatted" in counted
+    assert "1 with an unfinished format" in counted
     assert "1 no longer here" in counted
 
 

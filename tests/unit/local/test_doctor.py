@@ -88,7 +88,7 @@ def test_a_problem_gets_the_expectation_and_the_fix_of_its_check_where_it_has_no
 
 def test_a_check_without_findings_passes() -> None:
     (finding,) = examined(zone=lambda _: iter(()))
-    assert (finding.severity, finding.found) == (Severity.OK, "expected")
+    assert (finding.severity, finding.found) == (Severity.OK, "no problem found")
 
 
 def test_a_function_that_makes_several_checks_runs_once() -> None:
