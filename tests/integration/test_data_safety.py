@@ -215,7 +215,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_what_other_tools_made_is_refused_and_formatted_over_only_where_it_was_allowed(
+def test_content_of_other_tools_is_formatted_over_only_with_a_permission(
     machine: HostMachine, node: RealNode, what: str
 ) -> None:
     argv = FOREIGN[what]
@@ -334,7 +334,7 @@ def test_a_filesystem_cut_off_at_any_write_is_never_taken_for_a_whole_one(
 
 @pytest.mark.skipif(not can_cut_off(), reason="counts system calls of x86-64")
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_filesystem_cut_off_at_any_write_is_made_again_under_its_mark(
+def test_a_filesystem_cut_off_at_any_write_is_made_again_under_its_record(
     machine: HostMachine, node: RealNode, fs_type: str
 ) -> None:
     volume = machine.volume(size_bytes=SIZES[fs_type])
@@ -351,7 +351,7 @@ def test_a_filesystem_cut_off_at_any_write_is_made_again_under_its_mark(
 
 @pytest.mark.skipif(not can_cut_off(), reason="counts system calls of x86-64")
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_foreign_format_that_was_cut_off_is_refused_under_our_mark_of_another_attachment(
+def test_an_interrupted_foreign_format_is_refused_under_another_attachment(
     machine: HostMachine, node: RealNode, fs_type: str
 ) -> None:
     volume = machine.volume(size_bytes=SIZES[fs_type])
@@ -368,7 +368,7 @@ def test_a_foreign_format_that_was_cut_off_is_refused_under_our_mark_of_another_
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_old_data_of_another_volume_is_not_handed_out(machine: HostMachine, node: RealNode, fs_type: str) -> None:
+def test_old_data_of_another_volume_is_not_published(machine: HostMachine, node: RealNode, fs_type: str) -> None:
     volume = machine.volume(size_bytes=SIZES[fs_type])
     foreign = str(uuid.uuid4())
     shell(*mkfs(fs_type, foreign), str(volume.loop.node))
@@ -403,7 +403,7 @@ def test_a_filesystem_is_adopted_by_giving_it_the_volumes_uuid(
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_device_that_reads_as_zeroes_after_it_was_used_is_not_formatted_under_its_attachment(
+def test_a_used_device_that_reads_as_zeroes_is_not_formatted_under_its_attachment(
     machine: HostMachine, node: RealNode, fs_type: str
 ) -> None:
     volume = machine.volume(size_bytes=SIZES[fs_type])

@@ -132,7 +132,7 @@ def test_a_device_that_hangs_while_it_is_looked_at_is_told_within_the_deadline(
     assert world.machine.loops.detach(subject.loop.loop)
 
 
-def test_a_node_that_waits_for_a_dead_device_can_be_stopped_and_the_next_one_serves_the_others(
+def test_a_node_that_hangs_can_be_stopped_and_the_next_one_serves_other_volumes(
     world: World, disk: StallingDisk
 ) -> None:
     """A thread in the kernel keeps the process as a zombie, whatever anybody does; nothing else of it is left."""

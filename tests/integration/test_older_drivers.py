@@ -125,7 +125,7 @@ def old(request: pytest.FixtureRequest, rig: Rig, admin: Administrator) -> Old:
     return Old(rig, admin, generation, kind)
 
 
-def test_a_volume_of_an_older_driver_is_used_expanded_and_deleted_under_its_own_handle(old: Old) -> None:
+def test_a_volume_of_an_older_driver_works_under_its_own_handle(old: Old) -> None:
     wanted = old.run()
     old.forget()
     assert old.data(old.volume.up()) == wanted
@@ -201,9 +201,7 @@ def test_a_kubelet_restart_meets_the_older_drivers_mounts_and_makes_no_second_on
     old.end()
 
 
-def test_stacked_mounts_of_an_older_driver_come_off_one_by_one_and_no_file_goes_with_them(
-    rig: Rig, admin: Administrator
-) -> None:
+def test_stacked_mounts_of_an_older_driver_are_unmounted_without_loss(rig: Rig, admin: Administrator) -> None:
     old = Old(rig, admin, "1.4", "ext4")
     wanted = old.run()
     for _ in range(2):

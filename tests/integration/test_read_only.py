@@ -113,7 +113,7 @@ def test_a_reader_of_a_raw_device_cannot_write_to_it(rig: Rig) -> None:
     volume.end()
 
 
-def test_a_read_only_publish_of_a_raw_device_beside_a_writer_refuses_while_the_writer_writes(rig: Rig) -> None:
+def test_a_read_only_raw_publication_refuses_writes_beside_a_writer(rig: Rig) -> None:
     volume = rig.volume(raw_block())
     volume.up()
     reader = volume.publish(volume.other_target("reader"), read_only=True)

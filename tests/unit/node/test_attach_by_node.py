@@ -184,7 +184,7 @@ def taken_away() -> Node:
     return node
 
 
-def test_what_was_staged_under_an_attachment_that_is_gone_is_not_published_under_a_new_one() -> None:
+def test_a_volume_staged_under_an_ended_attachment_is_not_published() -> None:
     """The mount is of the time before the other node wrote."""
     node = taken_away()
     with pytest.raises(NotAttached, match="unstage the volume and stage it again"):
@@ -192,7 +192,7 @@ def test_what_was_staged_under_an_attachment_that_is_gone_is_not_published_under
     assert (node.machine.seen, node.world.holders()) == ([], [])
 
 
-def test_what_was_staged_under_an_attachment_that_is_gone_is_unstaged_before_it_is_attached_again() -> None:
+def test_a_volume_staged_under_an_ended_attachment_is_unstaged_before_it_is_attached() -> None:
     node = taken_away()
     node.stage()
     assert node.machine.seen == ["unstage while nobody holds it", "stage while node-1 holds it"]

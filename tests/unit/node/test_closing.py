@@ -64,7 +64,7 @@ def test_a_dead_mount_of_the_volume_is_no_reason_for_its_device_to_be_open(node:
     assert (node.host.mounts_at(STAGING), node.host.mounts_at(TARGET)) == (0, 1)
 
 
-def test_a_reader_of_the_raw_volume_keeps_its_device_open_and_another_handles_unstage_from_nothing(
+def test_a_raw_reader_does_not_block_the_unstage_of_another_handle(
     node: FakeNode,
 ) -> None:
     """Its publication is of a read-only device of its own, which has the volume's open."""
@@ -78,7 +78,7 @@ def test_a_reader_of_the_raw_volume_keeps_its_device_open_and_another_handles_un
         node.unstage()
 
 
-def test_a_reader_of_the_raw_volume_keeps_it_decrypted_and_another_handles_unstage_from_nothing(node: FakeNode) -> None:
+def test_a_raw_reader_keeps_an_encrypted_volume_open_and_blocks_no_unstage(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     context = publish_context(encryption=Encryption.LUKS)
     node.stage(access=BLOCK, context=context, secrets={"passphrase": "correct horse"})

@@ -44,7 +44,7 @@ def test_without_a_capacity_range_the_filesystem_takes_the_whole_device(node: Fa
     assert filesystem_bytes(disk) == LARGE
 
 
-def test_a_device_that_does_not_grow_holds_its_volume_up_for_seconds_not_until_the_deadline(node: FakeNode) -> None:
+def test_a_device_that_does_not_grow_is_awaited_for_seconds_only(node: FakeNode) -> None:
     """kubelet asks so for a PersistentVolume that claims more than there is; until the answer no pod ends."""
     published(node)
     with pytest.raises(DeadlineReached, match="has 67108864 bytes"):

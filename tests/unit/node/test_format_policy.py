@@ -122,7 +122,7 @@ def test_every_combination_gives_the_verdict_of_the_table() -> None:
     assert count > 30_000
 
 
-def test_content_is_formatted_only_under_a_mark_of_this_very_attachment_or_a_permission() -> None:
+def test_content_is_formatted_only_under_a_record_of_this_attachment_or_a_permission() -> None:
     for case in every_case():
         if not isinstance(case.content, Blank) and isinstance(case.verdict(), Format | FormatAgain | FormatOver):
             assert case.allowed or case.own_mark not in (None, RAW, USED), case
@@ -142,7 +142,7 @@ def test_a_blank_head_and_tail_suffice_only_for_a_first_attachment() -> None:
             assert case.attachment > 0, case
 
 
-def test_what_was_handed_out_under_this_attachment_is_never_formatted_with_content() -> None:
+def test_content_in_use_under_this_attachment_is_never_formatted() -> None:
     for case in every_case():
         verdict = case.verdict()
         if case.own_mark == USED:

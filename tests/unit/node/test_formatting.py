@@ -48,9 +48,7 @@ def old(node: FakeNode, fs_type: str = "ext4", uuid: str = OTHER_UUID) -> FakeDi
 
 
 @pytest.mark.parametrize("context", [FIRST, ATTACHED])
-def test_old_data_of_another_volume_is_neither_handed_out_nor_formatted(
-    node: FakeNode, context: dict[str, str]
-) -> None:
+def test_old_data_of_another_volume_is_neither_published_nor_formatted(node: FakeNode, context: dict[str, str]) -> None:
     disk = old(node)
     with pytest.raises(PreconditionFailed, match=f"{OTHER_UUID}.*{UUID}.*allow-format"):
         node.stage(context=context)
@@ -98,7 +96,7 @@ def test_a_volume_in_use_that_turns_blank_is_not_formatted_again(node: FakeNode,
     assert node.host.formats == [UUID]
 
 
-def test_a_volume_that_turned_blank_is_formatted_after_it_was_attached_again_and_read_whole(node: FakeNode) -> None:
+def test_a_volume_that_turned_blank_is_scanned_and_formatted_when_attached_again(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     node.stage()
     node.unstage()
@@ -114,7 +112,7 @@ def test_a_first_attachment_that_nobody_counts_proves_nothing(node: FakeNode) ->
 
 
 @pytest.mark.parametrize("context", [FIRST, ALLOWED])
-def test_a_volume_that_was_handed_out_raw_is_not_formatted_after_a_quick_look(
+def test_a_volume_that_was_published_raw_is_not_formatted_after_a_quick_probe(
     node: FakeNode, context: dict[str, str]
 ) -> None:
     node.host.attach(NAME, UUID)
@@ -130,7 +128,7 @@ def test_a_volume_that_was_handed_out_raw_is_not_formatted_after_a_quick_look(
 
 @pytest.mark.parametrize("is_staged_first", [True, False])
 @pytest.mark.parametrize("attachment", [1, 2])
-def test_what_one_handle_wrote_raw_is_not_formatted_over_by_another_that_was_told_to_be_the_first(
+def test_raw_data_of_one_handle_is_not_formatted_by_another_handles_first_attachment(
     node: FakeNode, attachment: int, is_staged_first: bool
 ) -> None:
     """Two handles of a volume share one attachment, or follow one another; what the first was told stays with it."""
@@ -152,7 +150,7 @@ def test_what_one_handle_wrote_raw_is_not_formatted_over_by_another_that_was_tol
     assert (node.host.destroyed, len(node.host.formats)) == ([], formats)
 
 
-def test_a_format_that_was_begun_does_not_cover_what_was_written_raw_after_it(node: FakeNode) -> None:
+def test_a_begun_format_does_not_cover_later_raw_data(node: FakeNode) -> None:
     node.host.attach(NAME, UUID)
     node.records.kept[UUID] = UsageRecord(UUID, 3, "ext4")
     node.stage(access=BLOCK, context=ATTACHED)

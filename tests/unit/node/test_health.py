@@ -15,7 +15,7 @@ from csi_driver.node.stats import CONDITIONS
 from csi_driver.settings import NodeSettings
 from tests.fakes.host import FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
-from tests.unit.node.test_encryption import Locked
+from tests.unit.node.encrypted import Locked
 
 NO_PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=0.02)
 PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=60)

@@ -22,7 +22,7 @@ OTHER_STAGING = Path("/var/lib/kubelet/plugins/other/globalmount")
 
 
 @pytest.mark.parametrize("encryption", [Encryption.NONE, Encryption.LUKS])
-def test_a_volume_that_is_read_whole_holds_up_no_other(encryption: Encryption) -> None:
+def test_a_scan_of_a_whole_volume_delays_no_other(encryption: Encryption) -> None:
     node = FakeNode(heavy_operations=1)
     node.host.attach(NAME, UUID)
     node.host.attach(OTHER, OTHER_UUID)
@@ -70,7 +70,7 @@ def test_only_so_many_volumes_are_read_at_once() -> None:
     worker.join()
 
 
-def test_the_place_is_had_again_after_a_read_that_failed() -> None:
+def test_the_slot_is_held_again_after_a_failed_scan() -> None:
     heavy = HeavyOperations(1)
     with pytest.raises(HostFailure), heavy.slot("read", deadline=Deadline.after(1)), heavy.scan():
         raise HostFailure("no")
@@ -78,7 +78,7 @@ def test_the_place_is_had_again_after_a_read_that_failed() -> None:
         heavy.slot("format", deadline=Deadline.after(0)).__enter__()
 
 
-def test_what_runs_and_what_waits_is_told_apart() -> None:
+def test_running_and_waiting_operations_are_counted() -> None:
     heavy = HeavyOperations(1)
     soon = Deadline.after(30)
     entered, leaves = threading.Event(), threading.Event()
@@ -102,7 +102,7 @@ def test_what_runs_and_what_waits_is_told_apart() -> None:
     assert heavy.running_and_waiting() == (0, 0)
 
 
-def test_what_waited_in_vain_waits_no_more() -> None:
+def test_an_operation_that_timed_out_is_not_counted_as_waiting() -> None:
     heavy = HeavyOperations(1)
     with heavy.slot("format", deadline=Deadline.after(1)):
         with pytest.raises(DeadlineReached):
@@ -110,7 +110,7 @@ def test_what_waited_in_vain_waits_no_more() -> None:
         assert heavy.running_and_waiting() == (1, 0)
 
 
-def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slot_of_a_hanging_operation_is_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concurrency, "SLOT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(concurrency, "SCAN_TIMEOUT_S", 0.05)
     heavy = HeavyOperations(1)
@@ -138,7 +138,7 @@ def test_a_place_whose_work_hangs_is_lent_to_others(monkeypatch: pytest.MonkeyPa
         heavy.slot("format", deadline=Deadline.after(0)).__enter__()
 
 
-def test_a_place_that_was_lent_is_taken_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_given_to_others_is_taken_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     places = _Slots(2, timeout_s=600.0)

@@ -58,7 +58,7 @@ def test_what_others_attached_is_taken_off_the_limit_and_asked_for_each_time(
 
 
 @pytest.mark.parametrize("access", [BLOCK, EXT4])
-def test_what_csi_uses_under_a_static_handle_is_not_taken_off_as_the_orchestrator_counts_it(
+def test_static_volumes_of_csi_are_not_subtracted_from_the_limit(
     access: BlockAccess | MountAccess,
 ) -> None:
     node = FakeNode(settings=SETTINGS)

@@ -78,7 +78,7 @@ def test_publishing_again_leaves_exactly_one_mount(staged: FakeNode) -> None:
     assert staged.host.mounts_at(TARGET) == 1
 
 
-def test_a_staging_path_that_is_exchanged_meanwhile_leaves_nothing_of_the_other_at_the_target(staged: FakeNode) -> None:
+def test_a_staging_path_replaced_during_a_publish_is_not_published(staged: FakeNode) -> None:
     staged.host.attach("csi-2", OTHER_UUID)
     staged.host.make_tree(OTHER_STAGING)
     staged.stage(volume_id=OTHER_ID, staging=OTHER_STAGING, context=OTHER_CONTEXT)

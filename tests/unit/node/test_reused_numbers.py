@@ -102,7 +102,7 @@ def test_what_was_left_behind_is_taken_off_and_the_next_volume_of_the_number_is_
     assert left == {OTHER_STAGING, OTHER_TARGET}
 
 
-def test_what_was_left_behind_at_its_path_is_not_taken_off_as_the_next_volume_of_the_number(node: FakeNode) -> None:
+def test_a_left_over_mount_is_not_unmounted_as_the_next_volume_of_its_number(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     node.stage()
     node.host.make_tree(OTHER_STAGING)

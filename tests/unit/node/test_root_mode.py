@@ -34,7 +34,7 @@ def test_the_root_directory_of_a_new_filesystem_gets_the_mode_that_was_asked_for
     assert node.host.mode_of(STAGING) == 0o770
 
 
-def test_the_root_directory_of_a_new_filesystem_keeps_its_mode_where_none_is_asked_for(node: FakeNode) -> None:
+def test_without_a_requested_mode_a_new_root_directory_keeps_its_own(node: FakeNode) -> None:
     node.stage()
     assert node.host.mode_of(STAGING) == 0o755
 

@@ -140,7 +140,7 @@ def test_no_other_record_than_that_of_this_use_is_proof(readers: FakeNode, mark:
         publish(readers, SECOND, STAGING_2, TARGET)
 
 
-def test_a_reader_that_joins_a_filesystem_that_was_shut_down_is_told_and_gets_no_mount(readers: FakeNode) -> None:
+def test_a_shared_reader_of_a_shut_down_filesystem_gets_no_mount(readers: FakeNode) -> None:
     number = readers.host.disks[NAME].number
     readers.host.wrong_filesystems[number] = [Fault(FaultKind.SHUT_DOWN, "its ext4 was shut down")]
     with pytest.raises(PreconditionFailed, match="its ext4 was shut down"):

@@ -26,38 +26,38 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_mark_is_read_back_as_it_was_written(marks: UsageRecords) -> None:
+def test_a_record_is_read_back_as_written(marks: UsageRecords) -> None:
     marks.write(UsageRecord(UUID, 3, "xfs"))
     assert marks.read(UUID) == UsageRecord(UUID, 3, "xfs")
 
 
-def test_a_new_mark_replaces_the_older_one(marks: UsageRecords) -> None:
+def test_a_new_record_replaces_the_old_one(marks: UsageRecords) -> None:
     marks.write(UsageRecord(UUID, 3, "xfs"))
     marks.write(UsageRecord(UUID, 4, "ext4"))
     assert marks.read(UUID) == UsageRecord(UUID, 4, "ext4")
 
 
-def test_a_removed_mark_is_gone_and_may_be_removed_again(marks: UsageRecords) -> None:
+def test_a_record_may_be_removed_twice(marks: UsageRecords) -> None:
     marks.write(UsageRecord(UUID, 3, "xfs"))
     marks.remove(UUID)
     marks.remove(UUID)
     assert marks.read(UUID) is None
 
 
-def test_without_a_mark_there_is_none_to_read(marks: UsageRecords) -> None:
+def test_a_volume_without_record_has_none(marks: UsageRecords) -> None:
     assert marks.read(UUID) is None
 
 
-def test_what_was_begun_was_so_under_its_own_attachment_alone() -> None:
+def test_a_begun_format_applies_to_its_own_attachment() -> None:
     assert [UsageRecord(UUID, 3, "xfs").is_of(attachment) for attachment in (2, 3, 4)] == [False, True, False]
 
 
 @pytest.mark.parametrize("how", [RAW, USED])
-def test_what_was_used_was_so_for_every_earlier_attachment_too(how: str) -> None:
+def test_use_applies_to_earlier_attachments_too(how: str) -> None:
     assert [UsageRecord(UUID, 3, how).is_of(attachment) for attachment in (0, 2, 3, 4)] == [False, True, True, False]
 
 
-def test_use_under_an_attachment_that_nobody_counts_forgets_no_earlier_one(marks: UsageRecords) -> None:
+def test_use_under_an_uncounted_attachment_keeps_the_earlier_record(marks: UsageRecords) -> None:
     marks.write(UsageRecord(UUID, 3, USED))
     record_use(marks, UUID, 0, USED)
     assert marks.read(UUID) == UsageRecord(UUID, 3, USED, uncounted=True)
@@ -67,21 +67,21 @@ def test_use_under_an_attachment_that_nobody_counts_forgets_no_earlier_one(marks
     assert earlier_use(marks, UUID, 7) == 5
 
 
-def test_a_mark_of_an_attachment_that_nobody_counts_is_of_none() -> None:
+def test_a_record_of_an_uncounted_attachment_applies_to_none() -> None:
     assert not UsageRecord(UUID, 0, "xfs").is_of(0)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"volume": "x"}', '{"volume":"a","attachment":1,"filesystem":"ext4"}']
 )
-def test_a_mark_that_cannot_be_read_stops_everything(directory: Path, text: str) -> None:
+def test_an_unreadable_record_stops_the_call(directory: Path, text: str) -> None:
     (directory / f"{UUID}.mark").write_text(text)
     with pytest.raises(HostFailure, match=f"{UUID}.mark"):
         UsageRecords(directory.parent).read(UUID)
 
 
 @pytest.mark.parametrize("draft", [f"{UUID}.new", f"{UUID}.draft"])
-def test_a_draft_left_by_a_crash_is_no_mark_and_hinders_none(directory: Path, draft: str) -> None:
+def test_a_draft_left_by_a_crash_is_no_record(directory: Path, draft: str) -> None:
     (directory / draft).write_text("{")
     marks = UsageRecords(directory.parent)
     assert marks.read(UUID) is None
@@ -98,7 +98,7 @@ def test_publications_at_once_by_two_drivers_lose_no_use(tmp_path: Path) -> None
     assert UsageRecords(tmp_path).read(UUID) == UsageRecord(UUID, 40, RAW)
 
 
-def test_a_mark_that_another_driver_is_changing_is_waited_for(tmp_path: Path) -> None:
+def test_a_record_that_another_driver_changes_is_waited_for(tmp_path: Path) -> None:
     one, other = UsageRecords(tmp_path), UsageRecords(tmp_path)
     with ThreadPoolExecutor(1) as pool:
         with one.changing(UUID):
@@ -110,14 +110,14 @@ def test_a_mark_that_another_driver_is_changing_is_waited_for(tmp_path: Path) ->
     assert one.read(UUID) == UsageRecord(UUID, 5, RAW)
 
 
-def test_a_mark_of_another_volume_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_record_of_another_volume_is_not_waited_for(tmp_path: Path) -> None:
     one, other = UsageRecords(tmp_path), UsageRecords(tmp_path)
     with one.changing(UUID):
         other.write(UsageRecord("another", 1, USED))
     assert other.recorded() == ["another"]
 
 
-def test_marks_are_listed_by_age_whatever_is_removed_meanwhile(tmp_path: Path) -> None:
+def test_records_are_listed_by_age_during_removals(tmp_path: Path) -> None:
     marks = UsageRecords(tmp_path)
     for age in range(300):
         marks.write(UsageRecord(f"uuid-{age}", 1, USED))
@@ -129,5 +129,5 @@ def test_marks_are_listed_by_age_whatever_is_removed_meanwhile(tmp_path: Path) -
     assert marks.recorded() == [f"uuid-{age}" for age in range(299, 0, -2)]
 
 
-def test_where_nothing_was_written_nothing_is_recorded(tmp_path: Path) -> None:
+def test_a_new_node_has_no_records(tmp_path: Path) -> None:
     assert UsageRecords(tmp_path / "absent").recorded() == []
