@@ -135,9 +135,7 @@ def test_a_dead_filesystem_is_not_published_and_a_stage_makes_it_live_again(
         shell("e2fsck", "-f", "-n", str(volume.loop.node))
 
 
-def test_a_dead_filesystem_is_remounted_in_a_shared_kubelet_directory(
-    node: RealNode, machine: HostMachine
-) -> None:
+def test_a_dead_filesystem_is_remounted_in_a_shared_kubelet_directory(node: RealNode, machine: HostMachine) -> None:
     share_directory(node)
     volume, staging = stage_with_data(node, machine, "ext4")
     shut_down(staging)
