@@ -107,13 +107,11 @@ class RunningCalls:
     _seen: dict[str, Rpc] = field(default_factory=dict)
 
     def begin(self, number: int, rpc: Rpc, began_s: float) -> None:
-        """Add a call."""
         with self._changed:
             self._calls[number] = (rpc, began_s)
             self._seen.setdefault(rpc.method, rpc)
 
     def end(self, number: int) -> None:
-        """Remove a call."""
         with self._changed:
             del self._calls[number]
             self._changed.notify_all()

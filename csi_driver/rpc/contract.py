@@ -115,7 +115,6 @@ class Locks:
                         self._holders[key.kind, key.value] = count - 1
 
     def held(self) -> int:
-        """Return the number of keys held now."""
         with self._mutex:
             return len(self._holders)
 
@@ -128,6 +127,7 @@ class Rpc:
     """The requirements of one RPC."""
 
     method: str
+    """Path of the method, e.g. /csi.v1.Controller/CreateVolume."""
     pool: Pool = Pool.WORK
     required: tuple[str, ...] = ()
     locks: tuple[str, ...] = ()
@@ -139,12 +139,10 @@ class Rpc:
 
     @property
     def name(self) -> str:
-        """The method's name, e.g. CreateVolume."""
         return self.method.rpartition("/")[2]
 
     @property
     def service(self) -> str:
-        """The service's full name, e.g. csi.v1.Controller."""
         return self.method.rpartition("/")[0].removeprefix("/")
 
     @property

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from google.protobuf.wrappers_pb2 import BoolValue
@@ -84,6 +84,7 @@ def is_equipped(problems: Callable[[], Sequence[str]]) -> bool:
     return True
 
 
+@dataclass(eq=False)
 class ManagementReadiness:
     """Ready once the management has answered, and from then on.
 
@@ -91,14 +92,13 @@ class ManagementReadiness:
     help. The management is queried in a thread of its own, so that Probe waits `wait_s` at most.
     """
 
-    def __init__(self, query: Callable[[Deadline], bool], *, wait_s: float = 0.5, query_s: float = 20.0) -> None:
-        self._query = query
-        self._wait_s = wait_s
-        self._query_s = query_s
-        self._lock = threading.Lock()
-        self._pending: Future[None] | None = None
-        self._ready = False
-        self._last_reason = ""
+    query: Callable[[Deadline], bool]
+    wait_s: float = 0.5
+    query_s: float = 20.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pending: Future[None] | None = None
+    _ready: bool = False
+    _last_reason: str = ""
 
     def is_ready(self) -> bool:
         """Return whether the management has answered by now."""
@@ -108,13 +108,13 @@ class ManagementReadiness:
             if self._pending is None or self._pending.done():
                 self._pending = run_detached("readiness", self._ask)
             pending = self._pending
-        wait([pending], self._wait_s)
+        wait([pending], self.wait_s)
         return self._ready
 
     def _ask(self) -> None:
         reason = "the storage management reports that it is not ready"
         try:
-            self._ready = self._query(Deadline.after(self._query_s))
+            self._ready = self.query(Deadline.after(self.query_s))
         except DriverError as error:
             reason = str(error)
         if self._ready:
