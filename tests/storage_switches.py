@@ -166,8 +166,14 @@ def _serve_with_switches(
 
 _serve = embedded.serve
 
+
+def install() -> None:
+    """Let `nvmesh-csi storage` of this process serve the route."""
+    embedded.serve = _serve_with_switches
+
+
 if __name__ == "__main__":
     from csi_driver.__main__ import main
 
-    embedded.serve = _serve_with_switches
+    install()
     sys.exit(main(["storage", *sys.argv[1:]]))

@@ -69,18 +69,6 @@ class Storage:
         """Delete a volume."""
         self._done("/volumes/delete", {"_id": name, "uuid": self.volumes()[name]["uuid"]})
 
-    def make_group(self, name: str, gigabytes: float) -> None:
-        """Make a volume provisioning group."""
-        self._done("/volumeProvisioningGroups/save", {"name": name, "capacity": gigabytes, "RAIDLevel": "Concatenated"})
-
-    def groups(self) -> dict[str, Document]:
-        """Return every volume provisioning group by its name."""
-        return {str(group["name"]): group for group in self.call("GET", "/volumeProvisioningGroups/all/0/1000")}
-
-    def delete_group(self, name: str) -> None:
-        """Delete a volume provisioning group."""
-        self._done("/volumeProvisioningGroups/delete", {"_id": name, "uuid": self.groups()[name]["uuid"]})
-
     def _done(self, path: str, item: Mapping[str, object]) -> None:
         (answer,) = self.call("POST", path, [item])
         assert answer["success"], answer

@@ -47,14 +47,14 @@ def count_in(cluster: Cluster, pod: str) -> int:
 @contextlib.contextmanager
 def lost(cluster: Cluster, storage: Storage) -> Iterator[None]:
     """Take the second node away: its storage client is down and its kubelet silent, while its containers run on."""
-    storage.call("POST", "/embedded/test/hold", {"kind": f"client:{SECOND}", "held": True})
+    storage.call("POST", "/tests/hold", {"kind": f"client:{SECOND}", "held": True})
     on_second("systemctl", "stop", "kubelet")
     try:
         cluster.wait_for(lambda: status_of(cluster.there("node", SECOND), "Ready") != "True", "node2 to be missed")
         cluster.kubectl("taint", "nodes", SECOND, OUT_OF_SERVICE)
         yield
     finally:
-        storage.call("POST", "/embedded/test/hold", {"kind": f"client:{SECOND}", "held": False})
+        storage.call("POST", "/tests/hold", {"kind": f"client:{SECOND}", "held": False})
         on_second("systemctl", "start", "kubelet")
         cluster.wait_for(lambda: status_of(cluster.there("node", SECOND), "Ready") == "True", "node2 to be back")
         cluster.kubectl("taint", "nodes", SECOND, OUT_OF_SERVICE + "-")
