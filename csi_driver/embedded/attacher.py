@@ -165,11 +165,11 @@ class Attacher:
         self.worker.later(f"settle {client}/{identity}", lambda: self.settle(client, identity), delay_s)
 
     def is_down(self, client: str) -> bool:
-        """Tell whether a client does nothing now: this manager no longer serves it."""
+        """Return whether a client does nothing now: this manager no longer serves it."""
         return client not in self.files
 
     def has_device(self, identity: str) -> bool:
-        """Tell whether a device is bound to a volume's file."""
+        """Return whether a device is bound to a volume's file."""
         return any((client, identity) in self.devices for client in self.files)
 
     def settle(self, client: str, identity: str) -> bool:
@@ -285,7 +285,7 @@ class Attacher:
             self.clients.report(wanted, ATTACHED, io_enabled=0)
 
     def _others_are_off(self, volume: Volume, client: str) -> bool:
-        """Tell whether every other client is allowed to share the volume or can do no I/O.
+        """Return whether every other client is allowed to share the volume or can do no I/O.
 
         The reservation no longer names a client whose attachment ended, but it may still have its device.
         """
@@ -294,7 +294,7 @@ class Attacher:
         return all(self._is_off(other, volume) for other in sorted(others))
 
     def _is_off(self, other: str, volume: Volume) -> bool:
-        """Tell whether another client is allowed to share the volume or can do no I/O.
+        """Return whether another client is allowed to share the volume or can do no I/O.
 
         It is cut off, except a client that is up and is detaching: that one may write out its data first.
         """
@@ -368,7 +368,7 @@ class Attacher:
         return True
 
     def _holds_last_copy(self, pair: Pair, device: LoopDevice, wanted: Attachment | None) -> bool:
-        """Tell whether the volume's file was removed under its device: the data would be lost with the device.
+        """Return whether the volume's file was removed under its device: the data would be lost with the device.
 
         A file other than the device's own counts only at full length: it may be a backup that is being copied.
         """

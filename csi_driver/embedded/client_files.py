@@ -120,7 +120,7 @@ def _draft(path: Path) -> Path:
 
 
 def is_in_place(node: Path, device: LoopDevice) -> bool:
-    """Tell whether the node exists and is not another device's."""
+    """Return whether the node exists and is not another device's."""
     try:
         found = node.lstat()
     except FileNotFoundError:

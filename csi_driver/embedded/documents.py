@@ -288,11 +288,7 @@ class InvalidQuery(Exception):
 
 
 class QueryRefused(Exception):
-    """The list cannot be made. `mixed`: the projection both includes and excludes fields."""
-
-    def __init__(self, message: str, *, mixed: bool = False) -> None:
-        self.mixed = mixed
-        super().__init__(message)
+    """The list cannot be made."""
 
 
 _MISSING = object()
@@ -342,12 +338,8 @@ class Query:
     def _projector(self) -> Callable[[Document], Document] | None:
         if not self.projection:
             return None
-        flags = {bool(value) for key, value in self.projection.items() if key != "_id"}
-        if len(flags) > 1:
-            raise QueryRefused("the projection both includes and excludes", mixed=True)
-        including = flags.pop() if flags else bool(self.projection.get("_id"))
-        if not including:
-            return lambda document: {key: value for key, value in document.items() if key not in self.projection}
+        if not all(value for key, value in self.projection.items() if key != "_id"):
+            raise QueryRefused("projection: expected fields with 1, got a field with 0; name the fields to include")
         names = [key for key, value in self.projection.items() if value]
         if self.projection.get("_id", 1) and "_id" not in names:
             names.append("_id")

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
-from urllib.parse import parse_qsl
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
@@ -34,6 +33,7 @@ from csi_driver.embedded.requests import (
     EncryptionInit,
     Extension,
     JsonRoute,
+    Login,
     NewVolume,
     RequestBody,
     VolumeUpdate,
@@ -130,7 +130,7 @@ class Sessions:
         return session
 
     def known(self, session: str | None) -> bool:
-        """Tell whether a session is open, and restart its idle time."""
+        """Return whether a session is open, and restart its idle time."""
         with self._guard:
             used_s, now_s = self._used_s.pop(session or "", None), self.clock.monotonic()
             if session is None or used_s is None or now_s - used_s > self.settings.session_idle_s:
@@ -170,12 +170,9 @@ class Auth:
     async def login_page(self) -> Response:
         return answer(failure(1267, "Please login via the /login route."))
 
-    async def login(self, request: Request) -> Response:
-        if "accept" not in request.headers:
-            return answer({"error": "'Accept' header is not set"}, 406)
-        username, password = await _credentials(request)
-        name = self.sessions.full_name(username)
-        session = self.sessions.open(username, password)
+    async def login(self, request: Request, body: Login) -> Response:
+        name = self.sessions.full_name(body.username)
+        session = self.sessions.open(body.username, body.password)
         if session is None:
             return answer(envelope(name, None, False, "Wrong credentials"), 401)
         self.sessions.close(request.cookies.get(COOKIE))
@@ -183,18 +180,6 @@ class Auth:
         response = answer(envelope(name, None, True, None, payload))
         response.set_cookie(COOKIE, session, path="/", httponly=True, samesite=None)
         return response
-
-
-async def _credentials(request: Request) -> tuple[str, str]:
-    if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-        body: object = dict(parse_qsl((await request.body()).decode("utf-8", "replace")))
-    else:
-        body = await request.json()
-    fields = body if isinstance(body, dict) else {}
-    username, password = fields.get("username"), fields.get("password")
-    if not isinstance(username, str) or not isinstance(password, str):
-        raise InvalidQuery("data/body must have the texts username and password")
-    return username, password
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -420,9 +405,6 @@ async def _refused(request: Request, error: Exception) -> Response:
             return answer(_invalid("; ".join(map(_described, error.errors()))), 422)
         case InvalidQuery():
             return answer(_invalid(str(error)), 422)
-        case QueryRefused(mixed=True):
-            inner = {"systemMessage": {"message": str(error), "id": 16272}, "additionalInfo": {}}
-            return answer(envelope(None, None, False, inner))
         case QueryRefused():
             number = _LIST_ERRORS.get(request.url.path.split("/")[1], 16040)
             return answer(failure(number, "The list could not be loaded", innerMessage=str(error)))

@@ -150,8 +150,3 @@ BUILT_IN_GROUPS: dict[str, Layout] = {
     "DEFAULT_STRIPED_EC_DUAL_TARGET_REDUNDANCY_VPG": _coded(STRIPED_EC, 2, FULL_SEPARATION),
     "DEFAULT_METADATA_RAID_1_VPG": _mirrored(RAID_1, 1),
 }
-
-
-def gigabytes(blocks: int) -> float:
-    """Return `blocks` in decimal gigabytes."""
-    return blocks * _BLOCK_GB

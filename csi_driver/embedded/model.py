@@ -69,7 +69,7 @@ class Reservation:
     last_transition: str | None = None
 
     def allows(self, client: str, mode: int) -> bool:
-        """Tell whether a client that attached in this mode may do I/O; False after a preemption."""
+        """Return whether a client that attached in this mode may do I/O; False after a preemption."""
         return self.mode == mode and (mode != EXCLUSIVE_READ_WRITE or self.reserved_by == client)
 
     def acquired(self, client: str, wanted: ReservationRequest, *, read_only: bool) -> Reservation:

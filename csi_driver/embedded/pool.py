@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
-from csi_driver.embedded.layouts import BLOCK_SIZE, GIGABYTE, Layout
+from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
 from csi_driver.embedded.model import FACTS, TOTALS, VOLUMES, Fact, Totals, Volume
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change, Store
@@ -134,7 +134,7 @@ class Pool:
             return {name.removesuffix(_SUFFIX) for name in os.listdir(self.volumes) if name.endswith(_SUFFIX)}
 
     def has(self, identity: str, size_bytes: int) -> bool:
-        """Tell whether the file exists and has at least this length."""
+        """Return whether the file exists and has at least this length."""
         with _named(f"look at {self.file(identity)}"):
             try:
                 return self.file(identity).stat().st_size >= size_bytes
@@ -265,29 +265,23 @@ class Allocator:
         unallocated = self._unallocated_blocks(self.totals)
         return min(unallocated, self._free_blocks(self._store, unallocated))
 
-    def allocate(self, change: Change, layout: Layout, capacity: float | str) -> int:
-        """Return the blocks of data for `capacity` (decimal GB or "MAX"). `record` allocates them. Raises NoSpace."""
+    def allocate(self, change: Change, layout: Layout, capacity_gb: float) -> int:
+        """Return the blocks of data for a capacity; `record` allocates them. Raises NoSpace."""
         targets = max(1, self._settings.pretend_targets)
         if layout.redundancy_of(layout.data_blocks) and targets < layout.targets:
             raise NoSpace(f"the layout needs {layout.targets} targets, this pool has {targets}")
         granule = layout.granule_blocks
         raw = self._unallocated_blocks(change.get(TOTALS, "pool") or Totals())
         unallocated = raw // (granule + layout.redundancy_of(granule)) * granule
-        if isinstance(capacity, str):
-            fits = min(unallocated, self._free_blocks(change, unallocated))
-            blocks = fits // granule * granule
-            least = GIGABYTE // BLOCK_SIZE - granule
-        else:
-            blocks = least = layout.blocks_of(capacity)
-            if blocks <= 0:
-                step = granule * BLOCK_SIZE
-                raise NoSpace(f"asked {capacity:g} GB, and the layout is allocated in steps of {step} bytes")
-            fits = min(unallocated, self._free_blocks(change, blocks))
-        if blocks < least or blocks > fits:
+        blocks = layout.blocks_of(capacity_gb)
+        if blocks <= 0:
+            step = granule * BLOCK_SIZE
+            raise NoSpace(f"asked {capacity_gb:g} GB, and the layout is allocated in steps of {step} bytes")
+        if blocks > min(unallocated, self._free_blocks(change, blocks)):
             overcommit = self._settings.overcommit
             free = self._pool.free_bytes() if overcommit else self._free_blocks(change, sys.maxsize) * BLOCK_SIZE
             raise NoSpace(
-                f"asked {max(blocks, least) * BLOCK_SIZE} bytes; {unallocated * BLOCK_SIZE} are unallocated in the "
+                f"asked {blocks * BLOCK_SIZE} bytes; {unallocated * BLOCK_SIZE} are unallocated in the "
                 f"pool, {free} free in its file system: the smaller counts"
             )
         return blocks

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from csi_driver.embedded.layouts import (
@@ -25,7 +25,6 @@ from csi_driver.embedded.layouts import (
 )
 from csi_driver.embedded.model import MODES, Document, ReservationRequest
 
-_MAX_SAFE_INTEGER = 9007199254740991
 _MAX_METADATA_BYTES = 256 * 1024
 _MAX_BODY_BYTES = 2 * 1024 * 1024
 _MAX_LEVELS = 100
@@ -75,7 +74,7 @@ def _refuse_constant(text: str) -> object:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Tell whether objects and arrays are nested deeper than that."""
+    """Return whether objects and arrays are nested deeper than that."""
     inside = [value]
     for _ in range(levels + 1):
         containers = [each for each in inside if isinstance(each, dict | list)]
@@ -90,13 +89,6 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _capacity(value: object) -> object:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value != "MAX" and not (is_number and 1 <= value <= _MAX_SAFE_INTEGER):  # type: ignore[operator]
-        raise ValueError(f'expected decimal GB from 1 to {_MAX_SAFE_INTEGER}, or "MAX"')
-    return value
 
 
 def _matching(pattern: str) -> AfterValidator:
@@ -118,8 +110,8 @@ def _metadata(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Integer: TypeAlias = Annotated[int, BeforeValidator(_whole)]
-Capacity: TypeAlias = Annotated[float | str, PlainValidator(_capacity)]
-"""Decimal GB, or MAX."""
+Capacity: TypeAlias = Annotated[int | float, Field(ge=1, le=9007199254740991)]
+"""Decimal GB."""
 Uuid: TypeAlias = Annotated[str, _matching(r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")]
 ObjectName: TypeAlias = Annotated[str, _matching(r"(?!e_|d_)[\w+=-]*")]
 Names: TypeAlias = Annotated[list[str], Field(default_factory=list)]
@@ -142,6 +134,14 @@ class RequestBody(BaseModel):
         """Return the fields that the request has, by their names in the API, without the named ones."""
         fields = type(self).model_fields
         return {str(fields[name].alias): getattr(self, name) for name in self.model_fields_set.difference(without)}
+
+
+class Login(BaseModel):
+    """The body of /login."""
+
+    model_config = ConfigDict(strict=True)
+    username: str
+    password: str = Field(repr=False)
 
 
 class _Named(RequestBody):
@@ -206,7 +206,7 @@ class NewVolume(_Placement):
         return self.name, None
 
     def has(self, field: str) -> bool:
-        """Tell whether the request has this field."""
+        """Return whether the request has this field."""
         return field in self.model_fields_set
 
     @model_validator(mode="after")

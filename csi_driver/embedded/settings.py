@@ -169,7 +169,7 @@ class LoopDevices(Protocol):
         ...
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
-        """Tell whether the file at this path is the backing file of the device."""
+        """Return whether the file at this path is the backing file of the device."""
         ...
 
     def grow(self, device: LoopDevice) -> None:

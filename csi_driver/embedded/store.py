@@ -1,8 +1,8 @@
-"""The one place where state is kept: SQLite in WAL mode with full synchronisation, and a decoded copy in memory.
+"""The manager's database: SQLite in WAL mode with full synchronisation, and a decoded copy in memory.
 
-Every change is a function of a `Change` and becomes durable as a whole or not at all. Changes that meet are committed
-together, so that sixteen writers share one fsync. Readers never wait: they see what was committed last. Nothing else
-may open the database while a manager runs (the pool's lock sees to it).
+A change is a function of a `Change`; it becomes durable as a whole or not at all. Concurrent changes are committed
+together, so that sixteen writers share one fsync. Readers never wait: they see the last commit. The pool's lock keeps
+other processes from the database.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,10 +27,8 @@ T = TypeVar("T")
 
 _Key = tuple[str, str, str]
 """Table, grouping ("" or a client's name), id."""
-_Layer = dict[_Key, object]
-"""Records by key; None stands for a deleted one."""
-_Texts = dict[_Key, str | None]
-"""What a layer's records are in the database."""
+_Layer = dict[_Key, tuple[object, str | None]]
+"""Changed records and their texts by key; (None, None) is a deleted one."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -55,19 +54,21 @@ class DatabaseUnusable(HostFailure):
 
 
 class Change:
-    """A view of the store inside one change: reads see what the change itself has put."""
+    """The records as one change sees them: its own puts first."""
 
     def __init__(self, layers: tuple[_Layer, ...], committed: dict[tuple[str, str], dict[str, object]]) -> None:
-        self.puts: _Layer = {}
-        self._layers = (self.puts, *layers)
+        self.puts: dict[_Key, object] = {}
+        self._layers = layers
         self._committed = committed
 
     def get(self, table: Table[R], key: str, grouping: str = "") -> R | None:
         """Return the record, or None."""
         place = (table.name, grouping, key)
+        if place in self.puts:
+            return self.puts[place]  # type: ignore[return-value]
         for layer in self._layers:
             if place in layer:
-                return layer[place]  # type: ignore[return-value]
+                return layer[place][0]  # type: ignore[return-value]
         return self._committed.get((table.name, grouping), {}).get(key)  # type: ignore[return-value]
 
     def put(self, table: Table[R], key: str, record: R, grouping: str = "") -> None:
@@ -77,21 +78,20 @@ class Change:
         self.puts[table.name, grouping, key] = None
 
 
+@dataclass(eq=False, slots=True)
 class _Batch:
-    """Changes that become durable together, and what became of them."""
+    """Changes that are committed together, and the result."""
 
-    def __init__(self) -> None:
-        self.puts: _Layer = {}
-        self.texts: _Texts = {}
-        self.done = False
-        self.problem: BaseException | None = None
+    puts: _Layer = field(default_factory=dict)
+    done: bool = False
+    problem: BaseException | None = None
 
 
 class Store:
-    """The manager's records. Threads may call everything."""
+    """The manager's records. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the database at `path` and read all of it. Raises DatabaseUnusable."""
+        """Open or create the database and read it. Raises DatabaseUnusable."""
         self._tables = {table.name: table for table in TABLES}
         self._change_lock = threading.Lock()
         self._commit_lock = threading.Lock()
@@ -99,7 +99,7 @@ class Store:
         self._committing = _Batch()
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
         self._reserve = path.with_name(f"{path.name}.ballast")
-        """Space for the changes that make room again when the disk is full."""
+        """Space for the changes that free space when the disk is full."""
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -147,19 +147,18 @@ class Store:
         ]
 
     def write(self, change: Callable[[Change], T]) -> T:
-        """Run `change` and return its result once what it put is on disk.
+        """Run `change`, commit its puts, and return its result.
 
-        It must be quick, touch nothing but its Change and may run beside no other. What it raises passes through,
-        and nothing of it is kept. Raises StorageUnavailable if the disk refuses.
+        Changes run one at a time; they must be quick and use only their Change. An exception of `change` is passed on
+        and discards its puts. Raises StorageUnavailable if the disk refuses the commit.
         """
         with self._change_lock:
             view = Change((self._staged.puts, self._committing.puts), self._committed)
             result = change(view)
-            # Before it joins the others: a record that cannot be written down fails its own change alone.
-            texts = {place: self._text(place, record) for place, record in view.puts.items()}
+            # Encoded before it joins the batch: an invalid record fails only its own change.
+            encoded = {place: (record, self._text(place, record)) for place, record in view.puts.items()}
             batch = self._staged
-            batch.puts.update(view.puts)
-            batch.texts.update(texts)
+            batch.puts.update(encoded)
         if view.puts:
             self._commit(batch)
         return result
@@ -177,13 +176,12 @@ class Store:
             raise StorageUnavailable(f"the manager's database refused a change: {batch.problem}") from batch.problem
 
     def _write_out(self, batch: _Batch) -> None:
-        """Make a batch durable and visible. On failure it is dropped, with what was staged upon it since."""
-        puts = [(*place, text) for place, text in batch.texts.items() if text is not None]
-        gone = [place for place, text in batch.texts.items() if text is None]
+        """Commit a batch and make it visible. A failure discards it and the changes staged since, which build on it."""
+        puts = [(*place, text) for place, (_, text) in batch.puts.items() if text is not None]
+        deleted = [place for place, (_, text) in batch.puts.items() if text is None]
         try:
-            self._transact(puts, gone)
+            self._transact(puts, deleted)
         except BaseException as problem:
-            # Whatever it was: what stayed staged would be the ground of later changes, and never on disk.
             with self._change_lock:
                 for lost in (batch, self._staged):
                     lost.done, lost.problem = True, problem
@@ -192,7 +190,7 @@ class Store:
                 return
             raise
         with self._change_lock:
-            for (kind, grouping, key), record in batch.puts.items():
+            for (kind, grouping, key), (record, _) in batch.puts.items():
                 records = self._committed.setdefault((kind, grouping), {})
                 if record is None:
                     records.pop(key, None)
@@ -201,25 +199,25 @@ class Store:
             batch.done = True
             self._committing = _Batch()
 
-    def _transact(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
-        """Write once; where the disk or a quota is full, once more without the reserve file.
+    def _transact(self, puts: list[tuple[str, str, str, str]], deleted: list[_Key]) -> None:
+        """Commit; if the disk or a quota is full, remove the reserve file and retry once.
 
-        Raises sqlite3.Error if nothing was committed, and nothing else: what fails afterwards undoes no commit.
+        Raises sqlite3.Error if nothing was committed; a failure after the commit is only logged.
         """
         try:
-            self._write_rows(puts, gone)
+            self._write_rows(puts, deleted)
         except sqlite3.OperationalError as problem:
             if not _may_lack_space(problem) or not self._release_reserve():
                 raise
-            self._write_rows(puts, gone)
+            self._write_rows(puts, deleted)
             return
         self._keep_reserve()
 
-    def _write_rows(self, puts: list[tuple[str, str, str, str]], gone: list[_Key]) -> None:
+    def _write_rows(self, puts: list[tuple[str, str, str, str]], deleted: list[_Key]) -> None:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(_UPSERT, puts)
-            self._connection.executemany(_DELETE, gone)
+            self._connection.executemany(_DELETE, deleted)
             self._connection.execute("COMMIT")
         except sqlite3.Error:
             if self._connection.in_transaction:
@@ -227,10 +225,7 @@ class Store:
             raise
 
     def _keep_reserve(self) -> None:
-        """Make the reserve file if it is missing or was only begun and there is plenty of space.
-
-        An error is logged and passed over, for the next change tries again.
-        """
+        """Create or complete the reserve file if there is enough space; an error is logged and retried later."""
         try:
             if self._has_reserve():
                 return
@@ -246,9 +241,7 @@ class Store:
             finally:
                 os.close(descriptor)
         except OSError as problem:
-            _log.warning(
-                "the reserve file %s cannot be made: %s; tried again at the next change", self._reserve, problem
-            )
+            _log.warning("the reserve file %s cannot be made: %s; retried at the next change", self._reserve, problem)
 
     def _has_reserve(self) -> bool:
         try:
@@ -270,6 +263,6 @@ class Store:
 
 
 def _may_lack_space(problem: sqlite3.OperationalError) -> bool:
-    """Tell whether more space may help. SQLite calls a quota that is used up (EDQUOT) an I/O error."""
+    """Return True for errors of a full disk or quota; SQLite reports EDQUOT as an I/O error."""
     primary = problem.sqlite_errorcode & 0xFF
     return primary in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from csi_driver.background import Worker
 from csi_driver.embedded.documents import ApiError, detail, volume_not_found
 from csi_driver.embedded.encryption import REQUIRED
-from csi_driver.embedded.layouts import BLOCK_SIZE, BUILT_IN_GROUPS, LEVELS, PARAMETERS, Layout, gigabytes
+from csi_driver.embedded.layouts import BLOCK_SIZE, BUILT_IN_GROUPS, LEVELS, PARAMETERS, Layout
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
@@ -56,7 +56,7 @@ class Volumes:
     worker: Worker
     can_encrypt: bool
     has_device: Callable[[str], bool] = lambda identity: False
-    """Tells whether a device is bound to the volume's file; set by the attacher."""
+    """Return whether a device is bound to the volume's file; set by the attacher."""
 
     def install_groups(self) -> None:
         """Add the built-in VPGs to a new database."""
@@ -101,7 +101,7 @@ class Volumes:
         volume = Volume(
             name=item.name,
             uuid=str(uuid.uuid4()),
-            capacity=gigabytes(blocks) if isinstance(item.capacity, str) else item.capacity,
+            capacity=item.capacity,
             extents=(blocks,),
             layout=layout,
             group=group.name if group else None,
@@ -237,25 +237,20 @@ class Volumes:
         _refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
         if lost:
             raise _not_extended(item, 1674, lost)
-        wanted: float | str = "MAX"
-        if not isinstance(capacity, str):
-            wanted = capacity - volume.capacity
-            got = f"capacity is {capacity:g} GB, expected "
-            if wanted <= 0:
-                inner = f"{got}more than the {volume.capacity:g} GB that it has"
-                raise _not_extended(item, 1673, "its capacity", inner)
-            if volume.layout.blocks_of(wanted) <= 0:
-                # The real server never ends here, or adds an unaligned tail.
-                step = volume.layout.granule_blocks * BLOCK_SIZE
-                raise _not_extended(item, 1673, "its capacity", f"{got}{step} bytes more")
+        wanted_gb = capacity - volume.capacity
+        if wanted_gb <= 0 or volume.layout.blocks_of(wanted_gb) <= 0:
+            # Below a granule the real server never ends, or adds an unaligned tail.
+            step = volume.layout.granule_blocks * BLOCK_SIZE
+            inner = f"expected at least {step} bytes more than {volume.capacity:g} GB, got {capacity:g} GB"
+            raise _not_extended(item, 1673, "its capacity", inner)
         try:
-            blocks = self.allocator.allocate(change, volume.layout, wanted)
+            blocks = self.allocator.allocate(change, volume.layout, wanted_gb)
         except NoSpace as problem:
             raise _not_extended(item, 1675, f"extension create failed: {problem}") from problem
         extended = replace(
             volume,
             action="extending" if volume.action == "none" else volume.action,
-            capacity=volume.capacity + gigabytes(blocks) if isinstance(capacity, str) else capacity,
+            capacity=capacity,
             extents=(*volume.extents, blocks),
             version=volume.version + 1,
             modified=now(),

@@ -77,14 +77,7 @@ def test_a_login_gives_a_cookie(stranger: Caller) -> None:
     assert "HttpOnly" in answer.headers["Set-Cookie"]
 
 
-def test_a_login_as_a_form_is_taken_too(stranger: Caller) -> None:
-    password = stranger.server.password.path.read_text().strip()
-    assert stranger.call("POST", "/login", data={"username": "admin", "password": password}).json()["success"]
-
-
-@pytest.mark.parametrize(
-    ("user", "password"), [("admin", "wrong"), ("other", None), ("admin", ""), ("admin", "\ud800")]
-)
+@pytest.mark.parametrize(("user", "password"), [("admin", "wrong"), ("other", None), ("admin", "")])
 def test_wrong_credentials_are_refused(stranger: Caller, user: str, password: str | None) -> None:
     answer = stranger.log_in(user, password)
     assert (answer.status_code, answer.json()["success"]) == (401, False)

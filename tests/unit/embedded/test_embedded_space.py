@@ -117,13 +117,6 @@ def test_redundancy_is_allocated_with_pretended_targets(redundant: Manager) -> N
     assert free_blocks(redundant) == free // 10 * 10
 
 
-def test_the_largest_volume_takes_all_that_is_left(manager: Manager) -> None:
-    manager.save("first", 40)
-    assert manager.save("rest", "MAX")["success"]
-    assert 100 * GB - 2 * MIB <= sum(row["blocks"] * 4096 for row in manager.get("/volumes/all/0/0")) <= 100 * GB
-    assert not manager.save("more", 1)["success"]
-
-
 def test_nothing_is_promised_below_the_reserve(tmp_path: Path) -> None:
     with running(settings_in(tmp_path, reserve_bytes=1 << 60)) as manager:
         assert manager.save("data", 1)["error"]["innerMessage"] == "Failed to allocate"
@@ -295,7 +288,7 @@ def test_what_is_promised_can_be_written_whatever_was_looked_at_when(
 # --- any order of requests --------------------------------------------------------------------------------
 
 names = st.sampled_from(["a", "b", "c", "d", "e"])
-sizes = st.one_of(st.floats(1, 40, allow_nan=False), st.just("MAX"))
+sizes = st.floats(1, 40, allow_nan=False)
 groups = st.sampled_from(sorted(BUILT_IN_GROUPS))
 actions = st.one_of(
     st.tuples(st.just("save"), names, sizes, groups),
