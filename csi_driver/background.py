@@ -188,12 +188,21 @@ class Periodic(Background):
 
 @dataclass(eq=False)
 class SelfPaced(Periodic):
-    """Periodic work that returns the seconds until its next run; `interval_s` is the pause after an exception."""
+    """Periodic work that returns the seconds until its next run.
+
+    The pause after an exception is that of `backoff`, else `interval_s`.
+    """
+
+    backoff: Backoff | None = None
 
     def run_once(self) -> float:
         """Run the work once, in the caller's thread, and return the seconds until it is due again."""
         pause_s = self._attempt(self.name, self.work)
-        return pause_s if isinstance(pause_s, float | int) else self.interval_s
+        if not isinstance(pause_s, float | int):
+            return self.interval_s if self.backoff is None else self.backoff.after_failure_s()
+        if self.backoff is not None:
+            self.backoff.succeeded()
+        return pause_s
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from csi_driver import driver_version
-from csi_driver.background import Periodic, SelfPaced
+from csi_driver.background import Periodic
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
 from csi_driver.model import volume_name
 from csi_driver.rpc.boundary import Boundary, Service
@@ -223,12 +223,12 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
     server = ApiServer(command.api)
     if wanted.label:
         client = node_object.ClientLabel(server, name, use_cases.health.why_unusable)
-        loops.append(SelfPaced("node-label", client.tend, node_object.LABEL_INTERVAL_S))
+        loops.append(client.loop())
     if wanted.startup_taint:
         startup = node_object.StartupTaint(
             server, name, command.node.driver_name, wanted.startup_taint, use_cases.identity.why_not_ready
         )
-        loops.append(SelfPaced("startup-taint", startup.tend, node_object.TAINT_INTERVAL_S))
+        loops.append(startup.loop())
     return loops
 
 

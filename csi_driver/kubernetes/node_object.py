@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from csi_driver.background import Backoff
+from csi_driver.background import Backoff, SelfPaced
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DriverError
 from csi_driver.kubernetes.api import (
@@ -21,14 +21,13 @@ from csi_driver.kubernetes.api import (
 
 _LOG = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 300.0
-
 # --- label ----------------------------------------------------------------------------------------------------------
 
 LABEL = "nvmesh-csi/client-status"
 READY = "ready"
 LABEL_INTERVAL_S = 10.0
 """Between two checks of the storage client, which use no network."""
+_LONGEST_LABEL_PAUSE_S = 300.0
 REAPPLY_S = 300.0
 """After this time the label is set again, in case it was removed."""
 UNUSABLE_CHECKS = 3
@@ -41,34 +40,31 @@ class ClientLabel:
 
     Workloads require the value `ready` by node affinity, as with older drivers. An unusable node has no label at all,
     because an affinity may ask for the key alone. The label stays when the driver ends: a driver update keeps no pods
-    away. `tend` never raises a `DriverError`.
+    away.
     """
 
     server: ApiServer
     node_name: str
     why_unusable: Callable[[], str]
     clock: Clock = SYSTEM_CLOCK
-    backoff: Backoff = field(default_factory=lambda: Backoff(_LONGEST_PAUSE_S))
     _value: str | None = None
     _was_set: bool = False
     _reapply_at_s: float = 0.0
     _unusable_checks: int = 0
     _last_reason: str = ""
 
-    def tend(self) -> float:
+    def loop(self) -> SelfPaced:
+        """Return the background loop that checks."""
+        return SelfPaced("node-label", self.check, LABEL_INTERVAL_S, backoff=Backoff(_LONGEST_LABEL_PAUSE_S))
+
+    def check(self) -> float:
         """Check the client, change the label if needed, and return the seconds until the next check."""
         value = self._wanted()
         if self._was_set and value == self._value and self.clock.monotonic() < self._reapply_at_s:
             return LABEL_INTERVAL_S
-        try:
-            self.server.label_node(self.node_name, {LABEL: value})
-        except DriverError as error:
-            pause_s = self.backoff.after_failure_s()
-            _LOG.warning("%s; retrying in %.1f s", error, pause_s)
-            return pause_s
+        self.server.label_node(self.node_name, {LABEL: value})
         if not self._was_set or value != self._value:
             _LOG.info("node %s: label %s is now %s", self.node_name, LABEL, value or "removed")
-        self.backoff.succeeded()
         self._was_set, self._value = True, value
         self._reapply_at_s = self.clock.monotonic() + REAPPLY_S
         return LABEL_INTERVAL_S
@@ -101,7 +97,7 @@ class StartupTaint:
 
     An autoscaler, or kubelet's --register-with-taints, sets the taint on a new node, so that the scheduler places no
     pod before it knows how many volumes the node takes. A node that is recreated under the same name has it again,
-    so the check goes on as long as the driver runs. `tend` never raises a `DriverError`.
+    so the check goes on as long as the driver runs.
     """
 
     server: ApiServer
@@ -110,26 +106,24 @@ class StartupTaint:
     key: str
     why_not_ready: Callable[[], str]
     jitter: Callable[[], float] = random.random
-    _backoff: Backoff = field(default_factory=lambda: Backoff(TAINT_INTERVAL_S))
     _logged: str = ""
 
-    def tend(self) -> float:
+    def loop(self) -> SelfPaced:
+        """Return the background loop that checks."""
+        return SelfPaced("startup-taint", self.check, TAINT_INTERVAL_S, backoff=Backoff(TAINT_INTERVAL_S))
+
+    def check(self) -> float:
         """Remove the taint if the driver is ready, and return the seconds until the next check."""
         if reason := self.why_not_ready():
             self._log(f"stays: {reason}")
             return STARTING_INTERVAL_S
         try:
-            pause_s = self._check()
+            pause_s = self._try()
         except TaintsChanged:
             return _CONFLICT_S * (1 + self.jitter())
-        except DriverError as error:
-            pause_s = self._backoff.after_failure_s()
-            _LOG.warning("%s; retrying in %.1f s", error, pause_s)
-            return pause_s
-        self._backoff.succeeded()
         return pause_s * (0.5 + 0.5 * self.jitter())
 
-    def _check(self) -> float:
+    def _try(self) -> float:
         node = self.server.node(self.node_name)
         if node is None:
             self._log("is unknown: there is no such node object")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.background import Backoff, SelfPaced
+from csi_driver.background import Backoff
 from csi_driver.errors import StorageUnavailable
 from csi_driver.kubernetes import node_object
 from csi_driver.kubernetes.api import ApiServer
@@ -48,15 +48,16 @@ class Kept:
         self.nodes = FakeNodes(labels={"other": "label"})
         self.clock = FakeClock()
         self.reason = ""
-        self.keeper = self.restarted()
+        self.backoff = Backoff(300.0, lambda: 1.0)
+        self.restarted()
 
-    def restarted(self) -> ClientLabel:
-        self.keeper = ClientLabel(self.nodes, "node-1", lambda: self.reason, self.clock, Backoff(300.0, lambda: 1.0))
-        return self.keeper
+    def restarted(self) -> None:
+        self.loop = ClientLabel(self.nodes, "node-1", lambda: self.reason, self.clock).loop()
+        self.loop.backoff = self.backoff
 
     def look(self, times: int = 1) -> None:
         for _ in range(times):
-            self.clock.sleep(self.keeper.tend())
+            self.clock.sleep(self.loop.run_once())
 
     @property
     def value(self) -> str | None:
@@ -112,7 +113,7 @@ def test_a_removed_label_comes_back(kept: Kept) -> None:
 
 def test_the_pause_grows_while_the_api_server_does_not_answer(kept: Kept) -> None:
     kept.nodes.is_down = True
-    pauses = [kept.keeper.tend() for _ in range(14)]
+    pauses = [kept.loop.run_once() for _ in range(14)]
     assert pauses == sorted(pauses)
     assert (pauses[0], pauses[-1]) == (1.0, 300.0)
     kept.nodes.is_down = False
@@ -120,14 +121,14 @@ def test_the_pause_grows_while_the_api_server_does_not_answer(kept: Kept) -> Non
     assert kept.value == READY
     kept.nodes.is_down, kept.reason = True, "it does not run"
     kept.look(UNUSABLE_CHECKS - 1)
-    assert kept.keeper.tend() == 1.0
+    assert kept.loop.run_once() == 1.0
 
 
 def test_pauses_have_jitter() -> None:
     kept = Kept()
     kept.nodes.is_down = True
-    kept.keeper.backoff.jitter = iter((0.0, 0.5, 1.0)).__next__
-    assert [kept.keeper.tend() for _ in range(3)] == [0.5, 1.5, 4.0]
+    kept.backoff.jitter = iter((0.0, 0.5, 1.0)).__next__
+    assert [kept.loop.run_once() for _ in range(3)] == [0.5, 1.5, 4.0]
 
 
 def test_the_label_shows_the_present_state_after_an_outage_of_the_api_server(kept: Kept) -> None:
@@ -140,6 +141,6 @@ def test_the_label_shows_the_present_state_after_an_outage_of_the_api_server(kep
 
 
 def test_a_background_thread_keeps_the_label(kept: Kept) -> None:
-    with SelfPaced("node-label", kept.keeper.tend, node_object.LABEL_INTERVAL_S):
+    with kept.loop:
         assert kept.nodes.was_asked.wait(120)
     assert kept.value == READY

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.background import Backoff
 from csi_driver.errors import StorageUnavailable
 from csi_driver.kubernetes.api import ApiServer, Node, TaintsChanged
 from csi_driver.kubernetes.node_object import STARTING_INTERVAL_S, TAINT_INTERVAL_S, StartupTaint
@@ -61,13 +62,13 @@ class Tended:
         self.nodes = FakeNodes()
         self.clock = FakeClock()
         self.reason = ""
-        self.taint = StartupTaint(self.nodes, "node-1", "driver", KEY, lambda: self.reason, lambda: 1.0)
-        self.taint._backoff.jitter = lambda: 1.0
+        self.loop = StartupTaint(self.nodes, "node-1", "driver", KEY, lambda: self.reason, lambda: 1.0).loop()
+        self.loop.backoff = Backoff(TAINT_INTERVAL_S, lambda: 1.0)
 
     def tend_for(self, seconds: float) -> None:
         until_s = self.clock.monotonic() + seconds
         while self.clock.monotonic() < until_s:
-            self.clock.sleep(self.taint.tend())
+            self.clock.sleep(self.loop.run_once())
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_while_the_driver_is_not_ready_no_request_is_sent(tended: Tended) -> Non
 @pytest.mark.parametrize("effect", ["NoSchedule", "PreferNoSchedule", "NoExecute"])
 def test_the_taint_is_removed_with_every_effect(tended: Tended, effect: str) -> None:
     tended.nodes.taints = [{"key": KEY, "effect": effect}, STARTUP]
-    tended.taint.tend()
+    tended.loop.run_once()
     assert tended.nodes.taints == []
 
 
@@ -116,11 +117,11 @@ def test_a_concurrent_change_of_the_taints_is_kept(tended: Tended) -> None:
 
 def test_the_pause_grows_to_a_minute(tended: Tended) -> None:
     tended.nodes.is_down = True
-    pauses = [tended.taint.tend() for _ in range(12)]
+    pauses = [tended.loop.run_once() for _ in range(12)]
     assert (pauses[0], pauses[-1]) == (1.0, 60.0)
     assert pauses == sorted(pauses)
     tended.nodes.is_down = False
-    tended.taint.tend()
+    tended.loop.run_once()
     assert tended.nodes.taints == [OTHER]
 
 
