@@ -53,7 +53,7 @@ class Target:
         NODE,
         "--role",
         choice(NODE, CONTROLLER),
-        "Role whose requirements are checked.",
+        "Role that is checked.",
         shown="node, or the role that runs here",
     )
     endpoint: Path | None = ENDPOINT.with_default(None, "that of the role that runs here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -37,11 +38,11 @@ class SeveralProblems(InvalidRequest):
         super().__init__("; ".join(str(problem) for problem in problems))
 
 
+@dataclass(slots=True)
 class Problems:
     """Collects the problems of one request, so that its author reads all of them at once."""
 
-    def __init__(self) -> None:
-        self._found: dict[str, InvalidRequest] = {}
+    _found: dict[str, InvalidRequest] = field(default_factory=dict)
 
     def of(self, read: Callable[[], T]) -> T | None:
         """Return the result of `read`; None when it raises `InvalidRequest`, which is kept for `raise_any`."""
