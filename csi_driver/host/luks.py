@@ -271,49 +271,18 @@ class LuksFiles:
     def format(
         self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
     ) -> None:
-        options = (
+        layout = (
             "--type", "luks2", "--uuid", volume_uuid, "--cipher", "aes-xts-plain64", "--key-size", str(key_size_bits),
             "--key-slot", str(slot), "--offset", str(header_bytes // _SECTOR_BYTES), "--sector-size", "4096",
         )  # fmt: skip
         with locked_header(file) as lock, secret_fd(passphrase) as key:
             size_bytes = os.fstat(lock).st_size
-            _on_file("luksFormat", (*options, *self._cost, "--key-file", fd_path(key)), file, (key, lock))
+            options = (*layout, *self._cost, "--key-file", fd_path(key))
+            _cryptsetup("luksFormat", options, (str(file),), fds=(key, lock), timeout_s=_FILE_LIMIT_S, accept=(0,))
             if os.fstat(lock).st_size != size_bytes:
                 os.ftruncate(lock, size_bytes)
                 raise PreconditionFailed(f"the header of {header_bytes} bytes does not fit into {file}")
             os.fsync(lock)
-
-    def opens(self, file: Path, passphrase: str) -> bool:
-        with secret_fd(passphrase) as key:
-            options = ("--test-passphrase", "--key-file", fd_path(key))
-            return _on_file("open", options, file, (key,), accept=(0, _WRONG_PASSPHRASE)).status == 0
-
-    def add(self, file: Path, current: str, new: str, *, slot: int | None) -> None:
-        where = () if slot is None else ("--key-slot", str(slot))
-        with locked_header(file) as lock, secret_fd(current) as key, secret_fd(new) as new_key:
-            options = (*where, *self._cost, "--key-file", fd_path(key))
-            _change_keys("luksAddKey", options, file, (key, new_key, lock), fd_path(new_key))
-            os.fsync(lock)
-
-    def remove(self, file: Path, passphrase: str) -> None:
-        with locked_header(file) as lock, secret_fd(passphrase) as key:
-            dump = _on_file("luksDump", ("--dump-json-metadata",), file, ())
-            if dump.stdout.count(b'"type":"luks2"') < 2 and self.opens(file, passphrase):
-                raise PreconditionFailed(f"the passphrase given is the only one that opens {file.name}")
-            _change_keys("luksRemoveKey", (), file, (key, lock), fd_path(key))
-            os.fsync(lock)
-
-
-def _on_file(
-    command: str, options: Sequence[str], file: Path, fds: Sequence[int], *, accept: Sequence[int] = (0,)
-) -> Completed:
-    return _cryptsetup(command, options, (str(file),), fds=fds, timeout_s=_FILE_LIMIT_S, accept=accept)
-
-
-def _change_keys(command: str, options: Sequence[str], file: Path, fds: Sequence[int], operand: str) -> None:
-    accept = (0, _WRONG_PARAMETERS, _WRONG_PASSPHRASE)
-    answer = _cryptsetup(command, options, (str(file), operand), fds=fds, timeout_s=_FILE_LIMIT_S, accept=accept)
-    _require_accepted(answer, file.name)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver.errors import Denied, HostFailure, PreconditionFailed
+from csi_driver.errors import HostFailure
 
 MAGIC = b"FAKE-LUKS "
 
@@ -33,25 +33,6 @@ class FakeLuksHeaders:
 
     def opens(self, file: Path, passphrase: str) -> bool:
         return _digest(passphrase) in self.slots(file).values()
-
-    def add(self, file: Path, current: str, new: str, *, slot: int | None) -> None:
-        slots = self.slots(file)
-        if _digest(current) not in slots.values():
-            raise Denied("it does not open it")
-        free = [number for number in range(32) if str(number) not in slots]
-        chosen = free[0] if slot is None else slot
-        if chosen not in free:
-            raise PreconditionFailed(f"slot {chosen} is taken")
-        self._write(file, {**self.header(file), "slots": {**slots, str(chosen): _digest(new)}})
-
-    def remove(self, file: Path, passphrase: str) -> None:
-        slots = self.slots(file)
-        if _digest(passphrase) not in slots.values():
-            raise Denied("it does not open it")
-        if len(slots) < 2:
-            raise PreconditionFailed("it is the last one")
-        gone = next(number for number, digest in slots.items() if digest == _digest(passphrase))
-        self._write(file, {**self.header(file), "slots": {n: d for n, d in slots.items() if n != gone}})
 
     def header(self, file: Path) -> dict[str, object]:
         """Return what stands at the head of a file; empty when it is no header."""
