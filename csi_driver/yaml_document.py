@@ -157,16 +157,14 @@ class MappingReader:
         text = self.text(key)
         return Path(text) if text else None
 
-    def value(self, key: str, read: Callable[[str], T]) -> T | None:
-        """Return a value by the reader of its flag, from YAML's types or from text; None where it is absent."""
+    def value(self, key: str, read: Callable[[str], T], default: T) -> T:
+        """Return a value by the reader of its flag, from YAML's types or from text."""
         value = self.entry.get(key)
-        if value is None:
-            return None
         try:
-            return read(str(value).strip())
+            return default if value is None else read(str(value).strip())
         except ValueError as error:
             self._refuse(key, str(error))
-            return None
+            return default
 
     def _refuse(self, key: str, expected: str) -> None:
         self.findings.problems.append(f"{self.what}: {key}: expected {expected}, got another value")

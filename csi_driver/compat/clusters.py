@@ -9,11 +9,13 @@ The older drivers never verified a certificate and had an account built in. The 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from csi_driver.flags import read_boolean
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.yaml_document import Entry, Findings, InvalidDocument, MappingReader, Source, decode_mapping
+
+Flags = dict[str, tuple[str, str]]
+"""Key and text in the configuration that set a flag, by the name of the flag."""
 
 _WITHOUT_EFFECT: Mapping[str, str] = {
     "grpcMaxWorkers": "threads are started as needed",
@@ -57,17 +59,6 @@ _LOG_LEVELS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """A configuration in the form of the clusters file; a zone may also hold a `password`.
-
-    `flags`: settings of the controller, as `ClustersFile` has them.
-    """
-
-    document: Entry
-    flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-
-
 def is_old(document: Entry) -> bool:
     """Return whether a file has one of the older forms."""
     zones = document.get("zones")
@@ -79,18 +70,20 @@ def is_old(document: Entry) -> bool:
     )
 
 
-def translate(source: Source, document: Entry, zone: str, given: frozenset[str], findings: Findings) -> Translation:
-    """Translate `document`, decoded from `source`.
+def translate(
+    source: Source, document: Entry, zone: str, given: frozenset[str], findings: Findings
+) -> tuple[Entry, Flags]:
+    """Translate `document`, decoded from `source`, into the form of the clusters file and the flags that it sets.
 
     `zone` is the name of the only cluster where the configuration names none. `given` has the keys of a zone that the
-    command line sets (of `user`, `password`, `tlsVerify`, `clientCertificateFile`).
+    command line sets (of `user`, `password`, `tlsVerify`, `clientCertificateFile`). A zone may hold a `password`.
     """
     if isinstance(source, str) and "zones" in document:
-        return Translation(_topology(document, {}, given, findings))
+        return _topology(document, {}, given, findings), {}
     return _config_map(document, zone, given, findings)
 
 
-def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findings) -> Translation:
+def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findings) -> tuple[Entry, Flags]:
     what = "the ConfigMap"
     values = {
         key: value.strip() if isinstance(value, str) else value
@@ -103,13 +96,13 @@ def _config_map(files: Entry, zone: str, given: frozenset[str], findings: Findin
     shared = {key: value for key, value in values.items() if key in _SAME_KEYS or key in _RENAMED}
     if (topology := _mapping(values, "topology", findings)) is not None:
         shared = {key: value for key, value in shared.items() if not key.startswith("management.")}
-        return Translation(_topology(topology, shared, given, findings), flags)
+        return _topology(topology, shared, given, findings), flags
     if (params := _mapping(values, "apiParams", findings)) is not None:
         findings.unknown_keys("apiParams", params, API_PARAMS_KEYS)
         shared |= params
     elif "management.servers" not in values:
         findings.problems.append("management.servers: expected HOST:PORT of each management server, got none")
-    return Translation({"zones": {zone: _zone(zone, shared, given, findings)}}, flags)
+    return {"zones": {zone: _zone(zone, shared, given, findings)}}, flags
 
 
 def _topology(document: Entry, shared: Entry, given: frozenset[str], findings: Findings) -> Entry:
@@ -171,7 +164,7 @@ def _controller_flags(reader: MappingReader) -> Iterator[tuple[str, tuple[str, s
         if key == "logLevel" and isinstance(value, str):
             value = _LOG_LEVELS.get(value.upper(), value)
         if key == "usePreempt":
-            if not reader.value(key, read_boolean):
+            if not reader.value(key, read_boolean, False):
                 continue
             value = "always"
             reader.findings.warnings.append(
@@ -191,13 +184,13 @@ def _warn_without_effect(what: str, entry: Entry, findings: Findings) -> None:
 def _mapping(values: Entry, key: str, findings: Findings) -> Entry | None:
     """Return the mapping under a key, given as such or as JSON text; None where there is none."""
     value = values.get(key)
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         try:
             return decode_mapping(value, key)
         except InvalidDocument as invalid:
             findings.problems += invalid.problems
             return None
-    if value is not None and not isinstance(value, dict):
+    if value not in (None, "") and not isinstance(value, dict):
         findings.problems.append(f"{key}: expected a mapping of keys to values")
     return value if isinstance(value, dict) else None
 
@@ -211,16 +204,19 @@ def names_document(document: Entry) -> Entry:
     One more form than the controller's: the ConfigMap in which the controller of 1.4 lists the nodes of each zone,
     `{zone: {"nodes": [name, ...]}}`, also as text under the key `zones`.
     """
-    document = _decoded(document.get("topology"), "topology") or document
+    findings = Findings()
+    document = _mapping(document, "topology", findings) or document
     zones: object = document
     if "zones" in document:
         zones = document["zones"]
         zones = decode_mapping(zones, "zones") if isinstance(zones, str) else zones
     else:
-        params = _decoded(document.get("apiParams"), "apiParams")
+        params = _mapping(document, "apiParams", findings) or {}
         servers = document.get("management.servers") or params.get("managementServers")
         if servers is not None:
             zones = {DEFAULT_ZONE: {"servers": servers}}
+    if findings.problems:
+        raise InvalidDocument(findings.problems)
     if isinstance(zones, Mapping):
         zones = {zone: _flat(entry) for zone, entry in zones.items()}
     return {"zones": zones, "topologyKey": document.get("topologyKey")}
@@ -229,9 +225,3 @@ def names_document(document: Entry) -> Entry:
 def _flat(entry: object) -> object:
     management = entry.get("management") if isinstance(entry, Mapping) else None
     return {**management, **entry} if isinstance(entry, Mapping) and isinstance(management, Mapping) else entry
-
-
-def _decoded(value: object, what: str) -> Entry:
-    if isinstance(value, str) and value.strip():
-        return decode_mapping(value, what)
-    return value if isinstance(value, dict) else {}

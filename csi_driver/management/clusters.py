@@ -201,11 +201,11 @@ def open_clusters(
 def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
     """Parse a clusters file of any form. Raises `InvalidDocument` with every problem."""
     document = decode_mapping(source, "the clusters file") if isinstance(source, str) else source
-    findings, flags = Findings(), {}
+    findings = Findings()
+    flags: dict[str, tuple[str, str]] = {}
     is_old = not isinstance(source, str) or compat.is_old(document)
     if is_old:
-        translation = compat.translate(source, document, defaults.zone, _given(defaults), findings)
-        document, flags = translation.document, dict(translation.flags)
+        document, flags = compat.translate(source, document, defaults.zone, _given(defaults), findings)
     else:
         findings.unknown_keys("the clusters file", document, _FILE_KEYS)
     zones = {}
@@ -269,17 +269,15 @@ def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
 
 def _zone_settings(reader: MappingReader, own: ManagementSettings) -> ManagementSettings:
     """Return the settings of one zone, with the command line's where it is silent."""
-    tls_verify = reader.value("tlsVerify", read_boolean)
-    allow_incompatible = reader.value("allowIncompatibleVersions", read_boolean)
     settings = replace(
         _with_login(reader, own),
         servers=_servers(reader),
         ca_file=reader.path("caFile") or own.ca_file,
-        tls_verify=own.tls_verify if tls_verify is None else tls_verify,
-        request_timeout_s=reader.value("requestTimeout", read_positive_duration) or own.request_timeout_s,
-        max_requests_in_flight=reader.value("maxRequestsInFlight", read_positive_count) or own.max_requests_in_flight,
-        allow_incompatible_versions=(
-            own.allow_incompatible_versions if allow_incompatible is None else allow_incompatible
+        tls_verify=reader.value("tlsVerify", read_boolean, own.tls_verify),
+        request_timeout_s=reader.value("requestTimeout", read_positive_duration, own.request_timeout_s),
+        max_requests_in_flight=reader.value("maxRequestsInFlight", read_positive_count, own.max_requests_in_flight),
+        allow_incompatible_versions=reader.value(
+            "allowIncompatibleVersions", read_boolean, own.allow_incompatible_versions
         ),
     )
     reader.findings.problems += [f"{reader.what}: {problem}" for problem in settings.problems()]
