@@ -137,12 +137,12 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
         delete=DeleteVolume(clusters, settings),
         publish=PublishVolume(clusters, settings),
         unpublish=UnpublishVolume(clusters, settings),
-        expand=ExpandVolume(clusters, settings),
+        expand=ExpandVolume(clusters),
         modify=ModifyVolume(clusters),
         listing=listing,
         capacity=GetCapacity(clusters, settings),
-        validate=ValidateVolume(clusters, settings),
-        health=GetVolumeHealth(clusters, listing, settings),
+        validate=ValidateVolume(clusters),
+        health=GetVolumeHealth(listing),
     )
 
 

@@ -106,7 +106,11 @@ def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> Allow
 
 
 def _free_in(
-    clusters: Clusters, zones: Sequence[str], read: StorageClassParameters, pool: ZonePool, deadline: Deadline
+    clusters: Clusters,
+    zones: Sequence[str],
+    read: StorageClassParameters,
+    deadline: Deadline,
+    pool: ZonePool = ZONE_POOL,
 ) -> Answers[FreeCapacity]:
     def in_zone(zone: str) -> FreeCapacity:
         management = clusters.management(zone)
@@ -121,7 +125,6 @@ class GetCapacity:
 
     clusters: Clusters
     settings: ControllerSettings
-    pool: ZonePool = ZONE_POOL
     _refused: set[frozenset[tuple[str, str]]] = field(default_factory=set)
 
     def capacity(
@@ -200,7 +203,7 @@ class GetCapacity:
     def _answers(
         self, zones: Sequence[str], read: StorageClassParameters, deadline: Deadline
     ) -> Sequence[FreeCapacity]:
-        answers = _free_in(self.clusters, zones, read, self.pool, deadline)
+        answers = _free_in(self.clusters, zones, read, deadline)
         if answers.missing and len(answers.missing) == len(self.clusters.zones()):
             raise unavailable(answers.missing)
         for each, reason in sorted(answers.missing.items()):
@@ -266,7 +269,7 @@ class ZoneSelection:
         unknown = [zone for zone in zones if zone not in found]
         if unknown:
             latest = deadline.at_most(_KNOWN_WAIT_S)
-            given = _free_in(self.clusters, unknown, parameters, self.pool, latest).given
+            given = _free_in(self.clusters, unknown, parameters, latest, self.pool).given
             with self._lock:
                 self._known.update({(zone, kind): (free.free_bytes, now_s) for zone, free in given.items()})
             found.update({zone: free.free_bytes for zone, free in given.items()})
@@ -296,7 +299,6 @@ class ExpandVolume:
     """ControllerExpandVolume, for attached volumes too."""
 
     clusters: Clusters
-    settings: ControllerSettings
 
     def expand(
         self, volume_id: str, capacity: CapacityRange, capability: Capability | None, *, deadline: Deadline

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import described, listed_handles, require
 from csi_driver.controller.volume_metadata import read_creation
-from csi_driver.controller.zones import ZONE_POOL, Found, ZonePool, ask
+from csi_driver.controller.zones import Found, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
 from csi_driver.model import ListedVolume, Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
@@ -83,7 +83,6 @@ class ListVolumes:
 
     clusters: Clusters
     settings: ControllerSettings
-    pool: ZonePool = ZONE_POOL
     _reported: set[str] = field(default_factory=set)
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
@@ -136,7 +135,7 @@ class ListVolumes:
                 yield from in_zone(zone)
             return
         # A zone that cannot be asked fails the call: a volume that is left out would look deleted.
-        found = ask(zones, lambda zone: list(in_zone(zone)), deadline=deadline, pool=self.pool).all()
+        found = ask(zones, lambda zone: list(in_zone(zone)), deadline=deadline).all()
         self._report_duplicates(found)
         for zone in zones:
             yield from found[zone]
@@ -245,13 +244,11 @@ _FAILED = frozenset({DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED
 class GetVolumeHealth:
     """ControllerGetVolumeHealth and ControllerListVolumeHealth."""
 
-    clusters: Clusters
     listing: ListVolumes
-    settings: ControllerSettings
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth:
         """Return the faults of one volume, in constant time. Raises `VolumeNotFound`."""
-        located = require(self.clusters, volume_id, deadline=deadline)
+        located = require(self.listing.clusters, volume_id, deadline=deadline)
         clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
         return VolumeHealth(volume_id, find_faults(located.volume, clients))
 
@@ -261,7 +258,7 @@ class GetVolumeHealth:
         holders: dict[str, Mapping[str, Sequence[Client]]] = {}
         found = []
         for entry in listed:
-            zone = entry.volume.topology[0][self.settings.topology_key]
+            zone = entry.volume.topology[0][self.listing.settings.topology_key]
             if zone not in holders:
                 holders[zone] = self._holders(zone, deadline)
             volume = entry.stored
@@ -275,7 +272,7 @@ class GetVolumeHealth:
         return found, token
 
     def _holders(self, zone: str, deadline: Deadline) -> Mapping[str, Sequence[Client]]:
-        management = self.clusters.management(zone)
+        management = self.listing.clusters.management(zone)
         holders: dict[str, list[Client]] = {}
         for client in management.clients(deadline=deadline) if management is not None else ():
             for uuid in client.desired:

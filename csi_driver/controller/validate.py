@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, ValidateRequest
-from csi_driver.controller.volume_lookup import described, require
+from csi_driver.controller.volume_lookup import require, volume_context
 from csi_driver.controller.volume_metadata import Creation, encryption_of
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, InvalidRequest, shown
@@ -18,7 +18,6 @@ from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capabilit
 from csi_driver.parameters.mkfs import check_fs_type
 from csi_driver.parameters.storage_class import check_changes, check_use, is_applied, is_compared, parse, parse_changes
 from csi_driver.parameters.values import Problems
-from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
@@ -84,7 +83,6 @@ class ValidateVolume:
     """ValidateVolumeCapabilities."""
 
     clusters: Clusters
-    settings: ControllerSettings
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
         """Return None if the volume can be used so, else why not. Raises `VolumeNotFound`."""
@@ -100,7 +98,7 @@ class ValidateVolume:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):
             return f"access type: expected {_ACCESS[creation.is_block]}, as created, got the other"
-        issued = described(located, self.settings.topology_key).context
+        issued = volume_context(located)
         for key in sorted(issued.keys() & request.context.keys()):
             if issued[key] != request.context[key]:
                 return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"

@@ -206,16 +206,22 @@ def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
     return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 
-def described(found: Found, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
-    """Return the CSI message Volume, with the requested id or by default the issued one."""
-    zone, volume, creation = found.zone, found.volume, found.creation
-    context = {"zone": creation.zone or zone}
+def volume_context(found: Found) -> dict[str, str]:
+    """Return the volume context that CreateVolume returned; empty for a volume that no driver created."""
+    creation = found.creation
+    if creation.csi_name is None:
+        return {}
+    context = {"zone": creation.zone or found.zone}
     if creation.fs_type is not None and not creation.is_block:
         context["fsType"] = creation.fs_type
-    context.update({key: creation.parameters[key] for key in CONTEXT_KEYS if key in creation.parameters})
+    return context | {key: creation.parameters[key] for key in CONTEXT_KEYS if key in creation.parameters}
+
+
+def described(found: Found, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
+    """Return the CSI message Volume, with the requested id or by default the issued one."""
     return ProvisionedVolume(
         volume_id=volume_id or issued_handle(found).format(),
-        capacity_bytes=volume.size_bytes - found.reserved_bytes,
-        context=context if creation.csi_name is not None else {},
-        topology=({topology_key: zone},),
+        capacity_bytes=found.volume.size_bytes - found.reserved_bytes,
+        context=volume_context(found),
+        topology=({topology_key: found.zone},),
     )

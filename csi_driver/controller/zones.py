@@ -126,7 +126,6 @@ class Readiness:
     """Whether the storage management of any zone can be reached."""
 
     clusters: Clusters
-    pool: ZonePool = ZONE_POOL
     _was_ready: bool = False
 
     def ready(self, *, deadline: Deadline) -> bool:
@@ -153,7 +152,7 @@ class Readiness:
             management.system_info(deadline=deadline)
             return True
 
-        return any_of(self.clusters.zones(), answers, deadline=deadline, pool=self.pool)
+        return any_of(self.clusters.zones(), answers, deadline=deadline)
 
 
 def any_of(

@@ -76,7 +76,7 @@ class Controller:
         self.deletion = DeleteVolume(clusters, SETTINGS)
         self.publication = PublishVolume(clusters, SETTINGS)
         self.unpublication = UnpublishVolume(clusters, SETTINGS)
-        self.expand = ExpandVolume(clusters, SETTINGS)
+        self.expand = ExpandVolume(clusters)
 
 
 @dataclass

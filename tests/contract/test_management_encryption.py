@@ -172,7 +172,7 @@ class EndToEnd:
         clusters = FakeClusters(client)
         settings = ControllerSettings()
         self.creation = CreateVolume(clusters, settings)
-        self.expand = ExpandVolume(clusters, settings)
+        self.expand = ExpandVolume(clusters)
         self.publication = PublishVolume(clusters, settings)
         self.get_capacity = GetCapacity(clusters, settings)
 

@@ -99,7 +99,7 @@ def test_two_nodes_with_one_trouble_are_one_entry() -> None:
 
 
 def of(world: World) -> GetVolumeHealth:
-    return GetVolumeHealth(world.clusters, world.listing, world.settings)
+    return GetVolumeHealth(world.listing)
 
 
 def broken(world: World, name: str) -> None:

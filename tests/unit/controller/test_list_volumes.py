@@ -230,7 +230,7 @@ def test_a_page_of_health_fits_into_a_message() -> None:
     world = many(12_000)
     for volume in world.management.all_volumes():
         world.management.change(volume.name, status="degraded", health="alarm", action="rebuilding")
-    health = GetVolumeHealth(world.clusters, world.listing, world.settings)
+    health = GetVolumeHealth(world.listing)
     pages, token, seen = 0, "", list[str]()
     while token or not pages:
         found, token = health.volumes(0, token, deadline=world.deadline())

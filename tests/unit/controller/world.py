@@ -66,12 +66,12 @@ class World:
         self.deletion = DeleteVolume(self.clusters, self.settings)
         self.publication = PublishVolume(self.clusters, self.settings)
         self.unpublication = UnpublishVolume(self.clusters, self.settings)
-        self.expand = ExpandVolume(self.clusters, self.settings)
+        self.expand = ExpandVolume(self.clusters)
         self.modify = ModifyVolume(self.clusters)
-        self.listing = ListVolumes(self.clusters, self.settings, pool)
-        self.free = GetCapacity(self.clusters, self.settings, pool)
-        self.validation = ValidateVolume(self.clusters, self.settings)
-        self.readiness = Readiness(self.clusters, pool)
+        self.listing = ListVolumes(self.clusters, self.settings)
+        self.free = GetCapacity(self.clusters, self.settings)
+        self.validation = ValidateVolume(self.clusters)
+        self.readiness = Readiness(self.clusters)
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)
