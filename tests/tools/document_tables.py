@@ -56,7 +56,7 @@ def _flags(command: str) -> Iterator[str]:
     in_chart = command in OWN_VALUES
     above = {} if in_chart else _flags_above(command)
     flags = flags_of(command_class(command))
-    yield _row(["flag", "default", "environment", *(["value of the chart"] * in_chart), "what it does"])
+    yield _row(["flag", "default", "environment", *(["value of the chart"] * in_chart), "description"])
     yield "|---|---|---|---|" + "---|" * in_chart
     for flag in flags.values():
         if flag.describe() == above.get(flag.name):
@@ -87,7 +87,7 @@ def _chart_value(role: str, flag: Flag[object]) -> str:
 
 
 def _commands(_: str) -> Iterator[str]:
-    yield _row(["command", "what it does"])
+    yield _row(["command", "description"])
     yield "|---|---|"
     yield from (_row([f"`nvmesh-csi {name}`", purpose]) for name, purpose in COMMANDS.items())
 
@@ -194,7 +194,7 @@ def _written(node: yaml.Node) -> str:
 
 
 def _values(_: str) -> Iterator[str]:
-    yield _row(["value", "default", "what it does"])
+    yield _row(["value", "default", "description"])
     yield "|---|---|---|"
     yield from (_row([f"`{each.path}`", each.default, each.says]) for each in chart_values())
 

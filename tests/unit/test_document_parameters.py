@@ -247,7 +247,7 @@ def test_every_value_of_the_chart_is_in_the_document_and_explained() -> None:
     rows = {
         span: row for row in table(section(DOCUMENT, "Values of the chart"), "value") for span in code(row["value"])
     }
-    assert [path for path, row in rows.items() if not row["what it does"]] == []
+    assert [path for path, row in rows.items() if not row["description"]] == []
     assert sorted(path for path in _paths(values) if not _is_covered(path, set(rows))) == []
     assert sorted(set(rows) - set(_paths(values))) == []
 

@@ -76,7 +76,7 @@ allowedTopologies:
 
 {{/*
 One of the default classes (dict root, class), as it is or, where the cluster has a class of its name:
-one of this release keeps what Kubernetes lets nobody change; any other is left to whoever made it.
+one of this release keeps its immutable fields; any other is unchanged.
 */}}
 {{- define "nvmesh-csi.defaultClass" -}}
 {{- $class := .class }}

@@ -1,7 +1,7 @@
 {{/* Names, labels, images: what every object of the chart has. */}}
 
 {{/* Start of every name: at most 40 characters, as the longest of our suffixes and what Kubernetes adds to the names
-     of pods and revisions (a StatefulSet's revision is a label of 63 characters) stand behind it. A longer one is cut
+     of pods and revisions (a StatefulSet's revision is a label of 63 characters) follow it. A longer one is cut
      and gets a hash, so that two long names that begin alike stay two. */}}
 {{- define "nvmesh-csi.fullname" -}}
 {{- $name := .Values.fullnameOverride | default .Release.Name -}}
@@ -27,7 +27,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 {{- end -}}
 
-{{/* Labels of a role's pods: not the chart's version, so that a release of the chart alone starts no pod anew. Call with
+{{/* Labels of a role's pods: not the chart's version, so that a release of the chart alone restarts no pod. Call with
      (dict "root" $ "component" NAME). */}}
 {{- define "nvmesh-csi.podLabels" -}}
 {{ include "nvmesh-csi.selector" . }}
@@ -86,7 +86,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Tell whether one path is another, or lies below it: "true" or "". Call with (list PATH DIRECTORY). */}}
+{{/* Return whether one path is another, or lies below it: "true" or "". Call with (list PATH DIRECTORY). */}}
 {{- define "nvmesh-csi.isBelow" -}}
 {{- if hasPrefix (printf "%s/" (trimSuffix "/" (last .))) (printf "%s/" (trimSuffix "/" (first .))) -}}true{{- end -}}
 {{- end -}}

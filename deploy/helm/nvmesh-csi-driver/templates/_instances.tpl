@@ -1,11 +1,11 @@
 {{/* What several drivers in one cluster must not share follows the driver's name, where no value says otherwise. The
-     driver that took over from the older ones keeps what they had. */}}
+     driver that replaced the older ones keeps their names. */}}
 
 {{- define "nvmesh-csi.hasOlderName" -}}
 {{- if eq .Values.driverName "nvmesh-csi.excelero.com" -}}true{{- end -}}
 {{- end -}}
 
-{{/* The topology key that the program is told; empty: it knows itself, or the description of the clusters says so. Two
+{{/* The topology key as a flag; empty: the default, or the key of the clusters file. Two
      drivers must not share one: a node has one value for a key, and kubelet refuses the second driver if its zone has
      another name. */}}
 {{- define "nvmesh-csi.topologyKey" -}}

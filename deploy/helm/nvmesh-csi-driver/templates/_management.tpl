@@ -71,7 +71,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* Secrets of who talks to the management, as a list of {name, path, secret, items} in YAML: what is mounted where. */}}
+{{/* Secrets for the management, as a list of {name, path, secret, items} in YAML, for the mounts. */}}
 {{- define "nvmesh-csi.managementSecrets" -}}
 {{- $management := .Values.management -}}
 {{- if include "nvmesh-csi.isEmbedded" . }}

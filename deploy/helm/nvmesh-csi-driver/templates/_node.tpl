@@ -1,4 +1,4 @@
-{{/* Where the node finds what it works with, as paths of the host that are the same in the container. */}}
+{{/* Directories of the node, the same on the host and in the container. */}}
 
 {{- define "nvmesh-csi.deviceDirectory" -}}
 {{- .Values.node.deviceDirectory | default (ternary (include "nvmesh-csi.storageDirectory" (dict "root" . "of" "device")) "/dev/nvmesh" .Values.storage.enabled) -}}
@@ -25,7 +25,7 @@
 {{- if or .Values.node.nodeLabel .Values.node.startupTaint.enabled .Values.node.preStop.enabled -}}true{{- end -}}
 {{- end -}}
 
-{{/* Directories of the host that the node's container sees beside kubelet's and /dev, as a list of {path, mode} in
+{{/* Host directories of the node's container, in addition to kubelet's and /dev, as a list of {path, mode} in
      YAML: `shared` ones show mounts of the container to the host, `read` ones are read-only. */}}
 {{- define "nvmesh-csi.nodeDirectories" -}}
 {{- $kubelet := .Values.kubeletDirectory -}}

@@ -50,7 +50,7 @@ subjects:
     namespace: {{ .root.Release.Namespace | quote }}
 {{- end -}}
 
-{{/* To lead, and to say so in an event of the lease. */}}
+{{/* Leader election, and events of the lease. */}}
 {{- define "nvmesh-csi.leaseRules" -}}
 - {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, create, update]}
 - {apiGroups: [""], resources: [events], verbs: [create, patch]}

@@ -43,7 +43,7 @@
   ports:
     - {name: {{ .name }}, containerPort: {{ int $sidecar.httpPort }}}
   # It listens when the driver is ready, which takes as long as the management is away: to be killed meanwhile would have
-  # it wait in ever longer pauses after that. A day, and it is started anew.
+  # it wait in ever longer pauses after that. It is restarted after a day.
   startupProbe:
     httpGet: {path: /healthz/leader-election, port: {{ .name }}}
     periodSeconds: 5
