@@ -296,7 +296,6 @@ def prepare_directory(configured: Path | None) -> tuple[Path, bool]:
 
 
 def _run(settings: DemoSettings, directory: Path, screen: Screen) -> int:
-    """Start the roles, show the volumes, clean up; return the exit status."""
     local = LocalSettings(
         directory=directory,
         size_bytes=settings.size_bytes,
@@ -372,7 +371,6 @@ def _rows(table: str, *argv: str) -> list[dict[str, str]]:
 
 
 def size(size_bytes: int) -> str:
-    """Write a size for people, in binary units."""
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 

@@ -291,7 +291,6 @@ def table(target: Target, findings: Sequence[Finding], took_s: float) -> Iterato
 
 
 def document(target: Target, findings: Sequence[Finding]) -> str:
-    """Return all of it as JSON."""
     keys = ("check", "severity", "found", "expected", "fix")
     entries = [{key: value for key in keys if (value := getattr(each, key))} for each in findings]
     return json.dumps({"driver": target.driver_name, "node": target.node_name, "findings": entries}, indent=2)

@@ -50,9 +50,7 @@ class LocalSettings:
         read_directory,
         "Directory for the pool, sockets, device nodes, pid files and logs; created if absent, kept afterwards.",
     )
-    size_bytes: int | None = flag(
-        None, "--size", read_positive_size, "Capacity of the pool.", shown="free space of the directory"
-    )
+    size_bytes: int | None = flag(None, "--size", read_positive_size, "Capacity of the pool.", shown="free space")
     overcommit: bool = OVERCOMMIT.field()
     preallocate: bool = PREALLOCATE.field()
     driver_name: str = DRIVER_NAME.field()
@@ -69,9 +67,7 @@ class LocalSettings:
     path_roots: tuple[Path, ...] = PATH_ROOT.with_default((Path("/"),), "/")
     log_level: str = LOG_LEVEL.field()
     start_timeout_s: float = START_TIMEOUT.field()
-    stop_timeout_s: float = flag(
-        30.0, "--stop-timeout", read_positive_duration, "Time for a role to stop before it is killed."
-    )
+    stop_timeout_s: float = flag(30.0, "--stop-timeout", read_positive_duration, "Time between SIGTERM and SIGKILL.")
     restart_limit: int = flag(
         5,
         "--restart-limit",
@@ -93,13 +89,9 @@ class DemoSettings:
         "Working directory; must be absent or empty.",
         shown="a new one below /tmp, removed at the end",
     )
-    size_bytes: int = flag(
-        4 * GIB, "--size", read_positive_size, "Capacity of the pool; only written blocks take space."
-    )
+    size_bytes: int = flag(4 * GIB, "--size", read_positive_size, "Capacity of the pool, a sparse file.")
     volume_bytes: int = flag(1 * GIB, "--volume-size", read_positive_size, "Size of each new volume.")
-    expanded_bytes: int = flag(
-        2 * GIB, "--expanded-size", read_positive_size, "Size of each volume after its expansion."
-    )
+    expanded_bytes: int = flag(2 * GIB, "--expanded-size", read_positive_size, "Size of each volume after expansion.")
     fs_types: tuple[str, ...] = repeatable(
         (),
         "--fs-type",
@@ -107,9 +99,7 @@ class DemoSettings:
         "Filesystem of the demo.",
         shown="ext4, and xfs where mkfs.xfs is installed",
     )
-    write_bytes: int = flag(
-        16 * MIB, "--write-size", read_positive_size, "Bytes written to and verified on each volume."
-    )
+    write_bytes: int = flag(16 * MIB, "--write-size", read_positive_size, "Bytes written to and read from a volume.")
     step_timeout_s: float = flag(120.0, "--step-timeout", read_positive_duration, "Time limit of each CSI request.")
     start_timeout_s: float = START_TIMEOUT.field()
     program: tuple[str, ...] = field(default_factory=this_program)

@@ -150,7 +150,6 @@ class Supervisor:
 
     @property
     def port(self) -> int:
-        """The TCP port of the storage manager."""
         return int(self._listener.getsockname()[1])
 
     def _begin(self, role: Role) -> None:

@@ -86,7 +86,7 @@ def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
 
 def parse_encryption(own: Mapping[str, str]) -> EncryptionRequest:
     """Read who encrypts, with all checks of the node."""
-    by = encrypting(own)
+    by = encryption_kind(own)
     if by is Encryption.NONE:
         read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption as well, native or luks")
         return EncryptionRequest()
@@ -102,8 +102,7 @@ def parse_encryption(own: Mapping[str, str]) -> EncryptionRequest:
     return request
 
 
-def encrypting(own: Mapping[str, str]) -> Encryption:
-    """Return who encrypts."""
+def encryption_kind(own: Mapping[str, str]) -> Encryption:
     by = read.chosen(own, ENCRYPTION, _WORDS) or Encryption.NONE
     return Encryption.LUKS if by is not Encryption.NONE and compat.is_node_encryption(own) else by
 
@@ -130,7 +129,7 @@ def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, st
     Raises `PreconditionFailed` for a kind of encryption that this node does not know.
     """
     if context is None:
-        return encrypting(_set(volume_context))
+        return encryption_kind(_set(volume_context))
     if context.encryption is Encryption.UNKNOWN:
         raise PreconditionFailed(f"volume {context.name}: unknown kind of encryption; upgrade this node plugin")
     return context.encryption

@@ -171,7 +171,6 @@ def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
 
 
 def _refusal(option: str) -> InvalidMountOption | None:
-    """Return why an option is refused, else None."""
     name = _name(option)
     if option in _REFUSED_WHOLE:
         return InvalidMountOption(option, _REFUSED_WHOLE[option])

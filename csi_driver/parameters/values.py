@@ -23,16 +23,12 @@ class InvalidParameter(InvalidField):
 
 
 class RefusedParameter(InvalidRequest):
-    """A parameter does not apply here."""
-
     def __init__(self, key: str, reason: str) -> None:
         self.field = key
         super().__init__(f"parameter {key} cannot be used: {reason}")
 
 
 class SeveralProblems(InvalidRequest):
-    """A request has several problems."""
-
     def __init__(self, problems: Sequence[InvalidRequest]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(str(problem) for problem in problems))
@@ -106,7 +102,6 @@ def _read(own: Mapping[str, str], key: str, read: Callable[[str], T | None], exp
 
 
 def text(own: Mapping[str, str], key: str, pattern: re.Pattern[str], expected: str) -> str | None:
-    """Return text that matches the whole pattern."""
     value = own.get(key)
     if value is not None and not pattern.fullmatch(value):
         raise InvalidParameter(key, value, expected)
@@ -114,7 +109,6 @@ def text(own: Mapping[str, str], key: str, pattern: re.Pattern[str], expected: s
 
 
 def names(own: Mapping[str, str], key: str) -> tuple[str, ...] | None:
-    """Return names separated by commas."""
     value = own.get(key)
     found = tuple(name.strip() for name in value.split(",")) if value is not None else None
     if found is not None and not all(found):
