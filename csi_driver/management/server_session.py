@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import threading
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from csi_driver.deadline import Deadline
@@ -116,39 +115,26 @@ class ManagementTooOld(PreconditionFailed):
     """The API version of a server is below the lowest one that the driver supports."""
 
 
-@dataclass(frozen=True, slots=True)
-class ApiVersion:
-    """The API version of a server: () where it states none, None where it is unreadable."""
+def _check_version(value: object, server: str, *, allow_incompatible: bool) -> tuple[str, str]:
+    """Return an `APIVersion` (a number, or text such as "16" and "17.2.0") for messages, and a warning or "".
 
-    text: str
-    numbers: tuple[int, ...] | None
-
-    @classmethod
-    def read(cls, value: object) -> ApiVersion:
-        """Read the value of `APIVersion`: a number, or text such as "16" and "17.2.0"."""
-        if value is None or value == "":
-            return cls("", ())
-        text = value.strip() if isinstance(value, str) else str(value)
-        match = _VERSION.fullmatch(text) if not isinstance(value, bool) else None
-        return cls(text, tuple(int(part) for part in match[1].split(".")) if match is not None else None)
-
-    def __str__(self) -> str:
-        return f"API version {shown(self.text)}" if self.text else "an API without a version"
-
-
-def _check_version(version: ApiVersion, server: str, *, allow_incompatible: bool) -> str:
-    """Return a warning about an untested version, or "". Raises `ManagementTooOld` unless that is allowed."""
-    if version.numbers is None:
-        return "which is unreadable and treated as newer"
-    if version.numbers < _LOWEST:
-        lowest = ".".join(map(str, _LOWEST))
-        if not allow_incompatible:
-            raise ManagementTooOld(
-                f"management server {server}: expected API version {lowest} or newer, got {version}; upgrade the"
-                " management, or set --allow-incompatible-versions to continue at your own risk"
-            )
-        return f"older than the lowest supported ({lowest}); allowed by --allow-incompatible-versions"
-    return f"newer than the newest tested ({_NEWEST[0]})" if version.numbers[:1] > _NEWEST else ""
+    An unreadable version counts as newer. Raises `ManagementTooOld` unless `allow_incompatible`.
+    """
+    text = "" if value is None else str(value).strip()
+    version = f"API version {shown(text)}" if text else "an API without a version"
+    match = _VERSION.fullmatch(text)
+    if match is None and text:
+        return version, "which is unreadable and treated as newer"
+    numbers = tuple(map(int, match[1].split("."))) if match is not None else ()
+    lowest = ".".join(map(str, _LOWEST))
+    if numbers < _LOWEST and not allow_incompatible:
+        raise ManagementTooOld(
+            f"management server {server}: expected API version {lowest} or newer, got {version}; upgrade the"
+            " management, or set --allow-incompatible-versions to continue at your own risk"
+        )
+    if numbers < _LOWEST:
+        return version, f"older than the lowest supported ({lowest}); allowed by --allow-incompatible-versions"
+    return version, f"newer than the newest tested ({_NEWEST[0]})" if numbers[:1] > _NEWEST else ""
 
 
 # --- session ----------------------------------------------------------------------------------------------------------
@@ -162,10 +148,8 @@ class ServerSession:
         self._metrics = metrics
         self._transport = Transport(url, settings)
         self.url = self._transport.server
-        self.version: ApiVersion | None = None
-        """The API version of the present session; None before the first one."""
-        self._logged_version: ApiVersion | None = None
-        self._warned = set[str]()
+        self._version: str | None = None
+        self._logged_version = ""
         self._cookie: str | None = None
         self._credentials: Credentials | None = None
         self._opening = threading.Lock()
@@ -232,7 +216,7 @@ class ServerSession:
         """Open a session other than `stale` and read its API version, in one thread; others wait for its result."""
         needs_version = request.path != SYSTEM_INFO  # the response has it
         has_login = self._cookie is not None or not self._settings.has_user
-        if stale is None and has_login and (self.version is not None or not needs_version):
+        if stale is None and has_login and (self._version is not None or not needs_version):
             return
         seen = self._openings
         if not self._opening.acquire(timeout=deadline.remaining_s()):
@@ -242,7 +226,7 @@ class ServerSession:
                 raise same_again(self._opening_failure)
             self._opening_failure = None
             self._log_in_again(stale, deadline)
-            if needs_version and self.version is None:
+            if needs_version and self._version is None:
                 self._request_version(deadline)
         except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
             self._opening_failure = same_again(error)
@@ -259,7 +243,7 @@ class ServerSession:
                     f"{self._settings.client_certificate} as a login; check --management-client-certificate"
                 )
         elif self._cookie is None or self._cookie == stale:
-            self._cookie = self.version = None
+            self._cookie = self._version = None
             self._cookie = self._log_in(deadline)
 
     def _log_in(self, deadline: Deadline) -> str:
@@ -319,17 +303,15 @@ class ServerSession:
         """Check and keep the API version of the session."""
         if "success" in info:
             return  # an error
-        version = ApiVersion.read(info.get("APIVersion"))
         allow_incompatible = self._settings.allow_incompatible_versions
-        warning = _check_version(version, self.url, allow_incompatible=allow_incompatible)
-        if warning and version.text not in self._warned:
-            self._warned.add(version.text)
-            _LOG.warning("management server %s has %s, %s", self.url, version, warning)
+        version, warning = _check_version(info.get("APIVersion"), self.url, allow_incompatible=allow_incompatible)
         if version != self._logged_version:
             self._logged_version = version
             management = shown(info.get("version") or info.get("managementVersion"))
             _LOG.info("management server %s works: management %s, %s", self.url, management, version)
-        self.version = version
+            if warning:
+                _LOG.warning("management server %s has %s, %s", self.url, version, warning)
+        self._version = version
 
 
 def _requires_login(response: Response) -> bool:
