@@ -12,11 +12,7 @@ from csi_driver.controller.delete_volume import delete_unreturned
 from csi_driver.controller.ports import Clusters, CreateRequest, Management
 from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences
 from csi_driver.controller.volume_lookup import described, issued_reference
-from csi_driver.controller.volume_metadata import (
-    Creation,
-    creation_metadata,
-    read_attachments,
-)
+from csi_driver.controller.volume_metadata import Creation, creation_metadata, read_attachments
 from csi_driver.controller.zones import (
     UNANSWERED,
     ZONE_POOL,
@@ -115,7 +111,8 @@ class CreateVolume:
             header_bytes=parameters.encryption.header_bytes if parameters.encryption.by is Encryption.LUKS else 0,
         )
         zones = allowed_zones(self.clusters.zones(), request.topology, self.settings.topology_key)
-        call = _Call(self, request, volume_name(request.name), parameters, creation, zones, deadline)
+        guard = DuplicateGuard(self.clusters, self.settings.allow_zone_skip, self.pool)
+        call = _Call(self, request, volume_name(request.name), parameters, creation, zones, deadline, guard)
         try:
             return call.find_or_create()
         except _FINAL as problem:
@@ -133,26 +130,27 @@ class _Call:
     creation: Creation
     zones: Sequence[str]
     deadline: Deadline
-    guard: DuplicateGuard | None = field(init=False)
-    """None with one zone, where the storage itself keeps the name unique."""
-
-    def __post_init__(self) -> None:
-        clusters, settings = self.use_case.clusters, self.use_case.settings
-        is_guarded = len(clusters.zones()) > 1
-        self.guard = DuplicateGuard(clusters, settings.allow_zone_skip, self.use_case.pool) if is_guarded else None
+    guard: DuplicateGuard
 
     def find_or_create(self) -> ProvisionedVolume:
-        if self.guard is None:
-            return self._create_in_first(self.zones)
         found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
         if isinstance(found, Found):
             return self._finish(found)
         if not found:
             raise StorageUnavailable(f"no response of any of the zones {', '.join(self.zones)}")
-        selection = self.use_case.selection
-        return self._create_in_first(
-            selection.order(found, self.request, name=self.name, parameters=self.parameters, deadline=self.deadline)
+        refusals: dict[str, Exhausted | VpgMissing] = {}
+        order = self.use_case.selection.order(
+            found, self.request, name=self.name, parameters=self.parameters, deadline=self.deadline
         )
+        for zone in order:
+            try:
+                uuid = self._create_in(zone)
+            except (Exhausted, VpgMissing) as refusal:  # only then it is certain that nothing was created
+                refusals[zone] = refusal
+                _log.info("zone %s cannot create volume %s: %s", zone, self.name, refusal)
+                continue
+            return self._finish_created(zone, uuid)
+        raise _refused_by_all(refusals)
 
     def continue_after(self, problem: DriverError) -> ProvisionedVolume:
         """Continue with the volume that an earlier call left, although it cannot be created now; else raise `problem`.
@@ -172,25 +170,7 @@ class _Call:
             raise StorageUnavailable(f"volume {self.name} exists, but is not usable yet: {again}") from problem
 
     def _existing(self) -> Found | None:
-        if self.guard is None:
-            return find_in(self.use_case.clusters, self.zones[0], self.name, deadline=self.deadline)
-        found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
-        return found if isinstance(found, Found) else None
-
-    # --- creating -----------------------------------------------------------------------------------------------
-
-    def _create_in_first(self, zones: Sequence[str]) -> ProvisionedVolume:
-        """Create the volume in the first zone that accepts it; the next one only after a refusal, never in doubt."""
-        refusals: dict[str, Exhausted | VpgMissing] = {}
-        for zone in zones:
-            try:
-                uuid = self._create_in(zone)
-            except (Exhausted, VpgMissing) as refusal:
-                refusals[zone] = refusal
-                _log.info("zone %s cannot create volume %s: %s", zone, self.name, refusal)
-                continue
-            return self._finish_created(zone, uuid)
-        raise _refused_by_all(refusals)
+        return self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
 
     def _create_in(self, zone: str) -> str | None:
         """Create the volume and return its uuid; None if a volume of that name exists."""
@@ -257,16 +237,14 @@ class _Call:
         is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
         if is_ours:
             _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
-        if self.guard is not None and is_ours:
+        if is_ours:
             self.guard.confirm(found, self.zones, deadline=self.deadline)
-        elif self.guard is not None:
+        elif not self.guard.is_single:
             again = self._existing()
             if again is None:
                 raise OperationPending(f"volume {self.name} was deleted concurrently; retry")
             found = again
         return self._finish(found, is_new=is_ours)
-
-    # --- finishing ----------------------------------------------------------------------------------------------
 
     def _finish(self, found: Found, *, is_new: bool = False) -> ProvisionedVolume:
         """Prove that the volume is the requested one, wait until it is usable, and answer as the first time.

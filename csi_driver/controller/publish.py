@@ -11,22 +11,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from csi_driver.controller.fencing import (
-    Preemption,
-    UnpublishVolume,
-    device_state,
-    is_detaching,
-    missing,
-)
+from csi_driver.controller.fencing import Preemption, UnpublishVolume, device_state, is_detaching, missing
 from csi_driver.controller.ports import Clusters, PublishRequest
 from csi_driver.controller.validate import check_capability, reservation_mode
-from csi_driver.controller.volume_lookup import (
-    Located,
-    find_client,
-    must_record_handle,
-    require,
-    sole_management,
-)
+from csi_driver.controller.volume_lookup import Located, find_client, must_record_handle, require, sole_management
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
     complete_context,

@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.volume_metadata import (
-    AttachmentRecord,
-    read_attachments,
-)
+from csi_driver.controller.volume_metadata import AttachmentRecord, read_attachments
 from csi_driver.controller.zones import Found, ask, find_in
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown

@@ -225,11 +225,7 @@ def complete_context(context: PublishContext, volume: Volume, by: Encryption) ->
             volume.name,
         )
     return replace(
-        context,
-        encryption=by,
-        format_allowed=may_format,
-        stripe_unit_bytes=unit_bytes,
-        stripe_bytes=stripe_bytes,
+        context, encryption=by, format_allowed=may_format, stripe_unit_bytes=unit_bytes, stripe_bytes=stripe_bytes
     )
 
 

@@ -259,12 +259,26 @@ class DuplicateGuard:
     allow_zone_skip: bool = False
     pool: ZonePool = ZONE_POOL
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one zone, where the storage itself keeps every name unique: nothing is asked."""
+        return len(self.clusters.zones()) == 1
+
+    def existing(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | None:
+        """Return the volume that `find` returns, also with a single zone."""
+        if self.is_single:
+            return find_in(self.clusters, allowed[0], name, deadline=deadline)
+        found = self.find(name, csi_name, allowed, deadline=deadline)
+        return found if isinstance(found, Found) else None
+
     def find(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | list[str]:
         """Return the volume of the CSI name, else a volume that occupies its `name` in an allowed zone.
 
         Without either: the allowed zones that answered, where it can be created. Raises `ExistsDifferently` if a zone
         that is not allowed has the volume, the errors of `confirm`, and those of allowed zones that cannot be asked.
         """
+        if self.is_single:
+            return list(allowed)
         here, elsewhere, silent = self._look(name, allowed, deadline=deadline)
         same = [found for found in (*here, *elsewhere) if found.has_name(csi_name)]
         if not same:

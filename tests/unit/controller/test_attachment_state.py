@@ -23,11 +23,7 @@ UUID = "11111111-2222-3333-4444-555555555555"
 VOLUME = Volume("v", UUID, 262144, 4096, 1.1, "online", "none")
 HANDLE = VolumeHandle("v", "z", UUID, "team-a")
 LOCATED = Located("z", FakeManagement(), VOLUME, Creation(), HANDLE.format(), HANDLE)
-EXCLUSIVE, NONE, READ = (
-    ReservationMode.EXCLUSIVE_READ_WRITE,
-    ReservationMode.NONE,
-    ReservationMode.SHARED_READ_ONLY,
-)
+EXCLUSIVE, NONE, READ = (ReservationMode.EXCLUSIVE_READ_WRITE, ReservationMode.NONE, ReservationMode.SHARED_READ_ONLY)
 OURS, THEIRS = frozenset({"team-a"}), frozenset({"team-b"})
 
 
@@ -69,10 +65,7 @@ def client(
         (client(told=report(mode=READ)), "the reservation (device attached, held as shared_read_only)"),
         (client(told=report(io=False)), "I/O on the attached device (it is disabled)"),
         (client(told=report(references=THEIRS)), "the reference team-a on the attached device"),
-        (
-            client(told=report(), status=ClientStatus.DOWN),
-            "the attachment (the storage client is down)",
-        ),
+        (client(told=report(), status=ClientStatus.DOWN), "the attachment (the storage client is down)"),
     ],
 )
 def test_what_an_attachment_lacks_is_named(found: Client, reason: str) -> None:

@@ -368,8 +368,7 @@ def test_a_size_that_does_not_exist_is_out_of_range_and_nothing_is_made() -> Non
 
 
 @pytest.mark.parametrize(
-    "capabilities",
-    [(RWX_MOUNT,), (RWO, BLOCK), (Capability(MountAccess("ntfs"), RWO.mode),), (RWO, RWX_MOUNT)],
+    "capabilities", [(RWX_MOUNT,), (RWO, BLOCK), (Capability(MountAccess("ntfs"), RWO.mode),), (RWO, RWX_MOUNT)]
 )
 def test_impossible_capabilities_are_invalid_without_a_request(capabilities: tuple[Capability, ...]) -> None:
     world = World()

@@ -7,20 +7,10 @@ import pytest
 from csi_driver.controller.capacity import allowed_drives
 from csi_driver.controller.ports import TopologyRequirement
 from csi_driver.errors import Exhausted
-from csi_driver.model import (
-    DEFAULT_TOPOLOGY_KEY,
-    GIB,
-    MIB,
-    Capability,
-    CapacityRange,
-    Segments,
-)
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, MIB, Capability, CapacityRange, Segments
 from csi_driver.parameters.storage_class import parse
 from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Vpg
-from tests.unit.controller.world import (
-    RWX_MOUNT,
-    World,
-)
+from tests.unit.controller.world import RWX_MOUNT, World
 
 
 def room(

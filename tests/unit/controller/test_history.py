@@ -7,11 +7,7 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller import volume_metadata
-from csi_driver.errors import (
-    DeadlineReached,
-    PreconditionFailed,
-    StorageUnavailable,
-)
+from csi_driver.errors import DeadlineReached, PreconditionFailed, StorageUnavailable
 from csi_driver.model import Capability
 from csi_driver.publish_context import History
 from csi_driver.storage_model import Reservation, ReservationMode, Volume

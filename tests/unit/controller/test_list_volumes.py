@@ -11,25 +11,11 @@ from hypothesis import strategies as st
 from csi_driver.controller.list_volumes import GetVolumeHealth, health_bytes, listed_bytes
 from csi_driver.controller.volume_metadata import OWN_KEY
 from csi_driver.errors import StaleToken, VolumeNotFound
-from csi_driver.model import (
-    ListedVolume,
-    ProvisionedVolume,
-    Reason,
-    VolumeEntry,
-    VolumeFault,
-    VolumeHealth,
-)
+from csi_driver.model import ListedVolume, ProvisionedVolume, Reason, VolumeEntry, VolumeFault, VolumeHealth
 from csi_driver.rpc import wire
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.storage_model import ClientStatus, Volume
-from tests.unit.controller.world import (
-    CLAIM,
-    NODE_1,
-    NODE_2,
-    ROX,
-    World,
-    other_reference,
-)
+from tests.unit.controller.world import CLAIM, NODE_1, NODE_2, ROX, World, other_reference
 
 STATIC = Volume("golden", "99999999-0000-0000-0000-000000000000", 262144, 4096, 1.1, "online", "none")
 

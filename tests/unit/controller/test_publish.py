@@ -22,17 +22,7 @@ from csi_driver.model import AccessMode, Capability, MountAccess
 from csi_driver.publish_context import History
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import ClientStatus, ReservationMode, Volume
-from tests.unit.controller.world import (
-    NODE_1,
-    NODE_2,
-    ROX,
-    RWO,
-    RWX_BLOCK,
-    RWX_MOUNT,
-    World,
-    created,
-    other_reference,
-)
+from tests.unit.controller.world import NODE_1, NODE_2, ROX, RWO, RWX_BLOCK, RWX_MOUNT, World, created, other_reference
 
 READER = Capability(MountAccess(), AccessMode.SINGLE_NODE_READER_ONLY)
 STATIC = Volume("golden", "99999999-0000-0000-0000-000000000000", 262144, 4096, 1.1, "online", "none")

@@ -7,23 +7,11 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller.fencing import UnpublishVolume
-from csi_driver.errors import (
-    DeadlineReached,
-    PreconditionFailed,
-    StorageUnavailable,
-)
+from csi_driver.errors import DeadlineReached, PreconditionFailed, StorageUnavailable
 from csi_driver.model import DEFAULT_ZONE, Capability
 from csi_driver.publish_context import History
 from csi_driver.storage_model import ClientStatus, ReservationMode
-from tests.unit.controller.world import (
-    BLOCK,
-    NODE_1,
-    NODE_2,
-    ROX,
-    RWO,
-    World,
-    created,
-)
+from tests.unit.controller.world import BLOCK, NODE_1, NODE_2, ROX, RWO, World, created
 
 
 def test_the_device_is_gone_when_unpublish_answers() -> None:

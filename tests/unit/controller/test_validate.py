@@ -8,13 +8,7 @@ import pytest
 
 from csi_driver.controller.ports import ValidateRequest
 from csi_driver.errors import VolumeNotFound
-from tests.unit.controller.world import (
-    BLOCK,
-    ROX,
-    RWO,
-    RWX_MOUNT,
-    World,
-)
+from tests.unit.controller.world import BLOCK, ROX, RWO, RWX_MOUNT, World
 
 
 @pytest.mark.parametrize(

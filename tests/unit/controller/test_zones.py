@@ -8,16 +8,8 @@ import pytest
 
 from csi_driver.controller.zones import ZonePool, any_of, ask
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    DeadlineReached,
-    InvalidRequest,
-    PreconditionFailed,
-    StorageUnavailable,
-    Unauthenticated,
-)
-from tests.unit.controller.world import (
-    World,
-)
+from csi_driver.errors import DeadlineReached, InvalidRequest, PreconditionFailed, StorageUnavailable, Unauthenticated
+from tests.unit.controller.world import World
 
 
 def test_all_zones_are_asked_at_the_same_time() -> None:
