@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
 
@@ -39,11 +40,14 @@ GB = 1_000_000_000
 _LARGEST_HEADER_MIB = 1024
 _SHOWN_CHARACTERS = 256
 
+_LAYOUT_KEYS = (
+    "stripeWidth", "stripeSize", "dataBlocks", "parityBlocks", "numberOfMirrors", "protectionLevel", "enableCrcCheck",
+)  # fmt: skip
+"""Keys of the fields of `Layout` after its RAID level, in their order."""
 VOLUME_FIELDS = (
     "_id", "name", "uuid", "blocks", "blockSize", "capacity", "status", "action", "health", "isReady", "isReserved",
-    "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "isEncrypted", "encryption", "RAIDLevel", "stripeWidth",
-    "stripeSize", "dataBlocks", "parityBlocks", "numberOfMirrors", "protectionLevel", "enableCrcCheck", "VPG",
-    "reservation", "description", "relativeRebuildPriority", "metadata", METADATA_FIELD,
+    "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "isEncrypted", "encryption", "RAIDLevel", *_LAYOUT_KEYS,
+    "VPG", "reservation", "description", "relativeRebuildPriority", "metadata", METADATA_FIELD,
 )  # fmt: skip
 """Projection of lists of volumes: all that `decode_volume` reads, without the chunks, which are large."""
 
@@ -183,17 +187,7 @@ def _layout(row: Document, *, listed: bool) -> Layout:
         if not listed:
             raise ValueError(f"RAIDLevel is {spelled!r}")
         level = RaidLevel.CONCATENATED
-    get = row.get
-    return _known_layout(
-        level,
-        get("stripeWidth"),
-        get("stripeSize"),
-        get("dataBlocks"),
-        get("parityBlocks"),
-        get("numberOfMirrors"),
-        get("protectionLevel"),
-        get("enableCrcCheck"),
-    )
+    return _known_layout(level, *map(row.get, _LAYOUT_KEYS))
 
 
 def _reservation(row: Document) -> Reservation:
@@ -301,23 +295,15 @@ def encode_spec(spec: VolumeSpec) -> dict[str, Any]:
         "VSGs": list(spec.security_groups) or None,
         "allowAllocationOnOfflineDrives": spec.allow_offline_drives,
         **_encryption_fields(spec),
-        **(_layout_fields(spec.layout) if spec.layout is not None else {}),
+        **(_encode_layout(spec.layout) if spec.layout is not None else {}),
     }
     body.update({key: value for key, value in optional.items() if value is not None})
     return body
 
 
-def _layout_fields(layout: Layout) -> dict[str, object]:
-    return {
-        "RAIDLevel": layout.raid_level.value,
-        "stripeWidth": layout.stripe_width,
-        "stripeSize": layout.stripe_size_blocks,
-        "dataBlocks": layout.data_blocks,
-        "parityBlocks": layout.parity_blocks,
-        "numberOfMirrors": layout.number_of_mirrors,
-        "protectionLevel": layout.protection_level,
-        "enableCrcCheck": layout.enable_crc_check,
-    }
+def _encode_layout(layout: Layout) -> dict[str, object]:
+    level, *others = astuple(layout)
+    return {"RAIDLevel": level.value, **dict(zip(_LAYOUT_KEYS, others, strict=True))}
 
 
 def _encryption_fields(spec: VolumeSpec) -> dict[str, object]:
@@ -336,10 +322,10 @@ def encode_changes(changes: VolumeChanges) -> Mapping[str, object]:
         "limitByDisks": changes.limit_by_drives,
         "limitByNodes": changes.limit_by_targets,
     }
-    fields: dict[str, object] = {
+    changed: dict[str, object] = {
         "description": changes.description,
         "relativeRebuildPriority": changes.relative_rebuild_priority,
         "enableCrcCheck": changes.enable_crc_check,
         **{name: list(values) for name, values in lists.items() if values is not None},
     }
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in changed.items() if value is not None}
