@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from csi_driver.controller.ports import Clusters, Management
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
@@ -55,13 +54,8 @@ def volume_row(**fields: object) -> dict[str, object]:
     return {**sample("volume"), **fields}
 
 
-def test_the_client_fits_the_port(client: ManagementClient) -> None:
-    fitting: Management = client
-    assert fitting is client
-
-
-def test_one_cluster_fits_the_port(client: ManagementClient) -> None:
-    clusters: Clusters = OneCluster("a", client)
+def test_one_cluster_serves_its_zone_alone(client: ManagementClient) -> None:
+    clusters = OneCluster("a", client)
     assert (clusters.zones(), clusters.management("a"), clusters.management("b")) == (("a",), client, None)
 
 
