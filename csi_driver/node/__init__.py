@@ -22,7 +22,7 @@ class StageRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodePublishRequest:
-    """NodePublishVolume. An empty `staging_target_path` is refused with FAILED_PRECONDITION by the use case."""
+    """NodePublishVolume. The use case refuses an empty `staging_target_path`."""
 
     volume_id: str
     staging_target_path: str

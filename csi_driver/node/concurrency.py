@@ -22,7 +22,7 @@ WORKERS = 32
 """Threads of a watchdog, not counting those that hang and were replaced."""
 LOST_LIMIT = 512  # threads that may be replaced because they hang; beyond it the working threads get fewer
 SLOT_TIMEOUT_S = 10 * 60.0
-"""Time after which an operation no longer counts against the limit: its device may hang for days."""
+"""Age at which an operation stops to count against the limit: its device may hang for days."""
 SCAN_TIMEOUT_S = 4 * 3600.0  # the same for the read of a whole volume
 _FRAMES_SHOWN = 3
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class NotResponding(StorageUnavailable):
-    """A filesystem or device did not respond in time. `waits_in`: the functions that the thread is in."""
+    """A filesystem or device did not respond in time; `waits_in`: functions of its thread."""
 
     def __init__(self, message: str, waits_in: str) -> None:
         self.waits_in = waits_in
@@ -40,7 +40,7 @@ class NotResponding(StorageUnavailable):
 
 @dataclass(slots=True)
 class _Call(Generic[Result]):
-    """A call in progress. `timed_out`: a caller stopped waiting. `is_lost`: its thread was replaced."""
+    """A call in progress. `timed_out`: a caller gave up. `is_lost`: its thread was replaced."""
 
     about: str
     work: Callable[[], Result]
@@ -100,7 +100,7 @@ class Watchdog(Generic[Result]):
         self._lost = 0
 
     def call(self, volume: str, about: str, work: Callable[[], Result], timeout_s: float) -> Result:
-        """Run `work` in a thread and return its result. A running call of the volume about the same is shared.
+        """Run `work` in a thread and return its result; a running call about the same is shared.
 
         Raises `NotResponding` after `timeout_s`, or at once while a call of the volume that timed out still runs.
         """
@@ -176,17 +176,17 @@ class Watchdog(Generic[Result]):
 
 
 class _Slots:
-    """A number of slots. A slot that is held for longer than `timeout_s` does not count any more."""
+    """A number of slots. One that is held for longer than `timeout_s` does not count any more."""
 
     def __init__(self, count: int, timeout_s: float) -> None:
         self._count = count
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
-        self._taken_s: dict[object, float] = {}
+        self.taken_s: dict[object, float] = {}
         self.waiting = 0
 
     def take(self, within_s: float | None = None) -> object | None:
-        """Take a slot, waiting up to `within_s` (None: without limit). Return None if there was none in time."""
+        """Take a slot, waiting up to `within_s` (None: for ever); None if there was none."""
         end_s = None if within_s is None else time.monotonic() + within_s
         slot = object()
         with self._changed:
@@ -197,23 +197,19 @@ class _Slots:
                     if left_s <= 0:
                         return None
                     self._changed.wait(left_s)
-                self._taken_s[slot] = time.monotonic()
+                self.taken_s[slot] = time.monotonic()
             finally:
                 self.waiting -= 1
         return slot
 
-    @property
-    def held(self) -> int:
-        return len(self._taken_s)
-
     def give_back(self, slot: object) -> None:
         with self._changed:
-            del self._taken_s[slot]
+            del self.taken_s[slot]
             self._changed.notify_all()
 
     def _free_in_s(self) -> float:
         """Return the time until a slot is free at the latest; 0 = now. The lock is held."""
-        counting = sorted(self._timeout_s - (time.monotonic() - began_s) for began_s in self._taken_s.values())
+        counting = sorted(self._timeout_s - (time.monotonic() - began_s) for began_s in self.taken_s.values())
         return counting[len(counting) - self._count] if len(counting) >= self._count else 0.0
 
 
@@ -256,4 +252,5 @@ class HeavyOperations:
 
     def running_and_waiting(self) -> tuple[int, int]:
         """Return how many operations run, including scans, and how many wait for a slot."""
-        return self._slots.held + self._scans.held, self._slots.waiting + self._scans.waiting
+        slots = (self._slots, self._scans)
+        return sum(len(each.taken_s) for each in slots), sum(each.waiting for each in slots)

@@ -43,7 +43,7 @@ class EncryptedVolumes:
     preparation: Preparation
 
     def in_use(self, volume: NodeVolume, device: Device, by: By) -> Device:
-        """Return the device to use of a staged volume: its own, or the opened one. Raises `PreconditionFailed`."""
+        """Return the device to use of a staged volume: its own or the opened one."""
         opened = self.opened_over(volume, device)
         if by is By.NONE:
             if opened is not None:
@@ -69,7 +69,7 @@ class EncryptedVolumes:
         return mounted.node_number is not None and self.encryption.below(mounted.node_number) is not None
 
     def require_plain(self, volume: NodeVolume, device: Device) -> None:
-        """Refuse to publish a volume raw that this driver encrypted: its header would be overwritten."""
+        """Refuse to publish a volume raw that has a header of this driver: it would be lost."""
         self.in_use(volume, device, By.NONE)
         with self.devices.open(device) as opened:
             header = self.encryption.header(opened)
@@ -77,10 +77,7 @@ class EncryptedVolumes:
             raise PreconditionFailed(f"volume {volume} is not encrypted, but holds a LUKS header of this driver")
 
     def open(self, target: VolumeDevice, plan: EncryptionPlan, *, deadline: Deadline) -> VolumeDevice:
-        """Open the volume, with a new header if it has none and may get one, and return the opened device.
-
-        Raises `Denied` when no passphrase opens it, `PreconditionFailed` when its content or this machine forbids it.
-        """
+        """Open the volume, with a new header if allowed. Raises `Denied`."""
         volume = target.volume
         # Checked before a header is made: without device-mapper nothing could use it.
         problem = self.encryption.why_unusable()
@@ -105,7 +102,7 @@ class EncryptedVolumes:
         return replace(target, volume=volume, device=self.encryption.device(mapping, target.uuid))
 
     def _usable_mapping(self, target: VolumeDevice) -> LuksMapping | None:
-        """Return the opened device if it can be used. Closes what a crash left half open, or of a dead device."""
+        """Return the opened device if it can be used; close one that is half open or dead."""
         mapping = self.encryption.mapping(target.volume.name)
         if mapping is None:
             return None
@@ -132,7 +129,6 @@ class EncryptedVolumes:
         return None
 
     def _join(self, target: VolumeDevice, plan: EncryptionPlan, mapping: LuksMapping) -> LuksHeader:
-        """Use the opened device if it is this volume's and the passphrase is right; grow it if the volume grew."""
         with self.devices.open(target.device) as opened:
             header = self.encryption.header(opened)
             if not isinstance(header, LuksHeader) or not mapping.is_of(header):
@@ -145,7 +141,7 @@ class EncryptedVolumes:
         return header
 
     def _unlock(self, target: VolumeDevice, plan: EncryptionPlan, *, write: bool, deadline: Deadline) -> LuksHeader:
-        """Open the volume's device. Without `write` it is opened again where a header is to be made."""
+        """Open the volume's device; without `write` once more if a header is to be made."""
         with self.devices.open(target.device, write=write, exclusive=True) as opened:
             header = self._judge(opened, target, plan, deadline)
             if isinstance(header, Refuse):
@@ -208,7 +204,7 @@ class EncryptedVolumes:
     def _right_passphrase(
         self, opened: OpenDevice, header: LuksHeader, target: VolumeDevice, plan: EncryptionPlan, *, may_write: bool
     ) -> str:
-        """Return the right passphrase, after replacing the previous one: the new one is added and tested first."""
+        """Return the right passphrase. A previous one is replaced, but removed last."""
         right = self._first_right(opened, (plan.passphrase, *plan.spelled))
         if right is not None and not (may_write and plan.previous and header.key_slots > 1):
             return right
@@ -244,7 +240,7 @@ class EncryptedVolumes:
         return header.data_offset_bytes
 
     def grow(self, volume: NodeVolume, device: Device, used: Device, secrets: Mapping[str, str]) -> Device:
-        """Grow the opened device `used` to the device under it, and return it; a plain device is returned as it is."""
+        """Grow the opened device `used` to the device under it; a plain one stays as it is."""
         mapping = self.encryption.mapping(volume.name)
         if used.number == device.number or mapping is None or mapping.number != used.number:
             return used
@@ -277,16 +273,13 @@ class EncryptedVolumes:
         raise _denied(volume)
 
     def resume(self, volume: NodeVolume) -> None:
-        """Resume I/O of an opened device that an interrupted resize left suspended: an unmount would hang."""
+        """Resume I/O of a device that an interrupted resize left suspended: unmount would hang."""
         mapping = self.encryption.mapping(volume.name)
         if mapping is not None and mapping.is_encryption and mapping.is_suspended and mapping.size_bytes:
             self.encryption.resume(mapping)
 
     def close(self, volume: NodeVolume) -> None:
-        """Close the volume if nothing on this node has it mounted. Raises `PreconditionFailed` if it is busy otherwise.
-
-        Left to `Reconcile` if its device is gone or was taken from this node: its last user may hang for long.
-        """
+        """Close the volume unless it is mounted. Raises `PreconditionFailed` if it is busy."""
         mapping = self.encryption.mapping(volume.name)
         if mapping is None or not self._is_of(mapping, volume) or self._is_mounted(mapping):
             return
@@ -304,7 +297,7 @@ class EncryptedVolumes:
         return bool(self.mounts.of_device(opened))
 
     def _is_of(self, mapping: LuksMapping, volume: NodeVolume) -> bool:
-        """Return whether an opened device is the volume's. The name proves it only if the device under it is gone."""
+        """Return whether an opened device is the volume's, not only by its name."""
         if not mapping.is_encryption:
             return False
         if mapping.below is None:
@@ -317,12 +310,11 @@ class EncryptedVolumes:
 
 
 def _may_write_header(target: VolumeDevice, plan: EncryptionPlan) -> bool:
-    """Return whether this node may write a header: nothing keeps two nodes that share a volume from making one each."""
+    """Return whether to write a header; two nodes that share a volume would make one each."""
     return plan.by is By.LUKS and not target.read_only and not target.is_shared
 
 
 def _header_problem(header: LuksHeader, target: VolumeDevice, plan: EncryptionPlan) -> str:
-    """Return why the header on the device is not the volume's own; empty = it is."""
     if header.subsystem == LUKS_SUBSYSTEM and header.label != target.uuid:
         return f"the LUKS header of volume {header.label}"
     is_made_by_driver = target.volume.context.history is not History.UNKNOWN

@@ -1,4 +1,4 @@
-"""NodeExpandVolume: grow the opened device and the filesystem of a volume to the size of its device."""
+"""NodeExpandVolume: grow the opened device and the filesystem to the size of the device."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ class Expand:
     settings: NodeSettings
 
     def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
-        """Wait until the device has the requested size, grow to it, and return the size without the LUKS header.
-
-        Raises `VolumeNotMounted`, `CapacityOutOfRange`, `PreconditionFailed` when it cannot grow, `DeadlineReached`.
-        """
+        """Wait for the new size of the device, grow to it, and return the size without header."""
         volume = NodeVolume.of_request(request.volume_id)
         mounted = self._mount_of(volume, request)
         device = self._grown_device(volume, request.capacity.required_bytes, deadline)
@@ -67,7 +64,7 @@ class Expand:
         return size_bytes
 
     def _mount_of(self, volume: NodeVolume, request: NodeExpandRequest) -> Mount | None:
-        """Return the volume's mount, preferably the staging one; None for a block volume that is not published."""
+        """Return the volume's mount, preferably the staged one; None for unpublished raw block."""
         at_volume_path = self._own_mount(volume, request.volume_path)
         at_staging = self._own_mount(volume, request.staging_target_path) if request.staging_target_path else None
         if at_volume_path is not None and at_volume_path.node_number is not None:
@@ -86,7 +83,6 @@ class Expand:
         return mounted
 
     def _grown_device(self, volume: NodeVolume, required_bytes: int, deadline: Deadline) -> Device:
-        """Wait until the device has `required_bytes`: a client does not announce a new size."""
         in_time = deadline.earlier(self.settings.answer_margin_s).at_most(_NEW_SIZE_TIMEOUT_S)
         found: list[Device] = []
 
@@ -103,7 +99,7 @@ class Expand:
         return found[0]
 
     def _require_same(self, volume: NodeVolume, device: Device, mounted: Mount) -> None:
-        """Refuse a mount of another device than the one that grows; a read-only device over it grows with it."""
+        """Refuse a mount of another device than the grown one, or than a reader over it."""
         number = number_of(mounted)
         if mounted.node_number is not None and number != device.number:
             reader = read_only_device(self.read_only_devices, volume, device, mounted.path)
@@ -132,7 +128,7 @@ class Expand:
 
 
 def known_path(paths: Paths, volume: NodeVolume, path: str) -> Path:
-    """Check a volume path. An invalid one, such as a relative one, has no volume: raises `VolumeNotFound`."""
+    """Check a volume path; an invalid one has no volume: raises `VolumeNotFound`."""
     try:
         return paths.check(path, "volume_path", takes_off=True)
     except InvalidField as error:

@@ -30,7 +30,7 @@ BUSY_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A device that may be mounted, made by this call if `is_new`, and to be grown then if `grow_mounted`."""
+    """A device that may be mounted; `is_new`: made by this call, `grow_mounted`: to be grown."""
 
     fs_type: str
     grow_mounted: bool = False
@@ -48,7 +48,7 @@ class Preparation:
     heavy: HeavyOperations
 
     def prepare(self, target: VolumeDevice, plan: MountPlan, *, deadline: Deadline) -> Prepared:
-        """Make the device ready. Raises `PreconditionFailed` where its content must not be used or overwritten."""
+        """Make the device ready. Raises `PreconditionFailed` for content that must not be used."""
         volume = target.volume
         # After a device was open for writing, udev reads it again: so only where a format is likely.
         likely = (volume.context.history is History.FIRST or volume.context.format_allowed) and not plan.read_only
@@ -60,26 +60,23 @@ class Preparation:
         return self._check_and_grow(target.device, settled.fs_type, deadline)
 
     def record_use(self, target: VolumeDevice, plan: MountPlan, prepared: Prepared) -> None:
-        """Record, before the mount, that the volume is in use: nothing is formatted under this attachment any more."""
+        """Record use before the mount: nothing is formatted under this attachment any more."""
         if target.uuid is not None:
             pending = plan.root_mode is not None if prepared.is_new else None
             record_use(self.records, target.uuid, target.volume.context.attachment, USED, root_mode_pending=pending)
 
     def root_mode_is_pending(self, volume_uuid: str | None, attachment: int) -> bool:
-        """Return whether the filesystem is new under this attachment and its root directory lacks its mode."""
+        """Return whether the filesystem is new and its root directory lacks the requested mode."""
         record = self.records.read(volume_uuid) if volume_uuid is not None else None
         return record is not None and record.root_mode_pending and 0 < attachment == record.attachment
 
     def root_mode_is_set(self, volume_uuid: str | None, attachment: int) -> None:
-        """Record that the root directory has its mode; later the user of the volume may change it."""
+        """Record that the root directory has its mode; later its user may change it."""
         if self.root_mode_is_pending(volume_uuid, attachment) and volume_uuid is not None:
             record_use(self.records, volume_uuid, attachment, USED)
 
     def why_outdated(self, volume: NodeVolume) -> str:
-        """Return why mounts of the volume must not be used under this attachment; empty = they may.
-
-        After an earlier attachment another node may have written to the volume, and this kernel caches old data.
-        """
+        """Return why mounts of the volume are outdated: another node may have written to it."""
         earlier = earlier_use(self.records, volume.uuid, volume.context.attachment)
         if not earlier:
             return ""
@@ -93,14 +90,14 @@ class Preparation:
         return self.filesystems.recorded_bytes(device, fs_type) + GROWTH_THRESHOLD_BYTES < device.size_bytes
 
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
-        """Return what is known of the volume's history."""
+        """Return the history of the volume as this node knows it."""
         record = self.records.read(uuid) if uuid else None
         return Evidence(
             volume.context.history, volume.context.attachment, record, format_allowed=volume.context.format_allowed
         )
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
-        """Prove the device blank, or wipe it, and record that a format begins; return the volume's UUID.
+        """Prove the device blank or wipe it, record the format, and return the volume's UUID.
 
         The caller holds a slot for heavy operations. `making`: the filesystem or header, for the log.
         """
@@ -181,12 +178,12 @@ class Preparation:
         raise refusals[-1]
 
     def _live_filesystems(self, device: Device) -> list[Mount]:
-        """Return the mounts of the device; none if nothing claims it: they are of an earlier device of that number."""
+        """Return the mounts of the device; an unclaimed one is of an earlier device."""
         mounts = [found for found in self.mounts.of_device(device) if found.node_number is None]
         return mounts if mounts and self.devices.is_claimed(device) is not False else []
 
     def _prove_blank(self, opened: OpenDevice, volume: NodeVolume, making: str) -> None:
-        """Read every block, without deadline: a retry finds the scan running, and a large volume would never finish."""
+        """Read every block, without deadline: a large volume would never finish."""
 
         def log(done_bytes: int, total_bytes: int) -> None:
             logger.info("volume %s: %d of %d bytes read and blank", volume, done_bytes, total_bytes)
@@ -210,7 +207,6 @@ class Preparation:
 
 
 def _share_mount(mounts: list[Mount], volume: NodeVolume, plan: MountPlan) -> Prepared:
-    """Refuse to mount a mounted volume once more with another filesystem type or access."""
     held = next((found for found in mounts if not found.read_only), mounts[0])
     if plan.request.fs_type and held.fs_type != plan.request.fs_type:
         raise PreconditionFailed(f"volume {volume}: expected {plan.request.fs_type}, got {held.fs_type} at {held.path}")
@@ -221,7 +217,7 @@ def _share_mount(mounts: list[Mount], volume: NodeVolume, plan: MountPlan) -> Pr
 
 
 def _require_identity(device: Device, target: VolumeDevice) -> str:
-    """Return the volume's UUID. Raises `PreconditionFailed` where identity or size is not certain enough to format."""
+    """Return the volume's UUID. Raises `PreconditionFailed` if identity or size is uncertain."""
     volume = target.volume
     uuid = volume.uuid or device.uuid
     if uuid is None:

@@ -1,4 +1,4 @@
-"""Decide what may be done with the content of a device. Pure: one table of cases, no device is touched.
+"""Decide on the content of a device: use it, format it or refuse. Pure: a table of cases.
 
 Formatting needs proof that nothing is lost. On a first attachment a blank head, tail and superblock locations are
 enough; otherwise every block must be zero. A format that this driver left unfinished under this attachment is
@@ -28,7 +28,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Format a device that looks blank; with `prove_every_block` only after every block was read as zero."""
+    """Format a device that looks blank, with `prove_every_block` after every block is read."""
 
     fs_type: str
     prove_every_block: bool
@@ -63,10 +63,10 @@ Verdict = Use | AnyFormat | Refuse
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of a volume besides the content of its device.
+    """Evidence about a volume apart from the content of its device.
 
-    `attachment` numbers the present attachment; 0 = not counted: then it cannot be told from a later one, so neither
-    a first attachment nor a permission counts. `own_uuid`: UUID of a filesystem that this driver makes on the volume.
+    `attachment`: number of the present attachment; 0 = not counted, so neither a first attachment nor a permission
+    counts. `own_uuid`: UUID of a filesystem that this driver makes on the volume.
     """
 
     history: History
@@ -86,7 +86,7 @@ class Evidence:
 
     @property
     def begun(self) -> str:
-        """The type of a format that was begun under this attachment and not finished; empty for none."""
+        """The type of a format that was begun under this attachment; empty for none."""
         return "" if self.was_in_use else self.own_record
 
     @property
@@ -106,15 +106,15 @@ class Evidence:
         return self.format_allowed and self.attachment > 0 and not self.was_in_use
 
 
-def decide(content: Content, wanted: FilesystemRequest, evidence: Evidence, *, supported: Sequence[str]) -> Verdict:
+def decide(content: Content, asked: FilesystemRequest, evidence: Evidence, *, supported: Sequence[str]) -> Verdict:
     """Decide what to do with a device that holds `content`."""
     if evidence.begun:
-        verdict = _decide_unfinished(content, wanted, evidence)
+        verdict = _decide_unfinished(content, asked, evidence)
         if verdict is not None:
             return verdict
-    verdict = _decide_by_content(content, wanted, evidence, supported)
-    if evidence.may_format_over and not wanted.read_only and _needs_permission(verdict):
-        return FormatOver(wanted.to_make, _describe(content))
+    verdict = _decide_by_content(content, asked, evidence, supported)
+    if evidence.may_format_over and not asked.read_only and _needs_permission(verdict):
+        return FormatOver(asked.to_make, _describe(content))
     return verdict
 
 
@@ -122,32 +122,32 @@ def _needs_permission(verdict: Verdict) -> bool:
     return isinstance(verdict, Refuse) or (isinstance(verdict, Format) and verdict.prove_every_block)
 
 
-def _decide_unfinished(content: Content, wanted: FilesystemRequest, evidence: Evidence) -> Verdict | None:
+def _decide_unfinished(content: Content, asked: FilesystemRequest, evidence: Evidence) -> Verdict | None:
     """Decide on an unfinished format of this attachment; None where the content alone decides."""
     begun = evidence.begun
     unfinished = f"holds an unfinished {begun} format of this attachment"
-    if evidence.may_format_over and not wanted.read_only:
-        return FormatOver(wanted.to_make, f"{_describe(content)}, after an unfinished {begun} format")
+    if evidence.may_format_over and not asked.read_only:
+        return FormatOver(asked.to_make, f"{_describe(content)}, after an unfinished {begun} format")
     match content:
-        case Blank() if wanted.read_only or wanted.to_make != begun:
+        case Blank() if asked.read_only or asked.to_make != begun:
             return None
         case Filesystem(fs_type=held) if held != begun:
             return Refuse(f"{unfinished}, and now {held}: another program wrote to it")
-    if wanted.read_only:
+    if asked.read_only:
         return Refuse(f"{unfinished}: stage it writable first")
-    if wanted.fs_type not in ("", begun):
-        return Refuse(f"{unfinished}; expected {wanted.fs_type}")
+    if asked.fs_type not in ("", begun):
+        return Refuse(f"{unfinished}; expected {asked.fs_type}")
     return FormatAgain(begun)
 
 
 def _decide_by_content(
-    content: Content, wanted: FilesystemRequest, evidence: Evidence, supported: Sequence[str]
+    content: Content, asked: FilesystemRequest, evidence: Evidence, supported: Sequence[str]
 ) -> Verdict:
     match content:
         case Filesystem():
-            return _decide_filesystem(content, wanted, evidence, supported)
+            return _decide_filesystem(content, asked, evidence, supported)
         case OtherContent(description=description):
-            expected = wanted.fs_type or "a filesystem"
+            expected = asked.fs_type or "a filesystem"
             return Refuse(f"holds {description}; expected {expected} or a blank device{_way_out(evidence)}")
         case Blank():
             if evidence.own_record == USED:
@@ -155,17 +155,17 @@ def _decide_by_content(
                     "was in use under this attachment and is blank now: its data was lost or erased, so it is not "
                     "formatted; detach and attach it again, and it is formatted if every block is zero"
                 )
-            if wanted.read_only:
+            if asked.read_only:
                 return Refuse("is blank and was never formatted; stage it writable first")
-            return Format(wanted.to_make, prove_every_block=not evidence.is_first)
+            return Format(asked.to_make, prove_every_block=not evidence.is_first)
 
 
 def _decide_filesystem(
-    content: Filesystem, wanted: FilesystemRequest, evidence: Evidence, supported: Sequence[str]
+    content: Filesystem, asked: FilesystemRequest, evidence: Evidence, supported: Sequence[str]
 ) -> Verdict:
     held = content.fs_type
-    if wanted.fs_type and held != wanted.fs_type:
-        return Refuse(f"holds {held}; expected {wanted.fs_type}{_way_out(evidence)}")
+    if asked.fs_type and held != asked.fs_type:
+        return Refuse(f"holds {held}; expected {asked.fs_type}{_way_out(evidence)}")
     if held not in supported:
         return Refuse(f"holds {held}; expected one of {', '.join(supported)}{_way_out(evidence)}")
     if evidence.is_only_ours and content.uuid != evidence.own_uuid:

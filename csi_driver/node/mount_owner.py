@@ -26,7 +26,7 @@ NO_CONTEXT = PublishContext("", "")
 
 @dataclass(frozen=True, slots=True)
 class NodeVolume:
-    """A volume as a request names it. `uuid` is None and `context` NO_CONTEXT where the request has none."""
+    """A volume as a request names it; without context it is NO_CONTEXT."""
 
     volume_id: str
     name: str
@@ -41,7 +41,7 @@ class NodeVolume:
 
     @classmethod
     def of_request(cls, volume_id: str, publish_context: Mapping[str, str] = EMPTY) -> NodeVolume:
-        """Read a volume ID and its publish context. Raises `VolumeNotFound`, or `PreconditionFailed` if they differ."""
+        """Read a volume ID and its context. Raises `VolumeNotFound`, `PreconditionFailed`."""
         volume = cls.parse(volume_id)
         if volume is None:
             raise VolumeNotFound(volume_id)
@@ -64,7 +64,7 @@ class NodeVolume:
 
 @dataclass(frozen=True, slots=True)
 class VolumeDevice:
-    """A volume's own or opened device, and how a request uses it. `is_shared`: other nodes may write to the volume."""
+    """A volume with its own or opened device. `is_shared`: other nodes may write to it."""
 
     volume: NodeVolume
     device: Device
@@ -78,7 +78,7 @@ class VolumeDevice:
 
 
 class AttachmentState(Enum):
-    """Whether a volume is attached to this node, from the files of the storage client, without touching the device."""
+    """Whether a volume is attached to this node, from the status files of the client."""
 
     ATTACHED = "attached"
     WITHDRAWN = "detached, but its device may carry I/O"
@@ -109,18 +109,13 @@ def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> Attac
 
 
 def is_cut_off(devices: Devices, name: str) -> bool:
-    """Return whether a volume was preempted, or has neither I/O nor a reference. Check twice: files are not atomic."""
+    """Return whether a volume was preempted or lost I/O and references. Check it twice."""
     if not _is_conclusive(devices):
         return False
     status = devices.status(name)
     if status is None or status.io_enabled is not False:
         return False
     return status.preempted or devices.reference_ids(name) == ()
-
-
-def is_fenced(devices: Devices, handle: VolumeHandle, uuid: str) -> bool:
-    """Return whether no write to the staged volume can reach the storage. Check twice, as of `is_cut_off`."""
-    return attachment_state(devices, handle, uuid) is AttachmentState.FENCED
 
 
 def _is_conclusive(devices: Devices) -> bool:
@@ -138,21 +133,21 @@ class Owner(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class Ownership:
-    """Finds the owner of a mount from the present state of the kernel and the devices; keeps no state."""
+    """Finds the owner of a mount from the present state of the kernel; keeps no state."""
 
     devices: Devices
     encryption: Encryption
     mounts: Mounts
 
     def device_of(self, volume: NodeVolume) -> Device | None:
-        """Return the volume's device as it is now; None when there is none, or it is another volume's."""
+        """Return the volume's device as it is now; None if absent or another volume's."""
         device = self.devices.find(volume.name, volume.uuid)
         return device if device is not None and is_same(device.uuid, volume.uuid) else None
 
     def owner_of(self, mounted: Mount, volume: NodeVolume) -> Owner:
-        """Return the owner of a mount that is to be unmounted. The device's UUID outranks the name of the source.
+        """Return the owner of a mount; the device's UUID outranks the name of the source.
 
-        A bound node is the volume's by its path, whatever device has its number now: a bind mount keeps no device.
+        A bound node is the volume's by its path alone: a bind mount keeps no device, so its number may be reused.
         """
         number = number_of(mounted)
         if mounted.node_number is not None and self._was_made_from(mounted, volume):
@@ -175,7 +170,7 @@ class Ownership:
         return Owner.DEAD if mapping is not None and mapping.below is None else Owner.OURS
 
     def is_left_behind(self, mounted: Mount, name: str) -> bool:
-        """Return whether the device of a filesystem went away and another device has its number now."""
+        """Return whether the device went away and another device has its number now."""
         if mounted.node_number is not None or mounted.source != str(self.devices.path_of(name)):
             return False
         device = self.devices.find(name)
@@ -184,13 +179,13 @@ class Ownership:
         return self.devices.name_of(mounted.number) not in (None, name)
 
     def is_live(self, mounted: Mount, device: Device) -> bool:
-        """Return whether a mount is of the device as it is now: a live one claims it exclusively. True if not known."""
+        """Return whether a mount is of the present device, or not known: a live one claims it."""
         if mounted.node_number is None and self.devices.is_claimed(device) is False:
             return False
         return mounted.can_be_of(device)
 
     def at(self, path: Path, volume: NodeVolume) -> Mount | None:
-        """Return the mount at a path, after unmounting dead filesystems of the volume if its device is back."""
+        """Return the mount at a path, after unmounting dead ones of a volume that is back."""
         while (mounted := self.mounts.at(path)) is not None and self._is_superseded(mounted, volume):
             logger.warning("volume %s: %s at %s is unmounted", volume, self.describe(mounted), path)
             self.unmount_one(mounted, path, volume)
@@ -202,14 +197,14 @@ class Ownership:
         return is_back and self.owner_of(mounted, volume) is Owner.DEAD
 
     def unmount(self, path: Path, volume: NodeVolume) -> bool:
-        """Unmount all mounts at `path` that are the volume's or dead; False when another one is there."""
+        """Unmount all mounts at `path` that are the volume's or dead; False for another one."""
         while (mounted := self.mounts.at(path)) is not None:
             if not self.unmount_one(mounted, path, volume):
                 return False
         return True
 
     def unmount_one(self, mounted: Mount, path: Path, volume: NodeVolume) -> bool:
-        """Unmount the topmost mount at `path` if it is the volume's or dead; raises `PreconditionFailed` if busy."""
+        """Unmount the topmost mount if it is the volume's or dead; `PreconditionFailed` if busy."""
         owner = self.owner_of(mounted, volume)
         if owner is Owner.OTHER:
             return False
@@ -226,14 +221,14 @@ class Ownership:
         return True
 
     def is_lost(self, volume: NodeVolume) -> bool:
-        """Return whether the volume was certainly taken from this node: no pending write can reach it."""
+        """Return whether the volume was taken from this node: no pending write reaches it."""
         return self._is_fenced(volume) or is_cut_off(self.devices, volume.name)
 
     def _is_fenced(self, volume: NodeVolume) -> bool:
         handle = VolumeHandle.parse(volume.volume_id)
         if handle is None or volume.uuid is None:
             return handle is not None and is_cut_off(self.devices, volume.name)
-        return is_fenced(self.devices, handle, volume.uuid)
+        return attachment_state(self.devices, handle, volume.uuid) is AttachmentState.FENCED
 
     def describe(self, mounted: Mount) -> str:
         """Describe a mount for a message."""
@@ -246,10 +241,7 @@ class Ownership:
         return PreconditionFailed(f"{path}: expected volume {volume}, got {self.describe(mounted)}")
 
     def name_of(self, mounted: Mount) -> str | None:
-        """Return the name of the volume from whose device path a mount was made; None for other mounts.
-
-        An opened device counts only over the volume's device or over one that is gone: others share its directory.
-        """
+        """Return the volume of a mount by its source; its opened device must lie over its own."""
         source = PurePosixPath(mounted.source if mounted.node_number is None else mounted.root_path)
         name = source.name
         try:
@@ -265,7 +257,7 @@ class Ownership:
         return name if is_ours else None
 
     def name_at(self, path: Path) -> str | None:
-        """Return the name of the volume whose device has that path; None without one."""
+        """Return the name of the volume with that device path; None without one."""
         try:
             paths = (self.devices.path_of(path.name), self.encryption.path_of(path.name))
             return path.name if path in paths else None
@@ -273,7 +265,7 @@ class Ownership:
             return None
 
     def is_dead(self, mounted: Mount, name: str) -> bool:
-        """Return whether nothing written through a mount can reach the volume: its device is gone or was taken away."""
+        """Return whether nothing written through a mount can reach the volume."""
         number = number_of(mounted)
         if self.is_gone(number):
             return True

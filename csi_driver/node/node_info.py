@@ -30,15 +30,11 @@ class NodeIdentity:
     _client_limit: int = field(default=0, init=False)
 
     def info(self) -> NodeInfo:
-        """Return node ID, volume limit and topology. Raises `StorageUnavailable`, `PreconditionFailed`."""
-        return NodeInfo(
-            node_id=self._client_id() or self.settings.node_name,
-            max_volumes=self._limit(),
-            topology=self.zone.segments(),
-        )
+        """Return the node. Raises `StorageUnavailable`, `PreconditionFailed` while not known."""
+        return NodeInfo(self._client_id() or self.settings.node_name, self._limit(), self.zone.segments())
 
     def _client_id(self) -> str | None:
-        """Return the client's UUID, also during its upgrade: a node must not change its ID. None without a client."""
+        """Return the client's UUID, or its last one: a node must not change its ID."""
         client = self.devices.client()
         if client.uuid is not None:
             self._client_uuid, self._client_limit = client.uuid, client.volume_limit
@@ -48,7 +44,7 @@ class NodeIdentity:
         return self._client_uuid
 
     def _limit(self) -> int:
-        """Return how many CSI volumes this node takes, at least 1; 0 = no limit. Volumes of others are subtracted."""
+        """Return the limit for CSI volumes, at least 1 after those of others; 0 = no limit."""
         limits = (self.settings.max_volumes_per_node, self._client_limit)
         limit = min((limit for limit in limits if limit), default=0)
         return max(1, limit - foreign_attachments(self.devices, self.records)) if limit else 0
@@ -72,7 +68,7 @@ class NodeIdentity:
 
 
 def foreign_attachments(devices: Devices, records: UsageRecords) -> int:
-    """Return how many volumes were not attached by CSI: without CSI reference and without usage record on this node."""
+    """Return how many volumes have neither a CSI reference nor a usage record on this node."""
     return sum(not _has_record(records, uuid) for uuid in devices.unnamed())
 
 
@@ -99,7 +95,7 @@ class NodeZone:
     _found: Segments | None = field(default=None, init=False)
 
     def segments(self) -> Segments:
-        """Return the topology segments. Raises `PreconditionFailed` when no zone or several match."""
+        """Return the segments. Raises `PreconditionFailed` unless exactly one zone matches."""
         if self._found is None:
             try:
                 clusters = self.clusters()
@@ -137,10 +133,7 @@ def _zones_with(zones: Mapping[str, Iterable[str]], hosts: Sequence[str]) -> lis
 
 
 def same_host(one: str, other: str) -> bool:
-    """Return whether two spellings mean one host: an address in another notation, a name with or without its domain.
-
-    Names are not resolved: the zone must not depend on the health of a name server.
-    """
+    """Return whether two texts mean one host; names are not resolved."""
     addresses = _address(one), _address(other)
     if any(addresses):
         return addresses[0] == addresses[1]

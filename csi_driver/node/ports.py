@@ -31,7 +31,7 @@ from csi_driver.model import Capability, Usage
 
 
 class Devices(Protocol):
-    """Block devices of volumes, and the status files of the storage client, which are read without device I/O."""
+    """Block devices of volumes, and status files of the storage client."""
 
     def client(self) -> StorageClient: ...
     def status(self, name: str) -> VolumeStatus | None: ...
@@ -42,7 +42,7 @@ class Devices(Protocol):
         """Wait until the device has a size, carries I/O and is proven to be the volume's."""
 
     def find(self, name: str, uuid: str | None = None) -> Device | None:
-        """Return the device as it is now, its `uuid` only if proven; None when it is absent or has no size."""
+        """Return the present device, its `uuid` only if proven; None if absent or empty."""
 
     def open(
         self, device: Device, *, write: bool = False, exclusive: bool = False
@@ -54,7 +54,7 @@ class Devices(Protocol):
         """
 
     def is_claimed(self, device: Device) -> bool | None:
-        """Return whether a mount or a program has the device open exclusively (O_EXCL); None = not known now."""
+        """Return whether the device is open exclusively (O_EXCL); None = not known now."""
 
     def is_open(self, device: Device) -> bool | None:
         """Return whether anything on this machine has the device open; None = not known now."""
@@ -63,19 +63,19 @@ class Devices(Protocol):
         """Return the size of a device without opening it; None when the device is gone."""
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
-        """Return the volume UUID that the device itself has (loop label, SCSI serial number); None without one."""
+        """Return the volume UUID of the device itself (loop label, SCSI serial number)."""
 
     def set_read_only(self, device: Device) -> None:
         """Make the kernel refuse writes to the device for everyone on this node (BLKROSET)."""
 
     def unnamed(self) -> tuple[str, ...]:
-        """Return the UUIDs of volumes whose attachment does not name a CSI driver."""
+        """Return the UUIDs of volumes with an attachment that names no CSI driver."""
 
     def present(self) -> Mapping[str, str] | None:
-        """Return the UUID of every volume on this node, by name; None when one of them is not known."""
+        """Return the UUID of every volume on this node, by name; None if not all are known."""
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference IDs under which this node has attached the volume; None = not known now."""
+        """Return the reference IDs of this node for the volume; None = not known now."""
 
 
 class Attachments(Protocol):
@@ -90,7 +90,7 @@ class Attachments(Protocol):
         is_again: bool = False,
         deadline: Deadline,
     ) -> Mapping[str, str]:
-        """Attach the volume to this node, wait until it carries I/O, and return its publish context.
+        """Attach the volume, wait until it carries I/O, and return its publish context.
 
         `is_again`: raise `NotAttached` unless it is still attached. Raises `VolumeNotFound`, `PreconditionFailed`
         naming the node that has it, `DeadlineReached`.
@@ -103,7 +103,7 @@ class ReadOnlyDevices(Protocol):
     """Read-only loop devices over devices that are writable elsewhere on this node."""
 
     def over(self, device: Device, uuid: str, reader: str) -> Device:
-        """Return the reader's read-only device over `device`, made if absent. `reader`: 16 hexadecimal digits."""
+        """Return the reader's device over `device`, made if absent. `reader`: 16 hex digits."""
 
     def release(self, number: DeviceNumber) -> bool:
         """Remove such a device; False when it is not one of this driver or is in use."""
@@ -112,7 +112,7 @@ class ReadOnlyDevices(Protocol):
         """Return all such devices, or those of one volume without looking at other devices."""
 
     def release_left_over(self, reader: str, name: str) -> None:
-        """Remove each unused device of the reader over that volume, whether or not the volume's device exists."""
+        """Remove each unused device of the reader over that volume."""
 
 
 class Encryption(Protocol):
@@ -126,10 +126,10 @@ class Encryption(Protocol):
         """Return why this machine cannot open encrypted devices, and what to do; empty = it can."""
 
     def header(self, device: OpenDevice) -> LuksHeader | DamagedHeader | None:
-        """Return the LUKS header of the device; None when there is no trace of one. Raises as `Filesystems.probe`."""
+        """Return the LUKS header; None without a trace of one. Raises as `Filesystems.probe`."""
 
     def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
-        """Make a LUKS2 header that names the volume, destroying the content; `InvalidField` for an unknown cipher."""
+        """Make a LUKS2 header that names the volume; `InvalidField` for an unknown cipher."""
 
     def opens(self, device: OpenDevice, passphrase: str) -> bool:
         """Test a passphrase without opening the volume; takes seconds by design."""
@@ -141,19 +141,19 @@ class Encryption(Protocol):
         """Open the volume under its own name. Raises `Denied` when the passphrase is wrong."""
 
     def below(self, number: DeviceNumber) -> DeviceNumber | None:
-        """Return the device under an opened one; None when that is gone, or `number` is not an opened one."""
+        """Return the device under an opened one; None if it is gone or `number` is none."""
 
     def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
-        """Return an opened device as the volume's. Raises `PreconditionFailed` when it is another volume's."""
+        """Return an opened device; `PreconditionFailed` if it is another volume's."""
 
     def resume(self, mapping: LuksMapping) -> None:
         """Resume I/O of a device that an interrupted resize left suspended."""
 
     def resize(self, mapping: LuksMapping, passphrase: str | None) -> None:
-        """Give an opened device the size of the device under it; `Denied` without the passphrase that it needs."""
+        """Grow an opened device to the device under it; `Denied` without its passphrase."""
 
     def close(self, mapping: LuksMapping) -> None:
-        """Close an opened device; already closed is success. Raises `PreconditionFailed` while it is in use."""
+        """Close an opened device; closed is success. `PreconditionFailed` while in use."""
 
 
 class Mounts(Protocol):
@@ -163,28 +163,27 @@ class Mounts(Protocol):
         """Return the topmost mount at `path`; None without one. Does not read the mount table."""
 
     def table(self) -> Sequence[Mount]:
-        """Return all mounts in the kernel's order, without touching a filesystem. Takes time for each mount."""
+        """Return all mounts in the kernel's order; touches no filesystem."""
 
     def of_device(self, device: Device) -> list[Mount]:
-        """Return all mounts of the device and bind mounts of its node; not those made from another volume's node."""
+        """Return all mounts and bind mounts of the device, not those of another volume."""
 
     def twins(self, path: Path) -> Sequence[Path]:
-        """Return the other paths of the mount at `path`, where its directory is a shared bind mount."""
+        """Return the other paths of a mount in a shared bind mount."""
 
     def reaches_host(self, path: Path) -> bool:
-        """Return whether mounts made at `path` are visible to process 1, as far as can be found out."""
+        """Return whether mounts at `path` are visible to process 1, if known."""
 
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
-        """Mount the device, verified before it becomes visible; `InvalidField` names an option that is refused."""
+        """Mount the device, verified before it is visible; `InvalidField` names an option."""
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         """Bind-mount a directory, or a device node onto a file."""
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
-        """Unmount the topmost mount at `path`; none is success. Raises `PreconditionFailed` if busy.
+        """Unmount the topmost mount at `path`; none is success. `PreconditionFailed` if busy.
 
-        `lost`: its device, where that is gone or was detached from this node. Then a busy mount is detached as well,
-        and what its users have not written yet never reaches a device.
+        `lost`: its device, if that is gone or was detached. A busy mount is then detached, its pending writes are lost.
         """
 
 
@@ -195,12 +194,12 @@ class Filesystems(Protocol):
         """Return the filesystem types that this machine can make and mount, "ext4" first."""
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        """Read head, tail and all superblock locations from the disk; `HostFailure` when a read fails or is short."""
+        """Read head, tail and superblock locations from the disk; `HostFailure` if short."""
 
     def first_data(
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
     ) -> int | None:
-        """Read every block; return the offset of the first byte that is not zero. `progress(done_bytes, all_bytes)`."""
+        """Read every block; return the offset of the first byte that is not zero."""
 
     def wipe(self, device: OpenDevice) -> None:
         """Write zeroes to every location that `probe` reads."""
@@ -208,23 +207,22 @@ class Filesystems(Protocol):
     def make(
         self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
     ) -> None:
-        """Make a filesystem with that UUID, destroying the content. Has a long timeout of its own.
+        """Make a filesystem with that UUID, destroying the content; has a long timeout of its own.
 
-        Proves the device's identity once more just before. `asked`: those of the options that the user gave;
-        `InvalidField` names them when mkfs refuses.
+        `asked`: options of the user, named by `InvalidField` when mkfs refuses them.
         """
 
     def check(self, device: Device, fs_type: str) -> None:
-        """Check and repair the filesystem. Raises `PreconditionFailed` when it needs manual repair."""
+        """Check and repair; `PreconditionFailed` when it needs manual repair."""
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
-        """Return the filesystem's size from its superblock. Raises `PreconditionFailed` without one."""
+        """Return the size in the superblock. Raises `PreconditionFailed` without one."""
 
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
-        """Grow an unmounted filesystem; False when the type grows only mounted. Raises `PreconditionFailed` if busy."""
+        """Grow an unmounted filesystem; False when the type grows only mounted."""
 
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
-        """Grow a mounted filesystem. Raises `PreconditionFailed` where this machine cannot grow it."""
+        """Grow a mounted filesystem. Raises `PreconditionFailed` where it cannot."""
 
     def usage(self, path: Path) -> Usage:
         """Return statfs(2) of the filesystem. May hang: call it in a `Watchdog`."""
@@ -234,7 +232,7 @@ class Probes(Protocol):
     """Health of devices and filesystems. All but `dead` may hang: call them in a `Watchdog`."""
 
     def dead(self, mounted: Mount) -> Fault | None:
-        """Return why the filesystem takes no writes any more; None when it does. Never waits for the device."""
+        """Return why a filesystem takes no writes any more. Never waits for the device."""
 
     def device(self, number: DeviceNumber) -> Sequence[Fault]:
         """Return the faults of a device that the kernel shows; does not open it."""
@@ -247,7 +245,7 @@ class Paths(Protocol):
     """Target and staging paths below the configured roots. Symbolic links are not followed."""
 
     def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
-        """Return the path if it is absolute, plain (no `..`, no NUL) and below a root. Raises `InvalidField`.
+        """Return an absolute, plain path (no `..`, no NUL) below a root. Raises `InvalidField`.
 
         `takes_off`: for an unmount; follows links that lead below a root.
         """
@@ -256,7 +254,7 @@ class Paths(Protocol):
         """Return "directory", "file", "device", "other" or "absent"."""
 
     def make_directory(self, path: Path) -> None:
-        """Create the directory if needed. Raises `PreconditionFailed` without parent, or for another kind."""
+        """Create the directory if needed; `PreconditionFailed` for another kind."""
 
     def make_file(self, path: Path) -> None:
         """Create an empty file if needed, to bind a device to. Raises as `make_directory`."""
@@ -264,7 +262,7 @@ class Paths(Protocol):
     def set_mode(self, path: Path, mode: int) -> None: ...
 
     def remove(self, path: Path) -> None:
-        """Remove an empty directory or file, absent is success; `PreconditionFailed` for anything else."""
+        """Remove an empty directory or file; `PreconditionFailed` for anything else."""
 
 
 class Tools(Protocol):

@@ -26,11 +26,11 @@ _READER_ID_LENGTH = 16
 
 @dataclass(slots=True, kw_only=True)
 class SharedReaders:
-    """Readers of one volume under several PersistentVolumes on one node. Only for read-only attachments.
+    """Readers of one volume under several PersistentVolumes on one node, attached read-only.
 
     kubelet does not unstage a volume while its filesystem is mounted at a path of another volume (pkg/volume/util
-    `HasMountRefs`), so two staging paths over one device would keep each other for ever. A reader whose volume is
-    mounted on this node already is therefore staged without a mount, and each of its publications is a mount.
+    `HasMountRefs`), so two staging paths over one device would keep each other for ever. Therefore a reader of a
+    volume that is mounted on this node already is staged without a mount, and each of its publications is a mount.
     """
 
     mounts: Mounts
@@ -41,7 +41,7 @@ class SharedReaders:
     records: UsageRecords
 
     def joins(self, target: VolumeDevice) -> bool:
-        """Return whether a volume to be staged is a reader of a volume that is mounted on this node."""
+        """Return whether a volume to be staged is a reader of one that is mounted here."""
         if target.uuid is None or not _is_reader(target.volume):
             return False
         mounts = self.mounts.of_device(target.device)
@@ -55,7 +55,7 @@ class SharedReaders:
         return any(self.ownership.name_of(found) == volume.name for found in mounts)
 
     def is_staged(self, volume: NodeVolume, staging: Path) -> bool:
-        """Return whether the volume is staged without a mount, by its staging directory and its usage record."""
+        """Return whether it is staged without a mount, by its directory and usage record."""
         record = self.records.read(volume.uuid) if volume.uuid is not None else None
         if not _is_reader(volume) or record is None or record.uncounted:
             return False
@@ -96,7 +96,7 @@ class Publish:
     shared_readers: SharedReaders
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
-        """Publish the volume. Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed`, `ExistsDifferently`."""
+        """Publish the volume. Raises `PreconditionFailed`, `ExistsDifferently`."""
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
         if not request.staging_target_path:
             raise PreconditionFailed(f"{STAGING_PATH} is not set: stage volume {volume} before it is published")
@@ -127,7 +127,7 @@ class Publish:
                 self._publish_block(VolumeDevice(volume, device, read_only), staging, target, mode)
 
     def unpublish(self, volume_id: str, target_path: str, *, deadline: Deadline) -> None:
-        """Unmount the volume and remove the target path, if nothing else is mounted there and it is empty."""
+        """Unmount the volume and remove the target path if nothing else is mounted there."""
         target = self.paths.check(target_path, TARGET_PATH, takes_off=True)
         volume = NodeVolume.parse(volume_id)
         if volume is None:
@@ -188,7 +188,7 @@ class Publish:
         self._accept(published, use, target, published.root)
 
     def _require_alive(self, mounted: Mount, use: VolumeDevice) -> None:
-        """Refuse to publish a filesystem that takes no writes, or, to a reader, one that is shut down."""
+        """Refuse to publish a filesystem that takes no writes, or is shut down."""
         dead = self.probes.dead(mounted)
         if dead is not None and not (use.read_only and dead.kind is FaultKind.TURNED_READ_ONLY):
             raise PreconditionFailed(f"volume {use.volume} cannot be published: {dead.detail}")
@@ -235,11 +235,11 @@ class Publish:
             return
         if device.uuid is None:
             # The mount of a staged filesystem proves its volume; nothing else does that for a raw device.
-            raise IdentityNotProven(device.path, "its storage client says nothing of it")
+            raise IdentityNotProven(device.path, "its storage client has no status of it")
         self._require_single(use, mode, None, {target})
         if not read_only and use.uuid is not None:
-            # Recorded before the device can be written to: from then on a blank head and tail prove nothing, also for
-            # another handle whose attachment is the volume's first, and no begun format is repeated.
+            # Once the device can be written to, a blank head and tail prove nothing, also under another handle's first
+            # attachment, and no begun format may be repeated.
             record_use(self.records, use.uuid, volume.context.attachment, RAW)
         kind = self.paths.kind(target)
         if kind == "file":
@@ -275,11 +275,11 @@ class Publish:
             self.read_only_devices.release(unmounted.node_number)
 
     def _release_left_over(self, volume: NodeVolume, target: Path) -> None:
-        """Remove a read-only device of this target that a crash left before its bind mount, or after its unmount."""
+        """Remove a read-only device of this target that a crash left."""
         self.read_only_devices.release_left_over(_reader_id(volume, target), volume.name)
 
     def _require_single(self, use: VolumeDevice, mode: AccessMode, root: str | None, own: set[Path]) -> None:
-        """Refuse a second target of a single writer. `root`: only of this directory; kubelet binds others (subPath)."""
+        """Refuse a second target of a single writer. `root`: only mounts of this directory."""
         if mode is not AccessMode.SINGLE_NODE_SINGLE_WRITER:
             return
         mounts = [found for found in self.mounts.of_device(use.device) if root is None or found.root == root]
@@ -300,7 +300,7 @@ class Publish:
 
 
 def read_only_device(devices: ReadOnlyDevices, volume: NodeVolume, device: Device, target: Path) -> Device:
-    """Return the read-only device over a volume's device for one target; it has the volume's UUID."""
+    """Return the read-only device over a volume's device for one target."""
     uuid = volume.uuid or device.uuid
     if uuid is None:
         raise PreconditionFailed(f"the uuid of volume {volume}, which it needs to be published read-only, is not known")
@@ -314,7 +314,6 @@ def writes_refused(volume: NodeVolume, device: Device) -> PreconditionFailed:
 
 
 def _reader_id(volume: NodeVolume, target: Path) -> str:
-    """Return the ID of the reader at a target, which needs neither the device nor the volume's UUID."""
     text = f"{volume.name}\0{target}"
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:_READER_ID_LENGTH]
 

@@ -1,6 +1,6 @@
 """Clean up mounts and devices on the node that kubelet will never release.
 
-Only what is proven to be left over is removed (see `Kind`); the rest is logged. The proof must hold in two sweeps, and
+Only proven leftovers are removed (see `Kind`), the others are logged. The proof must hold in two sweeps, and
 once more while the volume is locked against all calls. A filesystem that can still be written to is never detached
 lazily. Searching and unmounting may hang: both run in a `Watchdog`, and an unmount keeps its volume locked.
 """
@@ -31,7 +31,7 @@ LockVolume = Callable[[str], AbstractContextManager[None]]
 
 
 class Kind(Enum):
-    """What is left over. The text completes "volume X: ..."."""
+    """Kind of leftover. The text completes "volume X: ..."."""
 
     FORGOTTEN = "staged where kubelet has no record of it, and published nowhere"
     """kubelet lost its record and will never unstage it. Unmounted, but not while it is busy."""
@@ -71,7 +71,7 @@ class Reconcile:
     _seen: frozenset[Finding] = field(default=frozenset(), init=False)
 
     def sweep(self, lock_volume: LockVolume) -> Sequence[Finding]:
-        """Log new leftovers, remove those that the sweep before found as well, and return the rest."""
+        """Log new leftovers, remove those of the sweep before, and return the rest."""
         found = self._search()
         for finding in sorted(found - self._seen, key=str):
             logger.warning("%s", finding)
@@ -122,7 +122,6 @@ class Reconcile:
         return Kind.FORGOTTEN if all(other.path == mounted.path for other in elsewhere) else None
 
     def _is_absent(self, record: Path, path: Path) -> bool:
-        """Return whether kubelet's record is gone; not where its directory is not visible at all."""
         return self.paths.kind(path.parent) == "directory" and self.paths.kind(record) == "absent"
 
     def _remove_locked(self, finding: Finding, lock_volume: LockVolume) -> bool:
@@ -176,7 +175,7 @@ _CSI = ("plugins", "kubernetes.io", "csi")
 
 
 def staging_record(path: Path, driver_name: str) -> Path | None:
-    """Return kubelet's record of a path `.../plugins/kubernetes.io/csi/<driver>/<hash>/globalmount`; otherwise None."""
+    """Return kubelet's record of `.../kubernetes.io/csi/<driver>/<hash>/globalmount`."""
     parts = path.parts
     is_staging = len(parts) > 6 and parts[-6:-3] == _CSI and parts[-3] == driver_name and parts[-1] == "globalmount"
     return path.parent / DATA_FILE if is_staging else None

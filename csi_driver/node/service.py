@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeUseCases:
-    """The node's use cases, safe for several threads, one call per volume at a time (see `rpc.boundary`)."""
+    """The node's use cases, for several threads, one call per volume at a time."""
 
     stage: Stage | AttachByNode
     publish: Publish | AttachByNode
@@ -90,7 +90,7 @@ def assemble(
 
 
 def attaching_by_node(use_cases: NodeUseCases, attachments: ports.Attachments) -> NodeUseCases:
-    """Return the use cases of a node that attaches its volumes itself and makes their publish context."""
+    """Return the use cases of a node that attaches its volumes itself."""
     attaching = AttachByNode(use_cases.stage, use_cases.publish, attachments)
     return replace(use_cases, stage=attaching, publish=attaching)
 
@@ -109,7 +109,7 @@ class AttachByNode:
     attachments: ports.Attachments
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Attach and stage the volume; first unstage a mount of an earlier attachment, as its data may be old."""
+        """Attach and stage the volume; a mount of an earlier attachment is unstaged first."""
         volume_id, path = request.volume_id, request.staging_target_path
         was_staged = self.inner_stage.is_staged(volume_id, path)
         try:
@@ -137,7 +137,7 @@ class AttachByNode:
         return self.inner_stage.is_staged(volume_id, staging_target_path)
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
-        """Publish the staged volume. Raises `NotAttached`: a staged volume belongs to its attachment."""
+        """Publish the staged volume. Raises `NotAttached` if it is not attached any more."""
         context = self._attach(request, is_again=True, deadline=deadline)
         self.inner_publish.publish(replace(request, publish_context=context), deadline=deadline)
 

@@ -63,7 +63,7 @@ class Stage:
     _checked_propagation: bool = field(default=False, init=False)
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
-        """Stage the volume. Raises `InvalidField`, `VolumeNotFound`, `PreconditionFailed`, `ExistsDifferently` ..."""
+        """Stage the volume. Raises `PreconditionFailed`, `ExistsDifferently`, `DeadlineReached`."""
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
         path = self.paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self.settings.answer_margin_s)
@@ -84,8 +84,7 @@ class Stage:
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Unmount the volume from its staging path; leaves a mount of another volume alone.
 
-        Without any other mount the device must be closed, as the kernel may write for a while after an unmount. Raises
-        `StorageUnavailable` while it is not.
+        Raises `StorageUnavailable` while its device is open without another mount: the kernel may still write.
         """
         path = self.paths.check(staging_target_path, STAGING_PATH, takes_off=True)
         volume = NodeVolume.parse(volume_id)
@@ -101,7 +100,7 @@ class Stage:
         self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
-        """Return whether a filesystem of the volume, also a dead one, is mounted at its staging path."""
+        """Return whether a filesystem of the volume is mounted there, also a dead one."""
         volume = NodeVolume.parse(volume_id)
         if volume is None:
             return False
@@ -109,7 +108,7 @@ class Stage:
         return mounted is not None and self.ownership.owner_of(mounted, volume) is not Owner.OTHER
 
     def _require_closed(self, volume: NodeVolume, deadline: Deadline) -> None:
-        """Wait until the volume's device is closed, unless it has another mount or was taken from this node."""
+        """Wait until the volume's device is closed, unless it is mounted or lost."""
         device = self.ownership.device_of(volume)
         if device is None or self.devices.is_open(device) is False or self._is_mounted(volume, device):
             return
@@ -188,7 +187,6 @@ class Stage:
                 self._mount(target, plan, prepared, path)
 
     def _warn_once_of_hidden_mounts(self, path: Path) -> None:
-        """Warn at the first stage if pods will not see the mounts of this process."""
         if self._checked_propagation:
             return
         self._checked_propagation = True
@@ -218,7 +216,7 @@ class Stage:
 
     @contextmanager
     def _undone_on_error(self, volume: NodeVolume, path: Path | None = None) -> Iterator[None]:
-        """Close the volume, and unmount it from `path`, when the block fails: kubelet would not unstage it.
+        """Close the volume and unmount `path` when the block fails: kubelet would not unstage it.
 
         After most errors kubelet takes the volume for not staged (pkg/volume/csi, csi_client.go `isFinalError`). It
         does unstage after those that are passed on here, and where the cleanup fails.
@@ -237,7 +235,6 @@ class Stage:
             raise
 
     def _accept(self, mounted: Mount, volume: NodeVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
-        """Accept the mount at the staging path and finish an interrupted stage, or raise how it differs."""
         device = self.ownership.device_of(volume)
         if device is not None:
             device = self.encrypted.in_use(volume, device, by)
@@ -253,7 +250,7 @@ class Stage:
         self._set_root_mode(path, plan, volume.uuid or device.uuid, volume.context.attachment)
 
     def _finish_growth(self, volume: NodeVolume, device: Device, mounted: Mount, path: Path) -> None:
-        """Finish a growth that a crash interrupted. A failure is logged: only NodeExpandVolume reports it."""
+        """Finish an interrupted growth; only NodeExpandVolume reports a failure."""
         try:
             if self.preparation.is_too_small(device, mounted.fs_type):
                 self.filesystems.grow_mounted(path, device, mounted.fs_type)
@@ -263,7 +260,7 @@ class Stage:
     def _set_root_mode(
         self, path: Path, plan: MountPlan, volume_uuid: str | None, attachment: int, *, is_new: bool = False
     ) -> None:
-        """Set the requested mode of the root directory of a new filesystem once: later its user may change it."""
+        """Set the requested mode of a new root directory once: later its user may change it."""
         if plan.root_mode is not None and (is_new or self.preparation.root_mode_is_pending(volume_uuid, attachment)):
             self.paths.set_mode(path, plan.root_mode)
             self.preparation.root_mode_is_set(volume_uuid, attachment)

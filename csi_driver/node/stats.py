@@ -1,4 +1,4 @@
-"""NodeGetVolumeStats, the health conditions of CSI 1.13 (alpha), and the volume counts of the metrics."""
+"""NodeGetVolumeStats, health conditions (CSI 1.13, alpha), and counts for the metrics."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ class VolumeStatistics:
     watchdog: Watchdog[Usage] = field(default_factory=lambda: Watchdog("volume-statistics"), init=False)
 
     def usage(self, volume_id: str, volume_path: str, staging_target_path: str, *, deadline: Deadline) -> Usage:
-        """Return the usage of the volume at `volume_path`; of a block volume only its size.
-
-        Raises `VolumeNotMounted`, `PreconditionFailed` after a shutdown of the filesystem, `StorageUnavailable`.
-        """
+        """Return the usage of the volume; of a block volume only its size."""
         volume = NodeVolume.of_request(volume_id)
         path = known_path(self.paths, volume, volume_path)
         timeout_s = _timeout_s(self.settings, deadline)
@@ -102,7 +99,7 @@ class NodeHealth:
     def volume(
         self, volume_id: str, volume_publish_path: str, staging_target_path: str, *, deadline: Deadline
     ) -> VolumeHealth:
-        """Return the faults of a volume at the given paths, otherwise at all of its mounts. Raises `VolumeNotFound`."""
+        """Return the faults of a volume at the given paths, otherwise at all of its mounts."""
         volume = NodeVolume.of_request(volume_id)
         texts = [text for text in (volume_publish_path, staging_target_path) if text]
         paths = [known_path(self.paths, volume, text) for text in texts]
@@ -239,7 +236,7 @@ class VolumeCounts:
     watchdog: Watchdog[Mapping[str, int]] = field(default_factory=lambda: Watchdog("volume-counts"), init=False)
 
     def volumes(self) -> Mapping[str, int]:
-        """Return the number of volumes in each `MountState`; empty when a mount does not respond."""
+        """Return the number of volumes in each `MountState`; empty if a mount hangs."""
         try:
             return self.watchdog.call("any", "the mount table", self._count, COUNT_TIMEOUT_S)
         except NotResponding:

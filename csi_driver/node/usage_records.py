@@ -1,6 +1,6 @@
 """Usage records: one small file per volume, the only state that a node keeps.
 
-A record is on disk before mkfs starts, and says "in use" before the first mount: so an unfinished format is told from
+A record is on disk before mkfs starts, and says "in use" before the first mount: so an unfinished format is known from
 data of a user, and nothing is formatted twice under one attachment. A volume may be attached under several handles at
 once, so a record of use counts for every attachment up to its own, and no call of another handle removes it.
 """
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 LUKS, RAW, USED = "luks", "raw", "used"
 
 NEWEST_KEPT = 1024
-"""Number of the newest records that are always kept: as many volumes as a storage client can attach."""
+"""Number of the newest records to keep: as many volumes as a client can attach."""
 ABSENT_S = 3600.0
-"""Time without device and mount after which a record may go; a client shows its volumes within minutes of a start."""
+"""Absence after which a record may go; a client shows its volumes within minutes."""
 MOST_AT_ONCE = 256  # records that one sweep removes; each waits for the disk
 
 # struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
@@ -41,7 +41,7 @@ _FLOCK = struct.Struct("=hhxxxxqqixxxx")
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """The last use of a volume or the format that was begun (`filesystem`), and its attachment (0 = not counted).
+    """Last use of a volume or begun format (`filesystem`), and its attachment (0 = not counted).
 
     `uncounted`: the last use was under an attachment that is not counted; `attachment` is an earlier one.
     `root_mode_pending`: the filesystem is new and its root directory does not have the requested mode yet.
@@ -59,17 +59,14 @@ class UsageRecord:
         return self.filesystem in (RAW, USED)
 
     def is_of(self, attachment: int) -> bool:
-        """Return whether the record applies to this attachment: use to all up to its own, a begun format to its own."""
+        """Return whether the record applies to the attachment: use also to earlier ones."""
         if self.is_use:
             return 0 < attachment <= self.attachment
         return attachment > 0 and self.attachment == attachment
 
 
 class UsageRecords:
-    """Usage records as files. A change is on disk when the call returns.
-
-    Two drivers use the directory while one replaces the other, so a change locks the volume's byte of the file `lock`.
-    """
+    """Usage records as files, locked during a change, as two drivers may run."""
 
     def __init__(self, state_directory: Path) -> None:
         self._directory = state_directory / "format-marks"
@@ -188,7 +185,7 @@ def record_use(
 
 
 def earlier_use(records: UsageRecords, volume_uuid: str | None, attachment: int) -> int:
-    """Return the earlier attachment under which the volume was last used; 0 if it was none, or is not known."""
+    """Return the earlier attachment of the last use; 0 if there was none."""
     record = records.read(volume_uuid) if volume_uuid is not None and attachment > 0 else None
     if record is None or not record.is_use or record.uncounted or record.attachment >= attachment:
         return 0
@@ -218,7 +215,7 @@ def _sync(directory: Path) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class RecordCleanup:
-    """Removes records of volumes that were absent for an hour, if many others were written after them.
+    """Removes records of volumes that were absent for an hour, if many others are newer.
 
     A node is never told that an attachment is over (docs/data-safety.md, "How long a record is kept").
     """
@@ -231,7 +228,7 @@ class RecordCleanup:
     _absent_since: dict[str, float] = field(default_factory=dict, init=False)
 
     def sweep(self) -> int:
-        """Return how many records were removed. Raises `HostFailure` when the records cannot be listed."""
+        """Return how many records were removed."""
         recorded = self.records.recorded()
         present = self._present() if len(recorded) > NEWEST_KEPT else None
         if present is None:
@@ -262,18 +259,18 @@ class RecordCleanup:
         return len(absent)
 
     def _is_readable(self, volume_uuid: str) -> bool:
-        """Return whether a record can be read; one that cannot stays, and the volume's next stage reports it."""
+        """Return whether a record can be read; the volume's next stage reports one that cannot."""
         try:
             return self.records.read(volume_uuid) is not None
         except HostFailure:
             return False
 
     def _present(self) -> frozenset[str] | None:
-        """Return the UUIDs of the volumes with a device or a mount on this node; None when they are not all known."""
+        """Return the UUIDs of the volumes on this node; None when they are not all known."""
         present = self.devices.present()
         if present is None:
             return None
         names = {self.ownership.name_of(mount) for mount in self.mounts.table()} - {None}
         if not names <= present.keys():
-            return None  # a mount whose device is gone: its volume's UUID is not known
+            return None  # the UUID of a mount without device is not known
         return frozenset(uuid.lower() for uuid in present.values())

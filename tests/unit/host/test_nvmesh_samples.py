@@ -12,7 +12,7 @@ from csi_driver.host.connectors import nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host_model import Device, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
-from csi_driver.node.mount_owner import is_fenced
+from csi_driver.node.mount_owner import AttachmentState, attachment_state
 from csi_driver.node.ports import Devices
 
 SAMPLES = Path(__file__).parents[2] / "recordings/nvmesh-client"
@@ -62,7 +62,8 @@ def judged(status: VolumeStatus | None) -> str:
     if status is None:
         return NO_VOLUME
     assert (status.name, status.uuid, status.size_bytes, status.refusal) == (NAME, UUID, 1 << 30, "")
-    if is_fenced(cast(Devices, Shown(status)), VolumeHandle(NAME, "z", UUID, "team-a"), UUID):
+    state = attachment_state(cast(Devices, Shown(status)), VolumeHandle(NAME, "z", UUID, "team-a"), UUID)
+    if state is AttachmentState.FENCED:
         return FENCED
     if DeviceEvidence(status, None, None, is_loop=False).unusable(NAME) is not None:
         return NOT_READY

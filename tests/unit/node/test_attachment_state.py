@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.host_model import Device, DeviceNumber, StorageClient, VolumeStatus
 from csi_driver.model import VolumeHandle
-from csi_driver.node.mount_owner import AttachmentState, attachment_state, is_cut_off, is_fenced
+from csi_driver.node.mount_owner import AttachmentState, attachment_state, is_cut_off
 from csi_driver.node.ports import Devices
 
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -88,7 +88,6 @@ def test_the_state_follows_from_the_files_of_the_client(client: Client, state: A
 def test_without_a_running_client_the_state_is_not_known(state: StorageClient, status: VolumeStatus | None) -> None:
     client = Client(status, None if status is None else (), None, state)
     assert attachment_state(cast(Devices, client), HANDLE, UUID) is AttachmentState.UNKNOWN
-    assert not is_fenced(cast(Devices, client), HANDLE, UUID)
 
 
 @pytest.mark.parametrize("uuid", [UUID, UUID.upper()])
