@@ -6,6 +6,7 @@ connection of its own, because requests are rare.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -45,8 +46,8 @@ class ApiFailed(StorageUnavailable):
         super().__init__(f"Kubernetes API server: cannot {what}: {reason}")
 
 
-class TaintsChanged(ApiFailed):
-    """The taints of the node were changed concurrently; nothing was written."""
+class Conflict(ApiFailed):
+    """The object was changed concurrently, or the change is invalid; nothing was written."""
 
 
 # --- objects --------------------------------------------------------------------------------------------------------
@@ -136,11 +137,11 @@ class ApiServer:
 
     def label_node(self, name: str, labels: Mapping[str, str | None]) -> None:
         """Set labels of a node, or remove those with the value None. Needs the right to patch nodes."""
-        what = f"label node {shown(name)}"
-        _expect_ok(*self._patch(name, {"metadata": {"labels": dict(labels)}}, _MERGE_PATCH, what), what)
+        change = {"metadata": {"labels": dict(labels)}}
+        self._request("PATCH", _node_path(name), f"label node {shown(name)}", change, _MERGE_PATCH)
 
     def set_taints(self, node: Node, taints: Sequence[Mapping[str, object]]) -> None:
-        """Replace the taints of a node. Raises `TaintsChanged` where they are no longer those of `node`.
+        """Replace the taints of a node. Raises `Conflict` where they are no longer those of `node`.
 
         Needs the right to patch nodes.
         """
@@ -149,10 +150,7 @@ class ApiServer:
             {"op": "test", "path": "/spec/taints", "value": [dict(taint) for taint in node.taints]},
             {"op": "replace", "path": "/spec/taints", "value": [dict(taint) for taint in taints]},
         ]
-        status, body = self._patch(node.name, change, _JSON_PATCH, what)
-        if status in _CONFLICT:
-            raise TaintsChanged(what, f"HTTP status {status}: {_reason(body)}", status)
-        _expect_ok(status, body, what)
+        self._request("PATCH", _node_path(node.name), what, change, _JSON_PATCH)
 
     def node_id(self, node_name: str, driver_name: str) -> str | None:
         """Return the id that a driver registered on a node; None where it is not. Needs the right to get csinodes."""
@@ -175,54 +173,45 @@ class ApiServer:
         return self._get(path, f"get VolumeAttachment {shown(name)}") is not None
 
     def _get(self, path: str, what: str) -> Mapping[str, object] | None:
-        status, body = self._request("GET", path, what)
-        if status == http.client.NOT_FOUND:
-            return None
-        _expect_ok(status, body, what)
         try:
-            document = json.loads(body)
+            document = json.loads(self._request("GET", path, what))
+        except ApiFailed as error:
+            if error.status == http.client.NOT_FOUND:
+                return None
+            raise
         except (ValueError, RecursionError) as error:
-            raise ApiFailed(what, f"invalid response: {error}", status) from error
+            raise ApiFailed(what, f"invalid response: {error}", http.client.OK) from error
         if not isinstance(document, dict):
-            raise ApiFailed(what, "invalid response: expected a JSON object", status)
+            raise ApiFailed(what, "invalid response: expected a JSON object", http.client.OK)
         return document
 
-    def _patch(self, node_name: str, change: object, content_type: str, what: str) -> tuple[int, bytes]:
-        return self._request("PATCH", _node_path(node_name), what, json.dumps(change).encode(), content_type)
-
-    def _request(
-        self, method: str, path: str, what: str, body: bytes | None = None, content_type: str = ""
-    ) -> tuple[int, bytes]:
-        """Return status and body of the response."""
+    def _request(self, method: str, path: str, what: str, change: object = None, content_type: str = "") -> bytes:
+        """Return the body of a successful response."""
         settings = self.settings
         try:
             token = (settings.account / "token").read_text().strip()
             headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
             if content_type:
                 headers["Content-Type"] = content_type
+            context = ssl.create_default_context(cafile=str(settings.account / "ca.crt"))
             connection = http.client.HTTPSConnection(
-                settings.host,
-                settings.port,
-                timeout=settings.timeout_s,
-                context=ssl.create_default_context(cafile=str(settings.account / "ca.crt")),
+                settings.host, settings.port, timeout=settings.timeout_s, context=context
             )
-            try:
+            with contextlib.closing(connection):
+                body = None if change is None else json.dumps(change).encode()
                 connection.request(method, path, body=body, headers=headers)
                 response = connection.getresponse()
-                return response.status, response.read(_ANSWER_LIMIT_BYTES)
-            finally:
-                connection.close()
+                status, content = response.status, response.read(_ANSWER_LIMIT_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ApiFailed(what, f"{type(error).__name__}: {error}") from error
+        if status != http.client.OK:
+            family = Conflict if status in _CONFLICT else ApiFailed
+            raise family(what, f"HTTP status {status}: {_reason(content)}", status)
+        return content
 
 
 def _node_path(node_name: str) -> str:
     return f"/api/v1/nodes/{quote(node_name, safe='')}"
-
-
-def _expect_ok(status: int, body: bytes, what: str) -> None:
-    if status != http.client.OK:
-        raise ApiFailed(what, f"HTTP status {status}: {_reason(body)}", status)
 
 
 def _reason(body: bytes) -> str:

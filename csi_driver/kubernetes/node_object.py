@@ -14,8 +14,8 @@ from csi_driver.errors import DriverError
 from csi_driver.kubernetes.api import (
     ApiFailed,
     ApiServer,
+    Conflict,
     Node,
-    TaintsChanged,
     attachment_name,
 )
 
@@ -119,7 +119,7 @@ class StartupTaint:
             return STARTING_INTERVAL_S
         try:
             pause_s = self._try()
-        except TaintsChanged:
+        except Conflict:
             return _CONFLICT_S * (1 + self.jitter())
         return pause_s * (0.5 + 0.5 * self.jitter())
 

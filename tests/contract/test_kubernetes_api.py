@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from csi_driver.kubernetes.api import ApiFailed, ApiServer, Node, TaintsChanged, attachment_name
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, Conflict, Node, attachment_name
 from csi_driver.settings import ApiSettings
 from tests.contract.pki import Authority, Pair
 from tests.contract.small_api_server import Api, Cluster, served
@@ -122,7 +122,7 @@ def test_concurrently_changed_taints_are_not_overwritten(api: Api) -> None:
     node = api.client().node("node-1")
     assert node is not None
     api.cluster.objects[NODE] = changed = a_node(taints=[*node.taints, OTHER])
-    with pytest.raises(TaintsChanged):
+    with pytest.raises(Conflict):
         api.client().set_taints(node, [])
     assert api.cluster.objects[NODE] == changed
 

@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.background import Backoff
 from csi_driver.errors import StorageUnavailable
-from csi_driver.kubernetes.api import ApiServer, Node, TaintsChanged
+from csi_driver.kubernetes.api import ApiServer, Conflict, Node
 from csi_driver.kubernetes.node_object import STARTING_INTERVAL_S, TAINT_INTERVAL_S, StartupTaint
 from csi_driver.settings import ApiSettings
 from tests.fakes.host import FakeClock
@@ -46,7 +46,7 @@ class FakeNodes(ApiServer):
         if self.between is not None:
             self.taints, self.between = self.between, None
         if node.taints != tuple(self.taints):
-            raise TaintsChanged("change the taints", "test failed", 422)
+            raise Conflict("change the taints", "test failed", 422)
         self.taints = list(taints)
 
     def _asked(self, what: str) -> None:
