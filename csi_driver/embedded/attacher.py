@@ -74,10 +74,7 @@ class Attacher:
     # --- start ------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Find the bound devices, settle every attachment, and detach what is not to be attached.
-
-        What the machine refuses now is logged and retried; it does not stop the rest.
-        """
+        """Find the bound devices and settle all attachments; failures are logged and retried."""
         for name in self.files:
             if not self._install(name):
                 self.worker.later(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
@@ -151,7 +148,7 @@ class Attacher:
     # --- settle -----------------------------------------------------------------------------------------
 
     def settle_all(self, pairs: Iterable[Pair]) -> None:
-        """Settle each pair now, or retry in the background what the machine refuses."""
+        """Settle each pair now; failures are retried in the background."""
         for client, identity in pairs:
             try:
                 settled = self.settle(client, identity)
@@ -287,7 +284,7 @@ class Attacher:
     def _others_are_off(self, volume: Volume, client: str) -> bool:
         """Return whether every other client is allowed to share the volume or can do no I/O.
 
-        The reservation no longer names a client whose attachment ended, but it may still have its device.
+        A client that the reservation no longer names may still have its device.
         """
         with_device = {other for other in self.files if (other, volume.uuid) in self.devices}
         others = with_device.union(volume.reservation.attached) - {client}

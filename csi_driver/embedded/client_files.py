@@ -1,8 +1,8 @@
 """Files of a storage client: its device nodes, and the status files that a real client shows under /proc/nvmeibc.
 
 Status files have the form of a newer client's (NVIDIA/nvmesh-kernel), without statistics. Each is replaced as a whole
-(rename), so no reader sees half of one. `client_processes` is left out: the kernel does not tell who has a loop device
-open.
+(rename), so no reader sees half of one. `client_processes` is left out: the kernel does not name the programs that have
+a loop device open.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StatusFiles:
         _write(self.directory / "version", _json(version))
 
     def show(self, volume: Volume, attachment: Attachment, *, io_enabled: bool = True) -> None:
-        """Write the files of an attached volume; status.json last, because it tells whether I/O works."""
+        """Write the files of an attached volume; status.json last, because it shows that I/O works."""
         directory = self.directory / "volumes" / volume.name
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         _write(directory / "blob.txt", _blob(attachment))

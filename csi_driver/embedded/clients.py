@@ -14,19 +14,21 @@ from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
     DETACHED,
+    MODE_NAMES,
+    MODES,
+    NONE,
     REPORTS,
+    SHARED_READ_ONLY,
     VOLUMES,
     Attachment,
     Client,
     Document,
     Report,
     Reservation,
-    ReservationRefused,
-    ReservationRequest,
     Volume,
     now,
 )
-from csi_driver.embedded.requests import AttachedVolume, DetachedVolume
+from csi_driver.embedded.requests import AttachedVolume, DetachedVolume, ReservationRequest
 from csi_driver.embedded.store import Change, Store
 
 Pair = tuple[str, str]
@@ -60,7 +62,7 @@ class Clients:
         return self.store.write(lambda change: self._attach(change, client, client_uuid, item, lost))
 
     def _attach(self, change: Change, client: str, client_uuid: str, item: AttachedVolume, lost: str) -> list[Pair]:
-        name, identity, wanted = item.name, item.uuid, item.wanted()
+        name, identity, request = item.name, item.uuid, item.reservation
         keys: Document = {"clientID": client, "clientUUID": client_uuid, "volumeID": name, "volumeUUID": identity}
         if change.get(CLIENTS, client) is None:
             known = ", ".join(self.names)
@@ -74,16 +76,19 @@ class Clients:
         if lost or not volume.ready:
             reason = lost or "Volume is not ready: its encryption has not been initialized"
             raise _not_attached(keys, detail(1569, reason, **inner), loses_uuid=True)
-        try:
-            reservation = volume.reservation.acquired(client, wanted, read_only=volume.read_only)
-        except ReservationRefused as refused:
-            raise _not_attached(keys, detail(refused.number, refused.message, **refused.details, **inner)) from refused
+        mode = MODES[request.mode]
+        if refused := _conflict(volume, client, mode, request):
+            raise _not_attached(keys, {**refused, **inner})
+        reservation = _acquired(volume.reservation, client, mode, request)
         pairs = [(client, volume.uuid)]
         if reservation != volume.reservation:
             change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
-        if wanted.preempt:
-            pairs[:0] = self._preempt(change, client, volume, detach=wanted.detach_others)
-        self._put_attaching(change, client, volume, _shown(wanted, reservation), item.reference)
+        if request.preempt:
+            pairs[:0] = self._preempt(change, client, volume, detach=request.is_detach_others)
+        shown: Document = {"mode": mode, "version": reservation.version, "preempt": 2 if request.preempt else 0}
+        if "reservation" in item.model_fields_set:
+            shown["isDetachOthers"] = request.is_detach_others
+        self._put_attaching(change, client, volume, shown, item.reference)
         return pairs
 
     def _put_attaching(
@@ -236,15 +241,33 @@ def _put_report(change: Change, attachment: Attachment, status: int, *, io_enabl
     change.put(REPORTS, attachment.uuid, report, attachment.client)
 
 
-def _shown(wanted: ReservationRequest, reservation: Reservation) -> Document:
-    shown: Document = {
-        "mode": wanted.mode,
-        "version": reservation.version,
-        "preempt": 2 if wanted.preempt else 0,
-    }
-    if wanted.is_explicit:
-        shown["isDetachOthers"] = wanted.detach_others
-    return shown
+def _conflict(volume: Volume, client: str, mode: int, request: ReservationRequest) -> Document | None:
+    """Return the error of a request that the volume or its reservation does not allow."""
+    present = volume.reservation
+    if volume.read_only and mode != SHARED_READ_ONLY:
+        reason = f"{request.mode} was requested and the volume is read-only; attach it as SHARED_READ_ONLY"
+        return detail(1716, reason)
+    if present.mode == NONE or present.allows(client, mode):
+        return None
+    held = f"the volume is reserved as {MODE_NAMES[present.mode]} for {', '.join(present.attached)}"
+    if request.version != present.version:
+        reason = f"{held}; expected reservation version {present.version}, got {request.version}"
+        return detail(1717, reason, volumeReservation=present.version)
+    return None if request.preempt else detail(1718, f"{held}; detach it there, or set preempt")
+
+
+def _acquired(present: Reservation, client: str, mode: int, request: ReservationRequest) -> Reservation:
+    """Return the reservation with the client; a new one has a new version.
+
+    Clients that are to detach no longer count, even if they are down and still have a device: the last client that
+    counts ends the reservation.
+    """
+    attached = present.attached if client in present.attached else (*present.attached, client)
+    if present.allows(client, mode):
+        return replace(present, attached=attached)
+    if request.is_detach_others and present.mode != NONE:
+        attached = (client,)
+    return Reservation(mode, present.version + 1, client, attached, now())
 
 
 def _not_attached(keys: Document, inner: Document, *, loses_uuid: bool = False) -> ApiError:

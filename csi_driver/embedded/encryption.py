@@ -26,7 +26,7 @@ from csi_driver.errors import DriverError
 _log = logging.getLogger(__name__)
 
 REQUIRED = "initEncryptionRequired"
-"""Action of a volume whose encryption must still be initialized."""
+"""Action of a volume before its encryption is initialized."""
 _COMMAND, _RUNNING = "initEncryption", "initializingEncryption"
 _SUCCEEDED, _REFUSED, _INTERRUPTED = 1, 2, 3
 """encryption.command.response.result"""

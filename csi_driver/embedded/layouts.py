@@ -99,7 +99,7 @@ class Layout:
         return group
 
     def redundancy_of(self, blocks: int) -> int:
-        """Return the blocks of redundancy that `blocks` of data take beside them."""
+        """Return the blocks of redundancy that `blocks` of data need in addition."""
         return blocks * self.mirrors + math.ceil(blocks * self.parity_blocks / self.data_blocks)
 
     def blocks_of(self, capacity_gb: float) -> int:
@@ -115,21 +115,17 @@ class Layout:
 
     def parameters(self) -> dict[str, object]:
         """Return the parameters as a volume or VPG document shows them."""
-        shown: dict[str, object] = {"RAIDLevel": self.level}
-        names = PARAMETERS[self.level]
-        if "stripeSize" in names:
-            shown["stripeSize"] = self.stripe_size
-            shown["stripeWidth"] = self.stripe_width
-        if "numberOfMirrors" in names:
-            shown["numberOfMirrors"] = self.mirrors
-        if "dataBlocks" in names:
-            shown["dataBlocks"] = self.data_blocks
-            shown["parityBlocks"] = self.parity_blocks
-        if "protectionLevel" in names and self.protection is not None:
-            shown["protectionLevel"] = self.protection
-        if "enableCrcCheck" in names and self.crc is not None:
-            shown["enableCrcCheck"] = self.crc
-        return shown
+        values = {
+            "stripeSize": self.stripe_size,
+            "stripeWidth": self.stripe_width,
+            "numberOfMirrors": self.mirrors,
+            "dataBlocks": self.data_blocks,
+            "parityBlocks": self.parity_blocks,
+            "protectionLevel": self.protection,
+            "enableCrcCheck": self.crc,
+        }
+        shown = {name: values[name] for name in PARAMETERS[self.level] if values[name] is not None}
+        return {"RAIDLevel": self.level, **shown}
 
 
 def _mirrored(level: str, width: int) -> Layout:

@@ -34,31 +34,6 @@ def now() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ReservationRequest:
-    """The reservation that an attach request asks for."""
-
-    mode: int = SHARED_READ_WRITE
-    version: int | None = None
-    preempt: bool = False
-    detach_others: bool = False
-    is_explicit: bool = False
-    """The request has a `reservation`."""
-
-
-class ReservationRefused(Exception):
-    """The reservation conflicts with the present one, or with a read-only volume.
-
-    `number` is the API's error id; `details` are keys of the error document.
-    """
-
-    def __init__(self, number: int, message: str, **details: object) -> None:
-        self.number = number
-        self.message = message
-        self.details = details
-        super().__init__(message)
-
-
-@dataclass(frozen=True, slots=True)
 class Reservation:
     """Cluster-wide access to a volume. Each transition increments `version`."""
 
@@ -71,32 +46,6 @@ class Reservation:
     def allows(self, client: str, mode: int) -> bool:
         """Return whether a client that attached in this mode may do I/O; False after a preemption."""
         return self.mode == mode and (mode != EXCLUSIVE_READ_WRITE or self.reserved_by == client)
-
-    def acquired(self, client: str, wanted: ReservationRequest, *, read_only: bool) -> Reservation:
-        """Return the reservation with `client` attached. Raises ReservationRefused.
-
-        `read_only`: the volume is.
-        """
-        if read_only and wanted.mode != SHARED_READ_ONLY:
-            mode = MODE_NAMES[wanted.mode]
-            raise ReservationRefused(
-                1716, f"{mode} was requested and the volume is read-only; attach it as SHARED_READ_ONLY"
-            )
-        attached = self.attached if client in self.attached else (*self.attached, client)
-        if self.allows(client, wanted.mode):
-            return replace(self, attached=attached)
-        if self.mode != NONE:
-            held = f"the volume is reserved as {MODE_NAMES[self.mode]} for {', '.join(self.attached)}"
-            if wanted.version != self.version:
-                reason = f"{held}; expected reservation version {self.version}, got {wanted.version}"
-                raise ReservationRefused(1717, reason, volumeReservation=self.version)
-            if not wanted.preempt:
-                raise ReservationRefused(1718, f"{held}; detach it there, or set preempt")
-            if wanted.detach_others:
-                # Detached clients no longer count, even if they are down and still have a device: the last client
-                # that counts ends the reservation.
-                attached = (client,)
-        return Reservation(wanted.mode, self.version + 1, client, attached, now())
 
     def released(self, client: str) -> Reservation:
         """Return the reservation without `client`; it ends with the last client."""

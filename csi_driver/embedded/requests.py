@@ -1,7 +1,7 @@
 """Requests of the API: limits of a body, and models of the bodies.
 
-The models take what the server's own schemas take: no unknown field, no value of another JSON type, no null unless
-stated. A whole float is an integer, as in JSON Schema.
+As in the server's own schemas, unknown fields, values of another JSON type and nulls are invalid, unless stated, and a
+float without a fraction is an integer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from csi_driver.embedded.layouts import (
     RAID_1,
     Layout,
 )
-from csi_driver.embedded.model import MODES, Document, ReservationRequest
+from csi_driver.embedded.model import Document
 
 _MAX_METADATA_BYTES = 256 * 1024
 _MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -35,7 +35,7 @@ _MAX_LEVELS = 100
 
 
 class JsonRequest(Request):
-    """A request whose body is limited in size and depth."""
+    """A request with a body of limited size and depth."""
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
@@ -285,9 +285,10 @@ class EncryptionInit(_Named):
     key_size: Annotated[Literal[256, 512], BeforeValidator(_whole)] = 512
 
 
-class _ReservationBody(RequestBody):
+class ReservationRequest(RequestBody):
     mode: Literal["SHARED_READ_ONLY", "SHARED_READ_WRITE", "EXCLUSIVE_READ_WRITE"] = "SHARED_READ_WRITE"
     version: Integer = 0
+    """The present version of the volume's reservation; it counts from 1."""
     preempt: bool = False
     is_detach_others: bool = False
 
@@ -307,17 +308,7 @@ class _VolumeOfClient(RequestBody):
 
 
 class AttachedVolume(_VolumeOfClient):
-    reservation: _ReservationBody = _ReservationBody()
-
-    def wanted(self) -> ReservationRequest:
-        asked = self.reservation
-        return ReservationRequest(
-            mode=MODES[asked.mode],
-            version=asked.version if "version" in asked.model_fields_set else None,
-            preempt=asked.preempt,
-            detach_others=asked.is_detach_others,
-            is_explicit="reservation" in self.model_fields_set,
-        )
+    reservation: ReservationRequest = ReservationRequest()
 
 
 class DetachedVolume(_VolumeOfClient):

@@ -1,4 +1,4 @@
-"""The embedded storage manager: opens the pool, repairs what a crash left, serves the API, and stops in order."""
+"""The embedded storage manager: opens and repairs the pool, serves the API, and stops in order."""
 
 from __future__ import annotations
 
@@ -40,33 +40,6 @@ _BACKLOG = 2048
 _ANSWER_TIME_S = 2.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _PUBLIC_PATH = "/login"
-
-
-class DeviceDirectoryUnusable(PreconditionFailed):
-    """Device nodes in this directory would not work."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(
-            f"device nodes in {directory} would not work: it is on a file system mounted nodev; "
-            "set a directory below /dev, or remount the file system with the option dev"
-        )
-
-
-class CannotListen(HostFailure):
-    """The address is in use or does not exist."""
-
-    def __init__(self, host: str, port: int, why: str) -> None:
-        super().__init__(f"cannot listen on {host}:{port}: {why}; stop what listens there, or choose another --listen")
-
-
-class CertificateUnusable(HostFailure):
-    """The certificate or its key cannot be read, or they do not belong together."""
-
-    def __init__(self, certificate: Path, key: Path, why: object) -> None:
-        super().__init__(
-            f"the API cannot be served with --tls-certificate {certificate} and --tls-key {key}: {why}; "
-            "expected a PEM certificate chain and its private key"
-        )
 
 
 class StorageServer:
@@ -269,7 +242,7 @@ def serve(
     headers: LuksHeaders | None = None,
     beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
 ) -> int:
-    """Run the manager until SIGTERM or SIGINT, inside the context that `beside` makes. Returns the exit status."""
+    """Run the manager inside the context `beside(server)` until SIGTERM or SIGINT. Returns the exit status."""
     server = StorageServer(settings, loops, headers)
     try:
         with beside(server):
@@ -290,19 +263,14 @@ def why_silent(host: str, port: int, *, tls: bool) -> str:
     """Return why the API on this address does not answer a client; "" when it does."""
     host = _LOOPBACK.get(host, host)
     try:
+        connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_TIME_S)
         if tls:
             # It is this process: the certificate need not be verified.
             context = ssl._create_unverified_context()  # noqa: S323
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=_ANSWER_TIME_S, context=context
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_TIME_S)
-        try:
+            connection = http.client.HTTPSConnection(host, port, timeout=_ANSWER_TIME_S, context=context)
+        with contextlib.closing(connection):
             connection.request("GET", _PUBLIC_PATH)
             status = connection.getresponse().status
-        finally:
-            connection.close()
     except (OSError, http.client.HTTPException) as error:
         return f"the API does not answer within {_ANSWER_TIME_S:g} s: {type(error).__name__}: {error}"
     return "" if status == http.client.OK else f"the API answers with HTTP status {status}"
@@ -321,7 +289,10 @@ def _check_device_directory(directory: Path) -> None:
     except OSError as problem:
         raise SystemCallFailed(f"make the device directory {directory}", problem.errno or 0) from problem
     if flags & os.ST_NODEV:
-        raise DeviceDirectoryUnusable(directory)
+        raise PreconditionFailed(
+            f"device nodes in {directory} would not work: it is on a file system mounted nodev; "
+            "set a directory below /dev, or remount the file system with the option dev"
+        )
 
 
 def _check_certificate(settings: StorageSettings) -> None:
@@ -331,7 +302,10 @@ def _check_certificate(settings: StorageSettings) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as problem:
-        raise CertificateUnusable(certificate, key, problem) from problem
+        raise HostFailure(
+            f"the API cannot be served with --tls-certificate {certificate} and --tls-key {key}: {problem}; "
+            "expected a PEM certificate chain and its private key"
+        ) from problem
 
 
 def _bound(settings: StorageSettings) -> socket.socket:
@@ -346,7 +320,9 @@ def _bound(settings: StorageSettings) -> socket.socket:
         listener.bind((host, port))
     except OSError as problem:
         listener.close()
-        raise CannotListen(host, port, str(problem)) from problem
+        raise HostFailure(
+            f"cannot listen on {host}:{port}: {problem}; stop what listens there, or choose another --listen"
+        ) from problem
     return listener
 
 

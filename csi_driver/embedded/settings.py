@@ -1,4 +1,4 @@
-"""What the embedded storage manager is given: its settings with their flags, and the ports to this machine.
+"""Settings of the embedded storage manager with their flags, and its ports to this machine.
 
 The adapters of the ports are in csi_driver.host.
 """
@@ -165,7 +165,7 @@ class LoopDevices(Protocol):
         ...
 
     def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
-        """Return the loop devices whose backing file is in `directory`."""
+        """Return the loop devices that are bound to files in `directory`."""
         ...
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
@@ -194,7 +194,7 @@ class LuksHeaders(Protocol):
     def format(
         self, file: Path, passphrase: str, *, slot: int, key_size_bits: int, header_bytes: int, volume_uuid: str
     ) -> None:
-        """Write and sync a header, replacing what the file holds. The data begins at `header_bytes`.
+        """Write and sync a header over the head of the file. The data begins at `header_bytes`.
 
         Slots count from 0.
         """

@@ -1,7 +1,7 @@
 """Volumes and built-in VPGs: create, extend, update and delete volumes; each method raises ApiError.
 
 The row is committed before the file is created or grown, and removed after the file, so that a crash at any point loses
-nothing that was acknowledged. The start finishes what a crash interrupted.
+no acknowledged change. The start completes interrupted operations.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class Volumes:
         return extended
 
     def finish_extension(self, name: str) -> bool:
-        """Clear the action of a volume whose file has grown; always return True."""
+        """Clear the action of a volume after its file has grown; always return True."""
 
         def finished(change: Change) -> None:
             volume = change.get(VOLUMES, name)
