@@ -10,14 +10,14 @@ import signal
 import socket
 import ssl
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import uvicorn
 
-from csi_driver.background import Periodic, Worker
+from csi_driver.background import Periodic, Worker, run_detached
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.encryption import Encryptions
@@ -65,7 +65,7 @@ class StorageServer:
             self.recover()
             undo.pop_all()
         self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
+        self._serving: Future[None] | None = None
 
     def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
         settings, store, pool = self.settings, self.store, self.pool
@@ -168,10 +168,9 @@ class StorageServer:
     def start(self) -> None:
         """Serve in a thread. Connections are accepted when this returns."""
         self._server = self._uvicorn()
-        self._thread = threading.Thread(target=self._serve, name="storage-http", daemon=True)
         self._listener.listen(_BACKLOG)
         self._start_workers()
-        self._thread.start()
+        self._serving = run_detached("storage-http", self._serve)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Call `ready` and serve until SIGTERM or SIGINT. In the main thread only."""
@@ -219,8 +218,8 @@ class StorageServer:
         """Finish the running requests and close the pool. Attached volumes stay attached."""
         if self._server is not None:
             self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join()
+        if self._serving is not None:
+            wait([self._serving])
         self._listener.close()
         self.check.stop(wait_s=_GRACE_S)
         self.worker.stop()

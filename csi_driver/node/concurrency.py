@@ -124,6 +124,7 @@ class Watchdog(Generic[Result]):
     def _start_thread(self) -> None:
         """Wake a free thread for a waiting call, or start one. The lock is held."""
         if len(self._waiting) > self._free and self._threads < self._workers:
+            # Not a DaemonPool: a thread that hangs in the kernel is written off and replaced.
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
             self._threads += 1
             self._free += 1
