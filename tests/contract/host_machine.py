@@ -1,4 +1,4 @@
-"""A corner of this machine for tests of `csi_driver.host`: volumes on loop devices below a temporary directory."""
+"""Volumes on loop devices below a temporary directory, for tests of `csi_driver.host`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LIVE = {
     "dbg": "0x200",
     "enforce_read_only": 1,
 }
-"""What an older client shows of every volume that is attached for writing (tests/recordings/nvmesh-client)."""
+"""Status of a writable attachment of an older client (tests/recordings/nvmesh-client)."""
 
 
 def shell(*argv: str, accept: tuple[int, ...] = (0,)) -> str:
-    """Run a tool of the machine, as an oracle or to prepare something; return what it printed."""
+    """Run a tool of the machine; return its output."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode in accept, f"{argv}: {done.returncode} {done.stderr}"
     return done.stdout
@@ -58,7 +58,7 @@ class Volume:
 
 
 class HostMachine:
-    """Volumes, mounts and everything of `csi_driver.host` over one directory."""
+    """The adapters of `csi_driver.host` over one directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -82,7 +82,7 @@ class HostMachine:
         return Volume(name, identity, file, loop)
 
     def write_status(self, name: str, identity: str, size_bytes: int, **more: object) -> None:
-        """Write what the client would show of a volume."""
+        """Write the client's status of a volume."""
         document = {
             "name": name,
             "uuid": identity,
@@ -95,7 +95,7 @@ class HostMachine:
         path.write_text(json.dumps(document | LIVE | more))
 
     def device(self, volume: Volume) -> Device:
-        """Find the volume's device as the node does."""
+        """Return the volume's device."""
         return self.devices.wait_for(volume.name, volume.uuid, deadline=soon())
 
     def formatted(self, fs_type: str, size_bytes: int, name: str = "csi-1") -> tuple[Volume, Device]:
@@ -113,14 +113,14 @@ class HostMachine:
         return path
 
     def grow(self, volume: Volume, size_bytes: int) -> Device:
-        """Enlarge the volume as the embedded manager does; return the device as it is then."""
+        """Enlarge the volume as the embedded manager does; return its device."""
         with volume.file.open("r+b") as file:
             file.truncate(size_bytes)
         self.loops.grow(volume.loop)
         return self.device(volume)
 
     def clean_up(self) -> None:
-        """Take off every mount and loop device below the directory, by tools that are not under test."""
+        """Remove all mounts and loop devices below the directory, by other tools than the tested ones."""
         for point in mounts_below(self.directory):
             subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
         self._close_encrypted()
@@ -141,7 +141,7 @@ class HostMachine:
 
 @contextlib.contextmanager
 def host_machine(directory: Path) -> Iterator[HostMachine]:
-    """Give a machine and clean up after it, whatever happened."""
+    """Give a machine, and clean up."""
     machine = HostMachine(directory)
     try:
         yield machine
@@ -150,5 +150,5 @@ def host_machine(directory: Path) -> Iterator[HostMachine]:
 
 
 def soon(seconds: float = 5.0) -> Deadline:
-    """Return a deadline that no test should reach."""
+    """Return a long deadline."""
     return Deadline.after(seconds)

@@ -1,4 +1,4 @@
-"""Devices are found by name, proven by identity, and proven again on the opened descriptor."""
+"""Devices: found by name, identified, and verified again on the open descriptor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHER = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 class ManualClock:
-    """Time that passes only while somebody sleeps; then `on_sleep` happens."""
+    """Time that passes only in `sleep`, which calls `on_sleep`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -66,7 +66,7 @@ def test_a_device_is_described_as_the_kernel_shows_it(machine: HostMachine) -> N
     assert device.uuid == volume.uuid
 
 
-def test_a_device_that_appears_while_it_is_awaited_is_found(machine: HostMachine) -> None:
+def test_wait_finds_a_device_that_appears(machine: HostMachine) -> None:
     clock = ManualClock()
     made: list[Volume] = []
 
@@ -79,7 +79,7 @@ def test_a_device_that_appears_while_it_is_awaited_is_found(machine: HostMachine
     assert device.uuid == made[0].uuid
 
 
-def test_waiting_for_a_device_ends_with_the_deadline(machine: HostMachine) -> None:
+def test_wait_ends_at_the_deadline(machine: HostMachine) -> None:
     with pytest.raises(DeadlineReached, match="csi-none"):
         machine.devices.wait_for("csi-none", None, deadline=Deadline.after(30, ManualClock()))
 
@@ -94,12 +94,12 @@ def test_a_device_without_size_is_not_ready(machine: HostMachine) -> None:
         machine.devices.wait_for(volume.name, volume.uuid, deadline=Deadline.after(1, ManualClock()))
 
 
-def test_a_file_in_the_place_of_the_device_is_no_device(machine: HostMachine) -> None:
+def test_a_regular_file_is_no_device(machine: HostMachine) -> None:
     (machine.device_root / "csi-1").write_text("not a device")
     assert machine.devices.find("csi-1") is None
 
 
-def test_another_volume_under_the_same_name_is_refused_at_once(machine: HostMachine) -> None:
+def test_wait_refuses_another_volume_at_once(machine: HostMachine) -> None:
     volume = machine.volume()
     clock = ManualClock()
     with pytest.raises(PreconditionFailed, match=f"claims {volume.uuid}, expected {OTHER}"):
@@ -107,8 +107,8 @@ def test_another_volume_under_the_same_name_is_refused_at_once(machine: HostMach
     assert clock.now_s == 0
 
 
-def test_evidence_that_disagrees_with_itself_is_awaited(machine: HostMachine) -> None:
-    """A status file of the volume before lingers for a moment; it is not taken for the truth, nor is the device."""
+def test_wait_continues_while_the_evidence_is_contradictory(machine: HostMachine) -> None:
+    """The status file of an earlier volume remains for a moment."""
     volume = machine.volume()
     machine.write_status(volume.name, OTHER, 64 * MIB)
     clock = ManualClock()
@@ -118,7 +118,7 @@ def test_evidence_that_disagrees_with_itself_is_awaited(machine: HostMachine) ->
     assert clock.now_s > 0
 
 
-def test_evidence_that_never_agrees_is_never_believed(machine: HostMachine) -> None:
+def test_contradictory_evidence_is_never_accepted(machine: HostMachine) -> None:
     volume = machine.volume()
     machine.write_status(volume.name, OTHER, 64 * MIB)
     for uuid_asked in (volume.uuid, OTHER, None):
@@ -126,7 +126,7 @@ def test_evidence_that_never_agrees_is_never_believed(machine: HostMachine) -> N
             machine.devices.wait_for(volume.name, uuid_asked, deadline=Deadline.after(30, ManualClock()))
 
 
-def test_a_torn_status_file_does_not_hide_what_the_device_proves(machine: HostMachine) -> None:
+def test_a_torn_status_file_does_not_hide_the_label(machine: HostMachine) -> None:
     volume = machine.volume()
     path = machine.status_root / "volumes" / volume.name / "status.json"
     path.write_text(path.read_text()[:40])
@@ -140,8 +140,8 @@ def test_a_device_that_does_not_write_data_is_refused(machine: HostMachine) -> N
         machine.device(volume)
 
 
-def test_udev_that_sends_no_event_delays_nothing_for_long(machine: HostMachine) -> None:
-    """In a container's network namespace udev's events do not arrive; the device is found all the same."""
+def test_a_device_is_found_without_udev_events(machine: HostMachine) -> None:
+    """In the network namespace of a container udev's events do not arrive."""
     control = machine.directory / "udev-control"
     control.touch()
     devices = LinuxDevices(machine.device_root, machine.status_root, udev_control=control)
@@ -152,7 +152,7 @@ def test_udev_that_sends_no_event_delays_nothing_for_long(machine: HostMachine) 
 # --- opening ----------------------------------------------------------------------------------------------------
 
 
-def test_a_device_whose_number_is_now_another_volume_is_refused(machine: HostMachine) -> None:
+def test_open_refuses_a_number_of_another_volume(machine: HostMachine) -> None:
     volume, other = machine.volume("csi-1"), machine.volume("csi-2")
     device = machine.device(volume)
     (machine.device_root / "csi-2").replace(machine.device_root / "csi-1")
@@ -161,7 +161,7 @@ def test_a_device_whose_number_is_now_another_volume_is_refused(machine: HostMac
     assert other.uuid != volume.uuid
 
 
-def test_what_speaks_against_a_device_since_it_was_found_is_heard(machine: HostMachine) -> None:
+def test_open_checks_new_evidence(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     machine.write_status(volume.name, volume.uuid, 64 * MIB, debug_di=1)
@@ -169,8 +169,8 @@ def test_what_speaks_against_a_device_since_it_was_found_is_heard(machine: HostM
         pass
 
 
-def test_a_device_number_that_was_given_to_another_volume_is_refused(machine: HostMachine) -> None:
-    """The node and its number are the same, the file behind it is not."""
+def test_open_refuses_a_reused_device_number(machine: HostMachine) -> None:
+    """Node and number are the same, the file is another one."""
     volume = machine.volume(status=False)
     device = machine.device(volume)
     fd = os.open(f"/dev/loop{volume.loop.number}", os.O_RDONLY)
@@ -185,8 +185,8 @@ def test_a_device_number_that_was_given_to_another_volume_is_refused(machine: Ho
         pass
 
 
-def test_a_disk_that_came_anew_under_the_same_number_is_not_opened(machine: HostMachine) -> None:
-    """Name, number, uuid and size are the same; what was learnt of the disk before it went says nothing any more."""
+def test_open_refuses_a_new_disk_with_the_same_number(machine: HostMachine) -> None:
+    """Name, number, uuid and size are the same; the content may be another."""
     volume = machine.volume()
     device = machine.device(volume)
     assert machine.loops.detach(volume.loop)
@@ -199,7 +199,7 @@ def test_a_disk_that_came_anew_under_the_same_number_is_not_opened(machine: Host
         pass
 
 
-def test_a_device_that_changed_its_size_is_refused(machine: HostMachine) -> None:
+def test_open_refuses_a_device_with_another_size(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     machine.grow(volume, 128 * MIB)
@@ -207,7 +207,7 @@ def test_a_device_that_changed_its_size_is_refused(machine: HostMachine) -> None
         pass
 
 
-def test_a_device_that_nothing_proves_is_not_opened_for_writing(machine: HostMachine) -> None:
+def test_a_device_without_evidence_is_not_opened_for_writing(machine: HostMachine) -> None:
     volume = machine.volume(status=False)
     machine.loops.detach(volume.loop)
     machine.loops.attach(volume.file, machine.device_root / volume.name, label="unlabelled", read_only=False)
@@ -220,7 +220,7 @@ def test_a_device_that_nothing_proves_is_not_opened_for_writing(machine: HostMac
         pass
 
 
-def test_a_device_that_is_gone_is_refused(machine: HostMachine) -> None:
+def test_open_refuses_a_device_that_is_gone(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     machine.loops.detach(volume.loop)
@@ -229,7 +229,7 @@ def test_a_device_that_is_gone_is_refused(machine: HostMachine) -> None:
 
 
 def quick(machine: HostMachine) -> LinuxDevices:
-    """Return devices whose patience with busy ones takes no time."""
+    """Return devices with a clock that makes waits instant."""
     return LinuxDevices(machine.device_root, machine.status_root, clock=ManualClock())
 
 
@@ -240,7 +240,7 @@ def test_a_mounted_device_is_not_opened_exclusively(machine: HostMachine) -> Non
         pass
 
 
-def test_a_device_opened_exclusively_is_not_opened_so_again(machine: HostMachine) -> None:
+def test_two_exclusive_opens_exclude_each_other(machine: HostMachine) -> None:
     device = machine.device(machine.volume())
     with (
         machine.devices.open(device, write=True, exclusive=True),
@@ -250,8 +250,8 @@ def test_a_device_opened_exclusively_is_not_opened_so_again(machine: HostMachine
         pass
 
 
-def test_a_helper_that_outlives_its_driver_keeps_the_device_locked(machine: HostMachine) -> None:
-    """A driver killed with SIGKILL leaves mkfs running: nobody judges the device before that has ended."""
+def test_a_program_that_outlives_its_driver_keeps_the_device_locked(machine: HostMachine) -> None:
+    """After SIGKILL of the driver, mkfs runs on with the lock."""
     device = machine.device(machine.volume())
     with machine.devices.open(device, write=True, exclusive=True) as opened:
         helper = subprocess.Popen(
@@ -266,8 +266,8 @@ def test_a_helper_that_outlives_its_driver_keeps_the_device_locked(machine: Host
         pass
 
 
-def test_the_tools_that_write_refuse_a_device_claimed_meanwhile(machine: HostMachine) -> None:
-    """The lock is no claim: mkfs makes the kernel's own, and sees a mount that came in between."""
+def test_mkfs_refuses_a_device_that_was_mounted_meanwhile(machine: HostMachine) -> None:
+    """mkfs opens the device with O_EXCL, which a mount since the check prevents."""
     volume, device = machine.formatted("ext4", 32 * MIB)
     target = machine.place()
     with machine.devices.open(device, write=True, exclusive=True) as opened:
@@ -279,7 +279,7 @@ def test_the_tools_that_write_refuse_a_device_claimed_meanwhile(machine: HostMac
 # --- facts by number --------------------------------------------------------------------------------------------
 
 
-def test_size_and_uuid_are_known_by_number(machine: HostMachine) -> None:
+def test_size_and_uuid_are_found_by_number(machine: HostMachine) -> None:
     volume = machine.volume(size_bytes=48 * MIB)
     number = machine.device(volume).number
     assert machine.devices.size_bytes(number) == 48 * MIB
@@ -297,7 +297,7 @@ def test_a_device_that_is_gone_has_neither_size_nor_uuid(machine: HostMachine) -
     assert machine.devices.uuid_of(DeviceNumber(240, 77)) is None
 
 
-def test_a_read_only_device_refuses_writers_that_were_there(machine: HostMachine) -> None:
+def test_a_device_set_read_only_refuses_existing_writers(machine: HostMachine) -> None:
     device = machine.device(machine.volume())
     fd = os.open(device.path, os.O_RDWR)
     try:
@@ -312,7 +312,7 @@ def test_a_read_only_device_refuses_writers_that_were_there(machine: HostMachine
 # --- loop devices of the embedded manager -----------------------------------------------------------------------
 
 
-def test_an_attached_file_is_found_again_from_the_kernel(machine: HostMachine) -> None:
+def test_a_bound_file_is_found_in_sysfs(machine: HostMachine) -> None:
     volume = machine.volume()
     found = LoopDevices().bound_to(machine.directory, machine.device_root)
     assert found == (volume.loop,)
@@ -337,7 +337,7 @@ def test_a_device_without_its_node_is_found_and_gets_it_back(machine: HostMachin
     assert machine.device(volume).uuid == volume.uuid
 
 
-def test_a_node_left_over_from_another_device_is_replaced(machine: HostMachine) -> None:
+def test_a_node_of_another_device_is_replaced(machine: HostMachine) -> None:
     first, second = machine.volume("csi-1"), machine.volume("csi-2")
     node = machine.device_root / "csi-1"
     node.unlink()
@@ -346,7 +346,7 @@ def test_a_node_left_over_from_another_device_is_replaced(machine: HostMachine) 
     assert machine.device(first).uuid == first.uuid
 
 
-def test_detaching_leaves_a_node_that_stands_for_another_device(machine: HostMachine) -> None:
+def test_detach_keeps_a_node_of_another_device(machine: HostMachine) -> None:
     first, second = machine.volume("csi-1"), machine.volume("csi-2")
     node = machine.device_root / "csi-1"
     node.unlink()
@@ -355,7 +355,7 @@ def test_detaching_leaves_a_node_that_stands_for_another_device(machine: HostMac
     assert node.is_block_device()
 
 
-def test_detaching_makes_device_and_node_disappear(machine: HostMachine) -> None:
+def test_detach_removes_device_and_node(machine: HostMachine) -> None:
     volume = machine.volume()
     assert machine.loops.detach(volume.loop)
     assert str(volume.file) not in shell("losetup", "--list", "--output", "BACK-FILE")
@@ -363,8 +363,8 @@ def test_detaching_makes_device_and_node_disappear(machine: HostMachine) -> None
     assert machine.loops.detach(volume.loop)
 
 
-def test_a_device_that_somebody_has_open_is_not_detached_later(machine: HostMachine) -> None:
-    """The kernel would unbind it at the last close, after we had said that it is busy."""
+def test_an_open_device_is_not_detached_at_its_close(machine: HostMachine) -> None:
+    """The kernel would unbind it at the last close."""
     volume = machine.volume()
     fd = os.open(machine.device_root / volume.name, os.O_RDONLY)
     refused = machine.loops.detach(volume.loop)
@@ -384,14 +384,14 @@ def test_a_mounted_device_is_not_detached(machine: HostMachine) -> None:
     assert machine.loops.detach(volume.loop)
 
 
-def test_a_number_that_was_bound_to_another_file_is_left_alone(machine: HostMachine) -> None:
+def test_detach_keeps_a_number_bound_to_another_file(machine: HostMachine) -> None:
     volume = machine.volume()
     stale = replace(volume.loop, label=f"{uuid.uuid4()}/test", node=None)
     assert machine.loops.detach(stale)
     assert machine.device(volume).uuid == volume.uuid
 
 
-def test_many_files_are_attached_at_once_each_to_its_own_device(machine: HostMachine) -> None:
+def test_concurrent_attaches_bind_different_devices(machine: HostMachine) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
@@ -401,7 +401,7 @@ def test_many_files_are_attached_at_once_each_to_its_own_device(machine: HostMac
 
 
 def test_a_loop_device_that_was_made_read_only_is_writable_for_the_next_file(machine: HostMachine) -> None:
-    """The kernel keeps the mark of BLKROSET when a loop device is unbound."""
+    """The kernel keeps the BLKROSET state of an unbound loop device."""
     first = machine.volume("csi-1")
     machine.devices.set_read_only(machine.device(first))
     machine.loops.detach(first.loop)
@@ -415,7 +415,7 @@ def test_a_loop_device_that_was_made_read_only_is_writable_for_the_next_file(mac
 
 
 def test_loop_devices_work_where_their_nodes_are_missing(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose /dev has no node for a device made after its start."""
+    """As in a container: /dev has no node of a device made after its start."""
     from csi_driver.host.connectors import loop
 
     real = block_devices.node_number
@@ -428,10 +428,10 @@ def test_loop_devices_work_where_their_nodes_are_missing(machine: HostMachine, m
 # --- read-only devices over devices -----------------------------------------------------------------------------
 
 READER = uuid.uuid4().hex[:16]
-"""Nobody else's on this machine: what is left of a reader is looked for among all loop devices."""
+"""Unique on this machine: left over readers are searched among all loop devices."""
 
 
-def test_a_read_only_device_refuses_writes_while_the_one_below_takes_them(machine: HostMachine) -> None:
+def test_a_read_only_loop_device_refuses_writes_and_the_device_below_accepts_them(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     readers = ReadOnlyLoops(machine.loops)
@@ -457,7 +457,7 @@ def test_a_read_only_device_is_made_once_and_follows_the_size(machine: HostMachi
     assert second.size_bytes == 128 * MIB
 
 
-def test_only_unused_read_only_devices_of_ours_are_released(machine: HostMachine) -> None:
+def test_only_unused_readers_of_this_driver_are_released(machine: HostMachine) -> None:
     volume = machine.volume()
     readers = ReadOnlyLoops(machine.loops)
     reader = readers.over(machine.device(volume), volume.uuid, READER)
@@ -502,8 +502,8 @@ def test_a_writable_device_over_a_volume_is_no_reader(machine: HostMachine) -> N
         machine.loops.detach(other)
 
 
-def test_the_devices_of_other_volumes_are_not_opened_to_release_a_reader(machine: HostMachine) -> None:
-    """They may hang, and take the time of a volume that has nothing to do with them."""
+def test_releasing_a_reader_opens_no_device_of_other_volumes(machine: HostMachine) -> None:
+    """They may hang."""
     volume, other = machine.volume("csi-1"), machine.volume("csi-2")
     readers = ReadOnlyLoops(machine.loops)
     of_other = readers.over(machine.device(other), other.uuid, READER)
@@ -516,7 +516,7 @@ def test_the_devices_of_other_volumes_are_not_opened_to_release_a_reader(machine
 
 @contextlib.contextmanager
 def opens_of(*nodes: Path) -> Iterator[list[Path]]:
-    """Note which of these files are opened inside the block, as inotify(7) tells it."""
+    """Record opens of these files in the block, by inotify(7)."""
     libc, opened = ctypes.CDLL(None, use_errno=True), list[Path]()
     watcher = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     watched = {libc.inotify_add_watch(watcher, os.fsencode(node), 0x20): node for node in nodes}
@@ -539,11 +539,11 @@ def test_a_reader_is_released_when_the_device_below_was_lost(machine: HostMachin
     kept = machine.devices.uuid_of(reader.number)
     readers.release_left_over(READER, volume.name)
     assert kept == volume.uuid
-    assert machine.devices.uuid_of(reader.number) != volume.uuid  # the number may be somebody else's by now
+    assert machine.devices.uuid_of(reader.number) != volume.uuid  # the number may be reused by now
 
 
-def test_udev_may_look_at_a_device_that_is_being_opened(machine: HostMachine) -> None:
-    """A lock held for a moment, as udev does while it probes, is waited for."""
+def test_open_waits_for_a_short_lock_of_udev(machine: HostMachine) -> None:
+    """udev locks a device while it probes it."""
     device = machine.device(machine.volume())
     prober = os.open(device.path, os.O_RDONLY)
     fcntl.flock(prober, fcntl.LOCK_SH)

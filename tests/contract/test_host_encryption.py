@@ -1,4 +1,4 @@
-"""What the node relies on of LUKS holds in the model of its tests and on a real machine, alike.
+"""One contract for LUKS in the fake of the node's tests and on a real machine.
 
 Headers need cryptsetup alone; opened devices need a kernel with device-mapper (`make test-vm`).
 """
@@ -43,7 +43,7 @@ def mapping_host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hos
 
 
 class Keyring(Actor):
-    """Does what most claims about encryption begin with."""
+    """Common steps of the tests."""
 
     def encrypted(self, size_bytes: int = 64 * MIB) -> Device:
         device = self.attached(NAME, size_bytes)
@@ -92,12 +92,12 @@ def mapped(mapping_host: Host) -> Iterator[Keyring]:
         mapping_host.encryption.close(left)
 
 
-def test_a_kernel_that_opens_encrypted_devices_is_usable(mapping_host: Host) -> None:
+def test_a_kernel_with_device_mapper_is_usable(mapping_host: Host) -> None:
     assert mapping_host.encryption.why_unusable() == ""
 
 
 @pytest.mark.skipif(Path("/dev/mapper/control").exists(), reason="this kernel has device-mapper")
-def test_a_kernel_without_device_mapper_says_so_and_what_to_do(tmp_path: Path) -> None:
+def test_a_kernel_without_device_mapper_is_reported_with_a_fix(tmp_path: Path) -> None:
     with linux_side(tmp_path) as real:
         said = real.encryption.why_unusable()
     assert "no device-mapper" in said
@@ -131,7 +131,7 @@ def test_only_the_right_passphrase_opens(keys: Keyring) -> None:
     assert [keys.opens(device, told) for told in (KEY, WRONG_KEY)] == [True, False]
 
 
-def test_a_key_is_added_beside_the_first_and_the_first_removed(host: Host, keys: Keyring) -> None:
+def test_a_key_is_added_and_the_first_removed(host: Host, keys: Keyring) -> None:
     device = keys.encrypted()
     with host.devices.open(device, write=True, exclusive=True) as opened:
         host.encryption.add_key(opened, FAST, KEY, NEW_KEY)
@@ -159,7 +159,7 @@ def test_the_last_key_is_never_removed(host: Host, keys: Keyring) -> None:
     assert keys.opens(device, KEY)
 
 
-def test_a_new_header_replaces_what_was_there(host: Host, keys: Keyring) -> None:
+def test_a_new_header_replaces_the_old_one(host: Host, keys: Keyring) -> None:
     device = keys.encrypted()
     before = keys.header(device)
     with host.devices.open(device, write=True, exclusive=True) as opened:
@@ -169,7 +169,7 @@ def test_a_new_header_replaces_what_was_there(host: Host, keys: Keyring) -> None
 
 
 @pytest.mark.root
-def test_a_cipher_that_there_is_not_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_an_unknown_cipher_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     with linux_side(tmp_path) as real:
         keys = Keyring(real)
         device = keys.attached(NAME)
@@ -183,11 +183,11 @@ def test_a_cipher_that_there_is_not_is_named_and_nothing_is_written(tmp_path: Pa
 # --- opened devices -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_open_by_itself(mapping_host: Host) -> None:
+def test_a_closed_volume_has_no_mapping(mapping_host: Host) -> None:
     assert mapping_host.encryption.mapping(NAME) is None
 
 
-def test_an_opened_device_is_the_volume_without_its_header(mapping_host: Host, mapped: Keyring) -> None:
+def test_an_opened_device_has_the_size_without_header(mapping_host: Host, mapped: Keyring) -> None:
     device = mapped.encrypted()
     opened = mapped.open(device)
     assert (opened.name, opened.uuid, opened.size_bytes) == (NAME, device.uuid, 48 * MIB)
@@ -201,13 +201,13 @@ def test_an_opened_device_is_the_volume_without_its_header(mapping_host: Host, m
     assert mapping_host.devices.uuid_of(opened.number) == device.uuid
 
 
-def test_an_opened_device_nobody_wrote_to_is_blank_all_through(mapped: Keyring) -> None:
+def test_a_new_opened_device_is_blank(mapped: Keyring) -> None:
     opened = mapped.open(mapped.encrypted())
     assert mapped.probed(opened) == Blank()
     assert mapped.first_data(opened) is None
 
 
-def test_a_filesystem_in_an_opened_device_is_seen_there_and_not_below(mapped: Keyring) -> None:
+def test_a_filesystem_is_visible_in_the_opened_device_only(mapped: Keyring) -> None:
     device = mapped.encrypted()
     opened = mapped.open(device)
     mapped.make(opened)
@@ -228,12 +228,12 @@ def test_a_device_opened_read_only_refuses_writes(mapping_host: Host, mapped: Ke
     assert not mapping_host.write(mapped.bound_device(opened, read_only=True))
 
 
-def test_a_writable_one_takes_them(mapping_host: Host, mapped: Keyring) -> None:
+def test_a_device_opened_writable_accepts_writes(mapping_host: Host, mapped: Keyring) -> None:
     opened = mapped.open(mapped.encrypted())
     assert mapping_host.write(mapped.bound_device(opened))
 
 
-def test_what_is_open_is_not_opened_again_and_its_volume_is_busy(mapping_host: Host, mapped: Keyring) -> None:
+def test_a_second_open_is_refused_as_busy(mapping_host: Host, mapped: Keyring) -> None:
     device = mapped.encrypted()
     mapped.open(device)
     with pytest.raises(PreconditionFailed), mapping_host.devices.open(device, exclusive=True):
@@ -242,7 +242,7 @@ def test_what_is_open_is_not_opened_again_and_its_volume_is_busy(mapping_host: H
         mapping_host.encryption.open(opened, KEY, read_only=False, allow_discards=False)
 
 
-def test_a_mount_of_an_opened_device_shows_its_name_and_keeps_it_open(mapping_host: Host, mapped: Keyring) -> None:
+def test_a_mounted_opened_device_is_not_closed(mapping_host: Host, mapped: Keyring) -> None:
     opened = mapped.open(mapped.encrypted())
     mapped.make(opened)
     path = mapped.mount(opened, mapped.place())
@@ -258,7 +258,7 @@ def test_a_mount_of_an_opened_device_shows_its_name_and_keeps_it_open(mapping_ho
     assert mapping_host.encryption.mapping(NAME) is None
 
 
-def test_an_opened_device_grows_with_its_passphrase_alone(mapping_host: Host, mapped: Keyring) -> None:
+def test_an_opened_device_grows_only_with_its_passphrase(mapping_host: Host, mapped: Keyring) -> None:
     mapped.open(mapped.encrypted())
     mapping_host.grow(NAME, 128 * MIB)
     for told in (None, WRONG_KEY):
@@ -270,7 +270,7 @@ def test_an_opened_device_grows_with_its_passphrase_alone(mapping_host: Host, ma
     assert not mapped.mapping().is_suspended
 
 
-def test_a_read_only_device_over_an_opened_one_keeps_it_open(mapping_host: Host, mapped: Keyring) -> None:
+def test_a_reader_over_an_opened_device_keeps_it_open(mapping_host: Host, mapped: Keyring) -> None:
     opened = mapped.open(mapped.encrypted())
     reader = mapping_host.read_only_devices.over(opened, opened.uuid or "", "0123456789abcdef")
     assert (reader.read_only, reader.size_bytes) == (True, 48 * MIB)

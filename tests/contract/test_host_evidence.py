@@ -1,7 +1,7 @@
-"""What the storage client says, against real devices: one that says nothing of itself, as NVMesh's do while the client
-is being upgraded, and loop devices.
+"""The client's status and real devices: loop devices, and one without label or serial number.
+Such are the devices of NVMesh while its client is upgraded.
 
-The first is a compressed-memory device (zram): like NVMesh's it has sectors of 4 KiB and no label.
+The latter is a zram device, which like those of NVMesh has sectors of 4 KiB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def machine(tmp_path: Path) -> Iterator[HostMachine]:
 
 @dataclass
 class Silent:
-    """A device that does not say who it is, under the name of a volume."""
+    """A device without label and serial number, under the name of a volume."""
 
     machine: HostMachine
     number: DeviceNumber
@@ -74,11 +74,11 @@ def awaited(devices: LinuxDevices, uuid: str | None, clock: ManualClock, seconds
     return devices.wait_for(NAME, uuid, deadline=Deadline.after(seconds, clock))
 
 
-# --- a device that says nothing of itself -----------------------------------------------------------------------
+# --- a device without label and serial number -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("uuid", [UUID, None])
-def test_a_device_of_which_nobody_says_who_it_is_is_never_ready(silent: Silent, uuid: str | None) -> None:
+def test_a_device_without_evidence_is_never_ready(silent: Silent, uuid: str | None) -> None:
     with pytest.raises(DeadlineReached, match="nothing on this machine says"):
         awaited(silent.machine.devices, uuid, ManualClock())
     device = silent.machine.devices.find(NAME, UUID)
@@ -96,7 +96,7 @@ def test_a_device_is_ready_as_soon_as_its_client_is_back(silent: Silent) -> None
     assert clock.now_s > 0
 
 
-def test_a_device_that_nobody_vouches_for_any_more_is_not_written(silent: Silent) -> None:
+def test_a_device_without_client_status_is_not_written(silent: Silent) -> None:
     silent.says()
     devices = silent.machine.devices
     device = devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
@@ -107,7 +107,7 @@ def test_a_device_that_nobody_vouches_for_any_more_is_not_written(silent: Silent
         pass
 
 
-def test_the_volume_made_anew_under_the_name_is_refused(silent: Silent) -> None:
+def test_a_new_volume_under_the_same_name_is_refused(silent: Silent) -> None:
     silent.says()
     devices = silent.machine.devices
     device = devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
@@ -118,7 +118,7 @@ def test_the_volume_made_anew_under_the_name_is_refused(silent: Silent) -> None:
         pass
 
 
-def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
+def test_a_write_refusal_of_the_client_is_reported(silent: Silent) -> None:
     silent.says(reservation="SHARED_READ_ONLY")
     device = silent.machine.devices.wait_for(NAME, UUID, deadline=Deadline.after(30, ManualClock()))
     assert (device.read_only, device.is_writable) == (False, False)
@@ -132,7 +132,7 @@ def test_what_the_client_refuses_is_told_of_the_device(silent: Silent) -> None:
 # --- I/O --------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) -> None:
+def test_wait_continues_until_io_is_enabled(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
     off = {"status": "Live, no IO", "dbg": "0x1a1"}
     machine.write_status(NAME, volume.uuid, 64 * MIB, **off)
@@ -146,11 +146,11 @@ def test_a_device_whose_io_is_not_enabled_is_waited_for(machine: HostMachine) ->
     assert clock.now_s > 0
 
 
-def test_a_device_whose_io_was_stopped_is_not_opened(machine: HostMachine) -> None:
+def test_a_device_without_io_is_not_opened(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
     device = machine.device(volume)
     machine.write_status(NAME, volume.uuid, 64 * MIB, status="Live, no IO, partial Error", dbg="0x2a1")
-    device.path.unlink()  # whoever opens it finds it gone
+    device.path.unlink()  # an open fails
     with pytest.raises(PreconditionFailed, match="has not enabled I/O"), machine.devices.open(device):
         pass
     status = machine.devices.status(NAME)
@@ -159,10 +159,8 @@ def test_a_device_whose_io_was_stopped_is_not_opened(machine: HostMachine) -> No
 
 
 @pytest.mark.parametrize("says", [{"dbg": 0x2A1, "io_enabled": 0}, {"dbg": 0x2A1, "io_enabled": 1}, {"dbg": "new"}])
-def test_a_device_that_is_not_said_to_carry_io_is_not_even_opened(
-    machine: HostMachine, says: dict[str, object]
-) -> None:
-    """The client says so some seconds late in one of its words: just after the loss an open may hang already."""
+def test_contradictory_io_fields_prevent_the_open(machine: HostMachine, says: dict[str, object]) -> None:
+    """One field is some seconds late: just after the loss of I/O an open may hang."""
     volume = machine.volume(NAME)
     device = machine.device(volume)
     assert machine.devices.uuid_of(device.number) == volume.uuid
@@ -177,7 +175,7 @@ def test_a_device_that_is_not_said_to_carry_io_is_not_even_opened(
 # --- right after the attachment ---------------------------------------------------------------------------------
 
 
-def test_a_size_that_comes_after_the_device_is_awaited(machine: HostMachine) -> None:
+def test_wait_continues_until_the_device_has_a_size(machine: HostMachine) -> None:
     volume = machine.volume(NAME)
     with volume.file.open("r+b") as file:
         file.truncate(0)
@@ -189,8 +187,8 @@ def test_a_size_that_comes_after_the_device_is_awaited(machine: HostMachine) -> 
     assert clock.now_s > 0
 
 
-def test_a_device_that_another_has_for_a_moment_is_waited_for(machine: HostMachine) -> None:
-    """As the client's own look for partitions does, right after I/O was enabled."""
+def test_a_short_exclusive_open_is_waited_for(machine: HostMachine) -> None:
+    """The client scans for partitions right after I/O was enabled."""
     device = machine.device(machine.volume(NAME))
     holder = os.open(device.path, os.O_RDONLY | os.O_EXCL)
     clock = ManualClock()
@@ -210,7 +208,7 @@ def test_a_device_that_another_has_for_a_moment_is_waited_for(machine: HostMachi
 # --- the client -------------------------------------------------------------------------------------------------
 
 
-def test_devices_without_status_files_are_a_sign_of_a_client(machine: HostMachine) -> None:
+def test_device_nodes_without_status_files_mean_a_client_is_expected(machine: HostMachine) -> None:
     files = StatusFiles(machine.status_root, upgrade_marks=[], client_signs=[])
     devices = LinuxDevices(machine.device_root, status_files=files)
     assert not devices.client().is_expected
@@ -222,7 +220,7 @@ def test_devices_without_status_files_are_a_sign_of_a_client(machine: HostMachin
     assert devices.client().volume_limit == 1024
 
 
-def test_what_the_client_has_attached_for_itself_takes_places(machine: HostMachine) -> None:
+def test_hidden_attachments_reduce_the_volume_limit(machine: HostMachine) -> None:
     machine.volume(NAME)
     machine.write_status("hidden-1", OTHER, 64 * MIB, type="hidden")
     machine.write_status("hidden-2", OTHER, 64 * MIB, type="hidden")

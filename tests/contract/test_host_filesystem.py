@@ -1,4 +1,4 @@
-"""What devices hold, and making, checking and growing filesystems, on real loop devices with real tools."""
+"""Recognising, making, checking and growing filesystems, on loop devices with real tools."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(volume: Volume, offset: int, data: bytes) -> None:
 
 
 def nothing(_done: int, _total: int) -> None:
-    """Take no notice of progress."""
+    """Ignore progress."""
 
 
 # --- blank or not -----------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_a_fresh_volume_is_blank(machine: HostMachine) -> None:
 
 
 @pytest.mark.parametrize("size_bytes", [4096, 8192, 3 * MIB, 8 * MIB + 4096])
-def test_a_volume_smaller_than_what_is_read_is_probed_whole(machine: HostMachine, size_bytes: int) -> None:
+def test_a_volume_smaller_than_the_probed_places_is_read_completely(machine: HostMachine, size_bytes: int) -> None:
     volume = machine.volume(size_bytes=size_bytes)
     assert probed(machine, volume) == Blank()
     write(volume, size_bytes - 1, b"x")
@@ -77,7 +77,7 @@ def test_a_filesystem_is_named_with_its_uuid(machine: HostMachine, fs_type: str)
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_filesystem_whose_head_was_wiped_is_not_blank(machine: HostMachine, fs_type: str) -> None:
+def test_a_filesystem_without_head_is_not_blank(machine: HostMachine, fs_type: str) -> None:
     """A copy of the superblock is enough."""
     volume, _ = machine.formatted(fs_type, 2 * GIB)
     with volume.file.open("r+b") as file:
@@ -90,7 +90,7 @@ def test_a_filesystem_whose_head_was_wiped_is_not_blank(machine: HostMachine, fs
 
 
 @pytest.mark.parametrize("block_bytes", [1024, 2048, 4096])
-def test_a_copy_of_an_ext4_superblock_alone_is_found(machine: HostMachine, block_bytes: int) -> None:
+def test_a_copy_of_an_ext4_superblock_is_found(machine: HostMachine, block_bytes: int) -> None:
     """Everything is wiped but the copies, as dumpe2fs lists them."""
     volume = machine.volume(size_bytes=GIB)
     shell("mkfs.ext4", "-q", "-F", "-b", str(block_bytes), str(volume.file))
@@ -114,14 +114,14 @@ def test_a_partition_table_is_content(machine: HostMachine) -> None:
     assert probed(machine, volume) == OtherContent("a partition table (dos)")
 
 
-def test_a_partition_table_of_which_only_the_copy_is_left_is_content(machine: HostMachine) -> None:
+def test_the_copy_of_a_partition_table_is_content(machine: HostMachine) -> None:
     volume = machine.volume()
     write(volume, 64 * MIB - 4096, b"EFI PART")
     assert isinstance(probed(machine, volume), OtherContent)
 
 
 def test_signatures_of_two_kinds_are_content(machine: HostMachine) -> None:
-    """An ext4 leaves the first 1024 bytes to others; there stands the head of an xfs."""
+    """An ext4 does not use the first 1024 bytes, which here have the head of an xfs."""
     both, _ = machine.formatted("ext4", SIZES["xfs"])
     other, _ = machine.formatted("xfs", SIZES["xfs"], "csi-2")
     with other.file.open("rb") as file:
@@ -129,8 +129,8 @@ def test_signatures_of_two_kinds_are_content(machine: HostMachine) -> None:
     assert probed(machine, both) == OtherContent("signatures of several kinds of content")
 
 
-def test_a_device_that_cannot_be_read_is_never_blank(machine: HostMachine) -> None:
-    """The file is cut off under the device: its tail can no longer be read."""
+def test_an_unreadable_device_is_never_blank(machine: HostMachine) -> None:
+    """The backing file is truncated: the tail is unreadable."""
     volume = machine.volume()
     device = machine.device(volume)
     os.truncate(volume.file, 32 * MIB)
@@ -144,8 +144,8 @@ def test_a_probe_ends_with_its_deadline(machine: HostMachine) -> None:
         machine.filesystems.probe(opened, deadline=soon(0))
 
 
-def test_what_the_page_cache_still_shows_is_not_believed(machine: HostMachine) -> None:
-    """Another node wrote to the device; this node's cache holds what was there before."""
+def test_the_probe_bypasses_the_page_cache(machine: HostMachine) -> None:
+    """Another node wrote to the device; the page cache of this node is outdated."""
     volume, device = machine.formatted("ext4", SIZES["ext4"])
     held = os.open(device.path, os.O_RDONLY)  # keeps the cache alive
     os.pread(held, 1 * MIB, 0)
@@ -169,7 +169,7 @@ def test_one_written_byte_in_the_middle_is_found(machine: HostMachine) -> None:
         assert machine.filesystems.first_data(opened, deadline=None, progress=nothing) == 131 * MIB + 513
 
 
-def test_a_scan_of_a_blank_volume_finds_nothing_and_tells_its_progress(machine: HostMachine) -> None:
+def test_a_scan_of_a_blank_volume_reports_progress(machine: HostMachine) -> None:
     volume = machine.volume(size_bytes=3 * GIB)
     told: list[tuple[int, int]] = []
     with machine.devices.open(machine.device(volume)) as opened:
@@ -178,7 +178,7 @@ def test_a_scan_of_a_blank_volume_finds_nothing_and_tells_its_progress(machine: 
     assert told == [(GIB, 3 * GIB), (2 * GIB, 3 * GIB), (3 * GIB, 3 * GIB)]
 
 
-def test_a_scan_that_cannot_read_says_so(machine: HostMachine) -> None:
+def test_a_scan_fails_at_an_unreadable_block(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     os.truncate(volume.file, 32 * MIB)
@@ -205,7 +205,7 @@ def test_a_filesystem_is_made_over_another(machine: HostMachine, fs_type: str) -
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_made_filesystem_is_sound(machine: HostMachine, fs_type: str) -> None:
+def test_a_new_filesystem_passes_fsck(machine: HostMachine, fs_type: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     checks = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n"), "btrfs": ("btrfs", "check")}
     shell(*checks[fs_type], str(device.path))
@@ -232,7 +232,7 @@ def test_a_filesystem_that_the_driver_cannot_make_is_refused(machine: HostMachin
         machine.filesystems.make(opened, "ntfs", (), uuid=OWN_UUID)
 
 
-def test_what_can_be_made_here_begins_with_ext4(machine: HostMachine) -> None:
+def test_ext4_is_the_first_supported_type(machine: HostMachine) -> None:
     installed = [fs_type for fs_type in SIZES if shutil.which(f"mkfs.{fs_type}", path=processes.SEARCH_PATH)]
     assert list(machine.filesystems.supported()) == installed
 
@@ -241,7 +241,7 @@ def test_what_can_be_made_here_begins_with_ext4(machine: HostMachine) -> None:
 
 
 def broken(volume: Volume, *, badly: bool) -> None:
-    """Damage an ext4: its free counts, or an inode table as a person must see it."""
+    """Damage an ext4: its free counts, or an inode table, which needs manual repair."""
     if not badly:
         shell("debugfs", "-w", "-R", "ssv free_blocks_count 1", str(volume.loop.node))
     else:
@@ -256,7 +256,7 @@ def test_an_ext4_with_a_small_error_is_repaired(machine: HostMachine) -> None:
     shell("e2fsck", "-f", "-n", str(device.path))
 
 
-def test_an_ext4_that_needs_a_person_is_refused_with_advice(machine: HostMachine) -> None:
+def test_an_ext4_that_needs_manual_repair_is_refused_with_the_command(machine: HostMachine) -> None:
     volume, device = machine.formatted("ext4", SIZES["ext4"])
     broken(volume, badly=True)
     with pytest.raises(PreconditionFailed, match="e2fsck -f /"):
@@ -264,16 +264,14 @@ def test_an_ext4_that_needs_a_person_is_refused_with_advice(machine: HostMachine
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_clean_filesystem_passes_the_check_without_a_process(
-    machine: HostMachine, fs_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clean_filesystem_is_not_checked(machine: HostMachine, fs_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     monkeypatch.setattr("csi_driver.host.filesystem.run", lambda *_, **__: pytest.fail("a process was started"))
     machine.filesystems.check(device, fs_type)
 
 
 def test_an_ext4_that_was_not_unmounted_is_checked(machine: HostMachine) -> None:
-    """Its journal is replayed by the check, so that the next mount finds it clean."""
+    """The check replays the journal."""
     volume, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
@@ -290,7 +288,7 @@ def test_an_ext4_that_was_not_unmounted_is_checked(machine: HostMachine) -> None
 
 
 def total_bytes(path: Path) -> int:
-    """Return the size of a filesystem as df says it."""
+    """Return the size of a filesystem as df does."""
     return int(shell("df", "--block-size=1", "--output=size", str(path)).splitlines()[-1])
 
 
@@ -368,7 +366,7 @@ def test_xfs_and_btrfs_grow_only_while_mounted(machine: HostMachine, fs_type: st
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_the_recorded_size_is_the_volumes(machine: HostMachine, fs_type: str) -> None:
+def test_the_superblock_records_the_size_of_the_volume(machine: HostMachine, fs_type: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     assert machine.filesystems.recorded_bytes(device, fs_type) == SIZES[fs_type]
 
@@ -377,7 +375,7 @@ def test_the_recorded_size_is_the_volumes(machine: HostMachine, fs_type: str) ->
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_the_use_of_a_filesystem_is_what_df_says(machine: HostMachine, fs_type: str) -> None:
+def test_usage_equals_df(machine: HostMachine, fs_type: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, [], read_only=False)
@@ -394,26 +392,26 @@ def test_the_use_of_a_filesystem_is_what_df_says(machine: HostMachine, fs_type: 
 # --- programs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
+def test_a_timeout_kills_the_process_group() -> None:
     with pytest.raises(CommandTimedOut):
         processes.run(("sh", "-c", f"sleep 600{os.getpid()} & sleep 600{os.getpid()}"), timeout_s=0.2)
     assert f"sleep 600{os.getpid()}" not in shell("ps", "-eo", "args")
 
 
-def test_a_program_that_works_on_a_device_is_waited_for_and_never_killed(caplog: pytest.LogCaptureFixture) -> None:
-    """It would leave the device locked for everybody, where its I/O is held."""
+def test_a_program_on_a_device_is_never_killed(caplog: pytest.LogCaptureFixture) -> None:
+    """While the I/O of the device hangs, that would block every later open."""
     done = processes.run(("sh", "-c", "sleep 0.3; echo whole"), timeout_s=0.1, on_device=True)
     assert done.stdout == b"whole\n"
     assert "has not ended within 0.1 s; it works on a device and is not killed" in caplog.text
 
 
-def test_a_status_that_is_no_answer_is_a_failure_with_the_reason() -> None:
+def test_an_unexpected_status_is_a_failure_with_the_output() -> None:
     with pytest.raises(CommandFailed, match="status 3: because") as caught:
         processes.run(("sh", "-c", "echo because >&2; exit 3"), timeout_s=60)
     assert caught.value.status == 3
 
 
-def test_a_status_that_is_an_answer_is_returned() -> None:
+def test_an_accepted_status_is_returned() -> None:
     assert processes.run(("sh", "-c", "cat; exit 3"), timeout_s=60, accept=(0, 3), stdin=b"in").stdout == b"in"
 
 
@@ -423,14 +421,14 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyP
         processes.run(("mkfs.xfs",), timeout_s=60)
 
 
-def test_a_program_gets_nothing_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_does_not_inherit_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "value")
     shown = processes.run(("env",), timeout_s=60).stdout.decode()
     assert "SECRET" not in shown
     assert "LC_ALL=C" in shown
 
 
-def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_tools_and_path_roots_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert machine_checks.MachineTools([tmp_path]).problems() == []
     monkeypatch.setattr(machine_checks, "find_tool", lambda tool: None if tool == "blkid" else "/usr/sbin/any")
     problems = machine_checks.MachineTools([tmp_path / "absent"]).problems()
@@ -438,27 +436,23 @@ def test_what_this_machine_lacks_is_said_in_sentences(monkeypatch: pytest.Monkey
     assert "absent does not exist" in problems[1]
 
 
-def test_a_container_that_hides_block_devices_in_sysfs_is_told_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hidden_sysfs_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine_checks, "SYS_DEV_BLOCK", tmp_path / "absent")
     assert ["is not visible" in problem for problem in machine_checks.MachineTools([tmp_path]).problems()] == [True]
 
 
-def test_every_failure_of_this_adapter_is_one_of_the_driver(machine: HostMachine) -> None:
+def test_failures_are_driver_errors(machine: HostMachine) -> None:
     gone = Device("csi-0", machine.device_root / "csi-0", machine.volume().loop.device_number, 4096, False, None)
     with pytest.raises(DriverError):
         machine.filesystems.recorded_bytes(gone, "ext4")
 
 
-def test_a_root_whose_mounts_do_not_reach_the_host_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_private_mount_propagation_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: path == Path("/"))
     assert [str(tmp_path) in warning for warning in machine_checks.MachineTools([tmp_path]).warnings()][-1:] == [True]
 
 
-def test_the_root_of_the_machine_itself_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_directory_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: False)
     assert not [
         warning for warning in machine_checks.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning

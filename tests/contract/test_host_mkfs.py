@@ -1,4 +1,4 @@
-"""What mkfs makes of what it is told, as the tools of each filesystem show it afterwards."""
+"""The options of mkfs in the new filesystem, by the filesystem's own tools."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(
 
 
 def shown(fs_type: str, volume: Volume) -> str:
-    """Return what the filesystem's own tool says of it, on one line."""
+    """Return the output of the filesystem's own tool on one line."""
     device = str(volume.loop.node)
     argv = {
         "ext4": ("dumpe2fs", "-h", device),
@@ -74,17 +74,15 @@ def test_a_key_shows_in_the_filesystem(machine: HostMachine, fs_type: str, conte
     ("fs_type", "said"),
     [("ext4", ("RAID stride: 32 ", "RAID stripe width: 256 ")), ("xfs", ("unit = 32 ", "width = 256 "))],
 )
-def test_the_stripes_of_the_volume_show_in_the_filesystem(
-    machine: HostMachine, fs_type: str, said: tuple[str, ...]
-) -> None:
+def test_the_stripe_geometry_shows_in_the_filesystem(machine: HostMachine, fs_type: str, said: tuple[str, ...]) -> None:
     seen = shown(fs_type, make(machine, fs_type, {}, (128 * KIB, 1024 * KIB), GB))
     assert [words in seen for words in said] == [True, True]
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
 @pytest.mark.parametrize("unit_bytes", [4 * KIB, 128 * KIB, 4 * MIB])
-def test_no_stripes_of_a_volume_make_mkfs_fail(machine: HostMachine, fs_type: str, unit_bytes: int) -> None:
-    """They are the driver's own doing: nobody could be told to ask for something else. From the smallest volume on."""
+def test_no_stripe_geometry_makes_mkfs_fail(machine: HostMachine, fs_type: str, unit_bytes: int) -> None:
+    """The driver adds them, so no user could change them. From the smallest volume on."""
     for drives in (1, 20):
         for size_bytes in (SIZES[fs_type], GB):
             volume = make(machine, fs_type, {}, (unit_bytes, unit_bytes * drives), size_bytes)
@@ -92,14 +90,12 @@ def test_no_stripes_of_a_volume_make_mkfs_fail(machine: HostMachine, fs_type: st
             volume.file.unlink()
 
 
-def test_a_feature_whose_name_has_a_dash_is_left_to_mkfs(machine: HostMachine) -> None:
+def test_a_feature_with_a_dash_is_left_to_mkfs(machine: HostMachine) -> None:
     said = shown("btrfs", make(machine, "btrfs", {"mkfsOptions": "-O ^no-holes"}))
     assert ("NO_HOLES" in said, "EXTENDED_IREF" in said) == (False, True)
 
 
-def test_a_quota_that_the_filesystem_was_not_made_for_is_refused_with_what_it_needs(
-    machine: HostMachine, tmp_path: Path
-) -> None:
+def test_a_quota_option_without_the_feature_is_refused_with_advice(machine: HostMachine, tmp_path: Path) -> None:
     volume = make(machine, "ext4", {})
     target = tmp_path / "target"
     target.mkdir()
@@ -112,7 +108,7 @@ def allocated_bytes(volume: Volume) -> int:
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_only_where_it_is_asked_for_does_mkfs_discard(machine: HostMachine, fs_type: str) -> None:
+def test_mkfs_discards_only_on_request(machine: HostMachine, fs_type: str) -> None:
     left = {}
     for word in ("false", "true"):
         volume = machine.volume(f"csi-{word}", SIZES[fs_type])
@@ -137,7 +133,7 @@ def test_only_where_it_is_asked_for_does_mkfs_discard(machine: HostMachine, fs_t
         ("btrfs", {"mkfsOptions": "-O nosuch"}),
     ],
 )
-def test_what_mkfs_itself_refuses_is_told_with_what_was_asked_for_alone(
+def test_refused_mkfs_options_are_named_without_the_drivers_own(
     machine: HostMachine, fs_type: str, context: dict[str, str]
 ) -> None:
     with pytest.raises(InvalidField) as refusal:

@@ -46,7 +46,7 @@ def both_interfaces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(params=["statmount", "table", "no-mount-root-bit"])
 def every_way_to_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Look at mounts as on this kernel, as before statmount (6.8), and as before STATX_ATTR_MOUNT_ROOT (5.8)."""
+    """Use this kernel's calls, those before statmount (6.8), and those before STATX_ATTR_MOUNT_ROOT (5.8)."""
     if request.param != "statmount":
         real = syscalls.statx
         hides_root = request.param == "no-mount-root-bit"
@@ -89,7 +89,7 @@ def rdev(path: Path) -> DeviceNumber:
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_mount_is_seen_as_findmnt_sees_it(machine: HostMachine, fs_type: str, every_way_to_look: str) -> None:
+def test_a_mount_is_described_as_by_findmnt(machine: HostMachine, fs_type: str, every_way_to_look: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, ["noatime", "nodev"], read_only=False)
@@ -104,11 +104,11 @@ def test_a_mount_is_seen_as_findmnt_sees_it(machine: HostMachine, fs_type: str, 
     assert (seen.root, seen.path, seen.node_number) == ("/", target, None)
 
 
-def test_no_mount_is_seen_where_none_begins(machine: HostMachine, every_way_to_look: str) -> None:
+def test_a_directory_without_mount_has_none(machine: HostMachine, every_way_to_look: str) -> None:
     assert machine.mounts.at(machine.place()) is None
 
 
-def test_no_mount_is_seen_at_a_path_that_is_absent(machine: HostMachine) -> None:
+def test_an_absent_path_has_no_mount(machine: HostMachine) -> None:
     assert machine.mounts.at(machine.directory / "absent" / "below") is None
 
 
@@ -119,7 +119,7 @@ def test_a_directory_inside_a_mount_is_no_mount(machine: HostMachine, every_way_
     assert machine.mounts.at(target / "lost+found") is None
 
 
-def test_the_topmost_of_stacked_mounts_is_seen(machine: HostMachine, every_way_to_look: str) -> None:
+def test_the_topmost_of_stacked_mounts_is_returned(machine: HostMachine, every_way_to_look: str) -> None:
     _, below = machine.formatted("ext4", SIZES["ext4"], "csi-1")
     _, above = machine.formatted("ext4", SIZES["ext4"], "csi-2")
     target = machine.place()
@@ -145,7 +145,7 @@ def test_every_mount_of_a_device_is_found(machine: HostMachine, fs_type: str) ->
     assert {mounted.path for mounted in found} == {staged, published, node}
 
 
-def test_a_mount_whose_filesystem_was_shut_down_is_still_seen(machine: HostMachine) -> None:
+def test_a_mount_of_a_shut_down_filesystem_is_found(machine: HostMachine) -> None:
     _, device = machine.formatted("xfs", SIZES["xfs"])
     target = machine.place()
     machine.mounts.mount(device, target, "xfs", [], read_only=False)
@@ -162,7 +162,7 @@ def test_a_mount_whose_filesystem_was_shut_down_is_still_seen(machine: HostMachi
 @pytest.mark.parametrize(
     ("propagation", "reaches_host"), [("private", "False"), ("slave", "False"), ("shared", "True")]
 )
-def test_mounts_of_another_namespace_reach_the_host_only_where_they_are_shared(
+def test_mounts_of_another_namespace_reach_the_host_only_when_shared(
     machine: HostMachine, propagation: str, reaches_host: str
 ) -> None:
     place = machine.place()
@@ -174,7 +174,7 @@ def test_mounts_of_another_namespace_reach_the_host_only_where_they_are_shared(
     assert shell(*inside).strip() == reaches_host
 
 
-def test_propagation_is_told_as_the_kernel_shows_it(machine: HostMachine) -> None:
+def test_propagation_equals_findmnt(machine: HostMachine) -> None:
     target = machine.place()
     shell("mount", "-t", "tmpfs", "none", str(target))
     inside = target / "inside"
@@ -202,8 +202,8 @@ def test_a_read_only_mount_refuses_writes(machine: HostMachine, fs_type: str, bo
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
-def test_a_reader_mounts_a_filesystem_whose_log_nobody_may_replay(machine: HostMachine, fs_type: str) -> None:
-    """Its writer died, and this attachment is read-only: what the log holds stays there."""
+def test_a_read_only_mount_does_not_replay_the_log(machine: HostMachine, fs_type: str) -> None:
+    """The writer crashed, and this attachment is read-only: the log cannot be replayed."""
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     for name in ("older", "newer"):
@@ -248,7 +248,7 @@ def test_a_refused_option_is_named_by_old_kernels_too(machine: HostMachine, monk
         machine.mounts.mount(device, machine.place(), "ext4", ["nonsense"], read_only=False)
 
 
-def test_a_broken_filesystem_is_not_blamed_on_options(machine: HostMachine) -> None:
+def test_a_damaged_filesystem_is_not_blamed_on_options(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
     with pytest.raises(SystemCallFailed):
@@ -256,13 +256,13 @@ def test_a_broken_filesystem_is_not_blamed_on_options(machine: HostMachine) -> N
 
 
 @pytest.mark.parametrize("option", ["remount", "bind", "loop=/dev/loop0", "move", "shared"])
-def test_words_that_are_no_options_of_a_mount_are_refused(machine: HostMachine, option: str) -> None:
+def test_words_that_are_no_mount_options_are_refused(machine: HostMachine, option: str) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     with pytest.raises(InvalidField, match=option):
         machine.mounts.mount(device, machine.place(), "ext4", [option], read_only=False)
 
 
-def test_a_device_that_became_another_is_never_visible(machine: HostMachine, both_interfaces: str) -> None:
+def test_a_mount_of_another_device_is_never_visible(machine: HostMachine, both_interfaces: str) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     wrong = replace(device, number=DeviceNumber(7, 4095))
     target = machine.place()
@@ -271,7 +271,7 @@ def test_a_device_that_became_another_is_never_visible(machine: HostMachine, bot
     assert not mounts_below(machine.directory)
 
 
-def test_a_filesystem_that_the_kernel_lacks_is_said_so(machine: HostMachine) -> None:
+def test_a_missing_filesystem_type_is_reported(machine: HostMachine) -> None:
     device = machine.device(machine.volume())
     with pytest.raises(HostFailure, match="nofs"):
         machine.mounts.mount(device, machine.place(), "nofs", [], read_only=False)
@@ -289,7 +289,7 @@ def test_nothing_is_mounted_onto_a_link(machine: HostMachine, both_interfaces: s
 # --- binding ----------------------------------------------------------------------------------------------------
 
 
-def test_a_read_only_bind_refuses_writes_and_its_source_takes_them(machine: HostMachine, both_interfaces: str) -> None:
+def test_a_read_only_bind_refuses_writes(machine: HostMachine, both_interfaces: str) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     staged, target = machine.place("staged"), machine.place("target")
     machine.mounts.mount(device, staged, "ext4", ["nosuid", "noexec"], read_only=False)
@@ -331,7 +331,7 @@ def test_a_busy_mount_is_refused_and_stays(machine: HostMachine) -> None:
     assert machine.mounts.at(target) is not None
 
 
-def test_who_keeps_a_mount_busy_is_named(machine: HostMachine) -> None:
+def test_the_users_of_a_busy_mount_are_named(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
@@ -355,8 +355,8 @@ def test_who_keeps_a_mount_busy_is_named(machine: HostMachine) -> None:
     machine.mounts.unmount(target)
 
 
-def test_a_mount_that_is_busy_for_a_moment_is_taken_off(machine: HostMachine) -> None:
-    """As by the copy of a descriptor in a program that another thread is just starting."""
+def test_a_mount_that_is_busy_for_a_moment_is_unmounted(machine: HostMachine) -> None:
+    """As by the copied descriptors of a process between fork and exec."""
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
@@ -374,7 +374,7 @@ def test_a_mount_that_is_busy_for_a_moment_is_taken_off(machine: HostMachine) ->
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
-def test_a_busy_mount_of_a_lost_device_is_taken_off(machine: HostMachine, fs_type: str) -> None:
+def test_a_busy_mount_of_a_lost_device_is_detached(machine: HostMachine, fs_type: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, [], read_only=False)
@@ -383,12 +383,12 @@ def test_a_busy_mount_of_a_lost_device_is_taken_off(machine: HostMachine, fs_typ
         assert machine.mounts.at(target) is None
 
 
-HELD_BACK = b"what a program held back for too long"
+HELD_BACK = b"written to the cache of a lost device"
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
-def test_what_users_of_a_lost_device_held_back_is_never_written(machine: HostMachine, fs_type: str) -> None:
-    """The device may come back to this node after another one has written to the volume."""
+def test_cached_writes_for_a_lost_device_are_never_written(machine: HostMachine, fs_type: str) -> None:
+    """The device may return after another node has written to the volume."""
     volume, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, [], read_only=False)
@@ -402,7 +402,7 @@ def test_what_users_of_a_lost_device_held_back_is_never_written(machine: HostMac
     assert HELD_BACK not in volume.file.read_bytes()
 
 
-def test_no_filesystem_but_that_of_the_lost_device_is_shut_down(machine: HostMachine) -> None:
+def test_only_the_filesystem_of_the_lost_device_is_shut_down(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()
     machine.mounts.mount(device, target, "ext4", [], read_only=False)
@@ -416,8 +416,8 @@ def test_no_filesystem_but_that_of_the_lost_device_is_shut_down(machine: HostMac
         (target / "other").write_bytes(HELD_BACK)
 
 
-def test_looking_at_one_path_never_reads_the_table(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it costs the same with ten mounts and ten thousand."""
+def test_looking_up_a_path_does_not_read_the_table(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost must not depend on the number of mounts."""
     _, device = machine.formatted("ext4", SIZES["ext4"])
     staged, target = machine.place("staged"), machine.place("target")
     monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
@@ -429,15 +429,13 @@ def test_looking_at_one_path_never_reads_the_table(machine: HostMachine, monkeyp
     assert all(seen)
 
 
-def test_a_system_call_that_is_refused_names_its_reason() -> None:
+def test_a_failed_system_call_names_its_reason() -> None:
     with pytest.raises(SystemCallFailed, match=r"bind nothing.*EBADF") as caught:
         syscalls.open_tree_clone(-1, "bind nothing")
     assert caught.value.errno == errno.EBADF
 
 
-def test_a_table_that_cannot_be_read_is_a_failure_and_no_empty_table(
-    machine: HostMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_table_is_a_failure(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
     for look in (machine.mounts.table, lambda: machine.mounts.of_device(machine.device(machine.volume()))):
         with pytest.raises(SystemCallFailed, match="mountinfo"):

@@ -51,7 +51,7 @@ def mounted(root: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "line\nbreak", "ünïcode", "-flag", "a/b/c", "..."])
-def test_any_plain_path_below_the_root_is_taken(paths: LinuxPaths, root: Path, name: str) -> None:
+def test_every_plain_path_below_the_root_is_accepted(paths: LinuxPaths, root: Path, name: str) -> None:
     assert paths.check(f"{root}/{name}", "target_path") == root / name
 
 
@@ -59,7 +59,7 @@ def test_any_plain_path_below_the_root_is_taken(paths: LinuxPaths, root: Path, n
     "text",
     ["", "relative", "{root}", "{root}/", "{root}/../x", "{root}/a/../../x", "{root}x", "/etc", "{root}/a\0b", "/"],
 )
-def test_any_other_path_is_refused_naming_the_field(paths: LinuxPaths, root: Path, text: str) -> None:
+def test_other_paths_are_refused_with_the_field(paths: LinuxPaths, root: Path, text: str) -> None:
     with pytest.raises(InvalidField, match="target_path"):
         paths.check(text.format(root=root), "target_path")
 
@@ -70,7 +70,7 @@ def test_a_path_that_is_too_long_is_refused(paths: LinuxPaths, root: Path) -> No
             paths.check(text, "target_path")
 
 
-def test_a_root_that_is_a_link_serves_both_spellings(tmp_path: Path) -> None:
+def test_a_root_that_is_a_link_accepts_both_paths(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
     link.symlink_to(real)
@@ -87,7 +87,7 @@ def test_a_link_below_the_root_is_refused(paths: LinuxPaths, root: Path, name: s
         paths.check(f"{root}/{name}", "target_path")
 
 
-def test_a_link_that_leads_out_of_the_roots_is_named_with_its_end_and_what_to_do(paths: LinuxPaths, root: Path) -> None:
+def test_a_link_out_of_the_roots_is_named_with_its_target_and_a_fix(paths: LinuxPaths, root: Path) -> None:
     outside = root.parent / "outside"
     outside.mkdir()
     (root / "pods").symlink_to(outside)
@@ -99,7 +99,7 @@ def test_a_link_that_leads_out_of_the_roots_is_named_with_its_end_and_what_to_do
         assert "--path-root" in said
 
 
-def test_a_link_below_a_root_that_leads_below_another_root_is_followed(root: Path) -> None:
+def test_a_link_to_a_directory_below_another_root_is_followed(root: Path) -> None:
     disk = root.parent / "disk"
     (disk / "1").mkdir(parents=True)
     (root / "pods").symlink_to(disk)
@@ -108,7 +108,7 @@ def test_a_link_below_a_root_that_leads_below_another_root_is_followed(root: Pat
 
 
 @pytest.mark.parametrize("end", ["mount", "absent"])
-def test_a_link_within_a_root_is_followed_only_to_take_something_off(paths: LinuxPaths, root: Path, end: str) -> None:
+def test_a_link_within_a_root_is_followed_only_to_unmount(paths: LinuxPaths, root: Path, end: str) -> None:
     (root / "disk/1/mount").mkdir(parents=True)
     (root / "pods").symlink_to(root / "disk")
     with pytest.raises(InvalidField, match="symbolic links"):
@@ -128,7 +128,7 @@ def test_a_link_at_the_end_of_a_path_is_never_followed(paths: LinuxPaths, root: 
 # --- looking ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_at_a_path_is_told(paths: LinuxPaths, root: Path) -> None:
+def test_the_kind_of_a_path_is_returned(paths: LinuxPaths, root: Path) -> None:
     (root / "directory").mkdir()
     (root / "file").touch()
     (root / "link").symlink_to("/etc")
@@ -140,7 +140,7 @@ def test_what_is_at_a_path_is_told(paths: LinuxPaths, root: Path) -> None:
 # --- making -----------------------------------------------------------------------------------------------------
 
 
-def test_directories_and_files_are_made_and_may_be_there_already(paths: LinuxPaths, root: Path) -> None:
+def test_directories_and_files_are_created_or_exist(paths: LinuxPaths, root: Path) -> None:
     for _ in range(2):
         paths.make_directory(root / "directory")
         paths.make_file(root / "file")
@@ -154,7 +154,7 @@ def test_a_file_with_content_stays_as_it_is(paths: LinuxPaths, root: Path) -> No
     assert (root / "file").read_text() == "data"
 
 
-def test_something_else_in_the_place_is_refused(paths: LinuxPaths, root: Path) -> None:
+def test_another_kind_of_file_is_refused(paths: LinuxPaths, root: Path) -> None:
     (root / "directory").mkdir()
     (root / "file").touch()
     with pytest.raises(PreconditionFailed, match="expected a directory"):
@@ -163,7 +163,7 @@ def test_something_else_in_the_place_is_refused(paths: LinuxPaths, root: Path) -
         paths.make_file(root / "directory")
 
 
-def test_the_mode_of_a_directory_is_changed_and_never_through_a_link(paths: LinuxPaths, root: Path) -> None:
+def test_the_mode_is_not_changed_through_a_link(paths: LinuxPaths, root: Path) -> None:
     (root / "a").mkdir(mode=0o755)
     (root / "link").symlink_to("a")
     paths.set_mode(root / "a", 0o2770)
@@ -172,12 +172,12 @@ def test_the_mode_of_a_directory_is_changed_and_never_through_a_link(paths: Linu
     assert (root / "a").stat().st_mode & 0o7777 == 0o2770
 
 
-def test_parents_are_not_made(paths: LinuxPaths, root: Path) -> None:
+def test_parents_are_not_created(paths: LinuxPaths, root: Path) -> None:
     with pytest.raises(PreconditionFailed, match="absent"):
         paths.make_directory(root / "absent" / "directory")
 
 
-def test_nothing_is_made_through_a_link_or_outside_the_root(paths: LinuxPaths, root: Path) -> None:
+def test_nothing_is_created_through_a_link_or_outside_the_root(paths: LinuxPaths, root: Path) -> None:
     outside = root.parent / "outside"
     outside.mkdir()
     (root / "link").symlink_to(outside)
@@ -192,7 +192,7 @@ def test_nothing_is_made_through_a_link_or_outside_the_root(paths: LinuxPaths, r
 # --- removing ---------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_directory_or_file_is_removed_and_may_be_gone(paths: LinuxPaths, root: Path) -> None:
+def test_an_empty_directory_or_file_is_removed_or_absent(paths: LinuxPaths, root: Path) -> None:
     (root / "directory").mkdir()
     (root / "file").touch()
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_a_directory_or_file_that_holds_data_is_never_removed(paths: LinuxPaths,
     assert (root / "file").read_text() == "data"
 
 
-def test_what_a_directory_holds_is_counted_and_named(paths: LinuxPaths, root: Path) -> None:
+def test_the_entries_of_a_directory_are_counted_and_named(paths: LinuxPaths, root: Path) -> None:
     (root / "target").mkdir()
     for name in ("z.log", "late.log"):
         (root / "target" / name).touch()
@@ -269,7 +269,7 @@ def test_nothing_is_mounted_through_a_link(paths: LinuxPaths, root: Path) -> Non
 
 
 @pytest.mark.root
-def test_nothing_is_bound_from_or_unmounted_through_a_link(paths: LinuxPaths, root: Path, mounted: Path) -> None:
+def test_nothing_is_bound_or_unmounted_through_a_link(paths: LinuxPaths, root: Path, mounted: Path) -> None:
     link, target = root / "link", root / "bound"
     target.mkdir()
     link.symlink_to(mounted.parent)
@@ -282,7 +282,7 @@ def test_nothing_is_bound_from_or_unmounted_through_a_link(paths: LinuxPaths, ro
 
 
 @pytest.mark.root
-def test_what_lies_in_a_root_itself_is_unmounted_and_nothing_outside(
+def test_mounts_in_a_root_are_unmounted_and_none_outside(
     paths: LinuxPaths, root: Path, mounted: Path, tmp_path: Path
 ) -> None:
     mounts = LinuxMounts(paths.open)

@@ -1,4 +1,4 @@
-"""What the node's use-cases rely on holds on the machine that their tests run on, and on this one, alike."""
+"""One contract for the fake machine of the node's tests and for this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.contract.two_hosts import Actor, FakeSide, Host, linux_side
 
 OTHER_UUID = "01234567-89ab-cdef-0123-456789abcdef"
 READER, OTHER_READER = uuid.uuid4().hex[:16], uuid.uuid4().hex[:16]
-"""Nobody else's on this machine, for what is left of a reader is looked for among all loop devices."""
+"""Unique on this machine: left over readers are searched among all loop devices."""
 GONE = DeviceNumber(239, 9999)
 
 
@@ -47,7 +47,7 @@ def test_the_device_of_a_volume_is_found_as_it_is(host: Host) -> None:
     assert host.devices.wait_for("csi-1", uuid, deadline=soon()) == device
 
 
-def test_an_absent_device_is_not_found_and_not_awaited_for_ever(host: Host) -> None:
+def test_an_absent_device_is_not_found_and_the_wait_ends(host: Host) -> None:
     assert host.devices.find("csi-1") is None
     with pytest.raises(DeadlineReached):
         host.devices.wait_for("csi-1", None, deadline=Deadline.after(0.01))
@@ -67,7 +67,7 @@ CHANGES: dict[str, Callable[[Host], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_device_that_is_not_what_was_found_is_not_opened(
+def test_another_device_than_the_found_one_is_not_opened(
     host: Host, actor: Actor, change: Callable[[Host], None]
 ) -> None:
     device = actor.attached()
@@ -92,7 +92,7 @@ def test_a_device_is_opened_exclusively_by_one_at_a_time(host: Host, actor: Acto
         assert opened.device.number == device.number
 
 
-def test_facts_are_told_by_number(host: Host, actor: Actor) -> None:
+def test_size_and_uuid_are_returned_by_number(host: Host, actor: Actor) -> None:
     device = actor.attached()
     host.grow("csi-1", 128 * MIB)
     told = host.devices.size_bytes(device.number), host.devices.uuid_of(device.number)
@@ -100,7 +100,7 @@ def test_facts_are_told_by_number(host: Host, actor: Actor) -> None:
     assert (host.devices.size_bytes(GONE), host.devices.uuid_of(GONE)) == (None, None)
 
 
-def test_a_device_that_was_made_read_only_refuses_writers(host: Host, actor: Actor) -> None:
+def test_a_device_set_read_only_refuses_writes(host: Host, actor: Actor) -> None:
     device = actor.attached()
     host.devices.set_read_only(device)
     target = actor.bound_device(device)
@@ -108,14 +108,14 @@ def test_a_device_that_was_made_read_only_refuses_writers(host: Host, actor: Act
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_nothing_is_wrong_with_what_is_well(host: Host, actor: Actor, read_only: bool) -> None:
+def test_a_healthy_device_and_filesystem_have_no_fault(host: Host, actor: Actor, read_only: bool) -> None:
     found = host.mounts.at(actor.mounted(read_only=read_only))
     assert found is not None
     assert (list(host.probes.device(found.number)), list(host.probes.filesystem(found))) == ([], [])
     assert not found.turned_read_only
 
 
-def test_a_device_that_was_made_read_only_is_found_so(host: Host, actor: Actor) -> None:
+def test_a_device_set_read_only_is_a_fault(host: Host, actor: Actor) -> None:
     device = actor.attached()
     host.devices.set_read_only(device)
     assert [fault.kind for fault in host.probes.device(device.number)] == [FaultKind.DEVICE_READ_ONLY]
@@ -124,7 +124,7 @@ def test_a_device_that_was_made_read_only_is_found_so(host: Host, actor: Actor) 
 # --- read-only devices ------------------------------------------------------------------------------------------
 
 
-def test_a_reader_refuses_writes_and_the_device_below_takes_them(host: Host, actor: Actor) -> None:
+def test_a_reader_refuses_writes_and_the_device_below_accepts_them(host: Host, actor: Actor) -> None:
     device = actor.attached()
     reader = host.read_only_devices.over(device, device.uuid or "", READER)
     target, below = actor.bound_device(reader), actor.bound_device(device, "below")
@@ -132,7 +132,7 @@ def test_a_reader_refuses_writes_and_the_device_below_takes_them(host: Host, act
     assert host.devices.uuid_of(reader.number) == device.uuid
 
 
-def test_a_reader_has_one_device_which_follows_the_size(host: Host, actor: Actor) -> None:
+def test_a_reader_has_one_device_with_the_current_size(host: Host, actor: Actor) -> None:
     first = host.read_only_devices.over(actor.attached(), OTHER_UUID, READER)
     host.grow("csi-1", 128 * MIB)
     again = host.read_only_devices.over(actor.device(), OTHER_UUID, READER)
@@ -141,7 +141,7 @@ def test_a_reader_has_one_device_which_follows_the_size(host: Host, actor: Actor
     assert another.number != first.number
 
 
-def test_a_device_that_came_again_has_a_reader_of_its_own(host: Host, actor: Actor) -> None:
+def test_a_new_device_gets_a_new_reader(host: Host, actor: Actor) -> None:
     first = host.read_only_devices.over(actor.attached(), OTHER_UUID, READER)
     second = host.read_only_devices.over(actor.attached("csi-2"), OTHER_UUID, READER)
     assert first.number != second.number
@@ -166,18 +166,18 @@ def test_a_reader_in_use_is_not_released(host: Host, actor: Actor) -> None:
     assert host.read_only_devices.release(published.node_number)
 
 
-def test_what_is_left_of_one_reader_goes_though_its_device_is_lost(host: Host, actor: Actor) -> None:
+def test_left_over_readers_of_a_lost_device_are_released(host: Host, actor: Actor) -> None:
     device, marked = actor.attached(), str(uuid.uuid4())
     left = host.read_only_devices.over(device, marked, READER)
     other = host.read_only_devices.over(device, marked, OTHER_READER)
     host.lose("csi-1")
     host.read_only_devices.release_left_over(READER, "csi-1")
-    # By their mark: the number of the one that went may be somebody else's by now.
+    # By their label: the number of the released one may be reused by now.
     assert [host.devices.uuid_of(number) == marked for number in (left.number, other.number)] == [False, True]
     assert host.devices.size_bytes(other.number) == 64 * MIB
 
 
-def test_read_only_devices_are_listed_with_what_they_stand_over(host: Host, actor: Actor) -> None:
+def test_readers_are_listed_with_the_device_below(host: Host, actor: Actor) -> None:
     device = actor.attached()
     made = host.read_only_devices.over(device, OTHER_UUID, READER)
     assert ReadOnlyDevice(made.number, device.path) in host.read_only_devices.present()
@@ -185,7 +185,7 @@ def test_read_only_devices_are_listed_with_what_they_stand_over(host: Host, acto
     assert ReadOnlyDevice(made.number, device.path) not in host.read_only_devices.present()
 
 
-def test_a_device_is_known_by_its_number(host: Host, actor: Actor) -> None:
+def test_a_device_has_a_name_by_number(host: Host, actor: Actor) -> None:
     number = actor.attached().number
     assert host.devices.name_of(number) == "csi-1"
     assert host.devices.name_of(DeviceNumber(0, 1)) is None
@@ -201,7 +201,7 @@ def test_a_new_device_is_blank(actor: Actor) -> None:
     assert (actor.probed(device), actor.first_data(device)) == (Blank(), None)
 
 
-def test_a_filesystem_that_was_made_is_there_and_has_the_size_of_its_device(host: Host, actor: Actor) -> None:
+def test_a_new_filesystem_has_the_size_of_its_device(host: Host, actor: Actor) -> None:
     device = actor.formatted()
     found = actor.probed(device)
     assert isinstance(found, Filesystem)
@@ -216,24 +216,24 @@ def test_data_at_an_end_of_the_device_is_content(host: Host, actor: Actor, offse
     assert isinstance(actor.probed(device), OtherContent)
 
 
-def test_data_within_is_found_by_reading_everything_alone(host: Host, actor: Actor) -> None:
+def test_data_in_the_middle_is_found_only_by_the_scan(host: Host, actor: Actor) -> None:
     device = actor.attached()
     host.put(device, 33 * MIB + 5, b"x")
     assert (actor.probed(device), actor.first_data(device)) == (Blank(), 33 * MIB + 5)
 
 
-def test_reading_everything_ends_with_the_deadline(actor: Actor) -> None:
+def test_the_scan_ends_at_the_deadline(actor: Actor) -> None:
     with pytest.raises(DeadlineReached):
         actor.first_data(actor.attached(), deadline=Deadline.after(0.0))
 
 
-def test_what_does_not_hold_a_filesystem_records_no_size(host: Host, actor: Actor) -> None:
+def test_a_device_without_filesystem_records_no_size(host: Host, actor: Actor) -> None:
     device = actor.formatted()
     with pytest.raises(PreconditionFailed):
         host.filesystems.recorded_bytes(device, "xfs")
 
 
-def test_ext4_grows_unmounted_and_is_whole(host: Host, actor: Actor) -> None:
+def test_an_unmounted_ext4_grows(host: Host, actor: Actor) -> None:
     actor.formatted()
     host.grow("csi-1", 128 * MIB)
     host.filesystems.check(actor.device(), "ext4")
@@ -247,7 +247,7 @@ def test_a_mounted_filesystem_is_not_grown_as_an_unmounted_one(host: Host, actor
         host.filesystems.grow_unmounted(actor.device(), "ext4")
 
 
-def test_xfs_grows_mounted_alone(host: Host, actor: Actor) -> None:
+def test_xfs_grows_only_mounted(host: Host, actor: Actor) -> None:
     actor.formatted(fs_type="xfs", size_bytes=320 * MIB)
     host.grow("csi-1", 512 * MIB)
     assert not host.filesystems.grow_unmounted(actor.device(), "xfs")
@@ -257,7 +257,7 @@ def test_xfs_grows_mounted_alone(host: Host, actor: Actor) -> None:
     assert host.filesystems.usage(path).total_bytes == before + 192 * MIB
 
 
-def test_use_is_told_where_a_filesystem_is_mounted(host: Host, actor: Actor) -> None:
+def test_usage_is_returned_for_a_mount(host: Host, actor: Actor) -> None:
     usage = host.filesystems.usage(actor.mounted())
     assert 0 < usage.total_bytes <= 64 * MIB
     assert 0 < (usage.available_bytes or 0) <= usage.total_bytes
@@ -267,7 +267,7 @@ def test_use_is_told_where_a_filesystem_is_mounted(host: Host, actor: Actor) -> 
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_mount_is_shown_as_it_was_made(host: Host, actor: Actor, read_only: bool) -> None:
+def test_a_mount_is_returned_as_made(host: Host, actor: Actor, read_only: bool) -> None:
     path, device = actor.mounted(read_only=read_only), actor.device()
     found = host.mounts.at(path)
     assert found is not None
@@ -276,7 +276,7 @@ def test_a_mount_is_shown_as_it_was_made(host: Host, actor: Actor, read_only: bo
     assert host.write(path) is not read_only
 
 
-def test_nothing_is_mounted_at_a_directory_or_below_a_mount(host: Host, actor: Actor) -> None:
+def test_a_directory_is_no_mount(host: Host, actor: Actor) -> None:
     assert host.mounts.at(actor.place()) is None
     assert host.mounts.at(actor.mounted() / "below") is None
     assert host.mounts.at(host.root / "absent") is None
@@ -297,14 +297,14 @@ def test_an_option_that_the_kernel_does_not_know_is_named(host: Host, actor: Act
 
 
 @pytest.mark.parametrize("fs_type", ["xfs", "ext4"])
-def test_a_filesystem_that_is_not_there_is_not_mounted(host: Host, actor: Actor, fs_type: str) -> None:
+def test_a_missing_filesystem_is_not_mounted(host: Host, actor: Actor, fs_type: str) -> None:
     device = actor.formatted() if fs_type == "xfs" else actor.attached()
     with pytest.raises(HostFailure):
         actor.mount(device, actor.place(), fs_type)
     assert host.mounts.at(host.root / "target") is None
 
 
-def test_a_filesystem_is_not_mounted_where_no_directory_is(host: Host, actor: Actor) -> None:
+def test_a_mount_needs_a_directory(host: Host, actor: Actor) -> None:
     device, file = actor.formatted(), host.root / "file"
     host.paths.make_file(file)
     for target in (file, host.root / "absent"):
@@ -313,14 +313,14 @@ def test_a_filesystem_is_not_mounted_where_no_directory_is(host: Host, actor: Ac
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_filesystem_has_one_access_for_all_its_mounts(host: Host, actor: Actor, read_only: bool) -> None:
+def test_a_second_mount_with_other_access_is_refused(host: Host, actor: Actor, read_only: bool) -> None:
     actor.mounted(read_only=read_only)
     actor.mount(actor.device(), actor.place("again"), read_only=read_only)
     with pytest.raises(PreconditionFailed):
         actor.mount(actor.device(), actor.place(), read_only=not read_only)
 
 
-def test_a_device_that_refuses_writes_is_mounted_read_only_alone(host: Host, actor: Actor) -> None:
+def test_a_read_only_device_is_mounted_only_read_only(host: Host, actor: Actor) -> None:
     device = actor.formatted()
     host.devices.set_read_only(device)
     with pytest.raises(HostFailure):
@@ -328,7 +328,7 @@ def test_a_device_that_refuses_writes_is_mounted_read_only_alone(host: Host, act
     host.mounts.mount(actor.device(), host.root / "target", "ext4", ["noload"], read_only=True)
 
 
-def test_mounts_are_stacked_and_taken_off_one_by_one(host: Host, actor: Actor) -> None:
+def test_stacked_mounts_are_unmounted_one_by_one(host: Host, actor: Actor) -> None:
     path, below = actor.mounted(), actor.device()
     actor.mount(actor.formatted("csi-2"), path)
     topmost = []
@@ -338,12 +338,12 @@ def test_mounts_are_stacked_and_taken_off_one_by_one(host: Host, actor: Actor) -
     assert topmost == [actor.device("csi-2").number, below.number]
 
 
-def test_taking_off_what_is_not_mounted_is_success(host: Host, actor: Actor) -> None:
+def test_unmounting_without_mount_is_success(host: Host, actor: Actor) -> None:
     host.mounts.unmount(actor.place())
     host.mounts.unmount(host.root / "absent")
 
 
-def test_a_mount_in_use_is_taken_off_lazily_alone(host: Host, actor: Actor) -> None:
+def test_a_busy_mount_is_only_detached_lazily(host: Host, actor: Actor) -> None:
     path = actor.mounted()
     with host.in_use(path):
         with pytest.raises(PreconditionFailed):
@@ -365,14 +365,14 @@ def test_a_bind_shares_the_filesystem_and_may_be_narrower(host: Host, actor: Act
     assert (host.write(target), host.write(staged)) == (False, True)
 
 
-def test_a_bind_of_what_is_read_only_is_no_wider(host: Host, actor: Actor) -> None:
+def test_a_bind_of_a_read_only_mount_is_read_only(host: Host, actor: Actor) -> None:
     staged, narrow, target = actor.mounted(), actor.place("narrow"), actor.place()
     host.mounts.bind(staged, narrow, read_only=True)
     host.mounts.bind(narrow, target, read_only=False)
     assert not host.write(target)
 
 
-def test_a_bind_outlives_what_it_was_made_from(host: Host, actor: Actor) -> None:
+def test_a_bind_outlives_its_source(host: Host, actor: Actor) -> None:
     staged, target = actor.mounted(), actor.place()
     host.mounts.bind(staged, target, read_only=False)
     host.mounts.unmount(staged)
@@ -380,7 +380,7 @@ def test_a_bind_outlives_what_it_was_made_from(host: Host, actor: Actor) -> None
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_bound_device_is_shown_by_its_number_and_name(host: Host, actor: Actor, read_only: bool) -> None:
+def test_a_bound_device_is_returned_with_number_and_name(host: Host, actor: Actor, read_only: bool) -> None:
     device = actor.attached()
     target = actor.bound_device(device, read_only=read_only)
     found = host.mounts.at(target)
@@ -390,35 +390,35 @@ def test_a_bound_device_is_shown_by_its_number_and_name(host: Host, actor: Actor
     assert Path(found.root).parts[-2:] == device.path.parts[-2:]
 
 
-def test_a_bound_device_is_no_claim_on_it(host: Host, actor: Actor) -> None:
+def test_a_bind_mount_of_a_device_does_not_claim_it(host: Host, actor: Actor) -> None:
     device = actor.attached()
     actor.bound_device(device)
     with host.devices.open(device, exclusive=True):
         pass
 
 
-def test_a_device_is_bound_onto_a_file_alone(host: Host, actor: Actor) -> None:
+def test_a_device_is_bound_only_onto_a_file(host: Host, actor: Actor) -> None:
     device = actor.attached()
     for target in (actor.place(), host.root / "absent"):
         with pytest.raises(HostFailure):
             host.mounts.bind(device.path, target, read_only=False)
 
 
-def test_all_mounts_of_a_device_are_found_and_no_others(host: Host, actor: Actor) -> None:
+def test_all_mounts_of_a_device_are_found(host: Host, actor: Actor) -> None:
     staged, target = actor.mounted(), actor.place()
     host.mounts.bind(staged, target, read_only=True)
     node = actor.bound_device(actor.device(), "node")
     actor.mounted("elsewhere", "csi-2")
     assert all(found in host.mounts.table() for found in host.mounts.of_device(actor.device()))
     found = {mounted.path for mounted in host.mounts.of_device(actor.device())}
-    # Whoever else uses this machine may have a raw device published whose number is another's by now: this one's.
+    # Another test may have bound a published device with a number that this one has now.
     assert {path for path in found if path.is_relative_to(host.root)} == {staged, target, node}
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_path_below_the_root_is_taken(host: Host) -> None:
+def test_a_plain_path_below_the_root_is_accepted(host: Host) -> None:
     path = host.root / "pods/1"
     assert host.paths.check(str(path), "target_path") == path
 
@@ -429,7 +429,7 @@ def test_other_paths_are_refused(host: Host, path: str) -> None:
         host.paths.check(path.format(root=host.root), "target_path")
 
 
-def test_directories_and_files_are_made_once_and_told_apart(host: Host) -> None:
+def test_directories_and_files_are_created_once(host: Host) -> None:
     directory, file = host.root / "directory", host.root / "file"
     for _ in range(2):
         host.paths.make_directory(directory)
@@ -438,7 +438,7 @@ def test_directories_and_files_are_made_once_and_told_apart(host: Host) -> None:
     assert kinds == ["directory", "file", "absent", "absent"]
 
 
-def test_what_is_another_kind_is_not_taken_for_made(host: Host, actor: Actor) -> None:
+def test_another_kind_of_file_is_not_accepted(host: Host, actor: Actor) -> None:
     host.paths.make_file(host.root / "file")
     with pytest.raises(PreconditionFailed):
         host.paths.make_directory(host.root / "file")
@@ -446,17 +446,17 @@ def test_what_is_another_kind_is_not_taken_for_made(host: Host, actor: Actor) ->
         host.paths.make_file(actor.place())
 
 
-def test_nothing_is_made_where_the_parent_is_absent(host: Host) -> None:
+def test_nothing_is_created_without_parent(host: Host) -> None:
     for make in (host.paths.make_directory, host.paths.make_file):
         with pytest.raises(PreconditionFailed):
             make(host.root / "absent/target")
 
 
-def test_the_file_of_a_bound_device_is_made_already(host: Host, actor: Actor) -> None:
+def test_a_file_with_a_bound_device_exists(host: Host, actor: Actor) -> None:
     host.paths.make_file(actor.bound_device(actor.attached()))
 
 
-def test_empty_directories_and_files_are_removed_and_absent_is_success(host: Host, actor: Actor) -> None:
+def test_empty_directories_and_files_are_removed(host: Host, actor: Actor) -> None:
     file = host.root / "file"
     host.paths.make_file(file)
     for path in (actor.place(), file, file, host.root / "absent/target"):
@@ -464,7 +464,7 @@ def test_empty_directories_and_files_are_removed_and_absent_is_success(host: Hos
         assert host.paths.kind(path) == "absent"
 
 
-def test_what_is_not_empty_or_a_mount_point_stays(host: Host, actor: Actor) -> None:
+def test_non_empty_directories_and_mount_points_are_kept(host: Host, actor: Actor) -> None:
     host.paths.make_directory(actor.place("full") / "below")
     node = actor.bound_device(actor.attached("csi-2"), "node")
     for path in (host.root / "full", actor.mounted(), node):

@@ -1,7 +1,7 @@
-"""What is wrong with a device or filesystem of this machine is found, and what hangs keeps nobody waiting.
+"""Faults of devices and filesystems are found, and hanging ones block no other.
 
-The troubles are real ones: ext4's own error, filesystems that are shut down, files cut short under a device, a FUSE
-filesystem whose server never answers, a frozen filesystem.
+The faults are real: an error of ext4, shut down filesystems, truncated backing files, a FUSE filesystem with a server
+that never answers, a frozen filesystem.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def sysfs(of: Mount) -> Path:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
-def test_a_filesystem_that_is_well_has_no_fault(machine: HostMachine, fs_type: str, read_only: bool) -> None:
+def test_a_healthy_filesystem_has_no_fault(machine: HostMachine, fs_type: str, read_only: bool) -> None:
     if fs_type not in machine.filesystems.supported():
         pytest.skip(f"mkfs.{fs_type} is not installed")
     found = mounted(machine, fs_type, read_only=read_only)
     assert (kinds(found), found.turned_read_only, LinuxProbes().device(found.number)) == (set(), False, [])
 
 
-def test_a_narrower_bind_is_no_fault(machine: HostMachine) -> None:
+def test_a_read_only_bind_is_no_fault(machine: HostMachine) -> None:
     staged = mounted(machine)
     target = machine.place("bind")
     machine.mounts.bind(staged.path, target, read_only=True)
@@ -91,7 +91,7 @@ def test_a_narrower_bind_is_no_fault(machine: HostMachine) -> None:
         ("errors=remount-ro", {FaultKind.ERRORS, FaultKind.TURNED_READ_ONLY}),
     ],
 )
-def test_errors_that_ext4_met_are_found(machine: HostMachine, option: str, expected: set[FaultKind]) -> None:
+def test_errors_of_ext4_are_found(machine: HostMachine, option: str, expected: set[FaultKind]) -> None:
     before = mounted(machine, "ext4", option)
     device = (Path("/sys/dev/block") / str(before.number)).resolve().name
     shown = Path("/sys/fs/ext4") / device
@@ -105,7 +105,7 @@ def test_errors_that_ext4_met_are_found(machine: HostMachine, option: str, expec
 
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
-def test_a_filesystem_that_was_shut_down_is_found(machine: HostMachine, fs_type: str) -> None:
+def test_a_shut_down_filesystem_is_found(machine: HostMachine, fs_type: str) -> None:
     if fs_type not in machine.filesystems.supported():
         pytest.skip(f"mkfs.{fs_type} is not installed")
     path = mounted(machine, fs_type).path
@@ -122,8 +122,8 @@ def shut_down(path: Path) -> None:
         os.close(fd)
 
 
-def test_a_filesystem_that_the_kernel_made_read_only_is_told_from_one_mounted_so(machine: HostMachine) -> None:
-    """As errors=remount-ro did it before Linux 6.15, and xfs_io or an administrator may: the superblock alone."""
+def test_a_filesystem_turned_read_only_differs_from_a_read_only_mount(machine: HostMachine) -> None:
+    """Only the superblock is read-only, as with errors=remount-ro before Linux 6.15."""
     before = mounted(machine)
     shell("mount", "-o", "remount,ro", str(before.path))
     shell("mount", "-o", "remount,bind,rw", str(before.path))
@@ -149,13 +149,13 @@ def test_a_device_that_refuses_writes_is_found(machine: HostMachine) -> None:
     assert faults(machine, volume) == {FaultKind.DEVICE_READ_ONLY}
 
 
-def test_a_file_that_was_deleted_under_its_device_is_found(machine: HostMachine) -> None:
+def test_a_deleted_backing_file_is_found(machine: HostMachine) -> None:
     volume = machine.volume()
     volume.file.unlink()
     assert faults(machine, volume) == {FaultKind.BACKING_FILE_GONE}
 
 
-def test_a_file_that_was_cut_short_under_its_device_is_found(machine: HostMachine) -> None:
+def test_a_truncated_backing_file_is_found(machine: HostMachine) -> None:
     volume = machine.volume()
     os.truncate(volume.file, MIB)
     assert faults(machine, volume) == {FaultKind.BACKING_FILE_CUT_SHORT}
@@ -182,13 +182,13 @@ def node(machine: HostMachine) -> NodeUseCases:
 
 @contextlib.contextmanager
 def dead_fuse(source: Path, target: Path) -> Iterator[None]:
-    """Mount a FUSE filesystem whose server never says a word: whoever asks it hangs."""
+    """Mount a FUSE filesystem with a server that never answers: every access hangs."""
     server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         syscalls.mount(str(source), target, "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
         yield
     finally:
-        os.close(server)  # lets go of everybody who hangs
+        os.close(server)  # ends all hanging accesses
         subprocess.run(["umount", "--lazy", str(target)], check=False, capture_output=True)
 
 
@@ -197,7 +197,7 @@ def reasons(node: NodeUseCases, volume_id: str, path: Path) -> set[Reason]:
     return {entry.reason for entry in health.entries}
 
 
-def test_a_filesystem_that_hangs_is_told_and_hinders_no_other(machine: HostMachine, node: NodeUseCases) -> None:
+def test_a_hanging_filesystem_is_reported_and_blocks_no_other(machine: HostMachine, node: NodeUseCases) -> None:
     alive = mounted(machine)
     dead = machine.place("dead")
     with dead_fuse(machine.devices.path_of("csi-dead"), dead):
@@ -212,8 +212,8 @@ def test_a_filesystem_that_hangs_is_told_and_hinders_no_other(machine: HostMachi
     assert ended is None or ended.done.wait(120)
 
 
-def test_a_frozen_filesystem_is_answered_for(machine: HostMachine, node: NodeUseCases) -> None:
-    """fsfreeze stops writers alone: who looks is answered, and nothing here writes."""
+def test_a_frozen_filesystem_is_answered(machine: HostMachine, node: NodeUseCases) -> None:
+    """fsfreeze stops only writers, and the probes do not write."""
     found = mounted(machine)
     fd = os.open(found.path, os.O_RDONLY)
     try:
@@ -228,7 +228,7 @@ def test_a_frozen_filesystem_is_answered_for(machine: HostMachine, node: NodeUse
         os.close(fd)
 
 
-def test_troubles_reach_the_health_of_a_volume(machine: HostMachine, node: NodeUseCases) -> None:
+def test_faults_reach_the_health_of_a_volume(machine: HostMachine, node: NodeUseCases) -> None:
     found = mounted(machine)
     assert reasons(node, "csi-1", found.path) == set()
     free = os.statvfs(found.path).f_bavail * os.statvfs(found.path).f_frsize
@@ -241,7 +241,7 @@ def test_troubles_reach_the_health_of_a_volume(machine: HostMachine, node: NodeU
     assert reasons(node, "csi-1", found.path) & {Reason.FILESYSTEM_SHUT_DOWN, Reason.IO_ERROR}
 
 
-def test_inodes_that_ran_out_are_told(machine: HostMachine, node: NodeUseCases) -> None:
+def test_exhausted_inodes_are_reported(machine: HostMachine, node: NodeUseCases) -> None:
     volume = machine.volume(size_bytes=16 * MIB)
     shell("mkfs.ext4", "-q", "-N", "16", str(machine.device_root / volume.name))
     target = machine.place()

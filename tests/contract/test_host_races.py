@@ -1,7 +1,7 @@
-"""Somebody swaps a directory on the way for a link while the driver works: nothing outside the root is ever touched.
+"""A directory on the path is swapped for a link while the driver works: nothing outside the root is touched.
 
-A thread exchanges the two as fast as it can (renameat2(2), RENAME_EXCHANGE). Each operation must succeed now and then,
-or it would prove nothing, and may fail with an error of the driver's.
+A thread exchanges the two all the time (renameat2(2), RENAME_EXCHANGE). Each operation may fail with an error of the
+driver, and must succeed sometimes, or the test would prove nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS, MOST_ROUNDS = 600, 20_000
 
 @dataclass
 class Trap:
-    """`way` is by turns a directory with a "target" and a "source", and a link to `outside`, which has both as well."""
+    """`way` alternates between a directory with "target" and "source" and a link to `outside`, which has both too."""
 
     machine: HostMachine
     root: Path
@@ -49,7 +49,7 @@ class Trap:
 
     @contextlib.contextmanager
     def swapping(self) -> Iterator[None]:
-        """Exchange directory and link all the time; the directory stands in its place at the end."""
+        """Exchange directory and link all the time; at the end the directory is in its place."""
         libc, done = ctypes.CDLL(None, use_errno=True), threading.Event()
         paths = os.fsencode(self.way), os.fsencode(self.root / "link")
 
@@ -68,7 +68,7 @@ class Trap:
                 libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
 
     def keep_trying(self, operation: Callable[[], object], undo: Callable[[], object]) -> int:
-        """Do and undo while the way is swapped; return how often it worked."""
+        """Do and undo while the paths are swapped; return the number of successes."""
         worked = 0
         with self.swapping():
             for number in range(MOST_ROUNDS):
@@ -106,7 +106,7 @@ def test_nothing_is_mounted_outside(trap: Trap) -> None:
     assert mounts_below(trap.outside) == []
 
 
-def test_nothing_is_bound_onto_what_is_outside(trap: Trap) -> None:
+def test_nothing_is_bound_onto_targets_outside(trap: Trap) -> None:
     used, target = device(trap), trap.way / "target"
     source = trap.root / "staging"
     source.mkdir()
@@ -149,7 +149,7 @@ def test_nothing_outside_changes_its_mode(trap: Trap) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
-def test_nothing_is_made_or_removed_outside(trap: Trap, kind: str) -> None:
+def test_nothing_is_created_or_removed_outside(trap: Trap, kind: str) -> None:
     make = trap.paths.make_directory if kind == "directory" else trap.paths.make_file
     (trap.outside / "kept").mkdir()
     before = sorted(trap.outside.iterdir())

@@ -1,4 +1,4 @@
-"""A loop device that was cut off: nothing that its holders have, or get, to write reaches the file any more."""
+"""A fenced loop device: no write reaches its file any more."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mounted(device: LoopDevice, fs_type: str, at: Path) -> Path:
 
 
 def digest(file: Path) -> str:
-    """Read a file past what others have in memory of its device; holes cost nothing."""
+    """Return the digest of a file, read with O_DIRECT; holes are skipped."""
     total = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(4 << 20):
@@ -58,7 +58,7 @@ def digest(file: Path) -> str:
 
 
 def flush(root: Path) -> None:
-    """Write out what the kernel has in memory of one filesystem; what becomes of it is another matter."""
+    """Write the cache of a filesystem; errors are expected."""
     subprocess.run(["sync", "--file-system", str(root)], check=False, capture_output=True)
 
 
@@ -120,7 +120,7 @@ def test_no_write_to_the_raw_device_reaches_the_file(loops: LoopDevices, device:
         view.close()
 
 
-def test_it_stays_so_until_it_is_unbound(tmp_path: Path, loops: LoopDevices, device: LoopDevice) -> None:
+def test_a_fenced_device_stays_fenced_until_unbound(tmp_path: Path, loops: LoopDevices, device: LoopDevice) -> None:
     holder = os.open(node(device), os.O_RDONLY)
     try:
         assert loops.fence(device) is not None

@@ -1,4 +1,4 @@
-"""Headers in files: the model that the embedded manager's tests run on and cryptsetup itself keep one contract."""
+"""Headers in files: one contract for the fake of the embedded manager's tests and for cryptsetup."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def opens(headers: LuksHeaders, file: Path, passphrase: str) -> bool:
     return subprocess.run(argv, input=passphrase.encode(), check=False, capture_output=True).returncode == 0
 
 
-def test_the_passphrase_opens_it_and_the_size_stays(headers: LuksHeaders, file: Path) -> None:
+def test_a_new_header_opens_and_keeps_the_size(headers: LuksHeaders, file: Path) -> None:
     make(headers, file)
     assert (opens(headers, file, FIRST), opens(headers, file, WRONG)) == (True, False)
     assert file.stat().st_size == SIZE_BYTES
 
 
-def test_made_again_it_is_another(headers: LuksHeaders, file: Path) -> None:
+def test_a_second_format_replaces_the_header(headers: LuksHeaders, file: Path) -> None:
     make(headers, file, slot=3)
     headers.format(file, SECOND, slot=0, key_size_bits=256, header_bytes=16 << 20, volume_uuid=UUID)
     assert (opens(headers, file, FIRST), opens(headers, file, SECOND)) == (False, True)
@@ -60,7 +60,7 @@ def test_made_again_it_is_another(headers: LuksHeaders, file: Path) -> None:
 
 @needs_cryptsetup
 @pytest.mark.parametrize(("header_bytes", "bits", "slot"), [(16 << 20, 512, 0), (1 << 20, 256, 1), (32 << 20, 512, 5)])
-def test_cryptsetup_itself_shows_what_was_asked_for(file: Path, header_bytes: int, bits: int, slot: int) -> None:
+def test_cryptsetup_shows_the_requested_header(file: Path, header_bytes: int, bits: int, slot: int) -> None:
     make(LuksFiles(iterations=1000), file, slot=slot, bits=bits, header_bytes=header_bytes)
     shown = subprocess.run(["cryptsetup", "luksDump", str(file)], capture_output=True, text=True, check=True).stdout
     assert f"offset: {header_bytes} [bytes]" in shown
@@ -81,7 +81,7 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 @needs_cryptsetup
-def test_while_a_program_of_a_killed_manager_still_writes_nobody_else_changes_the_header(file: Path) -> None:
+def test_a_header_is_locked_while_a_program_of_a_killed_manager_writes(file: Path) -> None:
     headers = LuksFiles(iterations=1000)
     make(headers, file)
     before = file.read_bytes()
@@ -99,7 +99,7 @@ def test_while_a_program_of_a_killed_manager_still_writes_nobody_else_changes_th
 
 
 @needs_cryptsetup
-def test_a_file_that_is_gone_is_a_failure_of_the_host(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_host_failure(tmp_path: Path) -> None:
     with pytest.raises(HostFailure):
         make(LuksFiles(iterations=1000), tmp_path / "gone.img")
 

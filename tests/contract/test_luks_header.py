@@ -1,4 +1,4 @@
-"""The driver reads LUKS headers as cryptsetup wrote them, and as a crash left them. Needs no root: files will do."""
+"""LUKS headers of cryptsetup in files, intact and damaged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def damage(file: Path, offset: int, length: int = 1) -> None:
 
 
 def shown_by_cryptsetup(file: Path) -> LuksHeader:
-    """Return what cryptsetup says of a LUKS2 header."""
+    """Return the fields of a LUKS2 header by cryptsetup."""
     document = json.loads(shell("cryptsetup", "luksDump", "--dump-json-metadata", str(file)))
     text = shell("cryptsetup", "luksDump", str(file))
     of = {name: re.search(rf"^{name}:\s+(.*)$", text, re.MULTILINE) for name in ("UUID", "Label", "Subsystem")}
@@ -82,7 +82,7 @@ def test_a_header_is_read_as_cryptsetup_shows_it(file: Path, options: tuple[str,
     assert found(file) == shown_by_cryptsetup(file)
 
 
-def test_each_key_is_counted(file: Path) -> None:
+def test_keys_are_counted(file: Path) -> None:
     luks_format(file)
     key = file.with_name("new")
     key.write_text("new passphrase")
@@ -91,7 +91,7 @@ def test_each_key_is_counted(file: Path) -> None:
     assert found(file) == shown_by_cryptsetup(file)
 
 
-def test_a_header_that_has_lost_all_its_keys_says_so(file: Path) -> None:
+def test_a_header_without_keys_has_none(file: Path) -> None:
     luks_format(file)
     shell("cryptsetup", "luksErase", "--batch-mode", str(file))
     header = found(file)
@@ -101,7 +101,7 @@ def test_a_header_that_has_lost_all_its_keys_says_so(file: Path) -> None:
 
 @pytest.mark.parametrize("size", ["16k", "64k"])
 @pytest.mark.parametrize(("offset", "length"), [(0, 6), (448, 8), (5000, 1), (0, 4096)])
-def test_one_damaged_copy_leaves_the_other(file: Path, size: str, offset: int, length: int) -> None:
+def test_the_second_copy_is_read_when_the_first_is_damaged(file: Path, size: str, offset: int, length: int) -> None:
     luks_format(file, "--luks2-metadata-size", size)
     whole = found(file)
     assert isinstance(whole, LuksHeader)
@@ -109,7 +109,7 @@ def test_one_damaged_copy_leaves_the_other(file: Path, size: str, offset: int, l
     assert found(file) == whole
 
 
-def test_a_damaged_second_copy_does_no_harm(file: Path) -> None:
+def test_a_damaged_second_copy_is_ignored(file: Path) -> None:
     luks_format(file)
     whole = found(file)
     damage(file, COPY_BYTES, 4096)
@@ -127,7 +127,7 @@ def test_the_newer_copy_counts(file: Path) -> None:
     assert header.key_slots == 0
 
 
-def test_two_damaged_copies_are_no_blank_device(file: Path) -> None:
+def test_two_damaged_copies_are_a_damaged_header(file: Path) -> None:
     luks_format(file)
     damage(file, 448, 8)
     damage(file, COPY_BYTES + 448, 8)
@@ -147,6 +147,6 @@ def test_a_luks1_header_is_read(file: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [bytes(MIB), b"LUKS" + bytes(MIB), b"\xff" * MIB], ids=["zero", "word", "ones"])
-def test_anything_else_is_no_header(file: Path, content: bytes) -> None:
+def test_other_data_is_no_header(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert found(file) is None

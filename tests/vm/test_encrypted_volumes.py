@@ -178,9 +178,7 @@ def luks(machine: HostMachine, access: MountAccess | BlockAccess) -> Machine:
 
 
 @pytest.mark.parametrize("access", [EXT4, XFS], ids=["ext4", "xfs"])
-def test_an_encrypted_filesystem_keeps_its_data_and_shows_none_of_it_below(
-    machine: HostMachine, access: MountAccess
-) -> None:
+def test_an_encrypted_filesystem_keeps_its_data_unreadable_below(machine: HostMachine, access: MountAccess) -> None:
     node = luks(machine, access)
     node.up()
     assert shell("findmnt", "-no", "SOURCE", str(node.target)).strip() == f"/dev/mapper/{node.volume.name}"
@@ -225,7 +223,7 @@ def test_an_encrypted_filesystem_grows_while_it_is_in_use(machine: HostMachine, 
     node.down()
 
 
-def test_growth_without_the_secret_comes_with_the_next_stage(machine: HostMachine) -> None:
+def test_growth_without_the_secret_happens_at_the_next_stage(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     node.up()
     with pytest.raises(MissingField):
@@ -237,7 +235,7 @@ def test_growth_without_the_secret_comes_with_the_next_stage(machine: HostMachin
     node.down()
 
 
-def test_the_use_of_an_encrypted_volume_is_told(machine: HostMachine) -> None:
+def test_the_usage_of_an_encrypted_volume_is_returned(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     node.up()
     usage = node.use.statistics.usage(node.volume_id, str(node.target), "", deadline=Deadline.after(60))
@@ -248,7 +246,7 @@ def test_the_use_of_an_encrypted_volume_is_told(machine: HostMachine) -> None:
 # --- raw block ------------------------------------------------------------------------------------------------
 
 
-def test_an_encrypted_block_volume_shows_the_opened_device_and_never_its_own(machine: HostMachine) -> None:
+def test_an_encrypted_block_volume_publishes_only_the_opened_device(machine: HostMachine) -> None:
     node = luks(machine, BLOCK)
     node.up()
     published = os.stat(node.target).st_rdev
@@ -293,7 +291,7 @@ def test_an_encrypted_block_volume_that_is_attached_read_only_is_opened_read_onl
 
 
 @pytest.mark.parametrize("access", [EXT4, BLOCK], ids=["ext4", "block"])
-def test_a_volume_that_the_storage_encrypts_is_opened_and_its_header_never_written(
+def test_a_natively_encrypted_volume_is_opened_and_its_header_never_written(
     machine: HostMachine, access: MountAccess | BlockAccess
 ) -> None:
     node = Machine(machine, access, Encryption.NATIVE)
@@ -317,7 +315,7 @@ def test_a_volume_that_the_storage_encrypts_is_opened_and_its_header_never_writt
 # --- the passphrase changes -----------------------------------------------------------------------------------
 
 
-def test_the_new_passphrase_takes_the_place_of_the_previous_one(machine: HostMachine) -> None:
+def test_the_new_passphrase_replaces_the_previous_one(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     node.up()
     (node.target / "file").write_text("kept")
@@ -334,7 +332,7 @@ def test_the_new_passphrase_takes_the_place_of_the_previous_one(machine: HostMac
 # --- after a crash --------------------------------------------------------------------------------------
 
 
-def test_a_device_that_a_killed_cryptsetup_left_without_a_table_is_taken_down(machine: HostMachine) -> None:
+def test_a_device_without_table_of_a_killed_cryptsetup_is_removed(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     node.up()
     node.down()
@@ -348,7 +346,7 @@ def test_a_device_that_a_killed_cryptsetup_left_without_a_table_is_taken_down(ma
 
 
 @pytest.mark.parametrize("call", ["expand", "down"])
-def test_a_device_that_a_killed_resize_left_suspended_carries_on(machine: HostMachine, call: str) -> None:
+def test_a_device_suspended_by_a_killed_resize_is_resumed(machine: HostMachine, call: str) -> None:
     node = luks(machine, EXT4)
     node.up()
     (node.target / "file").write_text("kept")
@@ -360,7 +358,7 @@ def test_a_device_that_a_killed_resize_left_suspended_carries_on(machine: HostMa
     assert not node.is_open()
 
 
-def test_a_name_that_is_open_over_another_device_is_refused_and_left_alone(machine: HostMachine) -> None:
+def test_a_mapping_over_another_device_is_refused_and_kept(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     node.up()
     node.down()
@@ -379,7 +377,7 @@ def test_a_name_that_is_open_over_another_device_is_refused_and_left_alone(machi
     shell("cryptsetup", "close", node.volume.name)
 
 
-def test_a_passphrase_shows_up_in_no_argument_list(machine: HostMachine) -> None:
+def test_a_passphrase_is_in_no_argument_list(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
     seen: set[str] = set()
     done = threading.Event()
@@ -407,7 +405,7 @@ def test_a_passphrase_shows_up_in_no_argument_list(machine: HostMachine) -> None
 SLOW = {"encryption/pbkdf": "pbkdf2", "encryption/pbkdfIterations": "400000"}
 
 
-def test_a_driver_killed_while_the_header_is_made_waits_for_what_it_left_running(machine: HostMachine) -> None:
+def test_after_a_kill_during_luksformat_the_driver_waits_for_the_program(machine: HostMachine) -> None:
     world = World(machine, machine.directory)
     subject = world.subject("ext4", encryption=Encryption.LUKS, secrets=SECRET, parameters=SLOW)
     node = ServingNode(machine.directory)

@@ -92,7 +92,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_encrypted_filesystem_lives_its_life(rig: Rig, kind: str) -> None:
+def test_the_life_cycle_of_an_encrypted_filesystem(rig: Rig, kind: str) -> None:
     volume = created(rig, kind, filesystem())
     target = volume.up()
     shown = findmnt(target)
@@ -138,7 +138,7 @@ def test_the_node_killed_while_a_volume_is_in_use_finds_it_open(rig: Rig) -> Non
     assert shell("dmsetup", "ls").count(volume.short) == 0
 
 
-def test_a_passphrase_that_opens_a_volume_is_in_no_log_no_answer_no_program_and_no_file(rig: Rig) -> None:
+def test_a_passphrase_is_in_no_log_answer_program_or_file(rig: Rig) -> None:
     volume = secrets.encrypted(rig)
     answers, seen, head = secrets.staged_twice(volume)
     assert head == b"LUKS\xba\xbe", answers

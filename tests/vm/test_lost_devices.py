@@ -1,8 +1,8 @@
 """Devices that block, fail or lose their I/O, or return with the number of another, in a virtual machine.
 
-A volume's device is a device-mapper table over a loop device, which can be suspended (I/O is held, and nothing that
-waits for it can be killed) and made to fail; or a null_blk in memory, which can be removed under a mount, and whose
-number is given to the next one at once.
+A volume's device is a device-mapper table over a loop device, which can be suspended (processes that wait for its I/O
+cannot be killed) and made to fail; or a null_blk in memory, which can be removed under a mount, and reuses the number
+of the previous one.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def call_all(node: ServingNode, subject: Subject, *verbs: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_an_unmount_under_held_io_is_told_in_time_and_unstage_waits_for_the_close(
+def test_an_unmount_with_suspended_io_is_reported_and_unstage_waits_for_the_close(
     world: World, node: ServingNode, kind: str
 ) -> None:
     """The mount leaves the table at once; a driver that is started then sees nothing mounted, and is not deceived."""
@@ -207,7 +207,7 @@ def world_end(world: World, subject: Subject) -> None:
     world.end(subject)
 
 
-def test_a_device_that_holds_its_io_while_it_is_read_takes_nothing_from_others(world: World, node: ServingNode) -> None:
+def test_a_suspended_device_blocks_no_other_volume(world: World, node: ServingNode) -> None:
     with mapped(world, "ext4") as disk:
         subject = disk.subject
         hold(disk)
@@ -231,7 +231,7 @@ def test_a_device_that_holds_its_io_while_it_is_read_takes_nothing_from_others(w
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "block"])
-def test_a_device_that_fails_under_its_users_is_taken_back(world: World, node: ServingNode, kind: str) -> None:
+def test_a_failing_device_in_use_is_released(world: World, node: ServingNode, kind: str) -> None:
     with mapped(world, kind) as disk:
         subject = disk.subject
         call_all(node, subject, "stage", "publish")
@@ -248,9 +248,7 @@ def test_a_device_that_fails_under_its_users_is_taken_back(world: World, node: S
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "block"])
-def test_a_number_that_comes_back_as_another_volume_mixes_nothing_up(
-    world: World, node: ServingNode, kind: str
-) -> None:
+def test_a_number_reused_by_another_volume_is_not_confused(world: World, node: ServingNode, kind: str) -> None:
     with removable(world, kind) as first:
         call_all(node, first.subject, "stage", "publish")
         number = first.number
@@ -294,9 +292,7 @@ def using(disk: Disk, kind: str) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-def test_the_same_volume_back_under_its_number_is_not_taken_for_what_died(
-    world: World, node: ServingNode, kind: str
-) -> None:
+def test_the_same_volume_back_under_its_number_is_mounted_again(world: World, node: ServingNode, kind: str) -> None:
     """The old mount has number, name and source of the new disk, and fails every write."""
     with removable(world, kind) as disk:
         subject, number = disk.subject, disk.number
@@ -321,7 +317,7 @@ def test_the_same_volume_back_under_its_number_is_not_taken_for_what_died(
         call_all(node, subject, "unpublish", "unstage")
 
 
-def test_the_kernels_sequence_number_tells_two_disks_of_one_number_apart(world: World) -> None:
+def test_the_disk_sequence_number_distinguishes_disks_of_one_number(world: World) -> None:
     with removable(world, "block") as first:
         number, before = first.number, world.machine.devices.find(first.subject.name)
     with removable(world, "block") as second:
@@ -334,7 +330,7 @@ def test_the_kernels_sequence_number_tells_two_disks_of_one_number_apart(world: 
 
 
 @pytest.mark.usefixtures("world")
-def test_an_encrypted_volume_that_is_back_under_its_number_is_opened_anew(tmp_path: Path) -> None:
+def test_an_encrypted_volume_back_under_its_number_is_opened_again(tmp_path: Path) -> None:
     """The path in sysfs shows the earlier device over the new disk, which is wrong."""
     with host_machine(tmp_path) as machine:
         volume = Machine(machine, EXT4, Encryption.LUKS)

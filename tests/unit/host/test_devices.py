@@ -1,4 +1,4 @@
-"""Facts of devices that need no device: what is not known is never taken for gone."""
+"""Sizes by number: an unknown size does not mean that the device is gone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csi_driver.host_model import DeviceNumber
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Let this process open no file for the length of a with-block."""
+    """Set the limit of open files to 0 in a with-block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -24,10 +24,10 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_size_that_cannot_be_read_is_not_that_of_a_device_that_is_gone() -> None:
+def test_an_unreadable_size_does_not_mean_gone() -> None:
     with pytest.raises(SystemCallFailed, match="EMFILE"), no_descriptors():
         LinuxDevices().size_bytes(DeviceNumber(240, 77))
 
 
-def test_a_number_that_no_device_has_has_no_size() -> None:
+def test_an_unused_number_has_no_size() -> None:
     assert LinuxDevices().size_bytes(DeviceNumber(240, 77)) is None

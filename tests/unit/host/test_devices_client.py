@@ -1,4 +1,4 @@
-"""What the storage client has attached, and what of it takes places that no volume of CSI can have."""
+"""Attachments of the storage client, and the limit of volumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machine(tmp_path: Path) -> LinuxDevices:
 
 
 def attach(tmp_path: Path, name: str, *ids: str, has_device: bool = True) -> None:
-    """Write what the client shows of an attachment."""
+    """Write the status files of an attachment."""
     shown = tmp_path / "proc/volumes" / name
     shown.mkdir()
     (shown / "status.json").write_text(json.dumps({"name": name, "uuid": OF_VOLUME}))
@@ -44,7 +44,7 @@ def attach(tmp_path: Path, name: str, *ids: str, has_device: bool = True) -> Non
         ("static", ("r-0123",), 0),
     ],
 )
-def test_an_attachment_is_told_where_no_driver_is_seen_to_hold_it(
+def test_attachments_of_other_programs_are_listed(
     tmp_path: Path, name: str, ids: tuple[str, ...], unnamed: int
 ) -> None:
     devices = machine(tmp_path)
@@ -52,13 +52,13 @@ def test_an_attachment_is_told_where_no_driver_is_seen_to_hold_it(
     assert devices.unnamed() == (OF_VOLUME,) * unnamed
 
 
-def test_an_attachment_that_says_nothing_is_not_told(tmp_path: Path) -> None:
+def test_attachments_without_reference_ids_are_not_listed(tmp_path: Path) -> None:
     devices = machine(tmp_path)
     (tmp_path / "dev/by-hand").touch()
     assert devices.unnamed() == ()
 
 
-def test_hidden_attachments_take_places_and_every_answer_is_a_new_one(tmp_path: Path) -> None:
+def test_hidden_attachments_count_against_the_limit(tmp_path: Path) -> None:
     devices = machine(tmp_path)
     assert (devices.client().volume_limit, len(devices.unnamed())) == (1024, 0)
     attach(tmp_path, "hidden", BY_HAND, has_device=False)
@@ -67,7 +67,7 @@ def test_hidden_attachments_take_places_and_every_answer_is_a_new_one(tmp_path: 
     assert (devices.client().volume_limit, len(devices.unnamed())) == (1023, 1)
 
 
-def test_the_volumes_of_a_node_are_those_with_files_of_the_client_or_a_device(tmp_path: Path) -> None:
+def test_present_volumes_have_a_status_or_a_device(tmp_path: Path) -> None:
     devices = machine(tmp_path)
     attach(tmp_path, "csi-0123", BY_CSI)
     attach(tmp_path, "hidden", BY_HAND, has_device=False)
@@ -75,16 +75,14 @@ def test_the_volumes_of_a_node_are_those_with_files_of_the_client_or_a_device(tm
     assert devices.present() == {"csi-0123": OF_VOLUME, "hidden": OF_VOLUME}
 
 
-def test_a_client_that_does_not_run_tells_nothing_of_volumes(tmp_path: Path) -> None:
+def test_without_running_client_the_volumes_are_unknown(tmp_path: Path) -> None:
     devices = machine(tmp_path)
     (tmp_path / "proc/status.json").unlink()
     assert devices.present() is None
 
 
 @pytest.mark.parametrize(("is_shown", "said"), [(False, "absent or has no size"), (True, "device node is missing: .*")])
-def test_a_device_node_that_is_missing_is_told_from_an_attachment_that_is(
-    tmp_path: Path, is_shown: bool, said: str
-) -> None:
+def test_a_missing_device_node_is_reported(tmp_path: Path, is_shown: bool, said: str) -> None:
     devices = machine(tmp_path)
     if is_shown:
         attach(tmp_path, "csi-0123", BY_CSI, has_device=False)

@@ -25,12 +25,12 @@ def entry(mount_id: int) -> mount_table.Entry:
     return next(found for found in mount_table.parse(TABLE) if found.mount_id == mount_id)
 
 
-def test_every_whole_line_is_read_and_others_are_left_out() -> None:
+def test_complete_lines_are_read() -> None:
     assert [found.mount_id for found in mount_table.parse(TABLE)] == [22, 90, 91, 92, 93]
 
 
 @pytest.mark.parametrize("end", [*"\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"], ids=ascii)
-def test_a_path_may_hold_what_other_texts_end_their_lines_with(end: str) -> None:
+def test_a_path_may_have_line_separators(end: str) -> None:
     assert [found.path for found in mount_table.parse(TABLE.replace("/multi", f"/multi{end}b"))][3:] == [
         Path(f"/multi{end}b"),
         Path("/target"),
@@ -80,12 +80,12 @@ SHARED_DIRECTORY = """30 22 8:1 / /mnt/data rw shared:7 - ext4 /dev/sda1 rw
         ("/mnt/data", []),
     ],
 )
-def test_a_mount_is_found_again_where_its_directory_is_shared(path: str, expected: list[str]) -> None:
+def test_a_mount_in_a_shared_directory_has_twins(path: str, expected: list[str]) -> None:
     table = mount_table.parse(SHARED_DIRECTORY)
     assert mount_table.twins(table, Path(path)) == [Path(each) for each in expected]
 
 
-def test_the_same_directory_of_mounts_that_do_not_propagate_makes_no_twin() -> None:
+def test_a_private_directory_has_no_twins() -> None:
     table = mount_table.parse(SHARED_DIRECTORY.replace("/var/lib/kubelet rw shared:7", "/var/lib/kubelet rw"))
     assert mount_table.twins(table, Path("/var/lib/kubelet/staging")) == []
 
@@ -93,7 +93,7 @@ def test_the_same_directory_of_mounts_that_do_not_propagate_makes_no_twin() -> N
 # --- options ----------------------------------------------------------------------------------------------------
 
 
-def test_options_go_to_whoever_takes_them() -> None:
+def test_options_are_sorted_by_recipient() -> None:
     sorted_options = mount_options.sort_options(
         ["noatime", "nodev", "data=ordered", "dirsync", "defaults"], read_only=False
     )
@@ -119,29 +119,29 @@ def test_of_several_access_times_the_last_counts() -> None:
 CONTEXT = "context=system_u:object_r:container_file_t:s0:c1,c2"
 
 
-def test_an_selinux_context_is_one_option_whatever_commas_it_holds() -> None:
+def test_an_selinux_context_with_commas_is_one_option() -> None:
     assert mount_options.sort_options(["noatime", CONTEXT, "commit=5"], read_only=False).own == (CONTEXT, "commit=5")
 
 
-def test_an_selinux_context_is_quoted_only_where_options_are_one_text() -> None:
+def test_an_selinux_context_is_quoted_only_for_mount_2() -> None:
     single = "fscontext=system_u:object_r:container_file_t:s0"
     sorted_options = mount_options.sort_options([CONTEXT, single, "commit=5"], read_only=False)
     assert sorted_options.data == f'context="system_u:object_r:container_file_t:s0:c1,c2",{single},commit=5'
 
 
 @pytest.mark.parametrize("option", ["", "noatime,nodev", "commit=5,nodev", 'context="a,b"', 'data="ordered', "=5"])
-def test_what_is_not_one_plain_option_is_refused(option: str) -> None:
+def test_several_options_in_one_word_are_refused(option: str) -> None:
     with pytest.raises(InvalidField, match="mount_flags"):
         mount_options.sort_options([option], read_only=False)
 
 
 @pytest.mark.parametrize("option", ["bind", "remount,rw", "move", "loop", "offset=4096", "rshared", "source=/dev/sda"])
-def test_what_is_no_option_of_a_mount_is_refused(option: str) -> None:
+def test_words_of_mount_8_are_refused(option: str) -> None:
     with pytest.raises(InvalidField, match="mount_flags"):
         mount_options.sort_options([option], read_only=False)
 
 
-def test_options_are_shown_as_the_table_would() -> None:
+def test_options_are_named_as_in_the_table() -> None:
     attributes = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
     assert mount_options.shown_options(attributes, syscalls.MS_SYNCHRONOUS) == {"nosuid", "relatime", "sync"}
     assert mount_options.shown_options(syscalls.MOUNT_ATTR_STRICTATIME, 0) == frozenset()

@@ -1,4 +1,4 @@
-"""What the storage client's files and the device's serial number say, whole, torn and of other versions."""
+"""Parsers of the client's status files and of the serial number: complete, torn, and of other versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_status_of_a_volume_is_read() -> None:
     )
 
 
-def test_what_other_versions_add_or_change_does_not_matter() -> None:
+def test_unknown_fields_are_ignored() -> None:
     text = json.dumps(STATUS | {"dbg": "0x200", "status": 7, "topology": [{}], "size[blks]": "262144"})
     status = nvmesh.parse_volume_status(text)
     assert status is not None
@@ -32,14 +32,14 @@ def test_what_other_versions_add_or_change_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("length", range(len(json.dumps(STATUS))))
-def test_a_torn_status_says_nothing(length: int) -> None:
+def test_a_torn_status_is_unknown(length: int) -> None:
     assert nvmesh.parse_volume_status(json.dumps(STATUS)[:length]) is None
 
 
 @pytest.mark.parametrize(
     "change", [{"uuid": "x"}, {"uuid": None}, {"name": 1}, {"name": "a\nb"}, {"name": ".."}, {"type": "hidden"}]
 )
-def test_a_status_without_identity_says_nothing(change: dict[str, object]) -> None:
+def test_a_status_without_identity_is_unknown(change: dict[str, object]) -> None:
     assert nvmesh.parse_volume_status(json.dumps(STATUS | change)) is None
     assert nvmesh.parse_volume_status("[]") is None
 
@@ -49,7 +49,7 @@ def test_a_status_without_identity_says_nothing(change: dict[str, object]) -> No
     [(0, False), (False, False), ("0", False), ("0x0", False), (None, False), (1, True), (True, True), ("1", True),
      ("0x1", True), ("on", True), ([], True), ({"enabled": 0}, True)],
 )  # fmt: skip
-def test_a_device_that_may_not_write_data_is_told(debug_di: object, refused: bool) -> None:
+def test_a_debug_mode_without_writes_is_a_refusal(debug_di: object, refused: bool) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | {"debug_di": debug_di}))
     assert status is not None
     assert bool(status.refusal) is refused
@@ -80,7 +80,7 @@ LIVE, LOST = {"attach_status": "Attached", "dbg": 0x200}, {"attach_status": "Att
         (LOST | {"io_enabled": 1}, None),
         (LIVE | {"io_enabled": 0}, None),
         (LIVE | {"attach_status": "Preempted"}, None),
-        # Nothing that is known here says it: a client older than the words, or newer.
+        # Clients older or newer than the known fields.
         ({}, None),
         ({"status": "Live, with IO"}, None),
         ({"status": "Live, with IO", "dbg": "0200"}, None),
@@ -88,9 +88,7 @@ LIVE, LOST = {"attach_status": "Attached", "dbg": 0x200}, {"attach_status": "Att
         ({"dbg": "0x200", "io_enabled": "yes"}, None),
     ],
 )
-def test_io_is_on_or_off_where_everything_that_the_client_shows_says_so(
-    shown: dict[str, object], enabled: bool | None
-) -> None:
+def test_io_is_known_only_when_all_fields_agree(shown: dict[str, object], enabled: bool | None) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
     assert status is not None
     assert status.io_enabled is enabled
@@ -111,7 +109,7 @@ def test_io_is_on_or_off_where_everything_that_the_client_shows_says_so(
         ({}, False),
     ],
 )
-def test_an_attachment_that_was_preempted_is_told(shown: dict[str, object], preempted: bool) -> None:
+def test_a_preempted_attachment_is_recognised(shown: dict[str, object], preempted: bool) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | shown))
     assert status is not None
     assert status.preempted is preempted
@@ -140,13 +138,13 @@ def test_writes_are_refused_to_a_read_only_attachment_and_a_degraded_volume(
 
 
 @pytest.mark.parametrize("size", [True, -1, 1 << 60, "262144", 1.5, None])
-def test_a_size_that_is_none_is_not_taken(size: object) -> None:
+def test_an_invalid_size_is_unknown(size: object) -> None:
     status = nvmesh.parse_volume_status(json.dumps(STATUS | {"size[blks]": size}))
     assert status is not None
     assert status.size_bytes is None
 
 
-def test_a_key_that_says_two_things_says_nothing() -> None:
+def test_a_key_with_two_values_is_ignored() -> None:
     text = json.dumps(STATUS)
     other = UUID.replace("0", "1")
     assert nvmesh.parse_volume_status(f'{text[:-1]}, "uuid": "{other}"}}') is None
@@ -155,7 +153,7 @@ def test_a_key_that_says_two_things_says_nothing() -> None:
     assert twice.uuid == UUID
 
 
-def test_what_is_nested_beyond_reason_says_nothing() -> None:
+def test_deep_nesting_is_unknown() -> None:
     deep = "[" * 200_000 + "]" * 200_000
     assert nvmesh.parse_volume_status(f'{json.dumps(STATUS)[:-1]}, "topo": {deep}}}') is None
     assert nvmesh.parse_client_uuid(deep) is None
@@ -179,7 +177,7 @@ def test_reference_ids_are_read() -> None:
         BLOB.replace("n_strings = 2", "n_strings = -1"),
     ],
 )  # fmt: skip
-def test_reference_ids_that_are_torn_or_of_another_encoding_are_not_known(text: str) -> None:
+def test_torn_reference_ids_are_unknown(text: str) -> None:
     assert nvmesh.parse_reference_ids(text) is None
 
 
@@ -194,7 +192,7 @@ def files(root: Path) -> nvmesh.StatusFiles:
 
 
 def test_a_file_is_read_by_one_call(tmp_path: Path) -> None:
-    """A further one may meet what another reader has made of the file in between, here a second packet of a pipe."""
+    """A second read may return a newer file, here a second packet of a pipe."""
     path = tmp_path / "nvmeibc/volumes/csi-1/status.json"
     path.parent.mkdir(parents=True)
     os.mkfifo(path)
@@ -217,12 +215,12 @@ def test_a_machine_without_a_client_expects_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sign", "is_upgrading"), [("nvmesh.conf", False), ("upgrade", True), ("nvmeibc", False)])
-def test_a_client_that_does_not_show_itself_is_expected(tmp_path: Path, sign: str, is_upgrading: bool) -> None:
+def test_an_installed_client_is_expected(tmp_path: Path, sign: str, is_upgrading: bool) -> None:
     (tmp_path / sign).mkdir()
     assert files(tmp_path).client() == StorageClient(None, is_expected=True, is_upgrading=is_upgrading)
 
 
-def test_a_client_is_known_by_its_status_and_its_version(tmp_path: Path) -> None:
+def test_status_and_version_describe_a_client(tmp_path: Path) -> None:
     root = tmp_path / "nvmeibc"
     root.mkdir()
     (root / "status.json").write_text(json.dumps({"main": {"uuid": UUID}}))
@@ -240,7 +238,7 @@ def test_the_serial_number_of_a_uuid_has_twenty_of_its_digits() -> None:
     assert nvmesh.serial_of(UUID) == "0123456789ab4567cdef"
 
 
-def test_the_page_of_the_serial_number_is_read() -> None:
+def test_the_serial_number_page_is_parsed() -> None:
     page = bytes((0, 0x80, 0, 20)) + b"0123456789AB4567CDEF" + bytes(72)
     assert nvmesh.parse_serial_page(page) == nvmesh.serial_of(UUID)
     for other in (b"", bytes(96), bytes((0, 0x83)) + page[2:], bytes((0, 0x80, 0, 0)) + bytes(92)):
@@ -257,5 +255,5 @@ def test_the_page_of_the_serial_number_is_read() -> None:
         ("", None),
     ],
 )
-def test_only_a_label_that_begins_with_a_uuid_names_a_volume(label: str, uuid: str | None) -> None:
+def test_only_a_label_with_a_uuid_names_a_volume(label: str, uuid: str | None) -> None:
     assert uuid_of_label(label) == uuid

@@ -1,4 +1,4 @@
-"""What the driver concludes from the files of a real client, in every state that its source can print."""
+"""Recorded status files of a real client, and every status that its source can print."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def status_of(state: str, generation: str) -> VolumeStatus | None:
 
 
 class Shown:
-    """A client that shows a status, and the reference ids of the sample beside it."""
+    """A client with a status, and the reference ids of the sample."""
 
     def __init__(self, status: VolumeStatus | None) -> None:
         self._status = status
@@ -72,11 +72,11 @@ def judged(status: VolumeStatus | None) -> str:
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(("state", "judgement"), STATES.items())
-def test_every_state_of_a_volume_is_judged_as_it_is(state: str, generation: str, judgement: str) -> None:
+def test_every_sample_has_the_expected_state(state: str, generation: str, judgement: str) -> None:
     assert judged(status_of(state, generation)) == judgement
 
 
-def test_every_sample_is_judged() -> None:
+def test_every_sample_is_covered() -> None:
     assert {path.stem for path in (SAMPLES / "volumes").iterdir()} == {f"{g}-{s}" for g in GENERATIONS for s in STATES}
 
 
@@ -84,13 +84,13 @@ def test_every_sample_is_judged() -> None:
 @pytest.mark.parametrize(
     "state", [state for state, judgement in STATES.items() if judgement not in (WRITES, NO_VOLUME)]
 )
-def test_whatever_is_not_ready_for_writing_says_why(state: str, generation: str) -> None:
+def test_unusable_states_have_details(state: str, generation: str) -> None:
     status = status_of(state, generation)
     assert status is not None
     assert status.details
 
 
-def test_how_often_a_device_is_open_is_read() -> None:
+def test_the_open_count_is_read() -> None:
     text = (SAMPLES / "client_processes").read_text()
     assert nvmesh.parse_opens(text) == 1
     # The process is still listed: closing it takes its entry away later, if at all.
@@ -98,18 +98,18 @@ def test_how_often_a_device_is_open_is_read() -> None:
     assert nvmesh.parse_opens("Processes holding handle:\nNum Processes=0, opens=0\n") == 0
 
 
-def test_a_list_of_openers_that_is_torn_anywhere_tells_no_count() -> None:
+def test_a_torn_list_of_openers_has_no_count() -> None:
     text = (SAMPLES / "client_processes").read_text().replace("opens=1", "opens=10")
     assert {nvmesh.parse_opens(text[:length]) for length in range(len(text))} == {None}
     assert nvmesh.parse_opens(text + "format_version: 1\ntime: 28/11/2026-14:51:00\n") == 10
 
 
-def test_a_program_that_calls_itself_like_the_count_is_not_the_count() -> None:
+def test_a_program_named_like_the_count_is_ignored() -> None:
     named = "Processes holding handle:\n  0) 7 [Num Processes=0], mode=0x1f\nNum Processes=1, opens=3\n"
     assert nvmesh.parse_opens(named) == 3
 
 
-def test_the_count_of_a_volume_is_read_from_its_directory(tmp_path: Path) -> None:
+def test_the_open_count_of_a_volume_is_read_from_its_directory(tmp_path: Path) -> None:
     files = nvmesh.StatusFiles(tmp_path)
     assert files.opens(NAME) is None
     (tmp_path / "volumes" / NAME).mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_the_count_of_a_volume_is_read_from_its_directory(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("release", ["1", "12", "empty"])
-def test_a_device_of_the_client_is_known_by_its_answer_to_inquiry(release: str) -> None:
+def test_inquiry_data_identify_an_nvmesh_device(release: str) -> None:
     standard = (SAMPLES / f"client/inquiry-standard-release-{release}.bin").read_bytes()
     assert nvmesh.is_nvmesh(standard + bytes(96 - len(standard)))
     assert nvmesh.is_nvmesh(standard[:8] + b"NVMesh  " + standard[16:])
@@ -126,12 +126,12 @@ def test_a_device_of_the_client_is_known_by_its_answer_to_inquiry(release: str) 
     assert not nvmesh.is_nvmesh(standard[:16] + b"Virtual disk    " + standard[32:])
 
 
-def test_the_serial_number_of_the_client_is_the_volumes() -> None:
+def test_the_sample_serial_number_is_of_the_volume() -> None:
     page = (SAMPLES / "client/inquiry-vpd80.bin").read_bytes()
     assert nvmesh.parse_serial_page(page + bytes(96 - len(page))) == nvmesh.serial_of(UUID)
 
 
-def test_the_files_of_the_client_tell_its_uuid_and_no_problem() -> None:
+def test_the_client_samples_have_a_uuid_and_no_problem() -> None:
     assert nvmesh.parse_client_uuid((SAMPLES / "client/status.json").read_text()) == (
         "0d4c3b2a-1f0e-11f1-9abc-0123456789ab"
     )
@@ -147,11 +147,11 @@ def test_a_client_that_exits_shows_no_uuid() -> None:
 
 STATUSES = {"Attaching": 0x1, "Attached": 0x2, "Detaching": 0x4, "DetUpging": 0xC, "Preempted": 0x10}
 CARRIES = {0x00: True, 0x93: True} | dict.fromkeys((0x82, 0x83, 0x84, 0x85, 0x86, 0x91, 0x92, 0xA1, 0xB1, 0xB2), False)
-"""What the low byte of `dbg` says of I/O: none is wrong, degraded, restarting in five steps, and the kinds of loss."""
+"""The low byte of `dbg`: no error, degraded, five steps of a restart, and the kinds of loss."""
 
 
 def printed(status: str, low: int, generation: str, *, told_late: bool) -> dict[str, object]:
-    """Print as the client does: all that it says of I/O, `io_enabled` some seconds behind where it is `told_late`."""
+    """Print all fields about I/O as the client does; with `told_late` io_enabled is some seconds late."""
     shown: dict[str, object] = {"name": "csi-1", "uuid": UUID, "type": "visible"}
     if STATUSES[status] & STATUSES["Detaching"]:
         return shown
@@ -165,9 +165,7 @@ def printed(status: str, low: int, generation: str, *, told_late: bool) -> dict[
 @pytest.mark.parametrize("told_late", [False, True])
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("status", STATUSES)
-def test_nothing_that_the_client_can_print_is_taken_for_the_opposite(
-    status: str, generation: str, told_late: bool
-) -> None:
+def test_no_printable_status_is_read_as_its_opposite(status: str, generation: str, told_late: bool) -> None:
     for low, io in CARRIES.items():
         text = json.dumps(printed(status, low, generation, told_late=told_late))
         read, carries = nvmesh.parse_volume_status(text), status == "Attached" and io

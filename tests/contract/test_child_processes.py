@@ -1,4 +1,4 @@
-"""Long-lived children: started, ended in order, and never left behind."""
+"""Long-lived child processes: started, stopped, and killed with their parent."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STUBBORN = (
 
 
 def wait_until(ready: Callable[[], bool], what: str) -> None:
-    """Wait for something that is certain to come; the limit is for what is broken."""
+    """Wait for a condition; the limit is reached only by a failing test."""
     assert Deadline.after(120).wait_until(ready), what
 
 
 class Starter:
-    """Starts children in a directory and ends those that a test leaves."""
+    """Starts children in a directory and stops those left at the end."""
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "child.log"
@@ -59,7 +59,7 @@ def starter(tmp_path: Path) -> Iterator[Starter]:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs; one that ended and was not waited for does not."""
+    """Tell if a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
     except OSError:
@@ -84,7 +84,7 @@ def test_a_child_runs_with_its_pid_in_the_file_and_its_output_in_the_log(starter
     assert is_running(child.pid)
 
 
-def test_a_child_is_ended_by_sigterm_and_its_pid_file_goes(starter: Starter) -> None:
+def test_sigterm_ends_a_child_and_removes_its_pid_file(starter: Starter) -> None:
     child = starter.start(*SLEEPER)
     starter.await_line("up")
     assert child.stop(timeout_s=120) == -signal.SIGTERM
@@ -92,7 +92,7 @@ def test_a_child_is_ended_by_sigterm_and_its_pid_file_goes(starter: Starter) -> 
     assert not starter.pid_file.exists()
 
 
-def test_a_child_that_does_not_hear_is_killed(starter: Starter) -> None:
+def test_a_child_that_ignores_sigterm_is_killed(starter: Starter) -> None:
     child = starter.start(*STUBBORN)
     starter.await_line("up")
     assert child.stop(timeout_s=0.1) == -signal.SIGKILL
@@ -106,21 +106,21 @@ def test_the_children_of_a_child_end_with_it(starter: Starter) -> None:
     wait_until(lambda: not is_running(grandchild), "the child's child to end")
 
 
-def test_how_a_child_ended_is_told(starter: Starter) -> None:
+def test_the_exit_status_of_a_child_is_returned(starter: Starter) -> None:
     child = starter.start("/bin/sh", "-c", "exit 7")
     wait_until(lambda: child.poll() is not None, "the child to end")
     assert child.poll() == 7
     assert not starter.pid_file.exists()
 
 
-def test_the_output_of_the_next_child_is_added_to_the_log(starter: Starter) -> None:
+def test_the_output_of_the_next_child_is_appended(starter: Starter) -> None:
     for word in ("first", "second"):
         starter.start("/bin/sh", "-c", f"echo {word}")
         starter.await_line(word)
     assert starter.log.read_text().split() == ["first", "second"]
 
 
-def test_a_log_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+def test_an_unwritable_log_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SystemCallFailed, match="absent"):
         ChildProcesses().start(SLEEPER, log=tmp_path / "absent" / "log", pid_file=tmp_path / "pid")
 
@@ -149,7 +149,7 @@ def test_children_die_when_their_parent_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not is_running(child), "the child to end")
 
 
-def test_children_die_also_where_their_parent_is_killed_the_moment_they_are_started(tmp_path: Path) -> None:
+def test_children_die_when_their_parent_is_killed_at_their_start(tmp_path: Path) -> None:
     parent, child = parent_that("start(); os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
     parent.communicate()
     wait_until(lambda: not is_running(child), "the child to end")
@@ -167,15 +167,13 @@ def test_children_outlive_the_thread_that_started_them_but_not_its_process(tmp_p
     wait_until(lambda: not is_running(child), "the child to end")
 
 
-def test_nothing_of_a_child_is_left_once_its_end_was_seen(starter: Starter) -> None:
+def test_the_group_of_an_ended_child_is_killed(starter: Starter) -> None:
     child = starter.start("/bin/sh", "-c", "exit 7")
     wait_until(lambda: child.poll() == 7, "the child to end")
     wait_until(lambda: not group_of(child.pid), "its group to end")
 
 
-def test_a_child_whose_end_was_seen_is_sent_no_signal_for_its_number_may_be_another_groups(
-    starter: Starter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ended_child_gets_no_signal(starter: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
     child = starter.start("/bin/sh", "-c", "exit 3")
     wait_until(lambda: child.poll() is not None, "the child to end")
     signalled: list[int] = []
@@ -184,7 +182,7 @@ def test_a_child_whose_end_was_seen_is_sent_no_signal_for_its_number_may_be_anot
     assert signalled == []
 
 
-def test_a_descriptor_that_is_passed_stays_open_under_its_number(starter: Starter, tmp_path: Path) -> None:
+def test_a_passed_descriptor_keeps_its_number(starter: Starter, tmp_path: Path) -> None:
     with (tmp_path / "passed").open("w") as passed:
         number = passed.fileno()
         argv = ("/bin/sh", "-c", f"echo through >/proc/self/fd/{number}")

@@ -1,4 +1,4 @@
-"""The storage client's configuration: only the hosts of its management servers are taken from it."""
+"""The management servers in the storage client's configuration."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from csi_driver.host.connectors.nvmesh import management_hosts, parse_management
         ("", ()),
     ],
 )
-def test_the_hosts_are_read_as_a_shell_would(text: str, hosts: tuple[str, ...]) -> None:
+def test_management_servers_are_read_as_by_a_shell(text: str, hosts: tuple[str, ...]) -> None:
     assert tuple(host for host, _ in parse_management_servers(text)) == hosts
 
 
-def test_a_node_without_client_has_no_configuration(tmp_path: Path) -> None:
+def test_a_missing_configuration_has_no_servers(tmp_path: Path) -> None:
     assert management_hosts(tmp_path / "nvmesh.conf") == ()
 
 
-def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(HostFailure, match="cannot be read"):
         management_hosts(tmp_path)

@@ -1,4 +1,4 @@
-"""The reading that proves a device blank, on plain files in the place of devices."""
+"""The scan for blank devices, on plain files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def first_data(path: Path, size_bytes: int) -> int | None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 511, 4095, 4096, MIB - 1, MIB, 4 * MIB - 1, 4 * MIB, 9 * MIB - 1])
-def test_one_byte_anywhere_is_found_where_it_is(tmp_path: Path, offset: int) -> None:
+def test_one_byte_is_found_at_its_offset(tmp_path: Path, offset: int) -> None:
     path = tmp_path / "device"
     with path.open("wb") as file:
         file.truncate(9 * MIB)
@@ -53,7 +53,7 @@ def test_zeroes_are_blank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there_bytes", [0, 4096, 4 * MIB, 5 * MIB - 512])
-def test_a_device_that_ends_early_is_not_known_to_be_blank(tmp_path: Path, there_bytes: int) -> None:
+def test_a_short_device_is_a_failure(tmp_path: Path, there_bytes: int) -> None:
     path = tmp_path / "device"
     path.write_bytes(bytes(there_bytes))
     with pytest.raises(HostFailure, match=f"ends at byte {there_bytes}, expected {5 * MIB}"):
@@ -61,6 +61,6 @@ def test_a_device_that_ends_early_is_not_known_to_be_blank(tmp_path: Path, there
 
 
 @pytest.mark.parametrize(("size_bytes", "most"), [(GIB, 1), (5 * GIB, 5), (10 << 40, 20), ((10 << 40) + 4096, 20)])
-def test_the_largest_volume_fills_no_log_with_its_progress(size_bytes: int, most: int) -> None:
+def test_the_largest_volume_reports_progress_rarely(size_bytes: int, most: int) -> None:
     step = zero_scan.progress_step(size_bytes)
     assert (step >= GIB, -(-size_bytes // step)) == (True, most)

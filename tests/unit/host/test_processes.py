@@ -1,4 +1,4 @@
-"""Which command lines start a role of this program, and what they tell it."""
+"""Roles and arguments in command lines."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ from csi_driver.host.processes import parse_role
         ([], []),
     ],
 )
-def test_a_role_is_known_by_its_command_line(argv: list[str], called: list[str]) -> None:
+def test_the_role_is_read_from_the_command_line(argv: list[str], called: list[str]) -> None:
     assert list(parse_role(argv, ["node"])) == called

@@ -1,4 +1,4 @@
-"""Which of several nodes a command is run beside: real processes, in namespaces of their own."""
+"""Finding the running node of a container: real processes in namespaces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).parents[2]
-# Looks like a node to whoever reads its command line.
+# Has the command line of a node.
 NODE = "import time; time.sleep(600)"
 # Starts the nodes that it is given, each the words of a shell, and tells which is found.
 FIND = """
@@ -31,28 +31,28 @@ for process in started:
 
 
 def found(*nodes: str) -> str:
-    """Return which node is found beside these; each is the words that it is started behind."""
+    """Start these processes, each behind a command prefix, and return the node that is found."""
     isolated = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--"]
     command = [*isolated, sys.executable, "-c", FIND % NODE, *nodes]
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environ, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def test_the_only_node_is_found_with_its_arguments_and_its_environment() -> None:
+def test_the_only_node_is_found_with_arguments_and_environment() -> None:
     assert found("env TOLD=yes") == "--zone=env TOLD=yes yes"
 
 
-def test_a_node_of_another_container_is_not_meant() -> None:
+def test_a_node_of_another_container_is_not_found() -> None:
     assert found("", "unshare --mount") == "--zone=plain None"
     assert found("unshare --mount") == "None None"
 
 
-def test_of_several_nodes_none_is_guessed() -> None:
+def test_several_nodes_are_ambiguous() -> None:
     assert found("", "") == "None None"
 
 
 @pytest.mark.parametrize("user", ["--reuid=65534", "--ruid=65534", "--euid=65534"])
-def test_what_another_user_calls_a_node_is_believed_nothing(user: str) -> None:
-    """A real user of its own is what a program with set-user-ID has, which anybody can call with any arguments."""
+def test_a_process_of_another_user_is_not_found(user: str) -> None:
+    """A set-user-ID program has another real user, who chose its arguments."""
     assert found(f"setpriv {user}") == "None None"
     assert found("", f"setpriv {user}") == "--zone=plain None"

@@ -1,4 +1,4 @@
-"""What speaks for and against a device being a volume, weighed; a real device with a serial number is not at hand."""
+"""The identity of a device by client status, label and serial number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Dev
 
 
 @pytest.mark.parametrize(
-    ("evidence", "wanted", "uuid", "proven"),
+    ("evidence", "expected", "uuid", "proven"),
     [
         (claims(), UUID, None, False),
         (claims(), None, None, False),
@@ -30,22 +30,22 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Dev
         (DeviceEvidence(None, UUID, None, is_loop=True), UUID, UUID, True),
     ],
 )
-def test_a_device_is_who_the_evidence_says(
-    evidence: DeviceEvidence, wanted: str | None, uuid: str | None, proven: bool
+def test_evidence_gives_the_uuid(
+    evidence: DeviceEvidence, expected: str | None, uuid: str | None, proven: bool
 ) -> None:
-    assert (evidence.uuid_for(wanted), evidence.proves()) == (uuid, proven)
-    assert evidence.against("csi-1", wanted) is None
+    assert (evidence.uuid_for(expected), evidence.proves()) == (uuid, proven)
+    assert evidence.against("csi-1", expected) is None
 
 
-def test_the_serial_number_of_another_volume_equals_no_uuid() -> None:
-    """While the client says nothing, a volume made anew under the same name is known by its serial number alone."""
+def test_another_serial_number_equals_no_uuid() -> None:
+    """Without client status, a new volume under the same name differs only in the serial number."""
     evidence = claims(None, serial_of(OTHER))
     assert evidence.uuid_for(UUID) not in (None, UUID, OTHER)
     assert "another volume" in (evidence.against("csi-1", UUID) or "")
 
 
 @pytest.mark.parametrize(
-    ("evidence", "name", "wanted", "why"),
+    ("evidence", "name", "expected", "why"),
     [
         (claims(STATUS), "csi-2", None, "claims the name"),
         (claims(STATUS, serial_of(OTHER)), "csi-1", UUID, "serial number"),
@@ -54,11 +54,13 @@ def test_the_serial_number_of_another_volume_equals_no_uuid() -> None:
         (claims(VolumeStatus("csi-1", UUID, refusal="it is broken")), "csi-1", UUID, "it is broken"),
     ],
 )
-def test_contradicting_evidence_is_reported(evidence: DeviceEvidence, name: str, wanted: str | None, why: str) -> None:
-    assert why in (evidence.against(name, wanted) or "")
+def test_contradictory_evidence_is_reported(
+    evidence: DeviceEvidence, name: str, expected: str | None, why: str
+) -> None:
+    assert why in (evidence.against(name, expected) or "")
 
 
-def test_a_device_is_not_usable_unless_its_client_says_that_it_carries_io() -> None:
+def test_a_device_needs_enabled_io() -> None:
     for enabled in (False, None):
         off = VolumeStatus("csi-1", UUID, io_enabled=enabled, details="dbg is '0x0'")
         assert "dbg is '0x0'" in (claims(off).unusable("csi-1") or "")

@@ -1,4 +1,4 @@
-"""Parsers of superblocks and blkid's output, and the list of places where superblocks and their copies lie."""
+"""Parsers of superblocks and of blkid's output, and the places of the quick probe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def found(head: bytes, fs_type: str) -> disk_formats.Superblock:
     return parsed
 
 
-def test_an_ext4_beyond_32_bits_of_blocks_has_its_whole_size() -> None:
+def test_an_ext4_has_more_than_32_bits_of_blocks() -> None:
     assert found(ext_head(5 << 32, incompatible=0x80), "ext4").size_bytes == (5 << 32) * 4096
 
 
@@ -64,7 +64,7 @@ def test_a_btrfs_has_its_size() -> None:
     assert found(bytes(raw), "btrfs").size_bytes == 3 * GIB
 
 
-def test_an_xfs_that_its_mkfs_did_not_finish_is_none() -> None:
+def test_an_unfinished_xfs_is_none() -> None:
     head = bytearray(b"XFSB" + struct.pack(">IQ", 4096, 1 << 20) + bytes(600))
     assert disk_formats.parse_superblock(bytes(head), "xfs") is not None
     head[126] = 1
@@ -83,16 +83,16 @@ def test_the_uuid_of_a_filesystem_is_read(fs_type: str, offset: int) -> None:
 
 @pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs", "ntfs", ""])
 @pytest.mark.parametrize("head", [b"", bytes(4096), bytes(disk_formats.HEAD_BYTES)])
-def test_where_no_superblock_is_none_is_found(head: bytes, fs_type: str) -> None:
+def test_other_data_are_no_superblock(head: bytes, fs_type: str) -> None:
     assert disk_formats.parse_superblock(head, fs_type) is None
 
 
-def test_a_senseless_block_size_is_no_superblock() -> None:
+def test_an_invalid_block_size_is_no_superblock() -> None:
     assert disk_formats.parse_superblock(ext_head(1000, log_block=40), "ext4") is None
     assert disk_formats.parse_superblock(b"XFSB" + struct.pack(">IQ", 3, 1) + bytes(600), "xfs") is None
 
 
-def test_quoted_characters_of_blkid_are_taken_as_they_are() -> None:
+def test_quoted_characters_of_blkid_are_unquoted() -> None:
     text = "DEVNAME=/dev/sda\nLABEL=a\\ b\\\\c\\=d\nTYPE=ext4\n\nnothing\n"
     assert parse_blkid(text) == {"DEVNAME": "/dev/sda", "LABEL": "a b\\c=d", "TYPE": "ext4"}
 
@@ -105,7 +105,7 @@ def is_read(offset: int, length: int, size: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [4096, MIB, 8 * MIB, GIB, 10 * GIB + 4096, 1 << 40, 10 << 40])
-def test_places_lie_in_the_device_are_sorted_aligned_and_apart(size: int) -> None:
+def test_places_are_sorted_aligned_and_disjoint(size: int) -> None:
     places = zero_scan.probe_places(size)
     ends = [0] + [start + length for start, length in places]
     assert all(start > end or start == 0 for (start, _), end in zip(places, ends, strict=False))
@@ -137,7 +137,7 @@ def test_a_copy_of_a_superblock_is_among_the_places(what: str, offset: int, leng
     assert is_read(offset, length, size), what
 
 
-def test_the_cheap_check_stays_cheap_on_the_largest_volumes() -> None:
+def test_the_quick_probe_is_small_on_the_largest_volume() -> None:
     places = zero_scan.probe_places(64 << 40)
     assert sum(length for _, length in places) < 32 * MIB
     assert len(places) < 400
