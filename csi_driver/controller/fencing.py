@@ -236,11 +236,9 @@ class Preemption:
         `PreconditionFailed` naming the holders and why they keep it, `OperationPending` if there is none.
         """
         volume = located.volume
-        holders = _others(located, client, deadline=deadline)
-        owner = self._owner(located, client, holders, deadline=deadline)
-        kept = {holder.id: reason for holder in holders if (reason := self._reason_to_keep(volume, holder, owner))}
-        if kept:
-            raise _held_elsewhere(volume, holders, kept)
+        holders, reasons = self._judge(located, client, deadline)
+        if any(reasons.values()):
+            raise _held_elsewhere(volume, holders, reasons)
         if not holders and self.policy is Fencing.NEVER:
             raise OperationPending(f"volume {volume.name} was released just now; retry")
         if self.policy is Fencing.RECORDED:
@@ -262,12 +260,17 @@ class Preemption:
 
     def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
         """Return the answer to a call that the storage refused because the volume is held."""
-        volume = located.volume
-        holders = _others(located, client, deadline=deadline)
+        holders, reasons = self._judge(located, client, deadline)
         if not holders:
-            return OperationPending(f"volume {volume.name} was released just now; retry")
+            return OperationPending(f"volume {located.volume.name} was released just now; retry")
+        return _held_elsewhere(located.volume, holders, reasons)
+
+    def _judge(self, located: Located, client: Client, deadline: Deadline) -> tuple[list[Client], dict[str, str]]:
+        """Return the other holders of the volume, and by their ids the reasons to keep it, empty if there is none."""
+        found = located.management.clients_holding(located.volume.uuid, deadline=deadline)
+        holders = [holder for holder in found if holder.uuid != client.uuid]
         owner = self._owner(located, client, holders, deadline=deadline)
-        return _held_elsewhere(volume, holders, {h.id: self._reason_to_keep(volume, h, owner) for h in holders})
+        return holders, {holder.id: self._reason_to_keep(located.volume, holder, owner) for holder in holders}
 
     def _refuse_contradiction(self, located: Located, known: set[str], *, deadline: Deadline) -> None:
         """Raise `OperationPending` if the volume's document names a holder that is not `known`.
@@ -336,15 +339,9 @@ def was_preempted(volume: Volume, holder: Client) -> bool:
     return is_free and not record.is_broken and 0 < desired.version < record.taken < reservation.version
 
 
-def _others(located: Located, client: Client, *, deadline: Deadline) -> list[Client]:
-    """Return the other clients that hold the volume or have not released it yet. Asks the management."""
-    holders = located.management.clients_holding(located.volume.uuid, deadline=deadline)
-    return [holder for holder in holders if holder.uuid != client.uuid]
-
-
-def _held_elsewhere(volume: Volume, holders: Sequence[Client], kept: dict[str, str]) -> PreconditionFailed:
+def _held_elsewhere(volume: Volume, holders: Sequence[Client], reasons: dict[str, str]) -> PreconditionFailed:
     names = ", ".join(
-        f"{holder.uuid} ({holder.id}{f': {kept[holder.id]}' if kept.get(holder.id) else ''})"
+        f"{holder.uuid} ({holder.id}{f': {reasons[holder.id]}' if reasons.get(holder.id) else ''})"
         for holder in sorted(holders, key=lambda holder: holder.id)
     )
     return PreconditionFailed(f"volume {volume.name} is attached to node {names}; detach it there first")

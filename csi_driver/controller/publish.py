@@ -11,17 +11,18 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from csi_driver.capacity import stripes_of
 from csi_driver.controller.fencing import Preemption, UnpublishVolume, device_state, is_detaching, missing
 from csi_driver.controller.ports import Clusters, PublishRequest
 from csi_driver.controller.validate import check_capability, reservation_mode
 from csi_driver.controller.volume_lookup import Located, find_client, must_record_handle, require, sole_management
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
-    complete_context,
     encryption_of,
     next_number,
     read_attachments,
     read_creation,
+    read_permission,
     with_attachments,
 )
 from csi_driver.deadline import Deadline
@@ -41,7 +42,7 @@ from csi_driver.model import BlockAccess, Capability
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import Encryption, History, PublishContext, reference_id
 from csi_driver.settings import AttachSettings
-from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, ReservationMode
+from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, ReservationMode, Volume
 
 _log = logging.getLogger(__name__)
 
@@ -274,15 +275,29 @@ class _Call:
             history = History.WRITTEN
         elif number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
             history = History.FIRST
-        context = PublishContext(
+        unit_bytes, stripe_bytes = stripes_of(volume.layout)
+        return PublishContext(
             name=volume.name,
             uuid=volume.uuid,
             attachment=number,
             history=history,
             read_only=self.mode is ReservationMode.SHARED_READ_ONLY,
             size_bytes=volume.size_bytes,
+            encryption=encryption_of(volume, creation, self.request.context),
+            format_allowed=self._may_format(volume, number),
+            stripe_unit_bytes=unit_bytes,
+            stripe_bytes=stripe_bytes,
         )
-        return complete_context(context, volume, encryption_of(volume, creation, self.request.context))
+
+    def _may_format(self, volume: Volume, number: int) -> bool:
+        """Return whether an administrator allowed this attachment to format over old data; 0 is never allowed."""
+        if self.mode is ReservationMode.SHARED_READ_ONLY or number == 0 or number != read_permission(volume.metadata):
+            return False
+        _log.warning(
+            "attachment %d of volume %s may format over old data, as allowed by `nvmesh-csi volume allow-format`",
+            *(number, volume.name),
+        )
+        return True
 
     def _desired(self) -> DesiredAttachment | None:
         return self.client.desired.get(self.located.volume.uuid)

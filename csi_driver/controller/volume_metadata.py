@@ -7,18 +7,14 @@ function that changes a part returns all of it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
-from csi_driver.capacity import stripes_of
 from csi_driver.compat import volumes as compat
 from csi_driver.model import AccessMode, CapacityRange
-from csi_driver.publish_context import Encryption, PublishContext
+from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Reservation, ReservationMode, Volume
-
-_log = logging.getLogger(__name__)
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
@@ -210,23 +206,6 @@ def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]
     if not word:
         return Encryption.NONE
     return Encryption.UNKNOWN
-
-
-def complete_context(context: PublishContext, volume: Volume, by: Encryption) -> PublishContext:
-    """Add encryption, stripe geometry and the permission to format to a publish context."""
-    unit_bytes, stripe_bytes = stripes_of(volume.layout)
-    permitted = read_permission(volume.metadata)
-    # An attachment without a proven number has 0, which is never permitted.
-    may_format = permitted != 0 and permitted == context.attachment and not context.read_only
-    if may_format:
-        _log.warning(
-            "attachment %d of volume %s may format over old data, as allowed by `nvmesh-csi volume allow-format`",
-            permitted,
-            volume.name,
-        )
-    return replace(
-        context, encryption=by, format_allowed=may_format, stripe_unit_bytes=unit_bytes, stripe_bytes=stripe_bytes
-    )
 
 
 def _own(metadata: Mapping[str, object]) -> Mapping[str, object]:
