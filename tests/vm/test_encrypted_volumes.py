@@ -370,7 +370,7 @@ def test_a_mapping_over_another_device_is_refused_and_kept(machine: HostMachine)
         )  # fmt: skip
         shell("cryptsetup", "open", "--key-file", str(key), str(machine.device_root / other.name), node.volume.name)
     node.attachment = 3
-    with pytest.raises(PreconditionFailed, match="open for another volume"):
+    with pytest.raises(PreconditionFailed, match="expected it over device"):
         node.stage()
     node.down()
     assert node.is_open()
