@@ -80,7 +80,7 @@ class FakeNode:
             self.host.make_tree(path)
 
     def restart(self) -> NodeUseCases:
-        """Start the driver anew on the same machine."""
+        """Restart the driver on the same machine."""
         self.host.die()
         self.use = assemble(
             devices=self.host.devices,

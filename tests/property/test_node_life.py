@@ -237,7 +237,7 @@ class NodeLife(RuleBasedStateMachine):
             assert disk.filesystem.size_bytes == disk.size_bytes
 
     def call(self, act: Callable[[], object], expected: bool, death: int, again: bool) -> bool:
-        """Call; if the driver dies in it, start it anew and call `again` or look at what it left. True = succeeded."""
+        """Call; if the driver dies, restart it and call `again`, or check what it left. True = success."""
         self.host.step = _dying_at(death)
         try:
             return self.outcome(act, expected)

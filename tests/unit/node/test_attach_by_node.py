@@ -1,4 +1,4 @@
-"""Nodes that attach for themselves: the order of things, and that every call can be repeated."""
+"""Attaching by the node: the order of steps, and repeated calls."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_volume_is_attached_before_it_is_staged_and_detached_after_it_is_unsta
     assert node.world.holders() == []
 
 
-def test_stage_and_publish_are_told_the_same_as_an_attacher_would_tell() -> None:
+def test_stage_and_publish_get_the_context_that_an_attacher_would_pass() -> None:
     node = Node()
     node.stage()
     node.publish()
@@ -112,7 +112,7 @@ def test_a_stage_that_failed_goes_on_under_the_same_attachment() -> None:
     assert first == second
 
 
-def test_a_volume_that_could_not_be_staged_is_attached_and_told_to_be() -> None:
+def test_a_volume_that_could_not_be_staged_is_reported_as_attached() -> None:
     """By an error that leaves the outcome open: after any other one kubelet would never unstage it."""
     node = Node()
     node.machine.broken = True

@@ -256,7 +256,7 @@ def test_the_words_of_the_storage_class_count_where_there_is_no_context(
     assert locked.source() == OPENED
 
 
-def test_an_encryption_that_nobody_knows_is_refused_by_name(locked: Locked) -> None:
+def test_an_unknown_encryption_is_refused_by_name(locked: Locked) -> None:
     with pytest.raises(InvalidField, match="quantum"):
         locked.node.stage(context={}, volume_context={"encryption": "quantum"}, secrets=SECRET)
 

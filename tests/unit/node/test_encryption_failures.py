@@ -56,7 +56,7 @@ def test_a_stage_that_goes_on_with_the_same_call_keeps_the_volume_open(locked: L
     assert locked.mapper is not None
 
 
-def test_what_cannot_be_undone_is_told_so_that_it_is_unstaged(locked: Locked) -> None:
+def test_a_failed_cleanup_is_answered_so_that_kubelet_unstages(locked: Locked) -> None:
     def step(passed: str) -> None:
         if passed == "before mount":
             assert locked.mapper is not None
@@ -149,7 +149,7 @@ def test_a_header_left_unfinished_is_made_again_under_the_same_attachment_only(l
     assert locked.luks.keys == ["correct horse"]
 
 
-def test_a_filesystem_found_where_a_header_was_begun_is_somebody_elses(locked: Locked) -> None:
+def test_a_filesystem_where_a_header_was_begun_is_not_ours(locked: Locked) -> None:
     with dying_at(locked.node, "halfway luksFormat"), pytest.raises(Died):
         locked.stage()
     locked.disk.luks = None

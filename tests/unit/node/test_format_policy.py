@@ -1,4 +1,4 @@
-"""The decision about a device's content, case by case."""
+"""The format policy, case by case."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_permission_never_formats_what_can_be_used_as_it_is() -> None:
             assert case._replace(allowed=True).verdict() == without, case
 
 
-def test_a_permission_that_nobody_counts_permits_nothing() -> None:
+def test_a_permission_of_an_uncounted_attachment_permits_nothing() -> None:
     for case in every_case():
         if case.attachment == 0:
             assert case._replace(allowed=True).verdict() == case._replace(allowed=False).verdict(), case

@@ -37,7 +37,7 @@ XFS = MountAccess("xfs")
 
 
 def old(node: FakeNode, fs_type: str = "ext4", uuid: str = OTHER_UUID) -> FakeDisk:
-    """Attach the volume with a filesystem that somebody used; by default another volume's, on reused space."""
+    """Attach the volume with a used filesystem; by default of another volume, on reused space."""
     disk = node.host.attach(NAME, UUID)
     disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, files={"a": b"precious"}, uuid=uuid)
     disk.was_used = True
@@ -105,7 +105,7 @@ def test_a_volume_that_turned_blank_is_scanned_and_formatted_when_attached_again
     assert node.host.formats == [UUID, UUID]
 
 
-def test_a_first_attachment_that_nobody_counts_proves_nothing(node: FakeNode) -> None:
+def test_a_first_attachment_that_is_not_counted_proves_nothing(node: FakeNode) -> None:
     node.host.attach(NAME, UUID).raw[32 * MIB] = b"x"
     with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB}"):
         node.stage(context=publish_context(attachment=0))
@@ -262,7 +262,7 @@ def test_a_permission_does_not_format_what_is_mounted(node: FakeNode) -> None:
     assert node.host.formats == []
 
 
-def test_a_permission_does_not_format_what_somebody_holds(node: FakeNode) -> None:
+def test_a_permission_does_not_format_a_device_in_use(node: FakeNode) -> None:
     old(node).claimed = 7
     with pytest.raises(OperationPending, match="in use"):
         node.stage(context=ALLOWED)

@@ -64,9 +64,7 @@ def test_a_raw_volume_that_is_well_has_no_entry(node: FakeNode) -> None:
 
 @PATHS
 @pytest.mark.parametrize("kind", [kind for kind in FaultKind if kind is not FaultKind.DEVICE_READ_ONLY])
-def test_what_is_found_wrong_is_told(
-    published: FakeNode, disk: FakeDisk, kind: FaultKind, paths: dict[str, str]
-) -> None:
+def test_every_fault_is_reported(published: FakeNode, disk: FakeDisk, kind: FaultKind, paths: dict[str, str]) -> None:
     is_of_device = kind in (FaultKind.BACKING_FILE_GONE, FaultKind.BACKING_FILE_CUT_SHORT)
     wrong = published.host.wrong_devices if is_of_device else published.host.wrong_filesystems
     wrong[disk.number] = [Fault(kind, "first"), Fault(kind, "second")]
@@ -81,7 +79,7 @@ def test_every_fault_has_a_meaning_of_its_own() -> None:
 
 
 @PATHS
-def test_a_device_that_is_gone_is_told(published: FakeNode, paths: dict[str, str]) -> None:
+def test_a_device_that_is_gone_is_reported(published: FakeNode, paths: dict[str, str]) -> None:
     published.host.detach(NAME)
     if paths:
         assert (VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE) in health(published, **paths)
@@ -90,7 +88,7 @@ def test_a_device_that_is_gone_is_told(published: FakeNode, paths: dict[str, str
             health(published)
 
 
-def test_a_device_that_the_client_knows_and_nobody_sees_is_told(node: FakeNode) -> None:
+def test_a_device_that_only_the_client_knows_is_reported(node: FakeNode) -> None:
     disk = node.host.attach(NAME, UUID)
     disk.status, disk.size_bytes = VolumeStatus(NAME, UUID), 0
     assert health(node) == {(VolumeFault.INACCESSIBLE, Reason.DEVICE_GONE)}
@@ -105,25 +103,27 @@ def test_a_device_that_refuses_writes_matters_where_it_is_written(published: Fak
 
 
 @PATHS
-def test_a_filesystem_that_turned_read_only_is_told(published: FakeNode, disk: FakeDisk, paths: dict[str, str]) -> None:
+def test_a_filesystem_that_turned_read_only_is_reported(
+    published: FakeNode, disk: FakeDisk, paths: dict[str, str]
+) -> None:
     disk.superblock_read_only = True
     assert health(published, **paths) == {(VolumeFault.DEGRADED, Reason.FILESYSTEM_READ_ONLY)}
 
 
-def test_a_filesystem_that_is_full_is_told(published: FakeNode, disk: FakeDisk) -> None:
+def test_a_full_filesystem_is_reported(published: FakeNode, disk: FakeDisk) -> None:
     published.host.write_file(TARGET, "big", b"x" * (disk.size_bytes - 1))
     assert health(published) == set()
     published.host.write_file(TARGET, "last", b"x")
     assert health(published) == {(VolumeFault.DEGRADED, Reason.FILESYSTEM_FULL)}
 
 
-def test_a_filesystem_without_inodes_left_is_told(published: FakeNode) -> None:
+def test_a_filesystem_without_free_inodes_is_reported(published: FakeNode) -> None:
     for number in range(1000):
         published.host.write_file(TARGET, str(number), b"")
     assert health(published) == {(VolumeFault.DEGRADED, Reason.INODES_EXHAUSTED)}
 
 
-def test_what_the_client_says_is_told(published: FakeNode, disk: FakeDisk) -> None:
+def test_faults_of_the_client_are_reported(published: FakeNode, disk: FakeDisk) -> None:
     disk.status = VolumeStatus(NAME, UUID, io_enabled=False, refusal="it does not write", details="dbg is 0")
     assert health(published) == {
         (VolumeFault.INACCESSIBLE, Reason.IO_DISABLED),
@@ -164,7 +164,7 @@ def test_a_volume_that_is_not_on_the_node_is_not_found(published: FakeNode, volu
 
 
 def test_a_volume_that_was_not_mounted_yet_is_judged_by_its_device(node: FakeNode) -> None:
-    """The CO may ask about one whose staging was merely attempted."""
+    """The CO may ask about a volume after a failed stage."""
     node.host.attach(NAME, UUID)
     assert health(node, target=str(TARGET), staging=str(STAGING)) == set()
 
@@ -183,7 +183,7 @@ def hanging(request: pytest.FixtureRequest) -> Iterator[FakeNode]:
     node.host.answers.set()
 
 
-def test_a_filesystem_that_does_not_answer_is_told_and_costs_one_thread(hanging: FakeNode) -> None:
+def test_a_filesystem_that_does_not_answer_is_reported_and_costs_one_thread(hanging: FakeNode) -> None:
     silent = {(VolumeFault.INACCESSIBLE, Reason.NOT_RESPONDING)}
     assert health(hanging) == silent
     threads = threading.active_count()
@@ -191,7 +191,7 @@ def test_a_filesystem_that_does_not_answer_is_told_and_costs_one_thread(hanging:
     assert threading.active_count() <= threads
 
 
-def test_what_the_client_says_of_a_device_that_hangs_is_told_too(hanging: FakeNode) -> None:
+def test_faults_of_the_client_are_reported_for_a_hanging_device_too(hanging: FakeNode) -> None:
     hanging.host.disks[NAME].status = VolumeStatus(NAME, UUID, io_enabled=False, details="dbg is 0")
     assert {reason for _, reason in health(hanging)} == {Reason.NOT_RESPONDING, Reason.IO_DISABLED}
 
@@ -216,7 +216,7 @@ def test_a_node_with_its_client_is_well(node: FakeNode) -> None:
     assert storage(node) == set()
 
 
-def test_what_keeps_a_node_from_its_storage_is_told(node: FakeNode) -> None:
+def test_faults_of_the_storage_access_are_reported(node: FakeNode) -> None:
     client, host = node.host.client, node.host
     host.client = None
     assert storage(node) == {(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_ABSENT)}

@@ -89,7 +89,7 @@ def test_the_problems_of_the_machine_are_passed_on() -> None:
     assert list(node.use.identity.problems()) == ["mkfs.ext4 is not installed"]
 
 
-def test_a_zone_that_is_not_clear_keeps_the_node_from_work_and_is_told_to_probe() -> None:
+def test_an_ambiguous_zone_makes_the_node_unready_and_fails_probe() -> None:
     node = FakeNode(settings=SETTINGS)
     zone = NodeZone(
         given=None, topology_key=None, node_name="n", client_servers=tuple,

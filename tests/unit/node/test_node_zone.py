@@ -52,7 +52,7 @@ def test_the_zone_is_found(node: str, hosts: list[str], clusters: ClusterNames, 
         ("n1", [], ClusterNames({}, {"a": ("n1",), "b": ("n1.x",)}), "by the name of this node"),
     ],
 )
-def test_what_may_mean_two_zones_is_no_guess(node: str, hosts: list[str], clusters: ClusterNames, told: str) -> None:
+def test_an_ambiguous_zone_is_refused(node: str, hosts: list[str], clusters: ClusterNames, told: str) -> None:
     with pytest.raises(PreconditionFailed, match=told):
         zone_of(node, hosts, clusters)
 

@@ -105,7 +105,7 @@ def test_a_mapped_device_that_is_no_encryption_is_left_alone(locked: Locked) -> 
     assert locked.mapper is strange
 
 
-def test_an_opened_device_whose_volume_is_gone_is_closed_and_opened_anew(locked: Locked) -> None:
+def test_an_opened_device_of_a_lost_volume_is_closed_and_opened_again(locked: Locked) -> None:
     locked.up()
     locked.node.host.table.clear()
     locked.reattach()
@@ -114,7 +114,7 @@ def test_an_opened_device_whose_volume_is_gone_is_closed_and_opened_anew(locked:
     assert locked.mapper.below is locked.disk
 
 
-def test_a_mount_over_an_opened_device_whose_volume_came_back_is_taken_off(locked: Locked) -> None:
+def test_a_mount_over_the_opened_device_of_a_returned_volume_is_unmounted(locked: Locked) -> None:
     locked.up()
     locked.node.host.write_file(TARGET, "a", b"kept")
     locked.reattach()
@@ -168,7 +168,7 @@ def test_an_unknown_kind_of_encryption_is_not_touched(locked: Locked) -> None:
         locked.node.publish(context=given)
 
 
-def test_another_access_at_the_staging_path_is_told_apart(locked: Locked) -> None:
+def test_another_access_at_the_staging_path_is_refused(locked: Locked) -> None:
     locked.stage()
     locked.access = BLOCK
     with pytest.raises(ExistsDifferently):
@@ -197,7 +197,7 @@ def test_a_header_beside_the_volume_counts_neither_as_size_nor_against_the_limit
 
 
 @pytest.mark.parametrize(("stripe_bytes", "is_told"), [(512 << 10, True), (384 << 10, False)])
-def test_stripes_are_told_to_mkfs_only_where_the_header_ends_with_one(
+def test_mkfs_gets_stripes_only_where_the_header_ends_with_one(
     locked: Locked, stripe_bytes: int, is_told: bool
 ) -> None:
     given = context() | {"stripeUnitBytes": str(128 << 10), "stripeBytes": str(stripe_bytes)}

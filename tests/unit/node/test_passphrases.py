@@ -84,7 +84,7 @@ def test_two_passphrases_that_differ_are_refused_without_showing_them(locked: Lo
     assert "horse" not in str(refusal.value)
 
 
-def test_a_secret_for_a_volume_that_nobody_encrypts_warns(locked: Locked, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_secret_for_an_unencrypted_volume_warns(locked: Locked, caplog: pytest.LogCaptureFixture) -> None:
     locked.by = Encryption.NONE
     locked.stage()
     assert "has a passphrase" in caplog.text
@@ -121,7 +121,7 @@ def test_a_previous_passphrase_left_in_the_secret_costs_nothing_after_the_change
     assert in_use.node.host.encryption.tried == ["new passphrase"]
 
 
-def test_a_key_that_nobody_named_stays(in_use: Locked) -> None:
+def test_other_keys_stay(in_use: Locked) -> None:
     in_use.secrets = ROTATION
     in_use.luks.keys[:] = ["new passphrase", "for the safe"]
     in_use.up()

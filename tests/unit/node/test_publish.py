@@ -409,9 +409,7 @@ def cut_off(node: FakeNode) -> None:
 
 
 @pytest.mark.parametrize("volume_id", [VOLUME_ID, NAME])
-def test_unpublish_takes_down_a_reader_that_was_never_bound_and_whose_device_is_gone(
-    block: FakeNode, volume_id: str
-) -> None:
+def test_unpublish_removes_an_unbound_reader_of_a_lost_device(block: FakeNode, volume_id: str) -> None:
     cut_off(block)
     block.host.detach(NAME)
     block.unpublish(volume_id=volume_id)
@@ -434,7 +432,7 @@ def test_unpublish_takes_down_a_reader_of_a_target_that_another_volume_has_now(b
     assert (block.host.readers, block.host.mounts_at(TARGET)) == ([], 1)
 
 
-def test_unpublish_takes_down_a_reader_whose_target_another_volume_took_with_it(block: FakeNode) -> None:
+def test_unpublish_removes_a_reader_after_another_volume_had_its_target(block: FakeNode) -> None:
     cut_off(block)
     block.unpublish(volume_id=OTHER_ID)
     assert (len(block.host.readers), TARGET in block.host.tree) == (1, False)

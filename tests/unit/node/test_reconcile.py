@@ -417,7 +417,7 @@ def test_an_opened_device_that_the_kernel_still_has_is_not_detached_lazily(locke
     assert locked.host.mounts_at(STAGING) == 1
 
 
-def test_an_opened_device_of_that_name_over_another_device_is_somebody_elses(locked: Kubelet) -> None:
+def test_an_opened_device_over_another_device_is_not_ours(locked: Kubelet) -> None:
     locked.host.attach(NAME, UUID)
     locked.forget(STAGING_RECORD)
     assert locked.sweep() == locked.sweep() == []
@@ -436,7 +436,7 @@ def test_a_reader_without_a_publication_is_taken_down_by_the_second_sweep(kubele
     assert kubelet.host.readers == []
 
 
-def test_a_reader_that_somebody_holds_open_stays(kubelet: Kubelet) -> None:
+def test_a_reader_that_is_open_stays(kubelet: Kubelet) -> None:
     kubelet.publish_block(read_only=True)
     kubelet.host.table.clear()
     kubelet.host.readers[0].claimed = 1

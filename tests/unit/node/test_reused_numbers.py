@@ -1,4 +1,4 @@
-"""A device that went away under its mounts, and whose number another one has now: no mount counts as another's."""
+"""A device that went away under its mounts, and another one with its number."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_left_over_mount_is_not_unmounted_as_the_next_volume_of_its_number(nod
         stage_other(node)
 
 
-def test_how_full_a_volume_is_that_was_left_behind_is_not_told(node: FakeNode, reused: FakeDisk) -> None:
+def test_a_left_over_mount_has_no_statistics(node: FakeNode, reused: FakeDisk) -> None:
     with pytest.raises(StorageUnavailable, match="gone"):
         node.use.statistics.usage(VOLUME_ID, str(TARGET), "", deadline=node.soon())
 
@@ -134,7 +134,7 @@ def test_a_node_left_behind_is_no_publication_of_the_next_volume_of_the_number(n
     assert node.host.mounts_at(OTHER_TARGET) == 1
 
 
-def test_the_same_volume_that_is_back_under_its_number_is_staged_anew(node: FakeNode) -> None:
+def test_the_same_volume_that_is_back_under_its_number_is_staged_again(node: FakeNode) -> None:
     """All that tells them apart: a mount that is alive claims its device."""
     disk = node.host.attach(NAME, UUID)
     node.stage()

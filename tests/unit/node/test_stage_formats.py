@@ -157,7 +157,7 @@ def test_a_device_smaller_than_the_volume_is_not_formatted(node: FakeNode) -> No
     assert node.host.formats == []
 
 
-def test_a_device_whose_uuid_nobody_knows_is_not_formatted(node: FakeNode) -> None:
+def test_a_device_without_known_uuid_is_not_formatted(node: FakeNode) -> None:
     node.host.attach(NAME, UUID).claims_uuid = False
     with pytest.raises(DeadlineReached):
         node.stage(volume_id=NAME, context=EMPTY)
@@ -275,7 +275,7 @@ def test_a_busy_moment_of_a_fresh_device_is_waited_out(node: FakeNode) -> None:
     assert node.host.mounts_at(STAGING) == 1
 
 
-def test_a_device_on_which_somebody_works_is_refused_for_now(node: FakeNode) -> None:
+def test_a_device_that_another_program_works_on_is_refused(node: FakeNode) -> None:
     """It may be what a killed driver left at work: an error that kubelet takes for final would give the volume up."""
     disk = node.host.attach(NAME, UUID)
     disk.claimed = 7

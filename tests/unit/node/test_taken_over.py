@@ -119,7 +119,7 @@ def test_a_volume_whose_handle_holds_no_uuid_is_judged_by_its_name(
 
 
 @pytest.mark.parametrize("reaches_host", [True, False])
-def test_mounts_that_do_not_reach_the_host_are_told_once(
+def test_mounts_that_do_not_reach_the_host_are_reported_once(
     node: FakeNode, caplog: pytest.LogCaptureFixture, reaches_host: bool
 ) -> None:
     node.host.attach(NAME, UUID)

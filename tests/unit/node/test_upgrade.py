@@ -85,7 +85,7 @@ def test_what_is_staged_is_published(attached: FakeNode) -> None:
     assert attached.host.mounts_at(TARGET) == 1
 
 
-def test_a_raw_device_that_nobody_knows_is_not_published(attached: FakeNode) -> None:
+def test_a_raw_device_of_unknown_identity_is_not_published(attached: FakeNode) -> None:
     attached.stage(access=BLOCK)
     attached.publish(access=BLOCK)
     attached.host.upgrade_client()
@@ -166,7 +166,7 @@ def test_a_device_that_may_not_be_used_is_not_staged(attached: FakeNode) -> None
         attached.stage()
 
 
-def test_a_volume_made_anew_under_the_name_during_an_upgrade_is_not_published(attached: FakeNode) -> None:
+def test_a_new_volume_of_the_same_name_is_not_published_after_an_upgrade(attached: FakeNode) -> None:
     attached.stage(access=BLOCK)
     attached.host.detach(NAME)
     attached.host.attach(NAME, OTHER_UUID)

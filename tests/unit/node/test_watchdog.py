@@ -206,7 +206,7 @@ def test_each_of_those_who_wait_gets_a_failure_of_its_own(never: threading.Event
     assert failures[0] is not failures[1]
 
 
-def test_what_does_not_answer_is_told_with_where_it_waits(never: threading.Event) -> None:
+def test_a_hanging_call_is_reported_with_its_functions(never: threading.Event) -> None:
     asked: Watchdog[bool] = Watchdog("questioning")
     began = threading.Event()
 
