@@ -106,7 +106,6 @@ def _attachments(record: AttachmentRecord) -> str:
 
 
 def _formatting(located: Located, record: AttachmentRecord) -> str:
-    """Return the condition under which the next attachment formats the device."""
     volume, creation = located.volume, located.creation
     if creation.is_block:
         return "never: raw block access"

@@ -66,7 +66,6 @@ def read_token(token: str) -> Position:
 
 
 def _mark(text: str) -> str:
-    """Return a short hash of a zone or a handle."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 

@@ -129,7 +129,6 @@ class _Call:
         return self._context(record)
 
     def _check_volume(self) -> None:
-        """Refuse a volume that no node can use so."""
         located, request = self.located, self.request
         if located.volume.is_snapshot:
             raise PreconditionFailed(

@@ -189,7 +189,6 @@ def listed_handles(found: Found, attached: Iterable[str]) -> list[tuple[str, str
 
 
 def _recorded_handles(record: AttachmentRecord, uuid: str) -> dict[str, list[str]]:
-    """Return the recorded handles by reference id."""
     recorded: dict[str, list[str]] = {}
     for text in record.handles:
         handle = VolumeHandle.parse(text)
