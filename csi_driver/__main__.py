@@ -92,8 +92,9 @@ def _run_local_command(command: Command) -> int:
             return run_demo(command.settings)
         case DoctorCommand():
             from csi_driver.local.doctor import run_doctor
+            from csi_driver.local.doctor_checks import checks
 
-            return run_doctor(command.target)
+            return run_doctor(command.target, checks(command.target.role))
     raise AssertionError(command)
 
 

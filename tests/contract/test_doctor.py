@@ -20,6 +20,7 @@ import pytest
 from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.config.parser import parse
 from csi_driver.local.doctor import run_doctor
+from csi_driver.local.doctor_checks import checks
 from tests.contract.pki import Authority, Pair
 from tests.contract.small_api_server import Cluster, served
 from tests.contract.test_management_tls import TlsDouble, serving
@@ -93,7 +94,7 @@ class Machine:
         command = parse(["doctor", *self.flags, "--json", *flags], {})
         assert isinstance(command, DoctorCommand)
         lines: list[str] = []
-        status = run_doctor(command.target, lines.append)
+        status = run_doctor(command.target, checks(command.target.role), lines.append)
         return Findings(status, "\n".join(lines), json.loads("\n".join(lines))["findings"])
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from csi_driver.config.parser import COMMANDS, command_class, flags_of
 from csi_driver.flags import Flag, read_boolean
-from csi_driver.local.doctor import checks
+from csi_driver.local.doctor_checks import checks
 from csi_driver.parameters.mkfs import ALLOWED
 from tests.tools.chart_schema import OWN_VALUES, value_name
 

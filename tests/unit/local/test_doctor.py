@@ -15,9 +15,21 @@ from csi_driver.config.parser import parse
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
 from csi_driver.host_model import RunningRole
-from csi_driver.local import doctor
-from csi_driver.local.doctor import Check, Find, Finding, Severity, Target, error, examine, ok, run_doctor, warning
-from csi_driver.local.doctor_services import check_clients
+from csi_driver.local.doctor import (
+    CONTROLLER,
+    NODE,
+    Check,
+    Find,
+    Finding,
+    Severity,
+    Target,
+    error,
+    examine,
+    ok,
+    run_doctor,
+    warning,
+)
+from csi_driver.local.doctor_checks import check_clients, checks
 from csi_driver.storage_model import Client, ClientStatus
 
 
@@ -117,30 +129,26 @@ def tools(_: Target) -> Iterator[Finding]:
     yield error("t")
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, *flags: str, **finds: Find) -> tuple[int, str]:
-    """Run the doctor with these checks alone."""
-    chosen = tuple(check(name, find) for name, find in finds.items())
-    monkeypatch.setattr(doctor, "checks", lambda _: chosen)
+def printed(*flags: str, **finds: Find) -> tuple[int, str]:
+    """Run the doctor with these checks."""
     lines: list[str] = []
-    status = run_doctor(target(*flags), lines.append)
+    status = run_doctor(target(*flags), [check(name, find) for name, find in finds.items()], lines.append)
     return status, "\n".join(lines)
 
 
 ALL: Mapping[str, Find] = {"kernel": kernel, "tools": tools, "zone": zone, "clock": clock}
 
 
-def test_findings_are_printed_the_worst_first_and_then_in_the_order_of_the_checks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _, text = printed(monkeypatch, **ALL)
+def test_findings_are_printed_the_worst_first_and_then_in_the_order_of_the_checks() -> None:
+    _, text = printed(**ALL)
     lines = text.split("\n")
     assert [line.split()[1] for line in lines if line[:1] in "EWO" and line] == ["tools", "zone", "clock", "kernel"]
     assert "\x1b" not in text
     assert lines[-1].startswith("2 errors, 1 warning, 0 skipped, 1 ok; ")
 
 
-def test_json_has_a_finding_for_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, text = printed(monkeypatch, "--json", "--driver-name=d", "--node-name=n", **ALL)
+def test_json_has_a_finding_for_each_line() -> None:
+    _, text = printed("--json", "--driver-name=d", "--node-name=n", **ALL)
     report = json.loads(text)
     assert (report["driver"], report["node"]) == ("d", "n")
     assert report["findings"][1] == {
@@ -153,15 +161,13 @@ def test_json_has_a_finding_for_each_line(monkeypatch: pytest.MonkeyPatch) -> No
     ("find", "flags", "status"),
     [(kernel, ["--strict"], 0), (clock, [], 0), (clock, ["--strict"], 1), (tools, [], 1)],
 )
-def test_errors_fail_and_warnings_fail_with_strict(
-    monkeypatch: pytest.MonkeyPatch, find: Find, flags: list[str], status: int
-) -> None:
-    assert printed(monkeypatch, *flags, it=find)[0] == status
+def test_errors_fail_and_warnings_fail_with_strict(find: Find, flags: list[str], status: int) -> None:
+    assert printed(*flags, it=find)[0] == status
 
 
 def test_a_controller_is_checked_for_the_needs_of_a_controller() -> None:
-    names = {check.name for check in doctor.checks(doctor.CONTROLLER)}
-    assert names < {check.name for check in doctor.checks(doctor.NODE)}
+    names = {check.name for check in checks(CONTROLLER)}
+    assert names < {check.name for check in checks(NODE)}
     assert {"driver", "login"} <= names
     assert "propagation" not in names
 

@@ -1,4 +1,4 @@
-"""Checks of the programs around the driver: storage management, the driver's own sockets, kubelet, API server."""
+"""The list of checks, and those of services: management, the driver's own sockets, kubelet, API server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, Unauthenticated
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.kubernetes.api import ApiFailed, ApiServer
-from csi_driver.local.doctor import NODE, Finding, Target, collect, error, ok, skipped, warning
+from csi_driver.local import doctor_node as node
+from csi_driver.local.doctor import CONTROLLER, NODE, Check, Finding, Target, collect, error, ok, skipped, warning
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import parse_clusters, read_cluster_names
 from csi_driver.management.settings import ManagementSettings
@@ -34,7 +35,77 @@ _STEP_S = 3.0
 _RENEW_S = 30 * 86400.0
 _CLOCK_SKEW_S = 30.0
 _DENIED = (401, 403)
+_OF_CONTROLLER = frozenset(["clusters-file", "management", "certificate", "login", "clients", "driver", "clock"])
 _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.name} {.nodeID}{"\\n"}{end}'"""
+
+
+def checks(role: str = NODE) -> tuple[Check, ...]:
+    """Return the checks of a role, in the order in which they are printed."""
+    every = (*_node_checks(), *_service_checks())
+    return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
+
+
+def _node_checks() -> tuple[Check, ...]:
+    return (
+        Check("kernel", node.kernel, "Volumes are mounted by system calls that Linux has since 5.8. They need the"
+              " kernel's filesystems, read-only pods of a raw block volume need loop devices, and volumes that the node"
+              " encrypts need dm_crypt.", "Linux 5.8 or newer, with the modules of the volumes", "upgrade the kernel"),
+        Check("tools", node.tools, "The node runs these programs.", "it is installed", "install its package"),
+        Check("privileges", node.privileges, "The node mounts and grows filesystems. The usual SELinux and AppArmor"
+              " profiles of containers deny it.", "CAP_SYS_ADMIN and CAP_SYS_RESOURCE, unconfined",
+              "run the node's container privileged (the chart does)"),
+        Check("devices", node.devices, "A container's own `/dev` does not show devices that appear later.",
+              "the host's /dev (a devtmpfs) and /sys", "mount the host's /dev into the container (the chart does)"),
+        Check("loop-devices", node.loop_devices, "Data written to a loop device without its file is lost with it.",
+              "every loop device has its file", "losetup --detach"),
+        Check("propagation", node.propagation, "Mounts that do not reach the host leave pods with an empty directory.",
+              "kubelet's directory, with shared mount propagation", "mount --make-rshared DIRECTORY"),
+        Check("state-directory", node.state_directory, "By its usage records the node tells old data from new.",
+              "a writable directory that survives a reboot, with 16 MiB and 256 inodes free",
+              "set --state-directory (value node.stateDirectory) to a directory of the host's disk"),
+        Check("client", node.client, "The storage client attaches volumes; its uuid is the node's id.",
+              "a running storage client, and its status files in --status-directory",
+              "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"),
+        Check("zone", node.zone, "Volumes of another cluster cannot be attached here.", "exactly one zone",
+              "match the server names in --clusters-file and the client's configuration, or set --zone"),
+        Check("client-management", node.client_management, "The client learns from its management what to attach.",
+              "a connection", "start it, open the firewall, or correct MANAGEMENT_SERVERS in the client's file"),
+        Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
+              "every mount with its device, I/O and kubelet's record",
+              "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
+        Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
+              "a readable record", "inspect the volume, then remove the record"),
+    )  # fmt: skip
+
+
+def _service_checks() -> tuple[Check, ...]:
+    return (
+        Check("clusters-file", clusters_file, "It names the clusters and their servers.",
+              "a description of the clusters", "correct the file at the key named"),
+        Check("management", managements, "The driver creates and attaches volumes through it.", "a response",
+              "start it, or correct its name, address and port (4000 by default), or the firewall"),
+        Check("certificate", managements, "Without verified TLS the password can be read on the way.",
+              "a verified certificate that is valid for 30 days or more",
+              "set --management-ca-file (value management.tls.caSecret), use a name of the certificate, or renew it"),
+        Check("login", managements, "Every request needs the login and API version 15 or newer.",
+              "an accepted login", "correct user and password in the Secret (value management.existingSecret)"),
+        Check("clients", managements, "A volume may be attached to any of the clients that have one uuid.",
+              "a uuid of its own for each client, and this machine's client among them",
+              "these machines were cloned: reinstall the NVMesh client on all but one, so that it gets a new uuid"),
+        Check("driver", driver, "Kubelet and the sidecars send their requests to this socket.",
+              "the driver, ready", "see the log of the driver's container"),
+        Check("clock", node.clock, "Certificates, tokens and logs go by the time.",
+              "less than 30 s of difference", "systemctl enable --now chronyd (or systemd-timesyncd) on the host"),
+        Check("sockets", sockets, "Kubelet refuses the second driver of a name.",
+              "one registration socket, served by this driver",
+              "remove the other driver of this name: kubectl get daemonsets --all-namespaces | grep -i csi"),
+        Check("api-server", kubernetes, "The node label, the start-up taint and the preStop hook need it.",
+              "a response, and this node without the start-up taint",
+              "give the pod a service account token, and let no NetworkPolicy block the API server"),
+        Check("registration", kubernetes, "Volumes are attached to the id that kubelet registered.",
+              "one registration with the node's present id, which no other node has",
+              "see the log of the node's container; restart its pod, so that kubelet registers it again"),
+    )  # fmt: skip
 
 
 def clusters_file(target: Target) -> Iterator[Finding]:
@@ -219,15 +290,15 @@ def kubernetes(target: Target) -> Iterator[Finding]:
         return
     server, taint = ApiServer(target.api), target.node_object.startup_taint
     try:
-        node = server.node(target.node_name)
-        if node is None:
+        found = server.node(target.node_name)
+        if found is None:
             fix = "set --node-name to spec.nodeName (the chart does)"
             yield error(f"Kubernetes has no node {target.node_name}", fix=fix)
-        elif taint and node.has_taint(taint):
-            fix = f"see driver, registration and the node's log; by hand: kubectl taint node {node.name}"
+        elif taint and found.has_taint(taint):
+            fix = f"see driver, registration and the node's log; by hand: kubectl taint node {found.name}"
             yield warning(f"the node still has the taint {taint}", fix=f"{fix} {taint}-")
         else:
-            yield ok(f"node {node.name} exists; {node.why_draining() or 'it is not drained'}")
+            yield ok(f"node {found.name} exists; {found.why_draining() or 'it is not drained'}")
     except ApiFailed as problem:
         needs = target.node_object.label or taint
         denied = skipped("this account may not get nodes", fix="kubectl get nodes, as a user with that permission")
