@@ -91,10 +91,8 @@ class Preparation:
 
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
         """Return the history of the volume as this node knows it."""
-        record = self.records.read(uuid) if uuid else None
-        return Evidence(
-            volume.context.history, volume.context.attachment, record, format_allowed=volume.context.format_allowed
-        )
+        context, record = volume.context, self.records.read(uuid) if uuid else None
+        return Evidence(context.history, context.attachment, record, format_allowed=context.format_allowed)
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
         """Prove the device blank or wipe it, record the format, and return the volume's UUID.
@@ -106,14 +104,8 @@ class Preparation:
             self._prove_blank(opened, volume, making)
         self.records.write(UsageRecord(uuid, volume.context.attachment, verdict.fs_type))
         if not isinstance(verdict, Format):
-            logger.warning(
-                "volume %s (%s), attachment %d: making %s over %s",
-                volume,
-                uuid,
-                volume.context.attachment,
-                making,
-                verdict.found,
-            )
+            attachment, found = volume.context.attachment, verdict.found
+            logger.warning("volume %s (%s), attachment %d: making %s over %s", volume, uuid, attachment, making, found)
             self.filesystems.wipe(opened)
         return uuid
 
