@@ -63,11 +63,11 @@ class Response:
     """
 
     status: int
-    body: object
+    body: object = field(repr=False)
     is_json: bool
-    content: bytes
+    content: bytes = field(repr=False)
     location: str
-    cookie: str
+    cookie: str = field(repr=False)
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
