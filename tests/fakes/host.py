@@ -1,9 +1,9 @@
-"""A machine in memory: block devices and what they hold, filesystems, mounts, paths. It fits every port of the node.
+"""A machine in memory that fits all ports of the node: block devices and their content, filesystems, mounts, paths.
 
-A model, not a mock: it keeps the rules of the kernel that the node's use-cases lean on (one superblock per device,
-exclusive claims, binds that share a superblock, a bound node that holds nothing open). `FakeHost.step` is called at
-every point between two effects; a test may raise there to let the machine's driver die at that point.
-Data that anybody wrote and a format then destroyed is listed in `FakeHost.destroyed`.
+A model, not a mock: it has the rules of the kernel that the node's use-cases rely on (one superblock per device,
+exclusive claims, bind mounts that share a superblock, a bound node that keeps nothing open). `FakeHost.step` is called
+between any two effects; a test may raise there to kill the driver. `FakeHost.destroyed` lists user data that a format
+destroyed.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
 
 @dataclass
 class FakeFilesystem:
-    """A filesystem on a disk. `complete` is False while mkfs is at work, and stays so when it is cut off.
+    """A filesystem on a disk. `complete` is False while mkfs runs, and stays so when it is interrupted.
 
-    Without a `uuid` it has that of the volume it was made on. `root` is what is mounted of it where nothing says other.
+    Without a `uuid` it has that of its volume. `root` is the mounted subtree by default.
     """
 
     fs_type: str
@@ -73,9 +73,9 @@ class FakeFilesystem:
 
 @dataclass
 class FakeDisk:
-    """A block device. `raw` are bytes that somebody wrote past any filesystem, by offset.
+    """A block device. `raw` are bytes written outside of a filesystem, by offset.
 
-    `claims_uuid`: it says itself who it is, as a loop device's label does. `status` is what the client says of it.
+    `claims_uuid`: the device itself has the uuid, as in a loop device's label. `status` is the client's.
     """
 
     name: str
@@ -92,9 +92,9 @@ class FakeDisk:
     was_used: bool = False
     fails_reads: bool = False
     busy_for: int = 0
-    """How many more exclusive opens find it busy."""
+    """The number of further exclusive opens that find it busy."""
     opened_by_others: int = 0
-    """How many programs that no mount tells of have it open."""
+    """The number of programs that have it open."""
     backing: FakeDisk | None = None
     label: str = ""
     claimed: int | None = None
@@ -103,12 +103,12 @@ class FakeDisk:
     references: tuple[str, ...] | None = None
     luks: FakeLuks | None = None
     below: FakeDisk | None = None
-    """What an opened encrypted device lies over."""
+    """The device below an opened encrypted device."""
     is_suspended: bool = False
 
     @property
     def ground(self) -> FakeDisk:
-        """The disk that holds the bytes: itself, or what a read-only device stands over."""
+        """The disk with the data: itself, or the one below a read-only device."""
         return self.backing.ground if self.backing is not None else self
 
     def as_device(self) -> Device:
@@ -136,7 +136,7 @@ class _Entry:
 
 
 class FakeHost:
-    """The machine, with one attribute per port, and what a test or "the CO" does to it."""
+    """The machine, with one attribute per port, and the actions of a test or the CO."""
 
     def __init__(self, *, root: Path = Path("/var/lib/kubelet")) -> None:
         self.disks: dict[str, FakeDisk] = {}
@@ -151,7 +151,7 @@ class FakeHost:
         self.can_grow_mounted_ext4 = True
         self.modes: dict[Path, int] = {}
         self.lost: list[DeviceNumber] = []
-        """Devices whose filesystems were to write nothing any more."""
+        """Devices with filesystems to be shut down."""
         self.answers: threading.Event = threading.Event()
         self.answers.set()
         self.present_problems: list[str] = []
@@ -175,7 +175,7 @@ class FakeHost:
         self.tools = FakeTools(self)
         self.make_tree(root)
 
-    # --- what the storage and the CO do ---
+    # --- actions of the storage and the CO ---
 
     def make_tree(self, path: Path) -> Path:
         """Create a directory with its parents."""
@@ -192,9 +192,9 @@ class FakeHost:
         like: FakeDisk | None = None,
         number: DeviceNumber | None = None,
     ) -> FakeDisk:
-        """Let the device of a volume appear; `like` carries over what an earlier attachment of it holds.
+        """Add the device of a volume; `like` gives the content of an earlier attachment.
 
-        `number`: one that a device had which is gone, and mounts of it may still have.
+        `number`: that of a device that is gone and may still be mounted.
         """
         number = number or DeviceNumber(240, next(self._minors))
         disk = FakeDisk(name, uuid, number, size_bytes, DEVICE_DIRECTORY / name)
@@ -206,25 +206,25 @@ class FakeHost:
         return disk
 
     def detach(self, name: str) -> FakeDisk:
-        """Let the device go, whatever still uses it; its mounts stay and are dead."""
+        """Remove the device, also while it is used; its mounts stay and are dead."""
         disk = self.disks.pop(name)
         disk.is_gone = True
         return disk
 
     def upgrade_client(self) -> None:
-        """Let the storage client be replaced under its volumes: devices and mounts stay, what says who is who goes."""
+        """Upgrade the storage client under its volumes: devices and mounts stay, the status files go."""
         self.client, self.client_is_expected = None, True
         for disk in self.disks.values():
             disk.claims_uuid, disk.status = False, None
 
     def finish_upgrade(self, client: str) -> None:
-        """Let the new client show itself and its volumes."""
+        """Show the status files of the new client."""
         self.client = client
         for disk in self.disks.values():
             disk.status = VolumeStatus(disk.name, disk.uuid, disk.size_bytes, io_enabled=True)
 
     def reboot(self) -> None:
-        """Lose every mount, claim and read-only device; disks and directories stay."""
+        """Reboot: mounts, claims and read-only devices go; disks and directories stay."""
         self.table.clear()
         self.readers.clear()
         self.mappers.clear()
@@ -233,7 +233,7 @@ class FakeHost:
             disk.read_only = False
 
     def die(self) -> None:
-        """Let the driver's process die: what it held open is closed."""
+        """Kill the driver's process, which closes its devices."""
         for disk in (*self.disks.values(), *self.readers, *self.mappers.values()):
             disk.claimed = None
 
@@ -268,7 +268,7 @@ class FakeHost:
         return entry.disk.filesystem.files
 
     def mode_of(self, path: Path) -> int:
-        """Return the permission bits that a user of `path` meets."""
+        """Return the permission bits at `path`."""
         entry = self.topmost(path)
         if entry is not None and entry.disk is not None and entry.disk.filesystem is not None:
             return entry.disk.filesystem.root_mode
@@ -291,7 +291,7 @@ class FakeHost:
         return any(entry.disk is disk for entry in self.table)
 
     def inner_disk(self, disk: FakeDisk, header_bytes: int) -> FakeDisk:
-        """Return the disk that is seen through a new LUKS header on `disk`."""
+        """Return the opened device of a new LUKS header on `disk`."""
         size, path = disk.size_bytes - header_bytes, MAPPER_DIRECTORY / disk.name
         return FakeDisk(disk.name, disk.uuid, disk.number, size, path, claims_uuid=disk.claims_uuid, is_gone=True)
 
@@ -336,7 +336,7 @@ class FakeDevices:
         if not disk.is_usable:
             raise PreconditionFailed(f"{device.path} carries no I/O")
         if write and disk.as_device().uuid is None:
-            raise IdentityNotProven(device.path, "nobody says so")
+            raise IdentityNotProven(device.path, "there is no evidence")
         if write and disk.read_only:
             raise SystemCallFailed(f"write {device.path}", errno.EPERM)
         fd = next(self._fds)
@@ -353,7 +353,7 @@ class FakeDevices:
             disk.busy_for -= 1
             raise PreconditionFailed(f"{disk.path} is busy")
         if disk.claimed is not None:
-            raise OperationPending(f"{disk.path} is in use: somebody works on it")
+            raise OperationPending(f"{disk.path} is busy: its lock is held")
         if self._host.is_mounted(disk) or self._host.is_mapped(disk):
             raise PreconditionFailed(f"{disk.path} is in use")
         disk.claimed = fd
@@ -376,7 +376,7 @@ class FakeDevices:
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
         disk = self._host.by_number(number)
-        # An opened encrypted device says nothing of itself: the one below it does.
+        # An opened encrypted device has the identity of the one below.
         is_mute = disk is None or not disk.claims_uuid or (disk.below is not None and disk.below.is_gone)
         return None if disk is None or is_mute else disk.uuid
 
@@ -549,7 +549,7 @@ class FakeMounts:
             return
         is_last = sum(other.disk is entry.disk for other in host.table) == 1
         if entry.disk is not None and entry.disk.is_suspended and is_last:
-            raise AssertionError(f"the unmount of {path} waits for ever: its device is suspended")
+            raise AssertionError(f"the unmount of {path} waits forever: its device is suspended")
         if entry.in_use and lost is None:
             raise PreconditionFailed(f"unmount {path}: it is in use")
         if lost is not None:
@@ -642,7 +642,7 @@ class FakeFilesystems:
         self._host.step("before check")
         held.checks += 1
         if held.is_damaged:
-            raise PreconditionFailed(f"the {fs_type} on {device.path} needs a person to repair it")
+            raise PreconditionFailed(f"the {fs_type} on {device.path} needs manual repair")
         self._host.step("after check")
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
@@ -747,7 +747,7 @@ class FakePaths:
         tree = self._host.tree
         if path in tree:
             if tree[path] != kind:
-                raise PreconditionFailed(f"{path} is no {kind}, wanted one")
+                raise PreconditionFailed(f"{path} is not a {kind}")
             return
         if tree.get(path.parent) != "directory":
             raise PreconditionFailed(f"the directory {path.parent} is absent")
@@ -786,7 +786,7 @@ class FakeTools:
 
 
 class FakeClock:
-    """Time that passes only by sleeping."""
+    """Time that passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

@@ -1,6 +1,6 @@
 """Encryption of the machine in memory: LUKS headers on its disks, and the opened devices over them.
 
-A header outlives its passphrases and the opened device; what is written through the opened one stays with the header.
+A header outlives its passphrases and the opened device; data written through that one stays with the header.
 A device that is opened exists for a moment without a table, and one that is resized is suspended for a moment.
 """
 
@@ -133,7 +133,7 @@ class FakeEncryption:
         has_table = mapper.size_bytes > 0
         return LuksMapping(
             name=name,
-            kernel_uuid=f"CRYPT-LUKS2-{header}-{name}" if mapper.label else "LVM-of-somebody-else",
+            kernel_uuid=f"CRYPT-LUKS2-{header}-{name}" if mapper.label else "LVM-of-another-program",
             number=mapper.number,
             size_bytes=mapper.size_bytes,
             below=self.below(mapper.number) if has_table else None,
@@ -170,7 +170,7 @@ class FakeEncryption:
             raise PreconditionFailed(f"{self.path_of(mapping.name)} is not there or has no size")
         found = mapper.as_device()
         if found.uuid is not None and uuid is not None and found.uuid != uuid:
-            raise PreconditionFailed(f"what lies under {found.path} claims {found.uuid}, expected {uuid}")
+            raise PreconditionFailed(f"the device below {found.path} claims {found.uuid}, expected {uuid}")
         return found
 
     def resume(self, mapping: LuksMapping) -> None:

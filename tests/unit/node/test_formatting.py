@@ -264,7 +264,7 @@ def test_a_permission_does_not_format_what_is_mounted(node: FakeNode) -> None:
 
 def test_a_permission_does_not_format_a_device_in_use(node: FakeNode) -> None:
     old(node).claimed = 7
-    with pytest.raises(OperationPending, match="in use"):
+    with pytest.raises(OperationPending, match="busy"):
         node.stage(context=ALLOWED)
     assert node.host.formats == []
 

@@ -279,7 +279,7 @@ def test_a_device_that_another_program_works_on_is_refused(node: FakeNode) -> No
     """It may be what a killed driver left at work: an error that kubelet takes for final would give the volume up."""
     disk = node.host.attach(NAME, UUID)
     disk.claimed = 7
-    with pytest.raises(OperationPending, match="in use"):
+    with pytest.raises(OperationPending, match="busy"):
         node.stage()
 
 
