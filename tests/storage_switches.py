@@ -96,7 +96,7 @@ def retry_client(server: StorageServer, client: str) -> None:
 
 
 class _Port:
-    """A port that calls `strike` after each of some methods."""
+    """A port with a point after some of its methods."""
 
     def __init__(self, target: object, effects: dict[str, Callable[..., object]]) -> None:
         self._target = target
@@ -106,19 +106,19 @@ class _Port:
         return self._effects[name] if name in self._effects else getattr(self._target, name)
 
 
-def add_points(server: StorageServer, strike: Callable[[str], None]) -> None:
-    """Call `strike` after each change that the manager makes: database, files, devices, status files, headers."""
+def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
+    """Call `at_point` after each change of the manager: database, files, devices, status files, headers."""
 
     def after(name: str, target: object) -> Callable[..., object]:
         method = getattr(target, name.partition(".")[2])
 
         @functools.wraps(method)
-        def struck(*arguments: Any, **named: Any) -> object:
+        def with_point(*arguments: Any, **named: Any) -> object:
             result = method(*arguments, **named)
-            strike(name)
+            at_point(name)
             return result
 
-        return struck
+        return with_point
 
     def port(kind: str, target: object, *methods: str) -> Any:
         return _Port(target, {method: after(f"{kind}.{method}", target) for method in methods})

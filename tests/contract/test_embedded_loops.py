@@ -1,4 +1,4 @@
-"""The embedded manager on this machine's own loop devices: what it says is what the kernel has."""
+"""The embedded manager on this machine's loop devices: its answers agree with the kernel."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def test_an_open_device_is_not_taken_away(manager: Manager, tmp_path: Path) -> N
     manager.attach("data")
     with node(tmp_path, "data").open("r+b") as device:
         manager.detach("data", force=True)
-        assert manager.wish("data")["action"] == "detaching"
+        assert manager.attachment("data")["action"] == "detaching"
         device.write(b"x")
         os.fsync(device.fileno())
     manager.retry("node-1")
-    assert manager.wish("data") is None
+    assert manager.attachment("data") is None
     assert not node(tmp_path, "data").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_device_whose_file_was_cut_short_is_detached(manager: Manager, tmp_pat
 
 
 def test_the_same_directory_by_another_mount_keeps_its_nodes(tmp_path: Path, loops: LoopDevices) -> None:
-    """A node that is away for a moment is missed by whoever opens it then."""
+    """A device node must not be missing even for a moment: another program may open it then."""
     settings = settings_in(tmp_path)
     with running(settings, loops) as manager:
         manager.save("data")
@@ -250,7 +250,7 @@ def test_nodes_in_an_earlier_device_directory_are_removed(tmp_path: Path, loops:
         assert sorted(earlier.iterdir()) == foreign
         numbers = {os.makedev(*device.device) for device in loops.bound_to(tmp_path)}
         assert {(tmp_path / "new" / name).stat().st_rdev for name in ("data", "gone")} == numbers
-    # Forgotten: what somebody puts there later is nobody's business.
+    # The directory is forgotten: later nodes there are left alone.
     os.mknod(earlier / "data", stat.S_IFBLK | 0o600, os.makedev(7, 250))
     with running(with_devices_in(settings, tmp_path / "new"), loops):
         assert (earlier / "data").exists()
@@ -382,13 +382,13 @@ def test_kill_9_loses_no_volume_and_no_attachment(tmp_path: Path, loops: LoopDev
     with process(tmp_path) as manager:
         item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
         identity = manager.call("/volumes/save", [item])[0]["uuid"]
-        wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
-        assert manager.call("/clients/attach", wish)[0]["success"]
+        attachment = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+        assert manager.call("/clients/attach", attachment)[0]["success"]
     with process(tmp_path) as manager:
         assert manager.call("/volumes/data")["uuid"] == identity
         assert manager.call("/clients/node-1")["block_devices"][0]["vol_status"] == 4
         assert len(loops.bound_to(tmp_path)) == 1
-        assert manager.call("/clients/detach", wish)[0]["success"]
+        assert manager.call("/clients/detach", attachment)[0]["success"]
         assert not loops.bound_to(tmp_path)
 
 
@@ -457,8 +457,8 @@ def test_a_signal_ends_it_and_leaves_devices_attached(tmp_path: Path, loops: Loo
     manager = Process(tmp_path)
     item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
     identity = manager.call("/volumes/save", [item])[0]["uuid"]
-    wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
-    manager.call("/clients/attach", wish)
+    attachment = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+    manager.call("/clients/attach", attachment)
     assert manager.end(number) == 0
     assert len(loops.bound_to(tmp_path)) == 1
 
@@ -485,10 +485,10 @@ def test_waiting_for_a_busy_device_ends_by_itself(tmp_path: Path, loops: LoopDev
     with process(tmp_path) as manager:
         item = {"name": "data", "capacity": 1, "RAIDLevel": "Concatenated"}
         identity = manager.call("/volumes/save", [item])[0]["uuid"]
-        wish = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
-        manager.call("/clients/attach", wish)
+        attachment = {"client": "node-1", "clientUUID": identity, "volumes": [{"name": "data", "uuid": identity}]}
+        manager.call("/clients/attach", attachment)
         with node(tmp_path, "data").open("rb"):
-            manager.call("/clients/detach", wish)
+            manager.call("/clients/detach", attachment)
             assert identity in manager.call("/clients/node-1")["attachments"]
         gone = Deadline.after(120).wait_until(lambda: manager.call("/clients/node-1")["attachments"] == {})
         assert gone

@@ -44,7 +44,7 @@ SHAPE_ONLY: dict[Key, str] = {
     (4, 70): "the snapshots and the VPG of the recording are missing",
 }
 
-# Where the server was between two states: what is held back before an exchange, and what goes on.
+# Work that is blocked (True) or released before an exchange, where the server was between two states.
 HELD: dict[Key, list[tuple[str, bool]]] = {
     (3, 34): [("slow:node-1", True)],
     (3, 36): [("slow:node-1", False)],
@@ -95,7 +95,7 @@ OTHER_CLUSTER = {
     "csi-759e8f2c-7895-173f": "the recorded cluster had too few drives for the extension",
     "csi-0a807393-a8b7-7ced": "as above",
 }
-"""Volumes that are what they are because of the recorded cluster's drives and targets."""
+"""Volumes that depend on the drives and targets of the recorded cluster."""
 
 
 def recorded_lines() -> Iterator[tuple[Key, dict[str, dict[str, object]]]]:
@@ -144,7 +144,7 @@ class Replay:
         )
 
     def _learn(self, recorded: object, answered: object) -> None:
-        """Note which of our uuids stands for which recorded one."""
+        """Map recorded uuids to ours."""
         if isinstance(recorded, list) and isinstance(answered, list):
             for one, other in zip(recorded, answered, strict=False):
                 self._learn(one, other)
@@ -190,7 +190,7 @@ def kind_of(value: object) -> str:
 
 
 def differences(recorded: object, answered: object, at: str = "", *, values: bool = True) -> Iterator[str]:
-    """Yield what the answer lacks or has differently."""
+    """Yield the differences of the answer from the recording."""
     if kind_of(recorded) != kind_of(answered):
         if values or (recorded is not None and answered is not None):
             yield f"{at}: {answered!r} is no {kind_of(recorded)}"
@@ -198,11 +198,11 @@ def differences(recorded: object, answered: object, at: str = "", *, values: boo
         yield from object_differences(recorded, answered, at, values=values)
     elif isinstance(recorded, list) and isinstance(answered, list):
         if values and len(recorded) != len(answered):
-            yield f"{at}: {len(answered)} items, wanted {len(recorded)}"
+            yield f"{at}: {len(answered)} items, expected {len(recorded)}"
         for index, (one, other) in enumerate(zip(recorded, answered, strict=False)):
             yield from differences(one, other, f"{at}/{index}", values=values)
     elif values and recorded != answered:
-        yield f"{at}: {answered!r}, wanted {recorded!r}"
+        yield f"{at}: {answered!r}, expected {recorded!r}"
 
 
 def object_differences(

@@ -1,4 +1,4 @@
-"""What the embedded manager offers is what it gives: one account of free space, on a file system that others fill."""
+"""The free space that the embedded manager shows can be allocated, on a filesystem that other programs fill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALF_MIB_GB = MIB / 2 / GB
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a file system of 4 GiB; a smaller one is what other programs leave of it."""
+    """Return a filesystem of 4 GiB; `resize` shrinks it, as if other programs had filled it."""
     place = tmp_path / "disk"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "none", place], check=True)
@@ -109,7 +109,7 @@ def test_room_that_suffices_if_nothing_is_written_yet_is_given_without_a_look_at
 
 
 def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -> None:
-    """What is put and not yet committed counts: neither row nor file of it is to be seen elsewhere."""
+    """An uncommitted change counts, although it has neither a row nor a file yet."""
     with running(settings_on(disk), FakeLoopDevices()) as manager:
         resize(disk, 2000)
         body = {"capacity": 1, "VPG": "DEFAULT_CONCATENATED_VPG"}

@@ -1,6 +1,6 @@
 """The management client logs in to the embedded storage manager, over a real socket, as the written API says.
 
-What the two do together for the controller is in `test_management_port`.
+Their work for the controller is tested in `test_management_port`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Work(Enum):
 
 
 class Side(Protocol):
-    """A management, and what a test does to it besides."""
+    """A management, with the interventions of a test."""
 
     @property
     def management(self) -> Management: ...

@@ -1,8 +1,8 @@
 """The management client and the embedded storage manager against a model of the documented rules of reservations.
 
 Hypothesis draws attachments in every mode, with references, versions and preemption, detachments, clients that go down
-and come back, devices that programs hold open, and the deletion of the volume. After each step what the API answers and
-shows must be what the model says. The model is written from the API's description alone; it shares no code with either.
+and come back, devices that programs hold open, and the deletion of the volume. After each step the answers
+and documents must agree with the model, which is written from the API's description and shares no code with either.
 
 `NVMESH_CSI_RESERVATION_EXAMPLES=N` tries other examples, and N of them; each has up to 30 steps.
 """
@@ -37,7 +37,7 @@ CLIENTS = ("node-1", "node-2", "node-3")
 NONE, READ, SHARED, EXCLUSIVE = 0, 1, 2, 3
 OUTDATED, NOT_PREEMPTING = 1717, 1718
 DETACHED, ATTACHED, DENIED = 2, 4, 17
-"""What the management stores of the clients' reports: not that a device is busy, and not what is under way."""
+"""Statuses that the management stores: neither a busy device nor an unfinished attachment is one."""
 
 
 # --- the model ------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Node:
     is_open: bool = False
     is_down: bool = False
     told: tuple[int, int] | None = None
-    """What is stored of its reports: status, and whether I/O is enabled."""
+    """Its stored report: status, and if I/O is enabled."""
     told_mode: int = NONE
     """The mode of the latest attachment that it reported with I/O."""
 
@@ -73,7 +73,7 @@ class Model:
     owner: str | None = None
     is_deleted: bool = False
     counted: set[str] = field(default_factory=set)
-    """Clients with whose last the reservation ends: all that are attached, but for those that were sent away."""
+    """Attached clients, except those that were told to detach: the reservation ends with the last of them."""
     nodes: dict[str, Node] = field(default_factory=lambda: {name: Node() for name in CLIENTS})
 
     def refusal(self, name: str, mode: int, version: int | None, *, preempt: bool) -> int:
@@ -124,7 +124,7 @@ class Model:
             if not self.counted:
                 self.mode, self.owner, self.version = NONE, None, self.version + 1
 
-    # What the clients make of it. A client that is down does nothing; all others go on until nothing changes.
+    # The clients' work. A client that is down does nothing; all others continue until nothing changes.
 
     def settle(self) -> None:
         before = None
@@ -163,12 +163,12 @@ class Model:
             node.device = "cut" if node.is_open or node.is_down else None
 
     def _is_out_of_the_way(self, name: str) -> bool:
-        """Nobody gets the volume while another client that does not share it can still write, or be read from."""
+        """No client gets the volume while another one that does not share it can still write or read."""
         node = self.nodes[name]
         if node.device in (None, "cut") or (node.wish is not None and self._may_do_io(name, node.wish)):
             return True
         if not node.is_down and (node.wish is None or node.wish.leaving):
-            return False  # it was told to go, and goes in order
+            return False  # it is detaching, and writes out its data first
         self._lose(node)
         return True
 
@@ -321,7 +321,7 @@ class Reservations(RuleBasedStateMachine):
     def _is_idle(self) -> bool:
         return all(node.wish is None for node in self.model.nodes.values())
 
-    # --- what must be so after each ---
+    # --- invariants ---
 
     @invariant()
     def all_is_as_the_model_says(self) -> None:
@@ -332,7 +332,7 @@ class Reservations(RuleBasedStateMachine):
             return seen == self._wanted()
 
         Deadline.after(120).wait_until(agrees, first_s=0.001, most_s=0.02)
-        assert seen == self._wanted(), f"is {seen}, wanted {self._wanted()}"
+        assert seen == self._wanted(), f"is {seen}, expected {self._wanted()}"
 
     def _wanted(self) -> list[object]:
         model = self.model

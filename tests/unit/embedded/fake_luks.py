@@ -35,7 +35,7 @@ class FakeLuksHeaders:
         return _digest(passphrase) in self.slots(file).values()
 
     def header(self, file: Path) -> dict[str, object]:
-        """Return what stands at the head of a file; empty when it is no header."""
+        """Return the header of a file; empty when there is none."""
         with file.open("rb") as opened:
             head = opened.read(8192)
         return dict(json.loads(head[len(MAGIC) :].split(b"\n")[0])) if head.startswith(MAGIC) else {}

@@ -101,12 +101,12 @@ class Manager:
         item: dict[str, object] = {"name": volume, "uuid": self.uuid(volume)}
         if reservation:
             item["reservation"] = reservation
-        return self._wish("attach", client, item, reference)
+        return self._request("attach", client, item, reference)
 
     def detach(self, volume: str, client: str = "node-1", reference: str | None = None, **fields: object) -> Json:
-        return self._wish("detach", client, {"name": volume, "uuid": self.uuid(volume), **fields}, reference)
+        return self._request("detach", client, {"name": volume, "uuid": self.uuid(volume), **fields}, reference)
 
-    def _wish(self, verb: str, client: str, item: dict[str, object], reference: str | None) -> Json:
+    def _request(self, verb: str, client: str, item: dict[str, object], reference: str | None) -> Json:
         if reference is not None:
             item["referenceID"] = reference
         body = {"client": client, "clientUUID": "11111111-1111-1111-1111-111111111111", "volumes": [item]}
@@ -116,9 +116,9 @@ class Manager:
         rows = [row for row in self.get(f"/clients/{client}")["block_devices"] if row["name"] == volume]
         return rows[0] if rows else None
 
-    def wish(self, volume: str, client: str = "node-1") -> Json:
-        wishes = self.get(f"/clients/{client}")["attachments"].values()
-        return next((wish for wish in wishes if wish["name"] == volume), None)
+    def attachment(self, volume: str, client: str = "node-1") -> Json:
+        attachments = self.get(f"/clients/{client}")["attachments"].values()
+        return next((attachment for attachment in attachments if attachment["name"] == volume), None)
 
     def hold(self, kind: str) -> None:
         self._switches.hold(kind)
@@ -138,7 +138,7 @@ class Manager:
 
 
 def _envelope(answer: Json) -> Json:
-    """Return what a request for one object is answered, or what a request that failed as a whole is."""
+    """Return the answer to a request for one object, or to a request that failed as a whole."""
     return answer[0] if isinstance(answer, list) else answer
 
 

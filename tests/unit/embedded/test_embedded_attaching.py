@@ -79,7 +79,7 @@ def test_detach_removes_device_node_and_files(manager: Manager, loops: FakeLoopD
     assert not loops.bound
     assert not list((tmp_path / "node-1" / "dev").iterdir())
     assert not list((tmp_path / "node-1" / "proc" / "volumes").iterdir())
-    assert manager.wish("data") is None
+    assert manager.attachment("data") is None
     assert manager.volume("data")["reservation"]["mode"] == 0
 
 
@@ -98,11 +98,11 @@ def test_a_busy_device_stays_until_it_is_free(manager: Manager, loops: FakeLoopD
     manager.attach("data")
     loops.open.add(0)
     assert manager.detach("data")["success"]
-    assert manager.wish("data")["action"] == "detaching"
+    assert manager.attachment("data")["action"] == "detaching"
     assert (manager.report("data")["vol_status"], manager.report("data")["ioEnabled"]) == (4, 1)
     loops.open.clear()
     manager.retry("node-1")
-    assert manager.wish("data") is None
+    assert manager.attachment("data") is None
 
 
 def test_force_does_not_take_a_device_in_use(manager: Manager, loops: FakeLoopDevices) -> None:
@@ -111,7 +111,7 @@ def test_force_does_not_take_a_device_in_use(manager: Manager, loops: FakeLoopDe
     loops.open.add(0)
     manager.detach("data", force=True)
     assert len(loops.bound) == 1
-    assert manager.wish("data")["action"] == "detaching"
+    assert manager.attachment("data")["action"] == "detaching"
 
 
 def test_a_client_shows_its_references_as_long_as_its_device_is_in_use(
@@ -124,7 +124,7 @@ def test_a_client_shows_its_references_as_long_as_its_device_is_in_use(
     assert "ref-a" in shown
     loops.open.add(0)
     manager.detach("data", reference="ref-a")
-    assert (manager.wish("data")["referenceIDs"], manager.report("data")["referenceIDs"]) == ([], ["ref-a"])
+    assert (manager.attachment("data")["referenceIDs"], manager.report("data")["referenceIDs"]) == ([], ["ref-a"])
     assert (tmp_path / "node-1" / "proc" / "volumes" / "data" / "blob.txt").read_text() == shown
 
 
@@ -135,16 +135,16 @@ def test_a_second_detachment_with_force_has_an_id_of_its_own(manager: Manager, l
     manager.detach("data")
     assert manager.detach("data")["error"]["id"] == 1622
     assert manager.detach("data", force=True)["error"]["id"] == 162223
-    assert manager.wish("data")["force"] is False
+    assert manager.attachment("data")["force"] is False
 
 
-def test_an_attach_while_detaching_turns_the_wish_around(manager: Manager, loops: FakeLoopDevices) -> None:
+def test_an_attach_while_detaching_reverses_it(manager: Manager, loops: FakeLoopDevices) -> None:
     manager.save("data")
     manager.attach("data", reference="a")
     loops.open.add(0)
     manager.detach("data", reference="a")
     manager.attach("data", reference="b")
-    assert manager.wish("data")["action"] == "attaching"
+    assert manager.attachment("data")["action"] == "attaching"
     assert manager.report("data")["vol_status"] == 4
     assert manager.report("data")["referenceIDs"] == ["b"]
     assert loops.attached_ever == 1
@@ -175,7 +175,7 @@ def test_taking_over_moves_the_device(manager: Manager, loops: FakeLoopDevices) 
     manager.attach("data", "node-1", mode=EXCLUSIVE)
     take_over(manager, "data", "node-2", 2)
     assert manager.report("data", "node-2")["vol_status"] == 4
-    assert manager.wish("data", "node-1") is None
+    assert manager.attachment("data", "node-1") is None
     assert len(loops.bound) == 1
 
 
@@ -197,15 +197,15 @@ def test_taking_over_from_a_client_that_is_down_needs_no_answer_of_it(manager: M
     manager.attach("data", "node-1", mode=EXCLUSIVE)
     manager.hold("client:node-1")
     assert manager.detach("data", "node-1")["success"]
-    assert manager.wish("data", "node-1")["action"] == "detaching"
+    assert manager.attachment("data", "node-1")["action"] == "detaching"
     take_over(manager, "data", "node-2", 2)
     assert manager.report("data", "node-2")["vol_status"] == 4
     manager.release("client:node-1")
-    assert manager.wish("data", "node-1") is None
+    assert manager.attachment("data", "node-1") is None
     assert len(loops.bound) == 1
 
 
-def test_a_down_client_is_shown_down_and_its_wishes_wait(manager: Manager, loops: FakeLoopDevices) -> None:
+def test_a_down_client_is_shown_down_and_its_attachments_wait(manager: Manager, loops: FakeLoopDevices) -> None:
     manager.save("data")
     manager.hold("client:node-1")
     assert manager.attach("data")["success"]
@@ -218,25 +218,25 @@ def test_a_down_client_is_shown_down_and_its_wishes_wait(manager: Manager, loops
 
 def test_a_detach_amid_the_attach_leaves_neither_device_nor_report(tmp_path: Path, loops: FakeLoopDevices) -> None:
     """The client had the device and had not said so when the detach was recorded."""
-    wished = False
+    desired = False
 
     def withdraw(point: str) -> None:
-        nonlocal wished
-        if point == "loops.attach" and not wished:
-            wished = True
+        nonlocal desired
+        if point == "loops.attach" and not desired:
+            desired = True
             manager.server.clients.detach("node-1", DetachedVolume(name="data", uuid=manager.uuid("data")))
 
     with running(settings_in(tmp_path), loops) as manager:
         add_points(manager.server, withdraw)
         manager.save("data")
         manager.attach("data")
-        assert manager.wish("data") is None
+        assert manager.attachment("data") is None
         assert manager.report("data")["vol_status"] == 2
         assert not loops.bound
         assert not (tmp_path / "node-1" / "dev" / "data").exists()
 
 
-def test_a_report_that_a_crash_left_without_its_wish_is_taken_back_at_start(
+def test_a_report_that_a_crash_left_without_its_attachment_is_taken_back_at_start(
     tmp_path: Path, loops: FakeLoopDevices
 ) -> None:
     settings = settings_in(tmp_path)
@@ -254,7 +254,7 @@ def test_detaching_what_was_never_reported_ends_at_once(manager: Manager) -> Non
     manager.hold("client:node-1")
     manager.attach("data")
     manager.detach("data")
-    assert manager.wish("data") is None
+    assert manager.attachment("data") is None
     assert manager.volume("data")["reservation"] == {
         **manager.volume("data")["reservation"], "mode": 0, "version": 3, "attachedClients": [],
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""kill -9 between any two steps loses no acknowledged volume and leaves no device attached without a wish."""
+"""kill -9 between any two steps loses no acknowledged volume and leaves no device without an attachment."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def files_fit_rows(manager: Manager) -> bool:
     return rows == {identity: pool.file(identity).stat().st_size for identity in pool.identities()}
 
 
-def wishes(manager: Manager) -> list[str]:
+def desired(manager: Manager) -> list[str]:
     return sorted(
-        wish["uuid"]
+        attachment["uuid"]
         for client in manager.get("/clients/all/0/0")
-        for wish in client["attachments"].values()
-        if wish["action"] == "attaching"
+        for attachment in client["attachments"].values()
+        if attachment["action"] == "attaching"
     )
 
 
@@ -132,12 +132,12 @@ def test_after_a_crash_files_fit_the_rows(
 
 
 @after_every_step
-def test_after_a_crash_exactly_the_wished_devices_are_there(
+def test_after_a_crash_exactly_the_attached_devices_are_bound(
     tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
 ) -> None:
     settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
-        assert [label.partition("/")[0] for label in loops.labels()] == wishes(manager)
+        assert [label.partition("/")[0] for label in loops.labels()] == desired(manager)
         shown = {path.name for path in (tmp_path / "node-1" / "proc" / "volumes").iterdir()}
         assert shown == {path.name for path in (tmp_path / "node-1" / "dev").iterdir()}
         assert len(shown) == len(loops.bound)
@@ -161,15 +161,15 @@ def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
     settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         for client in ("node-1", "node-2"):
-            for wish in manager.get(f"/clients/{client}")["attachments"].values():
-                manager.detach(wish["name"], client)
+            for attachment in manager.get(f"/clients/{client}")["attachments"].values():
+                manager.detach(attachment["name"], client)
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
         assert manager.server.allocator.totals.allocated == 0
         assert not manager.server.pool.identities()
 
 
-def test_after_a_reboot_every_wish_is_carried_out_again(tmp_path: Path) -> None:
+def test_after_a_reboot_every_attachment_is_made_again(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     before = FakeLoopDevices()
     with running(settings, before) as manager:
@@ -223,12 +223,12 @@ def test_a_lost_file_is_seen_without_a_restart_and_without_an_attachment(manager
     assert (manager.volume("data")["status"], manager.volume("data")["health"]) == ("offline", "critical")
 
 
-def test_an_attachment_of_a_lost_file_is_refused_with_the_reason_and_leaves_no_wish(
+def test_an_attachment_of_a_lost_file_is_refused_with_the_reason_and_leaves_no_attachment(
     manager: Manager, loops: FakeLoopDevices
 ) -> None:
     lose(manager)
     inner = manager.attach("data")["error"]["innerMessage"]
-    assert (inner["id"], manager.wish("data"), loops.bound) == (1569, None, {})
+    assert (inner["id"], manager.attachment("data"), loops.bound) == (1569, None, {})
     assert f"its file {manager.server.pool.file(manager.uuid('data'))} is gone or cut short" in inner["message"]
     assert manager.volume("data")["status"] == "offline"
 
@@ -280,7 +280,7 @@ def test_a_device_that_holds_the_last_copy_of_its_data_stays_until_that_is_decid
         file = manager.server.pool.file(manager.uuid("data"))
         aside = file.rename(file.with_suffix(".aside"))
         assert manager.detach("data")["success"]
-        assert (manager.wish("data")["action"], len(loops.bound)) == ("detaching", 1)
+        assert (manager.attachment("data")["action"], len(loops.bound)) == ("detaching", 1)
     with running(settings_in(tmp_path), loops) as manager:
         assert (manager.volume("data")["status"], len(loops.bound)) == ("degraded", 1)
         if then == "restored":
@@ -378,7 +378,7 @@ def test_a_latest_extension_that_a_crash_left_out_of_the_file_is_made_up_for(
         assert file.stat().st_size == after
 
 
-def test_a_device_of_a_deleted_wish_that_is_in_use_is_left_alone(tmp_path: Path, loops: FakeLoopDevices) -> None:
+def test_a_device_of_an_ended_attachment_that_is_in_use_is_left_alone(tmp_path: Path, loops: FakeLoopDevices) -> None:
     settings = settings_in(tmp_path)
     with running(settings, loops) as manager:
         manager.save("data")
@@ -388,7 +388,7 @@ def test_a_device_of_a_deleted_wish_that_is_in_use_is_left_alone(tmp_path: Path,
     loops.open = set(loops.bound)
     with running(settings, loops) as manager:
         assert len(loops.bound) == 1
-        assert manager.wish("data")["action"] == "detaching"
+        assert manager.attachment("data")["action"] == "detaching"
         assert manager.delete("data")["success"]
         assert manager.volume("data")["action"] == "markedForDeletion"
         loops.open.clear()

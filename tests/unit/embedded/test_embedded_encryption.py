@@ -1,4 +1,4 @@
-"""Volumes that the embedded storage manager encrypts: commands, their answers, and what a crash leaves."""
+"""Volumes that the embedded storage manager encrypts: commands, their answers, and crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A volume that is taken over has one writer: whoever lost it loses its device, or where that is in use its I/O."""
+"""A volume that is taken over has one writer: the previous client loses its device, or its I/O while it is in use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def in_use(manager: Manager, loops: FakeLoopDevices, mode: str = EXCLUSIVE) -> P
 
 
 def lost(manager: Manager, loops: FakeLoopDevices, mode: str = EXCLUSIVE) -> Path:
-    """As `in_use`; then node-1 is lost, and the wish that it give the volume up is recorded."""
+    """As `in_use`; then node-1 is lost and is to detach the volume."""
     file = in_use(manager, loops, mode)
     manager.hold("client:node-1")
     assert manager.detach("data", "node-1", reference="old")["success"]
@@ -90,7 +90,7 @@ def test_what_a_returning_client_still_has_open_goes_when_it_is_closed(
     manager.release("client:node-1")
     loops.open.clear()
     manager.retry("node-1")
-    assert manager.wish("data", "node-1") is None
+    assert manager.attachment("data", "node-1") is None
     assert loops.writers(file) == list(loops.bound) == [1]
     assert not (tmp_path / "node-1" / "proc" / "volumes" / "data").exists()
     assert manager.report("data", "node-2")["vol_status"] == ATTACHED
@@ -115,7 +115,7 @@ def test_a_client_that_is_preempted_but_not_sent_away_loses_its_io(
 ) -> None:
     file = in_use(manager, loops)
     take_over(manager, detach=False)
-    assert manager.wish("data", "node-1")["action"] == "attaching"
+    assert manager.attachment("data", "node-1")["action"] == "attaching"
     report = manager.report("data", "node-1")
     assert (report["vol_status"], report["ioEnabled"]) == (DENIED, 0)
     assert loops.writers(file) == [1]
@@ -150,12 +150,15 @@ def test_a_sharer_that_takes_the_volume_for_itself_waits_for_the_others(
 def test_nobody_gets_a_volume_while_a_client_that_is_told_of_no_more_has_its_device(
     manager: Manager, loops: FakeLoopDevices
 ) -> None:
-    """Its wish ended at once, for it had not reported the device; a real server forgets it there and then."""
+    """Its attachment ended at once, because it had not reported the device, as on a real server."""
     file = in_use(manager, loops)
     identity = manager.uuid("data")
     manager.server.store.write(lambda change: change.delete(REPORTS, identity, "node-1"))
     assert manager.detach("data", "node-1", reference="old")["success"]
-    assert (manager.wish("data", "node-1"), manager.volume("data")["reservation"]["attachedClients"]) == (None, [])
+    assert (manager.attachment("data", "node-1"), manager.volume("data")["reservation"]["attachedClients"]) == (
+        None,
+        [],
+    )
     assert manager.attach("data", "node-2", mode=EXCLUSIVE)["success"]
     assert (manager.report("data", "node-2"), loops.writers(file)) == (None, [0])
     loops.open.clear()

@@ -52,7 +52,7 @@ def test_a_link_in_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_space_that_the_file_system_does_not_have_is_not_promised(
+def test_space_that_the_file_system_does_not_have_is_not_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, start: int, length: int) -> None:

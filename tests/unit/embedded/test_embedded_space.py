@@ -1,4 +1,4 @@
-"""Sizes come out as the management's, and the pool is never promised twice."""
+"""Sizes come out as the management's, and the pool is never allocated twice."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_redundancy_is_allocated_with_pretended_targets(redundant: Manager) -> N
     assert free_blocks(redundant) == free // 10 * 10
 
 
-def test_nothing_is_promised_below_the_reserve(tmp_path: Path) -> None:
+def test_nothing_is_allocated_below_the_reserve(tmp_path: Path) -> None:
     with running(settings_in(tmp_path, reserve_bytes=1 << 60)) as manager:
         assert manager.save("data", 1)["error"]["innerMessage"] == "Failed to allocate"
 
@@ -140,7 +140,7 @@ def test_the_pool_is_what_was_free_at_first_start(tmp_path: Path) -> None:
 
 
 class Disk(Pool):
-    """A pool's file system by the numbers: what is free, and what each volume's file has been given."""
+    """A pool with the free bytes and the occupied bytes of each file as plain numbers."""
 
     def __init__(self, directory: Path, clock: FakeClock, free: int) -> None:
         super().__init__(directory)
@@ -162,7 +162,7 @@ class Disk(Pool):
 
 
 class Account:
-    """Space on such a disk, of 100 GB, with volumes that are put on record as the manager does."""
+    """An allocator on such a pool, of 100 GB, with volumes recorded as the manager does."""
 
     def __init__(self, directory: Path, free: int) -> None:
         self.clock = FakeClock()
@@ -222,7 +222,7 @@ def test_many_files_are_looked_at_again_after_a_while(many: Account) -> None:
     assert many.disk.looks == 2
 
 
-def test_what_others_write_between_two_looks_is_not_promised(many: Account) -> None:
+def test_what_others_write_between_two_looks_is_not_allocated(many: Account) -> None:
     assert many.make("written", 30)
     many.disk.move("written", 20 * GB)
     assert many.make("first", 5)
@@ -261,10 +261,10 @@ things = st.one_of(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(things, max_size=40), st.booleans())
-def test_what_is_promised_can_be_written_whatever_was_looked_at_when(
+def test_what_is_allocated_can_be_written_whatever_was_looked_at_when(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, int]], few: bool
 ) -> None:
-    """Nobody but users writes here, so every promise is kept to the last byte."""
+    """Only the volumes are written here, so each allocated byte can be written."""
     account = Account(tmp_path_factory.mktemp("pool"), 40 * GB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csi_driver.embedded.pool._FEW", 100 if few else 0)
@@ -299,7 +299,7 @@ actions = st.one_of(
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(actions, max_size=25))
-def test_the_pool_is_never_promised_twice(
+def test_the_pool_is_never_allocated_twice(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, float | str, str]]
 ) -> None:
     with running(settings_in(tmp_path_factory.mktemp("pool"), pretend_targets=10), FakeLoopDevices()) as manager:
@@ -311,13 +311,13 @@ def test_the_pool_is_never_promised_twice(
                 manager.extend(name, size)
             elif there:
                 manager.delete(name)
-            assert promised_bytes(manager) <= 100 * GB
+            assert allocated_bytes_of(manager) <= 100 * GB
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
         assert manager.server.allocator.totals.allocated == 0
 
 
-def promised_bytes(manager: Manager) -> int:
+def allocated_bytes_of(manager: Manager) -> int:
     """Return the raw bytes of all volumes, from their documents alone."""
     owed = 0
     for row in manager.get("/volumes/all/0/0"):

@@ -1,4 +1,4 @@
-"""Many callers at once: in the end files, rows, wishes, reports, reservations and devices agree."""
+"""Many callers at once: in the end files, rows, attachments, reports, reservations and devices agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def act(manager: Manager, chance: random.Random) -> None:
         return
     identity = volume["uuid"]
     item = {"name": name, "uuid": identity, "referenceID": chance.choice(["x", "y"])}
-    wish = {"client": client, "clientUUID": identity, "volumes": [item]}
+    attachment = {"client": client, "clientUUID": identity, "volumes": [item]}
     match chance.randrange(6):
         case 0:
             manager.post("/volumes/delete", [{"_id": name, "uuid": identity}])
@@ -32,11 +32,11 @@ def act(manager: Manager, chance: random.Random) -> None:
         case 2:
             mode = {"mode": "EXCLUSIVE_READ_WRITE", "version": volume["reservation"]["version"], "preempt": True}
             item["reservation"] = {**mode, "isDetachOthers": chance.random() < 0.5}
-            manager.post("/clients/attach", wish)
+            manager.post("/clients/attach", attachment)
         case 3:
-            manager.post("/clients/attach", wish)
+            manager.post("/clients/attach", attachment)
         case _:
-            manager.post("/clients/detach", wish)
+            manager.post("/clients/detach", attachment)
 
 
 def contradictions(manager: Manager, loops: FakeLoopDevices) -> list[str]:
@@ -49,13 +49,17 @@ def contradictions(manager: Manager, loops: FakeLoopDevices) -> list[str]:
     }:
         found.append("files")
     clients = manager.get("/clients/all/0/0")
-    wished = {(wish["uuid"], client["_id"]) for client in clients for wish in client["attachments"].values()}
+    desired = {
+        (attachment["uuid"], client["_id"]) for client in clients for attachment in client["attachments"].values()
+    }
     status = {(row["uuid"], client["_id"]): row["vol_status"] for client in clients for row in client["block_devices"]}
     # Who was preempted before it had its device does not get one.
-    entitled = {pair for pair in wished if status[pair] != 17}
+    entitled = {pair for pair in desired if status[pair] != 17}
     if entitled != {pair for pair in status if status[pair] == 4} or len(loops.bound) != len(entitled):
-        found.append(f"wished {wished}, reported {status}, bound {loops.labels()}")
-    if wished != {(identity, name) for identity, row in rows.items() for name in row["reservation"]["attachedClients"]}:
+        found.append(f"desired {desired}, reported {status}, bound {loops.labels()}")
+    if desired != {
+        (identity, name) for identity, row in rows.items() for name in row["reservation"]["attachedClients"]
+    }:
         found.append("reservations")
     if any(loops.size_bytes[device.number] != device.file.stat().st_size for device in loops.bound.values()):
         found.append("sizes of devices")
