@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import anyio.to_thread
-from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
@@ -216,8 +216,8 @@ class Api:
     user: str
     _shown: dict[str, tuple[Volume, Document]] = field(default_factory=dict)
 
-    def router(self, auth: Auth) -> APIRouter:
-        router = APIRouter(route_class=JsonRoute, dependencies=[Depends(auth.session)])
+    def add_routes(self, app: FastAPI, auth: Auth) -> None:
+        session = [Depends(auth.session)]
         groups = "/volumeProvisioningGroups"
         for path, get in (
             ("/systemInfo", self.system_info),
@@ -233,7 +233,7 @@ class Api:
             (f"{groups}/getVolumesCapacityUsageByID/{{name}}", self.group_usage),
             (f"{groups}/{{name}}", self.get_group),
         ):
-            router.add_api_route(path, get, methods=["GET"])
+            app.add_api_route(path, get, methods=["GET"], dependencies=session)
         for path, post in (
             ("/volumes/save", self.save_volumes),
             ("/volumes/extend", self.extend_volumes),
@@ -243,8 +243,7 @@ class Api:
             ("/clients/attach", self.attach),
             ("/clients/detach", self.detach),
         ):
-            router.add_api_route(path, post, methods=["POST"])
-        return router
+            app.add_api_route(path, post, methods=["POST"], dependencies=session)
 
     # --- volumes ---
 
@@ -364,12 +363,11 @@ def _outcome(item: _Item, act: Callable[[_Item], str | None]) -> Document:
 def application(api: Api, sessions: Sessions) -> FastAPI:
     """Return the web application."""
     app = FastAPI(openapi_url=None, lifespan=_lifespan)
+    app.router.route_class = JsonRoute
     auth = Auth(sessions)
-    public = APIRouter(route_class=JsonRoute)
-    public.add_api_route("/login", auth.login, methods=["POST"])
-    public.add_api_route("/login", auth.login_page, methods=["GET"])
-    app.include_router(public)
-    app.include_router(api.router(auth))
+    app.add_api_route("/login", auth.login, methods=["POST"])
+    app.add_api_route("/login", auth.login_page, methods=["GET"])
+    api.add_routes(app, auth)
 
     async def not_found(request: Request, error: Exception) -> Response:
         if not sessions.known(request.cookies.get(COOKIE)):
