@@ -99,7 +99,7 @@ class FakeNode:
     def write_off(self, questions: Watchdog[Any], ask: Callable[[Deadline], object]) -> threading.Event:
         """Ask about the volume, which hangs, until a thread was lost to it; return what tells that it is answered.
 
-        On a busy machine a question may be given up before a thread has taken it up: that one costs nobody a thread.
+        On a busy machine a call may time out before a thread runs it: that one costs no thread.
         """
         while True:
             with contextlib.suppress(StorageUnavailable):
@@ -180,7 +180,7 @@ def publish_context(
     format_allowed: bool = False,
     encryption: Encryption = Encryption.NONE,
 ) -> dict[str, str]:
-    """What the controller tells the node; by default a volume that was made now and is attached first."""
+    """Return the publish context; by default of a new volume in its first attachment."""
     return PublishContext(
         name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed
     ).as_map()

@@ -45,7 +45,7 @@ class Died(BaseException):
 
 @dataclass
 class Life:
-    """What is true of one volume whatever the driver does."""
+    """The true state of one volume."""
 
     disk: FakeDisk | None = None
     last: FakeDisk | None = None
@@ -60,7 +60,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Place:
-    """What is mounted at a path. `is_filesystem_read_only` is the whole filesystem's, `read_only` this mount's."""
+    """A mount at a path. `is_filesystem_read_only` is the whole filesystem's, `read_only` this mount's."""
 
     name: str
     disk: FakeDisk
@@ -131,7 +131,7 @@ class NodeLife(RuleBasedStateMachine):
 
     @rule(death=deaths)
     def sweep_twice(self, death: int) -> None:
-        """What is staged and dead, or live and in use nowhere else, goes; and only that."""
+        """Unstage unmounts dead mounts, and live ones that are used nowhere else; only these."""
         gone = [path for path in STAGINGS if path in self.places and self.is_in_nobodys_way(path)]
         self.host.step = _dying_at(death)
         try:
@@ -237,7 +237,7 @@ class NodeLife(RuleBasedStateMachine):
             assert disk.filesystem.size_bytes == disk.size_bytes
 
     def call(self, act: Callable[[], object], expected: bool, death: int, again: bool) -> bool:
-        """Call; if the driver dies, restart it and call `again`, or check what it left. True = success."""
+        """Call; if the driver dies, restart it and call `again`, or check the result. True = success."""
         self.host.step = _dying_at(death)
         try:
             return self.outcome(act, expected)
@@ -260,7 +260,7 @@ class NodeLife(RuleBasedStateMachine):
         assert expected
         return True
 
-    # --- what the specification and the decisions say ---
+    # --- rules of the specification and the decisions ---
 
     def may_stage(self, name: str, path: Path, read_only: bool) -> bool:
         life = self.lives[name]
@@ -314,7 +314,7 @@ class NodeLife(RuleBasedStateMachine):
         there = self.places.get(path)
         if there is None:
             return
-        # A read-only device over a lost one lives on, and tells whose it is.
+        # A read-only device over a lost one stays, with the UUID of its volume.
         tells = there.block and there.read_only
         if there.name == name or (there.is_dead and not tells):
             del self.places[path]
@@ -323,12 +323,12 @@ class NodeLife(RuleBasedStateMachine):
         return [place for place in self.places.values() if place.name == name and not (place.block or place.is_dead)]
 
     def look_again(self, path: Path) -> None:
-        """What was dead at the path may be off, whatever came of the call."""
+        """A dead mount at the path may be gone after any result of the call."""
         del self.places[path]
         self.look()
 
     def look(self) -> None:
-        """After a death that nobody repeated: what is, is what the next call starts from."""
+        """After a crash without retry: the next call starts from the present state."""
         for path in (*STAGINGS, *TARGETS):
             entry = self.host.topmost(path)
             if entry is None:

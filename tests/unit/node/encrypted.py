@@ -78,7 +78,7 @@ class Locked:
         self.attachment += 1
 
     def source(self) -> str:
-        """Return what is mounted or bound at the target."""
+        """Return the source of the mount at the target."""
         entry = self.node.host.topmost(TARGET)
         assert entry is not None
         return entry.source if entry.node is None else str(entry.node.path)

@@ -20,7 +20,7 @@ from tests.unit.controller.world import CLAIM, NODE_1, NODE_2, RWO, World
 
 
 class Machine:
-    """What the node does besides, in a list; `broken` lets its next step fail."""
+    """Lists the other steps of the node; `broken` lets the next one fail."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -24,7 +24,7 @@ PREEMPTED = VolumeStatus("v", UUID, io_enabled=False, preempted=True)
 
 @dataclass
 class Client:
-    """A storage client that shows what a test says."""
+    """A storage client with the status of a test."""
 
     its_status: VolumeStatus | None = WORKS
     references: tuple[str, ...] | None = ("team-a",)
@@ -59,7 +59,7 @@ class Client:
         (Client(its_status=replace(PREEMPTED, uuid=OTHER)), AttachmentState.WITHDRAWN),
         (Client(references=()), AttachmentState.WITHDRAWN),
         (Client(references=("team-b",)), AttachmentState.WITHDRAWN),
-        # A client of a version whose words are not known does not say that there is no I/O.
+        # An unknown version of the client does not report missing I/O.
         (Client(its_status=SILENT, references=()), AttachmentState.WITHDRAWN),
         # Another volume under this name: the staged one is not attached here any more.
         (Client(its_status=replace(CUT, uuid=OTHER)), AttachmentState.WITHDRAWN),

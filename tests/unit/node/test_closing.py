@@ -102,7 +102,7 @@ def test_a_volume_that_was_taken_from_this_node_need_not_be_closed(node: FakeNod
 def test_a_volume_that_was_taken_only_for_a_moment_must_be_closed(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client's files are written one after the other: what they say of a loss must hold."""
+    """The client writes its files one after the other: a loss must be seen twice."""
     disk = node.host.attach(NAME, UUID)
     node.stage()
     held = disk.status, disk.references

@@ -53,7 +53,7 @@ def test_a_foreign_header_is_opened_only_on_a_foreign_volume(
 def test_no_header_is_made_where_another_node_may_make_one_at_the_same_time(
     locked: Locked, format_allowed: bool
 ) -> None:
-    """Each would prove it blank, and the later header would be the end of what was written under the earlier one."""
+    """Each node would prove it blank, and the second header would destroy data under the first."""
     given = plain_context(
         encryption=Encryption.LUKS, attachment=2, history=History.WRITTEN, format_allowed=format_allowed
     )

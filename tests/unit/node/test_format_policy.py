@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
     @property
     def own_mark(self) -> str | None:
-        """What a mark says of this attachment, written out independently of the code."""
+        """State in the record that applies to this attachment, independently of the code."""
         if self.mark is None or self.attachment == 0 or self.mark.attachment < self.attachment:
             return None
         if self.mark.attachment > self.attachment and self.mark.filesystem not in ("raw", "used"):

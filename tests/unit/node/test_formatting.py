@@ -1,6 +1,6 @@
-"""When a device is formatted, on a machine in memory: whose filesystem it is, and what an administrator may allow.
+"""Formatting on a machine in memory: owners of filesystems, and permissions of an administrator.
 
-The rest of it (marks, crashes, what is refused) is in test_stage; the argument in docs/data-safety.md.
+Records, crashes and refusals are in test_stage_formats; the argument is in docs/data-safety.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def old(node: FakeNode, fs_type: str = "ext4", uuid: str = OTHER_UUID) -> FakeDi
     return disk
 
 
-# --- whose filesystem -------------------------------------------------------------------------------------------
+# --- owners of filesystems -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context", [FIRST, ATTACHED])
@@ -131,7 +131,7 @@ def test_a_volume_that_was_published_raw_is_not_formatted_after_a_quick_probe(
 def test_raw_data_of_one_handle_is_not_formatted_by_another_handles_first_attachment(
     node: FakeNode, attachment: int, is_staged_first: bool
 ) -> None:
-    """Two handles of a volume share one attachment, or follow one another; what the first was told stays with it."""
+    """Two handles of a volume share one attachment or follow one another, each with its own context."""
     disk = node.host.attach(NAME, UUID)
     if is_staged_first:
         node.stage(context=FIRST)
@@ -242,7 +242,7 @@ def test_a_permission_ends_with_its_attachment(node: FakeNode) -> None:
 
 
 def test_a_permission_that_was_not_needed_is_used_up_all_the_same(node: FakeNode) -> None:
-    """What could be used was used; what its user leaves there is not old data."""
+    """A usable filesystem was used; the data of its user is not old data."""
     disk = old(node, uuid=UUID)
     node.stage(context=ALLOWED)
     assert node.host.formats == []

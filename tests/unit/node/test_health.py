@@ -1,4 +1,4 @@
-"""NodeGetVolumeHealth and NodeGetStorageHealth: what is wrong is named, what is well is not, in time whatever hangs."""
+"""NodeGetVolumeHealth and NodeGetStorageHealth: every fault and no other, in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kubelet's layout: which file of kubelet's stands for a mount."""
+"""kubelet's layout: the record of a mount."""
 
 from __future__ import annotations
 

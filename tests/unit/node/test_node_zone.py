@@ -29,7 +29,7 @@ def zone(
     [
         ("n9", ["m1.west.example"], BOTH, "west"),
         ("n9", ["elsewhere", "10.0.0.1"], BOTH, "east"),
-        ("n1", ["m1.west.example"], BOTH, "west"),  # what the client uses now beats what was once written down
+        ("n1", ["m1.west.example"], BOTH, "west"),  # servers in use outrank the topology file
         ("n1", [], BOTH, "east"),
         ("n2", ["elsewhere"], BOTH, "west"),
         ("n3.example.com", [], BOTH, "west"),

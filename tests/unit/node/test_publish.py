@@ -401,7 +401,7 @@ def test_unpublish_takes_down_a_reader_that_was_never_bound(block: FakeNode) -> 
 
 
 def cut_off(node: FakeNode) -> None:
-    """Leave what a death between making the reader and binding it leaves."""
+    """Leave the reader of a crash before its bind mount."""
     device = node.host.devices.find(NAME)
     assert device is not None
     node.host.paths.make_file(TARGET)

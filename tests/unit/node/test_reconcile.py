@@ -1,4 +1,4 @@
-"""What is left over on a node: found, reported, and cleaned up only where that is proven twice."""
+"""Leftovers on a node: found, logged, and removed only after a second proof."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCK_RECORD = CSI / "volumeDevices/pvc-1/data/vol_data.json"
 
 
 class Kubelet:
-    """A node whose volume kubelet staged and published, and the sweeps over it."""
+    """A node with a volume that kubelet staged and published, and its sweeps."""
 
     def __init__(self) -> None:
         self.node = FakeNode()
@@ -77,7 +77,7 @@ def kubelet() -> Kubelet:
     return Kubelet()
 
 
-# --- what is as it should be ----------------------------------------------------------------------------------
+# --- no leftovers ----------------------------------------------------------------------------------
 
 
 def test_a_volume_in_use_is_no_finding(kubelet: Kubelet) -> None:

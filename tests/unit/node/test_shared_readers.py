@@ -52,7 +52,7 @@ def publish(node: FakeNode, handle: str, staging: Path, target: Path) -> None:
 
 
 def held_for_good(node: FakeNode) -> list[Path]:
-    """Return the staging paths that kubelet would never take off: the filesystem is mounted at another one as well."""
+    """Return the staging paths that kubelet would never unmount: the filesystem has another one."""
     device = node.host.disks[NAME].as_device()
     staged = {found.path for found in node.host.mounts.of_device(device) if found.path.name == "globalmount"}
     return sorted(staged) if len(staged) > 1 else []

@@ -98,7 +98,7 @@ def test_a_filesystem_is_used_as_it_is(node: FakeNode) -> None:
 
 @pytest.mark.parametrize("mode", [WRITER, READER])
 def test_a_filesystem_is_used_whatever_its_maker_was_asked_for(node: FakeNode, mode: AccessMode) -> None:
-    """Volume contexts cannot be changed, and older drivers took what this one refuses."""
+    """Volume contexts cannot be changed, and older drivers accepted more."""
     held = formatted(node)
     context = publish_context(read_only=mode is READER, history=History.ATTACHED, attachment=2)
     node.stage(mode=mode, context=context, volume_context={"mkfsOptions": "-F", "mkfs/inodeSize": "8192"})
@@ -276,7 +276,7 @@ def test_a_busy_moment_of_a_fresh_device_is_waited_out(node: FakeNode) -> None:
 
 
 def test_a_device_that_another_program_works_on_is_refused(node: FakeNode) -> None:
-    """It may be what a killed driver left at work: an error that kubelet takes for final would give the volume up."""
+    """A killed driver may have left it: after a final error kubelet would not unstage."""
     disk = node.host.attach(NAME, UUID)
     disk.claimed = 7
     with pytest.raises(OperationPending, match="busy"):

@@ -1,4 +1,4 @@
-"""NodeGetVolumeStats: true, and in time whatever hangs."""
+"""NodeGetVolumeStats: correct, and in time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_off(node: FakeNode) -> threading.Event:
 
 @pytest.fixture
 def hanging(request: pytest.FixtureRequest) -> Iterator[FakeNode]:
-    """A published volume whose filesystem does not answer; it does at the end, so that its thread can go."""
+    """A published volume with a hanging filesystem, which responds at the end of the test."""
     node = FakeNode(settings=getattr(request, "param", NO_PATIENCE))
     node.host.attach(NAME, UUID)
     node.stage()

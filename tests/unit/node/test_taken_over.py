@@ -30,7 +30,7 @@ def staged_under(node: FakeNode, attachment: int) -> dict[str, str]:
 
 
 def test_a_mount_of_an_earlier_attachment_is_not_published(node: FakeNode) -> None:
-    """Another node had the volume in between: this kernel shows what was, and may hold back what it wrote then."""
+    """Another node had the volume in between: this kernel may have old data and pending writes."""
     later = staged_under(node, 3)
     with pytest.raises(PreconditionFailed, match="under its attachment 3, and"):
         node.publish(OTHER_TARGET, context=later)
@@ -53,7 +53,7 @@ def test_an_unused_mount_of_an_earlier_attachment_is_replaced(node: FakeNode) ->
 
 
 def test_a_mount_of_an_uncounted_attachment_may_be_used(node: FakeNode) -> None:
-    """An earlier use is on record; the attachment of now was told without its number first, and with it later."""
+    """An earlier use is on record; the present attachment had no number first, and later has one."""
     later = staged_under(node, 3)
     node.unpublish()
     node.unstage()

@@ -1,6 +1,6 @@
 """The storage client is replaced under its volumes: its files are gone for a while, its devices and mounts are not.
 
-Never read as "detached", and nothing is used of which nobody can tell whose it is.
+It is never taken for a detach, and no device without proven identity is used.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_a_raw_device_of_unknown_identity_is_not_published(attached: FakeNode) -
     with pytest.raises(IdentityNotProven):
         attached.publish(OTHER_TARGET, access=BLOCK)
     assert attached.host.mounts_at(OTHER_TARGET) == 0
-    attached.publish(access=BLOCK)  # there already: nothing new is handed out
+    attached.publish(access=BLOCK)  # published already
 
 
 @ACCESS
@@ -128,7 +128,7 @@ def test_a_driver_that_starts_during_an_upgrade_gives_no_other_id() -> None:
     assert node.use.identity.info().node_id == CLIENT
 
 
-# --- what the client says ---------------------------------------------------------------------------------------
+# --- status of the client ---------------------------------------------------------------------------------------
 
 
 def shown(disk: FakeDisk, **says: object) -> None:

@@ -1,4 +1,4 @@
-"""How many volumes there are on a node, by what is mounted."""
+"""Number of volumes on a node, by mount state."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def asking(asked: Watchdog[bool], work: Callable[[], bool], name: str) -> Iterat
 
 
 def hang(asked: Watchdog[bool], never: threading.Event, name: str, stack: ExitStack) -> None:
-    """Ask what is not answered, and give it up once a thread waits for the answer."""
+    """Make a call that hangs, and time out once a thread runs it."""
     stack.enter_context(asking(asked, never.wait, name))
     with pytest.raises(NotResponding):
         asked.call(name, "x", never.wait, 0.0)  # shares the question
@@ -156,7 +156,7 @@ def test_a_bug_in_one_question_takes_no_thread_from_the_others(
         never.set()
     other.join(PATIENT_S)
     assert answers == [True]
-    until(lambda: len(ended) == 2)  # of the thread, and of the caller who is told of the bug
+    until(lambda: len(ended) == 2)  # of the thread, and of the caller
     assert set(ended) == {ZeroDivisionError, RuntimeError}
 
 
