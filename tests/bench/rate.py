@@ -61,8 +61,12 @@ def controller_over(directory: Path, zones: int) -> Iterator[tuple[CsiClient, li
         servers = []
         described = []
         for number in range(zones):
-            pool, port = directory / f"pool-{number}", _free_port()
-            stack.enter_context(_role("storage", *_storage_flags(directory, pool, port)))
+            pool = directory / f"pool-{number}"
+            # The socket is bound here and inherited, so that nobody else gets the port meanwhile.
+            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+            stack.enter_context(_role("storage", *_storage_flags(directory, pool, listener), inherit=[listener]))
             _wait_for_port(port)
             server = stack.enter_context(slow_server(port, DELAY_S))
             servers.append(server)
@@ -82,9 +86,11 @@ def controller_over(directory: Path, zones: int) -> Iterator[tuple[CsiClient, li
 
 
 @contextlib.contextmanager
-def _role(*argv: str) -> Iterator[None]:
+def _role(*argv: str, inherit: Sequence[socket.socket] = ()) -> Iterator[None]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "csi_driver", *argv, "--log-level", "warning"], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "csi_driver", *argv, "--log-level", "warning"],
+        stdout=subprocess.DEVNULL,
+        pass_fds=[each.fileno() for each in inherit],
     )
     try:
         yield
@@ -93,8 +99,8 @@ def _role(*argv: str) -> Iterator[None]:
         process.wait(60)
 
 
-def _storage_flags(directory: Path, pool: Path, port: int) -> tuple[str, ...]:
-    flags = ("--pool", str(pool), "--size", "40TiB", "--overcommit", "--listen", f"127.0.0.1:{port}")
+def _storage_flags(directory: Path, pool: Path, listener: socket.socket) -> tuple[str, ...]:
+    flags = ("--pool", str(pool), "--size", "40TiB", "--overcommit", "--listen", f"fd:{listener.fileno()}")
     return (*flags, "--device-directory", str(directory / "dev"), "--status-directory", str(directory / "proc"))
 
 
@@ -106,9 +112,3 @@ def _wait_for_port(port: int) -> None:
 
     if not Deadline.after(60).wait_until(is_open):
         raise SystemExit(f"no storage manager listens on port {port}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

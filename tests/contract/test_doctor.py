@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,8 +100,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("m"))  # short: the path of a socket has at most 107 bytes
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,8 @@ def test_a_container_without_tools_devices_and_propagation_gets_an_error_for_eac
 
 
 def test_another_user_than_root_gets_the_findings_that_need_no_privilege(machine: Machine) -> None:
-    for directory in (machine.directory, *list(machine.directory.parents)[:2]):
+    directories = (machine.directory, *machine.directory.parents)
+    for directory in directories[: directories.index(Path(tempfile.gettempdir()))]:
         directory.chmod(0o755)
     found = machine.check_in_namespace(how=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
     assert "user 65534" in found.of("state-directory", "error")
@@ -447,18 +449,29 @@ def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def mounts_in(mountinfo: str, directory: Path) -> list[list[str]]:
+    """Return the mounts that a test of `directory` has to itself: other tests change those of their directories."""
+    lines = [line.split() for line in mountinfo.splitlines()]
+    return [line for line in lines if is_its_own(Path(line[4]), directory)]
+
+
+def is_its_own(path: Path, directory: Path) -> bool:
+    return path.is_relative_to(directory) or not path.is_relative_to(tempfile.gettempdir())
+
+
 def test_the_doctor_changes_nothing_and_needs_no_writable_directory(machine: Machine) -> None:
     (machine.directory / "nvmesh.conf").write_text('MANAGEMENT_SERVERS="127.0.0.1:1"\n')
     (machine.kubelet / "plugins" / DRIVER / "state/format-marks").mkdir(parents=True)
     place = f"/run/{machine.directory.name}-{os.getpid()}"  # other runs have directories of this name
-    mounts = [Path(f"{place}-{name}") for name in ("before", "after")]
+    files = [Path(f"{place}-{name}") for name in ("before", "after")]
     compare = 'cat /proc/self/mountinfo > $0-before; "$@"; s=$?; cat /proc/self/mountinfo > $0-after; exit $s'
     with listening(machine.directory / "csi.sock"):
         before = snapshot(machine.directory)
         machine.check_in_namespace("--timeout=1", how=("sh", "-c", compare, place))
         assert snapshot(machine.directory) == before
-    assert mounts[0].read_text() == mounts[1].read_text()
-    for file in mounts:
+    mounts_before, mounts_after = (mounts_in(file.read_text(), machine.directory) for file in files)
+    assert mounts_before == mounts_after
+    for file in files:
         file.unlink()
     # On a read-only filesystem the findings are the same, except for the state directory.
     machine.prepare.append(f"mount -o remount,bind,ro / && mount -o remount,bind,ro {machine.kubelet}")
