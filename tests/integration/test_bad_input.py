@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from google.protobuf.message import Message
 from csi_driver.model import AccessMode
 from csi_driver.rpc.client import CallFailed, CsiClient
 from csi_driver.rpc.pb import csi_pb2 as pb
-from tests.integration.rig import Rig, Volume, filesystem, in_parallel, mounts_below, running
+from tests.integration.rig import Rig, Volume, filesystem, in_parallel, running
 
 pytestmark = pytest.mark.root
 
@@ -58,11 +59,17 @@ def outcome(call: Callable[[], object]) -> str:
 
 
 def everything_around(rig: Rig) -> tuple[list[str], list[str]]:
-    """Return what lies around the directory for paths, and the mounts of the machine outside it."""
+    """Return the files beside the directory for paths, and the machine's mounts but for those of other tests."""
+    directory = rig.directory.parent
     paths = rig.directory.with_name(f"{rig.directory.name}.paths")
-    beside = sorted(str(each) for each in rig.directory.parent.iterdir())
-    inside = set(mounts_below(paths))
-    return beside, sorted(each for each in mounts_below(Path("/")) if each not in inside)
+    beside = sorted(str(each) for each in directory.iterdir())
+    targets = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    others = Path(tempfile.gettempdir())
+    return beside, sorted(
+        str(each)
+        for each in targets
+        if not each.is_relative_to(paths) and (each.is_relative_to(directory) or not each.is_relative_to(others))
+    )
 
 
 @pytest.mark.parametrize(
