@@ -509,7 +509,7 @@ def fill(file: Path) -> None:
             filler.write(b"x" * 4096)
 
 
-def test_records_can_still_be_deleted_when_the_disk_is_full_and_room_is_kept_again_afterwards(small_disk: Path) -> None:
+def test_records_can_be_deleted_on_a_full_disk_and_space_is_reserved_again(small_disk: Path) -> None:
     store = Store(small_disk / "s.sqlite")
     for number in range(20):
         store.write(lambda view, number=number: view.put(FACTS, f"{number}", Fact("x" * 4096)))  # type: ignore[misc]

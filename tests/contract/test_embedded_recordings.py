@@ -283,7 +283,7 @@ def error_ids(envelope: object) -> list[object]:
     return ids
 
 
-def test_the_drivers_requests_give_the_volumes_and_refusals_that_they_gave_in_a_real_cluster(
+def test_the_drivers_requests_get_the_recorded_volumes_and_refusals(
     driver: tuple[StorageServer, requests.Session],
 ) -> None:
     server, session = driver

@@ -85,7 +85,7 @@ def test_what_was_promised_and_is_not_written_yet_is_kept_free_for_its_volume(di
         assert save(manager, "second", 1000 * MIB)
 
 
-def test_room_that_suffices_if_nothing_is_written_yet_is_given_without_a_look_at_the_files(
+def test_space_enough_for_unwritten_volumes_is_allocated_without_reading_the_files(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(settings_on(disk), FakeLoopDevices()) as manager:

@@ -134,7 +134,7 @@ def test_the_startup_taint_goes_once_kubelet_has_registered_the_driver(pod: Pod)
     soon(lambda: pod.spec()["taints"] == TAINTS[1:], lambda: pod.log)
 
 
-def test_a_stop_waits_for_the_volumes_of_a_cordoned_node_and_says_so_in_the_nodes_log(pod: Pod) -> None:
+def test_a_stop_waits_for_the_volumes_of_a_cordoned_node_and_logs_it(pod: Pod) -> None:
     pod.spec()["unschedulable"] = True
     hook = pod.pre_stop("--timeout=60")
     soon(lambda: "z:staged is mounted" in pod.log, lambda: pod.log)

@@ -84,7 +84,7 @@ def stage(volume: Volume, passphrase: str) -> str:
     return "staged"
 
 
-def test_a_passphrase_of_a_stage_that_may_fail_is_in_no_log_no_answer_no_program_and_no_file(talkative: Rig) -> None:
+def test_a_passphrase_of_a_stage_that_may_fail_is_in_no_log_answer_program_or_file(talkative: Rig) -> None:
     volume = encrypted(talkative)
     answers, seen, _ = staged_twice(volume)
     assert "NodeStageVolume" in "".join(path.read_text(errors="replace") for path in talkative.directory.rglob("*.log"))

@@ -220,9 +220,7 @@ CHMOD = {"nvmesh:chmod=750": 0o750, "nvmesh:permissions=711": 0o711, "": None}
 
 
 @pytest.mark.parametrize("option", CHMOD)
-def test_the_root_gets_the_permissions_that_the_older_drivers_option_names_and_none_without(
-    rig: Rig, option: str
-) -> None:
+def test_the_root_gets_the_permissions_of_the_older_drivers_option(rig: Rig, option: str) -> None:
     flags = (option,) if option else ()
     volume = rig.volume(filesystem("ext4", AccessMode.SINGLE_NODE_WRITER, *flags))
     mode = volume.up().stat().st_mode & 0o7777
@@ -269,9 +267,7 @@ def test_a_volume_filled_under_an_older_driver_is_read_from_many_namespaces(
     old.end()
 
 
-def test_what_was_attached_by_hand_under_another_reference_is_never_detached_by_the_driver(
-    rig: Rig, admin: Administrator
-) -> None:
+def test_a_manual_attachment_with_another_reference_is_never_detached(rig: Rig, admin: Administrator) -> None:
     old = Old(rig, admin, "1.9", "ext4")
     admin.attach(old.stored, mode=ReservationMode.SHARED_READ_ONLY, reference_id="backup-job")
     reader = shared(filesystem("ext4", AccessMode.MULTI_NODE_READER_ONLY), old, "team-b")

@@ -49,7 +49,7 @@ def share_directory(node: RealNode) -> Path:
     return elsewhere
 
 
-def test_a_single_writer_is_published_where_kubelets_directory_is_a_shared_bind_mount(
+def test_a_single_writer_is_published_in_a_shared_bind_mounted_kubelet_directory(
     node: RealNode, volume: Volume
 ) -> None:
     twin = share_directory(node)

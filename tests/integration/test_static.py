@@ -169,7 +169,7 @@ def test_a_wrong_name_is_not_found_and_named(rig: Rig, admin: Administrator, mis
     assert not admin.is_held(stored)
 
 
-def test_deleting_the_persistent_volume_of_a_volume_made_by_hand_deletes_it_when_the_policy_says_so(
+def test_a_static_volume_is_deleted_with_its_persistent_volume_if_the_policy_says_so(
     rig: Rig, admin: Administrator
 ) -> None:
     stored = admin.create(f"byhand{next(_numbers)}")

@@ -193,7 +193,7 @@ def test_a_controller_that_is_killed_leaves_no_second_volume_behind(clusters: Cl
     assert clusters.volumes("b") == []
 
 
-def test_two_controllers_that_prefer_different_zones_never_return_two_volumes_of_one_name(clusters: Clusters) -> None:
+def test_two_controllers_with_different_zones_never_return_two_volumes_of_a_name(clusters: Clusters) -> None:
     clients = clusters.controller("one"), clusters.controller("other")
     names = [f"v{number}" for number in range(8)]
 

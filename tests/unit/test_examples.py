@@ -110,7 +110,7 @@ def test_an_example_is_tried_on_a_cluster(name: str) -> None:
     assert f'"{name}"' in tests
 
 
-def test_every_container_is_of_an_image_that_the_cluster_of_the_tests_has_under_that_name() -> None:
+def test_every_container_has_an_image_of_the_test_cluster() -> None:
     assert examples.IMAGE in images.BUSYBOX_NAMES
     for name in NAMES:
         for document in examples.documents(name):

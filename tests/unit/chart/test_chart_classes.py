@@ -118,7 +118,7 @@ def test_a_class_is_as_it_is_described() -> None:
     assert found["allowedTopologies"] == topologies
 
 
-def test_numbers_and_switches_among_parameters_become_the_texts_that_kubernetes_wants() -> None:
+def test_numbers_and_switches_among_parameters_become_strings() -> None:
     found = own(parameters={"stripeWidth": 4, "mkfs/bytesPerInode": 2097152, "enableCrcCheck": True})
     assert found["parameters"] == {"stripeWidth": "4", "mkfs/bytesPerInode": "2097152", "enableCrcCheck": "true"}
 

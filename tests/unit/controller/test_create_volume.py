@@ -212,7 +212,7 @@ def test_another_range_that_the_volume_fits_is_the_same_volume() -> None:
     assert world.create(capacity=CapacityRange(GIB, 3 * GIB)) == made
 
 
-def test_the_handle_of_a_repeated_call_comes_from_the_record_not_from_the_new_parameters() -> None:
+def test_the_handle_of_a_repeated_call_comes_from_the_metadata() -> None:
     world = World()
     made = world.create(parameters=CLAIM)
     again = world.create(parameters={**CLAIM, "csi.storage.k8s.io/pvc/namespace": "team-b"})
@@ -503,7 +503,7 @@ def test_a_slow_deletion_is_waited_for() -> None:
     assert world.management.all_volumes() == []
 
 
-def test_a_volume_that_is_there_but_was_not_found_to_be_deleted_is_not_declared_deleted() -> None:
+def test_an_existing_volume_that_a_deletion_did_not_find_is_not_reported_deleted() -> None:
     world = World()
     made = world.create()
     world.management.pending.add(world.stored().name)

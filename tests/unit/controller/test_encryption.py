@@ -219,7 +219,7 @@ def test_a_group_that_encrypts_needs_the_passphrase_and_gives_its_header() -> No
     assert world.publish(answer.volume_id).encryption is Encryption.NATIVE
 
 
-def test_a_group_that_does_not_encrypt_makes_an_encrypted_volume_where_it_is_asked_to() -> None:
+def test_a_group_without_encryption_makes_an_encrypted_volume_on_request() -> None:
     world = World()
     world.management.add_vpg(Vpg("gold", Layout(), 0, allow_overflow=True))
     create(world, {"vpg": "gold", **NATIVE})
@@ -309,7 +309,7 @@ def test_of_our_own_volumes_the_record_counts_and_not_the_context() -> None:
     assert world.publish(world.create().volume_id, context={"encryption": "luks"}).encryption is Encryption.NONE
 
 
-def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is_told() -> None:
+def test_a_volume_that_lost_its_encryption_is_not_attached() -> None:
     world = World()
     made = create(world)
     world.management.change(world.stored().name, encryption=None)
@@ -318,7 +318,7 @@ def test_a_volume_that_lost_its_encryption_is_attached_nowhere_and_the_reason_is
     assert world.holders() == []
 
 
-def test_a_foreign_volume_without_the_native_encryption_of_its_context_is_not_attached() -> None:
+def test_a_static_volume_without_the_encryption_of_its_context_is_not_attached() -> None:
     world = World()
     world.management.add_volume(Volume("old", UUID, 1 << 20, 4096, 4.3, "online", "none"))
     with pytest.raises(PreconditionFailed, match="expected encryption by the storage"):

@@ -341,7 +341,7 @@ def test_a_volume_that_was_taken_from_a_dead_node_can_be_deleted(caplog: pytest.
 
 
 @pytest.mark.parametrize("use", [RWO, ROX])
-def test_a_volume_of_a_dead_node_that_no_other_took_is_not_deleted_and_the_fix_is_named(use: Capability) -> None:
+def test_a_volume_still_attached_to_a_dead_node_is_not_deleted_and_the_fix_is_named(use: Capability) -> None:
     world, volume_id = lost(capability=use)
     if use is ROX:
         world.publish(volume_id, NODE_3, ROX)

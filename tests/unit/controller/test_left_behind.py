@@ -50,7 +50,7 @@ def cut_off(world: World, parameters: dict[str, str]) -> None:
     world.clock.sleep(30)
 
 
-def test_a_group_that_begins_to_encrypt_does_not_end_the_calls_for_what_was_made_in_it() -> None:
+def test_a_group_that_begins_to_encrypt_does_not_fail_requests_for_its_older_volumes() -> None:
     world = World()
     world.management.add_vpg(GROUP)
     parameters = {"vpg": "gold", "encryption": "luks"}
@@ -59,7 +59,7 @@ def test_a_group_that_begins_to_encrypt_does_not_end_the_calls_for_what_was_made
     assert world.stored().uuid in world.create(parameters=parameters).volume_id
 
 
-def test_a_group_whose_layout_has_no_such_size_any_more_does_not_end_the_calls_either() -> None:
+def test_a_group_with_a_changed_layout_does_not_fail_requests_for_its_older_volumes() -> None:
     world = World()
     world.management.add_vpg(GROUP)
     exact = CapacityRange(GIB + MIB, GIB + MIB)

@@ -34,7 +34,7 @@ def stored_size(world: World) -> int:
 
 @pytest.mark.parametrize("more_bytes", [MIB, -4096])
 @pytest.mark.parametrize("zones", [("a",), ("a", "b")])
-def test_a_volume_that_no_extension_brings_into_the_range_is_deleted_in_the_same_call(
+def test_a_volume_that_cannot_be_extended_into_the_range_is_deleted_in_the_same_call(
     zones: tuple[str, ...], more_bytes: int
 ) -> None:
     world = World(zones=zones)
@@ -137,7 +137,7 @@ def test_a_volume_that_a_node_holds_is_kept() -> None:
     assert stored_size(world) == 2 * GIB - 4096
 
 
-def test_a_volume_that_was_returned_and_extended_since_is_not_judged_by_its_first_range() -> None:
+def test_a_volume_expanded_since_its_creation_is_not_judged_by_its_first_range() -> None:
     world = World()
     answer = world.create(capacity=EXACT)
     volume = world.stored()

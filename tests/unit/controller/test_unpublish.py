@@ -96,7 +96,7 @@ def test_a_volume_that_is_being_detached_is_not_attached_again_to_force_it() -> 
     assert world.holders() == ["node-1"]
 
 
-def test_a_detachment_that_overtakes_the_attachment_leaves_a_device_that_is_waited_for() -> None:
+def test_a_detachment_that_overtakes_the_attachment_waits_for_the_device() -> None:
     """The management forgets an attachment at once if no device was reported, while its message is under way."""
     world, volume_id = created()
     world.management.attach_s, world.management.detach_s = 40.0, 3.0
@@ -115,7 +115,7 @@ def test_a_detachment_that_overtakes_the_attachment_leaves_a_device_that_is_wait
     assert world.management.all_volumes() == []
 
 
-def test_while_a_clients_reports_stay_unread_an_attachment_is_awaited_and_not_made_again() -> None:
+def test_while_a_clients_reports_stay_unread_an_attachment_is_awaited_not_repeated() -> None:
     world, volume_id = created()
     world.management.unread.add("node-1")
     with pytest.raises(DeadlineReached, match="the client reports no device"):
@@ -200,7 +200,7 @@ def test_a_volume_of_an_unserved_zone_stays_attached_to_an_unknown_node(node_id:
         World().unpublish("mars:csi-1", node_id)
 
 
-def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown_zone() -> None:
+def test_an_unreachable_zone_may_know_the_node_of_a_volume_in_an_unknown_zone() -> None:
     world = World(zones=("a", "b"))
     world.zones["b"].is_reachable = False
     with pytest.raises(StorageUnavailable):
@@ -208,7 +208,7 @@ def test_a_zone_that_does_not_answer_may_know_the_node_of_a_volume_in_an_unknown
 
 
 @pytest.mark.parametrize(("first", "second"), [(RWO, BLOCK), (BLOCK, RWO)], ids=["filesystem first", "block first"])
-def test_an_attachment_serves_raw_block_and_filesystem_and_its_volume_counts_as_written(
+def test_an_attachment_serves_raw_block_and_filesystem_and_counts_as_written(
     first: Capability, second: Capability
 ) -> None:
     """See docs/decisions/0006-access-modes.md: the node gets the same device in both modes."""

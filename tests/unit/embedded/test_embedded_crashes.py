@@ -223,7 +223,7 @@ def test_a_lost_file_is_seen_without_a_restart_and_without_an_attachment(manager
     assert (manager.volume("data")["status"], manager.volume("data")["health"]) == ("offline", "critical")
 
 
-def test_an_attachment_of_a_lost_file_is_refused_with_the_reason_and_leaves_no_attachment(
+def test_attaching_a_lost_file_is_refused_with_the_reason_and_leaves_no_attachment(
     manager: Manager, loops: FakeLoopDevices
 ) -> None:
     lose(manager)

@@ -87,7 +87,7 @@ def test_a_blank_volume_gets_a_header_with_its_uuid_and_a_filesystem_inside(lock
     assert locked.source() == OPENED
 
 
-def test_the_opened_device_is_smaller_than_the_volume_by_its_header_and_that_is_right(locked: Locked) -> None:
+def test_the_opened_device_is_smaller_than_the_volume_by_its_header(locked: Locked) -> None:
     locked.stage()
     assert locked.mapper is not None
     assert locked.mapper.size_bytes == locked.disk.size_bytes - HEADER_BYTES

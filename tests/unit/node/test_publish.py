@@ -416,7 +416,7 @@ def test_unpublish_removes_an_unbound_reader_of_a_lost_device(block: FakeNode, v
     assert (block.host.readers, TARGET in block.host.tree) == ([], False)
 
 
-def test_publish_takes_down_a_reader_of_an_earlier_attachment_before_it_makes_its_own(block: FakeNode) -> None:
+def test_publish_removes_a_reader_of_an_earlier_attachment_before_it_makes_its_own(block: FakeNode) -> None:
     cut_off(block)
     block.host.attach(NAME, UUID, like=block.host.detach(NAME))
     block.publish(access=BLOCK, read_only=True)

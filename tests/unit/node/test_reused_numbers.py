@@ -71,7 +71,7 @@ def test_a_mount_is_of_a_device_by_number_and_by_what_it_was_made_from(mounted: 
     assert mounted.can_be_of(DEVICE) is can_be
 
 
-def test_mounts_left_behind_do_not_keep_the_next_volume_of_the_number_from_its_format(
+def test_orphaned_mounts_do_not_block_the_format_of_the_next_volume_of_the_number(
     node: FakeNode, reused: FakeDisk
 ) -> None:
     """The kernel keeps it from its mount until they are gone."""

@@ -102,9 +102,7 @@ def test_a_mount_is_not_taken_for_a_volume_of_the_same_name_and_another_uuid(nod
 
 
 @pytest.mark.parametrize("in_use", [False, True])
-def test_a_volume_that_came_back_as_another_device_is_staged_in_place_of_the_dead_one(
-    node: FakeNode, in_use: bool
-) -> None:
+def test_a_volume_that_returned_as_another_device_is_staged_over_the_dead_one(node: FakeNode, in_use: bool) -> None:
     formatted(node)
     node.stage()
     entry = node.host.topmost(STAGING)
