@@ -151,11 +151,11 @@ class Volumes:
         encryption = Encryption(header_mib=item.encryption.header_size) if item.is_encrypted else None
         return group, group.layout if group else item.layout(), encryption
 
-    def finish_creation(self, name: str) -> bool:
-        """Set a volume online when its file exists; always return True."""
+    def finish_creation(self, name: str) -> None:
+        """Set a volume online after its file was created."""
         volume = self.store.get(VOLUMES, name)
         if volume is None or volume.action != "initializing":
-            return True
+            return
 
         def online(change: Change) -> None:
             current = change.get(VOLUMES, name)
@@ -164,7 +164,6 @@ class Volumes:
                 change.put(VOLUMES, name, replace(current, action=action, status="online"))
 
         self.store.write(online)
-        return True
 
     # --- files ------------------------------------------------------------------------------------------
 
@@ -259,8 +258,8 @@ class Volumes:
         self.allocator.record(change, extended, volume)
         return extended
 
-    def finish_extension(self, name: str) -> bool:
-        """Clear the action of a volume after its file has grown; always return True."""
+    def finish_extension(self, name: str) -> None:
+        """Clear the action of a volume after its file has grown."""
 
         def finished(change: Change) -> None:
             volume = change.get(VOLUMES, name)
@@ -268,7 +267,6 @@ class Volumes:
                 change.put(VOLUMES, name, replace(volume, action="none"))
 
         self.store.write(finished)
-        return True
 
     def _undo_extension(self, change: Change, before: Volume | None) -> None:
         """Free the space of an extension that the file could not get; the caller holds the volume's lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from pathlib import Path
@@ -129,6 +130,35 @@ def test_totals_that_are_not_the_sum_stop_the_start(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(TotalsWrong), running(settings_in(tmp_path)):
         pass
+
+
+def test_a_pool_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It may have VPGs with reserved space; they are now named layouts."""
+    with running(settings_in(tmp_path)) as manager:
+        manager.save("data", VPG="DEFAULT_RAID_0_VPG")
+        blocks = manager.volume("data")["blocks"]
+    earlier = {
+        "volumes": {"from_reserved": blocks},
+        "groups": {
+            "capacity": 5,
+            "blocks": 9,
+            "used": blocks,
+            "overflow": False,
+            "encryption": None,
+            "reclaiming": False,
+        },
+        "totals": {"reserved": 9, "from_reserved": blocks},
+    }
+    database = sqlite3.connect(tmp_path / "pool" / "manager.sqlite")
+    for kind, fields in earlier.items():
+        database.execute(
+            "UPDATE documents SET record = json_patch(record, ?) WHERE kind = ?", (json.dumps(fields), kind)
+        )
+    database.commit()
+    database.close()
+    with running(settings_in(tmp_path)) as manager:
+        assert manager.volume("data")["blocks"] == blocks
+        assert manager.save("more", VPG="DEFAULT_RAID_0_VPG")["success"]
 
 
 def test_a_change_that_raises_leaves_nothing(tmp_path: Path) -> None:
