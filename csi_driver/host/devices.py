@@ -146,18 +146,9 @@ class LinuxDevices:
                 serial=None if is_loop else nvmesh.read_serial(identifying),
                 is_loop=is_loop,
             )
-        device = Device(
-            name,
-            path,
-            number,
-            size,
-            read_only=ioctls.is_read_only(fd),
-            uuid=evidence.uuid(),
-            block_bytes=ioctls.logical_block_bytes(fd),
-            write_refusal=evidence.write_refusal(),
-            disk_sequence=ioctls.disk_sequence(fd),
-        )
-        return device, evidence
+        read_only, uuid, block_bytes = ioctls.is_read_only(fd), evidence.uuid(), ioctls.logical_block_bytes(fd)
+        refusal, disk_sequence = evidence.write_refusal(), ioctls.disk_sequence(fd)
+        return Device(name, path, number, size, read_only, uuid, block_bytes, refusal, disk_sequence), evidence
 
     @contextlib.contextmanager
     def _identifying(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
@@ -331,15 +322,7 @@ def _describe_unopened(
     if not size:
         return None
     evidence = DeviceEvidence(status)
-    device = Device(
-        name,
-        path,
-        number,
-        size,
-        read_only=block_devices.sys_number(number, "ro") == 1,
-        uuid=status.uuid,
-        block_bytes=block_devices.sys_number(number, "queue/logical_block_size") or 4096,
-        write_refusal=evidence.write_refusal(),
-        disk_sequence=block_devices.sys_number(number, "diskseq"),
-    )
-    return device, evidence
+    read_only = block_devices.sys_number(number, "ro") == 1
+    block_bytes = block_devices.sys_number(number, "queue/logical_block_size") or 4096
+    refusal, disk_sequence = evidence.write_refusal(), block_devices.sys_number(number, "diskseq")
+    return Device(name, path, number, size, read_only, status.uuid, block_bytes, refusal, disk_sequence), evidence

@@ -70,7 +70,6 @@ def run(
     *,
     timeout_s: float,
     accept: Collection[int] = (0,),
-    stdin: bytes | None = None,
     pass_fds: Sequence[int] = (),
     environment: Mapping[str, str] = _NOTHING_MORE,
     on_device: bool = False,
@@ -87,7 +86,7 @@ def run(
         process = subprocess.Popen(
             list(argv),
             executable=program,
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**_ENVIRONMENT, **environment},
@@ -101,9 +100,9 @@ def run(
         raise SystemCallFailed(f"start {argv[0]}", error.errno or 0) from error
     try:
         if on_device:
-            stdout, stderr = _wait_for(process, stdin, timeout_s)
+            stdout, stderr = _wait_for(process, timeout_s)
         else:
-            stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+            stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         _kill_group(process)
         raise CommandTimedOut(argv, timeout_s) from error
@@ -117,9 +116,9 @@ def run(
     return Completed(process.returncode, stdout, text)
 
 
-def _wait_for(process: subprocess.Popen[bytes], stdin: bytes | None, warn_after_s: float) -> tuple[bytes, bytes]:
+def _wait_for(process: subprocess.Popen[bytes], warn_after_s: float) -> tuple[bytes, bytes]:
     try:
-        return process.communicate(stdin, timeout=warn_after_s)
+        return process.communicate(timeout=warn_after_s)
     except subprocess.TimeoutExpired:
         logger.warning(
             "%s (process %d) has not ended within %g s; it works on a device and is not killed: its volume is busy "

@@ -75,17 +75,15 @@ class LoopDevices:
         block_devices.ensure_node(node, device.device_number)
         return replace(device, node=node)
 
-    def bound_to(self, directory: Path, nodes: Path | None = None) -> tuple[LoopDevice, ...]:
+    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
         """Return the loop devices over files in `directory`, deleted files included, by number.
 
         Files are compared by inode: the kernel shows the path that was valid where the device was bound, perhaps in a
-        container. `node` is set from the device nodes in the directory `nodes`.
+        container.
         """
         root = directory.resolve()
-        by_number = _nodes_in(nodes) if nodes is not None else {}
         identities = _files_below(root)
-        found = [device for device in self.bound() if _lies_in(device, root, identities)]
-        return tuple(replace(device, node=by_number.get(device.device_number)) for device in found)
+        return tuple(device for device in self.bound() if _lies_in(device, root, identities))
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
         """Yield the bound loop devices of this machine by number.
@@ -303,15 +301,6 @@ def _backing_text(number: int) -> str | None:
 def _file_name(number: int) -> str | None:
     text = _backing_text(number)
     return Path(text.removesuffix(_DELETED)).name if text is not None else None
-
-
-def _nodes_in(directory: Path) -> dict[DeviceNumber, Path]:
-    try:
-        names = sorted(directory.iterdir())
-    except OSError:
-        return {}
-    numbered = ((node_number(node), node) for node in names if not node.name.startswith("."))
-    return {number: node for number, node in numbered if number is not None}
 
 
 # --- read-only loop devices over block devices ------------------------------------------------------------------
