@@ -13,7 +13,6 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -27,112 +26,21 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.host_model import (
-    Blank,
-    Content,
     Device,
     DeviceNumber,
     Fault,
     FaultKind,
-    Filesystem,
     Mount,
     OpenDevice,
-    OtherContent,
     ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
-from csi_driver.model import Usage
-from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption, FakeLuks
+from tests.fakes.disks import MIB, FakeDisk, MountEntry
+from tests.fakes.filesystems import FakeFilesystems, FakeMounts
+from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption
 
-MIB = 1 << 20
 DEVICE_DIRECTORY = Path("/dev/nvmesh")
-PROBED_BYTES = MIB
-"""The fake's probe reads this much at the head and at the tail."""
-
-_ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
-
-
-@dataclass
-class FakeFilesystem:
-    """A filesystem on a disk. `complete` is False while mkfs runs, and stays so when it is interrupted.
-
-    Without a `uuid` it has that of its volume. `root` is the mounted subtree by default.
-    """
-
-    fs_type: str
-    size_bytes: int
-    complete: bool = True
-    files: dict[str, bytes] = field(default_factory=dict)
-    root_mode: int = 0o755
-    options: tuple[str, ...] = ()
-    uuid: str = ""
-    is_damaged: bool = False
-    checks: int = 0
-    root: str = "/"
-
-
-@dataclass
-class FakeDisk:
-    """A block device. `raw` are bytes written outside of a filesystem, by offset.
-
-    `claims_uuid`: the device itself has the uuid, as in a loop device's label. `status` is the client's.
-    """
-
-    name: str
-    uuid: str
-    number: DeviceNumber
-    size_bytes: int
-    path: Path
-    claims_uuid: bool = True
-    read_only: bool = False
-    is_gone: bool = False
-    filesystem: FakeFilesystem | None = None
-    signature: str | None = None
-    raw: dict[int, bytes] = field(default_factory=dict)
-    was_used: bool = False
-    fails_reads: bool = False
-    busy_for: int = 0
-    """The number of further exclusive opens that find it busy."""
-    opened_by_others: int = 0
-    """The number of programs that have it open."""
-    backing: FakeDisk | None = None
-    label: str = ""
-    claimed: int | None = None
-    superblock_read_only: bool = False
-    status: VolumeStatus | None = None
-    references: tuple[str, ...] | None = None
-    luks: FakeLuks | None = None
-    below: FakeDisk | None = None
-    """The device below an opened encrypted device."""
-    is_suspended: bool = False
-
-    @property
-    def ground(self) -> FakeDisk:
-        """The disk with the data: itself, or the one below a read-only device."""
-        return self.backing.ground if self.backing is not None else self
-
-    def as_device(self) -> Device:
-        status = self.status
-        claimed = self.uuid if self.claims_uuid else status.uuid if status is not None else None
-        device = Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
-        return replace(device, write_refusal=status.details if status is not None and status.refuses_writes else "")
-
-    @property
-    def is_usable(self) -> bool:
-        return self.status is None or self.status.io_enabled is True
-
-
-@dataclass
-class _Entry:
-    path: Path
-    disk: FakeDisk | None
-    node: FakeDisk | None
-    source: str
-    root: str
-    fs_type: str
-    read_only: bool
-    options: frozenset[str]
-    in_use: bool = False
 
 
 class FakeHost:
@@ -142,7 +50,7 @@ class FakeHost:
         self.disks: dict[str, FakeDisk] = {}
         self.readers: list[FakeDisk] = []
         self.mappers: dict[str, FakeDisk] = {}
-        self.table: list[_Entry] = []
+        self.table: list[MountEntry] = []
         self.tree: dict[Path, str] = {Path("/"): "directory"}
         self.root = root
         self.step: Callable[[str], None] = lambda point: None
@@ -280,7 +188,7 @@ class FakeHost:
 
     # --- shared by the ports ---
 
-    def topmost(self, path: Path) -> _Entry | None:
+    def topmost(self, path: Path) -> MountEntry | None:
         return next((entry for entry in reversed(self.table) if entry.path == path), None)
 
     def by_number(self, number: DeviceNumber) -> FakeDisk | None:
@@ -473,230 +381,6 @@ class FakeReadOnlyDevices:
         ours = [made for made in self._host.readers if made.name == name and made.label.endswith(f"/ro-{reader}")]
         for made in ours:
             self.release(made.number)
-
-
-class FakeMounts:
-    def __init__(self, host: FakeHost) -> None:
-        self._host = host
-
-    def at(self, path: Path) -> Mount | None:
-        entry = self._host.topmost(path)
-        return _shown(entry) if entry is not None else None
-
-    def table(self) -> list[Mount]:
-        return [_shown(entry) for entry in self._host.table]
-
-    def of_device(self, device: Device) -> list[Mount]:
-        return [mounted for mounted in map(_shown, self._host.table) if mounted.can_be_of(device)]
-
-    def reaches_host(self, path: Path) -> bool:
-        return self._host.mounts_reach_host
-
-    def twins(self, path: Path) -> Sequence[Path]:
-        return ()
-
-    def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
-        host = self._host
-        disk = host.by_number(device.number)
-        what = f"mount {device.path} at {target}"
-        for option in options:
-            if option.startswith("bogus"):
-                raise InvalidField("mount_flags", option, f"an option that {fs_type} takes")
-        if disk is None:
-            raise SystemCallFailed(what, errno.ENXIO)
-        if host.tree.get(target) != "directory":
-            raise SystemCallFailed(what, errno.ENOTDIR)
-        held = disk.filesystem
-        if held is None or not held.complete or held.fs_type != fs_type or held.is_damaged:
-            raise SystemCallFailed(what, errno.EINVAL, "wrong filesystem")
-        if disk.read_only and not read_only:
-            raise SystemCallFailed(what, errno.EACCES)
-        if any(entry.disk and entry.disk.is_gone and entry.disk.number == disk.number for entry in host.table):
-            raise PreconditionFailed(f"{what}: the kernel gave a filesystem that had the number {disk.number} before")
-        if disk.claimed is not None or (host.is_mounted(disk) and disk.superblock_read_only != read_only):
-            raise PreconditionFailed(f"{what}: the device is in use")
-        host.step("before mount")
-        disk.superblock_read_only = read_only
-        disk.was_used = True
-        shown = frozenset(options) | (frozenset() if _ACCESS_TIMES & set(options) else {"relatime"})
-        host.table.append(_Entry(target, disk, None, str(device.path), held.root, fs_type, read_only, shown))
-        host.step("after mount")
-
-    def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
-        host = self._host
-        nodes = (*host.disks.values(), *host.readers, *host.mappers.values())
-        node = next((disk for disk in nodes if disk.path == source), None)
-        what = f"bind {source} at {target}"
-        from_entry = host.topmost(source)
-        wanted = "file" if node is not None else "directory"
-        if host.tree.get(target) != wanted:
-            raise SystemCallFailed(what, errno.ENOENT)
-        host.step("before bind")
-        if node is not None:
-            root = "/" + str(source.relative_to("/dev"))
-            entry = _Entry(target, None, node, "devtmpfs", root, "devtmpfs", read_only, frozenset())
-        elif from_entry is None:
-            raise SystemCallFailed(what, errno.ENOENT)
-        else:
-            entry = replace(from_entry, path=target, read_only=read_only or from_entry.read_only, in_use=False)
-        host.table.append(entry)
-        host.step("after bind")
-
-    def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
-        host = self._host
-        entry = host.topmost(path)
-        if entry is None:
-            return
-        is_last = sum(other.disk is entry.disk for other in host.table) == 1
-        if entry.disk is not None and entry.disk.is_suspended and is_last:
-            raise AssertionError(f"the unmount of {path} waits forever: its device is suspended")
-        if entry.in_use and lost is None:
-            raise PreconditionFailed(f"unmount {path}: it is in use")
-        if lost is not None:
-            host.lost.append(lost)
-        host.step("before unmount")
-        host.table.remove(entry)
-        host.step("after unmount")
-
-
-def _shown(entry: _Entry) -> Mount:
-    number = entry.disk.number if entry.disk is not None else DeviceNumber(0, 5)
-    superblock_read_only = entry.disk is not None and entry.disk.superblock_read_only
-    return Mount(
-        path=entry.path,
-        number=number,
-        fs_type=entry.fs_type,
-        source=entry.source,
-        root=entry.root,
-        read_only=entry.read_only or superblock_read_only,
-        options=entry.options,
-        node_number=entry.node.number if entry.node is not None else None,
-        turned_read_only=superblock_read_only and not entry.read_only,
-    )
-
-
-class FakeFilesystems:
-    def __init__(self, host: FakeHost) -> None:
-        self._host = host
-
-    def supported(self) -> Sequence[str]:
-        return ("ext4", "xfs", "btrfs")
-
-    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        disk = self._opened(device)
-        if disk.signature is not None:
-            return OtherContent(disk.signature)
-        if disk.luks is not None:
-            is_whole = disk.luks.is_complete
-            return OtherContent("crypto_LUKS (crypto)" if is_whole else "data that nothing recognises")
-        if disk.filesystem is not None:
-            held = disk.filesystem
-            return (
-                Filesystem(held.fs_type, held.uuid or disk.uuid)
-                if held.complete
-                else OtherContent("data that nothing recognises")
-            )
-        tail = disk.size_bytes - PROBED_BYTES
-        if any(offset < PROBED_BYTES or offset >= tail for offset in disk.raw):
-            return OtherContent("data that nothing recognises")
-        return Blank()
-
-    def first_data(
-        self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]
-    ) -> int | None:
-        disk = self._opened(device)
-        if deadline is not None and deadline.expired():
-            raise DeadlineReached(f"every block of {disk.name}")
-        progress(disk.size_bytes, disk.size_bytes)
-        return min(disk.raw, default=None)
-
-    def wipe(self, device: OpenDevice) -> None:
-        disk = self._opened(device)
-        if disk.claimed != device.fd:
-            raise AssertionError("zeroes written to a device that was not claimed")
-        self._host.step("before wipe")
-        if disk.was_used or disk.signature is not None or disk.raw or (disk.luks is not None and disk.luks.is_used):
-            self._host.destroyed.append(disk.uuid)
-        tail = disk.size_bytes - PROBED_BYTES
-        disk.filesystem = disk.signature = disk.luks = None
-        disk.raw = {offset: data for offset, data in disk.raw.items() if PROBED_BYTES <= offset < tail}
-        self._host.step("after wipe")
-
-    def make(
-        self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
-    ) -> None:
-        disk = self._opened(device)
-        if disk.claimed != device.fd:
-            raise AssertionError("mkfs on a device that was not claimed")
-        self._host.step("before make")
-        if disk.was_used or disk.signature is not None or disk.raw:
-            self._host.destroyed.append(disk.uuid)
-        disk.filesystem = FakeFilesystem(fs_type, disk.size_bytes, False, options=tuple(options), uuid=uuid)
-        self._host.step("halfway make")
-        disk.filesystem.complete = True
-        self._host.formats.append(disk.uuid)
-        self._host.step("after make")
-
-    def check(self, device: Device, fs_type: str) -> None:
-        held = self._idle(device, fs_type)
-        self._host.step("before check")
-        held.checks += 1
-        if held.is_damaged:
-            raise PreconditionFailed(f"the {fs_type} on {device.path} needs manual repair")
-        self._host.step("after check")
-
-    def recorded_bytes(self, device: Device, fs_type: str) -> int:
-        return self._held(device, fs_type).size_bytes
-
-    def grow_unmounted(self, device: Device, fs_type: str) -> bool:
-        held = self._idle(device, fs_type)
-        if fs_type != "ext4":
-            return False
-        self._host.step("before grow")
-        held.size_bytes = device.size_bytes
-        self._host.step("after grow")
-        return True
-
-    def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
-        entry = self._host.topmost(path)
-        if entry is None or entry.disk is None or entry.read_only or entry.disk.superblock_read_only:
-            raise HostFailure(f"{path} cannot be grown")
-        if fs_type == "ext4" and not self._host.can_grow_mounted_ext4:
-            raise PreconditionFailed("ext4 does not grow while mounted: CAP_SYS_RESOURCE is missing")
-        held = self._held(device, fs_type)
-        self._host.step("before grow")
-        held.size_bytes = device.size_bytes
-        self._host.step("after grow")
-
-    def usage(self, path: Path) -> Usage:
-        self._host.answers.wait()
-        entry = self._host.topmost(path)
-        if entry is None or entry.disk is None or entry.disk.filesystem is None:
-            raise SystemCallFailed(f"statfs {path}", errno.ENOENT)
-        held = entry.disk.filesystem
-        used = sum(len(data) for data in held.files.values())
-        return Usage(held.size_bytes, used, held.size_bytes - used, 1000, len(held.files), 1000 - len(held.files))
-
-    def _opened(self, device: OpenDevice) -> FakeDisk:
-        disk = self._host.by_number(device.device.number)
-        if disk is None or disk.ground.fails_reads:
-            raise HostFailure(f"read {device.device.path}: Input/output error (EIO)")
-        return disk
-
-    def _held(self, device: Device, fs_type: str) -> FakeFilesystem:
-        disk = self._host.by_number(device.number)
-        if disk is None or disk.filesystem is None or disk.filesystem.fs_type != fs_type:
-            raise PreconditionFailed(f"{device.path} holds no {fs_type}")
-        return disk.filesystem
-
-    def _idle(self, device: Device, fs_type: str) -> FakeFilesystem:
-        held = self._held(device, fs_type)
-        disk = self._host.by_number(device.number)
-        if disk is None or self._host.is_mounted(disk) or disk.claimed is not None:
-            raise PreconditionFailed(f"{device.path} is gone or in use")
-        if disk.read_only:
-            raise SystemCallFailed(f"open {device.path} for writing", errno.EACCES)
-        return held
 
 
 class FakePaths:

@@ -24,7 +24,8 @@ from csi_driver.host_model import (
 )
 
 if TYPE_CHECKING:
-    from tests.fakes.host import FakeDisk, FakeHost
+    from tests.fakes.disks import FakeDisk
+    from tests.fakes.host import FakeHost
 
 MAPPER_DIRECTORY = Path("/dev/mapper")
 HEADER_BYTES = 16 << 20

@@ -18,7 +18,8 @@ from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.settings import NodeSettings
-from tests.fakes.host import MIB, FakeClock, FakeHost
+from tests.fakes.disks import MIB
+from tests.fakes.host import FakeClock, FakeHost
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 OTHER_UUID = "77777777-9d1b-4b7e-8f6b-3f1d2c5b7a90"

@@ -19,7 +19,7 @@ from csi_driver.errors import DriverError
 from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode
 from csi_driver.node.usage_records import RAW, USED
 from csi_driver.publish_context import History
-from tests.fakes.host import MIB, FakeDisk
+from tests.fakes.disks import MIB, FakeDisk
 from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
 
 UUIDS = {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from csi_driver.errors import SystemCallFailed
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.publish_context import Encryption, History
-from tests.fakes.host import FakeDisk
+from tests.fakes.disks import FakeDisk
 from tests.fakes.luks import HEADER_BYTES, FakeLuks
 from tests.fakes.node import BLOCK, EXT4, NAME, TARGET, UUID, FakeNode
 from tests.fakes.node import publish_context as plain_context

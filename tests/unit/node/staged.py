@@ -5,7 +5,7 @@ from __future__ import annotations
 from csi_driver.model import MountAccess
 from csi_driver.node.usage_records import USED, UsageRecord
 from csi_driver.publish_context import History
-from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.node import (
     KUBELET,
     NAME,

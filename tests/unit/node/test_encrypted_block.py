@@ -8,7 +8,7 @@ from csi_driver.errors import (
     PreconditionFailed,
 )
 from csi_driver.publish_context import Encryption
-from tests.fakes.host import MIB
+from tests.fakes.disks import MIB
 from tests.fakes.node import NAME, TARGET
 from tests.unit.node.encrypted import OPENED, Locked
 

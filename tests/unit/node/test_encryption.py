@@ -13,7 +13,7 @@ from csi_driver.errors import (
 )
 from csi_driver.model import BlockAccess, MountAccess
 from csi_driver.publish_context import Encryption, History
-from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.luks import HEADER_BYTES
 from tests.fakes.node import BLOCK, EXT4, OTHER_UUID, TARGET, UUID, FakeNode
 from tests.fakes.node import publish_context as plain_context

@@ -16,7 +16,7 @@ from csi_driver.errors import (
 from csi_driver.model import BlockAccess, MountAccess
 from csi_driver.node.usage_records import LUKS, UsageRecord
 from csi_driver.publish_context import Encryption
-from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.node import BLOCK, EXT4, KUBELET, READER, TARGET, UUID, FakeNode
 from tests.unit.node.encrypted import SECRET, WRONG, Died, Locked, context, dying_at, failing_at
 

@@ -6,7 +6,7 @@ import pytest
 
 from csi_driver.errors import CapacityOutOfRange, DeadlineReached, NotFound, PreconditionFailed
 from csi_driver.model import Capability, MountAccess
-from tests.fakes.host import MIB, FakeDisk
+from tests.fakes.disks import MIB, FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, READER, STAGING, TARGET, UUID, WRITER, FakeNode
 
 LARGE = 128 * MIB

@@ -13,7 +13,7 @@ from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed,
 from csi_driver.model import MountAccess
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.publish_context import History
-from tests.fakes.host import MIB, FakeDisk, FakeFilesystem
+from tests.fakes.disks import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.node import (
     BLOCK,
     KUBELET,

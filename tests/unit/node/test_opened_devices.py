@@ -13,7 +13,7 @@ from csi_driver.errors import (
 )
 from csi_driver.model import MountAccess
 from csi_driver.publish_context import Encryption
-from tests.fakes.host import MIB
+from tests.fakes.disks import MIB
 from tests.fakes.luks import HEADER_BYTES
 from tests.fakes.node import BLOCK, KUBELET, NAME, OTHER_UUID, STAGING, TARGET, UUID
 from tests.fakes.node import publish_context as plain_context

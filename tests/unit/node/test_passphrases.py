@@ -11,7 +11,7 @@ from csi_driver.errors import (
 )
 from csi_driver.model import BlockAccess, MountAccess
 from csi_driver.publish_context import Encryption
-from tests.fakes.host import MIB
+from tests.fakes.disks import MIB
 from tests.fakes.node import BLOCK, EXT4, KUBELET, STAGING, TARGET
 from tests.unit.node.encrypted import ROTATION, SECRET, WRONG, Died, Locked, context, dying_at
 

@@ -16,7 +16,7 @@ from csi_driver.model import AccessMode, BlockAccess, MountAccess
 from csi_driver.node.mount_owner import NodeVolume
 from csi_driver.node.publish import read_only_device
 from csi_driver.publish_context import History
-from tests.fakes.host import FakeFilesystem
+from tests.fakes.disks import FakeFilesystem
 from tests.fakes.node import (
     BLOCK,
     KUBELET,

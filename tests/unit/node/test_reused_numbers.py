@@ -10,7 +10,7 @@ import pytest
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import Device, DeviceNumber, Mount
 from csi_driver.model import AccessMode
-from tests.fakes.host import FakeDisk
+from tests.fakes.disks import FakeDisk
 from tests.fakes.node import (
     BLOCK,
     KUBELET,

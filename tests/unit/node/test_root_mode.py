@@ -7,7 +7,7 @@ import pytest
 from csi_driver.errors import SystemCallFailed
 from csi_driver.model import MountAccess
 from csi_driver.node.usage_records import USED, UsageRecord
-from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.node import NAME, READER, STAGING, UUID, FakeNode, publish_context
 
 OPEN = MountAccess("ext4", ("nvmesh:chmod=770",))

@@ -10,7 +10,7 @@ from csi_driver.errors import PreconditionFailed
 from csi_driver.host_model import Fault, FaultKind
 from csi_driver.node.usage_records import USED, UsageRecord
 from csi_driver.publish_context import History
-from tests.fakes.host import FakeFilesystem
+from tests.fakes.disks import FakeFilesystem
 from tests.fakes.node import (
     KUBELET,
     NAME,

@@ -18,7 +18,7 @@ from csi_driver.errors import (
 from csi_driver.model import AccessMode, MountAccess
 from csi_driver.node.usage_records import RAW, UsageRecord
 from csi_driver.publish_context import History
-from tests.fakes.host import MIB
+from tests.fakes.disks import MIB
 from tests.fakes.node import (
     BLOCK,
     EXT4,

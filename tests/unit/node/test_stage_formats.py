@@ -17,7 +17,7 @@ from csi_driver.node import StageRequest
 from csi_driver.node.stage import Stage
 from csi_driver.node.usage_records import USED, UsageRecord
 from csi_driver.publish_context import History
-from tests.fakes.host import MIB, FakeFilesystem
+from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.node import (
     EXT4,
     NAME,

@@ -13,7 +13,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
 from csi_driver.settings import NodeSettings
-from tests.fakes.host import MIB
+from tests.fakes.disks import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 
 NO_PATIENCE = NodeSettings(node_name="n", state_directory=Path("/nowhere"), statistics_timeout_s=0.02)
