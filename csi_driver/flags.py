@@ -45,15 +45,9 @@ _DNS = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):([0-9]{1,5})")
 
 
-# --- readers ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Reader(Generic[T_co]):
-    """Turn text into a value. `read` raises ValueError with a description of the text that it expects.
-
-    `metavar`, `unit`: of the value, in the help. `words`: every text that is accepted, if they are few.
-    """
+    """Turns text into a value, or raises ValueError with the expected text. `words`: all texts, if they are few."""
 
     read: Callable[[str], T_co]
     metavar: str = "VALUE"
@@ -64,24 +58,20 @@ class Reader(Generic[T_co]):
         return self.read(text)
 
     def named(self, metavar: str, unit: str = "") -> Reader[T_co]:
-        """Return this reader with another name and unit of the value."""
         return replace(self, metavar=metavar, unit=unit)
 
 
 def reader(metavar: str = "VALUE", unit: str = "") -> Callable[[Callable[[str], T]], Reader[T]]:
-    """Return a decorator that makes a reader of a function."""
     return lambda read: Reader(read, metavar, unit)
 
 
 @reader()
 def read_text(value: str) -> str:
-    """Accept any text."""
     return value
 
 
 @reader()
 def read_boolean(value: str) -> bool:
-    """Read true or false."""
     known = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
     if value.lower() not in known:
         raise ValueError("true or false")
@@ -111,7 +101,6 @@ def read_duration(value: str) -> float:
 
 @reader("N")
 def read_count(value: str) -> int:
-    """Read a number of 0 or more."""
     if not (value.isascii() and value.isdigit() and len(value) < 10):
         raise ValueError("a number of 0 or more")
     return int(value)
@@ -142,7 +131,6 @@ def read_file(value: str) -> Path:
 
 @reader("DIR")
 def read_directory(value: str) -> Path:
-    """Read the path of a directory."""
     return read_file(value)
 
 
@@ -187,7 +175,6 @@ read_node_name = _matching("NAME", re.compile(r"(?!\.{1,2}$)[^\s/\x00-\x1f\x7f]{
 
 @reader("NAME=DIR")
 def read_named_directory(value: str) -> tuple[str, Path]:
-    """Read NAME=DIR."""
     name, equals, directory = value.partition("=")
     if not equals or not name:
         raise ValueError("NAME=DIR")
@@ -216,10 +203,7 @@ def read_host_port_or_fd(value: str) -> tuple[str, int] | int:
 
 @reader("HOST:PORT")
 def read_listen_address(value: str) -> tuple[str, int]:
-    """Read HOST:PORT, [IPv6]:PORT, or :PORT for every address.
-
-    An IPv6 address without brackets, as Kubernetes gives pods their own, ends at the last colon.
-    """
+    """Read HOST:PORT or :PORT for every address. Kubernetes gives pods their IPv6 address without brackets."""
     host, colon, port = value.rpartition(":")
     if colon and not host:
         return "", read_host_port(f"every{value}")[1]
@@ -236,8 +220,6 @@ def _is_ipv6(text: str) -> bool:
 
 
 def choice(*words: Word) -> Reader[Word]:
-    """Return the reader of one of these words."""
-
     def read_choice(value: str) -> Word:
         for word in words:
             if word == value:
@@ -245,9 +227,6 @@ def choice(*words: Word) -> Reader[Word]:
         raise ValueError(f"one of {', '.join(words)}")
 
     return Reader(read_choice, words=words)
-
-
-# --- flags --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +247,6 @@ class Flag(Generic[T]):
     is_repeatable: bool = False
 
     def field(self) -> T:
-        """Return the dataclass field that takes the value of this flag."""
         default = {} if self.is_required else {"default": self.default}
         return cast("T", field(**default, metadata={FLAG: self}))  # type: ignore[call-overload]
 
@@ -279,12 +257,10 @@ class Flag(Generic[T]):
 
     @property
     def variable(self) -> str:
-        """Return the name of the environment variable."""
         return self.environment or _PREFIX + self.name.removeprefix("--").replace("-", "_").upper()
 
     @property
     def is_positional(self) -> bool:
-        """Return whether this is a positional word."""
         return not self.name.startswith("--")
 
     @property
@@ -299,7 +275,6 @@ class Flag(Generic[T]):
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def explain(self) -> str:
-        """Return the effect of the flag, its choices and its unit."""
         parts = [self.effect]
         if self.read.words:
             parts.append(f"One of: {', '.join(self.read.words)}.")
@@ -310,7 +285,6 @@ class Flag(Generic[T]):
         return " ".join(parts)
 
     def describe(self) -> str:
-        """Return the help: effect, default, environment."""
         if self.is_positional:
             return self.explain()
         default = "Required." if self.is_required else f"Default: {self.shown_default}."
@@ -319,7 +293,6 @@ class Flag(Generic[T]):
 
 
 def flag(default: T, name: str, read: Reader[T], effect: str, *, shown: str = "", environment: str = "") -> T:
-    """Return a field for an optional flag."""
     return Flag(default, name, read, effect, shown, environment).field()
 
 
@@ -347,5 +320,4 @@ def size_text(size_bytes: int) -> str:
 
 
 def host_name() -> str:
-    """Return the name of this machine."""
     return os.uname().nodename

@@ -31,9 +31,6 @@ Segments = Mapping[str, str]
 """Topology segments: key to value."""
 
 
-# --- access ---------------------------------------------------------------------------------------------
-
-
 class AccessMode(StrEnum):
     """Access modes (CSI specification, VolumeCapability.AccessMode)."""
 
@@ -47,12 +44,10 @@ class AccessMode(StrEnum):
 
     @property
     def is_read_only(self) -> bool:
-        """Whether no node writes."""
         return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
 
     @property
     def is_multi_node(self) -> bool:
-        """Whether several nodes may use the volume at once."""
         return self.value.startswith("MULTI_NODE")
 
 
@@ -89,8 +84,6 @@ class CapacityRange:
     limit_bytes: int = 0
 
 
-# --- handles --------------------------------------------------------------------------------------------
-
 _NAME = re.compile(r"[A-Za-z0-9_+=.-]{1,64}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _ZONE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -100,10 +93,7 @@ INCOMING_HANDLE_LIMIT_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class VolumeHandle:
-    """A CSI volume id: `name`, `zone:name`, `zone:name:uuid` or `zone:name:uuid:reference`.
-
-    `reference`: the namespace of the claim, or a text that a user wrote instead (one volume, another consumer).
-    """
+    """A CSI volume id: `name`, `zone:name[:uuid[:reference]]`. `reference`: the claim's namespace, or a user's text."""
 
     name: str
     zone: str | None = None
@@ -150,7 +140,6 @@ def is_zone_name(text: str) -> bool:
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID with hyphens."""
     return _UUID.fullmatch(text) is not None
 
 
@@ -175,9 +164,6 @@ class ClusterNames:
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     nodes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     topology_key: str | None = None
-
-
-# --- answers of use cases ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +204,6 @@ class Usage:
     total_inodes: int | None = None
     used_inodes: int | None = None
     available_inodes: int | None = None
-
-
-# --- health, as CSI 1.13 (alpha) reports it ---------------------------------------------------------------------
 
 
 class VolumeFault(StrEnum):
@@ -292,8 +275,6 @@ class VolumeHealth:
 
 @dataclass(frozen=True, slots=True)
 class StorageEntry:
-    """One problem of a node's connection to the storage."""
-
     status: StorageFault
     reason: Reason
     message: str

@@ -25,10 +25,7 @@ class History(StrEnum):
 
 
 class Encryption(StrEnum):
-    """Encryption of a volume: none, by the storage (the node only opens it), or by the node (LUKS2).
-
-    UNKNOWN: a word of a newer controller; such a volume is not used.
-    """
+    """Who encrypts. UNKNOWN: a word of a newer controller; such a volume is not used."""
 
     NONE = "none"
     NATIVE = "native"
@@ -75,10 +72,7 @@ class PublishContext:
 
     @classmethod
     def from_map(cls, context: Mapping[str, str]) -> PublishContext | None:
-        """Parse the map; None if this driver did not write it (older drivers, static attachments).
-
-        Unreadable values count as unknown, which only makes the node more careful.
-        """
+        """Parse; None if this driver did not write it. Unreadable values count as unknown: the node is more careful."""
         name, uuid = context.get("name", ""), context.get("uuid", "")
         if not is_volume_name(name) or not is_uuid(uuid):
             return None
@@ -102,16 +96,11 @@ def _natural(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
-# --- reference ids ---------------------------------------------------------------------------------------------
-
 _REFERENCE = re.compile(r"[a-z0-9-]{1,63}")
 
 
 def reference_id(handle: VolumeHandle) -> str | None:
-    """Return the reference id of this handle's attachments in the storage; None for its default, the volume's uuid.
-
-    A reference that the storage would refuse, or confuse with a uuid, is hashed.
-    """
+    """Return the storage's reference id; None = its default. One that it refuses, or takes for a uuid, is hashed."""
     reference = handle.reference
     if reference is None:
         return None

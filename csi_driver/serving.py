@@ -71,7 +71,6 @@ def serve(
 
 
 def _exit_now() -> None:
-    """End the process without waiting for threads that still work after the drain."""
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
@@ -82,9 +81,6 @@ def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> C
     from csi_driver.management.clusters import open_clusters
 
     return open_clusters(access.clusters_file, access.defaults, partial(ManagementClient, metrics=requests))
-
-
-# --- controller -----------------------------------------------------------------------------------------------------
 
 
 def run_controller(command: ControllerCommand) -> int:
@@ -146,9 +142,6 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
     )
 
 
-# --- node -----------------------------------------------------------------------------------------------------------
-
-
 def run_node(command: NodeCommand) -> int:
     """Serve the CSI node service until SIGTERM; return the exit status."""
     requests = metrics.ManagementMetrics()
@@ -185,7 +178,6 @@ def _register_and_report(
     measurements: Iterable[metrics.Metric],
     running: ExitStack,
 ) -> None:
-    """Register the driver with kubelet and serve health pages and metrics, where these are configured."""
     self_check, heavy = SelfCheck(command.endpoint.socket), use_cases.heavy
     healthy: dict[str, Check] = {"csi": self_check.why_silent}
     ready: dict[str, Check] = {"csi": self_check.why_not_ready, "storage": use_cases.health.why_unusable}
@@ -212,7 +204,6 @@ def _register_and_report(
 
 
 def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Periodic]:
-    """Return the loops that maintain the label and the start-up taint of this node's Kubernetes object."""
     wanted, name = command.node_object, command.node.node_name
     loops: list[Periodic] = []
     if not (wanted.label or wanted.startup_taint):

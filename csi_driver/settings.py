@@ -31,8 +31,6 @@ from csi_driver.flags import (
 )
 from csi_driver.model import DEFAULT_DRIVER_NAME, DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE
 
-# --- flags of several settings ---
-
 LOG_LEVEL = Flag("info", "--log-level", choice("debug", "info", "warning", "error"), "Minimum log level.")
 DRIVER_NAME = Flag(DEFAULT_DRIVER_NAME, "--driver-name", read_driver_name, "Name that the driver reports.")
 ENDPOINT = Flag(
@@ -74,9 +72,6 @@ PREALLOCATE = Flag(
 )
 
 
-# --- both roles -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
     """How a role serves CSI. Times in seconds."""
@@ -109,7 +104,6 @@ class HttpSettings:
 
 @reader("HOST:PORT")
 def read_http_listen(value: str) -> HttpSettings:
-    """Read the address of health pages and metrics."""
     return HttpSettings(*read_listen_address(value))
 
 
@@ -150,12 +144,7 @@ class ApiSettings:
     timeout_s: float = 10.0
 
 
-# --- attaching and the controller -----------------------------------------------------------------------------------
-
-
 class AttachBy(StrEnum):
-    """Which role attaches volumes."""
-
     CONTROLLER = "controller"
     NODE = "node"
 
@@ -244,8 +233,6 @@ class ControllerSettings(AttachSettings):
     )
     driver_version: str = ""
 
-
-# --- the node -------------------------------------------------------------------------------------------------------
 
 DEVICE_DIRECTORY = Flag(
     Path("/dev/nvmesh"), "--device-directory", read_directory, "Directory with the devices of attached volumes."
@@ -383,5 +370,4 @@ class RegistrationSettings:
 
     @property
     def socket(self) -> Path:
-        """Return the path of the registration socket."""
         return self.directory / f"{self.driver_name}-reg.sock"

@@ -158,7 +158,6 @@ class Volume:
 
     @property
     def size_bytes(self) -> int:
-        """The real size; `capacity_gb` is the requested one."""
         return self.blocks * self.block_size
 
     @property
@@ -168,7 +167,6 @@ class Volume:
 
     @property
     def wants_passphrase(self) -> bool:
-        """Whether the storage waits for the passphrase."""
         return self.action == "initEncryptionRequired"
 
     @property
@@ -182,8 +180,6 @@ class Volume:
 
 
 class ClientStatus(IntEnum):
-    """State of a storage client, with the management's numbers."""
-
     INITIALIZING = 0
     READY = 1
     PREPARING_REMOVAL = 2
@@ -282,8 +278,6 @@ class Vpg:
 
 @dataclass(frozen=True, slots=True)
 class SystemInfo:
-    """Version of the management and of its API, and the id of the cluster."""
-
     version: str
     api_version: str
     cluster_id: str

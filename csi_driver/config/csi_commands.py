@@ -64,7 +64,6 @@ class ManagementAccess:
 
     @property
     def defaults(self) -> ClusterDefaults:
-        """Return the settings of zones that the file leaves out."""
         return ClusterDefaults(self.management, self.zone, tls_is_decided=self.tls_verify is not None)
 
     def read_clusters(self, values: Values) -> None:
@@ -103,8 +102,6 @@ class ClusterCommand(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerCommand(ClusterCommand):
-    """`nvmesh-csi controller`."""
-
     endpoint: EndpointSettings = section(EndpointSettings)
     access: ManagementAccess = section(ManagementAccess)
     controller: ControllerSettings = section(ControllerSettings)
@@ -115,8 +112,6 @@ class ControllerCommand(ClusterCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCommand(Command):
-    """`nvmesh-csi node`."""
-
     endpoint: EndpointSettings = section(EndpointSettings)
     paths: NodePaths = section(NodePaths)
     node: NodeSettings = section(NodeSettings)
@@ -174,8 +169,6 @@ class NodeCommand(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeCommand(ClusterCommand):
-    """`nvmesh-csi volume`."""
-
     action: str = required(
         SHOW,
         "ACTION",
@@ -191,8 +184,6 @@ class VolumeCommand(ClusterCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreStopCommand(Command):
-    """`nvmesh-csi pre-stop`."""
-
     timeout_s: float = flag(
         25.0,
         "--timeout",

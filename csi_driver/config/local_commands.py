@@ -17,8 +17,6 @@ from csi_driver.telemetry.log import LogSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageCommand(Command):
-    """`nvmesh-csi storage`."""
-
     storage: StorageSettings = section(StorageSettings)
     http: HttpSettings | None = HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
@@ -29,16 +27,12 @@ class StorageCommand(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalCommand(Command):
-    """`nvmesh-csi local`."""
-
     settings: LocalSettings = section(LocalSettings)
     log: LogSettings = section(LogSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoCommand(Command):
-    """`nvmesh-csi demo`."""
-
     settings: DemoSettings = section(DemoSettings)
     log: LogSettings = section(LogSettings)
 
@@ -50,8 +44,6 @@ class DemoCommand(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorCommand(Command):
-    """`nvmesh-csi doctor`."""
-
     target: Target = section(Target)
     log: LogSettings = field(default_factory=lambda: LogSettings("error"))
 

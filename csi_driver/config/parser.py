@@ -54,10 +54,7 @@ class UsageError(Exception):
 
 @dataclass(slots=True)
 class Values:
-    """Texts of flags: arguments, else environment, else `file` (source and text), and the problems of reading them.
-
-    `running`: the process of the role whose flags the command takes, too.
-    """
+    """Texts of flags: arguments, else environment, else `file` (source, text); and the problems of reading them."""
 
     arguments: Mapping[str, Sequence[str]]
     environ: Mapping[str, str]
@@ -125,7 +122,6 @@ class Command:
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        """Return the settings of this command."""
         return build(cls, values)
 
     def problems(self, values: Values) -> Iterable[str]:
@@ -135,7 +131,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class VersionCommand(Command):
-    """`nvmesh-csi version`."""
+    __slots__ = ()
 
 
 def command_class(name: str) -> type[Command]:
@@ -156,10 +152,7 @@ def parse(
     environ: Mapping[str, str],
     find_running: Callable[[Sequence[str]], RunningRole | None] = lambda _: None,
 ) -> Command:
-    """Return the command that the arguments after the program's name describe; --help ends the process.
-
-    `find_running` returns the running process of one of these roles. Raises `UsageError` with every problem.
-    """
+    """Return the command of the arguments; --help ends the process. Raises `UsageError` with every problem."""
     name = next((argument for argument in argv if argument in COMMANDS), "")
     if argv and not name and not argv[0].startswith("-"):
         raise UsageError([f"unknown command {shown(argv[0])}{_suggestion(argv[0], COMMANDS)}"])
@@ -203,14 +196,11 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises instead of ending the process."""
-
     def error(self, message: str) -> NoReturn:
         raise UsageError([message])
 
 
 def _parser(chosen: str, flags: Mapping[str, Flag[Any]]) -> argparse.ArgumentParser:
-    """Return the parser of all commands, of which only the chosen one has its flags."""
     form: dict[str, Any] = {
         "epilog": _EXIT_STATUS, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter
     }  # fmt: skip

@@ -30,16 +30,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VolumeAdmin:
-    """Commands of an administrator for one volume."""
-
     clusters: Clusters
 
     def allow_format(self, volume_id: str, *, deadline: Deadline) -> str:
-        """Allow the next attachment of the volume to format over old data; return a sentence about it.
-
-        Raises `VolumeNotFound`, `PreconditionFailed` while a client holds the volume, for a volume that is never
-        formatted, and if it is allowed already; `OperationPending` if the volume is being attached.
-        """
+        """Allow the next attachment to format over old data; return a sentence about it. It must be detached."""
         located = require(self.clusters, volume_id, deadline=deadline)
         volume = located.volume
         holders = located.management.clients_holding(volume.uuid, deadline=deadline)
@@ -81,7 +75,6 @@ class VolumeAdmin:
 
 
 def _permitted_number(located: Located, holders: Sequence[Client]) -> int:
-    """Return the number of the next attachment. Raises `PreconditionFailed` if it must not format the volume."""
     volume = located.volume
     if holders or volume.reservation.mode is not ReservationMode.NONE:
         names = ", ".join(sorted(client.id for client in holders)) or "an unknown client"

@@ -46,9 +46,6 @@ _MOST_KNOWN = 1024
 _MOST_EXTENSIONS = 3
 
 
-# --- free capacity ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class FreeCapacity:
     """Free capacity of a zone for volumes of some parameters. `refusal`: why the zone refuses every such volume."""
@@ -59,11 +56,7 @@ class FreeCapacity:
 
 
 def free_capacity(management: Management, read: StorageClassParameters, *, deadline: Deadline) -> FreeCapacity:
-    """Return the usable bytes, and the size of the smallest volume. At most five requests.
-
-    A provisioning group has its reserved space and, if it may overflow, that of its drives. Redundancy and encryption
-    are subtracted, and the rest is rounded down to a possible size.
-    """
+    """Return the usable bytes of drives and reserved space, less redundancy and encryption. At most five requests."""
     layout, header, reserved, overflows = read.spec.layout, read.encryption.header_bytes, 0, True
     group: Vpg | None = None
     if layout is None:
@@ -121,8 +114,6 @@ def _free_in(
 
 @dataclass(slots=True)
 class GetCapacity:
-    """GetCapacity."""
-
     clusters: Clusters
     settings: ControllerSettings
     _refused: set[frozenset[tuple[str, str]]] = field(default_factory=set)
@@ -174,7 +165,6 @@ class GetCapacity:
     def _refusal(
         self, zones: Sequence[str], found: Sequence[FreeCapacity], read: StorageClassParameters, deadline: Deadline
     ) -> str:
-        """Return why every zone refuses such volumes; empty if one accepts them or does not answer."""
         if len(found) < len(zones) or not all(each.refusal for each in found):
             return ""
         others = [zone for zone in self.clusters.zones() if zone not in zones]
@@ -187,7 +177,6 @@ class GetCapacity:
         return found[0].refusal
 
     def _report_refusal(self, parameters: Mapping[str, str], refusal: str) -> None:
-        """Log once for each set of parameters that CreateVolume will refuse them."""
         kind = frozenset(parameters.items())
         if kind in self._refused:
             return
@@ -211,15 +200,9 @@ class GetCapacity:
         return list(answers.given.values())
 
 
-# --- zone selection ---------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class ZoneSelection:
-    """Orders zones by the preference of the request, and by the policy among those that it prefers equally.
-
-    `round-robin` counts in this process only, as controllers share nothing.
-    """
+    """Orders zones by the preference of the request, then by the policy. `round-robin` counts in this process only."""
 
     clusters: Clusters
     settings: ControllerSettings
@@ -239,7 +222,6 @@ class ZoneSelection:
         parameters: StorageClassParameters,
         deadline: Deadline,
     ) -> list[str]:
-        """Return the allowed zones in the order in which to try them for this volume."""
         rank = rank_in(request.topology, self.settings.topology_key)
         if len({rank(zone) for zone in allowed}) == len(allowed):
             return sorted(allowed, key=rank)
@@ -291,13 +273,8 @@ def by_free_space(free: Mapping[str, int], name: str, size_bytes: int) -> list[s
     return sorted(free, key=lambda zone: (free[zone] < size_bytes, -score(zone), zone))
 
 
-# --- expansion --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class ExpandVolume:
-    """ControllerExpandVolume, for attached volumes too."""
-
     clusters: Clusters
 
     def expand(
@@ -328,7 +305,6 @@ class ExpandVolume:
         return volume.size_bytes - reserved, not is_block or is_encrypted
 
     def _extend(self, located: Located, volume: Volume, more: sizes.Extension, deadline: Deadline) -> Volume:
-        """Extend the volume and return it as it is then. Another controller may have extended it concurrently."""
         if volume.is_being_made:
             raise OperationPending(f"volume {volume.name} is still being created (action {volume.action}); retry")
         refusal: DriverError | None = None

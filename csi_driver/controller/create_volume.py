@@ -57,8 +57,6 @@ _ENCRYPTED = 1
 
 
 class VpgMissing(InvalidField):
-    """A zone has no volume provisioning group of this name; another zone may."""
-
     def __init__(self, name: str) -> None:
         super().__init__("parameters.vpg", name, "an existing volume provisioning group")
 
@@ -74,8 +72,6 @@ class EncryptionNotInitialised(StorageUnavailable):
 
 @dataclass(slots=True)
 class CreateVolume:
-    """CreateVolume. Keeps no state of volumes: several controllers may serve the same call at once."""
-
     clusters: Clusters
     settings: ControllerSettings
     pool: ZonePool = ZONE_POOL
@@ -121,8 +117,6 @@ class CreateVolume:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of CreateVolume, its parameters parsed. `creation`: its record, without the zone."""
-
     use_case: CreateVolume
     request: CreateRequest
     name: str
@@ -153,10 +147,7 @@ class _Call:
         raise _refused_by_all(refusals)
 
     def continue_after(self, problem: DriverError) -> ProvisionedVolume:
-        """Continue with the volume that an earlier call left, although it cannot be created now; else raise `problem`.
-
-        The request may have been valid then and not now: a Secret lost its key, a group changed, the storage is full.
-        """
+        """Finish the volume that an earlier call left, when the request was still valid; else raise `problem`."""
         try:
             found = self._existing()
         except UNANSWERED as silence:
@@ -247,11 +238,6 @@ class _Call:
         return self._finish(found, is_new=is_ours)
 
     def _finish(self, found: Found, *, is_new: bool = False) -> ProvisionedVolume:
-        """Prove that the volume is the requested one, wait until it is usable, and answer as the first time.
-
-        `is_new`: this call created it. A volume that is new, or that this driver created and that is still smaller than
-        required, was never returned by any call: if it cannot come into the requested range, it is deleted.
-        """
         management, volume, creation = found.management, found.volume, found.creation
         if volume.is_being_deleted:
             raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")
@@ -282,10 +268,7 @@ class _Call:
         return described(replace(found, volume=volume), self.use_case.settings.topology_key)
 
     def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
-        """Return whether a volume that was created for this range came out smaller.
-
-        Earlier drivers did not know the server's rounding, and a group may change while a volume is created.
-        """
+        """Return whether it came out too small: by the rounding of earlier drivers, or a group that changed."""
         missing = self.request.capacity.required_bytes - size_bytes
         if missing <= 0:
             return False
@@ -318,7 +301,6 @@ class _Call:
         return latest
 
     def _delete_if_out_of_range(self, management: Management, volume: Volume, reserved: int) -> None:
-        """Delete a volume that was never returned and that no extension brings into the range; then raise."""
         try:
             sizes.extension(volume, self.request.capacity, reserved)
         except CapacityOutOfRange as reason:
@@ -332,13 +314,6 @@ class _Call:
 
 @dataclass(slots=True)
 class _NativeEncryption:
-    """The initialisation of encryption by the storage: the passphrase is sent at most once in a call.
-
-    Such a volume is created without a key and cannot be attached. One request sends the passphrase, and a storage
-    target writes the header later. After a failure nothing is deleted, and a retry with a corrected Secret continues.
-    The errors are not final, so the provisioner retries, and deletes the volume if the claim is deleted.
-    """
-
     management: Management
     request: EncryptionRequest
     secrets: Mapping[str, str]
@@ -376,7 +351,6 @@ class _NativeEncryption:
 
 
 def _refused_by_all(refusals: Mapping[str, Exhausted | VpgMissing]) -> DriverError:
-    """Return why no zone created the volume: `Exhausted` if any of them may have space later."""
     if len(refusals) == 1:
         return next(iter(refusals.values()))
     text = "; ".join(f"zone {zone}: {refusal}" for zone, refusal in refusals.items())

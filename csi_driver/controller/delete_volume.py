@@ -20,8 +20,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DeleteVolume:
-    """DeleteVolume."""
-
     clusters: Clusters
     settings: ControllerSettings
 
@@ -58,10 +56,7 @@ class DeleteVolume:
 def delete_unreturned(
     management: Management, volume: Volume, reason: str, *, wait: Deadline, deadline: Deadline
 ) -> None:
-    """Delete a volume that this driver created and never returned: no caller has its handle.
-
-    Raises `PreconditionFailed` if it was ever attached, by its reservation, its record or any client.
-    """
+    """Delete a volume that no call returned. Raises `PreconditionFailed` if it was ever attached."""
 
     def is_gone() -> bool:
         present = management.volume(volume.name, deadline=deadline)
@@ -89,7 +84,6 @@ def delete_unreturned(
 
 
 def _refuse_held(located: Located, holders: Sequence[Client]) -> None:
-    """Raise `PreconditionFailed` naming the clients that hold the volume, except those that were preempted."""
     volume = located.volume
     preempted = [client.id for client in holders if was_preempted(volume, client)]
     left = [client for client in holders if client.id not in preempted]

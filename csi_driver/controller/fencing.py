@@ -41,11 +41,7 @@ _NOT_ATTACHED = (
 )  # fmt: skip
 
 
-# --- state of an attachment -------------------------------------------------------------------------------------
-
-
 def is_detaching(client: Client, volume_uuid: str) -> bool:
-    """Return whether the volume is being detached from the client."""
     desired, report = client.desired.get(volume_uuid), client.devices.get(volume_uuid)
     if desired is not None:
         return desired.is_detaching
@@ -89,10 +85,7 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
 
 
 def device_state(client: Client, volume: Volume) -> str:
-    """Describe the device of a slow detachment, and how to find the program that keeps it open.
-
-    The management drops the reports of a busy device, so such a device keeps showing as attached.
-    """
+    """Describe a slow detachment. The management drops reports of a busy device, so it keeps showing as attached."""
     report = client.devices.get(volume.uuid)
     if report is None:
         return "device gone"
@@ -107,13 +100,8 @@ def device_state(client: Client, volume: Volume) -> str:
     )
 
 
-# --- unpublish --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class UnpublishVolume:
-    """ControllerUnpublishVolume."""
-
     clusters: Clusters
     settings: AttachSettings
 
@@ -145,12 +133,6 @@ class UnpublishVolume:
             self._await_released(located, client, deadline)
 
     def _prove_never_attached(self, problem: ZoneNotServed, volume_id: str, node_id: str, deadline: Deadline) -> None:
-        """Return if a volume of a zone that is not served cannot be attached to the node; else raise.
-
-        A storage client belongs to one cluster. If a served zone has the node's client, no volume of another cluster
-        was ever attached to it: the PersistentVolume names a wrong zone, or the former name of the served zone. In the
-        latter case the client's document shows the volume. Hosts of two clusters may share a name, so the uuid counts.
-        """
         clients = ask(
             self.clusters.zones(),
             lambda zone: served(self.clusters, zone).client_by_uuid(node_id, deadline=deadline),
@@ -204,19 +186,13 @@ class UnpublishVolume:
 
 
 def _holds(client: Client, handle: VolumeHandle) -> bool:
-    """Return whether the client may hold the volume: compared by uuid, or by name if the handle has no uuid.
-
-    A device that the client reports without a name may be of any volume.
-    """
+    """Return whether the client may hold the volume. A device reported without a name may be any volume."""
     entries: list[DesiredAttachment | DeviceReport] = [*client.desired.values(), *client.devices.values()]
     return any(
         (entry.volume_name in (handle.name, "") if handle.uuid is None else entry.volume_uuid.lower() == handle.uuid)
         and client.holds(entry.volume_uuid)
         for entry in entries
     )
-
-
-# --- preemption -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +249,7 @@ class Preemption:
         return holders, {holder.id: self._reason_to_keep(located.volume, holder, owner) for holder in holders}
 
     def _refuse_contradiction(self, located: Located, known: set[str], *, deadline: Deadline) -> None:
-        """Raise `OperationPending` if the volume's document names a holder that is not `known`.
-
-        The clients' documents may be older than the volume's. A client that is down or does not exist is no holder.
-        """
+        """Raise `OperationPending` if the volume names another holder: clients' documents may be older."""
         volume = located.volume
         for name in volume.reservation.attached:
             if name in known:
@@ -289,10 +262,7 @@ class Preemption:
                 )
 
     def _owner(self, located: Located, client: Client, holders: Sequence[Client], *, deadline: Deadline) -> str | None:
-        """Return the id of the only client for which the volume is reserved, else None.
-
-        Also None for an unknown id, possibly the former one of a renamed holder.
-        """
+        """Return the client that has the exclusive reservation; None for an unknown id, perhaps of a renamed holder."""
         reservation = located.volume.reservation
         owner = reservation.reserved_by
         if not holders or owner is None or reservation.mode is not ReservationMode.EXCLUSIVE_READ_WRITE:
@@ -301,10 +271,7 @@ class Preemption:
         return owner if is_known or located.management.client(owner, deadline=deadline) is not None else None
 
     def _reason_to_keep(self, volume: Volume, holder: Client, owner: str | None) -> str:
-        """Return why the volume must not be taken from this holder; empty if it may.
-
-        A holder that the owner preempted has no I/O any more, whether or not it has noticed.
-        """
+        """Return why not to take the volume, or "". A preempted holder has no I/O, whether or not it has noticed."""
         desired = holder.desired.get(volume.uuid)
         is_released_there = desired is None or desired.is_detaching
         match self.policy:

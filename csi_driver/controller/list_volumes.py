@@ -29,8 +29,6 @@ for everything, follows tokens."""
 _FIELD_BYTES = 6  # tag and length of a text or of a message within another, at most
 _FIXED_BYTES = 64  # numbers, and the messages around
 
-# --- tokens -----------------------------------------------------------------------------------------------------
-
 _VERSION = "v1."
 _LAST = "~"
 """Sorts after the marks of all handles of a volume."""
@@ -69,8 +67,6 @@ def _mark(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
-# --- volumes ----------------------------------------------------------------------------------------------------
-
 _Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Volume uuid, then reference id, to the ids of the nodes with such an attachment."""
 _Entry = tuple[Position, ListedVolume]
@@ -78,8 +74,6 @@ _Entry = tuple[Position, ListedVolume]
 
 @dataclass(slots=True)
 class ListVolumes:
-    """ListVolumes and ControllerGetVolume."""
-
     clusters: Clusters
     settings: ControllerSettings
     _reported: set[str] = field(default_factory=set)
@@ -102,7 +96,6 @@ class ListVolumes:
         return entries, ""
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume:
-        """Return one volume with the requested id. Raises `VolumeNotFound`."""
         located = require(self.clusters, volume_id, deadline=deadline)
         holders = _holders(located.management.clients_holding(located.volume.uuid, deadline=deadline))
         return ListedVolume(
@@ -111,7 +104,6 @@ class ListVolumes:
         )
 
     def _entries(self, starting_token: str, page: int, deadline: Deadline) -> Iterator[_Entry]:
-        """Yield all entries after the token, in the order of (zone, volume, handle)."""
         start = read_token(starting_token) if starting_token else None
         zones = sorted(self.clusters.zones())
         if start is not None:
@@ -200,7 +192,6 @@ def _volumes_from(management: Management, start: Position | None, page: int, *, 
 
 
 def _holders(clients: Sequence[Client]) -> _Holders:
-    """Return the nodes of each volume by reference id. A volume that is being detached is not published any more."""
     holders: dict[str, dict[str, tuple[str, ...]]] = {}
     for client in clients:
         for uuid, desired in client.desired.items():
@@ -223,8 +214,6 @@ def _text_bytes(text: str) -> int:
     return _FIELD_BYTES + len(text.encode("utf-8", "surrogatepass"))
 
 
-# --- health -----------------------------------------------------------------------------------------------------
-
 _CONDITIONS: Mapping[str, tuple[VolumeFault, Reason]] = MappingProxyType(
     {
         "offline": (VolumeFault.INACCESSIBLE, Reason.VOLUME_OFFLINE),
@@ -241,8 +230,6 @@ _FAILED = frozenset({DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED
 
 @dataclass(frozen=True, slots=True)
 class GetVolumeHealth:
-    """ControllerGetVolumeHealth and ControllerListVolumeHealth."""
-
     listing: ListVolumes
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth:
@@ -280,7 +267,6 @@ class GetVolumeHealth:
 
 
 def find_faults(volume: Volume, clients: Sequence[Client]) -> tuple[VolumeEntry, ...]:
-    """Return the faults of a volume by its document and by those of the clients that hold it."""
     found = list(_faults_of(volume))
     for client in clients:
         found.extend(_faults_of_attachment(volume, client))
@@ -299,7 +285,6 @@ def _faults_of(volume: Volume) -> Iterator[VolumeEntry]:
 
 
 def _faults_of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntry]:
-    """Compare the desired attachment with the client's report; no faults while the volume is being detached."""
     desired = client.desired.get(volume.uuid)
     if desired is None or desired.is_detaching:
         return

@@ -34,8 +34,6 @@ class TopologyRequirement:
 
 @dataclass(frozen=True, slots=True)
 class CreateRequest:
-    """CreateVolume."""
-
     name: str
     capacity: CapacityRange
     capabilities: tuple[Capability, ...]
@@ -59,8 +57,6 @@ class PublishRequest:
 
 @dataclass(frozen=True, slots=True)
 class ValidateRequest:
-    """ValidateVolumeCapabilities."""
-
     volume_id: str
     capabilities: tuple[Capability, ...]
     context: Mapping[str, str] = field(default_factory=dict)
@@ -85,11 +81,7 @@ class Management(Protocol):
         """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name, without their chunks."""
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
-        """Create the volume and return its uuid; None if a volume (or a VPG's reservation) has that name.
-
-        Raises `Exhausted` (no space), `InvalidRequest` (a parameter the server refuses), `OperationPending`
-        (space being reclaimed), `PreconditionFailed` (cluster too old for the feature).
-        """
+        """Return the uuid; None if the name is in use. `Exhausted`: no space. `OperationPending`: being reclaimed."""
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
         """Set a new total capacity.
@@ -99,19 +91,13 @@ class Management(Protocol):
         """
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
-        """Mark the volume for deletion; False if it does not exist.
-
-        Raises `PreconditionFailed` if it is in use (naming the clients) or is a snapshot's source.
-        """
+        """Mark it for deletion; False if it does not exist. Raises `PreconditionFailed` while it is in use."""
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         """Replace the whole metadata of the volume. Raises `VolumeNotFound`."""
 
     def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
-        """Change attributes of the volume, but not its metadata.
-
-        Raises `InvalidRequest` (a change that this volume cannot have), `VolumeNotFound`, `PreconditionFailed`.
-        """
+        """Change attributes of the volume, but not its metadata. Raises `InvalidRequest`, `PreconditionFailed`."""
 
     def init_encryption(
         self, volume: Volume, passphrase: str, *, slot: int, key_size_bits: int, deadline: Deadline
@@ -126,7 +112,7 @@ class Management(Protocol):
         """Return the client by its id (the host name that the management knows), or None."""
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        """Return the client by its uuid, or None."""
+        pass
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
         """Return all clients with their attachments. O(clients): for lists, not for calls about one volume."""
@@ -164,10 +150,7 @@ class Management(Protocol):
         """Return the free bytes of a VPG's own reserved space; 0 without such space."""
 
     def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
-        """Return the free bytes of the allowed drives, redundancy included; None if `allowed` names unknown things.
-
-        At most three requests.
-        """
+        """Return the free bytes with redundancy; None if `allowed` names unknown things. At most three requests."""
 
 
 class Clusters(Protocol):

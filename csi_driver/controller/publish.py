@@ -87,8 +87,6 @@ class PublishVolume:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of ControllerPublishVolume; `located` and `client`: as last read."""
-
     clusters: Clusters
     settings: AttachSettings
     request: PublishRequest
@@ -161,10 +159,7 @@ class _Call:
             )
 
     def _admit(self) -> int | None:
-        """Refuse an attachment that must not be made, before the record changes on which a holder relies.
-
-        Return the version of the reservation if the volume must be preempted, else None.
-        """
+        """Refuse early, before the record changes; return the version of the reservation to preempt, if any."""
         client, reservation = self.client, self.located.volume.reservation
         if client.status in _ABSENT:
             raise _client_absent(client)
@@ -196,7 +191,6 @@ class _Call:
         return record
 
     def _attach(self, preempted: int | None) -> None:
-        """Request the attachment; preempt the reservation of version `preempted`."""
         volume, client = self.located.volume, self.client
         if preempted is not None:
             self.preemption.confirm(self.located, client, preempted, deadline=self.deadline)
@@ -223,10 +217,7 @@ class _Call:
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode)
 
     def _await_device(self) -> None:
-        """Wait until the client reports a usable device, and the desired attachment exists in that same answer.
-
-        Servers before 3.5 may lose an attachment that they accepted.
-        """
+        """Wait for the device and the desired attachment: servers before 3.5 lose accepted attachments."""
         lacks = "the attachment"
         name = self.located.volume.name
 
@@ -243,11 +234,6 @@ class _Call:
             raise DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
 
     def _context(self, known: AttachmentRecord) -> PublishContext:
-        """Return the publish context, from the volume as it is now that it is attached.
-
-        `known` is the record as this call left it, and `client` shows the attachment. The answer may come from a server
-        that knows of neither yet and shows an earlier attachment of the same node: then nothing is promised.
-        """
         volume = self.located.management.volume(self.located.volume.name, deadline=self.deadline)
         if volume is None or volume.uuid != self.located.volume.uuid:
             raise VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")
@@ -327,10 +313,7 @@ def _client_absent(client: Client) -> StorageUnavailable:
 
 @dataclass(frozen=True, slots=True)
 class NodeAttach:
-    """The attachments that a node makes for itself, by the same rules. Fits `csi_driver.node.ports.Attachments`.
-
-    `node_id` is called each time: the node's storage client may start after the driver.
-    """
+    """The attachments that a node makes for itself. `node_id` is called each time: its client may start later."""
 
     publisher: PublishVolume
     unpublisher: UnpublishVolume
@@ -345,11 +328,9 @@ class NodeAttach:
         is_again: bool = False,
         deadline: Deadline,
     ) -> Mapping[str, str]:
-        """Attach the volume to this node, or find it attached, and return its publish context."""
         node_id = self.node_id()
         request = PublishRequest(volume_id, node_id, capability, False, context=volume_context, is_again=is_again)
         return self.publisher.publish(request, deadline=deadline).as_map()
 
     def detach(self, volume_id: str, *, deadline: Deadline) -> None:
-        """Detach the volume from this node under this handle."""
         self.unpublisher.unpublish(volume_id, self.node_id(), deadline=deadline)

@@ -24,9 +24,6 @@ _log = logging.getLogger(__name__)
 _ACCESS = {True: "raw block", False: "filesystem"}
 
 
-# --- capabilities -----------------------------------------------------------------------------------------------
-
-
 def check_capability(capability: Capability) -> None:
     """Raise `InvalidRequest` for a capability that no volume has."""
     mode, access = capability.mode, capability.access
@@ -63,7 +60,6 @@ def chosen_fs_type(capabilities: Sequence[Capability], parameter: str) -> str | 
 
 
 def reservation_mode(capability: Capability, *, read_only: bool) -> ReservationMode:
-    """Return the reservation of the volume in the storage while it is used with this capability."""
     if read_only or capability.mode.is_read_only:
         return ReservationMode.SHARED_READ_ONLY
     if capability.mode.is_multi_node:
@@ -75,13 +71,8 @@ def _fs_types(capabilities: Sequence[Capability]) -> set[str]:
     return {c.access.fs_type for c in capabilities if isinstance(c.access, MountAccess) and c.access.fs_type}
 
 
-# --- existing volumes -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class ValidateVolume:
-    """ValidateVolumeCapabilities."""
-
     clusters: Clusters
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
@@ -124,10 +115,7 @@ class ModifyVolume:
     clusters: Clusters
 
     def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None:
-        """Apply all mutable parameters or none; success if they are applied already.
-
-        Raises `InvalidRequest` for values that this volume or any volume cannot have, `VolumeNotFound`.
-        """
+        """Apply all mutable parameters or none; success if they are applied already."""
         changes = parse_changes(parameters)
         located = require(self.clusters, volume_id, deadline=deadline)
         volume = located.volume

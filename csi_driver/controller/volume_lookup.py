@@ -31,8 +31,6 @@ class ZoneNotServed(PreconditionFailed):
 
 @dataclass(frozen=True, slots=True)
 class Located(Found):
-    """A volume that was found by a CSI volume id."""
-
     volume_id: str
     handle: VolumeHandle
 
@@ -40,9 +38,6 @@ class Located(Found):
     def reference(self) -> str:
         """The reference id of this handle's attachments in the storage."""
         return held_reference(self.handle, self.volume.uuid)
-
-
-# --- volumes --------------------------------------------------------------------------------------------------
 
 
 def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located | None:
@@ -88,10 +83,7 @@ def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Locate
 
 
 def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
-    """Return the zones where the volume of a handle can be; empty if it names one that is not configured.
-
-    Older drivers always wrote `single-zone-cluster` for the only cluster: with one zone it means that zone.
-    """
+    """Return the zones of a handle. With one zone, `single-zone-cluster` of older drivers means that zone."""
     zones = list(clusters.zones())
     if handle.zone is None or (handle.zone == DEFAULT_ZONE and len(zones) == 1):
         return zones
@@ -103,9 +95,6 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
     handle = VolumeHandle.parse(volume_id)
     zones = zones_of(clusters, handle) if handle is not None else []
     return clusters.management(zones[0]) if len(zones) == 1 else None
-
-
-# --- storage clients ------------------------------------------------------------------------------------------
 
 
 def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
@@ -129,7 +118,6 @@ def find_client(management: Management, node_id: str, *, deadline: Deadline) -> 
 
 
 def client_names(clients: Iterable[Client]) -> str:
-    """Return ids and uuids of clients for messages."""
     return ", ".join(sorted(f"{client.id} ({client.uuid})" for client in clients))
 
 
@@ -139,14 +127,8 @@ def _is_same_host(client_id: str, node_name: str) -> bool:
     return one == other or one == other.partition(".")[0] or other == one.partition(".")[0]
 
 
-# --- handles ----------------------------------------------------------------------------------------------------
-
-
 def issued_reference(zone: str, name: str, reference: str) -> str | None:
-    """Return the last part of a new volume's handle; None if the handle would be too long with it.
-
-    The uuid is not known yet, but its length is.
-    """
+    """Return the last part of a new volume's handle; None if the handle would be too long with it."""
     if not reference:
         return None
     handle = VolumeHandle.parse(VolumeHandle(name, zone, _ANY_UUID, reference).format())
@@ -198,7 +180,6 @@ def _recorded_handles(record: AttachmentRecord, uuid: str) -> dict[str, list[str
 
 
 def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
-    """Return the handle of the attachments with this reference id, as far as the id tells."""
     return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 

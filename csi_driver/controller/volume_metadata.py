@@ -26,9 +26,6 @@ _MOST_CLIENTS = 1024
 _MOST_HANDLES = 64
 
 
-# --- creation -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Creation:
     """What CreateVolume asked for. `fs_type` is None for raw block; None elsewhere: not recorded.
@@ -50,7 +47,6 @@ class Creation:
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
-    """Return the metadata of a new volume."""
     own: dict[str, object] = {"format": _FORMAT, "created": True}
     if creation.reference is not None:
         own["reference"] = creation.reference
@@ -90,9 +86,6 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
         header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
     )
-
-
-# --- attachments ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +178,6 @@ def read_permission(metadata: Mapping[str, object]) -> int:
     """Return the number of the attachment that may format over old data; 0 = none."""
     number = _own(metadata).get(_PERMISSION_KEY)
     return number if _natural(number) else 0
-
-
-# --- derived properties -----------------------------------------------------------------------------------------
 
 
 def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]) -> Encryption:

@@ -47,7 +47,6 @@ class ZonePool:
     _pools: dict[str, DaemonPool] = field(default_factory=dict)
 
     def submit(self, zone: str, request: Callable[[], T]) -> Future[T]:
-        """Start a request to one zone."""
         return self._pools.setdefault(zone, DaemonPool(f"zone-{zone}", self.per_zone)).submit(request)
 
 
@@ -62,7 +61,6 @@ class Answers(Generic[T]):
     missing: Mapping[str, DriverError]
 
     def all(self) -> Mapping[str, T]:
-        """Return the answers of all zones. Raises an error that names every zone without one."""
         if self.missing:
             raise unavailable(self.missing)
         return self.given
@@ -123,16 +121,11 @@ def ask(
 
 @dataclass(slots=True)
 class Readiness:
-    """Whether the storage management of any zone can be reached."""
-
     clusters: Clusters
     _was_ready: bool = False
 
     def ready(self, *, deadline: Deadline) -> bool:
-        """Return whether any management has ever answered: a restart of the driver would not cure a later outage.
-
-        Raises the errors of the zones if none answers and some fail.
-        """
+        """Return whether any management ever answered: no restart cures a later outage. Raises what the zones raise."""
         self._was_ready = self._was_ready or self._any_answers(deadline)
         return self._was_ready
 
@@ -176,14 +169,8 @@ def any_of(
     return False
 
 
-# --- zones that a request allows --------------------------------------------------------------------------------
-
-
 def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None, key: str) -> list[str]:
-    """Return the zones that satisfy the requirement, preferred ones first (CSI specification, TopologyRequirement).
-
-    Raises `Exhausted` if there is none.
-    """
+    """Return the zones that satisfy the requirement, preferred ones first. Raises `Exhausted` if there is none."""
     if requirement is None:
         return list(zones)
     requisite = [segments.get(key) for segments in requirement.requisite]
@@ -208,9 +195,6 @@ def _named(segments: Segments, key: str) -> str:
         return shown(segments[key])
     others = ", ".join(shown(f"{other}={value}") for other, value in sorted(segments.items()))
     return f"{others} without {key}" if others else "no topology segment"
-
-
-# --- one volume for each CSI name -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +234,7 @@ def find_in(clusters: Clusters, zone: str, name: str, *, deadline: Deadline) -> 
 
 @dataclass(frozen=True, slots=True)
 class DuplicateGuard:
-    """Finds the volume of a CSI name in several zones, and refuses two. The argument: docs/architecture.md, Topology.
-
-    Every volume that CreateVolume returns was found or created first, and after that no other zone had the name.
-    """
+    """Finds the volume of a CSI name in several zones, and refuses two (docs/architecture.md, Topology)."""
 
     clusters: Clusters
     allow_zone_skip: bool = False
@@ -291,10 +272,7 @@ class DuplicateGuard:
         return found
 
     def confirm(self, found: Found, allowed: Sequence[str], *, deadline: Deadline) -> None:
-        """Ask all other zones, after `found` was seen, and return if none has the name too.
-
-        Raises `PreconditionFailed` naming both volumes. Nothing is deleted: each one may be in use.
-        """
+        """Ask all other zones, after `found` was seen. Raises `PreconditionFailed` naming both; nothing is deleted."""
         here, elsewhere, _ = self._look(found.volume.name, allowed, but=found.zone, deadline=deadline)
         others = [other for other in (*here, *elsewhere) if other.has_name(found.creation.csi_name)]
         if others and _the_only([found, *others]) is not found:
@@ -304,10 +282,7 @@ class DuplicateGuard:
     def _look(
         self, name: str, allowed: Sequence[str], *, but: str | None = None, deadline: Deadline
     ) -> tuple[list[Found], list[Found], set[str]]:
-        """Return the volumes of this name in the allowed zones and in those others that answer at once.
-
-        Also the allowed zones that did not answer; an error instead, unless `allow_zone_skip`.
-        """
+        """Return the volumes in allowed zones, those in others that answer at once, and the silent allowed zones."""
         zones = [zone for zone in allowed if zone != but]
         others = [zone for zone in self.clusters.zones() if zone not in allowed and zone != but]
         if not zones and not others:

@@ -124,10 +124,7 @@ def _native(own: Mapping[str, str]) -> EncryptionRequest:
 
 
 def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, str]) -> Encryption:
-    """Return who encrypts a volume, by the publish context, else the volume context.
-
-    Raises `PreconditionFailed` for a kind of encryption that this node does not know.
-    """
+    """Return who encrypts, by the publish context, else the volume context. Raises `PreconditionFailed` if unknown."""
     if context is None:
         return encryption_kind(_set(volume_context))
     if context.encryption is Encryption.UNKNOWN:
@@ -137,10 +134,7 @@ def encrypted_by(context: PublishContext | None, volume_context: Mapping[str, st
 
 @dataclass(frozen=True, slots=True)
 class EncryptionPlan:
-    """How a node opens a volume, and who encrypts it: NATIVE or LUKS.
-
-    `spelled`: other readings of the passphrase, which the header may have. `previous`: replaced passphrases.
-    """
+    """How a node opens a volume. `spelled`: other readings of the passphrase. `previous`: replaced passphrases."""
 
     by: Encryption
     passphrase: str = field(repr=False)
@@ -160,10 +154,7 @@ class EncryptionPlan:
 
 
 def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str, str]) -> EncryptionPlan | None:
-    """Read a volume context and a Secret; None for a volume without encryption.
-
-    Raises `InvalidParameter` naming the key, `MissingField` naming the key of the Secret.
-    """
+    """Read a volume context and a Secret; None without encryption. Errors name the key."""
     if by is Encryption.NONE:
         return None
     settings, discards = node_settings(by, own)

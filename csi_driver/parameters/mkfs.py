@@ -101,7 +101,6 @@ class MkfsRequest:
         return MkfsArguments(_merged((*defaults, *striped, *keyed, *free)), _merged((*asked, *keyed, *free)))
 
     def _keyed(self, own: Mapping[str, str], fs_type: str, block_bytes: int, problems: read.Problems) -> Iterator[str]:
-        """Yield the arguments for the keys that are set."""
         for key in _KEYS.get(fs_type, ()):
             least, most = key.bounds(block_bytes, self.page_bytes)
             value = problems.of(partial(key.read, own, key.name, least, most, f" for {fs_type}"))
@@ -110,7 +109,6 @@ class MkfsRequest:
                 yield from (flag, f"{setting}={value}" if has_setting else str(value))
 
     def _striped(self, fs_type: str, block_bytes: int) -> tuple[str, ...]:
-        """Return the arguments for the volume's stripes, where these are multiples of blocks."""
         unit, stripe = self.stripe_unit_bytes, self.stripe_bytes
         if unit <= 0 or unit % block_bytes or stripe < unit or stripe % unit:
             return ()
@@ -154,7 +152,6 @@ _KEYS: Mapping[str, Sequence[_Key]] = {
 
 
 def _block_bytes(own: Mapping[str, str], free: Sequence[str], fs_type: str) -> int:
-    """Return the block size that mkfs will use: the bounds of other settings depend on it."""
     text = own.get(BLOCK, "")
     if fs_type in ("ext4", "xfs") and re.fullmatch(r"[0-9]{4,6}", text):
         return int(text) or _DEFAULT_BLOCK_BYTES
@@ -194,10 +191,7 @@ def _names(words: Sequence[str]) -> Iterator[str]:
 
 
 def _merged(words: Sequence[str]) -> tuple[str, ...]:
-    """Join all `-E` into one, as mke2fs takes only the last; of discard and nodiscard the later counts.
-
-    Other options may be repeated: mke2fs and mkfs.btrfs take the last, and mkfs.xfs never gets one twice.
-    """
+    """Join all `-E` into one, as mke2fs takes only the last; of discard and nodiscard the later counts."""
     extended: dict[str, str] = {}
     rest: list[str] = []
     flag = ""
@@ -222,7 +216,6 @@ class _Value:
 
 
 def _list_of(names: str) -> _Value:
-    """Return the value that is a comma-separated list of name or name=number, of these names alone."""
     one = rf"(?:{'|'.join(names.split())})(?:={_SIZE_PATTERN})?"
     return _Value(rf"{one}(?:,{one})*", f"{', '.join(names.split())} (separated by commas, as name=number)")
 
@@ -276,10 +269,7 @@ ALLOWED: Mapping[str, Mapping[str, _Value | None]] = {
 
 
 def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
-    """Split the free text and check each option and its value against `ALLOWED`.
-
-    Raises `InvalidParameter` naming the option.
-    """
+    """Check options and values of the free text against `ALLOWED`. Raises `InvalidParameter` naming the option."""
     known = ALLOWED.get(fs_type, {})
     taken: list[str] = []
     rest = iter(split_options(text))

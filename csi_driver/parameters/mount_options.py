@@ -100,7 +100,6 @@ class MountPlan:
         return tuple(dict.fromkeys((*self.flags, *implied)))
 
     def require_mkfs(self) -> None:
-        """Raise `InvalidRequest` when no filesystem can be made as requested."""
         if self.mkfs_refusal is not None:
             raise self.mkfs_refusal
 
@@ -187,10 +186,7 @@ def _refusal(option: str) -> InvalidMountOption | None:
 
 
 def _split(flags: Sequence[str]) -> list[str]:
-    """Split flags at commas as mount(8) does, without blanks around them and empty options.
-
-    SELinux contexts stay whole: their levels contain commas.
-    """
+    """Split flags at commas as mount(8) does, but not SELinux contexts: their levels contain commas."""
     options: list[str] = []
     for flag in flags:
         options.extend([flag] if _SELINUX.fullmatch(flag) else flag.split(","))

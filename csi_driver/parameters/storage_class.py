@@ -112,10 +112,7 @@ class StorageClassParameters:
 
 
 def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()) -> StorageClassParameters:
-    """Read the parameters of a volume for these capabilities, with all checks of the node.
-
-    Raises `InvalidRequest` with every problem found.
-    """
+    """Read the parameters, with all checks of the node. Raises `InvalidRequest` with every problem."""
     parameters = encryption.normalized(parameters)
     given = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
     problems = read.Problems()
@@ -234,10 +231,7 @@ def _unknown(key: str) -> InvalidRequest:
 def _check_filesystem(
     problems: read.Problems, fs_type: str | None, context: Mapping[str, str], capabilities: Sequence[Capability]
 ) -> None:
-    """Check the keys for mkfs for the filesystem of each capability, or by the bounds of any.
-
-    `fs_type`: the StorageClass's own, None where it is invalid.
-    """
+    """Check the keys for mkfs. `fs_type`: the StorageClass's own, None where it is invalid."""
     known = [c for c in capabilities if isinstance(c.access, MountAccess) and (c.access.fs_type or fs_type is not None)]
     if not known:
         problems.of(lambda: mkfs.check_keys(context))
@@ -256,10 +250,7 @@ def _fs_type(parameters: Mapping[str, str]) -> str:
 
 
 def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
-    """Read the changes to a volume. A list replaces the present one; an empty text is the empty list.
-
-    Raises `InvalidRequest` with every problem found.
-    """
+    """Read changes; an empty text is the empty list. Raises `InvalidRequest` with every problem."""
     problems = read.Problems()
     for key in sorted(parameters.keys() - MUTABLE_KEYS):
         hint = did_you_mean(key, MUTABLE_KEYS) or f"it can be one of {', '.join(sorted(MUTABLE_KEYS))}"
