@@ -67,7 +67,7 @@ class LinuxPaths:
         link = next((each for each in way if each != root and each.is_relative_to(root) and each.is_symlink()), path)
         return (
             f"{link} is a link to {os.path.realpath(link)}: bind mount that directory instead, or name it as a path "
-            f"root of its own, besides {self._names()} (--path-root, in the chart node.extraPathRoots)"
+            f"root of its own, in addition to {self._names()} (--path-root, in the chart node.extraPathRoots)"
         )
 
     def _names(self) -> str:

@@ -213,7 +213,6 @@ class StatusFiles:
         return parse_volume_status(_read(self.root / "volumes" / name / "status.json"))
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        """Return the reference ids of this node's attachment of a volume."""
         return parse_reference_ids(_read(self.root / "volumes" / name / "blob.txt"))
 
     def opens(self, name: str) -> int | None:
@@ -297,7 +296,6 @@ class DeviceEvidence:
     is_loop: bool = False
 
     def uuid(self) -> str | None:
-        """Return the proven uuid of the device."""
         if self.is_loop:
             return self.label_uuid
         return self.status.uuid if self.status is not None else None
@@ -323,7 +321,6 @@ class DeviceEvidence:
         return self.status.details if self.status is not None and self.status.refuses_writes else ""
 
     def refusal(self, name: str) -> str | None:
-        """Return why the device must not be used at all."""
         reason = self.status.refusal if self.status is not None else ""
         return f"{name} may not be used: {reason}" if reason else None
 
@@ -352,7 +349,6 @@ class DeviceEvidence:
         return None
 
     def against(self, name: str, uuid: str | None) -> str | None:
-        """Return why the device must not be used as this volume."""
         return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
 
     def proves(self) -> bool:
