@@ -131,7 +131,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class VersionCommand(Command):
-    __slots__ = ()
+    """`nvmesh-csi version`."""
 
 
 def command_class(name: str) -> type[Command]:
