@@ -211,9 +211,6 @@ class Fault:
     detail: str
 
 
-# --- content of a device ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Blank:
     """All probed places were read without error and hold zeroes."""
@@ -249,8 +246,6 @@ UNUSABLE_TAIL_BYTES = 16 << 20
 More than the threshold, as mkfs options enlarge the tables that ext4 has no room for: that is no failure.
 """
 
-
-# --- encrypted devices --------------------------------------------------------------------------------------------
 
 LUKS_SUBSYSTEM = "nvmesh-csi"
 """In the header of every volume that this driver encrypted; the label is the volume's uuid."""

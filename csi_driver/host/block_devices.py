@@ -31,9 +31,6 @@ _LONGEST_PAUSE_S = 0.1
 _LONGEST_EVENT_WAIT_S = 0.25
 
 
-# --- sysfs ------------------------------------------------------------------------------------------------------
-
-
 def size_bytes(number: DeviceNumber) -> int | None:
     """Return the size of a device without opening it; None when the device is gone."""
     try:
@@ -52,9 +49,6 @@ def sys_number(number: DeviceNumber, attribute: str) -> int | None:
         return int((SYS_DEV_BLOCK / str(number) / attribute).read_text())
     except (OSError, ValueError):
         return None
-
-
-# --- device nodes -------------------------------------------------------------------------------------------------
 
 
 def node_number(node: Path) -> DeviceNumber | None:
@@ -121,9 +115,6 @@ def _kernel_path(number: DeviceNumber) -> Path | None:
     return Path("/dev") / names[0] if names else None
 
 
-# --- exclusive use ------------------------------------------------------------------------------------------------
-
-
 def is_claimed(path: Path) -> bool:
     """Tell if a mount or a program has the device open exclusively (O_EXCL); False when the device is gone."""
     try:
@@ -153,9 +144,6 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# --- waiting for a change -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -208,9 +208,6 @@ class LinuxFilesystems:
         )
 
 
-# --- content ------------------------------------------------------------------------------------------------------
-
-
 def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Content:
     """Name the data at byte `found` by blkid; unrecognised data is `OtherContent`, never blank."""
     head = _read_head(device)
@@ -252,9 +249,6 @@ def _superblock(device: OpenDevice, fs_type: str) -> disk_formats.Superblock:
 def _in_kernel(fs_type: str) -> bool:
     """Tell if the kernel has the filesystem or may load it: assumed when its list of modules is not visible."""
     return fs_type in machine_checks.mountable_filesystems() or machine_checks.can_be_loaded(fs_type) is not False
-
-
-# --- tools --------------------------------------------------------------------------------------------------------
 
 
 def _run_on(device: OpenDevice, argv: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,)) -> Completed:

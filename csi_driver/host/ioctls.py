@@ -33,8 +33,6 @@ def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> in
         return fcntl.ioctl(fd, request, argument)
 
 
-# --- block devices ------------------------------------------------------------------------------------------
-
 _BLKROSET, _BLKROGET, _BLKSSZGET = 0x125D, 0x125E, 0x1268
 _BLKGETSIZE64 = _io_read(0x12, 114, 8)
 _BLKGETDISKSEQ = _io_read(0x12, 128, 8)
@@ -70,8 +68,6 @@ def set_read_only(fd: int, read_only: bool) -> None:
     """Make the kernel refuse or accept writes to a block device, also of those who have it open."""
     _call("BLKROSET", fd, _BLKROSET, bytearray(struct.pack("=i", int(read_only))))
 
-
-# --- loop devices --------------------------------------------------------------------------------------------
 
 _LOOP_CLR_FD, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C01, 0x4C04, 0x4C05
 _LOOP_SET_CAPACITY, _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE = 0x4C07, 0x4C0A, 0x4C82
@@ -151,8 +147,6 @@ def loop_clear(fd: int) -> None:
     _call("LOOP_CLR_FD", fd, _LOOP_CLR_FD)
 
 
-# --- mounted filesystems ------------------------------------------------------------------------------------------
-
 # EXT4_IOC_SHUTDOWN is the same as XFS_IOC_GOINGDOWN, and so are its flags.
 _GOING_DOWN, _WITHOUT_LOG = _io_read(ord("X"), 125, 4), 2
 
@@ -161,8 +155,6 @@ def shut_down(fd: int) -> None:
     """Shut down the ext4 or xfs of an open directory: it writes nothing any more; unwritten data is lost."""
     _call("shut the filesystem down", fd, _GOING_DOWN, bytearray(struct.pack("=I", _WITHOUT_LOG)))
 
-
-# --- growing mounted filesystems ---------------------------------------------------------------------------------
 
 _EXT4_IOC_RESIZE_FS = _io_write(ord("f"), 16, 8)
 _XFS_IOC_FSGROWFSDATA = _io_write(ord("X"), 110, 16)
@@ -200,8 +192,6 @@ def btrfs_uuid(fd: int) -> str:
     _call("BTRFS_IOC_FS_INFO", fd, _BTRFS_IOC_FS_INFO, raw)
     return str(uuid.UUID(bytes=bytes(raw[16:32])))
 
-
-# --- SCSI devices -------------------------------------------------------------------------------------------------
 
 _SG_IO, _SG_DXFER_FROM_DEV = 0x2285, -3
 _SG_IO_HEADER = struct.Struct("iiBBHIPPPIIiPBBBBHHiII0P")

@@ -69,9 +69,6 @@ def _require_right(answer: Completed, path: Path) -> None:
         raise Denied(f"the passphrase given does not open {path}")
 
 
-# --- devices ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LinuxEncryption:
     """Encrypted devices of this machine. Methods as in `csi_driver.node.ports.Encryption`."""
@@ -217,9 +214,6 @@ def _arguments(settings: LuksSettings, *, with_key: bool = True) -> tuple[str, .
     return tuple(word for option, value in wanted if value for word in (option, str(value)))
 
 
-# --- content below the encryption ---------------------------------------------------------------------------------
-
-
 def _read_header(device: OpenDevice) -> LuksHeader | DamagedHeader | None:
     with zero_scan.DirectReader(device, disk_formats.LUKS_READ_BYTES) as reader:
         return disk_formats.find_luks_header(reader.read, device.device.size_bytes)
@@ -247,9 +241,6 @@ def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int
         if not isinstance(header, LuksHeader):
             raise HostFailure(f"the device {below} under {path} has no LUKS header: its content is unknown")
         yield OpenDevice(fd, device.device, start_bytes=header.data_offset_bytes)
-
-
-# --- headers in files ---------------------------------------------------------------------------------------------
 
 
 class LuksFiles:

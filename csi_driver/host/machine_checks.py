@@ -96,9 +96,6 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-# --- for the doctor -------------------------------------------------------------------------------------------
-
-
 def mountable_filesystems() -> frozenset[str]:
     """Return the filesystems that the kernel can mount now, without loading a module."""
     return frozenset(line.split("\t")[-1] for line in _text(_PROC / "filesystems").splitlines())

@@ -112,8 +112,6 @@ def shown_options(attributes: int, superblock_flags: int) -> frozenset[str]:
     return frozenset(names | ({access_time} if access_time else set())) - {"ro"}
 
 
-# --- errors of the kernel -----------------------------------------------------------------------------------------
-
 _WITHOUT_RECOVERY = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 
 

@@ -232,9 +232,6 @@ def _fd_path(fd: int) -> Path:
     return Path(f"/proc/self/fd/{fd}")
 
 
-# --- looking up ---------------------------------------------------------------------------------------------------
-
-
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
     entries = read_table()
     if status is not None and status.mount_id is not None:
@@ -281,9 +278,6 @@ def _btrfs_device_of(fd: int) -> DeviceNumber | None:
     except (SystemCallFailed, OSError, ValueError):
         return None
     return found[0] if len(found) == 1 else None
-
-
-# --- checks of a new mount, before it is visible ------------------------------------------------------------------
 
 
 def _verify(mount_fd: int, device: Device, fs_type: str, *, read_only: bool, what: str) -> None:

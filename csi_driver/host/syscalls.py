@@ -99,9 +99,6 @@ def _syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctyp
     return result
 
 
-# --- mounts -------------------------------------------------------------------------------------------------------
-
-
 def mount(source: str, target: Path, fs_type: str, flags: int, data: str) -> None:
     """mount(2)."""
     options = data.encode() or None
@@ -180,8 +177,6 @@ def has_mount_api() -> bool:
                 return False
     return True
 
-
-# --- statx(2) and statmount(2) ----------------------------------------------------------------------------------
 
 _STATX_TYPE, _STATX_MODE, _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1, 0x2, 0x1000, 0x4000
 _STATX_ATTR_MOUNT_ROOT = 0x2000

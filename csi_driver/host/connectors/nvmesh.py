@@ -42,9 +42,6 @@ CLIENT_SIGNS = (Path("/etc/nvmesh/nvmesh.conf"),)
 """Present where a client is installed, running or not."""
 
 
-# --- status of a volume -------------------------------------------------------------------------------------------
-
-
 def parse_volume_status(text: str) -> VolumeStatus | None:
     """Read a volume's `status.json`; None when it is torn or of a hidden attachment.
 
@@ -163,9 +160,6 @@ def parse_opens(text: str) -> int | None:
     return int(counts[-1]) if counts else None
 
 
-# --- status of the client -----------------------------------------------------------------------------------------
-
-
 def parse_client_uuid(text: str) -> str | None:
     main = _object(text).get("main")
     uuid = main.get("uuid") if isinstance(main, dict) else None
@@ -249,9 +243,6 @@ def _read(path: Path) -> str:
     return ""
 
 
-# --- SCSI serial number -------------------------------------------------------------------------------------------
-
-
 def serial_of(uuid: str) -> str:
     """Return the serial number of the volume's device: 20 of the uuid's 32 digits."""
     return uuid[0:8] + uuid[9:13] + uuid[24:28] + uuid[32:36]
@@ -278,9 +269,6 @@ def parse_serial_page(page: bytes) -> str | None:
     length = int.from_bytes(page[2:4], "big")
     serial = page[4 : 4 + length].decode("ascii", errors="replace").strip(" \0")
     return serial.lower() or None
-
-
-# --- identity of a device -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,8 +343,6 @@ class DeviceEvidence:
         """Tell if the client's status, or a loop device's label, proves the identity; a serial number does not."""
         return (self.label_uuid if self.is_loop else self.status) is not None
 
-
-# --- configuration of the client ----------------------------------------------------------------------------------
 
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?MANAGEMENT_SERVERS\s*=\s*(.*?)\s*")
 _VALUE = re.compile(r"\"([^\"]*)\"|'([^']*)'|([^\s#]*)")
