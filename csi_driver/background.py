@@ -56,9 +56,6 @@ class Backoff:
         self._failures = 0
 
 
-# --- long-lived loops -------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Background:
     """A daemon thread that runs jobs one at a time, and the record of their failures. Base of the two kinds."""
@@ -276,9 +273,6 @@ class Worker(Background):
                 wait_s = self._times[0][0] - self.clock.monotonic() if self._times else None
                 if wait_s is None or wait_s > 0:
                     self._wake.wait(wait_s)
-
-
-# --- calls that may hang ----------------------------------------------------------------------------------------
 
 
 def run_detached(name: str, job: Callable[[], T]) -> Future[T]:

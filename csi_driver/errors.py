@@ -43,9 +43,6 @@ def same_again(error: DriverError) -> DriverError:
     return again
 
 
-# --- families -------------------------------------------------------------------------------------------
-
-
 class InvalidRequest(DriverError):
     """The request is malformed, incomplete or asks for something that the driver does not support."""
 
@@ -98,9 +95,6 @@ class HostFailure(DriverError):
     """The kernel or a tool of this machine refused."""
 
 
-# --- leaves: requests -----------------------------------------------------------------------------------
-
-
 class MissingField(InvalidRequest):
     """A field that the specification marks REQUIRED is not set."""
 
@@ -115,9 +109,6 @@ class InvalidField(InvalidRequest):
     def __init__(self, field: str, value: object, expected: str, action: str = "") -> None:
         self.field = field
         super().__init__(f"{field}: expected {expected}, got {shown(value)}" + (f"; {action}" if action else ""))
-
-
-# --- leaves: objects ------------------------------------------------------------------------------------
 
 
 class VolumeNotFound(NotFound):
@@ -151,9 +142,6 @@ class ExistsDifferently(Incompatible):
         super().__init__(f"{what} already exists with different properties: {'; '.join(differences)}")
 
 
-# --- leaves: waiting ------------------------------------------------------------------------------------
-
-
 class DeadlineReached(StorageUnavailable):
     """The caller's timeout expired during a wait. A retry continues the same operation.
 
@@ -169,9 +157,6 @@ class IdentityNotProven(StorageUnavailable):
 
     def __init__(self, device: object, why: str) -> None:
         super().__init__(f"cannot prove which volume device {device} is: {why}; retry when the storage client works")
-
-
-# --- leaves: the machine --------------------------------------------------------------------------------
 
 
 class CommandFailed(HostFailure):
@@ -216,9 +201,6 @@ class SystemCallFailed(HostFailure):
         super().__init__(f"{call}: {os.strerror(errno_number)} ({name})" + (f": {detail}" if detail else ""))
 
 
-# --- leaves: attachments ----------------------------------------------------------------------------------
-
-
 class NotAttached(PreconditionFailed):
     """A staged volume lost its attachment: its device and filesystem on the node are unusable."""
 
@@ -245,9 +227,6 @@ class ReservationConflict(PreconditionFailed):
             1718: "it is reserved in another mode or by another client",
         }.get(management_id, "it is reserved in a conflicting mode")
         super().__init__(f"volume {volume_name} cannot be attached: {reason} (management id {management_id})")
-
-
-# --- leaves: the storage management -----------------------------------------------------------------------
 
 
 class ServerUnreachable(StorageUnavailable):

@@ -45,9 +45,6 @@ class Findings:
         )
 
 
-# --- decode -------------------------------------------------------------------------------------------------------
-
-
 def read_source(path: Path) -> Source:
     """Read a file, or all files of a directory. Raises `InvalidDocument`."""
     try:
@@ -132,9 +129,6 @@ def _without_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
             raise _DuplicateKey(key)
         found[key] = value
     return found
-
-
-# --- values -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,9 +195,6 @@ def _mapping(values: Entry, key: str, findings: Findings) -> Entry | None:
     return value if isinstance(value, dict) else None
 
 
-# --- hosts and nodes by zone, which a node reads without credentials ------------------------------------------------
-
-
 def names_document(document: Entry) -> Entry:
     """Return `zones` (with `servers`, `nodes`) and `topologyKey` of any form. Raises `InvalidDocument`.
 

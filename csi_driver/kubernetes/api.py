@@ -50,9 +50,6 @@ class Conflict(ApiFailed):
     """The object was changed concurrently, or the change is invalid; nothing was written."""
 
 
-# --- objects --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Node:
     """A Node. `taints` keep all their fields; `volumes` are names like `kubernetes.io/csi/DRIVER^HANDLE`."""
@@ -119,9 +116,6 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 def _list(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else ()
-
-
-# --- requests -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -21,8 +21,6 @@ from csi_driver.kubernetes.api import (
 
 _LOG = logging.getLogger(__name__)
 
-# --- label ----------------------------------------------------------------------------------------------------------
-
 LABEL = "nvmesh-csi/client-status"
 READY = "ready"
 LABEL_INTERVAL_S = 10.0
@@ -81,8 +79,6 @@ class ClientLabel:
             self._last_reason = reason
         return None if self._unusable_checks >= UNUSABLE_CHECKS or not self._was_set else self._value
 
-
-# --- start-up taint -------------------------------------------------------------------------------------------------
 
 STARTING_INTERVAL_S = 2.0
 """Between two checks while pods wait for the driver."""
@@ -144,8 +140,6 @@ class StartupTaint:
             _LOG.info("node %s: the taint %s %s", self.node_name, self.key, state)
             self._logged = state
 
-
-# --- drain ----------------------------------------------------------------------------------------------------------
 
 _DRAIN_INTERVAL_S = 2.0
 

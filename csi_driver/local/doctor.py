@@ -191,9 +191,6 @@ def _wait(name: str, done: Future[None], deadline: Deadline) -> list[Finding]:
     return [skipped(f"{name}: internal error; see the traceback")]
 
 
-# --- output ---------------------------------------------------------------------------------------------------
-
-
 def table(target: Target, findings: Sequence[Finding], took_s: float) -> Iterator[str]:
     """Yield the lines for people. Control characters are escaped: some of the text comes from other programs."""
     where = f"node {target.node_name}" if target.role == NODE else target.role

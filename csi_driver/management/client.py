@@ -96,8 +96,6 @@ class ManagementClient:
         """Close the idle connections."""
         self._servers.close()
 
-    # --- reads --------------------------------------------------------------------------------------------------------
-
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         return codec.decode_system_info(self._read("/systemInfo", deadline))
 
@@ -153,8 +151,6 @@ class ManagementClient:
         row = self._read(path, deadline, absent=Meaning.VPG_ABSENT)
         return codec.decode_vpg(row) if row else None
 
-    # --- free capacity ------------------------------------------------------------------------------------------------
-
     def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
         if not _VPG_NAME.fullmatch(name):
             return 0
@@ -170,8 +166,6 @@ class ManagementClient:
             condition = free_capacity.class_filter(names, domain)
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
         return free_capacity.free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
-
-    # --- volumes ------------------------------------------------------------------------------------------------------
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
         """Create a volume; without a response, look the name up, and send the request to another server if one works.
@@ -242,8 +236,6 @@ class ManagementClient:
         item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase, "slot": slot}
         return self._post(Operation.ENCRYPT, [{**item, "keySize": key_size_bits}], volume, deadline) is not None
 
-    # --- attachments --------------------------------------------------------------------------------------------------
-
     def attach(
         self,
         client: Client,
@@ -271,8 +263,6 @@ class ManagementClient:
     ) -> None:
         body = _attachment(client, volume, reference_id, {"force": True} if force else {})
         self._post(Operation.DETACH, body, volume, deadline, client.id)
-
-    # --- requests -----------------------------------------------------------------------------------------------------
 
     def _post(
         self, operation: Operation, body: object, volume: Volume | VolumeSpec, deadline: Deadline, client: str = ""

@@ -68,9 +68,6 @@ class ClustersFile:
     warnings: tuple[str, ...] = ()
 
 
-# --- clusters, as `csi_driver.controller.ports.Clusters` ------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class OneCluster:
     """A single storage cluster under the name of its zone."""
@@ -193,9 +190,6 @@ def open_clusters(
     if file is None:
         return OneCluster(defaults.zone, connect(defaults.management))
     return FileClusters(file, defaults, connect)
-
-
-# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
@@ -331,9 +325,6 @@ def server_url(address: str, protocol: str) -> str:
     if address.count(":") > 1 and not address.startswith("["):
         address = f"[{address}]"
     return f"{protocol}://{address}" if _HAS_PORT.fullmatch(address) else f"{protocol}://{address}:{_DEFAULT_PORT}"
-
-
-# --- hosts and nodes, which a node reads to find its zone ------------------------------------------------------------
 
 
 def read_cluster_names(clusters_file: Path | None, nodes_file: Path | None) -> ClusterNames:

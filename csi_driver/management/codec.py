@@ -88,9 +88,6 @@ def invalid_document(body: object, what: str) -> StorageUnavailable:
     return StorageUnavailable(f"invalid response of the management: {what}, got {shown(text, _SHOWN_CHARACTERS)}")
 
 
-# --- decode -----------------------------------------------------------------------------------------------------------
-
-
 def decode_volume(row: Document, *, listed: bool = False) -> Volume:
     """Decode a volume. `listed`: tolerate an unknown RAID level, which must not fail a whole list."""
     try:
@@ -275,9 +272,6 @@ def _natural(row: Document, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{key} is {shown(value)}")
     return value
-
-
-# --- encode -----------------------------------------------------------------------------------------------------------
 
 
 def encode_spec(spec: VolumeSpec) -> dict[str, Any]:

@@ -41,9 +41,6 @@ _PROBE_TIMEOUT_S = 5.0
 _SHOWN_CHARACTERS = 256
 
 
-# --- responses --------------------------------------------------------------------------------------------------------
-
-
 class InvalidResponse(StorageUnavailable):
     """A server's response is unusable; another server may give a valid one."""
 
@@ -102,8 +99,6 @@ def _without_texts(body: object) -> object:
     return body
 
 
-# --- versions of the API ----------------------------------------------------------------------------------------------
-
 _VERSION = re.compile(r"[vV]?(\d{1,6}(?:\.\d{1,6}){0,5})(?:[-+].*)?")
 _LOWEST = (15,)
 """The first version that stores `metadata` with a volume, which the driver needs to recognise its volumes."""
@@ -135,9 +130,6 @@ def _check_version(value: object, server: str, *, allow_incompatible: bool) -> t
     if numbers < _LOWEST:
         return version, f"older than the lowest supported ({lowest}); allowed by --allow-incompatible-versions"
     return version, f"newer than the newest tested ({_NEWEST[0]})" if numbers[:1] > _NEWEST else ""
-
-
-# --- session ----------------------------------------------------------------------------------------------------------
 
 
 class ServerSession:
@@ -210,8 +202,6 @@ class ServerSession:
             self._cookie = response.cookie  # a client certificate opens the session with the first request
         return response
 
-    # --- login ---
-
     def _open(self, request: Request, stale: str | None, deadline: Deadline) -> None:
         """Open a session other than `stale` and read its API version, in one thread; others wait for its result."""
         needs_version = request.path != SYSTEM_INFO  # the response has it
@@ -280,8 +270,6 @@ class ServerSession:
             return read_credentials(self._settings) != self._credentials
         except Unauthenticated:
             return False
-
-    # --- version ---
 
     def _request_version(self, deadline: Deadline) -> None:
         try:

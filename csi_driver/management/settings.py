@@ -182,9 +182,6 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-# --- credentials ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """A user and its password, which `repr` hides."""

@@ -70,9 +70,6 @@ class Response:
     cookie: str = field(repr=False)
 
 
-# --- TLS --------------------------------------------------------------------------------------------------------------
-
-
 class BadCertificateFile(Exception):
     """A certificate file cannot be used. `what` names it."""
 
@@ -114,9 +111,6 @@ def tls_context(settings: ManagementSettings) -> ssl.SSLContext:
             key = f" with the key {settings.client_key}" if settings.client_key is not None else ""
             raise BadCertificateFile(f"the client certificate {settings.client_certificate}{key}", error) from error
     return context
-
-
-# --- connections ------------------------------------------------------------------------------------------------------
 
 
 class _NotConnected(Exception):

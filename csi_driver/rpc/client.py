@@ -315,9 +315,6 @@ def _range(required_bytes: int, limit_bytes: int) -> pb.CapacityRange:
     return pb.CapacityRange(required_bytes=required_bytes, limit_bytes=limit_bytes)
 
 
-# --- self-check -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """Calls this process over its own CSI socket, as kubelet does.

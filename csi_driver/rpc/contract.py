@@ -47,9 +47,6 @@ def thread_pools(*, work: int = WORK_THREADS, read: int = 64, instant: int = 8) 
     return {pool: ThreadPoolExecutor(size, thread_name_prefix=pool.name.lower()) for pool, size in sizes.items()}
 
 
-# --- locks ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LockKey:
     """The key of a lock. `shared`: other calls may hold it too, if all of them share it."""
@@ -117,9 +114,6 @@ class Locks:
     def held(self) -> int:
         with self._mutex:
             return len(self._holders)
-
-
-# --- RPCs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,8 +104,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             "registration", self.tend, LONGEST_PAUSE_S, first_s=FIRST_LOOK_S, stale_s=STALLED_S, clock=clock
         )
 
-    # --- calls of kubelet ---------------------------------------------------------------------------------------
-
     def GetInfo(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.PluginInfo:
         _LOG.debug("kubelet calls GetInfo")
         return pb.PluginInfo(
@@ -146,8 +144,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         retry = f"; retrying in {pause_s:.1f} s" if pause_s else ""
         _LOG.warning("kubelet refuses to register the driver %s: %s%s", self._settings.driver_name, reason, retry)
 
-    # --- state --------------------------------------------------------------------------------------------------
-
     @property
     def is_registered(self) -> bool:
         """Whether the socket is in place and kubelet reported success last."""
@@ -182,8 +178,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             if refused_s > REFUSED_S:
                 return f"kubelet has refused the registration for {refused_s:.0f} s: {kubelet.refusal}"
         return ""
-
-    # --- the socket ---------------------------------------------------------------------------------------------
 
     def tend(self) -> float:
         """Check the socket, make it where it is missing, and return the seconds until the next check."""
@@ -267,8 +261,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             server.stop(None).wait(_STOP_S)  # removes the draft
             raise SystemCallFailed(f"put the registration socket {path} into place", error.errno or 0) from error
         return server, identity
-
-    # --- start and end ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self.loop.start()

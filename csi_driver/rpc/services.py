@@ -45,9 +45,6 @@ _NODE_CAPABILITIES = ("STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME
 _NODE_HEALTH_CAPABILITIES = ("GET_VOLUME_HEALTH", "GET_STORAGE_HEALTH")
 
 
-# --- identity ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class IdentityService(Service):
     """Identity service. `is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools."""
@@ -122,9 +119,6 @@ class ManagementReadiness:
         elif reason != self._last_reason:
             _LOG.warning("not ready: %s", reason)
             self._last_reason = reason
-
-
-# --- controller -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +234,6 @@ class ControllerService(Service):
         return pb.ControllerListVolumeHealthResponse(
             entries=[wire.volume_health_to(each) for each in found], next_token=next_token
         )
-
-
-# --- node -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -31,9 +31,6 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 _STRING_LIMIT_BYTES = 128
 
 
-# --- parts of requests ------------------------------------------------------------------------------------------
-
-
 def capability_from(message: pb.VolumeCapability) -> Capability:
     """Read a volume capability."""
     mode = AccessMode(pb.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode))
@@ -62,9 +59,6 @@ def range_from(message: pb.CapacityRange) -> CapacityRange:
 
 def _segments_from(messages: Iterable[pb.Topology]) -> tuple[Segments, ...]:
     return tuple(dict(message.segments) for message in messages)
-
-
-# --- controller -------------------------------------------------------------------------------------------------
 
 
 def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
@@ -177,9 +171,6 @@ def cut(text: str) -> str:
     return encoded[: _STRING_LIMIT_BYTES - 3].decode("utf-8", "ignore") + "..."
 
 
-# --- node -------------------------------------------------------------------------------------------------------
-
-
 def stage_from(message: pb.NodeStageVolumeRequest) -> StageRequest:
     """Read NodeStageVolume."""
     return StageRequest(
@@ -225,9 +216,6 @@ def usage_to(usage: Usage) -> pb.NodeGetVolumeStatsResponse:
         unit, used, available = pb.VolumeUsage.INODES, usage.used_inodes, usage.available_inodes
         measures.append(pb.VolumeUsage(unit=unit, total=usage.total_inodes, used=used or 0, available=available or 0))
     return pb.NodeGetVolumeStatsResponse(usage=measures)
-
-
-# --- health -----------------------------------------------------------------------------------------------------
 
 
 def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:

@@ -75,9 +75,6 @@ def _by(label: str, read: Callable[[], Mapping[str, float]]) -> tuple[tuple[str,
     return (label,), lambda: [((key,), value) for key, value in sorted(read().items())]
 
 
-# --- every role -------------------------------------------------------------------------------------------------
-
-
 def process(*, version: str, role: str, driver_name: str) -> list[Metric]:
     """Describe the program and its process."""
     labels = {
@@ -113,9 +110,6 @@ def background(loops: Sequence[Background]) -> list[Metric]:
     ]
 
 
-# --- CSI calls --------------------------------------------------------------------------------------------------
-
-
 def rpc_durations() -> Histogram:
     """Return the histogram that the RPC boundary fills; its labels are service, method and code."""
     return Histogram(
@@ -143,9 +137,6 @@ def running_calls(read: Callable[[], Mapping[tuple[str, str], tuple[int, float]]
             lambda: [(call, age_s) for call, (_, age_s) in sorted(read().items())],
         ),
     ]
-
-
-# --- node -------------------------------------------------------------------------------------------------------
 
 
 def node(
@@ -182,9 +173,6 @@ def registration(is_registered: Callable[[], bool], results: Callable[[], Mappin
             is_counter=True,
         ),
     ]
-
-
-# --- storage management -----------------------------------------------------------------------------------------
 
 
 class ManagementMetrics:
@@ -257,9 +245,6 @@ class ManagementMetrics:
             *_by("server", self._states),
         )
         return [self.requests, self.durations, self.logins, self.failures, up]
-
-
-# --- embedded storage manager -----------------------------------------------------------------------------------
 
 
 def storage(

@@ -150,8 +150,6 @@ class PageServer(ThreadingHTTPServer):
             if connection in self._open:
                 self._open[connection] = True
 
-    # --- hooks of the library's server --------------------------------------------------------------------------
-
     def server_bind(self) -> None:
         """Bind without the reverse look-up of the host's name that `HTTPServer` does."""
         if self.address_family == socket.AF_INET6:
