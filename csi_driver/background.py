@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
-from types import TracebackType
 from typing import Self, TypeVar
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
@@ -160,9 +159,7 @@ class Periodic(Background):
             self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def stop(self, *, wait_s: float = 0.0) -> None:

@@ -27,8 +27,9 @@ from csi_driver.errors import DriverError, HostFailure, PreconditionFailed
 from csi_driver.host.processes import ChildProcesses, find_tool, run
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.local.supervisor import TOOLS, Paths, Role, Supervisor, last_line, why_impossible
-from csi_driver.model import GIB, MIB, AccessMode, BlockAccess, Capability, MountAccess
+from csi_driver.model import GIB, MIB
 from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.pb import csi_pb2 as pb
 
 _UNDO_S = 60.0
 _TOOL_TIMEOUT_S = 20.0
@@ -49,7 +50,7 @@ class Cleanup:
     """Requests that undo steps. Each is idempotent, so it is added before the step that it undoes."""
 
     clock: Clock = SYSTEM_CLOCK
-    requests: dict[str, Callable[[], None]] = field(default_factory=dict)
+    requests: dict[str, Callable[[], object]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def run(self, timeout_s: float = _UNDO_S) -> None:
@@ -63,7 +64,7 @@ class Cleanup:
             if (failure := self._retry(request, deadline)) is not None:
                 self.failures.append(f"{name}: {failure}")
 
-    def _retry(self, request: Callable[[], None], deadline: Deadline) -> CallFailed | None:
+    def _retry(self, request: Callable[[], object], deadline: Deadline) -> CallFailed | None:
         while True:
             try:
                 request()
@@ -115,7 +116,7 @@ class Volume:
 
     on: Session
     label: str
-    capability: Capability
+    capability: pb.VolumeCapability
     id: str = ""
     publish_context: Mapping[str, str] = field(default_factory=dict)
 
@@ -124,57 +125,87 @@ class Volume:
 
     def create(self) -> None:
         """Create the volume and attach it."""
-        on, here = self.on, self.on.node.node_info()
+        on, here, client = self.on, self.on.node.node_info(), self.on.controller
+        topology = pb.TopologyRequirement(requisite=[here.accessible_topology])
         with on.screen.step("CreateVolume") as words:
-            created = on.controller.create_volume(
-                f"demo-{self.label}",
-                required_bytes=on.settings.volume_bytes,
-                capabilities=[self.capability],
-                requisite=[here.topology] if here.topology else [],
+            request = pb.CreateVolumeRequest(
+                name=f"demo-{self.label}",
+                capacity_range=pb.CapacityRange(required_bytes=on.settings.volume_bytes),
+                volume_capabilities=[self.capability],
+                accessibility_requirements=topology if here.accessible_topology.segments else None,
             )
+            created = client.call(client.controller.CreateVolume, request).volume
             self.id = created.volume_id
             words += [size(created.capacity_bytes), f"as {self.id}"]
-        on.cleanup.requests["DeleteVolume"] = partial(on.controller.delete_volume, self.id)
-        on.cleanup.requests["ControllerUnpublishVolume"] = partial(on.controller.detach, self.id, here.node_id)
+        undo, delete = on.cleanup.requests, pb.DeleteVolumeRequest(volume_id=self.id)
+        undo["DeleteVolume"] = partial(client.call, client.controller.DeleteVolume, delete)
+        detach = pb.ControllerUnpublishVolumeRequest(volume_id=self.id, node_id=here.node_id)
+        undo["ControllerUnpublishVolume"] = partial(client.call, client.controller.ControllerUnpublishVolume, detach)
         with on.screen.step("ControllerPublishVolume") as words:
-            self.publish_context = on.controller.attach(
-                self.id, here.node_id, self.capability, volume_context=created.context
+            attachment = pb.ControllerPublishVolumeRequest(
+                volume_id=self.id,
+                node_id=here.node_id,
+                volume_capability=self.capability,
+                volume_context=created.volume_context,
             )
+            self.publish_context = client.call(client.controller.ControllerPublishVolume, attachment).publish_context
             words.append(f"on node {here.node_id}")
         on.screen.show(_LSBLK, on.directory / "dev" / self.id.split(":")[1])
 
     def stage(self) -> None:
-        on, staging = self.on, self.path("staging")
+        on, client, staging = self.on, self.on.node, self.path("staging")
         staging.mkdir(exist_ok=True)
-        on.cleanup.requests["NodeUnstageVolume"] = partial(on.node.unstage, self.id, staging)
+        undo = pb.NodeUnstageVolumeRequest(volume_id=self.id, staging_target_path=str(staging))
+        on.cleanup.requests["NodeUnstageVolume"] = partial(client.call, client.node.NodeUnstageVolume, undo)
         with on.screen.step("NodeStageVolume"):
-            on.node.stage(self.id, staging, self.capability, publish_context=self.publish_context)
+            request = pb.NodeStageVolumeRequest(
+                volume_id=self.id,
+                staging_target_path=str(staging),
+                volume_capability=self.capability,
+                publish_context=self.publish_context,
+            )
+            client.call(client.node.NodeStageVolume, request)
         on.screen.show(_FINDMNT, staging)
 
     def publish(self, name: str, *, read_only: bool = False) -> Path:
-        on, target = self.on, self.path(name)
-        on.cleanup.requests[f"NodeUnpublishVolume {target.name}"] = partial(on.node.unpublish, self.id, target)
+        on, client, target = self.on, self.on.node, self.path(name)
+        undo = pb.NodeUnpublishVolumeRequest(volume_id=self.id, target_path=str(target))
+        name = f"NodeUnpublishVolume {target.name}"
+        on.cleanup.requests[name] = partial(client.call, client.node.NodeUnpublishVolume, undo)
         with on.screen.step("NodePublishVolume") as words:
-            on.node.publish(
-                self.id, self.path("staging"), target, self.capability, read_only=read_only,
+            request = pb.NodePublishVolumeRequest(
+                volume_id=self.id,
+                staging_target_path=str(self.path("staging")),
+                target_path=str(target),
+                volume_capability=self.capability,
+                readonly=read_only,
                 publish_context=self.publish_context,
-            )  # fmt: skip
+            )
+            client.call(client.node.NodePublishVolume, request)
             words.append(f"at {target.name}{', read-only' if read_only else ''}")
         on.screen.show(_FINDMNT, target)
         return target
 
     def expand(self, target: Path) -> bool:
         """Expand volume and filesystem; False when the filesystem grows at the next NodeStageVolume only."""
-        on, required_bytes = self.on, self.on.settings.expanded_bytes
+        on, controller, node = self.on, self.on.controller, self.on.node
+        capacity = pb.CapacityRange(required_bytes=on.settings.expanded_bytes)
         with on.screen.step("ControllerExpandVolume") as words:
-            capacity_bytes, needs_node = on.controller.expand_volume(
-                self.id, required_bytes, capability=self.capability
+            request = pb.ControllerExpandVolumeRequest(
+                volume_id=self.id, capacity_range=capacity, volume_capability=self.capability
             )
-            words.append(f"to {size(capacity_bytes)}")
-        if needs_node:
+            expanded = controller.call(controller.controller.ControllerExpandVolume, request)
+            words.append(f"to {size(expanded.capacity_bytes)}")
+        if expanded.node_expansion_required:
             with on.screen.step("NodeExpandVolume") as words:
+                growth = pb.NodeExpandVolumeRequest(
+                    volume_id=self.id,
+                    volume_path=str(target),
+                    staging_target_path=str(self.path("staging")),
+                    capacity_range=capacity,
+                )
                 try:
-                    on.node.expand_on_node(self.id, target, required_bytes=required_bytes, staging=self.path("staging"))
+                    node.call(node.node.NodeExpandVolume, growth)
                 except CallFailed as error:
                     if error.code != "FAILED_PRECONDITION":
                         raise
@@ -186,11 +217,13 @@ class Volume:
 
     def show_stats(self, target: Path) -> None:
         with self.on.screen.step("NodeGetVolumeStats") as words:
-            usage = self.on.node.stats(self.id, target)
-            if "BYTES" in usage:
-                words.append(f"{size(usage['BYTES'].used)} used of {size(usage['BYTES'].total)}")
-            if "INODES" in usage:
-                words.append(f"and {usage['INODES'].used} inodes of {usage['INODES'].total}")
+            client = self.on.node
+            request = pb.NodeGetVolumeStatsRequest(volume_id=self.id, volume_path=str(target))
+            for usage in client.call(client.node.NodeGetVolumeStats, request).usage:
+                if usage.unit == pb.VolumeUsage.BYTES:
+                    words.append(f"{size(usage.used)} used of {size(usage.total)}")
+                else:
+                    words.append(f"and {usage.used} inodes of {usage.total}")
 
     def undo(self, *steps: str) -> None:
         """Send the requests that undo earlier steps."""
@@ -203,8 +236,12 @@ class Volume:
 def show_life(on: Session, fs_type: str) -> None:
     """Show a volume from its creation to its deletion, its data checked after every change; no `fs_type`: raw block."""
     label = fs_type or "block"
-    access = MountAccess(fs_type) if fs_type else BlockAccess()
-    volume = Volume(on, label, Capability(access, AccessMode.SINGLE_NODE_WRITER))
+    capability = pb.VolumeCapability(
+        access_mode=pb.VolumeCapability.AccessMode(mode=pb.VolumeCapability.AccessMode.SINGLE_NODE_WRITER),
+        mount=pb.VolumeCapability.MountVolume(fs_type=fs_type) if fs_type else None,
+        block=None if fs_type else pb.VolumeCapability.BlockVolume(),
+    )
+    volume = Volume(on, label, capability)
     on.screen.write(f"\n== {f'a filesystem volume: {fs_type}' if fs_type else 'a raw block volume'}")
     volume.create()
     volume.stage()

@@ -237,8 +237,10 @@ def driver(target: Target) -> Iterator[Finding]:
     if name != target.driver_name:
         fix = "give each driver its own directory (the chart does, by driverName)"
         yield error(f"{endpoint} is served by {name}", target.driver_name, fix)
-    where = "" if info is None else "".join(f", {key}={value}" for key, value in info.topology.items())
-    limit = "" if info is None else f": node id {info.node_id}, {info.max_volumes or 'any number of'} volumes"
+    where = (
+        "" if info is None else "".join(f", {key}={value}" for key, value in info.accessible_topology.segments.items())
+    )
+    limit = "" if info is None else f": node id {info.node_id}, {info.max_volumes_per_node or 'any number of'} volumes"
     yield ok(f"{name} is ready{limit}{where}") if is_ready else error(f"{name} is not ready")
 
 

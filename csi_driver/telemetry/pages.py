@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Self
 
 from csi_driver.background import run_detached
@@ -119,9 +118,7 @@ class PageServer(ThreadingHTTPServer):
         _LOG.info("serving %s over HTTP on %s", ", ".join(self._pages), self.address)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.shutdown()
         self.server_close()
         with self._lock:

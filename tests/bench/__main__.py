@@ -22,11 +22,12 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
 from tests.bench.measure import Timing, resident_mib, timed
 from tests.bench.rate import measure_create_rate
 from tests.bench.scan import measure_scan
 from tests.bench.storm import Weather, ideal_s, storm
+from tests.client import CsiClient
 
 GIB = 1 << 30
 PARTS = ("start", "memory", "rate", "calls", "mounts", "probe", "shell", "storm", "list", "scan")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode, BlockAccess, Capability
-from csi_driver.rpc.client import CsiClient
 from tests.bench.measure import Timing, timed
 from tests.bench.slow import SlowServer, slow_server
+from tests.client import CsiClient
 
 DELAY_S = 0.05
 BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)

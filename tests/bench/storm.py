@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
+from tests.client import CsiClient
 
 CALL_TIME_S = 300.0
 FIRST_PAUSE_S = 0.5

@@ -20,7 +20,7 @@ import requests
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import Capability
-from csi_driver.rpc.client import CsiClient
+from tests.client import CsiClient
 from tests.integration.rig import GIB, REPOSITORY, filesystem, processes_of, scrub, wait_for
 
 _names = itertools.count(1)

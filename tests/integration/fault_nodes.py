@@ -16,7 +16,8 @@ from typing import Protocol
 from csi_driver.deadline import Deadline
 from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.publish_context import Encryption, History, PublishContext
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
+from tests.client import CsiClient
 from tests.contract.host_machine import HostMachine
 from tests.contract.host_machine import Volume as LoopVolume
 

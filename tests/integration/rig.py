@@ -20,7 +20,8 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
+from tests.client import CsiClient
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "csi_driver")

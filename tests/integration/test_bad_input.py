@@ -15,8 +15,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from csi_driver.model import AccessMode
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
+from tests.client import CsiClient
 from tests.integration.rig import Rig, Volume, filesystem, in_parallel, running
 
 pytestmark = pytest.mark.root

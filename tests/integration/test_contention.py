@@ -10,7 +10,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
+from tests.client import CsiClient
 from tests.integration.rig import MIB, Rig, digest, filesystem, fill, in_parallel, raw_block, running
 
 pytestmark = pytest.mark.root

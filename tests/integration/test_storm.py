@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.rpc.client import CsiClient
 from tests.bench.storm import storm
+from tests.client import CsiClient
 from tests.integration.rig import Rig, Volume, filesystem, in_parallel, mounts_below, running
 
 pytestmark = pytest.mark.root

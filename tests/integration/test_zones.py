@@ -16,9 +16,10 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY
-from csi_driver.rpc.client import CallFailed, CsiClient
+from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.storage_model import Volume
+from tests.client import CsiClient
 from tests.contract.two_managements import Storage
 from tests.integration.rig import PROGRAM, REPOSITORY, wait_for
 
@@ -225,9 +226,9 @@ def test_a_node_finds_its_zone_by_its_storage_clients_management(clusters: Clust
     assert refused.value.code == "FAILED_PRECONDITION"
     assert "expected one of a, b" in refused.value.message
     configuration.write_text('MANAGEMENT_SERVERS="m9:4001,10.0.0.9:4001"')
-    assert node.node_info().topology == {DEFAULT_TOPOLOGY_KEY: "b"}
+    assert node.node_info().accessible_topology.segments == {DEFAULT_TOPOLOGY_KEY: "b"}
 
 
 def test_a_node_of_the_only_cluster_goes_on_saying_what_old_volumes_demand(clusters: Clusters) -> None:
     node = clusters.node("node-1", f"--client-configuration={clusters.directory / 'absent'}")
-    assert node.node_info().topology == {"nvmesh-csi.excelero.com/zone": "single-zone-cluster"}
+    assert node.node_info().accessible_topology.segments == {"nvmesh-csi.excelero.com/zone": "single-zone-cluster"}

@@ -150,7 +150,7 @@ def test_the_suite_passes_and_leaves_nothing(csi_sanity: str, sanity_rig: Rig, a
 
 @pytest.mark.parametrize("sanity_rig", [("--max-volumes-per-node", str(ATTACH_LIMIT))], indirect=True)
 def test_the_suite_passes_at_the_attach_limit(csi_sanity: str, sanity_rig: Rig) -> None:
-    assert sanity_rig.node.node_info().max_volumes == ATTACH_LIMIT
+    assert sanity_rig.node.node_info().max_volumes_per_node == ATTACH_LIMIT
     report = run(csi_sanity, sanity_rig, "--csi.testnodevolumeattachlimit")
     assert_all_that_apply_pass(report, at_limit=True)
     assert _AT_LIMIT in report.passed

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.model import Capability
-from csi_driver.rpc.client import CallFailed, capability_message
+from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
+from tests.client import capability_message
 from tests.contract.host_machine import shell
 from tests.integration import test_node_secrets as secrets
 from tests.integration.rig import MIB, Rig, Volume, filesystem, findmnt, raw_block

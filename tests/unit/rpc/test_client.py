@@ -9,8 +9,9 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField
 from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
-from csi_driver.rpc.client import CallFailed, CsiClient, capability_message
+from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
+from tests.client import CsiClient, capability_message
 from tests.unit.rpc.fakes import serving
 
 
