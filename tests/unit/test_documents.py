@@ -11,7 +11,7 @@ from csi_driver.compat import clusters as old_clusters
 from csi_driver.management.clusters import ZONE_KEYS, ClusterDefaults, parse_clusters
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.rpc.boundary import CODES
-from tests.documents import NAMES, ROOT, anchors, fenced, table, text_of, unfenced
+from tests.documents import NAMES, ROOT, anchors, code, fenced, table, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
 
 _METRIC = re.compile(r"\bnvmesh_csi_[a-z_]+")
@@ -101,6 +101,16 @@ def test_the_table_of_grpc_codes_is_the_one_of_the_program() -> None:
         if family
     }
     assert documented == {(family.__name__, code.name) for family, code in CODES.items()}
+
+
+def test_every_place_of_a_decision_exists() -> None:
+    rows = table(text_of("architecture.md"), "file", "function or class")
+    named = [(code(row["file"])[0], name) for row in rows for name in code(row["function or class"])]
+    missing = [
+        name for file, name in named if not re.search(rf"(?m)^(def |class )?{name}\b", (ROOT / file).read_text())
+    ]
+    assert len(named) > 5
+    assert missing == []
 
 
 def test_make_test_runs_every_directory_of_tests() -> None:
