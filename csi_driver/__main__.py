@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from csi_driver import driver_version
-from csi_driver.config.parser import PROGRAM, Command, UsageError, VersionCommand, parse
+from csi_driver.config import PROGRAM, VersionCommand, parse
+from csi_driver.config.command import Command, UsageError
 from csi_driver.errors import DriverError, ToolMissing
 from csi_driver.telemetry import log
 

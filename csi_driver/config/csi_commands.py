@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from csi_driver.config.parser import Command, Values, build, flags_of
+from csi_driver.config.command import Command, Values, build, flags_of
 from csi_driver.flags import (
     SOCKET_PATH_LIMIT_BYTES,
     choice,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from csi_driver.config.parser import Command, Values, build
+from csi_driver.config.command import Command, Values, build
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.flags import section
 from csi_driver.local.doctor import Target

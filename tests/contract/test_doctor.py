@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
-from csi_driver.config.parser import parse
 from csi_driver.local.doctor import run_doctor
 from csi_driver.local.doctor_checks import checks
 from tests.contract.pki import Authority, Pair

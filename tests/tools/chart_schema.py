@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from csi_driver import flags
-from csi_driver.config.parser import command_class
-from csi_driver.config.parser import flags_of as flags_in
+from csi_driver.config import command_class
+from csi_driver.config.command import flags_of as flags_in
 from csi_driver.flags import Flag
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"

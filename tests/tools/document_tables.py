@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from csi_driver.config.parser import COMMANDS, command_class, flags_of
+from csi_driver.config import COMMANDS, command_class
+from csi_driver.config.command import flags_of
 from csi_driver.flags import Flag, read_boolean
 from csi_driver.local.doctor_checks import checks
 from csi_driver.parameters.mkfs import ALLOWED

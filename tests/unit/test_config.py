@@ -10,9 +10,10 @@ from typing import TypeVar
 
 import pytest
 
+from csi_driver.config import VersionCommand, parse
+from csi_driver.config.command import Command, UsageError
 from csi_driver.config.csi_commands import ControllerCommand, NodeCommand, PreStopCommand, VolumeCommand
 from csi_driver.config.local_commands import DemoCommand, LocalCommand, StorageCommand
-from csi_driver.config.parser import Command, UsageError, VersionCommand, parse
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.local.settings import DemoSettings, LocalSettings

@@ -12,7 +12,8 @@ from pathlib import PurePath
 import pytest
 import yaml
 
-from csi_driver.config.parser import COMMANDS, UsageError, command_class, flags_of, parse
+from csi_driver.config import COMMANDS, command_class, parse
+from csi_driver.config.command import UsageError, flags_of
 from tests.documents import NAMES, ROOT, code, fenced, text_of, unfenced
 from tests.unit.chart.rendering import CHART, NVMESH, helm, render
 

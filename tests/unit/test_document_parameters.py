@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from csi_driver import capacity
-from csi_driver.config.parser import COMMANDS, command_class, flags_of
+from csi_driver.config import COMMANDS, command_class
+from csi_driver.config.command import flags_of
 from csi_driver.errors import InvalidRequest
 from csi_driver.parameters import mount_options, storage_class
 from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY

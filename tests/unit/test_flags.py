@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.config.parser import COMMANDS, command_class, flags_of, parse
+from csi_driver.config import COMMANDS, command_class, parse
+from csi_driver.config.command import flags_of
 from csi_driver.flags import (
     Flag,
     read_boolean,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from csi_driver import flags as read
-from csi_driver.config.parser import parse
+from csi_driver.config import parse
 from csi_driver.embedded.settings import read_client
 from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from csi_driver.config import parse
 from csi_driver.config.csi_commands import PreStopCommand
-from csi_driver.config.parser import parse
 from csi_driver.host_model import RunningRole
 from tests.unit.chart.rendering import NVMESH, Manifest, Rendered, helm, render
 

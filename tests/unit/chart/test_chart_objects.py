@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from csi_driver import driver_version
+from csi_driver.config.command import flags_of
 from csi_driver.config.csi_commands import ControllerCommand
-from csi_driver.config.parser import flags_of
 from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, Manifest, Rendered, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 

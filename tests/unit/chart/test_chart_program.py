@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.config import parse
+from csi_driver.config.command import Command, UsageError
 from csi_driver.config.csi_commands import ControllerCommand, NodeCommand
 from csi_driver.config.local_commands import StorageCommand
-from csi_driver.config.parser import Command, UsageError, parse
 from csi_driver.management.clusters import parse_clusters
 from csi_driver.yaml_document import read_source
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Rendered, helm, render

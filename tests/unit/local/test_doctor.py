@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
-from csi_driver.config.parser import parse
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure
 from csi_driver.host_model import RunningRole
