@@ -51,7 +51,6 @@ class Backoff:
         return pause_s * (0.5 + 0.5 * self.jitter())
 
     def succeeded(self) -> None:
-        """Start again with the shortest pause."""
         self._failures = 0
 
 
@@ -72,7 +71,6 @@ class Background:
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
@@ -190,7 +188,6 @@ class SelfPaced(Periodic):
     backoff: Backoff | None = None
 
     def run_once(self) -> float:
-        """Run the work once, in the caller's thread, and return the seconds until it is due again."""
         pause_s = self._attempt(self.name, self.work)
         if not isinstance(pause_s, float | int):
             return self.interval_s if self.backoff is None else self.backoff.after_failure_s()
@@ -329,7 +326,6 @@ class DaemonPool:
 
 
 def _settle(future: Future[T], job: Callable[[], T]) -> None:
-    """Run a job and hand its result or exception to the future."""
     if not future.set_running_or_notify_cancel():
         return
     try:

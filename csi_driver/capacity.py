@@ -53,7 +53,6 @@ def least_extension_bytes(layout: Layout) -> int:
 
 
 def minimum_bytes(layout: Layout) -> int:
-    """Return the smallest possible size."""
     return _size_of(_stripes_for(MINIMUM_BYTES, layout), layout)
 
 
@@ -193,13 +192,11 @@ def _size_of(stripes: int, layout: Layout) -> int:
 
 
 def _gigabytes(stripes: int, layout: Layout) -> float:
-    """Return the capacity in the middle between this number of stripes and the next one."""
     stripe_bytes = _legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES
     return (stripes * stripe_bytes + stripe_bytes // 2) / GIGABYTE
 
 
 def _stripes_for(least_bytes: int, layout: Layout) -> int:
-    """Return the lowest number of stripes for a size of at least `least_bytes`."""
     stripes = -(-least_bytes // (_legs(layout) * _stripe_blocks(layout) * BLOCK_BYTES))
     while _size_of(stripes, layout) < least_bytes:
         stripes += 1

@@ -96,10 +96,7 @@ class HostFailure(DriverError):
 
 
 class MissingField(InvalidRequest):
-    """A field that the specification marks REQUIRED is not set."""
-
     def __init__(self, field: str) -> None:
-        self.field = field
         super().__init__(f"{field} is required but not set")
 
 
@@ -112,30 +109,22 @@ class InvalidField(InvalidRequest):
 
 
 class VolumeNotFound(NotFound):
-    """No volume has this id."""
-
     def __init__(self, volume_id: str, detail: str = "") -> None:
-        self.volume_id = volume_id
         super().__init__(f"volume {shown(volume_id)} does not exist" + (f": {detail}" if detail else ""))
 
 
 class VolumeNotMounted(NotFound):
-    """The volume is not mounted where the request expects it."""
-
     def __init__(self, volume: object, path: object) -> None:
         super().__init__(f"volume {volume} is not mounted at {path}")
 
 
 class NodeNotFound(NotFound):
-    """No node (storage client) has this id."""
-
     def __init__(self, node_id: str) -> None:
-        self.node_id = node_id
         super().__init__(f"node {shown(node_id)} is not registered in the storage management")
 
 
 class ExistsDifferently(Incompatible):
-    """The object exists with different properties. Each difference has the expected and the found value."""
+    """Each difference has the expected and the found value."""
 
     def __init__(self, what: str, differences: Sequence[str]) -> None:
         self.differences = tuple(differences)
@@ -153,17 +142,12 @@ class DeadlineReached(StorageUnavailable):
 
 
 class IdentityNotProven(StorageUnavailable):
-    """The identity of a device cannot be proven while the storage client does not work."""
-
     def __init__(self, device: object, why: str) -> None:
         super().__init__(f"cannot prove which volume device {device} is: {why}; retry when the storage client works")
 
 
 class CommandFailed(HostFailure):
-    """A program failed: it exited with an unexpected status, or was killed."""
-
     def __init__(self, argv: Sequence[str], status: int, stderr: str) -> None:
-        self.argv = tuple(argv)
         self.status = status
         self.stderr = stderr
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
@@ -171,20 +155,14 @@ class CommandFailed(HostFailure):
 
 
 class CommandTimedOut(HostFailure):
-    """A program did not finish within its time limit and was killed."""
-
     def __init__(self, argv: Sequence[str], timeout_s: float) -> None:
-        self.argv = tuple(argv)
         # A caller's remaining time differs in every call, and each text would be another Kubernetes event.
         limit = f"within {timeout_s:.0f} s" if timeout_s == int(timeout_s) else "in time"
         super().__init__(f"{' '.join(argv)} did not finish {limit} and was killed")
 
 
 class ToolMissing(HostFailure):
-    """A required program is not installed."""
-
     def __init__(self, program: str, package: str = "") -> None:
-        self.program = program
         super().__init__(f"{program} is not installed" + (f"; install the package {package}" if package else ""))
 
 
@@ -218,7 +196,6 @@ class ReservationConflict(PreconditionFailed):
     """
 
     def __init__(self, volume_name: str, management_id: int, current_version: int | None = None) -> None:
-        self.volume_name = volume_name
         self.management_id = management_id
         self.current_version = current_version
         reason = {
@@ -233,7 +210,6 @@ class ServerUnreachable(StorageUnavailable):
     """A management server is unreachable or refused the request unread: the request was not executed."""
 
     def __init__(self, server: str, reason: str, *, timed_out: bool = False) -> None:
-        self.server = server
         self.reason = reason
         self.timed_out = timed_out
         super().__init__(f"management server {server} is unavailable: {reason}")
@@ -248,8 +224,6 @@ class OutcomeUnknown(StorageUnavailable):
     def __init__(
         self, server: str, request: str, reason: str, *, timed_out: bool = False, is_read: bool = False
     ) -> None:
-        self.server = server
-        self.request = request
         self.reason = reason
         self.timed_out = timed_out
         maybe = "" if is_read else "; the request may have been executed"

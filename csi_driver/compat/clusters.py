@@ -60,7 +60,6 @@ _LOG_LEVELS = {
 
 
 def is_old(document: Entry) -> bool:
-    """Return whether a file has one of the older forms."""
     zones = document.get("zones")
     entries = zones.values() if isinstance(zones, dict) else ()
     return (
@@ -128,7 +127,6 @@ def _topology(document: Entry, shared: Entry, given: frozenset[str], findings: F
 
 
 def _zone(zone: str, entry: Entry, given: frozenset[str], findings: Findings) -> Entry:
-    """Rename the keys of one zone, and require the settings that the older drivers had built in."""
     named = {_RENAMED.get(key, key): value for key, value in entry.items()}
     renamed = {key: value for key, value in named.items() if key in _SAME_KEYS}
     if not renamed.get("clientCertificateFile") and "clientCertificateFile" not in given:

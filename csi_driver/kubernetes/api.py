@@ -62,7 +62,6 @@ class Node:
     volumes: tuple[str, ...] = ()
 
     def has_taint(self, key: str) -> bool:
-        """Return whether the node has a taint with this key, of any effect."""
         return any(taint.get("key") == key for taint in self.taints)
 
     def why_draining(self) -> str:
@@ -83,7 +82,6 @@ class Node:
 
 
 def decode_node(document: Mapping[str, object]) -> Node:
-    """Decode a Node; absent fields are empty."""
     metadata, spec, status = (_mapping(document.get(key)) for key in ("metadata", "spec", "status"))
     attached = (_mapping(volume).get("name") for volume in _list(status.get("volumesAttached")))
     conditions = map(_mapping, _list(status.get("conditions")))
@@ -99,7 +97,6 @@ def decode_node(document: Mapping[str, object]) -> Node:
 
 
 def decode_node_ids(document: Mapping[str, object]) -> Mapping[str, str]:
-    """Decode a CSINode: the node's id by the name of each registered driver."""
     drivers = map(_mapping, _list(_mapping(document.get("spec")).get("drivers")))
     pairs = ((driver.get("name"), driver.get("nodeID")) for driver in drivers)
     return {name: node_id for name, node_id in pairs if isinstance(name, str) and isinstance(node_id, str)}
@@ -125,7 +122,6 @@ class ApiServer:
     settings: ApiSettings
 
     def node(self, name: str) -> Node | None:
-        """Get a Node from the cache; None where it does not exist. Needs the right to get nodes."""
         found = self._get(f"{_node_path(name)}{_CACHED}", f"get node {shown(name)}")
         return decode_node(found) if found is not None else None
 
@@ -180,7 +176,6 @@ class ApiServer:
         return document
 
     def _request(self, method: str, path: str, what: str, change: object = None, content_type: str = "") -> bytes:
-        """Return the body of a successful response."""
         settings = self.settings
         try:
             token = (settings.account / "token").read_text().strip()
@@ -209,7 +204,6 @@ def _node_path(node_name: str) -> str:
 
 
 def _reason(body: bytes) -> str:
-    """Return the message of the server's Status object, else the beginning of the body."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

@@ -52,11 +52,9 @@ class ClientLabel:
     _last_reason: str = ""
 
     def loop(self) -> SelfPaced:
-        """Return the background loop that checks."""
         return SelfPaced("node-label", self.check, LABEL_INTERVAL_S, backoff=Backoff(_LONGEST_LABEL_PAUSE_S))
 
     def check(self) -> float:
-        """Check the client, change the label if needed, and return the seconds until the next check."""
         value = self._wanted()
         if self._was_set and value == self._value and self.clock.monotonic() < self._reapply_at_s:
             return LABEL_INTERVAL_S
@@ -105,11 +103,9 @@ class StartupTaint:
     _logged: str = ""
 
     def loop(self) -> SelfPaced:
-        """Return the background loop that checks."""
         return SelfPaced("startup-taint", self.check, TAINT_INTERVAL_S, backoff=Backoff(TAINT_INTERVAL_S))
 
     def check(self) -> float:
-        """Remove the taint if the driver is ready, and return the seconds until the next check."""
         if reason := self.why_not_ready():
             self._log(f"stays: {reason}")
             return STARTING_INTERVAL_S
@@ -205,7 +201,6 @@ class PreStop:
             return frozenset()
 
     def _remaining(self, server: ApiServer, node: Node | None, mounted: Collection[str]) -> str:
-        """Return which of the volumes seen so far are left; "" where none is."""
         in_use = node.handles(self.driver_name) if node is not None else frozenset()
         self._handles |= {*mounted, *in_use}
         if mounted:
@@ -241,7 +236,6 @@ def _judge_by_mounts(mounted: Collection[str], reason: str) -> tuple[str, str]:
 
 
 def _listed(handles: Collection[str]) -> str:
-    """Name the volumes, the first three of many."""
     first = sorted(handles)[:3]
     more = f" and {len(handles) - 3} more are" if len(handles) > 3 else " is" if len(handles) == 1 else " are"
     return f"{', '.join(first)}{more}"

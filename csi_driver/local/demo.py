@@ -124,7 +124,6 @@ class Volume:
         return self.on.directory / f"{self.label}-{name}"
 
     def create(self) -> None:
-        """Create the volume and attach it."""
         on, here, client = self.on, self.on.node.node_info(), self.on.controller
         topology = pb.TopologyRequirement(requisite=[here.accessible_topology])
         with on.screen.step("CreateVolume") as words:
@@ -226,7 +225,6 @@ class Volume:
                     words.append(f"and {usage.used} inodes of {usage.total}")
 
     def undo(self, *steps: str) -> None:
-        """Send the requests that undo earlier steps."""
         for step in steps:
             with self.on.screen.step(step):
                 self.on.cleanup.requests[step]()

@@ -79,7 +79,6 @@ class Target:
 
     @property
     def defaults(self) -> ClusterDefaults:
-        """Return the settings of a zone for keys that the clusters file leaves out."""
         return ClusterDefaults(self.management, self.paths.zone or DEFAULT_ZONE, self.tls_verify is not None)
 
 

@@ -40,7 +40,6 @@ _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.n
 
 
 def checks(role: str = NODE) -> tuple[Check, ...]:
-    """Return the checks of a role, in the order in which they are printed."""
     every = (*_node_checks(), *_service_checks())
     return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
 
@@ -276,7 +275,6 @@ def _sockets_in(directory: Path) -> list[Path]:
 
 
 def _is_served(path: Path) -> bool:
-    """Return whether a process accepts connections; nothing is sent."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         probe.settimeout(1.0)
         try:

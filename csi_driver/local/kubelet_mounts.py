@@ -30,7 +30,6 @@ class KubeletMount:
 
     @property
     def name(self) -> str:
-        """The volume's handle, else the path."""
         return self.handle or str(self.path)
 
 

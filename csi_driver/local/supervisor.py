@@ -183,7 +183,6 @@ class Supervisor:
         return None if process is None else process.poll()
 
     def pid(self, role: Role) -> int | None:
-        """Return the process id of a role; None between its exit and its restart."""
         process = self._children[role].process
         return None if process is None else process.pid
 
@@ -274,7 +273,6 @@ def probe(role: Role, paths: Paths, port: int) -> str | None:
 
 
 def describe_exit(status: int) -> str:
-    """Describe an exit status; a signal is a negative number."""
     return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
 

@@ -93,7 +93,6 @@ class ManagementClient:
         self._servers = ManagementServers(settings, clock, metrics)
 
     def close(self) -> None:
-        """Close the idle connections."""
         self._servers.close()
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
@@ -196,14 +195,14 @@ class ManagementClient:
         current = self._require_same(volume, deadline)
         if current.capacity_gb != volume.capacity_gb:
             raise OperationPending(
-                f"volume {volume.name}: expected a capacity of {volume.capacity_gb} codec.GB before the extension, got "
-                f"{current.capacity_gb} codec.GB: another request extends it; retry"
+                f"volume {volume.name}: expected a capacity of {volume.capacity_gb} GB before the extension, got "
+                f"{current.capacity_gb} GB: another request extends it; retry"
             )
         step = least_extension_bytes(current.layout)
         if not (capacity_gb - current.capacity_gb) * codec.GB >= step:
             raise CapacityOutOfRange(
                 f"volume {volume.name}: expected an extension by at least {step} bytes, "
-                f"got {current.capacity_gb} codec.GB to {capacity_gb} codec.GB; request more"
+                f"got {current.capacity_gb} GB to {capacity_gb} GB; request more"
             )
         item: dict[str, object] = {"_id": volume.name, "uuid": volume.uuid, "capacity": capacity_gb}
         if current.allows_offline_drives:
@@ -306,7 +305,6 @@ class ManagementClient:
         return current
 
     def _read(self, path: str, deadline: Deadline, absent: Meaning | None = None) -> codec.Document:
-        """Return a document; {} where the error has the meaning `absent`."""
         body = codec.as_document(self._servers.send(Request("GET", path), deadline), "a document")
         # A document may have a field `error` without being an envelope.
         error = error_in(body) if "success" in body or "systemMessage" in body else None

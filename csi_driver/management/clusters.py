@@ -76,11 +76,9 @@ class OneCluster:
     client: ManagementClient
 
     def zones(self) -> Sequence[str]:
-        """Return the one zone."""
         return (self.zone,)
 
     def management(self, zone: str) -> ManagementClient | None:
-        """Return the client of this zone, None for any other name."""
         return self.client if zone == self.zone else None
 
 
@@ -118,7 +116,6 @@ class FileClusters:
         self._log(self._file)
 
     def zones(self) -> Sequence[str]:
-        """Return the zones in the order of the file."""
         self._check()
         return tuple(self._clusters)
 
@@ -129,7 +126,6 @@ class FileClusters:
         return cluster.client if cluster is not None else None
 
     def close(self) -> None:
-        """Close the idle connections to all zones."""
         for cluster in self._clusters.values():
             cluster.client.close()
 
@@ -186,7 +182,6 @@ class FileClusters:
 def open_clusters(
     file: Path | None, defaults: ClusterDefaults, connect: Callable[[ManagementSettings], ManagementClient]
 ) -> OneCluster | FileClusters:
-    """Return the clusters of a file, or the one cluster of the command line."""
     if file is None:
         return OneCluster(defaults.zone, connect(defaults.management))
     return FileClusters(file, defaults, connect)
@@ -223,7 +218,6 @@ def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
 
 
 def _given(defaults: ClusterDefaults) -> frozenset[str]:
-    """Return the keys of a zone that the command line sets."""
     own = defaults.management
     is_given = {
         "user": own.has_user,
@@ -235,7 +229,6 @@ def _given(defaults: ClusterDefaults) -> frozenset[str]:
 
 
 def _zone_entries(document: Entry, findings: Findings) -> Iterator[tuple[str, Entry]]:
-    """Yield the valid entries under `zones`."""
     zones = document.get("zones")
     if not isinstance(zones, dict) or not zones:
         findings.problems.append("zones: expected at least one zone, got none")
@@ -262,7 +255,6 @@ def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
 
 
 def _zone_settings(reader: MappingReader, own: ManagementSettings) -> ManagementSettings:
-    """Return the settings of one zone, with the command line's where it is silent."""
     settings = replace(
         _with_login(reader, own),
         servers=_servers(reader),

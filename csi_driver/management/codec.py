@@ -118,7 +118,6 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
 
 
 def decode_client(row: Document) -> Client:
-    """Decode a client with its desired attachments and the devices that it reports."""
     try:
         desired = (_desired(uuid, entry) for uuid, entry in (row.get("attachments") or {}).items())
         reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
@@ -134,7 +133,6 @@ def decode_client(row: Document) -> Client:
 
 
 def decode_vpg(row: Document) -> Vpg:
-    """Decode a volume provisioning group."""
     try:
         return Vpg(
             name=_text(row, "name", "_id"),

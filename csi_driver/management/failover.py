@@ -78,7 +78,6 @@ class CircuitBreaker:
         self._probe_began_s = self._probe_ended_s = self._trial_ends_s = float("-inf")
 
     def is_closed(self) -> bool:
-        """Return whether the server worked when it was last used."""
         return self.state is State.CLOSED
 
     def fails_fast(self) -> bool:
@@ -90,7 +89,6 @@ class CircuitBreaker:
         return self._slow_at_s >= since_s
 
     def take_trial(self) -> bool:
-        """Admit one request in the half-open state."""
         with self._state_changed:
             now_s = self._clock.monotonic()
             if self.state is not State.HALF_OPEN or now_s < self._trial_ends_s:
@@ -281,12 +279,10 @@ class ManagementServers:
         self._servers = [Server(url, settings, clock, metrics) for url in settings.servers]
 
     def close(self) -> None:
-        """Close the idle connections."""
         for server in self._servers:
             server.close()
 
     def any_works(self) -> bool:
-        """Return whether any server worked when it was last used."""
         return any(server.breaker.is_closed() for server in self._servers)
 
     def send(self, request: Request, deadline: Deadline) -> object:

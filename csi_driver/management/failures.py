@@ -158,7 +158,6 @@ class ApiError:
 
     @property
     def main_id(self) -> int | None:
-        """The outermost id."""
         return self.ids[-1] if self.ids else None
 
 
@@ -223,7 +222,6 @@ _FAMILIES: Mapping[Meaning, type[DriverError]] = {
 
 
 def _chain(error: object) -> list[dict[str, object]]:
-    """Return the nested error objects, outermost first."""
     chain: list[dict[str, object]] = []
     while isinstance(error, dict) and len(chain) < 8:
         chain.append(error)

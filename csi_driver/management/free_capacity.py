@@ -36,7 +36,6 @@ _HEAD_FRACTION = 125
 
 
 def vpg_free_bytes(usage: Document) -> int:
-    """Return the free bytes in the usage document of a provisioning group."""
     free = usage.get("freeCapacity")
     if usage.get("allowOverflow") is False and free is not None:
         try:

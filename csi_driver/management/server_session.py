@@ -77,7 +77,6 @@ def response_body(response: Response, server: str, request: Request) -> object:
 
 
 def error_id(response: Response) -> int | None:
-    """Return the id of the error in the body, if it has one."""
     error = error_in(response.body) if isinstance(response.body, dict) else None
     return error.main_id if error is not None else None
 
@@ -88,7 +87,6 @@ def is_retired(response: Response) -> bool:
 
 
 def _without_texts(body: object) -> object:
-    """Return a body without its texts, except UUIDs."""
     match body:
         case dict():
             return {key: _without_texts(value) for key, value in body.items()}
@@ -149,7 +147,6 @@ class ServerSession:
         self._opening_failure: DriverError | None = None
 
     def close(self) -> None:
-        """Close the idle connections."""
         self._transport.close()
 
     def probe(self) -> bool:
@@ -288,7 +285,6 @@ class ServerSession:
         self._take_version(response.body)
 
     def _take_version(self, info: dict[str, object]) -> None:
-        """Check and keep the API version of the session."""
         if "success" in info:
             return  # an error
         allow_incompatible = self._settings.allow_incompatible_versions

@@ -117,7 +117,6 @@ class ManagementSettings:
 
     @property
     def password_place(self) -> str:
-        """Where the password is stored, for messages."""
         return str(self.password_file or "the clusters file")
 
     def problems(self) -> tuple[str, ...]:

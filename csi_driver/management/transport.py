@@ -51,7 +51,6 @@ class Request:
 
     @property
     def what(self) -> str:
-        """The request as messages name it."""
         return f"{self.method} {self.path.partition('?')[0]}"
 
 
@@ -79,7 +78,6 @@ class BadCertificateFile(Exception):
 
 
 def _certificate_version(settings: ManagementSettings) -> list[tuple[int, int, int]]:
-    """Return a value that differs as soon as a certificate file is replaced."""
     version = []
     for path in (settings.ca_file, settings.client_certificate, settings.client_key):
         if path is not None:
@@ -341,7 +339,6 @@ _CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
 
 def _rejects_certificate(error: BaseException) -> bool:
-    """Return whether this is a TLS alert about our certificate (RFC 8446, section 6)."""
     reason = error.reason if isinstance(error, ssl.SSLError) else None
     return isinstance(reason, str) and "ALERT" in reason and any(word in reason for word in _CERTIFICATE_ALERTS)
 

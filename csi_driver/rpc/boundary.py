@@ -68,7 +68,6 @@ Handler = Callable[[Message, Deadline], Message]
 
 
 def code_of(error: errors.DriverError) -> grpc.StatusCode:
-    """Return the code of the error's family."""
     return next((CODES[ancestor] for ancestor in type(error).__mro__ if ancestor in CODES), _Code.INTERNAL)
 
 
@@ -160,7 +159,6 @@ class Boundary:
         return self._locks.hold(LockKey("volume", name, f"volume {errors.shown(name)}"))
 
     def measurements(self) -> list[Metric]:
-        """Return the metrics of the calls."""
         return [self.durations, *running_calls(self.running.by_method)]
 
     def handlers(self, service: Service) -> grpc.GenericRpcHandler[Message, Message]:

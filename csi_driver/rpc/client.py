@@ -86,7 +86,6 @@ class CsiClient:
             raise CallFailed(method_name, error.code().name, error.details() or "") from error
 
     def plugin_name(self) -> str:
-        """Return the driver's name (GetPluginInfo)."""
         return self.call(self.identity.GetPluginInfo, pb.GetPluginInfoRequest()).name
 
     def is_ready(self, *, timeout_s: float = _PROBE_TIMEOUT_S) -> bool:
@@ -128,7 +127,6 @@ class SelfCheck:
         return "" if is_ready else "Probe returns ready=false: the driver is still starting", True
 
     def check_node(self) -> None:
-        """Return when NodeGetInfo succeeds; else raise `StorageUnavailable` with its error."""
         try:
             with CsiClient(self.socket, timeout_s=_SELF_INFO_TIMEOUT_S) as client:
                 client.node_info()

@@ -76,7 +76,6 @@ class LockKeys:
         return LockKey("path", posixpath.normpath(value), f"path {shown(value)}")
 
     def volume(self, volume_id: str, *, shared: bool = False) -> LockKey:
-        """Return the key for a volume handle in any of its spellings."""
         handle = VolumeHandle.parse(volume_id)
         if handle is None:
             return LockKey("unknown handle", volume_id, f"volume {shown(volume_id)}", shared)
@@ -145,7 +144,6 @@ class Rpc:
         return self.pool is Pool.WORK and self.service.endswith("Node")
 
     def lock_keys(self, keys: LockKeys, request: Message) -> tuple[LockKey, ...]:
-        """Return the keys to hold while the call runs."""
         shared = self.shares_volume and not _is_single_writer(request)
         return tuple(keys.for_field(each, getattr(request, each), shared=shared) for each in self.locks)
 

@@ -28,7 +28,6 @@ def describe(message: Message) -> str:
 
 @cache
 def is_secret(field: FieldDescriptor) -> bool:
-    """Return whether the field's value must never be shown."""
     return field.full_name == _MOUNT_FLAGS or bool(field.GetOptions().Extensions[csi_pb2.csi_secret])
 
 

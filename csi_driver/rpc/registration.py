@@ -145,11 +145,9 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
 
     @property
     def is_registered(self) -> bool:
-        """Whether the socket is in place and kubelet reported success last."""
         return not self.why_not_registered()
 
     def why_not_registered(self) -> str:
-        """Return why kubelet has not registered the driver; "" when it has."""
         kubelet = self._kubelet
         with kubelet.lock:
             if self._problem:
@@ -159,7 +157,6 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
             return "" if kubelet.is_registered else "kubelet has not registered the driver yet"
 
     def verdicts(self) -> dict[str, int]:
-        """Return how often kubelet accepted and refused the registration."""
         with self._kubelet.lock:
             return dict(self._kubelet.results)
 

@@ -35,8 +35,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    """One endpoint with its services."""
-
     def __init__(self, settings: EndpointSettings, boundary: Boundary, services: Sequence[Service]) -> None:
         self._settings = settings
         self._boundary = boundary
@@ -137,7 +135,6 @@ class Termination:
         os.close(self._writer)
 
     def wait(self) -> None:
-        """Return when the first signal has come."""
         os.read(self._reader, 1)
 
     def _received(self, number: int, frame: FrameType | None) -> None:

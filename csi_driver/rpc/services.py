@@ -74,7 +74,6 @@ class IdentityService(Service):
 
 
 def is_equipped(problems: Callable[[], Sequence[str]]) -> bool:
-    """Return True; raises `PreconditionFailed` with every problem of this machine."""
     found = problems()
     if found:
         raise PreconditionFailed("; ".join(found))
@@ -98,7 +97,6 @@ class ManagementReadiness:
     _last_reason: str = ""
 
     def is_ready(self) -> bool:
-        """Return whether the management has answered by now."""
         if self._ready:
             return True
         with self._lock:

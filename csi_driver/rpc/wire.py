@@ -32,7 +32,6 @@ _STRING_LIMIT_BYTES = 128
 
 
 def capability_from(message: pb.VolumeCapability) -> Capability:
-    """Read a volume capability."""
     mode = AccessMode(pb.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode))
     if message.WhichOneof("access_type") == "block":
         return Capability(BlockAccess(), mode)
@@ -41,14 +40,12 @@ def capability_from(message: pb.VolumeCapability) -> Capability:
 
 
 def capabilities_from(messages: Iterable[pb.VolumeCapability]) -> tuple[Capability, ...]:
-    """Read volume capabilities."""
     return tuple(capability_from(message) for message in messages)
 
 
 def optional_capability_from(
     request: pb.ControllerExpandVolumeRequest | pb.NodeExpandVolumeRequest,
 ) -> Capability | None:
-    """Read a volume capability that need not be set."""
     return capability_from(request.volume_capability) if request.HasField("volume_capability") else None
 
 
@@ -83,7 +80,6 @@ def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
 
 
 def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
-    """Read ControllerPublishVolume."""
     return PublishRequest(
         volume_id=message.volume_id,
         node_id=message.node_id,
@@ -94,7 +90,6 @@ def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
 
 
 def validate_from(message: pb.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
-    """Read ValidateVolumeCapabilities."""
     return ValidateRequest(
         volume_id=message.volume_id,
         capabilities=capabilities_from(message.volume_capabilities),
@@ -105,12 +100,10 @@ def validate_from(message: pb.ValidateVolumeCapabilitiesRequest) -> ValidateRequ
 
 
 def topology_to(segments: Mapping[str, str]) -> pb.Topology:
-    """Write where a volume or node is."""
     return pb.Topology(segments=dict(segments))
 
 
 def volume_to(volume: ProvisionedVolume) -> pb.Volume:
-    """Write a volume."""
     return pb.Volume(
         capacity_bytes=volume.capacity_bytes,
         volume_id=volume.volume_id,
@@ -120,7 +113,6 @@ def volume_to(volume: ProvisionedVolume) -> pb.Volume:
 
 
 def list_to(volumes: Sequence[ListedVolume], next_token: str) -> pb.ListVolumesResponse:
-    """Write one page of volumes."""
     listed, status = pb.ListVolumesResponse.Entry, pb.ListVolumesResponse.VolumeStatus
     return pb.ListVolumesResponse(
         entries=[
@@ -132,7 +124,6 @@ def list_to(volumes: Sequence[ListedVolume], next_token: str) -> pb.ListVolumesR
 
 
 def get_to(listed: ListedVolume) -> pb.ControllerGetVolumeResponse:
-    """Write one volume with its nodes."""
     status = pb.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=listed.published_node_ids)
     return pb.ControllerGetVolumeResponse(volume=volume_to(listed.volume), status=status)
 
@@ -172,7 +163,6 @@ def cut(text: str) -> str:
 
 
 def stage_from(message: pb.NodeStageVolumeRequest) -> StageRequest:
-    """Read NodeStageVolume."""
     return StageRequest(
         volume_id=message.volume_id,
         staging_target_path=message.staging_target_path,
@@ -184,7 +174,6 @@ def stage_from(message: pb.NodeStageVolumeRequest) -> StageRequest:
 
 
 def node_publish_from(message: pb.NodePublishVolumeRequest) -> NodePublishRequest:
-    """Read NodePublishVolume."""
     return NodePublishRequest(
         volume_id=message.volume_id,
         staging_target_path=message.staging_target_path,
@@ -197,7 +186,6 @@ def node_publish_from(message: pb.NodePublishVolumeRequest) -> NodePublishReques
 
 
 def node_expand_from(message: pb.NodeExpandVolumeRequest) -> NodeExpandRequest:
-    """Read NodeExpandVolume."""
     return NodeExpandRequest(
         volume_id=message.volume_id,
         volume_path=message.volume_path,
@@ -219,7 +207,6 @@ def usage_to(usage: Usage) -> pb.NodeGetVolumeStatsResponse:
 
 
 def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:
-    """Write the problems of a volume."""
     entry = pb.VolumeHealth.VolumeHealthEntry
     return pb.VolumeHealth(
         volume_id=health.volume_id,
@@ -230,7 +217,6 @@ def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:
 
 
 def storage_health_to(entries: Iterable[StorageEntry]) -> pb.NodeGetStorageHealthResponse:
-    """Write the problems of a node's connection to the storage."""
     entry = pb.NodeGetStorageHealthResponse.StorageBackendHealth
     return pb.NodeGetStorageHealthResponse(
         backend_health=[

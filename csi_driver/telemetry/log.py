@@ -20,8 +20,6 @@ from csi_driver.settings import LOG_LEVEL
 
 
 class LogFormat(StrEnum):
-    """Format of a record."""
-
     TEXT = "text"
     JSON = "json"
 

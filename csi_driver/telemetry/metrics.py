@@ -49,7 +49,6 @@ class Reading(Collector):
     is_counter: bool = False
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """Read the samples."""
         family = (CounterMetricFamily if self.is_counter else GaugeMetricFamily)(
             self.name, self.help, labels=self.labels
         )
@@ -59,7 +58,6 @@ class Reading(Collector):
 
 
 def exposition(metrics: Iterable[Metric]) -> str:
-    """Return all metrics in the text format of Prometheus."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
     registry = CollectorRegistry()
     for metric in metrics:
@@ -76,7 +74,6 @@ def _by(label: str, read: Callable[[], Mapping[str, float]]) -> tuple[tuple[str,
 
 
 def process(*, version: str, role: str, driver_name: str) -> list[Metric]:
-    """Describe the program and its process."""
     labels = {
         "version": version,
         "role": role,
@@ -94,7 +91,6 @@ def process(*, version: str, role: str, driver_name: str) -> list[Metric]:
 
 
 def background(loops: Sequence[Background]) -> list[Metric]:
-    """Describe the background threads."""
     return [
         Reading(
             "nvmesh_csi_background_failures_total",
@@ -163,7 +159,6 @@ def node(
 
 
 def registration(is_registered: Callable[[], bool], results: Callable[[], Mapping[str, int]]) -> list[Metric]:
-    """Describe the registration with kubelet."""
     return [
         _gauge("nvmesh_csi_kubelet_registered", "1: kubelet has registered the driver.", is_registered),
         Reading(
@@ -208,7 +203,6 @@ class ManagementMetrics:
         self._lock = threading.Lock()
 
     def asked(self, server: str, outcome: str, took_s: float) -> None:
-        """Count a request."""
         self.requests.labels(server, outcome).inc()
         self.durations.labels(server).observe(took_s)
 
@@ -227,7 +221,6 @@ class ManagementMetrics:
                 self._up[server] = does
 
     def end(self, server: str) -> None:
-        """Remove a client of this server."""
         with self._lock:
             self._clients[server] -= 1
             if not self._clients[server]:
@@ -238,7 +231,6 @@ class ManagementMetrics:
             return {server: int(works) for server, works in self._up.items()}
 
     def measurements(self) -> list[Metric]:
-        """Return all metrics of the servers."""
         up = Reading(
             "nvmesh_csi_management_server_up",
             "1: the management server worked when it was last used.",

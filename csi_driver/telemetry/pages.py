@@ -109,7 +109,6 @@ class PageServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> HttpSettings:
-        """The address that it listens on."""
         host, port, *_ = self.socket.getsockname()
         return HttpSettings(host, port)
 
@@ -164,7 +163,6 @@ class PageServer(ThreadingHTTPServer):
         run_detached("http-request", partial(self.process_request_thread, request, client_address))
 
     def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        """Close a connection."""
         with self._lock:
             self._open.pop(request, None)
         super().shutdown_request(request)
@@ -175,8 +173,6 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
     server: PageServer
     server_version = sys_version = ""
 
