@@ -1,7 +1,5 @@
 """Declare command-line flags as fields of settings classes, and read their values.
 
-A flag is declared once, as a field:
-
     drain_s: float = flag(30.0, "--drain-seconds", read_duration, "Time after SIGTERM for running requests to finish.")
 
 Parser, environment variable, help, docs/parameters.md and the chart's schema follow from it (`csi_driver.config`).
@@ -233,8 +231,7 @@ def choice(*words: Word) -> Reader[Word]:
 class Flag(Generic[T]):
     """One flag. `shown` is its default in the help, where the value does not say all.
 
-    A required flag has its default only until the missing flag is reported. A name without dashes is a positional
-    word: it is required and has no environment variable. A repeatable flag reads each of its values by itself.
+    A name without dashes is a positional word: required, without environment variable.
     """
 
     default: T

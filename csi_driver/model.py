@@ -1,7 +1,4 @@
-"""Values of CSI that all layers share: access, handles, answers of use cases, health. Sizes are int bytes.
-
-Those of the storage management are in `csi_driver.storage_model`.
-"""
+"""Values of CSI that all layers share; those of the storage are in `csi_driver.storage_model`. Sizes are int bytes."""
 
 from __future__ import annotations
 

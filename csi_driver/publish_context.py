@@ -12,10 +12,8 @@ from csi_driver.model import VolumeHandle, is_uuid, is_volume_name
 
 
 class History(StrEnum):
-    """Possible writes to a volume before this attachment, for the decision whether it is blank.
-
-    FIRST: created by this driver and never attached. ATTACHED: created by this driver and attached before, but never as
-    a raw device for writing. WRITTEN: attached as one. UNKNOWN: not created by this driver, or incomplete records.
+    """Possible writes to a volume before this attachment. FIRST: created by this driver and never attached. ATTACHED:
+    attached before, but never as a raw device for writing. WRITTEN: attached as one. UNKNOWN: incomplete records.
     """
 
     FIRST = "first"
@@ -35,9 +33,8 @@ class Encryption(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PublishContext:
-    """The publish context. A string map carries every field.
+    """The publish context, carried by a string map. `attachment`: numbered from 1; 0 = unknown.
 
-    `attachment` numbers the attachments of this volume from 1; 0 = unknown. `read_only`: the attachment is read-only.
     `format_allowed`: an administrator allowed this attachment to format over old data. `stripe_unit_bytes`,
     `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
     """

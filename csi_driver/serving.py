@@ -1,7 +1,4 @@
-"""Assemble and serve the controller and node roles.
-
-Each role imports its own use cases and adapters when it starts.
-"""
+"""Assemble and serve the controller and node roles; each imports its own use cases and adapters when it starts."""
 
 from __future__ import annotations
 

@@ -150,10 +150,8 @@ class AttachBy(StrEnum):
 
 
 class Fencing(StrEnum):
-    """When a volume may be taken from nodes that have it attached.
-
-    NEVER: it must be detached there first. RECORDED: after ControllerUnpublishVolume and while the node's storage
-    client is down. ALWAYS: the last request gets the volume, also from a healthy node that is using it.
+    """When a volume may be taken from nodes that have it attached. NEVER: it must be detached there first. RECORDED:
+    after ControllerUnpublishVolume while the node's client is down. ALWAYS: also from a healthy node that uses it.
     """
 
     NEVER = "never"

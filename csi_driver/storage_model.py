@@ -1,6 +1,5 @@
-"""Values of the storage management: volumes, layouts, reservations, storage clients and provisioning groups.
-
-Names and numbers are the management's own. Sizes are int bytes, except `capacity_gb`: the API's decimal gigabytes.
+"""Values of the storage management, with its own names and numbers. Sizes are int bytes, except `capacity_gb`: the
+API's decimal gigabytes.
 """
 
 from __future__ import annotations
@@ -37,11 +36,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class AllowedDrives:
-    """The drives that a volume may use; nothing set = all. Classes and names restrict each other.
-
-    `domain`: a scope of classes, and without classes all of that scope. `with_metadata`: only drives formatted with
-    metadata. `with_offline`: also drives and targets that are offline.
-    """
+    """The drives that a volume may use; nothing set = all. `with_offline`: also offline ones."""
 
     drive_classes: tuple[str, ...] = ()
     target_classes: tuple[str, ...] = ()
@@ -59,11 +54,7 @@ LUKS_HEADER_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
-    """A volume to create. Exactly one of `vpg` and `layout` is set.
-
-    The StorageClass parameters give one without name, capacity and metadata. `capacity_gb`: decimal gigabytes, as
-    `csi_driver.capacity` computes them.
-    """
+    """A volume to create, by a provisioning group or a layout. Parameters give it without name, capacity, metadata."""
 
     name: str = ""
     capacity_gb: float = 0.0
@@ -117,10 +108,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class StorageEncryption:
-    """Encryption by the storage, and the latest command on its keys.
-
-    `command_result`: 1 = done, other numbers = failed, None = pending.
-    """
+    """Encryption by the storage. `command_result` of the latest command: 1 = done, None = pending, else failed."""
 
     header_bytes: int
     is_initialized: bool = False

@@ -1,7 +1,4 @@
-"""Read the command line and the environment into the settings of one command.
-
-Flags win over the environment. All problems are reported together.
-"""
+"""Read command line and environment into the settings of one command. Flags win; all problems are reported at once."""
 
 from __future__ import annotations
 

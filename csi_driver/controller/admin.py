@@ -1,8 +1,7 @@
 """The commands `nvmesh-csi volume`: show a volume, and allow one format over old data.
 
-The driver never formats over old data on a new volume by itself: the device may be the wrong one, or the data may be in
-use. An administrator who knows better allows it for one attachment of one volume. A StorageClass parameter would allow
-it for every volume and forever.
+The driver never does that by itself: the device may be the wrong one. A StorageClass parameter would allow it for every
+volume and forever.
 """
 
 from __future__ import annotations

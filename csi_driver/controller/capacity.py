@@ -126,10 +126,7 @@ class GetCapacity:
         *,
         deadline: Deadline,
     ) -> Capacity:
-        """Return the free capacity for such volumes: an upper bound, as only an allocation shows what fits.
-
-        It is 0 for unsupported capabilities and in a zone that is not served. Of several zones, one that cannot be
-        asked counts as full, so that volumes are created in the others; if none can be asked, this raises.
+        """Return the free capacity for such volumes (an upper bound); of several zones, a silent one counts as full.
 
         Parameters that CreateVolume refuses in every zone get the capacity of all drives: with 0, a scheduler would
         never let CreateVolume be called, and no user would see its error.
@@ -261,8 +258,7 @@ class ZoneSelection:
 def by_free_space(free: Mapping[str, int], name: str, size_bytes: int) -> list[str]:
     """Order zones so that each comes first in proportion to its free space; those without enough space come last.
 
-    Weighted rendezvous hashing of the name: a retry, or the same call to another controller, gets the same zone
-    although the free space has changed a little.
+    Weighted rendezvous hashing of the name: a retry gets the same zone although the free space has changed a little.
     """
 
     def score(zone: str) -> float:
@@ -282,9 +278,8 @@ class ExpandVolume:
     ) -> tuple[int, bool]:
         """Return the user's bytes afterwards, and whether the node must expand a filesystem or encryption.
 
-        The size in the storage also includes an encryption header. A volume that is large enough is not changed. Raises
-        `VolumeNotFound`, and `CapacityOutOfRange` also without space: after `Exhausted` the orchestrator assumes that
-        the expansion may continue, and does not let the user request less.
+        Without space this raises `CapacityOutOfRange`: after `Exhausted` the orchestrator assumes that the expansion
+        may continue, and does not let the user request less.
         """
         if capability is not None:
             check_capability(capability)

@@ -83,9 +83,7 @@ class CreateVolume:
     def create(self, request: CreateRequest, *, deadline: Deadline) -> ProvisionedVolume:
         """Create the volume, or find it if an earlier call created it, and wait until it is usable.
 
-        Raises `ExistsDifferently` naming each difference, `Exhausted` if no allowed zone has space,
-        `CapacityOutOfRange`, `InvalidRequest`, and `StorageUnavailable` or `OperationPending` if a retry is needed:
-        always, if an earlier call left the volume, or may have.
+        Raises `StorageUnavailable` or `OperationPending` whenever an earlier call left the volume, or may have.
         """
         check_capabilities(request.capabilities)
         parameters = parse(with_mutable(request.parameters, request.mutable_parameters), request.capabilities)

@@ -26,8 +26,8 @@ class DeleteVolume:
     def delete(self, volume_id: str, *, deadline: Deadline) -> None:
         """Delete the volume and wait until it is gone; success if it does not exist.
 
-        Raises `PreconditionFailed` while a client holds it that was not preempted (`was_preempted`), and for a handle
-        with another last part than the issued one: a reader's copy never deletes the volume.
+        Raises `PreconditionFailed` while a client holds it that was not preempted, and for a changed copy of the
+        handle.
         """
         located = locate(self.clusters, volume_id, deadline=deadline)
         if located is None:

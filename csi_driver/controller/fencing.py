@@ -1,8 +1,5 @@
 """ControllerUnpublishVolume, the state of attachments, and the decision behind every preemption.
 
-A client's document has the desired attachment, set by the management, and the device report of the client; neither
-proves the other.
-
 A lost node may still write. An attachment that preempts the reservation makes the storage cut the I/O of all holders,
 but a silent client does not prove a lost node: its cable may be broken. By default the orchestrator decides: it calls
 ControllerUnpublish for the node (the pod is gone and the node is tainted out-of-service, or after a timeout). That
@@ -106,14 +103,12 @@ class UnpublishVolume:
     settings: AttachSettings
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
-        """Detach the volume from the node (from all nodes if `node_id` is empty) under this handle, and wait for it.
+        """Detach the volume under this handle from the node (without `node_id`: from all), and wait for it.
 
-        Success if volume, node or attachment do not exist, and for a client that is down as soon as the detachment is
-        recorded: `fencing` permits preemption by that record. Raises `DeadlineReached` if the device is not released in
-        time, for example because a program has it open; the record remains.
-
-        `force_detach` applies when the last reference is removed. A volume that is being detached is not attached again
-        in order to force it: that would give the device back to the node and remove the record.
+        Success if there is nothing to detach, and for a client that is down as soon as the detachment is recorded.
+        Raises `DeadlineReached` if the device is not released in time; the record remains. A volume that is being
+        detached is not attached again in order to force it: that would give the device back to the node and remove the
+        record.
         """
         try:
             located = locate(self.clusters, volume_id, deadline=deadline)
@@ -199,17 +194,16 @@ def _holds(client: Client, handle: VolumeHandle) -> bool:
 class Preemption:
     """Decides whether a volume may be taken from the clients that hold it.
 
-    Every decision is for one version of the reservation, which is sent to the storage with the attachment. The storage
-    refuses an older version, so that only one of two controllers succeeds.
+    Every decision is for one version of the reservation: the storage refuses an older one, so one of two controllers
+    wins.
     """
 
     policy: Fencing
 
     def permit(self, located: Located, client: Client, *, deadline: Deadline) -> int:
-        """Return the version of the reservation for which `client` may take the volume.
+        """Return the version of the reservation, as `located` has it, for which `client` may take the volume.
 
-        `located` must have been read before this call: every later attachment raises the version. Raises
-        `PreconditionFailed` naming the holders and why they keep it, `OperationPending` if there is none.
+        Raises `PreconditionFailed` naming the holders and why they keep it, `OperationPending` if there is none.
         """
         volume = located.volume
         holders, reasons = self._judge(located, client, deadline)
@@ -292,11 +286,9 @@ class Preemption:
 def was_preempted(volume: Volume, holder: Client) -> bool:
     """Return whether a client that is down can no longer write to a volume that no client holds now.
 
-    The desired attachment keeps the version of the reservation under which the client had the volume, and the volume's
-    metadata the latest version under which another node took the volume and then had I/O on it
-    (`AttachmentRecord.taken`). From then on the storage refuses the I/O of the former holder until it is detached and
-    attached again. A raised version alone proves nothing: the management raises it when it is asked to preempt, but
-    the storage preempts when the new node attaches, which may never have happened.
+    True if a node that preempted it after the client's own attachment had I/O (`AttachmentRecord.taken`): from then on
+    the storage refuses the I/O of the former holder. A raised version alone proves nothing: the management raises it
+    when it is asked to preempt, but the storage preempts when the new node attaches, which may never have happened.
     """
     desired, reservation = holder.desired.get(volume.uuid), volume.reservation
     if desired is None or not desired.is_detaching or holder.status is not ClientStatus.DOWN:

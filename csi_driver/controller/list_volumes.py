@@ -81,8 +81,7 @@ class ListVolumes:
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
         """Return one page (0 = as much as a message can hold) and the token of the next, empty at the end.
 
-        Every volume is listed with its issued handle, and again with each other handle that is attached now. The cost
-        depends on the page and the number of clients, not on the volumes before it. Raises `StaleToken`.
+        Every volume is listed with its issued handle, and again with each other handle that is attached now.
         """
         entries: list[ListedVolume] = []
         last: Position | None = None

@@ -1,7 +1,4 @@
-"""Requests of the controller's use cases, and their port to the storage management.
-
-The shape of a request was checked in `csi_driver.rpc`; its meaning is checked by the use case.
-"""
+"""Requests of the use cases, their shape checked in `csi_driver.rpc`, and the port to the storage management."""
 
 from __future__ import annotations
 
@@ -67,8 +64,7 @@ class ValidateRequest:
 class Management(Protocol):
     """The storage management of one cluster. One request of its API per method, unless stated otherwise.
 
-    Every method raises `StorageUnavailable` (or `DeadlineReached`) if no answer comes in time, and `Unauthenticated` or
-    `Denied` for the credentials.
+    Every method raises `StorageUnavailable` without an answer in time, and `Unauthenticated` or `Denied`.
     """
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
@@ -84,10 +80,8 @@ class Management(Protocol):
         """Return the uuid; None if the name is in use. `Exhausted`: no space. `OperationPending`: being reclaimed."""
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
-        """Set a new total capacity.
-
-        Raises `Exhausted`, `VolumeNotFound`, `OperationPending` (also if the volume has another capacity by now),
-        `CapacityOutOfRange` (less than a granule more), `PreconditionFailed`.
+        """Set a new total capacity. Raises `Exhausted`, `VolumeNotFound`, `PreconditionFailed`,
+        `OperationPending` (also if the volume has another capacity by now), `CapacityOutOfRange` (too little more).
         """
 
     def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
@@ -104,8 +98,7 @@ class Management(Protocol):
     ) -> bool:
         """Ask the storage to initialise the encryption; False if that is done or in progress already.
 
-        True: the request is recorded, and the volume's document shows its result. Raises `InvalidRequest`,
-        `VolumeNotFound`, `StorageUnavailable`, and `OutcomeUnknown` without an answer: read the volume before a retry.
+        Raises `InvalidRequest`, `VolumeNotFound`, and `OutcomeUnknown`: read the volume before a retry.
         """
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
@@ -134,8 +127,7 @@ class Management(Protocol):
     ) -> None:
         """Record that the volume is to be attached to the client. Idempotent for the same client and mode.
 
-        Raises `ReservationConflict` (1716, 1717, 1718: held in another mode or by another client), `NodeNotFound`,
-        `VolumeNotFound`, `OperationPending` (1719, 16303, being deleted), `PreconditionFailed` (not ready).
+        Raises `ReservationConflict`, `NodeNotFound`, `VolumeNotFound`, `OperationPending`, `PreconditionFailed`.
         """
 
     def detach(

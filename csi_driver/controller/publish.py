@@ -61,9 +61,7 @@ class PublishVolume:
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
         """Attach the volume to the node and wait until its device is usable there.
 
-        A volume that lost nodes hold is preempted, if `fencing` permits it. Raises `ExistsDifferently` if the node
-        holds it in another mode, `PreconditionFailed` naming the node that holds it, `Exhausted` at the node's limit,
-        `DeadlineReached` naming the obstacle.
+        A volume that lost nodes hold is preempted, if `fencing` permits it. Errors name the holder, limit or obstacle.
         """
         check_capability(request.capability)
         mode = reservation_mode(request.capability, read_only=request.read_only)

@@ -1,7 +1,4 @@
-"""Checks of requests: access modes, ValidateVolumeCapabilities, ControllerModifyVolume, repeated CreateVolume.
-
-Source of the access modes' meanings: CSI specification, VolumeCapability.AccessMode.
-"""
+"""Checks of requests: capabilities (CSI, VolumeCapability.AccessMode), ValidateVolumeCapabilities, modifications."""
 
 from __future__ import annotations
 
@@ -130,10 +127,9 @@ class ModifyVolume:
 def differences(
     requested: Creation, found: Creation, volume: Volume, vpg: str | None, *, size_bytes: int | None
 ) -> list[str]:
-    """Return the differences between an existing volume and a repeated CreateVolume; empty if they are compatible.
+    """Return the differences from a repeated CreateVolume; empty if compatible (CSI, CreateVolume, ALREADY_EXISTS).
 
-    `size_bytes`: the user's part of the volume; None: do not compare it. Values that an earlier driver did not record
-    are not compared. Source: CSI specification, CreateVolume, "ALREADY_EXISTS".
+    `size_bytes`: the user's part; None: not compared. Values that an earlier driver did not record are not compared.
     """
     capacity = requested.capacity or CapacityRange()
     result = _access_differences(requested, found)

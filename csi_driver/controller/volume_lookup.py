@@ -41,10 +41,9 @@ class Located(Found):
 
 
 def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located | None:
-    """Find the volume of a CSI volume id; None if it does not exist.
+    """Find the volume of a CSI volume id; None if it does not exist. Raises `ZoneNotServed`.
 
-    Raises `ZoneNotServed`, and `PreconditionFailed` for an id without a zone that matches volumes in several zones. For
-    such an id every zone must answer: it could be the volume of another one.
+    For an id without a zone every zone must answer, and only one may have it: else `PreconditionFailed`.
     """
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
@@ -100,8 +99,7 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
 def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
     """Find the storage client of a node by the client's uuid, its id, or the node's name.
 
-    A client's id is the host name as the client saw it: short or fully qualified, unlike the node's perhaps, and
-    possibly followed by an instance number. Raises `PreconditionFailed` if several clients match.
+    Short and qualified names match, also with an instance number. Raises `PreconditionFailed` if several match.
     """
     if is_uuid(node_id):
         return management.client_by_uuid(node_id.lower(), deadline=deadline)
@@ -155,9 +153,8 @@ def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
 def listed_handles(found: Found, attached: Iterable[str]) -> list[tuple[str, str]]:
     """Return the handles of a volume for ListVolumes, each with its reference id: the issued one first.
 
-    external-attacher compares handles literally, so a handle that a person wrote (with another reference, or without
-    the zone) must be listed as it was attached. `attached`: the reference ids of the present attachments. The
-    attachment record has the handles that cannot be derived from them.
+    external-attacher compares handles literally, so one that a person wrote is listed as it was attached: from the
+    attachment record, as it cannot be derived from `attached`, the reference ids of the present attachments.
     """
     zone, volume, issued = found.zone, found.volume, issued_handle(found)
     handles = {issued.format(): held_reference(issued, volume.uuid)}

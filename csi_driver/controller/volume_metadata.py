@@ -1,8 +1,7 @@
 """The records that the driver keeps in a volume's metadata: the only memory that controllers share.
 
-The keys at the top level are those of earlier drivers of this name (`csi_name`, `fsType`, `volumeMode`, `zone`, and the
-parameters with dashes for dots); everything else is under `OWN_KEY`. A write replaces the whole metadata, so every
-function that changes a part returns all of it.
+Keys at the top level are those of earlier drivers of this name, everything else is under `OWN_KEY`. A write replaces
+the whole metadata, so every function that changes a part returns all of it.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ _MOST_HANDLES = 64
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What CreateVolume asked for. `fs_type` is None for raw block; None elsewhere: not recorded.
-
-    `is_ours`: this driver created the volume and recorded everything; otherwise an earlier one did, or a person.
-    """
+    """The request of CreateVolume. None: not recorded, or no filesystem (raw block). `is_ours`: made by this driver."""
 
     csi_name: str | None = None
     fs_type: str | None = None
@@ -97,10 +93,10 @@ class AttachmentRecord:
     one attachment, a retry has the number of the first try, and an attachment that was counted but failed does not make
     a fresh volume look used. No lost or outdated write to the metadata changes any of this.
 
-    `number`: the highest that was counted. `clients`: those of the latest attachment. `written`: a node had the
-    volume as a raw device for writing. `is_broken`: another program changed the record, which therefore proves nothing.
-    `handles`: spellings of the handle, other than the issued one, that were attached. `taken`: the latest version of
-    the reservation under which a node had I/O after it preempted others; 0 = none.
+    `number`: the highest one. `clients`: those of the latest attachment. `written`: attached as a raw device for
+    writing. `is_broken`: changed by another program, proves nothing. `handles`: attached spellings, other than the
+    issued one. `taken`: the latest version of the reservation under which a node had I/O after it preempted others; 0 =
+    none.
     """
 
     number: int = 0
@@ -168,8 +164,7 @@ def with_attachments(metadata: Mapping[str, object], attachments: AttachmentReco
 def with_permission(metadata: Mapping[str, object], attachment: int) -> dict[str, object]:
     """Return the whole metadata with the permission for one attachment to format over old data.
 
-    Its number is the reservation's version of a volume that no client holds. The next attachment and its retries have
-    that number, no later one has it, so the permission expires without another write.
+    Its number is the reservation's version now: no later attachment has it, so the permission expires by itself.
     """
     return {**metadata, OWN_KEY: {**_own(metadata), _PERMISSION_KEY: attachment}}
 
@@ -181,9 +176,8 @@ def read_permission(metadata: Mapping[str, object]) -> int:
 
 
 def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]) -> Encryption:
-    """Return how a volume is encrypted: by the storage according to its document, else as requested at its creation.
+    """Return who encrypts a volume: by its document, else by its creation, else by `context` of its PersistentVolume.
 
-    `context`: the volume context of a PersistentVolume, used only for volumes that this driver did not create.
     UNKNOWN: the storage was to encrypt it and does not, so it must not be attached.
     """
     if volume.is_encrypted:

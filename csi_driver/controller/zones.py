@@ -91,8 +91,7 @@ def ask(
 ) -> Answers[T]:
     """Send a request to all zones at once; wait until each has answered, or for the deadline.
 
-    `optional` zones are waited for only `_OPTIONAL_S` longer than the others, and their errors are not raised. Errors
-    of the others, except `UNANSWERED` ones, are raised. A single zone is asked in the caller's thread.
+    `optional` zones get `_OPTIONAL_S` more, and their errors are kept, as the `UNANSWERED` ones of the others.
     """
     required, others = list(zones), list(optional)
     if len(required) == 1 and not others:
@@ -253,10 +252,9 @@ class DuplicateGuard:
         return found if isinstance(found, Found) else None
 
     def find(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | list[str]:
-        """Return the volume of the CSI name, else a volume that occupies its `name` in an allowed zone.
+        """Return the volume of the CSI name, else one that occupies its `name`, else the allowed zones that answered.
 
-        Without either: the allowed zones that answered, where it can be created. Raises `ExistsDifferently` if a zone
-        that is not allowed has the volume, the errors of `confirm`, and those of allowed zones that cannot be asked.
+        Raises `ExistsDifferently` if a zone that is not allowed has the volume, and the errors of silent allowed zones.
         """
         if self.is_single:
             return list(allowed)

@@ -1,6 +1,6 @@
-"""The `encryption` keys of a StorageClass, and the passphrase in its Secret. No message shows a value of a Secret.
+"""The `encryption` keys of a StorageClass (older ones: `csi_driver.compat.volumes`), and the passphrase in its Secret.
 
-`csi_driver.compat.volumes` has the `dmcrypt` keys and the meaning of `encryption: dmcrypt`.
+No message shows a value of a Secret.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The arguments of mkfs: the driver's defaults, the keys of a StorageClass and the free text of `mkfsOptions`.
+"""The arguments of mkfs: defaults, keys of a StorageClass, free text of `mkfsOptions` (docs/mkfs.md). Sizes in bytes.
 
-The controller checks them before a volume exists, the node before it formats a device. docs/mkfs.md has the defaults,
-the keys and their costs. Sizes are in bytes.
+The controller checks them before a volume exists, the node before it formats a device.
 """
 
 from __future__ import annotations

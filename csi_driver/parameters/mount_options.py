@@ -1,7 +1,6 @@
 """Mount options: those that a user may set, those that are refused, and those that follow from the access mode.
 
-The kernel refuses options that the filesystem does not know. Values may be sensitive (CSI marks mount_flags so):
-messages show the name alone, unless the value is on the driver's own list.
+Values may be sensitive (CSI): messages show the name alone, unless the value is on the driver's own list.
 """
 
 from __future__ import annotations
@@ -78,10 +77,9 @@ class FilesystemRequest:
 
 @dataclass(frozen=True, slots=True)
 class MountPlan:
-    """A checked request for mount access. `root_mode`: mode of a new filesystem's root directory, None = mkfs's.
+    """A checked request for mount access. `root_mode`: of a new filesystem's root directory, None = mkfs's.
 
-    `mkfs_refusal`: why no filesystem can be made as requested. A volume with a filesystem can still be
-    mounted: its context cannot be changed, and the driver that made it may have accepted more.
+    `mkfs_refusal`: why no filesystem can be made; one that exists can still be mounted.
     """
 
     request: FilesystemRequest
@@ -115,8 +113,7 @@ def plan_mount(
 ) -> MountPlan:
     """Check a request for mount access before any device is touched. A problem of mkfs alone is kept in the plan.
 
-    `read_only`: the attachment is read-only, despite mode and flags. `fs_type_of_class`: the parameter `fsType`.
-    Raises `InvalidRequest`.
+    `read_only`: the attachment is, despite mode and flags. `fs_type_of_class`: the parameter `fsType`.
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
         expected = "a mode that writes on one node: filesystems are not shared"
@@ -204,8 +201,7 @@ _ALWAYS_SHOWN = frozenset({"nosuid", "nodev", "noexec", "noatime", "nodiratime",
 def differences(mounted: Mount, plan: MountPlan) -> list[str]:
     """Return the differences of a mount from the plan, each as "NAME: expected X, got Y".
 
-    Only options that the kernel surely shows are compared: it leaves out defaults and respells values, and a correct
-    mount must not be refused.
+    Only options that the kernel surely shows are compared: a correct mount must not be refused.
     """
     found: list[str] = []
     if plan.request.fs_type and mounted.fs_type != plan.request.fs_type:

@@ -169,8 +169,7 @@ def check_use(
 ) -> None:
     """Refuse a capability and a volume context with which no node could stage the volume.
 
-    Each node checks its own page size, kernel options and tools. `by`: who encrypts the volume. `is_blank`: the volume
-    is known to have no filesystem; for other volumes mistakes for mkfs are left to the node.
+    `by`: who encrypts it. `is_blank`: it is known to have no filesystem; else mistakes for mkfs are left to the node.
     """
     problems = read.Problems()
     if by is not Encryption.NONE:
