@@ -78,7 +78,6 @@ def read_boolean(value: str) -> bool:
 
 @reader("SIZE", _SIZE_UNIT)
 def read_size(value: str) -> int:
-    """Read a size without rounding: bytes, or with a unit (KiB to PiB, kB to PB; Ki to Pi, k to P)."""
     match = _SIZE.fullmatch(value.strip())
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError("a size in bytes or with a unit, such as 10GiB")
@@ -90,7 +89,6 @@ def read_size(value: str) -> int:
 
 @reader("TIME", "seconds")
 def read_duration(value: str) -> float:
-    """Read a time of 0 or more: seconds, or with a unit (ms, s, m, h)."""
     match = _DURATION.fullmatch(value.strip())
     if match is None or match[2] not in _SECONDS:
         raise ValueError("a time in seconds or with a unit, such as 90s or 2m")
@@ -121,7 +119,6 @@ read_positive_count = _above_zero(read_count, "a number of 1 or more")
 
 @reader("FILE")
 def read_file(value: str) -> Path:
-    """Read the path of a file; a relative path starts at the working directory."""
     if not value or "\0" in value:
         raise ValueError("a path")
     return Path(value).absolute()
@@ -181,7 +178,6 @@ def read_named_directory(value: str) -> tuple[str, Path]:
 
 @reader("HOST:PORT")
 def read_host_port(value: str) -> tuple[str, int]:
-    """Read HOST:PORT or [IPv6]:PORT."""
     match = _HOST_PORT.fullmatch(value)
     if match is None or int(match[3]) > 65535:
         raise ValueError("HOST:PORT")
@@ -262,7 +258,6 @@ class Flag(Generic[T]):
 
     @property
     def shown_default(self) -> str:
-        """Return the default as the help shows it; empty for a required flag."""
         if self.is_required or self.shown:
             return self.shown
         if isinstance(self.default, bool):
@@ -299,7 +294,6 @@ def required(placeholder: T, name: str, read: Reader[T], effect: str) -> T:
 
 
 def repeatable(default: tuple[T, ...], name: str, read: Reader[T], effect: str, *, shown: str) -> tuple[T, ...]:
-    """Return a field for a flag that may be given several times."""
     return Flag(default, name, read, effect, shown, is_repeatable=True).field()
 
 
@@ -309,7 +303,6 @@ def section(settings: type[T]) -> T:
 
 
 def size_text(size_bytes: int) -> str:
-    """Return a size in the largest binary unit that divides it."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size_bytes and size_bytes % (1 << power) == 0:
             return f"{size_bytes >> power}{unit}"

@@ -29,8 +29,6 @@ Segments = Mapping[str, str]
 
 
 class AccessMode(StrEnum):
-    """Access modes (CSI specification, VolumeCapability.AccessMode)."""
-
     SINGLE_NODE_WRITER = "SINGLE_NODE_WRITER"
     SINGLE_NODE_READER_ONLY = "SINGLE_NODE_READER_ONLY"
     MULTI_NODE_READER_ONLY = "MULTI_NODE_READER_ONLY"
@@ -67,8 +65,6 @@ Access = MountAccess | BlockAccess
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Access and access mode (CSI VolumeCapability)."""
-
     access: Access
     mode: AccessMode
 
@@ -132,7 +128,6 @@ def is_volume_name(text: str) -> bool:
 
 
 def is_zone_name(text: str) -> bool:
-    """Return whether `text` can be the name of a zone: a topology value, and the first part of a handle."""
     return _ZONE.fullmatch(text) is not None
 
 
@@ -165,8 +160,6 @@ class ClusterNames:
 
 @dataclass(frozen=True, slots=True)
 class ProvisionedVolume:
-    """A volume (CSI message Volume)."""
-
     volume_id: str
     capacity_bytes: int
     context: Mapping[str, str] = field(default_factory=dict)
@@ -184,8 +177,6 @@ class ListedVolume:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Answer of GetCapacity, bytes. None = no known limit."""
-
     available_bytes: int
     maximum_volume_bytes: int | None = None
     minimum_volume_bytes: int | None = None
@@ -204,16 +195,12 @@ class Usage:
 
 
 class VolumeFault(StrEnum):
-    """A problem of a volume (CSI VolumeHealthErrorType)."""
-
     DEGRADED = "DEGRADED"
     INACCESSIBLE = "INACCESSIBLE"
     DATA_LOSS = "DATA_LOSS"
 
 
 class StorageFault(StrEnum):
-    """A problem of a node's connection to the storage (CSI StorageHealthErrorType)."""
-
     STORAGE_DEGRADED = "STORAGE_DEGRADED"
     STORAGE_UNREACHABLE = "STORAGE_UNREACHABLE"
 
@@ -255,8 +242,6 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VolumeEntry:
-    """One problem of a volume; status and reason identify it, the message may change."""
-
     status: VolumeFault
     reason: Reason
     message: str

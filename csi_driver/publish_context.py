@@ -107,5 +107,4 @@ def reference_id(handle: VolumeHandle) -> str | None:
 
 
 def held_reference(handle: VolumeHandle, volume_uuid: str) -> str:
-    """Return the reference id as the storage shows it."""
     return reference_id(handle) or volume_uuid

@@ -74,8 +74,6 @@ PREALLOCATE = Flag(
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
-    """How a role serves CSI. Times in seconds."""
-
     socket: Path = ENDPOINT.field()
     default_deadline_s: float = flag(
         60.0, "--default-deadline", read_positive_duration, "Time limit of a request that has no deadline."
@@ -118,8 +116,6 @@ HTTP_LISTEN: Flag[HttpSettings | None] = Flag(
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """How to reach the Kubernetes API server. Time in seconds."""
-
     host: str = flag(
         "",
         "--kubernetes-host",
@@ -160,8 +156,6 @@ class Fencing(StrEnum):
 
 
 class ZonePolicy(StrEnum):
-    """Which of several zones of equal preference gets a new volume."""
-
     FREE_SPACE = "free-space"
     RANDOM = "random"
     ROUND_ROBIN = "round-robin"
@@ -178,8 +172,6 @@ ATTACH_BY = Flag(
 
 @dataclass(frozen=True, slots=True)
 class AttachSettings:
-    """How volumes are attached and detached, by the controller or by a node. Times in seconds."""
-
     max_volumes_per_node: int = MAX_VOLUMES.field()
     force_detach: bool = flag(
         False,
@@ -203,14 +195,11 @@ class AttachSettings:
     """A wait ends this long before the request's deadline, so that the response is in time."""
 
     def wait(self, deadline: Deadline, limit_s: float) -> Deadline:
-        """Return when to stop waiting: after `limit_s`, and early enough for the response."""
         return deadline.earlier(self.answer_margin_s).at_most(limit_s)
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerSettings(AttachSettings):
-    """Settings of the controller's use cases. Times in seconds."""
-
     driver_name: str = DRIVER_NAME.field()
     topology_key: str = TOPOLOGY_KEY.field()
     zone_policy: ZonePolicy = flag(
@@ -246,14 +235,11 @@ STATE_DIRECTORY = Flag(
 
 
 def state_directory(given: Path, driver_name: str) -> Path:
-    """Return the state directory of a node: that of --state-directory, else the default."""
     return Path(f"/var/lib/kubelet/plugins/{driver_name}/state") if given == Path() else given
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """Settings of the node's use cases. Times in seconds."""
-
     node_name: str = NODE_NAME.field()
     """The node id, where the machine has no storage client."""
     state_directory: Path = STATE_DIRECTORY.field()
@@ -282,15 +268,12 @@ class NodeSettings:
     )
 
     def resolved(self) -> Self:
-        """Fill in defaults that depend on the machine and on other flags."""
         state = state_directory(self.state_directory, self.driver_name)
         return replace(self, node_name=self.node_name or host_name(), state_directory=state)
 
 
 @dataclass(frozen=True, slots=True)
 class NodePaths:
-    """Files and directories of a node, and its zone where flags set it."""
-
     zone: str | None = ZONE.with_default(None, f"detected from the files below, else {DEFAULT_ZONE}")
     clusters_file: Path | None = flag(
         None,
@@ -335,8 +318,6 @@ class NodePaths:
 
 @dataclass(frozen=True, slots=True)
 class NodeObjectSettings:
-    """Which parts of its Kubernetes object a node maintains."""
-
     label: bool = flag(
         False,
         "--node-label",
@@ -356,8 +337,6 @@ class NodeObjectSettings:
 
 @dataclass(frozen=True, slots=True)
 class RegistrationSettings:
-    """How a node registers the driver with kubelet."""
-
     directory: Path
     """Directory that kubelet watches, as this process sees it."""
     driver_name: str

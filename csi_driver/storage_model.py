@@ -10,8 +10,6 @@ from enum import IntEnum, StrEnum
 
 
 class RaidLevel(StrEnum):
-    """The management's own names of its layouts."""
-
     CONCATENATED = "Concatenated"
     STRIPED = "Striped RAID-0"
     MIRRORED = "Mirrored RAID-1"
@@ -22,8 +20,6 @@ class RaidLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of a volume on drives. None = the management's default for the level."""
-
     raid_level: RaidLevel = RaidLevel.CONCATENATED
     stripe_width: int | None = None
     stripe_size_blocks: int | None = None
@@ -88,8 +84,6 @@ class VolumeChanges:
 
 
 class ReservationMode(IntEnum):
-    """Kinds of reservations, with the management's numbers."""
-
     NONE = 0
     SHARED_READ_ONLY = 1
     SHARED_READ_WRITE = 2
@@ -119,8 +113,6 @@ class StorageEncryption:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A volume of the management."""
-
     name: str
     uuid: str
     blocks: int
@@ -150,7 +142,6 @@ class Volume:
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether the storage encrypts it; its header is at the start of the volume."""
         return self.encryption is not None
 
     @property
@@ -163,7 +154,6 @@ class Volume:
 
     @property
     def is_being_made(self) -> bool:
-        """Whether the space is allocated but the volume is not usable yet."""
         return self.action == "initializing" or self.status == "pending"
 
 
@@ -178,8 +168,6 @@ class ClientStatus(IntEnum):
 
 
 class DeviceStatus(IntEnum):
-    """State of a block device, reported by its client (`vol_status`)."""
-
     BUSY = 1
     DETACHED = 2
     DETACH_FAILED = 3
@@ -213,7 +201,6 @@ class DesiredAttachment:
 
     @property
     def references(self) -> frozenset[str]:
-        """The reference ids of the attachment; the default is the volume's uuid."""
         return self.reference_ids or frozenset({self.volume_uuid})
 
 

@@ -35,7 +35,6 @@ class Values:
     problems: list[str] = field(default_factory=list)
 
     def is_given(self, flag: Flag[Any]) -> bool:
-        """Return whether a flag is set by an argument or the environment."""
         return bool(self.arguments.get(flag.name) or (not flag.is_positional and self.environ.get(flag.variable)))
 
     def read(self, flag: Flag[T]) -> T:
@@ -87,8 +86,6 @@ def flags_of(settings: type[object]) -> dict[str, Flag[Any]]:
 
 
 class Command:
-    """Settings of a command: a dataclass with a field for each flag."""
-
     __slots__ = ()
     log: LogSettings
 

@@ -48,8 +48,6 @@ ALLOW_FORMAT, SHOW = "allow-format", "show"
 
 @dataclass(frozen=True, slots=True)
 class ManagementAccess:
-    """How to reach the storage management: of one cluster by flags, or of several by a file."""
-
     clusters_file: Path | None = flag(
         None,
         "--clusters-file",
@@ -86,8 +84,6 @@ class ManagementAccess:
 
 
 class ClusterCommand(Command):
-    """A command that always uses the storage management."""
-
     __slots__ = ()
     access: ManagementAccess
 

@@ -50,7 +50,6 @@ class VolumeAdmin:
         return message
 
     def show(self, volume_id: str, *, deadline: Deadline) -> list[tuple[str, str]]:
-        """Return the state of the volume as pairs of name and value, in the order of the output."""
         located = require(self.clusters, volume_id, deadline=deadline)
         volume, creation = located.volume, located.creation
         holders = located.management.clients_holding(volume.uuid, deadline=deadline)

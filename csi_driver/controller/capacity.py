@@ -84,7 +84,6 @@ def free_capacity(management: Management, read: StorageClassParameters, *, deadl
 
 
 def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> AllowedDrives:
-    """Return the drives on which the management may allocate the volume."""
     source = spec if group is None else group
     erasure_coded = layout.raid_level in (RaidLevel.ERASURE_CODED, RaidLevel.STRIPED_ERASURE_CODED)
     return AllowedDrives(

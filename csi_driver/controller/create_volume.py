@@ -196,7 +196,6 @@ class _Call:
         return replace(self.creation, zone=zone, reference=reference)
 
     def _group(self, management: Management) -> Vpg | None:
-        """Return the provisioning group; None if it is missing but the volume exists already."""
         name = self.parameters.spec.vpg or ""
         vpg = management.vpg(name, deadline=self.deadline)
         if vpg is None and management.volume(self.name, deadline=self.deadline) is None:

@@ -46,7 +46,6 @@ def is_detaching(client: Client, volume_uuid: str) -> bool:
 
 
 def is_released(client: Client, located: Located) -> bool:
-    """Return whether the client no longer holds the volume under this handle's reference."""
     uuid, reference = located.volume.uuid, located.reference
     desired, report = client.desired.get(uuid), client.devices.get(uuid)
     if desired is None:
@@ -58,13 +57,11 @@ def is_released(client: Client, located: Located) -> bool:
 
 
 def is_release_recorded(client: Client, located: Located) -> bool:
-    """Return whether the management has recorded that the client is to release the volume under this reference."""
     desired = client.desired.get(located.volume.uuid)
     return desired is None or desired.is_detaching or located.reference not in desired.references
 
 
 def missing(client: Client, located: Located, mode: ReservationMode) -> str:
-    """Return the obstacle to a usable device; empty if it is usable."""
     report = client.devices.get(located.volume.uuid)
     if client.status is ClientStatus.DOWN:
         return "the attachment (the storage client is down)"
@@ -229,7 +226,6 @@ class Preemption:
         )
 
     def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
-        """Return the answer to a call that the storage refused because the volume is held."""
         holders, reasons = self._judge(located, client, deadline)
         if not holders:
             return OperationPending(f"volume {located.volume.name} was released just now; retry")

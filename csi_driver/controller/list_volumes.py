@@ -43,13 +43,11 @@ class Position:
     handle_mark: str = _LAST
 
     def token(self) -> str:
-        """Return the token, at most 128 bytes."""
         text = f"{self.zone_mark}\n{self.name}\n{self.handle_mark}"
         return _VERSION + base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def read_token(token: str) -> Position:
-    """Decode a token. Raises `StaleToken` for one that this driver did not issue."""
     encoded = token.removeprefix(_VERSION)
     try:
         if encoded == token:
@@ -201,7 +199,6 @@ def _holders(clients: Sequence[Client]) -> _Holders:
 
 
 def listed_bytes(entry: ListedVolume) -> int:
-    """Return an upper bound for the size of an entry of ListVolumes in a message."""
     volume = entry.volume
     size = _FIXED_BYTES + sum(map(_text_bytes, (volume.volume_id, *entry.published_node_ids)))
     for pairs in (volume.context, *volume.topology):
@@ -232,7 +229,6 @@ class GetVolumeHealth:
     listing: ListVolumes
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> VolumeHealth:
-        """Return the faults of one volume, in constant time. Raises `VolumeNotFound`."""
         located = require(self.listing.clusters, volume_id, deadline=deadline)
         clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
         return VolumeHealth(volume_id, find_faults(located.volume, clients))
@@ -298,7 +294,6 @@ def _faults_of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntr
 
 
 def health_bytes(health: VolumeHealth) -> int:
-    """Return an upper bound for the size of an entry of ControllerListVolumeHealth in a message."""
     return _text_bytes(health.volume_id) + sum(
         _FIXED_BYTES + _text_bytes(entry.reason) + _text_bytes(entry.message) for entry in health.entries
     )

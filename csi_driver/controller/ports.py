@@ -23,8 +23,6 @@ from csi_driver.storage_model import (
 
 @dataclass(frozen=True, slots=True)
 class TopologyRequirement:
-    """Where a volume must be reachable: in one of `requisite`, best in the first of `preferred`."""
-
     requisite: tuple[Segments, ...] = ()
     preferred: tuple[Segments, ...] = ()
 
@@ -146,8 +144,6 @@ class Management(Protocol):
 
 
 class Clusters(Protocol):
-    """The storage clusters ("zones") that this controller serves."""
-
     def zones(self) -> Sequence[str]:
         """Return the names of all zones, at least one, in order of preference."""
 

@@ -22,7 +22,6 @@ _ACCESS = {True: "raw block", False: "filesystem"}
 
 
 def check_capability(capability: Capability) -> None:
-    """Raise `InvalidRequest` for a capability that no volume has."""
     mode, access = capability.mode, capability.access
     if mode is AccessMode.MULTI_NODE_SINGLE_WRITER:
         raise InvalidRequest(f"access mode {mode} is not supported: the storage cannot tell one writer among readers")
@@ -36,7 +35,6 @@ def check_capability(capability: Capability) -> None:
 
 
 def check_capabilities(capabilities: Sequence[Capability]) -> None:
-    """Raise `InvalidRequest` for capabilities that one volume cannot have together."""
     for capability in capabilities:
         check_capability(capability)
     if len({type(capability.access) for capability in capabilities}) > 1:
@@ -73,7 +71,6 @@ class ValidateVolume:
     clusters: Clusters
 
     def validate(self, request: ValidateRequest, *, deadline: Deadline) -> str | None:
-        """Return None if the volume can be used so, else why not. Raises `VolumeNotFound`."""
         located = require(self.clusters, request.volume_id, deadline=deadline)
         creation = located.creation
         try:

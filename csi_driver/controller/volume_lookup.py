@@ -21,8 +21,6 @@ _ANY_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 class ZoneNotServed(PreconditionFailed):
-    """The handle names a zone that is not configured, so it is unknown whether the volume exists."""
-
     def __init__(self, volume_id: str, handle: VolumeHandle, detail: str = "") -> None:
         self.handle = handle
         place = f"volume {shown(volume_id)} lies in zone {shown(handle.zone)}, which this driver does not serve"
@@ -36,7 +34,6 @@ class Located(Found):
 
     @property
     def reference(self) -> str:
-        """The reference id of this handle's attachments in the storage."""
         return held_reference(self.handle, self.volume.uuid)
 
 
@@ -69,7 +66,6 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
 
 
 def require(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located:
-    """Find the volume. Raises `VolumeNotFound` if it does not exist or is being deleted."""
     try:
         located = locate(clusters, volume_id, deadline=deadline)
     except ZoneNotServed as problem:
@@ -90,7 +86,6 @@ def zones_of(clusters: Clusters, handle: VolumeHandle) -> list[str]:
 
 
 def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
-    """Return the management of the only zone where the volume can be; None for several zones or none."""
     handle = VolumeHandle.parse(volume_id)
     zones = zones_of(clusters, handle) if handle is not None else []
     return clusters.management(zones[0]) if len(zones) == 1 else None
@@ -181,7 +176,6 @@ def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
 
 
 def volume_context(found: Found) -> dict[str, str]:
-    """Return the volume context that CreateVolume returned; empty for a volume that no driver created."""
     creation = found.creation
     if creation.csi_name is None:
         return {}

@@ -115,7 +115,6 @@ class AttachmentRecord:
         return replace(self, number=max(self.number, number), clients=clients)
 
     def with_handle(self, volume_id: str) -> AttachmentRecord:
-        """Add a spelling of the handle; the oldest ones are dropped."""
         if volume_id in self.handles:
             return self
         return replace(self, handles=(*self.handles, volume_id)[-_MOST_HANDLES:])
@@ -128,7 +127,6 @@ def next_number(reservation: Reservation, mode: ReservationMode) -> int:
 
 
 def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
-    """Read the attachment record; a malformed one is marked as broken."""
     raw = _own(metadata).get("attachments")
     if raw is None:
         return AttachmentRecord()
@@ -149,7 +147,6 @@ def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
 
 
 def with_attachments(metadata: Mapping[str, object], attachments: AttachmentRecord) -> dict[str, object]:
-    """Return the whole metadata with a new attachment record."""
     record = {
         "number": attachments.number,
         "clients": dict(attachments.clients),

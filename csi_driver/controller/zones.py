@@ -67,7 +67,6 @@ class Answers(Generic[T]):
 
 
 def served(clusters: Clusters, zone: str) -> Management:
-    """Return the management of a zone. Raises `StorageUnavailable` if the zone was removed during the call."""
     management = clusters.management(zone)
     if management is None:
         raise StorageUnavailable(f"zone {zone} is no longer configured: it was removed from the clusters file")
@@ -75,7 +74,6 @@ def served(clusters: Clusters, zone: str) -> Management:
 
 
 def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
-    """Return the only error, or one error that names all zones."""
     if len(missing) == 1:
         return next(iter(missing.values()))
     return StorageUnavailable("; ".join(f"zone {zone}: {reason}" for zone, reason in sorted(missing.items())))
@@ -129,7 +127,6 @@ class Readiness:
         return self._was_ready
 
     def why_unreachable(self) -> str:
-        """Return why no management answers at present, within seconds; empty if one does."""
         try:
             is_reachable = self._any_answers(Deadline.after(_REACHABLE_S))
         except DriverError as error:
@@ -198,8 +195,6 @@ def _named(segments: Segments, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An existing volume, its creation record, and the management of its zone."""
-
     zone: str
     management: Management
     volume: Volume
@@ -212,7 +207,6 @@ class Found:
 
     @property
     def reserved_bytes(self) -> int:
-        """The bytes of the volume that its user does not get: an encryption header."""
         encryption = self.volume.encryption
         return encryption.header_bytes if encryption is not None else self.creation.header_bytes
 
@@ -225,7 +219,6 @@ class Found:
 
 
 def find_in(clusters: Clusters, zone: str, name: str, *, deadline: Deadline) -> Found | None:
-    """Find the volume with this name in the storage of a zone. Raises as `served` does."""
     management = served(clusters, zone)
     volume = management.volume(name, deadline=deadline)
     return None if volume is None else Found(zone, management, volume, read_creation(volume.metadata))
@@ -245,7 +238,6 @@ class DuplicateGuard:
         return len(self.clusters.zones()) == 1
 
     def existing(self, name: str, csi_name: str, allowed: Sequence[str], *, deadline: Deadline) -> Found | None:
-        """Return the volume that `find` returns, also with a single zone."""
         if self.is_single:
             return find_in(self.clusters, allowed[0], name, deadline=deadline)
         found = self.find(name, csi_name, allowed, deadline=deadline)

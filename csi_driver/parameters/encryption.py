@@ -65,7 +65,6 @@ class EncryptionRequest:
             raise InvalidRequest(f"access mode {mode} cannot be used with encryption by the nodes; {action}")
 
     def in_group(self, group: Vpg) -> EncryptionRequest:
-        """Return the request for a provisioning group: some encrypt every volume."""
         if not group.is_encrypted:
             return self
         if self.by is Encryption.LUKS:
@@ -85,7 +84,6 @@ def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse_encryption(own: Mapping[str, str]) -> EncryptionRequest:
-    """Read who encrypts, with all checks of the node."""
     by = encryption_kind(own)
     if by is Encryption.NONE:
         read.refuse_keys(own, ENCRYPTION_KEYS, "it needs the parameter encryption as well, native or luks")
@@ -145,11 +143,9 @@ class EncryptionPlan:
 
     @property
     def passphrases(self) -> tuple[str, ...]:
-        """Passphrases that may open the volume, best first."""
         return (self.passphrase, *self.spelled, *self.previous)
 
     def require_good_passphrase(self) -> None:
-        """Refuse to make a header with a passphrase that the storage would refuse."""
         _check_length("the passphrase in the secret", self.passphrase)
 
 
@@ -216,7 +212,6 @@ def _set(context: Mapping[str, str]) -> dict[str, str]:
 
 
 def passphrase_in(secrets: Mapping[str, str]) -> str | None:
-    """Return the passphrase in a Secret, under any of its keys; None without one."""
     found = {secrets[key] for key in PASSPHRASE_KEYS if secrets.get(key)}
     if len(found) > 1:
         raise InvalidRequest(f"secrets.{' and secrets.'.join(PASSPHRASE_KEYS)} differ; keep one of them")

@@ -37,7 +37,6 @@ _STRIPE_SETTINGS = frozenset(["stride", "stripe_width", "stripe-width", "su", "s
 
 
 def check_fs_type(field: str, fs_type: str, supported: Sequence[str] = FILESYSTEMS) -> None:
-    """Refuse a filesystem that is not supported; an empty one leaves the choice to the driver."""
     if fs_type and fs_type not in supported:
         raise InvalidField(field, fs_type, f"one of {', '.join(supported)}")
 
@@ -77,7 +76,6 @@ class MkfsRequest:
     page_bytes: int = mmap.PAGESIZE
 
     def arguments(self, fs_type: str) -> MkfsArguments:
-        """Return the arguments of mkfs.`fs_type`. Raises `InvalidParameter` naming the key and its possible values."""
         own = {key: value for key, value in self.context.items() if value}
         problems = read.Problems()
         text = own.get(OPTIONS, "")
@@ -290,7 +288,6 @@ def mkfs_arguments(text: str, fs_type: str) -> tuple[str, ...]:
 
 
 def split_options(text: str) -> list[str]:
-    """Split the free text as a shell does. Raises `InvalidParameter` for text that is no list of options."""
     expected = f"at most {_MOST_TEXT} printable ASCII characters that begin with an option"
     if len(text) > _MOST_TEXT or not text.isascii() or not text.isprintable():
         raise InvalidParameter(OPTIONS, text, expected)

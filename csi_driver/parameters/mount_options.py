@@ -57,16 +57,12 @@ _WHEN_READ_ONLY = {
 
 
 class InvalidMountOption(InvalidRequest):
-    """A mount option cannot be used. `option` is its name, or an option of the driver's own list."""
-
     def __init__(self, option: str, reason: str) -> None:
         super().__init__(f"mount_flags: option {option!a} cannot be used: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
 class FilesystemRequest:
-    """The requested filesystem. An empty `fs_type`: the one on the device, else the default."""
-
     fs_type: str
     read_only: bool
 
@@ -93,7 +89,6 @@ class MountPlan:
         return self.request.read_only
 
     def options_for(self, fs_type: str) -> tuple[str, ...]:
-        """Return the options for a filesystem of that type, each once."""
         implied = _ALWAYS.get(fs_type, ()) + (_WHEN_READ_ONLY.get(fs_type, ()) if self.read_only else ())
         return tuple(dict.fromkeys((*self.flags, *implied)))
 
@@ -142,14 +137,12 @@ def plan_mount(
 
 
 def check_mount_group(access: MountAccess) -> None:
-    """Refuse a group for the files: nothing would set it."""
     if access.mount_group:
         expected, action = "none: VOLUME_MOUNT_GROUP is not offered", "set the group by fsGroup of the pod"
         raise InvalidField(MOUNT_GROUP, access.mount_group, expected, action)
 
 
 def mount_flags(flags: Sequence[str]) -> tuple[tuple[str, ...], int | None]:
-    """Split mount flags into kernel options and the requested mode of the root directory."""
     taken: dict[str, None] = {}
     root_mode: int | None = None
     problems = Problems()

@@ -70,7 +70,6 @@ CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
 
 
 def layout(own: Mapping[str, str]) -> Layout:
-    """Read the layout. Raises `RefusedParameter` for a key that the RAID level does not take."""
     word = own.get("raidLevel", "concatenated")
     level = RAID_LEVELS.get(word.strip().lower())
     if level is None:
@@ -192,7 +191,6 @@ def check_use(
 
 
 def check_placement(own: Mapping[str, str]) -> None:
-    """Refuse to choose drives and targets both by class and by name."""
     if any(own.get(key) for key in _CLASS_KEYS) and any(own.get(key) for key in _LIMIT_KEYS):
         kinds = "classes (diskClasses, serverClasses) and limits (limitByDisks, limitByNodes)"
         raise InvalidRequest(f"parameters name {kinds}; use one kind of them")
@@ -209,7 +207,6 @@ def is_compared(key: str) -> bool:
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" for a key that is similar to a known one, else an empty text."""
     by_letters = {name.lower(): name for name in known}
     found = difflib.get_close_matches(key.lower(), by_letters, n=1, cutoff=0.8)
     return f"did you mean {by_letters[found[0]]}?" if found else ""
@@ -279,7 +276,6 @@ def with_mutable(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> d
 
 
 def check_changes(volume: Volume, parameters: Mapping[str, str]) -> None:
-    """Refuse changes that this volume cannot have."""
     if volume.vpg is not None:
         read.refuse_keys(parameters, _MUTABLE_DECIDED_BY_GROUP, f"the provisioning group {volume.vpg} decides it")
     level = volume.layout.raid_level

@@ -15,8 +15,6 @@ T = TypeVar("T")
 
 
 class InvalidParameter(InvalidField):
-    """A parameter has an invalid value. `expected` completes "expected ..."; `action` is the fix."""
-
     def __init__(self, key: str, value: object, expected: str, action: str = "") -> None:
         super().__init__(f"parameter {key}", value, expected, action)
         self.field = key
@@ -36,8 +34,6 @@ class SeveralProblems(InvalidRequest):
 
 @dataclass(slots=True)
 class Problems:
-    """Collects the problems of one request, so that its author reads all of them at once."""
-
     _found: dict[str, InvalidRequest] = field(default_factory=dict)
 
     def of(self, read: Callable[[], T]) -> T | None:
@@ -49,7 +45,6 @@ class Problems:
             return None
 
     def add(self, problem: InvalidRequest) -> None:
-        """Keep a problem; each message is kept once."""
         for each in problem.problems if isinstance(problem, SeveralProblems) else (problem,):
             self._found.setdefault(str(each), each)
 
@@ -84,12 +79,10 @@ power_of_two = partial(number, is_power=True)
 
 
 def switch(own: Mapping[str, str], key: str) -> bool | None:
-    """Return True or False for `true` or `false` in any case."""
     return _read(own, key, {"true": True, "false": False}.get, "true or false")
 
 
 def chosen(own: Mapping[str, str], key: str, choices: Mapping[str, T]) -> T | None:
-    """Return the value that `choices` has for the key's word, in any case."""
     return _read(own, key, choices.get, f"one of {', '.join(sorted(choices))}")
 
 
@@ -117,7 +110,6 @@ def names(own: Mapping[str, str], key: str) -> tuple[str, ...] | None:
 
 
 def refuse_keys(own: Mapping[str, str], refused: set[str], reason: str) -> None:
-    """Refuse the first, by name, of the keys of `refused` that are present."""
     present = sorted(refused & own.keys())
     if present:
         raise RefusedParameter(present[0], reason)
