@@ -152,7 +152,7 @@ class Ownership:
         number = number_of(mounted)
         if mounted.node_number is not None and self._was_made_from(mounted, volume):
             return Owner.OURS
-        if self._was_made_from_another(mounted, volume):
+        if self.was_made_from_another(mounted, volume):
             return Owner.DEAD if self.is_gone(number) else Owner.OTHER
         device = self.devices.find(volume.name, volume.uuid)
         if device is not None and device.number in (number, self.encryption.below(number)):
@@ -301,7 +301,8 @@ class Ownership:
             return mounted.source in map(str, paths)
         return mounted.root_path.parts[-2:] in [path.parts[-2:] for path in paths]
 
-    def _was_made_from_another(self, mounted: Mount, volume: NodeVolume) -> bool:
+    def was_made_from_another(self, mounted: Mount, volume: NodeVolume) -> bool:
+        """Return whether a mount was made from the device node of another volume."""
         source = PurePosixPath(mounted.source)
         is_beside = str(source.parent) == str(self.devices.path_of(volume.name).parent)
         return mounted.node_number is None and is_beside and source.name != volume.name

@@ -135,11 +135,13 @@ class Stage:
 
     def _usable_mount(self, volume: NodeVolume, path: Path) -> Mount | None:
         mounted = self.ownership.at(path, volume)
+        if mounted is None or self.ownership.was_made_from_another(mounted, volume):
+            return mounted
         outdated = self.preparation.why_outdated(volume)
-        if mounted is not None and outdated and self.ownership.unmount(path, volume):
+        if outdated and self.ownership.unmount(path, volume):
             logger.warning("%s: it was unmounted at %s", outdated, path)
             return None
-        if mounted is not None and self._is_dead_and_unused(mounted, volume, path):
+        if self._is_dead_and_unused(mounted, volume, path):
             self.ownership.unmount(path, volume)
             return None
         return mounted

@@ -16,7 +16,7 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.model import AccessMode, MountAccess
-from csi_driver.node.usage_records import RAW, UsageRecord
+from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.fakes.disks import MIB
 from tests.fakes.node import (
@@ -133,6 +133,18 @@ def test_a_staging_path_that_holds_the_dead_device_of_another_volume_is_refused(
     node.host.attach("csi-2", OTHER_UUID)
     with pytest.raises(PreconditionFailed, match="gone"):
         node.stage(volume_id=f"z:csi-2:{OTHER_UUID}", context=publish_context(name="csi-2", uuid=OTHER_UUID))
+    assert node.host.mounts_at(STAGING) == 1
+
+
+def test_a_dead_mount_of_another_volume_is_refused_also_after_an_earlier_attachment(node: FakeNode) -> None:
+    formatted(node)
+    node.stage()
+    node.host.detach(NAME)
+    node.host.attach("csi-2", OTHER_UUID)
+    node.records.kept[OTHER_UUID] = UsageRecord(OTHER_UUID, 1, USED)
+    context = publish_context(name="csi-2", uuid=OTHER_UUID, attachment=3)
+    with pytest.raises(PreconditionFailed, match="gone"):
+        node.stage(volume_id=f"z:csi-2:{OTHER_UUID}", context=context)
     assert node.host.mounts_at(STAGING) == 1
 
 
