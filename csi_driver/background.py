@@ -114,21 +114,19 @@ class Background:
             result = job()
         except DriverError as error:
             _LOG.warning("%s failed and will be retried: %s", key, error)
-            self._failed(key, str(error))
-            return None
+            why = str(error)
         except Exception as error:
             _LOG.exception("%s failed unexpectedly and will be retried", key)
-            self._failed(key, f"{type(error).__name__}: {error}")
-            return None
+            why = f"{type(error).__name__}: {error}"
+        else:
+            self._succeeded(key)
+            return result
         finally:
             self._running = None
-        self._succeeded(key)
-        return result
-
-    def _failed(self, key: str, error: str) -> None:
         with self._record:
             self.failures += 1
-            self._failing[key] = self._failing.get(key, (self.clock.monotonic(), ""))[0], error
+            self._failing[key] = self._failing.get(key, (self.clock.monotonic(), ""))[0], why
+        return None
 
     def _succeeded(self, key: str) -> None:
         with self._record:
@@ -274,18 +272,18 @@ def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
 
     An unexpected exception is logged, as nobody may ask for the result.
     """
-
-    def logged() -> T:
-        try:
-            return job()
-        except (DriverError, OSError):
-            raise
-        except Exception:
-            _LOG.exception("%s failed unexpectedly", name)
-            raise
-
     future: Future[T] = Future()
-    threading.Thread(target=_settle, args=(future, logged), name=name, daemon=True).start()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            if not isinstance(error, (DriverError, OSError)):
+                _LOG.exception("%s failed unexpectedly", name)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future
 
 
@@ -306,8 +304,16 @@ class DaemonPool:
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Queue a job; cancelling its future drops it unless it has begun."""
         future: Future[T] = Future()
+
+        def settle() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
         with self._changed:
-            self._jobs.append(lambda: _settle(future, job))
+            self._jobs.append(settle)
             if len(self._jobs) > self._idle and self._threads < self.most:
                 self._threads += 1
                 threading.Thread(target=self._run, name=f"{self.name}-{self._threads}", daemon=True).start()
@@ -323,12 +329,3 @@ class DaemonPool:
                 job = self._jobs.popleft()
             job()
             del job  # must not keep its result alive while the thread is idle
-
-
-def _settle(future: Future[T], job: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(job())
-    except BaseException as error:
-        future.set_exception(error)

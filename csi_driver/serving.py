@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from csi_driver import driver_version
 from csi_driver.background import Periodic
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
-from csi_driver.model import volume_name
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
-from csi_driver.rpc.contract import HEALTH, LockKeys
+from csi_driver.rpc.contract import HEALTH
 from csi_driver.rpc.server import Server, Termination
 from csi_driver.rpc.services import (
     ControllerService,
@@ -44,7 +43,6 @@ _LOG = logging.getLogger(__name__)
 
 def serve(
     settings: EndpointSettings,
-    lock_keys: LockKeys,
     driver_name: str,
     is_ready: Callable[[], bool],
     service: Service,
@@ -53,7 +51,7 @@ def serve(
     """Serve CSI until SIGTERM, with `background` around all requests; return the exit status."""
     identity = IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(lock_keys, disabled, settings.default_deadline_s)
+    boundary = Boundary(disabled, settings.default_deadline_s)
     server = Server(settings, boundary, (service, identity))
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))
@@ -107,7 +105,6 @@ def run_controller(command: ControllerCommand) -> int:
 
     return serve(
         command.endpoint,
-        LockKeys(volume_name),
         settings.driver_name,
         ready.is_ready,
         service,
@@ -160,7 +157,6 @@ def run_node(command: NodeCommand) -> int:
 
     return serve(
         command.endpoint,
-        LockKeys(volume_name),
         command.node.driver_name,
         partial(is_equipped, use_cases.identity.problems),
         NodeService(use_cases, volume_health=command.endpoint.volume_health),

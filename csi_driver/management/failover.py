@@ -71,22 +71,16 @@ class CircuitBreaker:
         lock = threading.Lock()
         self._state_changed = threading.Condition(lock)
         self._slot_freed = threading.Condition(lock)
-        self._is_slow = False
+        self.is_slow = False
+        """Whether another attempt may cost time, as a failure since the last success did."""
         self._failures = 0
-        self._failed_at_s = self._slow_at_s = self._pause_ends_s = float("-inf")
+        self.slow_at_s = self._failed_at_s = self._pause_ends_s = float("-inf")
+        """When a request last waited for the server without a response."""
         self._is_probing = False
         self._probe_began_s = self._probe_ended_s = self._trial_ends_s = float("-inf")
 
     def is_closed(self) -> bool:
         return self.state is State.CLOSED
-
-    def fails_fast(self) -> bool:
-        """Return whether another attempt costs little: the failures so far took no time."""
-        return not self._is_slow
-
-    def was_slow_since(self, since_s: float) -> bool:
-        """Return whether a request waited for the server without a response since then."""
-        return self._slow_at_s >= since_s
 
     def take_trial(self) -> bool:
         with self._state_changed:
@@ -127,7 +121,7 @@ class CircuitBreaker:
             had_failed = self._failures > 0
             self.state = State.CLOSED
             self._failures = 0
-            self._is_slow = False
+            self.is_slow = False
             return had_failed
 
     def failed(self, took_s: float, *, timed_out: bool) -> bool:
@@ -141,8 +135,8 @@ class CircuitBreaker:
             now_s = self._clock.monotonic()
             self._failed_at_s = now_s
             if timed_out or took_s > _SLOW_S:
-                self._is_slow = True
-                self._slow_at_s = now_s
+                self.is_slow = True
+                self.slow_at_s = now_s
             if self.state is not State.OPEN or now_s >= self._pause_ends_s:
                 self._open(now_s)
             self._state_changed.notify_all()
@@ -153,10 +147,6 @@ class CircuitBreaker:
         self.state = State.OPEN
         self._pause_ends_s = now_s + min(_FIRST_PAUSE_S * 2 ** min(self._failures, 10), _LONGEST_PAUSE_S)
         self._failures += 1
-
-    def rejection(self) -> ServerUnreachable:
-        """Return the error for a request that is not sent. Its text stays the same while the server is down."""
-        return ServerUnreachable(self._url, "it failed and has not answered a probe since", timed_out=self._is_slow)
 
     def take_probe(self, *, urgent: bool = False) -> bool:
         """Admit one probe at a time, after the pause; `urgent`: no other server works either."""
@@ -309,10 +299,10 @@ class ManagementServers:
                 waiting.append(server)
 
     def _send(self, server: Server, request: Request, deadline: Deadline, *, has_others: bool) -> object:
-        if not server.breaker.is_closed() and not server.breaker.fails_fast():
+        if not server.breaker.is_closed() and server.breaker.is_slow:
             server.probe(urgent=True)
             if not server.breaker.wait_for_probe(deadline):
-                raise server.breaker.rejection()
+                raise ServerUnreachable(server.url, "it failed and has not answered a probe since", timed_out=True)
         limit = self._limit(server, deadline, has_others=has_others)
         return response_body(server.send(request, limit), server.url, request)
 
@@ -333,7 +323,7 @@ class ManagementServers:
                 first.append(server)
                 continue
             server.probe()
-            may_try = not first and request.is_repeatable and not server.breaker.was_slow_since(deadline.started_s)
+            may_try = not first and request.is_repeatable and server.breaker.slow_at_s < deadline.started_s
             (first if may_try and server.breaker.take_trial() else last).append(server)
         return first + last
 
@@ -343,7 +333,7 @@ class ManagementServers:
         if left_s <= 0:
             raise DeadlineReached("a response of the management")
         seconds = min(self._request_timeout_s, left_s / 2 if has_others else left_s)
-        if server.breaker.was_slow_since(deadline.started_s):
+        if server.breaker.slow_at_s >= deadline.started_s:
             seconds = min(seconds, _SECOND_WAIT_S)
         if has_others and not server.breaker.is_closed():
             seconds = min(seconds, _TRIAL_LIMIT_S)

@@ -25,7 +25,7 @@ from csi_driver import errors
 from csi_driver.deadline import Deadline
 from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.rpc import validation
-from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, LockKeys, Locks, Rpc, ThreadPools, thread_pools
+from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, Locks, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
@@ -141,7 +141,6 @@ class Boundary:
     the thread keeps the locks of the call until it ends, so that no other call works on the volume meanwhile.
     """
 
-    lock_keys: LockKeys
     disabled: frozenset[str] = frozenset()
     """Methods to answer UNIMPLEMENTED although they exist."""
     default_deadline_s: float = 60.0
@@ -225,9 +224,11 @@ class Boundary:
         try:
             if isinstance(request, Unreadable):
                 raise errors.InvalidRequest(request.reason)
-            _LOG.log(logging.DEBUG if rpc.quiet else logging.INFO, "%s %s", name, _Description(request))
+            level = logging.DEBUG if rpc.quiet else logging.INFO
+            if _LOG.isEnabledFor(level):
+                _LOG.log(level, "%s %s", name, describe(request))
             validation.check(request, rpc.required)
-            with self._locks.hold(*rpc.lock_keys(self.lock_keys, request)):
+            with self._locks.hold(*rpc.lock_keys(request)):
                 response = handler(request, deadline)
         except errors.DriverError as error:
             refusal = Refusal(code_of(error), message_of(error))
@@ -240,16 +241,6 @@ class Boundary:
             return Refusal(_Code.INTERNAL, _INTERNAL_ERROR)
         _LOG.debug("%s is done after %.3f s", name, time.monotonic() - began_s)
         return response
-
-
-@dataclass(frozen=True, slots=True)
-class _Description:
-    """Describes a message when its log line is written, if it is."""
-
-    message: Message
-
-    def __str__(self) -> str:
-        return describe(self.message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from types import MappingProxyType
 from google.protobuf.message import Message
 
 from csi_driver.errors import OperationPending, shown
-from csi_driver.model import VolumeHandle
+from csi_driver.model import VolumeHandle, volume_name
 from csi_driver.rpc.pb import csi_pb2
 
 WORK_THREADS = 512
@@ -57,29 +57,19 @@ class LockKey:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LockKeys:
-    """Makes lock keys. A volume is locked by its name in the storage, in all zones.
+def lock_key(field_name: str, value: str, *, shared: bool = False) -> LockKey:
+    """Return the key for a request's field: the CSI name of a new volume, a volume handle, or a path.
 
-    Handles of one volume may differ in the zone, and zones may be renamed while the driver runs. Two volumes of one
-    name in two zones exclude each other, which costs a retry. `volume_name` maps a CSI name to the storage's name.
+    A volume is locked by its name in the storage, in all zones: handles of one volume may differ in the zone, and zones
+    may be renamed while the driver runs. Two volumes of one name in two zones exclude each other, which costs a retry.
     """
-
-    volume_name: Callable[[str], str]
-
-    def for_field(self, name: str, value: str, *, shared: bool = False) -> LockKey:
-        """Return the key for a request's field: the CSI name of a new volume, a volume handle, or a path."""
-        if name == "name":
-            return LockKey("volume", self.volume_name(value), f"volume {shown(value)}")
-        if name == "volume_id":
-            return self.volume(value, shared=shared)
+    if field_name == "name":
+        return LockKey("volume", volume_name(value), f"volume {shown(value)}")
+    if field_name != "volume_id":
         return LockKey("path", posixpath.normpath(value), f"path {shown(value)}")
-
-    def volume(self, volume_id: str, *, shared: bool = False) -> LockKey:
-        handle = VolumeHandle.parse(volume_id)
-        if handle is None:
-            return LockKey("unknown handle", volume_id, f"volume {shown(volume_id)}", shared)
-        return LockKey("volume", handle.name, f"volume {shown(volume_id)}", shared)
+    handle = VolumeHandle.parse(value)
+    kind, name = ("unknown handle", value) if handle is None else ("volume", handle.name)
+    return LockKey(kind, name, f"volume {shown(value)}", shared)
 
 
 @dataclass(slots=True)
@@ -143,9 +133,9 @@ class Rpc:
         """Whether the call works on devices and mounts, where the kernel may block its thread for any time."""
         return self.pool is Pool.WORK and self.service.endswith("Node")
 
-    def lock_keys(self, keys: LockKeys, request: Message) -> tuple[LockKey, ...]:
+    def lock_keys(self, request: Message) -> tuple[LockKey, ...]:
         shared = self.shares_volume and not _is_single_writer(request)
-        return tuple(keys.for_field(each, getattr(request, each), shared=shared) for each in self.locks)
+        return tuple(lock_key(each, getattr(request, each), shared=shared) for each in self.locks)
 
 
 def _is_single_writer(request: Message) -> bool:

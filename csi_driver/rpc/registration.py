@@ -18,7 +18,6 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -60,19 +59,6 @@ Identity = tuple[int, int]
 """Device and inode, which no other file has while the socket is served."""
 
 
-@dataclass(slots=True)
-class _Kubelet:
-    """What kubelet reported. Set by gRPC's threads, under `lock`."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    is_registered: bool = False
-    refusal: str = ""
-    refused_since_s: float = 0.0
-    retry_at_s: float | None = None
-    """When the socket is made again after a refusal."""
-    results: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "refused": 0})
-
-
 class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
     """Registers the driver of this process inside a with-block; leaving it removes the socket.
 
@@ -90,7 +76,14 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         self._settings = settings
         self._check_node = check_node
         self._clock = clock
-        self._kubelet = _Kubelet()
+        self._lock = threading.Lock()
+        """Guards what kubelet reported, which gRPC's threads set."""
+        self._is_accepted = False
+        self._refusal = ""
+        self._refused_since_s = 0.0
+        self._retry_at_s: float | None = None
+        """When the socket is made again after a refusal."""
+        self._results = {"accepted": 0, "refused": 0}
         self._retry = Backoff(LONGEST_PAUSE_S, jitter, LOOK_S)
         self._refusals = Backoff(LONGEST_REFUSAL_S, jitter, FIRST_REFUSAL_S)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="registration")
@@ -115,50 +108,42 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
     def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.ServicerContext
     ) -> pb.RegistrationStatusResponse:
+        driver_name, reason, pause_s = self._settings.driver_name, request.error or "no reason given", 0.0
         if request.plugin_registered:
-            self._accepted()
-        else:
-            self._refused(shown(request.error or "no reason given", _REASON_LIMIT_CHARACTERS))
-        return pb.RegistrationStatusResponse()
-
-    def _accepted(self) -> None:
-        kubelet = self._kubelet
-        with kubelet.lock:
-            kubelet.is_registered, kubelet.refusal, kubelet.retry_at_s = True, "", None
-            kubelet.results["accepted"] += 1
-            self._refusals.succeeded()
-        _LOG.info("kubelet has registered the driver %s", self._settings.driver_name)
-
-    def _refused(self, reason: str) -> None:
-        kubelet, pause_s = self._kubelet, 0.0
-        with kubelet.lock:
+            with self._lock:
+                self._is_accepted, self._refusal, self._retry_at_s = True, "", None
+                self._results["accepted"] += 1
+                self._refusals.succeeded()
+            _LOG.info("kubelet has registered the driver %s", driver_name)
+            return pb.RegistrationStatusResponse()
+        with self._lock:
             now_s = self._clock.monotonic()
-            if not kubelet.refusal:
-                kubelet.refused_since_s = now_s
-            kubelet.is_registered, kubelet.refusal = False, reason
-            kubelet.results["refused"] += 1
-            if kubelet.retry_at_s is None:
+            if not self._refusal:
+                self._refused_since_s = now_s
+            self._is_accepted, self._refusal = False, shown(reason, _REASON_LIMIT_CHARACTERS)
+            self._results["refused"] += 1
+            if self._retry_at_s is None:
                 pause_s = self._refusals.after_failure_s()
-                kubelet.retry_at_s = now_s + pause_s
-        retry = f"; retrying in {pause_s:.1f} s" if pause_s else ""
-        _LOG.warning("kubelet refuses to register the driver %s: %s%s", self._settings.driver_name, reason, retry)
+                self._retry_at_s = now_s + pause_s
+            retry = f"; retrying in {pause_s:.1f} s" if pause_s else ""
+            _LOG.warning("kubelet refuses to register the driver %s: %s%s", driver_name, self._refusal, retry)
+        return pb.RegistrationStatusResponse()
 
     @property
     def is_registered(self) -> bool:
         return not self.why_not_registered()
 
     def why_not_registered(self) -> str:
-        kubelet = self._kubelet
-        with kubelet.lock:
+        with self._lock:
             if self._problem:
                 return self._problem
-            if kubelet.refusal:
-                return f"kubelet refuses the registration: {kubelet.refusal}"
-            return "" if kubelet.is_registered else "kubelet has not registered the driver yet"
+            if self._refusal:
+                return f"kubelet refuses the registration: {self._refusal}"
+            return "" if self._is_accepted else "kubelet has not registered the driver yet"
 
     def verdicts(self) -> dict[str, int]:
-        with self._kubelet.lock:
-            return dict(self._kubelet.results)
+        with self._lock:
+            return dict(self._results)
 
     def why_restart(self) -> str:
         """Return why a restart of this process may help, else "". It does not help while kubelet is down."""
@@ -168,11 +153,10 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         missing_s = now_s - self._missing_since_s if self._missing_since_s is not None else 0.0
         if missing_s > OUT_OF_PLACE_S:
             return f"the registration socket cannot be made, tried for {missing_s:.0f} s: {self._problem}"
-        kubelet = self._kubelet
-        with kubelet.lock:
-            refused_s = now_s - kubelet.refused_since_s if kubelet.refusal else 0.0
+        with self._lock:
+            refused_s = now_s - self._refused_since_s if self._refusal else 0.0
             if refused_s > REFUSED_S:
-                return f"kubelet has refused the registration for {refused_s:.0f} s: {kubelet.refusal}"
+                return f"kubelet has refused the registration for {refused_s:.0f} s: {self._refusal}"
         return ""
 
     def tend(self) -> float:
@@ -191,13 +175,13 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
     def _look(self) -> None:
         missing_since_s, self._missing_since_s = self._missing_since_s, None
         is_in_place = self._is_in_place()
-        with self._kubelet.lock:
-            retry_at_s = self._kubelet.retry_at_s
+        with self._lock:
+            retry_at_s = self._retry_at_s
         if is_in_place and (retry_at_s is None or self._clock.monotonic() < retry_at_s):
             return
         if not is_in_place:
-            with self._kubelet.lock:
-                self._kubelet.is_registered = False  # kubelet has forgotten the driver, or will
+            with self._lock:
+                self._is_accepted = False  # kubelet has forgotten the driver, or will
             if self._served is not None and not self._problem:
                 _LOG.warning("another process removed the registration socket %s", self._settings.socket)
             check_free(self._settings.socket)
@@ -222,8 +206,8 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         """Serve a new socket and move it into place, which replaces an earlier one of ours atomically."""
         settings, before = self._settings, self._served
         _make_directory(settings.directory)
-        with self._kubelet.lock:
-            self._kubelet.retry_at_s = None  # kubelet may report more before this ends
+        with self._lock:
+            self._retry_at_s = None  # kubelet may report more before this ends
         try:
             self._served = self._serve_in(settings.drafts)
         except DriverError as error:  # the directories are two mounts here, or the path is too long

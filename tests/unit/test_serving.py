@@ -17,11 +17,10 @@ import pytest
 from csi_driver import serving
 from csi_driver.deadline import Deadline
 from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import LockKeys
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.services import NodeService
 from csi_driver.settings import EndpointSettings
-from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, derived_name, stage
+from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, stage
 
 
 @dataclass
@@ -50,7 +49,6 @@ class Role:
             acting = pool.submit(act)
             status = serving.serve(
                 EndpointSettings(self.socket, drain_s=self.drain_s),
-                LockKeys(derived_name),
                 "nvmesh-csi.example.com",
                 always_ready,
                 NodeService(cast("Any", self.node)),

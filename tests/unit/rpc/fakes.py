@@ -31,11 +31,12 @@ from csi_driver.model import (
     VolumeEntry,
     VolumeFault,
     VolumeHealth,
+    volume_name,
 )
 from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
 from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.boundary import Boundary
-from csi_driver.rpc.contract import HEALTH, LockKeys, Rpc, ThreadPools, thread_pools
+from csi_driver.rpc.contract import HEALTH, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
 from csi_driver.rpc.services import ControllerService, ControllerUseCases, IdentityService, NodeService
@@ -43,12 +44,7 @@ from csi_driver.settings import EndpointSettings
 
 ZONE = "zone-1"
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
-VOLUME_ID = f"{ZONE}:csi-1:{UUID}"
-
-
-def derived_name(csi_name: str) -> str:
-    """Stand in for the derivation of the storage's names."""
-    return f"csi-{csi_name}"
+VOLUME_ID = f"{ZONE}:{volume_name('1')}:{UUID}"
 
 
 @dataclass
@@ -282,7 +278,7 @@ def serving(
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
     disabled: frozenset[str] = frozenset() if volume_health else HEALTH
-    boundary = Boundary(LockKeys(derived_name), disabled, default_deadline_s, pools or thread_pools())
+    boundary = Boundary(disabled, default_deadline_s, pools or thread_pools())
     identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
     use_cases = ControllerUseCases(*cast("tuple[Any, ...]", (*(controller,) * 9, _ControllerHealth())))
     server = Server(
