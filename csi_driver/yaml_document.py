@@ -136,7 +136,7 @@ class MappingReader:
     """Reads the values of a mapping. An invalid value becomes a problem and reads as absent."""
 
     what: str
-    entry: Entry
+    entry: Entry = field(repr=False)
     findings: Findings
 
     def text(self, key: str) -> str:

@@ -4,7 +4,6 @@ Configuration (`docs/upgrading.md` shows its new form). Can go after version 1:
 
 * ConfigMap, `topology` JSON and `apiParams` as clusters file: `csi_driver.compat.clusters`, and its callers in
   `csi_driver.management.clusters` (with `ManagementSettings.password`) and `csi_driver.config`
-* `--use-preempt`: `csi_driver.config`
 * `--older-topology-file`, the ConfigMap in which 1.4 lists the nodes of each zone: `csi_driver.config`, and
   `csi_driver.management.clusters.read_cluster_names`
 * the label `nvmesh-csi/client-status`, by which workloads are scheduled: `csi_driver.kubernetes.node_object`

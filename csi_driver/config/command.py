@@ -29,7 +29,7 @@ class Values:
     """Texts of flags: arguments, else environment, else `file` (source, text); and the problems of reading them."""
 
     arguments: Mapping[str, Sequence[str]]
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
     running: RunningRole | None = None
     file: dict[str, tuple[str, str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

@@ -313,7 +313,7 @@ class _Call:
 class _NativeEncryption:
     management: Management
     request: EncryptionRequest
-    secrets: Mapping[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
     _index_before: int | None = None
 
     def is_done(self, volume: Volume, *, deadline: Deadline) -> bool:

@@ -107,7 +107,8 @@ class Sessions:
     password: Password
     clock: Clock = SYSTEM_CLOCK
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _used_s: dict[str, float] = field(default_factory=dict)
+    _used_s: dict[str, float] = field(default_factory=dict, repr=False)
+    """When each session was used last, by its cookie."""
 
     @property
     def user(self) -> str:
