@@ -103,13 +103,7 @@ def run_controller(command: ControllerCommand) -> int:
             measurements=[*own, *boundary.measurements(), *requests.measurements()],
         )
 
-    return serve(
-        command.endpoint,
-        settings.driver_name,
-        ready.is_ready,
-        service,
-        background,
-    )
+    return serve(command.endpoint, settings.driver_name, ready.is_ready, service, background)
 
 
 def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> ControllerUseCases:
@@ -155,13 +149,9 @@ def run_node(command: NodeCommand) -> int:
             _register_and_report(command, use_cases, loops, measurements, running)
             return running.pop_all()
 
-    return serve(
-        command.endpoint,
-        command.node.driver_name,
-        partial(is_equipped, use_cases.identity.problems),
-        NodeService(use_cases, volume_health=command.endpoint.volume_health),
-        background,
-    )
+    is_ready = partial(is_equipped, use_cases.identity.problems)
+    service = NodeService(use_cases, volume_health=command.endpoint.volume_health)
+    return serve(command.endpoint, command.node.driver_name, is_ready, service, background)
 
 
 def _register_and_report(

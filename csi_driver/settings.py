@@ -301,10 +301,7 @@ class NodePaths:
     path_roots: tuple[Path, ...] = PATH_ROOT.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
     status_directory: Path = flag(
-        Path("/proc/nvmeibc"),
-        "--status-directory",
-        read_directory,
-        "Directory with the storage client's status files.",
+        Path("/proc/nvmeibc"), "--status-directory", read_directory, "Directory with the storage client's status files."
     )
     registration_directory: Path | None = flag(
         None,

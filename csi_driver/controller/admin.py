@@ -83,9 +83,7 @@ def _permitted_number(located: Located, holders: Sequence[Client]) -> int:
         raise PreconditionFailed(f"volume {volume.name} is for raw block access and is never formatted")
     number = next_number(volume.reservation, ReservationMode.EXCLUSIVE_READ_WRITE)
     if read_permission(volume.metadata) == number:
-        raise PreconditionFailed(
-            f"volume {volume.name}: the next attachment is already allowed to format over old data"
-        )
+        raise PreconditionFailed(f"volume {volume.name}: the next attachment may already format over old data")
     return number
 
 

@@ -136,7 +136,7 @@ class GetCapacity:
             zones = allowed_zones(self.clusters.zones(), requirement, self.settings.topology_key)
         except (InvalidRequest, Exhausted):
             return Capacity(0, maximum_volume_bytes=0)
-        found: Sequence[FreeCapacity] = []
+        found: list[FreeCapacity] = []
         try:
             read = parse(parameters)
         except InvalidRequest as problem:
@@ -185,9 +185,7 @@ class GetCapacity:
             refusal,
         )
 
-    def _answers(
-        self, zones: Sequence[str], read: StorageClassParameters, deadline: Deadline
-    ) -> Sequence[FreeCapacity]:
+    def _answers(self, zones: Sequence[str], read: StorageClassParameters, deadline: Deadline) -> list[FreeCapacity]:
         answers = _free_in(self.clusters, zones, read, deadline)
         if answers.missing and len(answers.missing) == len(self.clusters.zones()):
             raise unavailable(answers.missing)

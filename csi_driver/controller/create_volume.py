@@ -41,7 +41,7 @@ from csi_driver.errors import (
     shown,
 )
 from csi_driver.model import ProvisionedVolume, volume_name
-from csi_driver.parameters.encryption import EncryptionRequest, passphrase_in, required_passphrase
+from csi_driver.parameters.encryption import passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import StorageClassParameters, parse, with_mutable
 from csi_driver.publish_context import Encryption
 from csi_driver.settings import ControllerSettings
@@ -65,9 +65,7 @@ class EncryptionNotInitialised(StorageUnavailable):
     """The storage refused the passphrase or could not write the header; the volume exists and waits for it."""
 
     def __init__(self, volume: Volume, reason: str) -> None:
-        super().__init__(
-            f"encryption of volume {volume.name} is not initialised: {reason}; a retry of CreateVolume continues"
-        )
+        super().__init__(f"encryption of volume {volume.name} is not initialised: {reason}; a retry continues")
 
 
 @dataclass(slots=True)
@@ -123,6 +121,8 @@ class _Call:
     zones: Sequence[str]
     deadline: Deadline
     guard: DuplicateGuard
+    key_command: int | None = None
+    """Index of the latest command on the volume's keys before the passphrase was sent; None: not sent in this wait."""
 
     def find_or_create(self) -> ProvisionedVolume:
         found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
@@ -147,7 +147,7 @@ class _Call:
     def continue_after(self, problem: DriverError) -> ProvisionedVolume:
         """Finish the volume that an earlier call left, when the request was still valid; else raise `problem`."""
         try:
-            found = self._existing()
+            found = self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
         except UNANSWERED as silence:
             reasons = "; ".join(dict.fromkeys((str(problem), str(silence))))
             raise StorageUnavailable(f"{reasons}; it is unknown whether volume {self.name} exists") from problem
@@ -157,9 +157,6 @@ class _Call:
             return self._finish(found)
         except _FINAL as again:
             raise StorageUnavailable(f"volume {self.name} exists, but is not usable yet: {again}") from problem
-
-    def _existing(self) -> Found | None:
-        return self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
 
     def _create_in(self, zone: str) -> str | None:
         """Create the volume and return its uuid; None if a volume of that name exists."""
@@ -225,10 +222,9 @@ class _Call:
         is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
         if is_ours:
             _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
-        if is_ours:
             self.guard.confirm(found, self.zones, deadline=self.deadline)
         elif not self.guard.is_single:
-            again = self._existing()
+            again = self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
             if again is None:
                 raise OperationPending(f"volume {self.name} was deleted concurrently; retry")
             found = again
@@ -275,10 +271,10 @@ class _Call:
 
     def _wait_until_usable(self, management: Management, volume: Volume) -> Volume:
         latest = volume
-        encryption = _NativeEncryption(management, self.parameters.encryption, self.request.secrets)
+        self.key_command = None
 
         def is_ready() -> bool:
-            return not latest.is_being_made and encryption.is_done(latest, deadline=self.deadline)
+            return not latest.is_being_made and self._is_encrypted(management, latest)
 
         def is_usable() -> bool:
             nonlocal latest
@@ -308,42 +304,38 @@ class _Call:
                 f"the management created a volume of {volume.size_bytes} bytes, which was deleted: {reason}"
             ) from reason
 
+    def _is_encrypted(self, management: Management, volume: Volume) -> bool:
+        """Return whether the encryption is initialised or the volume has none; send the passphrase once in a wait.
 
-@dataclass(slots=True)
-class _NativeEncryption:
-    management: Management
-    request: EncryptionRequest
-    secrets: Mapping[str, str] = field(repr=False)
-    _index_before: int | None = None
-
-    def is_done(self, volume: Volume, *, deadline: Deadline) -> bool:
-        """Return whether the encryption is initialised, or the volume has none; send the passphrase if needed."""
+        Such a volume cannot be attached before a storage target has written the header. After a failure nothing is
+        deleted, and a retry with a corrected Secret continues: the errors are not final for the provisioner.
+        """
         state = volume.encryption
         if state is None or state.is_initialized:
             return True
         if not volume.wants_passphrase:
             return False
-        if self._index_before is None:
-            self._index_before = state.command_index
-            self._initialise(volume, deadline)
-        elif state.command_index > self._index_before and state.command_result not in (None, _ENCRYPTED):
-            error = state.command_error.replace(required_passphrase(self.secrets), "[passphrase]")
+        if self.key_command is None:
+            self.key_command = state.command_index
+            self._send_passphrase(management, volume)
+        elif state.command_index > self.key_command and state.command_result not in (None, _ENCRYPTED):
+            error = state.command_error.replace(required_passphrase(self.request.secrets), "[passphrase]")
             reason = f"{state.command_result} ({shown(error) if error else 'no reason given'})"
             raise EncryptionNotInitialised(volume, f"the storage answers {reason}")
         return False
 
-    def _initialise(self, volume: Volume, deadline: Deadline) -> None:
+    def _send_passphrase(self, management: Management, volume: Volume) -> None:
         # The server refuses this too; a header over data would destroy it.
         if volume.reservation.version != 1 or read_attachments(volume.metadata).number:
             raise EncryptionNotInitialised(volume, "it was attached before; delete it")
-        passphrase, slot, bits = required_passphrase(self.secrets), self.request.slot, self.request.key_size_bits
+        passphrase, own = required_passphrase(self.request.secrets), self.parameters.encryption
         try:
-            is_started = self.management.init_encryption(
-                volume, passphrase, slot=slot, key_size_bits=bits, deadline=deadline
+            is_sent = management.init_encryption(
+                volume, passphrase, slot=own.slot, key_size_bits=own.key_size_bits, deadline=self.deadline
             )
         except InvalidRequest as refusal:
             raise EncryptionNotInitialised(volume, str(refusal)) from refusal
-        if is_started:
+        if is_sent:
             _log.info("sent the passphrase of volume %s, uuid %s, to the storage", volume.name, volume.uuid)
 
 

@@ -57,6 +57,7 @@ def delete_unreturned(
     management: Management, volume: Volume, reason: str, *, wait: Deadline, deadline: Deadline
 ) -> None:
     """Delete a volume that no call returned. Raises `PreconditionFailed` if it was ever attached."""
+    problem = f"volume {volume.name} has {volume.size_bytes} bytes: {reason}"
 
     def is_gone() -> bool:
         present = management.volume(volume.name, deadline=deadline)
@@ -64,9 +65,7 @@ def delete_unreturned(
             return True
         is_used = present.reservation != Reservation() or read_attachments(present.metadata) != AttachmentRecord()
         if is_used or management.clients_holding(present.uuid, deadline=deadline):
-            raise PreconditionFailed(
-                f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it was attached and is kept"
-            )
+            raise PreconditionFailed(f"{problem}; it was attached and is kept")
         try:
             management.delete_volume(present, deadline=deadline)
         except OperationPending:  # not ready to be deleted yet
@@ -74,9 +73,7 @@ def delete_unreturned(
         return True
 
     if not wait.wait_until(is_gone):
-        raise OperationPending(
-            f"volume {volume.name} has {volume.size_bytes} bytes: {reason}; it cannot be deleted yet; retry"
-        )
+        raise OperationPending(f"{problem}; it cannot be deleted yet; retry")
     _log.info(
         "deleted volume %s, uuid %s, which no call returned: its %d bytes are out of the requested range",
         *(volume.name, volume.uuid, volume.size_bytes),

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from types import MappingProxyType
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import described, listed_handles, require
@@ -54,10 +53,8 @@ def read_token(token: str) -> Position:
             raise ValueError("another version")
         text = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True).decode()
         zone_mark, name, handle_mark = text.split("\n")
-    except (binascii.Error, ValueError) as problem:
-        raise StaleToken(
-            f"starting_token {shown(token)} was not issued by this driver; start again without a token"
-        ) from problem
+    except (binascii.Error, ValueError) as error:
+        raise StaleToken(f"starting_token {shown(token)} is not this driver's; start again without a token") from error
     return Position(zone_mark, name, handle_mark)
 
 
@@ -210,15 +207,13 @@ def _text_bytes(text: str) -> int:
     return _FIELD_BYTES + len(text.encode("utf-8", "surrogatepass"))
 
 
-_CONDITIONS: Mapping[str, tuple[VolumeFault, Reason]] = MappingProxyType(
-    {
-        "offline": (VolumeFault.INACCESSIBLE, Reason.VOLUME_OFFLINE),
-        "unavailable": (VolumeFault.INACCESSIBLE, Reason.VOLUME_UNAVAILABLE),
-        "degraded": (VolumeFault.DEGRADED, Reason.VOLUME_DEGRADED),
-        "alarm": (VolumeFault.DEGRADED, Reason.VOLUME_ALARM),
-        "critical": (VolumeFault.DEGRADED, Reason.VOLUME_CRITICAL),
-    }
-)
+_CONDITIONS: Mapping[str, tuple[VolumeFault, Reason]] = {
+    "offline": (VolumeFault.INACCESSIBLE, Reason.VOLUME_OFFLINE),
+    "unavailable": (VolumeFault.INACCESSIBLE, Reason.VOLUME_UNAVAILABLE),
+    "degraded": (VolumeFault.DEGRADED, Reason.VOLUME_DEGRADED),
+    "alarm": (VolumeFault.DEGRADED, Reason.VOLUME_ALARM),
+    "critical": (VolumeFault.DEGRADED, Reason.VOLUME_CRITICAL),
+}
 """By the volume's status, or else by its health."""
 _REBUILDING = frozenset({"rebuildRequired", "markedForRebuild", "rebuilding"})
 _FAILED = frozenset({DeviceStatus.ATTACH_FAILED, DeviceStatus.RESERVATION_DENIED})

@@ -103,7 +103,7 @@ class Management(Protocol):
         """Return the client by its id (the host name that the management knows), or None."""
 
     def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        pass
+        """Return the client, or None."""
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
         """Return all clients with their attachments. O(clients): for lists, not for calls about one volume."""

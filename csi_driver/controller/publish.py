@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from csi_driver.capacity import stripes_of
 from csi_driver.controller.fencing import Preemption, UnpublishVolume, device_state, is_detaching, missing
@@ -66,7 +66,8 @@ class PublishVolume:
         check_capability(request.capability)
         mode = reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._find(request, deadline)
-        return _Call(self.clusters, self.settings, request, mode, deadline, located, client).publish()
+        preemption = Preemption(self.settings.fencing)
+        return _Call(self.clusters, self.settings, request, mode, deadline, located, client, preemption).publish()
 
     def _find(self, request: PublishRequest, deadline: Deadline) -> tuple[Located, Client]:
         """Find node and volume, the volume last: its attachment record must not be older than the node's state."""
@@ -92,10 +93,7 @@ class _Call:
     deadline: Deadline
     located: Located
     client: Client
-    preemption: Preemption = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.preemption = Preemption(self.settings.fencing)
+    preemption: Preemption
 
     def publish(self) -> PublishContext:
         self._check_volume()

@@ -59,9 +59,7 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
     found = [located for zone in zones if (located := answers[zone]) is not None]
     if len(found) > 1:
         places = ", ".join(located.zone for located in found)
-        raise PreconditionFailed(
-            f"volume {shown(volume_id)} exists in the zones {places}; use a handle that names the zone"
-        )
+        raise PreconditionFailed(f"volume {shown(volume_id)} exists in zones {places}; use a handle with a zone")
     return found[0] if found else None
 
 

@@ -141,12 +141,10 @@ class Readiness:
             management.system_info(deadline=deadline)
             return True
 
-        return any_of(self.clusters.zones(), answers, deadline=deadline)
+        return any_of(self.clusters.zones(), answers, deadline=deadline, pool=ZONE_POOL)
 
 
-def any_of(
-    zones: Iterable[str], request: Callable[[str], bool], *, deadline: Deadline, pool: ZonePool = ZONE_POOL
-) -> bool:
+def any_of(zones: Iterable[str], request: Callable[[str], bool], *, deadline: Deadline, pool: ZonePool) -> bool:
     """Return true as soon as the request to any zone returns true. Raises the errors if none does and some fail."""
     futures = {pool.submit(zone, lambda zone=zone: request(zone)): zone for zone in zones}  # type: ignore[misc]
     missing: dict[str, DriverError] = {}
