@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from csi_driver.storage_model import Volume
+if TYPE_CHECKING:
+    from csi_driver.storage_model import Volume
 
 DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
 DEFAULT_ZONE = "single-zone-cluster"

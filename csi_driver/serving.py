@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from csi_driver import driver_version
 from csi_driver.background import Periodic
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
+from csi_driver.model import ClusterNames
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH
@@ -243,16 +244,23 @@ def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics) -
 
 def _node_zone(command: NodeCommand) -> NodeZone:
     from csi_driver.host.connectors.nvmesh import management_hosts
-    from csi_driver.management.clusters import read_cluster_names
     from csi_driver.node.node_info import NodeZone
 
     paths = command.paths
+
+    def clusters() -> ClusterNames:
+        if paths.clusters_file is None and not paths.older_topology_file.exists():
+            return ClusterNames()
+        from csi_driver.management.clusters import read_cluster_names
+
+        return read_cluster_names(paths.clusters_file, paths.older_topology_file)
+
     return NodeZone(
         given=paths.zone,
         topology_key=paths.topology_key,
         node_name=command.node.node_name,
         client_servers=lambda: management_hosts(paths.client_configuration),
-        clusters=lambda: read_cluster_names(paths.clusters_file, paths.older_topology_file),
+        clusters=clusters,
     )
 
 

@@ -21,8 +21,7 @@ from csi_driver.flags import (
     required,
     section,
 )
-from csi_driver.management.clusters import ClusterDefaults, parse_clusters
-from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
+from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.settings import (
     ATTACH_BY,
     DRIVER_NAME,
@@ -41,7 +40,6 @@ from csi_driver.settings import (
     RegistrationSettings,
 )
 from csi_driver.telemetry.log import LogSettings
-from csi_driver.yaml_document import InvalidDocument, read_source
 
 ALLOW_FORMAT, SHOW = "allow-format", "show"
 
@@ -68,6 +66,9 @@ class ManagementAccess:
         """Add the flags in the clusters file, and the problems of the file, to `values`."""
         if self.clusters_file is None:
             return
+        from csi_driver.management.clusters import parse_clusters
+        from csi_driver.yaml_document import InvalidDocument, read_source
+
         try:
             values.file.update(parse_clusters(read_source(self.clusters_file), self.defaults).flags)
         except InvalidDocument as invalid:

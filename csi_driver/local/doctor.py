@@ -19,8 +19,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, one_line
 from csi_driver.flags import choice, flag, host_name, read_boolean, read_positive_duration, section
 from csi_driver.host_model import RunningRole
-from csi_driver.management.clusters import ClusterDefaults
-from csi_driver.management.settings import TLS_VERIFY, ManagementSettings
+from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.settings import (
     DRIVER_NAME,

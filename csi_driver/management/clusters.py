@@ -20,7 +20,7 @@ from csi_driver.compat import clusters as compat
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import InvalidRequest, shown
 from csi_driver.flags import read_boolean, read_positive_count, read_positive_duration
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.settings import ClusterDefaults, ManagementSettings
 from csi_driver.model import ClusterNames, is_zone_name
 from csi_driver.yaml_document import (
     Entry,
@@ -45,15 +45,6 @@ ZONE_KEYS = (
     "servers", "protocol", "user", "userFile", "passwordFile", "caFile", "tlsVerify", "clientCertificateFile",
     "clientKeyFile", "requestTimeout", "maxRequestsInFlight", "allowIncompatibleVersions",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterDefaults:
-    """Settings of the command line. `tls_is_decided`: --management-tls-verify is given."""
-
-    management: ManagementSettings
-    zone: str
-    tls_is_decided: bool = False
 
 
 @dataclass(frozen=True, slots=True)

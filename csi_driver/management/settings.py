@@ -157,6 +157,15 @@ class ManagementSettings:
                 yield f"the certificate of {server} is not verified, so any host can impersonate it"
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterDefaults:
+    """Settings of the command line. `tls_is_decided`: --management-tls-verify is given."""
+
+    management: ManagementSettings
+    zone: str
+    tls_is_decided: bool = False
+
+
 def _url_problems(server: str) -> Iterator[str]:
     try:
         url = urlsplit(server)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from google.protobuf.wrappers_pb2 import Int64Value
 
-from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement, ValidateRequest
 from csi_driver.errors import InvalidRequest
 from csi_driver.model import (
     AccessMode,
@@ -27,6 +27,9 @@ from csi_driver.model import (
 )
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2 as pb
+
+if TYPE_CHECKING:
+    from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 
 _STRING_LIMIT_BYTES = 128
 
@@ -64,6 +67,8 @@ def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
         raise InvalidRequest(
             "volume_content_source: expected none, as clones and snapshots are not supported; remove the data source"
         )
+    from csi_driver.controller.ports import CreateRequest, TopologyRequirement  # not loaded by a node
+
     topology = None
     if message.HasField("accessibility_requirements"):
         wanted = message.accessibility_requirements
@@ -80,6 +85,8 @@ def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
 
 
 def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
+    from csi_driver.controller.ports import PublishRequest
+
     return PublishRequest(
         volume_id=message.volume_id,
         node_id=message.node_id,
@@ -90,6 +97,8 @@ def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
 
 
 def validate_from(message: pb.ValidateVolumeCapabilitiesRequest) -> ValidateRequest:
+    from csi_driver.controller.ports import ValidateRequest
+
     return ValidateRequest(
         volume_id=message.volume_id,
         capabilities=capabilities_from(message.volume_capabilities),

@@ -8,8 +8,8 @@ import tomllib
 import pytest
 
 from csi_driver.compat import clusters as old_clusters
-from csi_driver.management.clusters import ZONE_KEYS, ClusterDefaults, parse_clusters
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.clusters import ZONE_KEYS, parse_clusters
+from csi_driver.management.settings import ClusterDefaults, ManagementSettings
 from csi_driver.rpc.boundary import CODES
 from tests.documents import NAMES, ROOT, anchors, code, fenced, table, text_of, unfenced
 from tests.unit.test_data_safety_document import defined

@@ -10,8 +10,8 @@ import pytest
 
 from csi_driver.errors import InvalidRequest
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.clusters import ClusterDefaults, FileClusters
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.clusters import FileClusters
+from csi_driver.management.settings import ClusterDefaults, ManagementSettings
 from csi_driver.yaml_document import InvalidDocument
 from tests.fakes.management import FakeClock
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.management.clusters import ClusterDefaults, ClustersFile, parse_clusters, server_url
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.clusters import ClustersFile, parse_clusters, server_url
+from csi_driver.management.settings import ClusterDefaults, ManagementSettings
 from csi_driver.yaml_document import InvalidDocument, read_source
 
 NOTHING = ClusterDefaults(ManagementSettings(()), "single-zone-cluster")
