@@ -13,7 +13,6 @@ import pytest
 
 import csi_driver
 from csi_driver.config.command import Values
-from csi_driver.controller.create_volume import _NativeEncryption
 from csi_driver.controller.ports import CreateRequest
 from csi_driver.embedded.http import Password, Sessions
 from csi_driver.embedded.requests import EncryptionInit, Login
@@ -23,10 +22,9 @@ from csi_driver.management.settings import Credentials, ManagementSettings
 from csi_driver.management.transport import Request, Response
 from csi_driver.model import CapacityRange
 from csi_driver.node import StageRequest
-from csi_driver.parameters.encryption import EncryptionPlan, EncryptionRequest
+from csi_driver.parameters.encryption import EncryptionPlan
 from csi_driver.publish_context import Encryption
 from csi_driver.yaml_document import Findings, MappingReader
-from tests.fakes.management import FakeManagement
 from tests.unit.controller.world import RWO
 
 CANARY = "canary-4711"
@@ -52,7 +50,6 @@ def holders() -> list[object]:
     create = CreateRequest("v", CapacityRange(), (RWO,), secrets=SECRETS)
     return [
         create,
-        _NativeEncryption(FakeManagement(), EncryptionRequest(), SECRETS),
         sessions,
         Values({}, {"TOKEN": CANARY}),
         MappingReader("zone a", {"password": CANARY}, Findings()),
