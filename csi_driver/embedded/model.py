@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -234,10 +235,11 @@ class Table(Generic[R]):
         return TypeAdapter(self.kind)
 
     def text(self, record: R) -> str:
-        return self._adapter.dump_json(record).decode()
+        return json.dumps(self._adapter.dump_python(record), separators=(",", ":"))
 
     def record(self, text: str) -> R:
-        return self._adapter.validate_json(text)
+        # Not `validate_json`, which refuses the half of a surrogate pair that a request may have in a text.
+        return self._adapter.validate_python(json.loads(text))
 
 
 VOLUMES = Table("volumes", Volume)

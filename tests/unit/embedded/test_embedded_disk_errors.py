@@ -128,22 +128,14 @@ def test_a_reserve_file_that_cannot_be_removed_leaves_the_database_usable(
     store.close()
 
 
-def deep(levels: int) -> Json:
-    """Return an object that holds objects, too deep to be copied."""
-    document: Json = {}
-    for _ in range(levels):
-        document = {"a": document}
-    return document
-
-
 def test_a_record_that_cannot_be_written_down_is_not_the_ground_of_later_changes(tmp_path: Path) -> None:
     with running(settings_in(tmp_path)) as manager:
         manager.save("first")
         first = manager.server.store.get(VOLUMES, "first")
         assert first is not None
-        too_deep = replace(first, name="deep", given=deep(900))
-        with pytest.raises(ValueError, match="depth"):
-            manager.server.store.write(lambda change: change.put(VOLUMES, "deep", too_deep))
+        no_json = replace(first, name="other", given={"a": {1}})
+        with pytest.raises(TypeError, match="JSON"):
+            manager.server.store.write(lambda change: change.put(VOLUMES, "other", no_json))
         assert manager.save("second")["success"]
     with running(settings_in(tmp_path)) as manager:
         assert [row["_id"] for row in manager.get("/volumes/all/0/0")] == ["first", "second"]

@@ -161,6 +161,14 @@ def test_a_pool_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         assert manager.save("more", VPG="DEFAULT_RAID_0_VPG")["success"]
 
 
+def test_metadata_of_any_text_survives_a_restart(tmp_path: Path) -> None:
+    """JSON allows half of a surrogate pair, which no other form of the text can hold."""
+    with running(settings_in(tmp_path)) as manager:
+        assert manager.save("data", metadata={"a": "\ud800"})["success"]
+    with running(settings_in(tmp_path)) as manager:
+        assert manager.volume("data")["metadata"] == {"a": "\ud800"}
+
+
 def test_a_change_that_raises_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.sqlite")
 
