@@ -31,6 +31,19 @@ def test_a_record_is_read_back_as_written(marks: UsageRecords) -> None:
     assert marks.read(UUID) == UsageRecord(UUID, 3, "xfs")
 
 
+def test_a_record_is_on_disk_when_it_is_written(marks: UsageRecords, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    sync = os.fsync
+
+    def sync_and_note(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), marks.path_of(UUID).exists()))
+
+    monkeypatch.setattr(os, "fsync", sync_and_note)
+    marks.write(UsageRecord(UUID, 3, "xfs"))
+    assert synced == [("state", False), (f"{UUID}.draft", False), ("format-marks", True)]
+
+
 def test_a_new_record_replaces_the_old_one(marks: UsageRecords) -> None:
     marks.write(UsageRecord(UUID, 3, "xfs"))
     marks.write(UsageRecord(UUID, 4, "ext4"))
