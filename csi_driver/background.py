@@ -34,10 +34,7 @@ STALE_S = 600.0
 
 @dataclass(slots=True)
 class Backoff:
-    """Pauses between retries: doubled after each failure, up to `longest_s`, with jitter of up to one half.
-
-    The jitter keeps a thousand nodes from retrying at the same moment.
-    """
+    """Pauses between retries: doubled up to `longest_s`, with jitter, so that nodes do not retry together."""
 
     longest_s: float
     jitter: Callable[[], float] = random.random
@@ -178,10 +175,7 @@ class Periodic(Background):
 
 @dataclass(eq=False)
 class SelfPaced(Periodic):
-    """Periodic work that returns the seconds until its next run.
-
-    The pause after an exception is that of `backoff`, else `interval_s`.
-    """
+    """Work that returns the seconds until its next run; after an exception `backoff` decides, else `interval_s`."""
 
     backoff: Backoff | None = None
 
@@ -196,10 +190,7 @@ class SelfPaced(Periodic):
 
 @dataclass(eq=False)
 class Worker(Background):
-    """Runs jobs when they are due. A job has a key; one that returns False or raises is retried after a pause.
-
-    The pauses of a key grow from `first_s` to `most_s`.
-    """
+    """Runs jobs when they are due. One that returns False or raises is retried after `first_s`, growing to `most_s`."""
 
     first_s: float
     most_s: float
@@ -268,10 +259,7 @@ class Worker(Background):
 
 
 def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
-    """Run a job once in a daemon thread of its own. The caller may stop waiting for the result at any time.
-
-    An unexpected exception is logged, as nobody may ask for the result.
-    """
+    """Run a job once in a daemon thread. Unexpected exceptions are logged: nobody may wait for the result."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -289,10 +277,7 @@ def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
 
 @dataclass(slots=True)
 class DaemonPool:
-    """Runs jobs in at most `most` daemon threads, which are started when needed and kept.
-
-    `ThreadPoolExecutor` will not do: the interpreter waits for its threads at exit, also for one that hangs.
-    """
+    """Runs jobs in at most `most` daemon threads: at exit the interpreter waits for those of `ThreadPoolExecutor`."""
 
     name: str
     most: int

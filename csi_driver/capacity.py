@@ -57,11 +57,7 @@ def minimum_bytes(layout: Layout) -> int:
 
 
 def size_to_create(capacity: CapacityRange, layout: Layout, reserved_bytes: int = 0) -> int:
-    """Return the size of a new volume.
-
-    The user gets the size without `reserved_bytes` (a LUKS header), which is within the capacity range. Raises
-    `CapacityOutOfRange` where no possible size is.
-    """
+    """Return the size of a new volume, `reserved_bytes` (a LUKS header) included. Raises `CapacityOutOfRange`."""
     required, limit = capacity.required_bytes, capacity.limit_bytes
     most = limit + reserved_bytes if limit else LARGEST_BYTES
     granule = granule_bytes(layout)
@@ -86,11 +82,7 @@ def gigabytes_to_create(size_bytes: int, layout: Layout) -> float:
 
 
 def extension(volume: Volume, capacity: CapacityRange, reserved_bytes: int = 0) -> Extension | None:
-    """Return the extension of a volume; None where it is large enough.
-
-    The server rounds the added capacity by itself, with the same arithmetic. An extension is at least one set of blocks
-    for each leg. Raises `CapacityOutOfRange` where neither the present size nor a possible larger one is in the range.
-    """
+    """Return the extension of a volume; None where it is large enough. Raises `CapacityOutOfRange`."""
     required, limit = capacity.required_bytes, capacity.limit_bytes
     size = volume.size_bytes
     if size - reserved_bytes >= required:
@@ -204,10 +196,7 @@ def _stripes_for(least_bytes: int, layout: Layout) -> int:
 
 
 def _stripes_between(least_bytes: int, most_bytes: int, layout: Layout) -> int | None:
-    """Return a number of stripes for a size in this range; None where there is none.
-
-    The nearest multiple of the granule is preferred, because other sizes leave part of a stripe at the end of each leg.
-    """
+    """Return a number of stripes for a size in this range, best a multiple of the granule: no rest on the legs."""
     for least in (_round_up(least_bytes, granule_bytes(layout)), least_bytes):
         stripes = _stripes_for(least, layout)
         size = _size_of(stripes, layout)

@@ -132,10 +132,7 @@ class ExistsDifferently(Incompatible):
 
 
 class DeadlineReached(StorageUnavailable):
-    """The caller's timeout expired during a wait. A retry continues the same operation.
-
-    The message has no duration: Kubernetes counts events with equal texts as one.
-    """
+    """The caller's timeout expired; a retry continues. No duration in the text: equal events count as one."""
 
     def __init__(self, awaited: str) -> None:
         super().__init__(f"timed out waiting for {awaited}; a retry continues")
@@ -190,10 +187,7 @@ class NotAttached(PreconditionFailed):
 
 
 class ReservationConflict(PreconditionFailed):
-    """The management refused an attachment: the volume is reserved in a conflicting mode (ids 1716, 1717, 1718).
-
-    `current_version` is the volume's reservation version where the management returned it.
-    """
+    """The volume is reserved in a conflicting mode (ids 1716 to 1718). `current_version`: where the server gave it."""
 
     def __init__(self, volume_name: str, management_id: int, current_version: int | None = None) -> None:
         self.management_id = management_id
@@ -216,10 +210,7 @@ class ServerUnreachable(StorageUnavailable):
 
 
 class OutcomeUnknown(StorageUnavailable):
-    """A request was sent and no valid response came: it may have been executed, so check before repeating it.
-
-    `is_read`: the request changes nothing.
-    """
+    """A request without valid response: it may have been executed, unless `is_read`; check before repeating it."""
 
     def __init__(
         self, server: str, request: str, reason: str, *, timed_out: bool = False, is_read: bool = False

@@ -34,9 +34,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
     def unknown_keys(self, what: str, entry: Entry, known: Sequence[str]) -> None:
-        """Add a problem for each unknown key. A key without a value is not quoted: a typing error may make one of a
-        password.
-        """
+        """Add a problem for each unknown key; not quoted without a value, as it may be a mistyped password."""
         self.problems.extend(
             f"{what}: unknown key {'without a value' if value is None else shown(key)};"
             f" expected one of {', '.join(known)}"

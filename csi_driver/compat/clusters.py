@@ -74,8 +74,7 @@ def translate(
 ) -> tuple[Entry, Flags]:
     """Translate `document`, decoded from `source`, into the form of the clusters file and the flags that it sets.
 
-    `zone` is the name of the only cluster where the configuration names none. `given` has the keys of a zone that the
-    command line sets (of `user`, `password`, `tlsVerify`, `clientCertificateFile`). A zone may hold a `password`.
+    `zone`: name of the only cluster where none is named. `given`: keys of a zone that the command line sets.
     """
     if isinstance(source, str) and "zones" in document:
         return _topology(document, {}, given, findings), {}

@@ -43,9 +43,8 @@ def encryption_of(parameters: Mapping[str, str]) -> Encryption:
 def passphrase_readings(text: str) -> tuple[str, ...]:
     """Return the passphrases that a Secret's value may mean, best first.
 
-    1.4 let cryptsetup read the value as if typed, up to the first line feed (cryptsetup(8), "Notes on passphrase
-    processing"); headers made through the management use every byte. A line feed at the very end is never part of the
-    passphrase.
+    1.4 let cryptsetup read up to the first line feed (cryptsetup(8), "Notes on passphrase processing"); headers made
+    through the management use every byte. A line feed at the very end is never part of the passphrase.
     """
     line, feed, rest = text.partition("\n")
     if not feed or not line:

@@ -131,10 +131,7 @@ class ApiServer:
         self._request("PATCH", _node_path(name), f"label node {shown(name)}", change, _MERGE_PATCH)
 
     def set_taints(self, node: Node, taints: Sequence[Mapping[str, object]]) -> None:
-        """Replace the taints of a node. Raises `Conflict` where they are no longer those of `node`.
-
-        Needs the right to patch nodes.
-        """
+        """Replace the taints of a node. Raises `Conflict` where they are no longer those of `node`."""
         what = f"change the taints of node {shown(node.name)}"
         change = [
             {"op": "test", "path": "/spec/taints", "value": [dict(taint) for taint in node.taints]},

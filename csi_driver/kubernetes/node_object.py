@@ -36,9 +36,8 @@ UNUSABLE_CHECKS = 3
 class ClientLabel:
     """Keeps the label `nvmesh-csi/client-status` at `ready` while `why_unusable` returns "", and absent otherwise.
 
-    Workloads require the value `ready` by node affinity, as with older drivers. An unusable node has no label at all,
-    because an affinity may ask for the key alone. The label stays when the driver ends: a driver update keeps no pods
-    away.
+    Workloads require the label by node affinity, as with older drivers. It stays when the driver ends: a driver update
+    keeps no pods away.
     """
 
     server: ApiServer
@@ -89,9 +88,8 @@ _CONFLICT_S = 0.2
 class StartupTaint:
     """Removes the start-up taint when `why_not_ready` returns "" and the CSINode of this node lists the driver.
 
-    An autoscaler, or kubelet's --register-with-taints, sets the taint on a new node, so that the scheduler places no
-    pod before it knows how many volumes the node takes. A node that is recreated under the same name has it again,
-    so the check goes on as long as the driver runs.
+    An autoscaler sets the taint on a new node, so that no pod is placed before the scheduler knows how many volumes the
+    node takes. A node that is recreated under the same name has it again, so the check goes on.
     """
 
     server: ApiServer

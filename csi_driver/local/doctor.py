@@ -95,10 +95,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A result of a check. `check`: its name, where its function makes several.
-
-    A problem without `expected` or `fix` gets those of its check.
-    """
+    """A result of a check, named where its function makes several. A problem takes absent texts from its check."""
 
     severity: Severity
     found: str
@@ -117,10 +114,7 @@ Find = Callable[[Target], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check: its name, its function, why it matters, the expectation and how to fix it. See docs/doctor.md.
-
-    One function may make several checks.
-    """
+    """A check: name, function (of several checks, perhaps), why it matters, expectation, fix. See docs/doctor.md."""
 
     name: str
     find: Find

@@ -161,10 +161,7 @@ def _management(target: Target, settings: ManagementSettings, servers: int) -> I
 
 
 def ask_server(url: str, settings: ManagementSettings) -> tuple[float | None, float | None]:
-    """Send one request without a login. Return the end of the verified certificate and the server's clock.
-
-    Both in seconds since the epoch, None where unknown. Raises `OSError` and others at the step that fails.
-    """
+    """Return the end of the server's verified certificate and its clock (since the epoch), None where unknown."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     valid_until_s = None

@@ -78,10 +78,9 @@ class _Child:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Starts the roles, restarts those that exit, and stops them in `close`.
+    """Starts the roles, restarts those that exit, and stops them in `close`. A signal handler may set `stop`.
 
-    `report` gets a sentence for each exit and restart. `why_not_ready` returns None once a role is ready. `stop` makes
-    `start` and `watch` return soon; a signal handler may set it.
+    `report` gets a sentence for each exit and restart. `why_not_ready` returns None once a role is ready.
     """
 
     settings: LocalSettings
@@ -102,8 +101,7 @@ class Supervisor:
     def start(self) -> None:
         """Lock the directory and start all roles; return when all are ready, or `stop` is set.
 
-        Raises `PreconditionFailed` when another local run uses the directory, `HostFailure` when a role exits,
-        `DeadlineReached` when one is not ready in time.
+        Raises `PreconditionFailed` (directory in use), `HostFailure` (a role exits), `DeadlineReached` (not ready).
         """
         deadline = Deadline.after(self.settings.start_timeout_s, self.clock)
         self._lock_directory()
@@ -137,11 +135,7 @@ class Supervisor:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _listen(self) -> None:
-        """Bind the storage manager's address for as long as this run lasts.
-
-        The storage manager inherits the socket, after a restart too: no other process can take the port in between
-        and receive the pool's password.
-        """
+        """Bind the storage manager's address for this whole run: nobody else can take the port and get the password."""
         self._listener = self._resources.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         try:
             self._listener.bind((_LOOPBACK, 0))

@@ -128,11 +128,7 @@ class ManagementClient:
         return [codec.decode_client(row) for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
-        """Filter for desired attachments, then for devices: one that is attached in between is found as a device.
-
-        The filters are equality on a path: a desired attachment is keyed by the volume's UUID and repeats it, a device
-        is an element of a list.
-        """
+        """Filter for desired attachments, then for devices: one that is attached in between is found as a device."""
         if not is_uuid(volume_uuid):
             return []
         uuid = volume_uuid.lower()
@@ -186,11 +182,9 @@ class ManagementClient:
         return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
-        """Read the present capacity, then set the larger one.
+        """Read the present capacity, then set the larger one, if the caller counted from the present one.
 
-        The server adds the difference to the capacity that it stores. Below one set of blocks it searches endlessly
-        for space while it locks the zone, so a smaller difference is not sent, nor one to a capacity that the caller
-        did not count from.
+        Below one set of blocks the server searches endlessly for space while it locks the zone.
         """
         current = self._require_same(volume, deadline)
         if current.capacity_gb != volume.capacity_gb:

@@ -49,10 +49,7 @@ ZONE_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class ClustersFile:
-    """The content of a clusters file; zones in the order of the file.
-
-    `flags`: the key and text in the file that set a flag, by the flag's name. The command line wins over them.
-    """
+    """Zones in the order of the file, and the key and text that set a flag, by flag; the command line wins."""
 
     zones: Mapping[str, ManagementSettings]
     flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """Encode `csi_driver.storage_model` into the API's JSON documents and decode them. Pure.
 
-Decoding tolerates absent and additional fields, but not in what identifies and sizes an object; unknown numbers and
-names become OTHER or UNKNOWN.
+Only what identifies and sizes an object must be present; unknown numbers and names become OTHER or UNKNOWN.
 """
 
 from __future__ import annotations

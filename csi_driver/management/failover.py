@@ -1,8 +1,7 @@
 """Send each request to one of a cluster's management servers: their order, failover, and a circuit breaker for each.
 
-A request that may have been executed is repeated only if that changes nothing. A request waits for a hanging server
-once: afterwards the server's circuit breaker is open, and requests go to other servers until a background probe
-succeeds.
+A request that may have been executed is repeated only if that changes nothing. After the first time-out of a server,
+requests avoid it until a background probe succeeds.
 """
 
 from __future__ import annotations
@@ -92,10 +91,7 @@ class CircuitBreaker:
 
     @contextlib.contextmanager
     def slot(self, deadline: Deadline) -> Iterator[None]:
-        """Hold one of the server's connections.
-
-        Raises `FailedWhileQueued` where the server fails during the wait, `DeadlineReached` where none becomes free.
-        """
+        """Hold one of the connections. Raises `FailedWhileQueued`, or `DeadlineReached` where none becomes free."""
         with self._state_changed:
             failed_at_s = self._failed_at_s
             while self._free == 0:
@@ -127,8 +123,7 @@ class CircuitBreaker:
     def failed(self, took_s: float, *, timed_out: bool) -> bool:
         """Open after a failure and drop the queue; return whether the server had worked before.
 
-        The pause until a probe doubles with each failure. Failures during the pause count as the same one, which
-        several requests met.
+        The pause doubles with each failure; those during the pause count as one, which several requests met.
         """
         with self._state_changed:
             was_closed = self.state is State.CLOSED
@@ -205,10 +200,7 @@ class Server:
         self.session.close()
 
     def send(self, request: Request, deadline: Deadline) -> Response:
-        """Send a request; note in breaker and metrics how it ended. Raises what `ServerSession.send` raises.
-
-        Raises `ServerUnreachable` also where a gateway or a retired server rejected the request unread.
-        """
+        """Send a request. Raises what the session raises, and `ServerUnreachable` where it was rejected unread."""
         with self.breaker.slot(deadline):
             began_s, outcome = self._clock.monotonic(), "failed"
             try:
@@ -276,10 +268,7 @@ class ManagementServers:
         return any(server.breaker.is_closed() for server in self._servers)
 
     def send(self, request: Request, deadline: Deadline) -> object:
-        """Return the decoded response to a request, from another server where one does not respond.
-
-        Raises `OutcomeUnknown` where a request may have been executed and is not repeatable.
-        """
+        """Return the first response that a server gives. Raises `OutcomeUnknown` unless a repeat is harmless."""
         waiting = self._in_order(request, deadline)
         is_repeated = False
         while True:
@@ -307,10 +296,7 @@ class ManagementServers:
         return response_body(server.send(request, limit), server.url, request)
 
     def _in_order(self, request: Request, deadline: Deadline) -> list[Server]:
-        """Return all servers in the order of the settings, failed ones last.
-
-        A half-open server is tried first by one request at a time, and only by a repeatable one.
-        """
+        """Return all servers, failed ones last; one repeatable request at a time tries a half-open server first."""
         if not self.any_works():
             for server in self._servers:  # together, so that one request waits for all of them at once
                 server.probe(urgent=True)

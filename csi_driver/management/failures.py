@@ -162,10 +162,7 @@ class ApiError:
 
 
 def error_in(envelope: Mapping[str, object]) -> ApiError | None:
-    """Return the error in an envelope, None for a success.
-
-    The error decides, not `success`: an error of level WARNING comes with `success: true`.
-    """
+    """Return the error in an envelope, None for a success. `success` does not decide: a WARNING has `success: true`."""
     error = envelope.get("error")
     if error is None and "systemMessage" in envelope:
         error = envelope

@@ -59,10 +59,7 @@ def free_bytes(
     drive_classes: Sequence[Document],
     target_classes: Sequence[Document],
 ) -> int | None:
-    """Return the free bytes of the allowed drives; None where the restriction names an object that does not exist.
-
-    `drive_classes` and `target_classes` are the documents found with `class_filter`.
-    """
+    """Return the free bytes of the allowed drives; None where one of the objects named does not exist."""
     members = _class_members(allowed, drive_classes, target_classes)
     if members is None:
         return None

@@ -109,10 +109,7 @@ class ManagementTooOld(PreconditionFailed):
 
 
 def _check_version(value: object, server: str, *, allow_incompatible: bool) -> tuple[str, str]:
-    """Return an `APIVersion` (a number, or text such as "16" and "17.2.0") for messages, and a warning or "".
-
-    An unreadable version counts as newer. Raises `ManagementTooOld` unless `allow_incompatible`.
-    """
+    """Return a server's version for messages, and a warning or "". An unreadable version counts as newer."""
     text = "" if value is None else str(value).strip()
     version = f"API version {shown(text)}" if text else "an API without a version"
     match = _VERSION.fullmatch(text)
@@ -159,10 +156,7 @@ class ServerSession:
         return response.status < 500
 
     def send(self, request: Request, deadline: Deadline) -> Response:
-        """Send a request within the session, which is opened first if needed.
-
-        Raises what `Transport.exchange` raises; `Unauthenticated` where the login is refused; `ManagementTooOld`.
-        """
+        """Send a request; opens the session if needed. Raises also `Unauthenticated` and `ManagementTooOld`."""
         self._open(request, None, deadline)
         cookie = self._cookie
         response = self._exchange(request, cookie, deadline)

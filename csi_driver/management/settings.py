@@ -29,11 +29,9 @@ _MOST_READS = 3
 
 @dataclass(frozen=True, slots=True)
 class ManagementSettings:
-    """How to reach the management of one storage cluster.
+    """How to reach the management of one storage cluster. Without a user the client certificate is the login.
 
-    `servers` are URLs with scheme, host and port, in order of preference. With a user (`username` or `username_file`),
-    the files are read at each login, because a mounted Secret changes while the driver runs; without one, the client
-    certificate is the login. `request_timeout_s` limits each request, as does the caller's deadline.
+    The files are read at each login, because a mounted Secret changes while the driver runs.
     """
 
     servers: tuple[str, ...] = repeatable(
@@ -201,8 +199,7 @@ class Credentials:
 def read_credentials(settings: ManagementSettings) -> Credentials:
     """Read user and password. Raises `Unauthenticated` naming a file without content.
 
-    Both files are read until two readings agree: kubelet replaces the files of a Secret together, but not atomically
-    for a reader of both.
+    Read until two readings agree: kubelet does not replace the files of a Secret atomically for a reader of both.
     """
     found = _read(settings)
     for _ in range(_MOST_READS):

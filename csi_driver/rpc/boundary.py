@@ -179,10 +179,7 @@ class Boundary:
     def answer(
         self, rpc: Rpc, handler: Handler, request: Message | Unreadable, remaining_s: float | None
     ) -> Message | Refusal:
-        """Execute a call. One that may hang is answered before its deadline, while its work continues.
-
-        `remaining_s` is the time until the caller's deadline.
-        """
+        """Execute a call; one that may hang is answered before `remaining_s` ends, while its work continues."""
         number = next(self._numbers)
         if remaining_s is None or remaining_s > _NO_DEADLINE_S:
             remaining_s = self.default_deadline_s

@@ -36,10 +36,7 @@ class CsiClient:
     """Calls one CSI endpoint over a Unix socket. `identity`, `controller` and `node` are the generated stubs."""
 
     def __init__(self, socket: Path, *, timeout_s: float = 60.0) -> None:
-        """Prepare a connection; nothing is sent yet. `timeout_s` is the deadline of each call.
-
-        Raises `InvalidField` when the path is too long for a Unix socket.
-        """
+        """Send nothing yet. `timeout_s` limits each call. Raises `InvalidField` where the path is too long."""
         path = str(socket.absolute())
         if len(path.encode()) > SOCKET_PATH_LIMIT_BYTES:
             raise InvalidField("socket", path, f"a path of at most {SOCKET_PATH_LIMIT_BYTES} bytes")
@@ -99,18 +96,12 @@ class CsiClient:
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """Calls this process over its own CSI socket, as kubelet does.
-
-    Each check makes a connection of its own, so that a removed socket is noticed.
-    """
+    """Calls this process over its CSI socket, by a new connection each time: a removed socket is noticed."""
 
     socket: Path
 
     def why_silent(self) -> str:
-        """Return why the endpoint does not answer; "" when it does.
-
-        "Not ready" and "a tool is missing" are answers: a restart would help with neither.
-        """
+        """Return why the endpoint does not answer, else "". "Not ready" is an answer: a restart would not help."""
         why, is_answered = self._probe()
         return "" if is_answered else why
 

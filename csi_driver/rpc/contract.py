@@ -1,8 +1,7 @@
 """What each RPC requires: fields, locks, threads. `RPCS` has one entry for each RPC that is implemented.
 
-`required` repeats the specification's REQUIRED marks (a test compares them with proto/csi.proto); `rpc.validation`
-checks the fields of a VolumeCapability. Locks are taken before the handler runs and never waited for: a
-conflict is answered ABORTED (CSI specification, "Concurrency").
+A test compares `required` with the REQUIRED marks of proto/csi.proto. Locks are taken before the handler runs and never
+waited for: a conflict is answered ABORTED (CSI specification, "Concurrency").
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Registration with kubelet: a socket in the directory that kubelet watches (plugins_registry).
 
-Kubelet knows the driver while the socket is there: it calls GetInfo when the socket appears and when kubelet starts,
-and forgets the driver when the socket disappears. So the socket is made once the node service answers, and kept in
-place until this process ends. Its path is checked once a second by lstat(2): an inotify(7) watch would follow a
-directory that was replaced, and nodes are short of inotify instances.
+Kubelet knows the driver while the socket is there: it calls GetInfo when the socket appears and when kubelet starts.
+So the socket is made once the node service answers and kept until this process ends. Its path is checked by lstat(2):
+an inotify(7) watch would follow a directory that was replaced, and nodes are short of inotify instances.
 
-A socket that another process serves is never replaced, and one that replaced ours is not removed: two processes that
-took the path from each other would never stop, and during an update the other process is our successor.
+A socket that another process serves is never replaced, and one that replaced ours is not removed: during an update the
+other process is our successor.
 """
 
 from __future__ import annotations
@@ -60,10 +59,7 @@ Identity = tuple[int, int]
 
 
 class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
-    """Registers the driver of this process inside a with-block; leaving it removes the socket.
-
-    `check_node` raises a `DriverError` while the node service cannot answer kubelet.
-    """
+    """Registers the driver inside a with-block. `check_node` raises while the node service cannot answer kubelet."""
 
     def __init__(
         self,
@@ -218,10 +214,7 @@ class Registration(pluginregistration_pb2_grpc.RegistrationServicer):
         _LOG.info("the registration socket %s is in place, for the endpoint %s", settings.socket, settings.endpoint)
 
     def _serve_in(self, directory: Path) -> tuple[grpc.Server, Identity]:
-        """Serve a new socket in this directory and move it into place.
-
-        Kubelet ignores names that begin with a dot, but logs an error for one that disappears at once.
-        """
+        """Serve a new socket in this directory and move it into place. Kubelet ignores names that begin with a dot."""
         path, draft = self._settings.socket, directory / f".{os.urandom(3).hex()}"
         server = grpc.server(
             self._threads,

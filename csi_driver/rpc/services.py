@@ -82,10 +82,9 @@ def is_equipped(problems: Callable[[], Sequence[str]]) -> bool:
 
 @dataclass(eq=False)
 class ManagementReadiness:
-    """Ready once the management has answered, and from then on.
+    """Ready once the management has answered, and from then on: a restart would not help in a later outage.
 
-    A later outage shows in the calls themselves: a controller that is not ready would be restarted, which does not
-    help. The management is queried in a thread of its own, so that Probe waits `wait_s` at most.
+    Probe waits `wait_s` at most: the query runs in a thread of its own.
     """
 
     query: Callable[[Deadline], bool]

@@ -1,8 +1,7 @@
 """Checks a request against the specification: required fields, sizes, ranges, known enum values, legal characters.
 
-Handles and tokens are not checked: one that the driver did not issue names an object that does not exist, which has a
-code of its own. Sources: CSI specification, "Size Limits", "Required vs. Optional", CapacityRange, and
-CreateVolumeRequest.name.
+Handles and tokens are not checked: one that the driver did not issue has an error code of its own. Sources: CSI
+specification, "Size Limits", "Required vs. Optional", CapacityRange, and CreateVolumeRequest.name.
 """
 
 from __future__ import annotations
