@@ -63,9 +63,7 @@ def reader(metavar: str = "VALUE", unit: str = "") -> Callable[[Callable[[str], 
     return lambda read: Reader(read, metavar, unit)
 
 
-@reader()
-def read_text(value: str) -> str:
-    return value
+read_text = Reader(str)
 
 
 @reader()
@@ -124,9 +122,7 @@ def read_file(value: str) -> Path:
     return Path(value).absolute()
 
 
-@reader("DIR")
-def read_directory(value: str) -> Path:
-    return read_file(value)
+read_directory = read_file.named("DIR")
 
 
 @reader("SOCKET")
@@ -244,7 +240,6 @@ class Flag(Generic[T]):
         return cast("T", field(**default, metadata={FLAG: self}))  # type: ignore[call-overload]
 
     def with_default(self, default: Other, shown: str) -> Other:
-        """Return a field with another default for the same flag."""
         changed = replace(cast("Flag[Any]", self), default=default, shown=shown, is_required=False)
         return cast("Other", changed.field())
 
@@ -298,7 +293,6 @@ def repeatable(default: tuple[T, ...], name: str, read: Reader[T], effect: str, 
 
 
 def section(settings: type[T]) -> T:
-    """Return a field for further settings that flags fill in; its default are their defaults."""
     return field(default_factory=settings, metadata={SECTION: settings})
 
 

@@ -27,7 +27,6 @@ MIB = 1 << 20
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
 Segments = Mapping[str, str]
-"""Topology segments: key to value."""
 
 
 class AccessMode(StrEnum):
@@ -50,8 +49,6 @@ class AccessMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MountAccess:
-    """Access as a filesystem. An empty `fs_type`: the driver chooses."""
-
     fs_type: str = ""
     mount_flags: tuple[str, ...] = ()
     mount_group: str = ""
@@ -115,7 +112,6 @@ class VolumeHandle:
         return cls(name=name, zone=zone, uuid=uuid.lower() if uuid else None, reference=reference)
 
     def format(self) -> str:
-        """Return the id, without the reference if it would exceed 128 bytes."""
         parts = [part for part in (self.zone, self.name, self.uuid) if part is not None]
         base = ":".join(parts)
         if self.uuid is None or self.reference is None:
@@ -265,7 +261,6 @@ class StorageEntry:
 
 
 def each_once(entries: Sequence[VolumeEntry]) -> tuple[VolumeEntry, ...]:
-    """Merge entries of one status and reason: the first message, and how many others there are."""
     messages: dict[tuple[VolumeFault, Reason], dict[str, None]] = {}
     for entry in entries:
         messages.setdefault((entry.status, entry.reason), {})[entry.message] = None

@@ -51,7 +51,6 @@ class PublishContext:
     stripe_bytes: int = 0
 
     def as_map(self) -> dict[str, str]:
-        """Return the string map for CSI; rare fields are left out unless they are set."""
         rare = {
             "encryption": self.encryption.value if self.encryption is not Encryption.NONE else "",
             "formatAllowed": "true" if self.format_allowed else "",

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,6 @@ def serve(
     service: Service,
     background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
-    """Serve CSI until SIGTERM, with `background` around all requests; return the exit status."""
     identity = IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
     boundary = Boundary(disabled, settings.default_deadline_s)
@@ -80,11 +78,9 @@ def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> C
 
 
 def run_controller(command: ControllerCommand) -> int:
-    """Serve the CSI controller service until SIGTERM; return the exit status."""
     from csi_driver.controller.zones import Readiness
 
-    settings = replace(command.controller, driver_version=driver_version())
-    requests = metrics.ManagementMetrics()
+    settings, requests = command.controller, metrics.ManagementMetrics()
     clusters = _connect(command.access, requests)
     readiness = Readiness(clusters)
     service = ControllerService(
@@ -93,7 +89,7 @@ def run_controller(command: ControllerCommand) -> int:
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
     ready = ManagementReadiness(lambda deadline: readiness.ready(deadline=deadline))
-    own = metrics.process(role="controller", driver_name=settings.driver_name, version=settings.driver_version)
+    own = metrics.process(role="controller", driver_name=settings.driver_name, version=driver_version())
 
     def background(boundary: Boundary) -> AbstractContextManager[object]:
         self_check = SelfCheck(command.endpoint.socket)
@@ -132,7 +128,6 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
 
 
 def run_node(command: NodeCommand) -> int:
-    """Serve the CSI node service until SIGTERM; return the exit status."""
     requests = metrics.ManagementMetrics()
     use_cases = _node_use_cases(command, requests)
 

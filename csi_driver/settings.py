@@ -218,7 +218,6 @@ class ControllerSettings(AttachSettings):
     usable_wait_s: float = flag(
         50.0, "--volume-usable-timeout", read_positive_duration, "Time limit for a new volume to become usable."
     )
-    driver_version: str = ""
 
 
 DEVICE_DIRECTORY = Flag(
@@ -258,7 +257,6 @@ class NodeSettings:
     answer_margin_s: float = 0.5
     statistics_timeout_s: float = 1.5
     driver_name: str = DRIVER_NAME.field()
-    """As kubelet spells it in staging paths."""
     reconcile_interval_s: float = flag(
         60.0,
         "--reconcile-interval",
@@ -335,7 +333,6 @@ class NodeObjectSettings:
 @dataclass(frozen=True, slots=True)
 class RegistrationSettings:
     directory: Path
-    """Directory that kubelet watches, as this process sees it."""
     driver_name: str
     endpoint: Path
     """CSI socket, as kubelet sees it."""

@@ -126,7 +126,6 @@ class Volume:
     is_read_only: bool = False
     is_snapshot: bool = False
     allows_offline_drives: bool = False
-    """Whether its space may be allocated on offline drives."""
     encryption: StorageEncryption | None = None
     """None: not encrypted by the storage."""
     layout: Layout = field(default_factory=Layout)
@@ -193,7 +192,6 @@ class DesiredAttachment:
     version: int = 0
     """The reservation's version of the attachment; 0 = unknown."""
     preempts: bool = False
-    """Whether the attachment preempts the former holders."""
 
     @property
     def is_detaching(self) -> bool:
@@ -206,8 +204,6 @@ class DesiredAttachment:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """A client's report of a volume's block device. The decoder drops hidden devices."""
-
     volume_uuid: str
     volume_name: str
     status: DeviceStatus
@@ -218,8 +214,6 @@ class DeviceReport:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A storage client: one node. Attachments and reports are by volume uuid."""
-
     id: str
     uuid: str
     status: ClientStatus
@@ -235,15 +229,12 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Vpg:
-    """A volume provisioning group: a named layout, possibly with reserved space."""
-
     name: str
     layout: Layout
     capacity_bytes: int
     allow_overflow: bool
     is_encrypted: bool = False
     header_bytes: int = 0
-    """Size of the encryption header of each of its volumes."""
     is_for_metadata: bool = False
     """Its volumes hold the metadata of snapshots: they have no uuid and are never deleted."""
     drive_classes: tuple[str, ...] = ()

@@ -63,7 +63,6 @@ class Values:
 
 
 def build(settings: type[T], values: Values) -> T:
-    """Return settings, a dataclass, with the value of each flag that its fields declare."""
     found: dict[str, Any] = {}
     for each in fields(settings):  # type: ignore[arg-type]
         if FLAG in each.metadata:

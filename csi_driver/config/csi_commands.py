@@ -135,7 +135,6 @@ class NodeCommand(Command):
 
     @property
     def registration(self) -> RegistrationSettings | None:
-        """Return how the node registers itself with kubelet; None if another program registers it."""
         directory, own = self.paths.registration_directory, self.endpoint.socket
         if directory is None:
             return None

@@ -32,7 +32,6 @@ class VolumeAdmin:
     clusters: Clusters
 
     def allow_format(self, volume_id: str, *, deadline: Deadline) -> str:
-        """Allow the next attachment to format over old data; return a sentence about it. It must be detached."""
         located = require(self.clusters, volume_id, deadline=deadline)
         volume = located.volume
         holders = located.management.clients_holding(volume.uuid, deadline=deadline)

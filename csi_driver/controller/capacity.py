@@ -233,7 +233,6 @@ class ZoneSelection:
         return sorted(zones, key=rank)
 
     def _free(self, zones: Sequence[str], parameters: StorageClassParameters, deadline: Deadline) -> dict[str, int]:
-        """Return the usable bytes of each zone; 0 for one that does not answer."""
         now_s = deadline.clock.monotonic()
         spec = parameters.spec
         kind: Hashable = spec.vpg if spec.layout is None else (spec.layout, allowed_drives(spec, None, spec.layout))

@@ -62,8 +62,6 @@ class VpgMissing(InvalidField):
 
 
 class EncryptionNotInitialised(StorageUnavailable):
-    """The storage refused the passphrase or could not write the header; the volume exists and waits for it."""
-
     def __init__(self, volume: Volume, reason: str) -> None:
         super().__init__(f"encryption of volume {volume.name} is not initialised: {reason}; a retry continues")
 
@@ -159,7 +157,6 @@ class _Call:
             raise StorageUnavailable(f"volume {self.name} exists, but is not usable yet: {again}") from problem
 
     def _create_in(self, zone: str) -> str | None:
-        """Create the volume and return its uuid; None if a volume of that name exists."""
         management, parameters = served(self.use_case.clusters, zone), self.parameters
         layout, encryption = parameters.spec.layout, parameters.encryption
         if layout is None:

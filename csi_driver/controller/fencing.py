@@ -235,7 +235,11 @@ class Preemption:
         """Return the other holders of the volume, and by their ids the reasons to keep it, empty if there is none."""
         found = located.management.clients_holding(located.volume.uuid, deadline=deadline)
         holders = [holder for holder in found if holder.uuid != client.uuid]
-        owner = self._owner(located, client, holders, deadline=deadline)
+        reservation = located.volume.reservation
+        owner = reservation.reserved_by if reservation.mode is ReservationMode.EXCLUSIVE_READ_WRITE else None
+        if holders and owner is not None and owner not in {client.id, *(holder.id for holder in holders)}:
+            # Unknown to the management, it may be the former id of a renamed holder.
+            owner = owner if located.management.client(owner, deadline=deadline) is not None else None
         return holders, {holder.id: self._reason_to_keep(located.volume, holder, owner) for holder in holders}
 
     def _refuse_contradiction(self, located: Located, known: set[str], *, deadline: Deadline) -> None:
@@ -250,15 +254,6 @@ class Preemption:
                     f"volume {volume.name} is attached to {name} by its own document and not by that client's; "
                     "retry (if this persists, attach it there and detach it again in the management)"
                 )
-
-    def _owner(self, located: Located, client: Client, holders: Sequence[Client], *, deadline: Deadline) -> str | None:
-        """Return the client that has the exclusive reservation; None for an unknown id, perhaps of a renamed holder."""
-        reservation = located.volume.reservation
-        owner = reservation.reserved_by
-        if not holders or owner is None or reservation.mode is not ReservationMode.EXCLUSIVE_READ_WRITE:
-            return None
-        is_known = owner in {client.id, *(holder.id for holder in holders)}
-        return owner if is_known or located.management.client(owner, deadline=deadline) is not None else None
 
     def _reason_to_keep(self, volume: Volume, holder: Client, owner: str | None) -> str:
         """Return why not to take the volume, or "". A preempted holder has no I/O, whether or not it has noticed."""

@@ -229,7 +229,6 @@ class GetVolumeHealth:
         return VolumeHealth(volume_id, find_faults(located.volume, clients))
 
     def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[VolumeHealth], str]:
-        """Return the health of a page of volumes, healthy ones too, with the pages and tokens of ListVolumes."""
         listed, token = self.listing.volumes(max_entries, starting_token, deadline=deadline)
         holders: dict[str, Mapping[str, Sequence[Client]]] = {}
         found = []

@@ -109,7 +109,6 @@ class ModifyVolume:
     clusters: Clusters
 
     def modify(self, volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline) -> None:
-        """Apply all mutable parameters or none; success if they are applied already."""
         changes = parse_changes(parameters)
         located = require(self.clusters, volume_id, deadline=deadline)
         volume = located.volume

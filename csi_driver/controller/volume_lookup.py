@@ -184,7 +184,6 @@ def volume_context(found: Found) -> dict[str, str]:
 
 
 def described(found: Found, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
-    """Return the CSI message Volume, with the requested id or by default the issued one."""
     return ProvisionedVolume(
         volume_id=volume_id or issued_handle(found).format(),
         capacity_bytes=found.volume.size_bytes - found.reserved_bytes,

@@ -64,7 +64,6 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
 
 
 def read_creation(metadata: Mapping[str, object]) -> Creation:
-    """Read the creation record of any of the drivers; missing and malformed values stay None."""
     own = _own(metadata)
     is_ours = own.get("created") is True and own.get("format") == _FORMAT
     mode = _text(metadata, "volumeMode")

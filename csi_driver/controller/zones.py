@@ -209,7 +209,6 @@ class Found:
         return encryption.header_bytes if encryption is not None else self.creation.header_bytes
 
     def has_name(self, csi_name: str | None) -> bool:
-        """Return whether it was created for this CSI name and is not being deleted."""
         return self.creation.csi_name == csi_name and not self.volume.is_being_deleted
 
     def __str__(self) -> str:

@@ -23,7 +23,6 @@ CIPHER, KEY_SIZE, DISCARDS = "encryption/cipher", "encryption/keySize", "encrypt
 PBKDF, MEMORY, ITERATIONS = "encryption/pbkdf", "encryption/pbkdfMemory", "encryption/pbkdfIterations"
 _HEADER_SIZE, _SLOT, _SLOTS = "encryption/headerSize", "encryption/slot", "encryption/numberOfSlots"
 PASSPHRASE_KEYS = ("passphrase", compat.DMCRYPT_KEY)
-"""Keys of the Secret that may hold the passphrase."""
 PREVIOUS_KEY = "previousPassphrase"
 
 _DOTTED = re.compile(r"^encryption\.")
@@ -74,7 +73,6 @@ class EncryptionRequest:
 
 
 def normalized(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Return the parameters with `encryption.slot` and similar keys spelled `encryption/slot`."""
     result: dict[str, str] = {}
     for key, value in parameters.items():
         plain = _DOTTED.sub("encryption/", key)
@@ -150,7 +148,6 @@ class EncryptionPlan:
 
 
 def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str, str]) -> EncryptionPlan | None:
-    """Read a volume context and a Secret; None without encryption. Errors name the key."""
     if by is Encryption.NONE:
         return None
     settings, discards = node_settings(by, own)
@@ -164,7 +161,6 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
 
 
 def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSettings, bool]:
-    """Read from a volume context how a node makes the LUKS header, and whether it passes discards on."""
     own = _set(context)
     problems = read.Problems()
     discards = problems.of(lambda: read.switch(own, DISCARDS)) or False

@@ -18,7 +18,6 @@ from csi_driver.parameters import values as read
 from csi_driver.parameters.values import InvalidParameter
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
-"""Filesystems that the driver makes."""
 BLOCK, INODE, BYTES_PER_INODE = "mkfs/blockSize", "mkfs/inodeSize", "mkfs/bytesPerInode"
 RESERVED, STRIPES, DISCARD = "mkfs/reservedBlocksPercent", "mkfs/stripeGeometry", "mkfs/discard"
 OPTIONS = "mkfsOptions"

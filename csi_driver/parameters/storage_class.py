@@ -44,7 +44,6 @@ RAID_KEYS: Mapping[RaidLevel, set[str]] = {
     RaidLevel.ERASURE_CODED: _STRIPE | _ERASURE,
     RaidLevel.STRIPED_ERASURE_CODED: _STRIPE | _ERASURE,
 }
-"""The keys that each level takes."""
 LAYOUT_KEYS = _STRIPE | _MIRROR | _ERASURE
 _PROTECTION_LEVELS = ("Full Separation", "Minimal Separation", "Ignore Separation")
 
@@ -93,12 +92,9 @@ def layout(own: Mapping[str, str]) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class StorageClassParameters:
-    """Parameters of one volume.
+    """Parameters of one volume: for the management, its metadata (`recorded`) and the volume context.
 
-    `spec`: for the management, without name, capacity and metadata. `recorded`: in the volume's metadata, with dashes
-    for dots in the keys, as the older drivers wrote them. `context`: in the volume context. `ignored`: keys that the
-    provisioning group decides. The older drivers ignored them, and a StorageClass cannot be changed: refusing them
-    would break it at the upgrade.
+    `ignored`: keys that the provisioning group decides. Older drivers ignored them, and no StorageClass can be changed.
     """
 
     spec: VolumeSpec
@@ -197,7 +193,6 @@ def check_placement(own: Mapping[str, str]) -> None:
 
 
 def metadata_key(key: str) -> str:
-    """Return a parameter's key in the volume's metadata, where a dot separates levels."""
     return key.replace(".", "-")
 
 
@@ -266,7 +261,6 @@ def parse_changes(parameters: Mapping[str, str]) -> VolumeChanges:
 
 
 def with_mutable(parameters: Mapping[str, str], mutable: Mapping[str, str]) -> dict[str, str]:
-    """Return the parameters of a new volume; the mutable ones take precedence (CSI, CreateVolume)."""
     parse_changes(mutable)
     if "vpg" in parameters:
         reason = f"the provisioning group {shown(parameters['vpg'])} decides it"
