@@ -15,12 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from csi_driver.background import Worker
-from csi_driver.embedded.client_files import (
-    DeviceDirectories,
-    StatusFiles,
-    is_in_place,
-    remove_nodes,
-)
+from csi_driver.embedded.client_files import DeviceDirectories, StatusFiles, is_in_place, remove_nodes
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.model import (
     ATTACHED,

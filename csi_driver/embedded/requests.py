@@ -16,13 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
-from csi_driver.embedded.layouts import (
-    CONCATENATED,
-    EC,
-    PARAMETERS,
-    RAID_1,
-    Layout,
-)
+from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
 
 _MAX_METADATA_BYTES = 256 * 1024

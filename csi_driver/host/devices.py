@@ -17,13 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import (
-    DeadlineReached,
-    IdentityNotProven,
-    InvalidField,
-    PreconditionFailed,
-    SystemCallFailed,
-)
+from csi_driver.errors import DeadlineReached, IdentityNotProven, InvalidField, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import NOT_READY, device_events
 from csi_driver.host.connectors import device_mapper, loop, nvmesh

@@ -11,13 +11,7 @@ from dataclasses import dataclass, field
 from csi_driver.background import Backoff, SelfPaced
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DriverError
-from csi_driver.kubernetes.api import (
-    ApiFailed,
-    ApiServer,
-    Conflict,
-    Node,
-    attachment_name,
-)
+from csi_driver.kubernetes.api import ApiFailed, ApiServer, Conflict, Node, attachment_name
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,27 +11,11 @@ from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
 
+from csi_driver import storage_model
 from csi_driver.compat.volumes import METADATA_FIELD
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
-from csi_driver.storage_model import (
-    LUKS_HEADER_BYTES,
-    Client,
-    ClientStatus,
-    DesiredAttachment,
-    DeviceReport,
-    DeviceStatus,
-    Layout,
-    RaidLevel,
-    Reservation,
-    ReservationMode,
-    StorageEncryption,
-    SystemInfo,
-    Volume,
-    VolumeChanges,
-    VolumeSpec,
-    Vpg,
-)
+from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 Document = Mapping[str, Any]
 
@@ -52,19 +36,23 @@ VOLUME_FIELDS = (
 
 CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "attachments", "block_devices")
 
-_RAID_LEVELS: Mapping[str, RaidLevel] = {
-    **{level.value.lower(): level for level in RaidLevel},
-    "lvm/jbod": RaidLevel.CONCATENATED,
-    "lvm": RaidLevel.CONCATENATED,
-    "jbod": RaidLevel.CONCATENATED,
-    "raid-0": RaidLevel.STRIPED,
-    "raid-1": RaidLevel.MIRRORED,
-    "raid-10": RaidLevel.STRIPED_MIRRORED,
+_RAID_LEVELS: Mapping[str, storage_model.RaidLevel] = {
+    **{level.value.lower(): level for level in storage_model.RaidLevel},
+    "lvm/jbod": storage_model.RaidLevel.CONCATENATED,
+    "lvm": storage_model.RaidLevel.CONCATENATED,
+    "jbod": storage_model.RaidLevel.CONCATENATED,
+    "raid-0": storage_model.RaidLevel.STRIPED,
+    "raid-1": storage_model.RaidLevel.MIRRORED,
+    "raid-10": storage_model.RaidLevel.STRIPED_MIRRORED,
 }
-_CLIENT_STATUSES: Mapping[object, ClientStatus] = {status.value: status for status in ClientStatus}
-_DEVICE_STATUSES: Mapping[object, DeviceStatus] = {status.value: status for status in DeviceStatus}
+_CLIENT_STATUSES: Mapping[object, storage_model.ClientStatus] = {
+    status.value: status for status in storage_model.ClientStatus
+}
+_DEVICE_STATUSES: Mapping[object, storage_model.DeviceStatus] = {
+    status.value: status for status in storage_model.DeviceStatus
+}
 _PREEMPT = 2  # 1 is a weak preemption, which yields to reservations
-_MODES: Mapping[object, ReservationMode] = {mode.value: mode for mode in ReservationMode}
+_MODES: Mapping[object, storage_model.ReservationMode] = {mode.value: mode for mode in storage_model.ReservationMode}
 
 
 def as_document(body: object, what: str) -> Document:
@@ -87,10 +75,10 @@ def invalid_document(body: object, what: str) -> StorageUnavailable:
     return StorageUnavailable(f"invalid response of the management: {what}, got {shown(text, _SHOWN_CHARACTERS)}")
 
 
-def decode_volume(row: Document, *, listed: bool = False) -> Volume:
+def decode_volume(row: Document, *, listed: bool = False) -> storage_model.Volume:
     """Decode a volume. `listed`: tolerate an unknown RAID level, which must not fail a whole list."""
     try:
-        return Volume(
+        return storage_model.Volume(
             name=_text(row, "name", "_id"),
             uuid=_text(row, "uuid"),
             blocks=_natural(row, "blocks"),
@@ -116,14 +104,14 @@ def decode_volume(row: Document, *, listed: bool = False) -> Volume:
         raise invalid_document(row, f"a volume document that cannot be read ({error})") from error
 
 
-def decode_client(row: Document) -> Client:
+def decode_client(row: Document) -> storage_model.Client:
     try:
         desired = (_desired(uuid, entry) for uuid, entry in (row.get("attachments") or {}).items())
         reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
-        return Client(
+        return storage_model.Client(
             id=_text(row, "_id", "clientID"),
             uuid=_text(row, "uuid"),
-            status=_CLIENT_STATUSES.get(row.get("client_status"), ClientStatus.UNKNOWN),
+            status=_CLIENT_STATUSES.get(row.get("client_status"), storage_model.ClientStatus.UNKNOWN),
             desired={entry.volume_uuid: entry for entry in desired},
             devices={report.volume_uuid: report for report in reports},
         )
@@ -131,9 +119,9 @@ def decode_client(row: Document) -> Client:
         raise invalid_document(row, f"a client document that cannot be read ({error})") from error
 
 
-def decode_vpg(row: Document) -> Vpg:
+def decode_vpg(row: Document) -> storage_model.Vpg:
     try:
-        return Vpg(
+        return storage_model.Vpg(
             name=_text(row, "name", "_id"),
             layout=_layout(row, listed=False),
             capacity_bytes=gigabytes(row.get("capacity") or 0),
@@ -149,13 +137,13 @@ def decode_vpg(row: Document) -> Vpg:
         raise invalid_document(row, f"a VPG document that cannot be read ({error})") from error
 
 
-def decode_system_info(row: Document) -> SystemInfo:
+def decode_system_info(row: Document) -> storage_model.SystemInfo:
     """Decode the system information. The API version is text or a number; the database's UUID is the cluster's."""
     version = row.get("version") or row.get("managementVersion")
     api_version = row.get("APIVersion")
     if version is None and api_version is None:
         raise invalid_document(row, "system information without a version")
-    return SystemInfo(
+    return storage_model.SystemInfo(
         version=str(version or ""),
         api_version="" if api_version is None else str(api_version),
         cluster_id=str(row.get("dbUUID") or ""),
@@ -170,37 +158,37 @@ def gigabytes(value: object) -> int:
 
 
 # Thousands of volumes share a few layouts: reusing the objects halves the time to decode a long list.
-_known_layout = lru_cache(maxsize=1024)(Layout)
-_known_reservation = lru_cache(maxsize=1024)(Reservation)
+_known_layout = lru_cache(maxsize=1024)(storage_model.Layout)
+_known_reservation = lru_cache(maxsize=1024)(storage_model.Reservation)
 
 
-def _layout(row: Document, *, listed: bool) -> Layout:
+def _layout(row: Document, *, listed: bool) -> storage_model.Layout:
     spelled = row.get("RAIDLevel")
-    level = RaidLevel.CONCATENATED if spelled is None else _RAID_LEVELS.get(str(spelled).lower())
+    level = storage_model.RaidLevel.CONCATENATED if spelled is None else _RAID_LEVELS.get(str(spelled).lower())
     if level is None:
         if not listed:
             raise ValueError(f"RAIDLevel is {spelled!r}")
-        level = RaidLevel.CONCATENATED
+        level = storage_model.RaidLevel.CONCATENATED
     return _known_layout(level, *map(row.get, _LAYOUT_KEYS))
 
 
-def _reservation(row: Document) -> Reservation:
+def _reservation(row: Document) -> storage_model.Reservation:
     held = row.get("reservation") or {}
     return _known_reservation(
-        _MODES.get(held.get("mode"), ReservationMode.NONE),
+        _MODES.get(held.get("mode"), storage_model.ReservationMode.NONE),
         int(held.get("version") or 1),
         held.get("reservedBy") or None,
         tuple(str(client) for client in held.get("attachedClients") or ()),
     )
 
 
-def _encryption(row: Document) -> StorageEncryption | None:
+def _encryption(row: Document) -> storage_model.StorageEncryption | None:
     if row.get("isEncrypted") is not True:
         return None
     state = _object(row.get("encryption") or {}, "encryption")
     command = _object(state.get("command") or {}, "encryption.command")
     response = _object(command.get("response") or {}, "encryption.command.response")
-    return StorageEncryption(
+    return storage_model.StorageEncryption(
         header_bytes=_header_bytes(row),
         is_initialized=state.get("isInitialized") is True,
         command_index=_whole(command.get("commandIndex")) or 0,
@@ -220,9 +208,9 @@ def _header_bytes(row: Document) -> int:
     return size * MIB
 
 
-def _desired(uuid: str, entry: Document) -> DesiredAttachment:
+def _desired(uuid: str, entry: Document) -> storage_model.DesiredAttachment:
     reservation = entry.get("reservation") or {}
-    return DesiredAttachment(
+    return storage_model.DesiredAttachment(
         volume_uuid=uuid,
         volume_name=str(entry.get("name") or ""),
         action=str(entry.get("action") or ""),
@@ -233,20 +221,20 @@ def _desired(uuid: str, entry: Document) -> DesiredAttachment:
     )
 
 
-def _report(report: Document) -> DeviceReport:
+def _report(report: Document) -> storage_model.DeviceReport:
     references = report.get("referenceIDs")
-    return DeviceReport(
+    return storage_model.DeviceReport(
         volume_uuid=_text(report, "uuid"),
         volume_name=str(report.get("name") or ""),
-        status=_DEVICE_STATUSES.get(report.get("vol_status"), DeviceStatus.OTHER),
+        status=_DEVICE_STATUSES.get(report.get("vol_status"), storage_model.DeviceStatus.OTHER),
         io_enabled=report.get("ioEnabled") in (1, True),
         mode=_mode(report),
         reference_ids=None if references is None else frozenset(references),
     )
 
 
-def _mode(holder: Document) -> ReservationMode:
-    return _MODES.get((holder.get("reservation") or {}).get("mode"), ReservationMode.NONE)
+def _mode(holder: Document) -> storage_model.ReservationMode:
+    return _MODES.get((holder.get("reservation") or {}).get("mode"), storage_model.ReservationMode.NONE)
 
 
 def _text(row: Document, *keys: str) -> str:
@@ -271,7 +259,7 @@ def _natural(row: Document, key: str) -> int:
     return value
 
 
-def encode_spec(spec: VolumeSpec) -> dict[str, Any]:
+def encode_spec(spec: storage_model.VolumeSpec) -> dict[str, Any]:
     """Encode a volume to create, without unset fields: the server refuses a field that does not apply."""
     body: dict[str, Any] = {"name": spec.name, "capacity": spec.capacity_gb, "metadata": dict(spec.metadata)}
     optional: dict[str, object] = {
@@ -292,12 +280,12 @@ def encode_spec(spec: VolumeSpec) -> dict[str, Any]:
     return body
 
 
-def _encode_layout(layout: Layout) -> dict[str, object]:
+def _encode_layout(layout: storage_model.Layout) -> dict[str, object]:
     level, *others = astuple(layout)
     return {"RAIDLevel": level.value, **dict(zip(_LAYOUT_KEYS, others, strict=True))}
 
 
-def _encryption_fields(spec: VolumeSpec) -> dict[str, object]:
+def _encryption_fields(spec: storage_model.VolumeSpec) -> dict[str, object]:
     if not spec.encrypted_header_bytes:
         return {}
     # A provisioning group has a header size of its own, and the server refuses another one.
@@ -305,7 +293,7 @@ def _encryption_fields(spec: VolumeSpec) -> dict[str, object]:
     return {"isEncrypted": True, **header}
 
 
-def encode_changes(changes: VolumeChanges) -> Mapping[str, object]:
+def encode_changes(changes: storage_model.VolumeChanges) -> Mapping[str, object]:
     """Encode the fields to change; the server keeps all others."""
     lists = {
         "diskClasses": changes.drive_classes,

@@ -11,19 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from csi_driver.errors import (
-    Denied,
-    DriverError,
-    Exhausted,
-    InvalidRequest,
-    NodeNotFound,
-    OperationPending,
-    PreconditionFailed,
-    ReservationConflict,
-    StorageUnavailable,
-    VolumeNotFound,
-    shown,
-)
+from csi_driver import errors
+from csi_driver.errors import DriverError, shown
 
 CREATE_FAILED = 1664
 PASSWORD_CHANGE_REQUIRED = 1268
@@ -36,7 +25,7 @@ _NO_ALLOCATION = "Failed to allocate"
 _TEXT_LIMIT = 256
 
 
-class NotLarger(PreconditionFailed):
+class NotLarger(errors.PreconditionFailed):
     """The requested capacity is not larger than the volume's."""
 
 
@@ -197,24 +186,24 @@ def failure_of(
     meaning, number = meaning_of(operation, error)
     match meaning:
         case Meaning.VOLUME_ABSENT:
-            return VolumeNotFound(volume)
+            return errors.VolumeNotFound(volume)
         case Meaning.CLIENT_ABSENT:
-            return NodeNotFound(client)
+            return errors.NodeNotFound(client)
         case Meaning.RESERVED if number is not None:
-            return ReservationConflict(volume, number, error.current_version)
+            return errors.ReservationConflict(volume, number, error.current_version)
     names = (("volume", volume), ("client", client), ("VPG", vpg))
     subject = " on ".join(f"{kind} {shown(name)}" for kind, name in names if name) or "the requested object"
-    family = _FAMILIES.get(meaning, StorageUnavailable)
+    family = _FAMILIES.get(meaning, errors.StorageUnavailable)
     return family(f"the management refuses to {operation} {subject}: {error.text} (management id {number})")
 
 
 _FAMILIES: Mapping[Meaning, type[DriverError]] = {
-    Meaning.NO_SPACE: Exhausted,
-    Meaning.BAD_REQUEST: InvalidRequest,
-    Meaning.PENDING: OperationPending,
-    Meaning.FORBIDDEN: PreconditionFailed,
+    Meaning.NO_SPACE: errors.Exhausted,
+    Meaning.BAD_REQUEST: errors.InvalidRequest,
+    Meaning.PENDING: errors.OperationPending,
+    Meaning.FORBIDDEN: errors.PreconditionFailed,
     Meaning.NOT_LARGER: NotLarger,
-    Meaning.DENIED: Denied,
+    Meaning.DENIED: errors.Denied,
 }
 
 

@@ -11,19 +11,9 @@ import re
 import threading
 from urllib.parse import urlsplit
 
+from csi_driver import errors
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    Denied,
-    DriverError,
-    InvalidRequest,
-    OutcomeUnknown,
-    PreconditionFailed,
-    ServerUnreachable,
-    StorageUnavailable,
-    Unauthenticated,
-    same_again,
-    shown,
-)
+from csi_driver.errors import DriverError, shown
 from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUIRED, SERVER_RETIRED, error_in
 from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
 from csi_driver.management.transport import Request, Response, Transport
@@ -41,7 +31,7 @@ _PROBE_TIMEOUT_S = 5.0
 _SHOWN_CHARACTERS = 256
 
 
-class InvalidResponse(StorageUnavailable):
+class InvalidResponse(errors.StorageUnavailable):
     """A server's response is unusable; another server may give a valid one."""
 
 
@@ -54,26 +44,26 @@ def response_body(response: Response, server: str, request: Request) -> object:
     if not request.is_secret:
         text = shown(response.content[: 4 * _SHOWN_CHARACTERS].decode(errors="replace"), _SHOWN_CHARACTERS)
     if status in (401, 403):
-        raise Denied(
+        raise errors.Denied(
             f"management server {server} denies this user {request.what}: {text}; give the user the permission in the"
             " management"
         )
     if status in (400, 413, 422):
         error = error_in(response.body) if isinstance(response.body, dict) and not request.is_secret else None
         reason = error.text if error is not None else text
-        raise InvalidRequest(f"the management rejected {request.what} as invalid: {reason}")
+        raise errors.InvalidRequest(f"the management rejected {request.what} as invalid: {reason}")
     if 300 <= status < 400:
         target = "elsewhere" if request.is_secret else f"to {shown(response.location.partition('?')[0])}"
-        raise StorageUnavailable(
+        raise errors.StorageUnavailable(
             f"management server {server} redirects {request.what} {target}; redirects are not followed: "
             "configure the final address"
         )
     reason = f"HTTP {status} with {text}"
     if status == 404:
-        raise StorageUnavailable(f"management server {server} answered {request.what} with {reason}")
+        raise errors.StorageUnavailable(f"management server {server} answered {request.what} with {reason}")
     if request.is_repeatable:
         raise InvalidResponse(f"management server {server} answered {request.what} with {reason}")
-    raise OutcomeUnknown(server, request.what, reason)
+    raise errors.OutcomeUnknown(server, request.what, reason)
 
 
 def error_id(response: Response) -> int | None:
@@ -104,7 +94,7 @@ _NEWEST = (18,)
 """The newest version that the driver was tested with."""
 
 
-class ManagementTooOld(PreconditionFailed):
+class ManagementTooOld(errors.PreconditionFailed):
     """The API version of a server is below the lowest one that the driver supports."""
 
 
@@ -165,12 +155,12 @@ class ServerSession:
             self._open(request, cookie or "", deadline)
             response = self._exchange(request, self._cookie, deadline)
             if _requires_login(response):
-                raise Unauthenticated(
+                raise errors.Unauthenticated(
                     f"management server {self.url} requires a login right after a successful one; "
                     "check its clock and sessions"
                 )
         if response.status == 401 and not self._settings.has_user and not _lacks_permission(response):
-            raise Unauthenticated(
+            raise errors.Unauthenticated(
                 f"management server {self.url} has no user for the client certificate "
                 f"{self._settings.client_certificate}: create a management user "
                 "with the name in the OU of the certificate's subject"
@@ -178,7 +168,7 @@ class ServerSession:
         if error_id(response) == PASSWORD_CHANGE_REQUIRED:
             self._cookie = None  # the session was opened with the old password
             user = self._credentials.username if self._credentials is not None else self._settings.username
-            raise Unauthenticated(
+            raise errors.Unauthenticated(
                 f"management server {self.url} requires a new password for user {user!r} "
                 f"before any other request: change it in the management's interface or by POST /users/changePassword, "
                 f"then write the new password to {self._settings.password_place}"
@@ -201,16 +191,16 @@ class ServerSession:
             return
         seen = self._openings
         if not self._opening.acquire(timeout=deadline.remaining_s()):
-            raise ServerUnreachable(self.url, "the login timed out", timed_out=True)
+            raise errors.ServerUnreachable(self.url, "the login timed out", timed_out=True)
         try:
             if self._openings != seen and self._opening_failure is not None:
-                raise same_again(self._opening_failure)
+                raise errors.same_again(self._opening_failure)
             self._opening_failure = None
             self._log_in_again(stale, deadline)
             if needs_version and self._version is None:
                 self._request_version(deadline)
-        except (Unauthenticated, ServerUnreachable, ManagementTooOld) as error:
-            self._opening_failure = same_again(error)
+        except (errors.Unauthenticated, errors.ServerUnreachable, ManagementTooOld) as error:
+            self._opening_failure = errors.same_again(error)
             raise
         finally:
             self._openings += 1
@@ -219,7 +209,7 @@ class ServerSession:
     def _log_in_again(self, stale: str | None, deadline: Deadline) -> None:
         if not self._settings.has_user:
             if stale is not None:
-                raise Unauthenticated(
+                raise errors.Unauthenticated(
                     f"management server {self.url} does not accept the client certificate "
                     f"{self._settings.client_certificate} as a login; check --management-client-certificate"
                 )
@@ -232,20 +222,20 @@ class ServerSession:
         body = json.dumps({"username": credentials.username, "password": credentials.password}).encode()
         try:
             response = self._transport.exchange(Request("POST", "/login", body), None, deadline)
-        except OutcomeUnknown as error:
+        except errors.OutcomeUnknown as error:
             # The request behind the login was not sent.
-            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
+            raise errors.ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
         envelope = response.body if isinstance(response.body, dict) else {}
         if response.status == 401 or (response.status == 200 and envelope.get("success") is False):
-            raise Unauthenticated(
+            raise errors.Unauthenticated(
                 f"management server {self.url} does not accept user {credentials.username!r} "
                 f"with the password in {self._settings.password_place}"
             )
         if response.status in NO_GATEWAY:
-            raise ServerUnreachable(self.url, f"HTTP {response.status} for a login")
+            raise errors.ServerUnreachable(self.url, f"HTTP {response.status} for a login")
         if response.status != 200 or not envelope or not response.cookie:
             # The body is not shown: an error page may quote the password.
-            raise StorageUnavailable(
+            raise errors.StorageUnavailable(
                 f"management server {self.url}: expected HTTP 200 with a session cookie for a login, got HTTP "
                 f"{response.status} {'with' if response.cookie else 'without'} one; check the address"
             )
@@ -259,15 +249,15 @@ class ServerSession:
             return False
         try:
             return read_credentials(self._settings) != self._credentials
-        except Unauthenticated:
+        except errors.Unauthenticated:
             return False
 
     def _request_version(self, deadline: Deadline) -> None:
         try:
             response = self._exchange(Request("GET", SYSTEM_INFO), self._cookie, deadline)
-        except OutcomeUnknown as error:
+        except errors.OutcomeUnknown as error:
             # The request behind it was not sent.
-            raise ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
+            raise errors.ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
         if _requires_login(response):
             if not self._settings.has_user:
                 self._log_in_again("", deadline)
@@ -275,7 +265,7 @@ class ServerSession:
         if error_id(response) == PASSWORD_CHANGE_REQUIRED or response.status in (401, 403):
             return  # the request itself gets the same answer
         if response.status != 200 or not isinstance(response.body, dict):
-            raise ServerUnreachable(self.url, f"HTTP {response.status} for {SYSTEM_INFO}")
+            raise errors.ServerUnreachable(self.url, f"HTTP {response.status} for {SYSTEM_INFO}")
         self._take_version(response.body)
 
     def _take_version(self, info: dict[str, object]) -> None:

@@ -10,21 +10,9 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.wrappers_pb2 import Int64Value
 
+from csi_driver import model
 from csi_driver.errors import InvalidRequest
-from csi_driver.model import (
-    AccessMode,
-    BlockAccess,
-    Capability,
-    Capacity,
-    CapacityRange,
-    ListedVolume,
-    MountAccess,
-    ProvisionedVolume,
-    Segments,
-    StorageEntry,
-    Usage,
-    VolumeHealth,
-)
+from csi_driver.model import Capability
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2 as pb
 
@@ -35,11 +23,11 @@ _STRING_LIMIT_BYTES = 128
 
 
 def capability_from(message: pb.VolumeCapability) -> Capability:
-    mode = AccessMode(pb.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode))
+    mode = model.AccessMode(pb.VolumeCapability.AccessMode.Mode.Name(message.access_mode.mode))
     if message.WhichOneof("access_type") == "block":
-        return Capability(BlockAccess(), mode)
+        return Capability(model.BlockAccess(), mode)
     mount = message.mount
-    return Capability(MountAccess(mount.fs_type, tuple(mount.mount_flags), mount.volume_mount_group), mode)
+    return Capability(model.MountAccess(mount.fs_type, tuple(mount.mount_flags), mount.volume_mount_group), mode)
 
 
 def capabilities_from(messages: Iterable[pb.VolumeCapability]) -> tuple[Capability, ...]:
@@ -52,12 +40,12 @@ def optional_capability_from(
     return capability_from(request.volume_capability) if request.HasField("volume_capability") else None
 
 
-def range_from(message: pb.CapacityRange) -> CapacityRange:
+def range_from(message: pb.CapacityRange) -> model.CapacityRange:
     """Read a capacity range; unset and zero both mean "no limit"."""
-    return CapacityRange(message.required_bytes, message.limit_bytes)
+    return model.CapacityRange(message.required_bytes, message.limit_bytes)
 
 
-def _segments_from(messages: Iterable[pb.Topology]) -> tuple[Segments, ...]:
+def _segments_from(messages: Iterable[pb.Topology]) -> tuple[model.Segments, ...]:
     return tuple(dict(message.segments) for message in messages)
 
 
@@ -112,7 +100,7 @@ def topology_to(segments: Mapping[str, str]) -> pb.Topology:
     return pb.Topology(segments=dict(segments))
 
 
-def volume_to(volume: ProvisionedVolume) -> pb.Volume:
+def volume_to(volume: model.ProvisionedVolume) -> pb.Volume:
     return pb.Volume(
         capacity_bytes=volume.capacity_bytes,
         volume_id=volume.volume_id,
@@ -121,7 +109,7 @@ def volume_to(volume: ProvisionedVolume) -> pb.Volume:
     )
 
 
-def list_to(volumes: Sequence[ListedVolume], next_token: str) -> pb.ListVolumesResponse:
+def list_to(volumes: Sequence[model.ListedVolume], next_token: str) -> pb.ListVolumesResponse:
     listed, status = pb.ListVolumesResponse.Entry, pb.ListVolumesResponse.VolumeStatus
     return pb.ListVolumesResponse(
         entries=[
@@ -132,12 +120,12 @@ def list_to(volumes: Sequence[ListedVolume], next_token: str) -> pb.ListVolumesR
     )
 
 
-def get_to(listed: ListedVolume) -> pb.ControllerGetVolumeResponse:
+def get_to(listed: model.ListedVolume) -> pb.ControllerGetVolumeResponse:
     status = pb.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=listed.published_node_ids)
     return pb.ControllerGetVolumeResponse(volume=volume_to(listed.volume), status=status)
 
 
-def capacity_to(capacity: Capacity) -> pb.GetCapacityResponse:
+def capacity_to(capacity: model.Capacity) -> pb.GetCapacityResponse:
     """Write free space; a limit that is not known stays unset."""
     largest, smallest = capacity.maximum_volume_bytes, capacity.minimum_volume_bytes
     return pb.GetCapacityResponse(
@@ -205,7 +193,7 @@ def node_expand_from(message: pb.NodeExpandVolumeRequest) -> NodeExpandRequest:
     )
 
 
-def usage_to(usage: Usage) -> pb.NodeGetVolumeStatsResponse:
+def usage_to(usage: model.Usage) -> pb.NodeGetVolumeStatsResponse:
     """Write the usage of a volume: bytes, and inodes where the filesystem counts them."""
     unit, total, used, available = pb.VolumeUsage.BYTES, usage.total_bytes, usage.used_bytes, usage.available_bytes
     measures = [pb.VolumeUsage(unit=unit, total=total, used=used or 0, available=available or 0)]
@@ -215,7 +203,7 @@ def usage_to(usage: Usage) -> pb.NodeGetVolumeStatsResponse:
     return pb.NodeGetVolumeStatsResponse(usage=measures)
 
 
-def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:
+def volume_health_to(health: model.VolumeHealth) -> pb.VolumeHealth:
     entry = pb.VolumeHealth.VolumeHealthEntry
     return pb.VolumeHealth(
         volume_id=health.volume_id,
@@ -225,7 +213,7 @@ def volume_health_to(health: VolumeHealth) -> pb.VolumeHealth:
     )
 
 
-def storage_health_to(entries: Iterable[StorageEntry]) -> pb.NodeGetStorageHealthResponse:
+def storage_health_to(entries: Iterable[model.StorageEntry]) -> pb.NodeGetStorageHealthResponse:
     entry = pb.NodeGetStorageHealthResponse.StorageBackendHealth
     return pb.NodeGetStorageHealthResponse(
         backend_health=[
