@@ -66,8 +66,6 @@ class Attacher:
         self.files = {client.name: StatusFiles(client.status_directory) for client in self.settings}
         self.volumes.has_device = self.has_device
 
-    # --- start ------------------------------------------------------------------------------------------
-
     def recover(self) -> None:
         """Find the bound devices and settle all attachments; failures are logged and retried."""
         for name in self.files:
@@ -121,8 +119,6 @@ class Attacher:
             directories.remove_stale(client, directory, numbers)
         directories.forget_earlier()
 
-    # --- periodic check ---------------------------------------------------------------------------------
-
     def check(self) -> None:
         """Create missing device nodes of attached volumes again, and check the volumes' files."""
         for client, identity in list(self.devices):
@@ -139,8 +135,6 @@ class Attacher:
                 except (HostFailure, OSError) as problem:
                     _log.warning("the device node %s cannot be created and is retried: %s", node, problem)
         self.volumes.check_files()
-
-    # --- settle -----------------------------------------------------------------------------------------
 
     def settle_all(self, pairs: Iterable[Pair]) -> None:
         """Settle each pair now; failures are retried in the background."""
@@ -203,8 +197,6 @@ class Attacher:
             if other != ended.client and (other, identity) not in self.devices:
                 self._settle_later(other, identity, 0.0)
 
-    # --- grow -------------------------------------------------------------------------------------------
-
     def grow(self, identity: str) -> None:
         """Set the volume's devices to the size of its file, now or by a retry."""
         try:
@@ -231,8 +223,6 @@ class Attacher:
         volume = self.store.get(VOLUMES, wanted.volume) if wanted is not None else None
         if wanted is not None and volume is not None and wanted.is_attaching:
             self.files[client].show(volume, wanted, io_enabled=not device.fenced)
-
-    # --- attach -----------------------------------------------------------------------------------------
 
     def _attach(self, wanted: Attachment) -> bool:
         volume = self.store.get(VOLUMES, wanted.volume)
@@ -340,8 +330,6 @@ class Attacher:
 
         self.store.write(made)
 
-    # --- detach -----------------------------------------------------------------------------------------
-
     def _detach(self, client: str, identity: str, wanted: Attachment | None) -> bool:
         pair = (client, identity)
         device = self.devices.get(pair)
@@ -385,13 +373,7 @@ class Attacher:
         report, volume = self.store.get(REPORTS, wanted.uuid, wanted.client), self.store.get(VOLUMES, wanted.volume)
         accepted = wanted
         if report is not None:
-            accepted = replace(
-                wanted,
-                references=report.references,
-                version=report.version,
-                attachments_version=report.attachments_version,
-                reservation=report.reservation,
-            )
+            accepted = replace(wanted, references=report.references, reservation=report.reservation)
         if volume is not None and volume.uuid == wanted.uuid:
             self.files[wanted.client].show(volume, accepted, io_enabled=not device.fenced)
         self._report_lost_io(accepted)

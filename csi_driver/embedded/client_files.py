@@ -30,9 +30,6 @@ _LIVE, _PREEMPTED = 0x200, 0x1092
 _VOLUME_FILES = ("status.json", "blob.txt")
 
 
-# --- status files -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class StatusFiles:
     """The status directory of a client."""
@@ -93,13 +90,8 @@ def _status(volume: Volume, attachment: Attachment, *, io_enabled: bool) -> dict
 
 
 def _blob(attachment: Attachment) -> str:
-    head = (
-        "encoding_version = 1",
-        f"attach_version_global = {attachment.attachments_version}",
-        f"attach_version_pervol = {attachment.version}",
-        f"n_strings = {len(attachment.references)}",
-    )
-    return "".join(f"{line}\n" for line in (*head, *attachment.references))
+    references = attachment.references
+    return "".join(f"{line}\n" for line in ("encoding_version = 1", f"n_strings = {len(references)}", *references))
 
 
 def _json(content: object) -> str:
@@ -114,9 +106,6 @@ def _write(path: Path, text: str) -> None:
 
 def _draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
-
-
-# --- device nodes -------------------------------------------------------------------------------------------
 
 
 def is_in_place(node: Path, device: LoopDevice) -> bool:

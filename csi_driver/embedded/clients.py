@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from csi_driver.embedded.documents import CLIENT_NOT_FOUND, ApiError, detail, volume_not_found
+from csi_driver.embedded.documents import CLIENT_NOT_FOUND, VOLUME_NOT_FOUND, ApiError, detail
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
@@ -26,7 +26,6 @@ from csi_driver.embedded.model import (
     Report,
     Reservation,
     Volume,
-    now,
 )
 from csi_driver.embedded.requests import AttachedVolume, DetachedVolume, ReservationRequest
 from csi_driver.embedded.store import Change, Store
@@ -50,35 +49,30 @@ class Clients:
         def put(change: Change) -> None:
             for name in self.names:
                 if change.get(CLIENTS, name) is None:
-                    change.put(CLIENTS, name, Client(name, str(uuid.uuid4()), now()))
+                    change.put(CLIENTS, name, Client(name, str(uuid.uuid4())))
 
         self.store.write(put)
 
-    # --- attach -----------------------------------------------------------------------------------------
-
-    def attach(self, client: str, client_uuid: str, item: AttachedVolume) -> list[Pair]:
+    def attach(self, client: str, item: AttachedVolume) -> list[Pair]:
         """Record that the volume is to be attached. Raises ApiError."""
         lost = self.check_file(item.name)
-        return self.store.write(lambda change: self._attach(change, client, client_uuid, item, lost))
+        return self.store.write(lambda change: self._attach(change, client, item, lost))
 
-    def _attach(self, change: Change, client: str, client_uuid: str, item: AttachedVolume, lost: str) -> list[Pair]:
+    def _attach(self, change: Change, client: str, item: AttachedVolume, lost: str) -> list[Pair]:
         name, identity, request = item.name, item.uuid, item.reservation
-        keys: Document = {"clientID": client, "clientUUID": client_uuid, "volumeID": name, "volumeUUID": identity}
         if change.get(CLIENTS, client) is None:
-            known = ", ".join(self.names)
-            raise ApiError(1621, f"Client {client} not found; this manager serves {known}", keys)
+            raise ApiError(1621, f"Client {client} not found; this manager serves {', '.join(self.names)}")
         volume = change.get(VOLUMES, name)
         if volume is None or volume.uuid != identity:
-            raise volume_not_found(name, identity)
-        inner: Document = {"volumeID": name, "volumeUUID": identity, "clientID": client}
+            raise ApiError(VOLUME_NOT_FOUND, "Volume not found")
         if volume.action == "markedForDeletion":
-            raise _not_attached(keys, detail(11212, f"Volume {name} is being deleted", **inner), loses_uuid=True)
+            raise _not_attached(detail(11212, f"Volume {name} is being deleted"))
         if lost or not volume.ready:
             reason = lost or "Volume is not ready: its encryption has not been initialized"
-            raise _not_attached(keys, detail(1569, reason, **inner), loses_uuid=True)
+            raise _not_attached(detail(1569, reason))
         mode = MODES[request.mode]
         if refused := _conflict(volume, client, mode, request):
-            raise _not_attached(keys, {**refused, **inner})
+            raise _not_attached(refused)
         reservation = _acquired(volume.reservation, client, mode, request)
         pairs = [(client, volume.uuid)]
         if reservation != volume.reservation:
@@ -88,26 +82,11 @@ class Clients:
         shown: Document = {"mode": mode, "version": reservation.version, "preempt": 2 if request.preempt else 0}
         if "reservation" in item.model_fields_set:
             shown["isDetachOthers"] = request.is_detach_others
-        self._put_attaching(change, client, volume, shown, item.reference)
-        return pairs
-
-    def _put_attaching(
-        self, change: Change, client: str, volume: Volume, reservation: Document, reference: str
-    ) -> None:
-        old = change.get(ATTACHMENTS, volume.uuid, client)
+        old = change.get(ATTACHMENTS, identity, client)
         held = old.references if old is not None and old.is_attaching else ()
-        references = held if reference in held else (*held, reference)
-        attachment = Attachment(
-            client=client,
-            volume=volume.name,
-            uuid=volume.uuid,
-            action="attaching",
-            reservation=reservation,
-            references=references,
-            attachments_version=self._next_version(change, client),
-            version=1 if old is None else old.version + (references != held),
-        )
-        change.put(ATTACHMENTS, volume.uuid, attachment, client)
+        references = held if item.reference in held else (*held, item.reference)
+        change.put(ATTACHMENTS, identity, Attachment(client, name, identity, "attaching", shown, references), client)
+        return pairs
 
     def _preempt(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:
         """Return the other clients, which may have lost the volume; with `detach` they are to detach it."""
@@ -115,11 +94,8 @@ class Clients:
         for other in others if detach else ():
             theirs = change.get(ATTACHMENTS, volume.uuid, other)
             if theirs is not None and theirs.is_attaching:
-                self._next_version(change, other)
                 _put_detaching(change, theirs, force=False)
         return [(other, volume.uuid) for other in others]
-
-    # --- detach -----------------------------------------------------------------------------------------
 
     def detach(self, client: str, item: DetachedVolume) -> list[Pair]:
         """Remove a reference; without the last one the volume is to be detached. Raises ApiError."""
@@ -127,51 +103,34 @@ class Clients:
 
     def _detach(self, change: Change, client: str, item: DetachedVolume) -> list[Pair]:
         name, identity, reference = item.name, item.uuid, item.reference
-        keys = {"volumeID": name, "volumeUUID": identity, "clientID": client, "attachmentReferenceID": reference}
         if change.get(CLIENTS, client) is None:
-            raise ApiError(CLIENT_NOT_FOUND, f"Client {client} not found", keys)
+            raise ApiError(CLIENT_NOT_FOUND, f"Client {client} not found")
         volume = change.get(VOLUMES, name)
         if volume is None or volume.uuid != identity:
-            raise volume_not_found(name, identity)
+            raise ApiError(VOLUME_NOT_FOUND, "Volume not found")
         attachment = change.get(ATTACHMENTS, identity, client)
         if attachment is None:
-            raise ApiError(162222, f"Volume {name} is not attached to client {client}", keys)
+            raise ApiError(162222, f"Volume {name} is not attached to client {client}")
         if not attachment.is_attaching and not item.force:
-            raise ApiError(1622, f"Volume {name} is being detached from client {client}", keys)
+            raise ApiError(1622, f"Volume {name} is being detached from client {client}")
         if not attachment.is_attaching or reference not in attachment.references:
-            raise ApiError(162223, f"referenceID {reference} is already detached from client {client}", keys)
+            raise ApiError(162223, f"referenceID {reference} is already detached from client {client}")
         left = tuple(held for held in attachment.references if held != reference)
         report = change.get(REPORTS, identity, client)
         if left:
-            version = self._next_version(change, client)
-            kept = replace(attachment, references=left, version=attachment.version + 1, attachments_version=version)
-            change.put(ATTACHMENTS, identity, kept, client)
+            change.put(ATTACHMENTS, identity, replace(attachment, references=left), client)
         elif report is not None and report.status != DETACHED:
-            version = self._next_version(change, client)
-            _put_detaching(change, replace(attachment, references=(), attachments_version=version), force=item.force)
+            _put_detaching(change, replace(attachment, references=()), force=item.force)
         else:
             # The client never reported the device, so there is nothing to wait for.
             _end_attachment(change, attachment)
         return [(client, identity)]
 
-    def _next_version(self, change: Change, client: str) -> int:
-        record = change.get(CLIENTS, client)
-        if record is None:
-            raise ApiError(CLIENT_NOT_FOUND, "Client not found", {"clientID": client})
-        record = replace(record, attachments_version=record.attachments_version + 1)
-        change.put(CLIENTS, client, record)
-        return record.attachments_version
-
-    # --- reports ----------------------------------------------------------------------------------------
-
     def report(self, attachment: Attachment, status: int, *, io_enabled: int) -> None:
         """Report the state of an attachment; an unchanged report is not written."""
         old = self.store.get(REPORTS, attachment.uuid, attachment.client)
-        mode = attachment.reservation["mode"]
-        new = (status, io_enabled, attachment.references, attachment.version, mode)
-        if old is None or new != (
-            old.status, old.io_enabled, old.references, old.version, old.reservation["mode"],
-        ):  # fmt: skip
+        new = (status, io_enabled, attachment.references, attachment.reservation["mode"])
+        if old is None or new != (old.status, old.io_enabled, old.references, old.reservation["mode"]):
             self.store.write(lambda change: _put_report(change, attachment, status, io_enabled=io_enabled))
 
     def report_detached(self, attachment: Attachment) -> None:
@@ -192,12 +151,9 @@ class Clients:
         """
 
         def detached(change: Change) -> None:
-            report, record = change.get(REPORTS, identity, client), change.get(CLIENTS, client)
-            if report is None or record is None or change.get(ATTACHMENTS, identity, client) is not None:
-                return
-            record = replace(record, report_id=record.report_id + 1)
-            change.put(CLIENTS, client, record)
-            change.put(REPORTS, identity, replace(report, status=DETACHED, report_id=record.report_id), client)
+            report = change.get(REPORTS, identity, client)
+            if report is not None and change.get(ATTACHMENTS, identity, client) is None:
+                change.put(REPORTS, identity, replace(report, status=DETACHED), client)
 
         report = self.store.get(REPORTS, identity, client)
         if report is None or report.status == DETACHED:
@@ -207,7 +163,7 @@ class Clients:
 
 
 def _put_detaching(change: Change, attachment: Attachment, *, force: bool) -> None:
-    leaving = replace(attachment, action="detaching", force=force, version=attachment.version + 1)
+    leaving = replace(attachment, action="detaching", force=force)
     change.put(ATTACHMENTS, leaving.uuid, leaving, leaving.client)
 
 
@@ -220,25 +176,11 @@ def _end_attachment(change: Change, attachment: Attachment) -> None:
 
 
 def _put_report(change: Change, attachment: Attachment, status: int, *, io_enabled: int) -> None:
-    client = change.get(CLIENTS, attachment.client)
-    volume = change.get(VOLUMES, attachment.volume)
-    if client is None or volume is None or volume.uuid != attachment.uuid:
-        return
-    client = replace(client, report_id=client.report_id + 1)
-    change.put(CLIENTS, client.name, client)
-    report = Report(
-        client=attachment.client,
-        volume=attachment.volume,
-        uuid=attachment.uuid,
-        status=status,
-        io_enabled=io_enabled,
-        reservation=attachment.reservation,
-        references=attachment.references,
-        attachments_version=attachment.attachments_version,
-        version=attachment.version,
-        report_id=client.report_id,
-    )
-    change.put(REPORTS, attachment.uuid, report, attachment.client)
+    client, name, identity = attachment.client, attachment.volume, attachment.uuid
+    volume = change.get(VOLUMES, name)
+    if volume is not None and volume.uuid == identity:
+        report = Report(client, name, identity, status, io_enabled, attachment.reservation, attachment.references)
+        change.put(REPORTS, identity, report, client)
 
 
 def _conflict(volume: Volume, client: str, mode: int, request: ReservationRequest) -> Document | None:
@@ -267,8 +209,8 @@ def _acquired(present: Reservation, client: str, mode: int, request: Reservation
         return replace(present, attached=attached)
     if request.is_detach_others and present.mode != NONE:
         attached = (client,)
-    return Reservation(mode, present.version + 1, client, attached, now())
+    return Reservation(mode, present.version + 1, client, attached)
 
 
-def _not_attached(keys: Document, inner: Document, *, loses_uuid: bool = False) -> ApiError:
-    return ApiError(1694, "The volume is not attached", keys, inner, loses_uuid=loses_uuid)
+def _not_attached(inner: Document) -> ApiError:
+    return ApiError(1694, "The volume is not attached", inner)

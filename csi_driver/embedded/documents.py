@@ -1,14 +1,16 @@
-"""Answers of the API: envelopes, errors, documents of volumes, clients, VPGs and targets, and lists of them. Pure."""
+"""Answers of the API: envelopes, errors, documents of volumes, clients, VPGs and targets, and lists of them. Pure.
+
+Documents have the fields that the driver and its tools read.
+"""
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from csi_driver.embedded.layouts import BLOCK_SIZE
-from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Group, Report, Volume
+from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
+from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Report, Volume
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import DriverError
 
@@ -20,50 +22,18 @@ CLIENT_NOT_FOUND = 1608
 GROUP_NOT_FOUND = 16220
 
 
-# --- errors -------------------------------------------------------------------------------------------------
-
-
 class ApiError(DriverError):
-    """A refused operation; the API answers it with HTTP 200, `success: false` and `error.id`.
+    """A refused operation; the API answers it with HTTP 200, `success: false` and `error.id`."""
 
-    `inner` is its innerMessage. `loses_uuid`: the server names the volume's uuid "undefined" in this answer.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        message: str,
-        keys: Mapping[str, object] | None = None,
-        inner: object = None,
-        *,
-        loses_uuid: bool = False,
-    ) -> None:
-        self.number = number
-        self.message = message
-        self.keys = dict(keys or {})
-        self.inner = inner
-        self.loses_uuid = loses_uuid
+    def __init__(self, number: int, message: str, inner: object = None) -> None:
+        self.error = detail(number, message)
+        if inner is not None:
+            self.error["innerMessage"] = inner
         super().__init__(f"{number}: {message}")
-
-    def item(self, key: str, identity: str | None) -> Document:
-        """Return the envelope of one object of a mutating request."""
-        error: Document = {"message": self.message, "id": self.number, **self.keys}
-        if self.loses_uuid:
-            identity = "undefined"
-            if "volumeUUID" in error:
-                error["volumeUUID"] = identity
-        error["ApiRequestUUID"] = str(uuid.uuid1())
-        if self.inner is not None:
-            error["innerMessage"] = self.inner
-        return envelope(key, identity, False, error)
-
-    def whole(self) -> Document:
-        """Return the envelope of a request that has no list of objects."""
-        return failure(self.number, self.message, **self.keys)
 
 
 def detail(number: int, message: str, **keys: object) -> Document:
-    """Return an `innerMessage` object."""
+    """Return an `error` or `innerMessage` object."""
     return {"message": message, "id": number, **keys}
 
 
@@ -76,14 +46,7 @@ def envelope(
 
 def failure(number: int, message: str, **keys: object) -> Document:
     """Return the envelope of a request that failed as a whole."""
-    return envelope(None, None, False, {"message": message, "id": number, **keys})
-
-
-def volume_not_found(name: str, identity: str) -> ApiError:
-    return ApiError(VOLUME_NOT_FOUND, "Volume not found", {"volumeID": name, "volumeUUID": identity})
-
-
-# --- volumes ------------------------------------------------------------------------------------------------
+    return envelope(None, None, False, detail(number, message, **keys))
 
 
 def volume_document(volume: Volume) -> Document:
@@ -100,11 +63,6 @@ def volume_document(volume: Volume) -> Document:
         "capacity": volume.capacity,
         "blockSize": BLOCK_SIZE,
         "blocks": volume.blocks,
-        "createdBy": volume.created_by,
-        "modifiedBy": volume.modified_by,
-        "dateCreated": volume.created,
-        "dateModified": volume.modified,
-        "version": volume.version,
         "isReserved": False,
         "isReady": volume.ready,
         "status": volume.status,
@@ -115,7 +73,6 @@ def volume_document(volume: Volume) -> Document:
             "version": reservation.version,
             "reservedBy": reservation.reserved_by,
             "attachedClients": list(reservation.attached),
-            "lastTransitionDate": reservation.last_transition,
         },
         **replace(volume.layout, stripe_size=volume.layout.whole_stripe).parameters(),
     }
@@ -135,29 +92,19 @@ def _encryption(state: Encryption) -> Document:
     if state.initialized:
         document["isInitialized"] = True
     if state.command:
-        document |= {"command": state.command, "lastMessageSent": state.last_message}
+        document["command"] = state.command
     return document
 
 
-# --- clients ------------------------------------------------------------------------------------------------
-
-
 def client_document(client: Client, reports: list[Report], attachments: list[Attachment], *, down: bool) -> Document:
-    """Return a client's document."""
     return {
         "_id": client.name,
         "clientID": client.name,
         "uuid": client.uuid,
         "health": "critical" if down else "healthy",
         "client_status": DOWN if down else READY,
-        "maxReportID": client.report_id,
-        "attachmentsVersion": client.attachments_version,
         "block_devices": [_block_device(report) for report in reports],
         "attachments": {attachment.uuid: _attachment(attachment) for attachment in attachments},
-        "dateCreated": client.created,
-        "dateModified": client.created,
-        "version": VERSION,
-        "hasIoDisabled": any(report.io_enabled == 0 for report in reports),
     }
 
 
@@ -167,120 +114,51 @@ def _block_device(report: Report) -> Document:
         "uuid": report.uuid,
         "ioEnabled": report.io_enabled,
         "vol_status": report.status,
-        "vol_action": 0,
-        "version": report.version,
-        "reservation": {"is_512B_IO_allowed": 0, **report.reservation},
-        "is_hidden": 0,
-        "io_perm": 15,
-        "attachmentsVersion": report.attachments_version,
+        "reservation": report.reservation,
         "referenceIDs": list(report.references),
-        "reportID": report.report_id,
     }
 
 
 def _attachment(attachment: Attachment) -> Document:
-    document: Document = {
+    return {
         "uuid": attachment.uuid,
         "name": attachment.volume,
         "action": attachment.action,
         "reservation": attachment.reservation,
-        "attachmentsVersion": attachment.attachments_version,
         "referenceIDs": list(attachment.references),
-        "version": attachment.version,
-    }
-    if attachment.force is not None and not attachment.is_attaching:
-        document["force"] = attachment.force
-    return document
-
-
-# --- VPGs ---------------------------------------------------------------------------------------------------
-
-
-def group_document(group: Group) -> Document:
-    """Return a VPG's document. It has no reserved space."""
-    return {
-        "_id": group.name,
-        "name": group.name,
-        "uuid": group.uuid,
-        "capacity": 0,
-        "allowOverflow": True,
-        "isDefault": group.built_in,
-        "diskClasses": [],
-        "serverClasses": [],
-        "dateCreated": group.created,
-        "dateModified": group.modified,
-        "version": group.version,
-        **group.given,
-        **group.layout.parameters(),
     }
 
 
-def group_usage(group: Group, volumes: Iterable[Volume]) -> Document:
-    """Return the use of a VPG's reserved space, which is empty; `volumes` are all of the pool."""
-    return {
-        "allowOverflow": True,
-        "allocatedCapacity": 0,
-        "allocatedBlocks": 0,
-        "reservedBlocks": 0,
-        "freeCapacity": None,
-        "volumesInUse": [{"name": each.name, "uuid": each.uuid} for each in volumes if each.group == group.name],
-        "VPG": group.name,
-        "totalCapacity": 0,
-    }
+def group_document(name: str, layout: Layout) -> Document:
+    """Return the document of a VPG, which reserves no space."""
+    return {"_id": name, "name": name, "capacity": 0, "allowOverflow": True, **layout.parameters()}
 
 
-# --- the cluster --------------------------------------------------------------------------------------------
+GROUP_USAGE: Document = {"allowOverflow": True, "allocatedBlocks": 0, "reservedBlocks": 0, "freeCapacity": None}
+"""The use of a VPG's reserved space, which is empty."""
 
 
-def system_info(settings: StorageSettings, database_uuid: str) -> Document:
-    return {
-        "version": VERSION,
-        "managementVersion": VERSION,
-        "APIVersion": API_VERSION,
-        "hostname": settings.host_name,
-        "ipAddress": "" if isinstance(settings.listen, int) else settings.listen[0],
-        "dbUUID": database_uuid,
-    }
+def system_info(database_uuid: str) -> Document:
+    return {"version": VERSION, "APIVersion": API_VERSION, "dbUUID": database_uuid}
 
 
 def target_documents(settings: StorageSettings, total_blocks: int, available_blocks: int) -> list[Document]:
     """Return the storage targets, each with one drive and an equal share of the pool."""
     names = settings.target_names()
     total, available = total_blocks // len(names), available_blocks // len(names)
-    return [_target(name, f"POOL-{name}.1", total, available) for name in names]
+    return [_target(name, total, available) for name in names]
 
 
-def _target(name: str, drive_id: str, total_blocks: int, available_blocks: int) -> Document:
-    identity = str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
+def _target(name: str, total_blocks: int, available_blocks: int) -> Document:
     drive: Document = {
-        "diskID": drive_id,
-        "uuid": identity,
-        "nodeID": name,
+        "diskID": f"POOL-{name}.1",
         "status": "Ok",
-        "health": "healthy",
-        "isExcluded": False,
-        "isOutOfService": False,
-        "isPendingFormat": False,
-        "block_size": BLOCK_SIZE,
         "metadata_size": 8,
-        "blocks": total_blocks,
         "usableBlocks": total_blocks,
         "availableBlocks": available_blocks,
         "largestSegmentAvailable": {"blocks": available_blocks},
     }
-    return {
-        "_id": name,
-        "node_id": name,
-        "uuid": identity,
-        "node_status": 1,
-        "health": "healthy",
-        "isPending": False,
-        "version": VERSION,
-        "disks": [drive],
-    }
-
-
-# --- lists --------------------------------------------------------------------------------------------------
+    return {"_id": name, "node_id": name, "node_status": 1, "disks": [drive]}
 
 
 class InvalidQuery(Exception):
@@ -331,18 +209,12 @@ class Query:
             selected = selected[self.page * self.count : (self.page + 1) * self.count]
         return selected if project is None else [project(document) for document in selected]
 
-    def with_field(self, name: str) -> Query:
-        """Return the query with a further projected field."""
-        return Query(self.filter, self.sort, {**self.projection, name: 1}, self.page, self.count)
-
     def _projector(self) -> Callable[[Document], Document] | None:
         if not self.projection:
             return None
         if not all(value for key, value in self.projection.items() if key != "_id"):
             raise QueryRefused("projection: expected fields with 1, got a field with 0; name the fields to include")
-        names = [key for key, value in self.projection.items() if value]
-        if self.projection.get("_id", 1) and "_id" not in names:
-            names.append("_id")
+        names = ["_id", *(key for key, value in self.projection.items() if value and key != "_id")]
         if any("." in name for name in names):
             return lambda document: _with(document, names)
         return lambda document: {name: document[name] for name in names if name in document}

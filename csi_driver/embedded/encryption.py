@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from csi_driver.background import Worker
-from csi_driver.embedded.documents import ApiError, detail, volume_not_found
+from csi_driver.embedded.documents import VOLUME_NOT_FOUND, ApiError, detail
 from csi_driver.embedded.model import VOLUMES, Document, Encryption, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.requests import EncryptionInit
@@ -43,7 +43,6 @@ class Encryptions:
     locks: VolumeLocks
     headers: LuksHeaders | None
     has_device: Callable[[str], bool]
-    targets: list[str]
     worker: Worker = field(default_factory=lambda: Worker("storage-encryption", _FIRST_RETRY_S, _MOST_RETRY_S))
 
     def initialize(self, item: EncryptionInit) -> None:
@@ -54,27 +53,19 @@ class Encryptions:
     def _accept(self, change: Change, name: str, identity: str) -> int:
         volume = change.get(VOLUMES, name)
         if volume is None or volume.uuid != identity:
-            raise volume_not_found(name, identity)
-        keys: Document = {"volumeID": name, "volumeUUID": identity}
+            raise ApiError(VOLUME_NOT_FOUND, "Volume not found")
         state = volume.encryption
         if state is None:
-            raise _failed(keys, detail(16793, f"volume {name} was created without isEncrypted; create another with it"))
+            raise _failed(detail(16793, f"volume {name} was created without isEncrypted; create another with it"))
         if state.initialized:
-            raise _failed(keys, detail(16792, f"the encryption of volume {name} is already initialized", **keys))
+            raise _failed(detail(16792, f"the encryption of volume {name} is already initialized"))
         if volume.action != REQUIRED:
             reason = f"the action of volume {name} is {volume.action}, expected {REQUIRED}; retry"
-            raise _failed(keys, detail(167921, reason, **keys))
+            raise _failed(detail(167921, reason))
         if self.headers is None:
-            raise _failed(keys, detail(16799, f"{_COMMAND} needs cryptsetup, which the storage manager does not have"))
+            raise _failed(detail(16799, f"{_COMMAND} needs cryptsetup, which the storage manager does not have"))
         index = state.index + 1
-        sent: Document = {
-            "commandIndex": index,
-            "name": _COMMAND,
-            "executingTOMA": self.targets[index % len(self.targets)],
-            "bootTime": None,
-            "status": "sent",
-        }
-        begun = replace(state, command=sent, last_message={"type": _COMMAND, "commandIndex": index})
+        begun = replace(state, command={"commandIndex": index, "name": _COMMAND, "status": "sent"})
         change.put(VOLUMES, name, replace(volume, encryption=begun, action=_RUNNING))
         return index
 
@@ -136,5 +127,5 @@ def _respond(change: Change, asked: Volume, index: int, result: int, error: str)
     change.put(VOLUMES, volume.name, replace(volume, encryption=answered, action=action))
 
 
-def _failed(keys: Document, inner: Document) -> ApiError:
-    return ApiError(14591, "Running encryption command failed", keys, inner)
+def _failed(inner: Document) -> ApiError:
+    return ApiError(14591, "Running encryption command failed", inner)

@@ -9,22 +9,27 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import anyio.to_thread
-from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter, ValidationError, conlist
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
 from csi_driver.embedded.attacher import Attacher
-from csi_driver.embedded.clients import Clients, Pair
+from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
-from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, FACTS, GROUPS, REPORTS, VOLUMES, Client, Document, Volume
+from csi_driver.embedded.layouts import BUILT_IN_GROUPS
+from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, FACTS, REPORTS, VOLUMES, Client, Document, Volume
 from csi_driver.embedded.pool import Allocator
 from csi_driver.embedded.requests import (
     AttachRequest,
@@ -32,11 +37,11 @@ from csi_driver.embedded.requests import (
     DetachRequest,
     EncryptionInit,
     Extension,
-    JsonRoute,
     Login,
     NewVolume,
     RequestBody,
     VolumeUpdate,
+    read_body,
 )
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
@@ -49,10 +54,6 @@ COOKIE = "connect.sid"
 _THREADS = 64
 _MAX_SESSIONS = 4096
 _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
-_HTML = "<!DOCTYPE html><html><head><title>Error</title></head><body><pre>{}</pre></body></html>"
-
-
-# --- login --------------------------------------------------------------------------------------------------
 
 
 class PasswordUnreadable(HostFailure):
@@ -151,27 +152,99 @@ class Sessions:
                 del self._used_s[session]
 
 
-class LoginRequired(Exception):
-    """The request has no open session: a redirect to /login."""
+def answer(content: object, status: int = 200) -> Response:
+    """Return a JSON answer."""
+    return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json; charset=utf-8")
+
+
+_Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+_Body = TypeVar("_Body")
+_Item = TypeVar("_Item", bound=RequestBody)
 
 
 @dataclass(eq=False)
-class Auth:
-    """The login route, and the dependency of all other routes."""
+class Api:
+    """The routes. All but the login need a session."""
 
+    settings: StorageSettings
+    store: Store
+    allocator: Allocator
+    volumes: Volumes
+    clients: Clients
+    attacher: Attacher
+    encryptions: Encryptions
     sessions: Sessions
+    _shown: dict[str, tuple[Volume, Document]] = field(default_factory=dict)
 
-    async def session(self, request: Request) -> None:
-        """Require an open session, and an Accept header as the server does."""
-        if not self.sessions.known(request.cookies.get(COOKIE)):
-            raise LoginRequired
-        if "accept" not in request.headers:
-            raise HTTPException(500, "Internal Server Error")
+    def add_routes(self, app: Starlette) -> None:
+        app.add_route("/login", self.login, ["POST"])
+        app.add_route("/login", self.login_page, ["GET"])
+        groups = "/volumeProvisioningGroups"
+        for path, get in (
+            ("/systemInfo", self._get(self.system_info)),
+            ("/volumes/all/{page}/{count}", self._list(self.volume_documents)),
+            ("/volumes/count", self._get(self.count_volumes)),
+            ("/volumes/{name}", self._get(self.volume)),
+            ("/clients/all/{page}/{count}", self._list(self.client_documents)),
+            ("/clients/{name}", self._get(self.client)),
+            ("/servers/all/{page}/{count}", self._list(self.target_documents)),
+            # There are no drive and target classes.
+            ("/diskClasses/all/{page}/{count}", self._list(tuple)),
+            ("/serverClasses/all/{page}/{count}", self._list(tuple)),
+            (f"{groups}/getVolumesCapacityUsageByID/{{name}}", self._get(self.group_usage)),
+            (f"{groups}/{{name}}", self._get(self.group)),
+        ):
+            app.add_route(path, get, ["GET"])
+        for path, post in (
+            ("/volumes/save", self._each(NewVolume, self.volumes.create)),
+            ("/volumes/extend", self._each(Extension, self.extend)),
+            ("/volumes/update", self._each(VolumeUpdate, self.volumes.update)),
+            ("/volumes/delete", self._each(Deletion, lambda item: self.volumes.delete(item.id, item.uuid))),
+            ("/volumes/initEncryption", self._each(EncryptionInit, self.encryptions.initialize)),
+            ("/clients/attach", self._post(AttachRequest, self.attach)),
+            ("/clients/detach", self._post(DetachRequest, self.detach)),
+        ):
+            app.add_route(path, post, ["POST"])
 
-    async def login_page(self) -> Response:
+    def is_known(self, request: Request) -> bool:
+        """Return whether the request has an open session."""
+        return self.sessions.known(request.cookies.get(COOKIE))
+
+    def _get(self, act: Callable[[Request], object]) -> _Handler:
+        async def handle(request: Request) -> Response:
+            return answer(act(request)) if self.is_known(request) else to_login()
+
+        return handle
+
+    def _list(self, documents: Callable[[], Iterable[Document]]) -> _Handler:
+        async def handle(request: Request) -> Response:
+            if not self.is_known(request):
+                return to_login()
+            query = Query.parse(request.query_params, request.path_params["page"], request.path_params["count"])
+            return await run_in_threadpool(lambda: answer(query.select(documents())))
+
+        return handle
+
+    def _post(self, kind: type[_Body], act: Callable[[_Body], object]) -> _Handler:
+        adapter = TypeAdapter(kind)
+
+        async def handle(request: Request) -> Response:
+            if not self.is_known(request):
+                return to_login()
+            body = adapter.validate_python(await read_body(request))
+            return answer(await run_in_threadpool(act, body))
+
+        return handle
+
+    def _each(self, kind: type[_Item], act: Callable[[_Item], str | None]) -> _Handler:
+        """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
+        return self._post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
+
+    async def login_page(self, _: Request) -> Response:
         return answer(failure(1267, "Please login via the /login route."))
 
-    async def login(self, request: Request, body: Login) -> Response:
+    async def login(self, request: Request) -> Response:
+        body = Login.model_validate(await read_body(request))
         name = self.sessions.full_name(body.username)
         session = self.sessions.open(body.username, body.password)
         if session is None:
@@ -182,79 +255,11 @@ class Auth:
         response.set_cookie(COOKIE, session, path="/", httponly=True, samesite=None)
         return response
 
-
-# --- answers -------------------------------------------------------------------------------------
-
-
-def answer(content: object, status: int = 200) -> Response:
-    """Return a JSON answer. The framework's own encoder is slow on long lists."""
-    return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json; charset=utf-8")
-
-
-async def _query(request: Request) -> Query:
-    return Query.parse(request.query_params, request.path_params["page"], request.path_params["count"])
-
-
-ListQuery: TypeAlias = Annotated[Query, Depends(_query)]
-_NOT_EMPTY = Body(min_length=1)
-_Item = TypeVar("_Item", bound=RequestBody)
-
-
-# --- routes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Api:
-    """The routes that need a session. Those that may wait are plain functions, which run in threads."""
-
-    settings: StorageSettings
-    store: Store
-    allocator: Allocator
-    volumes: Volumes
-    clients: Clients
-    attacher: Attacher
-    encryptions: Encryptions
-    user: str
-    _shown: dict[str, tuple[Volume, Document]] = field(default_factory=dict)
-
-    def add_routes(self, app: FastAPI, auth: Auth) -> None:
-        session = [Depends(auth.session)]
-        groups = "/volumeProvisioningGroups"
-        for path, get in (
-            ("/systemInfo", self.system_info),
-            ("/volumes/all/{page}/{count}", self.list_volumes),
-            ("/volumes/count", self.count_volumes),
-            ("/volumes/{name}", self.get_volume),
-            ("/clients/all/{page}/{count}", self.list_clients),
-            ("/clients/{name}", self.get_client),
-            ("/servers/all/{page}/{count}", self.list_targets),
-            ("/diskClasses/all/{page}/{count}", self.list_classes),
-            ("/serverClasses/all/{page}/{count}", self.list_classes),
-            (f"{groups}/all/{{page}}/{{count}}", self.list_groups),
-            (f"{groups}/getVolumesCapacityUsageByID/{{name}}", self.group_usage),
-            (f"{groups}/{{name}}", self.get_group),
-        ):
-            app.add_api_route(path, get, methods=["GET"], dependencies=session)
-        for path, post in (
-            ("/volumes/save", self.save_volumes),
-            ("/volumes/extend", self.extend_volumes),
-            ("/volumes/update", self.update_volumes),
-            ("/volumes/delete", self.delete_volumes),
-            ("/volumes/initEncryption", self.init_encryption),
-            ("/clients/attach", self.attach),
-            ("/clients/detach", self.detach),
-        ):
-            app.add_api_route(path, post, methods=["POST"], dependencies=session)
-
-    # --- volumes ---
-
-    def list_volumes(self, query: ListQuery) -> Response:
-        if query.projection.get("status"):  # as the server does
-            query = query.with_field("RAIDLevel")
+    def volume_documents(self) -> Iterable[Document]:
         volumes = self.store.all(VOLUMES)
         if len(self._shown) > 2 * len(volumes) + 1000:
             self._shown = {}
-        return answer(query.select(map(self._volume_document, volumes)))
+        return map(self._volume_document, volumes)
 
     def _volume_document(self, volume: Volume) -> Document:
         known = self._shown.get(volume.name)
@@ -264,159 +269,115 @@ class Api:
         self._shown[volume.name] = (volume, document)
         return document
 
-    async def count_volumes(self) -> Response:
-        return answer(len(self.store.all(VOLUMES)))
+    def count_volumes(self, _: Request) -> int:
+        return len(self.store.all(VOLUMES))
 
-    async def get_volume(self, name: str) -> Response:
-        volume = self.store.get(VOLUMES, name)
+    def volume(self, request: Request) -> Document:
+        volume = self.store.get(VOLUMES, request.path_params["name"])
         if volume is None:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
-        return answer(self._volume_document(volume))
+        return self._volume_document(volume)
 
-    def save_volumes(self, items: Annotated[list[NewVolume], _NOT_EMPTY]) -> Response:
-        return _each(items, lambda item: self.volumes.create(item, self.user))
-
-    def extend_volumes(self, items: Annotated[list[Extension], _NOT_EMPTY]) -> Response:
-        return _each(items, self._extend)
-
-    def _extend(self, item: Extension) -> None:
-        self.volumes.extend(item, self.user)
+    def extend(self, item: Extension) -> None:
+        self.volumes.extend(item)
         self.attacher.grow(item.uuid)
 
-    def update_volumes(self, items: Annotated[list[VolumeUpdate], _NOT_EMPTY]) -> Response:
-        return _each(items, lambda item: self.volumes.update(item, self.user))
+    def client_documents(self) -> Iterable[Document]:
+        return map(self._client_document, self.store.all(CLIENTS))
 
-    def delete_volumes(self, items: Annotated[list[Deletion], _NOT_EMPTY]) -> Response:
-        return _each(items, lambda item: self.volumes.delete(item.id, item.uuid))
-
-    def init_encryption(self, items: Annotated[list[EncryptionInit], _NOT_EMPTY]) -> Response:
-        return _each(items, self.encryptions.initialize)
-
-    # --- clients ---
-
-    def list_clients(self, query: ListQuery) -> Response:
-        return answer(query.select(map(self._client_document, self.store.all(CLIENTS))))
-
-    async def get_client(self, name: str) -> Response:
-        client = self.store.get(CLIENTS, name)
+    def client(self, request: Request) -> Document:
+        client = self.store.get(CLIENTS, request.path_params["name"])
         if client is None:
             raise ApiError(documents.CLIENT_NOT_FOUND, "Client not found")
-        return answer(self._client_document(client))
+        return self._client_document(client)
 
     def _client_document(self, client: Client) -> Document:
         reports, attachments = self.store.all(REPORTS, client.name), self.store.all(ATTACHMENTS, client.name)
         return documents.client_document(client, reports, attachments, down=self.attacher.is_down(client.name))
 
-    def attach(self, body: AttachRequest) -> Response:
-        client, identity = body.client, body.client_uuid
-        return _each(body.volumes, lambda item: self._settle(self.clients.attach(client, identity, item)))
+    def attach(self, body: AttachRequest) -> list[Document]:
+        return [
+            _outcome(item, lambda item: self.attacher.settle_all(self.clients.attach(body.client, item)))
+            for item in body.volumes
+        ]
 
-    def detach(self, body: DetachRequest) -> Response:
-        return _each(body.volumes, lambda item: self._settle(self.clients.detach(body.client, item)))
+    def detach(self, body: DetachRequest) -> list[Document]:
+        return [
+            _outcome(item, lambda item: self.attacher.settle_all(self.clients.detach(body.client, item)))
+            for item in body.volumes
+        ]
 
-    def _settle(self, pairs: list[Pair]) -> None:
-        self.attacher.settle_all(pairs)
-
-    # --- VPGs and the cluster ---
-
-    async def list_groups(self, query: ListQuery) -> Response:
-        return answer(query.select(map(documents.group_document, self.store.all(GROUPS))))
-
-    async def get_group(self, name: str) -> Response:
-        group = self.store.get(GROUPS, name)
-        if group is None:
+    def group(self, request: Request) -> Document:
+        name = request.path_params["name"]
+        if name not in BUILT_IN_GROUPS:
             raise ApiError(documents.GROUP_NOT_FOUND, "VPG not found")
-        return answer(documents.group_document(group))
+        return documents.group_document(name, BUILT_IN_GROUPS[name])
 
-    def group_usage(self, name: str) -> Response:
-        group = self.store.get(GROUPS, name)
-        return answer({} if group is None else documents.group_usage(group, self.store.all(VOLUMES)))
+    def group_usage(self, request: Request) -> Document:
+        return documents.GROUP_USAGE if request.path_params["name"] in BUILT_IN_GROUPS else {}
 
-    def list_targets(self, query: ListQuery) -> Response:
+    def target_documents(self) -> list[Document]:
         total, available = self.allocator.total_blocks, self.allocator.available_blocks()
-        return answer(query.select(documents.target_documents(self.settings, total, available)))
+        return documents.target_documents(self.settings, total, available)
 
-    async def list_classes(self, query: ListQuery) -> Response:
-        """Return no drive or target classes: this manager has none."""
-        return answer(query.select([]))
-
-    async def system_info(self) -> Response:
+    def system_info(self, _: Request) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
-        return answer(documents.system_info(self.settings, fact.value if fact else ""))
-
-
-def _each(items: list[_Item], act: Callable[[_Item], str | None]) -> Response:
-    """Carry out each item of a request; answer an envelope for each."""
-    return answer([_outcome(item, act) for item in items])
+        return documents.system_info(fact.value if fact else "")
 
 
 def _outcome(item: _Item, act: Callable[[_Item], str | None]) -> Document:
     name, identity = item.subject
     try:
         return envelope(name, act(item) or identity, True)
-    except ApiError as error:
-        return error.item(name, identity)
+    except ApiError as refusal:
+        return envelope(name, identity, False, refusal.error)
 
 
-# --- the application ----------------------------------------------------------------------------------------
-
-
-def application(api: Api, sessions: Sessions) -> FastAPI:
+def application(api: Api) -> Starlette:
     """Return the web application."""
-    app = FastAPI(openapi_url=None, lifespan=_lifespan)
-    app.router.route_class = JsonRoute
-    auth = Auth(sessions)
-    app.add_api_route("/login", auth.login, methods=["POST"])
-    app.add_api_route("/login", auth.login_page, methods=["GET"])
-    api.add_routes(app, auth)
+    app = Starlette(lifespan=_lifespan)
+    api.add_routes(app)
 
     async def not_found(request: Request, error: Exception) -> Response:
-        if not sessions.known(request.cookies.get(COOKIE)):
-            return _redirect()
-        return answer({"success": False, "err": "404 (Not Found)"}, 404)
+        return answer({"success": False, "err": "404 (Not Found)"}, 404) if api.is_known(request) else to_login()
 
     for status in (404, 405):
         app.add_exception_handler(status, not_found)
-    expected = (HTTPException, RequestValidationError, LoginRequired, InvalidQuery, QueryRefused)
-    for kind in (*expected, DriverError, OSError):
+    for kind in (HTTPException, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError):
         app.add_exception_handler(kind, _refused)
     return app
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(_: object) -> AsyncIterator[None]:
     anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
     yield
 
 
-def _redirect() -> Response:
+def to_login() -> Response:
+    """Return the answer to a request without a session."""
     return Response(None, 302, {"Location": "/login"})
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    """Return the server's answer to a request that failed as a whole."""
+    """Return the answer to a request that failed as a whole."""
     match error:
-        case LoginRequired():
-            return _redirect()
         case HTTPException():
-            return Response(_HTML.format(error.detail), error.status_code, media_type="text/html")
-        case RequestValidationError():
-            return answer(_invalid("; ".join(map(_described, error.errors()))), 422)
+            return answer(failure(error.status_code, error.detail), error.status_code)
+        case ValidationError():
+            # Without the values, which may be passphrases.
+            reasons = error.errors(include_url=False, include_context=False, include_input=False)
+            return _invalid("; ".join(f"data/{'/'.join(map(str, each['loc']))}: {each['msg']}" for each in reasons))
         case InvalidQuery():
-            return answer(_invalid(str(error)), 422)
+            return _invalid(str(error))
         case QueryRefused():
             number = _LIST_ERRORS.get(request.url.path.split("/")[1], 16040)
             return answer(failure(number, "The list could not be loaded", innerMessage=str(error)))
         case ApiError():
-            return answer(error.whole())
+            return answer(envelope(None, None, False, error.error))
     _log.error("%s %s: %s", request.method, request.url.path, error)
     return answer(failure(500, str(error)), 500)
 
 
-def _invalid(reason: str) -> Document:
-    return failure(422, "REST API Validation Error", innerMessage=reason)
-
-
-def _described(error: Mapping[str, Any]) -> str:
-    """Describe an error of a body without the value, which may be a passphrase."""
-    return f"data/{'/'.join(map(str, error['loc']))}: {error['msg']}"
+def _invalid(reason: str) -> Response:
+    return answer(failure(422, "REST API Validation Error", innerMessage=reason), 422)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -29,11 +28,6 @@ READY, DOWN = 1, 5
 """client_status"""
 
 
-def now() -> str:
-    """Return the time as the API writes it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """Cluster-wide access to a volume. Each transition increments `version`."""
@@ -42,7 +36,6 @@ class Reservation:
     version: int = 1
     reserved_by: str | None = None
     attached: tuple[str, ...] = ()
-    last_transition: str | None = None
 
     def allows(self, client: str, mode: int) -> bool:
         """Return whether a client that attached in this mode may do I/O; False after a preemption."""
@@ -55,7 +48,7 @@ class Reservation:
             return self
         if left:
             return replace(self, attached=left)
-        return Reservation(NONE, self.version + 1, None, (), now())
+        return Reservation(NONE, self.version + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,6 @@ class Encryption:
     header_mib: int = 16
     initialized: bool = False
     command: Document = field(default_factory=dict)
-    last_message: Document = field(default_factory=dict)
 
     @property
     def index(self) -> int:
@@ -87,11 +79,6 @@ class Volume:
     """VPG that it was created from."""
     given: Document
     """Request fields that are only stored and shown."""
-    created_by: str
-    modified_by: str
-    created: str
-    modified: str
-    version: int = 1
     action: str = "none"
     status: str = "online"
     health: str = "healthy"
@@ -124,27 +111,9 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """A volume provisioning group (VPG): a named layout."""
-
-    name: str
-    uuid: str
-    layout: Layout
-    built_in: bool = False
-    given: Document = field(default_factory=dict)
-    created: str = ""
-    modified: str = ""
-    version: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class Client:
     name: str
     uuid: str
-    created: str
-    status: int = READY
-    attachments_version: int = 0
-    report_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +127,6 @@ class Attachment:
     """attaching (it stays so while the volume is attached) or detaching."""
     reservation: Document
     references: tuple[str, ...]
-    attachments_version: int
-    version: int = 1
     force: bool | None = None
 
     @property
@@ -187,9 +154,6 @@ class Report:
     io_enabled: int
     reservation: Document
     references: tuple[str, ...]
-    attachments_version: int
-    version: int
-    report_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +207,9 @@ class Table(Generic[R]):
 
 
 VOLUMES = Table("volumes", Volume)
-GROUPS = Table("groups", Group)
 CLIENTS = Table("clients", Client)
 ATTACHMENTS = Table("attachments", Attachment)
 REPORTS = Table("reports", Report)
 TOTALS = Table("totals", Totals)
 FACTS = Table("facts", Fact)
-TABLES: tuple[Table[Any], ...] = (VOLUMES, GROUPS, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS)
+TABLES: tuple[Table[Any], ...] = (VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS)

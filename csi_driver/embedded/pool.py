@@ -65,9 +65,6 @@ class NoSpace(Exception):
     """An allocation does not fit."""
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
 class Pool:
     """The files of a pool directory. It removes no file without a request."""
 
@@ -207,9 +204,6 @@ class VolumeLocks:
                     del self._locks[identity]
                 else:
                     self._locks[identity] = (lock, users - 1)
-
-
-# --- space --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

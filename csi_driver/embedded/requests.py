@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from fastapi import HTTPException, Request, Response
-from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
@@ -25,42 +25,23 @@ _MAX_LEVELS = 100
 """As deep as the server's database takes a document; documents are copied by recursion."""
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------
-
-
-class JsonRequest(Request):
-    """A request with a body of limited size and depth."""
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            parts, size = [], 0
-            async for part in self.stream():
-                parts.append(part)
-                size += len(part)
-                if size > _MAX_BODY_BYTES:
-                    raise HTTPException(413, "request entity too large")
-            self._body = b"".join(parts)
-        return self._body
-
-    async def json(self) -> object:
-        body = await self.body()
-        try:
-            decoded = json.loads(body or b"{}", parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as problem:
-            raise HTTPException(400, "the body is no JSON") from problem
-        if _is_deeper(decoded, _MAX_LEVELS):
-            raise HTTPException(400, f"the body is nested deeper than {_MAX_LEVELS} levels")
-        return decoded
-
-
-class JsonRoute(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
-
-        return handle
+async def read_body(request: Request) -> object:
+    """Return the decoded JSON body. Raises HTTPException where it is none, too large or nested too deep."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise HTTPException(415, "expected a body of the type application/json")
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > _MAX_BODY_BYTES:
+            raise HTTPException(413, "request entity too large")
+    try:
+        decoded: object = json.loads(b"".join(parts) or b"{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise HTTPException(400, "the body is no JSON") from problem
+    if _is_deeper(decoded, _MAX_LEVELS):
+        raise HTTPException(400, f"the body is nested deeper than {_MAX_LEVELS} levels")
+    return decoded
 
 
 def _refuse_constant(text: str) -> object:
@@ -76,9 +57,6 @@ def _is_deeper(value: object, levels: int) -> bool:
             return False
         inside = [each for one in containers for each in (one.values() if isinstance(one, dict) else one)]
     return True
-
-
-# --- bodies -------------------------------------------------------------------------------------------------
 
 
 def _whole(value: object) -> object:

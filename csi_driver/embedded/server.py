@@ -80,18 +80,14 @@ class StorageServer:
         self.clients = Clients(store, tuple(client.name for client in settings.clients), volumes.check_file)
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
-        self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device, settings.target_names())
+        self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.sessions = Sessions(settings, self.password)
-        self.api = Api(
-            settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions.user
+        self.app = application(
+            Api(settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions)
         )
-        self.app = application(self.api, self.sessions)
-
-    # --- start ------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
         """Make files, rows, attachments and the kernel agree. A file without a volume is reported and kept."""
-        self.volumes.install_groups()
         self.clients.install()
         self.store.write(_install_database_uuid)
         store, volumes = self.store, self.volumes
@@ -120,8 +116,6 @@ class StorageServer:
                 self.pool.make(volume.uuid, volume.bytes)
         except HostFailure as problem:
             _log.warning("volume %s: %s; tried again when it is attached", volume.name, problem)
-
-    # --- state ------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> tuple[str, int]:
@@ -162,8 +156,6 @@ class StorageServer:
 
     def _attachments(self) -> int:
         return sum(1 for _ in self.store.everywhere(ATTACHMENTS))
-
-    # --- serve ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Serve in a thread. Connections are accepted when this returns."""

@@ -40,6 +40,8 @@ _UPSERT = """
 INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT (kind, grouping, id) DO UPDATE SET record = excluded.record
 """
 _RESERVE_BYTES = 1 << 20
+_FORMER_TABLE = "groups"
+"""Records of earlier versions: each volume has its layout, and VPGs are built in."""
 _DELETE = "DELETE FROM documents WHERE kind = ? AND grouping = ? AND id = ?"
 
 
@@ -118,6 +120,8 @@ class Store:
             self._connection.execute(_SCHEMA)
             rows = self._connection.execute("SELECT kind, grouping, id, record FROM documents ORDER BY rowid")
             for kind, grouping, key, text in rows:
+                if kind == _FORMER_TABLE:
+                    continue
                 if kind not in self._tables:
                     raise DatabaseUnusable(path, f"it has records of the kind {kind!r}, which only a newer version has")
                 self._committed.setdefault((kind, grouping), {})[key] = self._tables[kind].record(text)

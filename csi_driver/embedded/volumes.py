@@ -13,20 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from csi_driver.background import Worker
-from csi_driver.embedded.documents import ApiError, detail, volume_not_found
+from csi_driver.embedded.documents import VOLUME_NOT_FOUND, ApiError, detail
 from csi_driver.embedded.encryption import REQUIRED
 from csi_driver.embedded.layouts import BLOCK_SIZE, BUILT_IN_GROUPS, LEVELS, PARAMETERS, Layout
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
-    GROUPS,
     REPORTS,
     SHARED_READ_ONLY,
     VOLUMES,
     Encryption,
-    Group,
     Volume,
-    now,
 )
 from csi_driver.embedded.pool import Allocator, NoSpace, Pool, VolumeLocks
 from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
@@ -58,24 +55,10 @@ class Volumes:
     has_device: Callable[[str], bool] = lambda identity: False
     """Return whether a device is bound to the volume's file; set by the attacher."""
 
-    def install_groups(self) -> None:
-        """Add the built-in VPGs to a new database."""
-
-        def put(change: Change) -> None:
-            for name, layout in BUILT_IN_GROUPS.items():
-                if change.get(GROUPS, name) is None:
-                    moment = now()
-                    group = Group(name, str(uuid.uuid4()), layout, built_in=True, created=moment, modified=moment)
-                    change.put(GROUPS, name, group)
-
-        self.store.write(put)
-
-    # --- create -----------------------------------------------------------------------------------------
-
-    def create(self, item: NewVolume, user: str) -> str:
+    def create(self, item: NewVolume) -> str:
         """Create a volume and return its uuid."""
         self._refuse_unsupported(item)
-        volume = self.store.write(lambda change: self._record(change, item, user))
+        volume = self.store.write(lambda change: self._record(change, item))
         try:
             with self.locks.hold(volume.uuid):
                 current = self.store.get(VOLUMES, volume.name)
@@ -86,17 +69,16 @@ class Volumes:
             self.pool.remove(volume.uuid)
             self.store.write(lambda change: self._forget(change, volume.name, volume.uuid))
             refusal = _not_allocated if problem.errno in _NO_SPACE else _not_saved
-            raise refusal(volume.name, str(problem)) from problem
+            raise refusal(str(problem)) from problem
         self.finish_creation(volume.name)
         return volume.uuid
 
-    def _record(self, change: Change, item: NewVolume, user: str) -> Volume:
-        group, layout, encryption = self._checked(change, item)
+    def _record(self, change: Change, item: NewVolume) -> Volume:
+        layout, encryption = self._checked(change, item)
         try:
             blocks = self.allocator.allocate(change, layout, item.capacity)
         except NoSpace as problem:
-            raise _not_allocated(item.name, problem) from problem
-        moment = now()
+            raise _not_allocated(problem) from problem
         slow = self.settings.preallocate
         volume = Volume(
             name=item.name,
@@ -104,12 +86,8 @@ class Volumes:
             capacity=item.capacity,
             extents=(blocks,),
             layout=layout,
-            group=group.name if group else None,
+            group=item.vpg or None,
             given=item.stored(),
-            created_by=user,
-            modified_by=user,
-            created=moment,
-            modified=moment,
             action="initializing" if slow else "none" if encryption is None else REQUIRED,
             status="unavailable" if slow else "online",
             encryption=encryption,
@@ -121,35 +99,33 @@ class Volumes:
         name = item.name
         if name.endswith("_MD"):
             reason = "Illegal volume name: names that end in _MD belong to the storage"
-            raise _not_saved(name, detail(1552, reason, innerMessage={}))
+            raise _not_saved(detail(1552, reason, innerMessage={}))
         for number, message in _absent_classes(item):
-            raise _not_saved(name, detail(number, message))
+            raise _not_saved(detail(number, message))
         if item.vsgs:
-            raise _not_saved(name, detail(1721, f"VSG not found: {item.vsgs}; this pool has none, leave VSGs out"))
+            raise _not_saved(detail(1721, f"VSG not found: {item.vsgs}; this pool has none, leave VSGs out"))
 
-    def _checked(self, change: Change, item: NewVolume) -> tuple[Group | None, Layout, Encryption | None]:
-        """Return VPG, layout and encryption of a new volume."""
+    def _checked(self, change: Change, item: NewVolume) -> tuple[Layout, Encryption | None]:
         name = item.name
         if change.get(VOLUMES, name) is not None:
-            raise ApiError(1523, "Volume name already exists", {"volumeID": name})
-        group = change.get(GROUPS, item.vpg) if item.vpg else None
-        if item.vpg and group is None:
-            reason = f"VPG {item.vpg} not found; /volumeProvisioningGroups/all/0/0 lists them"
-            raise _not_saved(name, detail(1514, reason, vpgID=item.vpg))
-        if group is None and item.raid_level not in LEVELS:
+            raise ApiError(1523, "Volume name already exists")
+        if item.vpg and item.vpg not in BUILT_IN_GROUPS:
+            reason = f"VPG {item.vpg} not found; expected one of {', '.join(BUILT_IN_GROUPS)}"
+            raise _not_saved(detail(1514, reason))
+        if not item.vpg and item.raid_level not in LEVELS:
             reason = f"Unknown RAID level {item.raid_level}; expected one of {', '.join(LEVELS)}"
-            raise _not_saved(name, detail(1606, reason))
+            raise _not_saved(detail(1606, reason))
         if item.is_encrypted and not self.can_encrypt:
             reason = "the storage manager encrypts no volumes: cryptsetup is not installed there; leave isEncrypted out"
-            raise _not_saved(name, detail(16825, reason))
+            raise _not_saved(detail(16825, reason))
         if item.limit_by_disks:
-            raise _not_allocated(name, f"limitByDisks is {item.limit_by_disks}, and this pool lets no drive be chosen")
+            raise _not_allocated(f"limitByDisks is {item.limit_by_disks}, and this pool lets no drive be chosen")
         targets = {*self.settings.target_names(), self.settings.host_name}
         if item.limit_by_nodes and targets.isdisjoint(item.limit_by_nodes):
             reason = f"limitByNodes: expected one of {sorted(targets)}, got {item.limit_by_nodes}"
-            raise _not_allocated(name, reason)
+            raise _not_allocated(reason)
         encryption = Encryption(header_mib=item.encryption.header_size) if item.is_encrypted else None
-        return group, group.layout if group else item.layout(), encryption
+        return BUILT_IN_GROUPS[item.vpg] if item.vpg else item.layout(), encryption
 
     def finish_creation(self, name: str) -> None:
         """Set a volume online after its file was created."""
@@ -164,8 +140,6 @@ class Volumes:
                 change.put(VOLUMES, name, replace(current, action=action, status="online"))
 
         self.store.write(online)
-
-    # --- files ------------------------------------------------------------------------------------------
 
     def check_file(self, name: str) -> str:
         """Return why a volume's file cannot be used ("" = it can) and set the volume's status accordingly.
@@ -214,46 +188,41 @@ class Volumes:
             f"restore it from {source}"
         )
 
-    # --- extend -----------------------------------------------------------------------------------------
-
-    def extend(self, item: Extension, user: str) -> None:
+    def extend(self, item: Extension) -> None:
         """Extend a volume and its file; the caller extends its devices."""
         with self.locks.hold(item.uuid):
             before = self.store.get(VOLUMES, item.id)
             lost = self.check_file(item.id)
-            volume = self.store.write(lambda change: self._extended(change, item, user, lost))
+            volume = self.store.write(lambda change: self._extended(change, item, lost))
             try:
                 # Synced: only the latest extension may be in the row and not in the file (see recovery).
                 self.pool.make(item.uuid, volume.bytes, synced=True)
             except SystemCallFailed as problem:
                 self.store.write(lambda change: self._undo_extension(change, before))
                 number = 1675 if problem.errno in _NO_SPACE else 500
-                raise _not_extended(item, number, f"extension create failed: {problem}") from problem
+                raise _not_extended(number, f"extension create failed: {problem}") from problem
         self.finish_extension(item.id)
 
-    def _extended(self, change: Change, item: Extension, user: str, lost: str) -> Volume:
+    def _extended(self, change: Change, item: Extension, lost: str) -> Volume:
         volume, capacity = _found(change, item.id, item.uuid), item.capacity
         _refuse_action(volume, {"initializing": (1572, "extended"), "markedForDeletion": (1581, "deleted")})
         if lost:
-            raise _not_extended(item, 1674, lost)
+            raise _not_extended(1674, lost)
         wanted_gb = capacity - volume.capacity
         if wanted_gb <= 0 or volume.layout.blocks_of(wanted_gb) <= 0:
             # Below a granule the real server never ends, or adds an unaligned tail.
             step = volume.layout.granule_blocks * BLOCK_SIZE
             inner = f"expected at least {step} bytes more than {volume.capacity:g} GB, got {capacity:g} GB"
-            raise _not_extended(item, 1673, "its capacity", inner)
+            raise _not_extended(1673, "its capacity", inner)
         try:
             blocks = self.allocator.allocate(change, volume.layout, wanted_gb)
         except NoSpace as problem:
-            raise _not_extended(item, 1675, f"extension create failed: {problem}") from problem
+            raise _not_extended(1675, f"extension create failed: {problem}") from problem
         extended = replace(
             volume,
             action="extending" if volume.action == "none" else volume.action,
             capacity=capacity,
             extents=(*volume.extents, blocks),
-            version=volume.version + 1,
-            modified=now(),
-            modified_by=user,
         )
         self.allocator.record(change, extended, volume)
         return extended
@@ -277,39 +246,26 @@ class Volumes:
         smaller = replace(volume, extents=before.extents, capacity=before.capacity, action=action)
         self.allocator.record(change, smaller, volume)
 
-    # --- update -----------------------------------------------------------------------------------------
-
-    def update(self, item: VolumeUpdate, user: str) -> None:
+    def update(self, item: VolumeUpdate) -> None:
         """Replace the fields that the request has."""
-        self.store.write(lambda change: self._update(change, item, user))
+        self.store.write(lambda change: self._update(change, item))
 
-    def _update(self, change: Change, item: VolumeUpdate, user: str) -> None:
+    def _update(self, change: Change, item: VolumeUpdate) -> None:
         volume = _found(change, item.id, item.uuid)
         _refuse_action(volume, {"markedForDeletion": (1582, "edited")})
-        keys = {"volumeID": item.id, "volumeUUID": item.uuid}
         if item.is_read_only and volume.reservation.mode > SHARED_READ_ONLY:
             holders = ", ".join(volume.reservation.attached)
-            raise ApiError(1605, f"isReadOnly cannot be set: the volume is reserved for writing by {holders}", keys)
+            raise ApiError(1605, f"isReadOnly cannot be set: the volume is reserved for writing by {holders}")
         locked = [str(VolumeUpdate.model_fields[name].alias) for name in _SET_BY_GROUP if getattr(item, name)]
         if volume.group and locked:
-            reason = f"the volume's VPG {volume.group} sets {', '.join(locked)}; leave them out"
-            raise ApiError(168412, reason, keys)
+            raise ApiError(168412, f"the volume's VPG {volume.group} sets {', '.join(locked)}; leave them out")
         for number, message in _absent_classes(item):
-            raise ApiError(1722, "Failed to update volume", keys, detail(number, message))
+            raise ApiError(1722, "Failed to update volume", detail(number, message))
         layout = volume.layout
         if "enable_crc_check" in item.model_fields_set and "enableCrcCheck" in PARAMETERS[layout.level]:
             layout = replace(layout, crc=item.enable_crc_check)
-        updated = replace(
-            volume,
-            given={**volume.given, **item.given("id", "uuid", "enable_crc_check")},
-            layout=layout,
-            version=volume.version + 1,
-            modified=now(),
-            modified_by=user,
-        )
-        change.put(VOLUMES, item.id, updated)
-
-    # --- delete -----------------------------------------------------------------------------------------
+        given = {**volume.given, **item.given("id", "uuid", "enable_crc_check")}
+        change.put(VOLUMES, item.id, replace(volume, given=given, layout=layout))
 
     def delete(self, name: str, identity: str) -> None:
         """Mark a volume for deletion and remove it as soon as no device uses its file."""
@@ -328,8 +284,8 @@ class Volumes:
         ]
         if users:
             inner = f"The volume is used by: {', '.join(users[:3])}. Please detach"
-            raise ApiError(1683, "Volume to delete in use", {"volumeID": name, "volumeUUID": identity}, inner)
-        change.put(VOLUMES, name, replace(volume, action="markedForDeletion", version=volume.version + 1))
+            raise ApiError(1683, "Volume to delete in use", inner)
+        change.put(VOLUMES, name, replace(volume, action="markedForDeletion"))
 
     def remove_soon(self, name: str, identity: str) -> None:
         """Remove a marked volume now, or retry in the background."""
@@ -363,24 +319,17 @@ class Volumes:
                 change.delete(REPORTS, volume.uuid, client.name)
 
 
-# --- errors -------------------------------------------------------------------------------------------------
-
-
 def _found(change: Change, name: str, identity: str) -> Volume:
     volume = change.get(VOLUMES, name)
     if volume is None or volume.uuid != identity:
-        raise volume_not_found(name, identity)
+        raise ApiError(VOLUME_NOT_FOUND, "Volume not found")
     return volume
 
 
 def _refuse_action(volume: Volume, refused: Mapping[str, tuple[int, str]]) -> None:
     if volume.action in refused:
         number, verb = refused[volume.action]
-        raise ApiError(
-            number,
-            f"Volume {volume.name} cannot be {verb}: its action is {volume.action}",
-            {"volumeAction": volume.action, "volumeID": volume.name, "volumeUUID": volume.uuid},
-        )
+        raise ApiError(number, f"Volume {volume.name} cannot be {verb}: its action is {volume.action}")
 
 
 def _absent_classes(item: NewVolume | VolumeUpdate) -> list[tuple[int, str]]:
@@ -392,15 +341,14 @@ def _absent_classes(item: NewVolume | VolumeUpdate) -> list[tuple[int, str]]:
     ]
 
 
-def _not_saved(name: str, inner: object) -> ApiError:
-    return ApiError(1664, "Failed to save volume", {"volumeID": name}, inner)
+def _not_saved(inner: object) -> ApiError:
+    return ApiError(1664, "Failed to save volume", inner)
 
 
-def _not_allocated(name: str, reason: object) -> ApiError:
+def _not_allocated(reason: object) -> ApiError:
     """Return the error of a volume that does not fit: its inner message is a bare text."""
-    return ApiError(1664, f"Failed to save volume: {reason}", {"volumeID": name}, "Failed to allocate")
+    return ApiError(1664, f"Failed to save volume: {reason}", "Failed to allocate")
 
 
-def _not_extended(item: Extension, number: int, reason: str, inner: str | None = None) -> ApiError:
-    keys = {"volumeID": item.id, "volumeUUID": item.uuid}
-    return ApiError(number, f"Failed to extend volume: {reason}", keys, inner)
+def _not_extended(number: int, reason: str, inner: str | None = None) -> ApiError:
+    return ApiError(number, f"Failed to extend volume: {reason}", inner)

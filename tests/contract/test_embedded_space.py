@@ -118,11 +118,11 @@ def test_two_volumes_of_one_batch_are_not_both_given_the_last_room(disk: Path) -
 
         def both(change: Change) -> None:
             for item in items:
-                volumes._record(change, item, "admin")
+                volumes._record(change, item)
 
         with pytest.raises(ApiError, match="free in its file system"):
             manager.server.store.write(both)
-        manager.server.store.write(lambda change: volumes._record(change, items[0], "admin"))
+        manager.server.store.write(lambda change: volumes._record(change, items[0]))
 
 
 @pytest.mark.parametrize(("reserve_mib", "made"), [(100, True), (2500, False)])

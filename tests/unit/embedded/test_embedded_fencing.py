@@ -79,7 +79,7 @@ def test_a_client_that_returns_learns_that_it_holds_nothing_any_more(
     report = manager.report("data", "node-1")
     assert (report["vol_status"], report["ioEnabled"]) == (ATTACHED, 0)
     shown, blob = status(manager, tmp_path)
-    assert (shown["dbg"], shown["attach_status"], blob[3:]) == (0x1092, "Preempted", ["n_strings = 1", "old"])
+    assert (shown["dbg"], shown["attach_status"], blob[1:]) == (0x1092, "Preempted", ["n_strings = 1", "old"])
 
 
 def test_what_a_returning_client_still_has_open_goes_when_it_is_closed(
@@ -120,7 +120,7 @@ def test_a_client_that_is_preempted_but_not_sent_away_loses_its_io(
     assert (report["vol_status"], report["ioEnabled"]) == (DENIED, 0)
     assert loops.writers(file) == [1]
     shown, blob = status(manager, tmp_path)
-    assert (shown["dbg"], blob[4:]) == (0x1092, ["old"])
+    assert (shown["dbg"], blob[2:]) == (0x1092, ["old"])
     manager.extend("data", 2)
     assert status(manager, tmp_path)[0]["dbg"] == 0x1092
 

@@ -181,7 +181,7 @@ class Account:
 
         def put(change: Change) -> None:
             blocks = self.allocator.allocate(change, layout, size_gb)
-            volume = Volume(name, name, size_gb, (blocks,), layout, None, {}, "", "", "", "")
+            volume = Volume(name, name, size_gb, (blocks,), layout, None, {})
             self.allocator.record(change, volume)
 
         try:

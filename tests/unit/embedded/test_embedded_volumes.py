@@ -69,7 +69,7 @@ def test_an_update_replaces_the_metadata_as_a_whole(manager: Manager) -> None:
     manager.save("data", metadata={"a": 1})
     manager.update("data", metadata={"b": 2}, description="text")
     volume = manager.volume("data")
-    assert (volume["metadata"], volume["description"], volume["version"]) == ({"b": 2}, "text", 2)
+    assert (volume["metadata"], volume["description"]) == ({"b": 2}, "text")
 
 
 def test_classes_of_a_group_cannot_be_changed_on_the_volume(manager: Manager) -> None:
