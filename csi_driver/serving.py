@@ -88,7 +88,7 @@ def run_controller(command: ControllerCommand) -> int:
         volume_health=command.endpoint.volume_health,
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
-    ready = ManagementReadiness(lambda deadline: readiness.ready(deadline=deadline))
+    ready = ManagementReadiness(readiness.any_answers)
     own = metrics.process(role="controller", driver_name=settings.driver_name, version=driver_version())
 
     def background(boundary: Boundary) -> AbstractContextManager[object]:

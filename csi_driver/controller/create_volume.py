@@ -228,6 +228,10 @@ class _Call:
         return self._finish(found, is_new=is_ours)
 
     def _finish(self, found: Found, *, is_new: bool = False) -> ProvisionedVolume:
+        """Prove that the volume is the requested one, wait until it is usable, and answer as the first time.
+
+        A volume that is new, or ours and still too small, was never returned: out of the range, it is deleted.
+        """
         management, volume, creation = found.management, found.volume, found.creation
         if volume.is_being_deleted:
             raise OperationPending(f"volume {volume.name} is being deleted; retry when it is gone")

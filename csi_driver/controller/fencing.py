@@ -125,6 +125,11 @@ class UnpublishVolume:
             self._await_released(located, client, deadline)
 
     def _prove_never_attached(self, problem: ZoneNotServed, volume_id: str, node_id: str, deadline: Deadline) -> None:
+        """Return if a volume of a zone that is not served cannot be attached to the node; else raise.
+
+        A storage client belongs to one cluster: the client of a served zone never had a volume of another cluster. A
+        zone may have been renamed: then the client's document shows the volume. Hosts may share a name, so uuids count.
+        """
         clients = ask(
             self.clusters.zones(),
             lambda zone: served(self.clusters, zone).client_by_uuid(node_id, deadline=deadline),

@@ -230,6 +230,7 @@ class _Call:
             raise DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
 
     def _context(self, known: AttachmentRecord) -> PublishContext:
+        """Return the context; it promises nothing if the server still shows an earlier attachment than `known`."""
         volume = self.located.management.volume(self.located.volume.name, deadline=self.deadline)
         if volume is None or volume.uuid != self.located.volume.uuid:
             raise VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")

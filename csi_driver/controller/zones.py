@@ -116,24 +116,20 @@ def ask(
     return Answers(given, missing)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Readiness:
     clusters: Clusters
-    _was_ready: bool = False
-
-    def ready(self, *, deadline: Deadline) -> bool:
-        """Return whether any management ever answered: no restart cures a later outage. Raises what the zones raise."""
-        self._was_ready = self._was_ready or self._any_answers(deadline)
-        return self._was_ready
 
     def why_unreachable(self) -> str:
         try:
-            is_reachable = self._any_answers(Deadline.after(_REACHABLE_S))
+            is_reachable = self.any_answers(Deadline.after(_REACHABLE_S))
         except DriverError as error:
             return str(error)
         return "" if is_reachable else "no storage management is configured"
 
-    def _any_answers(self, deadline: Deadline) -> bool:
+    def any_answers(self, deadline: Deadline) -> bool:
+        """Return whether any management answers. Raises the errors of the zones if none does and some fail."""
+
         def answers(zone: str) -> bool:
             management = self.clusters.management(zone)
             if management is None:

@@ -111,7 +111,7 @@ def test_a_management_that_refuses_the_login_is_not_ready() -> None:
 
     world.management.before = refuse
     with pytest.raises(Unauthenticated, match="the password in /secret"):
-        world.readiness.ready(deadline=world.deadline())
+        world.readiness.any_answers(world.deadline())
 
 
 def test_zones_without_an_answer_are_named_with_their_errors() -> None:
@@ -119,15 +119,4 @@ def test_zones_without_an_answer_are_named_with_their_errors() -> None:
     for zone in world.zones.values():
         zone.is_reachable = False
     with pytest.raises(StorageUnavailable, match=r"zone a: .*zone b: "):
-        world.readiness.ready(deadline=world.deadline())
-
-
-def test_a_controller_that_was_ready_stays_ready() -> None:
-    world = World()
-    world.management.is_reachable = False
-    with pytest.raises(StorageUnavailable):
-        world.readiness.ready(deadline=world.deadline())
-    world.management.is_reachable = True
-    assert world.readiness.ready(deadline=world.deadline())
-    world.management.is_reachable = False
-    assert world.readiness.ready(deadline=world.deadline())
+        world.readiness.any_answers(world.deadline())
