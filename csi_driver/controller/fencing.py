@@ -275,7 +275,10 @@ class Preemption:
             state = "is being detached there" if is_released_there else "is attached there"
             return f"the storage client is {holder.status.name.lower()} and the volume {state}"
         if not is_released_there:
-            return "the storage client is down, but the volume was not released there (no ControllerUnpublish)"
+            return (
+                "the storage client is down, but the volume was not released there (no ControllerUnpublish; if the node"
+                " is dead, taint it with node.kubernetes.io/out-of-service)"
+            )
         return ""
 
 

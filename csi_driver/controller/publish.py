@@ -47,8 +47,8 @@ from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, Re
 _log = logging.getLogger(__name__)
 
 _ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
-_OTHER_MODE = 1716
-"""The management's error: the client itself holds the volume in another mode."""
+_READ_ONLY_VOLUME = 1716
+"""The management's error: the volume is read-only and write access was requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class _Call:
                 deadline=self.deadline,
             )
         except ReservationConflict as conflict:
-            if conflict.management_id == _OTHER_MODE:
+            if conflict.management_id == _READ_ONLY_VOLUME:
                 raise
             self._read_client()
             present = self._desired()
