@@ -303,6 +303,8 @@ class ManagementClient:
         # A document may have a field `error` without being an envelope.
         error = error_in(body) if "success" in body or "systemMessage" in body else None
         if error is None:
+            if absent is not None and not body:  # an object that is not found has an error instead
+                raise codec.invalid_document(body, f"GET {path} with an empty document")
             return body
         if meaning_of(Operation.READ, error)[0] is absent:
             return {}

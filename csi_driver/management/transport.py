@@ -254,9 +254,11 @@ class Transport:
             headers["Cookie"] = cookie
         if request.body is not None:
             headers["Content-Type"] = "application/json"
-        prepared = requests.Request(request.method, self.server + request.path, headers, data=request.body).prepare()
         _local.deadline = deadline
         try:
+            prepared = requests.Request(
+                request.method, self.server + request.path, headers, data=request.body
+            ).prepare()
             response = self._current_adapter().send(
                 prepared,
                 stream=True,
@@ -264,6 +266,8 @@ class Transport:
                 verify=self._settings.tls_verify,
             )
             content = _content(response.raw)
+        except requests.exceptions.InvalidURL as error:  # a host that no name can have
+            raise ServerUnreachable(self.server, str(error)) from error
         except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter has all of requests
             raise self._failure(request, error) from error
         cookies = response.raw.headers.getlist("Set-Cookie")

@@ -72,6 +72,16 @@ def test_an_absent_volume_is_none(server: ManagementDouble, client: ManagementCl
     assert client.volume("vol1", deadline=deadline) is None
 
 
+@pytest.mark.parametrize("path", ["volumes/vol1", "clients/vol1", "volumeProvisioningGroups/vol1"])
+def test_an_empty_document_does_not_tell_that_an_object_is_absent(
+    path: str, server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", f"/{path}", Says({}))
+    read = {"volumes": client.volume, "clients": client.client}.get(path.partition("/")[0], client.vpg)
+    with pytest.raises(StorageUnavailable):
+        read("vol1", deadline=deadline)
+
+
 def test_a_vpg_reservation_is_not_a_volume(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:

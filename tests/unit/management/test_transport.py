@@ -138,6 +138,14 @@ def test_a_hanging_name_lookup_ends_at_the_deadline(monkeypatch: pytest.MonkeyPa
         transport.close()
 
 
+@pytest.mark.parametrize("host", [".h", "*h", "a b", "[v1.x]"])
+def test_a_host_that_cannot_exist_is_unreachable(host: str) -> None:
+    url = f"http://{host}:4000"
+    transport = Transport(url, ManagementSettings(servers=(url,)))
+    with pytest.raises(ServerUnreachable):
+        transport.exchange(Request("GET", "/"), None, Deadline.after(30))
+
+
 def test_one_connection_serves_many_requests(made: list[RawServer | Transport]) -> None:
     server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ends=False)
     transport = connected(made, server)
