@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
+from urllib.parse import urlsplit
 
 from csi_driver.background import run_detached
 from csi_driver.errors import PreconditionFailed, one_line
@@ -187,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         return is_valid
 
     def do_GET(self) -> None:
-        page = self.server.page(self.path.partition("?")[0])
+        page = self.server.page(urlsplit(self.path).path)
         body = page.text.encode()
         self.send_response_only(page.status)
         self.send_header("Content-Type", page.content_type)

@@ -136,9 +136,10 @@ def test_head_is_the_answer_without_the_page() -> None:
     assert body == b""
 
 
-def test_a_query_leads_to_the_same_page() -> None:
+@pytest.mark.parametrize("target", ["/healthz?verbose", "http://node:9809/healthz", "http://node:9809/healthz?verbose"])
+def test_a_query_and_a_whole_url_lead_to_the_same_page(target: str) -> None:
     with serving() as server:
-        assert ask(server, "/healthz?verbose").status == 200
+        assert ask(server, target).status == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz/", "/metrics/../healthz", "*"])
