@@ -40,12 +40,7 @@ _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.n
 
 
 def checks(role: str = NODE) -> tuple[Check, ...]:
-    every = (*_node_checks(), *_service_checks())
-    return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
-
-
-def _node_checks() -> tuple[Check, ...]:
-    return (
+    every = (
         Check("kernel", node.kernel, "Volumes are mounted by system calls that Linux has since 5.8. They need the"
               " kernel's filesystems, read-only pods of a raw block volume need loop devices, and volumes that the node"
               " encrypts need dm_crypt.", "Linux 5.8 or newer, with the modules of the volumes", "upgrade the kernel"),
@@ -74,11 +69,6 @@ def _node_checks() -> tuple[Check, ...]:
               "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
         Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
               "a readable record", "inspect the volume, then remove the record"),
-    )  # fmt: skip
-
-
-def _service_checks() -> tuple[Check, ...]:
-    return (
         Check("clusters-file", clusters_file, "It names the clusters and their servers.",
               "a description of the clusters", "correct the file at the key named"),
         Check("management", managements, "The driver creates and attaches volumes through it.", "a response",
@@ -105,6 +95,7 @@ def _service_checks() -> tuple[Check, ...]:
               "one registration with the node's present id, which no other node has",
               "see the log of the node's container; restart its pod, so that kubelet registers it again"),
     )  # fmt: skip
+    return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
 
 
 def clusters_file(target: Target) -> Iterator[Finding]:

@@ -203,15 +203,15 @@ def volumes(target: Target) -> Iterator[Finding]:
     table = {entry.path: entry for entry in read_table()}
     status_files = StatusFiles(target.paths.status_directory)
     mounts = list(kubelet_mounts(table, target.driver_name))
-    for mount in mounts:
-        entry = table[mount.path]
+    for path, handle in mounts:
+        entry = table[path]
         status = status_files.volume(Path(entry.source).name)
-        where = f"volume {mount.name} at {mount.path}"
+        where = f"volume {handle or path} at {path}"
         if not machine.is_present(entry.number):
             yield warning(f"{where}: its device {entry.number} is gone")
-        elif not mount.handle:
-            fix = f"none while the node runs: it unmounts proven orphans; else: umount {mount.path}"
-            yield warning(f"{mount.path} is mounted, and kubelet has no record of it", fix=fix)
+        elif not handle:
+            fix = f"none while the node runs: it unmounts proven orphans; else: umount {path}"
+            yield warning(f"{path} is mounted, and kubelet has no record of it", fix=fix)
         elif status is not None and status.preempted:
             yield warning(f"{where} was taken over by another node: {status.details}")
         elif status is not None and status.io_enabled is not True:

@@ -9,7 +9,6 @@ import json
 import logging
 import signal
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -21,25 +20,13 @@ from csi_driver.telemetry import log
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class KubeletMount:
-    """A staging path or target path of a volume. `handle` is empty where kubelet has no record of it."""
-
-    path: Path
-    handle: str
-
-    @property
-    def name(self) -> str:
-        return self.handle or str(self.path)
-
-
-def kubelet_mounts(paths: Iterable[Path], driver_name: str) -> Iterator[KubeletMount]:
-    """Yield those of these mount points that are this driver's, by kubelet's layout and records."""
+def kubelet_mounts(paths: Iterable[Path], driver_name: str) -> Iterator[tuple[Path, str]]:
+    """Yield this driver's mount points, each with the volume's handle, or "" where kubelet has no record of it."""
     for path in paths:
         staging = staging_record(path, driver_name)
         record = _read(staging or publication_record(path))
         if staging is not None or record.get("driverName") == driver_name:
-            yield KubeletMount(path, str(record.get("volumeHandle") or ""))
+            yield path, str(record.get("volumeHandle") or "")
 
 
 def _read(record: Path | None) -> dict[str, object]:
@@ -60,7 +47,8 @@ def run_pre_stop(
     from csi_driver.kubernetes.node_object import PreStop
 
     def mounted() -> Collection[str]:
-        return {mount.name for mount in kubelet_mounts((entry.path for entry in read_table()), driver_name)}
+        mounts = kubelet_mounts((entry.path for entry in read_table()), driver_name)
+        return {handle or str(path) for path, handle in mounts}
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.flags import (
@@ -35,9 +35,8 @@ START_TIMEOUT = Flag(
 )
 
 
-def this_program() -> tuple[str, ...]:
-    """Return the arguments that start this program again, before the name of a command."""
-    return (sys.executable, "-m", "csi_driver")
+PROGRAM = (sys.executable, "-m", "csi_driver")
+"""The arguments that start this program again, before the name of a command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class LocalSettings:
         "Stop all roles when one exits more often than this within --restart-window.",
     )
     restart_window_s: float = flag(60.0, "--restart-window", read_positive_duration, "Time window of --restart-limit.")
-    program: tuple[str, ...] = field(default_factory=this_program)
+    program: tuple[str, ...] = PROGRAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +101,4 @@ class DemoSettings:
     write_bytes: int = flag(16 * MIB, "--write-size", read_positive_size, "Bytes written to and read from a volume.")
     step_timeout_s: float = flag(120.0, "--step-timeout", read_positive_duration, "Time limit of each CSI request.")
     start_timeout_s: float = START_TIMEOUT.field()
-    program: tuple[str, ...] = field(default_factory=this_program)
+    program: tuple[str, ...] = PROGRAM

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
-from csi_driver.capacity import least_extension_bytes
+from csi_driver.capacity import GIGABYTE, least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, OutcomeUnknown, VolumeNotFound
 from csi_driver.management import codec, free_capacity
@@ -193,7 +193,7 @@ class ManagementClient:
                 f"{current.capacity_gb} GB: another request extends it; retry"
             )
         step = least_extension_bytes(current.layout)
-        if not (capacity_gb - current.capacity_gb) * codec.GB >= step:
+        if not (capacity_gb - current.capacity_gb) * GIGABYTE >= step:
             raise CapacityOutOfRange(
                 f"volume {volume.name}: expected an extension by at least {step} bytes, "
                 f"got {current.capacity_gb} GB to {capacity_gb} GB; request more"

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from csi_driver import storage_model
+from csi_driver.capacity import GIGABYTE
 from csi_driver.compat.volumes import METADATA_FIELD
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
@@ -19,7 +20,6 @@ from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 Document = Mapping[str, Any]
 
-GB = 1_000_000_000
 _LARGEST_HEADER_MIB = 1024
 _SHOWN_CHARACTERS = 256
 
@@ -154,7 +154,7 @@ def gigabytes(value: object) -> int:
     """Return decimal gigabytes as bytes, rounded down. Raises `TypeError` or `ValueError` for anything but a number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{value!r} is no number of gigabytes")
-    return max(0, int(value * GB))
+    return max(0, int(value * GIGABYTE))
 
 
 # Thousands of volumes share a few layouts: reusing the objects halves the time to decode a long list.
