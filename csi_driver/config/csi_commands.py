@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from csi_driver import settings
 from csi_driver.config.command import Command, Values, build, flags_of
 from csi_driver.flags import (
     SOCKET_PATH_LIMIT_BYTES,
@@ -22,23 +23,6 @@ from csi_driver.flags import (
     section,
 )
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
-from csi_driver.settings import (
-    ATTACH_BY,
-    DRIVER_NAME,
-    HTTP_LISTEN,
-    NODE_NAME,
-    ZONE,
-    ApiSettings,
-    AttachBy,
-    AttachSettings,
-    ControllerSettings,
-    EndpointSettings,
-    HttpSettings,
-    NodeObjectSettings,
-    NodePaths,
-    NodeSettings,
-    RegistrationSettings,
-)
 from csi_driver.telemetry.log import LogSettings
 
 ALLOW_FORMAT, SHOW = "allow-format", "show"
@@ -55,7 +39,7 @@ class ManagementAccess:
         shown="none",
     )
     management: ManagementSettings = section(ManagementSettings)
-    zone: str = ZONE.field()
+    zone: str = settings.ZONE.field()
     tls_verify: bool | None = TLS_VERIFY.with_default(None, TLS_VERIFY.shown_default)
 
     @property
@@ -99,19 +83,19 @@ class ClusterCommand(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerCommand(ClusterCommand):
-    endpoint: EndpointSettings = section(EndpointSettings)
+    endpoint: settings.EndpointSettings = section(settings.EndpointSettings)
     access: ManagementAccess = section(ManagementAccess)
-    controller: ControllerSettings = section(ControllerSettings)
-    attach_by: AttachBy = ATTACH_BY.field()
-    http: HttpSettings | None = HTTP_LISTEN.field()
+    controller: settings.ControllerSettings = section(settings.ControllerSettings)
+    attach_by: settings.AttachBy = settings.ATTACH_BY.field()
+    http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCommand(Command):
-    endpoint: EndpointSettings = section(EndpointSettings)
-    paths: NodePaths = section(NodePaths)
-    node: NodeSettings = section(NodeSettings)
+    endpoint: settings.EndpointSettings = section(settings.EndpointSettings)
+    paths: settings.NodePaths = section(settings.NodePaths)
+    node: settings.NodeSettings = section(settings.NodeSettings)
     kubelet_endpoint: Path | None = flag(
         None,
         "--kubelet-endpoint",
@@ -119,33 +103,33 @@ class NodeCommand(Command):
         "Path of the CSI socket on the host, for kubelet.",
         shown="the same as --endpoint",
     )
-    attach_by: AttachBy = ATTACH_BY.field()
+    attach_by: settings.AttachBy = settings.ATTACH_BY.field()
     access: ManagementAccess = section(ManagementAccess)
-    attach: AttachSettings = section(AttachSettings)
-    node_object: NodeObjectSettings = section(NodeObjectSettings)
-    api: ApiSettings = section(ApiSettings)
-    http: HttpSettings | None = HTTP_LISTEN.field()
+    attach: settings.AttachSettings = section(settings.AttachSettings)
+    node_object: settings.NodeObjectSettings = section(settings.NodeObjectSettings)
+    api: settings.ApiSettings = section(settings.ApiSettings)
+    http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
 
     @classmethod
     def read(cls, values: Values) -> Self:
-        if values.read(ATTACH_BY) is AttachBy.NODE:
+        if values.read(settings.ATTACH_BY) is settings.AttachBy.NODE:
             build(ManagementAccess, values).read_clusters(values)
         return build(cls, values)
 
     @property
-    def registration(self) -> RegistrationSettings | None:
+    def registration(self) -> settings.RegistrationSettings | None:
         directory, own = self.paths.registration_directory, self.endpoint.socket
         if directory is None:
             return None
-        return RegistrationSettings(directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent)
+        return settings.RegistrationSettings(directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent)
 
     def problems(self, values: Values) -> Iterator[str]:
-        if self.attach_by is AttachBy.NODE:
+        if self.attach_by is settings.AttachBy.NODE:
             yield from self.access.problems()
         else:
-            flags = {**flags_of(ManagementSettings), **flags_of(AttachSettings)}
-            own = flags_of(NodeSettings)
+            flags = {**flags_of(ManagementSettings), **flags_of(settings.AttachSettings)}
+            own = flags_of(settings.NodeSettings)
             given = ", ".join(name for name, each in flags.items() if name not in own and values.is_given(each))
             if given:
                 yield f"{given} requires --attach-by node: else the node attaches no volume itself"
@@ -187,9 +171,9 @@ class PreStopCommand(Command):
         "Time limit of the wait; must be less than terminationGracePeriodSeconds by the time that the node needs to"
         " stop.",
     )
-    driver_name: str = DRIVER_NAME.field()
-    node_name: str = NODE_NAME.field()
-    api: ApiSettings = section(ApiSettings)
+    driver_name: str = settings.DRIVER_NAME.field()
+    node_name: str = settings.NODE_NAME.field()
+    api: settings.ApiSettings = section(settings.ApiSettings)
     log: LogSettings = section(LogSettings)
 
     def resolved(self) -> Self:
