@@ -161,7 +161,6 @@ def _set_blocks(layout: Layout) -> int:
 
 
 def _stripe_blocks(layout: Layout) -> int:
-    """Return the stripe on one leg; without stripes, the set to which a leg is rounded."""
     if layout.raid_level in (RaidLevel.CONCATENATED, RaidLevel.MIRRORED):
         return BLOCKS_PER_SET
     stripe = layout.stripe_size_blocks or _DEFAULT_STRIPE_BLOCKS

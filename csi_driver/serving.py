@@ -14,18 +14,11 @@ from csi_driver import driver_version
 from csi_driver.background import Periodic
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
 from csi_driver.model import ClusterNames
+from csi_driver.rpc import services
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH
 from csi_driver.rpc.server import Server, Termination
-from csi_driver.rpc.services import (
-    ControllerService,
-    ControllerUseCases,
-    IdentityService,
-    ManagementReadiness,
-    NodeService,
-    is_equipped,
-)
 from csi_driver.settings import AttachBy, EndpointSettings
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.pages import serving
@@ -48,7 +41,7 @@ def serve(
     service: Service,
     background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
-    identity = IdentityService(driver_name, driver_version, is_ready)
+    identity = services.IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
     boundary = Boundary(disabled, settings.default_deadline_s)
     server = Server(settings, boundary, (service, identity))
@@ -83,12 +76,12 @@ def run_controller(command: ControllerCommand) -> int:
     settings, requests = command.controller, metrics.ManagementMetrics()
     clusters = _connect(command.access, requests)
     readiness = Readiness(clusters)
-    service = ControllerService(
+    service = services.ControllerService(
         _controller_use_cases(clusters, settings),
         volume_health=command.endpoint.volume_health,
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
-    ready = ManagementReadiness(readiness.any_answers)
+    ready = services.ManagementReadiness(readiness.any_answers)
     own = metrics.process(role="controller", driver_name=settings.driver_name, version=driver_version())
 
     def background(boundary: Boundary) -> AbstractContextManager[object]:
@@ -103,7 +96,7 @@ def run_controller(command: ControllerCommand) -> int:
     return serve(command.endpoint, settings.driver_name, ready.is_ready, service, background)
 
 
-def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> ControllerUseCases:
+def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> services.ControllerUseCases:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
@@ -113,7 +106,7 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> C
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 
     listing = ListVolumes(clusters, settings)
-    return ControllerUseCases(
+    return services.ControllerUseCases(
         create=CreateVolume(clusters, settings),
         delete=DeleteVolume(clusters, settings),
         publish=PublishVolume(clusters, settings),
@@ -145,8 +138,8 @@ def run_node(command: NodeCommand) -> int:
             _register_and_report(command, use_cases, loops, measurements, running)
             return running.pop_all()
 
-    is_ready = partial(is_equipped, use_cases.identity.problems)
-    service = NodeService(use_cases, volume_health=command.endpoint.volume_health)
+    is_ready = partial(services.is_equipped, use_cases.identity.problems)
+    service = services.NodeService(use_cases, volume_health=command.endpoint.volume_health)
     return serve(command.endpoint, command.node.driver_name, is_ready, service, background)
 
 

@@ -76,7 +76,6 @@ class Node:
         return f"it has the taint {key}" if key else ""
 
     def handles(self, driver_name: str) -> frozenset[str]:
-        """Return the handles of a driver's volumes that are attached to this node or in use on it."""
         prefix = f"kubernetes.io/csi/{driver_name}^"
         return frozenset(name.removeprefix(prefix) for name in self.volumes if name.startswith(prefix))
 

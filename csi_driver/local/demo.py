@@ -89,7 +89,6 @@ class Screen:
         self.write(f"{self.monotonic() - start:8.3f} s  {name:<26}{' '.join(words)}".rstrip())
 
     def show(self, argv: Sequence[str], path: Path) -> None:
-        """Print a tool's output for a path, indented."""
         output = run([*argv, str(path)], timeout_s=_TOOL_TIMEOUT_S, accept=_NOTHING_FOUND).stdout
         for line in output.decode(errors="replace").splitlines():
             self.write(f"{'':12}| {line}")
@@ -386,13 +385,11 @@ def _sweep(directory: Path, is_new: bool) -> list[str]:
 
 
 def mounts_below(directory: Path) -> list[str]:
-    """Return the mount points below a directory, the directory included."""
     rows = _rows("filesystems", "findmnt", "--json", "--list", "--output", "TARGET")
     return [row["target"] for row in rows if Path(row["target"]).is_relative_to(directory)]
 
 
 def loops_below(directory: Path) -> list[str]:
-    """Return the loop devices over files, present or deleted, below a directory."""
     rows = _rows("loopdevices", "losetup", "--json", "--list", "--output", "NAME,BACK-FILE")
     return [row["name"] for row in rows if Path(row["back-file"] or "").is_relative_to(directory)]
 

@@ -124,7 +124,6 @@ class Check:
 
 
 def run_doctor(target: Target, chosen: Sequence[Check], write: Callable[[str], None] = print) -> int:
-    """Run the checks and print the findings. Exit status: 1 when a check fails, else 0."""
     deadline = Deadline.after(target.timeout_s)
     findings = examine(chosen, target, deadline)
     if target.as_json:

@@ -40,62 +40,7 @@ _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.n
 
 
 def checks(role: str = NODE) -> tuple[Check, ...]:
-    every = (
-        Check("kernel", node.kernel, "Volumes are mounted by system calls that Linux has since 5.8. They need the"
-              " kernel's filesystems, read-only pods of a raw block volume need loop devices, and volumes that the node"
-              " encrypts need dm_crypt.", "Linux 5.8 or newer, with the modules of the volumes", "upgrade the kernel"),
-        Check("tools", node.tools, "The node runs these programs.", "it is installed", "install its package"),
-        Check("privileges", node.privileges, "The node mounts and grows filesystems. The usual SELinux and AppArmor"
-              " profiles of containers deny it.", "CAP_SYS_ADMIN and CAP_SYS_RESOURCE, unconfined",
-              "run the node's container privileged (the chart does)"),
-        Check("devices", node.devices, "A container's own `/dev` does not show devices that appear later.",
-              "the host's /dev (a devtmpfs) and /sys", "mount the host's /dev into the container (the chart does)"),
-        Check("loop-devices", node.loop_devices, "Data written to a loop device without its file is lost with it.",
-              "every loop device has its file", "losetup --detach"),
-        Check("propagation", node.propagation, "Mounts that do not reach the host leave pods with an empty directory.",
-              "kubelet's directory, with shared mount propagation", "mount --make-rshared DIRECTORY"),
-        Check("state-directory", node.state_directory, "By its usage records the node tells old data from new.",
-              "a writable directory that survives a reboot, with 16 MiB and 256 inodes free",
-              "set --state-directory (value node.stateDirectory) to a directory of the host's disk"),
-        Check("client", node.client, "The storage client attaches volumes; its uuid is the node's id.",
-              "a running storage client, and its status files in --status-directory",
-              "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"),
-        Check("zone", node.zone, "Volumes of another cluster cannot be attached here.", "exactly one zone",
-              "match the server names in --clusters-file and the client's configuration, or set --zone"),
-        Check("client-management", node.client_management, "The client learns from its management what to attach.",
-              "a connection", "start it, open the firewall, or correct MANAGEMENT_SERVERS in the client's file"),
-        Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
-              "every mount with its device, I/O and kubelet's record",
-              "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
-        Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
-              "a readable record", "inspect the volume, then remove the record"),
-        Check("clusters-file", clusters_file, "It names the clusters and their servers.",
-              "a description of the clusters", "correct the file at the key named"),
-        Check("management", managements, "The driver creates and attaches volumes through it.", "a response",
-              "start it, or correct its name, address and port (4000 by default), or the firewall"),
-        Check("certificate", managements, "Without verified TLS the password can be read on the way.",
-              "a verified certificate that is valid for 30 days or more",
-              "set --management-ca-file (value management.tls.caSecret), use a name of the certificate, or renew it"),
-        Check("login", managements, "Every request needs the login and API version 15 or newer.",
-              "an accepted login", "correct user and password in the Secret (value management.existingSecret)"),
-        Check("clients", managements, "A volume may be attached to any of the clients that have one uuid.",
-              "a uuid of its own for each client, and this machine's client among them",
-              "these machines were cloned: reinstall the NVMesh client on all but one, so that it gets a new uuid"),
-        Check("driver", driver, "Kubelet and the sidecars send their requests to this socket.",
-              "the driver, ready", "see the log of the driver's container"),
-        Check("clock", node.clock, "Certificates, tokens and logs go by the time.",
-              "less than 30 s of difference", "systemctl enable --now chronyd (or systemd-timesyncd) on the host"),
-        Check("sockets", sockets, "Kubelet refuses the second driver of a name.",
-              "one registration socket, served by this driver",
-              "remove the other driver of this name: kubectl get daemonsets --all-namespaces | grep -i csi"),
-        Check("api-server", kubernetes, "The node label, the start-up taint and the preStop hook need it.",
-              "a response, and this node without the start-up taint",
-              "give the pod a service account token, and let no NetworkPolicy block the API server"),
-        Check("registration", kubernetes, "Volumes are attached to the id that kubelet registered.",
-              "one registration with the node's present id, which no other node has",
-              "see the log of the node's container; restart its pod, so that kubelet registers it again"),
-    )  # fmt: skip
-    return tuple(check for check in every if role != CONTROLLER or check.name in _OF_CONTROLLER)
+    return tuple(check for check in _CHECKS if role != CONTROLLER or check.name in _OF_CONTROLLER)
 
 
 def clusters_file(target: Target) -> Iterator[Finding]:
@@ -320,3 +265,60 @@ def _duplicates(target: Target, server: ApiServer) -> Iterator[Finding]:
     for node_id, nodes in _repeated(server.node_ids(target.driver_name)):
         fix = "give each clone its own NVMesh client uuid, or host name; then restart the node pods"
         yield error(f"the nodes {', '.join(nodes)} are registered with one id, {node_id}", fix=fix)
+
+
+_CHECKS = (
+    Check("kernel", node.kernel, "Volumes are mounted by system calls that Linux has since 5.8. They need the"
+          " kernel's filesystems, read-only pods of a raw block volume need loop devices, and volumes that the node"
+          " encrypts need dm_crypt.", "Linux 5.8 or newer, with the modules of the volumes", "upgrade the kernel"),
+    Check("tools", node.tools, "The node runs these programs.", "it is installed", "install its package"),
+    Check("privileges", node.privileges, "The node mounts and grows filesystems. The usual SELinux and AppArmor"
+          " profiles of containers deny it.", "CAP_SYS_ADMIN and CAP_SYS_RESOURCE, unconfined",
+          "run the node's container privileged (the chart does)"),
+    Check("devices", node.devices, "A container's own `/dev` does not show devices that appear later.",
+          "the host's /dev (a devtmpfs) and /sys", "mount the host's /dev into the container (the chart does)"),
+    Check("loop-devices", node.loop_devices, "Data written to a loop device without its file is lost with it.",
+          "every loop device has its file", "losetup --detach"),
+    Check("propagation", node.propagation, "Mounts that do not reach the host leave pods with an empty directory.",
+          "kubelet's directory, with shared mount propagation", "mount --make-rshared DIRECTORY"),
+    Check("state-directory", node.state_directory, "By its usage records the node tells old data from new.",
+          "a writable directory that survives a reboot, with 16 MiB and 256 inodes free",
+          "set --state-directory (value node.stateDirectory) to a directory of the host's disk"),
+    Check("client", node.client, "The storage client attaches volumes; its uuid is the node's id.",
+          "a running storage client, and its status files in --status-directory",
+          "systemctl status nvmeshclient; journalctl -u nvmeshclient; then: systemctl start nvmeshclient"),
+    Check("zone", node.zone, "Volumes of another cluster cannot be attached here.", "exactly one zone",
+          "match the server names in --clusters-file and the client's configuration, or set --zone"),
+    Check("client-management", node.client_management, "The client learns from its management what to attach.",
+          "a connection", "start it, open the firewall, or correct MANAGEMENT_SERVERS in the client's file"),
+    Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
+          "every mount with its device, I/O and kubelet's record",
+          "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),
+    Check("usage-records", node.usage_records, "A volume with an unreadable record is not formatted here.",
+          "a readable record", "inspect the volume, then remove the record"),
+    Check("clusters-file", clusters_file, "It names the clusters and their servers.",
+          "a description of the clusters", "correct the file at the key named"),
+    Check("management", managements, "The driver creates and attaches volumes through it.", "a response",
+          "start it, or correct its name, address and port (4000 by default), or the firewall"),
+    Check("certificate", managements, "Without verified TLS the password can be read on the way.",
+          "a verified certificate that is valid for 30 days or more",
+          "set --management-ca-file (value management.tls.caSecret), use a name of the certificate, or renew it"),
+    Check("login", managements, "Every request needs the login and API version 15 or newer.",
+          "an accepted login", "correct user and password in the Secret (value management.existingSecret)"),
+    Check("clients", managements, "A volume may be attached to any of the clients that have one uuid.",
+          "a uuid of its own for each client, and this machine's client among them",
+          "these machines were cloned: reinstall the NVMesh client on all but one, so that it gets a new uuid"),
+    Check("driver", driver, "Kubelet and the sidecars send their requests to this socket.",
+          "the driver, ready", "see the log of the driver's container"),
+    Check("clock", node.clock, "Certificates, tokens and logs go by the time.",
+          "less than 30 s of difference", "systemctl enable --now chronyd (or systemd-timesyncd) on the host"),
+    Check("sockets", sockets, "Kubelet refuses the second driver of a name.",
+          "one registration socket, served by this driver",
+          "remove the other driver of this name: kubectl get daemonsets --all-namespaces | grep -i csi"),
+    Check("api-server", kubernetes, "The node label, the start-up taint and the preStop hook need it.",
+          "a response, and this node without the start-up taint",
+          "give the pod a service account token, and let no NetworkPolicy block the API server"),
+    Check("registration", kubernetes, "Volumes are attached to the id that kubelet registered.",
+          "one registration with the node's present id, which no other node has",
+          "see the log of the node's container; restart its pod, so that kubelet registers it again"),
+)  # fmt: skip

@@ -181,7 +181,6 @@ class Supervisor:
         return None if process is None else process.pid
 
     def watch(self) -> None:
-        """Restart roles that exit, until `stop` is set. Raises `HostFailure` beyond the limit."""
         while not self.stop.wait(_WATCH_INTERVAL_S):
             self.restart_exited()
 
@@ -225,7 +224,6 @@ class Supervisor:
 
 
 def role_argv(role: Role, settings: LocalSettings, paths: Paths, port: int, listener: int) -> list[str]:
-    """Return the command line of a role. `listener`: descriptor of the socket that is bound to `port`."""
     node_name = settings.node_name or socket.gethostname()
     argv = [*settings.program, role.value, "--log-level", settings.log_level]
     if role is Role.STORAGE:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
+from csi_driver import storage_model
 from csi_driver.capacity import GIGABYTE, least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, OutcomeUnknown, VolumeNotFound
@@ -23,17 +24,7 @@ from csi_driver.management.failures import Meaning, NotLarger, Operation, error_
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Request
 from csi_driver.model import is_uuid, is_volume_name
-from csi_driver.storage_model import (
-    ALL_DRIVES,
-    AllowedDrives,
-    Client,
-    ReservationMode,
-    SystemInfo,
-    Volume,
-    VolumeChanges,
-    VolumeSpec,
-    Vpg,
-)
+from csi_driver.storage_model import ALL_DRIVES, AllowedDrives, Client, Volume, VolumeSpec
 from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -95,7 +86,7 @@ class ManagementClient:
     def close(self) -> None:
         self._servers.close()
 
-    def system_info(self, *, deadline: Deadline) -> SystemInfo:
+    def system_info(self, *, deadline: Deadline) -> storage_model.SystemInfo:
         return codec.decode_system_info(self._read("/systemInfo", deadline))
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
@@ -139,7 +130,7 @@ class ManagementClient:
                 found[client.id] = client
         return [client for _, client in sorted(found.items()) if client.holds(uuid)]
 
-    def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:
+    def vpg(self, name: str, *, deadline: Deadline) -> storage_model.Vpg | None:
         if not _VPG_NAME.fullmatch(name):
             return None
         path = f"/volumeProvisioningGroups/{quote(name, safe='')}"
@@ -153,7 +144,6 @@ class ManagementClient:
         return free_capacity.vpg_free_bytes(self._read(path, deadline))
 
     def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
-        """Send one request, and one for each kind of class."""
         # A domain counts for a kind of class only where no class of either kind is named.
         domain = None if allowed.drive_classes or allowed.target_classes else allowed.domain
         classes: list[list[codec.Document]] = []
@@ -216,7 +206,7 @@ class ManagementClient:
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         self._update(volume, {"metadata": dict(metadata)}, deadline)
 
-    def update_volume(self, volume: Volume, changes: VolumeChanges, *, deadline: Deadline) -> None:
+    def update_volume(self, volume: Volume, changes: storage_model.VolumeChanges, *, deadline: Deadline) -> None:
         self._update(volume, codec.encode_changes(changes), deadline)
 
     def _update(self, volume: Volume, fields: Mapping[str, object], deadline: Deadline) -> None:
@@ -234,7 +224,7 @@ class ManagementClient:
         client: Client,
         volume: Volume,
         *,
-        mode: ReservationMode,
+        mode: storage_model.ReservationMode,
         reference_id: str | None,
         version: int | None = None,
         preempt: bool = False,

@@ -56,14 +56,12 @@ _MODES: Mapping[object, storage_model.ReservationMode] = {mode.value: mode for m
 
 
 def as_document(body: object, what: str) -> Document:
-    """Return `body` as a JSON object. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, dict):
         raise invalid_document(body, f"{what}: expected a JSON object")
     return body
 
 
 def as_documents(body: object, what: str) -> list[Document]:
-    """Return `body` as a list of JSON objects. Raises `StorageUnavailable` for anything else."""
     if not isinstance(body, list):
         raise invalid_document(body, f"{what}: expected a JSON list")
     return [as_document(row, what) for row in body]

@@ -118,7 +118,6 @@ class ManagementSettings:
         return str(self.password_file or "the clusters file")
 
     def problems(self) -> tuple[str, ...]:
-        """Return a sentence for each problem; empty for usable settings."""
         return (*self._server_problems(), *self._login_problems())
 
     def _server_problems(self) -> Iterator[str]:

@@ -235,8 +235,6 @@ class ControllerService(Service):
 
 @dataclass(slots=True)
 class NodeService(Service):
-    """Node service."""
-
     name: ClassVar[str] = "Node"
 
     do: NodeUseCases

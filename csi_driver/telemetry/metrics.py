@@ -12,14 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+import prometheus_client as client
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -58,11 +52,11 @@ class Reading(Collector):
 
 
 def exposition(metrics: Iterable[Metric]) -> str:
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
-    registry = CollectorRegistry()
+    client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
+    registry = client.CollectorRegistry()
     for metric in metrics:
         registry.register(metric)
-    return generate_latest(registry).decode()
+    return client.generate_latest(registry).decode()
 
 
 def _gauge(name: str, text: str, read: Callable[[], float]) -> Metric:
@@ -87,7 +81,7 @@ def process(*, version: str, role: str, driver_name: str) -> list[Metric]:
         lambda: [(tuple(labels.values()), 1)],
     )
     threads = _gauge("process_threads", "Threads that run Python code.", threading.active_count)
-    return [build, ProcessCollector(registry=None), threads]
+    return [build, client.ProcessCollector(registry=None), threads]
 
 
 def background(loops: Sequence[Background]) -> list[Metric]:
@@ -107,7 +101,6 @@ def background(loops: Sequence[Background]) -> list[Metric]:
 
 
 def rpc_durations() -> Histogram:
-    """Return the histogram that the RPC boundary fills; its labels are service, method and code."""
     return Histogram(
         "nvmesh_csi_rpc_duration_seconds",
         "Duration of CSI calls, by the code of the response.",
@@ -138,7 +131,6 @@ def running_calls(read: Callable[[], Mapping[tuple[str, str], tuple[int, float]]
 def node(
     volumes: Callable[[], Mapping[str, int]], heavy: Callable[[], tuple[int, int]], heavy_limit: int
 ) -> list[Metric]:
-    """Describe a node: the number of volumes by state, and how many heavy operations run and wait."""
     return [
         Reading(
             "nvmesh_csi_node_volumes",
@@ -242,7 +234,6 @@ class ManagementMetrics:
 def storage(
     pool: Callable[[], Mapping[str, int]], volumes: Callable[[], int], attachments: Callable[[], int]
 ) -> list[Metric]:
-    """Describe the embedded storage manager: bytes of the pool by state, volumes and attachments."""
     return [
         Reading(
             "nvmesh_csi_storage_pool_bytes",

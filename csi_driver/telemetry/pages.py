@@ -169,7 +169,6 @@ class PageServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log an error of a connection: the client went away, or a bug."""
         _LOG.debug("an HTTP connection failed", exc_info=True)
 
 
