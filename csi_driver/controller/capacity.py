@@ -11,21 +11,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csi_driver import capacity as sizes
+from csi_driver import errors
 from csi_driver.controller.ports import Clusters, CreateRequest, Management, TopologyRequirement
 from csi_driver.controller.validate import check_capabilities, check_capability
 from csi_driver.controller.volume_lookup import Located, require
 from csi_driver.controller.volume_metadata import encryption_of
 from csi_driver.controller.zones import ZONE_POOL, Answers, ZonePool, allowed_zones, ask, rank_in, unavailable
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    CapacityOutOfRange,
-    DriverError,
-    Exhausted,
-    InvalidRequest,
-    OperationPending,
-    PreconditionFailed,
-    VolumeNotFound,
-)
 from csi_driver.model import BlockAccess, Capability, Capacity, CapacityRange, Segments
 from csi_driver.parameters.storage_class import StorageClassParameters, parse
 from csi_driver.publish_context import Encryption
@@ -68,7 +60,7 @@ def free_capacity(management: Management, read: StorageClassParameters, *, deadl
             return FreeCapacity(0, refusal=f"volume provisioning group {name} is for the metadata of snapshots")
         try:
             header = read.encryption.in_group(group).header_bytes
-        except InvalidRequest as problem:
+        except errors.InvalidRequest as problem:
             return FreeCapacity(0, refusal=str(problem))
         layout, overflows = group.layout, group.allow_overflow
         if not overflows or group.capacity_bytes:
@@ -134,17 +126,17 @@ class GetCapacity:
         try:
             check_capabilities(capabilities)
             zones = allowed_zones(self.clusters.zones(), requirement, self.settings.topology_key)
-        except (InvalidRequest, Exhausted):
+        except (errors.InvalidRequest, errors.Exhausted):
             return Capacity(0, maximum_volume_bytes=0)
         found: list[FreeCapacity] = []
         try:
             read = parse(parameters)
-        except InvalidRequest as problem:
+        except errors.InvalidRequest as problem:
             refusal = str(problem)
         else:
             try:
                 parse(parameters, capabilities)
-            except InvalidRequest:
+            except errors.InvalidRequest:
                 return Capacity(0, maximum_volume_bytes=0)
             found = self._answers(zones, read, deadline)
             refusal = self._refusal(zones, found, read, deadline)
@@ -166,7 +158,7 @@ class GetCapacity:
         others = [zone for zone in self.clusters.zones() if zone not in zones]
         try:
             elsewhere = self._answers(others, read, deadline) if others else []
-        except DriverError:
+        except errors.DriverError:
             return ""
         if len(elsewhere) < len(others) or not all(each.refusal for each in elsewhere):
             return ""
@@ -288,7 +280,7 @@ class ExpandVolume:
                 break
             volume = self._extend(located, volume, more, deadline)
         if sizes.extension(volume, capacity, reserved) is not None:
-            raise OperationPending(
+            raise errors.OperationPending(
                 f"volume {volume.name} has {volume.size_bytes} bytes and is still being extended; retry"
             )
         is_block = capability is not None and isinstance(capability.access, BlockAccess)
@@ -297,22 +289,22 @@ class ExpandVolume:
 
     def _extend(self, located: Located, volume: Volume, more: sizes.Extension, deadline: Deadline) -> Volume:
         if volume.is_being_made:
-            raise OperationPending(f"volume {volume.name} is still being created (action {volume.action}); retry")
-        refusal: DriverError | None = None
+            raise errors.OperationPending(f"volume {volume.name} is being created (action {volume.action}); retry")
+        refusal: errors.DriverError | None = None
         try:
             located.management.extend_volume(volume, more.capacity_gb, deadline=deadline)
             _log.info("extended volume %s, uuid %s, to %d bytes", volume.name, volume.uuid, more.size_bytes)
-        except (PreconditionFailed, OperationPending) as problem:
+        except (errors.PreconditionFailed, errors.OperationPending) as problem:
             refusal = problem
-        except Exhausted as problem:
-            refusal = CapacityOutOfRange(
+        except errors.Exhausted as problem:
+            refusal = errors.CapacityOutOfRange(
                 f"no space to extend volume {volume.name} from {volume.size_bytes} "
                 f"to {more.size_bytes} bytes: {problem}"
             )
             refusal.__cause__ = problem
         present = located.management.volume(volume.name, deadline=deadline)
         if present is None or present.uuid != volume.uuid:
-            raise VolumeNotFound(located.volume_id, "it was deleted concurrently")
+            raise errors.VolumeNotFound(located.volume_id, "it was deleted concurrently")
         if refusal is not None and present.size_bytes == volume.size_bytes:
             raise refusal
         return present

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from csi_driver import errors
 from csi_driver.capacity import stripes_of
 from csi_driver.controller.fencing import Preemption, UnpublishVolume, device_state, is_detaching, missing
 from csi_driver.controller.ports import Clusters, PublishRequest
@@ -26,18 +27,6 @@ from csi_driver.controller.volume_metadata import (
     with_attachments,
 )
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    DeadlineReached,
-    Exhausted,
-    ExistsDifferently,
-    NodeNotFound,
-    NotAttached,
-    OperationPending,
-    PreconditionFailed,
-    ReservationConflict,
-    StorageUnavailable,
-    VolumeNotFound,
-)
 from csi_driver.model import BlockAccess, Capability
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import Encryption, History, PublishContext, reference_id
@@ -80,7 +69,7 @@ class PublishVolume:
             client = find_client(located.management, request.node_id, deadline=deadline)
             located = require(self.clusters, request.volume_id, deadline=deadline)
         if client is None:
-            raise NodeNotFound(request.node_id)
+            raise errors.NodeNotFound(request.node_id)
         return located, client
 
 
@@ -106,11 +95,11 @@ class _Call:
             # A client holds it by now; perhaps this one, through the same call to another controller.
             self._read_client()
             if self._is_detaching():
-                raise OperationPending(f"volume {volume.name} is being detached from node {self.client.id}; retry")
+                raise errors.OperationPending(f"volume {volume.name} is being detached from {self.client.id}; retry")
         desired = self._desired()
         has_reference = desired is not None and self.located.reference in desired.references
         if self.request.is_again and not has_reference:
-            raise NotAttached(volume.name, self.client.id)
+            raise errors.NotAttached(volume.name, self.client.id)
         preempted: int | None = None
         if desired is None:
             preempted = self._admit()
@@ -125,13 +114,13 @@ class _Call:
     def _check_volume(self) -> None:
         located, request = self.located, self.request
         if located.volume.is_snapshot:
-            raise PreconditionFailed(
+            raise errors.PreconditionFailed(
                 f"volume {located.volume.name} is a snapshot, which the storage client of a node cannot attach: "
                 "only a client in user space can; publish the snapshot's source instead"
             )
         by = encryption_of(located.volume, located.creation, request.context)
         if by is Encryption.UNKNOWN:
-            raise PreconditionFailed(
+            raise errors.PreconditionFailed(
                 f"volume {located.volume.name}: expected encryption by the storage, got none in the management; it is "
                 "not attached, because its data would be unencrypted"
             )
@@ -149,7 +138,7 @@ class _Call:
 
         if not self._wait(is_detached):
             volume = self.located.volume
-            raise OperationPending(
+            raise errors.OperationPending(
                 f"volume {volume.name} is still being detached from node {self.client.id} "
                 f"({device_state(self.client, volume)})"
             )
@@ -161,7 +150,7 @@ class _Call:
             raise _client_absent(client)
         limit = self.settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.desired, *client.devices})) >= limit:
-            raise Exhausted(
+            raise errors.Exhausted(
                 f"volumes of node {client.id}: expected fewer than its limit of {limit}, got {held}; use another node, "
                 "or raise --max-volumes-per-node"
             )
@@ -201,7 +190,7 @@ class _Call:
                 detach_others=preempted is not None,
                 deadline=self.deadline,
             )
-        except ReservationConflict as conflict:
+        except errors.ReservationConflict as conflict:
             if conflict.management_id == _READ_ONLY_VOLUME:
                 raise
             self._read_client()
@@ -222,18 +211,18 @@ class _Call:
             self._read_client()
             desired = self._desired()
             if desired is None or desired.is_detaching or self.located.reference not in desired.references:
-                raise OperationPending(f"volume {name} was detached from {self.client.id} while being attached; retry")
+                raise errors.OperationPending(f"volume {name} was detached from {self.client.id} meanwhile; retry")
             lacks = missing(self.client, self.located, self.mode)
             return not lacks
 
         if not self._wait(is_usable):
-            raise DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
+            raise errors.DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
 
     def _context(self, known: AttachmentRecord) -> PublishContext:
         """Return the context; it promises nothing if the server still shows an earlier attachment than `known`."""
         volume = self.located.management.volume(self.located.volume.name, deadline=self.deadline)
         if volume is None or volume.uuid != self.located.volume.uuid:
-            raise VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")
+            raise errors.VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")
         creation, record = read_creation(volume.metadata), read_attachments(volume.metadata)
         desired, version = self.client.desired[volume.uuid], volume.reservation.version
         number = record.clients.get(self.client.uuid, 0)
@@ -287,22 +276,22 @@ class _Call:
     def _is_detaching(self) -> bool:
         return is_detaching(self.client, self.located.volume.uuid)
 
-    def _held_in(self, mode: ReservationMode) -> ExistsDifferently:
+    def _held_in(self, mode: ReservationMode) -> errors.ExistsDifferently:
         what = f"the attachment of volume {self.located.volume.name} to node {self.client.id}"
-        return ExistsDifferently(what, [f"mode: expected {self.mode.name.lower()}, got {mode.name.lower()}"])
+        return errors.ExistsDifferently(what, [f"mode: expected {self.mode.name.lower()}, got {mode.name.lower()}"])
 
     def _read_client(self) -> None:
         latest = self.located.management.client(self.client.id, deadline=self.deadline)
         if latest is None or latest.uuid != self.client.uuid:
-            raise NodeNotFound(self.client.uuid)
+            raise errors.NodeNotFound(self.client.uuid)
         self.client = latest
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
         return self.settings.wait(self.deadline, self.settings.attach_wait_s).wait_until(condition)
 
 
-def _client_absent(client: Client) -> StorageUnavailable:
-    return StorageUnavailable(
+def _client_absent(client: Client) -> errors.StorageUnavailable:
+    return errors.StorageUnavailable(
         f"storage client of node {client.id}: expected ready, got {client.status.name.lower()}; "
         "check the client on that node"
     )

@@ -8,29 +8,18 @@ from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from csi_driver import errors
 from csi_driver.background import DaemonPool
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
 from csi_driver.controller.volume_metadata import Creation, read_creation
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    DeadlineReached,
-    Denied,
-    DriverError,
-    Exhausted,
-    ExistsDifferently,
-    OperationPending,
-    PreconditionFailed,
-    StorageUnavailable,
-    Unauthenticated,
-    shown,
-)
 from csi_driver.model import Segments
 from csi_driver.storage_model import Reservation, Volume
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-UNANSWERED = (StorageUnavailable, Unauthenticated, Denied)
+UNANSWERED = (errors.StorageUnavailable, errors.Unauthenticated, errors.Denied)
 """Errors of a zone that cannot be asked; every other error is an answer."""
 _THREADS_PER_ZONE = 32
 _ANSWER_MARGIN_S = 0.25
@@ -58,7 +47,7 @@ class Answers(Generic[T]):
     """The answers of zones; `missing`: the `UNANSWERED` errors of the others."""
 
     given: Mapping[str, T]
-    missing: Mapping[str, DriverError]
+    missing: Mapping[str, errors.DriverError]
 
     def all(self) -> Mapping[str, T]:
         if self.missing:
@@ -69,14 +58,14 @@ class Answers(Generic[T]):
 def served(clusters: Clusters, zone: str) -> Management:
     management = clusters.management(zone)
     if management is None:
-        raise StorageUnavailable(f"zone {zone} is no longer configured: it was removed from the clusters file")
+        raise errors.StorageUnavailable(f"zone {zone} is no longer configured: it was removed from the clusters file")
     return management
 
 
-def unavailable(missing: Mapping[str, DriverError]) -> DriverError:
+def unavailable(missing: Mapping[str, errors.DriverError]) -> errors.DriverError:
     if len(missing) == 1:
         return next(iter(missing.values()))
-    return StorageUnavailable("; ".join(f"zone {zone}: {reason}" for zone, reason in sorted(missing.items())))
+    return errors.StorageUnavailable("; ".join(f"zone {zone}: {reason}" for zone, reason in sorted(missing.items())))
 
 
 def ask(
@@ -101,15 +90,15 @@ def ask(
     wait([futures[zone] for zone in required], timeout=deadline.remaining_s() + _ANSWER_MARGIN_S)
     wait([futures[zone] for zone in others], timeout=min(_OPTIONAL_S, deadline.remaining_s()))
     given: dict[str, T] = {}
-    missing: dict[str, DriverError] = {}
+    missing: dict[str, errors.DriverError] = {}
     for zone, future in futures.items():
         if not future.done():
             future.cancel()
-            missing[zone] = DeadlineReached(f"a response of zone {zone}")
+            missing[zone] = errors.DeadlineReached(f"a response of zone {zone}")
             continue
         try:
             given[zone] = future.result()
-        except DriverError as error:
+        except errors.DriverError as error:
             if zone in required and not isinstance(error, UNANSWERED):
                 raise
             missing[zone] = error
@@ -123,7 +112,7 @@ class Readiness:
     def why_unreachable(self) -> str:
         try:
             is_reachable = self.any_answers(Deadline.after(_REACHABLE_S))
-        except DriverError as error:
+        except errors.DriverError as error:
             return str(error)
         return "" if is_reachable else "no storage management is configured"
 
@@ -143,17 +132,17 @@ class Readiness:
 def any_of(zones: Iterable[str], request: Callable[[str], bool], *, deadline: Deadline, pool: ZonePool) -> bool:
     """Return true as soon as the request to any zone returns true. Raises the errors if none does and some fail."""
     futures = {pool.submit(zone, lambda zone=zone: request(zone)): zone for zone in zones}  # type: ignore[misc]
-    missing: dict[str, DriverError] = {}
+    missing: dict[str, errors.DriverError] = {}
     try:
         for future in as_completed(futures, timeout=deadline.remaining_s() + _ANSWER_MARGIN_S):
             try:
                 if future.result():
                     return True
-            except DriverError as error:
+            except errors.DriverError as error:
                 missing[futures[future]] = error
     except TimeoutError:
         late = [zone for future, zone in futures.items() if not future.done()]
-        missing |= {zone: DeadlineReached(f"a response of zone {zone}") for zone in late}
+        missing |= {zone: errors.DeadlineReached(f"a response of zone {zone}") for zone in late}
     if missing:
         raise unavailable(missing)
     return False
@@ -167,8 +156,8 @@ def allowed_zones(zones: Sequence[str], requirement: TopologyRequirement | None,
     allowed = [zone for zone in zones if not requirement.requisite or zone in requisite]
     if not allowed:
         got = "; ".join(sorted({_named(segments, key) for segments in requirement.requisite}))
-        raise Exhausted(
-            f"accessibility_requirements: expected {key} with one of {', '.join(map(shown, zones))}, got {got}; "
+        raise errors.Exhausted(
+            f"accessibility_requirements: expected {key} with one of {', '.join(map(errors.shown, zones))}, got {got}; "
             "correct allowedTopologies of the StorageClass"
         )
     return sorted(allowed, key=rank_in(requirement, key))
@@ -182,8 +171,8 @@ def rank_in(requirement: TopologyRequirement | None, key: str) -> Callable[[str]
 
 def _named(segments: Segments, key: str) -> str:
     if key in segments:
-        return shown(segments[key])
-    others = ", ".join(shown(f"{other}={value}") for other, value in sorted(segments.items()))
+        return errors.shown(segments[key])
+    others = ", ".join(errors.shown(f"{other}={value}") for other, value in sorted(segments.items()))
     return f"{others} without {key}" if others else "no topology segment"
 
 
@@ -250,7 +239,7 @@ class DuplicateGuard:
         found = _the_only(same)
         if found.zone not in allowed:
             place = f"zone: expected {' or '.join(allowed)}, got {found}"
-            raise ExistsDifferently(f"volume {shown(csi_name)}", [place])
+            raise errors.ExistsDifferently(f"volume {errors.shown(csi_name)}", [place])
         self.confirm(found, allowed, deadline=deadline)
         return found
 
@@ -260,7 +249,7 @@ class DuplicateGuard:
         others = [other for other in (*here, *elsewhere) if other.has_name(found.creation.csi_name)]
         if others and _the_only([found, *others]) is not found:
             name = found.volume.name
-            raise OperationPending(f"volume {name} exists in {others[0]} as well, and is used there; retry")
+            raise errors.OperationPending(f"volume {name} exists in {others[0]} as well, and is used there; retry")
 
     def _look(
         self, name: str, allowed: Sequence[str], *, but: str | None = None, deadline: Deadline
@@ -296,6 +285,6 @@ def _the_only(same: Sequence[Found]) -> Found:
     if len(used) == 1:
         return used[0]
     places = " and in ".join(map(str, same))
-    raise PreconditionFailed(
+    raise errors.PreconditionFailed(
         f"volume {same[0].volume.name} exists in {places}; delete the one that no PersistentVolume names"
     )

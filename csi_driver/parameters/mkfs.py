@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from csi_driver.errors import InvalidField
+from csi_driver.errors import InvalidField, InvalidRequest
 from csi_driver.parameters import values as read
 from csi_driver.parameters.values import InvalidParameter
 
@@ -85,7 +85,10 @@ class MkfsRequest:
         wants_stripes = not has_stripes and problems.of(lambda: _switch(own, STRIPES)) is not False
         striped = self._striped(fs_type, block_bytes) if wants_stripes else ()
         discard = problems.of(lambda: _switch(own, DISCARD)) or False
-        _refuse_unused(own, fs_type, problems)
+        known = {STRIPES, DISCARD, *(key.name for key in _KEYS.get(fs_type, ()))}
+        for key in sorted(key for key in own.keys() - known if key.startswith("mkfs/")):
+            has = f"{fs_type} has no such setting; it has {', '.join(sorted(known))}"
+            problems.add(InvalidRequest(f"parameter {key} cannot be used: {has}"))
         _refuse_twice(keyed, free, fs_type, problems)
         problems.raise_any()
         # docs/mkfs.md has the reasons of the defaults.
@@ -154,14 +157,6 @@ def _block_bytes(own: Mapping[str, str], free: Sequence[str], fs_type: str) -> i
     option = dict(itertools.pairwise(free)).get("-b", "")
     match = re.fullmatch(r"(?:size=)?([0-9]{1,6})(k?)", option, re.IGNORECASE)
     return (int(match[1]) * (1024 if match[2] else 1) if match else 0) or _DEFAULT_BLOCK_BYTES
-
-
-def _refuse_unused(own: Mapping[str, str], fs_type: str, problems: read.Problems) -> None:
-    known = {STRIPES, DISCARD, *(key.name for key in _KEYS.get(fs_type, ()))}
-    for key in sorted(own):
-        if key.startswith("mkfs/") and key not in known:
-            reason = f"{fs_type} has no such setting; it has {', '.join(sorted(known))}"
-            problems.add(read.RefusedParameter(key, reason))
 
 
 def _refuse_twice(keyed: Sequence[str], free: Sequence[str], fs_type: str, problems: read.Problems) -> None:

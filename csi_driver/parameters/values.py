@@ -20,12 +20,6 @@ class InvalidParameter(InvalidField):
         self.field = key
 
 
-class RefusedParameter(InvalidRequest):
-    def __init__(self, key: str, reason: str) -> None:
-        self.field = key
-        super().__init__(f"parameter {key} cannot be used: {reason}")
-
-
 class SeveralProblems(InvalidRequest):
     def __init__(self, problems: Sequence[InvalidRequest]) -> None:
         self.problems = tuple(problems)
@@ -112,4 +106,4 @@ def names(own: Mapping[str, str], key: str) -> tuple[str, ...] | None:
 def refuse_keys(own: Mapping[str, str], refused: set[str], reason: str) -> None:
     present = sorted(refused & own.keys())
     if present:
-        raise RefusedParameter(present[0], reason)
+        raise InvalidRequest(f"parameter {present[0]} cannot be used: {reason}")
