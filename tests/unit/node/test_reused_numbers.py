@@ -147,3 +147,14 @@ def test_the_same_volume_that_is_back_under_its_number_is_staged_again(node: Fak
     assert [entry.disk for entry in node.host.table] == [back]
     node.publish()
     assert node.host.files_at(TARGET) == {"a": b"precious"}
+
+
+def test_a_mount_left_behind_says_nothing_of_the_content_of_the_volume_that_is_back(node: FakeNode) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage()
+    node.publish()
+    node.host.mounts.unmount(STAGING)
+    node.host.detach(NAME)
+    node.host.attach(NAME, UUID, like=disk, number=disk.number).signature = "a partition table (gpt)"
+    with pytest.raises(PreconditionFailed, match="gpt"):
+        node.stage()
