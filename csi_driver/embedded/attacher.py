@@ -49,8 +49,6 @@ def _client_hash(client: str) -> str:
 
 @dataclass(eq=False)
 class Attacher:
-    """Attaches volumes to the clients of this machine."""
-
     settings: tuple[ClientSettings, ...]
     store: Store
     pool: Pool
@@ -89,7 +87,6 @@ class Attacher:
         return True
 
     def _hide_stale(self, wanted: set[tuple[str, str]]) -> None:
-        """Remove the status files of volumes that are not attached to the client."""
         for name, files in self.files.items():
             try:
                 for volume_name in files.shown():
@@ -155,7 +152,6 @@ class Attacher:
         return client not in self.files
 
     def has_device(self, identity: str) -> bool:
-        """Return whether a device is bound to a volume's file."""
         return any((client, identity) in self.devices for client in self.files)
 
     def settle(self, client: str, identity: str) -> bool:
@@ -267,10 +263,7 @@ class Attacher:
             self.clients.report(wanted, ATTACHED, io_enabled=0)
 
     def _others_are_off(self, volume: Volume, client: str) -> bool:
-        """Return whether every other client is allowed to share the volume or can do no I/O.
-
-        A client that the reservation no longer names may still have its device.
-        """
+        # A client that the reservation no longer names may still have its device.
         with_device = {other for other in self.files if (other, volume.uuid) in self.devices}
         others = with_device.union(volume.reservation.attached) - {client}
         return all(self._is_off(other, volume) for other in sorted(others))

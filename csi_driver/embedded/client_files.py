@@ -32,12 +32,9 @@ _VOLUME_FILES = ("status.json", "blob.txt")
 
 @dataclass(frozen=True, slots=True)
 class StatusFiles:
-    """The status directory of a client."""
-
     directory: Path
 
     def install(self, client: Client) -> None:
-        """Write the client's own files."""
         (self.directory / "volumes").mkdir(mode=0o755, parents=True, exist_ok=True)
         main = {"uuid": client.uuid.upper(), "state": 1}
         status = {"module": {"state": 1, "state_str": "Ready"}, "main": main, "format_version": 1}
@@ -62,7 +59,6 @@ class StatusFiles:
             directory.rmdir()
 
     def shown(self) -> set[str]:
-        """Return the names of the volumes that have files."""
         volumes = self.directory / "volumes"
         return {path.parent.name for name in _VOLUME_FILES for path in volumes.glob(f"*/{name}")}
 
@@ -118,7 +114,6 @@ def is_in_place(node: Path, device: LoopDevice) -> bool:
 
 
 def remove_nodes(directory: Path, device: LoopDevice) -> None:
-    """Remove every node of a device that was just unbound."""
     for node, number in _block_nodes(directory):
         if number == os.makedev(*device.device):
             node.unlink(missing_ok=True)

@@ -36,8 +36,6 @@ Pair = tuple[str, str]
 
 @dataclass(eq=False)
 class Clients:
-    """The operations on clients."""
-
     store: Store
     names: tuple[str, ...]
     check_file: Callable[[str], str] = lambda name: ""

@@ -33,7 +33,6 @@ class ApiError(DriverError):
 
 
 def detail(number: int, message: str, **keys: object) -> Document:
-    """Return an `error` or `innerMessage` object."""
     return {"message": message, "id": number, **keys}
 
 

@@ -36,8 +36,6 @@ _FIRST_RETRY_S, _MOST_RETRY_S = 0.2, 5.0
 
 @dataclass(eq=False)
 class Encryptions:
-    """The operations on encrypted volumes."""
-
     store: Store
     pool: Pool
     locks: VolumeLocks

@@ -25,7 +25,7 @@ from starlette.responses import Response
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
 from csi_driver.embedded.attacher import Attacher
-from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
@@ -57,8 +57,6 @@ _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
 
 
 class PasswordUnreadable(HostFailure):
-    """The password file cannot be used."""
-
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"the password file {path} {why}; expected one line, the password, readable by this user")
 
@@ -116,7 +114,6 @@ class Sessions:
         return self.settings.user.lower()
 
     def full_name(self, username: str) -> str:
-        """Return the user name with the default domain."""
         name = username.lower()
         return name if "@" in name else f"{name}@{self.user.rpartition('@')[2]}"
 
@@ -153,7 +150,6 @@ class Sessions:
 
 
 def answer(content: object, status: int = 200) -> Response:
-    """Return a JSON answer."""
     return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json; charset=utf-8")
 
 
@@ -207,7 +203,6 @@ class Api:
             app.add_route(path, post, ["POST"])
 
     def is_known(self, request: Request) -> bool:
-        """Return whether the request has an open session."""
         return self.sessions.known(request.cookies.get(COOKIE))
 
     def _get(self, act: Callable[[Request], object]) -> _Handler:
@@ -296,16 +291,13 @@ class Api:
         return documents.client_document(client, reports, attachments, down=self.attacher.is_down(client.name))
 
     def attach(self, body: AttachRequest) -> list[Document]:
-        return [
-            _outcome(item, lambda item: self.attacher.settle_all(self.clients.attach(body.client, item)))
-            for item in body.volumes
-        ]
+        return self._settled(body.client, body.volumes, self.clients.attach)
 
     def detach(self, body: DetachRequest) -> list[Document]:
-        return [
-            _outcome(item, lambda item: self.attacher.settle_all(self.clients.detach(body.client, item)))
-            for item in body.volumes
-        ]
+        return self._settled(body.client, body.volumes, self.clients.detach)
+
+    def _settled(self, client: str, items: list[_Item], change: Callable[[str, _Item], list[Pair]]) -> list[Document]:
+        return [_outcome(item, lambda item: self.attacher.settle_all(change(client, item))) for item in items]
 
     def group(self, request: Request) -> Document:
         name = request.path_params["name"]
@@ -334,7 +326,6 @@ def _outcome(item: _Item, act: Callable[[_Item], str | None]) -> Document:
 
 
 def application(api: Api) -> Starlette:
-    """Return the web application."""
     app = Starlette(lifespan=_lifespan)
     api.add_routes(app)
 
@@ -355,7 +346,6 @@ async def _lifespan(_: object) -> AsyncIterator[None]:
 
 
 def to_login() -> Response:
-    """Return the answer to a request without a session."""
     return Response(None, 302, {"Location": "/login"})
 
 

@@ -31,13 +31,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     CONCATENATED: (),
     RAID_0: ("stripeSize", "stripeWidth"),
     RAID_1: ("numberOfMirrors", "protectionLevel", "enableCrcCheck"),
-    RAID_10: (
-        "stripeSize",
-        "stripeWidth",
-        "numberOfMirrors",
-        "protectionLevel",
-        "enableCrcCheck",
-    ),
+    RAID_10: ("stripeSize", "stripeWidth", "numberOfMirrors", "protectionLevel", "enableCrcCheck"),
     EC: ("dataBlocks", "parityBlocks", "stripeSize", "stripeWidth", "protectionLevel", "enableCrcCheck"),
     STRIPED_EC: ("dataBlocks", "parityBlocks", "stripeSize", "stripeWidth", "protectionLevel", "enableCrcCheck"),
 }
@@ -74,7 +68,6 @@ class Layout:
 
     @property
     def granule_blocks(self) -> int:
-        """The smallest step in size."""
         return self.leg_set * self.legs
 
     @property
@@ -82,11 +75,6 @@ class Layout:
         """The stripe's size as a volume has it, and a group does not: striped erasure coding rounds it up."""
         step = 32 * self.data_blocks if self.level == STRIPED_EC else 1
         return math.ceil(self.stripe_size / step) * step
-
-    @property
-    def drives(self) -> int:
-        """Drives that one allocation takes, redundancy included."""
-        return self.stripe_width * (self.data_blocks + self.parity_blocks) * (1 + self.mirrors)
 
     @property
     def targets(self) -> int:

@@ -179,8 +179,6 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A value of the whole pool."""
-
     value: str
 
 

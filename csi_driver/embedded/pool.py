@@ -32,8 +32,6 @@ _LONGEST_PAUSE_S = 10.0
 
 
 class PoolInUse(PreconditionFailed):
-    """Another manager holds the pool."""
-
     def __init__(self, directory: Path) -> None:
         super().__init__(
             f"the pool {directory} is in use by another storage manager, which holds {directory}/lock; "
@@ -42,8 +40,6 @@ class PoolInUse(PreconditionFailed):
 
 
 class TotalsWrong(HostFailure):
-    """The totals in the database are not the sum of its volumes."""
-
     def __init__(self, kept: Totals, counted: Totals) -> None:
         super().__init__(
             f"the totals in the pool's database are {kept}, expected the sum of its volumes, {counted}: "
@@ -52,8 +48,6 @@ class TotalsWrong(HostFailure):
 
 
 class PoolTooLarge(InvalidRequest):
-    """The requested size of the pool is more than its filesystem has."""
-
     def __init__(self, wanted: int, had: int) -> None:
         super().__init__(
             f"--size: expected at most the {had} bytes that the pool's filesystem has for volumes (free and allocated "
@@ -93,15 +87,12 @@ class Pool:
             raise
 
     def close(self) -> None:
-        """Release the lock."""
         os.close(self._lock)
 
     def file(self, identity: str) -> Path:
-        """Return the path of the file of the volume with this uuid."""
         return self.volumes / f"{identity}{_SUFFIX}"
 
     def free_bytes(self) -> int:
-        """Return the free bytes of the filesystem."""
         with _named(f"look at the file system of {self.volumes}"):
             space = os.statvfs(self.volumes)
         return space.f_bavail * space.f_frsize
@@ -126,12 +117,10 @@ class Pool:
         return found
 
     def identities(self) -> set[str]:
-        """Return the uuids that have a file."""
         with _named(f"list {self.volumes}"):
             return {name.removesuffix(_SUFFIX) for name in os.listdir(self.volumes) if name.endswith(_SUFFIX)}
 
     def has(self, identity: str, size_bytes: int) -> bool:
-        """Return whether the file exists and has at least this length."""
         with _named(f"look at {self.file(identity)}"):
             try:
                 return self.file(identity).stat().st_size >= size_bytes
@@ -174,7 +163,6 @@ class Pool:
 
 @contextlib.contextmanager
 def _named(call: str) -> Iterator[None]:
-    """Turn an OSError into SystemCallFailed."""
     try:
         yield
     except OSError as problem:
@@ -216,8 +204,6 @@ class _Scan:
 
 
 class Allocator:
-    """Allocates the space of the pool."""
-
     def __init__(self, settings: StorageSettings, pool: Pool, store: Store, clock: Clock = SYSTEM_CLOCK) -> None:
         """Set the pool's size at its first start and verify the totals. Raises PoolTooLarge, TotalsWrong."""
         self._settings = settings

@@ -49,7 +49,6 @@ def _refuse_constant(text: str) -> object:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Return whether objects and arrays are nested deeper than that."""
     inside = [value]
     for _ in range(levels + 1):
         containers = [each for each in inside if isinstance(each, dict | list)]
@@ -109,8 +108,6 @@ class RequestBody(BaseModel):
 
 
 class Login(BaseModel):
-    """The body of /login."""
-
     model_config = ConfigDict(strict=True)
     username: str
     password: str = Field(repr=False)
@@ -178,7 +175,6 @@ class NewVolume(_Placement):
         return self.name, None
 
     def has(self, field: str) -> bool:
-        """Return whether the request has this field."""
         return field in self.model_fields_set
 
     @model_validator(mode="after")
@@ -205,7 +201,6 @@ class NewVolume(_Placement):
             raise ValueError(f"stripeWidth: expected {'1' if level == EC else 'at least 2'}, got {self.stripe_width}")
 
     def stored(self) -> Document:
-        """Return the fields that are only stored and shown."""
         return self.given("name", "capacity", "vpg", "raid_level", "is_encrypted", "encryption", *_LAYOUT)
 
     def layout(self) -> Layout:
@@ -288,16 +283,12 @@ class DetachedVolume(_VolumeOfClient):
 
 
 class AttachRequest(RequestBody):
-    """The body of /clients/attach."""
-
     client: str
     client_uuid: Uuid = Field(alias="clientUUID")
     volumes: Annotated[list[AttachedVolume], Field(min_length=1)]
 
 
 class DetachRequest(RequestBody):
-    """The body of /clients/detach."""
-
     client: str
     client_uuid: Uuid = Field(alias="clientUUID")
     force: bool = False

@@ -130,11 +130,9 @@ class StorageServer:
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def why_silent(self) -> str:
-        """Return why the API does not answer; "" when it does."""
         return why_silent(*self.address, tls=self.settings.tls_certificate is not None)
 
     def why_unusable(self) -> str:
-        """Return why the pool cannot be used; "" when it can."""
         return self.pool.why_unusable()
 
     @property
@@ -143,7 +141,6 @@ class StorageServer:
         return self.worker, self.encryptions.worker, self.check
 
     def measurements(self) -> list[Metric]:
-        """Return the metrics of the pool."""
         pool = metrics.storage(self._pool_bytes, lambda: self.allocator.totals.volumes, self._attachments)
         return [*pool, *metrics.background(self.loops)]
 
@@ -251,7 +248,6 @@ def _announce(server: StorageServer) -> None:
 
 
 def why_silent(host: str, port: int, *, tls: bool) -> str:
-    """Return why the API on this address does not answer a client; "" when it does."""
     host = _LOOPBACK.get(host, host)
     try:
         connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_TIME_S)
@@ -268,7 +264,6 @@ def why_silent(host: str, port: int, *, tls: bool) -> str:
 
 
 def _install_database_uuid(change: Change) -> None:
-    """Give a new pool the uuid by which clients know it."""
     if change.get(FACTS, "dbUUID") is None:
         change.put(FACTS, "dbUUID", Fact(str(uuid.uuid4())))
 

@@ -44,20 +44,16 @@ class ClientSettings:
 
     @classmethod
     def under(cls, name: str, directory: Path) -> ClientSettings:
-        """Return the client of `--client NAME=DIR`."""
         return cls(name, directory / "dev", directory / "proc")
 
 
 @reader("NAME=DIR")
 def read_client(value: str) -> ClientSettings:
-    """Read NAME=DIR."""
     return ClientSettings.under(*read_named_directory(value))
 
 
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
-    """Settings of the embedded storage manager."""
-
     pool_directory: Path = required(
         Path(), "--pool", read_directory, "Directory that holds the volumes and their records."
     )

@@ -46,8 +46,6 @@ _DELETE = "DELETE FROM documents WHERE kind = ? AND grouping = ? AND id = ?"
 
 
 class DatabaseUnusable(HostFailure):
-    """The manager's database cannot be opened or read."""
-
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
             f"the database {path} cannot be read: {why}; correct that, or restore the file and its -wal from a backup "
@@ -64,7 +62,6 @@ class Change:
         self._committed = committed
 
     def get(self, table: Table[R], key: str, grouping: str = "") -> R | None:
-        """Return the record, or None."""
         place = (table.name, grouping, key)
         if place in self.puts:
             return self.puts[place]  # type: ignore[return-value]
@@ -134,7 +131,6 @@ class Store:
             self._connection.close()
 
     def get(self, table: Table[R], key: str, grouping: str = "") -> R | None:
-        """Return the committed record, or None."""
         return self._committed.get((table.name, grouping), {}).get(key)  # type: ignore[return-value]
 
     def all(self, table: Table[R], grouping: str = "") -> list[R]:

@@ -43,8 +43,6 @@ _SET_BY_GROUP = ("disk_classes", "server_classes", "limit_by_disks", "limit_by_n
 
 @dataclass(eq=False)
 class Volumes:
-    """The operations on volumes."""
-
     settings: StorageSettings
     store: Store
     allocator: Allocator
@@ -56,7 +54,6 @@ class Volumes:
     """Return whether a device is bound to the volume's file; set by the attacher."""
 
     def create(self, item: NewVolume) -> str:
-        """Create a volume and return its uuid."""
         self._refuse_unsupported(item)
         volume = self.store.write(lambda change: self._record(change, item))
         try:
@@ -168,7 +165,6 @@ class Volumes:
         return reason
 
     def check_files(self) -> None:
-        """Check the files of all volumes."""
         for volume in self.store.all(VOLUMES):
             self.check_file(volume.name)
 

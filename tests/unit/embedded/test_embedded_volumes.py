@@ -133,20 +133,13 @@ def test_totals_that_are_not_the_sum_stop_the_start(tmp_path: Path) -> None:
 
 
 def test_a_pool_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """It may have VPGs with reserved space; they are now named layouts."""
+    """It may have records of VPGs, and fields that no reader is left for."""
     with running(settings_in(tmp_path)) as manager:
         manager.save("data", VPG="DEFAULT_RAID_0_VPG")
         blocks = manager.volume("data")["blocks"]
     earlier = {
-        "volumes": {"from_reserved": blocks},
-        "groups": {
-            "capacity": 5,
-            "blocks": 9,
-            "used": blocks,
-            "overflow": False,
-            "encryption": None,
-            "reclaiming": False,
-        },
+        "volumes": {"from_reserved": blocks, "created_by": "admin", "version": 3},
+        "clients": {"created": "2026-01-01T00:00:00.000Z", "report_id": 7},
         "totals": {"reserved": 9, "from_reserved": blocks},
     }
     database = sqlite3.connect(tmp_path / "pool" / "manager.sqlite")
@@ -154,6 +147,7 @@ def test_a_pool_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         database.execute(
             "UPDATE documents SET record = json_patch(record, ?) WHERE kind = ?", (json.dumps(fields), kind)
         )
+    database.execute("""INSERT INTO documents VALUES ('groups', '', 'gold', '{"name": "gold", "used": 9}')""")
     database.commit()
     database.close()
     with running(settings_in(tmp_path)) as manager:
