@@ -280,9 +280,7 @@ class ExpandVolume:
                 break
             volume = self._extend(located, volume, more, deadline)
         if sizes.extension(volume, capacity, reserved) is not None:
-            raise errors.OperationPending(
-                f"volume {volume.name} has {volume.size_bytes} bytes and is still being extended; retry"
-            )
+            raise errors.OperationPending(f"volume {volume.name}, {volume.size_bytes} bytes, is being extended; retry")
         is_block = capability is not None and isinstance(capability.access, BlockAccess)
         is_encrypted = encryption_of(volume, located.creation, {}) is not Encryption.NONE
         return volume.size_bytes - reserved, not is_block or is_encrypted

@@ -289,9 +289,7 @@ class _Call:
 
         settings = self.use_case.settings
         if not settings.wait(self.deadline, settings.usable_wait_s).wait_until(is_usable):
-            raise DeadlineReached(
-                f"volume {volume.name} to become usable (status {latest.status}, action {latest.action})"
-            )
+            raise DeadlineReached(f"volume {volume.name} to be usable (status {latest.status}, action {latest.action})")
         return latest
 
     def _delete_if_out_of_range(self, management: Management, volume: Volume, reserved: int) -> None:

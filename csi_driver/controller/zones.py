@@ -284,7 +284,5 @@ def _the_only(same: Sequence[Found]) -> Found:
     used = [found for found in same if found.volume.reservation.version > 1]
     if len(used) == 1:
         return used[0]
-    places = " and in ".join(map(str, same))
-    raise errors.PreconditionFailed(
-        f"volume {same[0].volume.name} exists in {places}; delete the one that no PersistentVolume names"
-    )
+    problem = f"volume {same[0].volume.name} exists in {' and in '.join(map(str, same))}"
+    raise errors.PreconditionFailed(f"{problem}; delete the one that no PersistentVolume names")
