@@ -1,12 +1,10 @@
-"""All long-lived threads: periodic work, a queue of retried jobs, and pools of daemon threads for calls that may hang.
+"""All long-lived threads: periodic work, a queue of retried jobs, and daemon threads for calls that may hang.
 
-* `Periodic` (and `SelfPaced`) repeats work at an interval; `Worker` retries jobs until they succeed. No exception ends
-  their thread: it is logged, counted, and the work is retried. `why_stuck` reports a run that does not return, which a
-  restart of the process may cure (`/healthz`); `why_failing` reports work that has failed for long (`/readyz`).
-* `DaemonPool` and `run_detached` run calls of which the caller waits for a limited time only.
+No exception ends `Periodic`, `SelfPaced` and `Worker`: it is logged, counted, and the work is retried. `why_stuck`
+reports a run that does not return, which a restart may cure (`/healthz`); `why_failing` a lasting failure (`/readyz`).
 
-This module and `csi_driver.rpc.boundary` are the only places that may catch `Exception`. The threads are daemons: a
-system call or a request that hangs must not keep the process from exiting.
+Only this module and `csi_driver.rpc.boundary` may catch `Exception`. The threads are daemons: a call that hangs must
+not keep the process from exiting.
 """
 
 from __future__ import annotations
@@ -132,10 +130,7 @@ class Background:
 
 @dataclass(eq=False)
 class Periodic(Background):
-    """Runs `work` every `interval_s` seconds inside a with-block, or between `start` and `stop`.
-
-    The first run is after `first_s`; an interval of 0 never runs it. `stale_s` defaults to at least three intervals.
-    """
+    """Runs `work` every `interval_s` (0: never) in a with-block. `stale_s` is at least three intervals by default."""
 
     work: Callable[[], object]
     interval_s: float

@@ -1,10 +1,9 @@
 """Possible sizes of volumes, and the capacity to request for a volume of exactly one size. Pure.
 
-The management takes decimal gigabytes as a float. For striped layouts it divides them into whole stripes, multiplies
-the stripes back into blocks, both in floats, and rounds each leg down to whole sets of 256 blocks. The product is often
-one block less than the stripes have, which loses a whole set. `_leg_blocks` repeats this arithmetic (createRAID0 in
-utils.js of github.com/NVIDIA/nvmesh-management), so the size is known before the request. A request is half a stripe
-above the desired number of stripes, so that no float error changes that number.
+The management takes decimal gigabytes as a float, divides them into whole stripes, multiplies these back into blocks,
+and rounds each leg down to whole sets of 256 blocks. The product is often one block less than the stripes have, which
+loses a whole set. `_leg_blocks` repeats this arithmetic (createRAID0, utils.js, github.com/NVIDIA/nvmesh-management). A
+request is half a stripe above the desired number of stripes, so that no float error changes that number.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""All expected failures, as one tree that knows neither gRPC nor HTTP.
+"""All expected failures, as one tree that knows neither gRPC nor HTTP. Source: CSI specification, "Error Scheme".
 
 A *family* (a direct child of `DriverError`) groups failures by the caller's remedy; `csi_driver.rpc.boundary` maps it
-to one gRPC code. A *leaf* carries the data of one kind of failure and writes its message. Source: CSI specification,
-"Error Scheme" of every RPC.
-
-A message has the failure, its cause and the remedy: `<thing>: expected <X>, got <Y>; <what to do>`. It may reach end
-users and must not contain secrets. Text that a caller sent goes through `shown` first.
+to one gRPC code. A message reads `<thing>: expected <X>, got <Y>; <what to do>`. It may reach end users and must not
+contain secrets. Text that a caller sent goes through `shown` first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Translate the cluster configuration of the drivers 1.4 and 1.9 into the form of the clusters file.
 
-Three forms: the `topology` JSON of 1.4, with several clusters; the ConfigMap of 1.4 and 1.9, mounted as a directory
-with one file for each key, or its keys in one file; and `apiParams` of 1.9.
-
-The older drivers never verified a certificate and had an account built in. The configuration must state both now.
+Three forms: the `topology` JSON of 1.4; the ConfigMap of 1.4 and 1.9, as a directory or in one file; and `apiParams` of
+1.9. The older drivers verified no certificate and had an account built in; the configuration must state both now.
 """
 
 from __future__ import annotations
@@ -195,8 +193,7 @@ def _mapping(values: Entry, key: str, findings: Findings) -> Entry | None:
 def names_document(document: Entry) -> Entry:
     """Return `zones` (with `servers`, `nodes`) and `topologyKey` of any form. Raises `InvalidDocument`.
 
-    One more form than the controller's: the ConfigMap in which the controller of 1.4 lists the nodes of each zone,
-    `{zone: {"nodes": [name, ...]}}`, also as text under the key `zones`.
+    One more form: the ConfigMap in which 1.4 lists the nodes of each zone, also as text under the key `zones`.
     """
     findings = Findings()
     document = _mapping(document, "topology", findings) or document

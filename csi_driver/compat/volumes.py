@@ -27,10 +27,9 @@ def is_node_encryption(parameters: Mapping[str, str]) -> bool:
 
 
 def encryption_of(parameters: Mapping[str, str]) -> Encryption:
-    """Return who encrypts an older driver's volume that the storage does not encrypt.
+    """Return who encrypts an older driver's volume that the storage does not encrypt; UNKNOWN where it should.
 
-    UNKNOWN where the storage should. `dmcrypt` without its keys is a volume of 1.4, where they were optional; for every
-    other word the older drivers made plain volumes.
+    `dmcrypt` without its keys is a volume of 1.4, where they were optional; other words made plain volumes.
     """
     match parameters.get("encryption", "").strip().lower():
         case "luks" | "dmcrypt":

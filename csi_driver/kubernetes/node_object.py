@@ -136,11 +136,8 @@ _DRAIN_INTERVAL_S = 2.0
 class PreStop:
     """The preStop hook: waits for the node's volumes while the node is being drained, else not at all.
 
-    A drain stops workloads and the driver in any order. A volume that is unmounted after the driver has stopped stays
-    attached to a node that may vanish, and its next user waits six minutes for the control plane's forced detach.
-
-    `mounted` returns the handles of the volumes that kubelet has mounted here. Without `server`, and while it does not
-    answer, only the mounts count.
+    A volume that is unmounted after the driver has stopped stays attached to a node that may vanish, and its next user
+    waits six minutes for the control plane's forced detach. Without an answer of `server` only the mounts count.
     """
 
     server: ApiServer | None
@@ -168,7 +165,6 @@ class PreStop:
         return end
 
     def _check(self) -> tuple[str, str]:
-        """Return the reason to end the wait, or "", and the remaining volumes, or ""."""
         mounted = self._mounted()
         if self.server is None:
             return _judge_by_mounts(mounted, "no API server is configured")

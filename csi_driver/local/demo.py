@@ -1,7 +1,6 @@
 """`nvmesh-csi demo`: create, use, expand and delete volumes on this machine, step by step, and clean up.
 
-Runs the storage manager, controller and node of `nvmesh-csi local` in a directory of its own and sends them CSI
-requests. findmnt, lsblk and losetup, which know nothing of this driver, show the effect of each.
+It sends CSI requests to the roles of `nvmesh-csi local`; findmnt, lsblk and losetup show the effect of each.
 """
 
 from __future__ import annotations

@@ -82,10 +82,7 @@ class Target:
 
 
 class Severity(StrEnum):
-    """How much a finding matters, the worst first.
-
-    ERROR: no volume can be used. WARNING: some cannot, or all of them will not be some day. SKIPPED: not checked.
-    """
+    """ERROR: no volume can be used. WARNING: some cannot, or will not be some day. SKIPPED: not checked."""
 
     ERROR = "error"
     WARNING = "warning"

@@ -1,7 +1,4 @@
-"""The volumes of a driver that kubelet has mounted here, and the preStop hook that waits for them.
-
-Only the mount table and kubelet's own records are read: no filesystem of a volume is asked, so nothing hangs.
-"""
+"""The volumes that kubelet has mounted here, by its records, and the preStop hook that waits for them."""
 
 from __future__ import annotations
 

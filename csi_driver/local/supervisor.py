@@ -303,7 +303,6 @@ def stop_on_signals(supervisor: Supervisor) -> None:
 
 
 def run_local(settings: LocalSettings) -> int:
-    """Run all roles until a signal; return the exit status: 0 after an orderly stop."""
     problem = why_impossible(TOOLS)
     try:
         if problem:

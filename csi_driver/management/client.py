@@ -252,8 +252,7 @@ class ManagementClient:
     ) -> codec.Document | None:
         """Send a change of one object and return its envelope; None where it fails with the accepted meaning.
 
-        A volume that the server does not find is looked up: the server gives the same error for one with a pending
-        operation, and callers treat an absent volume as final.
+        A volume not found is looked up: the error may mean a pending operation, and callers take absence as final.
         """
         change = _CHANGES[operation]
         content = json.dumps(body, allow_nan=False).encode()

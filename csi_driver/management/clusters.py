@@ -1,8 +1,7 @@
 """The storage clusters ("zones") that the driver serves: one from the command line, or several from a file.
 
-`--clusters-file` is YAML or JSON, or a form of an older driver (`csi_driver.compat.clusters`). It gives for each zone
-the management servers and the login; the command line gives the defaults. All problems are reported together, by key
-and line; a value that may be a password is never quoted.
+`--clusters-file` is YAML, JSON, or a form of an older driver; the command line gives the defaults. All problems are
+reported together, by key and line; a value that may be a password is never quoted.
 """
 
 from __future__ import annotations
@@ -77,11 +76,9 @@ class _Cluster:
 
 
 class FileClusters:
-    """The clusters of a file, which is read again when it changes. Thread-safe.
+    """The clusters of a file, which is read again when it changes, at most once a second. Thread-safe.
 
-    A request for a zone checks the content, at most once a second: kubelet replaces a ConfigMap by links, which change
-    no modification time. An invalid version is logged once and the last valid one stays in use. A zone with unchanged
-    settings keeps its sessions.
+    The last valid version stays in use. A zone with unchanged settings keeps its sessions.
     """
 
     def __init__(
@@ -233,7 +230,6 @@ def _zone_entries(document: Entry, findings: Findings) -> Iterator[tuple[str, En
 
 
 def _shared_servers(zones: Mapping[str, ManagementSettings]) -> Iterator[str]:
-    """Yield a problem for each server in two zones: each volume of that cluster would exist twice."""
     owners: dict[str, str] = {}
     for zone, settings in zones.items():
         for server in settings.servers:

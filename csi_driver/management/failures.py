@@ -1,8 +1,7 @@
 """Meaning of the numeric ids in the management's errors, for each operation; the innermost id decides.
 
-The ids are those of its `systemMessages` (a running server lists them at `GET /getAllSystemMessages`). Texts decide
-nothing, with one exception: a creation without space answers 1664 with the bare string "Failed to allocate" in place
-of an inner error with an id.
+A running server lists its ids at `GET /getAllSystemMessages`. Texts decide nothing, with one exception: a creation
+without space answers 1664 with the bare string "Failed to allocate" in place of an inner error with an id.
 """
 
 from __future__ import annotations

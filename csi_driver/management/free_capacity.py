@@ -1,8 +1,7 @@
 """Free capacity of the drives that a volume may use, and of a provisioning group. Pure.
 
-The server's own sums (`/getSpaceAllocation`, `/servers/totalSpace`) are rounded to 10 MB, count the head of each drive,
-which is never allocated, and know neither classes nor groups. So the drives are added up here under the allocator's
-conditions (getAllocatableNodesMatch, getAllocatableDrivesMatch and getDisksByClasses in utils.js of
+The server's own sums are rounded and know neither classes nor groups. So the drives are added up here under the
+allocator's conditions (getAllocatableNodesMatch, getAllocatableDrivesMatch and getDisksByClasses in utils.js of
 github.com/NVIDIA/nvmesh-management).
 """
 

@@ -137,8 +137,7 @@ class RunningCalls:
 class Boundary:
     """Wraps every RPC of a server.
 
-    Work on devices runs in a thread that may hang in the kernel. When it does not end in time, the call is answered;
-    the thread keeps the locks of the call until it ends, so that no other call works on the volume meanwhile.
+    Work on devices may hang in the kernel: the call is answered in time, and its thread keeps the locks until it ends.
     """
 
     disabled: frozenset[str] = frozenset()

@@ -59,8 +59,7 @@ class LockKey:
 def lock_key(field_name: str, value: str, *, shared: bool = False) -> LockKey:
     """Return the key for a request's field: the CSI name of a new volume, a volume handle, or a path.
 
-    A volume is locked by its name in the storage, in all zones: handles of one volume may differ in the zone, and zones
-    may be renamed while the driver runs. Two volumes of one name in two zones exclude each other, which costs a retry.
+    A volume is locked by its name in all zones: its handles may differ in the zone, and zones may be renamed.
     """
     if field_name == "name":
         return LockKey("volume", volume_name(value), f"volume {shown(value)}")
@@ -98,10 +97,6 @@ class Locks:
                     count = self._holders.pop((key.kind, key.value))
                     if count > 1:
                         self._holders[key.kind, key.value] = count - 1
-
-    def held(self) -> int:
-        with self._mutex:
-            return len(self._holders)
 
 
 @dataclass(frozen=True, slots=True)

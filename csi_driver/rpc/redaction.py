@@ -1,7 +1,6 @@
 """Writes a message as one line for the log, without secrets.
 
-Secret are the fields that the specification marks `csi_secret`, and mount flags, which "may contain sensitive
-information" (CSI specification, VolumeCapability.MountVolume). Everything else is shown, shortened.
+Secret are the fields marked `csi_secret`, and mount flags (CSI specification, VolumeCapability.MountVolume).
 """
 
 from __future__ import annotations

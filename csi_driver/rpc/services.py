@@ -1,7 +1,4 @@
-"""The CSI services. A handler translates the request, calls a use case and translates the result (see `rpc.wire`).
-
-`rpc.boundary` has checked, locked and logged the call before a handler runs, and maps its errors to a status.
-"""
+"""The CSI services: a handler translates a request that `rpc.boundary` has checked, and calls a use case."""
 
 from __future__ import annotations
 

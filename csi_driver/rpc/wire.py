@@ -1,7 +1,4 @@
-"""Translates CSI messages to the driver's types (`..._from`) and back (`..._to`).
-
-`rpc.validation` has checked the requests: required fields are set, numbers are in range, enums are known.
-"""
+"""Translates checked CSI messages to the driver's types (`..._from`) and back (`..._to`)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Health pages and metrics over HTTP: `/healthz`, `/readyz` and `/metrics`.
+"""Health pages and metrics over HTTP/1.0, one request for each connection: `/healthz`, `/readyz` and `/metrics`.
 
-/healthz fails when a restart of this process may help. It asks no other process: an unavailable management, a missing
-tool or a stopped kubelet must never restart the driver. /readyz fails while the driver cannot work.
-
-The standard library's HTTP server, with limits: the time and size of a request, the number of connections, and one
-execution of a page at a time. It serves one request for each connection (HTTP/1.0).
+/healthz fails when a restart of this process may help: an unavailable management, a missing tool or a stopped kubelet
+must never restart the driver. /readyz fails while the driver cannot work. The standard library's server gets limits: of
+time, size, connections, and one execution of a page at a time.
 """
 
 from __future__ import annotations
