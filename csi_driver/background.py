@@ -216,13 +216,11 @@ class Worker(Background):
             self._wake.notify_all()
 
     def settled(self, key: str) -> None:
-        """Forget the failures and the pauses of this key."""
         self._succeeded(key)
         with self._wake:
             self._pauses.pop(key, None)
 
     def run_due(self) -> int:
-        """Run the jobs that are due, in the caller's thread; return how many."""
         done = 0
         while (taken := self._take()) is not None:
             key, job = taken

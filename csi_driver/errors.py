@@ -110,11 +110,6 @@ class VolumeNotFound(NotFound):
         super().__init__(f"volume {shown(volume_id)} does not exist" + (f": {detail}" if detail else ""))
 
 
-class VolumeNotMounted(NotFound):
-    def __init__(self, volume: object, path: object) -> None:
-        super().__init__(f"volume {volume} is not mounted at {path}")
-
-
 class NodeNotFound(NotFound):
     def __init__(self, node_id: str) -> None:
         super().__init__(f"node {shown(node_id)} is not registered in the storage management")

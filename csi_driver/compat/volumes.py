@@ -22,7 +22,6 @@ DMCRYPT_KEY = "dmcryptKey"
 
 
 def is_node_encryption(parameters: Mapping[str, str]) -> bool:
-    """Return whether a StorageClass means the encryption of 1.4, on the node."""
     return parameters.get("encryption", "").strip().lower() == DMCRYPT and not LUKS_KEYS.isdisjoint(parameters)
 
 

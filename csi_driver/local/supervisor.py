@@ -185,7 +185,6 @@ class Supervisor:
             self.restart_exited()
 
     def restart_exited(self) -> None:
-        """Look at every role once; restart those that exited and are due. Raises `HostFailure`."""
         now = self.clock.monotonic()
         for child in self._children.values():
             status = self._exit_status(child.role)

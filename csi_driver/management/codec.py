@@ -292,7 +292,6 @@ def _encryption_fields(spec: storage_model.VolumeSpec) -> dict[str, object]:
 
 
 def encode_changes(changes: storage_model.VolumeChanges) -> Mapping[str, object]:
-    """Encode the fields to change; the server keeps all others."""
     lists = {
         "diskClasses": changes.drive_classes,
         "serverClasses": changes.target_classes,

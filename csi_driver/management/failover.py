@@ -235,7 +235,6 @@ class Server:
             _LOG.info("management server %s works again", self.url)
 
     def probe(self, *, urgent: bool = False) -> None:
-        """Start a probe in the background, if one is due."""
         if not self._is_closed and self.breaker.take_probe(urgent=urgent):
             try:
                 run_detached("management-probe", self._probe)

@@ -46,7 +46,6 @@ def vpg_free_bytes(usage: Document) -> int:
 
 
 def class_filter(names: Sequence[str], domain: str | None) -> object | None:
-    """Return the filter for the named classes, or for those of a domain; None where no class is needed."""
     if names:
         return {"_id": {"$in": list(names)}}
     return {"domains.scope": domain} if domain is not None else None

@@ -233,7 +233,6 @@ class Transport:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
-        """Close the idle connections; running requests finish, and no other is sent."""
         with self._lock:
             self._is_closed = True
             if self._adapter is not None:

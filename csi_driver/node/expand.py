@@ -10,9 +10,9 @@ from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
     InvalidField,
+    NotFound,
     PreconditionFailed,
     VolumeNotFound,
-    VolumeNotMounted,
 )
 from csi_driver.host_model import Device, Mount
 from csi_driver.model import BlockAccess
@@ -74,7 +74,7 @@ class Expand:
         is_block = request.capability is not None and isinstance(request.capability.access, BlockAccess)
         if is_block and self.paths.kind(known_path(self.paths, volume, request.volume_path)) != "absent":
             return None
-        raise VolumeNotMounted(volume, request.volume_path)
+        raise NotFound(f"volume {volume} is not mounted at {request.volume_path}")
 
     def _own_mount(self, volume: NodeVolume, path: str) -> Mount | None:
         mounted = self.mounts.at(known_path(self.paths, volume, path))

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import PreconditionFailed, StorageUnavailable, VolumeNotFound, VolumeNotMounted
+from csi_driver.errors import NotFound, PreconditionFailed, StorageUnavailable, VolumeNotFound
 from csi_driver.host_model import Device, DeviceNumber, Fault, FaultKind, Mount, StorageClient, VolumeStatus
 from csi_driver.model import (
     Reason,
@@ -64,7 +64,7 @@ class VolumeStatistics:
         mounted = self.mounts.at(path)
         owner = Owner.OTHER if mounted is None else self.ownership.owner_of(mounted, volume)
         if mounted is None or owner is Owner.OTHER:
-            raise VolumeNotMounted(volume, path)
+            raise NotFound(f"volume {volume} is not mounted at {path}")
         number = number_of(mounted)
         size = self.devices.size_bytes(number) if number.major else None
         if owner is Owner.DEAD or (number.major and not size):

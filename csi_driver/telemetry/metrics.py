@@ -111,7 +111,6 @@ def rpc_durations() -> Histogram:
 
 
 def running_calls(read: Callable[[], Mapping[tuple[str, str], tuple[int, float]]]) -> list[Metric]:
-    """Describe running calls: `read` returns their number and the age of the oldest, by service and method."""
     return [
         Reading(
             "nvmesh_csi_rpc_in_flight",

@@ -77,7 +77,6 @@ def serving(
 
 
 def health(checks: Mapping[str, Check]) -> Page:
-    """Run the checks and return a page with a line for each; status 503 when one fails."""
     results = {name: check() for name, check in checks.items()}
     lines = [f"{name}: {one_line(why) or 'ok'}\n" for name, why in results.items()]
     return Page(503 if any(results.values()) else 200, "".join(lines))
