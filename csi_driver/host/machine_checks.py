@@ -58,8 +58,6 @@ class MachineTools:
         found = []
         if not has_capability(CAP_SYS_RESOURCE):
             found.append("this process lacks CAP_SYS_RESOURCE: ext4 grows at the next stage, not while mounted")
-        if not syscalls.has_mount_api():
-            found.append("this kernel has no fsopen(2): errors do not name the mount option that was refused")
         mounts = LinuxMounts()
         found += [
             f"mounts below {root} do not reach the host (mount propagation is private): "

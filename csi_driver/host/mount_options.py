@@ -20,17 +20,17 @@ FIELD = "mount_flags"
 """The request field of mount options (CSI specification, VolumeCapability.MountVolume)."""
 
 _ATTRIBUTES = {
-    "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
-    "nosuid": (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
-    "nodev": (syscalls.MOUNT_ATTR_NODEV, syscalls.MS_NODEV),
-    "noexec": (syscalls.MOUNT_ATTR_NOEXEC, syscalls.MS_NOEXEC),
-    "nodiratime": (syscalls.MOUNT_ATTR_NODIRATIME, syscalls.MS_NODIRATIME),
-    "nosymfollow": (syscalls.MOUNT_ATTR_NOSYMFOLLOW, syscalls.MS_NOSYMFOLLOW),
+    "ro": syscalls.MOUNT_ATTR_RDONLY,
+    "nosuid": syscalls.MOUNT_ATTR_NOSUID,
+    "nodev": syscalls.MOUNT_ATTR_NODEV,
+    "noexec": syscalls.MOUNT_ATTR_NOEXEC,
+    "nodiratime": syscalls.MOUNT_ATTR_NODIRATIME,
+    "nosymfollow": syscalls.MOUNT_ATTR_NOSYMFOLLOW,
 }
 _ACCESS_TIMES = {
-    "relatime": (0, syscalls.MS_RELATIME),
-    "noatime": (syscalls.MOUNT_ATTR_NOATIME, syscalls.MS_NOATIME),
-    "strictatime": (syscalls.MOUNT_ATTR_STRICTATIME, syscalls.MS_STRICTATIME),
+    "relatime": 0,
+    "noatime": syscalls.MOUNT_ATTR_NOATIME,
+    "strictatime": syscalls.MOUNT_ATTR_STRICTATIME,
 }
 _SUPERBLOCK = {
     "sync": syscalls.MS_SYNCHRONOUS,
@@ -49,51 +49,38 @@ _MAY_HOLD_COMMAS = frozenset({"context", "fscontext", "defcontext", "rootcontext
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """Options of the mount, of every superblock, and the filesystem's `own`; `flags` are the first two for mount(2)."""
+    """Options of the mount, of every superblock, and the filesystem's `own`."""
 
     attributes: int
     superblock: tuple[str, ...]
     own: tuple[str, ...]
-    flags: int
 
     @property
     def read_only(self) -> bool:
-        return bool(self.flags & syscalls.MS_RDONLY)
-
-    @property
-    def data(self) -> str:
-        """The filesystem's own options for mount(2); SELinux contexts with commas are quoted."""
-        return ",".join(_quoted(option) for option in self.own)
-
-
-def _quoted(option: str) -> str:
-    name, _, value = option.partition("=")
-    return f'{name}="{value}"' if "," in value else option
+        return bool(self.attributes & syscalls.MOUNT_ATTR_RDONLY)
 
 
 def sort_options(options: Sequence[str], *, read_only: bool) -> MountOptions:
     """Sort options, one by one. Raises `InvalidField` for words of mount(8) that are no options."""
-    attributes, flags = (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY) if read_only else (0, 0)
+    attributes = syscalls.MOUNT_ATTR_RDONLY if read_only else 0
     superblock = ["ro"] if read_only or "ro" in options else []
-    access_time = (0, 0)
+    access_time = 0
     own = []
     for option in options:
         _require_one(option)
         if option in _ATTRIBUTES:
-            attributes |= _ATTRIBUTES[option][0]
-            flags |= _ATTRIBUTES[option][1]
+            attributes |= _ATTRIBUTES[option]
         elif option in _ACCESS_TIMES:
             access_time = _ACCESS_TIMES[option]
         elif option in _SUPERBLOCK:
             superblock.append(option)
-            flags |= _SUPERBLOCK[option]
         elif option not in _NOTHING:
             own.append(option)
-    return MountOptions(attributes | access_time[0], tuple(superblock), tuple(own), flags | access_time[1])
+    return MountOptions(attributes | access_time, tuple(superblock), tuple(own))
 
 
 def _require_one(option: str) -> None:
-    """Refuse a word that is not one option, or that mount(2) would split into several."""
+    """Refuse a word that is not one option, or that a filesystem would split into several."""
     name, _, value = option.partition("=")
     if name in _NOT_A_MOUNT:
         raise InvalidField(FIELD, option, "an option of the filesystem or of its mount")
@@ -106,7 +93,7 @@ _SHOWN_ACCESS_TIMES = {0: "relatime", syscalls.MOUNT_ATTR_NOATIME: "noatime"}
 
 def shown_options(attributes: int, superblock_flags: int) -> frozenset[str]:
     """Return the options of a mount and its superblock as in /proc/self/mountinfo, without "ro"."""
-    names = {name for name, (bit, _) in _ATTRIBUTES.items() if attributes & bit}
+    names = {name for name, bit in _ATTRIBUTES.items() if attributes & bit}
     names |= {name for name, bit in _SUPERBLOCK.items() if superblock_flags & bit}
     access_time = _SHOWN_ACCESS_TIMES.get(attributes & syscalls.MOUNT_ATTR_ATIME_MASK)
     return frozenset(names | ({access_time} if access_time else set())) - {"ro"}
@@ -188,7 +175,7 @@ def _refused_options(device: Device, fs_type: str, wanted: MountOptions) -> Sequ
 def _makes_superblock(device: Device, fs_type: str, own: tuple[str, ...]) -> bool:
     with contextlib.ExitStack() as stack:
         try:
-            syscalls.fsconfig_create(configure(stack, device, fs_type, MountOptions(0, ("ro",), own, 0)))
+            syscalls.fsconfig_create(configure(stack, device, fs_type, MountOptions(0, ("ro",), own)))
         except SystemCallFailed:
             return False
     return True

@@ -15,18 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls, mount_table, syscalls
 from csi_driver.host.health import shut_down
-from csi_driver.host.mount_options import (
-    FIELD,
-    MountOptions,
-    configure,
-    mount_error,
-    refused,
-    shown_options,
-    sort_options,
-)
+from csi_driver.host.mount_options import configure, mount_error, refused, shown_options, sort_options
 from csi_driver.host.mount_table import describe_holders, read_table
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, Mount
@@ -63,7 +55,7 @@ class LinuxMounts:
                 return None
             # The root of a filesystem that was shut down fails; the table still has the mount.
             return _from_table(path, None)
-        if status.is_mount_root is False:
+        if not status.is_mount_root:
             return None
         known = syscalls.statmount(status.unique_mount_id) if status.unique_mount_id is not None else None
         if known is None:
@@ -123,9 +115,6 @@ class LinuxMounts:
         with contextlib.ExitStack() as stack:
             target_fd = stack.enter_context(closing(self.open_at(target)))
             what = f"mount {device.path} at {target}"
-            if not syscalls.has_mount_api():
-                self._mount_classic(device, target, target_fd, fs_type, wanted)
-                return
             context = configure(stack, device, fs_type, wanted)
             try:
                 syscalls.fsconfig_create(context)
@@ -135,27 +124,11 @@ class LinuxMounts:
             _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
             syscalls.move_mount(mount_fd, target_fd, what)
 
-    def _mount_classic(self, device: Device, target: Path, target_fd: int, fs_type: str, wanted: MountOptions) -> None:
-        """Mount by mount(2), which makes the mount visible before it is verified: a wrong one is unmounted."""
-        what = f"mount {device.path} at {target}"
-        try:
-            syscalls.mount(str(device.path), _fd_path(target_fd), fs_type, wanted.flags, wanted.data)
-        except SystemCallFailed as failure:
-            if failure.errno == errno.EINVAL and wanted.own:
-                raise InvalidField(FIELD, ",".join(wanted.own), f"options that {fs_type} takes") from failure
-            raise refused(what, failure.errno) from failure
-        with closing(self.open_at(target)) as mount_fd:
-            try:
-                _verify(mount_fd, device, fs_type, read_only=wanted.read_only, what=what)
-            except BaseException:
-                syscalls.unmount(target, _UNMOUNT_NOW)
-                raise
-
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         what = f"bind {source} at {target}"
         with closing(self.open_at(target)) as target_fd, closing(self._open_source(source)) as source_fd:
-            if not syscalls.has_mount_api():
-                _bind_classic(source_fd, target, target_fd, what, read_only=read_only)
+            if read_only and not syscalls.has_mount_setattr():
+                _bind_read_only(source_fd, target, target_fd, what)
                 return
             with closing(syscalls.open_tree_clone(source_fd, what)) as mount_fd:
                 if read_only:
@@ -210,11 +183,9 @@ def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
     return None
 
 
-def _bind_classic(source_fd: int, target: Path, target_fd: int, what: str, *, read_only: bool) -> None:
-    """Bind by mount(2): read-only needs a second call; when that fails, it is unmounted."""
+def _bind_read_only(source_fd: int, target: Path, target_fd: int, what: str) -> None:
+    """Bind by mount(2), before Linux 5.12: read-only needs a second call; when that fails, it is unmounted."""
     syscalls.mount(str(_fd_path(source_fd)), _fd_path(target_fd), "none", syscalls.MS_BIND, "")
-    if not read_only:
-        return
     # A remount without the present flags is refused; their numbers are those of statvfs(3).
     kept = os.statvfs(target).f_flag & (
         syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
@@ -233,13 +204,10 @@ def _fd_path(fd: int) -> Path:
 
 
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
-    entries = read_table()
     if status is not None and status.mount_id is not None:
-        found = [e for e in entries if e.mount_id == status.mount_id]
-        if status.is_mount_root is None:
-            found = [entry for entry in found if entry.path == _canonical(path)]
+        found = [entry for entry in read_table() if entry.mount_id == status.mount_id]
     else:
-        found = [entry for entry in entries if entry.path == _canonical(path)]
+        found = [entry for entry in read_table() if entry.path == _canonical(path)]
     return _mounted(found[-1], path) if found else None
 
 

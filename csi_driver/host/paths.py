@@ -201,21 +201,6 @@ def _open_below(root: Path, path: Path) -> int:
             try:
                 return syscalls.openat2(root_fd, relative, os.O_PATH, _RESOLVE)
             except SystemCallFailed as failure:
-                if failure.errno == errno.ENOSYS:
-                    return _walk(root_fd, path.relative_to(root))
                 if failure.errno != errno.EAGAIN:  # of a concurrent rename
                     raise
         raise SystemCallFailed(f"open {path}", errno.EAGAIN)
-
-
-def _walk(root_fd: int, relative: Path) -> int:
-    """Open one component at a time, for kernels before 5.6, which have no openat2."""
-    fd = os.dup(root_fd)
-    for part in relative.parts:
-        with closing(fd), system_call(f"open {relative}"):
-            following = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        fd = following
-        if stat.S_ISLNK(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise SystemCallFailed(f"open {relative}", errno.ELOOP)
-    return fd

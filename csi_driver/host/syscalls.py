@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.errors import SystemCallFailed
+from csi_driver.errors import HostFailure, SystemCallFailed
 
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _AT_SYMLINK_NOFOLLOW, _AT_NO_AUTOMOUNT, _AT_STATX_DONT_SYNC = 0x100, 0x800, 0x4000
@@ -28,13 +28,10 @@ MS_NOEXEC = 0x8
 MS_SYNCHRONOUS = 0x10
 MS_REMOUNT = 0x20
 MS_DIRSYNC = 0x80
-MS_NOSYMFOLLOW = 0x100
 MS_NOATIME = 0x400
 MS_NODIRATIME = 0x800
 MS_BIND = 0x1000
 MS_SHARED = 1 << 20
-MS_RELATIME = 1 << 21
-MS_STRICTATIME = 1 << 24
 MS_LAZYTIME = 1 << 25
 
 MNT_DETACH = 2
@@ -166,15 +163,13 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
 
 
 @functools.cache
-def has_mount_api() -> bool:
-    """Tell if the kernel has the mount calls by descriptor, with mount_setattr (5.12)."""
-    for number in (_FSOPEN, _MOUNT_SETATTR):
-        # Invalid arguments: EINVAL or EFAULT when the call exists, else ENOSYS, or EPERM of seccomp.
-        try:
-            _syscall("probe", number, None, 0xFFFF0000, None, None, 1)
-        except SystemCallFailed as failure:
-            if failure.errno in (errno.ENOSYS, errno.EPERM):
-                return False
+def has_mount_setattr() -> bool:
+    """Tell if the kernel has mount_setattr (5.12)."""
+    # Invalid arguments: EINVAL or EFAULT when the call exists.
+    try:
+        _syscall("probe", _MOUNT_SETATTR, None, 0xFFFF0000, None, None, 1)
+    except SystemCallFailed as failure:
+        return failure.errno not in (errno.ENOSYS, errno.EPERM)
     return True
 
 
@@ -185,14 +180,11 @@ _STATX = struct.Struct("=IIQIIIHHQQQQ64sIIIIQ")
 
 @dataclass(frozen=True, slots=True)
 class PathStatus:
-    """The result of statx. `is_mount_root` is None before Linux 5.8.
-
-    `unique_mount_id` (Linux 6.8), for `statmount`, is never reused, unlike `mount_id`.
-    """
+    """The result of statx. `unique_mount_id` (Linux 6.8), for `statmount`, is never reused, unlike `mount_id`."""
 
     mode: int
     node: tuple[int, int]
-    is_mount_root: bool | None
+    is_mount_root: bool
     mount_id: int | None
     unique_mount_id: int | None
 
@@ -207,10 +199,12 @@ def statx(path: Path) -> PathStatus:
         raise OSError(number, os.strerror(number), str(path))
     fields = _STATX.unpack_from(buffer.raw)
     mask, attributes, mode, known, mount_id = fields[0], fields[2], fields[6], fields[11], fields[17]
+    if not known & _STATX_ATTR_MOUNT_ROOT:
+        raise HostFailure("statx does not tell mounts from directories: expected Linux 5.8 or newer")
     return PathStatus(
         mode=mode,
         node=(fields[13], fields[14]),
-        is_mount_root=bool(attributes & _STATX_ATTR_MOUNT_ROOT) if known & _STATX_ATTR_MOUNT_ROOT else None,
+        is_mount_root=bool(attributes & _STATX_ATTR_MOUNT_ROOT),
         mount_id=mount_id if mask & _STATX_MNT_ID and not mask & _STATX_MNT_ID_UNIQUE else None,
         unique_mount_id=mount_id if mask & _STATX_MNT_ID_UNIQUE else None,
     )

@@ -38,27 +38,20 @@ def machine(tmp_path: Path) -> Iterator[HostMachine]:
 
 @pytest.fixture(params=["new", "classic"])
 def both_interfaces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the descriptor based mount interface and as on kernels that lack it."""
+    """Bind with mount_setattr, and as on kernels that lack it."""
     if request.param == "classic":
-        monkeypatch.setattr(syscalls, "has_mount_api", lambda: False)
+        monkeypatch.setattr(syscalls, "has_mount_setattr", lambda: False)
     return str(request.param)
 
 
-@pytest.fixture(params=["statmount", "table", "no-mount-root-bit"])
+@pytest.fixture(params=["statmount", "table"])
 def every_way_to_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Use this kernel's calls, those before statmount (6.8), and those before STATX_ATTR_MOUNT_ROOT (5.8)."""
+    """Use this kernel's calls, and those before statmount (6.8)."""
     if request.param != "statmount":
         real = syscalls.statx
-        hides_root = request.param == "no-mount-root-bit"
 
         def old(path: Path) -> syscalls.PathStatus:
-            status = real(path)
-            return replace(
-                status,
-                is_mount_root=None if hides_root else status.is_mount_root,
-                unique_mount_id=None,
-                mount_id=None if hides_root else _mount_id_of(path),
-            )
+            return replace(real(path), unique_mount_id=None, mount_id=_mount_id_of(path))
 
         monkeypatch.setattr(syscalls, "statx", old)
     return str(request.param)
@@ -190,7 +183,7 @@ def test_propagation_equals_findmnt(machine: HostMachine) -> None:
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
-def test_a_read_only_mount_refuses_writes(machine: HostMachine, fs_type: str, both_interfaces: str) -> None:
+def test_a_read_only_mount_refuses_writes(machine: HostMachine, fs_type: str) -> None:
     _, device = machine.formatted(fs_type, SIZES[fs_type])
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, [], read_only=True)
@@ -241,13 +234,6 @@ def test_an_option_that_only_the_superblock_refuses_is_named(machine: HostMachin
     assert innocent not in str(caught.value)
 
 
-def test_a_refused_option_is_named_by_old_kernels_too(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(syscalls, "has_mount_api", lambda: False)
-    _, device = machine.formatted("ext4", SIZES["ext4"])
-    with pytest.raises(InvalidField, match="nonsense"):
-        machine.mounts.mount(device, machine.place(), "ext4", ["nonsense"], read_only=False)
-
-
 def test_a_damaged_filesystem_is_not_blamed_on_options(machine: HostMachine) -> None:
     volume = machine.volume()
     device = machine.device(volume)
@@ -262,7 +248,7 @@ def test_words_that_are_no_mount_options_are_refused(machine: HostMachine, optio
         machine.mounts.mount(device, machine.place(), "ext4", [option], read_only=False)
 
 
-def test_a_mount_of_another_device_is_never_visible(machine: HostMachine, both_interfaces: str) -> None:
+def test_a_mount_of_another_device_is_never_visible(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     wrong = replace(device, number=DeviceNumber(7, 4095))
     target = machine.place()

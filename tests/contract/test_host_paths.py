@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +9,15 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed
-from csi_driver.host import syscalls
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import MIB
 from tests.contract.host_machine import host_machine, mounts_below, shell
 
 
-@pytest.fixture(params=["openat2", "walk"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a path root; everything is done with openat2 and as on kernels before it (5.6)."""
-    if request.param == "walk":
-
-        def absent(*_: object) -> int:
-            raise SystemCallFailed("openat2", errno.ENOSYS)
-
-        monkeypatch.setattr(syscalls, "openat2", absent)
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Give a path root."""
     made = tmp_path / "root"
     made.mkdir()
     return made
