@@ -56,7 +56,6 @@ def disk_sequence(fd: int) -> int | None:
 
 
 def logical_block_bytes(fd: int) -> int:
-    """Return the size of the smallest read of a block device."""
     return _get("BLKSSZGET", fd, _BLKSSZGET, "=i")
 
 
@@ -118,23 +117,17 @@ def loop_status(fd: int) -> LoopStatus | None:
     return LoopStatus((fields[0], fields[1]), backing, label, fields[8], fields[4], bytes(raw))
 
 
-def loop_set_flags(fd: int, status: LoopStatus, flags: int) -> None:
-    """Set the flags of a loop device; the rest of its status stays as it was read."""
-    _loop_set(fd, status, 8, flags)
+def loop_set(fd: int, status: LoopStatus, *, flags: int | None = None, limit_bytes: int | None = None) -> None:
+    """Set flags or limit of a loop device; the rest of its status stays as it was read.
 
-
-def loop_set_limit(fd: int, status: LoopStatus, limit_bytes: int) -> None:
-    """Limit a loop device to the first bytes of its file, also for those who have it open.
-
-    The kernel syncs and waits for running requests, then refuses requests beyond the limit (drivers/block/loop.c,
-    loop_set_status; block/blk-core.c, bio_check_eod).
+    A limit to the first bytes of the file holds also for those who have the device open: the kernel syncs and waits for
+    running requests, then refuses requests beyond it (drivers/block/loop.c, loop_set_status; bio_check_eod).
     """
-    _loop_set(fd, status, 4, limit_bytes)
-
-
-def _loop_set(fd: int, status: LoopStatus, index: int, value: int) -> None:
     fields = list(_LOOP_INFO.unpack(status.raw))
-    fields[index] = value
+    if flags is not None:
+        fields[8] = flags
+    if limit_bytes is not None:
+        fields[4] = limit_bytes
     _call("LOOP_SET_STATUS64", fd, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
 
 
@@ -178,7 +171,6 @@ def xfs_geometry(fd: int) -> tuple[int, int, int]:
 
 
 def xfs_grow(fd: int, blocks: int, inode_percent: int) -> None:
-    """Grow the mounted XFS of `fd` to that many of its blocks."""
     _call("XFS_IOC_FSGROWFSDATA", fd, _XFS_IOC_FSGROWFSDATA, bytearray(struct.pack("=QI4x", blocks, inode_percent)))
 
 

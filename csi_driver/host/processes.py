@@ -20,7 +20,6 @@ import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TextIO
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, SystemCallFailed, ToolMissing
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": SEARCH_PATH, "LC_ALL": "C"}
-_NOTHING_MORE: Mapping[str, str] = MappingProxyType({})
 _GRACE_AFTER_KILL_S = 2.0
 _PACKAGES = {  # of Debian
     "blkid": "util-linux",
@@ -42,9 +40,6 @@ _PACKAGES = {  # of Debian
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
 }
-
-
-# --- programs -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +60,20 @@ def package_of(program: str) -> str:
     return _PACKAGES.get(program, "")
 
 
+def _require_tool(program: str) -> str:
+    path = find_tool(program)
+    if path is None:
+        raise ToolMissing(program, package_of(program))
+    return path
+
+
 def run(
     argv: Sequence[str],
     *,
     timeout_s: float,
     accept: Collection[int] = (0,),
     pass_fds: Sequence[int] = (),
-    environment: Mapping[str, str] = _NOTHING_MORE,
+    environment: Mapping[str, str] | None = None,
     on_device: bool = False,
 ) -> Completed:
     """Run a program and wait for its end. `pass_fds` keep their numbers; `environment` is added to PATH and LC_ALL.
@@ -79,9 +81,7 @@ def run(
     After `timeout_s` its process group is killed. With `on_device` it is never killed: after `timeout_s` that is
     logged. Raises `CommandFailed` for a status outside `accept`, `CommandTimedOut`, `ToolMissing`.
     """
-    program = find_tool(argv[0])
-    if program is None:
-        raise ToolMissing(argv[0], package_of(argv[0]))
+    program = _require_tool(argv[0])
     try:
         process = subprocess.Popen(
             list(argv),
@@ -89,7 +89,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**_ENVIRONMENT, **environment},
+            env={**_ENVIRONMENT, **(environment or {})},
             cwd="/",
             pass_fds=tuple(pass_fds),
             start_new_session=True,
@@ -99,10 +99,7 @@ def run(
     except OSError as error:
         raise SystemCallFailed(f"start {argv[0]}", error.errno or 0) from error
     try:
-        if on_device:
-            stdout, stderr = _wait_for(process, timeout_s)
-        else:
-            stdout, stderr = process.communicate(timeout=timeout_s)
+        stdout, stderr = _wait_for(process, timeout_s) if on_device else process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         _kill_group(process)
         raise CommandTimedOut(argv, timeout_s) from error
@@ -130,9 +127,13 @@ def _wait_for(process: subprocess.Popen[bytes], warn_after_s: float) -> tuple[by
     return process.communicate()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _signal_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    _signal_group(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.communicate(timeout=_GRACE_AFTER_KILL_S)
 
@@ -149,7 +150,6 @@ def fd_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-# --- child processes ----------------------------------------------------------------------------------------------
 # A child's process group is killed when this process ends for any reason: a shell in the group reads a pipe that only
 # this process can write, and kills the group at end of file. A parent-death signal would miss a parent that is killed
 # before it is set, and is sent when the thread that forked ends. Programs that a child starts by `run` have their own
@@ -191,7 +191,7 @@ class ChildProcess:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-        self._kill_group()
+        _signal_group(self.process)
         try:
             status = self.process.wait(_AFTER_KILL_S)
         except subprocess.TimeoutExpired as error:
@@ -202,36 +202,28 @@ class ChildProcess:
         self._clean_up()
         return status
 
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-
     def _clean_up(self) -> None:
         if self._is_over:
             return
         self._is_over = True
-        self._kill_group()
+        _signal_group(self.process)
         os.close(self.lifeline)
         with contextlib.suppress(FileNotFoundError):
             if self.pid_file.read_text().strip() == str(self.pid):
                 self.pid_file.unlink(missing_ok=True)
 
 
-@dataclass(slots=True)
 class ChildProcesses:
-    """Starts child processes, which get only this environment."""
+    """Starts child processes."""
 
-    environment: Mapping[str, str] = field(default_factory=lambda: {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8"})
-
-    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
+    @staticmethod
+    def start(argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
         """Start a process with output appended to `log`; `pid_file` holds its pid while it runs.
 
         `pass_fds` keep their numbers. It has its own session: Ctrl-C reaches only this process, which stops its
         children in order.
         """
-        shell = find_tool("sh")
-        if shell is None:
-            raise ToolMissing("sh", package_of("sh"))
+        shell = _require_tool("sh")
         log_fd = open_file(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         shell_fd = next(fd for fd in _SHELL_FDS if fd not in pass_fds)
         reading, writing = os.pipe()
@@ -241,7 +233,7 @@ class ChildProcesses:
                 stdin=reading,
                 stdout=log_fd,
                 stderr=log_fd,
-                env=self.environment,
+                env={"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8"},
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
             )
@@ -262,7 +254,6 @@ class ChildProcesses:
         return child
 
 
-# --- the running role ---------------------------------------------------------------------------------------------
 # A command in a role's container (kubectl exec, a hook) has the environment of the role, but not its arguments.
 
 _PROC = Path("/proc")
@@ -285,13 +276,13 @@ def find_running(roles: Sequence[str]) -> RunningRole | None:
 
 def _running(roles: Sequence[str]) -> Iterator[RunningRole]:
     own = _PROC / "self"
-    namespace, users = _mount_namespace(own), _users(own)
+    namespace, users = os.readlink(own / "ns/mnt"), _users(own)
     for directory in _PROC.iterdir():
         if not directory.name.isdecimal() or int(directory.name) == os.getpid():
             continue
         try:
             called = parse_role(_words(directory / "cmdline"), roles)
-            if not called or _mount_namespace(directory) != namespace or _users(directory) != users:
+            if not called or os.readlink(directory / "ns/mnt") != namespace or _users(directory) != users:
                 continue
             environ = dict(word.partition("=")[::2] for word in _words(directory / "environ"))
         except OSError:
@@ -320,10 +311,6 @@ def log_of(role: RunningRole) -> TextIO | None:
         return os.fdopen(fd, "w", encoding="utf-8")
     except OSError:
         return None
-
-
-def _mount_namespace(directory: Path) -> str:
-    return str((directory / "ns/mnt").readlink())
 
 
 def _users(directory: Path) -> str:

@@ -178,7 +178,7 @@ def test_open_refuses_a_reused_device_number(machine: HostMachine) -> None:
     assert status is not None
     raw = bytearray(status.raw)
     raw[56 : 56 + 36] = OTHER.encode()
-    ioctls.loop_set_flags(fd, replace(status, raw=bytes(raw)), status.flags)
+    ioctls.loop_set(fd, replace(status, raw=bytes(raw)))
     os.close(fd)
     expected = f"claims {OTHER}, expected {volume.uuid}"
     with pytest.raises(PreconditionFailed, match=expected), machine.devices.open(device):

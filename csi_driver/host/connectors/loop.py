@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
@@ -26,7 +26,7 @@ from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevi
 
 LOOP_MAJOR = 7
 _DELETED = " (deleted)"
-_SYS_BLOCK = Path("/sys/block")
+_SYS_BLOCK, _DEV = Path("/sys/block"), Path("/dev")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
@@ -42,10 +42,8 @@ def claimed_uuid(fd: int) -> str | None:
 
 @dataclass(slots=True)
 class LoopDevices:
-    """The loop devices of this machine. `directory` takes temporary nodes of devices that have none in /dev."""
+    """The loop devices of this machine."""
 
-    directory: Path = Path("/dev")
-    clock: Clock = SYSTEM_CLOCK
     _binding: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def attach(
@@ -71,7 +69,6 @@ class LoopDevices:
             raise
 
     def ensure_node(self, device: LoopDevice, node: Path) -> LoopDevice:
-        """Make `node` the device's node, atomically, and return the device with it."""
         block_devices.ensure_node(node, device.device_number)
         return replace(device, node=node)
 
@@ -82,7 +79,8 @@ class LoopDevices:
         container.
         """
         root = directory.resolve()
-        identities = _files_below(root)
+        files = (_status(f"{place}/{name}") for place, _, names in os.walk(root) for name in names)
+        identities = {(status.st_dev, status.st_ino) for status in files if status is not None}
         return tuple(device for device in self.bound() if _lies_in(device, root, identities))
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
@@ -92,7 +90,8 @@ class LoopDevices:
         """
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
-            if file_name is not None and _file_name(number) != file_name:
+            text = _backing_text(number)
+            if text is None or (file_name is not None and Path(text.removesuffix(_DELETED)).name != file_name):
                 continue
             device = self._bound_number(number)
             if device is not None:
@@ -139,7 +138,7 @@ class LoopDevices:
             if status is None:
                 return None
             with contextlib.suppress(SystemCallFailed):
-                ioctls.loop_set_limit(fd, status, _FENCED_BYTES)
+                ioctls.loop_set(fd, status, limit_bytes=_FENCED_BYTES)
             if ioctls.size_bytes(fd) != _FENCED_BYTES:
                 return None
         found = self._bound_number(device.number)
@@ -150,13 +149,9 @@ class LoopDevices:
 
         Waits 0.2 s for programs such as udev's probe. Success when it is unbound, or bound to another file since.
         """
-        waiting = Deadline.after(_GRACE_S, self.clock)
-        if not waiting.wait_until(lambda: self._unbind(device)):
+        if not Deadline.after(_GRACE_S).wait_until(lambda: self._unbind(device)):
             return False
-        gone = Deadline.after(_GONE_WITHIN_S, self.clock).wait_until(
-            lambda: _backing_text(device.number) is None or not self._is_still(device)
-        )
-        if not gone:
+        if not Deadline.after(_GONE_WITHIN_S).wait_until(lambda: not self._is_still(device)):
             return False
         if device.node is not None and node_number(device.node) == _number_of(device.number):
             device.node.unlink(missing_ok=True)
@@ -190,7 +185,7 @@ class LoopDevices:
                 after = ioctls.loop_status(fd)
                 if after is None:
                     return True
-                ioctls.loop_set_flags(fd, after, after.flags & ~ioctls.LOOP_AUTOCLEAR)
+                ioctls.loop_set(fd, after, flags=after.flags & ~ioctls.LOOP_AUTOCLEAR)
                 return False
         except SystemCallFailed as failure:
             if failure.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
@@ -200,22 +195,19 @@ class LoopDevices:
             raise
 
     def _is_still(self, device: LoopDevice) -> bool:
-        try:
-            with self._opened(device.number) as fd:
-                status = ioctls.loop_status(fd)
-        except SystemCallFailed:
-            return False
-        return status is not None and status.label == device.label
+        found = self._bound_number(device.number)
+        return found is not None and found.label == device.label
 
+    @staticmethod
     @contextlib.contextmanager
-    def _opened(self, number: int, flags: int = os.O_RDONLY) -> Iterator[int]:
+    def _opened(number: int, flags: int = os.O_RDONLY) -> Iterator[int]:
         wanted = _number_of(number)
-        usual = Path(f"/dev/loop{number}")
+        usual = _DEV / f"loop{number}"
         with system_call(f"open loop device {number}"):
             if node_number(usual) == wanted:
                 fd = os.open(usual, flags | os.O_CLOEXEC)
             else:
-                fd = block_devices.open_temporary_node(self.directory, wanted, flags)
+                fd = block_devices.open_temporary_node(_DEV, wanted, flags)
         with closing(fd):
             yield fd
 
@@ -247,15 +239,6 @@ def _described(number: int, backing_text: str, status: ioctls.LoopStatus) -> Loo
         fenced=0 < status.limit_bytes <= _FENCED_BYTES,
         identity=status.file,
     )
-
-
-def _files_below(root: Path) -> set[tuple[int, int]]:
-    return {
-        (status.st_dev, status.st_ino)
-        for directory, _, names in os.walk(root)
-        for status in (_status(f"{directory}/{name}") for name in names)
-        if status is not None
-    }
 
 
 def _lies_in(device: LoopDevice, root: Path, identities: set[tuple[int, int]]) -> bool:
@@ -298,12 +281,6 @@ def _backing_text(number: int) -> str | None:
         return None
 
 
-def _file_name(number: int) -> str | None:
-    text = _backing_text(number)
-    return Path(text.removesuffix(_DELETED)).name if text is not None else None
-
-
-# --- read-only loop devices over block devices ------------------------------------------------------------------
 # A read-only bind mount of a device node does not keep a process from writing through it, and BLKROSET also stops the
 # existing writers. A loop device opened read-only refuses only the writes of its own readers.
 
@@ -311,16 +288,15 @@ _READER_ID = re.compile(r"[0-9a-f]{16}")
 _MARK = "ro-"
 
 
+@dataclass(frozen=True, slots=True)
 class ReadOnlyLoops:
     """Read-only loop devices, labelled `<volume uuid>/ro-<reader id>`, with the nodes /dev/loopN.
 
     Methods as in `csi_driver.node.ports.ReadOnlyDevices`.
     """
 
-    def __init__(self, loops: LoopDevices, device_directory: Path = Path("/dev")) -> None:
-        self._loops = loops
-        self._directory = device_directory
-        self._making: dict[str, threading.Lock] = defaultdict(threading.Lock)
+    loops: LoopDevices
+    _making: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), init=False)
 
     def over(self, device: Device, uuid: str, reader: str) -> Device:
         if _READER_ID.fullmatch(reader) is None:
@@ -329,12 +305,12 @@ class ReadOnlyLoops:
         with self._making[device.name]:
             loop = self._find(device, label)
             if loop is None:
-                loop = self._loops.attach(device.path, None, label=label, read_only=True, block_size=device.block_bytes)
+                loop = self.loops.attach(device.path, None, label=label, read_only=True, block_size=device.block_bytes)
             return self._described(device, loop)
 
     def release(self, number: DeviceNumber) -> bool:
-        loop = self._loops.bound_as(number)
-        return loop is not None and _reader_of(loop) is not None and self._loops.detach(loop)
+        loop = self.loops.bound_as(number)
+        return loop is not None and _reader_of(loop) is not None and self.loops.detach(loop)
 
     def present(self, name: str | None = None) -> list[ReadOnlyDevice]:
         return [ReadOnlyDevice(loop.device_number, loop.file) for loop in self._ours(name)]
@@ -342,19 +318,19 @@ class ReadOnlyLoops:
     def release_left_over(self, reader: str, name: str) -> None:
         for loop in self._ours(name):
             if _reader_of(loop) == reader:
-                self._loops.detach(loop)
+                self.loops.detach(loop)
 
     def _ours(self, name: str | None = None) -> Iterator[LoopDevice]:
-        return (loop for loop in self._loops.bound(name) if _reader_of(loop) is not None)
+        return (loop for loop in self.loops.bound(name) if _reader_of(loop) is not None)
 
     def _find(self, device: Device, label: str) -> LoopDevice | None:
         same = (loop for loop in self._ours(device.path.name) if loop.label == label)
         return next((loop for loop in same if loop.backing == device.number and not loop.file_is_gone), None)
 
     def _described(self, device: Device, loop: LoopDevice) -> Device:
-        node = self._directory / f"loop{loop.number}"
-        self._loops.ensure_node(loop, node)
-        self._loops.grow(loop)
+        node = _DEV / f"loop{loop.number}"
+        self.loops.ensure_node(loop, node)
+        self.loops.grow(loop)
         with closing(open_file(node, os.O_RDONLY)) as fd:
             size = ioctls.size_bytes(fd)
             if not ioctls.is_read_only(fd):
