@@ -18,7 +18,7 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.host.syscalls import system_call
+from csi_driver.host.syscalls import open_file, system_call
 from csi_driver.host_model import DeviceNumber
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
@@ -26,21 +26,18 @@ NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENO
 SECTOR_BYTES = 512
 """Unit of all sizes in sysfs."""
 _BUSY_GRACE_S = 2.0
-_FIRST_PAUSE_S = 0.005
-_LONGEST_PAUSE_S = 0.1
-_LONGEST_EVENT_WAIT_S = 0.25
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONGEST_EVENT_WAIT_S = 0.005, 0.1, 0.25
 
 
 def size_bytes(number: DeviceNumber) -> int | None:
     """Return the size of a device without opening it; None when the device is gone."""
     try:
-        sectors = int((SYS_DEV_BLOCK / str(number) / "size").read_text())
-    except OSError as error:
-        if error.errno in NOT_READY:
+        with system_call(f"read the size of device {number}"):
+            return int((SYS_DEV_BLOCK / str(number) / "size").read_text()) * SECTOR_BYTES or None
+    except SystemCallFailed as failure:
+        if failure.errno in NOT_READY:
             return None
-        # "Unknown" must not be taken for "gone": mounts of a device that is gone are unmounted.
-        raise SystemCallFailed(f"read the size of device {number}", error.errno or 0) from error
-    return sectors * SECTOR_BYTES or None
+        raise  # "unknown" must not be taken for "gone": mounts of a device that is gone are unmounted
 
 
 def sys_number(number: DeviceNumber, attribute: str) -> int | None:
@@ -118,12 +115,11 @@ def _kernel_path(number: DeviceNumber) -> Path | None:
 def is_claimed(path: Path) -> bool:
     """Tell if a mount or a program has the device open exclusively (O_EXCL); False when the device is gone."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.EBUSY, *NOT_READY):
-            return error.errno == errno.EBUSY
-        raise SystemCallFailed(f"claim {path}", error.errno or 0) from error
-    os.close(fd)
+        os.close(open_file(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK))
+    except SystemCallFailed as failure:
+        if failure.errno in (errno.EBUSY, *NOT_READY):
+            return failure.errno == errno.EBUSY
+        raise
     return False
 
 

@@ -22,7 +22,7 @@ from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import NOT_READY, device_events
 from csi_driver.host.connectors import device_mapper, loop, nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
-from csi_driver.host.syscalls import closing, system_call
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
 
@@ -39,7 +39,6 @@ class LinuxDevices:
         udev_control: Path = Path("/run/udev/control"),
         status_files: nvmesh.StatusFiles | None = None,
     ) -> None:
-        """`device_root` has a device node for each volume; `status_root` is the client's status directory."""
         self._root = device_root
         self._status = status_files or nvmesh.StatusFiles(status_root)
         self._clock = clock
@@ -78,16 +77,13 @@ class LinuxDevices:
         if seen is None:
             return None, self._absence(name)
         device, evidence = seen
-        unsettled = evidence.disagreement(name)
-        if unsettled is not None:
+        if unsettled := evidence.disagreement(name):
             return None, unsettled
-        refusal = evidence.refusal(name) or evidence.mismatch(name, uuid)
-        if refusal is not None:
+        if refusal := evidence.refusal(name) or evidence.mismatch(name, uuid):
             raise PreconditionFailed(refusal)
         if not evidence.proves():
             return None, f"{self._silence()}: nothing on this machine says that it is {uuid or 'a volume at all'}"
-        unusable = evidence.unusable(name)
-        if unusable is not None:
+        if unusable := evidence.unusable(name):
             return None, unusable
         return replace(device, uuid=evidence.uuid_for(uuid)), ""
 
@@ -101,7 +97,6 @@ class LinuxDevices:
         )
 
     def _silence(self) -> str:
-        """Explain why the client shows no status of a volume."""
         client = self.client()
         if client.is_upgrading:
             return "the storage client is being upgraded, or starts"
@@ -111,17 +106,18 @@ class LinuxDevices:
 
     def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
         try:
-            node = os.stat(path)
-            if not stat.S_ISBLK(node.st_mode):
+            with system_call(f"open {path}"):
+                node = os.stat(path)
+                if not stat.S_ISBLK(node.st_mode):
+                    return None
+                status = self._status.volume(name)
+                if status is not None and status.io_enabled is not True:
+                    return _describe_unopened(name, path, ioctls.device_number(node.st_rdev), status)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except SystemCallFailed as failure:
+            if failure.errno in NOT_READY:
                 return None
-            status = self._status.volume(name)
-            if status is not None and status.io_enabled is not True:
-                return _describe_unopened(name, path, ioctls.device_number(node.st_rdev), status)
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno in NOT_READY:
-                return None
-            raise SystemCallFailed(f"open {path}", error.errno or 0) from error
+            raise
         with closing(fd):
             return self._describe(name, path, fd)
 
@@ -168,16 +164,14 @@ class LinuxDevices:
         is left to mkfs and fsck. Raises `PreconditionFailed` when it is another device, busy or without I/O,
         `OperationPending` while another program holds its lock, `IdentityNotProven` with `write` without evidence.
         """
-        unusable = DeviceEvidence(self.status(device.name)).unusable(device.name)
-        if unusable is not None:
+        if unusable := DeviceEvidence(self.status(device.name)).unusable(device.name):
             raise PreconditionFailed(unusable)
-        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_DIRECT
         try:
-            fd = os.open(device.path, flags)
-        except OSError as error:
-            if error.errno in NOT_READY:
-                raise PreconditionFailed(f"{device.path} is gone, expected {device.number}") from error
-            raise SystemCallFailed(f"open {device.path}", error.errno or 0) from error
+            fd = open_file(device.path, (os.O_RDWR if write else os.O_RDONLY) | os.O_DIRECT)
+        except SystemCallFailed as failure:
+            if failure.errno in NOT_READY:
+                raise PreconditionFailed(f"{device.path} is gone, expected {device.number}") from failure
+            raise
         with closing(fd):
             if exclusive:
                 block_devices.lock_unclaimed(fd, device.path, self._clock)
@@ -188,8 +182,7 @@ class LinuxDevices:
         if seen is None:
             raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
         found, evidence = seen
-        against = evidence.against(device.name, device.uuid) or evidence.unusable(device.name)
-        if against is not None:
+        if against := evidence.against(device.name, device.uuid) or evidence.unusable(device.name):
             raise PreconditionFailed(against)
         for what, is_now, was in (
             ("the number", found.number, device.number),
@@ -220,8 +213,7 @@ class LinuxDevices:
         with self.open(device) as opened:
             ioctls.set_read_only(opened.fd, True)
 
-    def size_bytes(self, number: DeviceNumber) -> int | None:
-        return block_devices.size_bytes(number)
+    size_bytes = staticmethod(block_devices.size_bytes)
 
     def open_number(self, number: DeviceNumber) -> int:
         """Open a device read-only by its number. Raises OSError when it is gone."""
@@ -262,12 +254,8 @@ class LinuxDevices:
             return set()
 
     def client(self) -> StorageClient:
-        """Return the state of this node's storage client.
-
-        Attachments without a device (hidden) count against the limit of volumes.
-        """
-        client = self._status.client()
-        devices = self._nodes()
+        """Return the state of the storage client; hidden attachments, without a device, lower the limit of volumes."""
+        client, devices = self._status.client(), self._nodes()
         limit = client.volume_limit
         if limit:
             limit = max(1, limit - len(self._status.shown() - devices))
@@ -279,12 +267,12 @@ class LinuxDevices:
         This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
         to 1.4; their volumes are known by name.
         """
-        shown = (self._status.volume(name) for name in self._nodes() if self._is_unnamed(name))
-        return tuple(status.uuid for status in shown if status is not None)
-
-    def _is_unnamed(self, name: str) -> bool:
-        ids = self.reference_ids(name)
-        return bool(ids) and all(map(is_uuid, ids or ())) and not name.startswith(CSI_NAME_PREFIX)
+        found = []
+        for name in self._nodes():
+            ids = self.reference_ids(name)
+            if ids and all(map(is_uuid, ids)) and not name.startswith(CSI_NAME_PREFIX):
+                found.append(self._status.volume(name))
+        return tuple(status.uuid for status in found if status is not None)
 
     def present(self) -> dict[str, str] | None:
         client = self._status.client()

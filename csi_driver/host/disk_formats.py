@@ -27,9 +27,6 @@ _XFS_IN_PROGRESS_AT = 126
 """sb_inprogress: not zero while mkfs.xfs writes."""
 
 
-# --- superblocks --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Superblock:
     """The recorded size, `blocks` of `block_bytes`, and the uuid of a filesystem.
@@ -125,7 +122,6 @@ def parse_blkid(text: str) -> dict[str, str]:
     return values
 
 
-# --- LUKS headers -------------------------------------------------------------------------------------------------
 # LUKS2 keeps two copies with checksums: an interrupted write leaves one intact.
 
 _FIRST, _SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"

@@ -36,7 +36,7 @@ class _Kind:
     """How a filesystem is made. `dry_run` is the option that writes nothing, where mkfs has one."""
 
     mkfs: tuple[str, ...]
-    uuid_options: Callable[[str], tuple[str, str]]
+    uuid_options: tuple[str, str]
     dry_run: str | None
     least_bytes: int
     tools: tuple[str, ...]
@@ -45,11 +45,9 @@ class _Kind:
 # -F, -f: the node decided that the content goes, e.g. its own unfinished filesystem. Never -F twice: mke2fs would
 # format a mounted device. Below least_bytes mkfs of xfsprogs 6 and btrfs-progs 6 refuses; ext4 would have no journal.
 _KINDS = {
-    "ext4": _Kind(
-        ("mkfs.ext4", "-q", "-F"), lambda uuid: ("-U", uuid), "-n", 2 * MIB, ("mkfs.ext4", "e2fsck", "resize2fs")
-    ),
-    "xfs": _Kind(("mkfs.xfs", "-q", "-f"), lambda uuid: ("-m", f"uuid={uuid}"), "-N", 300 * MIB, ("mkfs.xfs",)),
-    "btrfs": _Kind(("mkfs.btrfs", "-q", "-f"), lambda uuid: ("-U", uuid), None, 109 * MIB, ("mkfs.btrfs",)),
+    "ext4": _Kind(("mkfs.ext4", "-q", "-F"), ("-U", ""), "-n", 2 * MIB, ("mkfs.ext4", "e2fsck", "resize2fs")),
+    "xfs": _Kind(("mkfs.xfs", "-q", "-f"), ("-m", "uuid="), "-N", 300 * MIB, ("mkfs.xfs",)),
+    "btrfs": _Kind(("mkfs.btrfs", "-q", "-f"), ("-U", ""), None, 109 * MIB, ("mkfs.btrfs",)),
 }
 
 # blkid(8), "RETURN CODE"; e2fsck(8), "EXIT CODE": a sum
@@ -64,19 +62,19 @@ class LinuxFilesystems:
     devices: LinuxDevices
 
     def supported(self) -> Sequence[str]:
+        # The kernel is assumed to have a filesystem when its list of modules is not visible.
+        mountable = machine_checks.mountable_filesystems()
         return [
             fs_type
             for fs_type, kind in _KINDS.items()
-            if all(find_tool(tool) for tool in kind.tools) and _in_kernel(fs_type)
+            if all(map(find_tool, kind.tools))
+            and (fs_type in mountable or machine_checks.can_be_loaded(fs_type) is not False)
         ]
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        """Return the content of the device: blank only when all of `zero_scan.probe_places` is zero.
-
-        Raises `HostFailure` when a read fails or is short, `DeadlineReached`.
-        """
-        with stored_content(device, self.devices.open_number) as stored, zero_scan.DirectReader(stored) as reader:
-            found = zero_scan.first_data_in_places(reader, stored, deadline)
+        """Return the content of the device: blank only when all of `zero_scan.probe_places` is zero."""
+        with stored_content(device, self.devices.open_number) as stored:
+            found = zero_scan.first_data_in_places(stored, deadline)
         return Blank() if found is None else _name_content(device, found, deadline)
 
     def first_data(
@@ -104,12 +102,12 @@ class LinuxFilesystems:
         if fs_type not in _KINDS:
             raise InvalidField("fs_type", fs_type, f"one of {', '.join(_KINDS)}")
         kind = _KINDS[fs_type]
-        argv = (*kind.mkfs, *kind.uuid_options(uuid))
+        uuid_option, prefix = kind.uuid_options
+        argv = (*kind.mkfs, uuid_option, prefix + uuid)
         size = device.device.size_bytes
         if size < kind.least_bytes:
-            raise PreconditionFailed(
-                f"{device.device.path} has {size} bytes, {fs_type} needs at least {kind.least_bytes}"
-            )
+            least = kind.least_bytes
+            raise PreconditionFailed(f"{device.device.path} has {size} bytes, {fs_type} needs at least {least}")
         try:
             with self._verified_again(device):
                 _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
@@ -172,7 +170,9 @@ class LinuxFilesystems:
             elif fs_type == "xfs":
                 recorded = _grow_mounted_xfs(fd, device)
             elif fs_type == "btrfs":
-                _grow_mounted_btrfs(fd, device, before)
+                # The kernel refuses sizes below 256 MiB, also the present one (fs/btrfs/ioctl.c).
+                if device.size_bytes - before >= _BTRFS_SECTOR_BYTES:
+                    ioctls.btrfs_grow(fd)
             else:
                 raise InvalidField("fs_type", fs_type, f"one of {', '.join(_KINDS)}")
         if self.usage(path).total_bytes <= before:
@@ -208,7 +208,7 @@ class LinuxFilesystems:
         )
 
 
-def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Content:
+def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Filesystem | OtherContent:
     """Name the data at byte `found` by blkid; unrecognised data is `OtherContent`, never blank."""
     head = _read_head(device)
     argv = ("blkid", "-p", "-o", "export")
@@ -246,11 +246,6 @@ def _superblock(device: OpenDevice, fs_type: str) -> disk_formats.Superblock:
     return found
 
 
-def _in_kernel(fs_type: str) -> bool:
-    """Tell if the kernel has the filesystem or may load it: assumed when its list of modules is not visible."""
-    return fs_type in machine_checks.mountable_filesystems() or machine_checks.can_be_loaded(fs_type) is not False
-
-
 def _run_on(device: OpenDevice, argv: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,)) -> Completed:
     argv = (*argv, fd_path(device.fd))
     return run(argv, timeout_s=timeout_s, accept=accept, pass_fds=(device.fd,), on_device=True)
@@ -279,9 +274,7 @@ def _require_type(device: OpenDevice, fs_type: str, options: Sequence[str]) -> N
     Without some features, ext4 is ext3, ext2 or an external journal.
     """
     made = _name_content(device, 0, Deadline.after(_DRY_RUN_LIMIT_S))
-    what = "blank"
-    if isinstance(made, Filesystem | OtherContent):
-        what = made.fs_type if isinstance(made, Filesystem) else made.description
+    what = made.fs_type if isinstance(made, Filesystem) else made.description
     if what != fs_type:
         raise InvalidField(_FIELD, " ".join(options), f"options that make {fs_type}, not {what}")
 
@@ -303,12 +296,6 @@ def _grow_mounted_xfs(fd: int, device: Device) -> int:
     if device.size_bytes // block_bytes > blocks:
         ioctls.xfs_grow(fd, device.size_bytes // block_bytes, inode_percent)
     return blocks * block_bytes
-
-
-def _grow_mounted_btrfs(fd: int, device: Device, total_bytes: int) -> None:
-    # The kernel refuses sizes below 256 MiB, also the present one (fs/btrfs/ioctl.c).
-    if device.size_bytes - total_bytes >= _BTRFS_SECTOR_BYTES:
-        ioctls.btrfs_grow(fd)
 
 
 def _require_growth(device: Device, device_bytes: int, before: int, after: int) -> None:

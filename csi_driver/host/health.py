@@ -11,29 +11,29 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls, syscalls
 from csi_driver.host.block_devices import SECTOR_BYTES
-from csi_driver.host.syscalls import closing
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import DeviceNumber, Fault, FaultKind, Mount
 
-_SHUT_DOWN = frozenset({"shutdown"})
-_EMERGENCY = frozenset({"emergency_ro"})  # of ext4 after errors (fs/ext4/super.c, ext4_show_options)
+_SYS = Path("/sys")
+_SHUT_DOWN, _EMERGENCY = (
+    "shutdown",
+    "emergency_ro",
+)  # fs/ext4/super.c, ext4_show_options
 _SHUT_DOWN_ERRORS = (errno.EIO, errno.ESHUTDOWN)  # even for attributes, from an xfs (fs/xfs/xfs_iops.c)
 _WAY_OUT = "it is checked and mounted again when no pod of this node uses the volume: delete these pods"
 
 
-@dataclass(frozen=True, slots=True)
 class LinuxProbes:
     """Methods as in `csi_driver.node.ports.Probes`."""
 
-    sys: Path = Path("/sys")
-
-    def device(self, number: DeviceNumber) -> Sequence[Fault]:
-        block = self.sys / "dev/block" / str(number)
+    @staticmethod
+    def device(number: DeviceNumber) -> Sequence[Fault]:
+        block = _SYS / "dev/block" / str(number)
         found = []
         if _text(block / "ro") == "1":
             found.append(Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes"))
@@ -45,47 +45,44 @@ class LinuxProbes:
             found += _cut_short(block, backing)
         return found
 
-    def dead(self, mounted: Mount) -> Fault | None:
+    @staticmethod
+    def dead(mounted: Mount) -> Fault | None:
         if mounted.node_number is not None:
             return None
-        if mounted.options & _SHUT_DOWN or _root_is_dead(mounted.path):
+        if _SHUT_DOWN in mounted.options or _root_is_dead(mounted.path):
             return Fault(FaultKind.SHUT_DOWN, f"its {mounted.fs_type} was shut down after an error; {_WAY_OUT}")
-        if mounted.turned_read_only or mounted.options & _EMERGENCY:
-            return Fault(
-                FaultKind.TURNED_READ_ONLY, f"its {mounted.fs_type} turned read-only after an error; {_WAY_OUT}"
-            )
+        if mounted.turned_read_only or _EMERGENCY in mounted.options:
+            detail = f"its {mounted.fs_type} turned read-only after an error; {_WAY_OUT}"
+            return Fault(FaultKind.TURNED_READ_ONLY, detail)
         return None
 
     def filesystem(self, mounted: Mount) -> Sequence[Fault]:
         dead = self.dead(mounted)
-        counts = {"ext4": self._ext4_errors, "btrfs": self._btrfs_errors}.get(mounted.fs_type)
+        counts = {"ext4": _ext4_errors, "btrfs": _btrfs_errors}.get(mounted.fs_type)
         found = [*([] if dead is None else [dead]), *(counts(mounted) if counts is not None else ())]
         answered = _ask_root(mounted.path)
         if answered is not None and all(fault.kind is not FaultKind.SHUT_DOWN for fault in found):
             found.append(answered)
         return found
 
-    def _ext4_errors(self, mounted: Mount) -> Iterator[Fault]:
-        """Read the error count of the superblock, which e2fsck resets."""
-        name = (self.sys / "dev/block" / str(mounted.number)).resolve().name
-        count = _number(self.sys / "fs/ext4" / name / "errors_count")
-        if count:
-            function = _text(self.sys / "fs/ext4" / name / "last_error_func") or "?"
-            yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
 
-    def _btrfs_errors(self, mounted: Mount) -> Iterator[Fault]:
-        try:
-            fd = os.open(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            return
-        with closing(fd):
-            try:
-                root = self.sys / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
-            except SystemCallFailed:
-                return
-        counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
-        if counts:
-            yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
+def _ext4_errors(mounted: Mount) -> Iterator[Fault]:
+    name = (_SYS / "dev/block" / str(mounted.number)).resolve().name
+    count = _number(_SYS / "fs/ext4" / name / "errors_count")
+    if count:
+        function = _text(_SYS / "fs/ext4" / name / "last_error_func") or "?"
+        yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
+
+
+def _btrfs_errors(mounted: Mount) -> Iterator[Fault]:
+    try:
+        with closing(open_file(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as fd:
+            root = _SYS / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
+    except SystemCallFailed:
+        return
+    counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
+    if counts:
+        yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
 
 
 def _cut_short(block: Path, backing: str) -> Iterator[Fault]:
@@ -103,17 +100,14 @@ def shut_down(path: Path, number: DeviceNumber) -> bool:
     Unwritten data is lost and its users get errors. False when another filesystem is mounted there, it was shut down
     before, or it has no such call (btrfs).
     """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return False
-    with closing(fd):
-        try:
+        with closing(open_file(path, flags)) as fd, system_call(f"look at {path}"):
             if ioctls.device_number(os.fstat(fd).st_dev) != number:
                 return False
             ioctls.shut_down(fd)
-        except (OSError, SystemCallFailed):
-            return False
+    except SystemCallFailed:
+        return False
     return True
 
 
@@ -123,8 +117,7 @@ def _btrfs_counts(text: str) -> list[str]:
 
 
 def _root_is_dead(path: Path) -> bool:
-    """Tell if the root fails even to return its attributes, which the kernel has in memory."""
-    try:
+    try:  # the kernel has the attributes of the root in memory
         syscalls.statx(path)
     except OSError as error:
         return error.errno in _SHUT_DOWN_ERRORS

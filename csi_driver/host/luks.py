@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, Denied, HostFailure, InvalidField, PreconditionFailed
 from csi_driver.host import disk_formats, zero_scan
 from csi_driver.host.block_devices import ensure_node, node_number
@@ -36,6 +36,7 @@ from csi_driver.host_model import (
 if TYPE_CHECKING:  # the embedded storage manager needs no devices of volumes
     from csi_driver.host.devices import LinuxDevices
 
+_MAPPER_DIRECTORY = Path("/dev/mapper")
 _WRITE_LIMIT_S = 30 * 60.0
 _READ_LIMIT_S = 5 * 60.0
 """A key takes as long to derive as the machine that made the header chose."""
@@ -57,8 +58,8 @@ def _cryptsetup(
     *,
     fds: Sequence[int],
     timeout_s: float,
-    accept: Sequence[int] = (0,),
-    on_device: bool = False,
+    accept: Sequence[int] = (0, _WRONG_PASSPHRASE),
+    on_device: bool = True,
 ) -> Completed:
     argv = ("cryptsetup", command, "--batch-mode", *options, "--", *operands)
     return run(argv, timeout_s=timeout_s, accept=accept, pass_fds=fds, environment=_ENVIRONMENT, on_device=on_device)
@@ -74,8 +75,6 @@ class LinuxEncryption:
     """Encrypted devices of this machine. Methods as in `csi_driver.node.ports.Encryption`."""
 
     devices: LinuxDevices
-    mapper_directory: Path = Path("/dev/mapper")
-    clock: Clock = SYSTEM_CLOCK
 
     why_unusable = staticmethod(device_mapper.why_unusable)
     mapping = staticmethod(device_mapper.mapping_named)
@@ -86,10 +85,6 @@ class LinuxEncryption:
         return _read_header(device)
 
     def format(self, device: OpenDevice, settings: LuksSettings, passphrase: str, *, volume_uuid: str) -> None:
-        """Make a LUKS2 header labelled with the volume's uuid, destroying all content.
-
-        Raises `InvalidField` when cryptsetup or the kernel lacks the cipher or key size, before anything is written.
-        """
         label = ("--label", volume_uuid, "--subsystem", LUKS_SUBSYSTEM)
         options = ("--type", "luks2", *label, *_arguments(settings), "--key-file")
         try:
@@ -124,7 +119,7 @@ class LinuxEncryption:
         _require_right(answer, device.device.path)
 
     def path_of(self, name: str) -> Path:
-        return self.mapper_directory / name
+        return _MAPPER_DIRECTORY / name
 
     def open(self, device: OpenDevice, passphrase: str, *, read_only: bool, allow_discards: bool) -> None:
         switches = ["--readonly"] * read_only + ["--allow-discards"] * allow_discards
@@ -134,10 +129,6 @@ class LinuxEncryption:
         _require_right(answer, device.device.path)
 
     def device(self, mapping: LuksMapping, uuid: str | None) -> Device:
-        """Return an opened device, and make its node under the mapper directory.
-
-        Raises `PreconditionFailed` when the device below is another volume or carries no I/O.
-        """
         node = self.path_of(mapping.name)
         ensure_node(node, mapping.number)
         found = self.devices.device_at(mapping.name, node, uuid)
@@ -152,15 +143,7 @@ class LinuxEncryption:
             keys = [stack.enter_context(secret_fd(passphrase))] if passphrase is not None else []
             options = [word for key in keys for word in ("--key-file", fd_path(key))]
             try:
-                answer = _cryptsetup(
-                    "resize",
-                    options,
-                    (mapping.name,),
-                    fds=keys,
-                    timeout_s=_WRITE_LIMIT_S,
-                    accept=(0, _WRONG_PASSPHRASE),
-                    on_device=True,
-                )
+                answer = _cryptsetup("resize", options, (mapping.name,), fds=keys, timeout_s=_WRITE_LIMIT_S)
             except CommandFailed as failure:
                 if passphrase is None:
                     raise Denied(f"{self.path_of(mapping.name)} grows only with its passphrase") from failure
@@ -168,7 +151,7 @@ class LinuxEncryption:
         _require_right(answer, self.path_of(mapping.name))
 
     def close(self, mapping: LuksMapping) -> None:
-        if not Deadline.after(_BUSY_GRACE_S, self.clock).wait_until(lambda: device_mapper.remove(mapping)):
+        if not Deadline.after(_BUSY_GRACE_S).wait_until(lambda: device_mapper.remove(mapping)):
             raise PreconditionFailed(f"{self.path_of(mapping.name)} is busy: it is mounted or otherwise in use")
         node = self.path_of(mapping.name)
         # Without udev nothing else removes the node.
@@ -188,15 +171,7 @@ def _on_device(
 ) -> Completed:
     operands = (fd_path(device.fd),) if operand is None else (fd_path(device.fd), operand)
     try:
-        return _cryptsetup(
-            command,
-            options,
-            operands,
-            fds=(device.fd, *keys),
-            timeout_s=timeout_s,
-            accept=accept,
-            on_device=True,
-        )
+        return _cryptsetup(command, options, operands, fds=(device.fd, *keys), timeout_s=timeout_s, accept=accept)
     except CommandFailed as failure:
         if failure.status == _BUSY:
             raise PreconditionFailed(f"{device.device.path} is busy: {failure.stderr.strip()[-200:]}") from failure
@@ -247,7 +222,6 @@ class LuksFiles:
     """LUKS2 headers in plain files, without device-mapper. Methods as in `csi_driver.embedded.settings.LuksHeaders`."""
 
     def __init__(self, *, iterations: int | None = None) -> None:
-        """`iterations` makes keys cheap to derive, for tests."""
         # Nodes derive the same key for every pod: as much memory as they use by default, half a second on this machine.
         self._cost: tuple[str, ...] = ("--pbkdf-memory", str(64 * 1024), "--iter-time", "500")
         if iterations is not None:
@@ -267,7 +241,10 @@ class LuksFiles:
         with locked_header(file) as lock, secret_fd(passphrase) as key:
             size_bytes = os.fstat(lock).st_size
             options = (*layout, *self._cost, "--key-file", fd_path(key))
-            _cryptsetup("luksFormat", options, (str(file),), fds=(key, lock), timeout_s=_FILE_LIMIT_S, accept=(0,))
+            fds = (key, lock)
+            _cryptsetup(
+                "luksFormat", options, (str(file),), fds=fds, timeout_s=_FILE_LIMIT_S, accept=(0,), on_device=False
+            )
             if os.fstat(lock).st_size != size_bytes:
                 os.ftruncate(lock, size_bytes)
                 raise PreconditionFailed(f"the header of {header_bytes} bytes does not fit into {file}")

@@ -49,17 +49,14 @@ def read_table() -> list[Entry]:
 
 def parse(text: str) -> list[Entry]:
     """Read a table in the kernel's order: of mounts stacked at one path the later is on top."""
-    return list(_entries(text))
-
-
-def _entries(text: str) -> Iterator[Entry]:
+    found = []
     for line in text.split("\n"):  # a path may have other characters at which splitlines() splits
         before, separator, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if not separator or len(left) < 6 or len(right) < 3:
             continue
         mount_options, own_options = left[5].split(","), right[2].split(",")
-        yield Entry(
+        entry = Entry(
             mount_id=int(left[0]),
             parent_id=int(left[1]),
             number=DeviceNumber.parse(left[2]),
@@ -73,6 +70,8 @@ def _entries(text: str) -> Iterator[Entry]:
             peers=frozenset(int(group[1]) for field in left[6:] if (group := _PEER_GROUP.fullmatch(field))),
             turned_read_only="ro" in own_options and "ro" not in mount_options,
         )
+        found.append(entry)
+    return found
 
 
 def unescape(text: str) -> str:
@@ -103,7 +102,6 @@ def _place_in(parent: Entry, path: Path) -> tuple[DeviceNumber, Path]:
     return parent.number, Path(parent.root) / path.relative_to(parent.path)
 
 
-# --- users of a busy mount ----------------------------------------------------------------------------------------
 # Only /proc and /sys are read: the filesystem may hang. Processes of other process namespaces are not visible.
 
 

@@ -141,14 +141,15 @@ class DirectReader:
             done += count
 
 
-def first_data_in_places(reader: DirectReader, device: OpenDevice, deadline: Deadline) -> int | None:
+def first_data_in_places(device: OpenDevice, deadline: Deadline) -> int | None:
     """Return the offset of the first byte that is not zero in the places of the quick probe."""
-    for offset, length in probe_places(device.device.size_bytes):
-        if deadline.expired():
-            raise DeadlineReached(f"reading {device.device.path}")
-        found = reader.first_data(offset, length)
-        if found is not None:
-            return found
+    with DirectReader(device) as reader:
+        for offset, length in probe_places(device.device.size_bytes):
+            if deadline.expired():
+                raise DeadlineReached(f"reading {device.device.path}")
+            found = reader.first_data(offset, length)
+            if found is not None:
+                return found
     return None
 
 

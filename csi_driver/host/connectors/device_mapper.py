@@ -11,13 +11,12 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
 from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, sys_number
-from csi_driver.host.syscalls import closing
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import DeviceNumber, LuksMapping
 
 _CONTROL = Path("/dev/mapper/control")
@@ -29,13 +28,6 @@ _DEV_REMOVE, _DEV_SUSPEND, _DEV_STATUS, _GET_TARGET_VERSION = 4, 6, 7, 17
 _READ_ONLY, _SUSPENDED, _HAS_TABLE = 1 << 0, 1 << 1, 1 << 5
 _CRYPT = "CRYPT-"
 _ABSENT = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    number: DeviceNumber
-    flags: int
-    uuid: str
 
 
 def why_unusable() -> str:
@@ -60,15 +52,16 @@ def mapping_named(name: str) -> LuksMapping | None:
     answer = _ask("look at", _DEV_STATUS, name=name)
     if answer is None:
         return None
-    has_table = bool(answer.flags & _HAS_TABLE)
+    number, flags, kernel_uuid = answer
+    has_table = bool(flags & _HAS_TABLE)
     return LuksMapping(
         name=name,
-        kernel_uuid=answer.uuid,
-        number=answer.number,
-        size_bytes=(sys_number(answer.number, "size") or 0) * SECTOR_BYTES if has_table else 0,
-        below=below(answer.number) if has_table else None,
-        read_only=bool(answer.flags & _READ_ONLY),
-        is_suspended=bool(answer.flags & _SUSPENDED),
+        kernel_uuid=kernel_uuid,
+        number=number,
+        size_bytes=(sys_number(number, "size") or 0) * SECTOR_BYTES if has_table else 0,
+        below=below(number) if has_table else None,
+        read_only=bool(flags & _READ_ONLY),
+        is_suspended=bool(flags & _SUSPENDED),
     )
 
 
@@ -100,23 +93,21 @@ def resume(mapping: LuksMapping) -> None:
     _ask("resume", _DEV_SUSPEND, uuid=mapping.kernel_uuid)
 
 
-def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> _Answer | None:
+def _ask(what: str, command: int, *, name: str = "", uuid: str = "") -> tuple[DeviceNumber, int, str] | None:
+    """Return number, flags and uuid of a device; None when it is absent."""
     try:
-        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return None
-        raise SystemCallFailed(f"open {_CONTROL}", error.errno or 0) from error
-    with closing(control):
-        try:
+        with (
+            closing(open_file(_CONTROL, os.O_RDWR)) as control,
+            system_call(f"{what} the mapped device {name or uuid}"),
+        ):
             argument = _call(control, command, name=name, uuid=uuid)
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return None
-            raise SystemCallFailed(f"{what} the mapped device {name or uuid}", error.errno or 0) from error
+    except SystemCallFailed as failure:
+        if failure.errno in _ABSENT:
+            return None
+        raise
     fields = _ARGUMENT.unpack(argument)
     found = bytes(fields[12]).split(b"\0", 1)[0].decode(errors="replace")
-    return _Answer(ioctls.device_number(fields[10]), fields[7], found)
+    return ioctls.device_number(fields[10]), fields[7], found
 
 
 def _call(control: int, command: int, *, name: str = "", uuid: str = "") -> bytearray:

@@ -23,7 +23,7 @@ from csi_driver.storage_model import ReservationMode
 
 _STATUS_LIMIT_BYTES = 4 << 20
 """The client answers EFBIG to a longer status, which a volume of many pieces has."""
-_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}")
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
@@ -31,6 +31,7 @@ _REFERENCE_LIMIT = 1 << 16
 _LIVE, _DEGRADED_READ_ONLY, _PREEMPTED = 0x200, 0x293, 0x1000
 _CLIENT_VOLUME_LIMIT = 1024
 """Attached volumes of one client, hidden ones included (NVMesh User Guide 3.5, limits)."""
+_DEBUG_REFUSAL = "its client runs in a debug mode that does not write data (debug_di)"
 _MODES = {mode.name: mode for mode in ReservationMode}
 
 UPDATER_MARK = Path("/var/run/nvmesh/nvmeshclient/upgrade")
@@ -53,15 +54,18 @@ def parse_volume_status(text: str) -> VolumeStatus | None:
         return None
     if document.get("type") == "hidden":
         return None
+    debug_di = document.get("debug_di")
     io_enabled, refuses_writes = _io_enabled(document), _refuses_writes(document)
+    is_preempted = document.get("attach_status") == "Preempted" or (_number(document.get("dbg")) or 0) & _PREEMPTED
     return VolumeStatus(
         name=name,
         uuid=uuid.lower(),
         size_bytes=_size_bytes(document),
-        refusal=_refusal(document.get("debug_di")),
+        # Only a clear "off" counts as off: with debug_di on, writes are acknowledged and lost.
+        refusal="" if debug_di is None or _number(debug_di) == 0 else _DEBUG_REFUSAL,
         io_enabled=io_enabled,
         refuses_writes=refuses_writes,
-        preempted=io_enabled is False and _is_preempted(document),
+        preempted=io_enabled is False and bool(is_preempted),
         details="" if io_enabled and not refuses_writes else _words(document),
     )
 
@@ -74,13 +78,6 @@ def _size_bytes(document: Mapping[str, object]) -> int | None:
     return size if size < _SIZE_LIMIT_BYTES else None
 
 
-def _refusal(debug_di: object) -> str:
-    # Only a clear "off" counts as off: with debug_di on, writes are acknowledged and lost.
-    if debug_di is None or _number(debug_di) == 0:
-        return ""
-    return "its client runs in a debug mode that does not write data (debug_di)"
-
-
 def _io_enabled(document: Mapping[str, object]) -> bool | None:
     """Tell if I/O is enabled: True or False when all fields agree, else None.
 
@@ -89,21 +86,14 @@ def _io_enabled(document: Mapping[str, object]) -> bool | None:
     that is suspended or detaching has no `dbg`. Source: NVIDIA/nvmesh-kernel, nvmeibc_topology.c.
     """
     signs: set[bool | None] = set()
-    if "io_enabled" in document:
-        enabled = _number(document["io_enabled"])
-        signs.add(None if enabled is None else enabled == 1)
-    if "dbg" in document:
-        state = _number(document["dbg"])
-        signs.add(None if state is None else state in (_LIVE, _DEGRADED_READ_ONLY))
+    for key, enabled in (("io_enabled", (1,)), ("dbg", (_LIVE, _DEGRADED_READ_ONLY))):
+        if key in document:
+            value = _number(document[key])
+            signs.add(None if value is None else value in enabled)
     attached = document.get("attach_status")
     if attached is not None and (attached != "Attached" or not signs):
         signs.add(False)
     return signs.pop() if len(signs) == 1 else None
-
-
-def _is_preempted(document: Mapping[str, object]) -> bool:
-    state = _number(document.get("dbg"))
-    return document.get("attach_status") == "Preempted" or (state is not None and bool(state & _PREEMPTED))
 
 
 def _refuses_writes(document: Mapping[str, object]) -> bool | None:
@@ -124,28 +114,18 @@ def _words(document: Mapping[str, object]) -> str:
 def _number(value: object) -> int | None:
     if isinstance(value, int):
         return int(value)
-    return int(value, 0) if isinstance(value, str) and _NUMBER.fullmatch(value) and not _is_octal(value) else None
-
-
-def _is_octal(text: str) -> bool:
-    return len(text) > 1 and text[0] == "0" and text[1] not in "xX"
+    return int(value, 0) if isinstance(value, str) and _NUMBER.fullmatch(value) else None
 
 
 def parse_reference_ids(text: str) -> tuple[str, ...] | None:
     """Read the reference ids of a volume's `blob.txt`; None when it is torn or of an unknown encoding."""
     lines = text.split("\n")[:-1]  # a line without a newline is torn
     values: dict[str, str] = {}
-    for number, line in enumerate(lines):
-        key, _, value = line.partition("=")
+    while lines and "n_strings" not in values:
+        key, _, value = lines.pop(0).partition("=")
         values[key.strip()] = value.strip()
-        if key.strip() == "n_strings":
-            return _reference_ids(values, lines[number + 1 :])
-    return None
-
-
-def _reference_ids(values: Mapping[str, str], lines: Sequence[str]) -> tuple[str, ...] | None:
-    count = _number(values["n_strings"])
-    if values.get("encoding_version") != "1" or count is None or count > _REFERENCE_LIMIT or count > len(lines):
+    count = _number(values.get("n_strings"))
+    if values.get("encoding_version") != "1" or count is None or count > min(_REFERENCE_LIMIT, len(lines)):
         return None
     ids = tuple(line.strip() for line in lines[:count])
     return ids if all(each and each.isprintable() for each in ids) else None
@@ -186,7 +166,6 @@ def _object(text: str) -> Mapping[str, object]:
 
 
 def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Make a dict of the pairs without keys that appear with two values."""
     taken: dict[str, object] = {}
     doubtful = set()
     for key, value in pairs:
@@ -380,7 +359,6 @@ def parse_management_servers(text: str) -> Sequence[tuple[str, int]]:
 
 
 def _server(word: str) -> tuple[str, int] | None:
-    address = word.rpartition("://")[2].rstrip("/")
-    found = _ADDRESS.fullmatch(address)
-    host = (found[1] or found[2] or found[3] or "") if found is not None else ""
-    return (host, int(found[4] or _WEBSOCKET_PORT)) if found is not None and host else None
+    found = _ADDRESS.fullmatch(word.rpartition("://")[2].rstrip("/"))
+    host = found and (found[1] or found[2] or found[3])
+    return (host, int(found[4] or _WEBSOCKET_PORT)) if found and host else None
