@@ -57,10 +57,7 @@ def node_number(node: Path) -> DeviceNumber | None:
 
 
 def ensure_node(node: Path, number: DeviceNumber) -> None:
-    """Make `node` a node of the device, atomically; replaces links and nodes of other devices.
-
-    A link, as udev makes it, cannot be bind mounted onto a target path.
-    """
+    """Make `node` a node of the device, atomically; replaces nodes of other devices, and links, as udev makes them."""
     if node_number(node) == number:
         return
     draft = node.with_name(f".{node.name}.{os.getpid()}.{threading.get_ident()}")
@@ -88,10 +85,7 @@ def _make_node(node: Path, number: DeviceNumber) -> None:
 
 
 def open_number(number: DeviceNumber, directory: Path) -> int:
-    """Open a device read-only by its number. Raises OSError when it is gone.
-
-    Where this mount namespace has no node of the device, a temporary one is made in `directory`.
-    """
+    """Open a device read-only by its number, if need be by a temporary node in `directory`. Raises OSError."""
     flags = os.O_RDONLY | os.O_NONBLOCK
     path = _kernel_path(number)
     if path is not None:
@@ -146,8 +140,7 @@ def _try_lock(fd: int) -> bool:
 def device_events(clock: Clock, udev_control: Path) -> Iterator[Callable[[float], None]]:
     """Give a function that waits until a block device may have changed, at most the given seconds.
 
-    udev's events only end a wait early: the size of a device changes without an event, and the network namespace of a
-    container gets none. So each wait is short.
+    Each wait is short: the size of a device changes without udev's event, and a container may get none.
     """
     poll: Callable[[float], object] | None = None
     pause_s = _FIRST_PAUSE_S

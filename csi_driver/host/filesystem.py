@@ -6,10 +6,9 @@ descriptor (`/proc/self/fd/N`), because the path may be another device by then; 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,17 +87,13 @@ class LinuxFilesystems:
             return _superblock(opened, fs_type).size_bytes
 
     def wipe(self, device: OpenDevice) -> None:
-        with self._verified_again(device):
+        with self.devices.open(device.device, write=True):
             zero_scan.wipe_places(device)
 
     def make(
         self, device: OpenDevice, fs_type: str, options: Sequence[str], *, uuid: str, asked: Sequence[str] = ()
     ) -> None:
-        """Make a filesystem with that uuid, destroying all content. `asked`: the part of `options` from the user.
-
-        Raises `PreconditionFailed` for a device that is too small or another one by now, `InvalidField` for options
-        that mkfs refuses or that make another type of filesystem.
-        """
+        """Raises `PreconditionFailed` for a device that is too small or another one by now."""
         if fs_type not in _KINDS:
             raise InvalidField("fs_type", fs_type, f"one of {', '.join(_KINDS)}")
         kind = _KINDS[fs_type]
@@ -109,7 +104,9 @@ class LinuxFilesystems:
             least = kind.least_bytes
             raise PreconditionFailed(f"{device.device.path} has {size} bytes, {fs_type} needs at least {least}")
         try:
-            with self._verified_again(device):
+            # Verified again, because reading it before may have taken hours. A program opens the device by its number,
+            # which no other device gets while it is open.
+            with self.devices.open(device.device, write=True):
                 _run_on(device, (*argv, *options), timeout_s=_WRITE_LIMIT_S)
                 with system_call(f"sync {device.device.path}"):
                     os.fsync(device.fd)
@@ -122,15 +119,6 @@ class LinuxFilesystems:
             raise HostFailure(f"{argv[0]} left {device.device.path} without the uuid {uuid}")
         if asked:
             _require_type(device, fs_type, asked)
-
-    @contextlib.contextmanager
-    def _verified_again(self, device: OpenDevice) -> Iterator[None]:
-        """Hold the device open once more, verified again: reading it before may have taken hours.
-
-        A program opens the device by its number, which no other device gets while it is open.
-        """
-        with self.devices.open(device.device, write=True):
-            yield
 
     def check(self, device: Device, fs_type: str) -> None:
         """Repair an unclean ext4 as far as e2fsck -p does; raises `PreconditionFailed` when that is not enough.
@@ -168,7 +156,7 @@ class LinuxFilesystems:
             if fs_type in _EXT:
                 recorded = self._grow_mounted_ext4(fd, device, fs_type)
             elif fs_type == "xfs":
-                recorded = _grow_mounted_xfs(fd, device)
+                recorded = ioctls.xfs_grow(fd, device.size_bytes)
             elif fs_type == "btrfs":
                 # The kernel refuses sizes below 256 MiB, also the present one (fs/btrfs/ioctl.c).
                 if device.size_bytes - before >= _BTRFS_SECTOR_BYTES:
@@ -269,10 +257,7 @@ def _first_reason(stderr: str) -> str:
 
 
 def _require_type(device: OpenDevice, fs_type: str, options: Sequence[str]) -> None:
-    """Refuse a new filesystem that its options made another type: the next stage would not accept it.
-
-    Without some features, ext4 is ext3, ext2 or an external journal.
-    """
+    """Refuse a filesystem that its options made another type: ext4 without some features is ext3, ext2 or a journal."""
     made = _name_content(device, 0, Deadline.after(_DRY_RUN_LIMIT_S))
     what = made.fs_type if isinstance(made, Filesystem) else made.description
     if what != fs_type:
@@ -289,13 +274,6 @@ def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> 
                 f"{failure.status}; keep a copy of the volume, then run `e2fsck -f {device.device.path}`"
             ) from failure
         raise
-
-
-def _grow_mounted_xfs(fd: int, device: Device) -> int:
-    block_bytes, blocks, inode_percent = ioctls.xfs_geometry(fd)
-    if device.size_bytes // block_bytes > blocks:
-        ioctls.xfs_grow(fd, device.size_bytes // block_bytes, inode_percent)
-    return blocks * block_bytes
 
 
 def _require_growth(device: Device, device_bytes: int, before: int, after: int) -> None:

@@ -97,8 +97,7 @@ def _cut_short(block: Path, backing: str) -> Iterator[Fault]:
 def shut_down(path: Path, number: DeviceNumber) -> bool:
     """Shut down the ext4 or xfs of that device mounted at `path`: it writes nothing any more, not even its log.
 
-    Unwritten data is lost and its users get errors. False when another filesystem is mounted there, it was shut down
-    before, or it has no such call (btrfs).
+    False when another filesystem is mounted there, it was shut down before, or it has no such call (btrfs).
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:

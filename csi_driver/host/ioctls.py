@@ -77,10 +77,7 @@ _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32s16s")
 
 @dataclass(frozen=True, slots=True)
 class LoopStatus:
-    """The status of a bound loop device: its file by device and inode, its label (lo_file_name), LOOP_ flags.
-
-    `backing` is the block device below, if any. `limit_bytes`: the part of the file that is visible, 0 = all.
-    """
+    """`file`: device and inode; `backing`: the device below, if any; `limit_bytes`: the visible part, 0 = all."""
 
     file: tuple[int, int]
     backing: DeviceNumber | None
@@ -162,16 +159,16 @@ def ext4_resize(fd: int, blocks: int) -> None:
     _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
 
 
-def xfs_geometry(fd: int) -> tuple[int, int, int]:
-    """Return block size in bytes, number of blocks, and share of inodes in percent of the mounted XFS of `fd`."""
+def xfs_grow(fd: int, size_bytes: int) -> int:
+    """Grow the mounted XFS of `fd` to that size; return its size before. It keeps its share of inodes."""
     raw = bytearray(_XFS_GEOMETRY_V1.size)
     _call("XFS_IOC_FSGEOMETRY_V1", fd, _XFS_IOC_FSGEOMETRY_V1, raw)
     fields = _XFS_GEOMETRY_V1.unpack(raw)
-    return fields[0], fields[8], fields[7]
-
-
-def xfs_grow(fd: int, blocks: int, inode_percent: int) -> None:
-    _call("XFS_IOC_FSGROWFSDATA", fd, _XFS_IOC_FSGROWFSDATA, bytearray(struct.pack("=QI4x", blocks, inode_percent)))
+    block_bytes, inode_percent, blocks = int(fields[0]), fields[7], int(fields[8])
+    if size_bytes // block_bytes > blocks:
+        wanted = bytearray(struct.pack("=QI4x", size_bytes // block_bytes, inode_percent))
+        _call("XFS_IOC_FSGROWFSDATA", fd, _XFS_IOC_FSGROWFSDATA, wanted)
+    return blocks * block_bytes
 
 
 def btrfs_grow(fd: int) -> None:
@@ -192,10 +189,7 @@ _INQUIRY, _INQUIRY_BYTES, _INQUIRY_TIMEOUT_MS = 0x12, 96, 5000
 
 
 def scsi_inquiry(fd: int, page: int | None = None) -> bytes | None:
-    """Return 96 bytes of the answer to INQUIRY: the standard data, or a vital product data page.
-
-    None when the device is no SCSI device or fails the command (SCSI Primary Commands).
-    """
+    """Return 96 bytes of the standard data or a vital product data page; None when it is no SCSI device or fails."""
     command = ctypes.create_string_buffer(bytes((_INQUIRY, page is not None, page or 0, 0, _INQUIRY_BYTES, 0)), 6)
     data, sense = ctypes.create_string_buffer(_INQUIRY_BYTES), ctypes.create_string_buffer(32)
     buffers = (ctypes.addressof(data), ctypes.addressof(command), ctypes.addressof(sense))

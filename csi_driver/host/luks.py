@@ -198,8 +198,7 @@ def _read_header(device: OpenDevice) -> LuksHeader | DamagedHeader | None:
 def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int]) -> Iterator[OpenDevice]:
     """Give a device as it is stored: itself, or the data area of the device below an encrypted one.
 
-    Never written blocks decrypt to noise, so only from below does a new encrypted device look blank. Raises
-    `HostFailure` when the device below cannot be read or has no header.
+    Never written blocks decrypt to noise, so only from below does a new encrypted device look blank.
     """
     below = device_mapper.below(device.device.number)
     if below is None:
@@ -253,10 +252,9 @@ class LuksFiles:
 
 @contextlib.contextmanager
 def locked_header(file: Path) -> Iterator[int]:
-    """Open a file and lock it for a change of its header. Raises `PreconditionFailed` while another program has it.
+    """Lock a file for a change of its header; cryptsetup keeps the lock, also when it outlives a killed manager.
 
-    cryptsetup inherits the descriptor: one that outlives a killed manager keeps the lock until it stopped writing. It
-    is an OFD lock because cryptsetup takes flock(2) locks of its own.
+    It is an OFD lock because cryptsetup takes flock(2) locks of its own.
     """
     with closing(open_file(file, os.O_RDWR | os.O_NOFOLLOW)) as descriptor:
         # struct flock of <fcntl.h>: the whole file; an OFD lock wants the process id 0.

@@ -143,19 +143,21 @@ class LinuxMounts:
         return open_target(source) if is_node else self.open_at(source)
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
-        """Unmount the topmost mount at `path`; success when there is none.
+        """Unmount the topmost mount at `path`, whose parent is held open, so that no link can lead elsewhere.
 
-        The parent directory is held open, so that no link can lead elsewhere. `lost`: the mount's device, which is
-        gone or another one by now: the mount is detached even when in use, and its filesystem shut down first, so that
-        cached writes never reach the device when it returns. A busy mount is retried for 1 s: a process that another
-        thread starts has copies of all descriptors from fork to exec.
+        The filesystem of a `lost` device is shut down first, so that cached writes never reach it when it returns. A
+        busy mount is retried for 1 s: a process that another thread starts has all descriptors from fork to exec.
         """
         flags = _UNMOUNT_NOW if lost is not None else syscalls.UMOUNT_NOFOLLOW
         refusal: SystemCallFailed | None = None
 
         def settled() -> bool:
             nonlocal refusal
-            refusal = _refusal_to_unmount(held_path, flags)
+            try:
+                syscalls.unmount(held_path, flags)
+                refusal = None
+            except SystemCallFailed as failure:
+                refusal = None if failure.errno in (errno.EINVAL, *_ABSENT) else failure
             return refusal is None or refusal.errno != errno.EBUSY
 
         try:
@@ -173,14 +175,6 @@ class LinuxMounts:
             raise PreconditionFailed(f"unmount {path}: it is in use {describe_holders(_canonical(path))}") from refusal
         if refusal is not None:
             raise refused(f"unmount {path}", refusal.errno) from refusal
-
-
-def _refusal_to_unmount(path: Path, flags: int) -> SystemCallFailed | None:
-    try:
-        syscalls.unmount(path, flags)
-    except SystemCallFailed as failure:
-        return None if failure.errno in (errno.EINVAL, *_ABSENT) else failure
-    return None
 
 
 def _bind_read_only(source_fd: int, target: Path, target_fd: int, what: str) -> None:
@@ -268,20 +262,15 @@ def _mounted_number(mount_fd: int, fs_type: str) -> DeviceNumber | None:
 
 
 def _verify_alive(device: Device, what: str) -> None:
-    """Refuse the filesystem of a disk that is gone and had the device's number.
-
-    The kernel finds a mounted filesystem by number before it opens the device (fs/super.c, sget_dev), so it may return
-    that of the earlier disk. Only a filesystem of a present disk claims the device.
-    """
+    # The kernel finds a mounted filesystem by number before it opens the device (fs/super.c, sget_dev), so it may
+    # return that of an earlier disk, which is gone. Only a filesystem of a present disk claims the device.
     if block_devices.is_claimed(device.path):
         return
     table = read_table()  # btrfs has anonymous numbers
     left = next((each.path for each in table if device.number == each.number or each.source == str(device.path)), None)
-    by = (
-        f"which is still mounted at {left}: unmount it"
-        if left
-        else "and is unmounted but in use: end the programs that use it"
-    )
+    by = "and is unmounted but in use: end the programs that use it"
+    if left is not None:
+        by = f"which is still mounted at {left}: unmount it"
     raise PreconditionFailed(
         f"{what}: the kernel gave the filesystem of a disk that is gone and had the number {device.number} before, "
         f"{by}, and retry"

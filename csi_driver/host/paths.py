@@ -25,6 +25,7 @@ _LONGEST_PATH_BYTES = 4095
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 _ATTEMPTS = 32
 _MOST_COUNTED = 1000
+_KINDS = {stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFBLK: "device"}
 
 
 class LinuxPaths:
@@ -35,10 +36,9 @@ class LinuxPaths:
         self._roots = tuple((PurePosixPath(root), root.resolve()) for root in by_length)
 
     def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
-        """Return the path with the links of its root resolved, when it is absolute, plain and below a root.
+        """Return the path with the links of its root resolved; refuses other links by `InvalidField`.
 
-        A link to a directory below another root is followed; to unmount (`takes_off`), also one to a directory below
-        the same root, because earlier versions mounted there. Raises `InvalidField` for other links.
+        A link to a directory below another root is followed; to unmount (`takes_off`), below the same root too.
         """
         plain = PurePosixPath(path)
         too_long = len(path.encode(errors="surrogatepass")) > _LONGEST_PATH_BYTES
@@ -88,7 +88,7 @@ class LinuxPaths:
             raise
         with closing(fd):
             try:
-                return _kind_of(os.fstat(fd).st_mode)
+                return _KINDS.get(stat.S_IFMT(os.fstat(fd).st_mode), "other")
             except OSError:
                 return "other"  # the root of a filesystem that was shut down
 
@@ -183,14 +183,6 @@ def _has_link(root: Path, path: Path, given: str, field: str) -> bool:
             raise
         return failure.errno in (errno.ELOOP, errno.EXDEV)
     return False
-
-
-def _kind_of(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "directory"
-    if stat.S_ISREG(mode):
-        return "file"
-    return "device" if stat.S_ISBLK(mode) else "other"
 
 
 def _open_below(root: Path, path: Path) -> int:

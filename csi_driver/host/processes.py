@@ -44,8 +44,6 @@ _PACKAGES = {  # of Debian
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The result of a program; `stdout` may be binary."""
-
     status: int
     stdout: bytes
     stderr: str
@@ -181,10 +179,7 @@ class ChildProcess:
         return status
 
     def stop(self, *, timeout_s: float) -> int:
-        """End it by SIGTERM, after `timeout_s` by SIGKILL, then its group; return the exit status.
-
-        Raises `HostFailure` when it is still running after SIGKILL.
-        """
+        """End it by SIGTERM, after `timeout_s` by SIGKILL, then its group; return the exit status."""
         if self._is_over:
             return self.process.wait()  # another group may have its number
         if self.process.poll() is None:
@@ -220,8 +215,7 @@ class ChildProcesses:
     def start(argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
         """Start a process with output appended to `log`; `pid_file` holds its pid while it runs.
 
-        `pass_fds` keep their numbers. It has its own session: Ctrl-C reaches only this process, which stops its
-        children in order.
+        It has its own session: Ctrl-C reaches only this process, which stops its children in order.
         """
         shell = _require_tool("sh")
         log_fd = open_file(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
@@ -264,10 +258,9 @@ _MOST_WORDS_BEFORE = 4
 
 
 def find_running(roles: Sequence[str]) -> RunningRole | None:
-    """Return the process of one of these roles in this mount namespace; None when there is none or several.
+    """Return the process of one of these roles in this mount namespace, of several process 1; else None.
 
-    Of several, process 1 is chosen. Processes of other users are not: their arguments name files to read and servers
-    to log in to.
+    Processes of other users are ignored: their arguments name files to read and servers to log in to.
     """
     found = list(_running(roles))
     first = [each for each in found if each.pid == 1]

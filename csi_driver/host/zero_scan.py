@@ -172,10 +172,7 @@ def progress_step(size_bytes: int) -> int:
 
 
 def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]) -> int | None:
-    """Read the whole device; return the offset of the first byte that is not zero.
-
-    Calls `progress(done_bytes, total_bytes)` after each `progress_step` and at the end.
-    """
+    """Read the whole device; return the first offset of data. Calls `progress(done_bytes, total_bytes)`."""
     size = device.device.size_bytes
     reported, step = 0, progress_step(size)
     with DirectReader(device, _SCAN_BUFFER_BYTES) as reader:

@@ -49,10 +49,7 @@ class LoopDevices:
     def attach(
         self, file: Path, node: Path | None, *, label: str, read_only: bool, block_size: int = 4096
     ) -> LoopDevice:
-        """Bind a file or block device to a free loop device and make its node, mode 0600 (None: /dev/loopN is used).
-
-        Uses direct I/O where the file's filesystem allows it.
-        """
+        """Bind a file or block device to a free loop device, by direct I/O where possible; None: /dev/loopN is used."""
         if len(label.encode()) > ioctls.LOOP_LABEL_LIMIT:
             raise HostFailure(f"loop label: expected at most {ioctls.LOOP_LABEL_LIMIT} bytes, got {label!r}")
         with closing(open_file(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW)) as backing:
@@ -75,8 +72,7 @@ class LoopDevices:
     def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
         """Return the loop devices over files in `directory`, deleted files included, by number.
 
-        Files are compared by inode: the kernel shows the path that was valid where the device was bound, perhaps in a
-        container.
+        Files are compared by inode, because the kernel shows the path in the container that bound the device.
         """
         root = directory.resolve()
         files = (_status(f"{place}/{name}") for place, _, names in os.walk(root) for name in names)
@@ -84,10 +80,7 @@ class LoopDevices:
         return tuple(device for device in self.bound() if _lies_in(device, root, identities))
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
-        """Yield the bound loop devices of this machine by number.
-
-        With `file_name`: those over a file of that name. No other device is opened, because its open may hang.
-        """
+        """Yield bound loop devices by number; only those over a file of that name are opened: an open may hang."""
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
             text = _backing_text(number)
@@ -129,8 +122,7 @@ class LoopDevices:
     def fence(self, device: LoopDevice) -> LoopDevice | None:
         """Cut a device that may be in use off from its file, until it is unbound; None when the kernel refuses.
 
-        Writes up to now are in the file when this returns; later ones fail and never reach it. Older kernels keep the
-        size of a device with cached pages.
+        Writes up to now are in the file; later ones fail. Older kernels keep the size of a device with cached pages.
         """
         with self._opened(device.number, os.O_RDWR) as fd:
             _require_same(fd, device)
@@ -145,10 +137,7 @@ class LoopDevices:
         return replace(found, node=device.node) if found is not None else None
 
     def detach(self, device: LoopDevice) -> bool:
-        """Unbind the device and remove its node; False when it is mounted or open.
-
-        Waits 0.2 s for programs such as udev's probe. Success when it is unbound, or bound to another file since.
-        """
+        """Unbind the device and remove its node; False when in use, True also when it has another file by now."""
         if not Deadline.after(_GRACE_S).wait_until(lambda: self._unbind(device)):
             return False
         if not Deadline.after(_GONE_WITHIN_S).wait_until(lambda: not self._is_still(device)):
@@ -171,11 +160,8 @@ class LoopDevices:
         raise HostFailure(f"no loop device stayed free long enough to be bound ({_BIND_ATTEMPTS} attempts)")
 
     def _unbind(self, device: LoopDevice) -> bool:
-        """Try once.
-
-        LOOP_CLR_FD of a device that others have open succeeds and unbinds it at the last close (loop(4)): then the
-        AUTOCLEAR flag is cleared again, so that a busy device stays as it was.
-        """
+        # LOOP_CLR_FD of a device that others have open succeeds and unbinds it at the last close (loop(4)): then the
+        # AUTOCLEAR flag is cleared again, so that a busy device stays as it was.
         try:
             with self._opened(device.number, os.O_RDONLY | os.O_EXCL) as fd:
                 status = ioctls.loop_status(fd)
