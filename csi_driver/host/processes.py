@@ -211,8 +211,7 @@ class ChildProcess:
 class ChildProcesses:
     """Starts child processes."""
 
-    @staticmethod
-    def start(argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
+    def start(self, argv: Sequence[str], *, log: Path, pid_file: Path, pass_fds: Sequence[int] = ()) -> ChildProcess:
         """Start a process with output appended to `log`; `pid_file` holds its pid while it runs.
 
         It has its own session: Ctrl-C reaches only this process, which stops its children in order.
