@@ -29,11 +29,10 @@ class DeviceNumber:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A block device with a verified identity.
+    """A block device; its `uuid` is the volume's, None without evidence.
 
-    `uuid` is the volume's, None without evidence. `read_only`: the kernel refuses writes. `write_refusal`: why the
-    storage client fails writes, independent of the kernel. `disk_sequence` is unique to the disk, unlike its number
-    (Linux 5.15; None before).
+    `write_refusal`: why the storage client fails writes, while `read_only` is the kernel's. `disk_sequence` is unique
+    to the disk, unlike its number (Linux 5.15; None before).
     """
 
     name: str
@@ -65,10 +64,9 @@ class OpenDevice:
 class VolumeStatus:
     """The storage client's status of a volume attached to this node. None = unknown.
 
-    `refusal`: why the device must not be used. `io_enabled`: only when True may the device be opened; while it is False
-    (attachment incomplete, fenced, suspended, or storage lost) reads hang or fail after 30 s. `refuses_writes`: writes
-    fail. `preempted`: another client's reservation blocks I/O until the volume is detached. `details` repeats the
-    client's fields when something is wrong.
+    `refusal`: why the device must not be used. `io_enabled`: only when True may the device be opened, otherwise reads
+    hang or fail after 30 s. `preempted`: another client's reservation blocks I/O until the volume is detached.
+    `details` repeats the client's fields when something is wrong.
     """
 
     name: str
@@ -83,9 +81,8 @@ class VolumeStatus:
 
 @dataclass(frozen=True, slots=True)
 class StorageClient:
-    """The state of the storage client of this machine.
+    """The storage client of this machine; `uuid` is None while it does not run, also during an upgrade.
 
-    `uuid` is None while the client does not run, also during an upgrade under attached volumes (`is_upgrading`).
     `is_expected`: a client is installed, so it comes back. `problem`: why a running client is unusable.
     `volume_limit`: how many volumes can be attached, 0 = no limit.
     """
@@ -99,8 +96,6 @@ class StorageClient:
 
 @dataclass(frozen=True, slots=True)
 class RunningRole:
-    """A running process of this program: its role, the role's arguments, and its environment."""
-
     pid: int
     role: str
     arguments: tuple[str, ...]
@@ -109,11 +104,10 @@ class RunningRole:
 
 @dataclass(frozen=True, slots=True)
 class LoopDevice:
-    """A bound loop device.
+    """A bound loop device. `label` is lo_file_name: `<volume uuid>/<user>`.
 
     `file` is the path that the kernel shows, which may be valid only in the container that bound it; `identity` is the
-    file's device and inode. `label` is lo_file_name: `<volume uuid>/<user>`. `file_is_gone`: the file was deleted.
-    `backing`: the device below, where the file is a device node. `fenced`: cut off from its file, carries no I/O.
+    file's device and inode. `backing`: the device below, where the file is a device node. `fenced`: carries no I/O.
     """
 
     number: int
@@ -152,11 +146,10 @@ class ReadOnlyDevice:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount as the kernel shows it: the topmost at its path.
+    """A mount as the kernel shows it; `options` are those of mount and filesystem without `ro` and `rw`.
 
     `number` is the device of the mounted filesystem. For a bind mounted device node that is the filesystem of the
-    node (/dev), and `node_number` the device of the node. `source` is e.g. `/dev/nvmesh/csi-1`;
-    `root` the path within the filesystem; `options` those of mount and filesystem without `ro` and `rw`.
+    node (/dev), and `node_number` the device of the node. `source` is e.g. `/dev/nvmesh/csi-1`.
     `turned_read_only`: the filesystem is read-only and the mount is not, which errors of the filesystem cause.
     """
 
@@ -192,8 +185,6 @@ class Mount:
 
 
 class FaultKind(Enum):
-    """The faults of a device or filesystem that can be observed."""
-
     DEVICE_READ_ONLY = "the device refuses writes"
     BACKING_FILE_GONE = "the file behind the device was deleted"
     BACKING_FILE_CUT_SHORT = "the file behind the device is shorter than the device"
@@ -205,8 +196,6 @@ class FaultKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault; `detail` is text for people."""
-
     kind: FaultKind
     detail: str
 
@@ -241,11 +230,7 @@ ext4 leaves out a last block group that its tables would fill (at most 6.2 MiB w
 allocation group below 64 blocks: with less, both would be grown again at every stage.
 """
 UNUSABLE_TAIL_BYTES = 16 << 20
-"""After a growth without effect, a filesystem may still be smaller than its device by this.
-
-More than the threshold, as mkfs options enlarge the tables that ext4 has no room for: that is no failure.
-"""
-
+"""What a growth may leave; more than the threshold, as mkfs options enlarge the tables that ext4 has no room for."""
 
 LUKS_SUBSYSTEM = "nvmesh-csi"
 """In the header of every volume that this driver encrypted; the label is the volume's uuid."""
@@ -283,10 +268,9 @@ class LuksSettings:
 
 @dataclass(frozen=True, slots=True)
 class LuksMapping:
-    """An opened encrypted device in device-mapper.
+    """An opened encrypted device in device-mapper; `kernel_uuid` has kind, LUKS uuid without dashes, and name.
 
-    `kernel_uuid` has kind, LUKS uuid without dashes, and name. Without a table, as a killed cryptsetup leaves it,
-    `size_bytes` is 0 and `below` None; `below` is None too when the device below is gone.
+    Without a table, as a killed cryptsetup leaves it, `size_bytes` is 0. `below` is None then, and when it is gone.
     """
 
     name: str

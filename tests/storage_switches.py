@@ -158,12 +158,13 @@ def _serve_with_switches(
     beside: Callable[[StorageServer], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> int:
     from csi_driver.host.luks import LuksFiles
+    from tests.unit.embedded.fake_luks import CHEAP_KEYS
 
     def both(server: StorageServer) -> AbstractContextManager[object]:
         add_route(server)
         return beside(server)
 
-    cheap = None if headers is None else LuksFiles(iterations=1000)
+    cheap = None if headers is None else LuksFiles(CHEAP_KEYS)
     return _serve(settings, loops, cheap, both)
 
 

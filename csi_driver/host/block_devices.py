@@ -18,7 +18,7 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.host.syscalls import open_file, system_call
+from csi_driver.host.syscalls import fd_path, open_file, system_call
 from csi_driver.host_model import DeviceNumber
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
@@ -40,12 +40,18 @@ def size_bytes(number: DeviceNumber) -> int | None:
         raise  # "unknown" must not be taken for "gone": mounts of a device that is gone are unmounted
 
 
+def read_text(file: Path) -> str:
+    """Return a file of sysfs without its last newline; empty when it cannot be read."""
+    try:
+        return file.read_text(errors="surrogateescape").removesuffix("\n")
+    except OSError:
+        return ""
+
+
 def sys_number(number: DeviceNumber, attribute: str) -> int | None:
     """Return an integer attribute of a device in sysfs; None when it is absent."""
-    try:
-        return int((SYS_DEV_BLOCK / str(number) / attribute).read_text())
-    except (OSError, ValueError):
-        return None
+    text = read_text(SYS_DEV_BLOCK / str(number) / attribute)
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def node_number(node: Path) -> DeviceNumber | None:
@@ -98,10 +104,7 @@ def open_number(number: DeviceNumber, directory: Path) -> int:
 
 
 def _kernel_path(number: DeviceNumber) -> Path | None:
-    try:
-        lines = (SYS_DEV_BLOCK / str(number) / "uevent").read_text().split("\n")
-    except OSError:
-        return None
+    lines = read_text(SYS_DEV_BLOCK / str(number) / "uevent").split("\n")
     names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
     return Path("/dev") / names[0] if names else None
 
@@ -118,13 +121,10 @@ def is_claimed(path: Path) -> bool:
 
 
 def lock_unclaimed(fd: int, path: Path, clock: Clock) -> None:
-    """Lock an open device (flock) and check that it is not claimed; waits 2 s for each.
-
-    Raises `OperationPending` while another program holds the lock, `PreconditionFailed` when the device is claimed.
-    """
+    """Lock an open device (flock) and check that it is not claimed; waits 2 s for each."""
     if not Deadline.after(_BUSY_GRACE_S, clock).wait_until(lambda: _try_lock(fd)):
         raise OperationPending(f"{path} is busy: another program works on it (its lock is held); retry")
-    if not Deadline.after(_BUSY_GRACE_S, clock).wait_until(lambda: not is_claimed(Path(f"/proc/self/fd/{fd}"))):
+    if not Deadline.after(_BUSY_GRACE_S, clock).wait_until(lambda: not is_claimed(Path(fd_path(fd)))):
         raise PreconditionFailed(f"{path} is busy: it is mounted or otherwise in use")
 
 

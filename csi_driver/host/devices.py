@@ -142,10 +142,7 @@ class LinuxDevices:
 
     @contextlib.contextmanager
     def _identifying(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
-        """Give the device that has a label or serial number, and whether it is a loop device.
-
-        That is the device itself, or the device below an encrypted one.
-        """
+        """Give the device itself or the one below an encrypted one, and whether that is a loop device."""
         below = device_mapper.below(number)
         if below is None:
             yield fd, number.major == loop.LOOP_MAJOR
@@ -159,10 +156,8 @@ class LinuxDevices:
     def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
         """Open the device with O_DIRECT and verify its identity on the descriptor.
 
-        `exclusive` checks that it is neither mounted nor claimed, and locks it (flock, as udev does:
-        systemd.io/BLOCK_DEVICE_LOCKING); programs that inherit the descriptor keep the lock. The claim itself (O_EXCL)
-        is left to mkfs and fsck. Raises `PreconditionFailed` when it is another device, busy or without I/O,
-        `OperationPending` while another program holds its lock, `IdentityNotProven` with `write` without evidence.
+        `exclusive` locks it (flock, as udev does: systemd.io/BLOCK_DEVICE_LOCKING); programs that inherit the
+        descriptor keep the lock. The claim itself (O_EXCL) is left to mkfs and fsck.
         """
         if unusable := DeviceEvidence(self.status(device.name)).unusable(device.name):
             raise PreconditionFailed(unusable)
@@ -220,10 +215,7 @@ class LinuxDevices:
         return block_devices.open_number(number, self._root)
 
     def uuid_of(self, number: DeviceNumber) -> str | None:
-        """Return the volume uuid that the device itself has.
-
-        A serial number is only a part of the uuid: the matching status of the client completes it.
-        """
+        """Return the uuid that the device has; a serial number, a part of it, is completed by the client's status."""
         number = device_mapper.below(number) or number
         status = self.status(self.name_of(number) or "")
         if status is not None and status.io_enabled is not True:
@@ -262,11 +254,8 @@ class LinuxDevices:
         return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
 
     def unnamed(self) -> tuple[str, ...]:
-        """Return the uuids of attachments that no CSI driver made, by their reference ids.
-
-        This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
-        to 1.4; their volumes are known by name.
-        """
+        # This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
+        # to 1.4; their volumes are known by name.
         found = []
         for name in self._nodes():
             ids = self.reference_ids(name)

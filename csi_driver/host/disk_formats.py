@@ -48,10 +48,7 @@ class Superblock:
 
 
 def parse_superblock(head: bytes, fs_type: str) -> Superblock | None:
-    """Read the superblock of that type; ext2 and ext3 count as ext4.
-
-    None when there is none, it is invalid, or records an unfinished mkfs.
-    """
+    """Read the superblock of that type, ext2 and ext3 as ext4; None when invalid or of an unfinished mkfs."""
     match fs_type:
         case "ext2" | "ext3" | "ext4":
             return _ext(head)

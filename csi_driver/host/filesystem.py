@@ -17,8 +17,8 @@ from csi_driver.errors import CommandFailed, HostFailure, InvalidField, Precondi
 from csi_driver.host import disk_formats, ioctls, machine_checks, zero_scan
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
-from csi_driver.host.processes import Completed, fd_path, find_tool, run
-from csi_driver.host.syscalls import closing, open_file, system_call
+from csi_driver.host.processes import Completed, find_tool, run
+from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 from csi_driver.host_model import UNUSABLE_TAIL_BYTES, Blank, Content, Device, Filesystem, OpenDevice, OtherContent
 from csi_driver.model import MIB, Usage
 
@@ -121,10 +121,9 @@ class LinuxFilesystems:
             _require_type(device, fs_type, asked)
 
     def check(self, device: Device, fs_type: str) -> None:
-        """Repair an unclean ext4 as far as e2fsck -p does; raises `PreconditionFailed` when that is not enough.
+        """Repair an unclean ext4 as far as e2fsck -p does.
 
-        xfs and btrfs replay their logs when mounted, have no repair that is safe unattended (fsck.xfs(8),
-        btrfs-check(8)), and refuse the mount when they need one. Read-only devices are not checked.
+        xfs and btrfs replay their logs when mounted and have no repair that is safe unattended (btrfs-check(8)).
         """
         if fs_type not in _EXT or device.read_only:
             return

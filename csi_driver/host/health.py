@@ -15,15 +15,12 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls, syscalls
-from csi_driver.host.block_devices import SECTOR_BYTES
+from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, read_text, sys_number
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import DeviceNumber, Fault, FaultKind, Mount
 
-_SYS = Path("/sys")
-_SHUT_DOWN, _EMERGENCY = (
-    "shutdown",
-    "emergency_ro",
-)  # fs/ext4/super.c, ext4_show_options
+_SYS_FS = Path("/sys/fs")
+_SHUT_DOWN, _EMERGENCY = "shutdown", "emergency_ro"  # mount options; ext4_show_options
 _SHUT_DOWN_ERRORS = (errno.EIO, errno.ESHUTDOWN)  # even for attributes, from an xfs (fs/xfs/xfs_iops.c)
 _WAY_OUT = "it is checked and mounted again when no pod of this node uses the volume: delete these pods"
 
@@ -33,16 +30,15 @@ class LinuxProbes:
 
     @staticmethod
     def device(number: DeviceNumber) -> Sequence[Fault]:
-        block = _SYS / "dev/block" / str(number)
         found = []
-        if _text(block / "ro") == "1":
+        if sys_number(number, "ro") == 1:
             found.append(Fault(FaultKind.DEVICE_READ_ONLY, f"device {number} refuses writes"))
-        backing = _text(block / "loop/backing_file")
-        if backing is not None and backing.endswith(" (deleted)"):
+        backing = read_text(SYS_DEV_BLOCK / str(number) / "loop/backing_file")
+        if backing.endswith(" (deleted)"):
             file = backing.removesuffix(" (deleted)")
             found.append(Fault(FaultKind.BACKING_FILE_GONE, f"{file}: its data ends with it"))
-        elif backing is not None:
-            found += _cut_short(block, backing)
+        elif backing:
+            found += _cut_short(number, backing)
         return found
 
     @staticmethod
@@ -67,29 +63,30 @@ class LinuxProbes:
 
 
 def _ext4_errors(mounted: Mount) -> Iterator[Fault]:
-    name = (_SYS / "dev/block" / str(mounted.number)).resolve().name
-    count = _number(_SYS / "fs/ext4" / name / "errors_count")
-    if count:
-        function = _text(_SYS / "fs/ext4" / name / "last_error_func") or "?"
+    root = _SYS_FS / "ext4" / (SYS_DEV_BLOCK / str(mounted.number)).resolve().name
+    count = read_text(root / "errors_count") or "0"
+    if count != "0":
+        function = read_text(root / "last_error_func") or "?"
         yield Fault(FaultKind.ERRORS, f"ext4 counts {count} errors since its last check, the last in {function}")
 
 
 def _btrfs_errors(mounted: Mount) -> Iterator[Fault]:
     try:
         with closing(open_file(mounted.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as fd:
-            root = _SYS / "fs/btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
+            root = _SYS_FS / "btrfs" / ioctls.btrfs_uuid(fd) / "devinfo"
     except SystemCallFailed:
         return
-    counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(_text(text) or "")]
+    counts = [count for text in sorted(root.glob("*/error_stats")) for count in _btrfs_counts(read_text(text))]
     if counts:
         yield Fault(FaultKind.ERRORS, f"btrfs counts {', '.join(counts)}")
 
 
-def _cut_short(block: Path, backing: str) -> Iterator[Fault]:
-    size_bytes = _number(block / "size") * SECTOR_BYTES
+def _cut_short(number: DeviceNumber, backing: str) -> Iterator[Fault]:
+    size_bytes = (sys_number(number, "size") or 0) * SECTOR_BYTES
+    offset_bytes = sys_number(number, "loop/offset") or 0
     with contextlib.suppress(OSError):  # the path may be of another mount namespace
         status = os.stat(backing)
-        if stat.S_ISREG(status.st_mode) and status.st_size < _number(block / "loop/offset") + size_bytes:
+        if stat.S_ISREG(status.st_mode) and status.st_size < offset_bytes + size_bytes:
             detail = f"{backing} has {status.st_size} bytes, the device {size_bytes}"
             yield Fault(FaultKind.BACKING_FILE_CUT_SHORT, detail)
 
@@ -134,15 +131,3 @@ def _ask_root(path: Path) -> Fault | None:
         kind = FaultKind.SHUT_DOWN if number == errno.ESHUTDOWN else FaultKind.IO_ERROR
         return Fault(kind, f"the root of the filesystem answers {os.strerror(number)} ({name})")
     return None
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(errors="surrogateescape").rstrip("\n")
-    except OSError:
-        return None
-
-
-def _number(file: Path) -> int:
-    text = _text(file) or ""
-    return int(text) if text.isascii() and text.isdigit() else 0

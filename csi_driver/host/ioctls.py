@@ -19,13 +19,11 @@ from csi_driver.errors import SystemCallFailed
 from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber
 
-
-def _io_read(kind: int, number: int, size: int) -> int:
-    return 2 << 30 | size << 16 | kind << 8 | number
+_WRITE, _READ = 1, 2
 
 
-def _io_write(kind: int, number: int, size: int) -> int:
-    return 1 << 30 | size << 16 | kind << 8 | number
+def _io(direction: int, kind: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | kind << 8 | number
 
 
 def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> int:
@@ -34,8 +32,8 @@ def _call(what: str, fd: int, request: int, argument: bytearray | int = 0) -> in
 
 
 _BLKROSET, _BLKROGET, _BLKSSZGET = 0x125D, 0x125E, 0x1268
-_BLKGETSIZE64 = _io_read(0x12, 114, 8)
-_BLKGETDISKSEQ = _io_read(0x12, 128, 8)
+_BLKGETSIZE64 = _io(_READ, 0x12, 114, 8)
+_BLKGETDISKSEQ = _io(_READ, 0x12, 128, 8)
 
 
 def _get(what: str, fd: int, request: int, layout: str) -> int:
@@ -138,7 +136,7 @@ def loop_clear(fd: int) -> None:
 
 
 # EXT4_IOC_SHUTDOWN is the same as XFS_IOC_GOINGDOWN, and so are its flags.
-_GOING_DOWN, _WITHOUT_LOG = _io_read(ord("X"), 125, 4), 2
+_GOING_DOWN, _WITHOUT_LOG = _io(_READ, ord("X"), 125, 4), 2
 
 
 def shut_down(fd: int) -> None:
@@ -146,12 +144,12 @@ def shut_down(fd: int) -> None:
     _call("shut the filesystem down", fd, _GOING_DOWN, bytearray(struct.pack("=I", _WITHOUT_LOG)))
 
 
-_EXT4_IOC_RESIZE_FS = _io_write(ord("f"), 16, 8)
-_XFS_IOC_FSGROWFSDATA = _io_write(ord("X"), 110, 16)
-_XFS_IOC_FSGEOMETRY_V1 = _io_read(ord("X"), 100, 112)
+_EXT4_IOC_RESIZE_FS = _io(_WRITE, ord("f"), 16, 8)
+_XFS_IOC_FSGROWFSDATA = _io(_WRITE, ord("X"), 110, 16)
+_XFS_IOC_FSGEOMETRY_V1 = _io(_READ, ord("X"), 100, 112)
 _XFS_GEOMETRY_V1 = struct.Struct("=8I4Q16s7I4x")
-_BTRFS_IOC_RESIZE = _io_write(0x94, 3, 4096)
-_BTRFS_IOC_FS_INFO = _io_read(0x94, 31, 1024)
+_BTRFS_IOC_RESIZE = _io(_WRITE, 0x94, 3, 4096)
+_BTRFS_IOC_FS_INFO = _io(_READ, 0x94, 31, 1024)
 
 
 def ext4_resize(fd: int, blocks: int) -> None:
@@ -205,5 +203,4 @@ def scsi_inquiry(fd: int, page: int | None = None) -> bytes | None:
 
 
 def device_number(rdev: int) -> DeviceNumber:
-    """Split a device number of stat(2)."""
     return DeviceNumber(os.major(rdev), os.minor(rdev))

@@ -20,8 +20,8 @@ from csi_driver.errors import CommandFailed, Denied, HostFailure, InvalidField, 
 from csi_driver.host import disk_formats, zero_scan
 from csi_driver.host.block_devices import ensure_node, node_number
 from csi_driver.host.connectors import device_mapper
-from csi_driver.host.processes import Completed, fd_path, find_tool, run, secret_fd
-from csi_driver.host.syscalls import closing, open_file, system_call
+from csi_driver.host.processes import Completed, find_tool, run, secret_fd
+from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 from csi_driver.host_model import (
     LUKS_SUBSYSTEM,
     DamagedHeader,
@@ -217,14 +217,12 @@ def stored_content(device: OpenDevice, open_number: Callable[[DeviceNumber], int
         yield OpenDevice(fd, device.device, start_bytes=header.data_offset_bytes)
 
 
+@dataclass(frozen=True, slots=True)
 class LuksFiles:
     """LUKS2 headers in plain files, without device-mapper. Methods as in `csi_driver.embedded.settings.LuksHeaders`."""
 
-    def __init__(self, *, iterations: int | None = None) -> None:
-        # Nodes derive the same key for every pod: as much memory as they use by default, half a second on this machine.
-        self._cost: tuple[str, ...] = ("--pbkdf-memory", str(64 * 1024), "--iter-time", "500")
-        if iterations is not None:
-            self._cost = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", str(iterations))
+    # Nodes derive the same key for every pod: as much memory as they use by default, half a second on this machine.
+    cost: tuple[str, ...] = ("--pbkdf-memory", str(64 * 1024), "--iter-time", "500")
 
     @staticmethod
     def are_possible() -> bool:
@@ -239,7 +237,7 @@ class LuksFiles:
         )  # fmt: skip
         with locked_header(file) as lock, secret_fd(passphrase) as key:
             size_bytes = os.fstat(lock).st_size
-            options = (*layout, *self._cost, "--key-file", fd_path(key))
+            options = (*layout, *self.cost, "--key-file", fd_path(key))
             fds = (key, lock)
             _cryptsetup(
                 "luksFormat", options, (str(file),), fds=fds, timeout_s=_FILE_LIMIT_S, accept=(0,), on_device=False

@@ -5,6 +5,7 @@ Nothing here opens a device or touches the filesystem of a volume, so nothing he
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
@@ -84,12 +85,10 @@ def tool_versions() -> dict[str, str]:
     for tool, option in _VERSION_OPTION.items():
         if find_tool(tool) is None:
             continue
-        try:
+        lines = []
+        with contextlib.suppress(CommandFailed, CommandTimedOut):
             answer = run((tool, option), timeout_s=_VERSION_TIMEOUT_S)
-        except (CommandFailed, CommandTimedOut):
-            versions[tool] = "unknown"
-            continue
-        lines = (answer.stdout.decode(errors="replace") + answer.stderr).strip().splitlines()
+            lines = (answer.stdout.decode(errors="replace") + answer.stderr).strip().splitlines()
         versions[tool] = lines[0] if lines else "unknown"
     return versions
 

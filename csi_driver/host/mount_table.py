@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from csi_driver.errors import SystemCallFailed
 from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber, Mount
 
 _PROC = Path("/proc")
 _LOOPS = Path("/sys/block")
-_TABLE = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PEER_GROUP = re.compile(r"(?:shared|master):(\d+)")
 _ACCESS = frozenset({"ro", "rw"})
@@ -41,10 +41,11 @@ class Entry(Mount):
     peers: frozenset[int] = frozenset()
 
 
-def read_table() -> list[Entry]:
-    """Return this process's mount table; no filesystem is touched. Raises `SystemCallFailed`."""
-    with system_call(f"read {_TABLE}"):
-        return parse(os.fsdecode(_TABLE.read_bytes()))  # a path may have "\r", which text mode changes
+def read_table(process: str = "self") -> list[Entry]:
+    """Return a process's mount table; no filesystem is touched. Raises `SystemCallFailed`."""
+    table = _PROC / process / "mountinfo"
+    with system_call(f"read {table}"):
+        return parse(os.fsdecode(table.read_bytes()))  # a path may have "\r", which text mode changes
 
 
 def parse(text: str) -> list[Entry]:
@@ -115,7 +116,7 @@ def describe_holders(path: Path) -> str:
 
 def _holders(path: Path) -> Iterator[str]:
     ends_at_s = time.monotonic() + _HOLDERS_LIMIT_S
-    entries = _table_of("self")
+    entries = read_table()
     own = next((entry for entry in reversed(entries) if entry.path == path), None)
     if own is None:
         return
@@ -134,14 +135,11 @@ def _holders(path: Path) -> Iterator[str]:
 
 
 def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, frozenset[str]]) -> bool:
-    """Tell if a process has a file of the mount open, or its working directory, root or program in it.
-
-    Open files have the mount's id (`mnt_id` of proc_pid_fdinfo(5)), which differs between mount namespaces.
-    """
+    # Open files have the mount's id (`mnt_id` of proc_pid_fdinfo(5)), which differs between mount namespaces.
     try:
         namespace = os.readlink(process / "ns/mnt")
         if namespace not in mounts_of:
-            same = (entry for entry in _table_of(process.name) if (entry.path, entry.number) == (path, number))
+            same = (entry for entry in read_table(process.name) if (entry.path, entry.number) == (path, number))
             mounts_of[namespace] = frozenset(str(entry.mount_id) for entry in same)
         ids = mounts_of[namespace]
         if not ids:
@@ -150,15 +148,13 @@ def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, 
         if any(place == path or path in place.parents for place in links):
             return True
         return any(_mount_id(file) in ids for file in (process / "fdinfo").iterdir())
-    except OSError:
+    except (OSError, SystemCallFailed):
         return False  # it has ended, or may not be read
 
 
 def _mount_id(fdinfo: Path) -> str:
     with contextlib.suppress(OSError):
-        for line in fdinfo.read_text().splitlines():
-            if line.startswith("mnt_id:"):
-                return line.split()[1]
+        return fdinfo.read_text().partition("mnt_id:")[2].partition("\n")[0].strip()
     return ""
 
 
@@ -166,7 +162,3 @@ def _name(process: Path) -> str:
     with contextlib.suppress(OSError):
         return (process / "comm").read_text(errors="replace").strip()
     return "?"
-
-
-def _table_of(process: str) -> Sequence[Entry]:
-    return parse((_PROC / process / "mountinfo").read_text(errors="surrogateescape"))

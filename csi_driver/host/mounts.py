@@ -20,7 +20,7 @@ from csi_driver.host import block_devices, ioctls, mount_table, syscalls
 from csi_driver.host.health import shut_down
 from csi_driver.host.mount_options import configure, mount_error, refused, shown_options, sort_options
 from csi_driver.host.mount_table import describe_holders, read_table
-from csi_driver.host.syscalls import closing, open_file, system_call
+from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, Mount
 
 _BUSY_GRACE_S = 1.0
@@ -167,7 +167,7 @@ class LinuxMounts:
                 return
             raise
         with closing(parent_fd):
-            held_path = _fd_path(parent_fd) / path.name
+            held_path = Path(fd_path(parent_fd), path.name)
             if lost is not None:
                 shut_down(held_path, lost)
             Deadline.after(_BUSY_GRACE_S, self.clock).wait_until(settled, first_s=0.001, most_s=0.1)
@@ -179,7 +179,7 @@ class LinuxMounts:
 
 def _bind_read_only(source_fd: int, target: Path, target_fd: int, what: str) -> None:
     """Bind by mount(2), before Linux 5.12: read-only needs a second call; when that fails, it is unmounted."""
-    syscalls.mount(str(_fd_path(source_fd)), _fd_path(target_fd), "none", syscalls.MS_BIND, "")
+    syscalls.mount(fd_path(source_fd), Path(fd_path(target_fd)), "none", syscalls.MS_BIND, "")
     # A remount without the present flags is refused; their numbers are those of statvfs(3).
     kept = os.statvfs(target).f_flag & (
         syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
@@ -191,10 +191,6 @@ def _bind_read_only(source_fd: int, target: Path, target_fd: int, what: str) -> 
     except BaseException:
         syscalls.unmount(target, _UNMOUNT_NOW)
         raise
-
-
-def _fd_path(fd: int) -> Path:
-    return Path(f"/proc/self/fd/{fd}")
 
 
 def _from_table(path: Path, status: syscalls.PathStatus | None) -> Mount | None:
@@ -226,11 +222,10 @@ def _node_number(status: syscalls.PathStatus) -> DeviceNumber | None:
 def _btrfs_device(path: Path, shown: DeviceNumber) -> DeviceNumber:
     """Return the device of a btrfs mount; the number of the mount itself (`shown`) is anonymous."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        with closing(open_file(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as fd:
+            return _btrfs_device_of(fd) or shown
+    except SystemCallFailed:
         return shown
-    with closing(fd):
-        return _btrfs_device_of(fd) or shown
 
 
 def _btrfs_device_of(fd: int) -> DeviceNumber | None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host import syscalls
-from csi_driver.host.syscalls import closing, open_file, system_call
+from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _LONGEST_PATH_BYTES = 4095
@@ -112,7 +112,7 @@ class LinuxPaths:
     def set_mode(self, path: Path, mode: int) -> None:
         with closing(self.open(path)) as fd, system_call(f"change the mode of {path}"):
             # fchmod(2) refuses O_PATH descriptors; the path under /proc is always the same file.
-            os.chmod(f"/proc/self/fd/{fd}", mode)
+            os.chmod(fd_path(fd), mode)
 
     def remove(self, path: Path) -> None:
         try:

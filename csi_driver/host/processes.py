@@ -144,10 +144,6 @@ def secret_fd(secret: str) -> Iterator[int]:
         yield fd
 
 
-def fd_path(fd: int) -> str:
-    return f"/proc/self/fd/{fd}"
-
-
 # A child's process group is killed when this process ends for any reason: a shell in the group reads a pipe that only
 # this process can write, and kills the group at end of file. A parent-death signal would miss a parent that is killed
 # before it is set, and is sent when the thread that forked ends. Programs that a child starts by `run` have their own

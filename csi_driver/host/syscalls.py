@@ -80,6 +80,10 @@ def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
 
+def fd_path(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
 @contextlib.contextmanager
 def closing(fd: int) -> Iterator[int]:
     try:
@@ -97,20 +101,17 @@ def _syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctyp
 
 
 def mount(source: str, target: Path, fs_type: str, flags: int, data: str) -> None:
-    """mount(2)."""
     options = data.encode() or None
     if libc().mount(source.encode(), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), options) != 0:
         raise SystemCallFailed(f"mount {source} at {target}", ctypes.get_errno())
 
 
 def unmount(target: Path, flags: int = UMOUNT_NOFOLLOW) -> None:
-    """umount2(2)."""
     if libc().umount2(os.fsencode(target), ctypes.c_int(flags)) != 0:
         raise SystemCallFailed(f"unmount {target}", ctypes.get_errno())
 
 
 def fsopen(fs_type: str) -> int:
-    """Open a filesystem context (fsopen(2))."""
     return _syscall(f"fsopen {fs_type}", _FSOPEN, fs_type.encode(), _FSOPEN_CLOEXEC)
 
 
@@ -136,7 +137,6 @@ def fs_messages(context: int) -> list[str]:
 
 
 def fsmount(context: int, attributes: int) -> int:
-    """Create a detached mount of the superblock of a context."""
     return _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
 
 
@@ -152,12 +152,10 @@ def mount_setattr(mount_fd: int, attributes: int) -> None:
 
 
 def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
-    """Attach a detached mount to an open directory or file."""
     _syscall(what, _MOVE_MOUNT, mount_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """Open a path below a directory with RESOLVE_ flags (Linux 5.6)."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
     return _syscall(f"open {path}", _OPENAT2, directory, os.fsencode(path), how, len(how))
 

@@ -407,7 +407,7 @@ def test_looking_up_a_path_does_not_read_the_table(machine: HostMachine, monkeyp
     """The cost must not depend on the number of mounts."""
     _, device = machine.formatted("ext4", SIZES["ext4"])
     staged, target = machine.place("staged"), machine.place("target")
-    monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    monkeypatch.setattr(mount_table, "_PROC", Path("/proc/is/not/read"))
     machine.mounts.mount(device, staged, "ext4", [], read_only=False)
     machine.mounts.bind(staged, target, read_only=True)
     seen = [machine.mounts.at(path) for path in (staged, target)]
@@ -423,7 +423,7 @@ def test_a_failed_system_call_names_its_reason() -> None:
 
 
 def test_an_unreadable_table_is_a_failure(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mount_table, "_TABLE", Path("/proc/self/mountinfo/is/not/read"))
+    monkeypatch.setattr(mount_table, "_PROC", Path("/proc/is/not/read"))
     for look in (machine.mounts.table, lambda: machine.mounts.of_device(machine.device(machine.volume()))):
         with pytest.raises(SystemCallFailed, match="mountinfo"):
             look()

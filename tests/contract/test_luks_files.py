@@ -10,7 +10,7 @@ import pytest
 
 from csi_driver.errors import DriverError, HostFailure, PreconditionFailed
 from csi_driver.host.luks import LuksFiles, locked_header
-from tests.unit.embedded.fake_luks import FakeLuksHeaders
+from tests.unit.embedded.fake_luks import CHEAP_KEYS, FakeLuksHeaders
 
 LuksHeaders: TypeAlias = FakeLuksHeaders | LuksFiles
 FIRST, SECOND, WRONG = "correct horse", "battery stäple", "not this one"
@@ -24,7 +24,7 @@ needs_cryptsetup = pytest.mark.skipif(
 
 @pytest.fixture(params=["fake", pytest.param("cryptsetup", marks=needs_cryptsetup)])
 def headers(request: pytest.FixtureRequest) -> LuksHeaders:
-    return FakeLuksHeaders() if request.param == "fake" else LuksFiles(iterations=1000)
+    return FakeLuksHeaders() if request.param == "fake" else LuksFiles(CHEAP_KEYS)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_second_format_replaces_the_header(headers: LuksHeaders, file: Path) -
 @needs_cryptsetup
 @pytest.mark.parametrize(("header_bytes", "bits", "slot"), [(16 << 20, 512, 0), (1 << 20, 256, 1), (32 << 20, 512, 5)])
 def test_cryptsetup_shows_the_requested_header(file: Path, header_bytes: int, bits: int, slot: int) -> None:
-    make(LuksFiles(iterations=1000), file, slot=slot, bits=bits, header_bytes=header_bytes)
+    make(LuksFiles(CHEAP_KEYS), file, slot=slot, bits=bits, header_bytes=header_bytes)
     shown = subprocess.run(["cryptsetup", "luksDump", str(file)], capture_output=True, text=True, check=True).stdout
     assert f"offset: {header_bytes} [bytes]" in shown
     assert f"Key:        {bits} bits" in shown
@@ -76,13 +76,13 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with small.open("wb") as opened:
         opened.truncate(20 << 20)
     with pytest.raises(PreconditionFailed, match="fit"):
-        make(LuksFiles(iterations=1000), small, header_bytes=32 << 20)
+        make(LuksFiles(CHEAP_KEYS), small, header_bytes=32 << 20)
     assert small.stat().st_size == 20 << 20
 
 
 @needs_cryptsetup
 def test_a_header_is_locked_while_a_program_of_a_killed_manager_writes(file: Path) -> None:
-    headers = LuksFiles(iterations=1000)
+    headers = LuksFiles(CHEAP_KEYS)
     make(headers, file)
     before = file.read_bytes()
     with locked_header(file) as claim:
@@ -101,11 +101,11 @@ def test_a_header_is_locked_while_a_program_of_a_killed_manager_writes(file: Pat
 @needs_cryptsetup
 def test_a_missing_file_is_a_host_failure(tmp_path: Path) -> None:
     with pytest.raises(HostFailure):
-        make(LuksFiles(iterations=1000), tmp_path / "gone.img")
+        make(LuksFiles(CHEAP_KEYS), tmp_path / "gone.img")
 
 
 @needs_cryptsetup
 def test_no_failure_shows_a_passphrase(file: Path) -> None:
     with pytest.raises(DriverError) as caught:
-        make(LuksFiles(iterations=1000), file, slot=40)
+        make(LuksFiles(CHEAP_KEYS), file, slot=40)
     assert FIRST not in str(caught.value)

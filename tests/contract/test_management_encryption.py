@@ -28,7 +28,7 @@ from csi_driver.storage_model import Layout, RaidLevel, Volume, VolumeChanges
 from tests.contract.two_managements import OTHER_UUID, Actor, FakeSide, Side, Work, embedded_side
 from tests.fakes.management import FakeClusters
 from tests.unit.embedded.fake_loops import FakeLoopDevices
-from tests.unit.embedded.fake_luks import FakeLuksHeaders
+from tests.unit.embedded.fake_luks import CHEAP_KEYS, FakeLuksHeaders
 from tests.unit.embedded.manager import Manager, settings_in
 
 PASSPHRASE = "correct horse battery"
@@ -204,7 +204,7 @@ def end_to_end(directory: Path, headers: LuksHeaders) -> Iterator[EndToEnd]:
     not LuksFiles.are_possible(), reason="cryptsetup is not installed: as root, `make test` installs it"
 )
 def test_an_encrypted_volume_is_created_attached_expanded_and_opened_by_cryptsetup(tmp_path: Path) -> None:
-    with end_to_end(tmp_path, LuksFiles(iterations=1000)) as run:
+    with end_to_end(tmp_path, LuksFiles(CHEAP_KEYS)) as run:
         parameters = {"encryption": "dmcrypt", "encryption/slot": "2", "encryption/headerSize": "32"}
         made = run.create(parameters, {"dmcryptKey": PASSPHRASE})
         row = run.manager.get("/volumes/all/0/0")[0]

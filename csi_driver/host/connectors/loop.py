@@ -259,12 +259,7 @@ def _number_of(number: int) -> DeviceNumber:
 def _backing_text(number: int) -> str | None:
     file = f"{_SYS_BLOCK}/loop{number}/loop/backing_file"
     # Most loop devices of a machine are unbound: this check takes a tenth of the time of a failing open.
-    if not os.path.exists(file):
-        return None
-    try:
-        return Path(file).read_text(errors="surrogateescape")[:-1]
-    except OSError:
-        return None
+    return block_devices.read_text(Path(file)) or None if os.path.exists(file) else None
 
 
 # A read-only bind mount of a device node does not keep a process from writing through it, and BLKROSET also stops the

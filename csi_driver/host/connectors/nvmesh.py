@@ -44,10 +44,7 @@ CLIENT_SIGNS = (Path("/etc/nvmesh/nvmesh.conf"),)
 
 
 def parse_volume_status(text: str) -> VolumeStatus | None:
-    """Read a volume's `status.json`; None when it is torn or of a hidden attachment.
-
-    Name and uuid are required. Hidden attachments are the client's own (recovery, encryption) and have no device.
-    """
+    """Read a volume's `status.json`; None when it is torn or hidden: the client's own, without a device."""
     document = _object(text)
     name, uuid = document.get("name"), document.get("uuid")
     if not isinstance(name, str) or not is_volume_name(name) or not isinstance(uuid, str) or not is_uuid(uuid):
@@ -132,10 +129,7 @@ def parse_reference_ids(text: str) -> tuple[str, ...] | None:
 
 
 def parse_opens(text: str) -> int | None:
-    """Read the open count of a device from the last line of `client_processes`; None when it is torn.
-
-    The thread groups above that line stay listed after they closed the device.
-    """
+    """Read the open count of a device from the last line of `client_processes`; None when it is torn."""
     counts = _OPENS.findall(text)
     return int(counts[-1]) if counts else None
 
@@ -213,10 +207,7 @@ class StatusFiles:
 
 
 def _read(path: Path) -> str:
-    """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers.
-
-    A file that cannot be read is empty, which no parser takes for a status.
-    """
+    """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers."""
     with contextlib.suppress(OSError), closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
         return os.read(fd, _STATUS_LIMIT_BYTES).decode(errors="replace")
     return ""
@@ -252,10 +243,7 @@ def parse_serial_page(page: bytes) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvidence:
-    """The evidence of which volume a device is: client status, loop label, SCSI serial number. None = no evidence.
-
-    All evidence must agree; without any the device is not written to.
-    """
+    """The evidence of which volume a device is: client status, loop label, SCSI serial number. None = no evidence."""
 
     status: VolumeStatus | None
     label_uuid: str | None = None
@@ -335,10 +323,7 @@ def management_hosts(path: Path) -> Sequence[str]:
 
 
 def management_servers(path: Path) -> Sequence[tuple[str, int]]:
-    """Return host and websocket port of the management servers in the client's configuration file.
-
-    Empty when there is no file. Raises `HostFailure` when it cannot be read.
-    """
+    """Return host and websocket port of the management servers in the client's configuration file, if there is one."""
     try:
         return parse_management_servers(path.read_text(errors="replace"))
     except (FileNotFoundError, NotADirectoryError):

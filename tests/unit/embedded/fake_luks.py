@@ -11,6 +11,8 @@ from pathlib import Path
 from csi_driver.errors import HostFailure
 
 MAGIC = b"FAKE-LUKS "
+CHEAP_KEYS = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+"""Costs of the real `LuksFiles` that derive a key at once."""
 
 
 @dataclass(slots=True)
