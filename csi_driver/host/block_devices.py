@@ -93,20 +93,14 @@ def _make_node(node: Path, number: DeviceNumber) -> None:
 def open_number(number: DeviceNumber, directory: Path) -> int:
     """Open a device read-only by its number, if need be by a temporary node in `directory`. Raises OSError."""
     flags = os.O_RDONLY | os.O_NONBLOCK
-    path = _kernel_path(number)
-    if path is not None:
-        with contextlib.suppress(OSError):
-            fd = os.open(path, flags | os.O_CLOEXEC)
-            if ioctls.device_number(os.fstat(fd).st_rdev) == number:
-                return fd
-            os.close(fd)
+    for line in read_text(SYS_DEV_BLOCK / str(number) / "uevent").split("\n"):
+        if line.startswith("DEVNAME="):
+            with contextlib.suppress(OSError):
+                fd = os.open(Path("/dev") / line.removeprefix("DEVNAME="), flags | os.O_CLOEXEC)
+                if ioctls.device_number(os.fstat(fd).st_rdev) == number:
+                    return fd
+                os.close(fd)
     return open_temporary_node(directory, number, flags)
-
-
-def _kernel_path(number: DeviceNumber) -> Path | None:
-    lines = read_text(SYS_DEV_BLOCK / str(number) / "uevent").split("\n")
-    names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
-    return Path("/dev") / names[0] if names else None
 
 
 def is_claimed(path: Path) -> bool:

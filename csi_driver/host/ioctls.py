@@ -91,7 +91,6 @@ def loop_free_number(control_fd: int) -> int:
 
 
 def loop_configure(fd: int, backing_fd: int, *, label: str, flags: int, block_bytes: int) -> None:
-    """Bind a loop device to a file (Linux 5.8)."""
     info = _LOOP_INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, label.encode(), b"", b"", b"")
     argument = bytearray(struct.pack("=II", backing_fd, block_bytes) + info + bytes(64))
     _call(f"LOOP_CONFIGURE {label}", fd, _LOOP_CONFIGURE, argument)

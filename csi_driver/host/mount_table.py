@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
+from csi_driver.host.block_devices import read_text
 from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import DeviceNumber, Mount
 
@@ -122,10 +123,9 @@ def _holders(path: Path) -> Iterator[str]:
         return
     yield from (f"the mount {entry.path}" for entry in entries if path in entry.path.parents)
     for file in _LOOPS.glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            backing = Path(file.read_text(errors="surrogateescape").strip())
-            if path in backing.parents:
-                yield f"/dev/{file.parts[-3]} over {backing}"
+        backing = Path(read_text(file))
+        if path in backing.parents:
+            yield f"/dev/{file.parts[-3]} over {backing}"
     mounts_of: dict[str, frozenset[str]] = {}
     for process in _PROC.iterdir():
         if time.monotonic() > ends_at_s:
@@ -147,15 +147,10 @@ def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, 
         links = (Path(os.readlink(process / name)) for name in ("cwd", "root", "exe"))
         if any(place == path or path in place.parents for place in links):
             return True
-        return any(_mount_id(file) in ids for file in (process / "fdinfo").iterdir())
+        opened = map(read_text, (process / "fdinfo").iterdir())
+        return any(text.partition("mnt_id:")[2].partition("\n")[0].strip() in ids for text in opened)
     except (OSError, SystemCallFailed):
         return False  # it has ended, or may not be read
-
-
-def _mount_id(fdinfo: Path) -> str:
-    with contextlib.suppress(OSError):
-        return fdinfo.read_text().partition("mnt_id:")[2].partition("\n")[0].strip()
-    return ""
 
 
 def _name(process: Path) -> str:

@@ -185,8 +185,7 @@ def _bind_read_only(source_fd: int, target: Path, target_fd: int, what: str) -> 
         syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_NODIRATIME
     )
     try:
-        flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept
-        syscalls.mount("none", target, "none", flags, "")
+        syscalls.mount("none", target, "none", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | kept, "")
         _verify_read_only(os.statvfs(target), what)
     except BaseException:
         syscalls.unmount(target, _UNMOUNT_NOW)

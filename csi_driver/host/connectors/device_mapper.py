@@ -42,7 +42,7 @@ def why_unusable() -> str:
         try:
             _call(control, _GET_TARGET_VERSION, name="crypt")
         except OSError as error:
-            if error.errno == errno.EINVAL:  # ENOTTY: kernels before 5.5 do not have this ioctl
+            if error.errno == errno.EINVAL:
                 return f"the device-mapper of this kernel has no target `crypt`; {fix}"
     return ""
 
