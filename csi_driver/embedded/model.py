@@ -187,27 +187,33 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Table(Generic[R]):
-    """A kind of record and its name in the database. Fields that only earlier versions had are ignored."""
+    """A kind of record and its name in the database.
+
+    `former`: fields that have no reader any more, written for an earlier version that a rollback brings back. Fields
+    that only earlier versions had are ignored.
+    """
 
     name: str
     kind: type[R]
+    former: Document = field(default_factory=dict)
 
     @cached_property
     def _adapter(self) -> TypeAdapter[R]:
         return TypeAdapter(self.kind)
 
     def text(self, record: R) -> str:
-        return json.dumps(self._adapter.dump_python(record), separators=(",", ":"))
+        return json.dumps({**self._adapter.dump_python(record), **self.former}, separators=(",", ":"))
 
     def record(self, text: str) -> R:
         # Not `validate_json`, which refuses the half of a surrogate pair that a request may have in a text.
         return self._adapter.validate_python(json.loads(text))
 
 
-VOLUMES = Table("volumes", Volume)
-CLIENTS = Table("clients", Client)
-ATTACHMENTS = Table("attachments", Attachment)
-REPORTS = Table("reports", Report)
+_LONG_AGO = "1970-01-01T00:00:00.000Z"
+VOLUMES = Table("volumes", Volume, {"created_by": "", "modified_by": "", "created": _LONG_AGO, "modified": _LONG_AGO})
+CLIENTS = Table("clients", Client, {"created": _LONG_AGO})
+ATTACHMENTS = Table("attachments", Attachment, {"attachments_version": 1})
+REPORTS = Table("reports", Report, {"attachments_version": 1, "version": 1, "report_id": 1})
 TOTALS = Table("totals", Totals)
 FACTS = Table("facts", Fact)
 TABLES: tuple[Table[Any], ...] = (VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS)

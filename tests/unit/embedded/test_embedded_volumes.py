@@ -163,6 +163,25 @@ def test_metadata_of_any_text_survives_a_restart(tmp_path: Path) -> None:
         assert manager.volume("data")["metadata"] == {"a": "\ud800"}
 
 
+def test_a_pool_can_be_read_by_the_version_before(tmp_path: Path) -> None:
+    """It requires these fields; an update may be rolled back."""
+    with running(settings_in(tmp_path)) as manager:
+        manager.save("data")
+        manager.attach("data")
+    database = sqlite3.connect(tmp_path / "pool" / "manager.sqlite")
+    rows = database.execute("SELECT kind, record FROM documents").fetchall()
+    database.close()
+    required = {
+        "volumes": {"created_by", "modified_by", "created", "modified"},
+        "clients": {"created"},
+        "attachments": {"attachments_version"},
+        "reports": {"attachments_version", "version", "report_id"},
+    }
+    assert set(required) <= {kind for kind, _ in rows}
+    for kind, record in rows:
+        assert required.get(kind, set()) <= json.loads(record).keys()
+
+
 def test_a_change_that_raises_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.sqlite")
 
