@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from csi_driver.errors import (
+    HostFailure,
     InvalidField,
     InvalidRequest,
     PreconditionFailed,
@@ -77,6 +78,21 @@ def test_no_key_is_changed_where_another_node_may_change_one_at_the_same_time(lo
     locked.secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
     shared(locked)
     assert (locked.luks.keys, locked.mapper is None) == (["correct horse"], False)
+
+
+def test_a_previous_passphrase_stays_until_the_new_one_opens_the_volume(locked: Locked) -> None:
+    locked.stage()
+    locked.node.unstage()
+    locked.secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
+
+    def lose_the_new_key(reached: str) -> None:
+        if reached == "after luksAddKey":
+            locked.luks.keys.remove("new passphrase")
+
+    locked.node.host.step = lose_the_new_key
+    with pytest.raises(HostFailure, match="the previous one still does"):
+        locked.stage()
+    assert locked.luks.keys == ["correct horse"]
 
 
 def test_a_blank_volume_gets_a_header_with_its_uuid_and_a_filesystem_inside(locked: Locked) -> None:
