@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from csi_driver.errors import (
     PreconditionFailed,
 )
-from csi_driver.host_model import VolumeStatus
+from csi_driver.host_model import DeviceNumber, VolumeStatus
 from csi_driver.publish_context import History
 from tests.fakes.node import (
     NAME,
@@ -95,6 +97,28 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
         with pytest.raises(PreconditionFailed):
             node.unstage()
         assert node.host.mounts_at(STAGING) == 1
+
+
+def test_a_volume_that_is_back_when_its_unmount_has_failed_is_not_detached_lazily(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formatted(node)
+    node.stage()
+    entry = node.host.topmost(STAGING)
+    assert entry is not None
+    entry.in_use = True
+    disk = node.host.disks[NAME]
+    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=True)
+    unmount = node.host.mounts.unmount
+
+    def unmount_after_it_is_back(path: Path, *, lost: DeviceNumber | None = None) -> None:
+        disk.status = VolumeStatus(NAME, UUID, io_enabled=True)
+        unmount(path, lost=lost)
+
+    monkeypatch.setattr(node.host.mounts, "unmount", unmount_after_it_is_back)
+    with pytest.raises(PreconditionFailed, match="in use"):
+        node.unstage()
+    assert (node.host.mounts_at(STAGING), node.host.lost) == (1, [])
 
 
 @pytest.mark.parametrize(("preempted", "references"), [(True, (UUID,)), (False, ()), (False, ("another",))])
