@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # One image for every role: controller, node, storage. Build: make image.
 #
 # Debian's own Python keeps pip and compilers out of the final stage, and its security updates in it. The tools that

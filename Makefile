@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # make help lists what there is.
 
 SHELL := /bin/bash -o pipefail

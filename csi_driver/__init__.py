@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CSI driver for NVMesh, with a storage manager of its own for one machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read the command line and run the command. With `csi_driver.serving` the only module that knows every layer.
 
 Each command imports its own modules when it runs: the node loads no REST client, `version` and `--help` no adapter.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All long-lived threads: periodic work, a queue of retried jobs, and daemon threads for calls that may hang.
 
 No exception ends `Periodic`, `SelfPaced` and `Worker`: it is logged, counted, and the work is retried. `why_stuck`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Possible sizes of volumes, and the capacity to request for a volume of exactly one size. Pure.
 
 The management takes decimal gigabytes as a float, divides them into whole stripes, multiplies these back into blocks,

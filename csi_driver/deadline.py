@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A clock that tests can replace, and the deadline of an RPC.
 
 Every wait takes a `Deadline`, so that it ends before the caller's timeout, and a retry continues.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All expected failures, as one tree that knows neither gRPC nor HTTP. Source: CSI specification, "Error Scheme".
 
 A *family* (a direct child of `DriverError`) groups failures by the caller's remedy; `csi_driver.rpc.boundary` maps it

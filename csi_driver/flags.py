@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Declare command-line flags as fields of settings classes, and read their values.
 
     drain_s: float = flag(30.0, "--drain-seconds", read_duration, "Time after SIGTERM for running requests to finish.")

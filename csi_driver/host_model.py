@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of one machine: devices, mounts, and the content of devices. Made by `csi_driver.host`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of CSI that all layers share; those of the storage are in `csi_driver.storage_model`. Sizes are int bytes."""
 
 from __future__ import annotations

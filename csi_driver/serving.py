@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assemble and serve the controller and node roles; each imports its own use cases and adapters when it starts."""
 
 from __future__ import annotations

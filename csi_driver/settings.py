@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the controller and node roles, each declared together with its flag. Pure: loads no adapter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of the storage management, with its own names and numbers. Sizes are int bytes, except `capacity_gb`: the
 API's decimal gigabytes.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read a JSON or YAML document with all its problems at once, without ever quoting a value that may be a password."""
 
 from __future__ import annotations

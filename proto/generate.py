@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generate csi_driver/rpc/pb from the descriptions here: messages, services, and type stubs for both.
 
 Usage: python proto/generate.py [DIRECTORY]   (grpcio-tools at the version of the lock file)

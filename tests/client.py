@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client of a CSI endpoint with a typed method for each RPC that tests and benchmarks send."""
 
 from __future__ import annotations

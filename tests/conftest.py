@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules for every test: root, allowed processes, and a check that nothing is left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's documents, taken apart for tests: tables, headings, links, quotations, commands."""
 
 from __future__ import annotations

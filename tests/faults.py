@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fault injection: kill this process, fail or stall before and after every change that the node makes to its machine.
 
 `Faults.wrap` puts a proxy around each port of the node. `PORTS` says of every method of every port whether it changes

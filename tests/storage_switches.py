@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Switches that block work of an embedded storage manager or set a client DOWN, and points at which it can be crashed.
 
 They wrap methods and ports of a running manager; the product has no hooks for them. As a program it is

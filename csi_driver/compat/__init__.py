@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What exists only for the drivers 1.4 and 1.9 of this name, and the version after which each part can go.
 
 Configuration (`docs/upgrading.md` shows its new form). Can go after version 1:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Translate the cluster configuration of the drivers 1.4 and 1.9 into the form of the clusters file.
 
 Three forms: the `topology` JSON of 1.4; the ConfigMap of 1.4 and 1.9, as a directory or in one file; and `apiParams` of

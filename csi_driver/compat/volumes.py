@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and words of the drivers 1.4 and 1.9 in volumes, StorageClasses and Secrets, and their meaning. Pure.
 
 `encryption: dmcrypt` has two meanings: 1.4 made a LUKS header on the node, and its StorageClasses also have

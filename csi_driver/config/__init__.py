@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read command line and environment into the settings of one command. Flags win; all problems are reported at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of a command, built from the texts of its flags: arguments, environment, a file."""
 
 from __future__ import annotations

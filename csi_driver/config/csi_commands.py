@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of a storage cluster: controller, node, volume and pre-stop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of one machine: storage, local, demo, doctor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands `nvmesh-csi volume`: show a volume, and allow one format over old data.
 
 The driver never does that by itself: the device may be the wrong one. A StorageClass parameter would allow it for every

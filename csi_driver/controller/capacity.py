@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GetCapacity, the selection of a zone by free capacity, and ControllerExpandVolume."""
 
 from __future__ import annotations

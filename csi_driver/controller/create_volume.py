@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CreateVolume, with the initialisation of encryption by the storage."""
 
 from __future__ import annotations

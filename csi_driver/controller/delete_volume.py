@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeleteVolume, and the deletion of a volume that CreateVolume cannot return."""
 
 from __future__ import annotations

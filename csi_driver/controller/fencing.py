@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ControllerUnpublishVolume, the state of attachments, and the decision behind every preemption.
 
 A lost node may still write. An attachment that preempts the reservation makes the storage cut the I/O of all holders,

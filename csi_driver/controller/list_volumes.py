@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ListVolumes, ControllerGetVolume, and the volume health RPCs (CSI 1.13, alpha) that use the same pages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of the use cases, their shape checked in `csi_driver.rpc`, and the port to the storage management."""
 
 from __future__ import annotations

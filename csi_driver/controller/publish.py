@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ControllerPublishVolume, and the attachments that a node makes for itself.
 
 A node formats a fresh volume after a short check only if the publish context has `History.FIRST`. Three independent

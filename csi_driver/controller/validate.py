@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of requests: capabilities (CSI, VolumeCapability.AccessMode), ValidateVolumeCapabilities, modifications."""
 
 from __future__ import annotations

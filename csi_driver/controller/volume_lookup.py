@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find volumes by CSI volume ids, storage clients by node ids, and the volume ids of volumes."""
 
 from __future__ import annotations

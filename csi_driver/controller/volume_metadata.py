@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The records that the driver keeps in a volume's metadata: the only memory that controllers share.
 
 Keys at the top level are those of earlier drivers of this name, everything else is under `OWN_KEY`. A write replaces

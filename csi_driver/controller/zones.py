@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests to several zones at once, and the guard that keeps a CSI name one volume across zones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attaches volumes: loop devices, device nodes, status files, and the clients' reports of them.
 
 `settle` compares the desired attachment of one volume to one client with the present state and makes them equal.

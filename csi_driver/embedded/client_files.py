@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of a storage client: its device nodes, and the status files that a real client shows under /proc/nvmeibc.
 
 Status files have the form of a newer client's (NVIDIA/nvmesh-kernel), without statistics. Each is replaced as a whole

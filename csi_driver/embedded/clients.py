@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients: the desired attachments that requests record, and the reports of the clients. `attacher` attaches.
 
 Methods that change a desired attachment return the pairs that the attacher must settle.

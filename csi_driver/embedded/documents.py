@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers of the API: envelopes, errors, documents of volumes, clients, VPGs and targets, and lists of them. Pure.
 
 Documents have the fields that the driver and its tools read.

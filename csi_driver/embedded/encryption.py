@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encryption of volumes by the storage: a LUKS2 header in the volume's file.
 
 A request records a command. A worker carries it out, as a storage target does, and the volume's document shows the

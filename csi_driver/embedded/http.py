@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The REST API over HTTP: login and sessions, routes, and error answers."""
 
 from __future__ import annotations

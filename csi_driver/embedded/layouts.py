@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RAID levels and the arithmetic of sizes, as the management server does it.
 
 Sizes come in as decimal gigabytes (a float) and leave as 4 KiB blocks, rounded down to whole granules. The order of

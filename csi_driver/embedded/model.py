@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of the embedded storage manager, their form in the database, and the rules of reservations."""
 
 from __future__ import annotations

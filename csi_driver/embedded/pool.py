@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool: a directory with a sparse file for each volume, and the allocation of its space.
 
 Space is allocated in the change that records a volume or an extension, so it is never allocated twice. The free

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of the API: limits of a body, and models of the bodies.
 
 As in the server's own schemas, unknown fields, values of another JSON type and nulls are invalid, unless stated, and a

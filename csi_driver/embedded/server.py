@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded storage manager: opens and repairs the pool, serves the API, and stops in order."""
 
 from __future__ import annotations

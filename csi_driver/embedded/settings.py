@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the embedded storage manager with their flags, and its ports to this machine.
 
 The adapters of the ports are in csi_driver.host.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manager's database: SQLite in WAL mode with full synchronisation, and a decoded copy in memory.
 
 A change is a function of a `Change`; it becomes durable as a whole or not at all. Concurrent changes are committed

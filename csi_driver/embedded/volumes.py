@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes and built-in VPGs: create, extend, update and delete volumes; each method raises ApiError.
 
 The row is committed before the file is created or grown, and removed after the file, so that a crash at any point loses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block devices by number: sysfs, device nodes, exclusive use, and waiting for a change.
 
 Which volume a device is, and whether it may be opened, is decided in `devices`.

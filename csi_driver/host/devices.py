@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Devices of volumes: found by name, identified by evidence, and opened with the identity verified.
 
 The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; udev's database may be

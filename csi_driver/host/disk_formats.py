@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsers of superblocks and LUKS headers: pure functions of the first bytes of a device.
 
 Layouts: the kernel's fs/ext4/ext4.h (struct ext4_super_block, at byte 1024), fs/xfs/libxfs/xfs_format.h (struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Filesystems on volumes: recognise, make, check, grow, and measure their usage.
 
 Whether a device may be formatted is decided in `csi_driver.node`. Each tool gets the device as an inherited, verified

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of devices and mounted filesystems, and the shutdown of filesystems on lost devices.
 
 The kernel's own records (sysfs, mount options) come first: reading them never hangs. Asking the root of a filesystem

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ioctl(2) of block devices, loop devices, SCSI devices and mounted filesystems. Errors are `SystemCallFailed`.
 
 Numbers and structures from the kernel's include/uapi/linux/fs.h, loop.h, btrfs.h, fs/ext4/ext4.h and

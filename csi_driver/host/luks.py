@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encryption by cryptsetup: LUKS devices on nodes, and LUKS headers in files for the embedded storage manager.
 
 Whether a header may be made is decided in `csi_driver.node`. A passphrase reaches cryptsetup as an inherited file in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about this machine: missing tools and privileges, and more for `nvmesh-csi doctor`.
 
 Nothing here opens a device or touches the filesystem of a volume, so nothing here hangs.

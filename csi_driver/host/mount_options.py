@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mount options: sorted for the kernel's interfaces, set on a filesystem, and named when the kernel refuses them.
 
 The names are those of mount(8), "filesystem-independent mount options"; the split into options of the mount, of every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's mount tables as text (proc_pid_mountinfo(5)): the parser, and what uses a busy mount.
 
 The cost of reading a table grows with the number of mounts: `mounts.LinuxMounts.at` looks up single paths.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mounts of this process's mount namespace: look them up, make them, unmount them.
 
 Single paths are looked up by statx(2) and statmount(2), at a cost that does not depend on the number of mounts. The

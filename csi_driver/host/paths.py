@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Target and staging paths: checked, created and removed without following symbolic links.
 
 A path lies below one of the configured roots, which may be links and are resolved once. Below a root the kernel

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes: run a program to its end, keep child processes, and find the running role of this program.
 
 The only module that starts processes: with a list of arguments, without a shell and without this environment.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """System calls that Python lacks. Errors are `SystemCallFailed`.
 
 Numbers from include/uapi/asm-generic/unistd.h (the same for all architectures from 424 on); structures and flags from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read whether a device is blank, with O_DIRECT, each read complete and without error.
 
 `probe_places` are the places of the quick probe: head, tail, and all places of superblocks and their copies.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Client of the Kubernetes API server: nodes, CSINodes and VolumeAttachments.
 
 Token and CA certificate are read for each request: kubelet replaces the token about once an hour. Each request has a

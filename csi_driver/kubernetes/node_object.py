@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maintain the Node object of this node: label and start-up taint; and wait for a drain in the preStop hook."""
 
 from __future__ import annotations

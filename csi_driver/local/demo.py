@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi demo`: create, use, expand and delete volumes on this machine, step by step, and clean up.
 
 It sends CSI requests to the roles of `nvmesh-csi local`; findmnt, lsblk and losetup show the effect of each.

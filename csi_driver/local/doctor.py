@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi doctor`: checks this machine and the services that the driver needs; prints each problem with its fix.
 
 It changes nothing. Checks run side by side; one that hangs delays no other and is reported as skipped.

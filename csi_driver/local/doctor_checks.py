@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of checks, and those of services: management, the driver's own sockets, kubelet, API server."""
 
 from __future__ import annotations

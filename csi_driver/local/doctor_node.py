@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of a node: the machine, kubelet's directories, the storage client, and the volumes mounted here.
 
 No device is opened and no filesystem of a volume is asked. docs/doctor.md explains each check.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The volumes that kubelet has mounted here, by its records, and the preStop hook that waits for them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of `nvmesh-csi local` and `nvmesh-csi demo`, each declared together with its flag."""
 
 from __future__ import annotations

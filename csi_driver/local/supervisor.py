@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi local`: storage manager, controller and node as child processes: started in order, restarted, stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Client of the management REST API: one method for each operation, in nouns of `csi_driver.storage_model`.
 
 Results and errors of each method are in `csi_driver.controller.ports.Management`. Each

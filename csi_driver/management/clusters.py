@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The storage clusters ("zones") that the driver serves: one from the command line, or several from a file.
 
 `--clusters-file` is YAML, JSON, or a form of an older driver; the command line gives the defaults. All problems are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encode `csi_driver.storage_model` into the API's JSON documents and decode them. Pure.
 
 Only what identifies and sizes an object must be present; unknown numbers and names become OTHER or UNKNOWN.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Send each request to one of a cluster's management servers: their order, failover, and a circuit breaker for each.
 
 A request that may have been executed is repeated only if that changes nothing. After the first time-out of a server,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Meaning of the numeric ids in the management's errors, for each operation; the innermost id decides.
 
 A running server lists its ids at `GET /getAllSystemMessages`. Texts decide nothing, with one exception: a creation

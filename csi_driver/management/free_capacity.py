@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Free capacity of the drives that a volume may use, and of a provisioning group. Pure.
 
 The server's own sums are rounded and know neither classes nor groups. So the drives are added up here under the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our session on one management server: login, expiry, API version, and the meaning of an HTTP status.
 
 Sessions belong to one server process, so each server has its own cookie.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the management client, and the credentials in the files that they name. Loads no HTTP client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Send one HTTP request to one management server, within a deadline.
 
 `requests` is used by its public interface: `Request.prepare` and `HTTPAdapter.send`. Not by `Session`, which follows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's use cases; their requests are here, so that `rpc.wire` loads nothing else."""
 
 from __future__ import annotations

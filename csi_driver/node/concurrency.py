@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that may hang in the kernel, and the number of heavy operations that run at once.
 
 A thread that waits for a dead device cannot be ended. `Watchdog` runs such calls in threads that it can abandon, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encrypted volumes: open, grow and close them, and make LUKS headers.
 
 Only the opened device of an encrypted volume is mounted or published, never the one under it. A LUKS header is made by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeExpandVolume: grow the opened device and the filesystem to the size of the device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make a device ready to be mounted: refuse, format, or check and grow it.
 
 Everything that overwrites a device before it is mounted goes through `Preparation`, in one order: claim the device,

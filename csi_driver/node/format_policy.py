@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decide on the content of a device: use it, format it or refuse. Pure: a table of cases.
 
 Formatting needs proof that nothing is lost. On a first attachment a blank head, tail and superblock locations are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The volume that a request names, its device on this machine, and the mounts that belong to it.
 
 Volume IDs name volumes, the kernel shows device numbers. A number is reused when its device goes away, and a mount

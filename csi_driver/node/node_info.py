@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeGetInfo: node ID, volume limit and zone; and whether the node is ready."""
 
 from __future__ import annotations

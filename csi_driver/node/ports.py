@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Protocols of the adapters that the node's use cases call; `csi_driver.host` implements them.
 
 Methods block and do not log. They raise leaves of `csi_driver.errors`: `HostFailure` where the kernel refuses, unless

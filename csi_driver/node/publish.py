@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodePublishVolume and NodeUnpublishVolume, and readers that share one mounted volume."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clean up mounts and devices on the node that kubelet will never release.
 
 Only proven leftovers are removed (see `Kind`), the others are logged. The proof must hold in two sweeps, and

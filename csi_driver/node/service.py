@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's use cases over their ports, and attaching by the node itself (--attach-by node)."""
 
 from __future__ import annotations

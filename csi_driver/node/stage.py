@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeStageVolume and NodeUnstageVolume.
 
 A filesystem is mounted at the staging path, except for a shared reader (`publish.SharedReaders`). For a raw block

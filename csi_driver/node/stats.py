@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeGetVolumeStats, health conditions (CSI 1.13, alpha), and counts for the metrics."""
 
 from __future__ import annotations

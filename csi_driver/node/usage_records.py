@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Usage records: one small file per volume, the only state that a node keeps.
 
 A record is on disk before mkfs starts, and says "in use" before the first mount: so an unfinished format is known from

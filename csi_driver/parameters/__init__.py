@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users write: parameters of classes and mount options. Pure: controller and node call the same functions."""

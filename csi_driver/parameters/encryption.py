@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `encryption` keys of a StorageClass (older ones: `csi_driver.compat.volumes`), and the passphrase in its Secret.
 
 No message shows a value of a Secret.

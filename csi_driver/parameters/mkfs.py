@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of mkfs: defaults, keys of a StorageClass, free text of `mkfsOptions` (docs/mkfs.md). Sizes in bytes.
 
 The controller checks them before a volume exists, the node before it formats a device.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mount options: those that a user may set, those that are refused, and those that follow from the access mode.
 
 Values may be sensitive (CSI): messages show the name alone, unless the value is on the driver's own list.

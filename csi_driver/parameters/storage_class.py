@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters of StorageClasses and VolumeAttributesClasses: read in full before any request is made.
 
 Names are those of the older drivers of this name and, where they had none, of the management API.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read the text of one parameter. Every reader names the key, the values that it takes and the value that it got."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place between gRPC and the driver: log, required fields, locks, handler, status.
 
 Only this module calls `abort`, outside any `try`: it raises a bare Exception (grpc/_server.py, `_Context.abort`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client of a CSI endpoint, for the demo, the doctor and tests, and the driver's check of itself."""
 
 from __future__ import annotations

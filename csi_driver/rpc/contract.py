@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each RPC requires: fields, locks, threads. `RPCS` has one entry for each RPC that is implemented.
 
 A test compares `required` with the REQUIRED marks of proto/csi.proto. Locks are taken before the handler runs and never

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a message as one line for the log, without secrets.
 
 Secret are the fields marked `csi_secret`, and mount flags (CSI specification, VolumeCapability.MountVolume).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registration with kubelet: a socket in the directory that kubelet watches (plugins_registry).
 
 Kubelet knows the driver while the socket is there: it calls GetInfo when the socket appears and when kubelet starts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A CSI endpoint on a Unix socket: bind, serve, drain; and the signals that end it.
 
 The CO chooses the socket's path; the plugin makes the socket and no other file there (CSI specification,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CSI services: a handler translates a request that `rpc.boundary` has checked, and calls a use case."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks a request against the specification: required fields, sizes, ranges, known enum values, legal characters.
 
 Handles and tokens are not checked: one that the driver did not issue has an error code of its own. Sources: CSI

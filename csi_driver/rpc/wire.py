@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Translates checked CSI messages to the driver's types (`..._from`) and back (`..._to`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log format: one line of text, or one JSON object, for each record, on standard error.
 
 Messages may quote a storage management or a program, so line breaks and control characters are escaped and the length

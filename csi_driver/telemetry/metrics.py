@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of the driver. docs/metrics.md explains each one, and a test compares the two.
 
 `prometheus_client` stores and writes them; its default registry, with metrics of the interpreter, is not used. Labels

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health pages and metrics over HTTP/1.0, one request for each connection: `/healthz`, `/readyz` and `/metrics`.
 
 /healthz fails when a restart of this process may help: an unavailable management, a missing tool or a stopped kubelet

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Write a PersistentVolume and a claim that read a volume of another claim, in the same namespace or in any other:
 #
 #   ./share-claim.sh NAMESPACE/CLAIM NAMESPACE/NEW-CLAIM | kubectl apply -f -

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the driver on this machine: `make bench`, or `python -m tests.bench --help`. Needs root.
 
 Starts `nvmesh-csi local` in a directory of its own, calls it over its Unix sockets, prints tables, and leaves

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timing and counting for the benchmark: latencies, rates, CPU seconds and memory of processes."""
 
 from __future__ import annotations

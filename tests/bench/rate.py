@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many volumes a second are made on a management that takes 50 ms for each request, and how hard that presses it.
 
 Needs no root: nothing is attached.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast every block of a device is read before it is formatted, against what dd(1) gets out of the same device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A management server that takes its time: everything between client and server is passed on, each request late.
 
 It counts the requests that are being served at the same time, as it is there to show that they stay few.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node that has just booted: every volume is staged and published at once, as kubelet does it.
 
 Each call has a connection of its own and two minutes, and is made again after half a second, then twice that and so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A program that is killed right before its n-th write to its disk: ptrace(2), so that the point is always the same."""
 
 from __future__ import annotations

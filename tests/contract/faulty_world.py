@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two controllers over two ways to one storage manager, both of which do what networks and tired servers do.
 
 A model of each volume, kept by its own worker, holds what was acknowledged. The storage itself is looked at through

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes on loop devices below a temporary directory, for tests of `csi_driver.host`."""
 
 from __future__ import annotations

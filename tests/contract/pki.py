@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Certificate authorities and certificates for tests, made with the openssl program."""
 
 from __future__ import annotations

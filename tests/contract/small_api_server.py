@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small API server over HTTPS: objects by path, GET, and PATCH of RFC 7386 and RFC 6902."""
 
 from __future__ import annotations

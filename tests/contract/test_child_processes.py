@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long-lived child processes: started, stopped, and killed with their parent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi doctor` as a process, with real problems: in mount namespaces, on sockets, in TLS."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded manager on this machine's loop devices: its answers agree with the kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded storage manager answers the recorded requests as the management server did.
 
 The exchanges are replayed in their order against one manager; where the server was caught between two states, the

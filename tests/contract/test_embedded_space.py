@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The free space that the embedded manager shows can be allocated, on a filesystem that other programs fill."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proxy does to requests what it says, and the client makes of each fault what its caller can act on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thousands of operations of two controllers while servers and the network between them fail in every way.
 
 Whatever was acknowledged is so, and nothing else: no volume lost, none doubled, none deleted or given away while it is

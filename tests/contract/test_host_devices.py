@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Devices: found by name, identified, and verified again on the open descriptor."""
 
 from __future__ import annotations

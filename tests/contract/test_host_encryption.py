@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One contract for LUKS in the fake of the node's tests and on a real machine.
 
 Headers need cryptsetup alone; opened devices need a kernel with device-mapper (`make test-vm`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client's status and real devices: loop devices, and one without label or serial number.
 Such are the devices of NVMesh while its client is upgraded.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognising, making, checking and growing filesystems, on loop devices with real tools."""
 
 from __future__ import annotations

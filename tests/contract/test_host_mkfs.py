@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of mkfs in the new filesystem, by the filesystem's own tools."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mounts of `csi_driver.host` on the real kernel, judged by findmnt and /proc."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Target and staging paths on a real filesystem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One contract for the fake machine of the node's tests and for this machine."""
 
 from __future__ import annotations

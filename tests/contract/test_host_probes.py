@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of devices and filesystems are found, and hanging ones block no other.
 
 The faults are real: an error of ext4, shut down filesystems, truncated backing files, a FUSE filesystem with a server

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A directory on the path is swapped for a link while the driver works: nothing outside the root is touched.
 
 A thread exchanges the two all the time (renameat2(2), RENAME_EXCHANGE). Each operation may fail with an error of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client of the API server against a small HTTPS server: labels, taints, tokens and faults."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fenced loop device: no write reaches its file any more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers in files: one contract for the fake of the embedded manager's tests and for cryptsetup."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LUKS headers of cryptsetup in files, intact and damaged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The management client logs in to the embedded storage manager, over a real socket, as the written API says.
 
 Their work for the controller is tested in `test_management_port`.

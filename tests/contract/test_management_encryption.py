@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encryption and changes of volumes: the management that the controller's tests run on and the client on the embedded
 storage manager keep one contract; and the controller's own use-cases, end to end, on the latter and on cryptsetup.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the controller's use-cases rely on holds of the management that their tests run on, and of the client on the
 embedded storage manager, alike. The two of the latter share no code: the written API binds them.
 """

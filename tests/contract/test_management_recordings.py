@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client decodes recorded responses of a real management server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client over TLS: with the embedded manager, and with a server that requires client certificates."""
 
 from __future__ import annotations

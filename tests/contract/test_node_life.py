@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's life in Kubernetes, by real processes as in a pod: a namespace of their own, the node as its first process.
 
 The API server is a small one that speaks real HTTPS; kubelet's mount is a real one.

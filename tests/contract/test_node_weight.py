@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node's process has loaded while it serves: the standard library loads the most inside its functions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our csi.proto against the one that the specification publishes: everything but comments and order is the same.
 
 The published file comes from the Go module github.com/container-storage-interface/spec, through the go command.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registration with kubelet in directories that are mounted here, as a container has them, and at a real kill."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding the running node of a container: real processes in namespaces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi volume`: the program itself on the embedded storage manager, over a real socket."""
 
 from __future__ import annotations

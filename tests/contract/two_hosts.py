@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One machine, two ways: the model that the node's tests run on, and this very machine over loop devices.
 
 Each gives the ports and what a test does besides: let a volume's device come, grow and go, write as a user would.

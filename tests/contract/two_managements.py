@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two storage managements of one contract: the model that the controller's tests run on, and the management client on
 the embedded storage manager, over a real socket. The loop devices of the latter are a model, so nothing needs root.
 """

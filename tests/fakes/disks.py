@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disks, filesystems and mounts of the machine in memory (`tests.fakes.host`)."""
 
 from __future__ import annotations

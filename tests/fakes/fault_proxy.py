@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A proxy between a management client and a management server that does to requests and answers what networks,
 gateways and tired servers do.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mounts and filesystems of the machine in memory: the rules of the kernel and of the tools."""
 
 from __future__ import annotations

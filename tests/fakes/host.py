@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine in memory that fits all ports of the node: block devices and their content, filesystems, mounts, paths.
 
 A model, not a mock: it has the rules of the kernel that the node's use-cases rely on (one superblock per device,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kubelet's plugin manager as a plugin meets it: watches a directory, asks, dials the endpoint, tells how that went.
 
 Speaks the protocol from its published description alone, byte by byte, and shares no code with the driver's own

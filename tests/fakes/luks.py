@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encryption of the machine in memory: LUKS headers on its disks, and the opened devices over them.
 
 A header outlives its passphrases and the opened device; data written through that one stays with the header.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storage management in memory: fits `csi_driver.controller.ports.Management`, proven by the contract suite.
 
 It keeps the state of the real one (volumes, clients, desired attachments, reports, reservations with versions,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node in memory: the use-cases over `FakeHost`, and requests as kubelet would make them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an administrator, or an earlier driver, does beside this one: straight at the management API and with the tools.
 
 Nothing here goes through the driver, so that what it leaves is what earlier drivers left.

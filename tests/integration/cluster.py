@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small cluster on one machine: a storage manager with several clients, two controllers, some nodes.
 
 What a test does to it from outside (a client that is lost) goes through the manager's test routes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rigs for the end-to-end tests: one per module, as a start takes seconds; fresh ones where a test stops it."""
 
 from __future__ import annotations

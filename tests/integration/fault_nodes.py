@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ways to make calls of a node that may die in the middle of them, and the volumes that they are made for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node that is started in a few milliseconds: each call runs in a process of its own, forked from this one.
 
 Run as `python -m tests.integration.fault_server DIRECTORY`. Reads calls from stdin, a JSON object a line, and writes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi node` with fault points: the program itself, its ports wrapped while it is composed.
 
 Run as `python -m tests.integration.faulty_node FAULTS node FLAGS...`, FAULTS being the directory of the plan.

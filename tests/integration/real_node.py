@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's use-cases in this process, over real loop devices; and devices that go wrong in ways of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real processes over real loop devices, for end-to-end tests: `nvmesh-csi local` in a directory of the test's.
 
 `Rig.close` leaves nothing of the directory in the kernel, whatever failed before.

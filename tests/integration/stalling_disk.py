@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file that stops answering when its server is stopped: put a loop device over it, and I/O hangs as on a lost path.
 
 Run as `python -m tests.integration.stalling_disk DIRECTORY FILE`: mounts a FUSE filesystem with one file, `disk`, at

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that attach for themselves, without an attacher: real processes, and a node that is killed in between."""
 
 from __future__ import annotations

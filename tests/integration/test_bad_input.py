@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is asked: never INTERNAL, never a crash, never a path outside the one given."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an administrator allows by hand, and volumes that the storage encrypts: the real processes, end to end."""
 
 from __future__ import annotations

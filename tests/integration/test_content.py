@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is on a device decides: formatted at most once, and nobody else's data is ever touched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two controllers over one manager; two nodes on one machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 of any role between any two steps, and in the middle of any step: the same call again succeeds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a device is formatted, on real devices with real content, real errors and real half-made filesystems.
 
 The argument that these tests prove, sentence by sentence, is docs/data-safety.md.

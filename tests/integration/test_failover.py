@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node is lost and its pods start elsewhere: one writer at any time, and nothing of the lost node's reaches the
 volume afterwards. Real processes, loop devices, filesystems; two controllers and three storage clients on one machine.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A volume wanders over three nodes, most of which are lost while a pod on them goes on writing.
 
 `NVMESH_CSI_FAILOVER_SECONDS=N` lets it wander for so long.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9, an I/O error and an expired deadline at every point between two effects of the node's calls.
 
 In the gate each kill happens to a process that makes one call (`ForkedNode`); with NVMESH_CSI_ALL_FAULTS=1 the whole

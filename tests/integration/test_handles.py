@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes that exist already are reached by every form of the handle."""
 
 from __future__ import annotations

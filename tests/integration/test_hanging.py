@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device that hangs, fails or is frozen under a volume: no call hangs with it, nothing written is lost."""
 
 from __future__ import annotations

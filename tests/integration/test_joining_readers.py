@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers that join one filesystem on one node wait for nothing: it is meant to be mounted already."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is left over on a node, by the program itself: kubelet's lost file, dead devices, readers, stacked mounts."""
 
 from __future__ import annotations

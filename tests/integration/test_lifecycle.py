@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes from creation to deletion on real devices; what is on them is checked after every change."""
 
 from __future__ import annotations

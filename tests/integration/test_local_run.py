@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nvmesh-csi local` and `nvmesh-csi demo` as programs."""
 
 from __future__ import annotations

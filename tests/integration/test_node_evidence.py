@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole program while its storage client is away, and the label that it keeps, on a node of its own."""
 
 from __future__ import annotations

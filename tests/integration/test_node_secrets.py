@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A passphrase on its way through the whole node, at the most talkative: who else gets to see it.
 
 A kernel without device-mapper refuses such a stage: the whole way is gone in tests/vm/test_encryption_end_to_end.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the older drivers of this name left on a cluster goes on working: volumes, attachments, mounts, running pods.
 
 1.4 attached from NodeStage without a reference id and wrote `csi_metadata`; its handles are `zone:name`. 1.9 attached

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publications where kubelet's directory is not a plain one, and of filesystems that died: on real mounts."""
 
 from __future__ import annotations

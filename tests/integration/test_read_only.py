@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is published read-only takes no write, by any door."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One writer fills a volume, then many read it: in several namespaces of one node, and on several nodes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Static provisioning: PersistentVolumes that name volumes which somebody made by hand, perhaps with data on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A boot storm: many volumes are staged and published at once; calls wait their turn and none is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two storage clusters behind controllers of their own process: zones over real sockets, with kills and outages.
 
 The storage managers run here, with model loop devices, so that nothing needs root; the controllers are the program.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of every test on the cluster: the cluster, its driver and storage, and cleanup.
 
 The cluster is the one that `make cluster-up` starts. Tests share it, one after the other; each removes its objects

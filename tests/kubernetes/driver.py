@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver as deployed by the chart: its pods, disturbances, health pages and metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of deploy/examples as the tests use them: as written, but for schedulers that the cluster does not run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cluster through kubectl: apply, get, wait, exec, delete; failures show the state of the cluster.
 
 Thin on purpose: documents are what Kubernetes has, not classes of ours. Waiting is generous, as clusters that share

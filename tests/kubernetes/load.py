@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod that writes all the time, and checks that disturbances of the driver do not affect it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects that a test creates in the cluster, and the check that none remains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The storage management as its administrator sees it: straight at the REST API, from inside its pod.
 
 Nothing here uses the driver, so it is an independent observation.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Examples in which one pod, or one set of pods, has its own volume, checked from inside the pod."""
 
 from __future__ import annotations

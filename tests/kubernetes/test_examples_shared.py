@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Examples in which several pods have one volume: made by hand or by a claim, over namespaces, as files or device."""
 
 from __future__ import annotations

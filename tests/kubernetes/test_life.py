@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The life of volumes that claims ask for: growing under a writer, waiting, refusing, never deleted too early."""
 
 from __future__ import annotations

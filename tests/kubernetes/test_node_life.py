@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's life in Kubernetes: its start-up taint, the stop of its driver while it is drained, a look at it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's pod may change its own node's label and taint and nothing else: the API server itself is asked.
 
 The chart's policy and rights of a release that is never installed, for an account that the tests act as.

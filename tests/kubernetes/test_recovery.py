@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recovery from a failed expansion: a claim can request less again, if the driver's answers allow it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health pages of the driver's pods, and their registration with a real kubelet."""
 
 from __future__ import annotations

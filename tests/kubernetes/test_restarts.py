@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Driver, kubelet and storage manager are killed, replaced and upgraded under writing pods, without effect on them."""
 
 from __future__ import annotations

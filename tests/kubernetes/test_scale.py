@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A hundred claims at once: how long until their pods run, and how much of that is ours. A measurement, not a limit.
 
 The table goes to the terminal. NVMESH_CSI_CLAIMS asks for another number.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second driver next to the first, and the life of a release: install, upgrade, roll back, uninstall."""
 
 from __future__ import annotations

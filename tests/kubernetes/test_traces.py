@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stopped cluster leaves no trace on this machine, also with a running pod and a volume in use."""
 
 from __future__ import annotations

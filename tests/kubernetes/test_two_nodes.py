@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A volume and two nodes: it moves with its pod, and off a node that is lost. Needs cluster/second-node."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of sizes against a model of the server's rounding, written apart from it in the server's own floats.
 
 `NVMESH_CSI_CAPACITY_EXAMPLES=N` tries N sizes of each layout, and a tenth as many lives with extensions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No error in a clusters file reveals a password."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two controllers, lost nodes and outdated servers: no node loses a published volume, and no permission is misused.
 
 Other events happen between any two requests of a call. The storage in memory keeps the documented rules of

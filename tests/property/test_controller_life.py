@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any order and repetition of calls, with the controller dying before or after any request, ends as the spec says.
 
 The oracle is a model of its own: a few sets and numbers per volume, written from the CSI specification's tables.

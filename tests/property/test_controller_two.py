@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two controllers at once over one storage: no interleaving of their requests harms a volume.
 
 Each controller runs in a thread of its own, but only one moves at a time: before each request it waits until the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Controllers over several zones: at most one volume of a name is returned, and none is deleted.
 
 As in `test_controller_two`, the schedule decides which controller moves until its next request. Drawn requests are

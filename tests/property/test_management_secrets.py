@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No response or fault of a management server reveals a password, session id or passphrase."""
 
 from __future__ import annotations

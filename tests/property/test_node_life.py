@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any order and repetition of node calls, with the driver dying anywhere between two effects, ends as the spec says.
 
 The machine is `FakeHost`; the oracle below knows nothing of the driver's code: it keeps, per path, what the calls that

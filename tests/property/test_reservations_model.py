@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The management client and the embedded storage manager against a model of the documented rules of reservations.
 
 Hypothesis draws attachments in every mode, with references, versions and preemption, detachments, clients that go down

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No content of the storage client's files makes the driver fail, or take a volume for another one."""
 
 from __future__ import annotations

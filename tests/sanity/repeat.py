@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run csi-sanity many times in a row over one local run, to find what fails only now and then.
 
 usage: python -m tests.sanity.repeat [RUNS]        as root; default 20, mount and block by turns

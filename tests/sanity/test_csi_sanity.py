@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public conformance suite for CSI drivers, csi-sanity v5.6.0, against the real processes.
 
 https://github.com/kubernetes-csi/csi-test. Nothing is skipped by us: the tests that the suite leaves out are exactly

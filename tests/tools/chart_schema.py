@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the schema of each role's `flags` into the chart's values.schema.json, from the flags of the program.
 
 `make chart` runs it; a test compares the file with its output.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the tables of documents that follow from the code: flags, values of the chart, options of mkfs.
 
 The text between `<!-- table: NAME -->` and `<!-- end of table -->` is generated from the program and values.yaml; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write deploy/kubernetes/*.yaml: the chart as plain manifests, one file for each file of values.
 
 `make manifests` runs it. Each file contains a hash of chart and values, so that a test finds a stale

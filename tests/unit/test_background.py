@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Background threads: no exception ends them, and the health pages tell which is stuck or fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes at the edges; the rule itself is proven in tests/property/test_capacity.py."""
 
 from __future__ import annotations

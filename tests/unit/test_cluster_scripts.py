@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts of the test cluster: they parse, stop at the first error, and agree on the versions they build."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of what exists for older drivers names code that exists."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands: their settings from flags, environment and clusters file, and all problems of them."""
 
 from __future__ import annotations

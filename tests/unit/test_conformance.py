@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The official suite: results of runs, and definitions of the driver."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The argument in docs/data-safety.md: every sentence has its tests, and every test that it names exists."""
 
 from __future__ import annotations

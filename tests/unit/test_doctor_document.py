@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/doctor.md shows the severities that the program prints. Its table of checks is generated from the code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that documents tell people to run can be run: the program, helm, kubectl and make know their words."""
 
 from __future__ import annotations

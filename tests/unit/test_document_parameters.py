@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/parameters.md is complete and true: its keys are the code's, and the bounds that it gives are those enforced."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quotations in documents equal the program's messages and log lines.
 
 Tables quote in columns with these headings; `...` replaces variable parts, also where one message contains another.

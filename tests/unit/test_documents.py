@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents are consistent: links and named tests exist, the program accepts examples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples without a cluster: they can be read, and ask for nothing that the driver or its chart does not have."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fault points: every effect of every port has two, and a plan triggers once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers of flag values, and the help and defaults of every flag."""
 
 from __future__ import annotations

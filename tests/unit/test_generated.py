@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed gRPC code equals the output of the generator."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reasons of health entries are a written promise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may import whom, and who may touch the environment and the machine.
 
 Imports are the contracts of import-linter in pyproject.toml; what is not an import is looked up in the syntax tree.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole repository passes ruff, and keeps to the sizes and names of the house."""
 
 from __future__ import annotations

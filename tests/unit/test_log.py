@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log: one line, or one JSON object, for each record."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program: exit status, a role that serves with health pages and metrics, and the modules that a role loads."""
 
 from __future__ import annotations

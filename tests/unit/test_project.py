@@ -1,4 +1,5 @@
-"""The files of the project fit together: hosted CI, the gate, and the release."""
+# SPDX-License-Identifier: Apache-2.0
+"""The files of the project fit together: hosted CI, the gate, the release, and licences."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+SPDX = "SPDX-License-Identifier: Apache-2.0"
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
 
@@ -48,3 +50,10 @@ def test_a_wrong_argument_of_a_script_is_refused(arguments: list[str], problem: 
     done = subprocess.run([ROOT / arguments[0], *arguments[1:]], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert problem in done.stderr
+
+
+def test_every_source_file_names_its_license() -> None:
+    trees = [ROOT / name for name in ("csi_driver", "proto", "tests")]
+    sources = [path for tree in trees for path in tree.rglob("*.py") if "pb" not in path.parts]
+    assert len(sources) > 200
+    assert [str(path) for path in sources if SPDX not in "".join(path.read_text().splitlines(keepends=True)[:3])] == []

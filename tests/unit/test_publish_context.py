@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The publish context that the controller passes to the node."""
 
 from __future__ import annotations

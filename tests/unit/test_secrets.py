@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No `repr` of the driver's objects shows a secret: tracebacks and debug lines would carry it into logs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Background work of a CSI role starts before the first request and ends after the last."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole repository passes mypy as pyproject.toml configures it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each adapter fits the ports of its users. pytest runs nothing of this: mypy reads it (tests/unit/test_types.py)."""
 
 from __future__ import annotations

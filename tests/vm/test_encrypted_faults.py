@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 and an I/O error at every point between two effects that the life of an encrypted volume passes."""
 
 from __future__ import annotations

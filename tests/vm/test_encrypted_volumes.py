@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encrypted volumes on a kernel with device-mapper: the node's calls, judged by cryptsetup, dmsetup and findmnt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole program, manager, controller and node, with volumes that the storage or the node encrypts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Devices that block, fail or lose their I/O, or return with the number of another, in a virtual machine.
 
 A volume's device is a device-mapper table over a loop device, which can be suspended (processes that wait for its I/O

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encrypted devices in the kernel's device-mapper: state, resume and removal, by its ioctls.
 
 The ioctls (include/uapi/linux/dm-ioctl.h) also show a device without a table, which a killed cryptsetup leaves and

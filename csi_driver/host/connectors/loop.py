@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loop devices: over the files of the embedded storage manager, and read-only ones over block devices.
 
 The kernel holds all state: sysfs tells which loop devices are bound, and the label given at LOOP_CONFIGURE

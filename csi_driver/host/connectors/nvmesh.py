@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The NVMesh client on this machine: its status files, its configuration, and the identity of its devices.
 
 The status files change between client versions and may be read half written: only needed values are parsed, and an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write container images as an OCI archive for `ctr images import`, with no container tool and no registry.
 
     images.py cluster BIN OUT [NAME...]    pause, busybox, and for each NAME the image that the official suite uses

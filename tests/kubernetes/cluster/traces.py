@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of a running cluster on this machine, seen from outside: all must be gone when it has stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the external-storage suite against the driver in the test cluster: `python -m tests.kubernetes.suite --help`."""
 
 from __future__ import annotations

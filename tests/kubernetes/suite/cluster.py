@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The test cluster as the runner needs it: run a command inside, ask for versions and for the driver's log."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of the driver's log during a run: calls, refusals, slow calls, warnings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the conformance report from the results of the runs."""
 
 from __future__ import annotations

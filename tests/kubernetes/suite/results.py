@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of one run of the suite: read from ginkgo's own report, kept as a small file of JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selections of the suite with their definitions of the driver, and omitted tests with the reason."""
 
 from __future__ import annotations

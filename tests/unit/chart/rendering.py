@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Render the chart with Helm, and parse the result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StorageClasses and VolumeAttributesClasses: those of the older drivers, and additional ones."""
 
 from __future__ import annotations

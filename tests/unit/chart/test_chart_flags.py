@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of the program can be set by the values, and reaches the right container as it was meant.
 
 The program's tables list the flags, and its parser reads the rendered arguments.

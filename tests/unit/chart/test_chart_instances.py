@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several drivers in one cluster: their objects, directories and node labels do not collide."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """deploy/kubernetes/*.yaml equal the rendered chart, and can be applied unchanged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Prometheus and Grafana are given: every metric and label in it is one that the program or the scraping has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NetworkPolicies: none by default; if enabled, exactly the ports that pods serve and use."""
 
 from __future__ import annotations

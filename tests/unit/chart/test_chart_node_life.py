@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hook and taint of a node, and exactly the rights that they need."""
 
 from __future__ import annotations

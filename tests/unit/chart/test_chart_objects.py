@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rendered objects are consistent: references exist, names are unique."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SecurityContextConstraints: exactly the rights that the pods use."""
 
 from __future__ import annotations

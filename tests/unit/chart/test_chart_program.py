@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program takes every argument that the chart gives it: its own reader is asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values that cannot be used are refused before anything is installed, in words that say which and why."""
 
 from __future__ import annotations

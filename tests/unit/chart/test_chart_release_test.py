@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `helm test` makes: one pod without rights, and a volume that is deleted with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rights of the accounts, compared with a table from observation and documentation of the sidecars."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chart's schema knows the program's flags, all of them, as they are now."""
 
 from __future__ import annotations

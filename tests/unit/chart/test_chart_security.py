@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No container has an unneeded right, and no secret is readable."""
 
 from __future__ import annotations

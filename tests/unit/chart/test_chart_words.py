@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names and texts come out of the chart as the words that they are, also those that YAML takes for something else."""
 
 from __future__ import annotations

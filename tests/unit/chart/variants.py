@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets of values that between them turn every part of the chart on and off."""
 
 from __future__ import annotations

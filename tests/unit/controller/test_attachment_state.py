@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of an attachment in a client's document: missing, detaching, released."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CreateVolume and DeleteVolume over a storage management in memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preemption of volumes on lost nodes: when it is permitted, when not, and the deletion of such volumes."""
 
 from __future__ import annotations

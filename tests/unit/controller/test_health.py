@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ControllerGetVolumeHealth and ControllerListVolumeHealth by the documents of volumes and clients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The publish context: the facts by which a node decides whether to format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CreateVolume continues with a volume of an earlier call, or asks for a retry: a final error would leak it."""
 
 from __future__ import annotations

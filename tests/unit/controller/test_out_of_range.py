@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A volume that comes out outside its requested range is deleted by the call that made it, and no other ever is."""
 
 from __future__ import annotations

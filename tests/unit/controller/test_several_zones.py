@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A controller over several zones: zone selection, one volume for each name, and unreachable zones."""
 
 from __future__ import annotations

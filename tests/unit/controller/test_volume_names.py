@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of volumes, handles and references."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests to several zones at once, and the readiness of the controller."""
 
 from __future__ import annotations

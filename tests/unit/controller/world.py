@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One controller over a storage management in memory, and short ways to ask it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fresh manager with two clients and a model of the kernel's loop devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small working model of this machine's loop devices: bound files, sizes, and who has a device open."""
 
 from __future__ import annotations

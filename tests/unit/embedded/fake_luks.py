@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small working model of LUKS2 headers in files: a line of JSON at the head of the file, with its keys by slot."""
 
 from __future__ import annotations

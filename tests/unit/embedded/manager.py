@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storage manager for tests: requests go through its web application, without a socket."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attach and detach: reservations, references, devices, files, and clients that are busy, slow or DOWN."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 between any two steps loses no acknowledged volume and leaves no device without an attachment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors of the disk: each call answers, the same call repeated succeeds, and the manager starts again."""
 
 from __future__ import annotations

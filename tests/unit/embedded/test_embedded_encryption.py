@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes that the embedded storage manager encrypts: commands, their answers, and crashes."""
 
 from __future__ import annotations

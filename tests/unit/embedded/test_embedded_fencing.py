@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A volume that is taken over has one writer: the previous client loses its device, or its I/O while it is in use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What HTTP adds: sessions, statuses, cookies, malformed requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Filters, sorting, projections and paging of lists; schemas of bodies."""
 
 from __future__ import annotations

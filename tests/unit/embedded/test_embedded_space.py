@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes come out as the management's, and the pool is never allocated twice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many callers at once: in the end files, rows, attachments, reports, reservations and devices agree."""
 
 from __future__ import annotations

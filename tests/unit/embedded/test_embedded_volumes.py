@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refusals of volumes that the recordings do not show, and the store's own rules."""
 
 from __future__ import annotations

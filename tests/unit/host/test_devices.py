@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes by number: an unknown size does not mean that the device is gone."""
 
 from __future__ import annotations

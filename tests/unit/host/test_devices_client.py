@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attachments of the storage client, and the limit of volumes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsers of superblocks and of blkid's output, and the places of the quick probe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mount table's text, and the sorting of mount options."""
 
 from __future__ import annotations

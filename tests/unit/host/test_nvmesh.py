@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsers of the client's status files and of the serial number: complete, torn, and of other versions."""
 
 from __future__ import annotations

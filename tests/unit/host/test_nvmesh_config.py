@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The management servers in the storage client's configuration."""
 
 from __future__ import annotations

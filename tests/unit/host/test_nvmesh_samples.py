@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded status files of a real client, and every status that its source can print."""
 
 from __future__ import annotations

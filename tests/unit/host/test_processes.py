@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Roles and arguments in command lines."""
 
 from __future__ import annotations

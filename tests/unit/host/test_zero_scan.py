@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scan for blank devices, on plain files."""
 
 from __future__ import annotations

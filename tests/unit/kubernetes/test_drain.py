@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The preStop hook waits for the volumes of a node that is being drained, else not at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's label: set while the client is usable, removed while it is not, with few requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start-up taint is removed when the driver is ready, also later; nothing else of the node changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A check that hangs or fails affects no other check; findings are printed the worst first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the three roles are started, restarted and stopped. Processes are fakes."""
 
 from __future__ import annotations

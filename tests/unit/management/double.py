@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A management server in a thread with scripted responses and faults.
 
 It keeps real sessions (login, cookie, expiry; with `opens_sessions` a request opens one) and a queue of responses for

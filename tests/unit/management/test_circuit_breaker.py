@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The circuit breaker of one server: admitted requests and probes."""
 
 from __future__ import annotations

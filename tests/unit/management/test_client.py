@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of each operation, and results of the responses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests and results of encryption and changes of a volume."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosts and nodes that a node reads from a clusters file of any form."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clusters of a file that changes; unchanged zones keep their clients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The clusters file in its own form and those of the older drivers: required and refused settings."""
 
 from __future__ import annotations

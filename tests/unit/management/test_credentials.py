@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User and password from a mounted Secret that changes while the driver runs."""
 
 from __future__ import annotations

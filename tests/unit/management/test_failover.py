@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several servers: order, failover, and changes that are executed once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Login, expiry, deadlines and faults on one server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Single connections: framing, slow responses, reuse, and independence of the environment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """API versions: forms, the lowest supported one, and one request for each session."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fresh node for every test."""
 
 from __future__ import annotations

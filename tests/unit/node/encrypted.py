@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node with an encrypted volume, for the tests of encryption."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contexts and filesystems for the tests of NodeStageVolume."""
 
 from __future__ import annotations

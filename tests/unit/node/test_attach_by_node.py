@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attaching by the node: the order of steps, and repeated calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attachment state of a volume, as the files of the storage client show it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeUnstageVolume answers OK when the device is closed: an unmount leaves the mount table before it has ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encrypted volumes as raw block devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encrypted volumes: which get a LUKS header, and who makes it."""
 
 from __future__ import annotations

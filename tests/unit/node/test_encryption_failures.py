@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Failures and crashes while an encrypted volume is staged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The format policy, case by case."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formatting on a machine in memory: owners of filesystems, and permissions of an administrator.
 
 Records, crashes and refusals are in test_stage_formats; the argument is in docs/data-safety.md.

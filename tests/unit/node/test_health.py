@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeGetVolumeHealth and NodeGetStorageHealth: every fault and no other, in time."""
 
 from __future__ import annotations

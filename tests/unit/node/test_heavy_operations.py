@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits by kind of work: many format one after the other, and none waits for a volume that is read whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kubelet's layout: the record of a mount."""
 
 from __future__ import annotations

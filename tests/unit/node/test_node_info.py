@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeGetInfo and the node's part of Probe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """To which storage cluster a node belongs."""
 
 from __future__ import annotations

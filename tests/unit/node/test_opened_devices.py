@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opened encrypted devices that exist already, and their growth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Passphrases of encrypted volumes, and their rotation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leftovers on a node: found, logged, and removed only after a second proof."""
 
 from __future__ import annotations

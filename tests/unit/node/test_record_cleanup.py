@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of volumes that a node no longer has go; all others stay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device that went away under its mounts, and another one with its number."""
 
 from __future__ import annotations

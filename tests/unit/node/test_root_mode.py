@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mount option `nvmesh:chmod` gives the root directory of a new filesystem its mode, once."""
 
 from __future__ import annotations

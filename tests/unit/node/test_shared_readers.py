@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One volume under several handles on one node, as readers of several namespaces have it."""
 
 from __future__ import annotations

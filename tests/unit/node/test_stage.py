@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeStageVolume on a machine in memory."""
 
 from __future__ import annotations

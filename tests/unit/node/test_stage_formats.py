@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NodeStageVolume of a volume without a filesystem, and with one."""
 
 from __future__ import annotations

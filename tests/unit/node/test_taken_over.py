@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes that another node has taken over."""
 
 from __future__ import annotations

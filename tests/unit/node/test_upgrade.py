@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The storage client is replaced under its volumes: its files are gone for a while, its devices and mounts are not.
 
 It is never taken for a detach, and no device without proven identity is used.

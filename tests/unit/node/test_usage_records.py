@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Usage records as files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Number of volumes on a node, by mount state."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watchdog that may never be answered take nothing from those that are."""
 
 from __future__ import annotations

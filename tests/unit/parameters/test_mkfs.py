@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of mkfs: defaults, keys of the StorageClass, free text, and refusals before a device is touched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mount flags: accepted, dropped and refused options, and differences of a mount."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mistake in a StorageClass is refused before a volume exists, with the message with which a node refuses it."""
 
 from __future__ import annotations

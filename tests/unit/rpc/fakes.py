@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small working models of the use-cases, and a server over a real Unix socket with them behind it."""
 
 from __future__ import annotations

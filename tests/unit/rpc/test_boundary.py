@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls over a real socket: order of checks, exclusivity, codes, log, deadlines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of the contract against the specification's own marks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random requests are never answered INTERNAL or UNKNOWN."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two calls may not work on at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registration with kubelet, against a kubelet that speaks the published protocol, on real sockets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The socket and the end of a server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three services over a real socket: capabilities and responses."""
 
 from __future__ import annotations

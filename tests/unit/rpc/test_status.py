@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table from failures to codes."""
 
 from __future__ import annotations

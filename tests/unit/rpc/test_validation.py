@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests against the limits of the specification."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages to nouns and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Health pages and metrics over HTTP, and clients that are slow, silent or hostile."""
 
 from __future__ import annotations
