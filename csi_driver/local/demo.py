@@ -371,8 +371,9 @@ def _sweep(directory: Path, is_new: bool) -> list[str]:
     # The pid file of a process is removed once it has ended.
     left = [f"process {file.read_text().strip()}" for file in directory.glob("*.pid")]
     try:
-        left += [f"mount {path}" for path in mounts_below(directory)]
-        left += [f"loop device {device}" for device in loops_below(directory)]
+        real = directory.resolve()  # the kernel shows paths without links
+        left += [f"mount {path}" for path in mounts_below(real)]
+        left += [f"loop device {device}" for device in loops_below(real)]
         if not left:
             for child in directory.iterdir():
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

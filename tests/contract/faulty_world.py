@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two controllers over two ways to one storage manager, both of which do what networks and tired servers do.
+"""Two controllers over two faulty connections to one storage manager.
 
-A model of each volume, kept by its own worker, holds what was acknowledged. The storage itself is looked at through
-its records, past everything that could tamper with an answer.
+A model of each volume, kept by its own worker, holds the acknowledged state. The storage is read through its records,
+without the faulty connections.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Controller:
 
 @dataclass
 class Kept:
-    """What was acknowledged of one volume. Everything is done to it by one worker."""
+    """Acknowledged state of one volume, which a single worker uses."""
 
     name: str
     handle: str = ""
@@ -113,9 +113,9 @@ class World:
     lock: threading.Lock = field(default_factory=threading.Lock)
     restarts: int = 0
     attached: set[str] = field(default_factory=set)
-    """Names, in the storage, of the volumes whose attachment was acknowledged, and their detachment not asked for."""
+    """Names in the storage of volumes with an acknowledged attachment and no requested detachment."""
     wrongly_deleted: list[str] = field(default_factory=list)
-    """Volumes that a controller asked to be deleted while they were attached, whatever the storage made of it."""
+    """Volumes with a delete request of a controller while they were attached, with any answer."""
 
     def watch(self, request: Seen) -> None:
         """Look at a request on its way to the server."""
@@ -134,7 +134,7 @@ class World:
             proxy.upstream = self.storage.server.address
         self.restarts += 1
 
-    # --- what the storage holds ---------------------------------------------------------------------------
+    # --- state of the storage ---------------------------------------------------------------------------
 
     def volumes(self) -> dict[str, Volume]:
         """Return the volumes by uuid."""
@@ -226,7 +226,7 @@ class Worker:
         volume.handle, volume.size_bytes = "", 0
 
     def delete_attached(self, volume: Kept) -> None:
-        """Nobody deletes what is attached, whatever goes wrong."""
+        """No fault leads to the deletion of an attached volume."""
         self._until_refused("delete attached", lambda controller: self._delete(controller, volume))
         assert volume.uuid in self.world.volumes()
 
@@ -266,7 +266,7 @@ class Worker:
             if isinstance(result, PreconditionFailed):
                 return
             self._pause(attempt)
-        raise AssertionError(f"{verb} was never refused for good: {result}")
+        raise AssertionError(f"{verb} never got a final error: {result}")
 
     def _at_once(
         self, verb: str, call: Callable[[Controller], T], controllers: tuple[Controller, ...]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One machine, two ways: the model that the node's tests run on, and this very machine over loop devices.
 
-Each gives the ports and what a test does besides: let a volume's device come, grow and go, write as a user would.
+Each has the ports and actions of a test: attach, grow and remove a volume's device, write as a user.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Host(Protocol):
         ...
 
     def lose(self, name: str) -> None:
-        """Take the device of a volume away, under whoever uses it."""
+        """Remove the device of a volume while it is in use."""
         ...
 
     def grow(self, name: str, size_bytes: int) -> None: ...
@@ -66,11 +66,11 @@ class Host(Protocol):
         ...
 
     def write(self, path: Path) -> bool:
-        """Write as a user of what is mounted at `path`; False when that is refused."""
+        """Write as a user of the mount at `path`; False when it is refused."""
         ...
 
     def in_use(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Use what is mounted at `path`."""
+        """Use the mount at `path`."""
         ...
 
     def mode(self, path: Path) -> int:
@@ -206,7 +206,7 @@ class LinuxSide:
 
 @contextlib.contextmanager
 def linux_side(directory: Path) -> Iterator[Host]:
-    """Give this machine and clean up after it, whatever happened."""
+    """Yield this machine, and clean up in any case."""
     with host_machine(directory) as machine:
         yield LinuxSide(machine)
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy between a management client and a management server that does to requests and answers what networks,
-gateways and tired servers do.
+"""A proxy between a management client and server that injects faults of networks, gateways and overloaded servers.
 
-What happens to a request is drawn from a seed, the request and how often it came before, so that the same seed does the
-same to the same requests, whatever their threads do. A request is carried out at once or never: one that arrives after
-its sender has gone on is something that no client can defend itself against.
+The fault of a request is drawn from a seed, the request and its number of repetitions, so the same seed gives the same
+faults in any order of threads. A request is executed at once or never: no client can handle one that arrives late.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _HOP_BY_HOP = frozenset({"connection", "content-length", "transfer-encoding", "k
 
 
 class Fault(StrEnum):
-    """What may happen to one request. BEFORE: the server never sees it; AFTER: it has done what was asked."""
+    """Fault of one request. BEFORE: the server never sees it; AFTER: the server has executed it."""
 
     DELAY = "answer late"
     HANG_BEFORE = "hang before"
@@ -53,12 +51,12 @@ class Fault(StrEnum):
 
 
 _CHANGES = frozenset({Fault.OTHER_UUID_ASKED, Fault.OTHER_UUID_ANSWERED})
-"""Make sense for changes alone: no client can do without the truth about what it reads."""
+"""Faults for changes only: a client cannot work with false reads."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as the proxy sees it; `subject` names what it is about, as far as that is the same in every run."""
+    """A request in the proxy; `subject` names its object, as far as it is the same in every run."""
 
     method: str
     path: str
@@ -124,7 +122,7 @@ _AFTERWARDS: Mapping[Fault, _Answer] = {
     Fault.ERROR_AFTER: _Answer(500, _PAGE, b"<pre>Internal Server Error</pre>"),
     Fault.GATEWAY_AFTER: _Answer(503, _PAGE, b"<html>Service Unavailable</html>"),
 }
-"""Answered in place of what the server said."""
+"""Sent instead of the server's answer."""
 
 
 class FaultProxy:
@@ -166,7 +164,7 @@ class FaultProxy:
         self._thread = self._serve()
 
     def hang(self) -> None:
-        """Take connections and requests, and say nothing to them."""
+        """Accept connections and requests, and never answer."""
         self.held.clear()
 
     def go_on(self) -> None:
@@ -195,7 +193,7 @@ class FaultProxy:
 
 
 def _subject(body: object) -> str:
-    """Name what a request is about by names alone: uuids differ from run to run."""
+    """Name the object of a request without uuids, which differ in each run."""
     item = body[0] if isinstance(body, list) and body else body
     if not isinstance(item, dict):
         return ""
@@ -219,7 +217,7 @@ class _Server(ThreadingHTTPServer):
             _break(connection)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that gave up is what the proxy is for."""
+        """Expect clients that closed the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -336,7 +334,7 @@ def _has_left(connection: socket.socket) -> bool:
 
 
 def _break(connection: socket.socket) -> None:
-    """End a connection with a reset, not with an orderly end; whoever reads from it is woken."""
+    """End a connection with a reset; blocked readers are woken."""
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubelet's plugin manager as a plugin meets it: watches a directory, asks, dials the endpoint, tells how that went.
+"""Kubelet's plugin manager: watches a directory, calls GetInfo, dials the endpoint, and notifies the plugin.
 
-Speaks the protocol from its published description alone, byte by byte, and shares no code with the driver's own
-(k8s.io/kubelet, pkg/apis/pluginregistration/v1; pkg/kubelet/pluginmanager of Kubernetes for what it does when).
+Implements the protocol from its published description, byte by byte, and shares no code with the driver
+(k8s.io/kubelet, pkg/apis/pluginregistration/v1; pkg/kubelet/pluginmanager of Kubernetes for the order of calls).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Identity = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plugin:
-    """What a plugin says of itself."""
+    """Answer of GetInfo."""
 
     type: str
     name: str
@@ -49,7 +49,7 @@ class Kubelet:
     _names: dict[Path, str] = field(default_factory=dict)
 
     def visit(self) -> Mapping[str, str]:
-        """Look at the directory: forget what is gone, register what is new. Returns the nodes by driver."""
+        """Scan the directory: forget removed plugins, register new ones. Returns the nodes by driver."""
         present = dict(self._sockets())
         for path, identity in list(self._seen.items()):
             if present.get(path) != identity:
@@ -67,7 +67,7 @@ class Kubelet:
                 self._register(path)
 
     def restart(self) -> None:
-        """End and start again: it knows nobody, and walks through the directory."""
+        """Restart without memory, and scan the directory."""
         self._seen.clear()
         self._names.clear()
         self.nodes.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an administrator, or an earlier driver, does beside this one: straight at the management API and with the tools.
+"""Actions of an administrator or an earlier driver, through the management API and with tools.
 
-Nothing here goes through the driver, so that what it leaves is what earlier drivers left.
+Nothing here uses the driver, so the result is that of earlier drivers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ USER = "admin@nvidia.com"
 
 
 class Administrator:
-    """Somebody with the management's password and root on the machine."""
+    """An administrator with the management's password and root on the machine."""
 
     def __init__(self, rig: Rig, management: ManagementClient) -> None:
         self._rig = rig

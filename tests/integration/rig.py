@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real processes over real loop devices, for end-to-end tests: `nvmesh-csi local` in a directory of the test's.
 
-`Rig.close` leaves nothing of the directory in the kernel, whatever failed before.
+`Rig.close` removes everything of the directory from the kernel, also after a failure.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Rig:
 
 @dataclass
 class Volume:
-    """A volume on its way through the calls. Paths lie beside the rig's directory."""
+    """A volume on its way through the calls. Paths are next to the rig's directory."""
 
     rig: Rig
     name: str
@@ -299,7 +299,7 @@ def mounts_below(directory: Path) -> list[str]:
 
 
 def loops_over(directory: Path) -> list[str]:
-    """Return the names of loop devices whose file lies, or lay, below a directory."""
+    """Return the names of loop devices over present or deleted files below a directory."""
     found = []
     for link in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -321,7 +321,7 @@ def processes_of(directory: Path) -> list[int]:
 
 
 def scrub(directory: Path) -> None:
-    """Take every mount and loop device of a directory, or of the paths beside it, out of the kernel."""
+    """Remove every mount and loop device of a directory, and of the paths next to it."""
     for place in (directory, directory.with_name(f"{directory.name}.paths")):
         for target in reversed(mounts_below(place)):
             subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)

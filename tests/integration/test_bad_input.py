@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is asked: never INTERNAL, never a crash, never a path outside the one given."""
+"""Any request: never INTERNAL, never a crash, never a path outside the one given."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def outcome(call: Callable[[], object]) -> str:
 
 
 def everything_around(rig: Rig) -> tuple[list[str], list[str]]:
-    """Return the files beside the directory for paths, and the machine's mounts but for those of other tests."""
+    """Return the files next to the directory for paths, and the machine's mounts but for those of other tests."""
     directory = rig.directory.parent
     paths = rig.directory.with_name(f"{rig.directory.name}.paths")
     beside = sorted(str(each) for each in directory.iterdir())
@@ -361,7 +361,7 @@ def send(client: CsiClient, name: str, request: Message) -> str:
 
 
 def told_of(rig: Rig, code: str) -> str:
-    """Return what the roles' logs say of answers with this code."""
+    """Return the lines of the roles' logs about answers with this code."""
     logs = sorted(rig.directory.glob("*.log"))
     return "".join(f"{line}\n" for log in logs for line in log.read_text().splitlines() if f"answers {code}" in line)
 

@@ -48,7 +48,7 @@ def probed(machine: HostMachine, volume: Volume) -> Content:
         return machine.filesystems.probe(opened, deadline=soon())
 
 
-# --- what cannot be read ----------------------------------------------------------------------------------------
+# --- unreadable devices ----------------------------------------------------------------------------------------
 
 PROBED = [0, 4 * MIB, 8 * MIB, 24 * MIB, 64 * MIB, 96 * MIB - 4096]
 """Head, LUKS2's last header, copies of ext superblocks (1 KiB blocks, groups 1 and 3), btrfs's, the tail."""
@@ -89,7 +89,7 @@ def test_a_device_without_size_is_awaited_and_not_formatted(machine: HostMachine
     assert node.record(volume) is None
 
 
-# --- what is another device -------------------------------------------------------------------------------------
+# --- other devices -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def test_another_volume_under_the_same_name_is_not_formatted(
     assert everything_in(volume.file) == b""
 
 
-# --- what is already there --------------------------------------------------------------------------------------
+# --- existing content --------------------------------------------------------------------------------------
 
 
 def gpt_header() -> bytes:
@@ -167,7 +167,7 @@ def mbr() -> bytes:
 
 END = 96 * MIB
 SIGNATURES: dict[str, tuple[int, bytes]] = {
-    # Where each format keeps what it is known by; offsets of the formats' own documents.
+    # Place of the signature of each format; offsets of the formats' own documents.
     "MBR": (0, mbr()),
     "GPT": (4096, gpt_header()),
     "GPT, the copy alone": (END - 4096, gpt_header()),
@@ -365,7 +365,7 @@ def test_an_interrupted_foreign_format_is_refused_under_another_attachment(
     assert everything(volume) == before
 
 
-# --- what is ours -----------------------------------------------------------------------------------------------
+# --- own filesystems -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
@@ -391,7 +391,7 @@ ADOPT: dict[str, Callable[[str], tuple[str, ...]]] = {
 def test_a_filesystem_is_adopted_by_giving_it_the_volumes_uuid(
     machine: HostMachine, node: RealNode, fs_type: str
 ) -> None:
-    """The tools that the refusal's text leads to do what it says."""
+    """The tools named in the refusal have the described effect."""
     volume = machine.volume(size_bytes=SIZES[fs_type])
     shell(*mkfs(fs_type, str(uuid.uuid4())), str(volume.loop.node))
     target = machine.place()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left over on a node, by the program itself: kubelet's lost file, dead devices, readers, stacked mounts."""
+"""Cleanup of a node by the program: kubelet's lost file, dead devices, readers, stacked mounts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def node(world: World) -> Iterator[ServingNode]:
 
 
 def kubelets(world: World, kind: str = "ext4", **more: object) -> Subject:
-    """Make a volume whose paths are laid out as kubelet does it, with its records beside them."""
+    """Make a volume with kubelet's directory layout and records."""
     number = f"{kind}-{os.urandom(4).hex()}"
     plugins = world.directory / "kubelet" / "plugins/kubernetes.io/csi"
     staging = plugins / DEFAULT_DRIVER_NAME / hashlib.sha256(number.encode()).hexdigest() / "globalmount"
@@ -59,7 +59,7 @@ def wait_for(ready: object, what: str) -> None:
 
 
 def let_it_look_again() -> None:
-    """Give the node the time of three more sweeps: what it did not touch by then, it does not mean to."""
+    """Wait for three more sweeps, after which untouched objects stay."""
     Deadline.after(3 * INTERVAL_S).wait_until(lambda: False)
 
 
@@ -84,7 +84,7 @@ def test_a_staging_that_kubelet_forgot_is_unmounted_and_said_so(world: World, no
 
 
 def test_mounts_that_are_not_ours_are_never_touched(world: World, node: ServingNode) -> None:
-    """A foreign filesystem, a directory of the host, and a loop device of somebody else, where ours would be."""
+    """A foreign filesystem, a directory of the host, and a foreign loop device, at the places of ours."""
     ours = kubelets(world)
     foreign, bound, loop = (kubelets(world) for _ in range(3))
     other = world.directory / "other"
@@ -138,7 +138,7 @@ def test_a_dead_device_that_kubelet_forgot_is_taken_off(world: World, node: Serv
     )
     plugins = world.directory / "kubelet" / "plugins/kubernetes.io/csi"
     (plugins / "volumeDevices" / subject.target.parent.name / "data" / "vol_data.json").unlink()
-    wait_for(lambda: world.mounted(subject.target) == 0, "the dead mount to be taken off")
+    wait_for(lambda: world.mounted(subject.target) == 0, "the unmount of the dead mount")
     for verb in ("unpublish", "unstage"):
         assert node.call(verb, subject) == "ok"
     assert not subject.target.exists()

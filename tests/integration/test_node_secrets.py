@@ -40,7 +40,7 @@ def encrypted(rig: Rig) -> Volume:
 
 
 def told_of_programs() -> Iterator[bytes]:
-    """Yield what everybody may read of each program that runs now."""
+    """Yield the public data of each running program."""
     for process in Path("/proc").glob("[0-9]*"):
         for name in ("cmdline", "environ"):
             try:
@@ -51,7 +51,7 @@ def told_of_programs() -> Iterator[bytes]:
 
 @contextmanager
 def watched() -> Iterator[set[bytes]]:
-    """Collect what programs that run meanwhile tell of cryptsetup or of a passphrase."""
+    """Collect public data of running programs about cryptsetup or a passphrase."""
     seen: set[bytes] = set()
     done = threading.Event()
 
@@ -69,7 +69,7 @@ def watched() -> Iterator[set[bytes]]:
 
 
 def stage(volume: Volume, passphrase: str) -> str:
-    """Stage it, and return what the answer says; here the kernel may have no device-mapper to open it."""
+    """Stage it, and return the answer; here the kernel may have no device-mapper to open it."""
     volume.staging.mkdir(exist_ok=True)
     try:
         volume.rig.node.stage(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may import whom, and who may touch the environment and the machine.
 
-Imports are the contracts of import-linter in pyproject.toml; what is not an import is looked up in the syntax tree.
+Imports are the contracts of import-linter in pyproject.toml; other uses are found in the syntax tree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Finder = Callable[[ast.AST], Iterator[tuple[int, str]]]
 
 
 def findings(find: Finder, *allowed: str) -> list[str]:
-    """Return "module:line: what" for everything `find` yields outside the allowed modules and what lies in them."""
+    """Return "module:line: what" for everything `find` yields outside the allowed packages and modules."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -39,7 +39,7 @@ def findings(find: Finder, *allowed: str) -> list[str]:
 
 
 def members_of_os(wanted: Callable[[str], object]) -> Finder:
-    """Return a finder of `os.NAME` and `from os import NAME`, whatever `os` was renamed to."""
+    """Return a finder of `os.NAME` and `from os import NAME`, under any name of `os`."""
 
     def find(tree: ast.AST) -> Iterator[tuple[int, str]]:
         names = {"os"}
@@ -56,7 +56,7 @@ def members_of_os(wanted: Callable[[str], object]) -> Finder:
 
 
 def machine_paths(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield string literals that name a file of the kernel; a text that stands alone (a docstring) is not one."""
+    """Yield string literals that name a file of the kernel; docstrings are excluded."""
     texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and id(node) not in texts:

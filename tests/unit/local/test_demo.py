@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed
+from csi_driver.host.processes import Completed
+from csi_driver.local import demo
 from csi_driver.local.demo import SIGNALS, Cleanup, Interrupted, Screen, interrupt, prepare_directory
 from csi_driver.local.supervisor import why_impossible
 from csi_driver.rpc.client import CallFailed
@@ -110,3 +114,24 @@ def test_an_interruption_passes_through_code_that_catches_every_exception() -> N
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("used", [{"filesystems": ["staging"]}, {"loopdevices": ["pool/volume.img (deleted)"]}])
+@pytest.mark.parametrize("by_link", [False, True])
+def test_files_stay_while_the_kernel_uses_the_directory(
+    used: dict[str, list[str]], by_link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "volume").mkdir(parents=True)
+    link.symlink_to(real)
+
+    def answer(argv: Sequence[str], **_: object) -> Completed:
+        table = "filesystems" if argv[0] == "findmnt" else "loopdevices"
+        paths = [f"{real}/{each}" for each in used.get(table, ())]
+        rows = [{"target": path, "name": "loop7", "back-file": path} for path in paths]
+        return Completed(0, json.dumps({table: rows}).encode(), "")
+
+    monkeypatch.setattr(demo, "run", answer)
+    left = demo._sweep(link if by_link else real, is_new=False)
+    assert len(left) == 2
+    assert (real / "volume").is_dir()
