@@ -38,6 +38,7 @@ _UNITS = {
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 _SECONDS = {"": Decimal(1), "ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
+_LIMIT_S = 1_000_000_000  # far below the longest wait of a lock, 2**63 ns
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
 SOCKET_PATH_LIMIT_BYTES = 107  # sun_path of a Unix socket address less its closing NUL (unix(7))
 _DNS = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
@@ -91,7 +92,10 @@ def read_duration(value: str) -> float:
     match = _DURATION.fullmatch(value.strip())
     if match is None or match[2] not in _SECONDS:
         raise ValueError("a time in seconds or with a unit, such as 90s or 2m")
-    return float(Decimal(match[1]) * _SECONDS[match[2]])
+    seconds = float(Decimal(match[1]) * _SECONDS[match[2]])
+    if seconds >= _LIMIT_S:
+        raise ValueError(f"a time below {_LIMIT_S} s")
+    return seconds
 
 
 @reader("N")

@@ -171,7 +171,7 @@ def test_an_inherited_socket_is_a_descriptor() -> None:
         (read, text)
         for read, texts in (
             (read_socket, ["tcp://1.2.3.4:5", "", "unix://", "/" + "x" * 107, "/a/", "/a\0b"]),
-            (read_duration, ["-1", "inf", "nan", "1e3", ""]),
+            (read_duration, ["-1", "inf", "nan", "1e3", "", "1000000000", "300000h", "9" * 400]),
             (read_positive_duration, ["0", "-1"]),
             (read_count, ["-1", "1.0", "²", ""]),
             (read_positive_count, ["0"]),
