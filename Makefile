@@ -86,8 +86,12 @@ test-kubernetes: $(VENV)/test ## as root: the cluster tests and the official sui
 	@tests/kubernetes/run
 
 .PHONY: bench
-bench: $(VENV)/test debian-packages ## as root: measure the cost of calls (5 min)
+bench: $(VENV)/test debian-packages ## as root: measure the cost of calls beside a shell script, aims and history (8 min)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: bench-record
+bench-record: $(VENV)/test debian-packages ## the same, and add its figures to tests/bench/history.jsonl (8 min)
+	@$(BIN)/python -m tests.bench --record $(BENCH_ARGS)
 
 .PHONY: sanity-repeat
 sanity-repeat: $(VENV)/test $(SANITY) debian-packages ## as root: csi-sanity twenty times in a row, mount and block (2 min)

@@ -11,22 +11,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import AccessMode, BlockAccess, Capability
+from csi_driver.model import GIB
+from tests.bench.life import BLOCK
 from tests.bench.measure import Timing, timed
+from tests.bench.report import Report
 from tests.bench.slow import SlowServer, slow_server
 from tests.client import CsiClient
 
 DELAY_S = 0.05
-BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
-Row = Callable[..., None]
 
 
-def measure_create_rate(directory: Path, counts: dict[int, int], zones: Sequence[int], row: Row) -> None:
-    """Measure CreateVolume at several concurrencies, with one zone and with several."""
+def measure_create_rate(directory: Path, report: Report, counts: dict[int, int], zones: Sequence[int]) -> None:
+    """Print CreateVolume at several concurrencies, with one zone and with several."""
+    columns = ("50 ms a request", "at once", "p50 ms", "p99 ms", "per second", "requests", "most at once")
+    table = report.table("Rate on a slow management", columns)
     for many in zones:
         with controller_over(directory / f"rate-{many}", many) as (controller, servers):
             for at_once, count in counts.items():
@@ -35,20 +37,16 @@ def measure_create_rate(directory: Path, counts: dict[int, int], zones: Sequence
                 timing = _created(controller, f"rate-{at_once}", count, at_once)
                 requests = sum(server.requests for server in servers) / count
                 most = max(server.most_in_flight for server in servers)
-                row(
-                    f"CreateVolume, {many} zone{'s' if many > 1 else ''}",
-                    at_once,
-                    timing.percentile_ms(50),
-                    timing.percentile_ms(99),
-                    timing.per_second,
-                    requests,
-                    most,
-                )
+                name = f"CreateVolume, {many} zone{'s' if many > 1 else ''}"
+                latencies_ms = (timing.median_ms, timing.percentile_ms(99))
+                table.row(name, at_once, *latencies_ms, timing.per_second, requests, most)
+                if many == 1:
+                    report.figure("create_requests", requests)
 
 
 def _created(controller: CsiClient, prefix: str, count: int, at_once: int) -> Timing:
     def create(number: int) -> None:
-        controller.create_volume(f"{prefix}-{number}", required_bytes=1 << 30, capabilities=[BLOCK])
+        controller.create_volume(f"{prefix}-{number}", required_bytes=GIB, capabilities=[BLOCK])
 
     create(-1)  # logs in
     return timed(create, range(count), at_once=at_once)

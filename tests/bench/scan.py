@@ -13,12 +13,14 @@ from pathlib import Path
 from csi_driver.host import zero_scan
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.devices import LinuxDevices
+from tests.bench.report import Report
 
 PIECE_BYTES = 4 << 20
 
 
-def measure_scan(directory: Path, size_bytes: int, row: Callable[..., None]) -> None:
+def measure_scan(directory: Path, report: Report, size_bytes: int) -> None:
     """Write zeroes to a file of that size, and read it through a loop device with direct I/O."""
+    table = report.table("Scan of every block", ("reading before a format", "MiB", "GB/s"))
     file, root = directory / "scan.img", directory / "scan"
     root.mkdir()
     with file.open("wb") as made:
@@ -32,7 +34,7 @@ def measure_scan(directory: Path, size_bytes: int, row: Callable[..., None]) -> 
         devices = LinuxDevices(root, directory)
         for name, read in (("every block", _scan), ("dd, 4 MiB at a time", _dd)):
             best_s = min(_seconds(read, devices) for _ in range(3))
-            row(name, size_bytes >> 20, size_bytes / best_s / 1e9)
+            table.row(name, size_bytes >> 20, size_bytes / best_s / 1e9)
     finally:
         loops.detach(loop)
         file.unlink()

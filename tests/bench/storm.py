@@ -14,10 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from csi_driver.rpc.client import CallFailed
+from tests.bench.life import Life, Script, Volume, life_on
+from tests.bench.measure import timed
+from tests.bench.report import Report, Table
+from tests.bench.stack import Stack
 from tests.client import CsiClient
 
 CALL_TIME_S = 300.0
@@ -79,3 +84,49 @@ def _called(socket: Path, call: Callable[[CsiClient], object], weather: Weather,
 def ideal_s(alone_s: float, count: int) -> float:
     """Return what `count` volumes take at best when one alone takes so long: spread over the processors."""
     return alone_s * count / (os.cpu_count() or 1)
+
+
+def measure_storm(stack: Stack, directory: Path, report: Report, count: int, publications: int) -> None:
+    """Print how long many volumes take that are staged and published at once, blank and in use before."""
+    columns = ("", "calls", "s", "ideal s", "ratio", "longest s")
+    table = report.table("Boot storm, beside a sequential shell script divided by the processors", columns)
+    life = life_on(stack)
+    volumes = life.attached(directory, "storm", count)
+    alone_s = _script_alone_s(life, Script(stack), directory)
+    at_boot = [_bring_up(life, volume) for volume in volumes]
+    for what, key in (("blank", "storm_blank_ratio"), ("in use before", "storm_ratio")):
+        weather = storm(stack.node.socket, at_boot, at_once=count)
+        report.figure(key, _storm_row(table, f"{count} volumes, {what}", weather, ideal_s(alone_s[what], count)))
+        if what == "blank":
+            for step in (life.unpublish, life.unstage):
+                timed(step, volumes, at_once=16)
+    many = [replace(volumes[n % count], target=directory / f"storm-{n}-many") for n in range(publications)]
+    weather = storm(stack.node.socket, [[partial(life.publish_by, volume=each)] for each in many], at_once=count)
+    _storm_row(table, f"{publications} more publications", weather, ideal_s(alone_s["bind"], publications))
+    timed(life.unpublish, many, at_once=16)
+    for step in (life.unpublish, life.unstage):
+        timed(step, volumes, at_once=16)
+    life.remove(volumes)
+
+
+def _bring_up(life: Life, volume: Volume) -> list[Callable[[CsiClient], object]]:
+    return [partial(life.stage_by, volume=volume), partial(life.publish_by, volume=volume)]
+
+
+def _storm_row(table: Table, name: str, weather: Weather, ideal: float) -> float:
+    table.row(name, weather.calls, weather.wall_s, ideal, weather.wall_s / ideal, weather.longest_s)
+    print(f"  errors: {weather.told()}")
+    return weather.wall_s / ideal
+
+
+def _script_alone_s(life: Life, script: Script, directory: Path, count: int = 20) -> dict[str, float]:
+    """Return the seconds that one volume alone takes a script: blank, in use before, one more publication."""
+    volumes = life.attached(directory, "storm-script", count)
+    found = {"blank": timed(script.format_and_mount, volumes, at_once=1).wall_s / count}
+    timed(script.unmount, volumes, at_once=1)
+    found["in use before"] = timed(script.mount, volumes, at_once=1).wall_s / count
+    found["bind"] = timed(script.bind, volumes, at_once=1).wall_s / count
+    timed(script.unbind, volumes, at_once=1)
+    timed(script.unmount, volumes, at_once=1)
+    life.remove(volumes)
+    return found
