@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,12 @@ def can_be_loaded(module: str) -> bool | None:
     """Tell if the kernel has a module of this name; None where /lib/modules is not visible."""
     directory = Path("/lib/modules") / os.uname().release
     text = _text(directory / "modules.dep") + _text(directory / "modules.builtin")
-    files = (line.partition(":")[0].rpartition("/")[2] for line in text.splitlines())
-    names = {file.partition(".")[0].replace("-", "_") for file in files}
-    return module.replace("-", "_") in names if names else None
+    return is_listed(module, text) if text else None
+
+
+def is_listed(module: str, text: str) -> bool:
+    """Tell if modules.dep or modules.builtin has the module; a file's name may have dashes for underscores."""
+    return re.search(rf"/{module.replace('_', '[-_]')}\.ko\b", text) is not None
 
 
 def security_label(pid: int | None) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,17 +43,17 @@ class Entry(Mount):
     peers: frozenset[int] = frozenset()
 
 
-def read_table(process: str = "self") -> list[Entry]:
-    """Return a process's mount table; no filesystem is touched. Raises `SystemCallFailed`."""
+def read_table(process: str = "self", keep: Callable[[str], object] = bool) -> list[Entry]:
+    """Return a process's mount table; no filesystem is touched. `keep` chooses lines. Raises `SystemCallFailed`."""
     table = _PROC / process / "mountinfo"
     with system_call(f"read {table}"):
-        return parse(os.fsdecode(table.read_bytes()))  # a path may have "\r", which text mode changes
+        return parse(os.fsdecode(table.read_bytes()), keep)  # a path may have "\r", which text mode changes
 
 
-def parse(text: str) -> list[Entry]:
+def parse(text: str, keep: Callable[[str], object] = bool) -> list[Entry]:
     """Read a table in the kernel's order: of mounts stacked at one path the later is on top."""
     found = []
-    for line in text.split("\n"):  # a path may have other characters at which splitlines() splits
+    for line in filter(keep, text.split("\n")):  # a path may have other characters at which splitlines() splits
         before, separator, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if not separator or len(left) < 6 or len(right) < 3:

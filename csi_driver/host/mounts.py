@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -79,14 +80,10 @@ class LinuxMounts:
         return [_mounted(entry, entry.path) for entry in read_table()]
 
     def of_device(self, device: Device) -> list[Mount]:
-        found = []
-        for entry in read_table():
-            asks_path = entry.fs_type == "btrfs" or (entry.root != "/" and entry.fs_type in _HOLDS_NODES)
-            if entry.number == device.number or asks_path:
-                mounted = _mounted(entry, entry.path)
-                if mounted.can_be_of(device):
-                    found.append(mounted)
-        return found
+        # Of a table of thousands of lines only these are parsed: its number, a btrfs, and a root that may be a node.
+        lines = re.compile(rf"\d+ \d+ (?:{device.number} |\S+ /\S)|.* - btrfs ")
+        found = (_mounted(entry, entry.path) for entry in read_table(keep=lines.match))
+        return [mounted for mounted in found if mounted.can_be_of(device)]
 
     def twins(self, path: Path) -> list[Path]:
         return mount_table.twins(read_table(), _canonical(path))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -52,7 +51,8 @@ class Completed:
 
 def find_tool(program: str) -> str | None:
     """Return the absolute path of a program; None when it is not installed."""
-    return shutil.which(program, path=SEARCH_PATH)
+    places = (f"{directory}/{program}" for directory in SEARCH_PATH.split(":"))
+    return next((place for place in places if os.access(place, os.X_OK) and not os.path.isdir(place)), None)
 
 
 def package_of(program: str) -> str:

@@ -133,7 +133,7 @@ class Preparation:
         uuid = target.volume.uuid or opened.device.uuid
         content = self.filesystems.probe(opened, deadline=deadline)
         evidence = replace(self.evidence(target.volume, uuid), own_uuid=uuid)
-        verdict = decide(content, plan.request, evidence, supported=self.filesystems.supported())
+        verdict = decide(content, plan.request, evidence, supported=plan.supported)
         if isinstance(verdict, AnyFormat):
             plan.require_mkfs()
         return verdict
@@ -171,9 +171,10 @@ class Preparation:
         raise refusals[-1]
 
     def _live_filesystems(self, device: Device) -> list[Mount]:
-        """Return the mounts of the device; an unclaimed one is of an earlier device."""
-        mounts = [found for found in self.mounts.of_device(device) if found.node_number is None]
-        return mounts if mounts and self.devices.is_claimed(device) is not False else []
+        """Return the mounts of the device; an unclaimed device has none, only those of an earlier device."""
+        if self.devices.is_claimed(device) is False:
+            return []
+        return [found for found in self.mounts.of_device(device) if found.node_number is None]
 
     def _prove_blank(self, opened: OpenDevice, volume: NodeVolume, making: str) -> None:
         """Read every block, without deadline: a large volume would never finish."""

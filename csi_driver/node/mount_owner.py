@@ -209,16 +209,18 @@ class Ownership:
         owner = self.owner_of(mounted, volume)
         if owner is Owner.OTHER:
             return False
-        # A busy mount of the volume is detached lazily only if the volume is fenced before and after the attempt.
-        is_lost = owner is Owner.DEAD or self._is_fenced(volume)
-        try:
-            self.mounts.unmount(path)
-        except PreconditionFailed:
-            if not is_lost or (owner is Owner.OURS and not self._is_fenced(volume)):
-                raise
-            if owner is Owner.OURS:
-                logger.warning("volume %s was taken from this node and is busy at %s: detached lazily", volume, path)
-            self.mounts.unmount(path, lost=number_of(mounted))
+        # A busy mount of the volume is detached lazily only if the volume is fenced before and after a second attempt.
+        for _ in range(2 if owner is Owner.OURS else 1):
+            try:
+                self.mounts.unmount(path)
+            except PreconditionFailed:
+                if owner is Owner.OURS and not self._is_fenced(volume):
+                    raise
+            else:
+                return True
+        if owner is Owner.OURS:
+            logger.warning("volume %s was taken from this node and is busy at %s: detached lazily", volume, path)
+        self.mounts.unmount(path, lost=number_of(mounted))
         return True
 
     def is_lost(self, volume: NodeVolume) -> bool:

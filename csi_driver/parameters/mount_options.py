@@ -76,13 +76,15 @@ class FilesystemRequest:
 class MountPlan:
     """A checked request for mount access. `root_mode`: of a new filesystem's root directory, None = mkfs's.
 
-    `mkfs_refusal`: why no filesystem can be made; one that exists can still be mounted.
+    `supported`: the types that the machine can make and mount. `mkfs_refusal`: why no filesystem can be made; one that
+    exists can still be mounted.
     """
 
     request: FilesystemRequest
     flags: tuple[str, ...]
     root_mode: int | None
     mkfs: MkfsArguments
+    supported: Sequence[str] = ()
     mkfs_refusal: InvalidRequest | None = None
 
     @property
@@ -134,7 +136,7 @@ def plan_mount(
     except InvalidRequest as problem:
         refusal = problem
     problems.raise_any(refusal)
-    return MountPlan(request, kept, None if request.read_only else root_mode, arguments, refusal)
+    return MountPlan(request, kept, None if request.read_only else root_mode, arguments, supported, refusal)
 
 
 def check_mount_group(access: MountAccess) -> None:

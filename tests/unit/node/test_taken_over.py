@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,9 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
         assert node.host.mounts_at(STAGING) == 1
 
 
+@pytest.mark.parametrize("attempt", [1, 2])
 def test_a_volume_that_is_back_when_its_unmount_has_failed_is_not_detached_lazily(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, attempt: int
 ) -> None:
     formatted(node)
     node.stage()
@@ -110,10 +112,11 @@ def test_a_volume_that_is_back_when_its_unmount_has_failed_is_not_detached_lazil
     entry.in_use = True
     disk = node.host.disks[NAME]
     disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=True)
-    unmount = node.host.mounts.unmount
+    unmount, attempts = node.host.mounts.unmount, itertools.count(1)
 
     def unmount_after_it_is_back(path: Path, *, lost: DeviceNumber | None = None) -> None:
-        disk.status = VolumeStatus(NAME, UUID, io_enabled=True)
+        if next(attempts) == attempt:
+            disk.status = VolumeStatus(NAME, UUID, io_enabled=True)
         unmount(path, lost=lost)
 
     monkeypatch.setattr(node.host.mounts, "unmount", unmount_after_it_is_back)
