@@ -22,6 +22,7 @@ from tests.bench.memory import measure_memory, measure_start
 from tests.bench.probe import measure_probe
 from tests.bench.rate import measure_create_rate
 from tests.bench.report import Report, print_comparison
+from tests.bench.scale import measure_scale
 from tests.bench.scan import measure_scan
 from tests.bench.stack import Stack, release, running_stack
 from tests.bench.storm import measure_storm
@@ -41,6 +42,9 @@ ALONE: dict[str, Callable[[Run], None]] = {
     "start": lambda run: measure_start(run.directory, run.report, 2 if run.quick else 7),
     "rate": lambda run: measure_create_rate(
         run.directory, run.report, {1: 4, 16: 32} if run.quick else {1: 40, 16: 320, 100: 800}, (1, 2)
+    ),
+    "scale": lambda run: measure_scale(
+        run.directory, run.report, *((3, (100, 10, 10)) if run.quick else (20, (10_000, 500, 2000)))
     ),
     "scan": lambda run: measure_scan(run.directory, run.report, (64 << 20) if run.quick else (4 << 30)),
 }
@@ -76,7 +80,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small numbers: shows that it works, not how fast it is")
     parser.add_argument(
-        "--only", action="append", choices=(*ALONE, *ON_STACK), help="measure only this part; repeatable"
+        "--only",
+        action="append",
+        choices=(*ALONE, *ON_STACK),
+        help="measure only this part; repeatable (default: all but scale)",
     )
     parser.add_argument("--peer", help="unix:///PATH of another CSI driver, measured beside this one")
     parser.add_argument("--record", action="store_true", help=f"append the figures to {history.HISTORY.name}")
@@ -90,11 +97,11 @@ def main() -> int:
     machine = history.this_machine(directory)
     print(f"Machine: {machine}")
     try:
-        measure(run, set(options.only or (*ALONE, *ON_STACK)))
+        measure(run, set(options.only or (ALONE.keys() | ON_STACK.keys()) - {"scale"}))
     finally:
         release(directory)
         shutil.rmtree(directory)
-    entry = history.new_entry(machine, run.report.figures, {})
+    entry = history.new_entry(machine, run.report.figures, run.report.curves)
     before = history.latest_figures(history.read(history.HISTORY), machine)
     are_worse = print_comparison(list(compare(entry.figures, before)))
     if options.record:

@@ -24,9 +24,10 @@ class Table:
 
 @dataclass(slots=True)
 class Report:
-    """Collects the figures that `FIGURES` names."""
+    """Collects the figures that `FIGURES` names, and curves: by what grows, the points of each series."""
 
     figures: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
 
     def table(self, title: str, columns: Sequence[str]) -> Table:
         head, *others = columns
@@ -37,6 +38,9 @@ class Report:
         if key not in FIGURES:
             raise KeyError(key)
         self.figures[key] = value
+
+    def point(self, grows: str, series: str, count: int, value: float) -> None:
+        self.curves.setdefault(grows, {}).setdefault(series, []).append([count, round(value, 3)])
 
 
 def print_comparison(comparisons: Sequence[Comparison]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from tests.client import CsiClient
 
+POOL_BYTES = 40 << 40
 ROLES = ("storage", "controller", "node")
 
 
@@ -43,7 +44,7 @@ def running_stack(directory: Path) -> Iterator[Stack]:
     """Start `nvmesh-csi local` in `directory`/local and stop it again; mounts and attachments are removed."""
     place = directory / "local"
     argv = [sys.executable, "-m", "csi_driver", "local", "--directory", str(place), "--log-level", "warning"]
-    process = subprocess.Popen([*argv, "--size", "40TiB", "--overcommit"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*argv, "--size", str(POOL_BYTES), "--overcommit"], stdout=subprocess.DEVNULL)
     try:
         with (
             CsiClient(place / "controller.sock", timeout_s=300) as controller,
