@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Send one HTTP request to one management server, within a deadline.
 
-`requests` is used by its public interface: `Request.prepare` and `HTTPAdapter.send`. Not by `Session`, which follows
-redirects, keeps cookies, and takes proxies and passwords (netrc) from the environment. Not with `Retry`: urllib3
-repeats a request with its full timeout, and only `csi_driver.management.failover` knows which may be repeated.
+The standard library's `HTTPConnection`, kept open between requests. No library above it: those follow redirects, keep
+cookies, take proxies and passwords (netrc) from the environment, repeat requests, or limit each read only.
 """
 
 from __future__ import annotations
@@ -14,18 +13,15 @@ import http.client
 import io
 import json
 import re
+import select
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote, urlsplit
-
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
@@ -37,6 +33,8 @@ if TYPE_CHECKING:
 
 _IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _CONNECT_TIMEOUT_S = 5.0
+_LEAST_TIMEOUT_S = 0.001
+"""A socket takes 0 for "do not wait"."""
 _BUFFER_BYTES = 1 << 16
 
 
@@ -113,17 +111,21 @@ class _NotConnected(Exception):
     """The connection failed before the request was sent."""
 
 
-_local = threading.local()
-"""Holds the `deadline` of the request that this thread sends."""
+class _IncompleteResponse(Exception):
+    """The connection ended within the response."""
 
 
-class _DeadlineReader(io.RawIOBase):
+class _ResponseReader(io.RawIOBase):
     """Reads a socket until a deadline: the socket's own timeout starts again with each byte of a slow response."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._connection = connection
         self._raw = connection.makefile("rb", buffering=0)
         self._deadline = deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return the stream that `HTTPResponse` reads."""
+        return io.BufferedReader(self, _BUFFER_BYTES)
 
     def readable(self) -> bool:
         return True
@@ -140,85 +142,61 @@ class _DeadlineReader(io.RawIOBase):
         super().close()
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    def __init__(
-        self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
-    ) -> None:
-        super().__init__(sock, debuglevel, method, url)
-        self.fp.close()
-        self.fp = io.BufferedReader(_DeadlineReader(sock, _local.deadline), _BUFFER_BYTES)
-
-
-class _Connection(HTTPConnection):
+class _Connection(http.client.HTTPConnection):
     """A connection with a deadline for the whole response and for the name lookup.
 
     `_NotConnected` tells a failed connection (TLS handshake included) from a request that may have been executed.
     """
 
-    response_class = _TimedResponse
+    deadline: Deadline
 
     def connect(self) -> None:
         try:
-            _resolve(self.host, self.port, self.timeout)
+            _resolve(self.host, self.port, self.timeout or _CONNECT_TIMEOUT_S)
             super().connect()
-        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:
             raise _NotConnected from error
 
+    def response_class(self, sock: socket.socket, method: str | None) -> http.client.HTTPResponse:  # type: ignore[override]
+        return http.client.HTTPResponse(cast("socket.socket", _ResponseReader(sock, self.deadline)), method=method)
 
-class _TlsConnection(_Connection, HTTPSConnection):
+    def is_quiet(self) -> bool:
+        """Return whether nothing has arrived since the last response, neither bytes nor the end of the connection."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def exchange(
+        self, request: Request, headers: dict[str, str], deadline: Deadline
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Connect if needed, send a request, and read its whole response."""
+        self.deadline = deadline
+        if self.sock is None:
+            self.timeout = min(deadline.remaining_s(), _CONNECT_TIMEOUT_S)
+            self.connect()
+        self.sock.settimeout(max(deadline.remaining_s(), _LEAST_TIMEOUT_S))
+        self.request(request.method, request.path, request.body, headers)
+        with self.getresponse() as response, contextlib.suppress(http.client.IncompleteRead):
+            return response, response.read()
+        # Without that cause, which has the content: it may quote a password.
+        raise _IncompleteResponse
+
+
+class _TlsConnection(_Connection, http.client.HTTPSConnection):
     pass
 
 
-class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TlsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
-def _content(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Read the whole body, which returns the connection to the pool.
-
-    By single system calls: an incomplete `read` raises an exception with the content, which may quote a password.
-    """
-    pieces = []
-    try:
-        while piece := response.read1(_BUFFER_BYTES, decode_content=True):
-            pieces.append(piece)
-    except BaseException:
-        response.close()
-        raise
-    response.release_conn()
-    return b"".join(pieces)
-
-
-def _resolve(host: str, port: int, timeout_s: object) -> None:
+def _resolve(host: str, port: int, timeout_s: float) -> None:
     """Look up the name for at most `timeout_s`; the resolver's own timeouts may be longer."""
-    if _IP_ADDRESS.fullmatch(host) or not isinstance(timeout_s, int | float):
+    if _IP_ADDRESS.fullmatch(host):
         return
     lookup = run_detached("name-lookup", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     if wait([lookup], timeout_s).not_done:  # the connection reports its error
         raise TimeoutError(errno.ETIMEDOUT, f"the name {host} could not be looked up in time")
 
 
-class _Adapter(HTTPAdapter):
-    """Connects with our TLS context only. Both methods are hooks of `requests` for subclasses."""
-
-    def __init__(self, context: ssl.SSLContext | None, connections: int) -> None:
-        self._context = context
-        super().__init__(pool_connections=1, pool_maxsize=connections)
-
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: object) -> None:
-        super().init_poolmanager(connections, maxsize, block, ssl_context=self._context, **options)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
-
-    def cert_verify(self, *args: object, **options: object) -> None:
-        """Add no CA certificates: `requests` would add those of certifi to the context."""
-
-
 class Transport:
-    """A connection pool to one server. Thread-safe. Certificate files are read again when they change."""
+    """Connections to one server. Thread-safe. Certificate files are read again when they change."""
 
     def __init__(self, server: str, settings: ManagementSettings) -> None:
         self.server = server.rstrip("/")
@@ -226,19 +204,21 @@ class Transport:
         self._is_tls = urlsplit(self.server).scheme == "https"
         self._headers = {"Accept": "application/json", "User-Agent": settings.driver_name}
         self._lock = threading.Lock()
-        self._adapter: _Adapter | None = None
-        self._version: list[tuple[int, int, int]] = []
+        self._idle: list[_Connection] = []
+        """Open connections without a request, as many as requests were sent at once."""
+        self._context: ssl.SSLContext | None = None
+        self._version: list[tuple[int, int, int]] | None = None
         self._is_closed = False
-        if not settings.tls_verify:
-            # `ManagementSettings.warnings` warns once, urllib3 for each connection.
-            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            if self._adapter is not None:
-                self._adapter.close()
-                self._adapter = None
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle = []
 
     def exchange(self, request: Request, cookie: str | None, deadline: Deadline) -> Response:
         """Send one request and read its whole response.
@@ -246,63 +226,77 @@ class Transport:
         Raises `ServerUnreachable` where the server certainly did not execute the request, `OutcomeUnknown` where it
         may have, `Unauthenticated` where it rejects the client certificate, `DeadlineReached` where no time is left.
         """
-        left_s = deadline.remaining_s()
-        if left_s <= 0:
+        if deadline.expired():
             raise DeadlineReached(f"a response of management server {self.server}")
         headers = dict(self._headers)
         if cookie:
             headers["Cookie"] = cookie
         if request.body is not None:
             headers["Content-Type"] = "application/json"
-        _local.deadline = deadline
         try:
-            prepared = requests.Request(
-                request.method, self.server + request.path, headers, data=request.body
-            ).prepare()
-            response = self._current_adapter().send(
-                prepared,
-                stream=True,
-                timeout=(min(left_s, _CONNECT_TIMEOUT_S), left_s),
-                verify=self._settings.tls_verify,
-            )
-            content = _content(response.raw)
-        except requests.exceptions.InvalidURL as error:  # a host that no name can have
-            raise ServerUnreachable(self.server, str(error)) from error
-        except (_NotConnected, urllib3.exceptions.HTTPError, OSError) as error:  # the latter has all of requests
+            with self._connection() as connection:
+                response, content = connection.exchange(request, headers, deadline)
+        except (_NotConnected, _IncompleteResponse, http.client.HTTPException, OSError) as error:
             raise self._failure(request, error) from error
-        cookies = response.raw.headers.getlist("Set-Cookie")
         return _decode(
-            response.status_code,
+            response.status,
             content,
             response.headers.get("Location", ""),
-            "; ".join(set_cookie.partition(";")[0].strip() for set_cookie in cookies),
+            "; ".join(one.partition(";")[0].strip() for one in response.headers.get_all("Set-Cookie", ())),
             session_id=(cookie or "").partition("=")[2],
         )
 
-    def _current_adapter(self) -> _Adapter:
-        """Return the adapter; a new one after a change of the certificate files, so that no old connection is used."""
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[_Connection]:
+        """Lend a connection, and keep it for the next request unless an exception ends its use."""
+        connection, idle = self._take()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if connection.sock is not None and idle is self._idle:
+                idle.append(connection)
+                return
+        connection.close()
+
+    def _take(self) -> tuple[_Connection, list[_Connection]]:
+        """Return a connection, and the list that it belongs to: no old one after a change of the certificate files."""
         version = _certificate_version(self._settings) if self._is_tls else []
         with self._lock:
             if self._is_closed:
-                # A new pool would never be closed.
+                # A new connection would never be closed.
                 raise StorageUnavailable(
                     f"management server {self.server} is no longer used: the settings of its zone changed; retry"
                 )
-            if self._adapter is None or version != self._version:
+            if version != self._version:
                 try:
-                    context = tls_context(self._settings) if self._is_tls else None
+                    self._context = tls_context(self._settings) if self._is_tls else None
                 except BadCertificateFile as error:
                     raise ServerUnreachable(self.server, str(error)) from error
-                if self._adapter is not None:
-                    self._adapter.close()
-                # One connection more than requests, for a probe.
-                self._adapter = _Adapter(context, self._settings.max_requests_in_flight + 1)
+                self._close_idle()
                 self._version = version
-            return self._adapter
+            idle = self._idle
+            while idle:
+                connection = idle.pop()
+                if connection.is_quiet():
+                    return connection, idle
+                connection.close()
+            return self._new_connection(), idle
+
+    def _new_connection(self) -> _Connection:
+        url = urlsplit(self.server)
+        try:
+            if self._context is None:
+                return _Connection(url.hostname or "", url.port or http.client.HTTP_PORT)
+            return _TlsConnection(url.hostname or "", url.port or http.client.HTTPS_PORT, context=self._context)
+        except http.client.InvalidURL as error:  # a host that no name can have
+            raise ServerUnreachable(self.server, str(error)) from error
 
     def _failure(self, request: Request, error: Exception) -> ServerUnreachable | OutcomeUnknown | Unauthenticated:
         chain = _causes(error)
-        reason, timed_out = _reason(chain), any(isinstance(cause, _TIMEOUTS) for cause in chain)
+        reason, timed_out = _reason(chain), any(isinstance(cause, TimeoutError) for cause in chain)
         certificate = self._settings.client_certificate
         if any(_rejects_certificate(cause) for cause in chain):
             return Unauthenticated(
@@ -330,7 +324,6 @@ def _decode(status: int, content: bytes, location: str, cookie: str, session_id:
     return Response(status, body, is_json, content, location, cookie)
 
 
-_TIMEOUTS = (urllib3.exceptions.TimeoutError, TimeoutError)
 _CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
 
@@ -340,14 +333,14 @@ def _rejects_certificate(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return the exception and all its causes, outermost first: the libraries keep them in several attributes."""
+    """Return the exception and all its causes, outermost first."""
     causes: list[BaseException] = []
     pending: list[object] = [error]
     while pending:
         cause = pending.pop(0)
         if isinstance(cause, BaseException) and cause not in causes:
             causes.append(cause)
-            pending += [getattr(cause, "reason", None), *cause.args, cause.__cause__, cause.__context__]
+            pending += [cause.__cause__, cause.__context__]
     return causes
 
 

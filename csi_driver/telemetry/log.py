@@ -70,5 +70,3 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
-    # urllib3 logs every connection at DEBUG
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
