@@ -10,10 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from csi_driver.storage_model import Volume
 
 DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
 DEFAULT_ZONE = "single-zone-cluster"
@@ -167,11 +163,10 @@ class ProvisionedVolume:
 
 @dataclass(frozen=True, slots=True)
 class ListedVolume:
-    """A volume with the ids of the nodes that use it. `stored`: the management's volume, in lists."""
+    """A volume with the ids of the nodes that use it."""
 
     volume: ProvisionedVolume
     published_node_ids: tuple[str, ...]
-    stored: Volume | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,9 @@ class StorageEncryption:
 
 
 @dataclass(frozen=True, slots=True)
-class Volume:
+class VolumeSummary:
+    """The fields of a volume that lists have."""
+
     name: str
     uuid: str
     blocks: int
@@ -122,18 +124,9 @@ class Volume:
     status: str
     action: str
     health: str = "healthy"
-    is_ready: bool = True
     is_reserved: bool = False
-    is_read_only: bool = False
-    is_snapshot: bool = False
-    allows_offline_drives: bool = False
     encryption: StorageEncryption | None = None
     """None: not encrypted by the storage."""
-    layout: Layout = field(default_factory=Layout)
-    vpg: str | None = None
-    reservation: Reservation = field(default_factory=Reservation)
-    description: str = ""
-    relative_rebuild_priority: int | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -155,6 +148,19 @@ class Volume:
     @property
     def is_being_made(self) -> bool:
         return self.action == "initializing" or self.status == "pending"
+
+
+@dataclass(frozen=True, slots=True)
+class Volume(VolumeSummary):
+    is_ready: bool = True
+    is_read_only: bool = False
+    is_snapshot: bool = False
+    allows_offline_drives: bool = False
+    layout: Layout = field(default_factory=Layout)
+    vpg: str | None = None
+    reservation: Reservation = field(default_factory=Reservation)
+    description: str = ""
+    relative_rebuild_priority: int | None = None
 
 
 class ClientStatus(IntEnum):

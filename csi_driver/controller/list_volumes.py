@@ -7,27 +7,24 @@ import base64
 import binascii
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import described, listed_handles, require
-from csi_driver.controller.volume_metadata import read_creation
-from csi_driver.controller.zones import Found, ask
+from csi_driver.controller.volume_metadata import read_answered
+from csi_driver.controller.zones import Listed, ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
 from csi_driver.model import ListedVolume, Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
 from csi_driver.settings import ControllerSettings
-from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, VolumeSummary
 
 _log = logging.getLogger(__name__)
 
 _PAGE_BYTES = 3 << 20
-"""Limit of a page, also without `max_entries`: gRPC clients accept 4 MiB by default, and external-attacher, which asks
-for everything, follows tokens."""
-_FIELD_BYTES = 6  # tag and length of a text or of a message within another, at most
-_FIXED_BYTES = 64  # numbers, and the messages around
+"""The entry that exceeds it is the last of a page, also without `max_entries`: gRPC clients accept 4 MiB by default,
+and external-attacher, which asks for everything, follows tokens."""
 
 _VERSION = "v1."
 _LAST = "~"
@@ -63,9 +60,8 @@ def _mark(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
-_Holders = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""Volume uuid, then reference id, to the ids of the nodes with such an attachment."""
-_Entry = tuple[Position, ListedVolume]
+_Entry = tuple[str, str, ListedVolume, VolumeSummary, Sequence[Client]]
+"""The marks of zone and handle, and the clients that hold the volume."""
 
 
 @dataclass(slots=True)
@@ -74,29 +70,38 @@ class ListVolumes:
     settings: ControllerSettings
     _reported: set[str] = field(default_factory=set)
 
-    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
-        """Return one page (0 = as much as a message can hold) and the token of the next, empty at the end.
+    def volumes(
+        self, max_entries: int, starting_token: str, add: Callable[[ListedVolume], int], *, deadline: Deadline
+    ) -> str:
+        """Add one page (0 = as much as a message can hold); return the token of the next, empty at the end.
 
-        Every volume is listed with its issued handle, and again with each other handle that is attached now.
+        Every volume is listed with its issued handle, and again with each other handle that is attached now. `add`
+        returns the bytes of the entry in the message.
         """
-        entries: list[ListedVolume] = []
-        last: Position | None = None
-        size = 0
-        for position, entry in self._entries(starting_token, max_entries, deadline):
-            size += listed_bytes(entry)
-            if last is not None and (size > _PAGE_BYTES or len(entries) == max_entries):
-                return entries, last.token()
-            entries.append(entry)
-            last = position
-        return entries, ""
+        return self.page(max_entries, starting_token, lambda listed, *_: add(listed), deadline)
+
+    def page(
+        self,
+        max_entries: int,
+        starting_token: str,
+        add: Callable[[ListedVolume, VolumeSummary, Sequence[Client]], int],
+        deadline: Deadline,
+    ) -> str:
+        size, last = 0, ("", "", "")
+        entries = self._entries(starting_token, max_entries, deadline)
+        for count, (zone_mark, handle_mark, listed, volume, clients) in enumerate(entries):
+            if count and (size > _PAGE_BYTES or count == max_entries):
+                return Position(*last).token()
+            size += add(listed, volume, clients)
+            last = zone_mark, volume.name, handle_mark
+        return ""
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume:
         located = require(self.clusters, volume_id, deadline=deadline)
-        holders = _holders(located.management.clients_holding(located.volume.uuid, deadline=deadline))
-        return ListedVolume(
-            described(located, self.settings.topology_key, volume_id),
-            holders.get(located.volume.uuid, {}).get(located.reference, ()),
-        )
+        uuid = located.volume.uuid
+        held = _held(located.management.clients_holding(uuid, deadline=deadline), uuid)
+        shape = described(located, self.settings.topology_key, volume_id)
+        return ListedVolume(shape, held.get(located.reference, ()))
 
     def _entries(self, starting_token: str, page: int, deadline: Deadline) -> Iterator[_Entry]:
         start = read_token(starting_token) if starting_token else None
@@ -116,7 +121,7 @@ class ListVolumes:
                 return iter(())
             return self._entries_in(zone, management, start if zone == zones[0] else None, page, deadline)
 
-        if page:
+        if page or len(zones) == 1:
             for zone in zones:
                 yield from in_zone(zone)
             return
@@ -128,16 +133,15 @@ class ListVolumes:
 
     def _report_duplicates(self, found: Mapping[str, Sequence[_Entry]]) -> None:
         """Log, once each, the volumes that exist in two zones after a crash or a skipped zone; nothing is deleted."""
-        volumes: dict[str, dict[str, Volume]] = {}
-        for zone, entries in found.items() if len(found) > 1 else ():
-            for _, entry in entries:
-                if entry.stored is not None:
-                    volumes.setdefault(entry.stored.name, {})[zone] = entry.stored
+        volumes: dict[str, dict[str, VolumeSummary]] = {}
+        for zone, entries in found.items():
+            for *_, volume, _ in entries:
+                volumes.setdefault(volume.name, {})[zone] = volume
         for name, by_zone in volumes.items():
             if len(by_zone) == 1 or name in self._reported:
                 continue
             self._reported.add(name)
-            csi_names = {read_creation(volume.metadata).csi_name for volume in by_zone.values()}
+            csi_names = {read_answered(volume.metadata).csi_name for volume in by_zone.values()}
             if len(csi_names) == 1 and None not in csi_names:
                 places = ", ".join(f"zone {zone} (uuid {volume.uuid})" for zone, volume in sorted(by_zone.items()))
                 _log.warning(
@@ -149,28 +153,36 @@ class ListVolumes:
     def _entries_in(
         self, zone: str, management: Management, start: Position | None, page: int, deadline: Deadline
     ) -> Iterator[_Entry]:
-        holders = _holders(management.clients(deadline=deadline))
+        holders: dict[str, list[Client]] = {}
+        for client in management.clients(deadline=deadline):
+            for uuid in client.desired:
+                holders.setdefault(uuid, []).append(client)
         zone_mark = _mark(zone)
         for volume in _volumes_from(management, start, page, deadline=deadline):
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
+            clients = holders.get(volume.uuid, ())
             after = start.handle_mark if start is not None and volume.name == start.name else ""
-            found = Found(zone, management, volume, read_creation(volume.metadata))
-            for handle_mark, entry in self._entries_of(found, holders.get(volume.uuid, {})):
+            for handle_mark, listed in self._handles(Listed(zone, volume, read_answered(volume.metadata)), clients):
                 if handle_mark > after:
-                    yield Position(zone_mark, volume.name, handle_mark), entry
+                    yield zone_mark, handle_mark, listed, volume, clients
 
-    def _entries_of(self, found: Found, held: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, ListedVolume]]:
+    def _handles(self, found: Listed, clients: Sequence[Client]) -> Iterator[tuple[str, ListedVolume]]:
         """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
+        if not clients:
+            yield _LAST, ListedVolume(described(found, self.settings.topology_key), ())
+            return
+        held = _held(clients, found.volume.uuid)
         (issued, reference), *others = listed_handles(found, held)
         entries = [("!", issued, reference), *sorted((_mark(text), text, other) for text, other in others)]
         for number, (handle_mark, volume_id, reference) in enumerate(entries, 1):
             shape = described(found, self.settings.topology_key, volume_id)
-            listed = ListedVolume(shape, held.get(reference, ()), found.volume)
-            yield _LAST if number == len(entries) else handle_mark, listed
+            yield _LAST if number == len(entries) else handle_mark, ListedVolume(shape, held.get(reference, ()))
 
 
-def _volumes_from(management: Management, start: Position | None, page: int, *, deadline: Deadline) -> Iterator[Volume]:
+def _volumes_from(
+    management: Management, start: Position | None, page: int, *, deadline: Deadline
+) -> Iterator[VolumeSummary]:
     """Yield volumes sorted by name, from the one in which the last page ended, if it has more handles."""
     after = start.name if start is not None else ""
     if start is not None and start.handle_mark != _LAST:
@@ -179,33 +191,23 @@ def _volumes_from(management: Management, start: Position | None, page: int, *, 
             yield unfinished
     while True:
         # One more than the page shows whether there is a next one.
-        chunk = management.volumes(after=after, limit=page + 1 if page else 0, deadline=deadline)
-        yield from chunk
-        if not page or len(chunk) <= page:
+        count = 0
+        for volume in management.volumes(after=after, limit=page + 1 if page else 0, deadline=deadline):
+            yield volume
+            count, after = count + 1, volume.name
+        if not page or count <= page:
             return
-        after = chunk[-1].name
 
 
-def _holders(clients: Sequence[Client]) -> _Holders:
-    holders: dict[str, dict[str, tuple[str, ...]]] = {}
+def _held(clients: Sequence[Client], uuid: str) -> dict[str, tuple[str, ...]]:
+    """Return the ids of the nodes with an attachment of the volume, by its reference id."""
+    held: dict[str, tuple[str, ...]] = {}
     for client in clients:
-        for uuid, desired in client.desired.items():
-            for reference in () if desired.is_detaching else desired.references:
-                nodes = holders.setdefault(uuid, {})
-                nodes[reference] = (*nodes.get(reference, ()), client.uuid)
-    return holders
-
-
-def listed_bytes(entry: ListedVolume) -> int:
-    volume = entry.volume
-    size = _FIXED_BYTES + sum(map(_text_bytes, (volume.volume_id, *entry.published_node_ids)))
-    for pairs in (volume.context, *volume.topology):
-        size += _FIELD_BYTES + sum(_FIELD_BYTES + _text_bytes(key) + _text_bytes(pairs[key]) for key in pairs)
-    return size
-
-
-def _text_bytes(text: str) -> int:
-    return _FIELD_BYTES + len(text.encode("utf-8", "surrogatepass"))
+        desired = client.desired.get(uuid)
+        if desired is not None and not desired.is_detaching:
+            for reference in desired.references:
+                held[reference] = (*held.get(reference, ()), client.uuid)
+    return held
 
 
 _CONDITIONS: Mapping[str, tuple[VolumeFault, Reason]] = {
@@ -229,41 +231,25 @@ class GetVolumeHealth:
         clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
         return VolumeHealth(volume_id, find_faults(located.volume, clients))
 
-    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[VolumeHealth], str]:
-        listed, token = self.listing.volumes(max_entries, starting_token, deadline=deadline)
-        holders: dict[str, Mapping[str, Sequence[Client]]] = {}
-        found = []
-        for entry in listed:
-            zone = entry.volume.topology[0][self.listing.settings.topology_key]
-            if zone not in holders:
-                holders[zone] = self._holders(zone, deadline)
-            volume = entry.stored
-            entries = () if volume is None else find_faults(volume, holders[zone].get(volume.uuid, ()))
-            found.append(VolumeHealth(entry.volume.volume_id, entries))
-        fitting = sum(size <= _PAGE_BYTES for size in accumulate(map(health_bytes, found)))
-        if fitting < len(found):
-            # The health of many faulty volumes is larger than their list.
-            _, token = self.listing.volumes(max(fitting, 1), starting_token, deadline=deadline)
-            found = found[: max(fitting, 1)]
-        return found, token
+    def volumes(
+        self, max_entries: int, starting_token: str, add: Callable[[VolumeHealth], int], *, deadline: Deadline
+    ) -> str:
+        """Add one page, as `ListVolumes` does."""
 
-    def _holders(self, zone: str, deadline: Deadline) -> Mapping[str, Sequence[Client]]:
-        management = self.listing.clusters.management(zone)
-        holders: dict[str, list[Client]] = {}
-        for client in management.clients(deadline=deadline) if management is not None else ():
-            for uuid in client.desired:
-                holders.setdefault(uuid, []).append(client)
-        return holders
+        def added(listed: ListedVolume, volume: VolumeSummary, clients: Sequence[Client]) -> int:
+            return add(VolumeHealth(listed.volume.volume_id, find_faults(volume, clients)))
+
+        return self.listing.page(max_entries, starting_token, added, deadline)
 
 
-def find_faults(volume: Volume, clients: Sequence[Client]) -> tuple[VolumeEntry, ...]:
+def find_faults(volume: VolumeSummary, clients: Sequence[Client]) -> tuple[VolumeEntry, ...]:
     found = list(_faults_of(volume))
     for client in clients:
         found.extend(_faults_of_attachment(volume, client))
     return each_once(found)
 
 
-def _faults_of(volume: Volume) -> Iterator[VolumeEntry]:
+def _faults_of(volume: VolumeSummary) -> Iterator[VolumeEntry]:
     if volume.is_being_made:
         return
     message = f"the storage management reports status {volume.status}, health {volume.health}, action {volume.action}"
@@ -274,7 +260,7 @@ def _faults_of(volume: Volume) -> Iterator[VolumeEntry]:
         yield VolumeEntry(VolumeFault.DEGRADED, Reason.VOLUME_REBUILDING, message)
 
 
-def _faults_of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntry]:
+def _faults_of_attachment(volume: VolumeSummary, client: Client) -> Iterator[VolumeEntry]:
     desired = client.desired.get(volume.uuid)
     if desired is None or desired.is_detaching:
         return
@@ -286,9 +272,3 @@ def _faults_of_attachment(volume: Volume, client: Client) -> Iterator[VolumeEntr
         yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.ATTACH_FAILED, message)
     elif report is not None and report.status is DeviceStatus.ATTACHED and not report.io_enabled:
         yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"{client.id} has I/O disabled for it")
-
-
-def health_bytes(health: VolumeHealth) -> int:
-    return _text_bytes(health.volume_id) + sum(
-        _FIXED_BYTES + _text_bytes(entry.reason) + _text_bytes(entry.message) for entry in health.entries
-    )

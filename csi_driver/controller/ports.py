@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from csi_driver.storage_model import (
     Volume,
     VolumeChanges,
     VolumeSpec,
+    VolumeSummary,
     Vpg,
 )
 
@@ -72,8 +73,8 @@ class Management(Protocol):
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         """Return the volume with this name, or None. Reservations of VPGs are not volumes."""
 
-    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
-        """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name, without their chunks."""
+    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> Iterator[VolumeSummary]:
+        """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name."""
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
         """Return the uuid; None if the name is in use. `Exhausted`: no space. `OperationPending`: being reclaimed."""

@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_metadata import AttachmentRecord, read_attachments
-from csi_driver.controller.zones import Found, ask, find_in
+from csi_driver.controller.zones import Found, Listed, ask, find_in
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
 from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.publish_context import held_reference
-from csi_driver.storage_model import Client, Volume
+from csi_driver.storage_model import Client, VolumeSummary
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
+_CONTEXT_KEYS = frozenset(CONTEXT_KEYS)
 _ANY_UUID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -54,7 +55,7 @@ def locate(clusters: Clusters, volume_id: str, *, deadline: Deadline) -> Located
         found = find_in(clusters, zone, handle.name, deadline=deadline)
         if found is None or (handle.uuid is not None and found.volume.uuid.lower() != handle.uuid):
             return None
-        return Located(zone, found.management, found.volume, found.creation, volume_id, handle)
+        return Located(zone, found.volume, found.creation, found.management, volume_id, handle)
 
     answers = ask(zones, in_zone, deadline=deadline).all()
     found = [located for zone in zones if (located := answers[zone]) is not None]
@@ -127,7 +128,7 @@ def issued_reference(zone: str, name: str, reference: str) -> str | None:
     return reference if handle is not None and handle.reference == reference else None
 
 
-def issued_handle(found: Found) -> VolumeHandle:
+def issued_handle(found: Listed) -> VolumeHandle:
     """Return the handle that CreateVolume returned; for volumes of other origin, the one without a reference."""
     creation, volume = found.creation, found.volume
     if not creation.is_ours:
@@ -144,7 +145,7 @@ def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
     return is_recorded or located.volume_id != _derived_handle(located.zone, located.volume, reference)
 
 
-def listed_handles(found: Found, attached: Iterable[str]) -> list[tuple[str, str]]:
+def listed_handles(found: Listed, attached: Collection[str]) -> list[tuple[str, str]]:
     """Return the handles of a volume for ListVolumes, each with its reference id: the issued one first.
 
     external-attacher compares handles literally, so one that a person wrote is listed as it was attached: from the
@@ -152,7 +153,7 @@ def listed_handles(found: Found, attached: Iterable[str]) -> list[tuple[str, str
     """
     zone, volume, issued = found.zone, found.volume, issued_handle(found)
     handles = {issued.format(): held_reference(issued, volume.uuid)}
-    recorded = _recorded_handles(read_attachments(volume.metadata), volume.uuid)
+    recorded = _recorded_handles(read_attachments(volume.metadata), volume.uuid) if attached else {}
     for reference in attached:
         is_issued = reference == held_reference(issued, volume.uuid)
         derived = [] if is_issued else [_derived_handle(zone, volume, reference)]
@@ -170,21 +171,25 @@ def _recorded_handles(record: AttachmentRecord, uuid: str) -> dict[str, list[str
     return recorded
 
 
-def _derived_handle(zone: str, volume: Volume, reference: str) -> str:
+def _derived_handle(zone: str, volume: VolumeSummary, reference: str) -> str:
     return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 
-def volume_context(found: Found) -> dict[str, str]:
+def volume_context(found: Listed) -> dict[str, str]:
     creation = found.creation
     if creation.csi_name is None:
         return {}
     context = {"zone": creation.zone or found.zone}
     if creation.fs_type is not None and not creation.is_block:
         context["fsType"] = creation.fs_type
-    return context | {key: creation.parameters[key] for key in CONTEXT_KEYS if key in creation.parameters}
+    metadata = found.volume.metadata
+    for key in _CONTEXT_KEYS & metadata.keys():
+        if isinstance(value := metadata[key], str):
+            context[key] = value
+    return context
 
 
-def described(found: Found, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
+def described(found: Listed, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
     return ProvisionedVolume(
         volume_id=volume_id or issued_handle(found).format(),
         capacity_bytes=found.volume.size_bytes - found.reserved_bytes,

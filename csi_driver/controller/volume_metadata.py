@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 from csi_driver.compat import volumes as compat
 from csi_driver.model import AccessMode, CapacityRange
@@ -17,7 +17,7 @@ from csi_driver.publish_context import Encryption
 from csi_driver.storage_model import Reservation, ReservationMode, Volume
 
 OWN_KEY = "nvmesh-csi"
-_OLD_KEYS = ("csi_name", "fsType", "volumeMode", "zone")
+_OLD_KEYS = frozenset({"csi_name", "fsType", "volumeMode", "zone"})
 _PERMISSION_KEY = "formatAllowed"
 _FORMAT = 1
 _MODES = {mode.value: mode for mode in AccessMode}
@@ -27,20 +27,29 @@ _MOST_HANDLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Creation:
-    """The request of CreateVolume. None: not recorded, or no filesystem (raw block). `is_ours`: made by this driver."""
+class Answered:
+    """What the answer of CreateVolume has of its request, as lists repeat it.
+
+    None: not recorded, or no filesystem (raw block). `is_ours`: made by this driver.
+    """
 
     csi_name: str | None = None
     fs_type: str | None = None
     is_block: bool | None = None
     zone: str | None = None
     reference: str | None = None
-    parameters: Mapping[str, str] = field(default_factory=dict)
     is_ours: bool = False
-    capacity: CapacityRange | None = None
-    modes: frozenset[AccessMode] | None = None
     header_bytes: int = 0
     """Size of a header that the node writes, in addition to the requested capacity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Creation(Answered):
+    """The request of CreateVolume."""
+
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    capacity: CapacityRange | None = None
+    modes: frozenset[AccessMode] | None = None
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
@@ -66,22 +75,39 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
 
 def read_creation(metadata: Mapping[str, object]) -> Creation:
     own = _own(metadata)
-    is_ours = own.get("created") is True and own.get("format") == _FORMAT
-    mode = _text(metadata, "volumeMode")
     modes, required, limit = own.get("modes"), _decimal(own.get("required")), _decimal(own.get("limit"))
-    is_range = is_ours and required is not None and limit is not None
+    is_range = _is_ours(own) and required is not None and limit is not None
     return Creation(
-        csi_name=_text(metadata, "csi_name"),
-        fs_type=_text(metadata, "fsType"),
-        is_block=mode.lower() == "block" if mode else None,
-        zone=_text(metadata, "zone"),
-        reference=_text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
+        *_answered(metadata, own),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
-        is_ours=is_ours,
         capacity=CapacityRange(required or 0, limit or 0) if is_range else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
-        header_bytes=_decimal(own.get("header")) or 0 if is_ours else 0,
     )
+
+
+def read_answered(metadata: Mapping[str, object]) -> Answered:
+    return Answered(*_answered(metadata, _own(metadata)))
+
+
+_Answered: TypeAlias = tuple[str | None, str | None, bool | None, str | None, str | None, bool, int]
+
+
+def _answered(metadata: Mapping[str, object], own: Mapping[str, object]) -> _Answered:
+    """Return the fields of `Answered`, in their order."""
+    is_ours, mode = _is_ours(own), _text(metadata, "volumeMode")
+    return (
+        _text(metadata, "csi_name"),
+        _text(metadata, "fsType"),
+        mode.lower() == "block" if mode else None,
+        _text(metadata, "zone"),
+        _text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
+        is_ours,
+        _decimal(own.get("header")) or 0 if is_ours else 0,
+    )
+
+
+def _is_ours(own: Mapping[str, object]) -> bool:
+    return own.get("created") is True and own.get("format") == _FORMAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from typing import Generic, TypeVar
 from csi_driver import errors
 from csi_driver.background import DaemonPool
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
-from csi_driver.controller.volume_metadata import Creation, read_creation
+from csi_driver.controller.volume_metadata import Answered, Creation, read_creation
 from csi_driver.deadline import Deadline
 from csi_driver.model import Segments
-from csi_driver.storage_model import Reservation, Volume
+from csi_driver.storage_model import Reservation, Volume, VolumeSummary
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -178,21 +178,29 @@ def _named(segments: Segments, key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    zone: str
-    management: Management
-    volume: Volume
-    creation: Creation
+class Listed:
+    """A volume with the fields that lists have."""
 
-    @property
-    def is_blank(self) -> bool:
-        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
-        return self.creation.is_ours and self.volume.reservation == Reservation()
+    zone: str
+    volume: VolumeSummary
+    creation: Answered
 
     @property
     def reserved_bytes(self) -> int:
         encryption = self.volume.encryption
         return encryption.header_bytes if encryption is not None else self.creation.header_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Listed):
+    volume: Volume
+    creation: Creation
+    management: Management
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
+        return self.creation.is_ours and self.volume.reservation == Reservation()
 
     def has_name(self, csi_name: str | None) -> bool:
         return self.creation.csi_name == csi_name and not self.volume.is_being_deleted
@@ -204,7 +212,7 @@ class Found:
 def find_in(clusters: Clusters, zone: str, name: str, *, deadline: Deadline) -> Found | None:
     management = served(clusters, zone)
     volume = management.volume(name, deadline=deadline)
-    return None if volume is None else Found(zone, management, volume, read_creation(volume.metadata))
+    return None if volume is None else Found(zone, volume, read_creation(volume.metadata), management)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
@@ -45,6 +45,7 @@ def _projection(fields: tuple[str, ...]) -> str:
 
 
 _SORTED = "sort=" + _quoted_json({"_id": 1})
+_SUMMARY_PROJECTION = _projection(codec.SUMMARY_FIELDS)
 _VOLUME_PROJECTION = _projection(codec.VOLUME_FIELDS)
 _CLIENT_PROJECTION = _projection(codec.CLIENT_FIELDS)
 _TARGET_PROJECTION = _projection(free_capacity.TARGET_FIELDS)
@@ -100,10 +101,10 @@ class ManagementClient:
         # A provisioning group's reservation is no volume.
         return codec.decode_volume(row) if row and row.get("isReserved") is not True else None
 
-    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
+    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> Iterator[storage_model.VolumeSummary]:
         above = {"_id": {"$gt": after}} if after else None
-        rows = self._list("volumes", deadline, f"{_SORTED}&{_VOLUME_PROJECTION}", above, limit)
-        return [codec.decode_volume(row, listed=True) for row in rows]
+        rows = self._list("volumes", deadline, f"{_SORTED}&{_SUMMARY_PROJECTION}", above, limit)
+        return map(codec.decode_summary, _taken(rows))
 
     def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
         if not _CLIENT_ID.fullmatch(client_id):
@@ -315,6 +316,13 @@ class ManagementClient:
     def _first_client(self, condition: object, deadline: Deadline) -> Client | None:
         rows = self._list("clients", deadline, _CLIENT_PROJECTION, condition)
         return next((codec.decode_client(row) for row in rows), None)
+
+
+def _taken(rows: list[codec.Document]) -> Iterator[codec.Document]:
+    """Yield the rows in order and drop each: a list of thousands is never in memory in two forms."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def _attachment(

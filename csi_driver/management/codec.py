@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import astuple
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from csi_driver import storage_model
 from csi_driver.capacity import GIGABYTE
@@ -28,12 +28,16 @@ _LAYOUT_KEYS = (
     "stripeWidth", "stripeSize", "dataBlocks", "parityBlocks", "numberOfMirrors", "protectionLevel", "enableCrcCheck",
 )  # fmt: skip
 """Keys of the fields of `Layout` after its RAID level, in their order."""
-VOLUME_FIELDS = (
-    "_id", "name", "uuid", "blocks", "blockSize", "capacity", "status", "action", "health", "isReady", "isReserved",
-    "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "isEncrypted", "encryption", "RAIDLevel", *_LAYOUT_KEYS,
-    "VPG", "reservation", "description", "relativeRebuildPriority", "metadata", METADATA_FIELD,
+SUMMARY_FIELDS = (
+    "_id", "uuid", "blocks", "blockSize", "capacity", "status", "action", "health", "isReserved", "isEncrypted",
+    "encryption", "metadata", METADATA_FIELD,
 )  # fmt: skip
-"""Projection of lists of volumes: all that `decode_volume` reads, without the chunks, which are large."""
+"""Projection of lists of volumes: all that `decode_summary` reads."""
+VOLUME_FIELDS = (
+    *SUMMARY_FIELDS, "isReady", "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "RAIDLevel", *_LAYOUT_KEYS,
+    "VPG", "reservation", "description", "relativeRebuildPriority",
+)  # fmt: skip
+"""All that `decode_volume` reads, without the chunks, which are large."""
 
 CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "attachments", "block_devices")
 
@@ -74,33 +78,51 @@ def invalid_document(body: object, what: str) -> StorageUnavailable:
     return StorageUnavailable(f"invalid response of the management: {what}, got {shown(text, _SHOWN_CHARACTERS)}")
 
 
-def decode_volume(row: Document, *, listed: bool = False) -> storage_model.Volume:
-    """Decode a volume. `listed`: tolerate an unknown RAID level, which must not fail a whole list."""
+def decode_volume(row: Document) -> storage_model.Volume:
     try:
         return storage_model.Volume(
-            name=_text(row, "name", "_id"),
-            uuid=_text(row, "uuid"),
-            blocks=_natural(row, "blocks"),
-            block_size=_natural(row, "blockSize"),
-            capacity_gb=float(row.get("capacity") or 0.0),
-            status=str(row.get("status") or ""),
-            action=str(row.get("action") or ""),
-            health=str(row.get("health") or ""),
+            *_summary(row),
             is_ready=row.get("isReady") is not False,
-            is_reserved=row.get("isReserved") is True,
             is_read_only=row.get("isReadOnly") is True,
             is_snapshot=bool(row.get("sourceID")),
             allows_offline_drives=row.get("allowAllocationOnOfflineDrives") is True,
-            encryption=_encryption(row),
-            layout=_layout(row, listed=listed),
+            layout=_layout(row),
             vpg=row.get("VPG") or None,
             reservation=_reservation(row),
             description=str(row.get("description") or ""),
             relative_rebuild_priority=_whole(row.get("relativeRebuildPriority")),
-            metadata=_object(row.get("metadata") or row.get(METADATA_FIELD) or {}, "metadata"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise invalid_document(row, f"a volume document that cannot be read ({error})") from error
+
+
+def decode_summary(row: Document) -> storage_model.VolumeSummary:
+    try:
+        return storage_model.VolumeSummary(*_summary(row))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise invalid_document(row, f"a volume document that cannot be read ({error})") from error
+
+
+_Summary: TypeAlias = tuple[
+    str, str, int, int, float, str, str, str, bool, storage_model.StorageEncryption | None, Mapping[str, object]
+]
+
+
+def _summary(row: Document) -> _Summary:
+    """Return the fields of `VolumeSummary`, in their order."""
+    return (
+        _text(row, "_id", "name"),
+        _text(row, "uuid"),
+        _natural(row, "blocks"),
+        _natural(row, "blockSize"),
+        float(row.get("capacity") or 0.0),
+        str(row.get("status") or ""),
+        str(row.get("action") or ""),
+        str(row.get("health") or ""),
+        row.get("isReserved") is True,
+        _encryption(row),
+        _object(row.get("metadata") or row.get(METADATA_FIELD) or {}, "metadata"),
+    )
 
 
 def decode_client(row: Document) -> storage_model.Client:
@@ -122,7 +144,7 @@ def decode_vpg(row: Document) -> storage_model.Vpg:
     try:
         return storage_model.Vpg(
             name=_text(row, "name", "_id"),
-            layout=_layout(row, listed=False),
+            layout=_layout(row),
             capacity_bytes=gigabytes(row.get("capacity") or 0),
             allow_overflow=row.get("allowOverflow") is not False,
             is_for_metadata=row.get("type") == "METADATA_VOLUME",
@@ -161,13 +183,11 @@ _known_layout = lru_cache(maxsize=1024)(storage_model.Layout)
 _known_reservation = lru_cache(maxsize=1024)(storage_model.Reservation)
 
 
-def _layout(row: Document, *, listed: bool) -> storage_model.Layout:
+def _layout(row: Document) -> storage_model.Layout:
     spelled = row.get("RAIDLevel")
     level = storage_model.RaidLevel.CONCATENATED if spelled is None else _RAID_LEVELS.get(str(spelled).lower())
     if level is None:
-        if not listed:
-            raise ValueError(f"RAIDLevel is {spelled!r}")
-        level = storage_model.RaidLevel.CONCATENATED
+        raise ValueError(f"RAIDLevel is {spelled!r}")
     return _known_layout(level, *map(row.get, _LAYOUT_KEYS))
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
     from csi_driver.controller.publish import PublishVolume
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
+    from csi_driver.model import VolumeHealth
     from csi_driver.node.service import NodeUseCases
 
 _LOG = logging.getLogger(__name__)
@@ -204,8 +205,9 @@ class ControllerService(Service):
         return wire.get_to(self.do.listing.volume(request.volume_id, deadline=deadline))
 
     def ListVolumes(self, request: pb.ListVolumesRequest, deadline: Deadline) -> pb.ListVolumesResponse:
-        volumes, next_token = self.do.listing.volumes(request.max_entries, request.starting_token, deadline=deadline)
-        return wire.list_to(volumes, next_token)
+        page, do = wire.VolumeList(), self.do.listing
+        page.response.next_token = do.volumes(request.max_entries, request.starting_token, page.add, deadline=deadline)
+        return page.response
 
     def GetCapacity(self, request: pb.GetCapacityRequest, deadline: Deadline) -> pb.GetCapacityResponse:
         capacity = self.do.capacity.capacity(
@@ -225,10 +227,16 @@ class ControllerService(Service):
     def ControllerListVolumeHealth(
         self, request: pb.ControllerListVolumeHealthRequest, deadline: Deadline
     ) -> pb.ControllerListVolumeHealthResponse:
-        found, next_token = self.do.health.volumes(request.max_entries, request.starting_token, deadline=deadline)
-        return pb.ControllerListVolumeHealthResponse(
-            entries=[wire.volume_health_to(each) for each in found], next_token=next_token
+        response = pb.ControllerListVolumeHealthResponse()
+
+        def add(health: VolumeHealth) -> int:
+            response.entries.append(wire.volume_health_to(health))
+            return response.entries[-1].ByteSize()
+
+        response.next_token = self.do.health.volumes(
+            request.max_entries, request.starting_token, add, deadline=deadline
         )
+        return response
 
 
 @dataclass(slots=True)

@@ -150,7 +150,7 @@ def test_the_embedded_manager_is_used_over_tls(
     client = ManagementClient(settings)
     try:
         assert storage.server.url.startswith("https:")
-        assert client.volumes(after="", limit=0, deadline=deadline) == []
+        assert list(client.volumes(after="", limit=0, deadline=deadline)) == []
     finally:
         client.close()
         storage.server.stop()

@@ -15,7 +15,7 @@ import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -48,6 +48,7 @@ from csi_driver.storage_model import (
     Volume,
     VolumeChanges,
     VolumeSpec,
+    VolumeSummary,
     Vpg,
 )
 
@@ -208,10 +209,10 @@ class FakeManagement:
             found = self.old_news.get(name, found)
             return None if found is None or found.is_reserved else deepcopy(found)
 
-    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> list[Volume]:
+    def volumes(self, *, after: str, limit: int, deadline: Deadline) -> Iterator[VolumeSummary]:
         with self._request("volumes", deadline):
             names = sorted(name for name, volume in self._volumes.items() if name > after and not volume.is_reserved)
-            return [deepcopy(self._volumes[name]) for name in (names[:limit] if limit else names)]
+            return iter([_summary(self._volumes[name]) for name in (names[:limit] if limit else names)])
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
         with self._request("create_volume", deadline):
@@ -616,6 +617,11 @@ def _encryption(spec: VolumeSpec, group: Vpg | None) -> StorageEncryption | None
     if group is not None and group.is_encrypted:
         return StorageEncryption(group.header_bytes)
     return StorageEncryption(spec.encrypted_header_bytes) if spec.encrypted_header_bytes else None
+
+
+def _summary(volume: Volume) -> VolumeSummary:
+    """Return the fields that lists have."""
+    return VolumeSummary(**{each.name: deepcopy(getattr(volume, each.name)) for each in fields(VolumeSummary)})
 
 
 def client_uuid(name: str) -> str:

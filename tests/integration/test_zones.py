@@ -19,7 +19,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.model import DEFAULT_TOPOLOGY_KEY
 from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
-from csi_driver.storage_model import Volume
+from csi_driver.storage_model import VolumeSummary
 from tests.client import CsiClient
 from tests.contract.two_managements import Storage
 from tests.integration.rig import PROGRAM, REPOSITORY, wait_for
@@ -83,9 +83,9 @@ class Clusters:
         self.processes[name].send_signal(signal.SIGKILL)
         self.processes[name].wait(30)
 
-    def volumes(self, zone: str) -> list[Volume]:
+    def volumes(self, zone: str) -> list[VolumeSummary]:
         with contextlib.closing(self.zones[zone].connect()) as management:
-            return management.volumes(after="", limit=0, deadline=Deadline.after(20))
+            return list(management.volumes(after="", limit=0, deadline=Deadline.after(20)))
 
     def names(self) -> list[str]:
         present = (volume for zone in self.zones for volume in self.volumes(zone))

@@ -62,7 +62,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "list": (
         "GET",
         "/volumes/all/0/0",
-        lambda client, deadline: client.volumes(after="", limit=0, deadline=deadline),
+        lambda client, deadline: list(client.volumes(after="", limit=0, deadline=deadline)),
     ),
     "change": (
         "POST",

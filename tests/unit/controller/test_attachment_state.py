@@ -23,7 +23,7 @@ from tests.fakes.management import FakeManagement
 UUID = "11111111-2222-3333-4444-555555555555"
 VOLUME = Volume("v", UUID, 262144, 4096, 1.1, "online", "none")
 HANDLE = VolumeHandle("v", "z", UUID, "team-a")
-LOCATED = Located("z", FakeManagement(), VOLUME, Creation(), HANDLE.format(), HANDLE)
+LOCATED = Located("z", VOLUME, Creation(), FakeManagement(), HANDLE.format(), HANDLE)
 EXCLUSIVE, NONE, READ = (ReservationMode.EXCLUSIVE_READ_WRITE, ReservationMode.NONE, ReservationMode.SHARED_READ_ONLY)
 OURS, THEIRS = frozenset({"team-a"}), frozenset({"team-b"})
 

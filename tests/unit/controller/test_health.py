@@ -9,7 +9,7 @@ import pytest
 
 from csi_driver.controller.list_volumes import GetVolumeHealth, find_faults
 from csi_driver.errors import StaleToken, VolumeNotFound
-from csi_driver.model import Reason, VolumeFault
+from csi_driver.model import Reason, VolumeFault, VolumeHealth
 from csi_driver.storage_model import (
     Client,
     ClientStatus,
@@ -128,6 +128,16 @@ def test_a_volume_that_is_not_there_is_not_found(volume_id: str) -> None:
         of(world).volume(volume_id, deadline=world.deadline())
 
 
+def listed(world: World, page: int = 0, token: str = "") -> tuple[list[VolumeHealth], str]:
+    found: list[VolumeHealth] = []
+
+    def add(health: VolumeHealth) -> int:
+        found.append(health)
+        return 100
+
+    return found, of(world).volumes(page, token, add, deadline=world.deadline())
+
+
 def test_the_health_of_all_volumes_comes_in_the_pages_of_their_list() -> None:
     world = World(zones=("z1", "z2"))
     ids = [world.create(f"volume-{number}").volume_id for number in range(5)]
@@ -139,17 +149,27 @@ def test_the_health_of_all_volumes_comes_in_the_pages_of_their_list() -> None:
     told: dict[str, list[Reason]] = {}
     token, pages = "", 0
     while pages == 0 or token:
-        page, token = of(world).volumes(2, token, deadline=world.deadline())
+        page, token = listed(world, 2, token)
         told |= {health.volume_id: [entry.reason for entry in health.entries] for health in page}
         pages += 1
     wrong = {ids[1]: [Reason.NODE_DOWN], ids[3]: [Reason.VOLUME_OFFLINE]}
     assert told == {volume_id: wrong.get(volume_id, []) for volume_id in ids}
     assert pages == 3
-    everything, _ = of(world).volumes(0, "", deadline=world.deadline())
+    everything, _ = listed(world)
     assert {health.volume_id for health in everything} == set(ids)
+
+
+def test_a_page_of_health_costs_the_requests_of_a_page_of_the_list() -> None:
+    world = World()
+    for number in range(3):
+        world.create(f"volume-{number}")
+    world.management.requests.clear()
+    _, token = listed(world, 2)
+    assert token
+    assert world.management.requests == ["clients", "volumes"]
 
 
 def test_a_token_of_nobody_is_stale() -> None:
     world = World()
     with pytest.raises(StaleToken):
-        of(world).volumes(1, "what", deadline=world.deadline())
+        listed(world, 1, "what")

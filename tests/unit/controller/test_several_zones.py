@@ -242,7 +242,7 @@ def test_a_zone_may_be_skipped_and_duplicates_are_logged_once(caplog: pytest.Log
     world.zones["a"].is_reachable = True
     orphan = duplicate(world, "b", "a")
     for _ in range(2):
-        listed, _ = world.listing.volumes(0, "", deadline=world.deadline())
+        listed, _ = world.listed()
         assert len(listed) == 2
     reports = [record.getMessage() for record in caplog.records if "exists in several zones" in record.getMessage()]
     assert len(reports) == 1
@@ -288,7 +288,7 @@ def test_a_list_fails_while_a_zone_is_unreachable() -> None:
     world.create()
     world.zones["b"].is_reachable = False
     with pytest.raises(StorageUnavailable):
-        world.listing.volumes(0, "", deadline=world.deadline())
+        world.listed()
 
 
 def test_a_dead_zone_has_no_capacity(caplog: pytest.LogCaptureFixture) -> None:
@@ -363,7 +363,7 @@ def test_handles_from_before_the_only_zone_had_a_name_are_served_in_every_call(f
     world.zones["paris"].add_volume(OLD)
     old = form.format(name=OLD.name, uuid=OLD.uuid)
     world.publish(old)
-    listed, _ = world.listing.volumes(0, "", deadline=world.deadline())
+    listed, _ = world.listed()
     held = [(each.volume.volume_id, each.published_node_ids) for each in listed if each.published_node_ids]
     assert (old, (NODE_1,)) in held
     assert world.listing.volume(old, deadline=world.deadline()).volume.volume_id == old

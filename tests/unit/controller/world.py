@@ -23,10 +23,12 @@ from csi_driver.model import (
     BlockAccess,
     Capability,
     CapacityRange,
+    ListedVolume,
     MountAccess,
     ProvisionedVolume,
 )
 from csi_driver.publish_context import PublishContext
+from csi_driver.rpc.wire import VolumeList
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Volume
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
@@ -110,6 +112,17 @@ class World:
 
     def unpublish(self, volume_id: str, node_id: str = NODE_1, *, seconds: float = 60.0) -> None:
         self.unpublication.unpublish(volume_id, node_id, deadline=self.deadline(seconds))
+
+    def listed(self, page: int = 0, token: str = "") -> tuple[list[ListedVolume], str]:
+        """Return one page of ListVolumes, and the token of the next."""
+        found: list[ListedVolume] = []
+        message = VolumeList()
+
+        def add(entry: ListedVolume) -> int:
+            found.append(entry)
+            return message.add(entry)
+
+        return found, self.listing.volumes(page, token, add, deadline=self.deadline())
 
     def stored(self) -> Volume:
         """Return the only volume that there is."""

@@ -6,6 +6,7 @@ import pytest
 from csi_driver.errors import StorageUnavailable
 from csi_driver.management.codec import (
     decode_client,
+    decode_summary,
     decode_system_info,
     decode_volume,
     decode_vpg,
@@ -83,7 +84,7 @@ def test_an_unknown_raid_level_is_invalid() -> None:
 
 
 def test_an_unknown_raid_level_does_not_hide_a_volume_from_lists() -> None:
-    assert decode_volume({**BARE_VOLUME, "RAIDLevel": "RAID-99"}, listed=True).name == "v"
+    assert decode_summary({**BARE_VOLUME, "RAIDLevel": "RAID-99"}).name == "v"
 
 
 def test_a_reported_device_carries_status_io_and_references() -> None:

@@ -110,10 +110,14 @@ class FakeController:
         self._find(volume_id)
         self.modified.append(dict(parameters))
 
-    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[ListedVolume], str]:
+    def volumes(
+        self, max_entries: int, starting_token: str, add: Callable[[ListedVolume], int], *, deadline: Deadline
+    ) -> str:
         self.trace.enter("volumes", deadline)
         listed = [self._listed(volume) for volume in self.by_name.values()]
-        return listed[: max_entries or None], "next" if 0 < max_entries < len(listed) else ""
+        for each in listed[: max_entries or None]:
+            add(each)
+        return "next" if 0 < max_entries < len(listed) else ""
 
     def volume(self, volume_id: str, *, deadline: Deadline) -> ListedVolume:
         self.trace.enter("volume", deadline)
@@ -209,9 +213,13 @@ class _ControllerHealth:
             raise VolumeNotFound(volume_id)
         return VolumeHealth(volume_id, (DEGRADED,))
 
-    def volumes(self, max_entries: int, starting_token: str, *, deadline: Deadline) -> tuple[list[VolumeHealth], str]:
+    def volumes(
+        self, max_entries: int, starting_token: str, add: Callable[[VolumeHealth], int], *, deadline: Deadline
+    ) -> str:
         listed = [VolumeHealth(VOLUME_ID, (DEGRADED,)), VolumeHealth("z:healthy")]
-        return listed[: max_entries or None], "next" if max_entries else ""
+        for each in listed[: max_entries or None]:
+            add(each)
+        return "next" if max_entries else ""
 
 
 class _NodeHealth:

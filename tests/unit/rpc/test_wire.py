@@ -98,9 +98,24 @@ def test_a_volume_is_written_with_all_fields() -> None:
 
 
 def test_a_listed_volume_always_has_a_status() -> None:
-    page = wire.list_to([ListedVolume(ProvisionedVolume("id", 5), ())], "token")
-    assert page.entries[0].HasField("status")
-    assert page.next_token == "token"
+    page = wire.VolumeList()
+    page.add(ListedVolume(ProvisionedVolume("id", 5), ()))
+    assert page.response.entries[0].HasField("status")
+
+
+def test_volumes_of_one_shape_differ_in_id_size_and_nodes() -> None:
+    page = wire.VolumeList()
+    context, topology = {"fsType": "xfs", "zone": "z"}, ({"key": "z"},)
+    given = [
+        ListedVolume(ProvisionedVolume("a", 5, context, topology), ("n1", "n2")),
+        ListedVolume(ProvisionedVolume("b", 6, context, topology), ()),
+        ListedVolume(ProvisionedVolume("c", 7, {"zone": "z"}, topology), ("n3",)),
+    ]
+    sizes = [page.add(each) for each in given]
+    shown = page.response.entries
+    assert [entry.volume for entry in shown] == [wire.volume_to(each.volume) for each in given]
+    assert [tuple(entry.status.published_node_ids) for entry in shown] == [each.published_node_ids for each in given]
+    assert sizes == [entry.ByteSize() for entry in shown]
 
 
 def test_an_unknown_limit_is_left_unset() -> None:
