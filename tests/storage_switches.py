@@ -127,6 +127,7 @@ def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
         return _Port(target, {method: after(f"{kind}.{method}", target) for method in methods})
 
     server.store.write = after("store.write", server.store)  # type: ignore[method-assign, assignment]
+    server.store.write_later = after("store.write_later", server.store)  # type: ignore[method-assign, assignment]
     server.pool.make = after("pool.make", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove = after("pool.remove", server.pool)  # type: ignore[method-assign, assignment]
     attacher = server.attacher

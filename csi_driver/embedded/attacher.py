@@ -133,6 +133,7 @@ class Attacher:
                 except (HostFailure, OSError) as problem:
                     _log.warning("the device node %s cannot be created and is retried: %s", node, problem)
         self.volumes.check_files()
+        self.store.flush()
 
     def settle_all(self, pairs: Iterable[Pair]) -> None:
         """Settle each pair now; failures are retried in the background."""
@@ -313,7 +314,8 @@ class Attacher:
         if volume.made:
             if reason := self.volumes.check_file(volume.name):
                 raise PreconditionFailed(reason)
-            self.pool.make(volume.uuid, volume.bytes)
+            if volume.bytes > volume.least_bytes:
+                self.pool.make(volume.uuid, volume.bytes)
             return
         self.pool.make(volume.uuid, volume.bytes, synced=True)
 
@@ -335,7 +337,8 @@ class Attacher:
                 self._keep(wanted, device)
             return False
         if wanted is not None:
-            self._hide(client, wanted.volume)
+            if device is None:
+                self._hide(client, wanted.volume)
             self.clients.report_detached(wanted)
         elif (report := self.clients.withdraw_report(client, identity)) is not None:
             self._hide(client, report.volume)

@@ -30,7 +30,10 @@ from csi_driver.embedded.model import (
 )
 from csi_driver.embedded.requests import AttachedVolume, DetachedVolume, ReservationRequest
 from csi_driver.embedded.store import Change, Store
+from csi_driver.errors import HostFailure
 
+_DETACHED_SHOWN = 100
+"""Detached volumes in a client's document, besides the latest. The real server shows each until it is deleted."""
 Pair = tuple[str, str]
 """A client's name and a volume's uuid."""
 
@@ -41,6 +44,8 @@ class Clients:
     names: tuple[str, ...]
     check_file: Callable[[str], str] = lambda name: ""
     """Returns why the file of a volume, by name, cannot be used; "" = it can."""
+    secure_file: Callable[[str, str], bool] = lambda name, identity: False
+    """Syncs a volume's file, by name and uuid, before its first attachment; True when the row may say `made`."""
 
     def install(self) -> None:
         """Create the missing records of the configured clients. A client's uuid never changes."""
@@ -55,9 +60,13 @@ class Clients:
     def attach(self, client: str, item: AttachedVolume) -> list[Pair]:
         """Record that the volume is to be attached. Raises ApiError."""
         lost = self.check_file(item.name)
-        return self.store.write(lambda change: self._attach(change, client, item, lost))
+        try:
+            is_made = self.secure_file(item.name, item.uuid)
+        except HostFailure:
+            is_made = False  # the attacher retries it
+        return self.store.write(lambda change: self._attach(change, client, item, lost, is_made=is_made))
 
-    def _attach(self, change: Change, client: str, item: AttachedVolume, lost: str) -> list[Pair]:
+    def _attach(self, change: Change, client: str, item: AttachedVolume, lost: str, *, is_made: bool) -> list[Pair]:
         name, identity, request = item.name, item.uuid, item.reservation
         if change.get(CLIENTS, client) is None:
             raise ApiError(1621, f"Client {client} not found; this manager serves {', '.join(self.names)}")
@@ -74,8 +83,9 @@ class Clients:
             raise _not_attached(refused)
         reservation = _acquired(volume.reservation, client, mode, request)
         pairs = [(client, volume.uuid)]
-        if reservation != volume.reservation:
-            change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
+        reserved = replace(volume, reservation=reservation, made=volume.made or is_made)
+        if reserved != volume:
+            change.put(VOLUMES, volume.name, reserved)
         if request.preempt:
             pairs[:0] = self._preempt(change, client, volume, detach=request.is_detach_others)
         shown: Document = {"mode": mode, "version": reservation.version, "preempt": 2 if request.preempt else 0}
@@ -118,10 +128,10 @@ class Clients:
         report = change.get(REPORTS, identity, client)
         if left:
             change.put(ATTACHMENTS, identity, replace(attachment, references=left), client)
-        elif report is not None and report.status != DETACHED:
+        elif client not in self.names or (report is not None and report.status != DETACHED):
             _put_detaching(change, replace(attachment, references=()), force=item.force)
         else:
-            # The client never reported the device, so there is nothing to wait for.
+            # A client of this manager that never reported the device: there is nothing to wait for.
             _end_attachment(change, attachment)
         return [(client, identity)]
 
@@ -130,18 +140,30 @@ class Clients:
         old = self.store.get(REPORTS, attachment.uuid, attachment.client)
         new = (status, io_enabled, attachment.references, attachment.reservation["mode"])
         if old is None or new != (old.status, old.io_enabled, old.references, old.reservation["mode"]):
-            self.store.write(lambda change: _put_report(change, attachment, status, io_enabled=io_enabled))
+            # The next start settles every attachment, and so reports it again.
+            self.store.write_later(lambda change: _put_report(change, attachment, status, io_enabled=io_enabled))
 
     def report_detached(self, attachment: Attachment) -> None:
-        """Report the detach; the attachment ends unless the volume is to be attached again."""
+        """Report the detach; the attachment ends unless the volume is to be attached again.
+
+        Its record says `detaching`, so the next start ends it if a crash does not keep this.
+        """
 
         def end(change: Change) -> None:
             _put_report(change, attachment, DETACHED, io_enabled=1)
             current = change.get(ATTACHMENTS, attachment.uuid, attachment.client)
             if current is not None and not current.is_attaching:
                 _end_attachment(change, attachment)
+            self._forget_detached(change, attachment.client)
 
-        self.store.write(end)
+        self.store.write_later(end)
+
+    def _forget_detached(self, change: Change, client: str) -> None:
+        """Forget the earliest reports of detached volumes: each request for a client shows all that are left."""
+        ended = [report for report in self.store.all(REPORTS, client) if report.status == DETACHED]
+        for report in ended[:-_DETACHED_SHOWN]:
+            if change.get(ATTACHMENTS, report.uuid, client) is None:
+                change.delete(REPORTS, report.uuid, client)
 
     def withdraw_report(self, client: str, identity: str) -> Report | None:
         """Report a volume as detached that has no attachment record; return the earlier report.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
-from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Report, Volume
+from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Part, Report, Volume
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import DriverError
 
@@ -103,30 +103,25 @@ def client_document(client: Client, reports: list[Report], attachments: list[Att
         "uuid": client.uuid,
         "health": "critical" if down else "healthy",
         "client_status": DOWN if down else READY,
-        "block_devices": [_block_device(report) for report in reports],
-        "attachments": {attachment.uuid: _attachment(attachment) for attachment in attachments},
+        "block_devices": [report.part for report in reports],
+        "attachments": {attachment.uuid: attachment.part for attachment in attachments},
     }
 
 
-def _block_device(report: Report) -> Document:
-    return {
-        "name": report.volume,
-        "uuid": report.uuid,
-        "ioEnabled": report.io_enabled,
-        "vol_status": report.status,
-        "reservation": report.reservation,
-        "referenceIDs": list(report.references),
-    }
+def client_text(document: Document) -> str:
+    """Return a client's document as JSON, made of the texts of its parts."""
+    return "{" + ",".join(f"{json.dumps(name)}:{_text(value)}" for name, value in document.items()) + "}"
 
 
-def _attachment(attachment: Attachment) -> Document:
-    return {
-        "uuid": attachment.uuid,
-        "name": attachment.volume,
-        "action": attachment.action,
-        "reservation": attachment.reservation,
-        "referenceIDs": list(attachment.references),
-    }
+def _text(value: object) -> str:
+    match value:
+        case Part():
+            return value.text
+        case dict():
+            return client_text(value)
+        case list():
+            return "[" + ",".join(map(_text, value)) + "]"
+    return json.dumps(value)
 
 
 def group_document(name: str, layout: Layout) -> Document:

@@ -151,10 +151,19 @@ class Sessions:
 
 
 def answer(content: object, status: int = 200) -> Response:
-    return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json; charset=utf-8")
+    return _answer(_json(content), status)
+
+
+def _answer(text: str, status: int = 200) -> Response:
+    return Response(text, status, media_type="application/json; charset=utf-8")
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, separators=(",", ":"))
 
 
 _Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 _Body = TypeVar("_Body")
 _Item = TypeVar("_Item", bound=RequestBody)
 
@@ -182,8 +191,8 @@ class Api:
             ("/volumes/all/{page}/{count}", self._list(self.volume_documents)),
             ("/volumes/count", self._get(self.count_volumes)),
             ("/volumes/{name}", self._get(self.volume)),
-            ("/clients/all/{page}/{count}", self._list(self.client_documents)),
-            ("/clients/{name}", self._get(self.client)),
+            ("/clients/all/{page}/{count}", self._list(self.client_documents, documents.client_text)),
+            ("/clients/{name}", self._get(self.client, documents.client_text)),
             ("/servers/all/{page}/{count}", self._list(self.target_documents)),
             # There are no drive and target classes.
             ("/diskClasses/all/{page}/{count}", self._list(tuple)),
@@ -206,18 +215,20 @@ class Api:
     def is_known(self, request: Request) -> bool:
         return self.sessions.known(request.cookies.get(COOKIE))
 
-    def _get(self, act: Callable[[Request], object]) -> _Handler:
+    def _get(self, act: Callable[[Request], T], text: Callable[[T], str] = _json) -> _Handler:
         async def handle(request: Request) -> Response:
-            return answer(act(request)) if self.is_known(request) else to_login()
+            return _answer(text(act(request))) if self.is_known(request) else to_login()
 
         return handle
 
-    def _list(self, documents: Callable[[], Iterable[Document]]) -> _Handler:
+    def _list(self, listed: Callable[[], Iterable[Document]], text: Callable[[Document], str] = _json) -> _Handler:
+        """Return the route of a list, with the text of each document."""
+
         async def handle(request: Request) -> Response:
             if not self.is_known(request):
                 return to_login()
             query = Query.parse(request.query_params, request.path_params["page"], request.path_params["count"])
-            return await run_in_threadpool(lambda: answer(query.select(documents())))
+            return await run_in_threadpool(lambda: _answer(f"[{','.join(map(text, query.select(listed())))}]"))
 
         return handle
 

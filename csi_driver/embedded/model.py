@@ -15,6 +15,15 @@ from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
 Document = dict[str, object]
 """A decoded JSON object."""
 
+
+class Part(Document):
+    """A part of a document that never changes, and its text: encoded once for all answers that show it."""
+
+    @cached_property
+    def text(self) -> str:
+        return json.dumps(self, separators=(",", ":"))
+
+
 NONE, SHARED_READ_ONLY, SHARED_READ_WRITE, EXCLUSIVE_READ_WRITE = range(4)
 MODES = {
     "SHARED_READ_ONLY": SHARED_READ_ONLY,
@@ -117,7 +126,7 @@ class Client:
     uuid: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attachment:
     """The desired attachment of a volume to a client."""
 
@@ -143,8 +152,19 @@ class Attachment:
     def is_attaching(self) -> bool:
         return self.action == "attaching"
 
+    @cached_property
+    def part(self) -> Part:
+        """Its value in the `attachments` of the client's document."""
+        return Part(
+            uuid=self.uuid,
+            name=self.volume,
+            action=self.action,
+            reservation=self.reservation,
+            referenceIDs=list(self.references),
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Report:
     """The state of a volume that a client reported: a row of its block_devices."""
 
@@ -155,6 +175,18 @@ class Report:
     io_enabled: int
     reservation: Document
     references: tuple[str, ...]
+
+    @cached_property
+    def part(self) -> Part:
+        """Its row in the `block_devices` of the client's document."""
+        return Part(
+            name=self.volume,
+            uuid=self.uuid,
+            ioEnabled=self.io_enabled,
+            vol_status=self.status,
+            reservation=self.reservation,
+            referenceIDs=list(self.references),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,8 @@ class StorageServer:
         self.worker = worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
         can_encrypt = headers is not None
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
-        self.clients = Clients(store, tuple(client.name for client in settings.clients), volumes.check_file)
+        names = tuple(client.name for client in settings.clients)
+        self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)

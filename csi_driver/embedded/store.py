@@ -2,8 +2,8 @@
 """The manager's database: SQLite in WAL mode with full synchronisation, and a decoded copy in memory.
 
 A change is a function of a `Change`; it becomes durable as a whole or not at all. Concurrent changes are committed
-together, so that sixteen writers share one fsync. Readers never wait: they see the last commit. The pool's lock keeps
-other processes from the database.
+together, so that sixteen writers share one fsync. Readers never wait: they see the last commit, and the changes of
+`write_later`, which join the next commit. The pool's lock keeps other processes from the database.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +59,8 @@ class Change:
 
     def __init__(self, layers: tuple[_Layer, ...], committed: dict[tuple[str, str], dict[str, object]]) -> None:
         self.puts: dict[_Key, object] = {}
+        self.builds_on_uncommitted = False
+        """It read a record that a commit may still refuse."""
         self._layers = layers
         self._committed = committed
 
@@ -68,6 +70,7 @@ class Change:
             return self.puts[place]  # type: ignore[return-value]
         for layer in self._layers:
             if place in layer:
+                self.builds_on_uncommitted = True
                 return layer[place][0]  # type: ignore[return-value]
         return self._committed.get((table.name, grouping), {}).get(key)  # type: ignore[return-value]
 
@@ -98,6 +101,8 @@ class Store:
         self._staged = _Batch()
         self._committing = _Batch()
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
+        self._unsaved: dict[_Key, str | None] = {}
+        """Texts of `write_later`, which the next commit takes along."""
         self._reserve = path.with_name(f"{path.name}.ballast")
         """Space for the changes that free space when the disk is full."""
         try:
@@ -128,6 +133,10 @@ class Store:
 
     def close(self) -> None:
         """Close the database; no call may follow."""
+        try:
+            self.flush()
+        except StorageUnavailable as problem:
+            _log.warning("%s; the next start makes it again", problem)
         with self._commit_lock:
             self._connection.close()
 
@@ -154,8 +163,7 @@ class Store:
         and discards its puts. Raises StorageUnavailable if the disk refuses the commit.
         """
         with self._change_lock:
-            view = Change((self._staged.puts, self._committing.puts), self._committed)
-            result = change(view)
+            view, result = self._run(change)
             # Encoded before it joins the batch: an invalid record fails only its own change.
             encoded = {place: (record, self._text(place, record)) for place, record in view.puts.items()}
             batch = self._staged
@@ -164,22 +172,58 @@ class Store:
             self._commit(batch)
         return result
 
+    def write_later(self, change: Callable[[Change], T]) -> T:
+        """Run `change` and show its puts at once; they are durable with the next commit.
+
+        For what the next start makes again from the records on disk: it is lost if the process dies before.
+        """
+        with self._change_lock:
+            view, result = self._run(change)
+            if not view.builds_on_uncommitted and not any(
+                place in layer for layer in (self._staged.puts, self._committing.puts) for place in view.puts
+            ):
+                self._unsaved |= {place: self._text(place, record) for place, record in view.puts.items()}
+                self._show(view.puts)
+                return result
+        return self.write(change)
+
+    def flush(self) -> None:
+        """Commit what `write_later` left. Raises StorageUnavailable."""
+        with self._change_lock:
+            batch = self._staged if self._unsaved else None
+        if batch is not None:
+            self._commit(batch)
+
+    def _run(self, change: Callable[[Change], T]) -> tuple[Change, T]:
+        view = Change((self._staged.puts, self._committing.puts), self._committed)
+        return view, change(view)
+
     def _text(self, place: _Key, record: object) -> str | None:
         return None if record is None else self._tables[place[0]].text(record)
+
+    def _show(self, puts: Mapping[_Key, object]) -> None:
+        for (kind, grouping, key), record in puts.items():
+            records = self._committed.setdefault((kind, grouping), {})
+            if record is None:
+                records.pop(key, None)
+            else:
+                records[key] = record
 
     def _commit(self, batch: _Batch) -> None:
         with self._commit_lock:
             if not batch.done:
-                with self._change_lock:
-                    self._committing, self._staged = self._staged, _Batch()
-                self._write_out(self._committing)
+                self._write_out(batch)
         if batch.problem is not None:
             raise StorageUnavailable(f"the manager's database refused a change: {batch.problem}") from batch.problem
 
     def _write_out(self, batch: _Batch) -> None:
         """Commit a batch and make it visible. A failure discards it and the changes staged since, which build on it."""
-        puts = [(*place, text) for place, (_, text) in batch.puts.items() if text is not None]
-        deleted = [place for place, (_, text) in batch.puts.items() if text is None]
+        with self._change_lock:
+            self._committing, self._staged = batch, _Batch()
+            unsaved, self._unsaved = self._unsaved, {}
+        texts = unsaved | {place: text for place, (_, text) in batch.puts.items()}
+        puts = [(*place, text) for place, text in texts.items() if text is not None]
+        deleted = [place for place, text in texts.items() if text is None]
         try:
             self._transact(puts, deleted)
         except BaseException as problem:
@@ -187,16 +231,12 @@ class Store:
                 for lost in (batch, self._staged):
                     lost.done, lost.problem = True, problem
                 self._committing, self._staged = _Batch(), _Batch()
+                self._unsaved = unsaved | self._unsaved
             if isinstance(problem, sqlite3.Error):
                 return
             raise
         with self._change_lock:
-            for (kind, grouping, key), (record, _) in batch.puts.items():
-                records = self._committed.setdefault((kind, grouping), {})
-                if record is None:
-                    records.pop(key, None)
-                else:
-                    records[key] = record
+            self._show({place: record for place, (record, _) in batch.puts.items()})
             batch.done = True
             self._committing = _Batch()
 

@@ -165,6 +165,21 @@ class Volumes:
             _log.info("the file of volume %s is whole again; the volume is online", name)
         return reason
 
+    def secure_file(self, name: str, identity: str) -> bool:
+        """Sync the file of a volume that no client had, so that its row may say `made`; False if it has none, or may.
+
+        Raises SystemCallFailed.
+        """
+        volume = self.store.get(VOLUMES, name)
+        if volume is None or volume.made:
+            return False
+        with self.locks.hold(identity):
+            volume = self.store.get(VOLUMES, name)
+            if volume is None or volume.uuid != identity:
+                return False
+            self.pool.make(identity, volume.bytes, synced=True)
+        return True
+
     def check_files(self) -> None:
         for volume in self.store.all(VOLUMES):
             self.check_file(volume.name)
@@ -303,7 +318,7 @@ class Volumes:
             if volume.reservation.attached or self.has_device(identity):
                 return False
             self.pool.remove(identity)
-            self.store.write(lambda change: self._forget(change, name, identity))
+            self.store.write_later(lambda change: self._forget(change, name, identity))
         return True
 
     def _forget(self, change: Change, name: str, identity: str) -> None:

@@ -133,7 +133,7 @@ class Manager:
 
     def die(self) -> None:
         """End as kill -9 does: nothing more is written; the kernel drops locks and descriptors."""
-        self.server.store.close()
+        self.server.store._connection.close()
         self.server.pool.close()
         self.server._listener.close()
 

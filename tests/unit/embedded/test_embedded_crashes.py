@@ -63,9 +63,9 @@ def detach(manager: Manager) -> None:
 POINTS: dict[Callable[[Manager], None], list[str]] = {
     save: ["store.write", "pool.make"],
     extend: ["store.write", "pool.make", "store.write"],
-    delete: ["store.write", "pool.remove", "store.write"],
-    attach: ["store.write", "pool.make", "store.write", "loops.attach", "files.show", "store.write"],
-    detach: ["store.write", "loops.detach", "files.hide", "files.hide", "store.write"],
+    delete: ["store.write", "pool.remove", "store.write_later"],
+    attach: ["pool.make", "store.write", "loops.attach", "files.show", "store.write_later"],
+    detach: ["store.write", "loops.detach", "files.hide", "store.write_later"],
 }
 """Changes that each request makes, in order; the manager is killed after each."""
 STEPS = [(act, number) for act, points in POINTS.items() for number in range(len(points))]
