@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,3 +261,56 @@ def _decode_statmount(raw: bytes) -> MountStatus | None:
     options = text(options_at) if mask & _STATMOUNT_OPTIONS else ""  # no bit without options
     texts = (text(fs_type_at), text(root_at), text(source_at), options)
     return MountStatus((major, minor), superblock_flags, attributes, propagation, *texts)
+
+
+# Asynchronous reads. Numbers of io_setup, io_getevents and io_submit; struct iocb and struct io_event of
+# include/uapi/linux/aio_abi.h (little endian).
+_AIO_CALLS = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}
+_IOCB, _IO_EVENT = struct.Struct("=QIiHhIQQqQII"), struct.Struct("=QQqq")
+READS_AT_ONCE = 128
+_idle_contexts: list[bytes] = []
+"""Contexts without a read in progress, kept because io_destroy takes 30 ms: as many as there were calls at once."""
+
+
+def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> list[int]:
+    """Read up to READS_AT_ONCE (offset, length) pieces at the same time, one behind the other, to a memory address.
+
+    Return for each the number of bytes or, negative, of the error. 0: not read, as all are when the kernel has no
+    asynchronous reads (no CONFIG_AIO), or too many (fs.aio-max-nr).
+    """
+    counts = [0] * len(pieces)
+    setup, getevents, submit = _AIO_CALLS.get(os.uname().machine, (None, None, None))
+    if setup is None or getevents is None or submit is None:
+        return counts
+    requests = bytearray()
+    for number, (offset, length) in enumerate(pieces):
+        requests += _IOCB.pack(number, 0, 0, 0, 0, fd, address, length, offset, 0, 0, 0)
+        address += length
+    first = ctypes.addressof((ctypes.c_char * len(requests)).from_buffer(requests))
+    pointers = struct.pack(f"={len(pieces)}Q", *range(first, first + len(requests), _IOCB.size))
+    try:
+        context = _idle_contexts.pop()
+    except IndexError:
+        made = ctypes.create_string_buffer(8)
+        try:
+            _syscall("io_setup", setup, READS_AT_ONCE, made)
+        except SystemCallFailed:
+            return counts
+        context = made.raw
+    (handle,) = struct.unpack("=q", context)
+    running = 0
+    with contextlib.suppress(SystemCallFailed):
+        running = _syscall("io_submit", submit, handle, len(pieces), pointers)
+    events = ctypes.create_string_buffer(_IO_EVENT.size * len(pieces))
+    while running:
+        try:
+            done = _syscall("io_getevents", getevents, handle, running, running, events, None)
+        except SystemCallFailed as failure:
+            if failure.errno != errno.EINTR:
+                raise
+            continue
+        for number, _, count, _ in _IO_EVENT.iter_unpack(events.raw[: done * _IO_EVENT.size]):
+            counts[number] = count
+        running -= done
+    _idle_contexts.append(context)
+    return counts

@@ -189,6 +189,11 @@ SIGNATURES: dict[str, tuple[int, bytes]] = {
     "FAT": (54, b"FAT16   "),
     "ISO 9660": (32769, b"CD001"),
     "F2FS": (1024, b"\x10\x20\xf5\xf2"),
+    "VMFS": (2 * MIB, b"\x5e\xf1\xab\x2f"),
+    "XFS in a partition at 1 MiB": (MIB, b"XFSB"),
+    "btrfs in a partition at 1 MiB": (MIB + 65536 + 64, b"_BHRfS_M"),
+    "LVM, the second metadata alone": (END - MIB + 4, b" LVM2 x[5A%r0N*>"),
+    "Promise RAID": (END - 3087 * 512, b"Promise Technology, Inc."),
     "one byte": (0, b"\x01"),
 }
 

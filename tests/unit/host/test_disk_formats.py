@@ -119,6 +119,24 @@ def test_places_are_sorted_aligned_and_disjoint(size: int) -> None:
     [
         ("boot sector", 0, 512, GIB),
         ("LUKS2, second header at its farthest", 4 * MIB, 4096, GIB),
+        *[(f"LUKS2, second header at {kib} KiB", kib * 1024, 4096, GIB) for kib in (16, 64, 512, 1024, 2048)],
+        ("VMFS volume", MIB, 4096, GIB),
+        ("VMFS", 2 * MIB, 4096, GIB),
+        ("UDF, anchor with 4 KiB sectors", MIB, 4096, GIB),
+        ("bcachefs, second superblock", MIB + 4096, 4096, GIB),
+        ("bcachefs, superblock at the end", GIB - MIB, 4096, GIB),
+        ("ext4 in a partition at 1 MiB", MIB + 1024, 1024, GIB),
+        ("btrfs in a partition at 3 MiB", 3 * MIB + 65536, 4096, GIB),
+        ("LVM, second metadata", GIB - 2 * MIB, 4096, GIB),
+        ("LDM, database", GIB - MIB, MIB, GIB),
+        ("Promise RAID, farthest", GIB - 3087 * 512, 512, GIB),
+        ("DDF, anchor", GIB - 257 * 512, 512, GIB),
+        (
+            "ZFS, third label of an uneven size",
+            (GIB + 200 * 4096) // 262144 * 262144 - 524288,
+            262144,
+            GIB + 200 * 4096,
+        ),
         ("GPT copy", GIB - 512, 512, GIB),
         ("md 0.90", (GIB & ~65535) - 65536, 4096, GIB),
         ("md 1.0", GIB - 8192, 4096, GIB),
@@ -140,5 +158,13 @@ def test_a_copy_of_a_superblock_is_among_the_places(what: str, offset: int, leng
 
 def test_the_quick_probe_is_small_on_the_largest_volume() -> None:
     places = zero_scan.probe_places(64 << 40)
-    assert sum(length for _, length in places) < 32 * MIB
+    assert sum(length for _, length in places) < 8 * MIB
     assert len(places) < 400
+
+
+@pytest.mark.parametrize("size", [64 * MIB, GIB, 10 * GIB + 4096, 1 << 40])
+def test_old_data_on_a_64th_of_the_volume_is_found(size: int) -> None:
+    places = zero_scan.probe_places(size)
+    ends = [0] + [start + length for start, length in places]
+    unread = [start - end for (start, _), end in zip(places, ends, strict=False)]
+    assert max(unread) < size // 64
