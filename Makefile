@@ -90,12 +90,13 @@ bench: $(VENV)/test debian-packages ## as root: measure the cost of calls beside
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 .PHONY: bench-record
-bench-record: $(VENV)/test debian-packages ## the same, and add its figures to tests/bench/history.jsonl (8 min)
+bench-record: $(VENV)/test debian-packages ## the same, and add its figures to tests/bench/history.jsonl and docs/performance.md (8 min)
 	@$(BIN)/python -m tests.bench --record $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.document
 
-.PHONY: bench-plot
-bench-plot: $(VENV)/test ## draw docs/scale.svg and the tables of docs/performance.md from the last recorded scale run (1 s)
-	@$(BIN)/python -m tests.bench.plot
+.PHONY: bench-document
+bench-document: $(VENV)/test ## generate docs/scale.svg and the tables of docs/performance.md from that history (1 s)
+	@$(BIN)/python -m tests.bench.document
 
 .PHONY: sanity-repeat
 sanity-repeat: $(VENV)/test $(SANITY) debian-packages ## as root: csi-sanity twenty times in a row, mount and block (2 min)

@@ -54,7 +54,7 @@ ON_STACK: dict[str, Callable[[Stack, Run], None]] = {
     "memory": lambda stack, run: measure_memory(
         stack, run.directory, run.report, *((16, 300, 1.0) if run.quick else (100, 10_000, 30.0))
     ),
-    "life": lambda stack, run: measure_life(stack, run.directory, run.report, 1 if run.quick else 3),
+    "life": lambda stack, run: measure_life(stack, run.directory, run.report, "ext4", 1 if run.quick else 3),
     "calls": lambda stack, run: measure_calls(
         stack, run.directory, run.report, {1: 4, 16: 16} if run.quick else {1: 40, 16: 160, 100: 300}
     ),
@@ -71,6 +71,7 @@ ON_STACK: dict[str, Callable[[Stack, Run], None]] = {
     "storm": lambda stack, run: measure_storm(
         stack, run.directory, run.report, *((20, 50) if run.quick else (300, 1000))
     ),
+    "xfs": lambda stack, run: measure_life(stack, run.directory, run.report, "xfs", 1 if run.quick else 2),
     "list": lambda stack, run: measure_list(stack, run.report, 200 if run.quick else 10_000),
 }
 """The parts that share one running stack, in this order: memory needs a new one, and the list fills it."""

@@ -3,34 +3,27 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from csi_driver.model import AccessMode, Capability, MountAccess
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.bench.aims import PACE
-from tests.bench.life import EXT4, XFS, Life, Script, Volume, life_on, new_volumes
+from tests.bench.life import EXT4, XFS, Life, Script, life_on, new_volumes
 from tests.bench.measure import Timing, timed
-from tests.bench.report import Report, Table
+from tests.bench.report import Report
 from tests.bench.stack import Stack
 from tests.client import CsiClient
 
 MOUNT = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
+_Rounds = dict[str, list[Timing]]
 COMPARED = ("CreateVolume", "NodePublishVolume", "DeleteVolume")
 
-Round = Callable[[str], Timing]
-"""Makes one round of calls on volumes with this prefix of their names."""
 
-
-def alternate(ways: Mapping[str, Round], rounds: int) -> dict[str, list[Timing]]:
-    """Run each way in turn."""
-    timings: dict[str, list[Timing]] = {name: [] for name in ways}
-    for turn in range(rounds):
-        for name, way in ways.items():
-            timings[name].append(way(f"{name.replace(' ', '-')}-{turn}"))
-    return timings
+def paired_ratio(figure: Callable[[Timing], float], ours: Sequence[Timing], others: Sequence[Timing]) -> float:
+    """Return the median over the rounds of one figure by that of the others in the same round."""
+    return statistics.median(figure(each) / figure(other) for each, other in zip(ours, others, strict=True))
 
 
 def median_rate(timings: Sequence[Timing]) -> float:
@@ -41,43 +34,27 @@ def median_ms(timings: Sequence[Timing]) -> float:
     return statistics.median(timing.median_ms for timing in timings)
 
 
-def measure_life(stack: Stack, directory: Path, report: Report, rounds: int) -> None:
+def measure_life(stack: Stack, directory: Path, report: Report, fs: str, rounds: int) -> None:
     """Print stage, publish, unpublish and unstage of a blank volume, and the same work by a script."""
     columns = ("", "at once", "p50 ms", "per second", "time ratio", "rate ratio")
-    table = report.table("Node part of a life, beside a shell script", columns)
+    table = report.table(f"Node part of a life with {fs}, beside a shell script", columns)
+    life, script = life_on(stack, XFS if fs == "xfs" else EXT4), Script(stack, fs)
     for at_once, count in ((1, 10), (16, 48), (100, 100)):
-        ours, script = _life_beside_script(stack, directory, "ext4", at_once, count, rounds, table)
-        if at_once == 1:
-            report.figure(PACE, median_ms(script))
-            report.figure("life_ratio", median_ms(ours) / median_ms(script))
-        else:
-            report.figure(f"life_rate_ratio_{at_once}", median_rate(ours) / median_rate(script))
-    if shutil.which("mkfs.xfs"):
-        for at_once, count in ((1, 10), (16, 48)):
-            _life_beside_script(stack, directory, "xfs", at_once, count, (rounds + 1) // 2, table)
-
-
-def _life_beside_script(
-    stack: Stack, directory: Path, fs: str, at_once: int, count: int, rounds: int, table: Table
-) -> tuple[list[Timing], list[Timing]]:
-    life = life_on(stack, XFS if fs == "xfs" else EXT4)
-
-    def round_of(on_node: Callable[[Volume], None]) -> Round:
-        def one(prefix: str) -> Timing:
-            volumes = life.attached(directory, f"{prefix}-{at_once}", count)
-            timing = timed(on_node, volumes, at_once=at_once)
-            life.remove(volumes)
-            return timing
-
-        return one
-
-    ways = {f"driver {fs}": round_of(life.on_node), f"script {fs}": round_of(Script(stack, fs).on_node)}
-    timings = alternate(ways, rounds)
-    ours, script = timings.values()
-    for name, each in timings.items():
-        ratios = (median_ms(each) / median_ms(script), median_rate(each) / median_rate(script))
-        table.row(name, at_once, median_ms(each), median_rate(each), *ratios)
-    return ours, script
+        timings: dict[str, list[Timing]] = {"driver": [], "script": []}
+        for turn in range(rounds):
+            for name, on_node in (("driver", life.on_node), ("script", script.on_node)):
+                volumes = life.attached(directory, f"{name}-{fs}-{at_once}-{turn}", count)
+                timings[name].append(timed(on_node, volumes, at_once=at_once))
+                life.remove(volumes)
+        ratio = paired_ratio(lambda each: each.median_ms, timings["driver"], timings["script"])
+        rate_ratio = paired_ratio(lambda each: each.per_second, timings["driver"], timings["script"])
+        table.row("driver", at_once, median_ms(timings["driver"]), median_rate(timings["driver"]), ratio, rate_ratio)
+        table.row("script", at_once, median_ms(timings["script"]), median_rate(timings["script"]))
+        if fs == "ext4" and at_once == 1:
+            report.figure(PACE, median_ms(timings["script"]))
+            report.figure("life_ratio", ratio)
+        elif fs == "ext4":
+            report.figure(f"life_rate_ratio_{at_once}", rate_ratio)
 
 
 def measure_peer(stack: Stack, directory: Path, report: Report, peer: Path, rounds: int) -> None:
@@ -85,24 +62,23 @@ def measure_peer(stack: Stack, directory: Path, report: Report, peer: Path, roun
     columns = ("", "at once", "p50 ms", "per second", "rate / peer's")
     table = report.table("Beside another driver", columns)
     with CsiClient(peer, timeout_s=300) as client:
-        names = ("driver", client.plugin_name())
-        lives = dict(zip(names, (life_on(stack, MOUNT), _life_of_peer(client)), strict=True))
-        for at_once, count in ((1, 40), (16, 160), (100, 200)):
-            found: dict[str, dict[str, list[Timing]]] = {name: {call: [] for call in COMPARED} for name in names}
+        lives = (life_on(stack, MOUNT), _life_of_peer(client))
+        for at_once, count in ((1, 40), (16, 96)):
+            found: tuple[_Rounds, _Rounds] = ({call: [] for call in COMPARED}, {call: [] for call in COMPARED})
             for turn in range(rounds):
-                for name, life in lives.items():
-                    volumes = new_volumes(directory, f"{name}-{at_once}-{turn}", count)
+                for number, life in enumerate(lives):
+                    volumes = new_volumes(directory, f"peer-{at_once}-{turn}-{number}", count)
                     for step in life.steps():
                         timing = timed(step.call, volumes, at_once=at_once)
                         if step.name in COMPARED:
-                            found[name][step.name].append(timing)
+                            found[number][step.name].append(timing)
             for call in COMPARED:
-                rates = {name: median_rate(found[name][call]) for name in names}
-                for name in names:
-                    p50_ms = median_ms(found[name][call])
-                    table.row(f"{call}, {name}", at_once, p50_ms, rates[name], rates[name] / rates[names[1]])
+                ours, theirs = found[0][call], found[1][call]
+                ratio = paired_ratio(lambda each: each.per_second, ours, theirs)
+                table.row(call, at_once, median_ms(ours), median_rate(ours), ratio)
+                table.row(f"  {client.plugin_name()}", at_once, median_ms(theirs), median_rate(theirs))
                 if (call, at_once) == ("CreateVolume", 16):
-                    report.figure("create_rate_ratio_16", rates[names[0]] / rates[names[1]])
+                    report.figure("create_rate_ratio_16", ratio)
 
 
 def _life_of_peer(client: CsiClient) -> Life:

@@ -41,7 +41,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A recorded run."""
+    """A recorded run of the driver at a commit; `is_dirty`: its files differed from it."""
 
     date: str
     commit: str
@@ -65,7 +65,7 @@ def this_machine(pool: Path) -> Machine:
 def new_entry(machine: Machine, figures: Mapping[str, float], curves: Curves) -> Entry:
     """Return an entry of this moment and of the commit that is checked out."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    is_dirty = bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
+    is_dirty = bool(_output("git", "status", "--porcelain", ":/csi_driver"))
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
     rounded = {key: round(value, 3) for key, value in figures.items()}
     return Entry(date, commit, is_dirty, platform.python_version(), machine, rounded, curves)
@@ -96,8 +96,3 @@ def latest_figures(entries: Sequence[Entry], machine: Machine) -> Mapping[str, f
     """Return the figures of the newest run on such a machine; {} without one."""
     alike = [entry.figures for entry in entries if entry.figures and entry.machine.is_like(machine)]
     return alike[-1] if alike else {}
-
-
-def latest_curves(entries: Sequence[Entry]) -> Entry | None:
-    """Return the newest run with curves."""
-    return next((entry for entry in reversed(entries) if entry.curves), None)

@@ -20,12 +20,12 @@ MEASURED = ("controller", "node")
 
 
 def measure_memory(stack: Stack, directory: Path, report: Report, at_once: int, calls: int, rest_s: float) -> None:
-    """Print resident memory and threads of a new stack: idle, after lives at once, after a rest, after many calls."""
+    """Print memory and threads of a new stack: idle, after three times as many lives, after a rest, after calls."""
     columns = ("MiB and threads", "idle", f"{at_once} at once", f"{rest_s:.0f} s later", "threads", f"{calls} calls")
     table = report.table("Resident memory", columns)
     life = life_on(stack)
     idle = _resident(stack)
-    volumes = new_volumes(directory, "memory", at_once)
+    volumes = new_volumes(directory, "memory", 3 * at_once)
     for step in life.steps():
         timed(step.call, volumes, at_once=at_once)
     busy = _resident(stack)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from tests.bench import plot
+from tests.bench import document, plot
+from tests.bench.history import HISTORY, Entry, Machine, read
 from tests.bench.scale import GROUPS
 
 CURVES = {
@@ -35,6 +36,24 @@ def test_a_larger_value_is_drawn_higher() -> None:
 
 
 def test_the_table_has_a_row_for_each_series_and_a_column_for_each_count() -> None:
-    head, _, first, second, *_ = plot.tables(CURVES).splitlines()
+    head, _, first, second, *_ = document.curves_tables(CURVES).splitlines()
     assert head == "| volumes | 10 | 1,000 |"
     assert [first, second] == [f"| a: {GROUPS[0]} | 1 | 1.5 |", f"| b: {GROUPS[0]} | 1 | 500 |"]
+
+
+def test_the_table_of_figures_compares_the_first_and_the_last_run_on_one_machine() -> None:
+    machine, other = Machine("cpu", 2, 24, "6.18", "ext4"), Machine("other", 2, 24, "6.18", "ext4")
+    runs = [
+        Entry(f"2026-01-0{day}T00:00Z", f"c{day}", False, "3.11", each, {"delete_ms": float(day)})
+        for day, each in ((1, other), (2, machine), (3, machine), (4, machine))
+    ]
+    table = document.figures_table(runs).splitlines()
+    assert table[2] == "| figure | unit | aim | 2026-01-02, c2 | 2026-01-04, c4 |"
+    assert table[4:] == ["| DeleteVolume alone | ms | <= 6 | 2 | 4 |"]
+
+
+def test_the_drawing_and_the_tables_are_those_of_the_history() -> None:
+    entries = read(HISTORY)
+    curves = next(entry.curves for entry in reversed(entries) if entry.curves)
+    assert document.PLOT.read_text() == plot.drawing(curves)
+    assert document.DOCUMENT.read_text() == document.with_tables(document.DOCUMENT.read_text(), entries)
