@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All long-lived threads: periodic work, a queue of retried jobs, and daemon threads for calls that may hang.
+"""All long-lived threads but those of `thread_pool`: periodic work, a queue of retried jobs, and detached calls.
 
 No exception ends `Periodic`, `SelfPaced` and `Worker`: it is logged, counted, and the work is retried. `why_stuck`
 reports a run that does not return, which a restart may cure (`/healthz`); `why_failing` a lasting failure (`/readyz`).
 
-Only this module and `csi_driver.rpc.boundary` may catch `Exception`. The threads are daemons: a call that hangs must
-not keep the process from exiting.
+Only this module, `thread_pool` and `csi_driver.rpc.boundary` may catch `Exception`. The threads are daemons: a call
+that hangs must not keep the process from exiting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import heapq
 import logging
 import random
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
@@ -267,44 +266,3 @@ def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
-
-
-@dataclass(slots=True)
-class DaemonPool:
-    """Runs jobs in at most `most` daemon threads: at exit the interpreter waits for those of `ThreadPoolExecutor`."""
-
-    name: str
-    most: int
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-    _jobs: deque[Callable[[], None]] = field(default_factory=deque)
-    _threads: int = 0
-    _idle: int = 0
-
-    def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue a job; cancelling its future drops it unless it has begun."""
-        future: Future[T] = Future()
-
-        def settle() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:
-                    future.set_exception(error)
-
-        with self._changed:
-            self._jobs.append(settle)
-            if len(self._jobs) > self._idle and self._threads < self.most:
-                self._threads += 1
-                threading.Thread(target=self._run, name=f"{self.name}-{self._threads}", daemon=True).start()
-            self._changed.notify()
-        return future
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._idle += 1
-                self._changed.wait_for(lambda: self._jobs)
-                self._idle -= 1
-                job = self._jobs.popleft()
-            job()
-            del job  # must not keep its result alive while the thread is idle

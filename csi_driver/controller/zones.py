@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from csi_driver import errors
-from csi_driver.background import DaemonPool
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
 from csi_driver.controller.volume_metadata import Answered, Creation, read_creation
 from csi_driver.deadline import Deadline
 from csi_driver.model import Segments
 from csi_driver.storage_model import Reservation, Volume, VolumeSummary
+from csi_driver.thread_pool import Pool
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ class ZonePool:
     """Daemon threads for each zone: a zone that does not respond blocks its own threads only."""
 
     per_zone: int = _THREADS_PER_ZONE
-    _pools: dict[str, DaemonPool] = field(default_factory=dict)
+    _pools: dict[str, Pool] = field(default_factory=dict)
 
     def submit(self, zone: str, request: Callable[[], T]) -> Future[T]:
-        return self._pools.setdefault(zone, DaemonPool(f"zone-{zone}", self.per_zone)).submit(request)
+        return self._pools.setdefault(zone, Pool(f"zone-{zone}", self.per_zone)).submit(request)
 
 
 ZONE_POOL = ZonePool()

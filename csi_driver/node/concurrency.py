@@ -2,7 +2,7 @@
 """Calls that may hang in the kernel, and the number of heavy operations that run at once.
 
 A thread that waits for a dead device cannot be ended. `Watchdog` runs such calls in threads that it can abandon, so
-that one dead volume delays no other; `rpc.boundary` runs every call that changes a volume in this way.
+that one dead volume delays no other.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, DriverError, StorageUnavailable, same_again
+from csi_driver.thread_pool import Job, Pool
 
 WORKERS = 32
 """Threads of a watchdog, not counting those that hang and were replaced."""
-LOST_LIMIT = 512  # threads that may be replaced because they hang; beyond it the working threads get fewer
 SLOT_TIMEOUT_S = 10 * 60.0
 """Age at which an operation stops to count against the limit: its device may hang for days."""
 SCAN_TIMEOUT_S = 4 * 3600.0  # the same for the read of a whole volume
@@ -39,66 +39,34 @@ class NotResponding(StorageUnavailable):
         super().__init__(message + f" (it waits in {waits_in})" * bool(waits_in))
 
 
+def functions_of(thread: int) -> str:
+    """Name the innermost driver functions that a thread is in, outermost first; empty for one that has ended."""
+    found: list[str] = []
+    frame = sys._current_frames().get(thread)
+    while frame is not None and len(found) < _FRAMES_SHOWN:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith(_PACKAGE) and module != __name__ and function.isidentifier():
+            found.append(f"{module.removeprefix(_PACKAGE)}.{function}")
+        frame = frame.f_back
+    return " > ".join(reversed(found))
+
+
 @dataclass(slots=True)
 class _Call(Generic[Result]):
-    """A call in progress. `timed_out`: a caller gave up. `is_lost`: its thread was replaced."""
+    """A call in progress. `has_timed_out`: a caller gave up."""
 
     about: str
-    work: Callable[[], Result]
-    done: threading.Event = field(default_factory=threading.Event)
-    result: Result | None = None
-    failure: DriverError | None = None
-    interruption: BaseException | None = None
-    has_result: bool = False
-    timed_out: bool = False
-    began: bool = False
-    is_lost: bool = False
-    thread: int = 0
-
-    def run(self) -> None:
-        try:
-            self.result = self.work()
-            self.has_result = True
-        except DriverError as error:
-            self.failure = error
-        except BaseException as error:
-            if isinstance(error, Exception):
-                raise
-            self.interruption = error  # ends the program: raised in the caller's thread
-
-    def outcome(self) -> Result:
-        if self.interruption is not None:
-            raise self.interruption
-        if self.failure is not None:
-            raise same_again(self.failure) from self.failure
-        if not self.has_result:
-            raise RuntimeError(f"the call about {self.about} ended by a bug; see its traceback")
-        return self.result  # type: ignore[return-value]  # None where that is the result
-
-    def stack(self) -> str:
-        """Name the innermost driver functions of the call's thread, outermost first."""
-        found: list[str] = []
-        frame = sys._current_frames().get(self.thread)
-        while frame is not None and len(found) < _FRAMES_SHOWN:
-            module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-            if module.startswith(_PACKAGE) and module != __name__ and function.isidentifier():
-                found.append(f"{module.removeprefix(_PACKAGE)}.{function}")
-            frame = frame.f_back
-        return " > ".join(reversed(found))
+    job: Job[Result]
+    has_timed_out: bool = False
 
 
 class Watchdog(Generic[Result]):
-    """Runs one call per volume at a time, in daemon threads that are replaced when a call hangs."""
+    """Runs one call per volume at a time, in threads that are replaced when a call hangs."""
 
     def __init__(self, name: str, workers: int | None = None) -> None:
-        self._name = name
-        self._workers = workers or WORKERS
-        self._changed = threading.Condition()
-        self._open: dict[str, _Call[Result]] = {}
-        self._waiting: deque[tuple[str, _Call[Result]]] = deque()
-        self._threads = 0
-        self._free = 0
-        self._lost = 0
+        self._lock = threading.Lock()
+        self._calls: dict[str, _Call[Result]] = {}
+        self._pool = Pool(name, workers or WORKERS)
 
     def call(self, volume: str, about: str, work: Callable[[], Result], timeout_s: float) -> Result:
         """Run `work` in a thread and return its result; a running call about the same is shared.
@@ -107,74 +75,48 @@ class Watchdog(Generic[Result]):
         """
         deadline = Deadline.after(timeout_s)
         while True:
-            with self._changed:
-                call = self._open.get(volume)
+            with self._lock:
+                call = self._calls.get(volume)
                 if call is None:
-                    call = _Call(about, work)
-                    self._open[volume] = call
-                    self._waiting.append((volume, call))
-                    self._start_thread()
-                elif call.timed_out:
-                    raise NotResponding(f"{call.about} of volume {volume} is still blocked", call.stack())
-            if not call.done.wait(deadline.remaining_s()):
-                self._time_out(call)
-                raise NotResponding(f"{call.about} of volume {volume} did not respond in time", call.stack())
+                    call = self._calls[volume] = _Call(about, self._pool.submit(self._run, volume, work))
+                elif call.has_timed_out:
+                    raise NotResponding(f"{call.about} of volume {volume} is still blocked", self._waits_in(call))
+            try:
+                failure = call.job.exception(deadline.remaining_s())
+            except TimeoutError:
+                self._time_out(volume, call)
+                message = f"{call.about} of volume {volume} did not respond in time"
+                raise NotResponding(message, self._waits_in(call)) from None
+            except CancelledError:
+                continue  # another caller gave up before it began
             if call.about == about:
-                return call.outcome()
+                return self._outcome(call, failure)
 
-    def _start_thread(self) -> None:
-        """Wake a free thread for a waiting call, or start one. The lock is held."""
-        if len(self._waiting) > self._free and self._threads < self._workers:
-            # Not a DaemonPool: a thread that hangs in the kernel is written off and replaced.
-            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
-            self._threads += 1
-            self._free += 1
-        self._changed.notify()
-
-    def _time_out(self, call: _Call[Result]) -> None:
-        with self._changed:
-            call.timed_out = True
-            if call.began and not call.is_lost and not call.done.is_set() and self._lost < LOST_LIMIT:
-                call.is_lost = True
-                self._lost += 1
-                self._threads -= 1
-                self._start_thread()
-
-    def _serve(self) -> None:
-        call: _Call[Result] | None = None
+    def _run(self, volume: str, work: Callable[[], Result]) -> Result:
         try:
-            while call is None or not call.is_lost:
-                volume, call = self._next()
-                self._run(volume, call)
+            return work()
         finally:
-            with self._changed:
-                if call is not None and call.is_lost:
-                    self._lost -= 1
-                else:  # ended by a bug: waiting calls get another thread
-                    self._threads -= 1
-                    self._free -= 1
-                    self._start_thread()
+            with self._lock:
+                del self._calls[volume]
 
-    def _next(self) -> tuple[str, _Call[Result]]:
-        with self._changed:
-            while not self._waiting:
-                self._changed.wait()
-            volume, call = self._waiting.popleft()
-            self._free -= 1
-            call.began = True
-            call.thread = threading.get_ident()
-            return volume, call
+    def _time_out(self, volume: str, call: _Call[Result]) -> None:
+        self._pool.write_off(call.job)
+        with self._lock:
+            call.has_timed_out = True
+            if call.job.cancel():
+                del self._calls[volume]
 
-    def _run(self, volume: str, call: _Call[Result]) -> None:
-        try:
-            if not call.timed_out:  # otherwise it has no caller any more
-                call.run()
-        finally:
-            with self._changed:
-                self._open.pop(volume, None)
-                if not call.is_lost:
-                    self._free += 1  # before `done`: the next caller can use this thread
-                call.done.set()
+    @staticmethod
+    def _waits_in(call: _Call[Result]) -> str:
+        return functions_of(call.job.thread)
+
+    @staticmethod
+    def _outcome(call: _Call[Result], failure: BaseException | None) -> Result:
+        if isinstance(failure, DriverError):
+            raise same_again(failure) from failure
+        if isinstance(failure, Exception):
+            raise RuntimeError(f"the call about {call.about} ended by a bug") from failure
+        return call.job.result()  # raises what ends the program
 
 
 class _Slots:

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,15 +20,17 @@ from typing import TYPE_CHECKING, ClassVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc import _server
 
 from csi_driver import errors
 from csi_driver.deadline import Deadline
-from csi_driver.node.concurrency import NotResponding, Watchdog
+from csi_driver.node.concurrency import functions_of
 from csi_driver.rpc import validation
-from csi_driver.rpc.contract import RPCS, WORK_THREADS, LockKey, Locks, Rpc, ThreadPools, thread_pools
+from csi_driver.rpc.contract import RPCS, LockKey, Locks, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
+from csi_driver.thread_pool import Pool
 
 if TYPE_CHECKING:
     from csi_driver.telemetry.metrics import Metric
@@ -66,6 +67,8 @@ _REPLY_MARGIN_S = 0.25
 _NO_DEADLINE_S = 365 * 24 * 3600.0  # gRPC reports a call without deadline as one far in the future
 
 Handler = Callable[[Message, Deadline], Message]
+Late = Callable[["Refusal"], None]
+"""Answers a call in place of its thread, which is blocked."""
 
 
 def code_of(error: errors.DriverError) -> grpc.StatusCode:
@@ -149,7 +152,6 @@ class Boundary:
 
     def __post_init__(self) -> None:
         self.durations = rpc_durations()
-        self._device_work: Watchdog[Message | Refusal] = Watchdog("volume-work", WORK_THREADS)
         self._locks = Locks()
         self._numbers = itertools.count(1)
 
@@ -177,29 +179,25 @@ class Boundary:
         return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
     def answer(
-        self, rpc: Rpc, handler: Handler, request: Message | Unreadable, remaining_s: float | None
+        self, rpc: Rpc, handler: Handler, request: Message | Unreadable, remaining_s: float | None, late: Late
     ) -> Message | Refusal:
-        """Execute a call; one that may hang is answered before `remaining_s` ends, while its work continues."""
+        """Execute a call in a thread of its pool.
+
+        One that may hang and is blocked shortly before `remaining_s` ends is answered by `late`, while its work
+        continues; `_Answered` is raised in the end.
+        """
         number = next(self._numbers)
         if remaining_s is None or remaining_s > _NO_DEADLINE_S:
             remaining_s = self.default_deadline_s
         deadline = Deadline.after(remaining_s)
         if not rpc.may_hang:
             return self._execute(number, rpc, handler, request, deadline)
-        timeout_s = remaining_s - min(_REPLY_MARGIN_S, remaining_s / 4)
-        try:
-            return self._device_work.call(
-                str(number), rpc.name, lambda: self._execute(number, rpc, handler, request, deadline), timeout_s
-            )
-        except NotResponding as error:
-            volume = errors.shown(getattr(request, "volume_id", ""))
-            refusal = Refusal(
-                _Code.DEADLINE_EXCEEDED,
-                f"{rpc.name} of volume {volume} did not finish in time: it is blocked in {error.waits_in or 'a queue'};"
-                " it continues, and other calls for the volume are answered ABORTED until it ends",
-            )
-            _LOG.warning("%s", refusal.message)
-            return refusal
+        late_s = deadline.at_s - min(_REPLY_MARGIN_S, remaining_s / 4)
+        was_late = self.pools[rpc.pool].when_late(late_s, lambda thread: late(_refuse_late(rpc, request, thread)))
+        outcome = self._execute(number, rpc, handler, request, deadline)
+        if was_late():
+            raise _Answered
+        return outcome
 
     def _execute(
         self, number: int, rpc: Rpc, handler: Handler, request: Message | Unreadable, deadline: Deadline
@@ -240,6 +238,20 @@ class Boundary:
         return response
 
 
+class _Answered(BaseException):
+    """Ends a call that was answered late. gRPC answers every `Exception`; the thread pool takes this one."""
+
+
+def _refuse_late(rpc: Rpc, request: Message | Unreadable, thread: int) -> Refusal:
+    volume, functions = errors.shown(getattr(request, "volume_id", "")), functions_of(thread)
+    message = (
+        f"{rpc.name} of volume {volume} did not finish in time: it is blocked in {functions or 'a queue'};"
+        " it continues, and other calls for the volume are answered ABORTED until it ends"
+    )
+    _LOG.warning("%s", message)
+    return Refusal(_Code.DEADLINE_EXCEEDED, message)
+
+
 @dataclass(frozen=True, slots=True)
 class _Behaviour:
     """A handler in the form that grpcio calls. `experimental_thread_pool` is grpcio's name."""
@@ -247,10 +259,17 @@ class _Behaviour:
     boundary: Boundary
     rpc: Rpc
     handler: Handler
-    experimental_thread_pool: ThreadPoolExecutor
+    experimental_thread_pool: Pool
 
     def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Message:
-        outcome = self.boundary.answer(self.rpc, self.handler, request, context.time_remaining())
+        def late(refusal: Refusal) -> None:
+            # Only the thread of a call may abort it; this is what gRPC does for a call that has returned nothing.
+            context.set_code(refusal.code)
+            context.set_details(refusal.message)
+            with context._state.condition:  # type: ignore[attr-defined]
+                _server._status(context._rpc_event, context._state, None)  # type: ignore[attr-defined]
+
+        outcome = self.boundary.answer(self.rpc, self.handler, request, context.time_remaining(), late)
         if isinstance(outcome, Refusal):
             context.abort(outcome.code, outcome.message)
         return outcome

@@ -10,7 +10,6 @@ from __future__ import annotations
 import posixpath
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -21,10 +20,10 @@ from google.protobuf.message import Message
 from csi_driver.errors import OperationPending, shown
 from csi_driver.model import VolumeHandle, volume_name
 from csi_driver.rpc.pb import csi_pb2
+from csi_driver.thread_pool import Pool as Threads
 
-WORK_THREADS = 512
-"""Each call that waits for its turn (formatting has a far lower limit of its own) holds a thread; further calls are
-queued. A node that boots with all its pods sends some hundreds of calls at once."""
+_AT_ONCE = 2
+"""Calls of one pool that compute at the same time; each takes the interpreter's lock in turn."""
 
 
 class Pool(Enum):
@@ -38,13 +37,16 @@ class Pool(Enum):
     """Changes something; may take long."""
 
 
-ThreadPools = Mapping[Pool, ThreadPoolExecutor]
+ThreadPools = Mapping[Pool, Threads]
 
 
-def thread_pools(*, work: int = WORK_THREADS, read: int = 64, instant: int = 8) -> ThreadPools:
-    """Make the executors. grpcio uses the one that a handler names (`experimental_thread_pool`)."""
+def thread_pools(*, work: int = 512, read: int = 64, instant: int = 8) -> ThreadPools:
+    """Make the pools with their most threads. grpcio uses the one that a handler names (`experimental_thread_pool`).
+
+    A node that boots with all its pods sends some hundreds of calls at once, most of which wait for a format slot.
+    """
     sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
-    return {pool: ThreadPoolExecutor(size, thread_name_prefix=pool.name.lower()) for pool, size in sizes.items()}
+    return {pool: Threads(pool.name.lower(), size, min(size, _AT_ONCE)) for pool, size in sizes.items()}
 
 
 @dataclass(frozen=True, slots=True)

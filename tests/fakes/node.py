@@ -19,6 +19,7 @@ from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.settings import NodeSettings
+from csi_driver.thread_pool import Job
 from tests.fakes.disks import MIB
 from tests.fakes.host import FakeClock, FakeHost
 
@@ -98,17 +99,17 @@ class FakeNode:
         )
         return self.use
 
-    def write_off(self, questions: Watchdog[Any], ask: Callable[[Deadline], object]) -> threading.Event:
-        """Ask about the volume, which hangs, until a thread was lost to it; return what tells that it is answered.
+    def write_off(self, questions: Watchdog[Any], ask: Callable[[Deadline], object]) -> Job[Any]:
+        """Ask about the volume, which hangs, until a thread was lost to it; return its job.
 
         On a busy machine a call may time out before a thread runs it: that one costs no thread.
         """
         while True:
             with contextlib.suppress(StorageUnavailable):
                 ask(self.soon(self.settings.answer_margin_s + 0.02))
-            call = questions._open.get(NAME)
-            if call is not None and call.is_lost:
-                return call.done
+            call = questions._calls.get(NAME)
+            if call is not None and call.job.is_lost:
+                return call.job
 
     def soon(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from csi_driver.background import STALE_S, Backoff, DaemonPool, Periodic, SelfPaced, Worker, run_detached
+from csi_driver.background import STALE_S, Backoff, Periodic, SelfPaced, Worker, run_detached
 from csi_driver.errors import HostFailure
 from tests.fakes.host import FakeClock
 
@@ -249,27 +249,3 @@ def test_only_an_unexpected_error_of_a_detached_call_is_logged(name: str, caplog
 def test_a_detached_call_runs_in_a_daemon_thread_of_its_own(name: str) -> None:
     thread = run_detached(name, threading.current_thread).result(60)
     assert (thread.name, thread.daemon) == (name, True)
-
-
-def test_a_pool_starts_threads_up_to_its_limit(name: str) -> None:
-    pool, go_on, begun = DaemonPool(name, 2), threading.Event(), threading.Semaphore(0)
-
-    def wait() -> bool:
-        begun.release()
-        return go_on.wait(60)
-
-    futures = [pool.submit(wait) for _ in range(3)]
-    assert begun.acquire(timeout=60)
-    assert begun.acquire(timeout=60)
-    assert [thread.daemon for thread in threading.enumerate() if thread.name.startswith(name)] == [True, True]
-    assert futures[2].cancel()
-    go_on.set()
-    assert [future.result(60) for future in futures[:2]] == [True, True]
-
-
-def test_a_thread_of_a_pool_survives_an_error(name: str) -> None:
-    pool = DaemonPool(name, 1)
-    with pytest.raises(RuntimeError):
-        pool.submit(failing([RuntimeError("bug")])).result(60)
-    assert pool.submit(lambda: 1).result(60) == 1
-    assert len([thread for thread in threading.enumerate() if thread.name.startswith(name)]) == 1

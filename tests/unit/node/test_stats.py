@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
 from csi_driver.settings import NodeSettings
+from csi_driver.thread_pool import Job
 from tests.fakes.disks import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 
@@ -29,7 +31,7 @@ def published(node: FakeNode) -> FakeNode:
     return node
 
 
-def write_off(node: FakeNode) -> threading.Event:
+def write_off(node: FakeNode) -> Job[Any]:
     asked = node.use.statistics
     return node.write_off(asked.watchdog, lambda limit: asked.usage(VOLUME_ID, str(TARGET), "", deadline=limit))
 
@@ -101,7 +103,7 @@ def test_a_filesystem_that_was_given_up_is_answered_at_once(hanging: FakeNode) -
 def test_a_filesystem_that_answers_again_is_asked_again(hanging: FakeNode) -> None:
     answered = write_off(hanging)
     hanging.host.answers.set()
-    assert answered.wait(120)
+    assert answered.exception(120) is None
     assert hanging.usage().total_bytes == 64 * MIB
 
 

@@ -151,6 +151,19 @@ def test_a_hanging_call_is_answered_in_time_and_keeps_its_lock(endpoint: Endpoin
     assert code_of(lambda: endpoint.node.NodeStageVolume(stage())) is Code.OK
 
 
+def test_a_call_that_was_answered_for_its_thread_is_not_answered_again(
+    endpoint: Endpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gate = endpoint.trace.hook = Gate("stage", limit_s=60)
+    with pytest.raises(grpc.RpcError) as hung:
+        endpoint.node.NodeStageVolume(stage(), timeout=1)
+    assert status_of(hung.value) is Code.DEADLINE_EXCEEDED
+    gate.open()
+    assert endpoint.boundary.running.wait_for_none(30) == []
+    assert endpoint.server.drain()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_more_calls_may_hang_than_the_pool_has_threads(tmp_path: Path) -> None:
     with serving(tmp_path / "csi.sock", pools=thread_pools(work=2)) as endpoint:
         gate = endpoint.trace.hook = Gate("stage", limit_s=60)
