@@ -191,10 +191,18 @@ class Query:
         condition, sort, projection = (_json_object(parameters, name) for name in ("filter", "sort", "projection"))
         return cls(condition, sort, projection, int(page), int(count))
 
+    @property
+    def above(self) -> str | None:
+        """The id above which the documents in the order of their ids begin ("" = all); None for any other query."""
+        condition = self.filter.get("_id")
+        above = condition.get("$gt") if isinstance(condition, dict) else ""
+        is_page = self.sort == {"_id": 1} and self.filter in ({}, {"_id": {"$gt": above}})
+        return above if is_page and isinstance(above, str) else None
+
     def select(self, documents: Iterable[Document]) -> list[Document]:
         """Return the filtered and sorted page with the projected fields. Raises QueryRefused."""
         tests = [(key.split("."), _test(wanted)) for key, wanted in self.filter.items()]
-        project = self._projector()
+        project = self.projector()
         selected = [document for document in documents if all(test(_reach(document, path)) for path, test in tests)]
         for key, direction in self.sort.items():
             if key != "_id" or direction not in (1, -1):
@@ -202,11 +210,12 @@ class Query:
             selected.sort(key=lambda document: str(document["_id"]), reverse=direction == -1)
         if self.count:
             selected = selected[self.page * self.count : (self.page + 1) * self.count]
-        return selected if project is None else [project(document) for document in selected]
+        return [project(document) for document in selected]
 
-    def _projector(self) -> Callable[[Document], Document] | None:
+    def projector(self) -> Callable[[Document], Document]:
+        """Return the function that keeps the projected fields. Raises QueryRefused."""
         if not self.projection:
-            return None
+            return lambda document: document
         if not all(value for key, value in self.projection.items() if key != "_id"):
             raise QueryRefused("projection: expected fields with 1, got a field with 0; name the fields to include")
         names = ["_id", *(key for key, value in self.projection.items() if value and key != "_id")]

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -162,6 +162,27 @@ def _json(content: object) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
+@dataclass(eq=False, slots=True)
+class _VolumeTexts:
+    """The JSON of volumes with the fields of one projection, each until the volume's record changes."""
+
+    query: Query
+    _known: dict[str, tuple[Volume, str]] = field(default_factory=dict)
+
+    def serves(self, query: Query, volumes: int) -> bool:
+        """Return whether it is for this projection, and has no more texts of deleted volumes than of others."""
+        return query.projection == self.query.projection and len(self._known) <= 2 * volumes + 1000
+
+    def of(self, volumes: Iterable[Volume]) -> Iterator[str]:
+        project = self.query.projector()
+        for volume in volumes:
+            known = self._known.get(volume.name)
+            if known is None or known[0] is not volume:
+                text = _json(project(documents.volume_document(volume)))
+                known = self._known[volume.name] = volume, text
+            yield known[1]
+
+
 _Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 _Body = TypeVar("_Body")
@@ -180,7 +201,7 @@ class Api:
     attacher: Attacher
     encryptions: Encryptions
     sessions: Sessions
-    _shown: dict[str, tuple[Volume, Document]] = field(default_factory=dict)
+    _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def add_routes(self, app: Starlette) -> None:
         app.add_route("/login", self.login, ["POST"])
@@ -188,15 +209,15 @@ class Api:
         groups = "/volumeProvisioningGroups"
         for path, get in (
             ("/systemInfo", self._get(self.system_info)),
-            ("/volumes/all/{page}/{count}", self._list(self.volume_documents)),
+            ("/volumes/all/{page}/{count}", self._list(self.volume_texts)),
             ("/volumes/count", self._get(self.count_volumes)),
             ("/volumes/{name}", self._get(self.volume)),
-            ("/clients/all/{page}/{count}", self._list(self.client_documents, documents.client_text)),
+            ("/clients/all/{page}/{count}", self._list(_selected(self.client_documents, documents.client_text))),
             ("/clients/{name}", self._get(self.client, documents.client_text)),
-            ("/servers/all/{page}/{count}", self._list(self.target_documents)),
+            ("/servers/all/{page}/{count}", self._list(_selected(self.target_documents))),
             # There are no drive and target classes.
-            ("/diskClasses/all/{page}/{count}", self._list(tuple)),
-            ("/serverClasses/all/{page}/{count}", self._list(tuple)),
+            ("/diskClasses/all/{page}/{count}", self._list(_selected(tuple))),
+            ("/serverClasses/all/{page}/{count}", self._list(_selected(tuple))),
             (f"{groups}/getVolumesCapacityUsageByID/{{name}}", self._get(self.group_usage)),
             (f"{groups}/{{name}}", self._get(self.group)),
         ):
@@ -221,14 +242,12 @@ class Api:
 
         return handle
 
-    def _list(self, listed: Callable[[], Iterable[Document]], text: Callable[[Document], str] = _json) -> _Handler:
-        """Return the route of a list, with the text of each document."""
-
+    def _list(self, texts: Callable[[Query], Iterable[str]]) -> _Handler:
         async def handle(request: Request) -> Response:
             if not self.is_known(request):
                 return to_login()
             query = Query.parse(request.query_params, request.path_params["page"], request.path_params["count"])
-            return await run_in_threadpool(lambda: _answer(f"[{','.join(map(text, query.select(listed())))}]"))
+            return await run_in_threadpool(lambda: _answer(f"[{','.join(texts(query))}]"))
 
         return handle
 
@@ -262,19 +281,14 @@ class Api:
         response.set_cookie(COOKIE, session, path="/", httponly=True, samesite=None)
         return response
 
-    def volume_documents(self) -> Iterable[Document]:
-        volumes = self.store.all(VOLUMES)
-        if len(self._shown) > 2 * len(volumes) + 1000:
-            self._shown = {}
-        return map(self._volume_document, volumes)
-
-    def _volume_document(self, volume: Volume) -> Document:
-        known = self._shown.get(volume.name)
-        if known is not None and known[0] is volume:
-            return known[1]
-        document = documents.volume_document(volume)
-        self._shown[volume.name] = (volume, document)
-        return document
+    def volume_texts(self, query: Query) -> Iterable[str]:
+        """Return the JSON of a page of volumes: in time for its volumes only, if it is in the order of their ids."""
+        above = query.above
+        if above is None:
+            return map(_json, query.select(map(documents.volume_document, self.store.all(VOLUMES))))
+        if not self._texts.serves(query, self.allocator.totals.volumes):
+            self._texts = _VolumeTexts(query)
+        return self._texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
 
     def count_volumes(self, _: Request) -> int:
         return len(self.store.all(VOLUMES))
@@ -283,7 +297,7 @@ class Api:
         volume = self.store.get(VOLUMES, request.path_params["name"])
         if volume is None:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
-        return self._volume_document(volume)
+        return documents.volume_document(volume)
 
     def extend(self, item: Extension) -> None:
         self.volumes.extend(item)
@@ -327,6 +341,12 @@ class Api:
     def system_info(self, _: Request) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
         return documents.system_info(fact.value if fact else "")
+
+
+def _selected(
+    documents: Callable[[], Iterable[Document]], text: Callable[[Document], str] = _json
+) -> Callable[[Query], Iterable[str]]:
+    return lambda query: map(text, query.select(documents()))
 
 
 def _outcome(item: _Item, act: Callable[[_Item], str | None]) -> Document:

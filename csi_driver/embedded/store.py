@@ -13,6 +13,7 @@ import logging
 import os
 import sqlite3
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,8 @@ class Store:
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
         self._unsaved: dict[_Key, str | None] = {}
         """Texts of `write_later`, which the next commit takes along."""
+        self._ordered: dict[str, list[str]] = {}
+        """Sorted ids of the tables that were listed, each until one is added or removed."""
         self._reserve = path.with_name(f"{path.name}.ballast")
         """Space for the changes that free space when the disk is full."""
         try:
@@ -146,6 +149,16 @@ class Store:
     def all(self, table: Table[R], grouping: str = "") -> list[R]:
         """Return the committed records of one grouping."""
         return list(self._committed.get((table.name, grouping), {}).values())  # type: ignore[arg-type]
+
+    def page(self, table: Table[R], above: str, skip: int, count: int) -> list[R]:
+        """Return `count` committed records (0 = all) without a grouping, in the order of their ids, of one moment."""
+        with self._change_lock:
+            records: dict[str, R] = self._committed.get((table.name, ""), {})  # type: ignore[assignment]
+            ids = self._ordered.get(table.name)
+            if ids is None:
+                ids = self._ordered[table.name] = sorted(records)
+            first = bisect_right(ids, above) + skip
+            return [records[key] for key in ids[first : first + count if count else None]]
 
     def everywhere(self, table: Table[R]) -> list[R]:
         """Return the committed records of all groupings."""
@@ -204,6 +217,8 @@ class Store:
     def _show(self, puts: Mapping[_Key, object]) -> None:
         for (kind, grouping, key), record in puts.items():
             records = self._committed.setdefault((kind, grouping), {})
+            if record is None or key not in records:
+                self._ordered.pop(kind, None)
             if record is None:
                 records.pop(key, None)
             else:

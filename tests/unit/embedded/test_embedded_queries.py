@@ -4,10 +4,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from urllib.parse import quote
 
 import pytest
 
+from csi_driver.embedded.model import FACTS, Fact
+from csi_driver.embedded.store import Store
 from tests.unit.embedded.manager import Json, Manager
 
 
@@ -76,6 +84,97 @@ def test_pages_are_parts_of_the_sorted_list(listed: Manager) -> None:
 
 def test_paging_goes_on_after_the_last_id(listed: Manager) -> None:
     assert ids(query(listed, "0/1", sort={"_id": 1}, filter={"_id": {"$gt": "a"}})) == ["b"]
+
+
+def test_a_list_in_order_has_what_was_made_and_lacks_what_was_deleted_since_the_last_one(listed: Manager) -> None:
+    assert ids(query(listed, sort={"_id": 1})) == ["a", "b", "c"]
+    listed.save("aa", 1)
+    assert ids(query(listed, sort={"_id": 1})) == ["a", "aa", "b", "c"]
+    listed.delete("b")
+    assert ids(query(listed, sort={"_id": 1})) == ["a", "aa", "c"]
+
+
+def test_a_list_shows_a_volume_as_it_is_now(listed: Manager) -> None:
+    for metadata in ({"number": 4}, {"number": 5}):
+        listed.update("a", metadata=metadata)
+        assert query(listed, "0/1", sort={"_id": 1}, projection={"metadata": 1}) == [{"_id": "a", "metadata": metadata}]
+
+
+def test_a_volume_made_again_is_not_shown_as_the_one_before(listed: Manager) -> None:
+    before = query(listed, sort={"_id": 1}, projection={"uuid": 1})
+    listed.delete("a")
+    listed.save("a", 1)
+    after = query(listed, sort={"_id": 1}, projection={"uuid": 1})
+    assert after[0] == {"_id": "a", "uuid": listed.uuid("a")} != before[0]
+    assert after[1:] == before[1:]
+
+
+def test_lists_of_different_fields_do_not_mix(listed: Manager) -> None:
+    for fields in ({"uuid": 1}, {"blocks": 1}, {"uuid": 1}):
+        (first, *_) = query(listed, sort={"_id": 1}, projection=fields)
+        assert set(first) == {"_id", *fields}
+
+
+def test_a_page_makes_the_documents_of_its_volumes_once(listed: Manager) -> None:
+    for name in ("d", "e", "f"):
+        listed.save(name, 1)
+
+    def documents_made(after: str) -> int:
+        with calls_of("volume_document") as calls:
+            condition = {"_id": {"$gt": after}}
+            assert len(query(listed, "0/2", sort={"_id": 1}, filter=condition, projection={"uuid": 1})) == 2
+        return len(calls)
+
+    assert [documents_made(after) for after in ("", "b", "b", "a")] == [2, 2, 0, 0]
+    listed.update("c", metadata={"number": 7})
+    assert documents_made("b") == 1
+
+
+@contextmanager
+def calls_of(name: str) -> Iterator[list[str]]:
+    """Collect the calls of a function in the threads that are started meanwhile: those of a request."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == name:
+            calls.append(name)
+
+    threading.setprofile(note)
+    try:
+        yield calls
+    finally:
+        threading.setprofile(None)
+
+
+def test_pages_have_every_volume_that_stays_while_others_come_and_go(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.sqlite")
+    stay = [f"v{number:02}" for number in range(40)]
+    passing = [f"{name}x" for name in stay]
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            for name in passing:
+                store.write(lambda change, name=name: change.put(FACTS, name, Fact(name)))  # type: ignore[misc]
+                store.write(lambda change, name=name: change.delete(FACTS, name))  # type: ignore[misc]
+
+    for name in stay:
+        store.write(lambda change, name=name: change.put(FACTS, name, Fact(name)))  # type: ignore[misc]
+    with ThreadPoolExecutor() as pool:
+        others = pool.submit(come_and_go)
+        walks = [walk(store, 3) for _ in range(30)]
+        stop.set()
+        others.result()
+    store.close()
+    assert all(found == sorted(set(found)) and set(stay) <= set(found) for found in walks)
+
+
+def walk(store: Store, count: int) -> list[str]:
+    found, page = list[str](), [Fact("")]
+    while page:
+        page = store.page(FACTS, found[-1] if found else "", 0, count)
+        found += [fact.value for fact in page]
+    return found
 
 
 def test_a_projection_names_the_fields(listed: Manager) -> None:
