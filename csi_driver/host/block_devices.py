@@ -19,10 +19,11 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.host.syscalls import fd_path, open_file, system_call
+from csi_driver.host.syscalls import fd_path, open_file, read_file, system_call
 from csi_driver.host_model import DeviceNumber
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
+_SYSFS_BYTES = 4096  # of a file at most (Documentation/filesystems/sysfs.rst)
 NOT_READY = (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ENOTDIR)
 SECTOR_BYTES = 512
 """Unit of all sizes in sysfs."""
@@ -34,24 +35,24 @@ def size_bytes(number: DeviceNumber) -> int | None:
     """Return the size of a device without opening it; None when the device is gone."""
     try:
         with system_call(f"read the size of device {number}"):
-            return int((SYS_DEV_BLOCK / str(number) / "size").read_text()) * SECTOR_BYTES or None
+            return int(read_file(f"{SYS_DEV_BLOCK}/{number}/size", _SYSFS_BYTES)) * SECTOR_BYTES or None
     except SystemCallFailed as failure:
         if failure.errno in NOT_READY:
             return None
         raise  # "unknown" must not be taken for "gone": mounts of a device that is gone are unmounted
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path | str) -> str:
     """Return a file of sysfs without its last newline; empty when it cannot be read."""
     try:
-        return file.read_text(errors="surrogateescape").removesuffix("\n")
+        return os.fsdecode(read_file(str(file), _SYSFS_BYTES)).removesuffix("\n")
     except OSError:
         return ""
 
 
 def sys_number(number: DeviceNumber, attribute: str) -> int | None:
     """Return an integer attribute of a device in sysfs; None when it is absent."""
-    text = read_text(SYS_DEV_BLOCK / str(number) / attribute)
+    text = read_text(f"{SYS_DEV_BLOCK}/{number}/{attribute}")
     return int(text) if text.isascii() and text.isdigit() else None
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target and staging paths: checked, created and removed without following symbolic links.
 
-A path lies below one of the configured roots, which may be links and are resolved once. Below a root the kernel
-follows no link (openat2(2), RESOLVE_NO_SYMLINKS), so that no user with write access there can lead the driver out of
-it. A directory that is a link is replaced by its target only when that lies below a root too; the rest of the path is
-again resolved without links.
+A path lies below one of the configured roots, which may be links and are resolved once. In a path that begins with a
+resolved root and has no `..` the kernel follows no link (openat2(2), RESOLVE_NO_SYMLINKS), so that no user with write
+access there can lead the driver out of the root. A directory that is a link is replaced by its target only when that
+lies below a root too; the rest of the path is again resolved without links.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host import syscalls
-from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
+from csi_driver.host.syscalls import closing, fd_path, system_call
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _LONGEST_PATH_BYTES = 4095
-_RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
-_ATTEMPTS = 32
 _MOST_COUNTED = 1000
 _KINDS = {stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFBLK: "device"}
 
@@ -34,7 +32,7 @@ class LinuxPaths:
 
     def __init__(self, roots: Sequence[Path]) -> None:
         by_length = sorted(roots, key=lambda root: len(root.parts), reverse=True)
-        self._roots = tuple((PurePosixPath(root), root.resolve()) for root in by_length)
+        self._roots = tuple((str(root), str(root.resolve())) for root in by_length)
 
     def check(self, path: str, field: str, *, takes_off: bool = False) -> Path:
         """Return the path with the links of its root resolved; refuses other links by `InvalidField`.
@@ -46,37 +44,35 @@ class LinuxPaths:
         if not path.startswith("/") or "\0" in path or ".." in plain.parts or too_long:
             raise InvalidField(field, path, "an absolute path without `..`")
         for given, resolved in self._roots:
-            for root in (given, PurePosixPath(resolved)):
-                if plain.is_relative_to(root) and plain != root:
-                    found = resolved / plain.relative_to(root)
+            for root in (given, resolved):
+                if (below := _below(str(plain), root)) is not None:
+                    found = Path(resolved, below)
                     return self._without_links(found, resolved, path, field, takes_off=takes_off)
         raise InvalidField(field, path, f"a path below {self._names()}")
 
-    def _without_links(self, path: Path, root: Path, given: str, field: str, *, takes_off: bool) -> Path:
-        if not _has_link(root, path, given, field):
+    def _without_links(self, path: Path, root: str, given: str, field: str, *, takes_off: bool) -> Path:
+        if not _has_link(path, given, field):
             return path
         place = Path(os.path.realpath(path.parent)) / path.name
-        other = next((each for _, each in self._roots if place.is_relative_to(each) and place != each), None)
-        if other is None or (other == root and not takes_off) or _has_link(other, place, given, field):
-            raise InvalidField(
-                field, given, "a path without symbolic links below its root", self._about_link(path, root)
-            )
+        other = next((each for _, each in self._roots if _below(str(place), each) is not None), None)
+        if other is None or (other == root and not takes_off) or _has_link(place, given, field):
+            raise InvalidField(field, given, "a path without symbolic links below its root", self._about_link(path))
         return place
 
-    def _about_link(self, path: Path, root: Path) -> str:
-        way = [*reversed(path.parents), path]
-        link = next((each for each in way if each != root and each.is_relative_to(root) and each.is_symlink()), path)
+    def _about_link(self, path: Path) -> str:
+        link = next((each for each in (*reversed(path.parents), path) if each.is_symlink()), path)
         return (
             f"{link} is a link to {os.path.realpath(link)}: bind mount that directory instead, or name it as a path "
             f"root of its own, in addition to {self._names()} (--path-root, in the chart node.extraPathRoots)"
         )
 
     def _names(self) -> str:
-        return " or ".join(str(given) for given, _ in self._roots)
+        return " or ".join(given for given, _ in self._roots)
 
     def open(self, path: Path) -> int:
         """Open the path (O_PATH), which may be a root, to mount on it or to unmount in it."""
-        return _open_below(self._root_of(path, itself=True), path)
+        self._require_root(path, itself=True)
+        return _open_without_links(path)
 
     def kind(self, path: Path) -> str:
         try:
@@ -149,19 +145,25 @@ class LinuxPaths:
 
     @contextlib.contextmanager
     def _parent(self, path: Path) -> Iterator[int]:
-        root = self._root_of(path)
+        self._require_root(path)
         try:
-            fd = _open_below(root, path.parent)
+            fd = _open_without_links(path.parent)
         except SystemCallFailed as failure:
             raise PreconditionFailed(f"the directory {path.parent} is absent or reached by a link") from failure
         with closing(fd):
             yield fd
 
-    def _root_of(self, path: Path, *, itself: bool = False) -> Path:
-        for _, root in self._roots:
-            if path.is_relative_to(root) and (itself or path != root) and ".." not in path.parts:
-                return root
-        raise PreconditionFailed(f"{path} is below no path root")
+    def _require_root(self, path: Path, *, itself: bool = False) -> None:
+        text = str(path)
+        is_below = any(_below(text, root) is not None or (itself and text == root) for _, root in self._roots)
+        if not is_below or ".." in path.parts:
+            raise PreconditionFailed(f"{path} is below no path root")
+
+
+def _below(path: str, root: str) -> str | None:
+    """Return the part of a plain path below a root; None when it is not below it."""
+    root = root.rstrip("/") + "/"
+    return path[len(root) :] or None if path.startswith(root) and not path.startswith("//") else None
 
 
 def _content(name: str, parent: int) -> str:
@@ -174,26 +176,18 @@ def _content(name: str, parent: int) -> str:
     return f"{many}{len(names)} {'entry' if len(names) == 1 else 'entries'}, the first {shown(min(names, default=''))}"
 
 
-def _has_link(root: Path, path: Path, given: str, field: str) -> bool:
+def _has_link(path: Path, given: str, field: str) -> bool:
     try:
-        os.close(_open_below(root, path))
+        os.close(_open_without_links(path))
     except SystemCallFailed as failure:
         if failure.errno == errno.ENAMETOOLONG:
             raise InvalidField(field, given, "a path with at most 255 bytes in each part") from failure
-        if failure.errno not in (errno.ELOOP, errno.EXDEV, *_ABSENT):
+        if failure.errno not in (errno.ELOOP, *_ABSENT):
             raise
-        return failure.errno in (errno.ELOOP, errno.EXDEV)
+        return failure.errno == errno.ELOOP
     return False
 
 
-def _open_below(root: Path, path: Path) -> int:
-    """Open (O_PATH) a path below a root; fails with ELOOP at a link."""
-    with closing(open_file(root, os.O_PATH | os.O_DIRECTORY)) as root_fd:
-        relative = str(path.relative_to(root))
-        for _ in range(_ATTEMPTS):
-            try:
-                return syscalls.openat2(root_fd, relative, os.O_PATH, _RESOLVE)
-            except SystemCallFailed as failure:
-                if failure.errno != errno.EAGAIN:  # of a concurrent rename
-                    raise
-        raise SystemCallFailed(f"open {path}", errno.EAGAIN)
+def _open_without_links(path: Path) -> int:
+    """Open (O_PATH) an absolute path; fails with ELOOP at a link."""
+    return syscalls.openat2(path, os.O_PATH, syscalls.RESOLVE_NO_SYMLINKS)

@@ -118,12 +118,13 @@ class Publish:
                 flags, _ = mount_flags(access.mount_flags)
                 if outdated := self.preparation.why_outdated(volume):
                     raise PreconditionFailed(outdated)
-                if self.mounts.at(staging) is None and self.shared_readers.is_staged(volume, staging):
+                staged = self.mounts.at(staging)
+                if staged is None and self.shared_readers.is_staged(volume, staging):
                     plan = self.shared_readers.plan(access, request)
                     self._publish_shared(VolumeDevice(volume, device, read_only=True), plan, target, deadline=deadline)
                     return
                 use = VolumeDevice(volume, device, read_only or "ro" in flags)
-                self._publish_mount(use, staging, target, access, mode)
+                self._publish_mount(use, staged, staging, target, access, mode)
             case BlockAccess():
                 self._publish_block(VolumeDevice(volume, device, read_only), staging, target, mode)
 
@@ -148,10 +149,19 @@ class Publish:
             raise PreconditionFailed(f"target path {target}: expected a directory or a file, got {kind}")
 
     def _publish_mount(
-        self, use: VolumeDevice, staging: Path, target: Path, access: MountAccess, mode: AccessMode
+        self,
+        use: VolumeDevice,
+        staged: Mount | None,
+        staging: Path,
+        target: Path,
+        access: MountAccess,
+        mode: AccessMode,
     ) -> None:
         volume, read_only = use.volume, use.read_only
-        staged = self._staged(use, staging)
+        if staged is None:
+            raise PreconditionFailed(f"volume {volume} is not staged at {staging}: nothing is mounted there")
+        if staged.node_number is not None or not self.ownership.is_live(staged, use.device):
+            raise self.ownership.held_by_another(f"staging path {staging}", volume, staged)
         if access.fs_type and access.fs_type != staged.fs_type:
             raise PreconditionFailed(f"volume {volume} at {staging}: expected {access.fs_type}, got {staged.fs_type}")
         if staged.read_only and not read_only:
@@ -195,18 +205,14 @@ class Publish:
             raise PreconditionFailed(f"volume {use.volume} cannot be published: {dead.detail}")
 
     def _make_target_directory(self, volume: NodeVolume, target: Path) -> None:
-        if self.paths.kind(target) == "file":
+        try:
+            self.paths.make_directory(target)
+        except PreconditionFailed:
+            if self.paths.kind(target) != "file":
+                raise
             self._release_left_over(volume, target)
             self.paths.remove(target)
-        self.paths.make_directory(target)
-
-    def _staged(self, use: VolumeDevice, staging: Path) -> Mount:
-        staged = self.mounts.at(staging)
-        if staged is None:
-            raise PreconditionFailed(f"volume {use.volume} is not staged at {staging}: nothing is mounted there")
-        if staged.node_number is not None or not self.ownership.is_live(staged, use.device):
-            raise self.ownership.held_by_another(f"staging path {staging}", use.volume, staged)
-        return staged
+            self.paths.make_directory(target)
 
     def _accept(self, published: Mount, use: VolumeDevice, target: Path, root: str) -> None:
         found = [] if published.node_number is None else ["access: expected mount, got block"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, sys_number
+from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, read_text, sys_number
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import DeviceNumber, LuksMapping
 
@@ -68,11 +68,12 @@ def mapping_named(name: str) -> LuksMapping | None:
 
 def below(number: DeviceNumber) -> DeviceNumber | None:
     """Return the device below an encrypted device; None when `number` is not one, or the device below is gone."""
-    device = SYS_DEV_BLOCK / str(number)
+    device = f"{SYS_DEV_BLOCK}/{number}"
+    if not read_text(f"{device}/dm/uuid").startswith(_CRYPT):
+        return None
     try:
-        if not (device / "dm" / "uuid").read_text().startswith(_CRYPT):
-            return None
-        found = [DeviceNumber.parse((slave / "dev").read_text()) for slave in (device / "slaves").iterdir()]
+        slaves = os.listdir(f"{device}/slaves")
+        found = [DeviceNumber.parse(read_text(f"{device}/slaves/{slave}/dev")) for slave in slaves]
     except (OSError, ValueError):
         return None
     return found[0] if len(found) == 1 else None

@@ -7,9 +7,7 @@ unreadable value is unknown (None). The embedded storage manager writes the same
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,15 @@ from pathlib import Path
 
 from csi_driver.errors import HostFailure
 from csi_driver.host import ioctls
-from csi_driver.host.syscalls import closing
+from csi_driver.host.syscalls import read_file
 from csi_driver.host_model import StorageClient, VolumeStatus
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import ReservationMode
 
 _STATUS_LIMIT_BYTES = 4 << 20
 """The client answers EFBIG to a longer status, which a volume of many pieces has."""
+_USUAL_STATUS_BYTES = 64 << 10
+"""A larger buffer is mapped anew for each read, which takes longer than the read."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}")
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
 _SIZE_LIMIT_BYTES = 1 << 63
@@ -178,19 +178,19 @@ class StatusFiles:
     client_signs: Sequence[Path] = CLIENT_SIGNS
 
     def volume(self, name: str) -> VolumeStatus | None:
-        return parse_volume_status(_read(self.root / "volumes" / name / "status.json"))
+        return parse_volume_status(_read(f"{self.root}/volumes/{name}/status.json"))
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
-        return parse_reference_ids(_read(self.root / "volumes" / name / "blob.txt"))
+        return parse_reference_ids(_read(f"{self.root}/volumes/{name}/blob.txt"))
 
     def opens(self, name: str) -> int | None:
-        return parse_opens(_read(self.root / "volumes" / name / "client_processes"))
+        return parse_opens(_read(f"{self.root}/volumes/{name}/client_processes"))
 
     def client(self) -> StorageClient:
-        uuid = parse_client_uuid(_read(self.root / "status.json"))
+        uuid = parse_client_uuid(_read(f"{self.root}/status.json"))
         upgrading = any(mark.exists() for mark in self.upgrade_marks)
         signs = (*self.client_signs, self.root, *self.upgrade_marks)
-        version = _read(self.root / "version")
+        version = _read(f"{self.root}/version")
         return StorageClient(
             uuid=uuid,
             is_expected=uuid is not None or any(sign.exists() for sign in signs),
@@ -207,11 +207,15 @@ class StatusFiles:
             return frozenset()
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     """Read a status file in one call: each read at offset 0 makes the client write it again, for all its readers."""
-    with contextlib.suppress(OSError), closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        return os.read(fd, _STATUS_LIMIT_BYTES).decode(errors="replace")
-    return ""
+    try:
+        read = read_file(path, _USUAL_STATUS_BYTES)
+        if len(read) == _USUAL_STATUS_BYTES:
+            read = read_file(path, _STATUS_LIMIT_BYTES)
+    except OSError:
+        return ""
+    return read.decode(errors="replace")
 
 
 def serial_of(uuid: str) -> str:

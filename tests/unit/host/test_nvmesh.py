@@ -211,6 +211,13 @@ def test_a_file_is_read_by_one_call(tmp_path: Path) -> None:
     assert status is not None
 
 
+def test_a_status_of_many_pieces_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "nvmeibc/volumes/csi-1/status.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(STATUS | {"pieces": ["piece"] * 100_000}))
+    assert files(tmp_path).volume("csi-1") is not None
+
+
 def test_a_machine_without_a_client_expects_none(tmp_path: Path) -> None:
     assert files(tmp_path).client() == StorageClient(None)
 
