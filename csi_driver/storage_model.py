@@ -235,6 +235,22 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeOnClient:
+    """A volume, and a client without its other volumes, after a change of the one on the other."""
+
+    volume: Volume
+    client: Client
+
+
+class Deletion(IntEnum):
+    """What a request to delete a volume did. BEGUN: the volume is gone later."""
+
+    NOT_FOUND = 0
+    BEGUN = 1
+    DONE = 2
+
+
+@dataclass(frozen=True, slots=True)
 class Vpg:
     name: str
     layout: Layout

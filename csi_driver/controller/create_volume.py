@@ -13,7 +13,7 @@ from csi_driver.controller.delete_volume import delete_unreturned
 from csi_driver.controller.ports import Clusters, CreateRequest, Management
 from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences
 from csi_driver.controller.volume_lookup import described, issued_reference
-from csi_driver.controller.volume_metadata import Creation, creation_metadata, read_attachments
+from csi_driver.controller.volume_metadata import Creation, creation_metadata, read_attachments, read_creation
 from csi_driver.controller.zones import (
     UNANSWERED,
     ZONE_POOL,
@@ -21,7 +21,6 @@ from csi_driver.controller.zones import (
     Found,
     ZonePool,
     allowed_zones,
-    find_in,
     served,
 )
 from csi_driver.deadline import Deadline
@@ -135,12 +134,12 @@ class _Call:
         )
         for zone in order:
             try:
-                uuid = self._create_in(zone)
+                made = self._create_in(zone)
             except (Exhausted, VpgMissing) as refusal:  # only then it is certain that nothing was created
                 refusals[zone] = refusal
                 _log.info("zone %s cannot create volume %s: %s", zone, self.name, refusal)
                 continue
-            return self._finish_created(zone, uuid)
+            return self._finish_created(zone, made)
         raise _refused_by_all(refusals)
 
     def continue_after(self, problem: DriverError) -> ProvisionedVolume:
@@ -157,7 +156,7 @@ class _Call:
         except _FINAL as again:
             raise StorageUnavailable(f"volume {self.name} exists, but is not usable yet: {again}") from problem
 
-    def _create_in(self, zone: str) -> str | None:
+    def _create_in(self, zone: str) -> Volume | str | None:
         management, parameters = served(self.use_case.clusters, zone), self.parameters
         layout, encryption = parameters.spec.layout, parameters.encryption
         if layout is None:
@@ -210,16 +209,19 @@ class _Call:
             return ""
         return f"; the management answers the same for unknown names: check {' and '.join(names)}"
 
-    def _finish_created(self, zone: str, uuid: str | None) -> ProvisionedVolume:
-        """Prove that no other zone has the volume, and finish it. `uuid`: of the volume that this call created."""
-        found = find_in(self.use_case.clusters, zone, self.name, deadline=self.deadline)
-        if found is None:
+    def _finish_created(self, zone: str, made: Volume | str | None) -> ProvisionedVolume:
+        """Prove that no other zone has the volume, and finish it. `made`: the volume of this call, or its uuid."""
+        management = served(self.use_case.clusters, zone)
+        volume = made if isinstance(made, Volume) else management.volume(self.name, deadline=self.deadline)
+        if volume is None:
             raise OperationPending(f"volume {self.name}: the name is reserved by a pending operation; retry")
-        volume = found.volume
+        found = Found(zone, volume, read_creation(volume.metadata), management)
         # With another uuid, ours was deleted and created again by another call: like any existing volume.
-        is_ours = uuid is not None and volume.uuid.lower() == uuid.lower()
+        is_ours = made is volume or (isinstance(made, str) and volume.uuid.lower() == made.lower())
         if is_ours:
-            _log.info("created volume %s, uuid %s, %d bytes, zone %s", volume.name, uuid, volume.size_bytes, zone)
+            _log.info(
+                "created volume %s, uuid %s, %d bytes, zone %s", volume.name, volume.uuid, volume.size_bytes, zone
+            )
             self.guard.confirm(found, self.zones, deadline=self.deadline)
         elif not self.guard.is_single:
             again = self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)

@@ -14,7 +14,7 @@ from csi_driver.controller.volume_metadata import AttachmentRecord, read_attachm
 from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, shown
 from csi_driver.settings import ControllerSettings
-from csi_driver.storage_model import Client, ClientStatus, Reservation, Volume
+from csi_driver.storage_model import Client, ClientStatus, Deletion, Reservation, Volume
 
 _log = logging.getLogger(__name__)
 
@@ -42,9 +42,12 @@ class DeleteVolume:
         if not volume.is_being_deleted:
             _refuse_copy(located)
             _refuse_held(located, management.clients_holding(volume.uuid, deadline=deadline))
-            if management.delete_volume(volume, deadline=deadline):
+            deletion = management.delete_volume(volume, deadline=deadline)
+            if deletion is not Deletion.NOT_FOUND:
                 _log.info("deleted volume %s, uuid %s, zone %s", volume.name, volume.uuid, located.zone)
-            elif not is_gone():
+            if deletion is Deletion.DONE:
+                return
+            if deletion is Deletion.NOT_FOUND and not is_gone():
                 # "Not found" does not prove that it is gone: the server also answers so during a pending operation.
                 raise OperationPending(
                     f"volume {volume.name} exists, but the management did not find it to delete it: it has a pending "

@@ -116,14 +116,13 @@ class UnpublishVolume:
         if located is None:
             return
         if node_id:
-            client = find_client(located.management, node_id, deadline=deadline)
+            client = find_client(located.management, node_id, only=located.volume.uuid, deadline=deadline)
             clients = [client] if client is not None else []
         else:
             clients = located.management.clients_holding(located.volume.uuid, deadline=deadline)
-        for client in clients:
-            self._detach(located, client, deadline)
-        for client in clients:
-            self._await_released(located, client, deadline)
+        after = [self._detach(located, client, deadline) for client in clients]
+        for client, known in zip(clients, after, strict=True):
+            self._await_released(located, client, known, deadline)
 
     def _prove_never_attached(self, problem: ZoneNotServed, volume_id: str, node_id: str, deadline: Deadline) -> None:
         """Return if a volume of a zone that is not served cannot be attached to the node; else raise.
@@ -152,33 +151,41 @@ class UnpublishVolume:
             raise ZoneNotServed(volume_id, problem.handle, reasons[0]) from problem
         _log.warning("%s; it is not attached to %s, a node of %s", problem, node_id, ", ".join(sorted(known)))
 
-    def _detach(self, located: Located, client: Client, deadline: Deadline) -> None:
+    def _detach(self, located: Located, client: Client, deadline: Deadline) -> Client | None:
+        """Ask for the detachment if it is not recorded yet. Return the client after it, None if that must be read."""
         volume = located.volume
         desired = client.desired.get(volume.uuid)
         if desired is None and client.id in volume.reservation.attached:
             # The client's document may come from a server that does not know of the attachment yet.
             reference: str | None = located.reference
         elif desired is None or is_release_recorded(client, located):
-            return
+            return client
         else:
             # Named, although it may be the default: without a name every reference would be removed.
             reference = located.reference if located.reference in desired.reference_ids else None
         force = self.settings.force_detach
-        located.management.detach(client, volume, reference_id=reference, force=force, deadline=deadline)
+        answered = located.management.detach(client, volume, reference_id=reference, force=force, deadline=deadline)
         _log.info("detaching volume %s, uuid %s, from %s", volume.name, volume.uuid, client.id)
+        return answered.client if answered is not None else None
 
-    def _await_released(self, located: Located, client: Client, deadline: Deadline) -> None:
-        latest: Client | None = client
+    def _await_released(self, located: Located, client: Client, known: Client | None, deadline: Deadline) -> None:
+        """Wait until the client has released the volume. `known`: its state after the request to detach."""
+        latest = known
 
         def is_done() -> bool:
-            nonlocal latest
-            latest = located.management.client(client.id, deadline=deadline)
             if latest is None or latest.uuid != client.uuid:
                 return True
             return (is_release_recorded if latest.status is ClientStatus.DOWN else is_released)(latest, located)
 
+        def is_done_now() -> bool:
+            nonlocal latest
+            latest = located.management.client(client.id, only=located.volume.uuid, deadline=deadline)
+            return is_done()
+
+        if known is not None and is_done():
+            return
         wait = self.settings.wait(deadline, self.settings.detach_wait_s)
-        if not wait.wait_until(is_done) and latest is not None:
+        if not wait.wait_until(is_done_now) and latest is not None:
             state = device_state(latest, located.volume)
             raise DeadlineReached(f"volume {located.volume.name} to be detached from node {client.id} ({state})")
 

@@ -13,10 +13,12 @@ from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
     Client,
+    Deletion,
     ReservationMode,
     SystemInfo,
     Volume,
     VolumeChanges,
+    VolumeOnClient,
     VolumeSpec,
     VolumeSummary,
     Vpg,
@@ -64,6 +66,7 @@ class ValidateRequest:
 class Management(Protocol):
     """The storage management of one cluster. One request of its API per method, unless stated otherwise.
 
+    The embedded manager's response to a change has the state after it, NVMesh's has not: then it must be read.
     Every method raises `StorageUnavailable` without an answer in time, and `Unauthenticated` or `Denied`.
     """
 
@@ -76,16 +79,19 @@ class Management(Protocol):
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> Iterator[VolumeSummary]:
         """Return up to `limit` (0 = all) volumes with names above `after`, sorted by name."""
 
-    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
-        """Return the uuid; None if the name is in use. `Exhausted`: no space. `OperationPending`: being reclaimed."""
+    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> Volume | str | None:
+        """Return the volume, or its uuid alone; None if the name is in use.
+
+        Raises `Exhausted` without space, `OperationPending` while space is being reclaimed.
+        """
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
         """Set a new total capacity. Raises `Exhausted`, `VolumeNotFound`, `PreconditionFailed`,
         `OperationPending` (also if the volume has another capacity by now), `CapacityOutOfRange` (too little more).
         """
 
-    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
-        """Mark it for deletion; False if it does not exist. Raises `PreconditionFailed` while it is in use."""
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> Deletion:
+        """Mark it for deletion. Raises `PreconditionFailed` while it is in use."""
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         """Replace the whole metadata of the volume. Raises `VolumeNotFound`."""
@@ -101,17 +107,20 @@ class Management(Protocol):
         Raises `InvalidRequest`, `VolumeNotFound`, and `OutcomeUnknown`: read the volume before a retry.
         """
 
-    def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
-        """Return the client by its id (the host name that the management knows), or None."""
+    def client(self, client_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
+        """Return the client by its id (the host name that the management knows), or None.
 
-    def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        """Return the client, or None."""
+        `only`: the uuid of a volume; without the client's other volumes, of which there may be hundreds.
+        """
+
+    def client_by_uuid(self, uuid: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
+        """Return the client, or None. `only`: as for `client`."""
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
         """Return all clients with their attachments. O(clients): for lists, not for calls about one volume."""
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
-        """Return the clients where the volume is attached, to be attached, or not yet detached."""
+        """Return the clients where the volume is attached, to be attached, or not yet detached; no other volumes."""
 
     def attach(
         self,
@@ -124,7 +133,7 @@ class Management(Protocol):
         preempt: bool = False,
         detach_others: bool = False,
         deadline: Deadline,
-    ) -> None:
+    ) -> VolumeOnClient | None:
         """Record that the volume is to be attached to the client. Idempotent for the same client and mode.
 
         Raises `ReservationConflict`, `NodeNotFound`, `VolumeNotFound`, `OperationPending`, `PreconditionFailed`.
@@ -132,7 +141,7 @@ class Management(Protocol):
 
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
-    ) -> None:
+    ) -> VolumeOnClient | None:
         """Remove one reference, or all without an id; the last one removes the device. None attached: returns."""
 
     def vpg(self, name: str, *, deadline: Deadline) -> Vpg | None:

@@ -28,11 +28,18 @@ from csi_driver.controller.volume_metadata import (
     with_attachments,
 )
 from csi_driver.deadline import Deadline
-from csi_driver.model import BlockAccess, Capability
+from csi_driver.model import BlockAccess, Capability, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import Encryption, History, PublishContext, reference_id
 from csi_driver.settings import AttachSettings
-from csi_driver.storage_model import Client, ClientStatus, DesiredAttachment, ReservationMode, Volume
+from csi_driver.storage_model import (
+    Client,
+    ClientStatus,
+    DesiredAttachment,
+    ReservationMode,
+    Volume,
+    VolumeOnClient,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +71,10 @@ class PublishVolume:
         management = sole_management(self.clusters, request.volume_id)
         client = None
         if management is not None:
-            client = find_client(management, request.node_id, deadline=deadline)
+            handle = VolumeHandle.parse(request.volume_id)
+            # The limit counts all volumes of the node.
+            only = handle.uuid if handle is not None and not self.settings.max_volumes_per_node else None
+            client = find_client(management, request.node_id, only=only, deadline=deadline)
         located = require(self.clusters, request.volume_id, deadline=deadline)
         if management is None:
             client = find_client(located.management, request.node_id, deadline=deadline)
@@ -107,10 +117,8 @@ class _Call:
         elif desired.mode is not self.mode:
             raise self._held_in(desired.mode)
         record = self._record_attachment(is_new=desired is None)
-        if not has_reference:
-            self._attach(preempted)
-        self._await_device()
-        return self._context(record)
+        answered = None if has_reference else self._attach(preempted)
+        return self._context(record, self._await_device(answered))
 
     def _check_volume(self) -> None:
         located, request = self.located, self.request
@@ -176,12 +184,12 @@ class _Call:
             self.located.management.set_metadata(volume, metadata, deadline=self.deadline)
         return record
 
-    def _attach(self, preempted: int | None) -> None:
+    def _attach(self, preempted: int | None) -> VolumeOnClient | None:
         volume, client = self.located.volume, self.client
         if preempted is not None:
             self.preemption.confirm(self.located, client, preempted, deadline=self.deadline)
         try:
-            self.located.management.attach(
+            answered = self.located.management.attach(
                 client,
                 volume,
                 mode=self.mode,
@@ -201,29 +209,42 @@ class _Call:
             raise self.preemption.refusal(self.located, client, deadline=self.deadline) from conflict
         mode = self.mode.name.lower()
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode)
+        return answered
 
-    def _await_device(self) -> None:
-        """Wait for the device and the desired attachment: servers before 3.5 lose accepted attachments."""
-        lacks = "the attachment"
-        name = self.located.volume.name
+    def _await_device(self, answered: VolumeOnClient | None) -> Volume:
+        """Wait for the device and the desired attachment, and return the volume as it is then.
+
+        Servers before 3.5 lose accepted attachments. `answered`: the state after the request to attach, if known.
+        """
+        if answered is not None:
+            self.client = answered.client
+            if not self._lacks():
+                return answered.volume
+        lacks, expected = "the attachment", self.located.volume
 
         def is_usable() -> bool:
             nonlocal lacks
             self._read_client()
-            desired = self._desired()
-            if desired is None or desired.is_detaching or self.located.reference not in desired.references:
-                raise errors.OperationPending(f"volume {name} was detached from {self.client.id} meanwhile; retry")
-            lacks = missing(self.client, self.located, self.mode)
+            lacks = self._lacks()
             return not lacks
 
         if not self._wait(is_usable):
-            raise errors.DeadlineReached(f"{lacks} of volume {name} on node {self.client.id}")
+            raise errors.DeadlineReached(f"{lacks} of volume {expected.name} on node {self.client.id}")
+        volume = self.located.management.volume(expected.name, deadline=self.deadline)
+        if volume is None or volume.uuid != expected.uuid:
+            raise errors.VolumeNotFound(expected.name, "it was deleted while it was being attached")
+        return volume
 
-    def _context(self, known: AttachmentRecord) -> PublishContext:
+    def _lacks(self) -> str:
+        """Return what the attachment lacks to be used, "" if nothing."""
+        desired = self._desired()
+        if desired is None or desired.is_detaching or self.located.reference not in desired.references:
+            name = self.located.volume.name
+            raise errors.OperationPending(f"volume {name} was detached from {self.client.id} meanwhile; retry")
+        return missing(self.client, self.located, self.mode)
+
+    def _context(self, known: AttachmentRecord, volume: Volume) -> PublishContext:
         """Return the context; it promises nothing if the server still shows an earlier attachment than `known`."""
-        volume = self.located.management.volume(self.located.volume.name, deadline=self.deadline)
-        if volume is None or volume.uuid != self.located.volume.uuid:
-            raise errors.VolumeNotFound(self.located.volume.name, "it was deleted while it was being attached")
         creation, record = read_creation(volume.metadata), read_attachments(volume.metadata)
         desired, version = self.client.desired[volume.uuid], volume.reservation.version
         number = record.clients.get(self.client.uuid, 0)
@@ -282,7 +303,8 @@ class _Call:
         return errors.ExistsDifferently(what, [f"mode: expected {self.mode.name.lower()}, got {mode.name.lower()}"])
 
     def _read_client(self) -> None:
-        latest = self.located.management.client(self.client.id, deadline=self.deadline)
+        only = None if self.settings.max_volumes_per_node else self.located.volume.uuid
+        latest = self.located.management.client(self.client.id, only=only, deadline=self.deadline)
         if latest is None or latest.uuid != self.client.uuid:
             raise errors.NodeNotFound(self.client.uuid)
         self.client = latest

@@ -91,14 +91,15 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
     return clusters.management(zones[0]) if len(zones) == 1 else None
 
 
-def find_client(management: Management, node_id: str, *, deadline: Deadline) -> Client | None:
+def find_client(management: Management, node_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
     """Find the storage client of a node by the client's uuid, its id, or the node's name.
 
     Short and qualified names match, also with an instance number. Raises `PreconditionFailed` if several match.
+    `only`: without the client's volumes other than that of this uuid.
     """
     if is_uuid(node_id):
-        return management.client_by_uuid(node_id.lower(), deadline=deadline)
-    client = management.client(node_id, deadline=deadline)
+        return management.client_by_uuid(node_id.lower(), only=only, deadline=deadline)
+    client = management.client(node_id, only=only, deadline=deadline)
     if client is not None:
         return client
     same = [client for client in management.clients(deadline=deadline) if _is_same_host(client.id, node_id)]

@@ -172,7 +172,8 @@ _Test = Callable[[object], bool]
 class Query:
     """Filter, order, fields and page of a list, as `GET /<collection>/all/:page/:count` takes them.
 
-    A filter has equality, $in and $gt, of dotted keys. Patterns ($regex) are refused: one can block the manager.
+    A filter has equality, $in and $gt, of dotted keys, and $or. Patterns ($regex) are refused: one can block the
+    manager.
     """
 
     filter: Mapping[str, object]
@@ -201,9 +202,8 @@ class Query:
 
     def select(self, documents: Iterable[Document]) -> list[Document]:
         """Return the filtered and sorted page with the projected fields. Raises QueryRefused."""
-        tests = [(key.split("."), _test(wanted)) for key, wanted in self.filter.items()]
-        project = self.projector()
-        selected = [document for document in documents if all(test(_reach(document, path)) for path, test in tests)]
+        matches, project = _condition(self.filter), self.projector()
+        selected = [document for document in documents if matches(document)]
         for key, direction in self.sort.items():
             if key != "_id" or direction not in (1, -1):
                 raise QueryRefused(f'sort: expected {{"_id": 1}} or -1, got {key}: {direction}')
@@ -246,6 +246,18 @@ def _reach(document: object, path: Sequence[str]) -> object:
             return _MISSING
         document = document[step]
     return document
+
+
+def _condition(conditions: Mapping[str, object]) -> Callable[[Document], bool]:
+    """Return the test of a whole document."""
+    tests = [(key.split("."), _test(wanted)) for key, wanted in conditions.items() if key != "$or"]
+    ways = conditions.get("$or", [{}])
+    if not isinstance(ways, list) or not ways or not all(isinstance(way, dict) for way in ways):
+        raise QueryRefused("filter operator: expected $or with a list of filters")
+    either = [_condition(way) for way in ways] if "$or" in conditions else [lambda document: True]
+    return lambda document: (
+        all(test(_reach(document, path)) for path, test in tests) and any(matches(document) for matches in either)
+    )
 
 
 def _test(wanted: object) -> _Test:

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -187,6 +187,8 @@ _Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 _Body = TypeVar("_Body")
 _Item = TypeVar("_Item", bound=RequestBody)
+_State: TypeAlias = Mapping[str, Document | None] | None
+"""The documents of a volume and a client after a change of them; a volume that is gone is None."""
 
 
 @dataclass(eq=False)
@@ -223,10 +225,10 @@ class Api:
         ):
             app.add_route(path, get, ["GET"])
         for path, post in (
-            ("/volumes/save", self._each(NewVolume, self.volumes.create)),
+            ("/volumes/save", self._each(NewVolume, self.create)),
             ("/volumes/extend", self._each(Extension, self.extend)),
             ("/volumes/update", self._each(VolumeUpdate, self.volumes.update)),
-            ("/volumes/delete", self._each(Deletion, lambda item: self.volumes.delete(item.id, item.uuid))),
+            ("/volumes/delete", self._each(Deletion, self.delete)),
             ("/volumes/initEncryption", self._each(EncryptionInit, self.encryptions.initialize)),
             ("/clients/attach", self._post(AttachRequest, self.attach)),
             ("/clients/detach", self._post(DetachRequest, self.detach)),
@@ -262,7 +264,7 @@ class Api:
 
         return handle
 
-    def _each(self, kind: type[_Item], act: Callable[[_Item], str | None]) -> _Handler:
+    def _each(self, kind: type[_Item], act: Callable[[_Item], _State]) -> _Handler:
         """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
         return self._post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
 
@@ -299,6 +301,15 @@ class Api:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
         return documents.volume_document(volume)
 
+    def create(self, item: NewVolume) -> _State:
+        return {"volume": documents.volume_document(self.volumes.create(item))}
+
+    def delete(self, item: Deletion) -> _State:
+        self.volumes.delete(item.id, item.uuid)
+        volume = self.store.get(VOLUMES, item.id)
+        is_present = volume is not None and volume.uuid == item.uuid
+        return {"volume": documents.volume_document(volume) if volume is not None and is_present else None}
+
     def extend(self, item: Extension) -> None:
         self.volumes.extend(item)
         self.attacher.grow(item.uuid)
@@ -323,7 +334,28 @@ class Api:
         return self._settled(body.client, body.volumes, self.clients.detach)
 
     def _settled(self, client: str, items: list[_Item], change: Callable[[str, _Item], list[Pair]]) -> list[Document]:
-        return [_outcome(item, lambda item: self.attacher.settle_all(change(client, item))) for item in items]
+        def settle(item: _Item) -> _State:
+            self.attacher.settle_all(change(client, item))
+            return self._state_of(client, *item.subject)
+
+        return [_outcome(item, settle) for item in items]
+
+    def _state_of(self, client_name: str, name: str, identity: str | None) -> _State:
+        """Return the documents of a volume and of a client, which has no other volume in it."""
+        client, identity = self.store.get(CLIENTS, client_name), identity or ""
+        report = self.store.get(REPORTS, identity, client_name)
+        attachment = self.store.get(ATTACHMENTS, identity, client_name)
+        # In the order in which a client of the API reads them.
+        volume = self.store.get(VOLUMES, name)
+        if volume is None or client is None or volume.uuid != identity:
+            return None
+        shown = documents.client_document(
+            client,
+            [] if report is None else [report],
+            [] if attachment is None else [attachment],
+            down=self.attacher.is_down(client_name),
+        )
+        return {"volume": documents.volume_document(volume), "client": shown}
 
     def group(self, request: Request) -> Document:
         name = request.path_params["name"]
@@ -349,12 +381,15 @@ def _selected(
     return lambda query: map(text, query.select(documents()))
 
 
-def _outcome(item: _Item, act: Callable[[_Item], str | None]) -> Document:
+def _outcome(item: _Item, act: Callable[[_Item], _State]) -> Document:
+    """Return the envelope of an item. Its payload has the state after it; NVMesh's is null, so clients must read it."""
     name, identity = item.subject
     try:
-        return envelope(name, act(item) or identity, True)
+        payload = act(item)
     except ApiError as refusal:
         return envelope(name, identity, False, refusal.error)
+    created = payload.get("volume") if payload is not None and identity is None else None
+    return envelope(name, str(created["uuid"]) if created is not None else identity, True, payload=payload)
 
 
 def application(api: Api) -> Starlette:

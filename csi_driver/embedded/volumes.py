@@ -54,7 +54,7 @@ class Volumes:
     has_device: Callable[[str], bool] = lambda identity: False
     """Return whether a device is bound to the volume's file; set by the attacher."""
 
-    def create(self, item: NewVolume) -> str:
+    def create(self, item: NewVolume) -> Volume:
         self._refuse_unsupported(item)
         volume = self.store.write(lambda change: self._record(change, item))
         try:
@@ -69,7 +69,8 @@ class Volumes:
             refusal = _not_allocated if problem.errno in _NO_SPACE else _not_saved
             raise refusal(str(problem)) from problem
         self.finish_creation(volume.name)
-        return volume.uuid
+        current = self.store.get(VOLUMES, volume.name)
+        return current if current is not None and current.uuid == volume.uuid else volume
 
     def _record(self, change: Change, item: NewVolume) -> Volume:
         layout, encryption = self._checked(change, item)

@@ -25,7 +25,7 @@ from csi_driver.management.failures import Meaning, NotLarger, Operation, error_
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Request
 from csi_driver.model import is_uuid, is_volume_name
-from csi_driver.storage_model import ALL_DRIVES, AllowedDrives, Client, Volume, VolumeSpec
+from csi_driver.storage_model import ALL_DRIVES, AllowedDrives, Client, Deletion, Volume, VolumeOnClient, VolumeSpec
 from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ def _projection(fields: tuple[str, ...]) -> str:
 _SORTED = "sort=" + _quoted_json({"_id": 1})
 _SUMMARY_PROJECTION = _projection(codec.SUMMARY_FIELDS)
 _VOLUME_PROJECTION = _projection(codec.VOLUME_FIELDS)
-_CLIENT_PROJECTION = _projection(codec.CLIENT_FIELDS)
 _TARGET_PROJECTION = _projection(free_capacity.TARGET_FIELDS)
 _CLASS_PROJECTION = _projection(free_capacity.CLASS_FIELDS)
 
@@ -106,31 +105,27 @@ class ManagementClient:
         rows = self._list("volumes", deadline, f"{_SORTED}&{_SUMMARY_PROJECTION}", above, limit)
         return map(codec.decode_summary, _taken(rows))
 
-    def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
+    def client(self, client_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         if not _CLIENT_ID.fullmatch(client_id):
             return None
         if client_id in _ROUTES:
-            return self._first_client({"_id": client_id}, deadline)
+            return next(iter(self._clients({"_id": client_id}, only, deadline)), None)
         row = self._read(f"/clients/{quote(client_id, safe='')}", deadline, absent=Meaning.CLIENT_ABSENT)
-        return codec.decode_client(row) if row else None
+        return codec.decode_client(row, only) if row else None
 
-    def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
-        return self._first_client({"uuid": uuid.lower()}, deadline) if is_uuid(uuid) else None
+    def client_by_uuid(self, uuid: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
+        return next(iter(self._clients({"uuid": uuid.lower()}, only, deadline)), None) if is_uuid(uuid) else None
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
-        return [codec.decode_client(row) for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}")]
+        return self._clients(None, None, deadline)
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
-        """Filter for desired attachments, then for devices: one that is attached in between is found as a device."""
+        """Ask for desired attachments and devices at once: of a client both are of one moment."""
         if not is_uuid(volume_uuid):
             return []
         uuid = volume_uuid.lower()
-        found: dict[str, Client] = {}
-        for path in (f"attachments.{uuid}.uuid", "block_devices.uuid"):
-            for row in self._list("clients", deadline, f"{_SORTED}&{_CLIENT_PROJECTION}", {path: uuid}):
-                client = codec.decode_client(row)
-                found[client.id] = client
-        return [client for _, client in sorted(found.items()) if client.holds(uuid)]
+        condition = {"$or": [{f"attachments.{uuid}.uuid": uuid}, {"block_devices.uuid": uuid}]}
+        return [client for client in self._clients(condition, uuid, deadline) if client.holds(uuid)]
 
     def vpg(self, name: str, *, deadline: Deadline) -> storage_model.Vpg | None:
         if not _VPG_NAME.fullmatch(name):
@@ -154,7 +149,7 @@ class ManagementClient:
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
         return free_capacity.free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
-    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> str | None:
+    def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> Volume | str | None:
         """Create a volume; without a response, look the name up, and send the request to another server if one works.
 
         A volume that exists then counts as an existing one, which the caller compares. Should the first request still
@@ -170,7 +165,11 @@ class ManagementClient:
             if not other_works:
                 raise
             envelope = send()
-        uuid = envelope.get("uuid") if envelope is not None else None
+        if envelope is None:
+            return None
+        if document := _payload(envelope).get("volume"):
+            return codec.decode_volume(document)
+        uuid = envelope.get("uuid")
         return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
@@ -200,10 +199,13 @@ class ManagementClient:
             if self._require_same(volume, deadline).capacity_gb < capacity_gb:
                 raise
 
-    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> Deletion:
         # The server compares the UUID, so repeating the request deletes no other volume.
         item = {"_id": volume.name, "uuid": volume.uuid}
-        return self._post(Operation.DELETE, [item], volume, deadline) is not None
+        envelope = self._post(Operation.DELETE, [item], volume, deadline)
+        if envelope is None:
+            return Deletion.NOT_FOUND
+        return Deletion.DONE if _payload(envelope).get("volume", volume) is None else Deletion.BEGUN
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         self._update(volume, {"metadata": dict(metadata)}, deadline)
@@ -232,7 +234,7 @@ class ManagementClient:
         preempt: bool = False,
         detach_others: bool = False,
         deadline: Deadline,
-    ) -> None:
+    ) -> VolumeOnClient | None:
         reservation: dict[str, object] = {"mode": mode.name}
         if version is not None:
             reservation["version"] = version
@@ -241,13 +243,13 @@ class ManagementClient:
         if detach_others:
             reservation["isDetachOthers"] = True
         body = _attachment(client, volume, reference_id, {"reservation": reservation})
-        self._post(Operation.ATTACH, body, volume, deadline, client.id)
+        return _state_after(self._post(Operation.ATTACH, body, volume, deadline, client.id), client, volume)
 
     def detach(
         self, client: Client, volume: Volume, *, reference_id: str | None, force: bool = False, deadline: Deadline
-    ) -> None:
+    ) -> VolumeOnClient | None:
         body = _attachment(client, volume, reference_id, {"force": True} if force else {})
-        self._post(Operation.DETACH, body, volume, deadline, client.id)
+        return _state_after(self._post(Operation.DETACH, body, volume, deadline, client.id), client, volume)
 
     def _post(
         self, operation: Operation, body: object, volume: Volume | VolumeSpec, deadline: Deadline, client: str = ""
@@ -313,9 +315,10 @@ class ManagementClient:
             raise failure_of(Operation.READ, error)
         return codec.as_documents(body, f"a list of {collection}")
 
-    def _first_client(self, condition: object, deadline: Deadline) -> Client | None:
-        rows = self._list("clients", deadline, _CLIENT_PROJECTION, condition)
-        return next((codec.decode_client(row) for row in rows), None)
+    def _clients(self, condition: object, only: str | None, deadline: Deadline) -> list[Client]:
+        attachments = "attachments" if only is None else f"attachments.{only}"
+        options = f"{_SORTED}&{_projection((*codec.CLIENT_FIELDS, attachments))}"
+        return [codec.decode_client(row, only) for row in self._list("clients", deadline, options, condition)]
 
 
 def _taken(rows: list[codec.Document]) -> Iterator[codec.Document]:
@@ -323,6 +326,20 @@ def _taken(rows: list[codec.Document]) -> Iterator[codec.Document]:
     rows.reverse()
     while rows:
         yield rows.pop()
+
+
+def _payload(envelope: codec.Document) -> codec.Document:
+    """Return the state after a change. NVMesh's responses have none; see `csi_driver.embedded.http`."""
+    payload = envelope.get("payload")
+    return payload if isinstance(payload, dict) else {}
+
+
+def _state_after(envelope: codec.Document | None, client: Client, volume: Volume) -> VolumeOnClient | None:
+    payload = _payload(envelope or {})
+    if not (payload.get("volume") and payload.get("client")):
+        return None
+    after = VolumeOnClient(codec.decode_volume(payload["volume"]), codec.decode_client(payload["client"], volume.uuid))
+    return after if after.volume.uuid == volume.uuid and after.client.uuid == client.uuid else None
 
 
 def _attachment(

@@ -39,7 +39,8 @@ VOLUME_FIELDS = (
 )  # fmt: skip
 """All that `decode_volume` reads, without the chunks, which are large."""
 
-CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "attachments", "block_devices")
+CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "block_devices")
+"""Projection of clients, with either `attachments` or `attachments.` and the uuid of a volume."""
 
 _RAID_LEVELS: Mapping[str, storage_model.RaidLevel] = {
     **{level.value.lower(): level for level in storage_model.RaidLevel},
@@ -125,10 +126,15 @@ def _summary(row: Document) -> _Summary:
     )
 
 
-def decode_client(row: Document) -> storage_model.Client:
+def decode_client(row: Document, only: str | None = None) -> storage_model.Client:
+    """Decode a client; `only`: with the volume of this uuid and no other one."""
     try:
-        desired = (_desired(uuid, entry) for uuid, entry in (row.get("attachments") or {}).items())
-        reports = (_report(report) for report in row.get("block_devices") or () if not report.get("is_hidden"))
+        entries, devices = row.get("attachments") or {}, row.get("block_devices") or ()
+        if only is not None:
+            entries = {only: entries[only]} if only in entries else {}
+            devices = [report for report in devices if report.get("uuid") == only]
+        desired = (_desired(uuid, entry) for uuid, entry in entries.items())
+        reports = (_report(report) for report in devices if not report.get("is_hidden"))
         return storage_model.Client(
             id=_text(row, "_id", "clientID"),
             uuid=_text(row, "uuid"),

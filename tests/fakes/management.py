@@ -36,6 +36,7 @@ from csi_driver.storage_model import (
     AllowedDrives,
     Client,
     ClientStatus,
+    Deletion,
     DesiredAttachment,
     DeviceReport,
     DeviceStatus,
@@ -269,11 +270,11 @@ class FakeManagement:
             self._volumes[present.name] = grown
             self._later(self.extend_s, lambda: self._extended(grown))
 
-    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> bool:
+    def delete_volume(self, volume: Volume, *, deadline: Deadline) -> Deletion:
         with self._request("delete_volume", deadline):
             present = self._volumes.get(volume.name)
             if present is None or present.uuid != volume.uuid or volume.name in self.pending:
-                return False
+                return Deletion.NOT_FOUND
             # Like the real one: a client that is still detaching does not count.
             users = [c.id for c in self._clients.values() if self._is_wished(c, volume.uuid)]
             if users:
@@ -282,7 +283,7 @@ class FakeManagement:
                 raise OperationPending(f"{present.name} is initializing")
             self._volumes[volume.name] = replace(present, action="markedForDeletion")
             self._later(self.delete_s, lambda: self._deleted(volume))
-            return True
+            return Deletion.BEGUN
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         with self._request("set_metadata", deadline):
@@ -328,14 +329,14 @@ class FakeManagement:
 
     # --- Management: clients ------------------------------------------------------------------------------
 
-    def client(self, client_id: str, *, deadline: Deadline) -> Client | None:
+    def client(self, client_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         with self._request("client", deadline):
             found = self._clients.get(client_id)
-            return self._shown(found) if found is not None else None
+            return self._shown(found, only) if found is not None else None
 
-    def client_by_uuid(self, uuid: str, *, deadline: Deadline) -> Client | None:
+    def client_by_uuid(self, uuid: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         with self._request("client_by_uuid", deadline):
-            return next((self._shown(client) for client in self._clients.values() if client.uuid == uuid), None)
+            return next((self._shown(client, only) for client in self._clients.values() if client.uuid == uuid), None)
 
     def clients(self, *, deadline: Deadline) -> list[Client]:
         with self._request("clients", deadline):
@@ -343,7 +344,8 @@ class FakeManagement:
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         with self._request("clients_holding", deadline):
-            return [shown for client in self._clients.values() if (shown := self._shown(client)).holds(volume_uuid)]
+            shown = (self._shown(client, volume_uuid) for client in self._clients.values())
+            return [client for client in shown if client.holds(volume_uuid)]
 
     def attach(
         self,
@@ -507,8 +509,11 @@ class FakeManagement:
         if present is not None and present.uuid == volume.uuid:
             del self._volumes[volume.name]
 
-    def _shown(self, client: _Client) -> Client:
+    def _shown(self, client: _Client, only: str | None = None) -> Client:
         shown = _shown(client)
+        if only is not None:
+            desired, devices = ({only: some[only]} if only in some else {} for some in (shown.desired, shown.devices))
+            shown = replace(shown, desired=desired, devices=devices)  # type: ignore[arg-type]
         return replace(shown, desired={}, devices={}) if client.id in self.unheard_of else shown
 
     def _is_wished(self, client: _Client, volume_uuid: str) -> bool:

@@ -10,7 +10,7 @@ from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
 from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.list_volumes import ListVolumes
-from csi_driver.controller.ports import CreateRequest, PublishRequest, TopologyRequirement
+from csi_driver.controller.ports import CreateRequest, Management, PublishRequest, TopologyRequirement
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 from csi_driver.controller.zones import ZONE_POOL, Readiness, ZonePool
@@ -49,7 +49,7 @@ CLAIM = {
 
 
 class World:
-    """A controller and its storage. `beside`: another controller, with the same storage."""
+    """A controller and its storage. `beside`: another controller, with the same storage. `management`: another one."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class World:
         zones: tuple[str, ...] = (DEFAULT_ZONE,),
         *,
         beside: World | None = None,
+        management: Management | None = None,
         pool: ZonePool = ZONE_POOL,
     ) -> None:
         self.clock: FakeClock = beside.clock if beside is not None else FakeClock()
@@ -64,7 +65,7 @@ class World:
         self.zones: dict[str, FakeManagement] = beside.zones if beside is not None else made
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
-        self.clusters = FakeClusters(self.zones)
+        self.clusters = FakeClusters(management or self.zones)
         self.creation = CreateVolume(self.clusters, self.settings, pool)
         self.deletion = DeleteVolume(self.clusters, self.settings)
         self.publication = PublishVolume(self.clusters, self.settings)

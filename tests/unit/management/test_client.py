@@ -78,7 +78,8 @@ def test_an_empty_document_does_not_tell_that_an_object_is_absent(
     path: str, server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     server.on("GET", f"/{path}", Says({}))
-    read = {"volumes": client.volume, "clients": client.client}.get(path.partition("/")[0], client.vpg)
+    reads: dict[str, Callable[..., object]] = {"volumes": client.volume, "clients": client.client}
+    read = reads.get(path.partition("/")[0], client.vpg)
     with pytest.raises(StorageUnavailable):
         read("vol1", deadline=deadline)
 
@@ -406,15 +407,18 @@ def test_holders_have_a_desired_attachment_or_a_device(
 ) -> None:
     wishing = {**sample("client"), "_id": "b", "block_devices": []}
     reporting = {**sample("client"), "_id": "a", "attachments": {}}
-    server.on("GET", "/clients/all/0/0", Says([wishing]), Says([reporting]))
+    server.on("GET", "/clients/all/0/0", Says([reporting, wishing]))
     assert [holder.id for holder in client.clients_holding(VOLUME.uuid, deadline=deadline)] == ["a", "b"]
+    (asked,) = server.seen("/clients/all/0/0")
+    uuid = VOLUME.uuid
+    assert asked.query["filter"] == {"$or": [{f"attachments.{uuid}.uuid": uuid}, {"block_devices.uuid": uuid}]}
 
 
 def test_a_client_whose_device_is_reported_detached_holds_nothing(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
     gone = {**sample("client"), "attachments": {}, "block_devices": [{"uuid": VOLUME.uuid, "vol_status": 2}]}
-    server.on("GET", "/clients/all/0/0", Says([]), Says([gone]))
+    server.on("GET", "/clients/all/0/0", Says([gone]))
     assert client.clients_holding(VOLUME.uuid, deadline=deadline) == []
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and results of encryption and changes of a volume."""
+"""Requests and results of encryption and changes of a volume, and the state in responses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from csi_driver.errors import (
     VolumeNotFound,
 )
 from csi_driver.management.client import ManagementClient
-from csi_driver.storage_model import Layout, VolumeChanges
-from tests.unit.management.double import Breaks, ManagementDouble, Says, Step
-from tests.unit.management.test_client import SAVE, SPEC, UPDATE, VOLUME, absent, done, refused
+from csi_driver.management.codec import decode_client
+from csi_driver.storage_model import Deletion, Layout, ReservationMode, Volume, VolumeChanges, VolumeOnClient
+from tests.unit.management.double import Breaks, ManagementDouble, Says, Step, sample
+from tests.unit.management.test_client import CLIENT, SAVE, SPEC, UPDATE, VOLUME, absent, done, refused
 
 INIT = "/volumes/initEncryption"
 PASSPHRASE = "correct horse battery"
@@ -118,3 +119,45 @@ def test_a_warning_with_success_true_is_an_error(
     server.on("POST", UPDATE, Says([answer]))
     with pytest.raises(PreconditionFailed):
         client.update_volume(VOLUME, VolumeChanges(description="x"), deadline=deadline)
+
+
+def stated(**state: object) -> Says:
+    """Return a success with the state after the change, as the embedded manager answers."""
+    return Says([{"_id": VOLUME.name, "uuid": VOLUME.uuid, "success": True, "error": None, "payload": state}])
+
+
+def attached(client: ManagementClient, deadline: Deadline) -> VolumeOnClient | None:
+    mode = ReservationMode.EXCLUSIVE_READ_WRITE
+    return client.attach(CLIENT, VOLUME, mode=mode, reference_id=None, deadline=deadline)
+
+
+def test_the_state_in_the_response_to_a_change_is_returned(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, stated(volume=sample("volume")))
+    server.on("POST", "/clients/attach", stated(volume=sample("volume"), client=sample("client")))
+    server.on("POST", "/volumes/delete", stated(volume=None))
+    assert client.create_volume(SPEC, deadline=deadline) == VOLUME
+    assert attached(client, deadline) == VolumeOnClient(VOLUME, decode_client(sample("client"), VOLUME.uuid))
+    assert client.delete_volume(VOLUME, deadline=deadline) is Deletion.DONE
+
+
+def test_a_response_to_a_change_without_state_says_that_it_must_be_read(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("POST", SAVE, done())
+    server.on("POST", "/clients/attach", done())
+    server.on("POST", "/volumes/delete", done())
+    assert not isinstance(client.create_volume(SPEC, deadline=deadline), Volume)
+    assert attached(client, deadline) is None
+    assert client.delete_volume(VOLUME, deadline=deadline) is Deletion.BEGUN
+
+
+@pytest.mark.parametrize("other", ["volume", "client"])
+def test_the_state_of_another_object_is_not_returned(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline, other: str
+) -> None:
+    state = {name: dict(sample(name)) for name in ("volume", "client")}
+    state[other]["uuid"] = "00000000-0000-1000-8000-000000000000"
+    server.on("POST", "/clients/attach", stated(**state))
+    assert attached(client, deadline) is None
