@@ -87,12 +87,13 @@ def main() -> int:
         help="measure only this part; repeatable (default: all but scale)",
     )
     parser.add_argument("--peer", help="unix:///PATH of another CSI driver, measured beside this one")
+    parser.add_argument("--directory", default="/tmp", help="where pool and state lie, e.g. on a drive of its own")
     parser.add_argument("--record", action="store_true", help=f"append the figures to {history.HISTORY.name}")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a figure is worse than recorded")
     options = parser.parse_args()
-    if options.quick and options.record:
-        parser.error("--record needs the full numbers: leave out --quick")
-    directory = Path(tempfile.mkdtemp(prefix="csi-bench-", dir="/tmp"))
+    if options.record and (options.quick or options.only not in (None, ["scale"])):
+        parser.error("--record needs a whole run, or --only scale: leave out --quick and other parts")
+    directory = Path(tempfile.mkdtemp(prefix="csi-bench-", dir=options.directory))
     peer = Path(options.peer.removeprefix("unix://")) if options.peer else None
     run = Run(directory, Report(), options.quick, peer)
     machine = history.this_machine(directory)

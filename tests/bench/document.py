@@ -22,7 +22,7 @@ def figures_table(entries: Sequence[Entry]) -> str:
     lines = [
         f"{last.machine}; Python {last.python}.",
         "",
-        f"| figure | unit | aim | {first.date[:10]}, {first.commit} | {last.date[:10]}, {last.commit} |",
+        f"| figure | unit | aim | {first.date[:10]}, {first.commit[:7]} | {last.date[:10]}, {last.commit[:7]} |",
         "|---|---|---|---|---|",
     ]
     for key, figure in FIGURES.items():

@@ -35,6 +35,7 @@ class Weather:
     """Results of a storm."""
 
     wall_s: float = 0.0
+    client_cpu_s: float = 0.0
     calls: int = 0
     longest_s: float = 0.0
     refusals: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -58,11 +59,11 @@ def storm(socket: Path, jobs: Sequence[Sequence[Callable[[CsiClient], object]]],
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
-    begun = time.perf_counter()
+    begun, cpu_before_s = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(at_once) as pool:
         for _ in pool.map(one, jobs):
             pass
-    weather.wall_s = time.perf_counter() - begun
+    weather.wall_s, weather.client_cpu_s = time.perf_counter() - begun, time.process_time() - cpu_before_s
     return weather
 
 
@@ -88,7 +89,7 @@ def ideal_s(alone_s: float, count: int) -> float:
 
 def measure_storm(stack: Stack, directory: Path, report: Report, count: int, publications: int) -> None:
     """Print how long many volumes take that are staged and published at once, blank and in use before."""
-    columns = ("", "calls", "s", "ideal s", "ratio", "longest s")
+    columns = ("", "calls", "s", "ideal s", "ratio", "longest s", "client CPU s")
     table = report.table("Boot storm, beside a sequential shell script divided by the processors", columns)
     life = life_on(stack)
     volumes = life.attached(directory, "storm", count)
@@ -114,7 +115,9 @@ def _bring_up(life: Life, volume: Volume) -> list[Callable[[CsiClient], object]]
 
 
 def _storm_row(table: Table, name: str, weather: Weather, ideal: float) -> float:
-    table.row(name, weather.calls, weather.wall_s, ideal, weather.wall_s / ideal, weather.longest_s)
+    table.row(
+        name, weather.calls, weather.wall_s, ideal, weather.wall_s / ideal, weather.longest_s, weather.client_cpu_s
+    )
     print(f"  errors: {weather.told()}")
     return weather.wall_s / ideal
 
