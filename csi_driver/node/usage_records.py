@@ -8,6 +8,7 @@ once, so a record of use counts for every attachment up to its own, and no call 
 
 from __future__ import annotations
 
+import binascii
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,9 @@ NEWEST_KEPT = 1024
 ABSENT_S = 3600.0
 """Absence after which a record may go; a client shows its volumes within minutes."""
 MOST_AT_ONCE = 256  # records that one sweep removes; each waits for the disk
+
+_FILE_BYTES = 512
+"""Length of a record's file: one sector, which a disk writes as a whole or not at all, also in place."""
 
 # struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")
@@ -118,11 +122,14 @@ class UsageRecords:
         path = self.path_of(volume_uuid)
         with _system_call(f"read {path}"):
             try:
-                text = path.read_text(encoding="utf-8")
+                content = path.read_bytes()
             except FileNotFoundError:
                 return None
         try:
-            fields = json.loads(text)
+            fields = json.loads(content)
+            check = fields.pop("check", None)  # earlier drivers wrote none
+            if check is not None and check != _check(fields):
+                raise ValueError("checksum")
             record = UsageRecord(
                 str(fields["volume"]),
                 int(fields["attachment"]),
@@ -137,15 +144,15 @@ class UsageRecords:
         return record
 
     def write(self, record: UsageRecord) -> None:
-        """Replace the record of the volume."""
+        """Replace the record of the volume, in place where there is one: that takes one flush, and not two commits."""
         path = self.path_of(record.volume_uuid)
         draft = path.with_suffix(".draft")
-        fields = {"volume": record.volume_uuid, "attachment": record.attachment, "filesystem": record.filesystem}
-        flags = {"uncounted": record.uncounted, "rootModePending": record.root_mode_pending}
-        text = json.dumps({**fields, **{key: True for key, value in flags.items() if value}})
+        content = _encoded(record)
         with self.changing(record.volume_uuid), _system_call(f"write {path}"):
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
+            if _is_overwritten(path, content):
+                return
+            with draft.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -163,6 +170,30 @@ class UsageRecords:
     def path_of(self, volume_uuid: str) -> Path:
         """Return the file of the volume's record."""
         return self._directory / f"{volume_uuid}.mark"
+
+
+def _encoded(record: UsageRecord) -> bytes:
+    fields = {"volume": record.volume_uuid, "attachment": record.attachment, "filesystem": record.filesystem}
+    flags = {"uncounted": record.uncounted, "rootModePending": record.root_mode_pending}
+    fields |= {key: True for key, value in flags.items() if value}
+    return json.dumps({**fields, "check": _check(fields)}).encode().ljust(_FILE_BYTES)
+
+
+def _check(fields: Mapping[str, object]) -> int:
+    return binascii.crc32(json.dumps(fields).encode())
+
+
+def _is_overwritten(path: Path, content: bytes) -> bool:
+    """Write the content to a file of one sector, and to disk; False when there is none."""
+    try:
+        with path.open("r+b", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != _FILE_BYTES or len(content) != _FILE_BYTES:
+                return False
+            file.write(content)
+            os.fdatasync(file.fileno())
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def record_use(

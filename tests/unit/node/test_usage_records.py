@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,17 +34,67 @@ def test_a_record_is_read_back_as_written(marks: UsageRecords) -> None:
     assert marks.read(UUID) == UsageRecord(UUID, 3, "xfs")
 
 
+def flushes(marks: UsageRecords, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, UsageRecord | None]]:
+    """Return a list that gets the name of each file that is flushed, and the record as it is then."""
+    seen: list[tuple[str, UsageRecord | None]] = []
+
+    def noting(flush: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            flush(descriptor)
+            seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), marks.read(UUID)))
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noting(os.fsync))
+    monkeypatch.setattr(os, "fdatasync", noting(os.fdatasync))
+    return seen
+
+
 def test_a_record_is_on_disk_when_it_is_written(marks: UsageRecords, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = []
-    sync = os.fsync
+    flushed, record = flushes(marks, monkeypatch), UsageRecord(UUID, 3, "xfs")
+    marks.write(record)
+    assert flushed == [("state", None), (f"{UUID}.draft", None), ("format-marks", record)]
 
-    def sync_and_note(descriptor: int) -> None:
-        sync(descriptor)
-        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), marks.path_of(UUID).exists()))
 
-    monkeypatch.setattr(os, "fsync", sync_and_note)
+def test_a_record_is_replaced_in_place_with_one_flush(marks: UsageRecords, monkeypatch: pytest.MonkeyPatch) -> None:
     marks.write(UsageRecord(UUID, 3, "xfs"))
-    assert synced == [("state", False), (f"{UUID}.draft", False), ("format-marks", True)]
+    flushed, used, inode = flushes(marks, monkeypatch), UsageRecord(UUID, 3, USED), marks.path_of(UUID).stat().st_ino
+    record_use(marks, UUID, 3, USED)
+    assert (flushed, marks.path_of(UUID).stat().st_ino) == ([(f"{UUID}.mark", used)], inode)
+
+
+def test_a_record_of_an_earlier_driver_is_read_and_replaced(directory: Path) -> None:
+    marks = UsageRecords(directory.parent)
+    path = directory / f"{UUID}.mark"
+    path.write_text(f'{{"volume": "{UUID}", "attachment": 3, "filesystem": "used", "uncounted": true}}')
+    assert marks.read(UUID) == UsageRecord(UUID, 3, USED, uncounted=True)
+    marks.write(UsageRecord(UUID, 4, "ext4"))
+    assert marks.read(UUID) == UsageRecord(UUID, 4, "ext4")
+
+
+def test_an_earlier_driver_reads_the_record(marks: UsageRecords) -> None:
+    marks.write(UsageRecord(UUID, 3, "xfs"))
+    marks.write(UsageRecord(UUID, 12, USED, root_mode_pending=True))
+    fields = json.loads(marks.path_of(UUID).read_text(encoding="utf-8"))
+    known = {"volume": UUID, "attachment": 12, "filesystem": "used", "rootModePending": True}
+    assert {key: fields[key] for key in known} == known
+
+
+def test_a_record_takes_one_sector(marks: UsageRecords) -> None:
+    marks.write(UsageRecord(UUID, 1 << 62, USED, uncounted=True, root_mode_pending=True))
+    assert marks.path_of(UUID).stat().st_size == 512
+
+
+def test_a_record_torn_anywhere_while_it_was_replaced_stops_the_call(marks: UsageRecords) -> None:
+    marks.write(UsageRecord(UUID, 3, "ext4"))
+    before = marks.path_of(UUID).read_bytes()
+    marks.write(UsageRecord(UUID, 3, USED))
+    after = marks.path_of(UUID).read_bytes()
+    torn = {mixed for cut in range(512) for mixed in (before[:cut] + after[cut:], after[:cut] + before[cut:])}
+    for content in torn - {before, after}:
+        marks.path_of(UUID).write_bytes(content)
+        with pytest.raises(HostFailure, match="cannot be read"):
+            marks.read(UUID)
 
 
 def test_a_new_record_replaces_the_old_one(marks: UsageRecords) -> None:
