@@ -8,19 +8,17 @@ They wrap methods and ports of a running manager; the product has no hooks for t
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
-
 from csi_driver.embedded import server as embedded
 from csi_driver.embedded.http import answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
+from csi_driver.embedded.requests import HttpRequest, HttpResponse
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import LoopDevices, LuksHeaders, StorageSettings
 
@@ -145,12 +143,12 @@ def add_route(server: StorageServer) -> None:
     """Serve POST /tests/hold of {"kind", "held"}, without a login."""
     switches = Switches(server)
 
-    async def hold(request: Request) -> Response:
-        asked = await request.json()
-        await run_in_threadpool(switches.hold if asked["held"] else switches.release, asked["kind"])
+    def hold(request: HttpRequest, _: list[str]) -> HttpResponse:
+        asked = json.loads(request.body)
+        (switches.hold if asked["held"] else switches.release)(asked["kind"])
         return answer({"success": True})
 
-    server.app.add_route("/tests/hold", hold, ["POST"])
+    server.api.routes["POST", "/tests/hold"] = hold
 
 
 def _serve_with_switches(

@@ -1,32 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The REST API over HTTP: login and sessions, routes, and error answers."""
+"""The REST API: login and sessions, routes, and error answers."""
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-import anyio.to_thread
 from pydantic import TypeAdapter, ValidationError, conlist
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients, Pair
+from csi_driver.embedded.connections import COOKIE
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
@@ -38,9 +32,12 @@ from csi_driver.embedded.requests import (
     DetachRequest,
     EncryptionInit,
     Extension,
+    HttpRequest,
+    HttpResponse,
     Login,
     NewVolume,
     RequestBody,
+    Unusable,
     VolumeUpdate,
     read_body,
 )
@@ -51,8 +48,6 @@ from csi_driver.errors import DriverError, HostFailure
 
 _log = logging.getLogger(__name__)
 
-COOKIE = "connect.sid"
-_THREADS = 64
 _MAX_SESSIONS = 4096
 _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
 
@@ -150,12 +145,12 @@ class Sessions:
                 del self._used_s[session]
 
 
-def answer(content: object, status: int = 200) -> Response:
+def answer(content: object, status: int = 200) -> HttpResponse:
     return _answer(_json(content), status)
 
 
-def _answer(text: str, status: int = 200) -> Response:
-    return Response(text, status, media_type="application/json; charset=utf-8")
+def _answer(text: str, status: int = 200) -> HttpResponse:
+    return HttpResponse(status, text.encode(), (("Content-Type", "application/json; charset=utf-8"),))
 
 
 def _json(content: object) -> str:
@@ -183,17 +178,19 @@ class _VolumeTexts:
             yield known[1]
 
 
-_Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 _Body = TypeVar("_Body")
 _Item = TypeVar("_Item", bound=RequestBody)
 _State: TypeAlias = Mapping[str, Document | None] | None
 """The documents of a volume and a client after a change of them; a volume that is gone is None."""
+_Route: TypeAlias = Callable[[HttpRequest, list[str]], HttpResponse]
+"""Takes the parts of the path at the asterisks too."""
+_TO_LOGIN = HttpResponse(302, headers=(("Location", "/login"),))
 
 
 @dataclass(eq=False)
 class Api:
-    """The routes. All but the login need a session."""
+    """The routes, by method and path; `*` is one part of a path. All but the login need a session."""
 
     settings: StorageSettings
     store: Store
@@ -205,83 +202,88 @@ class Api:
     sessions: Sessions
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
-    def add_routes(self, app: Starlette) -> None:
-        app.add_route("/login", self.login, ["POST"])
-        app.add_route("/login", self.login_page, ["GET"])
+    def __post_init__(self) -> None:
         groups = "/volumeProvisioningGroups"
-        for path, get in (
-            ("/systemInfo", self._get(self.system_info)),
-            ("/volumes/all/{page}/{count}", self._list(self.volume_texts)),
-            ("/volumes/count", self._get(self.count_volumes)),
-            ("/volumes/{name}", self._get(self.volume)),
-            ("/clients/all/{page}/{count}", self._list(_selected(self.client_documents, documents.client_text))),
-            ("/clients/{name}", self._get(self.client, documents.client_text)),
-            ("/servers/all/{page}/{count}", self._list(_selected(self.target_documents))),
+        self.routes: dict[tuple[str, str], _Route] = {
+            ("POST", "/login"): self.login,
+            ("GET", "/login"): self.login_page,
+            ("GET", "/systemInfo"): self._get(self.system_info),
+            ("GET", "/volumes/all/*/*"): self._list(self.volume_texts),
+            ("GET", "/volumes/count"): self._get(self.count_volumes),
+            ("GET", "/volumes/*"): self._get(self.volume),
+            ("GET", "/clients/all/*/*"): self._list(_selected(self.client_documents, documents.client_text)),
+            ("GET", "/clients/*"): self._get(self.client, documents.client_text),
+            ("GET", "/servers/all/*/*"): self._list(_selected(self.target_documents)),
             # There are no drive and target classes.
-            ("/diskClasses/all/{page}/{count}", self._list(_selected(tuple))),
-            ("/serverClasses/all/{page}/{count}", self._list(_selected(tuple))),
-            (f"{groups}/getVolumesCapacityUsageByID/{{name}}", self._get(self.group_usage)),
-            (f"{groups}/{{name}}", self._get(self.group)),
-        ):
-            app.add_route(path, get, ["GET"])
-        for path, post in (
-            ("/volumes/save", self._each(NewVolume, self.create)),
-            ("/volumes/extend", self._each(Extension, self.extend)),
-            ("/volumes/update", self._each(VolumeUpdate, self.volumes.update)),
-            ("/volumes/delete", self._each(Deletion, self.delete)),
-            ("/volumes/initEncryption", self._each(EncryptionInit, self.encryptions.initialize)),
-            ("/clients/attach", self._post(AttachRequest, self.attach)),
-            ("/clients/detach", self._post(DetachRequest, self.detach)),
-        ):
-            app.add_route(path, post, ["POST"])
+            ("GET", "/diskClasses/all/*/*"): self._list(_selected(tuple)),
+            ("GET", "/serverClasses/all/*/*"): self._list(_selected(tuple)),
+            ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): self._get(self.group_usage),
+            ("GET", f"{groups}/*"): self._get(self.group),
+            ("POST", "/volumes/save"): self._each(NewVolume, self.create),
+            ("POST", "/volumes/extend"): self._each(Extension, self.extend),
+            ("POST", "/volumes/update"): self._each(VolumeUpdate, self.volumes.update),
+            ("POST", "/volumes/delete"): self._each(Deletion, self.delete),
+            ("POST", "/volumes/initEncryption"): self._each(EncryptionInit, self.encryptions.initialize),
+            ("POST", "/clients/attach"): self._post(AttachRequest, self.attach),
+            ("POST", "/clients/detach"): self._post(DetachRequest, self.detach),
+        }
 
-    def is_known(self, request: Request) -> bool:
-        return self.sessions.known(request.cookies.get(COOKIE))
+    def respond(self, request: HttpRequest) -> HttpResponse:
+        """Carry out a request, in any thread."""
+        parts = request.path.split("/")
+        try:
+            for count in range(3):
+                fixed = len(parts) - count
+                route = self.routes.get((request.method, "/".join(parts[:fixed] + ["*"] * count)))
+                if route is not None and all(parts[fixed:]):
+                    return route(request, parts[fixed:])
+        except (Unusable, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError) as error:
+            return _refused(request, error)
+        return answer({"success": False, "err": "404 (Not Found)"}, 404) if self.is_known(request) else _TO_LOGIN
 
-    def _get(self, act: Callable[[Request], T], text: Callable[[T], str] = _json) -> _Handler:
-        async def handle(request: Request) -> Response:
-            return _answer(text(act(request))) if self.is_known(request) else to_login()
+    def is_known(self, request: HttpRequest) -> bool:
+        return self.sessions.known(request.session)
 
-        return handle
+    def _get(self, act: Callable[..., T], text: Callable[[T], str] = _json) -> _Route:
+        """Return the route of a function of the path's parts."""
+        return lambda request, parts: _answer(text(act(*parts))) if self.is_known(request) else _TO_LOGIN
 
-    def _list(self, texts: Callable[[Query], Iterable[str]]) -> _Handler:
-        async def handle(request: Request) -> Response:
+    def _list(self, texts: Callable[[Query], Iterable[str]]) -> _Route:
+        def handle(request: HttpRequest, parts: list[str]) -> HttpResponse:
             if not self.is_known(request):
-                return to_login()
-            query = Query.parse(request.query_params, request.path_params["page"], request.path_params["count"])
-            return await run_in_threadpool(lambda: _answer(f"[{','.join(texts(query))}]"))
+                return _TO_LOGIN
+            return _answer(f"[{','.join(texts(Query.parse(request.query, *parts)))}]")
 
         return handle
 
-    def _post(self, kind: type[_Body], act: Callable[[_Body], object]) -> _Handler:
+    def _post(self, kind: type[_Body], act: Callable[[_Body], object]) -> _Route:
         adapter = TypeAdapter(kind)
 
-        async def handle(request: Request) -> Response:
+        def handle(request: HttpRequest, _: list[str]) -> HttpResponse:
             if not self.is_known(request):
-                return to_login()
-            body = adapter.validate_python(await read_body(request))
-            return answer(await run_in_threadpool(act, body))
+                return _TO_LOGIN
+            return answer(act(adapter.validate_python(read_body(request))))
 
         return handle
 
-    def _each(self, kind: type[_Item], act: Callable[[_Item], _State]) -> _Handler:
+    def _each(self, kind: type[_Item], act: Callable[[_Item], _State]) -> _Route:
         """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
         return self._post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
 
-    async def login_page(self, _: Request) -> Response:
+    def login_page(self, _: HttpRequest, __: list[str]) -> HttpResponse:
         return answer(failure(1267, "Please login via the /login route."))
 
-    async def login(self, request: Request) -> Response:
-        body = Login.model_validate(await read_body(request))
+    def login(self, request: HttpRequest, _: list[str]) -> HttpResponse:
+        body = Login.model_validate(read_body(request))
         name = self.sessions.full_name(body.username)
         session = self.sessions.open(body.username, body.password)
         if session is None:
             return answer(envelope(name, None, False, "Wrong credentials"), 401)
-        self.sessions.close(request.cookies.get(COOKIE))
+        self.sessions.close(request.session)
         payload = {"message": "User logged in successfully", "id": 1265}
         response = answer(envelope(name, None, True, None, payload))
-        response.set_cookie(COOKIE, session, path="/", httponly=True, samesite=None)
-        return response
+        cookie = "Set-Cookie", f"{COOKIE}={session}; HttpOnly; Path=/"
+        return replace(response, headers=(*response.headers, cookie))
 
     def volume_texts(self, query: Query) -> Iterable[str]:
         """Return the JSON of a page of volumes: in time for its volumes only, if it is in the order of their ids."""
@@ -292,11 +294,11 @@ class Api:
             self._texts = _VolumeTexts(query)
         return self._texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
 
-    def count_volumes(self, _: Request) -> int:
+    def count_volumes(self) -> int:
         return len(self.store.all(VOLUMES))
 
-    def volume(self, request: Request) -> Document:
-        volume = self.store.get(VOLUMES, request.path_params["name"])
+    def volume(self, name: str) -> Document:
+        volume = self.store.get(VOLUMES, name)
         if volume is None:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
         return documents.volume_document(volume)
@@ -317,8 +319,8 @@ class Api:
     def client_documents(self) -> Iterable[Document]:
         return map(self._client_document, self.store.all(CLIENTS))
 
-    def client(self, request: Request) -> Document:
-        client = self.store.get(CLIENTS, request.path_params["name"])
+    def client(self, name: str) -> Document:
+        client = self.store.get(CLIENTS, name)
         if client is None:
             raise ApiError(documents.CLIENT_NOT_FOUND, "Client not found")
         return self._client_document(client)
@@ -357,20 +359,19 @@ class Api:
         )
         return {"volume": documents.volume_document(volume), "client": shown}
 
-    def group(self, request: Request) -> Document:
-        name = request.path_params["name"]
+    def group(self, name: str) -> Document:
         if name not in BUILT_IN_GROUPS:
             raise ApiError(documents.GROUP_NOT_FOUND, "VPG not found")
         return documents.group_document(name, BUILT_IN_GROUPS[name])
 
-    def group_usage(self, request: Request) -> Document:
-        return documents.GROUP_USAGE if request.path_params["name"] in BUILT_IN_GROUPS else {}
+    def group_usage(self, name: str) -> Document:
+        return documents.GROUP_USAGE if name in BUILT_IN_GROUPS else {}
 
     def target_documents(self) -> list[Document]:
         total, available = self.allocator.total_blocks, self.allocator.available_blocks()
         return documents.target_documents(self.settings, total, available)
 
-    def system_info(self, _: Request) -> Document:
+    def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
         return documents.system_info(fact.value if fact else "")
 
@@ -392,35 +393,11 @@ def _outcome(item: _Item, act: Callable[[_Item], _State]) -> Document:
     return envelope(name, str(created["uuid"]) if created is not None else identity, True, payload=payload)
 
 
-def application(api: Api) -> Starlette:
-    app = Starlette(lifespan=_lifespan)
-    api.add_routes(app)
-
-    async def not_found(request: Request, error: Exception) -> Response:
-        return answer({"success": False, "err": "404 (Not Found)"}, 404) if api.is_known(request) else to_login()
-
-    for status in (404, 405):
-        app.add_exception_handler(status, not_found)
-    for kind in (HTTPException, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError):
-        app.add_exception_handler(kind, _refused)
-    return app
-
-
-@contextlib.asynccontextmanager
-async def _lifespan(_: object) -> AsyncIterator[None]:
-    anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
-    yield
-
-
-def to_login() -> Response:
-    return Response(None, 302, {"Location": "/login"})
-
-
-async def _refused(request: Request, error: Exception) -> Response:
+def _refused(request: HttpRequest, error: Exception) -> HttpResponse:
     """Return the answer to a request that failed as a whole."""
     match error:
-        case HTTPException():
-            return answer(failure(error.status_code, error.detail), error.status_code)
+        case Unusable():
+            return answer(failure(error.status, str(error)), error.status)
         case ValidationError():
             # Without the values, which may be passphrases.
             reasons = error.errors(include_url=False, include_context=False, include_input=False)
@@ -428,13 +405,13 @@ async def _refused(request: Request, error: Exception) -> Response:
         case InvalidQuery():
             return _invalid(str(error))
         case QueryRefused():
-            number = _LIST_ERRORS.get(request.url.path.split("/")[1], 16040)
+            number = _LIST_ERRORS.get(request.path.split("/")[1], 16040)
             return answer(failure(number, "The list could not be loaded", innerMessage=str(error)))
         case ApiError():
             return answer(envelope(None, None, False, error.error))
-    _log.error("%s %s: %s", request.method, request.url.path, error)
+    _log.error("%s %s: %s", request.method, request.path, error)
     return answer(failure(500, str(error)), 500)
 
 
-def _invalid(reason: str) -> Response:
+def _invalid(reason: str) -> HttpResponse:
     return answer(failure(422, "REST API Validation Error", innerMessage=reason), 422)

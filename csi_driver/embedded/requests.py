@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of the API: limits of a body, and models of the bodies.
+"""Requests of the API: HTTP requests and responses, limits of a body, and models of the bodies.
 
 As in the server's own schemas, unknown fields, values of another JSON type and nulls are invalid, unless stated, and a
 float without a fraction is an integer.
@@ -9,39 +9,61 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
 
 _MAX_METADATA_BYTES = 256 * 1024
-_MAX_BODY_BYTES = 2 * 1024 * 1024
+MAX_BODY_BYTES = 2 * 1024 * 1024
 _MAX_LEVELS = 100
 """As deep as the server's database takes a document; documents are copied by recursion."""
 
 
-async def read_body(request: Request) -> object:
-    """Return the decoded JSON body. Raises HTTPException where it is none, too large or nested too deep."""
-    if not request.headers.get("content-type", "").startswith("application/json"):
-        raise HTTPException(415, "expected a body of the type application/json")
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > _MAX_BODY_BYTES:
-            raise HTTPException(413, "request entity too large")
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A request as it was received; `session` is the cookie."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    session: str | None = field(repr=False)
+    content_type: str
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    status: int
+    body: bytes = field(default=b"", repr=False)
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Unusable(Exception):
+    """The request is refused with an HTTP status."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status = status
+        super().__init__(reason)
+
+
+def read_body(request: HttpRequest) -> object:
+    """Return the decoded JSON body. Raises Unusable where it is none, too large or nested too deep."""
+    if not request.content_type.startswith("application/json"):
+        raise Unusable(415, "expected a body of the type application/json")
+    if len(request.body) > MAX_BODY_BYTES:
+        raise Unusable(413, "request entity too large")
     try:
-        decoded: object = json.loads(b"".join(parts) or b"{}", parse_constant=_refuse_constant)
+        decoded: object = json.loads(request.body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as problem:
-        raise HTTPException(400, "the body is no JSON") from problem
+        raise Unusable(400, "the body is no JSON") from problem
     if _is_deeper(decoded, _MAX_LEVELS):
-        raise HTTPException(400, f"the body is nested deeper than {_MAX_LEVELS} levels")
+        raise Unusable(400, f"the body is nested deeper than {_MAX_LEVELS} levels")
     return decoded
 
 

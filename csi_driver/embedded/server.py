@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-import uvicorn
-
 from csi_driver.background import Periodic, Worker, run_detached
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.connections import HttpServer
 from csi_driver.embedded.encryption import Encryptions
-from csi_driver.embedded.http import Api, Password, Sessions, application
+from csi_driver.embedded.http import Api, Password, Sessions
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Allocator, Pool, VolumeLocks
@@ -37,7 +36,6 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 10
 _CHECK_INTERVAL_S = 5.0
 """Between two checks of the device nodes and volume files, which others may remove."""
-_BACKLOG = 2048
 _ANSWER_TIME_S = 2.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _PUBLIC_PATH = "/login"
@@ -54,7 +52,7 @@ class StorageServer:
         self.settings = settings
         for client in settings.clients:
             _check_device_directory(client.device_directory)
-        _check_certificate(settings)
+        tls = _certificate(settings)
         self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
@@ -63,9 +61,9 @@ class StorageServer:
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
             self._build(loops, headers)
+            self._http = HttpServer(self._listener, self.api.respond, tls)
             self.recover()
             undo.pop_all()
-        self._server: uvicorn.Server | None = None
         self._serving: Future[None] | None = None
 
     def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
@@ -84,8 +82,8 @@ class StorageServer:
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.sessions = Sessions(settings, self.password)
-        self.app = application(
-            Api(settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions)
+        self.api = Api(
+            settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions
         )
 
     def recover(self) -> None:
@@ -158,24 +156,22 @@ class StorageServer:
 
     def start(self) -> None:
         """Serve in a thread. Connections are accepted when this returns."""
-        self._server = self._uvicorn()
-        self._listener.listen(_BACKLOG)
+        self._http.listen()
         self._start_workers()
-        self._serving = run_detached("storage-http", self._serve)
+        self._serving = run_detached("storage-http", self._http.serve)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Call `ready` and serve until SIGTERM or SIGINT. In the main thread only."""
-        server = self._server = self._uvicorn()
 
         def end(number: int, frame: object) -> None:
-            server.should_exit = True
+            self._http.end()
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._listener.listen(_BACKLOG)
+            self._http.listen()
             self._start_workers()
             ready()
-            self._serve()
+            self._http.serve()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -184,46 +180,18 @@ class StorageServer:
         for loop in self.loops:
             loop.start()
 
-    def _serve(self) -> None:
-        if self._server is not None:
-            self._server.run(sockets=[self._listener])
-
-    def _uvicorn(self) -> uvicorn.Server:
-        settings = self.settings
-        return _HttpServer(
-            uvicorn.Config(
-                self.app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                timeout_keep_alive=600,
-                timeout_graceful_shutdown=_GRACE_S,
-                ssl_certfile=settings.tls_certificate,
-                ssl_keyfile=settings.tls_key,
-            )
-        )
-
     def stop(self) -> None:
         """Finish the running requests and close the pool. Attached volumes stay attached."""
-        if self._server is not None:
-            self._server.should_exit = True
+        self._http.end()
         if self._serving is not None:
             wait([self._serving])
+        self._http.close(_GRACE_S)
         self._listener.close()
         self.check.stop(wait_s=_GRACE_S)
         self.worker.stop()
         self.encryptions.worker.stop()
         self.store.close()
         self.pool.close()
-
-
-class _HttpServer(uvicorn.Server):
-    """Leaves signals to `StorageServer.run`."""
-
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-        return contextlib.nullcontext()
 
 
 def serve(
@@ -283,17 +251,19 @@ def _check_device_directory(directory: Path) -> None:
         )
 
 
-def _check_certificate(settings: StorageSettings) -> None:
+def _certificate(settings: StorageSettings) -> ssl.SSLContext | None:
     certificate, key = settings.tls_certificate, settings.tls_key
     if certificate is None or key is None:
-        return
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as problem:
         raise HostFailure(
             f"the API cannot be served with --tls-certificate {certificate} and --tls-key {key}: {problem}; "
             "expected a PEM certificate chain and its private key"
         ) from problem
+    return context
 
 
 def _bound(settings: StorageSettings) -> socket.socket:
@@ -301,8 +271,7 @@ def _bound(settings: StorageSettings) -> socket.socket:
         return _inherited(settings.listen)
     host, port = settings.listen
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named; else each answer waits 40 ms for an ACK.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A storage manager for tests: requests go through its web application, without a socket."""
+"""A storage manager for tests: requests go to its API, without a socket."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+from csi_driver.embedded.requests import HttpRequest
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, StorageSettings
 from tests.storage_switches import Switches, retry_client
@@ -49,22 +49,10 @@ class Manager:
         return self.send(method, target, b"" if body is None else json.dumps(body).encode())
 
     def send(self, method: str, target: str, sent: bytes) -> Json:
-        parts, received = urlsplit(target), bytearray()
-        headers = {"accept": "*/*", "content-type": "application/json", "cookie": f"connect.sid={self._session}"}
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": method,
-            "path": unquote(parts.path), "raw_path": parts.path.encode(), "query_string": parts.query.encode(),
-            "root_path": "", "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        }  # fmt: skip
-
-        async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": sent, "more_body": False}
-
-        async def send(message: Mapping[str, Any]) -> None:
-            received.extend(message.get("body", b""))
-
-        asyncio.run(self.server.app(scope, receive, send))
-        return json.loads(received)
+        parts = urlsplit(target)
+        query = dict(parse_qsl(parts.query))
+        request = HttpRequest(method, unquote(parts.path), query, self._session, "application/json", sent)
+        return json.loads(self.server.api.respond(request).body)
 
     def get(self, target: str) -> Json:
         return self.request("GET", target)

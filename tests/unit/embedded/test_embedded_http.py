@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import requests
 from csi_driver.embedded import server as embedded
 from csi_driver.embedded.http import Password, Sessions
 from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.requests import HttpRequest, HttpResponse
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import PreconditionFailed
@@ -188,6 +192,70 @@ def test_answers_are_plain_json(caller: Caller) -> None:
     answer = caller.call("GET", "/systemInfo")
     assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
     assert json.loads(answer.text)["APIVersion"] == "18.0.0"
+
+
+def exchange(server: StorageServer, sent: bytes) -> bytes:
+    """Send bytes on a connection, end them, and return all that comes back."""
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize("header", ["Transfer-Encoding: chunked", "Content-Length: x", "Content-Length: -1"])
+def test_a_request_without_a_length_is_411(server: StorageServer, header: str) -> None:
+    sent = f"POST /login HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode()
+    assert exchange(server, sent).startswith(b"HTTP/1.1 411 ")
+
+
+def test_a_request_that_is_cut_off_is_not_carried_out(server: StorageServer) -> None:
+    body = b'{"username": "admin", "password": "x"}   '
+    head = f"POST /login HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert exchange(server, head.encode() + body).startswith(b"HTTP/1.1 401 ")
+    assert exchange(server, head.encode() + body[:-1]) == b""
+
+
+def test_requests_that_are_sent_at_once_on_one_connection_are_answered_in_order(server: StorageServer) -> None:
+    requests_sent = b"GET /login HTTP/1.1\r\n\r\nHEAD /login HTTP/1.1\r\n\r\nGET /nothing HTTP/1.1\r\n\r\n"
+    received = exchange(server, requests_sent)
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200", b"302"]
+    assert received.count(b"Please login") == 1
+
+
+def test_a_connection_that_ends_leaves_no_thread(tmp_path: Path) -> None:
+    running = StorageServer(settings_in(tmp_path), FakeLoopDevices())
+    running.start()
+    for _ in range(20):
+        exchange(running, b"GET /login HTTP/1.1\r\n\r\n")
+    with running._http._changed:
+        assert running._http._changed.wait_for(lambda: not running._http._open, 60)
+    running.stop()
+
+
+def test_the_end_waits_for_the_present_request_and_for_no_idle_connection(tmp_path: Path) -> None:
+    running = StorageServer(settings_in(tmp_path), FakeLoopDevices())
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(request: HttpRequest, _: list[str]) -> HttpResponse:
+        began.set()
+        assert go_on.wait(60)
+        return HttpResponse(200, request.body)
+
+    running.api.routes["POST", "/slow"] = slow
+    running.start()
+    idle = Caller(running)
+    idle.log_in()
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(Caller(running).call, "POST", "/slow", data=b"kept")
+        assert began.wait(60)
+        ended = pool.submit(running.stop)
+        assert running._serving is not None
+        running._serving.result(60)
+        assert not ended.done()
+        go_on.set()
+        ended.result(60)
+        assert answer.result(60).content == b"kept"
+    assert not running._http._open
 
 
 # --- health -----------------------------------------------------------------------------------------------------

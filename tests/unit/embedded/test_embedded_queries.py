@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,18 +132,18 @@ def test_a_page_makes_the_documents_of_its_volumes_once(listed: Manager) -> None
 
 @contextmanager
 def calls_of(name: str) -> Iterator[list[str]]:
-    """Collect the calls of a function in the threads that are started meanwhile: those of a request."""
+    """Collect the calls of a function in this thread, which carries out the requests."""
     calls: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_name == name:
             calls.append(name)
 
-    threading.setprofile(note)
+    sys.setprofile(note)
     try:
         yield calls
     finally:
-        threading.setprofile(None)
+        sys.setprofile(None)
 
 
 def test_pages_have_every_volume_that_stays_while_others_come_and_go(tmp_path: Path) -> None:
