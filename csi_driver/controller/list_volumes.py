@@ -78,17 +78,22 @@ class ListVolumes:
         Every volume is listed with its issued handle, and again with each other handle that is attached now. `add`
         returns the bytes of the entry in the message.
         """
-        return self.page(max_entries, starting_token, lambda listed, *_: add(listed), deadline)
+        return self.page(
+            max_entries, starting_token, lambda listed, *_: add(listed), with_devices=False, deadline=deadline
+        )
 
     def page(
         self,
         max_entries: int,
         starting_token: str,
         add: Callable[[ListedVolume, VolumeSummary, Sequence[Client]], int],
+        *,
+        with_devices: bool,
         deadline: Deadline,
     ) -> str:
+        """Add one page; `with_devices`: of clients that have what they report of devices."""
         size, last = 0, ("", "", "")
-        entries = self._entries(starting_token, max_entries, deadline)
+        entries = self._entries(starting_token, max_entries, with_devices=with_devices, deadline=deadline)
         for count, (zone_mark, handle_mark, listed, volume, clients) in enumerate(entries):
             if count and (size > _PAGE_BYTES or count == max_entries):
                 return Position(*last).token()
@@ -103,7 +108,7 @@ class ListVolumes:
         shape = described(located, self.settings.topology_key, volume_id)
         return ListedVolume(shape, held.get(located.reference, ()))
 
-    def _entries(self, starting_token: str, page: int, deadline: Deadline) -> Iterator[_Entry]:
+    def _entries(self, starting_token: str, page: int, *, with_devices: bool, deadline: Deadline) -> Iterator[_Entry]:
         start = read_token(starting_token) if starting_token else None
         zones = sorted(self.clusters.zones())
         if start is not None:
@@ -119,7 +124,9 @@ class ListVolumes:
             management = self.clusters.management(zone)
             if management is None:
                 return iter(())
-            return self._entries_in(zone, management, start if zone == zones[0] else None, page, deadline)
+            first = start if zone == zones[0] else None
+            clients = management.clients(with_devices=with_devices, deadline=deadline)
+            return self._entries_in(zone, clients, _volumes_from(management, first, page, deadline=deadline), first)
 
         if page or len(zones) == 1:
             for zone in zones:
@@ -151,21 +158,21 @@ class ListVolumes:
                 )
 
     def _entries_in(
-        self, zone: str, management: Management, start: Position | None, page: int, deadline: Deadline
+        self, zone: str, clients: Sequence[Client], volumes: Iterator[VolumeSummary], start: Position | None
     ) -> Iterator[_Entry]:
         holders: dict[str, list[Client]] = {}
-        for client in management.clients(deadline=deadline):
+        for client in clients:
             for uuid in client.desired:
                 holders.setdefault(uuid, []).append(client)
         zone_mark = _mark(zone)
-        for volume in _volumes_from(management, start, page, deadline=deadline):
+        for volume in volumes:
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
-            clients = holders.get(volume.uuid, ())
+            held_by = holders.get(volume.uuid, ())
             after = start.handle_mark if start is not None and volume.name == start.name else ""
-            for handle_mark, listed in self._handles(Listed(zone, volume, read_answered(volume.metadata)), clients):
+            for handle_mark, listed in self._handles(Listed(zone, volume, read_answered(volume.metadata)), held_by):
                 if handle_mark > after:
-                    yield zone_mark, handle_mark, listed, volume, clients
+                    yield zone_mark, handle_mark, listed, volume, held_by
 
     def _handles(self, found: Listed, clients: Sequence[Client]) -> Iterator[tuple[str, ListedVolume]]:
         """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
@@ -239,7 +246,7 @@ class GetVolumeHealth:
         def added(listed: ListedVolume, volume: VolumeSummary, clients: Sequence[Client]) -> int:
             return add(VolumeHealth(listed.volume.volume_id, find_faults(volume, clients)))
 
-        return self.listing.page(max_entries, starting_token, added, deadline)
+        return self.listing.page(max_entries, starting_token, added, with_devices=True, deadline=deadline)
 
 
 def find_faults(volume: VolumeSummary, clients: Sequence[Client]) -> tuple[VolumeEntry, ...]:

@@ -116,8 +116,11 @@ class Management(Protocol):
     def client_by_uuid(self, uuid: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         """Return the client, or None. `only`: as for `client`."""
 
-    def clients(self, *, deadline: Deadline) -> list[Client]:
-        """Return all clients with their attachments. O(clients): for lists, not for calls about one volume."""
+    def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
+        """Return all clients with their attachments, and what they report of devices, which is as much again.
+
+        O(attachments): for lists, not for calls about one volume.
+        """
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         """Return the clients where the volume is attached, to be attached, or not yet detached; no other volumes."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.volume_metadata import AttachmentRecord, read_attachments
+from csi_driver.controller.volume_metadata import AttachmentRecord, read_handles
 from csi_driver.controller.zones import Found, Listed, ask, find_in
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
@@ -142,7 +142,7 @@ def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
     uuid, reference = located.volume.uuid, located.reference
     if located.volume_id == issued_handle(located).format():
         return False
-    is_recorded = reference in _recorded_handles(record, uuid)
+    is_recorded = reference in _recorded_handles(record.handles, uuid)
     return is_recorded or located.volume_id != _derived_handle(located.zone, located.volume, reference)
 
 
@@ -154,7 +154,7 @@ def listed_handles(found: Listed, attached: Collection[str]) -> list[tuple[str, 
     """
     zone, volume, issued = found.zone, found.volume, issued_handle(found)
     handles = {issued.format(): held_reference(issued, volume.uuid)}
-    recorded = _recorded_handles(read_attachments(volume.metadata), volume.uuid) if attached else {}
+    recorded = _recorded_handles(read_handles(volume.metadata), volume.uuid) if attached else {}
     for reference in attached:
         is_issued = reference == held_reference(issued, volume.uuid)
         derived = [] if is_issued else [_derived_handle(zone, volume, reference)]
@@ -163,9 +163,9 @@ def listed_handles(found: Listed, attached: Collection[str]) -> list[tuple[str, 
     return list(handles.items())
 
 
-def _recorded_handles(record: AttachmentRecord, uuid: str) -> dict[str, list[str]]:
+def _recorded_handles(handles: Iterable[str], uuid: str) -> dict[str, list[str]]:
     recorded: dict[str, list[str]] = {}
-    for text in record.handles:
+    for text in handles:
         handle = VolumeHandle.parse(text)
         if handle is not None:
             recorded.setdefault(held_reference(handle, uuid), []).append(text)

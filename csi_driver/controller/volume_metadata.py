@@ -172,6 +172,12 @@ def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
     )
 
 
+def read_handles(metadata: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the handles of the attachment record; of most volumes, without them, the record is not read."""
+    has_handles = _mapping(_own(metadata).get("attachments")).get("handles")
+    return read_attachments(metadata).handles if has_handles else ()
+
+
 def with_attachments(metadata: Mapping[str, object], attachments: AttachmentRecord) -> dict[str, object]:
     record = {
         "number": attachments.number,
@@ -220,7 +226,7 @@ def _own(metadata: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _natural(value: object) -> TypeGuard[int]:

@@ -116,8 +116,8 @@ class ManagementClient:
     def client_by_uuid(self, uuid: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         return next(iter(self._clients({"uuid": uuid.lower()}, only, deadline)), None) if is_uuid(uuid) else None
 
-    def clients(self, *, deadline: Deadline) -> list[Client]:
-        return self._clients(None, None, deadline)
+    def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
+        return self._clients(None, None, deadline, with_devices=with_devices)
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         """Ask for desired attachments and devices at once: of a client both are of one moment."""
@@ -315,9 +315,12 @@ class ManagementClient:
             raise failure_of(Operation.READ, error)
         return codec.as_documents(body, f"a list of {collection}")
 
-    def _clients(self, condition: object, only: str | None, deadline: Deadline) -> list[Client]:
+    def _clients(
+        self, condition: object, only: str | None, deadline: Deadline, *, with_devices: bool = True
+    ) -> list[Client]:
         attachments = "attachments" if only is None else f"attachments.{only}"
-        options = f"{_SORTED}&{_projection((*codec.CLIENT_FIELDS, attachments))}"
+        devices = ("block_devices",) if with_devices else ()
+        options = f"{_SORTED}&{_projection((*codec.CLIENT_FIELDS, attachments, *devices))}"
         return [codec.decode_client(row, only) for row in self._list("clients", deadline, options, condition)]
 
 

@@ -39,8 +39,8 @@ VOLUME_FIELDS = (
 )  # fmt: skip
 """All that `decode_volume` reads, without the chunks, which are large."""
 
-CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "block_devices")
-"""Projection of clients, with either `attachments` or `attachments.` and the uuid of a volume."""
+CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status")
+"""Projection of clients, with `block_devices`, and either `attachments` or `attachments.` and the uuid of a volume."""
 
 _RAID_LEVELS: Mapping[str, storage_model.RaidLevel] = {
     **{level.value.lower(): level for level in storage_model.RaidLevel},

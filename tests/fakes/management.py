@@ -338,9 +338,10 @@ class FakeManagement:
         with self._request("client_by_uuid", deadline):
             return next((self._shown(client, only) for client in self._clients.values() if client.uuid == uuid), None)
 
-    def clients(self, *, deadline: Deadline) -> list[Client]:
+    def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
         with self._request("clients", deadline):
-            return [self._shown(client) for client in self._clients.values()]
+            shown = [self._shown(client) for client in self._clients.values()]
+            return shown if with_devices else [replace(client, devices={}) for client in shown]
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         with self._request("clients_holding", deadline):

@@ -159,6 +159,19 @@ def test_the_health_of_all_volumes_comes_in_the_pages_of_their_list() -> None:
     assert {health.volume_id for health in everything} == set(ids)
 
 
+def test_a_page_of_health_has_what_the_clients_report_of_their_devices() -> None:
+    world = World()
+    made = world.create()
+    client = world.management.client_by_uuid(NODE_1, deadline=world.deadline())
+    assert client is not None
+    world.management.io_s = 1000.0
+    mode = ReservationMode.EXCLUSIVE_READ_WRITE
+    world.management.attach(client, world.stored(), mode=mode, reference_id=None, deadline=world.deadline())
+    world.clock.sleep(world.management.attach_s)
+    (health,), _ = listed(world)
+    assert (health.volume_id, [entry.reason for entry in health.entries]) == (made.volume_id, [Reason.IO_DISABLED])
+
+
 def test_a_page_of_health_costs_the_requests_of_a_page_of_the_list() -> None:
     world = World()
     for number in range(3):

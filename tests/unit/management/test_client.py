@@ -126,6 +126,18 @@ def test_a_list_leaves_out_the_chunks(server: ManagementDouble, client: Manageme
     assert set(projection.values()) == {1}
 
 
+def test_a_list_of_clients_has_their_devices_only_where_they_are_wanted(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    server.on("GET", "/clients/all/0/0", Says([]))
+    for with_devices in (True, False):
+        client.clients(with_devices=with_devices, deadline=deadline)
+        projection = server.received[-1].query["projection"]
+        assert isinstance(projection, dict)
+        assert ("block_devices" in projection) is with_devices
+        assert "attachments" in projection
+
+
 def test_a_failed_list_is_not_an_empty_list(
     server: ManagementDouble, client: ManagementClient, deadline: Deadline
 ) -> None:
