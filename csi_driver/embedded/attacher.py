@@ -250,7 +250,7 @@ class Attacher:
                 label=label_of(wanted.uuid, wanted.client),
                 read_only=wanted.read_only,
             )
-        if device.node != node or not is_in_place(node, device):
+        elif device.node != node or not is_in_place(node, device):
             self.devices[pair] = device = self.loops.ensure_node(device, node)
         self.files[wanted.client].show(volume, wanted)
         self.clients.report(wanted, ATTACHED, io_enabled=1)

@@ -110,17 +110,16 @@ def client_document(client: Client, reports: list[Report], attachments: list[Att
 
 def client_text(document: Document) -> str:
     """Return a client's document as JSON, made of the texts of its parts."""
-    return "{" + ",".join(f"{json.dumps(name)}:{_text(value)}" for name, value in document.items()) + "}"
+    return _text(document)
 
 
 def _text(value: object) -> str:
-    match value:
-        case Part():
-            return value.text
-        case dict():
-            return client_text(value)
-        case list():
-            return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, Part):
+        return value.text
+    if isinstance(value, dict):
+        return "{" + ",".join([f'"{name}":{_text(each)}' for name, each in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_text, value)) + "]"
     return json.dumps(value)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import os
 import secrets
@@ -24,7 +23,17 @@ from csi_driver.embedded.connections import COOKIE
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
-from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, FACTS, REPORTS, VOLUMES, Client, Document, Volume
+from csi_driver.embedded.model import (
+    ATTACHMENTS,
+    CLIENTS,
+    FACTS,
+    REPORTS,
+    VOLUMES,
+    Client,
+    Document,
+    Volume,
+    compact_json,
+)
 from csi_driver.embedded.pool import Allocator
 from csi_driver.embedded.requests import (
     AttachRequest,
@@ -146,15 +155,11 @@ class Sessions:
 
 
 def answer(content: object, status: int = 200) -> HttpResponse:
-    return _answer(_json(content), status)
+    return _answer(compact_json(content), status)
 
 
 def _answer(text: str, status: int = 200) -> HttpResponse:
     return HttpResponse(status, text.encode(), (("Content-Type", "application/json; charset=utf-8"),))
-
-
-def _json(content: object) -> str:
-    return json.dumps(content, separators=(",", ":"))
 
 
 @dataclass(eq=False, slots=True)
@@ -173,7 +178,7 @@ class _VolumeTexts:
         for volume in volumes:
             known = self._known.get(volume.name)
             if known is None or known[0] is not volume:
-                text = _json(project(documents.volume_document(volume)))
+                text = compact_json(project(documents.volume_document(volume)))
                 known = self._known[volume.name] = volume, text
             yield known[1]
 
@@ -244,7 +249,7 @@ class Api:
     def is_known(self, request: HttpRequest) -> bool:
         return self.sessions.known(request.session)
 
-    def _get(self, act: Callable[..., T], text: Callable[[T], str] = _json) -> _Route:
+    def _get(self, act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:
         """Return the route of a function of the path's parts."""
         return lambda request, parts: _answer(text(act(*parts))) if self.is_known(request) else _TO_LOGIN
 
@@ -289,7 +294,7 @@ class Api:
         """Return the JSON of a page of volumes: in time for its volumes only, if it is in the order of their ids."""
         above = query.above
         if above is None:
-            return map(_json, query.select(map(documents.volume_document, self.store.all(VOLUMES))))
+            return map(compact_json, query.select(map(documents.volume_document, self.store.all(VOLUMES))))
         if not self._texts.serves(query, self.allocator.totals.volumes):
             self._texts = _VolumeTexts(query)
         return self._texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
@@ -377,7 +382,7 @@ class Api:
 
 
 def _selected(
-    documents: Callable[[], Iterable[Document]], text: Callable[[Document], str] = _json
+    documents: Callable[[], Iterable[Document]], text: Callable[[Document], str] = compact_json
 ) -> Callable[[Query], Iterable[str]]:
     return lambda query: map(text, query.select(documents()))
 

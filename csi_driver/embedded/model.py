@@ -14,6 +14,8 @@ from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
 
 Document = dict[str, object]
 """A decoded JSON object."""
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
+"""`json.dumps` makes an encoder for each text that is not of the default form."""
 
 
 class Part(Document):
@@ -21,7 +23,7 @@ class Part(Document):
 
     @cached_property
     def text(self) -> str:
-        return json.dumps(self, separators=(",", ":"))
+        return compact_json(self)
 
 
 NONE, SHARED_READ_ONLY, SHARED_READ_WRITE, EXCLUSIVE_READ_WRITE = range(4)
@@ -235,7 +237,7 @@ class Table(Generic[R]):
         return TypeAdapter(self.kind)
 
     def text(self, record: R) -> str:
-        return json.dumps({**self._adapter.dump_python(record), **self.former}, separators=(",", ":"))
+        return compact_json({**self._adapter.dump_python(record), **self.former})
 
     def record(self, text: str) -> R:
         # Not `validate_json`, which refuses the half of a surrogate pair that a request may have in a text.

@@ -68,6 +68,11 @@ def ensure_node(node: Path, number: DeviceNumber) -> None:
     """Make `node` a node of the device, atomically; replaces nodes of other devices, and links, as udev makes them."""
     if node_number(node) == number:
         return
+    try:
+        os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
+        return
+    except OSError:
+        pass  # another node is there, as a rule
     draft = node.with_name(f".{node.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with system_call(f"make the device node {node}"):

@@ -22,7 +22,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
-from csi_driver.host.syscalls import closing, open_file, system_call
+from csi_driver.host.syscalls import closing, open_file, read_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevice, uuid_of_label
 
 LOOP_MAJOR = 7
@@ -254,7 +254,7 @@ def _require_same(fd: int, device: LoopDevice) -> None:
 
 def _number_of(number: int) -> DeviceNumber:
     with system_call(f"look at loop device {number}"):
-        return DeviceNumber.parse((_SYS_BLOCK / f"loop{number}" / "dev").read_text())
+        return DeviceNumber.parse(os.fsdecode(read_file(f"{_SYS_BLOCK}/loop{number}/dev", 64)))
 
 
 def _backing_text(number: int) -> str | None:

@@ -333,3 +333,23 @@ def test_a_directory_that_cannot_be_written_is_tried_again(manager: Manager, tmp
     shown.unlink()
     manager.retry("node-1")
     assert manager.report("data")["vol_status"] == 4
+
+
+@pytest.mark.parametrize(("left", "stays"), [(".status.json.new", []), (".blob.txt.new", []), ("other", ["other"])])
+def test_the_status_files_of_a_detached_volume_go_with_what_a_crash_left(
+    manager: Manager, tmp_path: Path, left: str, stays: list[str]
+) -> None:
+    manager.save("data")
+    manager.attach("data")
+    directory = tmp_path / "node-1" / "proc" / "volumes" / "data"
+    (directory / left).write_text("half a file")
+    manager.detach("data")
+    assert [path.name for path in tmp_path.glob("node-1/proc/volumes/data/*")] == stays
+    assert directory.exists() == bool(stays)
+
+
+def test_a_status_file_has_a_line_for_each_field(manager: Manager, tmp_path: Path) -> None:
+    manager.save("data")
+    manager.attach("data")
+    text = (tmp_path / "node-1" / "proc" / "volumes" / "data" / "status.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=1) + "\n"
