@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -306,7 +306,7 @@ def encode_spec(spec: storage_model.VolumeSpec) -> dict[str, Any]:
 
 
 def _encode_layout(layout: storage_model.Layout) -> dict[str, object]:
-    level, *others = astuple(layout)
+    level, *others = (getattr(layout, each.name) for each in fields(layout))
     return {"RAIDLevel": level.value, **dict(zip(_LAYOUT_KEYS, others, strict=True))}
 
 

@@ -32,6 +32,9 @@ class RawServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stopped = threading.Event()
         self.connections = 0
+        self.received: list[bytes] = []
+        self.closed = threading.Semaphore(0)
+        """Counts the connections that this server has closed."""
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -50,9 +53,14 @@ class RawServer:
             self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
+        self._answer(connection)
+        self.closed.release()
+
+    def _answer(self, connection: socket.socket) -> None:
         with connection:
             try:
-                while connection.recv(65536):
+                while received := connection.recv(65536):
+                    self.received.append(received)
                     for piece in self._pieces:
                         connection.sendall(piece)
                         self._stopped.wait(self._pause_s)
@@ -152,6 +160,24 @@ def test_one_connection_serves_many_requests(made: list[RawServer | Transport]) 
     transport = connected(made, server)
     assert [asked(transport) for _ in range(20)] == [b"[]"] * 20
     assert server.connections == 1
+
+
+def test_a_request_and_its_body_are_sent_at_once(made: list[RawServer | Transport]) -> None:
+    server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", ends=False)
+    transport = connected(made, server)
+    for _ in range(20):
+        transport.exchange(Request("POST", "/", b'{"key": 1}'), None, Deadline.after(10))
+    assert [received.partition(b"\r\n\r\n")[2] for received in server.received] == [b'{"key": 1}'] * 20
+
+
+def test_an_idle_connection_that_the_server_has_closed_is_not_used(made: list[RawServer | Transport]) -> None:
+    """The request would be of unknown outcome."""
+    server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+    transport = connected(made, server)
+    for number in range(1, 4):
+        reply = transport.exchange(Request("POST", "/", b"{}"), None, Deadline.after(10))
+        assert (reply.status, server.connections) == (200, number)
+        assert server.closed.acquire(timeout=LONG_S)
 
 
 def test_concurrent_requests_use_one_connection_each(
