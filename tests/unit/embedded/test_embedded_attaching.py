@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from csi_driver.embedded.model import ATTACHMENTS
 from csi_driver.embedded.requests import DetachedVolume
 from csi_driver.embedded.settings import StorageSettings
