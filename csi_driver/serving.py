@@ -18,7 +18,7 @@ from csi_driver.model import ClusterNames
 from csi_driver.rpc import services
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
-from csi_driver.rpc.contract import HEALTH
+from csi_driver.rpc.contract import HEALTH, thread_pools
 from csi_driver.rpc.server import Server, Termination
 from csi_driver.settings import AttachBy, EndpointSettings
 from csi_driver.telemetry import metrics
@@ -44,7 +44,7 @@ def serve(
 ) -> int:
     identity = services.IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(disabled, settings.default_deadline_s)
+    boundary = Boundary(disabled, settings.default_deadline_s, thread_pools(service.at_once))
     server = Server(settings, boundary, (service, identity))
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))

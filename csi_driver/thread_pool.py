@@ -35,7 +35,7 @@ class Job(Future[T]):
         super().__init__()
         self.thread = 0
         """Identifier of its thread; 0 while it is queued."""
-        self.began_s = self.processor_s = 0.0
+        self.began_s, self.processor_s = 0.0, float("-inf")  # unknown before the first check
         self.late_s: float | None = None
         self.late: Callable[[int], object] = lambda _thread: None
         self.is_lost = False
@@ -80,8 +80,8 @@ class Pool(ThreadPoolExecutor):
 
     At most `at_once` jobs compute at the same time, and the others are queued without a thread: threads that alternate
     at the interpreter's lock take twice the processor time. A blocked job does not count, nor does one that runs for
-    long: a job that hangs in the kernel delays others by one or two ticks, and keeps its thread, which is replaced once
-    the job is late or written off.
+    long: a job that hangs in the kernel delays others by two or three ticks, and keeps its thread, which is replaced
+    once the job is late or written off.
 
     A `ThreadPoolExecutor`, because gRPC takes nothing else. Its own threads are never started: at exit the interpreter
     would wait for them.
@@ -162,7 +162,6 @@ class Pool(ThreadPoolExecutor):
     def _assign_job(self, seat: _Seat) -> None:
         job = seat.job = self._queue.popleft()
         job.thread, job.began_s = seat.thread, time.monotonic()
-        job.processor_s = _processor_s(job.thread)
         self._running[job.thread] = job
         self._busy.add(job)
 

@@ -84,6 +84,8 @@ class Service:
     """A CSI service, named as in csi.proto. It has a method for each RPC, which takes the request and the deadline."""
 
     name: ClassVar[str]
+    at_once: ClassVar[int] = 2
+    """Calls of a thread pool that compute at the same time. More would wait for the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,6 @@ from csi_driver.model import VolumeHandle, volume_name
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.thread_pool import Pool as Threads
 
-_AT_ONCE = 2
-"""Calls of one pool that compute at the same time; each takes the interpreter's lock in turn."""
-
 
 class Pool(Enum):
     """The thread pool that serves a call, so that Probe never waits behind reads, nor reads behind changes."""
@@ -40,13 +37,14 @@ class Pool(Enum):
 ThreadPools = Mapping[Pool, Threads]
 
 
-def thread_pools(*, work: int = 512, read: int = 64, instant: int = 8) -> ThreadPools:
-    """Make the pools with their most threads. grpcio uses the one that a handler names (`experimental_thread_pool`).
+def thread_pools(at_once: int = 2, *, work: int = 512, read: int = 64, instant: int = 8) -> ThreadPools:
+    """Make the pools with their most threads, of which `at_once` compute at the same time.
 
-    A node that boots with all its pods sends some hundreds of calls at once, most of which wait for a format slot.
+    grpcio uses the pool that a handler names (`experimental_thread_pool`). A node that boots with all its pods sends
+    some hundreds of calls at once, most of which wait for a format slot.
     """
     sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
-    return {pool: Threads(pool.name.lower(), size, min(size, _AT_ONCE)) for pool, size in sizes.items()}
+    return {pool: Threads(pool.name.lower(), size, min(size, at_once)) for pool, size in sizes.items()}
 
 
 @dataclass(frozen=True, slots=True)

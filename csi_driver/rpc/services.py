@@ -138,6 +138,7 @@ class ControllerService(Service):
     """Controller service. `attaches`: the controller attaches volumes, not each node its own."""
 
     name: ClassVar[str] = "Controller"
+    at_once: ClassVar[int] = 16  # they wait for the management, for less than a tick of the thread pool
 
     do: ControllerUseCases
     volume_health: bool = False
