@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import threading
@@ -24,6 +25,8 @@ from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
 from csi_driver.host.syscalls import closing, open_file, read_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, LoopDevice, ReadOnlyDevice, uuid_of_label
+
+_log = logging.getLogger(__name__)
 
 LOOP_MAJOR = 7
 _DELETED = " (deleted)"
@@ -54,7 +57,7 @@ class LoopDevices:
         if len(label.encode()) > ioctls.LOOP_LABEL_LIMIT:
             raise HostFailure(f"loop label: expected at most {ioctls.LOOP_LABEL_LIMIT} bytes, got {label!r}")
         with closing(open_file(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW)) as backing:
-            number = self._bind(backing, label, ioctls.LOOP_READ_ONLY if read_only else 0, block_size)
+            number = self._bind(backing, file, label, ioctls.LOOP_READ_ONLY if read_only else 0, block_size)
             rdev = os.fstat(backing).st_rdev
         under = ioctls.device_number(rdev) if rdev else None
         device = LoopDevice(number, _number_of(number), file, label, read_only, backing=under)
@@ -147,16 +150,18 @@ class LoopDevices:
             device.node.unlink(missing_ok=True)
         return True
 
-    def _bind(self, backing: int, label: str, flags: int, block_bytes: int) -> int:
+    def _bind(self, backing: int, file: Path, label: str, flags: int, block_bytes: int) -> int:
         with closing(open_file(Path("/dev/loop-control"), os.O_RDWR)) as control:
             for _ in range(_BIND_ATTEMPTS):
                 with self._binding:
                     number = ioctls.loop_free_number(control)
                     with self._opened(number, os.O_RDONLY if flags & ioctls.LOOP_READ_ONLY else os.O_RDWR) as fd:
                         if _configure(fd, backing, label, flags | ioctls.LOOP_DIRECT_IO, block_bytes):
-                            if not flags & ioctls.LOOP_READ_ONLY:
-                                # A loop device keeps the BLKROSET state of its previous use.
-                                ioctls.set_read_only(fd, False)
+                            try:
+                                _prepare(fd, number, file, is_read_only=bool(flags & ioctls.LOOP_READ_ONLY))
+                            except BaseException:
+                                ioctls.loop_clear(fd)
+                                raise
                             return number
         raise HostFailure(f"no loop device stayed free long enough to be bound ({_BIND_ATTEMPTS} attempts)")
 
@@ -211,6 +216,36 @@ def _configure(fd: int, backing: int, label: str, flags: int, block_bytes: int) 
             return _configure(fd, backing, label, flags & ~ioctls.LOOP_DIRECT_IO, block_bytes)
         raise
     return True
+
+
+def _prepare(fd: int, number: int, file: Path, *, is_read_only: bool) -> None:
+    """Undo what the previous use of a loop device has set: the kernel keeps BLKROSET and the queue's settings."""
+    queue = _SYS_BLOCK / f"loop{number}" / "queue"
+    with contextlib.suppress(OSError):
+        if "[none]" not in (queue / "scheduler").read_text():
+            (queue / "scheduler").write_text("none")
+    status = ioctls.loop_status(fd)
+    if status is not None and not status.flags & ioctls.LOOP_DIRECT_IO:
+        # The kernel drops this flag without an error.
+        _log.warning(
+            "loop%d over %s: expected direct I/O, which this filesystem does not have; data passes through the page"
+            " cache twice: use a pool on ext4 or xfs",
+            number,
+            file,
+        )
+    if is_read_only:
+        return
+    ioctls.set_read_only(fd, False)
+    # With "write through" the kernel passes on no flush: an fsync would not reach the file's filesystem and drive.
+    with system_call(f"set the write cache of loop device {number}"):
+        if (queue / "write_cache").read_text() != "write back\n":
+            (queue / "write_cache").write_text("write back")
+            found = (queue / "write_cache").read_text().strip()
+            if found != "write back":
+                raise HostFailure(
+                    f"loop device {number} over {file}: expected the write cache 'write back', got {found!r}: an fsync"
+                    " of the volume would not reach the drive; use a pool on ext4 or xfs"
+                )
 
 
 def _described(number: int, backing_text: str, status: ioctls.LoopStatus) -> LoopDevice:
