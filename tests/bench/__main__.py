@@ -18,6 +18,7 @@ from tests.bench import history
 from tests.bench.aims import compare
 from tests.bench.beside import measure_life, measure_peer
 from tests.bench.calls import measure_calls, measure_list, measure_mounts, measure_readers
+from tests.bench.data import measure_data
 from tests.bench.memory import measure_memory, measure_start
 from tests.bench.probe import measure_probe
 from tests.bench.rate import measure_create_rate
@@ -36,6 +37,7 @@ class Run:
     report: Report
     quick: bool
     peer: Path | None
+    drive: Path | None
 
 
 ALONE: dict[str, Callable[[Run], None]] = {
@@ -72,6 +74,9 @@ ON_STACK: dict[str, Callable[[Stack, Run], None]] = {
         stack, run.directory, run.report, *((20, 50) if run.quick else (300, 1000))
     ),
     "xfs": lambda stack, run: measure_life(stack, run.directory, run.report, "xfs", 1 if run.quick else 2),
+    "data": lambda stack, run: measure_data(
+        stack, run.directory, run.report, *((1, 1) if run.quick else (5, 3)), run.drive
+    ),
     "list": lambda stack, run: measure_list(stack, run.report, 200 if run.quick else 10_000),
 }
 """The parts that share one running stack, in this order: memory needs a new one, and the list fills it."""
@@ -84,10 +89,11 @@ def main() -> int:
         "--only",
         action="append",
         choices=(*ALONE, *ON_STACK),
-        help="measure only this part; repeatable (default: all but scale)",
+        help="measure only this part; repeatable (default: all but scale and data)",
     )
     parser.add_argument("--peer", help="unix:///PATH of another CSI driver, measured beside this one")
     parser.add_argument("--directory", default="/tmp", help="where pool and state lie, e.g. on a drive of its own")
+    parser.add_argument("--drive", type=Path, help="drive below the pool, read beside the volumes by --only data")
     parser.add_argument("--record", action="store_true", help=f"append the figures to {history.HISTORY.name}")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a figure is worse than recorded")
     options = parser.parse_args()
@@ -95,11 +101,11 @@ def main() -> int:
         parser.error("--record needs a whole run, or --only scale: leave out --quick and other parts")
     directory = Path(tempfile.mkdtemp(prefix="csi-bench-", dir=options.directory))
     peer = Path(options.peer.removeprefix("unix://")) if options.peer else None
-    run = Run(directory, Report(), options.quick, peer)
+    run = Run(directory, Report(), options.quick, peer, options.drive)
     machine = history.this_machine(directory)
     print(f"Machine: {machine}")
     try:
-        measure(run, set(options.only or (ALONE.keys() | ON_STACK.keys()) - {"scale"}))
+        measure(run, set(options.only or (ALONE.keys() | ON_STACK.keys()) - {"scale", "data"}))
     finally:
         release(directory)
         shutil.rmtree(directory)
