@@ -13,8 +13,10 @@ signal is no alternative: it is set after the fork and does not reach a process 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import TextIO
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, SystemCallFailed, ToolMissing
+from csi_driver.host import syscalls
 from csi_driver.host.syscalls import closing, open_file
 from csi_driver.host_model import RunningRole
 
@@ -80,61 +83,65 @@ def run(
     After `timeout_s` its process group is killed. With `on_device` it is never killed: after `timeout_s` that is
     logged. Raises `CommandFailed` for a status outside `accept`, `CommandTimedOut`, `ToolMissing`.
     """
-    program = _require_tool(argv[0])
-    try:
-        process = subprocess.Popen(
-            list(argv),
-            executable=program,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**_ENVIRONMENT, **(environment or {})},
-            cwd="/",
-            pass_fds=tuple(pass_fds),
-            start_new_session=True,
-        )
-    except (FileNotFoundError, PermissionError) as error:
-        raise ToolMissing(argv[0], package_of(argv[0])) from error
-    except OSError as error:
-        raise SystemCallFailed(f"start {argv[0]}", error.errno or 0) from error
-    try:
-        stdout, stderr = _wait_for(process, timeout_s) if on_device else process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        _kill_group(process)
-        raise CommandTimedOut(argv, timeout_s) from error
-    except BaseException:
-        if not on_device:
-            _kill_group(process)
-        raise
-    text = stderr.decode(errors="replace")
-    if process.returncode not in accept:
-        raise CommandFailed(argv, process.returncode, text or stdout.decode(errors="replace"))
-    return Completed(process.returncode, stdout, text)
+    program, variables = _require_tool(argv[0]), {**_ENVIRONMENT, **(environment or {})}
+    with (
+        closing(open_file(Path(os.devnull), os.O_RDONLY)) as nothing,
+        closing(os.memfd_create("stdout")) as stdout,
+        closing(os.memfd_create("stderr")) as stderr,
+    ):
+        try:
+            pid = syscalls.spawn(program, argv, variables, {nothing: 0, stdout: 1, stderr: 2}, pass_fds)
+        except SystemCallFailed as failure:
+            if failure.errno in (errno.ENOENT, errno.EACCES):
+                raise ToolMissing(argv[0], package_of(argv[0])) from failure
+            raise
+        status = _wait_for(argv, pid, timeout_s, on_device=on_device)
+        output, text = _content(stdout), _content(stderr).decode(errors="replace")
+    if status not in accept:
+        raise CommandFailed(argv, status, text or output.decode(errors="replace"))
+    return Completed(status, output, text)
 
 
-def _wait_for(process: subprocess.Popen[bytes], warn_after_s: float) -> tuple[bytes, bytes]:
-    try:
-        return process.communicate(timeout=warn_after_s)
-    except subprocess.TimeoutExpired:
-        logger.warning(
-            "%s (process %d) has not ended within %g s; it works on a device and is not killed: its volume is busy "
-            "until it ends",
-            process.args,
-            process.pid,
-            warn_after_s,
-        )
-    return process.communicate()
+def _wait_for(argv: Sequence[str], pid: int, timeout_s: float, *, on_device: bool) -> int:
+    """Return the exit status, negative for a signal."""
+    with closing(os.pidfd_open(pid)) as process:
+        try:
+            has_ended = _ends(process, timeout_s)
+        except BaseException:
+            if not on_device:
+                _kill_group(pid)
+            raise
+        if not has_ended and not on_device:
+            _kill_group(pid)
+            if _ends(process, _GRACE_AFTER_KILL_S):
+                os.waitpid(pid, 0)
+            raise CommandTimedOut(argv, timeout_s)
+        if not has_ended:
+            logger.warning(
+                "%s (process %d) has not ended within %g s; it works on a device and is not killed: its volume is busy "
+                "until it ends",
+                argv,
+                pid,
+                timeout_s,
+            )
+            _ends(process, None)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _signal_group(process: subprocess.Popen[bytes]) -> None:
+def _ends(process: int, within_s: float | None) -> bool:
+    """Tell if the process of a descriptor has ended, or ends in that time."""
+    waiting = select.poll()
+    waiting.register(process, select.POLLIN)
+    return bool(waiting.poll(None if within_s is None else within_s * 1000))
+
+
+def _content(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    _signal_group(process)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=_GRACE_AFTER_KILL_S)
+        os.killpg(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -183,7 +190,7 @@ class ChildProcess:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-        _signal_group(self.process)
+        _kill_group(self.pid)
         try:
             status = self.process.wait(_AFTER_KILL_S)
         except subprocess.TimeoutExpired as error:
@@ -198,7 +205,7 @@ class ChildProcess:
         if self._is_over:
             return
         self._is_over = True
-        _signal_group(self.process)
+        _kill_group(self.pid)
         os.close(self.lifeline)
         with contextlib.suppress(FileNotFoundError):
             if self.pid_file.read_text().strip() == str(self.pid):

@@ -12,8 +12,9 @@ import ctypes
 import errno
 import functools
 import os
+import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,52 @@ def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
 def openat2(path: Path, flags: int, resolve: int) -> int:
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
     return _syscall(f"open {path}", _OPENAT2, _AT_FDCWD, os.fsencode(path), how, len(how))
+
+
+_POSIX_SPAWN_SETSIGDEF, _POSIX_SPAWN_SETSID = 0x04, 0x80  # <spawn.h> of glibc and musl
+_SPAWN_BYTES = 512  # more than the C library's structures have
+
+
+def spawn(
+    program: str,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    keep: Sequence[int],
+) -> int:
+    """Start a program in a session of its own, in /, and return its process id.
+
+    `descriptors`: its descriptors by those of this process; those in `keep` have the same number there. All others of
+    this process are closed by their O_CLOEXEC. The functions of `subprocess` and `os` hold the interpreter's lock until
+    the new process has executed the program, which takes as long as that process waits for a processor.
+    """
+    actions, attributes, signals = (ctypes.create_string_buffer(_SPAWN_BYTES) for _ in range(3))
+    arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
+    pid, c = ctypes.c_int(), libc()
+    for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
+        c.sigaddset(signals, signal_number)
+    c.posix_spawn_file_actions_init(actions)
+    c.posix_spawnattr_init(attributes)
+    try:
+        for fd, number in (*descriptors.items(), *((fd, fd) for fd in keep)):
+            c.posix_spawn_file_actions_adddup2(actions, fd, number)
+        c.posix_spawn_file_actions_addchdir_np(actions, b"/")
+        c.posix_spawnattr_setflags(attributes, ctypes.c_short(_POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSID))
+        c.posix_spawnattr_setsigdefault(attributes, signals)
+        number = c.posix_spawn(
+            ctypes.byref(pid), os.fsencode(program), actions, attributes, _strings(arguments), _strings(variables)
+        )
+    finally:
+        c.posix_spawn_file_actions_destroy(actions)
+        c.posix_spawnattr_destroy(attributes)
+    if number:
+        raise SystemCallFailed(f"start {argv[0]}", number)
+    return pid.value
+
+
+def _strings(texts: Iterable[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    found = [*texts, None]
+    return (ctypes.c_char_p * len(found))(*found)
 
 
 @functools.cache

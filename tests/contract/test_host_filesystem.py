@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -427,6 +428,24 @@ def test_a_program_does_not_inherit_the_environment(monkeypatch: pytest.MonkeyPa
     shown = processes.run(("env",), timeout_s=60).stdout.decode()
     assert "SECRET" not in shown
     assert "LC_ALL=C" in shown
+
+
+def test_a_program_has_a_session_of_its_own_at_the_root() -> None:
+    shown = processes.run(("sh", "-c", "pwd; echo $$; ps -o sid= -p $$"), timeout_s=60).stdout.split()
+    assert (shown[0], shown[1]) == (b"/", shown[2])
+
+
+def test_a_program_inherits_the_given_descriptors_alone(tmp_path: Path) -> None:
+    with (tmp_path / "given").open("w") as given, (tmp_path / "other").open("w"):
+        shown = processes.run(
+            ("sh", "-c", "readlink /proc/$$/fd/*; true"), timeout_s=60, pass_fds=(given.fileno(),)
+        ).stdout
+    assert [line for line in shown.splitlines() if line.startswith(bytes(tmp_path))] == [bytes(tmp_path / "given")]
+
+
+def test_a_program_is_ended_by_the_signals_that_python_ignores() -> None:
+    ended = processes.run(("sh", "-c", "kill -s PIPE $$"), timeout_s=60, accept=(-signal.SIGPIPE,))
+    assert ended.status == -signal.SIGPIPE
 
 
 def test_missing_tools_and_path_roots_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
