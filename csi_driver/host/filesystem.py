@@ -121,18 +121,18 @@ class LinuxFilesystems:
         if asked:
             _require_type(device, fs_type, asked)
 
-    def check(self, device: Device, fs_type: str) -> None:
+    def check(self, device: Device, fs_type: str) -> int:
         """Repair an unclean ext4 as far as e2fsck -p does.
 
         xfs and btrfs replay their logs when mounted and have no repair that is safe unattended (btrfs-check(8)).
         """
-        if fs_type not in _EXT or device.read_only:
-            return
         with self.devices.open(device) as opened:
-            if _superblock(opened, fs_type).was_closed_well:
-                return
+            found = _superblock(opened, fs_type)
+        if fs_type not in _EXT or device.read_only or found.was_closed_well:
+            return found.size_bytes
         with self.devices.open(device, write=True, exclusive=True) as opened:
             _e2fsck(opened, ("-p",), timeout_s=_WRITE_LIMIT_S)
+            return _superblock(opened, fs_type).size_bytes
 
     def grow_unmounted(self, device: Device, fs_type: str) -> bool:
         if fs_type not in _EXT:

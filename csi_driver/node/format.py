@@ -88,7 +88,7 @@ class Preparation:
 
     def is_too_small(self, device: Device, fs_type: str) -> bool:
         """Return whether the filesystem should grow to its device."""
-        return self.filesystems.recorded_bytes(device, fs_type) + GROWTH_THRESHOLD_BYTES < device.size_bytes
+        return _is_too_small(self.filesystems.recorded_bytes(device, fs_type), device)
 
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
         """Return the history of the volume as this node knows it."""
@@ -194,10 +194,13 @@ class Preparation:
 
     def _check_and_grow(self, device: Device, fs_type: str, deadline: Deadline) -> Prepared:
         with self.heavy.slot(f"check the {fs_type} of {device.name}", deadline=deadline):
-            self.filesystems.check(device, fs_type)
-            if not self.is_too_small(device, fs_type):
+            if not _is_too_small(self.filesystems.check(device, fs_type), device):
                 return Prepared(fs_type)
             return Prepared(fs_type, grow_mounted=not self.filesystems.grow_unmounted(device, fs_type))
+
+
+def _is_too_small(filesystem_bytes: int, device: Device) -> bool:
+    return filesystem_bytes + GROWTH_THRESHOLD_BYTES < device.size_bytes
 
 
 def _share_mount(mounts: list[Mount], volume: NodeVolume, plan: MountPlan) -> Prepared:

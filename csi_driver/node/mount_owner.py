@@ -194,8 +194,8 @@ class Ownership:
 
     def _is_superseded(self, mounted: Mount, volume: NodeVolume) -> bool:
         is_its_filesystem = mounted.node_number is None and self._was_made_from(mounted, volume)
-        is_back = is_its_filesystem and self.device_of(volume) is not None
-        return is_back and self.owner_of(mounted, volume) is Owner.DEAD
+        is_dead = is_its_filesystem and self.owner_of(mounted, volume) is Owner.DEAD
+        return is_dead and self.device_of(volume) is not None
 
     def unmount(self, path: Path, volume: NodeVolume) -> bool:
         """Unmount all mounts at `path` that are the volume's or dead; False for another one."""

@@ -213,8 +213,8 @@ class Filesystems(Protocol):
         `asked`: options of the user, named by `InvalidField` when mkfs refuses them.
         """
 
-    def check(self, device: Device, fs_type: str) -> None:
-        """Check and repair; `PreconditionFailed` when it needs manual repair."""
+    def check(self, device: Device, fs_type: str) -> int:
+        """Check and repair; return the size as `recorded_bytes`. `PreconditionFailed` when it needs manual repair."""
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         """Return the size in the superblock. Raises `PreconditionFailed` without one."""

@@ -201,13 +201,14 @@ class FakeFilesystems:
         self._host.formats.append(disk.uuid)
         self._host.step("after make")
 
-    def check(self, device: Device, fs_type: str) -> None:
+    def check(self, device: Device, fs_type: str) -> int:
         held = self._idle(device, fs_type)
         self._host.step("before check")
         held.checks += 1
         if held.is_damaged:
             raise PreconditionFailed(f"the {fs_type} on {device.path} needs manual repair")
         self._host.step("after check")
+        return held.size_bytes
 
     def recorded_bytes(self, device: Device, fs_type: str) -> int:
         return self._held(device, fs_type).size_bytes

@@ -64,3 +64,23 @@ def test_no_call_of_a_volume_lists_a_directory_of_all_volumes(calls: Calls) -> N
         with opened() as paths:
             call()
         assert not [path for path in paths if path.startswith("(list)")], name
+
+
+def test_what_a_call_of_a_volume_opens(calls: Calls, volume: Volume, machine: HostMachine) -> None:
+    """Opens of the device by its path and reads of its status: each may hang, each is work for the client."""
+    found = {}
+    for name, call in calls.items():
+        with opened() as paths:
+            call()
+        node, status = str(machine.device_root / volume.name), str(machine.status_root / "volumes" / volume.name)
+        found[name] = (paths.count(node), paths.count(f"{status}/status.json"))
+    assert found == {
+        "stage": (5, 7),
+        "publish": (2, 3),
+        "publish again": (4, 6),
+        "stage again": (5, 8),
+        "statistics": (2, 3),
+        "unpublish": (2, 3),
+        "unstage": (4, 6),
+        "stage what has a filesystem": (5, 7),
+    }
