@@ -105,7 +105,7 @@ class StorageServer:
         for volume in store.all(VOLUMES):
             if volume.action == "markedForDeletion":
                 volumes.remove_soon(volume.name, volume.uuid)
-            else:
+            elif volumes.has_device(volume.uuid):
                 self.attacher.grow(volume.uuid)
         self.encryptions.recover()
 

@@ -242,6 +242,9 @@ class Volumes:
 
     def finish_extension(self, name: str) -> None:
         """Clear the action of a volume after its file has grown."""
+        extended = self.store.get(VOLUMES, name)
+        if extended is None or extended.action != "extending":
+            return
 
         def finished(change: Change) -> None:
             volume = change.get(VOLUMES, name)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -129,6 +131,22 @@ class Manager:
 def _envelope(answer: Json) -> Json:
     """Return the answer to a request for one object, or to a request that failed as a whole."""
     return answer[0] if isinstance(answer, list) else answer
+
+
+@contextmanager
+def calls_of(name: str) -> Iterator[list[str]]:
+    """Collect the calls of a function in this thread, which carries out the requests."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == name:
+            calls.append(name)
+
+    sys.setprofile(note)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
 
 
 @contextmanager

@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from urllib.parse import quote
 
 import pytest
 
 from csi_driver.embedded.model import FACTS, Fact
 from csi_driver.embedded.store import Store
-from tests.unit.embedded.manager import Json, Manager
+from tests.unit.embedded.manager import Json, Manager, calls_of
 
 
 @pytest.fixture
@@ -128,22 +124,6 @@ def test_a_page_makes_the_documents_of_its_volumes_once(listed: Manager) -> None
     assert [documents_made(after) for after in ("", "b", "b", "a")] == [2, 2, 0, 0]
     listed.update("c", metadata={"number": 7})
     assert documents_made("b") == 1
-
-
-@contextmanager
-def calls_of(name: str) -> Iterator[list[str]]:
-    """Collect the calls of a function in this thread, which carries out the requests."""
-    calls: list[str] = []
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_name == name:
-            calls.append(name)
-
-    sys.setprofile(note)
-    try:
-        yield calls
-    finally:
-        sys.setprofile(None)
 
 
 def test_pages_have_every_volume_that_stays_while_others_come_and_go(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from csi_driver.errors import StorageUnavailable
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
-from tests.unit.embedded.manager import Manager, running, settings_in
+from tests.unit.embedded.manager import Manager, calls_of, running, settings_in
 
 
 def test_a_snapshot_is_refused_and_leaves_its_source_as_it_was(manager: Manager) -> None:
@@ -248,3 +248,13 @@ def test_concurrent_changes_are_all_kept(tmp_path: Path) -> None:
         thread.join()
     assert store.get(FACTS, "n") == Fact("200")
     store.close()
+
+
+def test_a_start_runs_no_change_for_each_volume(tmp_path: Path, loops: FakeLoopDevices) -> None:
+    changes = []
+    for name in ("a", "b", "c"):
+        with running(settings_in(tmp_path), loops) as manager:
+            manager.save(name)
+        with calls_of("write") as calls, running(settings_in(tmp_path), loops):
+            changes.append(len(calls))
+    assert len(set(changes)) == 1
