@@ -45,6 +45,9 @@ class Server:
                 ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
+                # It would send pings on each connection, of which kubelet opens one for each call, to measure the
+                # bandwidth of a Unix socket.
+                ("grpc.http2.bdp_probe", 0),
             ],
         )
         self._server.add_generic_rpc_handlers(tuple(boundary.handlers(service) for service in services))
