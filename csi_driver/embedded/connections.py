@@ -12,10 +12,11 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
-from urllib.parse import parse_qsl, unquote, urlsplit
+from socketserver import StreamRequestHandler
+from urllib.parse import parse_qsl, unquote
 
 from csi_driver.background import run_detached
 from csi_driver.deadline import SYSTEM_CLOCK
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 COOKIE = "connect.sid"
 _BACKLOG = 2048
 _HANDSHAKE_S, _IDLE_S = 10.0, 600.0
+_LINE_BYTES, _MOST_HEADERS = 1 << 16, 100
 _PAUSE_S = 0.1
 """After a connection that could not be accepted: there are too many open files."""
 
@@ -107,44 +109,73 @@ class HttpServer:
                 self._changed.notify_all()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Malformed(Exception):
+    """The bytes are no request that is served here; the connection ends with this status."""
+
+
+class _Handler(StreamRequestHandler):
     """Reads the requests of one connection and sends the responses, each in one piece."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1
     timeout = _IDLE_S
 
     def __init__(self, connection: socket.socket, respond: Callable[[HttpRequest], HttpResponse]) -> None:
         self._respond = respond
         super().__init__(connection, None, None)  # type: ignore[arg-type]
 
-    def _handle(self) -> None:
-        headers, target = self.headers, urlsplit(self.path)
+    def handle(self) -> None:
+        try:
+            while (line := self._line()) is not None:
+                if line and not self._exchange(line):
+                    return
+        except _Malformed as problem:
+            self._send(HttpResponse(problem.args[0], headers=(("Connection", "close"),)), has_body=True)
+
+    def _exchange(self, line: str) -> bool:
+        """Answer the request that begins with this line; return whether another one may follow."""
+        method, target, version = parts if len(parts := line.split()) == 3 else ("", "", "")
+        if version not in ("HTTP/1.1", "HTTP/1.0"):
+            raise _Malformed(400)
+        headers = self._headers()
         length = headers.get("content-length", "0")
         if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
-            self.send_error(HTTPStatus.LENGTH_REQUIRED)
-            return
+            raise _Malformed(411)
+        if headers.get("expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        path, _, query = target.partition("?")
         response = self._respond(
             HttpRequest(
-                "GET" if self.command == "HEAD" else self.command,
-                unquote(target.path),
-                dict(parse_qsl(target.query)) if target.query else {},
+                "GET" if method == "HEAD" else method,
+                unquote(path),
+                dict(parse_qsl(query)) if query else {},
                 _session(headers.get("cookie", "")),
                 headers.get("content-type", ""),
                 self._body(int(length)),
             )
         )
-        self.send_response_only(response.status)
-        for name, value in response.headers:
-            self.send_header(name, value)
-        self.send_header("Date", self.date_time_string())
-        self.send_header("Content-Length", str(len(response.body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(response.body)
+        self._send(response, has_body=method != "HEAD")
+        return version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
+    def _line(self) -> str | None:
+        """Return a line without its end; None at the end of the connection."""
+        line = self.rfile.readline(_LINE_BYTES)
+        if len(line) == _LINE_BYTES:
+            raise _Malformed(431)
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode("latin-1") if line.endswith(b"\n") else None
+
+    def _headers(self) -> dict[str, str]:
+        """Return the headers by their names in lower case. Raises _Malformed for what two readers read differently."""
+        headers: dict[str, str] = {}
+        while line := self._line():
+            name, colon, value = line.partition(":")
+            name = name.lower()
+            is_twice = name == "content-length" and name in headers
+            if not colon or not name or name.split() != [name] or is_twice or len(headers) == _MOST_HEADERS:
+                raise _Malformed(400)
+            headers[name] = value.strip()
+        if line is None:
+            raise ConnectionError("the connection ended within a request")
+        return headers
 
     def _body(self, length: int) -> bytes:
         """Return the body; of one that is too long the beginning, which is one byte longer than allowed."""
@@ -156,8 +187,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise ConnectionError("the connection ended within a request")
         return body
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the library's name
-        """Log nothing: the driver logs its requests."""
+    def _send(self, response: HttpResponse, *, has_body: bool) -> None:
+        lines = [
+            f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
+            *(f"{name}: {value}" for name, value in response.headers),
+            f"Date: {formatdate(usegmt=True)}",
+            f"Content-Length: {len(response.body)}",
+            "\r\n",
+        ]
+        self.wfile.write("\r\n".join(lines).encode("latin-1") + (response.body if has_body else b""))
 
 
 def _session(cookies: str) -> str | None:

@@ -202,10 +202,39 @@ def exchange(server: StorageServer, sent: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
-@pytest.mark.parametrize("header", ["Transfer-Encoding: chunked", "Content-Length: x", "Content-Length: -1"])
-def test_a_request_without_a_length_is_411(server: StorageServer, header: str) -> None:
-    sent = f"POST /login HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode()
-    assert exchange(server, sent).startswith(b"HTTP/1.1 411 ")
+@pytest.mark.parametrize(("line", "header", "status"), [
+    ("POST /login HTTP/1.1", "Transfer-Encoding: chunked", 411),
+    ("POST /login HTTP/1.1", "Content-Length: x", 411),
+    ("POST /login HTTP/1.1", "Content-Length: -1", 411),
+    ("POST /login HTTP/1.1", "Content-Length: 1\r\nContent-Length: 1", 400),
+    ("GET /login HTTP/1.1", "Content-Length : 1", 400),
+    ("GET /login HTTP/1.1", "Host: x\r\n folded: y", 400),
+    ("GET /login HTTP/1.1", "no header", 400),
+    ("GET /login HTTP/1.1", "\r\n".join(f"a{number}: x" for number in range(101)), 400),
+    ("GET /login HTTP/2.0", "Host: x", 400),
+    ("GET /login", "Host: x", 400),
+    ("GET /login HTTP/1.0", "Host: x", 200),
+    ("GET /login HTTP/1.1", "Connection: Close", 200),
+])  # fmt: skip
+def test_after_a_request_that_is_none_the_connection_ends(
+    server: StorageServer, line: str, header: str, status: int
+) -> None:
+    received = exchange(server, f"{line}\r\n{header}\r\n\r\nGET /login HTTP/1.1\r\n\r\n".encode())
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [str(status).encode()]
+
+
+def test_a_line_that_does_not_end_is_431(server: StorageServer) -> None:
+    assert exchange(server, b"x" * (1 << 16)).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_client_that_waits_before_it_sends_a_body_is_told_to_go_on(server: StorageServer) -> None:
+    headers = ("Content-Type: application/json", "Content-Length: 2", "Expect: 100-continue")
+    head = "".join(f"{line}\r\n" for line in ("POST /login HTTP/1.1", *headers, "")).encode()
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(head)
+        assert connection.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"{}")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 422 ")
 
 
 def test_a_request_that_is_cut_off_is_not_carried_out(server: StorageServer) -> None:
@@ -213,6 +242,8 @@ def test_a_request_that_is_cut_off_is_not_carried_out(server: StorageServer) -> 
     head = f"POST /login HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     assert exchange(server, head.encode() + body).startswith(b"HTTP/1.1 401 ")
     assert exchange(server, head.encode() + body[:-1]) == b""
+    whole = b"GET /login HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert all(exchange(server, whole[:length]) == b"" for length in range(len(whole)))
 
 
 def test_requests_that_are_sent_at_once_on_one_connection_are_answered_in_order(server: StorageServer) -> None:
