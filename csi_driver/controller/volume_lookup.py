@@ -153,11 +153,11 @@ def listed_handles(found: Listed, attached: Collection[str]) -> list[tuple[str, 
     attachment record, as it cannot be derived from `attached`, the reference ids of the present attachments.
     """
     zone, volume, issued = found.zone, found.volume, issued_handle(found)
-    handles = {issued.format(): held_reference(issued, volume.uuid)}
+    own_reference = held_reference(issued, volume.uuid)
+    handles = {issued.format(): own_reference}
     recorded = _recorded_handles(read_handles(volume.metadata), volume.uuid) if attached else {}
     for reference in attached:
-        is_issued = reference == held_reference(issued, volume.uuid)
-        derived = [] if is_issued else [_derived_handle(zone, volume, reference)]
+        derived = [] if reference == own_reference else [_derived_handle(zone, volume, reference)]
         for text in recorded.get(reference, derived):
             handles.setdefault(text, reference)
     return list(handles.items())
