@@ -208,11 +208,15 @@ class Blank:
 
 @dataclass(frozen=True, slots=True)
 class Filesystem:
-    """A recognised filesystem; `uuid` is the filesystem's own, empty where unknown."""
+    """A recognised filesystem; `uuid` is the filesystem's own, empty where unknown.
+
+    `is_ready`: it was closed well and is as large as its device: neither a check nor growth is due.
+    """
 
     fs_type: str
     uuid: str = ""
     label: str = ""
+    is_ready: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

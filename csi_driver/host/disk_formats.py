@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from csi_driver.host_model import DamagedHeader, LuksHeader
 
-HEAD_BYTES = 128 * 1024
-"""Length of the head of a device that the superblock parsers need."""
+HEAD_BYTES = 68 * 1024
+"""Length of the head of a device that the superblock parsers need: to the end of that of btrfs."""
 
 _EXT_AT, _BTRFS_AT = 1024, 65536
 _EXT_MAGIC, _XFS_MAGIC, _BTRFS_MAGIC = 0xEF53, b"XFSB", b"_BHRfS_M"

@@ -20,7 +20,16 @@ from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
 from csi_driver.host.processes import Completed, find_tool, run
 from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
-from csi_driver.host_model import UNUSABLE_TAIL_BYTES, Blank, Content, Device, Filesystem, OpenDevice, OtherContent
+from csi_driver.host_model import (
+    GROWTH_THRESHOLD_BYTES,
+    UNUSABLE_TAIL_BYTES,
+    Blank,
+    Content,
+    Device,
+    Filesystem,
+    OpenDevice,
+    OtherContent,
+)
 from csi_driver.model import MIB, Usage
 
 _WRITE_LIMIT_S = 30 * 60.0
@@ -218,8 +227,11 @@ def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Filesys
     if (direct or cached in _KINDS) and direct != [cached]:
         read_as = ", ".join(direct) or "no intact superblock"
         return OtherContent(f"{fs_type} by the page cache (blkid), {read_as} by a direct read")
-    present = disk_formats.parse_superblock(head, fs_type)
-    return Filesystem(fs_type, present.uuid if present else values.get("UUID", ""), values.get("LABEL", ""))
+    label, present = values.get("LABEL", ""), disk_formats.parse_superblock(head, fs_type)
+    if present is None:
+        return Filesystem(fs_type, values.get("UUID", ""), label)
+    is_ready = present.was_closed_well and present.size_bytes + GROWTH_THRESHOLD_BYTES >= device.device.size_bytes
+    return Filesystem(fs_type, present.uuid, label, is_ready)
 
 
 def _read_head(device: OpenDevice) -> bytes:

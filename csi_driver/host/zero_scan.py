@@ -147,13 +147,19 @@ class DirectReader:
             total += length
         if self._is_zero(total):
             return None
-        data = bytes(self._view[:total])
-        at = total - len(data.lstrip(b"\0"))
+        at = self._first_data_at(total)
         for offset, length in pieces:
             if at < length:
                 return offset + at
             at -= length
         return None
+
+    def _first_data_at(self, total: int) -> int:
+        for at in range(0, total, _ALIGNMENT):  # no copy of the whole: most content begins in the first block
+            block = bytes(self._view[at : min(at + _ALIGNMENT, total)])
+            if data := block.lstrip(b"\0"):
+                return at + len(block) - len(data)
+        return total
 
     def _is_zero(self, length: int) -> bool:
         # All bytes are zero when the first is and each equals the next; memcmp runs without the interpreter's lock.

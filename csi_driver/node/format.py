@@ -56,7 +56,7 @@ class Preparation:
         settled = self._settle(target, plan, write=likely, deadline=deadline)
         if isinstance(settled, Prepared):
             return settled
-        if plan.read_only:
+        if plan.read_only or settled.is_ready:
             return Prepared(settled.fs_type)
         return self._check_and_grow(target.device, settled.fs_type, deadline)
 

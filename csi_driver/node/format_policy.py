@@ -22,9 +22,10 @@ ALLOW_FORMAT = "`nvmesh-csi volume allow-format`"
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Use the filesystem on the device as it is."""
+    """Use the filesystem on the device as it is. `is_ready`: neither a check nor growth is due."""
 
     fs_type: str
+    is_ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def _decide_filesystem(
             f"holds {_describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
             f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
-    return Use(held)
+    return Use(held, content.is_ready)
 
 
 def _way_out(evidence: Evidence) -> str:

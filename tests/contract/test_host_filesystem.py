@@ -79,6 +79,25 @@ def test_a_filesystem_is_named_with_its_uuid(machine: HostMachine, fs_type: str)
 
 
 @pytest.mark.parametrize("fs_type", list(SIZES))
+def test_a_filesystem_is_ready_when_it_is_as_large_as_its_device(machine: HostMachine, fs_type: str) -> None:
+    volume, _ = machine.formatted(fs_type, SIZES[fs_type])
+    assert is_ready(machine, volume)
+    machine.grow(volume, SIZES[fs_type] + 64 * MIB)
+    assert not is_ready(machine, volume)
+
+
+def test_an_ext4_that_was_not_closed_well_is_not_ready(machine: HostMachine) -> None:
+    volume, _ = machine.formatted("ext4", SIZES["ext4"])
+    broken(volume, badly=False)
+    assert not is_ready(machine, volume)
+
+
+def is_ready(machine: HostMachine, volume: Volume) -> bool:
+    content = probed(machine, volume)
+    return isinstance(content, Filesystem) and content.is_ready
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
 def test_a_filesystem_without_head_is_not_blank(machine: HostMachine, fs_type: str) -> None:
     """A copy of the superblock is enough."""
     volume, _ = machine.formatted(fs_type, 2 * GIB)

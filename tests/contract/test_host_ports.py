@@ -219,8 +219,8 @@ def test_data_at_an_end_of_the_device_is_content(host: Host, actor: Actor, offse
 
 def test_data_in_the_middle_is_found_only_by_the_scan(host: Host, actor: Actor) -> None:
     device = actor.attached()
-    host.put(device, 33 * MIB + 5, b"x")
-    assert (actor.probed(device), actor.first_data(device)) == (Blank(), 33 * MIB + 5)
+    host.put(device, 33 * MIB + 500_005, b"x")
+    assert (actor.probed(device), actor.first_data(device)) == (Blank(), 33 * MIB + 500_005)
 
 
 def test_the_scan_ends_at_the_deadline(actor: Actor) -> None:

@@ -82,5 +82,5 @@ def test_what_a_call_of_a_volume_opens(calls: Calls, volume: Volume, machine: Ho
         "statistics": (2, 3),
         "unpublish": (2, 3),
         "unstage": (4, 6),
-        "stage what has a filesystem": (5, 7),
+        "stage what has a filesystem": (4, 5),
     }
