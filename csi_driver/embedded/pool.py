@@ -71,6 +71,9 @@ class Pool:
             what, file = f"open the pool {directory}", problem.filename or ""
             raise SystemCallFailed(what, problem.errno or 0, file) from problem
         self._preallocate = preallocate
+        self._asking, self._syncing = threading.Lock(), threading.Lock()
+        self._asked = self._synced = 0
+        """Number of the last request to sync the directory, and of the last one that a sync did."""
 
     def _open(self, directory: Path) -> None:
         self.directory = directory.resolve()
@@ -157,11 +160,20 @@ class Pool:
             self.file(identity).unlink(missing_ok=True)
 
     def _sync_directory(self) -> None:
-        descriptor = os.open(self.volumes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Sync the directory's entries of now; one fsync does for all that wait when it begins."""
+        with self._asking:
+            self._asked += 1
+            mine = self._asked
+        with self._syncing:
+            if self._synced >= mine:
+                return
+            begun = self._asked
+            descriptor = os.open(self.volumes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._synced = begun
 
 
 @contextlib.contextmanager

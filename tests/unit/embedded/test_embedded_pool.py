@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from csi_driver.embedded.pool import Pool
+from csi_driver.errors import SystemCallFailed
 from tests.unit.embedded.manager import running, settings_in
 
 IDENTITY = "0f0e0d0c-0000-4000-8000-000000000000"
@@ -68,3 +71,48 @@ def test_space_that_the_file_system_does_not_have_is_not_allocated(
         assert manager.volume("there")["capacity"] == 1
         assert manager.server.allocator.totals.volumes == 1
         assert len(manager.server.pool.identities()) == 1
+
+
+def test_files_that_are_made_at_once_share_a_sync_of_their_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, others, began, go_on = Pool(tmp_path / "pool"), 8, threading.Event(), threading.Event()
+    seen: list[set[str]] = []
+
+    def sync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/volumes"):
+            seen.append(pool.identities())
+            began.set()
+            assert go_on.wait(60)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with ThreadPoolExecutor(others + 1) as threads:
+        first = threads.submit(pool.make, "first", MIB, synced=True)
+        assert began.wait(60)
+        rest = [threads.submit(pool.make, f"other-{number}", MIB, synced=True) for number in range(others)]
+        while pool._asked <= others:
+            os.sched_yield()
+        go_on.set()
+        for each in (first, *rest):
+            each.result(60)
+    assert [len(files) for files in seen] == [1, others + 1]
+    pool.close()
+
+
+def test_a_directory_that_could_not_be_synced_is_synced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, calls = Pool(tmp_path / "pool"), list[int]()
+
+    def sync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/volumes"):
+            calls.append(descriptor)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "refused")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(SystemCallFailed):
+        pool.make(IDENTITY, MIB, synced=True)
+    pool.make(IDENTITY, MIB, synced=True)
+    assert len(calls) == 2
+    pool.close()
