@@ -29,7 +29,7 @@ _BACKLOG = 2048
 _HANDSHAKE_S, _IDLE_S = 10.0, 600.0
 _LINE_BYTES, _MOST_HEADERS = 1 << 16, 100
 _PAUSE_S = 0.1
-"""After a connection that could not be accepted: there are too many open files."""
+"""After a connection that could not be accepted: there are too many open files or threads."""
 
 
 @dataclass(eq=False)
@@ -75,13 +75,12 @@ class HttpServer:
     def _accept(self) -> None:
         try:
             connection, _ = self.listener.accept()
+            run_detached("storage-connection", partial(self._serve, connection))
         except BlockingIOError:
             return
-        except OSError as problem:
+        except (OSError, RuntimeError) as problem:  # RuntimeError: the system has no more threads
             _log.error("a connection to the API cannot be accepted: %s", problem)
             SYSTEM_CLOCK.sleep(_PAUSE_S)
-            return
-        run_detached("storage-connection", partial(self._serve, connection))
 
     def _serve(self, connection: socket.socket) -> None:
         try:

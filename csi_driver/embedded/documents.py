@@ -114,13 +114,13 @@ def client_text(document: Document) -> str:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, Part):
-        return value.text
-    if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{_text(each)}' for name, each in value.items()]) + "}"
+    # Hundreds of parts: a call for each would take most of the time.
+    if isinstance(value, dict) and not isinstance(value, Part):
+        texts = [f'"{key}":{each.text if isinstance(each, Part) else _text(each)}' for key, each in value.items()]
+        return "{" + ",".join(texts) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_text, value)) + "]"
-    return json.dumps(value)
+        return "[" + ",".join([each.text if isinstance(each, Part) else _text(each) for each in value]) + "]"
+    return value.text if isinstance(value, Part) else json.dumps(value)
 
 
 def group_document(name: str, layout: Layout) -> Document:
@@ -240,7 +240,10 @@ def _reach(document: object, path: Sequence[str]) -> object:
     """Return the value at a path; of a list the values in its elements, as in MongoDB."""
     for index, step in enumerate(path):
         if isinstance(document, list):
-            return [value for each in document if (value := _reach(each, path[index:])) is not _MISSING]
+            rest = path[index:]
+            if len(rest) == 1 and all(isinstance(each, dict) for each in document):
+                return [each[step] for each in document if step in each]
+            return [value for each in document if (value := _reach(each, rest)) is not _MISSING]
         if not isinstance(document, dict) or step not in document:
             return _MISSING
         document = document[step]
