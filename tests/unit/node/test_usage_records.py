@@ -68,7 +68,9 @@ def test_a_record_of_an_earlier_driver_is_read_and_replaced(directory: Path) -> 
     path = directory / f"{UUID}.mark"
     path.write_text(f'{{"volume": "{UUID}", "attachment": 3, "filesystem": "used", "uncounted": true}}')
     assert marks.read(UUID) == UsageRecord(UUID, 3, USED, uncounted=True)
-    marks.write(UsageRecord(UUID, 4, "ext4"))
+    with path.open("rb") as held:
+        marks.write(UsageRecord(UUID, 4, "ext4"))
+        assert os.fstat(held.fileno()).st_nlink == 0, "written in place, longer than it was"
     assert marks.read(UUID) == UsageRecord(UUID, 4, "ext4")
 
 
