@@ -30,7 +30,7 @@ _SAMPLES = 64
 _PLACE_BYTES = 4096
 _AG_WINDOW_BYTES = 64 * 1024
 _PROBE_BUFFER_BYTES = 1 * MIB
-_SCAN_BUFFER_BYTES = 4 * MIB
+_SCAN_BUFFER_BYTES, _SCAN_READ_BYTES = 4 * MIB, 2 * MIB
 _PROGRESS_EVERY_BYTES, _PROGRESS_STEPS = 1 * GIB, 20
 
 Place = tuple[int, int]
@@ -244,7 +244,9 @@ def first_data(device: OpenDevice, *, deadline: Deadline | None, progress: Calla
         for offset in range(0, size, _SCAN_BUFFER_BYTES):
             if deadline is not None and deadline.expired():
                 raise DeadlineReached(f"the reading of {device.device.path} ({size} bytes)")
-            found = reader.first_data([(offset, min(_SCAN_BUFFER_BYTES, size - offset))])
+            end = min(size, offset + _SCAN_BUFFER_BYTES)
+            starts = range(offset, end, _SCAN_READ_BYTES)
+            found = reader.first_data([(start, min(_SCAN_READ_BYTES, end - start)) for start in starts])
             if found is not None:
                 return found
             if offset - reported >= step:
