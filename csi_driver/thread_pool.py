@@ -19,7 +19,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 IDLE_S = 10.0
-"""An idle thread of a pool ends after this time."""
+"""An idle thread of a pool ends after this time, and its timer's."""
 LOST_LIMIT = 512
 """Threads of a pool that may be replaced because they hang; beyond it the working threads get fewer."""
 TICK_S = 0.01
@@ -225,9 +225,9 @@ class Pool(ThreadPoolExecutor):
             while self._running or self._queue:
                 wait_s = (self._timer_s or 0.0) - time.monotonic()
                 if wait_s > 0:
-                    self._timer.wait(min(wait_s, threading.TIMEOUT_MAX))
+                    self._timer.wait(wait_s)
                 else:
-                    self._timer_s = float("inf")
+                    self._timer_s = time.monotonic() + IDLE_S
                     self._look_at_jobs(time.monotonic())
             self._timer_s = None
 

@@ -59,10 +59,14 @@ def until(state: Callable[[], bool]) -> None:
 
 def test_idle_threads_of_a_pool_end_and_later_jobs_get_new_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_pool, "IDLE_S", 0.001)
-    pool = Pool(name, 8)
+    pool = Pool(name, 8, 1)
     for _ in range(3):
+        go_on = threading.Event()
+        first = pool.submit(go_on.wait, 60)
         assert sorted(job.result(60) for job in [pool.submit(int, n) for n in range(20)]) == list(range(20))
-        until(lambda: not threads(name))
+        go_on.set()
+        assert first.result(60)
+        until(lambda: not threads(name) and not threads(f"{name}-timer"))
     assert pool._thread_count == 0
 
 
