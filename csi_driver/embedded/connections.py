@@ -137,7 +137,7 @@ class _Handler(StreamRequestHandler):
             raise _Malformed(400)
         headers = self._headers()
         length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
+        if "transfer-encoding" in headers or not (length.isascii() and length.isdigit() and len(length) < 16):
             raise _Malformed(411)
         if headers.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")

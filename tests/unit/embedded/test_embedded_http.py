@@ -206,6 +206,7 @@ def exchange(server: StorageServer, sent: bytes) -> bytes:
     ("POST /login HTTP/1.1", "Transfer-Encoding: chunked", 411),
     ("POST /login HTTP/1.1", "Content-Length: x", 411),
     ("POST /login HTTP/1.1", "Content-Length: -1", 411),
+    ("POST /login HTTP/1.1", f"Content-Length: {'1' * 5000}", 411),
     ("POST /login HTTP/1.1", "Content-Length: 1\r\nContent-Length: 1", 400),
     ("GET /login HTTP/1.1", "Content-Length : 1", 400),
     ("GET /login HTTP/1.1", "Host: x\r\n folded: y", 400),
