@@ -59,11 +59,21 @@ def until(state: Callable[[], bool]) -> None:
 
 def test_idle_threads_of_a_pool_end_and_later_jobs_get_new_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_pool, "IDLE_S", 0.001)
+    nothing_queued, look = threading.Event(), Pool._look_at_jobs
+
+    def look_and_tell(pool: Pool, now_s: float) -> None:
+        look(pool, now_s)
+        if not pool._queue:
+            nothing_queued.set()
+
+    monkeypatch.setattr(Pool, "_look_at_jobs", look_and_tell)
     pool = Pool(name, 8, 1)
     for _ in range(3):
         go_on = threading.Event()
         first = pool.submit(go_on.wait, 60)
         assert sorted(job.result(60) for job in [pool.submit(int, n) for n in range(20)]) == list(range(20))
+        nothing_queued.clear()
+        assert nothing_queued.wait(60)  # the timer has nothing to do any more while the first job still runs
         go_on.set()
         assert first.result(60)
         until(lambda: not threads(name) and not threads(f"{name}-timer"))
