@@ -117,9 +117,9 @@ class Management(Protocol):
         """Return the client, or None. `only`: as for `client`."""
 
     def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
-        """Return all clients with their attachments, and what they report of devices, which is as much again.
+        """Return all clients with their attachments. O(attachments): for lists, not for calls about one volume.
 
-        O(attachments): for lists, not for calls about one volume.
+        What they report of devices is as much again, and costs a newer server a second query of its database.
         """
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
