@@ -58,7 +58,7 @@ def this_machine(pool: Path) -> Machine:
     model = next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), "unknown")
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     kernel = ".".join(platform.release().split(".")[:2])
-    filesystem = _output("findmnt", "-no", "FSTYPE", "-T", str(pool))
+    filesystem = _output("findmnt", "-no", "FSTYPE", "-T", str(pool)).splitlines()[-1]
     return Machine(model, os.cpu_count() or 1, round(memory_bytes / (1 << 30)), kernel, filesystem)
 
 

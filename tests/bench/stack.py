@@ -7,7 +7,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +54,20 @@ def running_stack(directory: Path) -> Iterator[Stack]:
                 reason = client.wait_ready(Deadline.after(60), give_up=lambda: process.poll() is not None)
                 if reason:
                     raise SystemExit(f"the driver did not become ready: {reason}")
-            yield Stack(place, controller, node, node.node_info().node_id)
+            stack = Stack(place, controller, node, node.node_info().node_id)
+            _share_priority(stack.pids)
+            yield stack
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
+
+
+def _share_priority(pids: Sequence[int]) -> None:
+    """Give the roles the priority of this session: each is a session, and the scheduler weighs sessions (sched(7))."""
+    own = Path("/proc/self/autogroup")
+    if own.exists():
+        for pid in pids:
+            Path(f"/proc/{pid}/autogroup").write_text(own.read_text().rpartition("nice ")[2])
 
 
 def release(directory: Path) -> None:
