@@ -39,7 +39,10 @@ WORKLOADS: Mapping[str, tuple[str, ...]] = {
 
 
 class Result(NamedTuple):
-    """Requests per second, and latencies of the reads, or of the writes when there are no reads."""
+    """Requests per second, and latencies of the reads, or of the writes when there are no reads.
+
+    Latencies include the submission: a file's request is sent to the drive by the submitter, a volume's by the kernel.
+    """
 
     per_s: float
     p10_us: float
@@ -95,8 +98,9 @@ def in_turn(places: Mapping[str, Path], rounds: int, arguments: Sequence[str]) -
 def fio(place: Path, *arguments: str) -> Result:
     """Run fio with direct I/O on the first `SIZE_BYTES` of a file or device."""
     argv = ["fio", "--name=data", f"--filename={place}", f"--size={SIZE_BYTES}", "--direct=1", "--ioengine=libaio"]
-    argv += ["--randrepeat=0", "--percentile_list=10:50", "--output-format=json", *arguments]
+    argv += ["--randrepeat=0", "--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=10:50"]
+    argv += ["--output-format=json", *arguments]
     job = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     per_s = sum(job[kind]["iops"] for kind in ("read", "write"))
-    percentiles = job["read" if job["read"]["total_ios"] else "write"]["clat_ns"]["percentile"]
+    percentiles = job["read" if job["read"]["total_ios"] else "write"]["lat_ns"]["percentile"]
     return Result(per_s, *(percentiles[f"{percent}.000000"] / 1000 for percent in (10, 50)))
