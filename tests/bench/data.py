@@ -39,7 +39,7 @@ WORKLOADS: Mapping[str, tuple[str, ...]] = {
 
 
 class Result(NamedTuple):
-    """Requests per second, and latencies of the reads, or of the writes when there are no reads.
+    """Requests per second, and latencies of fsync where it is called, else of the reads, else of the writes.
 
     Latencies include the submission: a file's request is sent to the drive by the submitter, a volume's by the kernel.
     """
@@ -102,5 +102,6 @@ def fio(place: Path, *arguments: str) -> Result:
     argv += ["--output-format=json", *arguments]
     job = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     per_s = sum(job[kind]["iops"] for kind in ("read", "write"))
-    percentiles = job["read" if job["read"]["total_ios"] else "write"]["lat_ns"]["percentile"]
+    timed = next(job[kind] for kind in ("sync", "read", "write") if job[kind]["total_ios"])
+    percentiles = timed["lat_ns"]["percentile"]
     return Result(per_s, *(percentiles[f"{percent}.000000"] / 1000 for percent in (10, 50)))
