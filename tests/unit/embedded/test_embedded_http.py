@@ -264,30 +264,40 @@ def test_a_connection_that_ends_leaves_no_thread(tmp_path: Path) -> None:
     running.stop()
 
 
-def test_the_end_waits_for_the_present_request_and_for_no_idle_connection(tmp_path: Path) -> None:
+def test_the_end_waits_for_the_present_request_and_for_no_idle_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = StorageServer(settings_in(tmp_path), FakeLoopDevices())
-    began, go_on = threading.Event(), threading.Event()
+    began, go_on, order = threading.Event(), threading.Event(), list[str]()
 
     def slow(request: HttpRequest, _: list[str]) -> HttpResponse:
         began.set()
         assert go_on.wait(60)
+        order.append("answered")
         return HttpResponse(200, request.body)
 
+    def wait_for(*arguments: Json) -> Json:
+        go_on.set()
+        return real(*arguments)
+
+    def close_store() -> None:
+        order.append("closed")
+        close()
+
     running.api.routes["POST", "/slow"] = slow
+    close, real = running.store.close, running._http._changed.wait_for
+    monkeypatch.setattr(running._http._changed, "wait_for", wait_for)
+    monkeypatch.setattr(running.store, "close", close_store)
     running.start()
     idle = Caller(running)
     idle.log_in()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(Caller(running).call, "POST", "/slow", data=b"kept")
         assert began.wait(60)
-        ended = pool.submit(running.stop)
-        assert running._serving is not None
-        running._serving.result(60)
-        assert not ended.done()
+        running.stop()
         go_on.set()
-        ended.result(60)
         assert answer.result(60).content == b"kept"
-    assert not running._http._open
+    assert (order, running._http._open) == (["answered", "closed"], set())
 
 
 # --- health -----------------------------------------------------------------------------------------------------
