@@ -47,6 +47,8 @@ def _projection(fields: tuple[str, ...]) -> str:
 _SORTED = "sort=" + _quoted_json({"_id": 1})
 _SUMMARY_PROJECTION = _projection(codec.SUMMARY_FIELDS)
 _VOLUME_PROJECTION = _projection(codec.VOLUME_FIELDS)
+_CLIENT_PROJECTION = _projection((*codec.CLIENT_FIELDS, "attachments", "block_devices"))
+_DESIRED_PROJECTION = _projection((*codec.CLIENT_FIELDS, "attachments"))
 _TARGET_PROJECTION = _projection(free_capacity.TARGET_FIELDS)
 _CLASS_PROJECTION = _projection(free_capacity.CLASS_FIELDS)
 
@@ -318,9 +320,9 @@ class ManagementClient:
     def _clients(
         self, condition: object, only: str | None, deadline: Deadline, *, with_devices: bool = True
     ) -> list[Client]:
-        attachments = "attachments" if only is None else f"attachments.{only}"
-        devices = ("block_devices",) if with_devices else ()
-        options = f"{_SORTED}&{_projection((*codec.CLIENT_FIELDS, attachments, *devices))}"
+        options = f"{_SORTED}&{_CLIENT_PROJECTION if with_devices else _DESIRED_PROJECTION}"
+        if only is not None:
+            options = options.replace("attachments", f"attachments.{quote(only, safe='')}")
         return [codec.decode_client(row, only) for row in self._list("clients", deadline, options, condition)]
 
 

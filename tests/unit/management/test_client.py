@@ -683,3 +683,17 @@ def test_another_volume_with_the_name_was_not_found(
     server.on("GET", "/volumes/vol1", Says(volume_row(uuid="00000000-0000-1000-8000-000000000000")))
     with pytest.raises(VolumeNotFound):
         client.set_metadata(VOLUME, {}, deadline=deadline)
+
+
+def test_a_client_is_asked_for_without_its_other_volumes(
+    server: ManagementDouble, client: ManagementClient, deadline: Deadline
+) -> None:
+    uuids = (VOLUME.uuid, "00000000-0000-1000-8000-000000000000")
+    devices = [{"uuid": uuid, "vol_status": 4} for uuid in uuids]
+    server.on("GET", "/clients/all/0/0", Says([{**sample("client"), "block_devices": devices}]))
+    found = client.client_by_uuid(CLIENT.uuid, only=VOLUME.uuid, deadline=deadline)
+    (asked,) = server.seen("/clients/all/0/0")
+    assert isinstance(asked.query["projection"], dict)
+    assert [key for key in asked.query["projection"] if "attachments" in key] == [f"attachments.{VOLUME.uuid}"]
+    assert found is not None
+    assert {*found.desired, *found.devices} == {VOLUME.uuid}
