@@ -243,6 +243,7 @@ class ControllerService(Service):
 @dataclass(slots=True)
 class NodeService(Service):
     name: ClassVar[str] = "Node"
+    at_once: ClassVar[int] = 6  # they wait for disks and programs, mostly for less than a tick of the thread pool
 
     do: NodeUseCases
     volume_health: bool = False
