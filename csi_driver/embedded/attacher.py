@@ -64,6 +64,7 @@ class Attacher:
         self._nodes = {client.name: client.device_directory for client in self.settings}
         self.files = {client.name: StatusFiles(client.status_directory) for client in self.settings}
         self.volumes.has_device = self.has_device
+        self.clients.devices = self.devices
 
     def recover(self) -> None:
         """Find the bound devices and settle all attachments; failures are logged and retried."""

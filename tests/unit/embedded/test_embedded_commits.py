@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -18,6 +19,7 @@ from csi_driver.embedded.store import Store
 from csi_driver.errors import StorageUnavailable
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
+from tests.unit.embedded.test_embedded_disk_errors import refusing
 
 
 def watched(store: Store, log: list[str]) -> None:
@@ -197,6 +199,24 @@ def test_an_attachment_waits_for_a_client_that_is_served_no_more_though_a_crash_
         assert manager.detach("data", "node-1")["success"]
         assert manager.attachment("data", "node-1")["action"] == "detaching"
         assert not manager.attach("data", "node-2", mode="EXCLUSIVE_READ_WRITE")["success"]
+
+
+def test_a_device_in_use_is_waited_for_though_a_crash_lost_its_report(
+    tmp_path: Path, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start can meet an error before it makes the report again, for example a full filesystem."""
+    manager = Manager(settings_in(tmp_path), loops)
+    manager.save("data")
+    manager.attach("data")
+    loops.open.update(loops.bound)
+    manager.die()
+    with refusing(monkeypatch, "replace", errno.ENOSPC, ".new"), running(settings_in(tmp_path), loops) as manager:
+        assert (manager.report("data"), len(loops.bound)) == (None, 1)
+        manager.detach("data")
+        assert manager.attachment("data")["action"] == "detaching"
+        loops.open.clear()
+        manager.retry("node-1")
+        assert (manager.attachment("data"), loops.bound) == (None, {})
 
 
 def test_a_client_shows_the_volumes_that_it_detached_last_and_not_all_that_it_ever_had(

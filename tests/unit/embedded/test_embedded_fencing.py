@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.model import REPORTS
+from csi_driver.embedded.model import ATTACHMENTS, REPORTS, VOLUMES
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -151,15 +152,17 @@ def test_a_sharer_that_takes_the_volume_for_itself_waits_for_the_others(
 def test_nobody_gets_a_volume_while_a_client_that_is_told_of_no_more_has_its_device(
     manager: Manager, loops: FakeLoopDevices
 ) -> None:
-    """Its attachment ended at once, because it had not reported the device, as on a real server."""
+    """As an earlier version left it, which ended an attachment whose device had not been reported."""
     file = in_use(manager, loops)
     identity = manager.uuid("data")
-    manager.server.store.write(lambda change: change.delete(REPORTS, identity, "node-1"))
-    assert manager.detach("data", "node-1", reference="old")["success"]
-    assert (manager.attachment("data", "node-1"), manager.volume("data")["reservation"]["attachedClients"]) == (
-        None,
-        [],
-    )
+
+    def end(change: Json) -> None:
+        volume = change.get(VOLUMES, "data")
+        change.put(VOLUMES, "data", replace(volume, reservation=volume.reservation.released("node-1")))
+        change.delete(ATTACHMENTS, identity, "node-1")
+        change.delete(REPORTS, identity, "node-1")
+
+    manager.server.store.write(end)
     assert manager.attach("data", "node-2", mode=EXCLUSIVE)["success"]
     assert (manager.report("data", "node-2"), loops.writers(file)) == (None, [0])
     loops.open.clear()
