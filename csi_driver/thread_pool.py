@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 _LOG = logging.getLogger(__name__)
@@ -65,14 +66,17 @@ def _processor_s(thread: int) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread))
 
 
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """A thread of a pool: its identifier, its job, and what wakes it."""
+class _Thread(threading.Thread):
+    """A thread of a pool, and the queue that gives it its jobs."""
 
-    thread: int = 0
-    job: Job[Any] | None = None
-    is_lost: bool = False
-    wake: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    def __init__(self, pool: Pool, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.jobs: SimpleQueue[Job[Any]] = SimpleQueue()
+        self._pool = pool
+
+    def run(self) -> None:
+        while self._pool._run_next(self):
+            pass
 
 
 class Pool(ThreadPoolExecutor):
@@ -96,7 +100,7 @@ class Pool(ThreadPoolExecutor):
         self._queue: deque[Job[Any]] = deque()
         self._running: dict[int, Job[Any]] = {}
         self._busy: set[Job[Any]] = set()
-        self._idle: list[_Seat] = []
+        self._idle: list[_Thread] = []
         """The last one is used first, so that the others can end."""
         self._thread_count = self._lost = 0
         self._timer = threading.Condition(self._lock)
@@ -147,23 +151,26 @@ class Pool(ThreadPoolExecutor):
             if len(self._busy) >= self._at_once:
                 self._wake_timer(time.monotonic() + TICK_S)
                 return
-            seat = self._idle.pop() if self._idle else self._new_seat()
-            self._assign_job(seat)
-            seat.wake.release()
+            if not self._idle:
+                thread = _Thread(self, self._name)
+                if not self._is_started(thread):
+                    return
+                self._thread_count += 1
+                self._idle.append(thread)
+            thread, job = self._idle.pop(), self._queue.popleft()
+            job.thread, job.began_s = thread.ident or 0, time.monotonic()
+            self._running[job.thread] = job
+            self._busy.add(job)
+            thread.jobs.put(job)
 
-    def _new_seat(self) -> _Seat:
-        seat = _Seat()
-        thread = threading.Thread(target=self._serve, args=(seat,), name=self._name, daemon=True)
-        thread.start()
-        seat.thread = thread.ident or 0
-        self._thread_count += 1
-        return seat
-
-    def _assign_job(self, seat: _Seat) -> None:
-        job = seat.job = self._queue.popleft()
-        job.thread, job.began_s = seat.thread, time.monotonic()
-        self._running[job.thread] = job
-        self._busy.add(job)
+    def _is_started(self, thread: threading.Thread) -> bool:
+        """Start a thread; False at a limit of the machine, after which the next job that comes or ends tries again."""
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _LOG.error("the thread %s cannot be started: %s", thread.name, error)
+            return False
+        return True
 
     def _write_off(self, job: Job[Any]) -> None:
         if self._running.get(job.thread) is job and not job.is_lost and self._lost < LOST_LIMIT:
@@ -171,51 +178,39 @@ class Pool(ThreadPoolExecutor):
             self._lost += 1
             self._begin_jobs()
 
-    def _serve(self, seat: _Seat) -> None:
-        while self._is_woken(seat):
-            while seat.job is not None and self._run_job(seat, seat.job):
-                pass
-
-    def _is_woken(self, seat: _Seat) -> bool:
-        """Wait for a job; False when none came, and the thread ends."""
-        if seat.is_lost:
+    def _run_next(self, thread: _Thread) -> bool:
+        """Run the next job of a thread; False when none came or its thread was replaced: it ends."""
+        job = self._wait_for_job(thread)
+        if job is None:
             return False
-        if seat.wake.acquire(timeout=IDLE_S):
-            return True
-        with self._lock:
-            if seat in self._idle:
-                self._idle.remove(seat)
-                self._thread_count -= 1
-                return False
-        return seat.wake.acquire()
-
-    def _run_job(self, seat: _Seat, job: Job[Any]) -> bool:
-        """Run the job of the thread, and take the next one before the result is seen; False when there is none."""
         settle = job.run()
         with self._lock:
-            has_next = self._next_job(seat, job)
+            del self._running[job.thread]
+            self._busy.discard(job)
+            if job.is_lost:
+                self._lost -= 1
+                self._thread_count -= 1
+            else:
+                self._idle.append(thread)
+            self._begin_jobs()
         settle()
-        return has_next
+        return not job.is_lost
 
-    def _next_job(self, seat: _Seat, ended: Job[Any]) -> bool:
-        del self._running[ended.thread]
-        self._busy.discard(ended)
-        seat.job, seat.is_lost = None, ended.is_lost
-        if seat.is_lost:
-            self._lost -= 1
-            self._thread_count -= 1
-            return False
-        if self._queue and len(self._busy) < self._at_once:
-            self._assign_job(seat)
-            return True
-        self._idle.append(seat)
-        return False
+    def _wait_for_job(self, thread: _Thread) -> Job[Any] | None:
+        with suppress(Empty):
+            return thread.jobs.get(timeout=IDLE_S)
+        with self._lock:
+            if thread in self._idle:
+                self._idle.remove(thread)
+                self._thread_count -= 1
+                return None
+        return thread.jobs.get()
 
     def _wake_timer(self, at_s: float) -> None:
         """Let the timer look at the jobs at `at_s` at the latest."""
         if self._timer_s is None:
-            self._timer_s = at_s
-            threading.Thread(target=self._keep_time, name=f"{self._name}-timer", daemon=True).start()
+            timer = threading.Thread(target=self._keep_time, name=f"{self._name}-timer", daemon=True)
+            self._timer_s = at_s if self._is_started(timer) else None
         elif at_s < self._timer_s:
             self._timer_s = at_s
             self._timer.notify()

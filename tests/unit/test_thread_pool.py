@@ -112,6 +112,47 @@ def test_a_job_that_computes_for_long_does_not_hold_up_others(name: str, monkeyp
     assert long.result(60)
 
 
+def test_a_job_that_no_thread_was_left_for_is_looked_at_again_when_one_ends(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_pool, "IDLE_S", 120.0)  # the timer does not find it by chance
+    pool, end_first, end_second = Pool(name, 2, 1), threading.Event(), threading.Event()
+    begun = threading.Event()
+
+    def begin_and_wait() -> bool:
+        begun.set()
+        return end_second.wait(120)
+
+    first, second = pool.submit(end_first.wait, 120), pool.submit(begin_and_wait)
+    assert begun.wait(60)
+    third = pool.submit(lambda: 3)  # both threads are taken
+    end_first.set()
+    assert first.result(60)
+    assert third.result(60) == 3
+    end_second.set()
+    assert second.result(60)
+
+
+@pytest.mark.parametrize("suffix", ["", "-timer"])
+def test_a_thread_that_cannot_be_started_stops_nothing_for_ever(
+    name: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refused = threading.Thread.start, [f"{name}{suffix}"]
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if thread.name in refused:
+            refused.remove(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    pool, go_on = Pool(name, 3, 1), threading.Event()
+    jobs = [pool.submit(go_on.wait, 60), pool.submit(go_on.wait, 60)]
+    assert not refused
+    pool.submit(go_on.set).result(60)
+    assert [job.result(60) for job in jobs] == [True, True]
+
+
 def test_a_late_job_is_told_once_and_its_thread_is_replaced_and_ends_with_it(name: str) -> None:
     pool, go_on = Pool(name, 1), threading.Event()
     told: list[int] = []
