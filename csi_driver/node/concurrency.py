@@ -103,7 +103,7 @@ class Watchdog(Generic[Result]):
         self._pool.write_off(call.job)
         with self._lock:
             call.has_timed_out = True
-            if call.job.cancel():
+            if call.job.cancel() and self._calls.get(volume) is call:  # else another caller has cancelled it
                 del self._calls[volume]
 
     @staticmethod

@@ -138,6 +138,30 @@ def test_a_question_given_up_before_it_began_is_not_asked(
     assert not late.is_set()
 
 
+def test_a_question_that_several_give_up_before_it_began_is_cancelled_once(
+    never: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Watchdog[bool] = Watchdog("questioning", 1)
+    refused: list[str] = []
+    both = threading.Barrier(2)
+    monkeypatch.setattr(asked._pool, "write_off", lambda _job: both.wait(PATIENT_S))
+
+    def give_up() -> None:
+        with pytest.raises(NotResponding):
+            asked.call("late", "x", lambda: True, SHORT_S)
+        refused.append("late")
+
+    with asking(asked, never.wait, "slow"):
+        callers = [threading.Thread(target=give_up) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(PATIENT_S)
+        never.set()
+    assert refused == ["late"] * 2
+    assert asked.call("late", "x", lambda: True, PATIENT_S)
+
+
 def test_a_bug_in_one_question_takes_no_thread_from_the_others(
     never: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
