@@ -295,9 +295,10 @@ class Api:
         above = query.above
         if above is None:
             return map(compact_json, query.select(map(documents.volume_document, self.store.all(VOLUMES))))
-        if not self._texts.serves(query, self.allocator.totals.volumes):
-            self._texts = _VolumeTexts(query)
-        return self._texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
+        texts = self._texts  # read once: a list of other fields replaces it meanwhile
+        if not texts.serves(query, self.allocator.totals.volumes):
+            texts = self._texts = _VolumeTexts(query)
+        return texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
 
     def count_volumes(self) -> int:
         return len(self.store.all(VOLUMES))

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from csi_driver.embedded.model import FACTS, Fact
+from csi_driver.embedded.pool import Allocator
 from csi_driver.embedded.store import Store
 from tests.unit.embedded.manager import Json, Manager, calls_of
 
@@ -109,6 +110,23 @@ def test_lists_of_different_fields_do_not_mix(listed: Manager) -> None:
     for fields in ({"uuid": 1}, {"blocks": 1}, {"uuid": 1}):
         (first, *_) = query(listed, sort={"_id": 1}, projection=fields)
         assert set(first) == {"_id", *fields}
+
+
+def test_a_list_of_other_fields_at_the_same_time_changes_no_list(
+    listed: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = {"uuid": 1}, {"blocks": 1}
+    query(listed, sort={"_id": 1}, projection=mine)
+
+    def meanwhile(allocator: Json) -> Json:
+        monkeypatch.undo()
+        query(listed, sort={"_id": 1}, projection=other)
+        return allocator.totals
+
+    # They are read while it is decided which texts serve the list.
+    monkeypatch.setattr(Allocator, "totals", property(meanwhile))
+    (first, *_) = query(listed, sort={"_id": 1}, projection=mine)
+    assert set(first) == {"_id", *mine}
 
 
 def test_a_page_makes_the_documents_of_its_volumes_once(listed: Manager) -> None:
