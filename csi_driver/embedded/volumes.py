@@ -176,7 +176,7 @@ class Volumes:
             return False
         with self.locks.hold(identity):
             volume = self.store.get(VOLUMES, name)
-            if volume is None or volume.uuid != identity:
+            if volume is None or volume.uuid != identity or volume.made:
                 return False
             self.pool.make(identity, volume.bytes, synced=True)
         return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.pool import VolumeLocks
 from csi_driver.embedded.settings import StorageSettings
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -216,6 +218,24 @@ def lose(manager: Manager) -> Path:
     manager.detach("data")
     file = manager.server.pool.file(manager.uuid("data"))
     return file.rename(file.with_suffix(".elsewhere"))
+
+
+def test_a_file_that_is_lost_while_a_second_attachment_waits_is_not_made_anew(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.save("data")
+    identity = manager.uuid("data")
+    hold, file = VolumeLocks.hold, manager.server.pool.file(identity)
+
+    def held_meanwhile(locks: VolumeLocks, of: str) -> AbstractContextManager[None]:
+        monkeypatch.undo()
+        manager.attach("data")
+        file.unlink()
+        return hold(locks, of)
+
+    monkeypatch.setattr(VolumeLocks, "hold", held_meanwhile)
+    manager.attach("data", reference="other")
+    assert not file.exists()
 
 
 def test_a_lost_file_is_seen_without_a_restart_and_without_an_attachment(manager: Manager) -> None:
