@@ -15,23 +15,28 @@ DOCS = Path(__file__).parents[2] / "docs"
 PLOT, DOCUMENT = DOCS / "scale.svg", DOCS / "performance.md"
 
 
-def figures_table(entries: Sequence[Entry]) -> str:
-    """Return the aims with the figures of the first and the last recorded run on the machine of the last."""
-    alike = [each for each in entries if each.figures and each.machine.is_like(entries[-1].machine)]
-    first, last = alike[0], alike[-1]
-    lines = [
-        f"{last.machine}; Python {last.python}.",
-        "",
-        f"| figure | unit | aim | {first.date[:10]}, {first.commit[:7]} | {last.date[:10]}, {last.commit[:7]} |",
-        "|---|---|---|---|---|",
-    ]
-    for key, figure in FIGURES.items():
-        if key in last.figures:
-            sign = ">=" if figure.more_is_better else "<="
-            aim = "" if figure.aim is None else f"{sign} {figure.aim:g}"
-            cells = [figure.name, figure.unit, aim, _shown(first.figures.get(key)), _shown(last.figures[key])]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+def figures_tables(entries: Sequence[Entry]) -> str:
+    """Return for each kind of machine the aims with the figures of its first and its last recorded run."""
+    lines: list[str] = []
+    measured = [entry for entry in entries if entry.figures]
+    for number, last in enumerate(measured):
+        if any(later.machine.is_like(last.machine) for later in measured[number + 1 :]):
+            continue
+        first = next(entry for entry in measured if entry.machine.is_like(last.machine))
+        lines += [
+            f"{last.machine}; Python {last.python}.",
+            "",
+            f"| figure | unit | aim | {first.date[:10]}, {first.commit[:7]} | {last.date[:10]}, {last.commit[:7]} |",
+            "|---|---|---|---|---|",
+        ]
+        for key, figure in FIGURES.items():
+            if key in last.figures:
+                sign = ">=" if figure.more_is_better else "<="
+                aim = "" if figure.aim is None else f"{sign} {figure.aim:g}"
+                cells = [figure.name, figure.unit, aim, _shown(first.figures.get(key)), _shown(last.figures[key])]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def curves_tables(curves: Curves) -> str:
@@ -55,7 +60,7 @@ def _shown(value: float | None) -> str:
 def with_tables(text: str, entries: Sequence[Entry]) -> str:
     """Return the document with its generated parts written anew."""
     curves = next(entry.curves for entry in reversed(entries) if entry.curves)
-    for name, table in (("figures", figures_table(entries)), ("curves", curves_tables(curves))):
+    for name, table in (("figures", figures_tables(entries)), ("curves", curves_tables(curves))):
         begin, end = f"<!-- {name}: make bench-document -->\n", f"<!-- end of {name} -->\n"
         before, _, after = text.partition(begin)
         text = before + begin + "\n" + table.rstrip("\n") + "\n\n" + end + after.partition(end)[2]
