@@ -119,6 +119,13 @@ class UsageRecords:
 
     def read(self, volume_uuid: str) -> UsageRecord | None:
         """Return the volume's record. Raises `HostFailure` when it cannot be read or is invalid."""
+        try:
+            return self._read(volume_uuid)
+        except HostFailure:  # another process may be about to replace it
+            with self.changing(volume_uuid):
+                return self._read(volume_uuid)
+
+    def _read(self, volume_uuid: str) -> UsageRecord | None:
         path = self.path_of(volume_uuid)
         with _system_call(f"read {path}"):
             try:
@@ -209,9 +216,10 @@ def record_use(
         if root_mode_pending is None:
             root_mode_pending = old is not None and old.root_mode_pending and old.attachment == attachment
         if last:
-            used = UsageRecord(volume_uuid, last, how, attachment == 0, root_mode_pending and attachment == last)
-            if old != used:
-                records.write(used)
+            # Also an equal one: a failed flush, or a driver that died before it, leaves it in memory and not on disk.
+            records.write(
+                UsageRecord(volume_uuid, last, how, attachment == 0, root_mode_pending and attachment == last)
+            )
         elif old is not None:
             records.remove(volume_uuid)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import HostFailure
+from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.node.usage_records import RAW, USED, UsageRecord, UsageRecords, earlier_use, record_use
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
@@ -61,6 +62,23 @@ def test_a_record_is_replaced_in_place_with_one_flush(marks: UsageRecords, monke
     flushed, used, inode = flushes(marks, monkeypatch), UsageRecord(UUID, 3, USED), marks.path_of(UUID).stat().st_ino
     record_use(marks, UUID, 3, USED)
     assert (flushed, marks.path_of(UUID).stat().st_ino) == ([(f"{UUID}.mark", used)], inode)
+
+
+def test_a_use_whose_flush_failed_is_flushed_when_the_call_is_repeated(
+    marks: UsageRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk")
+
+    marks.write(UsageRecord(UUID, 3, "xfs"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        with pytest.raises(SystemCallFailed):
+            record_use(marks, UUID, 3, USED)
+    flushed, used = flushes(marks, monkeypatch), UsageRecord(UUID, 3, USED)
+    assert marks.read(UUID) == used, "in memory already"
+    record_use(marks, UUID, 3, USED)
+    assert flushed == [(f"{UUID}.mark", used)]
 
 
 def test_a_record_of_an_earlier_driver_is_read_and_replaced(directory: Path) -> None:
@@ -176,6 +194,22 @@ def test_a_record_that_another_driver_changes_is_waited_for(tmp_path: Path) -> N
             one.write(UsageRecord(UUID, 4, USED))
         call.result()
     assert one.read(UUID) == UsageRecord(UUID, 5, RAW)
+
+
+def test_a_record_that_is_read_while_another_driver_replaces_it_is_read_again(tmp_path: Path) -> None:
+    one, other = UsageRecords(tmp_path), UsageRecords(tmp_path)
+    one.write(UsageRecord(UUID, 3, "ext4"))
+    before = one.path_of(UUID).read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with one.changing(UUID):
+            one.write(UsageRecord(UUID, 4, USED))
+            after = one.path_of(UUID).read_bytes()
+            one.path_of(UUID).write_bytes(after[:80] + before[80:])
+            call = pool.submit(other.read, UUID)
+            with pytest.raises(TimeoutError):
+                call.result(timeout=0.2)
+            one.path_of(UUID).write_bytes(after)
+        assert call.result() == UsageRecord(UUID, 4, USED)
 
 
 def test_a_record_of_another_volume_is_not_waited_for(tmp_path: Path) -> None:
