@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import subprocess
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,11 @@ def run(
 
 def _wait_for(argv: Sequence[str], pid: int, timeout_s: float, *, on_device: bool) -> int:
     """Return the exit status, negative for a signal."""
-    with closing(os.pidfd_open(pid)) as process:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # too many are open
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with closing(descriptor) as process:
         try:
             has_ended = _ends(process, timeout_s)
         except BaseException:
@@ -113,8 +118,8 @@ def _wait_for(argv: Sequence[str], pid: int, timeout_s: float, *, on_device: boo
             raise
         if not has_ended and not on_device:
             _kill_group(pid)
-            if _ends(process, _GRACE_AFTER_KILL_S):
-                os.waitpid(pid, 0)
+            _ends(process, _GRACE_AFTER_KILL_S)
+            threading.Thread(target=os.waitpid, args=(pid, 0), daemon=True).start()  # it may be blocked in the kernel
             raise CommandTimedOut(argv, timeout_s)
         if not has_ended:
             logger.warning(

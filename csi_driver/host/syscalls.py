@@ -52,12 +52,13 @@ MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 RESOLVE_NO_SYMLINKS = 0x04
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
-_OPENAT2, _MOUNT_SETATTR, _STATMOUNT = 437, 442, 457
+_CLOSE_RANGE, _OPENAT2, _MOUNT_SETATTR, _STATMOUNT = 436, 437, 442, 457
 _OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_CLOSE_RANGE_CLOEXEC = 4
 
 
 @functools.cache
@@ -193,13 +194,15 @@ def spawn(
 ) -> int:
     """Start a program in a session of its own, in /, and return its process id.
 
-    `descriptors`: its descriptors by those of this process; those in `keep` have the same number there. All others of
-    this process are closed by their O_CLOEXEC. The functions of `subprocess` and `os` hold the interpreter's lock until
-    the new process has executed the program, which takes as long as that process waits for a processor.
+    `descriptors`: its descriptors by those of this process; those in `keep` have the same number there. The functions
+    of `subprocess` and `os` hold the interpreter's lock until the new process has executed the program, which takes as
+    long as that process waits for a processor.
     """
     actions, attributes, signals = (ctypes.create_string_buffer(_SPAWN_BYTES) for _ in range(3))
     arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
     pid, c = ctypes.c_int(), libc()
+    with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; what this process has opened has O_CLOEXEC anyway
+        _syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
     for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
         c.sigaddset(signals, signal_number)
     c.posix_spawn_file_actions_init(actions)
@@ -223,6 +226,8 @@ def spawn(
 
 def _strings(texts: Iterable[bytes]) -> ctypes.Array[ctypes.c_char_p]:
     found = [*texts, None]
+    if any(b"\0" in text for text in found if text is not None):
+        raise ValueError("expected arguments and variables without a null byte")  # which C takes for their end
     return (ctypes.c_char_p * len(found))(*found)
 
 
@@ -328,9 +333,9 @@ def _decode_statmount(raw: bytes) -> MountStatus | None:
     return MountStatus((major, minor), superblock_flags, attributes, propagation, *texts)
 
 
-# Asynchronous reads. Numbers of io_setup, io_getevents and io_submit; struct iocb and struct io_event of
+# Asynchronous reads. Numbers of io_setup, io_destroy, io_getevents and io_submit; struct iocb and struct io_event of
 # include/uapi/linux/aio_abi.h (little endian).
-_AIO_CALLS = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}
+_AIO_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 _IOCB, _IO_EVENT = struct.Struct("=QIiHhIQQqQII"), struct.Struct("=QQqq")
 READS_AT_ONCE = 128
 _idle_contexts: list[bytes] = []
@@ -341,18 +346,20 @@ def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> li
     """Read up to READS_AT_ONCE (offset, length) pieces at the same time, one behind the other, to a memory address.
 
     Return for each the number of bytes or, negative, of the error. 0: not read, as all are when the kernel has no
-    asynchronous reads (no CONFIG_AIO), or too many (fs.aio-max-nr).
+    asynchronous reads (no CONFIG_AIO), or too many (fs.aio-max-nr). When it returns, also by an exception, no read is
+    in progress.
     """
     counts = [0] * len(pieces)
-    setup, getevents, submit = _AIO_CALLS.get(os.uname().machine, (None, None, None))
-    if setup is None or getevents is None or submit is None:
+    if os.uname().machine not in _AIO_CALLS:
         return counts
+    setup, destroy, getevents, submit = _AIO_CALLS[os.uname().machine]
     requests = bytearray()
     for number, (offset, length) in enumerate(pieces):
         requests += _IOCB.pack(number, 0, 0, 0, 0, fd, address, length, offset, 0, 0, 0)
         address += length
     first = ctypes.addressof((ctypes.c_char * len(requests)).from_buffer(requests))
     pointers = struct.pack(f"={len(pieces)}Q", *range(first, first + len(requests), _IOCB.size))
+    events = ctypes.create_string_buffer(_IO_EVENT.size * len(pieces))
     try:
         context = _idle_contexts.pop()
     except IndexError:
@@ -363,19 +370,17 @@ def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> li
             return counts
         context = made.raw
     (handle,) = struct.unpack("=q", context)
-    running = 0
-    with contextlib.suppress(SystemCallFailed):
+    try:
         running = _syscall("io_submit", submit, handle, len(pieces), pointers)
-    events = ctypes.create_string_buffer(_IO_EVENT.size * len(pieces))
-    while running:
-        try:
+        while running:
             done = _syscall("io_getevents", getevents, handle, running, running, events, None)
-        except SystemCallFailed as failure:
-            if failure.errno != errno.EINTR:
-                raise
-            continue
-        for number, _, count, _ in _IO_EVENT.iter_unpack(events.raw[: done * _IO_EVENT.size]):
-            counts[number] = count
-        running -= done
+            for number, _, count, _ in _IO_EVENT.iter_unpack(events.raw[: done * _IO_EVENT.size]):
+                counts[number] = count
+            running -= done
+    except BaseException as error:
+        libc().syscall(ctypes.c_long(destroy), ctypes.c_long(handle))  # waits for the reads: the memory is theirs
+        if isinstance(error, SystemCallFailed):
+            return [0] * len(pieces)  # refused, or interrupted by a signal
+        raise
     _idle_contexts.append(context)
     return counts

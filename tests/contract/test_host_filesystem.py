@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CommandFailed,
     CommandTimedOut,
@@ -455,11 +457,36 @@ def test_a_program_has_a_session_of_its_own_at_the_root() -> None:
 
 
 def test_a_program_inherits_the_given_descriptors_alone(tmp_path: Path) -> None:
-    with (tmp_path / "given").open("w") as given, (tmp_path / "other").open("w"):
+    with (tmp_path / "given").open("w") as given, (tmp_path / "own").open("w"), (tmp_path / "got").open("w") as got:
+        os.set_inheritable(got.fileno(), True)  # as those are that this process got from the one that started it
         shown = processes.run(
             ("sh", "-c", "readlink /proc/$$/fd/*; true"), timeout_s=60, pass_fds=(given.fileno(),)
         ).stdout
     assert [line for line in shown.splitlines() if line.startswith(bytes(tmp_path))] == [bytes(tmp_path / "given")]
+
+
+def test_a_program_gets_no_argument_with_a_null_byte() -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        processes.run(("echo", "one\0two"), timeout_s=60)
+
+
+def test_a_program_is_awaited_without_a_descriptor_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_pid: int) -> int:
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    assert processes.run(("sh", "-c", "sleep 0.1; echo whole"), timeout_s=60, on_device=True).stdout == b"whole\n"
+
+
+def test_a_program_that_outlives_its_kill_leaves_no_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    os.mkfifo(end := tmp_path / "end")
+    monkeypatch.setattr(processes, "_kill_group", killed.append)
+    monkeypatch.setattr(processes, "_GRACE_AFTER_KILL_S", 0)
+    with pytest.raises(CommandTimedOut):
+        processes.run(("cat", str(end)), timeout_s=0)
+    end.write_text("")
+    assert Deadline.after(60).wait_until(lambda: not os.path.exists(f"/proc/{killed[0]}"))
 
 
 def test_a_program_is_ended_by_the_signals_that_python_ignores() -> None:

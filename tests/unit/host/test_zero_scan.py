@@ -8,13 +8,13 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import HostFailure
+from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.host import syscalls, zero_scan
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice
 from csi_driver.model import GIB, MIB
@@ -168,6 +168,29 @@ def test_calls_one_after_another_share_a_context(tmp_path: Path) -> None:
     for _ in range(3):
         quick(path, GIB)
     assert syscalls._idle_contexts == before != []
+
+
+@pytest.mark.parametrize("error", [SystemCallFailed("io_getevents", errno.EINTR), MemoryError()])
+def test_reads_whose_results_cannot_be_fetched_are_over_before_their_memory_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    real = syscalls._syscall
+
+    def failing(what: str, *arguments: int) -> int:
+        if what == "io_getevents":
+            calls.append(arguments)
+            raise error
+        return real(what, *arguments)
+
+    path = blank_file(tmp_path / "device", GIB)
+    with monkeypatch.context() as patched:
+        patched.setattr(syscalls, "_syscall", failing)
+        with suppress(MemoryError):
+            assert quick(path, GIB, os.O_RDONLY | os.O_DIRECT) is None
+    with pytest.raises(SystemCallFailed, match="Invalid argument"):
+        real("a context that is gone", *calls[0][:2], 0, 0, None, None)
+    assert quick(path, GIB) is None
 
 
 def test_a_wipe_leaves_nothing_in_the_first_and_last_4_mib(tmp_path: Path) -> None:
