@@ -105,7 +105,7 @@ def ask_server(url: str, settings: ManagementSettings) -> tuple[float | None, fl
     with ExitStack() as stack:
         connection = stack.enter_context(socket.create_connection((host, port), timeout=_STEP_S))
         if parts.scheme == "https":
-            secured = tls_context(settings).wrap_socket(connection, server_hostname=host)
+            secured = tls_context(settings).wrap_socket(connection, server_hostname=host.rstrip("."))
             connection = stack.enter_context(secured)
             until = (secured.getpeercert() or {}).get("notAfter")
             valid_until_s = ssl.cert_time_to_seconds(until) if isinstance(until, str) else None

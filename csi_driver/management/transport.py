@@ -151,12 +151,21 @@ class _Connection(http.client.HTTPConnection):
     deadline: Deadline
     _pieces: list[bytes]
 
+    def __init__(self, host: str, port: int, **options: ssl.SSLContext) -> None:
+        # The dot that ends an absolute name is for the resolver only: certificates and servers know none.
+        super().__init__(host.rstrip("."), port, **options)  # type: ignore[arg-type]
+        self._name = host
+        self._create_connection = self._dial
+
     def connect(self) -> None:
         try:
-            _resolve(self.host, self.port, self.timeout or _CONNECT_TIMEOUT_S)
             super().connect()
         except (OSError, UnicodeError) as error:
             raise _NotConnected from error
+
+    def _dial(self, _address: object, timeout_s: float, *_: object) -> socket.socket:
+        _resolve(self._name, self.port, timeout_s)
+        return socket.create_connection((self._name, self.port), timeout_s)
 
     def response_class(self, sock: socket.socket, method: str | None) -> http.client.HTTPResponse:  # type: ignore[override]
         return http.client.HTTPResponse(cast("socket.socket", _ResponseReader(sock, self.deadline)), method=method)
@@ -183,9 +192,13 @@ class _Connection(http.client.HTTPConnection):
         self._pieces = []
         self.request(request.method, request.path, request.body, headers)
         self.sock.sendall(b"".join(self._pieces))
-        with self.getresponse() as response, contextlib.suppress(http.client.IncompleteRead):
-            return response, response.read()
-        # Without that cause, which has the content: it may quote a password.
+        # It takes any length that a response has, and 102 and 103 for the response that follows them.
+        unreadable = (http.client.IncompleteRead, MemoryError, OverflowError, ValueError)
+        with self.getresponse() as response, contextlib.suppress(*unreadable):
+            content = response.read()
+            if response.status >= http.client.OK:
+                return response, content
+        # Without the cause, which may have the content: it may quote a password.
         raise _IncompleteResponse
 
 

@@ -117,6 +117,27 @@ def test_a_response_is_read_in_every_framing(made: list[RawServer | Transport], 
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        *(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n[1, 2]" % length for length in (7, 10**18, 10**30)),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-6\r\n[1, 2]\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n[1, 2]\r\n0\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\n\r\n",
+    ],
+    ids=["too long", "no memory", "no number", "negative chunk", "huge chunk", "not the response"],
+)
+def test_a_response_that_cannot_be_read_leaves_the_outcome_unknown(
+    made: list[RawServer | Transport], answer: bytes
+) -> None:
+    server = RawServer(answer)
+    transport = connected(made, server)
+    for asked_before in range(2):
+        with pytest.raises(OutcomeUnknown):
+            asked(transport)
+        assert server.connections == asked_before + 1
+
+
+@pytest.mark.parametrize(
     "beginning", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"], ids=["header", "body"]
 )
 def test_a_slow_response_ends_at_the_deadline(made: list[RawServer | Transport], beginning: bytes) -> None:
@@ -145,6 +166,25 @@ def test_a_hanging_name_lookup_ends_at_the_deadline(monkeypatch: pytest.MonkeyPa
     finally:
         ended.set()
         transport.close()
+
+
+def test_the_last_dot_of_an_absolute_name_is_for_the_resolver_only(
+    made: list[RawServer | Transport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, look_up = list[str](), socket.getaddrinfo
+
+    def look_up_here(name: str, *arguments: int, **options: int) -> object:
+        names.append(name)
+        return look_up("127.0.0.1", *arguments, **options)
+
+    server = RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n[1, 2]")
+    url = server.url.replace("127.0.0.1", "storage.example.com.")
+    transport = Transport(url, ManagementSettings(servers=(url,)))
+    made.extend([server, transport])
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
+    assert asked(transport) == b"[1, 2]"
+    assert set(names) == {"storage.example.com."}
+    assert b"Host: storage.example.com:" in server.received[0]
 
 
 @pytest.mark.parametrize("host", [".h", "*h", "a b", "[v1.x]"])
