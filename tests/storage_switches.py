@@ -16,9 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from csi_driver.embedded import server as embedded
-from csi_driver.embedded.http import answer
+from csi_driver.embedded.connections import HttpRequest, HttpResponse, answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
-from csi_driver.embedded.requests import HttpRequest, HttpResponse
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import LoopDevices, LuksHeaders, StorageSettings
 
@@ -143,12 +142,12 @@ def add_route(server: StorageServer) -> None:
     """Serve POST /tests/hold of {"kind", "held"}, without a login."""
     switches = Switches(server)
 
-    def hold(request: HttpRequest, _: list[str]) -> HttpResponse:
+    def hold(request: HttpRequest) -> HttpResponse:
         asked = json.loads(request.body)
         (switches.hold if asked["held"] else switches.release)(asked["kind"])
         return answer({"success": True})
 
-    server.api.routes["POST", "/tests/hold"] = hold
+    server.api.public["POST", "/tests/hold"] = hold
 
 
 def _serve_with_switches(

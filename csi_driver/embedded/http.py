@@ -19,7 +19,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients, Pair
-from csi_driver.embedded.connections import COOKIE
+from csi_driver.embedded.connections import COOKIE, HttpRequest, HttpResponse, answer, answer_text
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
@@ -41,8 +41,6 @@ from csi_driver.embedded.requests import (
     DetachRequest,
     EncryptionInit,
     Extension,
-    HttpRequest,
-    HttpResponse,
     Login,
     NewVolume,
     RequestBody,
@@ -154,14 +152,6 @@ class Sessions:
                 del self._used_s[session]
 
 
-def answer(content: object, status: int = 200) -> HttpResponse:
-    return _answer(compact_json(content), status)
-
-
-def _answer(text: str, status: int = 200) -> HttpResponse:
-    return HttpResponse(status, text.encode(), (("Content-Type", "application/json; charset=utf-8"),))
-
-
 @dataclass(eq=False, slots=True)
 class _VolumeTexts:
     """The JSON of volumes with the fields of one projection, each until the volume's record changes."""
@@ -188,14 +178,13 @@ _Body = TypeVar("_Body")
 _Item = TypeVar("_Item", bound=RequestBody)
 _State: TypeAlias = Mapping[str, Document | None] | None
 """The documents of a volume and a client after a change of them; a volume that is gone is None."""
-_Route: TypeAlias = Callable[[HttpRequest, list[str]], HttpResponse]
-"""Takes the parts of the path at the asterisks too."""
-_TO_LOGIN = HttpResponse(302, headers=(("Location", "/login"),))
+_Route: TypeAlias = Callable[[HttpRequest, list[str]], str]
+"""Takes the parts of the path at the asterisks too, and returns JSON."""
 
 
 @dataclass(eq=False)
 class Api:
-    """The routes, by method and path; `*` is one part of a path. All but the login need a session."""
+    """The routes, by method and path; `*` is one part of a path. All but the public ones need a session."""
 
     settings: StorageSettings
     store: Store
@@ -209,76 +198,50 @@ class Api:
 
     def __post_init__(self) -> None:
         groups = "/volumeProvisioningGroups"
-        self.routes: dict[tuple[str, str], _Route] = {
+        self.public: dict[tuple[str, str], Callable[[HttpRequest], HttpResponse]] = {
             ("POST", "/login"): self.login,
-            ("GET", "/login"): self.login_page,
-            ("GET", "/systemInfo"): self._get(self.system_info),
-            ("GET", "/volumes/all/*/*"): self._list(self.volume_texts),
-            ("GET", "/volumes/count"): self._get(self.count_volumes),
-            ("GET", "/volumes/*"): self._get(self.volume),
-            ("GET", "/clients/all/*/*"): self._list(_selected(self.client_documents, documents.client_text)),
-            ("GET", "/clients/*"): self._get(self.client, documents.client_text),
-            ("GET", "/servers/all/*/*"): self._list(_selected(self.target_documents)),
+            ("GET", "/login"): lambda _: answer(failure(1267, "Please login via the /login route.")),
+        }
+        self.routes: dict[tuple[str, str], _Route] = {
+            ("GET", "/systemInfo"): _get(self.system_info),
+            ("GET", "/volumes/all/*/*"): _list(self.volume_texts),
+            ("GET", "/volumes/count"): _get(self.count_volumes),
+            ("GET", "/volumes/*"): _get(self.volume),
+            ("GET", "/clients/all/*/*"): _selected(self.client_documents, documents.client_text),
+            ("GET", "/clients/*"): _get(self.client, documents.client_text),
+            ("GET", "/servers/all/*/*"): _selected(self.target_documents),
             # There are no drive and target classes.
-            ("GET", "/diskClasses/all/*/*"): self._list(_selected(tuple)),
-            ("GET", "/serverClasses/all/*/*"): self._list(_selected(tuple)),
-            ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): self._get(self.group_usage),
-            ("GET", f"{groups}/*"): self._get(self.group),
-            ("POST", "/volumes/save"): self._each(NewVolume, self.create),
-            ("POST", "/volumes/extend"): self._each(Extension, self.extend),
-            ("POST", "/volumes/update"): self._each(VolumeUpdate, self.volumes.update),
-            ("POST", "/volumes/delete"): self._each(Deletion, self.delete),
-            ("POST", "/volumes/initEncryption"): self._each(EncryptionInit, self.encryptions.initialize),
-            ("POST", "/clients/attach"): self._post(AttachRequest, self.attach),
-            ("POST", "/clients/detach"): self._post(DetachRequest, self.detach),
+            ("GET", "/diskClasses/all/*/*"): _selected(tuple),
+            ("GET", "/serverClasses/all/*/*"): _selected(tuple),
+            ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): _get(self.group_usage),
+            ("GET", f"{groups}/*"): _get(self.group),
+            ("POST", "/volumes/save"): _each(NewVolume, self.create),
+            ("POST", "/volumes/extend"): _each(Extension, self.extend),
+            ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
+            ("POST", "/volumes/delete"): _each(Deletion, self.delete),
+            ("POST", "/volumes/initEncryption"): _each(EncryptionInit, self.encryptions.initialize),
+            ("POST", "/clients/attach"): _post(AttachRequest, self.attach),
+            ("POST", "/clients/detach"): _post(DetachRequest, self.detach),
         }
 
     def respond(self, request: HttpRequest) -> HttpResponse:
         """Carry out a request, in any thread."""
         parts = request.path.split("/")
         try:
+            if public := self.public.get((request.method, request.path)):
+                return public(request)
+            if not self.sessions.known(request.session):
+                return HttpResponse(302, headers=(("Location", "/login"),))
             for count in range(3):
                 fixed = len(parts) - count
                 route = self.routes.get((request.method, "/".join(parts[:fixed] + ["*"] * count)))
                 if route is not None and all(parts[fixed:]):
-                    return route(request, parts[fixed:])
+                    return answer_text(route(request, parts[fixed:]))
         except (Unusable, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError) as error:
             return _refused(request, error)
-        return answer({"success": False, "err": "404 (Not Found)"}, 404) if self.is_known(request) else _TO_LOGIN
+        return answer({"success": False, "err": "404 (Not Found)"}, 404)
 
-    def is_known(self, request: HttpRequest) -> bool:
-        return self.sessions.known(request.session)
-
-    def _get(self, act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:
-        """Return the route of a function of the path's parts."""
-        return lambda request, parts: _answer(text(act(*parts))) if self.is_known(request) else _TO_LOGIN
-
-    def _list(self, texts: Callable[[Query], Iterable[str]]) -> _Route:
-        def handle(request: HttpRequest, parts: list[str]) -> HttpResponse:
-            if not self.is_known(request):
-                return _TO_LOGIN
-            return _answer(f"[{','.join(texts(Query.parse(request.query, *parts)))}]")
-
-        return handle
-
-    def _post(self, kind: type[_Body], act: Callable[[_Body], object]) -> _Route:
-        adapter = TypeAdapter(kind)
-
-        def handle(request: HttpRequest, _: list[str]) -> HttpResponse:
-            if not self.is_known(request):
-                return _TO_LOGIN
-            return answer(act(adapter.validate_python(read_body(request))))
-
-        return handle
-
-    def _each(self, kind: type[_Item], act: Callable[[_Item], _State]) -> _Route:
-        """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
-        return self._post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
-
-    def login_page(self, _: HttpRequest, __: list[str]) -> HttpResponse:
-        return answer(failure(1267, "Please login via the /login route."))
-
-    def login(self, request: HttpRequest, _: list[str]) -> HttpResponse:
+    def login(self, request: HttpRequest) -> HttpResponse:
         body = Login.model_validate(read_body(request))
         name = self.sessions.full_name(body.username)
         session = self.sessions.open(body.username, body.password)
@@ -382,10 +345,27 @@ class Api:
         return documents.system_info(fact.value if fact else "")
 
 
-def _selected(
-    documents: Callable[[], Iterable[Document]], text: Callable[[Document], str] = compact_json
-) -> Callable[[Query], Iterable[str]]:
-    return lambda query: map(text, query.select(documents()))
+def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:
+    """Return the route of a function of the path's parts."""
+    return lambda _, parts: text(act(*parts))
+
+
+def _list(texts: Callable[[Query], Iterable[str]]) -> _Route:
+    return lambda request, parts: f"[{','.join(texts(Query.parse(request.query, *parts)))}]"
+
+
+def _selected(all_of: Callable[[], Iterable[Document]], text: Callable[[Document], str] = compact_json) -> _Route:
+    return _list(lambda query: map(text, query.select(all_of())))
+
+
+def _post(kind: type[_Body], act: Callable[[_Body], object]) -> _Route:
+    adapter = TypeAdapter(kind)
+    return lambda request, _: compact_json(act(adapter.validate_python(read_body(request))))
+
+
+def _each(kind: type[_Item], act: Callable[[_Item], _State]) -> _Route:
+    """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
+    return _post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
 
 
 def _outcome(item: _Item, act: Callable[[_Item], _State]) -> Document:

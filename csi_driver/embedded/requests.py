@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of the API: HTTP requests and responses, limits of a body, and models of the bodies.
+"""Requests of the API: limits of a body, and models of the bodies.
 
 As in the server's own schemas, unknown fields, values of another JSON type and nulls are invalid, unless stated, and a
 float without a fraction is an integer.
@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
+from csi_driver.embedded.connections import MAX_BODY_BYTES, HttpRequest
 from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
 
 _MAX_METADATA_BYTES = 256 * 1024
-MAX_BODY_BYTES = 2 * 1024 * 1024
 _MAX_LEVELS = 100
 """As deep as the server's database takes a document; documents are copied by recursion."""
-
-
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
-    """A request as it was received; `session` is the cookie."""
-
-    method: str
-    path: str
-    query: Mapping[str, str]
-    session: str | None = field(repr=False)
-    content_type: str
-    body: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class HttpResponse:
-    status: int
-    body: bytes = field(default=b"", repr=False)
-    headers: tuple[tuple[str, str], ...] = ()
 
 
 class Unusable(Exception):

@@ -56,13 +56,13 @@ class StorageServer:
         self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
-            self._listener = _bound(settings)
-            undo.callback(self._listener.close)
+            listener = _bound(settings)
+            undo.callback(listener.close)
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
             self._build(loops, headers)
-            self._http = HttpServer(self._listener, self.api.respond, tls)
             self.recover()
+            self._http = HttpServer(listener, self.api.respond, tls)
             undo.pop_all()
         self._serving: Future[None] | None = None
 
@@ -120,7 +120,7 @@ class StorageServer:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port that it listens on."""
-        host, port, *_ = self._listener.getsockname()
+        host, port, *_ = self._http.socket.getsockname()
         return host, port
 
     @property
@@ -156,37 +156,36 @@ class StorageServer:
 
     def start(self) -> None:
         """Serve in a thread. Connections are accepted when this returns."""
-        self._http.listen()
-        self._start_workers()
+        self._start()
         self._serving = run_detached("storage-http", self._http.serve)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Call `ready` and serve until SIGTERM or SIGINT. In the main thread only."""
 
         def end(number: int, frame: object) -> None:
-            self._http.end()
+            self._http.is_ending = True
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._http.listen()
-            self._start_workers()
+            self._start()
             ready()
             self._http.serve()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _start_workers(self) -> None:
+    def _start(self) -> None:
+        self._http.server_activate()
         for loop in self.loops:
             loop.start()
 
     def stop(self) -> None:
         """Finish the running requests and close the pool. Attached volumes stay attached."""
-        self._http.end()
+        self._http.is_ending = True
         if self._serving is not None:
             wait([self._serving])
-        self._http.close(_GRACE_S)
-        self._listener.close()
+        self._http.hang_up(socket.SHUT_RD, _GRACE_S)
+        self._http.server_close()
         self.check.stop(wait_s=_GRACE_S)
         self.worker.stop()
         self.encryptions.worker.stop()

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from csi_driver.embedded.requests import HttpRequest
+from csi_driver.embedded.connections import HttpRequest
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, StorageSettings
 from tests.storage_switches import Switches, retry_client
@@ -125,7 +125,7 @@ class Manager:
         """End as kill -9 does: nothing more is written; the kernel drops locks and descriptors."""
         self.server.store._connection.close()
         self.server.pool.close()
-        self.server._listener.close()
+        self.server._http.server_close()
 
 
 def _envelope(answer: Json) -> Json:

@@ -121,7 +121,7 @@ def test_a_change_that_is_written_later_does_not_wait_for_another_for_ever(
     else:
         store.close()
     manager.server.pool.close()
-    manager.server._listener.close()
+    manager.server._http.server_close()
     with running(settings_in(tmp_path), loops) as again:
         assert again.server.store.get(FACTS, "later") == Fact("1")
 
