@@ -12,6 +12,7 @@ import errno
 import functools
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
@@ -32,6 +33,7 @@ _AG_WINDOW_BYTES = 64 * 1024
 _PROBE_BUFFER_BYTES = 1 * MIB
 _SCAN_BUFFER_BYTES, _SCAN_READ_BYTES = 4 * MIB, 2 * MIB
 _PROGRESS_EVERY_BYTES, _PROGRESS_STEPS = 1 * GIB, 20
+_DATA = re.compile(rb"[^\0]")
 
 Place = tuple[int, int]
 """Offset and length in bytes."""
@@ -147,19 +149,13 @@ class DirectReader:
             total += length
         if self._is_zero(total):
             return None
-        at = self._first_data_at(total)
+        data = _DATA.search(self._view, 0, total)
+        at = data.start() if data is not None else 0
         for offset, length in pieces:
             if at < length:
                 return offset + at
             at -= length
         return None
-
-    def _first_data_at(self, total: int) -> int:
-        for at in range(0, total, _ALIGNMENT):  # no copy of the whole: most content begins in the first block
-            block = bytes(self._view[at : min(at + _ALIGNMENT, total)])
-            if data := block.lstrip(b"\0"):
-                return at + len(block) - len(data)
-        return total
 
     def _is_zero(self, length: int) -> bool:
         # All bytes are zero when the first is and each equals the next; memcmp runs without the interpreter's lock.
