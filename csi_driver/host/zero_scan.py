@@ -171,11 +171,9 @@ class DirectReader:
                 count = os.preadv(self._device.fd, [self._view[place + done : place + length]], at)
             except OSError as error:
                 raise self._unreadable(at, error.errno or 0) from error
-            if count == 0 or (done + count < length and count % _ALIGNMENT):
-                size = self._device.device.size_bytes
-                raise HostFailure(
-                    f"{self._device.device.path} ends at byte {at + count}, expected {size}: its content is unknown"
-                )
+            if count == 0:
+                path, size = self._device.device.path, self._device.device.size_bytes
+                raise HostFailure(f"{path} ends at byte {at}, expected {size}: its content is unknown")
             done += count
 
     def _unreadable(self, at: int, number: int) -> HostFailure:
