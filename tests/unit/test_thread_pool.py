@@ -173,6 +173,39 @@ def test_a_late_job_is_told_once_and_its_thread_is_replaced_and_ends_with_it(nam
     until(lambda: len(threads(name)) == 1)
 
 
+def test_each_of_several_late_jobs_is_told_whatever_their_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_pool, "IDLE_S", 3600.0)  # the timer does not find them by chance
+    pool, go_on, told = Pool(name, 4), threading.Event(), threading.Semaphore(0)
+
+    def hang(late_in_s: float) -> bool:
+        pool.when_late(time.monotonic() + late_in_s, lambda _: told.release())
+        return go_on.wait(60)
+
+    jobs = [pool.submit(hang, late_in_s) for late_in_s in (3600.0, 0.1, 0.15, 0.2)]
+    for _ in range(3):
+        assert told.acquire(timeout=30)
+    go_on.set()
+    assert all(job.result(60) for job in jobs)
+
+
+def test_a_job_is_written_off_once_and_not_after_its_end(name: str) -> None:
+    pool, go_on = Pool(name, 1), threading.Event()
+    hanging = pool.submit(go_on.wait, 60)
+    until(hanging.running)
+    pool.write_off(hanging)
+    pool.write_off(hanging)
+    ended = pool.submit(int)
+    assert ended.result(60) == 0
+    pool.write_off(ended)
+    second, third = pool.submit(go_on.wait, 60), pool.submit(int)
+    assert not third.done()
+    assert (len(threads(name)), pool._lost) == (2, 1)
+    go_on.set()
+    assert (second.result(60), third.result(60)) == (True, 0)
+    until(lambda: len(threads(name)) == 1)
+    assert pool._lost == 0
+
+
 def test_a_job_that_ends_in_time_is_not_late(name: str) -> None:
     pool = Pool(name, 1)
     told: list[int] = []
