@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.embedded.attacher import label_of
+from csi_driver.errors import HostFailure
 from csi_driver.host import ioctls
+from csi_driver.host.connectors import loop
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host_model import LoopDevice
 from tests.unit.embedded.manager import Manager, running, settings_in
@@ -99,6 +101,18 @@ def test_a_setting_of_a_devices_previous_use_is_undone(
     again = (loops.attach(file, None, label=LABEL, read_only=False) for file in files)
     device = next(device for device in again if device.number == used.number)
     assert setting(device, f"queue/{name}").startswith(wanted)
+
+
+def test_a_device_whose_settings_are_refused_is_free_again(
+    tmp_path: Path, loops: LoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise HostFailure("refused")
+
+    monkeypatch.setattr(loop, "_prepare", refuse)
+    with pytest.raises(HostFailure, match="refused"):
+        loops.attach(sparse(tmp_path / "file", 1 << 20), None, label=LABEL, read_only=False)
+    assert loops.bound_to(tmp_path) == ()
 
 
 def flushes(device: LoopDevice) -> int:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,11 +22,11 @@ from csi_driver.model import GIB, MIB
 
 
 @contextmanager
-def opened(path: Path, size_bytes: int, flags: int = os.O_RDONLY) -> Iterator[OpenDevice]:
-    """Open a file as if it were a device of that size."""
+def opened(path: Path, size_bytes: int, flags: int = os.O_RDONLY, start_bytes: int = 0) -> Iterator[OpenDevice]:
+    """Open a file as if it were a device of that size, after a header."""
     fd = os.open(path, flags)
     try:
-        yield OpenDevice(fd, Device("csi-1", path, DeviceNumber(7, 0), size_bytes, False, None))
+        yield OpenDevice(fd, Device("csi-1", path, DeviceNumber(7, 0), size_bytes, False, None), start_bytes)
     finally:
         os.close(fd)
 
@@ -148,6 +149,32 @@ def test_a_failed_read_among_many_is_told_with_its_place(tmp_path: Path, monkeyp
 def test_a_descriptor_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HostFailure, match=r"cannot be read at byte 0 \(EBADF\)"):
         quick(blank_file(tmp_path / "device", GIB), GIB, os.O_WRONLY)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_stored_after_a_header_is_read_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(syscalls, "_AIO_CALLS", {})
+    path, size, start = tmp_path / "device", 32 * MIB, 16 * MIB
+    path.write_bytes(b"\xff" * start + bytes(size))
+    with opened(path, size, os.O_RDWR, start) as device:
+        for offset in (None, 0, MIB, size - 1):
+            if offset is not None:
+                os.pwrite(device.fd, b"\x01", start + offset)
+            quick_answer = zero_scan.first_data_in_places(device, Deadline.after(60))
+            answer = zero_scan.first_data(device, deadline=None, progress=lambda _done, _total: None)
+            assert (quick_answer, answer) == (offset, offset)
+            os.pwrite(device.fd, b"\0", start + (offset or 0))
+
+
+def test_a_process_that_is_forked_during_a_read_shares_none_of_its_memory(tmp_path: Path) -> None:
+    path = blank_file(tmp_path / "device", MIB)
+    with opened(path, MIB) as device, zero_scan.DirectReader(device) as reader:
+        mappings = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        (own,) = (mapping for mapping in mappings if mapping.startswith(f"{reader._address:x}-"))
+    assert "dc" in own.partition("VmFlags:")[2].split()
 
 
 def test_reads_at_once_return_each_piece_in_its_place(tmp_path: Path) -> None:
