@@ -108,18 +108,14 @@ def client_document(client: Client, reports: list[Report], attachments: list[Att
     }
 
 
-def client_text(document: Document) -> str:
-    """Return a client's document as JSON, made of the texts of its parts."""
-    return _text(document)
-
-
-def _text(value: object) -> str:
+def client_text(value: object) -> str:
+    """Return a client's document, or a value in it, as JSON made of the texts of its parts."""
     # Hundreds of parts: a call for each would take most of the time.
     if isinstance(value, dict) and not isinstance(value, Part):
-        texts = [f'"{key}":{each.text if isinstance(each, Part) else _text(each)}' for key, each in value.items()]
+        texts = [f'"{key}":{each.text if isinstance(each, Part) else client_text(each)}' for key, each in value.items()]
         return "{" + ",".join(texts) + "}"
     if isinstance(value, list):
-        return "[" + ",".join([each.text if isinstance(each, Part) else _text(each) for each in value]) + "]"
+        return "[" + ",".join([each.text if isinstance(each, Part) else client_text(each) for each in value]) + "]"
     return value.text if isinstance(value, Part) else json.dumps(value)
 
 
