@@ -27,7 +27,7 @@ from typing import TextIO
 
 from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, SystemCallFailed, ToolMissing
 from csi_driver.host import syscalls
-from csi_driver.host.syscalls import closing, open_file
+from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import RunningRole
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def run(
     """
     program, variables = _require_tool(argv[0]), {**_ENVIRONMENT, **(environment or {})}
     with (
+        system_call(f"start {argv[0]}"),
         closing(open_file(Path(os.devnull), os.O_RDONLY)) as nothing,
         closing(os.memfd_create("stdout")) as stdout,
         closing(os.memfd_create("stderr")) as stderr,

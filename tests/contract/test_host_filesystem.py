@@ -21,6 +21,7 @@ from csi_driver.errors import (
     HostFailure,
     InvalidField,
     PreconditionFailed,
+    SystemCallFailed,
     ToolMissing,
 )
 from csi_driver.host import machine_checks, processes
@@ -470,11 +471,18 @@ def test_a_program_gets_no_argument_with_a_null_byte() -> None:
         processes.run(("echo", "one\0two"), timeout_s=60)
 
 
-def test_a_program_is_awaited_without_a_descriptor_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_pid: int) -> int:
-        raise OSError(errno.EMFILE, "too many")
+def fail_for_too_many_files(_argument: object) -> int:
+    raise OSError(errno.EMFILE, "too many")
 
-    monkeypatch.setattr(os, "pidfd_open", fail)
+
+def test_a_program_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "memfd_create", fail_for_too_many_files)
+    with pytest.raises(SystemCallFailed, match="start echo: "):
+        processes.run(("echo",), timeout_s=60)
+
+
+def test_a_program_is_awaited_without_a_descriptor_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pidfd_open", fail_for_too_many_files)
     assert processes.run(("sh", "-c", "sleep 0.1; echo whole"), timeout_s=60, on_device=True).stdout == b"whole\n"
 
 
