@@ -250,8 +250,8 @@ def _condition(conditions: Mapping[str, object]) -> Callable[[Document], bool]:
     """Return the test of a whole document."""
     tests = [(key.split("."), _test(wanted)) for key, wanted in conditions.items() if key != "$or"]
     ways = conditions.get("$or", [{}])
-    if not isinstance(ways, list) or not ways or not all(isinstance(way, dict) for way in ways):
-        raise QueryRefused("filter operator: expected $or with a list of filters")
+    if not isinstance(ways, list) or not ways or not all(isinstance(way, dict) and "$or" not in way for way in ways):
+        raise QueryRefused("filter operator: expected $or with a list of filters without $or")
     either = [_condition(way) for way in ways] if "$or" in conditions else [lambda document: True]
     return lambda document: (
         all(test(_reach(document, path)) for path, test in tests) and any(matches(document) for matches in either)

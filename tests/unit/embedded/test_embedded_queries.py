@@ -57,7 +57,10 @@ def test_filter_finds(listed: Manager, wanted: object, found: list[str]) -> None
     assert ids(query(listed, filter=wanted)) == found
 
 
-@pytest.mark.parametrize("wanted", [{"_id": {"$ne": "a"}}, {"$or": []}, {"$or": ["a"]}, {"_id": {"$regex": "^(a+)+$"}}])
+@pytest.mark.parametrize(
+    "wanted",
+    [{"_id": {"$ne": "a"}}, {"$or": []}, {"$or": ["a"]}, {"$or": [{"$or": [{}]}]}, {"_id": {"$regex": "^(a+)+$"}}],
+)
 def test_other_operators_are_the_apis_own_error(listed: Manager, wanted: object) -> None:
     answer = query(listed, filter=wanted)
     assert (answer["success"], answer["error"]["id"]) == (False, 16040)
