@@ -80,6 +80,14 @@ def test_idle_threads_of_a_pool_end_and_later_jobs_get_new_ones(name: str, monke
     assert pool._thread_count == 0
 
 
+def test_a_thread_that_is_given_a_job_while_it_gives_up_waiting_takes_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_pool, "IDLE_S", 0.0)
+    pool = Pool(name, 1)
+    assert [pool.submit(int, n).result(60) for n in range(1000)] == list(range(1000))
+
+
 def test_jobs_that_would_compete_wait_without_a_thread(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_pool, "TICK_S", 60.0)  # nobody finds out that the first ones do not compute
     pool, go_on, most = Pool(name, 100, 2), threading.Event(), 0
