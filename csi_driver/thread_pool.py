@@ -126,7 +126,10 @@ class Pool(ThreadPoolExecutor):
     def write_off(self, job: Job[Any]) -> None:
         """Replace the thread of a job that hangs."""
         with self._lock:
-            self._write_off(job)
+            if self._running.get(job.thread) is job and not job.is_lost and self._lost < LOST_LIMIT:
+                job.is_lost = True
+                self._lost += 1
+                self._begin_jobs()
 
     def when_late(self, at_s: float, late: Callable[[int], object]) -> Callable[[], bool]:
         """Write off the job that calls this, and call `late` with its thread, if it still runs at `at_s`.
@@ -171,12 +174,6 @@ class Pool(ThreadPoolExecutor):
             _LOG.error("the thread %s cannot be started: %s", thread.name, error)
             return False
         return True
-
-    def _write_off(self, job: Job[Any]) -> None:
-        if self._running.get(job.thread) is job and not job.is_lost and self._lost < LOST_LIMIT:
-            job.is_lost = True
-            self._lost += 1
-            self._begin_jobs()
 
     def _run_next(self, thread: _Thread) -> bool:
         """Run the next job of a thread; False when none came or its thread was replaced: it ends."""
@@ -238,9 +235,9 @@ class Pool(ThreadPoolExecutor):
 
     def _tell_late(self, job: Job[Any]) -> None:
         job.late_s = None
-        self._write_off(job)
         self._lock.release()
         try:
+            self.write_off(job)
             job.late(job.thread)
         except Exception:
             _LOG.exception("a late job of the pool %s could not be reported", self._name)
