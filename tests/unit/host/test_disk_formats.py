@@ -142,13 +142,17 @@ def test_places_are_sorted_aligned_and_disjoint(size: int) -> None:
         ("md 1.0", GIB - 8192, 4096, GIB),
         ("ZFS, third label", GIB - 512 * 1024, 256 * 1024, GIB),
         ("btrfs, first mirror", 64 * MIB, 4096, GIB),
-        ("btrfs, second mirror", 256 * GIB, 4096, 1 << 40),
+        ("btrfs, second mirror", 256 * GIB, 4096, 300 * GIB),
         ("ext4, 1 KiB blocks, group 1", 8193 * 1024, 1024, GIB),
         ("ext4, 2 KiB blocks, group 3", 3 * 16384 * 2048, 2048, GIB),
         ("ext4, 4 KiB blocks, group 49", 49 * 32768 * 4096, 4096, 10 * GIB),
         ("ext4, 4 KiB blocks, group 6561", 6561 * 32768 * 4096, 4096, 1 << 40),
         ("ext4, 64 KiB blocks, group 1", 8 << 32, 4096, 1 << 40),
         ("xfs, second of four groups", 256 * MIB, 4096, GIB),
+        *[  # of an uneven size: no sample has them
+            (f"xfs, last of {groups} groups", (groups - 1) * -(-262151 // groups) * 4096, 4096, 262151 * 4096)
+            for groups in (16, 32)
+        ],
         ("xfs, seventh TiB", 7 << 40, 4096, 10 << 40),
     ],
 )
