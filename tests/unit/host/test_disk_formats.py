@@ -144,10 +144,12 @@ def test_places_are_sorted_aligned_and_disjoint(size: int) -> None:
         ("btrfs, first mirror", 64 * MIB, 4096, GIB),
         ("btrfs, second mirror", 256 * GIB, 4096, 300 * GIB),
         ("ext4, 1 KiB blocks, group 1", 8193 * 1024, 1024, GIB),
-        ("ext4, 2 KiB blocks, group 3", 3 * 16384 * 2048, 2048, GIB),
+        ("ext4, 2 KiB blocks, group 3", 3 * 16384 * 2048, 2048, 1000 * MIB),
+        ("ext4, 4 KiB blocks, group 25", 25 * 32768 * 4096, 4096, 9 * GIB),
         ("ext4, 4 KiB blocks, group 49", 49 * 32768 * 4096, 4096, 10 * GIB),
         ("ext4, 4 KiB blocks, group 6561", 6561 * 32768 * 4096, 4096, 1 << 40),
-        ("ext4, 64 KiB blocks, group 1", 8 << 32, 4096, 1 << 40),
+        ("ext4, 64 KiB blocks, group 1", 8 << 32, 4096, 1000 * GIB),
+        ("ext4, sparse_super2, last group", 79 * 32768 * 4096, 4096, 10 * GIB - MIB),
         ("xfs, second of four groups", 256 * MIB, 4096, GIB),
         *[  # of an uneven size: no sample has them
             (f"xfs, last of {groups} groups", (groups - 1) * -(-262151 // groups) * 4096, 4096, 262151 * 4096)
