@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -154,6 +155,18 @@ def test_the_embedded_manager_is_used_over_tls(
     finally:
         client.close()
         storage.server.stop()
+
+
+def test_clients_of_the_embedded_manager_that_end_no_handshake_keep_no_other_off(
+    tmp_path: Path, server_pair: Pair
+) -> None:
+    server = Storage.start(tmp_path, certificate=server_pair.certificate, key=server_pair.key).server
+    try:
+        with socket.create_connection(server.address), socket.create_connection(server.address) as plain:
+            plain.sendall(b"GET /login HTTP/1.1\r\n\r\n")
+            assert server.why_silent() == ""
+    finally:
+        server.stop()
 
 
 def test_a_server_of_another_ca_is_refused(

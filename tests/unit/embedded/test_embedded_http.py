@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from csi_driver.embedded import connections
 from csi_driver.embedded import server as embedded
-from csi_driver.embedded.connections import HttpRequest, HttpResponse
+from csi_driver.embedded.connections import MAX_BODY_BYTES, HttpRequest, HttpResponse
 from csi_driver.embedded.http import Password, Sessions
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.server import StorageServer
@@ -264,6 +266,34 @@ def test_requests_that_are_sent_at_once_on_one_connection_are_answered_in_order(
     received = exchange(server, requests_sent)
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200", b"302"]
     assert received.count(b"Please login") == 1
+
+
+def test_after_a_body_that_is_not_read_to_its_end_the_connection_ends(server: StorageServer) -> None:
+    head = f"POST /login HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {3 << 20}\r\n\r\n"
+    received = exchange(server, head.encode() + b" " * (MAX_BODY_BYTES + 1) + b"GET /login HTTP/1.1\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"413"]
+
+
+def test_an_unexpected_error_is_logged_and_answered(
+    server: StorageServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: HttpRequest) -> HttpResponse:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setitem(server.api.public, ("GET", "/broken"), broken)
+    answer = Caller(server).call("GET", "/broken")
+    assert (answer.status_code, answer.json()["success"], answer.json()["error"]["id"]) == (500, False, 500)
+    assert "secret" not in answer.text
+    assert [record.levelno for record in caplog.records if record.exc_info] == [logging.ERROR]
+
+
+def test_a_request_that_is_sent_too_slowly_is_not_carried_out(
+    server: StorageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_RECEIVE_S", 0.1)
+    with socket.create_connection(server.address, timeout=60) as connection:
+        connection.sendall(b"GET /login HTTP/1.1\r\n")
+        assert connection.recv(1) == b""
 
 
 def test_a_connection_that_ends_leaves_no_thread(tmp_path: Path) -> None:
