@@ -149,7 +149,7 @@ class _Slots:
     def give_back(self, slot: object) -> None:
         with self._changed:
             del self.taken_s[slot]
-            self._changed.notify_all()
+            self._changed.notify()  # one is enough: who waits also wakes when a taken slot stops to count
 
     def _free_in_s(self) -> float:
         """Return the time until a slot is free at the latest; 0 = now. The lock is held."""

@@ -153,3 +153,27 @@ def test_a_slot_given_to_others_is_taken_until_it_is_given_back(monkeypatch: pyt
     places.give_back(lent[0])
     assert places.take(0) is not None
     assert places.take(0) is None
+
+
+def test_a_slot_that_is_given_back_wakes_one_of_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = _Slots(1, timeout_s=600.0)
+    wake, woken = places._changed.notify, []
+
+    def counted(n: int = 1) -> None:
+        woken.append(min(n, places.waiting))
+        wake(n)
+
+    def take_and_give_back() -> None:
+        places.give_back(places.take())
+
+    monkeypatch.setattr(places._changed, "notify", counted)
+    first = places.take()
+    workers = [threading.Thread(target=take_and_give_back) for _ in range(5)]
+    for worker in workers:
+        worker.start()
+    assert Deadline.after(30).wait_until(lambda: places.waiting == 5)
+    places.give_back(first)
+    for worker in workers:
+        worker.join(30)
+    assert places.taken_s == {}
+    assert woken == [1, 1, 1, 1, 1, 0]
