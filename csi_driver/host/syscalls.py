@@ -67,6 +67,12 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+@functools.cache
+def _libc_in_memory() -> ctypes.PyDLL:
+    """Load libc for functions that only compute: they keep the lock, which another thread would take meanwhile."""
+    return ctypes.PyDLL(None)
+
+
 class system_call:
     """Raises OSError as `SystemCallFailed` that names the call. A generator would take three times as long."""
 
@@ -200,7 +206,7 @@ def spawn(
     """
     actions, attributes, signals = (ctypes.create_string_buffer(_SPAWN_BYTES) for _ in range(3))
     arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
-    pid, c = ctypes.c_int(), libc()
+    pid, c = ctypes.c_int(), _libc_in_memory()
     with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; what this process has opened has O_CLOEXEC anyway
         _syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
     for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
@@ -213,7 +219,7 @@ def spawn(
         c.posix_spawn_file_actions_addchdir_np(actions, b"/")
         c.posix_spawnattr_setflags(attributes, ctypes.c_short(_POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSID))
         c.posix_spawnattr_setsigdefault(attributes, signals)
-        number = c.posix_spawn(
+        number = libc().posix_spawn(
             ctypes.byref(pid), os.fsencode(program), actions, attributes, _strings(arguments), _strings(variables)
         )
     finally:
@@ -342,6 +348,11 @@ _idle_contexts: list[bytes] = []
 """Contexts without a read in progress, kept because io_destroy takes 30 ms: as many as there were calls at once."""
 
 
+@functools.cache
+def _machine() -> str:
+    return os.uname().machine
+
+
 def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> list[int]:
     """Read up to READS_AT_ONCE (offset, length) pieces at the same time, one behind the other, to a memory address.
 
@@ -350,9 +361,9 @@ def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> li
     in progress.
     """
     counts = [0] * len(pieces)
-    if os.uname().machine not in _AIO_CALLS:
+    if _machine() not in _AIO_CALLS:
         return counts
-    setup, destroy, getevents, submit = _AIO_CALLS[os.uname().machine]
+    setup, destroy, getevents, submit = _AIO_CALLS[_machine()]
     requests = bytearray()
     for number, (offset, length) in enumerate(pieces):
         requests += _IOCB.pack(number, 0, 0, 0, 0, fd, address, length, offset, 0, 0, 0)

@@ -156,7 +156,7 @@ class Ownership:
         if self.was_made_from_another(mounted, volume):
             return Owner.DEAD if self.is_gone(number) else Owner.OTHER
         device = self.devices.find(volume.name, volume.uuid)
-        if device is not None and device.number in (number, self.encryption.below(number)):
+        if device is not None and self._is_number_of(device, number):
             if mounted.node_number is None and self.devices.is_claimed(device) is False:
                 return Owner.DEAD
             return Owner.OURS if is_same(device.uuid, volume.uuid) else Owner.OTHER
@@ -276,8 +276,7 @@ class Ownership:
         if (mapping is not None and mapping.below is None) or self.is_left_behind(mounted, name):
             return True
         device = self.devices.find(name)
-        is_its_number = device is not None and device.number in (number, self.encryption.below(number))
-        if device is not None and is_its_number and self.devices.is_claimed(device) is False:
+        if device is not None and self._is_number_of(device, number) and self.devices.is_claimed(device) is False:
             return mounted.node_number is None
         return self.is_cut_off(name, number if mapping is None else mapping.below)
 
@@ -292,6 +291,10 @@ class Ownership:
         """Return whether a block device does not exist any more."""
         # Major number 0 is no block device (Documentation/admin-guide/devices.txt): tmpfs, overlay and the like.
         return bool(number.major) and not self.devices.size_bytes(number)
+
+    def _is_number_of(self, device: Device, number: DeviceNumber) -> bool:
+        """Return whether a number is the device's, or that of the encrypted device over it."""
+        return device.number == number or device.number == self.encryption.below(number)
 
     def _mapping(self, name: str, mounted: Mount) -> LuksMapping | None:
         mapping = self.encryption.mapping(name)
