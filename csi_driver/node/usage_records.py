@@ -40,6 +40,8 @@ MOST_AT_ONCE = 256  # records that one sweep removes; each waits for the disk
 _FILE_BYTES = 512
 """Length of a record's file: one sector, which a disk writes as a whole or not at all, also in place."""
 
+_MOST_BYTES = 8 * _FILE_BYTES  # a file that is longer is none of ours; its part is no valid JSON
+
 # struct flock (fcntl(2)): type, whence, start, length, and the process, which is 0 for a lock of a file description.
 _FLOCK = struct.Struct("=hhxxxxqqixxxx")
 
@@ -95,10 +97,12 @@ class UsageRecords:
 
     def _lock(self, volume_uuids: frozenset[str]) -> int:
         with _system_call(f"lock {self._directory / 'lock'}"):
-            if not self._directory.is_dir():
+            try:
+                fd = self._open_lock()
+            except FileNotFoundError:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _sync(self._directory.parent)
-            fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fd = self._open_lock()
             try:
                 for offset in sorted(map(_lock_offset, volume_uuids)):
                     fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
@@ -106,6 +110,9 @@ class UsageRecords:
                 os.close(fd)
                 raise
         return fd
+
+    def _open_lock(self) -> int:
+        return os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def recorded(self) -> list[str]:
         """Return the UUIDs of all volumes with a record, the oldest record first."""
@@ -129,7 +136,8 @@ class UsageRecords:
         path = self.path_of(volume_uuid)
         with _system_call(f"read {path}"):
             try:
-                content = path.read_bytes()
+                with path.open("rb", buffering=0) as file:
+                    content = file.read(_MOST_BYTES)
             except FileNotFoundError:
                 return None
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import ioctls
 from csi_driver.host.block_devices import SECTOR_BYTES, SYS_DEV_BLOCK, read_text, sys_number
+from csi_driver.host.connectors.loop import LOOP_MAJOR
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import DeviceNumber, LuksMapping
 
@@ -68,6 +69,8 @@ def mapping_named(name: str) -> LuksMapping | None:
 
 def below(number: DeviceNumber) -> DeviceNumber | None:
     """Return the device below an encrypted device; None when `number` is not one, or the device below is gone."""
+    if number.major == LOOP_MAJOR:  # a fixed number (Documentation/admin-guide/devices.txt)
+        return None
     device = f"{SYS_DEV_BLOCK}/{number}"
     if not read_text(f"{device}/dm/uuid").startswith(_CRYPT):
         return None
