@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING
 
 from csi_driver import driver_version
@@ -107,13 +107,15 @@ def _volume(command: VolumeCommand) -> int:
     from csi_driver.management.client import ManagementClient
     from csi_driver.management.clusters import open_clusters
 
-    admin = VolumeAdmin(open_clusters(command.access.clusters_file, command.access.defaults, ManagementClient))
     deadline = Deadline.after(command.timeout_s)
-    if command.action == ALLOW_FORMAT:
-        print(admin.allow_format(command.handle, deadline=deadline))
-    else:
-        for name, value in admin.show(command.handle, deadline=deadline):
-            print(f"{name + ':':<15} {value}")
+    access = command.access
+    with closing(open_clusters(access.clusters_file, access.defaults, ManagementClient)) as clusters:
+        admin = VolumeAdmin(clusters)
+        if command.action == ALLOW_FORMAT:
+            print(admin.allow_format(command.handle, deadline=deadline))
+        else:
+            for name, value in admin.show(command.handle, deadline=deadline):
+                print(f"{name + ':':<15} {value}")
     return OK
 
 

@@ -69,6 +69,9 @@ class OneCluster:
     def management(self, zone: str) -> ManagementClient | None:
         return self.client if zone == self.zone else None
 
+    def close(self) -> None:
+        self.client.close()
+
 
 @dataclass(frozen=True, slots=True)
 class _Cluster:

@@ -155,7 +155,11 @@ class _Connection(http.client.HTTPConnection):
         # The dot that ends an absolute name is for the resolver only: certificates and servers know none.
         super().__init__(host.rstrip("."), port, **options)  # type: ignore[arg-type]
         self._name = host
-        self._create_connection = self._dial
+        del self._create_connection  # the library's, in favour of that of the class
+
+    def __del__(self) -> None:
+        """Close a connection whose transport was dropped; a socket would only warn."""
+        self.close()
 
     def connect(self) -> None:
         try:
@@ -163,7 +167,7 @@ class _Connection(http.client.HTTPConnection):
         except (OSError, UnicodeError) as error:
             raise _NotConnected from error
 
-    def _dial(self, _address: object, timeout_s: float, *_: object) -> socket.socket:
+    def _create_connection(self, _address: object, timeout_s: float, *_: object) -> socket.socket:
         _resolve(self._name, self.port, timeout_s)
         return socket.create_connection((self._name, self.port), timeout_s)
 
