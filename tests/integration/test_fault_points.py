@@ -64,7 +64,7 @@ STORIES = {
         (*UP, "write", "grow", "expand", "read", *DOWN, *UP, "read", *DOWN),
         effects(
             "records.write filesystems.wipe filesystems.make mounts.mount paths.make_directory mounts.bind "
-            "mounts.unmount paths.remove filesystems.check filesystems.grow_mounted"
+            "mounts.unmount paths.remove filesystems.grow_mounted"
         ),
         ("filesystems.",),
     ),
@@ -109,7 +109,7 @@ ENCRYPTED_STORIES = {
         (*UP, "write", "grow", "expand", "read", *DOWN, *UP, "read", *DOWN),
         effects(
             "records.write records.remove encryption.format encryption.open encryption.resize encryption.close "
-            "filesystems.make filesystems.check filesystems.grow_mounted mounts.mount paths.make_directory "
+            "filesystems.make filesystems.grow_mounted mounts.mount paths.make_directory "
             "mounts.bind mounts.unmount paths.remove"
         ),
         ("encryption.resize",),
