@@ -56,7 +56,7 @@ class BoundedServer(ThreadingHTTPServer):
             return True
 
     def hang_up(self, how: int, wait_s: float = 0) -> None:
-        """Begin no more requests, shut the connections down, and wait for their threads; no more may be accepted."""
+        """Begin no other requests, shut the connections down, and wait for their threads. The server has ended."""
         with self._changed:
             self._is_closing = True
             for connection in self._open:
@@ -83,7 +83,7 @@ class BoundedServer(ThreadingHTTPServer):
             self._open[request] = False
         try:
             run_detached(self.thread_name, partial(self.process_request_thread, request, client_address))
-        except RuntimeError as problem:  # the system has no more threads
+        except RuntimeError as problem:  # the limit of threads is reached
             self.shutdown_request(request)
             _pause(problem)
 
@@ -130,7 +130,7 @@ class LimitedReader(io.RawIOBase):
 
 
 def _pause(problem: Exception) -> None:
-    """Let connections end: until then the system accepts no more, and says so without end."""
+    """Wait for connections to end: until then each attempt to accept one fails at once."""
     _LOG.error("an HTTP connection cannot be accepted: %s", problem)
     SYSTEM_CLOCK.sleep(_PAUSE_S)
 

@@ -13,6 +13,7 @@ from csi_driver.errors import (
 )
 from csi_driver.host_model import DeviceNumber, VolumeStatus
 from csi_driver.publish_context import History
+from tests.fakes.disks import FakeDisk
 from tests.fakes.node import (
     NAME,
     OTHER_TARGET,
@@ -79,11 +80,8 @@ def test_an_attachment_that_is_not_known_to_be_later_is_the_same(node: FakeNode,
     assert node.host.mounts_at(OTHER_TARGET) == 1
 
 
-@pytest.mark.parametrize("preempted", [False, True])
-@pytest.mark.parametrize("references", [(), ("another",), (UUID,), None])
-def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_node(
-    node: FakeNode, references: tuple[str, ...] | None, preempted: bool
-) -> None:
+def staged_in_use(node: FakeNode, *, preempted: bool) -> FakeDisk:
+    """Stage the volume, let a program use its mount, and take its I/O away; return its disk."""
     formatted(node)
     node.stage()
     entry = node.host.topmost(STAGING)
@@ -91,6 +89,15 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
     entry.in_use = True
     disk = node.host.disks[NAME]
     disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=preempted)
+    return disk
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+@pytest.mark.parametrize("references", [(), ("another",), (UUID,), None])
+def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_node(
+    node: FakeNode, references: tuple[str, ...] | None, preempted: bool
+) -> None:
+    disk = staged_in_use(node, preempted=preempted)
     disk.references = references
     if preempted or references in ((), ("another",)):
         node.unstage()
@@ -105,13 +112,7 @@ def test_a_volume_in_use_is_detached_lazily_only_once_it_was_taken_from_this_nod
 def test_a_volume_that_is_back_when_its_unmount_has_failed_is_not_detached_lazily(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, attempt: int
 ) -> None:
-    formatted(node)
-    node.stage()
-    entry = node.host.topmost(STAGING)
-    assert entry is not None
-    entry.in_use = True
-    disk = node.host.disks[NAME]
-    disk.status = VolumeStatus(NAME, UUID, io_enabled=False, preempted=True)
+    disk = staged_in_use(node, preempted=True)
     unmount, attempts = node.host.mounts.unmount, itertools.count(1)
 
     def unmount_after_it_is_back(path: Path, *, lost: DeviceNumber | None = None) -> None:
