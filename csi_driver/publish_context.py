@@ -38,6 +38,8 @@ class PublishContext:
 
     `format_allowed`: an administrator allowed this attachment to format over old data. `stripe_unit_bytes`,
     `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
+    `populated`: made from a snapshot or another volume, whose content it has; `inherited_uuids`: the volumes whose
+    filesystem or LUKS header that content may be. `private_copy`: the device of a reader is a copy for this node alone.
     """
 
     name: str
@@ -50,6 +52,9 @@ class PublishContext:
     format_allowed: bool = False
     stripe_unit_bytes: int = 0
     stripe_bytes: int = 0
+    populated: bool = False
+    inherited_uuids: tuple[str, ...] = ()
+    private_copy: bool = False
 
     def as_map(self) -> dict[str, str]:
         rare = {
@@ -57,6 +62,9 @@ class PublishContext:
             "formatAllowed": "true" if self.format_allowed else "",
             "stripeUnitBytes": str(self.stripe_unit_bytes or ""),
             "stripeBytes": str(self.stripe_bytes or ""),
+            "populated": "true" if self.populated else "",
+            "inheritedUuids": ",".join(self.inherited_uuids),
+            "privateCopy": "true" if self.private_copy else "",
         }
         return {key: text for key, text in rare.items() if text} | {
             "name": self.name,
@@ -86,6 +94,9 @@ class PublishContext:
             format_allowed=context.get("formatAllowed") == "true",
             stripe_unit_bytes=_natural(context.get("stripeUnitBytes", "")),
             stripe_bytes=_natural(context.get("stripeBytes", "")),
+            populated=context.get("populated") == "true",
+            inherited_uuids=tuple(filter(is_uuid, context.get("inheritedUuids", "").lower().split(","))),
+            private_copy=context.get("privateCopy") == "true",
         )
 
 

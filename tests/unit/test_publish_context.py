@@ -23,6 +23,9 @@ contexts = some.builds(
     format_allowed=some.booleans(),
     stripe_unit_bytes=NATURAL,
     stripe_bytes=NATURAL,
+    populated=some.booleans(),
+    inherited_uuids=some.lists(some.uuids().map(str), max_size=32).map(tuple),
+    private_copy=some.booleans(),
 )
 
 
@@ -42,3 +45,10 @@ def test_what_allows_to_format_is_the_plain_word_true_alone() -> None:
         context = PublishContext.from_map({"name": "csi-1", "uuid": UUID, "formatAllowed": word})
         assert context is not None
         assert not context.format_allowed
+
+
+def test_an_inherited_uuid_that_is_none_is_left_out() -> None:
+    text = f"{UUID.upper()},,csi-1, {UUID}"
+    context = PublishContext.from_map({"name": "csi-1", "uuid": UUID, "inheritedUuids": text})
+    assert context is not None
+    assert context.inherited_uuids == (UUID,)
