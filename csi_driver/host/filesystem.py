@@ -59,6 +59,9 @@ _KINDS = {
     "btrfs": _Kind(("mkfs.btrfs", "-q", "-f"), ("-U", ""), None, 109 * MIB, ("mkfs.btrfs",)),
 }
 
+_supported: set[str] = set()
+"""Types that this machine could make and mount at an earlier look."""
+
 # blkid(8), "RETURN CODE"; e2fsck(8), "EXIT CODE": a sum
 _BLKID_FOUND, _BLKID_NOTHING, _BLKID_AMBIVALENT = 0, 2, 8
 _CORRECTED, _REBOOT, _UNCORRECTED, _OPERATIONAL = 1, 2, 4, 8
@@ -70,15 +73,20 @@ class LinuxFilesystems:
 
     devices: LinuxDevices
 
-    def supported(self) -> Sequence[str]:
+    def supported(self, wanted: str = "") -> Sequence[str]:
+        """A type found once is not looked up again: a program removed since is named when it cannot be started."""
+        if wanted in _supported:
+            return (wanted,)
         # The kernel is assumed to have a filesystem when its list of modules is not visible.
         mountable = machine_checks.mountable_filesystems()
-        return [
+        found = [
             fs_type
             for fs_type, kind in _KINDS.items()
             if all(map(find_tool, kind.tools))
             and (fs_type in mountable or machine_checks.can_be_loaded(fs_type) is not False)
         ]
+        _supported.update(found)
+        return found
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
         """Return the content of the device: blank only when all of `zero_scan.probe_places` is zero."""

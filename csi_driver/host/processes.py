@@ -44,6 +44,9 @@ _PACKAGES = {  # of Debian
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
 }
+_places: dict[str, str] = {}
+"""Where programs to run were found. One that cannot be started there is forgotten, and looked for at its next run."""
+_USUAL_OUTPUT_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,10 @@ def package_of(program: str) -> str:
 
 
 def _require_tool(program: str) -> str:
-    path = find_tool(program)
+    path = _places.get(program) or find_tool(program)
     if path is None:
         raise ToolMissing(program, package_of(program))
+    _places[program] = path
     return path
 
 
@@ -87,14 +91,14 @@ def run(
     program, variables = _require_tool(argv[0]), {**_ENVIRONMENT, **(environment or {})}
     with (
         system_call(f"start {argv[0]}"),
-        closing(open_file(Path(os.devnull), os.O_RDONLY)) as nothing,
         closing(os.memfd_create("stdout")) as stdout,
         closing(os.memfd_create("stderr")) as stderr,
     ):
         try:
-            pid = syscalls.spawn(program, argv, variables, {nothing: 0, stdout: 1, stderr: 2}, pass_fds)
+            pid = syscalls.spawn(program, argv, variables, {stdout: 1, stderr: 2}, pass_fds)
         except SystemCallFailed as failure:
             if failure.errno in (errno.ENOENT, errno.EACCES):
+                _places.pop(argv[0], None)
                 raise ToolMissing(argv[0], package_of(argv[0])) from failure
             raise
         status = _wait_for(argv, pid, timeout_s, on_device=on_device)
@@ -142,7 +146,8 @@ def _ends(process: int, within_s: float | None) -> bool:
 
 
 def _content(fd: int) -> bytes:
-    return os.pread(fd, os.fstat(fd).st_size, 0)
+    content = os.pread(fd, _USUAL_OUTPUT_BYTES, 0)
+    return content if len(content) < _USUAL_OUTPUT_BYTES else os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 def _kill_group(pid: int) -> None:

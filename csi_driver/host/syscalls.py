@@ -68,9 +68,9 @@ def libc() -> ctypes.CDLL:
 
 
 @functools.cache
-def _libc_in_memory() -> ctypes.PyDLL:
-    """Load libc for functions that only compute: they keep the lock, which another thread would take meanwhile."""
-    return ctypes.PyDLL(None)
+def libc_in_memory() -> ctypes.PyDLL:
+    """Load libc for what never waits: its functions keep the lock, which another thread would take meanwhile."""
+    return ctypes.PyDLL(None, use_errno=True)
 
 
 class system_call:
@@ -198,7 +198,7 @@ def spawn(
     descriptors: Mapping[int, int],
     keep: Sequence[int],
 ) -> int:
-    """Start a program in a session of its own, in /, and return its process id.
+    """Start a program in a session of its own, in /, with an empty input, and return its process id.
 
     `descriptors`: its descriptors by those of this process; those in `keep` have the same number there. The functions
     of `subprocess` and `os` hold the interpreter's lock until the new process has executed the program, which takes as
@@ -206,7 +206,7 @@ def spawn(
     """
     actions, attributes, signals = (ctypes.create_string_buffer(_SPAWN_BYTES) for _ in range(3))
     arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
-    pid, c = ctypes.c_int(), _libc_in_memory()
+    pid, c = ctypes.c_int(), libc_in_memory()
     with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; what this process has opened has O_CLOEXEC anyway
         _syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
     for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
@@ -216,6 +216,7 @@ def spawn(
     try:
         for fd, number in (*descriptors.items(), *((fd, fd) for fd in keep)):
             c.posix_spawn_file_actions_adddup2(actions, fd, number)
+        c.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDONLY, 0)
         c.posix_spawn_file_actions_addchdir_np(actions, b"/")
         c.posix_spawnattr_setflags(attributes, ctypes.c_short(_POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSID))
         c.posix_spawnattr_setsigdefault(attributes, signals)

@@ -191,8 +191,8 @@ class Mounts(Protocol):
 class Filesystems(Protocol):
     """Content of devices."""
 
-    def supported(self) -> Sequence[str]:
-        """Return the filesystem types that this machine can make and mount, "ext4" first."""
+    def supported(self, wanted: str = "") -> Sequence[str]:
+        """Return the filesystem types that this machine can make and mount, "ext4" first; or `wanted`, if it is one."""
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
         """Read head, tail and superblock locations from the disk; `HostFailure` if short."""

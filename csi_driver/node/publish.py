@@ -64,13 +64,14 @@ class SharedReaders:
 
     def plan(self, access: MountAccess, request: NodePublishRequest) -> MountPlan:
         """Return how to mount such a publication. Raises `InvalidField`."""
+        fs_type_of_class = request.volume_context.get(FS_TYPE, "")
         return plan_mount(
             access,
             request.capability.mode,
             read_only=True,
             mkfs=MkfsRequest(request.volume_context),
-            supported=self.filesystems.supported(),
-            fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
+            supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
+            fs_type_of_class=fs_type_of_class,
         )
 
     def mount(self, target: VolumeDevice, plan: MountPlan, path: Path, *, deadline: Deadline) -> Mount | None:

@@ -161,13 +161,14 @@ class Stage:
         return True
 
     def _plan(self, access: MountAccess, request: StageRequest, volume: NodeVolume) -> MountPlan:
+        fs_type_of_class = request.volume_context.get(FS_TYPE, "")
         return plan_mount(
             access,
             request.capability.mode,
             read_only=volume.context.read_only,
             mkfs=_mkfs_request(request, volume),
-            supported=self.filesystems.supported(),
-            fs_type_of_class=request.volume_context.get(FS_TYPE, ""),
+            supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
+            fs_type_of_class=fs_type_of_class,
         )
 
     def _stage_mount(

@@ -24,7 +24,7 @@ from csi_driver.errors import (
     SystemCallFailed,
     ToolMissing,
 )
-from csi_driver.host import machine_checks, processes
+from csi_driver.host import filesystem, machine_checks, processes
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host_model import Blank, Content, Device, Filesystem, OtherContent
 from csi_driver.model import GIB, MIB
@@ -261,6 +261,23 @@ def test_ext4_is_the_first_supported_type(machine: HostMachine) -> None:
     assert list(machine.filesystems.supported()) == installed
 
 
+def test_a_filesystem_whose_programs_are_installed_later_is_supported(
+    machine: HostMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(filesystem, "_supported", set())
+    monkeypatch.setattr(processes, "SEARCH_PATH", str(tmp_path))
+    assert machine.filesystems.supported("ext4") == []
+    for program in ("mkfs.ext4", "e2fsck", "resize2fs"):
+        (tmp_path / program).symlink_to("/bin/true")
+    assert machine.filesystems.supported("ext4") == ["ext4"]
+
+
+def test_a_supported_filesystem_is_looked_up_once(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ext4" in machine.filesystems.supported("ext4")
+    monkeypatch.setattr(filesystem, "find_tool", lambda program: pytest.fail(f"{program} is looked up again"))
+    assert list(machine.filesystems.supported("ext4")) == ["ext4"]
+
+
 # --- checking ---------------------------------------------------------------------------------------------------
 
 
@@ -441,8 +458,33 @@ def test_an_accepted_status_is_returned() -> None:
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "SEARCH_PATH", "/nowhere")
+    monkeypatch.setattr(processes, "_places", {})
     with pytest.raises(ToolMissing, match=r"mkfs\.xfs is not installed; install the package xfsprogs"):
         processes.run(("mkfs.xfs",), timeout_s=60)
+
+
+def test_a_program_that_is_installed_later_or_elsewhere_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setattr(processes, "SEARCH_PATH", f"{first}:{second}")
+    for directory in (second, first):
+        with pytest.raises(ToolMissing, match="later is not installed"):
+            processes.run(("later",), timeout_s=60)
+        directory.mkdir()
+        (directory / "later").symlink_to("/bin/echo")
+        assert processes.run(("later", directory.name), timeout_s=60).stdout.decode() == f"{directory.name}\n"
+        (directory / "later").unlink()
+
+
+def test_the_whole_of_a_long_output_is_returned() -> None:
+    shown = processes.run(("seq", "100000"), timeout_s=60).stdout
+    assert shown.endswith(b"\n100000\n")
+    assert shown.count(b"\n") == 100000
+
+
+def test_a_program_reads_nothing() -> None:
+    assert processes.run(("cat",), timeout_s=60).stdout == b""
 
 
 def test_a_program_does_not_inherit_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

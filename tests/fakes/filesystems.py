@@ -143,7 +143,7 @@ class FakeFilesystems:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
 
-    def supported(self) -> Sequence[str]:
+    def supported(self, wanted: str = "") -> Sequence[str]:
         return ("ext4", "xfs", "btrfs")
 
     def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
