@@ -106,33 +106,35 @@ class LinuxDevices:
         return "the storage client runs"
 
     def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
+        status = self._status.volume(name)
         try:
             with system_call(f"open {path}"):
-                node = os.stat(path)
-                if not stat.S_ISBLK(node.st_mode):
-                    return None
-                status = self._status.volume(name)
                 if status is not None and status.io_enabled is not True:
-                    return _describe_unopened(name, path, ioctls.device_number(node.st_rdev), status)
+                    node = os.stat(path)
+                    is_device = stat.S_ISBLK(node.st_mode)
+                    number = ioctls.device_number(node.st_rdev)
+                    return _describe_unopened(name, path, number, status) if is_device else None
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except SystemCallFailed as failure:
             if failure.errno in NOT_READY:
                 return None
             raise
         with closing(fd):
-            return self._describe(name, path, fd)
+            return self._describe(name, path, fd, status)
 
-    def _describe(self, name: str, path: Path, fd: int) -> tuple[Device, DeviceEvidence] | None:
-        status = os.fstat(fd)
-        if not stat.S_ISBLK(status.st_mode):
+    def _describe(
+        self, name: str, path: Path, fd: int, status: VolumeStatus | None
+    ) -> tuple[Device, DeviceEvidence] | None:
+        opened = os.fstat(fd)
+        if not stat.S_ISBLK(opened.st_mode):
             return None
         size = ioctls.size_bytes(fd)
         if size == 0:
             return None
-        number = ioctls.device_number(status.st_rdev)
+        number = ioctls.device_number(opened.st_rdev)
         with self._identifying(fd, number) as (identifying, is_loop):
             evidence = DeviceEvidence(
-                status=self._status.volume(name),
+                status=status,
                 label_uuid=loop.claimed_uuid(identifying) if is_loop else None,
                 serial=None if is_loop else nvmesh.read_serial(identifying),
                 is_loop=is_loop,
@@ -174,7 +176,7 @@ class LinuxDevices:
             yield OpenDevice(fd, self._verified(fd, device, write=write))
 
     def _verified(self, fd: int, device: Device, *, write: bool) -> Device:
-        seen = self._describe(device.name, device.path, fd)
+        seen = self._describe(device.name, device.path, fd, self._status.volume(device.name))
         if seen is None:
             raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
         found, evidence = seen

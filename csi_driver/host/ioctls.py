@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.host.syscalls import system_call
+from csi_driver.host.syscalls import libc_in_memory, system_call
 from csi_driver.host_model import DeviceNumber
 
 _WRITE, _READ = 1, 2
@@ -37,29 +37,30 @@ _BLKGETSIZE64 = _io(_READ, 0x12, 114, 8)
 _BLKGETDISKSEQ = _io(_READ, 0x12, 128, 8)
 
 
-def _get(what: str, fd: int, request: int, layout: str) -> int:
-    value = bytearray(struct.calcsize(layout))
-    _call(what, fd, request, value)
-    return int(struct.unpack(layout, value)[0])
+def _get(what: str, fd: int, request: int, value: ctypes.c_uint64 | ctypes.c_int) -> int:
+    """Ask for what the block layer of the kernel has in memory: it never waits, whatever the device does."""
+    if libc_in_memory().ioctl(fd, ctypes.c_ulong(request), ctypes.byref(value)) != 0:
+        raise SystemCallFailed(what, ctypes.get_errno())
+    return value.value
 
 
 def size_bytes(fd: int) -> int:
-    return _get("BLKGETSIZE64", fd, _BLKGETSIZE64, "=Q")
+    return _get("BLKGETSIZE64", fd, _BLKGETSIZE64, ctypes.c_uint64())
 
 
 def disk_sequence(fd: int) -> int | None:
     """Return the sequence number of the disk of a block device; None before Linux 5.15."""
     with contextlib.suppress(SystemCallFailed):
-        return _get("BLKGETDISKSEQ", fd, _BLKGETDISKSEQ, "=Q")
+        return _get("BLKGETDISKSEQ", fd, _BLKGETDISKSEQ, ctypes.c_uint64())
     return None
 
 
 def logical_block_bytes(fd: int) -> int:
-    return _get("BLKSSZGET", fd, _BLKSSZGET, "=i")
+    return _get("BLKSSZGET", fd, _BLKSSZGET, ctypes.c_int())
 
 
 def is_read_only(fd: int) -> bool:
-    return bool(_get("BLKROGET", fd, _BLKROGET, "=i"))
+    return bool(_get("BLKROGET", fd, _BLKROGET, ctypes.c_int()))
 
 
 def set_read_only(fd: int, read_only: bool) -> None:

@@ -9,6 +9,7 @@ once, so a record of use counts for every attachment up to its own, and no call 
 from __future__ import annotations
 
 import binascii
+import errno
 import fcntl
 import hashlib
 import json
@@ -136,8 +137,8 @@ class UsageRecords:
         path = self.path_of(volume_uuid)
         with _system_call(f"read {path}"):
             try:
-                with path.open("rb", buffering=0) as file:
-                    content = file.read(_MOST_BYTES)
+                with _opened(path, os.O_RDONLY) as file:
+                    content = os.read(file, _MOST_BYTES)
             except FileNotFoundError:
                 return None
         try:
@@ -166,10 +167,10 @@ class UsageRecords:
         with self.changing(record.volume_uuid), _system_call(f"write {path}"):
             if _is_overwritten(path, content):
                 return
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            with _opened(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+                if os.write(file, content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
+                os.fsync(file)
             draft.replace(path)
             _sync(self._directory)
 
@@ -201,11 +202,11 @@ def _check(fields: Mapping[str, object]) -> int:
 def _is_overwritten(path: Path, content: bytes) -> bool:
     """Write the content to a file of one sector, and to disk; False when there is none."""
     try:
-        with path.open("r+b", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != _FILE_BYTES or len(content) != _FILE_BYTES:
+        with _opened(path, os.O_WRONLY) as file:
+            if os.fstat(file).st_size != _FILE_BYTES or len(content) != _FILE_BYTES:
                 return False
-            file.write(content)
-            os.fdatasync(file.fileno())
+            os.write(file, content)
+            os.fdatasync(file)
     except FileNotFoundError:
         return False
     return True
@@ -254,9 +255,15 @@ def _lock_offset(volume_uuid: str) -> int:
 
 def _sync(directory: Path) -> None:
     """Write a directory's entries to disk: fsync(2) of a file does not."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(directory, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
