@@ -77,6 +77,15 @@ def group_of(pid: int) -> list[int]:
     return found
 
 
+def test_a_child_has_as_few_heaps_as_in_the_image(starter: Starter) -> None:
+    starter.start(sys.executable, "-c", "import os; print(f'MALLOC_ARENA_MAX={os.environ[\"MALLOC_ARENA_MAX\"]} ok')")
+    starter.await_line(" ok")
+    (image,) = (
+        line.strip() for line in (Path(__file__).parents[2] / "Dockerfile").read_text().splitlines() if "MALLOC" in line
+    )
+    assert starter.log.read_text().strip() == f"{image} ok"
+
+
 def test_a_child_runs_with_its_pid_in_the_file_and_its_output_in_the_log(starter: Starter) -> None:
     child = starter.start(*SLEEPER)
     starter.await_line("up")
