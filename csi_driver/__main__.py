@@ -123,6 +123,7 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
     from csi_driver.host.luks import LuksFiles
+    from csi_driver.host.reflink import ReflinkedFiles
     from csi_driver.telemetry.metrics import process
     from csi_driver.telemetry.pages import serving
 
@@ -136,10 +137,10 @@ def _storage(command: StorageCommand) -> int:
         )
 
     headers = LuksFiles()
-    if not headers.are_possible():
+    can_encrypt = headers.are_possible()
+    if not can_encrypt:
         _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
-        return serve(command.storage, LoopDevices(), beside=pages)
-    return serve(command.storage, LoopDevices(), headers, pages)
+    return serve(command.storage, LoopDevices(), headers if can_encrypt else None, pages, ReflinkedFiles())
 
 
 if __name__ == "__main__":

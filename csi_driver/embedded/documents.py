@@ -22,6 +22,11 @@ VOLUME_NOT_FOUND = 1543
 CLIENT_NOT_FOUND = 1608
 GROUP_NOT_FOUND = 16220
 
+# Of this manager alone; NVMesh has no such operations.
+SNAPSHOT_EXISTS, SNAPSHOT_NOT_FOUND, NOT_SUPPORTED, TOO_MANY_EXTENTS, NO_SNAPSHOT_SPACE = range(91001, 91006)
+SOURCE_BUSY, GROUP_MEMBER, NOT_FREEZABLE, SOURCE_NOT_USABLE, SNAPSHOT_GROUP_NOT_FOUND = range(91006, 91011)
+SMALLER_THAN_SOURCE, SOURCE_DIFFERS = 91011, 91012
+
 
 class ApiError(DriverError):
     """A refused operation; the API answers it with HTTP 200, `success: false` and `error.id`."""
@@ -128,8 +133,14 @@ GROUP_USAGE: Document = {"allowOverflow": True, "allocatedBlocks": 0, "reservedB
 """The use of a VPG's reserved space, which is empty."""
 
 
-def system_info(database_uuid: str) -> Document:
-    return {"version": VERSION, "APIVersion": API_VERSION, "dbUUID": database_uuid}
+def system_info(database_uuid: str, why_no_snapshots: str) -> Document:
+    features = {
+        "snapshots": not why_no_snapshots,
+        "groupSnapshots": False,
+        "changedBlocks": False,
+        "reason": why_no_snapshots,
+    }
+    return {"version": VERSION, "APIVersion": API_VERSION, "dbUUID": database_uuid, "features": features}
 
 
 def target_documents(settings: StorageSettings, total_blocks: int, available_blocks: int) -> list[Document]:

@@ -194,6 +194,8 @@ class Api:
     attacher: Attacher
     encryptions: Encryptions
     sessions: Sessions
+    why_no_snapshots: str
+    """ "" = the pool offers snapshots."""
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
@@ -342,7 +344,7 @@ class Api:
 
     def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
-        return documents.system_info(fact.value if fact else "")
+        return documents.system_info(fact.value if fact else "", self.why_no_snapshots)
 
 
 def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:

@@ -79,6 +79,16 @@ class Encryption:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The snapshot or volume that a volume was made from."""
+
+    kind: str
+    """snapshot or volume."""
+    name: str
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
     name: str
     uuid: str
@@ -98,6 +108,10 @@ class Volume:
     """Its file is on disk and may hold data: it must never be created again."""
     reservation: Reservation = field(default_factory=Reservation)
     encryption: Encryption | None = None
+    source: Source | None = None
+    """Its file is a reflink of the source's: an empty file must never be created for it."""
+    shared_blocks: int = 0
+    """Blocks that its file shared when it was made: writes to them take free space."""
 
     @property
     def blocks(self) -> int:
@@ -120,6 +134,59 @@ class Volume:
     def ready(self) -> bool:
         """False until its encryption is initialized: no client may attach it."""
         return self.encryption is None or self.encryption.initialized
+
+
+CUTTING, NO_ACTION, MARKED_FOR_DELETION = "cutting", "none", "markedForDeletion"
+"""Actions of a snapshot or group: not cut yet (nothing was promised), ready, being deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A volume's content at one moment: an immutable file."""
+
+    name: str
+    uuid: str
+    volume: str
+    volume_uuid: str
+    """The volume may be deleted."""
+    blocks: int
+    """Size of the volume at the cut."""
+    layout: Layout
+    given: Document
+    """Request fields that are only stored and shown."""
+    action: str = CUTTING
+    created: str = ""
+    """Time of the cut, RFC 3339 in UTC with microseconds; "" before it."""
+    source: Document = field(default_factory=dict)
+    """`given` of the volume, read after the cut."""
+    extents: int = 0
+    """Extents of the volume's file at the cut."""
+    reserved_blocks: int = 0
+    """Space that the pool keeps for it: writes to the volume copy what both share."""
+    group: str | None = None
+    """Uuid of its group."""
+    encryption: Encryption | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * BLOCK_SIZE
+
+    @property
+    def is_ready(self) -> bool:
+        return self.action == NO_ACTION
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotGroup:
+    """Snapshots of several volumes at one moment."""
+
+    name: str
+    uuid: str
+    members: tuple[str, ...]
+    """Names of the snapshots."""
+    given: Document
+    action: str = CUTTING
+    created: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,23 +260,29 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Allocated blocks of all volumes; updated with each change and verified at start."""
+    """Allocated blocks of all volumes and snapshots; updated with each change and verified at start."""
 
     volumes: int = 0
     data: int = 0
     redundancy: int = 0
+    snapshots: int = 0
+    """Reserved blocks of the snapshots."""
 
     @property
     def allocated(self) -> int:
-        return self.data + self.redundancy
+        return self.data + self.redundancy + self.snapshots
 
     def with_volume(self, volume: Volume, sign: int = 1) -> Totals:
         """Return the totals with the volume added, or removed for sign -1."""
-        return Totals(
-            self.volumes + sign,
-            self.data + sign * volume.blocks,
-            self.redundancy + sign * volume.layout.redundancy_of(volume.blocks),
+        return replace(
+            self,
+            volumes=self.volumes + sign,
+            data=self.data + sign * volume.blocks,
+            redundancy=self.redundancy + sign * volume.layout.redundancy_of(volume.blocks),
         )
+
+    def with_snapshot(self, snapshot: Snapshot, sign: int = 1) -> Totals:
+        return replace(self, snapshots=self.snapshots + sign * snapshot.reserved_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +298,13 @@ class Table(Generic[R]):
     """A kind of record and its name in the database.
 
     `former`: fields that have no reader any more, written for an earlier version that a rollback brings back. Fields
-    that only earlier versions had are ignored.
+    that only earlier versions had are ignored. `index`: the field by whose value the records can be listed, "" = none.
     """
 
     name: str
     kind: type[R]
     former: Document = field(default_factory=dict)
+    index: str = ""
 
     @cached_property
     def _adapter(self) -> TypeAdapter[R]:
@@ -251,4 +325,8 @@ ATTACHMENTS = Table("attachments", Attachment, {"attachments_version": 1})
 REPORTS = Table("reports", Report, {"attachments_version": 1, "version": 1, "report_id": 1})
 TOTALS = Table("totals", Totals)
 FACTS = Table("facts", Fact)
-TABLES: tuple[Table[Any], ...] = (VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS)
+SNAPSHOTS = Table("snapshots", Snapshot, index="volume_uuid")
+SNAPSHOT_GROUPS = Table("snapshotGroups", SnapshotGroup)
+TABLES: tuple[Table[Any], ...] = (
+    VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS, SNAPSHOTS, SNAPSHOT_GROUPS,
+)  # fmt: skip

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool: a directory with a sparse file for each volume, and the allocation of its space.
+"""The pool: a directory with a sparse file for each volume and snapshot, and the allocation of its space.
 
-Space is allocated in the change that records a volume or an extension, so it is never allocated twice. The free
-capacity is the smaller of the unallocated bytes of the pool and of the free bytes of its filesystem, less the reserve
-and less the allocated bytes that are not written yet.
+Space is allocated in the change that records a volume, an extension or a snapshot, so it is never allocated twice. The
+free capacity is the smaller of the unallocated bytes of the pool and of the free bytes of its filesystem, less the
+reserve and less the allocated bytes that are not written yet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sys
@@ -20,11 +21,15 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
 from csi_driver.embedded.model import FACTS, TOTALS, VOLUMES, Fact, Totals, Volume
-from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.settings import Reflinks, StorageSettings
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import HostFailure, InvalidRequest, PreconditionFailed, SystemCallFailed
 
 _SUFFIX = ".img"
+_CUTTING = ".cutting"
+"""Ends the name of a reflink that is not complete."""
+NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""Errors of a filesystem without space."""
 _SIZE = "size_bytes"
 _FEW = 256
 """Number of files that are scanned each time: it takes some milliseconds."""
@@ -60,10 +65,37 @@ class NoSpace(Exception):
     """An allocation does not fit."""
 
 
-class Pool:
-    """The files of a pool directory. It removes no file without a request."""
+@dataclass(slots=True)
+class _DirectorySync:
+    path: Path
+    asked: int = 0
+    """Number of the last request to sync."""
+    _synced: int = 0
+    """Number of the last request that a sync did."""
+    _asking: threading.Lock = field(default_factory=threading.Lock)
+    _syncing: threading.Lock = field(default_factory=threading.Lock)
 
-    def __init__(self, directory: Path, *, preallocate: bool = False) -> None:
+    def sync(self) -> None:
+        """Sync the directory's entries of now; one fsync does for all that wait when it begins."""
+        with self._asking:
+            self.asked += 1
+            mine = self.asked
+        with self._syncing:
+            if self._synced >= mine:
+                return
+            begun = self.asked
+            with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+                os.fsync(descriptor)
+            self._synced = begun
+
+
+class Pool:
+    """The files of a pool directory. It removes no file without a request.
+
+    `why_no_reflinks`: why the filesystem cannot make reflinks, "" when it can.
+    """
+
+    def __init__(self, directory: Path, *, preallocate: bool = False, reflinks: Reflinks | None = None) -> None:
         """Create the directory if missing and take its lock. Raises PoolInUse, SystemCallFailed."""
         try:
             self._open(directory)
@@ -71,16 +103,18 @@ class Pool:
             what, file = f"open the pool {directory}", problem.filename or ""
             raise SystemCallFailed(what, problem.errno or 0, file) from problem
         self._preallocate = preallocate
-        self._asking, self._syncing = threading.Lock(), threading.Lock()
-        self._asked = self._synced = 0
-        """Number of the last request to sync the directory, and of the last one that a sync did."""
+        self._syncs = {path: _DirectorySync(path) for path in (self.volumes, self.snapshots)}
+        self._reflinks = reflinks
+        self.why_no_reflinks = self._probed(reflinks)
 
     def _open(self, directory: Path) -> None:
         self.directory = directory.resolve()
         self.volumes = self.directory / "volumes"
+        self.snapshots = self.directory / "snapshots"
         self.database = self.directory / "manager.sqlite"
         self.password = self.directory / "password"
-        self.volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (self.volumes, self.snapshots):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,6 +129,9 @@ class Pool:
 
     def file(self, identity: str) -> Path:
         return self.volumes / f"{identity}{_SUFFIX}"
+
+    def snapshot_file(self, identity: str) -> Path:
+        return self.snapshots / f"{identity}{_SUFFIX}"
 
     def free_bytes(self) -> int:
         with _named(f"look at the file system of {self.volumes}"):
@@ -140,8 +177,7 @@ class Pool:
         """
         path = self.file(identity)
         with _named(f"make {path} of {size_bytes} bytes"):
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
+            with _opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
                 if os.fstat(descriptor).st_size < size_bytes:
                     if self._preallocate:
                         os.posix_fallocate(descriptor, 0, size_bytes)
@@ -149,31 +185,106 @@ class Pool:
                         os.ftruncate(descriptor, size_bytes)
                 if synced:
                     os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             if synced:
-                self._sync_directory()
+                self._syncs[self.volumes].sync()
 
     def remove(self, identity: str) -> None:
         """Remove the file; a missing one is success."""
         with _named(f"remove {self.file(identity)}"):
             self.file(identity).unlink(missing_ok=True)
 
-    def _sync_directory(self) -> None:
-        """Sync the directory's entries of now; one fsync does for all that wait when it begins."""
-        with self._asking:
-            self._asked += 1
-            mine = self._asked
-        with self._syncing:
-            if self._synced >= mine:
-                return
-            begun = self._asked
-            descriptor = os.open(self.volumes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def sync(self, file: Path) -> None:
+        """Write out what is cached of a file, so that a reflink of it, which holds up its writers, is short."""
+        with _named(f"sync {file}"), _opened(file, os.O_RDONLY) as descriptor:
+            os.fsync(descriptor)
+
+    def count_extents(self, file: Path) -> int:
+        """Return how many extents a file has: a reflink takes time for each. Raises SystemCallFailed."""
+        with _named(f"count the extents of {file}"), _opened(file, os.O_RDONLY) as descriptor:
+            return self._able().count_extents(descriptor)
+
+    def reflink(self, source: Path, target: Path, size_bytes: int, *, mode: int = 0o600) -> int:
+        """Make `target` a file of at least this length that shares the blocks of `source`; return its bytes on disk.
+
+        The content is that of one moment. At any time `target` is absent, an older file, or complete and on disk. The
+        caller holds the locks of both. Raises SystemCallFailed, also where reflinks are not possible.
+        """
+        temporary = target.with_name(f"{target.name}{_CUTTING}")
+        reflinks = self._able()
+        with _named(f"reflink {source} to {target}"):
+            temporary.unlink(missing_ok=True)  # of a crash
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            self._synced = begun
+                with (
+                    _opened(source, os.O_RDONLY) as origin,
+                    _opened(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR) as made,
+                ):
+                    reflinks.clone(origin, made)
+                    if os.fstat(made).st_size < size_bytes:
+                        os.ftruncate(made, size_bytes)
+                    os.fchmod(made, mode)
+                    os.fsync(made)
+                    occupied_bytes = os.fstat(made).st_blocks * 512
+                os.rename(temporary, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+            self._syncs[target.parent].sync()
+        return occupied_bytes
+
+    def _able(self) -> Reflinks:
+        if self._reflinks is None or self.why_no_reflinks:
+            raise SystemCallFailed(f"reflink in {self.directory}", errno.EOPNOTSUPP, self.why_no_reflinks)
+        return self._reflinks
+
+    def _probed(self, reflinks: Reflinks | None) -> str:
+        """Return why two files in the pool cannot share blocks, or their extents cannot be told; "" when both work."""
+        if reflinks is None:
+            return "the storage manager runs without reflinks"
+        try:
+            with _scratch(self.snapshots) as source, _scratch(self.volumes) as target:
+                has_data = _write_probe(source)
+                reflinks.clone(source, target)
+                if has_data:
+                    os.pwrite(target, b"changed", 0)
+                    is_right = os.pread(source, 7, 0) == _PROBE[:7] and os.pread(target, 7, 7) == _PROBE[7:14]
+                    if not is_right or reflinks.count_extents(source) < 1:
+                        return f"the filesystem of {self.directory} answers FICLONE or FIEMAP wrongly"
+        except (OSError, SystemCallFailed) as problem:
+            return (
+                f"the filesystem of {self.directory} has no reflinks ({problem}); expected xfs with reflink=1 or btrfs"
+            )
+        return ""
+
+
+_PROBE = bytes(range(1, 129)) * (2 * BLOCK_SIZE // 128)
+
+
+def _write_probe(descriptor: int) -> bool:
+    """Write the file of the probe to disk; False on a full filesystem, where an empty file must do."""
+    try:
+        os.pwrite(descriptor, _PROBE, 0)
+        os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno not in NO_SPACE:
+            raise
+        os.ftruncate(descriptor, 0)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _scratch(directory: Path) -> contextlib.AbstractContextManager[int]:
+    """Open a file without a name."""
+    return _opened(directory, os.O_TMPFILE | os.O_RDWR)
 
 
 @contextlib.contextmanager

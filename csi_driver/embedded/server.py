@@ -25,7 +25,7 @@ from csi_driver.embedded.http import Api, Password, Sessions
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Allocator, Pool, VolumeLocks
-from csi_driver.embedded.settings import LoopDevices, LuksHeaders, StorageSettings
+from csi_driver.embedded.settings import LoopDevices, LuksHeaders, Reflinks, StorageSettings
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
@@ -44,16 +44,22 @@ _PUBLIC_PATH = "/login"
 class StorageServer:
     """A storage manager on one pool. `start` serves in a thread, `run` in the caller's."""
 
-    def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
+    def __init__(
+        self,
+        settings: StorageSettings,
+        loops: LoopDevices,
+        headers: LuksHeaders | None = None,
+        reflinks: Reflinks | None = None,
+    ) -> None:
         """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
-        Without `headers` no volume can be encrypted by the storage.
+        Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots.
         """
         self.settings = settings
         for client in settings.clients:
             _check_device_directory(client.device_directory)
         tls = _certificate(settings)
-        self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate)
+        self.pool = Pool(settings.pool_directory, preallocate=settings.preallocate, reflinks=reflinks)
         with contextlib.ExitStack() as undo:
             undo.callback(self.pool.close)
             listener = _bound(settings)
@@ -83,7 +89,15 @@ class StorageServer:
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.sessions = Sessions(settings, self.password)
         self.api = Api(
-            settings, store, self.allocator, volumes, self.clients, self.attacher, self.encryptions, self.sessions
+            settings,
+            store,
+            self.allocator,
+            volumes,
+            self.clients,
+            self.attacher,
+            self.encryptions,
+            self.sessions,
+            pool.why_no_reflinks,
         )
 
     def recover(self) -> None:
@@ -198,9 +212,10 @@ def serve(
     loops: LoopDevices,
     headers: LuksHeaders | None = None,
     beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+    reflinks: Reflinks | None = None,
 ) -> int:
     """Run the manager inside the context `beside(server)` until SIGTERM or SIGINT. Returns the exit status."""
-    server = StorageServer(settings, loops, headers)
+    server = StorageServer(settings, loops, headers, reflinks)
     try:
         with beside(server):
             server.run(lambda: _announce(server))

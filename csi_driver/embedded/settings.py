@@ -196,3 +196,15 @@ class LuksHeaders(Protocol):
         Slots count from 0.
         """
         ...
+
+
+class Reflinks(Protocol):
+    """Files that share their blocks. Raises SystemCallFailed where the filesystem refuses."""
+
+    def clone(self, source_fd: int, target_fd: int) -> None:
+        """Make the target share all blocks of the source: the source's content at one moment (FICLONE)."""
+        ...
+
+    def count_extents(self, fd: int) -> int:
+        """Return the number of extents of a file (FIEMAP), after its writes have got their blocks."""
+        ...

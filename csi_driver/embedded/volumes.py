@@ -7,7 +7,6 @@ no acknowledged change. The start completes interrupted operations.
 
 from __future__ import annotations
 
-import errno
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from csi_driver.embedded.model import (
     Encryption,
     Volume,
 )
-from csi_driver.embedded.pool import Allocator, NoSpace, Pool, VolumeLocks
+from csi_driver.embedded.pool import NO_SPACE, Allocator, NoSpace, Pool, VolumeLocks
 from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change, Store
@@ -34,7 +33,6 @@ from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
-_NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _CLASSES = (
     ("disk_classes", "diskClasses", 1512, "Drive class not found"),
     ("server_classes", "serverClasses", 1513, "Target class not found"),
@@ -66,7 +64,7 @@ class Volumes:
             # The row goes last, as in a deletion: if the file cannot be removed, the volume stays and is usable.
             self.pool.remove(volume.uuid)
             self.store.write(lambda change: self._forget(change, volume.name, volume.uuid))
-            refusal = _not_allocated if problem.errno in _NO_SPACE else _not_saved
+            refusal = _not_allocated if problem.errno in NO_SPACE else _not_saved
             raise refusal(str(problem)) from problem
         self.finish_creation(volume.name)
         current = self.store.get(VOLUMES, volume.name)
@@ -212,7 +210,7 @@ class Volumes:
                 self.pool.make(item.uuid, volume.bytes, synced=True)
             except SystemCallFailed as problem:
                 self.store.write(lambda change: self._undo_extension(change, before))
-                number = 1675 if problem.errno in _NO_SPACE else 500
+                number = 1675 if problem.errno in NO_SPACE else 500
                 raise _not_extended(number, f"extension create failed: {problem}") from problem
         self.finish_extension(item.id)
 

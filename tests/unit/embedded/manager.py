@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from csi_driver.embedded.connections import HttpRequest
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, StorageSettings
+from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, Reflinks, StorageSettings
 from tests.storage_switches import Switches, retry_client
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 
@@ -42,8 +42,14 @@ def settings_in(directory: Path, **changes: Json) -> StorageSettings:
 class Manager:
     """One manager; `loops` is the kernel, which outlives it."""
 
-    def __init__(self, settings: StorageSettings, loops: LoopDevices, headers: LuksHeaders | None = None) -> None:
-        self.server = StorageServer(settings, loops, headers)
+    def __init__(
+        self,
+        settings: StorageSettings,
+        loops: LoopDevices,
+        headers: LuksHeaders | None = None,
+        reflinks: Reflinks | None = None,
+    ) -> None:
+        self.server = StorageServer(settings, loops, headers, reflinks)
         self._switches = Switches(self.server)
         self._session = self.server.sessions.open(settings.user, self.server.password.path.read_text().strip())
 
@@ -151,9 +157,12 @@ def calls_of(name: str) -> Iterator[list[str]]:
 
 @contextmanager
 def running(
-    settings: StorageSettings, loops: LoopDevices | None = None, headers: LuksHeaders | None = None
+    settings: StorageSettings,
+    loops: LoopDevices | None = None,
+    headers: LuksHeaders | None = None,
+    reflinks: Reflinks | None = None,
 ) -> Iterator[Manager]:
-    manager = Manager(settings, loops or FakeLoopDevices(), headers)
+    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks)
     try:
         yield manager
     finally:

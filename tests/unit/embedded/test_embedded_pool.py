@@ -90,7 +90,7 @@ def test_files_that_are_made_at_once_share_a_sync_of_their_directory(
         first = threads.submit(pool.make, "first", MIB, synced=True)
         assert began.wait(60)
         rest = [threads.submit(pool.make, f"other-{number}", MIB, synced=True) for number in range(others)]
-        while pool._asked <= others:
+        while pool._syncs[pool.volumes].asked <= others:
             os.sched_yield()
         go_on.set()
         for each in (first, *rest):
