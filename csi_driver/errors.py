@@ -111,6 +111,11 @@ class VolumeNotFound(NotFound):
         super().__init__(f"volume {shown(volume_id)} does not exist" + (f": {detail}" if detail else ""))
 
 
+class SnapshotNotFound(NotFound):
+    def __init__(self, snapshot_id: str, detail: str = "") -> None:
+        super().__init__(f"snapshot {shown(snapshot_id)} does not exist" + (f": {detail}" if detail else ""))
+
+
 class NodeNotFound(NotFound):
     def __init__(self, node_id: str) -> None:
         super().__init__(f"node {shown(node_id)} is not registered in the storage management")

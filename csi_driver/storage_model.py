@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import IntEnum, StrEnum
 
 
@@ -49,6 +50,20 @@ LUKS_HEADER_BYTES = 16 << 20
 """Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
 
 
+class SourceKind(StrEnum):
+    SNAPSHOT = "snapshot"
+    VOLUME = "volume"
+
+
+@dataclass(frozen=True, slots=True)
+class ContentSource:
+    """The snapshot or volume, by its names in the storage, that a new volume is a copy of."""
+
+    kind: SourceKind
+    name: str
+    uuid: str
+
+
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
     """A volume to create, by a provisioning group or a layout. Parameters give it without name, capacity, metadata."""
@@ -69,6 +84,7 @@ class VolumeSpec:
     allow_offline_drives: bool | None = None
     encrypted_header_bytes: int = 0
     """Header size if the storage encrypts the volume; a provisioning group has its own."""
+    source: ContentSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +282,67 @@ class Vpg:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot of a volume. `created`: when it was cut, in UTC. `size_bytes`: size of the volume at that time."""
+
+    name: str
+    uuid: str
+    volume_name: str
+    volume_uuid: str
+    size_bytes: int
+    created: datetime
+    is_ready: bool = True
+    group_name: str | None = None
+    group_uuid: str | None = None
+    source_metadata: Mapping[str, object] = field(default_factory=dict)
+    """Metadata of the volume, read after the cut."""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    encryption: StorageEncryption | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotGroup:
+    """Snapshots of several volumes, cut together."""
+
+    name: str
+    uuid: str
+    created: datetime
+    snapshots: tuple[Snapshot, ...]
+    is_ready: bool = True
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NewMember:
+    """A snapshot to be cut, alone or as a member of a group."""
+
+    name: str
+    volume: Volume
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedRanges:
+    """Offset and length of ranges, ascending. `next_offset`: where the next page begins; None = this is the last."""
+
+    ranges: tuple[tuple[int, int], ...]
+    next_offset: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the storage offers beside volumes. `reason`: why there are no snapshots; it names the engine."""
+
+    snapshots: bool = False
+    group_snapshots: bool = False
+    changed_blocks: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SystemInfo:
     version: str
     api_version: str
     cluster_id: str
+    features: Features = Features()

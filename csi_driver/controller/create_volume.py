@@ -81,6 +81,10 @@ class CreateVolume:
 
         Raises `StorageUnavailable` or `OperationPending` whenever an earlier call left the volume, or may have.
         """
+        if request.source is not None:
+            raise InvalidRequest(
+                "volume_content_source: expected none, as clones and restores are not supported; remove the data source"
+            )
         check_capabilities(request.capabilities)
         parameters = parse(with_mutable(request.parameters, request.mutable_parameters), request.capabilities)
         parameters.encryption.check_access(request.capabilities)

@@ -12,9 +12,14 @@ from csi_driver.model import Capability, CapacityRange, Segments
 from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
+    ChangedRanges,
     Client,
     Deletion,
+    NewMember,
     ReservationMode,
+    Snapshot,
+    SnapshotGroup,
+    SourceKind,
     SystemInfo,
     Volume,
     VolumeChanges,
@@ -32,6 +37,14 @@ class TopologyRequirement:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestedSource:
+    """The CSI id of the snapshot or volume that a new volume is to be a copy of."""
+
+    kind: SourceKind
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CreateRequest:
     name: str
     capacity: CapacityRange
@@ -40,6 +53,7 @@ class CreateRequest:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     topology: TopologyRequirement | None = None
     mutable_parameters: Mapping[str, str] = field(default_factory=dict)
+    source: RequestedSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,8 @@ class Management(Protocol):
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> Volume | str | None:
         """Return the volume, or its uuid alone; None if the name is in use.
 
-        Raises `Exhausted` without space, `OperationPending` while space is being reclaimed.
+        Raises `Exhausted` without space, `OperationPending` while space is being reclaimed. With `spec.source` also
+        `NotFound`, `CapacityOutOfRange` (smaller than its source), `PreconditionFailed`.
         """
 
     def extend_volume(self, volume: Volume, capacity_gb: float, *, deadline: Deadline) -> None:
@@ -155,6 +170,46 @@ class Management(Protocol):
 
     def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
         """Return the free bytes with redundancy; None if `allowed` names unknown things. At most three requests."""
+
+    # Only where `system_info` has the feature.
+
+    def snapshot(self, name: str, *, deadline: Deadline) -> Snapshot | None:
+        """Return the snapshot with this name, or None; one that is not ready is not cut yet."""
+
+    def snapshots(
+        self, *, after: str, limit: int, volume_uuid: str | None = None, deadline: Deadline
+    ) -> Iterator[Snapshot]:
+        """Return up to `limit` (0 = all) snapshots with names above `after`, sorted by name, of one volume or all."""
+
+    def create_snapshot(
+        self, name: str, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline
+    ) -> Snapshot:
+        """Cut a snapshot; the same name and volume again is the same snapshot.
+
+        Raises `ExistsDifferently`, `VolumeNotFound`, `Exhausted`, `OperationPending`, `PreconditionFailed`.
+        """
+
+    def delete_snapshot(self, name: str, uuid: str, *, deadline: Deadline) -> None:
+        """Delete the snapshot, if it exists. Raises `InvalidRequest` for a member of a group."""
+
+    def snapshot_group(self, name: str, *, deadline: Deadline) -> SnapshotGroup | None:
+        """Return the group with all its snapshots, or None."""
+
+    def create_snapshot_group(
+        self, name: str, members: Sequence[NewMember], metadata: Mapping[str, object], *, deadline: Deadline
+    ) -> SnapshotGroup:
+        """Cut snapshots of several volumes at one moment; repeated, and raising, as `create_snapshot`."""
+
+    def delete_snapshot_group(self, name: str, uuid: str, *, deadline: Deadline) -> None:
+        """Delete the group and its snapshots, if it exists."""
+
+    def changed_ranges(
+        self, target: Snapshot, base: Snapshot | None, *, offset: int, count: int, deadline: Deadline
+    ) -> ChangedRanges:
+        """Return up to `count` ranges from `offset` in which `target` differs from `base`, or holds data (None).
+
+        Raises `NotFound` if either does not exist any more.
+        """
 
 
 class Clusters(Protocol):

@@ -7,25 +7,38 @@ change carries one object, because the API promises no order of several in a res
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
 from csi_driver import storage_model
 from csi_driver.capacity import GIGABYTE, least_extension_bytes
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
-from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, OutcomeUnknown, VolumeNotFound
+from csi_driver.errors import (
+    CapacityOutOfRange,
+    InvalidRequest,
+    OperationPending,
+    OutcomeUnknown,
+    VolumeNotFound,
+)
 from csi_driver.management import codec, free_capacity
 from csi_driver.management.failover import ManagementServers
-from csi_driver.management.failures import Meaning, NotLarger, Operation, error_in, failure_of, meaning_of
+from csi_driver.management.failures import Meaning, NotLarger, Operation, failure_of
+from csi_driver.management.requests import SORTED, Change, payload_of, projection, taken
 from csi_driver.management.settings import ManagementSettings
-from csi_driver.management.transport import Request
+from csi_driver.management.snapshots import SnapshotRequests
 from csi_driver.model import is_uuid, is_volume_name
-from csi_driver.storage_model import ALL_DRIVES, AllowedDrives, Client, Deletion, Volume, VolumeOnClient, VolumeSpec
+from csi_driver.storage_model import (
+    ALL_DRIVES,
+    AllowedDrives,
+    Client,
+    Deletion,
+    Volume,
+    VolumeOnClient,
+    VolumeSpec,
+)
 from csi_driver.telemetry.metrics import ManagementMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -35,46 +48,26 @@ _VPG_NAME = re.compile(r"[\w+=-]{1,100}", re.ASCII)
 _ROUTES = frozenset({"all", "count", "ids", "combinedStatus"})
 """Routes like `/volumes/<name>` and `/clients/<id>`: an object with such a name is found only through a list."""
 
+_SUMMARY_PROJECTION = projection(codec.SUMMARY_FIELDS)
+_VOLUME_PROJECTION = projection(codec.VOLUME_FIELDS)
+_CLIENT_PROJECTION = projection((*codec.CLIENT_FIELDS, "attachments", "block_devices"))
+_DESIRED_PROJECTION = projection((*codec.CLIENT_FIELDS, "attachments"))
+_TARGET_PROJECTION = projection(free_capacity.TARGET_FIELDS)
+_CLASS_PROJECTION = projection(free_capacity.CLASS_FIELDS)
 
-def _quoted_json(value: object) -> str:
-    return quote(json.dumps(value, separators=(",", ":")), safe="")
-
-
-def _projection(fields: tuple[str, ...]) -> str:
-    return "projection=" + _quoted_json(dict.fromkeys(fields, 1))
-
-
-_SORTED = "sort=" + _quoted_json({"_id": 1})
-_SUMMARY_PROJECTION = _projection(codec.SUMMARY_FIELDS)
-_VOLUME_PROJECTION = _projection(codec.VOLUME_FIELDS)
-_CLIENT_PROJECTION = _projection((*codec.CLIENT_FIELDS, "attachments", "block_devices"))
-_DESIRED_PROJECTION = _projection((*codec.CLIENT_FIELDS, "attachments"))
-_TARGET_PROJECTION = _projection(free_capacity.TARGET_FIELDS)
-_CLASS_PROJECTION = _projection(free_capacity.CLASS_FIELDS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """How an operation is sent. `accepted`: meaning of an error that is a result."""
-
-    path: str
-    accepted: Meaning | None = None
-    is_repeatable: bool = False
-    is_secret: bool = False
-
-
-_CHANGES: Mapping[Operation, _Change] = {
-    Operation.CREATE: _Change("/volumes/save", accepted=Meaning.EXISTS),
-    Operation.EXTEND: _Change("/volumes/extend"),
-    Operation.DELETE: _Change("/volumes/delete", accepted=Meaning.VOLUME_ABSENT, is_repeatable=True),
-    Operation.UPDATE: _Change("/volumes/update"),
-    Operation.ENCRYPT: _Change("/volumes/initEncryption", accepted=Meaning.IN_PROGRESS, is_secret=True),
-    Operation.ATTACH: _Change("/clients/attach"),
-    Operation.DETACH: _Change("/clients/detach"),
+_CHANGES: Mapping[Operation, Change] = {
+    Operation.CREATE: Change("/volumes/save", accepted=Meaning.EXISTS),
+    Operation.CLONE: Change("/clones/save", accepted=Meaning.EXISTS),
+    Operation.EXTEND: Change("/volumes/extend"),
+    Operation.DELETE: Change("/volumes/delete", accepted=Meaning.VOLUME_ABSENT, is_repeatable=True),
+    Operation.UPDATE: Change("/volumes/update"),
+    Operation.ENCRYPT: Change("/volumes/initEncryption", accepted=Meaning.IN_PROGRESS, is_secret=True),
+    Operation.ATTACH: Change("/clients/attach"),
+    Operation.DETACH: Change("/clients/detach"),
 }
 
 
-class ManagementClient:
+class ManagementClient(SnapshotRequests):
     """Client of one storage cluster's management. Thread-safe; close it after use."""
 
     def __init__(
@@ -84,7 +77,7 @@ class ManagementClient:
             raise InvalidRequest("; ".join(problems))
         for warning in settings.warnings():
             _LOG.warning("%s", warning)
-        self._servers = ManagementServers(settings, clock, metrics)
+        super().__init__(ManagementServers(settings, clock, metrics))
 
     def close(self) -> None:
         self._servers.close()
@@ -104,8 +97,8 @@ class ManagementClient:
 
     def volumes(self, *, after: str, limit: int, deadline: Deadline) -> Iterator[storage_model.VolumeSummary]:
         above = {"_id": {"$gt": after}} if after else None
-        rows = self._list("volumes", deadline, f"{_SORTED}&{_SUMMARY_PROJECTION}", above, limit)
-        return map(codec.decode_summary, _taken(rows))
+        rows = self._list("volumes", deadline, f"{SORTED}&{_SUMMARY_PROJECTION}", above, limit)
+        return map(codec.decode_summary, taken(rows))
 
     def client(self, client_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
         if not _CLIENT_ID.fullmatch(client_id):
@@ -157,7 +150,8 @@ class ManagementClient:
         A volume that exists then counts as an existing one, which the caller compares. Should the first request still
         be executed after the second, the name keeps it to one volume.
         """
-        send = partial(self._post, Operation.CREATE, [codec.encode_spec(spec)], spec, deadline)
+        operation = Operation.CREATE if spec.source is None else Operation.CLONE
+        send = partial(self._post, operation, [codec.encode_spec(spec)], spec, deadline)
         try:
             envelope = send()
         except OutcomeUnknown:
@@ -169,7 +163,7 @@ class ManagementClient:
             envelope = send()
         if envelope is None:
             return None
-        if document := _payload(envelope).get("volume"):
+        if document := payload_of(envelope).get("volume"):
             return codec.decode_volume(document)
         uuid = envelope.get("uuid")
         return uuid if isinstance(uuid, str) and is_uuid(uuid) else None
@@ -207,7 +201,7 @@ class ManagementClient:
         envelope = self._post(Operation.DELETE, [item], volume, deadline)
         if envelope is None:
             return Deletion.NOT_FOUND
-        return Deletion.DONE if _payload(envelope).get("volume", volume) is None else Deletion.BEGUN
+        return Deletion.DONE if payload_of(envelope).get("volume", volume) is None else Deletion.BEGUN
 
     def set_metadata(self, volume: Volume, metadata: Mapping[str, object], *, deadline: Deadline) -> None:
         self._update(volume, {"metadata": dict(metadata)}, deadline)
@@ -261,17 +255,8 @@ class ManagementClient:
         A volume not found is looked up: the error may mean a pending operation, and callers take absence as final.
         """
         change = _CHANGES[operation]
-        content = json.dumps(body, allow_nan=False).encode()
-        request = Request("POST", change.path, content, change.is_repeatable, change.is_secret)
-        answer = self._servers.send(request, deadline)
-        # A request that is rejected as a whole has one envelope as its answer, any other a list.
-        first = answer[0] if isinstance(answer, list) and answer else answer
-        envelope = codec.as_document(first, f"a request to {operation}")
-        if "success" not in envelope and "error" not in envelope:
-            raise codec.invalid_document(envelope, f"a request to {operation} with neither `success` nor `error`")
-        error = error_in(envelope)
-        meaning = Meaning.DONE if error is None else meaning_of(operation, error)[0]
-        if error is None or meaning is Meaning.DONE:
+        envelope, error, meaning = self._send(operation, change, body, deadline)
+        if error is None:
             return envelope
         if meaning is change.accepted:
             return None
@@ -281,7 +266,11 @@ class ManagementClient:
                 f"volume {volume.name} exists, but the management did not find it to {operation} it: it has a pending "
                 "operation; retry"
             )
-        vpg = volume.vpg if isinstance(volume, VolumeSpec) else None
+        vpg = source = None
+        if isinstance(volume, VolumeSpec):
+            vpg, source = volume.vpg, volume.source
+            if source is not None and meaning in (Meaning.VOLUME_ABSENT, Meaning.SNAPSHOT_ABSENT):
+                raise failure_of(operation, error, volume=source.name, snapshot=source.name)
         raise failure_of(operation, error, volume=volume.name, client=client, vpg=vpg or "")
 
     def _require_same(self, volume: Volume, deadline: Deadline) -> Volume:
@@ -293,54 +282,17 @@ class ManagementClient:
             raise VolumeNotFound(volume.name, f"expected uuid {volume.uuid}, got {current.uuid} for this name")
         return current
 
-    def _read(self, path: str, deadline: Deadline, absent: Meaning | None = None) -> codec.Document:
-        body = codec.as_document(self._servers.send(Request("GET", path), deadline), "a document")
-        # A document may have a field `error` without being an envelope.
-        error = error_in(body) if "success" in body or "systemMessage" in body else None
-        if error is None:
-            if absent is not None and not body:  # an object that is not found has an error instead
-                raise codec.invalid_document(body, f"GET {path} with an empty document")
-            return body
-        if meaning_of(Operation.READ, error)[0] is absent:
-            return {}
-        raise failure_of(Operation.READ, error)
-
-    def _list(
-        self, collection: str, deadline: Deadline, options: str, condition: object = None, limit: int = 0
-    ) -> list[codec.Document]:
-        # Always page 0: a page begins after the last `_id` of the previous one, which concurrent changes do not shift.
-        path = f"/{collection}/all/0/{limit}?{options}"
-        if condition is not None:
-            path += "&filter=" + _quoted_json(condition)
-        body = self._servers.send(Request("GET", path), deadline)
-        if isinstance(body, dict) and (error := error_in(body)):
-            raise failure_of(Operation.READ, error)
-        return codec.as_documents(body, f"a list of {collection}")
-
     def _clients(
         self, condition: object, only: str | None, deadline: Deadline, *, with_devices: bool = True
     ) -> list[Client]:
-        options = f"{_SORTED}&{_CLIENT_PROJECTION if with_devices else _DESIRED_PROJECTION}"
+        options = f"{SORTED}&{_CLIENT_PROJECTION if with_devices else _DESIRED_PROJECTION}"
         if only is not None:
             options = options.replace("attachments", f"attachments.{quote(only, safe='')}")
         return [codec.decode_client(row, only) for row in self._list("clients", deadline, options, condition)]
 
 
-def _taken(rows: list[codec.Document]) -> Iterator[codec.Document]:
-    """Yield the rows in order and drop each: a list of thousands is never in memory in two forms."""
-    rows.reverse()
-    while rows:
-        yield rows.pop()
-
-
-def _payload(envelope: codec.Document) -> codec.Document:
-    """Return the state after a change. NVMesh's responses have none; see `csi_driver.embedded.http`."""
-    payload = envelope.get("payload")
-    return payload if isinstance(payload, dict) else {}
-
-
 def _state_after(envelope: codec.Document | None, client: Client, volume: Volume) -> VolumeOnClient | None:
-    payload = _payload(envelope or {})
+    payload = payload_of(envelope or {})
     if not (payload.get("volume") and payload.get("client")):
         return None
     after = VolumeOnClient(codec.decode_volume(payload["volume"]), codec.decode_client(payload["client"], volume.uuid))

@@ -42,6 +42,9 @@ VOLUME_FIELDS = (
 CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status")
 """Projection of clients, with `block_devices`, and either `attachments` or `attachments.` and the uuid of a volume."""
 
+NVMESH_FEATURES = storage_model.Features(reason="NVMesh's management API has no snapshots that CSI can use")
+"""Its system information does not speak of features."""
+
 _RAID_LEVELS: Mapping[str, storage_model.RaidLevel] = {
     **{level.value.lower(): level for level in storage_model.RaidLevel},
     "lvm/jbod": storage_model.RaidLevel.CONCATENATED,
@@ -112,17 +115,17 @@ _Summary: TypeAlias = tuple[
 def _summary(row: Document) -> _Summary:
     """Return the fields of `VolumeSummary`, in their order."""
     return (
-        _text(row, "_id", "name"),
-        _text(row, "uuid"),
-        _natural(row, "blocks"),
-        _natural(row, "blockSize"),
+        text_of(row, "_id", "name"),
+        text_of(row, "uuid"),
+        natural_of(row, "blocks"),
+        natural_of(row, "blockSize"),
         float(row.get("capacity") or 0.0),
         str(row.get("status") or ""),
         str(row.get("action") or ""),
         str(row.get("health") or ""),
         row.get("isReserved") is True,
-        _encryption(row),
-        _object(row.get("metadata") or row.get(METADATA_FIELD) or {}, "metadata"),
+        encryption_of(row),
+        object_of(row.get("metadata") or row.get(METADATA_FIELD) or {}, "metadata"),
     )
 
 
@@ -136,8 +139,8 @@ def decode_client(row: Document, only: str | None = None) -> storage_model.Clien
         desired = (_desired(uuid, entry) for uuid, entry in entries.items())
         reports = (_report(report) for report in devices if not report.get("is_hidden"))
         return storage_model.Client(
-            id=_text(row, "_id", "clientID"),
-            uuid=_text(row, "uuid"),
+            id=text_of(row, "_id", "clientID"),
+            uuid=text_of(row, "uuid"),
             status=_CLIENT_STATUSES.get(row.get("client_status"), storage_model.ClientStatus.UNKNOWN),
             desired={entry.volume_uuid: entry for entry in desired},
             devices={report.volume_uuid: report for report in reports},
@@ -149,7 +152,7 @@ def decode_client(row: Document, only: str | None = None) -> storage_model.Clien
 def decode_vpg(row: Document) -> storage_model.Vpg:
     try:
         return storage_model.Vpg(
-            name=_text(row, "name", "_id"),
+            name=text_of(row, "name", "_id"),
             layout=_layout(row),
             capacity_bytes=gigabytes(row.get("capacity") or 0),
             allow_overflow=row.get("allowOverflow") is not False,
@@ -174,7 +177,16 @@ def decode_system_info(row: Document) -> storage_model.SystemInfo:
         version=str(version or ""),
         api_version="" if api_version is None else str(api_version),
         cluster_id=str(row.get("dbUUID") or ""),
+        features=_features(row),
     )
+
+
+def _features(row: Document) -> storage_model.Features:
+    told = row.get("features")
+    if not isinstance(told, dict):
+        return NVMESH_FEATURES
+    snapshots, groups, changes = (told.get(key) is True for key in ("snapshots", "groupSnapshots", "changedBlocks"))
+    return storage_model.Features(snapshots, groups, changes, str(told.get("reason") or ""))
 
 
 def gigabytes(value: object) -> int:
@@ -207,12 +219,12 @@ def _reservation(row: Document) -> storage_model.Reservation:
     )
 
 
-def _encryption(row: Document) -> storage_model.StorageEncryption | None:
+def encryption_of(row: Document) -> storage_model.StorageEncryption | None:
     if row.get("isEncrypted") is not True:
         return None
-    state = _object(row.get("encryption") or {}, "encryption")
-    command = _object(state.get("command") or {}, "encryption.command")
-    response = _object(command.get("response") or {}, "encryption.command.response")
+    state = object_of(row.get("encryption") or {}, "encryption")
+    command = object_of(state.get("command") or {}, "encryption.command")
+    response = object_of(command.get("response") or {}, "encryption.command.response")
     return storage_model.StorageEncryption(
         header_bytes=_header_bytes(row),
         is_initialized=state.get("isInitialized") is True,
@@ -249,7 +261,7 @@ def _desired(uuid: str, entry: Document) -> storage_model.DesiredAttachment:
 def _report(report: Document) -> storage_model.DeviceReport:
     references = report.get("referenceIDs")
     return storage_model.DeviceReport(
-        volume_uuid=_text(report, "uuid"),
+        volume_uuid=text_of(report, "uuid"),
         volume_name=str(report.get("name") or ""),
         status=_DEVICE_STATUSES.get(report.get("vol_status"), storage_model.DeviceStatus.OTHER),
         io_enabled=report.get("ioEnabled") in (1, True),
@@ -262,7 +274,7 @@ def _mode(holder: Document) -> storage_model.ReservationMode:
     return _MODES.get((holder.get("reservation") or {}).get("mode"), storage_model.ReservationMode.NONE)
 
 
-def _text(row: Document, *keys: str) -> str:
+def text_of(row: Document, *keys: str) -> str:
     for key in keys:
         value = row.get(key)
         # The server stores the text "undefined" for a missing id.
@@ -271,13 +283,13 @@ def _text(row: Document, *keys: str) -> str:
     raise KeyError(keys[0])
 
 
-def _object(value: object, what: str) -> Mapping[str, object]:
+def object_of(value: object, what: str) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is {shown(value)}")
     return value
 
 
-def _natural(row: Document, key: str) -> int:
+def natural_of(row: Document, key: str) -> int:
     value = row[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{key} is {shown(value)}")
@@ -298,6 +310,7 @@ def encode_spec(spec: storage_model.VolumeSpec) -> dict[str, Any]:
         "domain": spec.domain,
         "VSGs": list(spec.security_groups) or None,
         "allowAllocationOnOfflineDrives": spec.allow_offline_drives,
+        "source": spec.source and {"kind": spec.source.kind.value, "_id": spec.source.name, "uuid": spec.source.uuid},
         **_encryption_fields(spec),
         **(_encode_layout(spec.layout) if spec.layout is not None else {}),
     }

@@ -40,6 +40,9 @@ class Operation(StrEnum):
     ENCRYPT = "initialise the encryption of"
     ATTACH = "attach"
     DETACH = "detach"
+    CLONE = "copy the source to"
+    CUT = "cut"
+    REMOVE = "remove"
 
 
 class Meaning(Enum):
@@ -49,6 +52,7 @@ class Meaning(Enum):
     VOLUME_ABSENT = auto()
     CLIENT_ABSENT = auto()
     VPG_ABSENT = auto()
+    SNAPSHOT_ABSENT = auto()
     EXISTS = auto()
     NO_SPACE = auto()
     BAD_REQUEST = auto()
@@ -58,6 +62,7 @@ class Meaning(Enum):
     NOT_LARGER = auto()
     RESERVED = auto()
     DENIED = auto()
+    TOO_SMALL = auto()
     SERVER_ERROR = auto()
 
 
@@ -70,22 +75,36 @@ _ALWAYS = {
     **_ids(Meaning.DENIED, 401),
     **_ids(Meaning.VOLUME_ABSENT, VOLUME_NOT_FOUND),
 }
+_CREATE = {
+    **_ALWAYS,
+    **_ids(Meaning.DONE, 1663, 1667),
+    **_ids(Meaning.EXISTS, 1523),
+    **_ids(Meaning.NO_SPACE, 1544),
+    **_ids(Meaning.BAD_REQUEST, 1514, 1512, 1513, 1721, 16824, 1552, 1606, 1665, 1161, 1521, 1522),
+    **_ids(Meaning.FORBIDDEN, 16825),
+    **_ids(Meaning.PENDING, 16358),
+}
+# Of the embedded manager only.
+_SNAPSHOTS = {
+    **_ids(Meaning.SNAPSHOT_ABSENT, 91002, 91010),
+    **_ids(Meaning.FORBIDDEN, 91003, 91004, 91008, 91009, 91012),
+    **_ids(Meaning.NO_SPACE, 91005),
+    **_ids(Meaning.PENDING, 91006),
+    **_ids(Meaning.BAD_REQUEST, 91007),
+    **_ids(Meaning.TOO_SMALL, 91011),
+}
 
 MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
     Operation.READ: {
         **_ALWAYS,
+        **_SNAPSHOTS,
         **_ids(Meaning.CLIENT_ABSENT, 1608),
         **_ids(Meaning.VPG_ABSENT, 16220),
     },
-    Operation.CREATE: {
-        **_ALWAYS,
-        **_ids(Meaning.DONE, 1663, 1667),
-        **_ids(Meaning.EXISTS, 1523),
-        **_ids(Meaning.NO_SPACE, 1544),
-        **_ids(Meaning.BAD_REQUEST, 1514, 1512, 1513, 1721, 16824, 1552, 1606, 1665, 1161, 1521, 1522),
-        **_ids(Meaning.FORBIDDEN, 16825),
-        **_ids(Meaning.PENDING, 16358),
-    },
+    Operation.CREATE: _CREATE,
+    Operation.CLONE: {**_CREATE, **_SNAPSHOTS},
+    Operation.CUT: {**_ALWAYS, **_SNAPSHOTS, **_ids(Meaning.EXISTS, 91001)},
+    Operation.REMOVE: {**_ALWAYS, **_SNAPSHOTS},
     Operation.EXTEND: {
         **_ALWAYS,
         **_ids(Meaning.DONE, 1670),
@@ -180,18 +199,20 @@ def meaning_of(operation: Operation, error: ApiError) -> tuple[Meaning, int | No
 
 
 def failure_of(
-    operation: Operation, error: ApiError, *, volume: str = "", client: str = "", vpg: str = ""
+    operation: Operation, error: ApiError, *, volume: str = "", client: str = "", vpg: str = "", snapshot: str = ""
 ) -> DriverError:
-    """Return the exception for an error; `volume`, `client` and `vpg` name the object of the request."""
+    """Return the exception for an error; the other arguments name the objects of the request."""
     meaning, number = meaning_of(operation, error)
     match meaning:
         case Meaning.VOLUME_ABSENT:
             return errors.VolumeNotFound(volume)
         case Meaning.CLIENT_ABSENT:
             return errors.NodeNotFound(client)
+        case Meaning.SNAPSHOT_ABSENT:
+            return errors.SnapshotNotFound(snapshot)
         case Meaning.RESERVED if number is not None:
             return errors.ReservationConflict(volume, number, error.current_version)
-    names = (("volume", volume), ("client", client), ("VPG", vpg))
+    names = (("volume", volume), ("client", client), ("VPG", vpg), ("snapshot", snapshot))
     subject = " on ".join(f"{kind} {shown(name)}" for kind, name in names if name) or "the requested object"
     family = _FAMILIES.get(meaning, errors.StorageUnavailable)
     return family(f"the management refuses to {operation} {subject}: {error.text} (management id {number})")
@@ -204,6 +225,8 @@ _FAMILIES: Mapping[Meaning, type[DriverError]] = {
     Meaning.FORBIDDEN: errors.PreconditionFailed,
     Meaning.NOT_LARGER: NotLarger,
     Meaning.DENIED: errors.Denied,
+    Meaning.TOO_SMALL: errors.CapacityOutOfRange,
+    Meaning.EXISTS: errors.Incompatible,
 }
 
 

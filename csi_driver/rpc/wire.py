@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver import model
-from csi_driver.errors import InvalidRequest
+from csi_driver.errors import MissingField
 from csi_driver.model import Capability
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2 as pb
 
 if TYPE_CHECKING:
-    from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
+    from csi_driver.controller.ports import CreateRequest, PublishRequest, RequestedSource, ValidateRequest
 
 _STRING_LIMIT_BYTES = 128
 
@@ -49,11 +49,6 @@ def _segments_from(messages: Iterable[pb.Topology]) -> tuple[model.Segments, ...
 
 
 def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
-    """Read CreateVolume. Raises `InvalidRequest` for a content source, which needs capabilities that we lack."""
-    if message.HasField("volume_content_source"):
-        raise InvalidRequest(
-            "volume_content_source: expected none, as clones and snapshots are not supported; remove the data source"
-        )
     from csi_driver.controller.ports import CreateRequest, TopologyRequirement  # not loaded by a node
 
     topology = None
@@ -68,7 +63,27 @@ def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
         secrets=dict(message.secrets),
         topology=topology,
         mutable_parameters=dict(message.mutable_parameters),
+        source=_source_from(message),
     )
+
+
+def _source_from(message: pb.CreateVolumeRequest) -> RequestedSource | None:
+    if not message.HasField("volume_content_source"):
+        return None
+    from csi_driver.controller.ports import RequestedSource
+    from csi_driver.storage_model import SourceKind
+
+    source = message.volume_content_source
+    match source.WhichOneof("type"):
+        case "snapshot":
+            kind, field_name, source_id = SourceKind.SNAPSHOT, "snapshot.snapshot_id", source.snapshot.snapshot_id
+        case "volume":
+            kind, field_name, source_id = SourceKind.VOLUME, "volume.volume_id", source.volume.volume_id
+        case _:
+            raise MissingField("volume_content_source.snapshot or volume_content_source.volume")
+    if not source_id:
+        raise MissingField(f"volume_content_source.{field_name}")
+    return RequestedSource(kind, source_id)
 
 
 def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from typing import NoReturn
 
 from csi_driver.controller.ports import Management
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -30,6 +31,7 @@ from csi_driver.errors import (
     StorageUnavailable,
     VolumeNotFound,
 )
+from csi_driver.management.codec import NVMESH_FEATURES
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.storage_model import (
     ALL_DRIVES,
@@ -202,7 +204,14 @@ class FakeManagement:
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
-            return SystemInfo("3.5.0", "18.0.0", "fake-cluster")
+            return SystemInfo("3.5.0", "18.0.0", "fake-cluster", NVMESH_FEATURES)
+
+    def _no_route(self, *_: object, deadline: Deadline, **__: object) -> NoReturn:
+        with self._request("a route of snapshots", deadline):
+            raise StorageUnavailable("HTTP 404: this management has no such route")
+
+    snapshot = snapshots = create_snapshot = delete_snapshot = _no_route
+    snapshot_group = create_snapshot_group = delete_snapshot_group = changed_ranges = _no_route
 
     def volume(self, name: str, *, deadline: Deadline) -> Volume | None:
         with self._request("volume", deadline):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.errors import InvalidRequest
+from csi_driver.controller.ports import RequestedSource
+from csi_driver.errors import MissingField
 from csi_driver.model import (
     AccessMode,
     BlockAccess,
@@ -18,6 +19,7 @@ from csi_driver.model import (
 )
 from csi_driver.rpc import wire
 from csi_driver.rpc.pb import csi_pb2
+from csi_driver.storage_model import SourceKind
 
 Mode = csi_pb2.VolumeCapability.AccessMode
 
@@ -69,10 +71,25 @@ def test_the_secrets_of_a_node_request_are_not_in_its_representation() -> None:
     assert "hidden" not in repr((staged, expanded))
 
 
-def test_a_content_source_is_refused() -> None:
-    source = csi_pb2.VolumeContentSource(volume=csi_pb2.VolumeContentSource.VolumeSource(volume_id="v"))
-    with pytest.raises(InvalidRequest, match="volume_content_source"):
-        wire.create_from(csi_pb2.CreateVolumeRequest(name="v", volume_content_source=source))
+def created_from(**source: str) -> RequestedSource | None:
+    snapshot, volume = csi_pb2.VolumeContentSource.SnapshotSource, csi_pb2.VolumeContentSource.VolumeSource
+    content = csi_pb2.VolumeContentSource(
+        snapshot=snapshot(snapshot_id=source["snapshot"]) if "snapshot" in source else None,
+        volume=volume(volume_id=source["volume"]) if "volume" in source else None,
+    )
+    return wire.create_from(csi_pb2.CreateVolumeRequest(name="v", volume_content_source=content)).source
+
+
+def test_a_content_source_is_read_with_its_kind() -> None:
+    assert created_from(snapshot="z:s:1") == RequestedSource(SourceKind.SNAPSHOT, "z:s:1")
+    assert created_from(volume="z:v:1") == RequestedSource(SourceKind.VOLUME, "z:v:1")
+    assert wire.create_from(csi_pb2.CreateVolumeRequest(name="v")).source is None
+
+
+@pytest.mark.parametrize("source", [{}, {"snapshot": ""}, {"volume": ""}])
+def test_a_content_source_without_an_id_is_refused(source: dict[str, str]) -> None:
+    with pytest.raises(MissingField, match="volume_content_source"):
+        created_from(**source)
 
 
 def test_mutable_parameters_are_read_separately() -> None:
