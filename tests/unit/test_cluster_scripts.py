@@ -73,7 +73,7 @@ def test_every_library_of_kubernetes_has_the_version_of_kubernetes() -> None:
     assert {version for _, version in libraries} == {"0." + settings()["KUBERNETES_VERSION"].removeprefix("1.")}
 
 
-@pytest.mark.parametrize("sidecar", ["provisioner", "attacher", "resizer"])
+@pytest.mark.parametrize("sidecar", ["provisioner", "attacher", "resizer", "snapshotter"])
 def test_the_cluster_runs_the_sidecars_that_the_chart_pins(sidecar: str) -> None:
     def image(path: Path) -> Any:
         return yaml.safe_load(path.read_text())["sidecars"][sidecar]["image"]

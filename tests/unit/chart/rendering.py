@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 CHART = ROOT / "deploy" / "helm" / "nvmesh-csi-driver"
 NVMESH = ("management.servers={https://mgmt-1:4000}", "management.existingSecret=mgmt")
 EMBEDDED = ("storage.enabled=true", "storage.nodeName=box")
+SNAPSHOTS = "snapshots.enabled=true"
 Manifest = dict[str, Any]
 
 

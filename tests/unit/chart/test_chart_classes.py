@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from csi_driver.parameters import storage_class
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Manifest, Refused, helm, render
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -200,5 +200,23 @@ def test_what_cannot_be_changed_of_volumes_is_refused() -> None:
     assert "stripeWidth" in refusal(*NVMESH, volumeAttributesClasses=[described])
 
 
-def test_a_class_of_snapshots_is_refused_with_the_reason() -> None:
-    assert "does not offer snapshots" in refusal(*NVMESH, volumeSnapshotClasses=[{"name": "snap"}])
+@pytest.mark.parametrize("group", ["snapshot", "groupsnapshot"])
+def test_a_class_of_snapshots_is_of_this_driver(group: str) -> None:
+    kind = {"snapshot": "VolumeSnapshotClass", "groupsnapshot": "VolumeGroupSnapshotClass"}[group]
+    described = [
+        {"name": "first", "isDefault": True, "labels": {"velero.io/csi-volumesnapshot-class": "true"}},
+        {"name": "kept", "deletionPolicy": "Retain", "annotations": {"note": "kept"}},
+    ]
+    key = f"v{kind[1:]}es"
+    first, kept = render(*EMBEDDED, SNAPSHOTS, "driverName=csi.example.com", values={key: described}).of(kind)
+    assert first["apiVersion"] == kept["apiVersion"] == f"{group}.storage.k8s.io/v1"
+    assert first["driver"] == kept["driver"] == "csi.example.com"
+    assert (first["deletionPolicy"], kept["deletionPolicy"]) == ("Delete", "Retain")
+    assert first["metadata"]["annotations"] == {f"{group}.storage.kubernetes.io/is-default-class": "true"}
+    assert kept["metadata"]["annotations"] == {"note": "kept"}
+    assert first["metadata"]["labels"]["velero.io/csi-volumesnapshot-class"] == "true"
+
+
+def test_a_class_of_snapshots_has_no_parameters() -> None:
+    described = {"name": "first", "parameters": {"freeze": "true"}}
+    assert "'parameters' not allowed" in refusal(*EMBEDDED, SNAPSHOTS, volumeSnapshotClasses=[described])

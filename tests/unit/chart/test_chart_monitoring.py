@@ -14,7 +14,7 @@ from prometheus_client import Counter, Histogram
 
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Manifest, Refused, helm, render
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, helm, render
 
 with_helm = pytest.mark.skipif(helm() is None, reason="needs helm: make helm")
 tool = pytest.mark.tool
@@ -205,7 +205,7 @@ def test_the_dashboard_comes_out_as_it_stands() -> None:
 
 @tool
 @with_helm
-@pytest.mark.parametrize("engine", [NVMESH, EMBEDDED], ids=["nvmesh", "embedded"])
+@pytest.mark.parametrize("engine", [NVMESH, (*EMBEDDED, SNAPSHOTS)], ids=["nvmesh", "embedded, snapshots"])
 def test_every_port_that_serves_metrics_is_scraped_with_the_labels_of_the_alerts(engine: tuple[str, ...]) -> None:
     rendered = render(*engine, *ON, "monitoring.podMonitor.labels.release=prom")
     (monitor,) = rendered.of("PodMonitor")
@@ -217,7 +217,9 @@ def test_every_port_that_serves_metrics_is_scraped_with_the_labels_of_the_alerts
         if port["name"] != "api"
     }
     endpoints = monitor["spec"]["podMetricsEndpoints"]
-    assert {endpoint["port"] for endpoint in endpoints} == serving == {"http", "provisioner", "attacher", "resizer"}
+    of_snapshots = {"snapshotter"} if SNAPSHOTS in engine else set()
+    served = {"http", "provisioner", "attacher", "resizer"} | of_snapshots
+    assert {endpoint["port"] for endpoint in endpoints} == serving == served
     for endpoint in endpoints:
         assert {each["targetLabel"] for each in endpoint["relabelings"]} == {"driver", "component", "node"}
     selector = monitor["spec"]["selector"]["matchLabels"].items()

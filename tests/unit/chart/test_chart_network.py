@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Refused, Rendered, helm, render
+from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -61,7 +61,7 @@ def test_policies_select_the_pods_of_their_role_and_no_others() -> None:
 
 @pytest.mark.parametrize("role", ["controller", "storage"])
 def test_a_role_takes_in_what_its_containers_serve_and_nothing_else(role: str) -> None:
-    rendered = render(*EMBEDDED, ON)
+    rendered = render(*EMBEDDED, SNAPSHOTS, ON)
     served = {
         port["containerPort"]
         for container in rendered.pods()[role]["containers"]

@@ -8,7 +8,7 @@ import pytest
 from csi_driver import driver_version
 from csi_driver.config.command import flags_of
 from csi_driver.config.csi_commands import ControllerCommand
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, Manifest, Rendered, helm, render
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, SNAPSHOTS, Manifest, Rendered, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -22,6 +22,8 @@ CLUSTER_SCOPED = {
     "StorageClass",
     "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding",
+    "VolumeSnapshotClass",
+    "VolumeGroupSnapshotClass",
 }
 WORKLOADS = ("Deployment", "DaemonSet", "StatefulSet")
 
@@ -213,8 +215,9 @@ def test_pods_get_the_time_that_the_driver_takes_to_end() -> None:
 
 def test_sidecars_outlive_a_management_that_is_away() -> None:
     """They listen only when the driver is ready: killing them earlier leads to a back-off."""
-    for name in ("provisioner", "attacher", "resizer"):
-        probe = render(*NVMESH).container(f"controller/{name}")["startupProbe"]
+    rendered = render(*EMBEDDED, SNAPSHOTS)
+    for name in ("provisioner", "attacher", "resizer", "snapshotter"):
+        probe = rendered.container(f"controller/{name}")["startupProbe"]
         assert probe["periodSeconds"] * probe["failureThreshold"] >= 24 * 60 * 60
         assert probe["periodSeconds"] <= 5, "provisioning goes on as late as this after the management is back"
 
@@ -230,9 +233,9 @@ def test_a_directory_that_is_named_twice_is_mounted_once() -> None:
 
 
 def test_leaders_are_elected_wherever_two_may_run() -> None:
-    rendered = render(*NVMESH)
+    rendered = render(*EMBEDDED, SNAPSHOTS)
     assert rendered.one("Deployment", "controller")["spec"]["replicas"] == 2
-    for name in ("provisioner", "attacher", "resizer"):
+    for name in ("provisioner", "attacher", "resizer", "snapshotter"):
         args = rendered.args(f"controller/{name}")
         assert "--leader-election" in args
         assert "--leader-election-namespace=$(NAMESPACE)" in args

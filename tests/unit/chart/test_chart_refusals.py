@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, Refused, helm, render
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Refused, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -64,7 +64,13 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         (("management.existingClusters.secret=x", "management.existingClusters.configMap=y"), "more than one is set"),
         (("management.zones.a.servers={https://m}",), "management.zones.a has no credentials"),
         (("storage.enabled=true",), "storage.nodeName is empty: name the Kubernetes node that holds the pool"),
-        ((*NVMESH, "sidecars.snapshotter.enabled=true"), "the driver has no snapshots"),
+        ((*NVMESH, SNAPSHOTS), "NVMesh cluster, whose management API has no snapshots that CSI can use"),
+        ((*EMBEDDED, "volumeSnapshotClasses[0].name=a"), "snapshots.enabled is false, so nothing serves them"),
+        ((*EMBEDDED, "volumeGroupSnapshotClasses[0].name=a"), "snapshots.enabled is false, so nothing serves them"),
+        (
+            (*EMBEDDED, SNAPSHOTS, "sidecars.snapshotter.httpPort=9808"),
+            "controller.http.port and sidecars.snapshotter.httpPort are both 9808",
+        ),
         ((*NVMESH, "node.terminationGracePeriodSeconds=30"), "node.terminationGracePeriodSeconds: expected more than"),
         ((*NVMESH, "controller.flags.preShutdownDelay=40"), "expected more than the 70 seconds"),
         ((*NVMESH, r"commonLabels.app\.kubernetes\.io/name=x"), "commonLabels has the label app.kubernetes.io/name"),
@@ -104,6 +110,13 @@ def test_values_that_contradict_one_another_are_refused(sets: tuple[str, ...], w
     with pytest.raises(Refused) as refused:
         render(*sets)
     assert words in str(refused.value)
+
+
+def test_snapshots_are_refused_where_the_cluster_has_none() -> None:
+    cluster = ("apiregistration.k8s.io/v1",)
+    with pytest.raises(Refused, match="install the CRDs and the snapshot-controller"):
+        render(*EMBEDDED, SNAPSHOTS, apis=cluster)
+    assert render(*EMBEDDED, SNAPSHOTS, apis=(*cluster, "snapshot.storage.k8s.io/v1")).of("Deployment")
 
 
 @pytest.mark.parametrize("sets", [NVMESH, EMBEDDED, ()], ids=["nvmesh", "embedded", "as it is"])

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
+from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Rendered, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
 Rights = dict[str, set[str]]
 READ = {"get", "list", "watch"}
 LEAD: Rights = {"coordination.k8s.io/leases": {"get", "create", "update"}, "/events": {"create", "patch"}}
-# Sidecars' own deploy/kubernetes/rbac.yaml of the pinned releases, without unused ones: lists of events, and
-# snapshots, which the driver does not offer.
+# Sidecars' own deploy/kubernetes/rbac.yaml of the pinned releases, without unused ones: lists of events, updates of the
+# contents of snapshots.
 CLUSTER: dict[str, Rights] = {
     "provisioner": {
         "/persistentvolumes": READ | {"create", "patch", "delete"},
@@ -53,6 +53,22 @@ NAMESPACE: dict[str, Rights] = {
     "attacher": LEAD,
     "resizer": LEAD,
 }
+# In addition, if snapshots.enabled.
+OF_SNAPSHOTS: dict[str, Rights] = {
+    "provisioner": {
+        "snapshot.storage.k8s.io/volumesnapshots": READ | {"update"},
+        "snapshot.storage.k8s.io/volumesnapshotcontents": {"get"},
+    },
+    "snapshotter": {
+        "snapshot.storage.k8s.io/volumesnapshotclasses": READ,
+        "snapshot.storage.k8s.io/volumesnapshotcontents": READ | {"patch"},
+        "snapshot.storage.k8s.io/volumesnapshotcontents/status": {"update", "patch"},
+        "groupsnapshot.storage.k8s.io/volumegroupsnapshotclasses": READ,
+        "groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents": READ | {"patch"},
+        "groupsnapshot.storage.k8s.io/volumegroupsnapshotcontents/status": {"update", "patch"},
+        "/events": {"create", "patch"},
+    },
+}
 
 
 def rights(role: Manifest) -> Rights:
@@ -75,6 +91,14 @@ def test_rights_are_those_of_the_table(sets: tuple[str, ...]) -> None:
     rendered = render(*sets)
     assert by_name(rendered, "ClusterRole") == CLUSTER
     assert by_name(rendered, "Role") == NAMESPACE
+
+
+def test_snapshots_take_these_rights_more() -> None:
+    rendered = render(*EMBEDDED, SNAPSHOTS)
+    assert by_name(rendered, "ClusterRole") == {
+        name: CLUSTER.get(name, {}) | OF_SNAPSHOTS.get(name, {}) for name in CLUSTER | OF_SNAPSHOTS
+    }
+    assert by_name(rendered, "Role") == {**NAMESPACE, "snapshotter": LEAD}
 
 
 def test_nobody_gets_a_right_for_what_is_off() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH
+from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS
 
 Variant = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -85,6 +85,8 @@ VARIANTS: dict[str, Variant] = {
             "node": {"flags": {"reconcileInterval": "5m", "heavyOperations": 8}},
         },
     ),
+    "snapshots": ((*EMBEDDED, SNAPSHOTS, "networkPolicy.enabled=true"), {"volumeSnapshotClasses": [{"name": "own"}]}),
+    "snapshots of a zone": ((SNAPSHOTS,), ZONES),
     "flags of the storage": (
         EMBEDDED,
         {"storage": {"flags": {"overcommit": True, "reserve": 1073741824, "client": ["a=/run/a", "b=/run/b"]}}},

@@ -64,6 +64,11 @@ subjects:
 - {apiGroups: [storage.k8s.io], resources: [storageclasses, csinodes, volumeattributesclasses], verbs: [get, list, watch]}
 # A volume is deleted when it is detached everywhere, not before.
 - {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get, list, watch]}
+{{- if .Values.snapshots.enabled }}
+# A snapshot is kept while a volume is made of it.
+- {apiGroups: [snapshot.storage.k8s.io], resources: [volumesnapshots], verbs: [get, list, watch, update]}
+- {apiGroups: [snapshot.storage.k8s.io], resources: [volumesnapshotcontents], verbs: [get]}
+{{- end -}}
 {{- end -}}
 
 {{- define "nvmesh-csi.provisionerNamespacedRules" -}}
@@ -89,6 +94,16 @@ subjects:
 - {apiGroups: [""], resources: [persistentvolumeclaims/status], verbs: [patch]}
 - {apiGroups: [""], resources: [events], verbs: [create, patch]}
 - {apiGroups: [storage.k8s.io], resources: [volumeattributesclasses], verbs: [get, list, watch]}
+{{- end -}}
+
+{{- define "nvmesh-csi.snapshotterRules" -}}
+- {apiGroups: [snapshot.storage.k8s.io], resources: [volumesnapshotclasses], verbs: [get, list, watch]}
+- {apiGroups: [snapshot.storage.k8s.io], resources: [volumesnapshotcontents], verbs: [get, list, watch, patch]}
+- {apiGroups: [snapshot.storage.k8s.io], resources: [volumesnapshotcontents/status], verbs: [update, patch]}
+- {apiGroups: [groupsnapshot.storage.k8s.io], resources: [volumegroupsnapshotclasses], verbs: [get, list, watch]}
+- {apiGroups: [groupsnapshot.storage.k8s.io], resources: [volumegroupsnapshotcontents], verbs: [get, list, watch, patch]}
+- {apiGroups: [groupsnapshot.storage.k8s.io], resources: [volumegroupsnapshotcontents/status], verbs: [update, patch]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}
 {{- end -}}
 
 {{- define "nvmesh-csi.nodeRules" -}}

@@ -1,5 +1,10 @@
 {{/* The sidecars' containers. */}}
 
+{{/* Names of the sidecars in a controller pod that talk to the API server, separated by blanks. */}}
+{{- define "nvmesh-csi.controllerSidecars" -}}
+provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{ if .Values.snapshots.enabled }} snapshotter{{ end }}
+{{- end -}}
+
 {{/* Arguments of every sidecar that talks to the API server. Call with (dict "root" $ "sidecar" VALUES). */}}
 {{- define "nvmesh-csi.sidecarArgs" -}}
 {{- $all := .root.Values.sidecars -}}
@@ -117,4 +122,10 @@
 - --workers={{ int $sidecar.workerThreads }}
 # Volumes expand in use, so the resizer need not watch pods.
 - --handle-volume-inuse-error=false
+{{- end -}}
+
+{{- define "nvmesh-csi.snapshotterArgs" -}}
+{{- $sidecar := .Values.sidecars.snapshotter -}}
+- --timeout={{ int $sidecar.timeoutSeconds }}s
+- --worker-threads={{ int $sidecar.workerThreads }}
 {{- end -}}

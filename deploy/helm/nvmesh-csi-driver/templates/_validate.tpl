@@ -3,9 +3,6 @@
 {{- $v := .Values -}}
 {{- $embedded := include "nvmesh-csi.isEmbedded" . -}}
 {{- $clusters := include "nvmesh-csi.clusters" . -}}
-{{- if $v.sidecars.snapshotter.enabled -}}
-{{- fail "sidecars.snapshotter.enabled is true, but the driver has no snapshots: set it to false" -}}
-{{- end -}}
 {{- if not (or $embedded $clusters $v.management.servers) -}}
 {{- fail "no storage management is set: set management.servers, management.zones or management.existingClusters, or storage.enabled for the embedded manager" -}}
 {{- end -}}
@@ -32,6 +29,7 @@
 {{- if and $v.storage.enabled (not (regexMatch "^[a-z][a-z0-9-]*$" $name)) -}}
 {{- fail (printf "name of the storage's Service: expected letters, digits and '-', the first a letter, got %s: set fullnameOverride, or rename the release" $name) -}}
 {{- end -}}
+{{- include "nvmesh-csi.validateSnapshots" . -}}
 {{- include "nvmesh-csi.validateLabels" . -}}
 {{- include "nvmesh-csi.validatePorts" . -}}
 {{- include "nvmesh-csi.validateLease" .Values.sidecars.leaderElection -}}
@@ -55,6 +53,22 @@
 {{- end -}}
 {{- end -}}
 
+{{/* csi-snapshotter ends at once, again and again, where the storage has no snapshots. */}}
+{{- define "nvmesh-csi.validateSnapshots" -}}
+{{- $v := .Values -}}
+{{- if and $v.snapshots.enabled (not (include "nvmesh-csi.isEmbedded" .)) (not (include "nvmesh-csi.clusters" .)) -}}
+{{- fail "snapshots.enabled is true, but management.servers is an NVMesh cluster, whose management API has no snapshots that CSI can use: set it to false; the embedded manager has snapshots (storage.enabled, or a zone of management.zones)" -}}
+{{- end -}}
+{{- if and (or $v.volumeSnapshotClasses $v.volumeGroupSnapshotClasses) (not $v.snapshots.enabled) -}}
+{{- fail "volumeSnapshotClasses or volumeGroupSnapshotClasses are set, but snapshots.enabled is false, so nothing serves them: set snapshots.enabled to true, or remove the classes" -}}
+{{- end -}}
+{{- /* Every cluster has the first group; `helm template` without a cluster knows neither. */ -}}
+{{- $apis := .Capabilities.APIVersions -}}
+{{- if and $v.snapshots.enabled ($apis.Has "apiregistration.k8s.io/v1") (not ($apis.Has "snapshot.storage.k8s.io/v1")) -}}
+{{- fail "snapshots.enabled is true, but this Kubernetes cluster has no VolumeSnapshots: install the CRDs and the snapshot-controller of external-snapshotter 8.7 first, see docs/snapshots.md" -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Selector labels are reserved for the chart. */}}
 {{- define "nvmesh-csi.validateLabels" -}}
 {{- $all := dict "commonLabels" .Values.commonLabels -}}
@@ -74,8 +88,8 @@
 {{- define "nvmesh-csi.validatePorts" -}}
 {{- $side := .Values.sidecars -}}
 {{- $probe := $side.livenessprobe.enabled -}}
-{{- $controller := dict "controller.http.port" .Values.controller.http.port "sidecars.provisioner.httpPort" $side.provisioner.httpPort "sidecars.resizer.httpPort" $side.resizer.httpPort "sidecars.livenessprobe.controllerPort" (ternary $side.livenessprobe.controllerPort 0 $probe) -}}
-{{- if eq .Values.attachBy "controller" -}}{{- $_ := set $controller "sidecars.attacher.httpPort" $side.attacher.httpPort -}}{{- end -}}
+{{- $controller := dict "controller.http.port" .Values.controller.http.port "sidecars.livenessprobe.controllerPort" (ternary $side.livenessprobe.controllerPort 0 $probe) -}}
+{{- range splitList " " (include "nvmesh-csi.controllerSidecars" .) -}}{{- $_ := set $controller (printf "sidecars.%s.httpPort" .) (index $side .).httpPort -}}{{- end -}}
 {{- $node := dict "node.http.port" .Values.node.http.port "sidecars.livenessprobe.nodePort" (ternary $side.livenessprobe.nodePort 0 $probe) -}}
 {{- $storage := dict "storage.http.port" .Values.storage.http.port "storage.service.port" .Values.storage.service.port -}}
 {{- range list $controller $node $storage -}}
