@@ -24,6 +24,7 @@ HEAD_BYTES = 68 * 1024
 _EXT_AT, _BTRFS_AT = 1024, 65536
 _EXT_MAGIC, _XFS_MAGIC, _BTRFS_MAGIC = 0xEF53, b"XFSB", b"_BHRfS_M"
 _EXT_VALID, _EXT_NEEDS_RECOVERY, _EXT_64BIT = 1, 0x4, 0x80
+_EXT_HAS_JOURNAL, _EXT_IS_JOURNAL, _EXT_EXTENTS = 0x4, 0x8, 0x40
 _XFS_IN_PROGRESS_AT = 126
 """sb_inprogress: not zero while mkfs.xfs writes."""
 
@@ -33,7 +34,8 @@ class Superblock:
     """The recorded size, `blocks` of `block_bytes`, and the uuid of a filesystem.
 
     For ext4 only: `was_closed_well`: unmounted cleanly, without recorded errors, no check due by count or time;
-    `was_checked_since_use`: a full check ran after the last mount.
+    `was_checked_since_use`: a full check ran after the last mount; `is_certain`: no ext2 or ext3, with only zeroes
+    before it.
     """
 
     fs_type: str
@@ -42,6 +44,7 @@ class Superblock:
     uuid: str
     was_closed_well: bool = True
     was_checked_since_use: bool = True
+    is_certain: bool = True
 
     @property
     def size_bytes(self) -> int:
@@ -72,7 +75,7 @@ def _ext(head: bytes) -> Superblock | None:
     blocks, log_block = struct.unpack_from("<I", raw, 4)[0], struct.unpack_from("<I", raw, 24)[0]
     mounted_s, _written_s, mounts, most_mounts, _magic, state = struct.unpack_from("<IIHhHH", raw, 44)
     checked_s, interval_s = struct.unpack_from("<II", raw, 64)
-    (incompatible,) = struct.unpack_from("<I", raw, 96)
+    compatible, incompatible = struct.unpack_from("<II", raw, 92)
     if log_block > 6:
         return None
     if incompatible & _EXT_64BIT:
@@ -86,6 +89,8 @@ def _ext(head: bytes) -> Superblock | None:
         was_closed_well=state == _EXT_VALID and not incompatible & _EXT_NEEDS_RECOVERY and not is_due,
         # In whole seconds: the order of a check and a mount within one second is unknown.
         was_checked_since_use=state == _EXT_VALID and checked_s > mounted_s,
+        is_certain=bool(compatible & _EXT_HAS_JOURNAL and incompatible & _EXT_EXTENTS)
+        and not (incompatible & _EXT_IS_JOURNAL or any(head[:_EXT_AT])),
     )
 
 

@@ -131,8 +131,9 @@ class Preparation:
 
     def _judge(self, opened: OpenDevice, target: VolumeDevice, plan: MountPlan, deadline: Deadline) -> Verdict:
         uuid = target.volume.uuid or opened.device.uuid
-        content = self.filesystems.probe(opened, deadline=deadline)
-        evidence = replace(self.evidence(target.volume, uuid), own_uuid=uuid)
+        own_uuid = uuid if self.evidence(target.volume, uuid).expects_own else None
+        content = self.filesystems.probe(opened, deadline=deadline, own_uuid=own_uuid)
+        evidence = replace(self.evidence(target.volume, uuid), own_uuid=uuid)  # it may be published raw meanwhile
         verdict = decide(content, plan.request, evidence, supported=plan.supported)
         if isinstance(verdict, AnyFormat):
             plan.require_mkfs()

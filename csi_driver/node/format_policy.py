@@ -103,6 +103,12 @@ class Evidence:
         return known and self.own_uuid is not None and not self.was_in_use
 
     @property
+    def expects_own(self) -> bool:
+        """Whether the volume should hold a filesystem of this driver, and nobody else can have written to it."""
+        uses = {History.FIRST: (USED,), History.ATTACHED: (USED, "")}.get(self.history, ())
+        return self.attachment > 0 and self.own_record in uses
+
+    @property
     def may_format_over(self) -> bool:
         """Whether old data may be destroyed: it is allowed, and the permission was not used yet."""
         return self.format_allowed and self.attachment > 0 and not self.was_in_use

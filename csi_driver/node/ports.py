@@ -194,8 +194,11 @@ class Filesystems(Protocol):
     def supported(self, wanted: str = "") -> Sequence[str]:
         """Return the filesystem types that this machine can make and mount, "ext4" first; or `wanted`, if it is one."""
 
-    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
-        """Read head, tail and superblock locations from the disk; `HostFailure` if short."""
+    def probe(self, device: OpenDevice, *, deadline: Deadline, own_uuid: str | None = None) -> Content:
+        """Read head, tail and superblock locations from the disk; `HostFailure` if short.
+
+        `own_uuid`: a filesystem with this uuid is expected, and needs no other look when its superblock is certain.
+        """
 
     def first_data(
         self, device: OpenDevice, *, deadline: Deadline | None, progress: Callable[[int, int], None]

@@ -7,8 +7,9 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,22 @@ def machine(tmp_path: Path) -> Iterator[HostMachine]:
         yield made
 
 
-def probed(machine: HostMachine, volume: Volume) -> Content:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the programs that work on a filesystem from now on."""
+    names: list[str] = []
+
+    def run(argv: Sequence[str], **more: Any) -> processes.Completed:
+        names.append(argv[0])
+        return processes.run(argv, **more)
+
+    monkeypatch.setattr(filesystem, "run", run)
+    return names
+
+
+def probed(machine: HostMachine, volume: Volume, own_uuid: str | None = None) -> Content:
     with machine.devices.open(machine.device(volume)) as opened:
-        return machine.filesystems.probe(opened, deadline=soon())
+        return machine.filesystems.probe(opened, deadline=soon(), own_uuid=own_uuid)
 
 
 def write(volume: Volume, offset: int, data: bytes) -> None:
@@ -93,6 +107,65 @@ def test_an_ext4_that_was_not_closed_well_is_not_ready(machine: HostMachine) -> 
     volume, _ = machine.formatted("ext4", SIZES["ext4"])
     broken(volume, badly=False)
     assert not is_ready(machine, volume)
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+def test_the_volumes_own_filesystem_is_known_without_a_program(
+    machine: HostMachine, fs_type: str, started: list[str]
+) -> None:
+    volume, _ = machine.formatted(fs_type, SIZES[fs_type])
+    started.clear()
+    content = probed(machine, volume, own_uuid=volume.uuid)
+    assert (content, isinstance(content, Filesystem) and content.is_ready) == (Filesystem(fs_type, volume.uuid), True)
+    assert started == []
+
+
+def ext3(volume: Volume) -> None:
+    shell("mkfs.ext3", "-q", "-F", "-U", volume.uuid, str(volume.loop.node))
+
+
+DOUBTS: dict[str, tuple[str, Callable[[Volume], object]]] = {
+    "another uuid": ("ext4", lambda volume: shell("tune2fs", "-U", OWN_UUID, str(volume.loop.node))),
+    "not closed well": ("ext4", lambda volume: broken(volume, badly=False)),
+    "ext3": ("ext3", ext3),
+    "a second superblock": ("", lambda volume: write(volume, 65536 + 64, b"_BHRfS_M")),
+    "an LVM label": ("", lambda volume: write(volume, 512, b"LABELONE\0\0\0\0\0\0\0\0" + bytes(8) + b"LVM2 001")),
+    "a boot sector": ("", lambda volume: write(volume, 510, b"\x55\xaa")),
+    "no superblock": ("", lambda volume: write(volume, 1024, bytes(1024))),
+}
+
+
+@pytest.mark.parametrize("doubt", list(DOUBTS))
+def test_what_is_not_surely_the_volumes_own_filesystem_is_looked_at_by_blkid(
+    machine: HostMachine, doubt: str, started: list[str]
+) -> None:
+    volume, _ = machine.formatted("ext4", SIZES["ext4"])
+    fs_type, raise_doubt = DOUBTS[doubt]
+    raise_doubt(volume)
+    started.clear()
+    content = probed(machine, volume, own_uuid=volume.uuid)
+    assert started == ["blkid"]
+    assert content == probed(machine, volume)
+    assert not fs_type or (isinstance(content, Filesystem) and content.fs_type == fs_type)
+
+
+def test_a_superblock_that_differs_in_the_page_cache_is_looked_at_by_blkid(
+    machine: HostMachine, started: list[str]
+) -> None:
+    """Another node mounted and unmounted the volume; a program kept this node's page cache."""
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    held = os.open(device.path, os.O_RDONLY)
+    os.pread(held, 8192, 0)
+    with volume.file.open("r+b") as file:  # behind the loop device's back
+        file.seek(1024 + 52)
+        file.write(b"\x01")  # the count of mounts
+        file.flush()
+        os.fsync(file.fileno())
+    started.clear()
+    probed(machine, volume, own_uuid=volume.uuid)
+    os.close(held)
+    probed(machine, volume, own_uuid=volume.uuid)
+    assert started == ["blkid"]  # the cache is gone with the last descriptor
 
 
 def is_ready(machine: HostMachine, volume: Volume) -> bool:

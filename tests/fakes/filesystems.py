@@ -139,6 +139,10 @@ def _shown(entry: MountEntry) -> Mount:
     )
 
 
+AT_END = "linux_raid_member"
+"""A signature that a look at the head does not find."""
+
+
 class FakeFilesystems:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
@@ -146,8 +150,16 @@ class FakeFilesystems:
     def supported(self, wanted: str = "") -> Sequence[str]:
         return ("ext4", "xfs", "btrfs")
 
-    def probe(self, device: OpenDevice, *, deadline: Deadline) -> Content:
+    def probe(self, device: OpenDevice, *, deadline: Deadline, own_uuid: str | None = None) -> Content:
         disk = self._opened(device)
+        own = disk.filesystem
+        if (
+            own is not None
+            and own.complete
+            and own_uuid == (own.uuid or disk.uuid)
+            and disk.signature == RAID_AT_THE_END
+        ):
+            return Filesystem(own.fs_type, own_uuid)
         if disk.signature is not None:
             return OtherContent(disk.signature)
         if disk.luks is not None:

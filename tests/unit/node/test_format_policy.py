@@ -123,6 +123,16 @@ def test_every_combination_gives_the_verdict_of_the_table() -> None:
     assert count > 30_000
 
 
+def test_a_filesystem_is_expected_to_be_the_volumes_own_only_where_nobody_else_wrote() -> None:
+    found = {
+        (case.history, case.own_mark)
+        for case in every_case()
+        if Evidence(case.history, case.attachment, case.mark).expects_own
+    }
+    assert found == {(History.FIRST, USED), (History.ATTACHED, USED), (History.ATTACHED, None)}
+    assert not any(Evidence(history, 0).expects_own for history in History)
+
+
 def test_content_is_formatted_only_under_a_record_of_this_attachment_or_a_permission() -> None:
     for case in every_case():
         if not isinstance(case.content, Blank) and isinstance(case.verdict(), Format | FormatAgain | FormatOver):

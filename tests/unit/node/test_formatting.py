@@ -7,6 +7,7 @@ Records, crashes and refusals are in test_stage_formats; the argument is in docs
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 
@@ -15,6 +16,7 @@ from csi_driver.model import MountAccess
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.publish_context import History
 from tests.fakes.disks import MIB, FakeDisk, FakeFilesystem
+from tests.fakes.filesystems import AT_END
 from tests.fakes.node import (
     BLOCK,
     KUBELET,
@@ -125,6 +127,23 @@ def test_a_volume_that_was_published_raw_is_not_formatted_after_a_quick_probe(
     with pytest.raises(PreconditionFailed, match=f"byte {32 * MIB}"):
         node.stage(context=context)
     assert node.host.destroyed == []
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_another_signature_beside_the_volumes_own_filesystem_is_looked_for_after_a_raw_publication(
+    node: FakeNode, is_raw: bool
+) -> None:
+    disk = node.host.attach(NAME, UUID)
+    node.stage(context=FIRST)
+    node.unstage()
+    if is_raw:
+        node.stage(access=BLOCK, context=FIRST)
+        node.publish(access=BLOCK, context=FIRST)
+        node.unpublish()
+        node.unstage()
+    disk.signature = AT_END
+    with pytest.raises(PreconditionFailed, match=AT_END) if is_raw else nullcontext():
+        node.stage(context=FIRST)
 
 
 @pytest.mark.parametrize("is_staged_first", [True, False])
