@@ -153,13 +153,9 @@ class FakeFilesystems:
     def probe(self, device: OpenDevice, *, deadline: Deadline, own_uuid: str | None = None) -> Content:
         disk = self._opened(device)
         own = disk.filesystem
-        if (
-            own is not None
-            and own.complete
-            and own_uuid == (own.uuid or disk.uuid)
-            and disk.signature == RAID_AT_THE_END
-        ):
-            return Filesystem(own.fs_type, own_uuid)
+        is_own = own is not None and own.complete and own_uuid == (own.uuid or disk.uuid)
+        if own is not None and is_own and disk.signature in (None, AT_END):
+            return Filesystem(own.fs_type, own.uuid or disk.uuid)
         if disk.signature is not None:
             return OtherContent(disk.signature)
         if disk.luks is not None:
