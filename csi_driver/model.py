@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 DEFAULT_DRIVER_NAME = "nvmesh-csi.excelero.com"
 DEFAULT_ZONE = "single-zone-cluster"
@@ -109,9 +110,11 @@ class VolumeHandle:
         return cls(name=name, zone=zone, uuid=uuid.lower() if uuid else None, reference=reference)
 
     def format(self) -> str:
-        parts = [part for part in (self.zone, self.name, self.uuid) if part is not None]
-        base = ":".join(parts)
-        if self.uuid is None or self.reference is None:
+        base = self.name if self.zone is None else f"{self.zone}:{self.name}"
+        if self.uuid is None:
+            return base
+        base = f"{base}:{self.uuid}"
+        if self.reference is None:
             return base
         whole = f"{base}:{self.reference}"
         return whole if len(whole.encode()) <= HANDLE_LIMIT_BYTES else base
@@ -153,16 +156,14 @@ class ClusterNames:
     topology_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ProvisionedVolume:
+class ProvisionedVolume(NamedTuple):  # a third of the time of a frozen dataclass: a list has thousands
     volume_id: str
     capacity_bytes: int
-    context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = MappingProxyType({})
     topology: tuple[Segments, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ListedVolume:
+class ListedVolume(NamedTuple):
     """A volume with the ids of the nodes that use it."""
 
     volume: ProvisionedVolume

@@ -56,7 +56,7 @@ class VolumeAdmin:
         record = read_attachments(volume.metadata)
         made_by = "this driver" if creation.is_ours else "an earlier driver" if creation.csi_name else "another program"
         return [
-            ("handle", issued_handle(located).format()),
+            ("handle", issued_handle(located.zone, volume).format()),
             ("CSI name", creation.csi_name or "none"),
             ("made by", made_by),
             ("made for", "raw block" if creation.is_block else creation.fs_type or "unknown"),

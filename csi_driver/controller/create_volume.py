@@ -266,7 +266,7 @@ class _Call:
                 volume = management.volume(volume.name, deadline=self.deadline) or volume
             if never_returned:
                 self._delete_if_out_of_range(management, volume, reserved)
-        return described(replace(found, volume=volume), self.use_case.settings.topology_key)
+        return described(found.zone, volume, ({self.use_case.settings.topology_key: found.zone},))
 
     def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
         """Return whether it came out too small: by the rounding of earlier drivers, or a group that changed."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import described, listed_handles, require
-from csi_driver.controller.volume_metadata import read_answered
-from csi_driver.controller.zones import Listed, ask
+from csi_driver.controller.volume_metadata import csi_name_of
+from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
-from csi_driver.model import ListedVolume, Reason, VolumeEntry, VolumeFault, VolumeHealth, each_once
+from csi_driver.model import ListedVolume, Reason, Segments, VolumeEntry, VolumeFault, VolumeHealth, each_once
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, VolumeSummary
 
@@ -79,7 +79,11 @@ class ListVolumes:
         returns the bytes of the entry in the message.
         """
         return self.page(
-            max_entries, starting_token, lambda listed, *_: add(listed), with_devices=False, deadline=deadline
+            max_entries,
+            starting_token,
+            lambda listed, _volume, _clients: add(listed),
+            with_devices=False,
+            deadline=deadline,
         )
 
     def page(
@@ -105,7 +109,8 @@ class ListVolumes:
         located = require(self.clusters, volume_id, deadline=deadline)
         uuid = located.volume.uuid
         held = _held(located.management.clients_holding(uuid, deadline=deadline), uuid)
-        shape = described(located, self.settings.topology_key, volume_id)
+        topology = ({self.settings.topology_key: located.zone},)
+        shape = described(located.zone, located.volume, topology, volume_id)
         return ListedVolume(shape, held.get(located.reference, ()))
 
     def _entries(self, starting_token: str, page: int, *, with_devices: bool, deadline: Deadline) -> Iterator[_Entry]:
@@ -148,7 +153,7 @@ class ListVolumes:
             if len(by_zone) == 1 or name in self._reported:
                 continue
             self._reported.add(name)
-            csi_names = {read_answered(volume.metadata).csi_name for volume in by_zone.values()}
+            csi_names = {csi_name_of(volume.metadata) for volume in by_zone.values()}
             if len(csi_names) == 1 and None not in csi_names:
                 places = ", ".join(f"zone {zone} (uuid {volume.uuid})" for zone, volume in sorted(by_zone.items()))
                 _log.warning(
@@ -164,27 +169,30 @@ class ListVolumes:
         for client in clients:
             for uuid in client.desired:
                 holders.setdefault(uuid, []).append(client)
-        zone_mark = _mark(zone)
+        zone_mark, topology = _mark(zone), ({self.settings.topology_key: zone},)
         for volume in volumes:
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
-            held_by = holders.get(volume.uuid, ())
+            held_by = holders.get(volume.uuid)
+            if held_by is None:
+                yield zone_mark, _LAST, ListedVolume(described(zone, volume, topology), ()), volume, ()
+                continue
             after = start.handle_mark if start is not None and volume.name == start.name else ""
-            for handle_mark, listed in self._handles(Listed(zone, volume, read_answered(volume.metadata)), held_by):
+            for handle_mark, listed in _handles(zone, volume, topology, held_by):
                 if handle_mark > after:
                     yield zone_mark, handle_mark, listed, volume, held_by
 
-    def _handles(self, found: Listed, clients: Sequence[Client]) -> Iterator[tuple[str, ListedVolume]]:
-        """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
-        if not clients:
-            yield _LAST, ListedVolume(described(found, self.settings.topology_key), ())
-            return
-        held = _held(clients, found.volume.uuid)
-        (issued, reference), *others = listed_handles(found, held)
-        entries = [("!", issued, reference), *sorted((_mark(text), text, other) for text, other in others)]
-        for number, (handle_mark, volume_id, reference) in enumerate(entries, 1):
-            shape = described(found, self.settings.topology_key, volume_id)
-            yield _LAST if number == len(entries) else handle_mark, ListedVolume(shape, held.get(reference, ()))
+
+def _handles(
+    zone: str, volume: VolumeSummary, topology: tuple[Segments, ...], clients: Sequence[Client]
+) -> Iterator[tuple[str, ListedVolume]]:
+    """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
+    held = _held(clients, volume.uuid)
+    (issued, reference), *others = listed_handles(zone, volume, held)
+    entries = [("!", issued, reference), *sorted((_mark(text), text, other) for text, other in others)]
+    for number, (handle_mark, volume_id, reference) in enumerate(entries, 1):
+        shape = described(zone, volume, topology, volume_id)
+        yield _LAST if number == len(entries) else handle_mark, ListedVolume(shape, held.get(reference, ()))
 
 
 def _volumes_from(

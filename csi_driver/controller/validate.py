@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, ValidateRequest
-from csi_driver.controller.volume_lookup import require, volume_context
-from csi_driver.controller.volume_metadata import Creation, encryption_of
+from csi_driver.controller.volume_lookup import require
+from csi_driver.controller.volume_metadata import Creation, encryption_of, volume_context
 from csi_driver.deadline import Deadline
 from csi_driver.errors import InvalidField, InvalidRequest, shown
 from csi_driver.model import DEFAULT_FS_TYPE, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
@@ -84,7 +84,7 @@ class ValidateVolume:
             return str(problem)
         if creation.is_block is not None and creation.is_block != (fs_type is None):
             return f"access type: expected {_ACCESS[creation.is_block]}, as created, got the other"
-        issued = volume_context(located)
+        issued = volume_context(located.zone, located.volume.metadata)
         for key in sorted(issued.keys() & request.context.keys()):
             if issued[key] != request.context[key]:
                 return f"volume_context {key}: expected {shown(issued[key])}, got {shown(request.context[key])}"

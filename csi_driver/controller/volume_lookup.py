@@ -8,17 +8,21 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.volume_metadata import AttachmentRecord, read_handles
-from csi_driver.controller.zones import Found, Listed, ask, find_in
+from csi_driver.controller.volume_metadata import (
+    AttachmentRecord,
+    issued_place,
+    read_handles,
+    reserved_bytes,
+    volume_context,
+)
+from csi_driver.controller.zones import Found, ask, find_in
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, VolumeNotFound, shown
-from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, VolumeHandle, is_uuid
-from csi_driver.parameters.storage_class import CONTEXT_KEYS
+from csi_driver.model import DEFAULT_ZONE, ProvisionedVolume, Segments, VolumeHandle, is_uuid
 from csi_driver.publish_context import held_reference
 from csi_driver.storage_model import Client, VolumeSummary
 
 _INSTANCE = re.compile(r"_(?:mc)?[0-9]+$")
-_CONTEXT_KEYS = frozenset(CONTEXT_KEYS)
 _ANY_UUID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -129,30 +133,28 @@ def issued_reference(zone: str, name: str, reference: str) -> str | None:
     return reference if handle is not None and handle.reference == reference else None
 
 
-def issued_handle(found: Listed) -> VolumeHandle:
+def issued_handle(zone: str, volume: VolumeSummary) -> VolumeHandle:
     """Return the handle that CreateVolume returned; for volumes of other origin, the one without a reference."""
-    creation, volume = found.creation, found.volume
-    if not creation.is_ours:
-        return VolumeHandle(volume.name, found.zone, volume.uuid)
-    return VolumeHandle(volume.name, creation.zone or found.zone, volume.uuid, creation.reference)
+    issued_zone, reference = issued_place(volume.metadata)
+    return VolumeHandle(volume.name, issued_zone or zone, volume.uuid, reference)
 
 
 def must_record_handle(located: Located, record: AttachmentRecord) -> bool:
     """Return whether `listed_handles` needs this handle in the attachment record while it is attached."""
     uuid, reference = located.volume.uuid, located.reference
-    if located.volume_id == issued_handle(located).format():
+    if located.volume_id == issued_handle(located.zone, located.volume).format():
         return False
     is_recorded = reference in _recorded_handles(record.handles, uuid)
     return is_recorded or located.volume_id != _derived_handle(located.zone, located.volume, reference)
 
 
-def listed_handles(found: Listed, attached: Collection[str]) -> list[tuple[str, str]]:
+def listed_handles(zone: str, volume: VolumeSummary, attached: Collection[str]) -> list[tuple[str, str]]:
     """Return the handles of a volume for ListVolumes, each with its reference id: the issued one first.
 
     external-attacher compares handles literally, so one that a person wrote is listed as it was attached: from the
     attachment record, as it cannot be derived from `attached`, the reference ids of the present attachments.
     """
-    zone, volume, issued = found.zone, found.volume, issued_handle(found)
+    issued = issued_handle(zone, volume)
     own_reference = held_reference(issued, volume.uuid)
     handles = {issued.format(): own_reference}
     recorded = _recorded_handles(read_handles(volume.metadata), volume.uuid) if attached else {}
@@ -176,24 +178,13 @@ def _derived_handle(zone: str, volume: VolumeSummary, reference: str) -> str:
     return VolumeHandle(volume.name, zone, volume.uuid, None if reference == volume.uuid else reference).format()
 
 
-def volume_context(found: Listed) -> dict[str, str]:
-    creation = found.creation
-    if creation.csi_name is None:
-        return {}
-    context = {"zone": creation.zone or found.zone}
-    if creation.fs_type is not None and not creation.is_block:
-        context["fsType"] = creation.fs_type
-    metadata = found.volume.metadata
-    for key in _CONTEXT_KEYS & metadata.keys():
-        if isinstance(value := metadata[key], str):
-            context[key] = value
-    return context
-
-
-def described(found: Listed, topology_key: str, volume_id: str | None = None) -> ProvisionedVolume:
+def described(
+    zone: str, volume: VolumeSummary, topology: tuple[Segments, ...], volume_id: str | None = None
+) -> ProvisionedVolume:
+    """Return a volume as CreateVolume answers it; `volume_id`: with this handle in place of the issued one."""
     return ProvisionedVolume(
-        volume_id=volume_id or issued_handle(found).format(),
-        capacity_bytes=found.volume.size_bytes - found.reserved_bytes,
-        context=volume_context(found),
-        topology=({topology_key: found.zone},),
+        volume_id or issued_handle(zone, volume).format(),
+        volume.size_bytes - reserved_bytes(volume),
+        volume_context(zone, volume.metadata),
+        topology,
     )

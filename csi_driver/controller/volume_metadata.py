@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeGuard
+from typing import TypeGuard
 
 from csi_driver.compat import volumes as compat
 from csi_driver.model import AccessMode, CapacityRange
+from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.publish_context import Encryption
-from csi_driver.storage_model import Reservation, ReservationMode, Volume
+from csi_driver.storage_model import Reservation, ReservationMode, Volume, VolumeSummary
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = frozenset({"csi_name", "fsType", "volumeMode", "zone"})
+_CONTEXT_KEYS = frozenset(CONTEXT_KEYS)
 _PERMISSION_KEY = "formatAllowed"
 _FORMAT = 1
 _MODES = {mode.value: mode for mode in AccessMode}
@@ -27,11 +29,8 @@ _MOST_HANDLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What the answer of CreateVolume has of its request, as lists repeat it.
-
-    None: not recorded, or no filesystem (raw block). `is_ours`: made by this driver.
-    """
+class Creation:
+    """The request of CreateVolume. None: not recorded, or no filesystem (raw block). `is_ours`: made by this driver."""
 
     csi_name: str | None = None
     fs_type: str | None = None
@@ -41,12 +40,6 @@ class Answered:
     is_ours: bool = False
     header_bytes: int = 0
     """Size of a header that the node writes, in addition to the requested capacity."""
-
-
-@dataclass(frozen=True, slots=True)
-class Creation(Answered):
-    """The request of CreateVolume."""
-
     parameters: Mapping[str, str] = field(default_factory=dict)
     capacity: CapacityRange | None = None
     modes: frozenset[AccessMode] | None = None
@@ -76,34 +69,54 @@ def creation_metadata(creation: Creation) -> dict[str, object]:
 def read_creation(metadata: Mapping[str, object]) -> Creation:
     own = _own(metadata)
     modes, required, limit = own.get("modes"), _decimal(own.get("required")), _decimal(own.get("limit"))
-    is_range = _is_ours(own) and required is not None and limit is not None
+    is_ours, mode = _is_ours(own), _text(metadata, "volumeMode")
+    is_range = is_ours and required is not None and limit is not None
     return Creation(
-        *_answered(metadata, own),
+        csi_name_of(metadata),
+        _text(metadata, "fsType"),
+        mode.lower() == "block" if mode else None,
+        _text(metadata, "zone"),
+        _text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
+        is_ours,
+        _header_bytes(own),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         capacity=CapacityRange(required or 0, limit or 0) if is_range else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
     )
 
 
-def read_answered(metadata: Mapping[str, object]) -> Answered:
-    return Answered(*_answered(metadata, _own(metadata)))
+# Lists repeat the answers of CreateVolume, and read of each record only what these have.
 
 
-_Answered: TypeAlias = tuple[str | None, str | None, bool | None, str | None, str | None, bool, int]
+def csi_name_of(metadata: Mapping[str, object]) -> str | None:
+    return _text(metadata, "csi_name")
 
 
-def _answered(metadata: Mapping[str, object], own: Mapping[str, object]) -> _Answered:
-    """Return the fields of `Answered`, in their order."""
-    is_ours, mode = _is_ours(own), _text(metadata, "volumeMode")
-    return (
-        _text(metadata, "csi_name"),
-        _text(metadata, "fsType"),
-        mode.lower() == "block" if mode else None,
-        _text(metadata, "zone"),
-        _text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
-        is_ours,
-        _decimal(own.get("header")) or 0 if is_ours else 0,
-    )
+def issued_place(metadata: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """Return zone and reference of the handle that CreateVolume returned; None: not recorded, or of other origin."""
+    own = _own(metadata)
+    return (_text(metadata, "zone"), _text(own, "reference")) if _is_ours(own) else (None, None)
+
+
+def reserved_bytes(volume: VolumeSummary) -> int:
+    """Return the bytes of a volume that its user does not see."""
+    return _header_bytes(_own(volume.metadata)) if volume.encryption is None else volume.encryption.header_bytes
+
+
+def volume_context(zone: str, metadata: Mapping[str, object]) -> dict[str, str]:
+    if csi_name_of(metadata) is None:
+        return {}
+    context = {"zone": _text(metadata, "zone") or zone}
+    fs_type = _text(metadata, "fsType")
+    if fs_type is not None and (_text(metadata, "volumeMode") or "").lower() != "block":
+        context["fsType"] = fs_type
+    if not _CONTEXT_KEYS.isdisjoint(metadata):
+        context |= {key: value for key in _CONTEXT_KEYS if isinstance(value := metadata.get(key), str)}
+    return context
+
+
+def _header_bytes(own: Mapping[str, object]) -> int:
+    return _decimal(own["header"]) or 0 if "header" in own and _is_ours(own) else 0
 
 
 def _is_ours(own: Mapping[str, object]) -> bool:
@@ -222,7 +235,8 @@ def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]
 
 
 def _own(metadata: Mapping[str, object]) -> Mapping[str, object]:
-    return _mapping(metadata.get(OWN_KEY))
+    own = metadata.get(OWN_KEY)
+    return own if isinstance(own, dict) else {}
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 
 from csi_driver import errors
 from csi_driver.controller.ports import Clusters, Management, TopologyRequirement
-from csi_driver.controller.volume_metadata import Answered, Creation, read_creation
+from csi_driver.controller.volume_metadata import Creation, read_creation, reserved_bytes
 from csi_driver.deadline import Deadline
 from csi_driver.model import Segments
-from csi_driver.storage_model import Reservation, Volume, VolumeSummary
+from csi_driver.storage_model import Reservation, Volume
 from csi_driver.thread_pool import Pool
 
 T = TypeVar("T")
@@ -178,24 +178,15 @@ def _named(segments: Segments, key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A volume with the fields that lists have."""
-
+class Found:
     zone: str
-    volume: VolumeSummary
-    creation: Answered
-
-    @property
-    def reserved_bytes(self) -> int:
-        encryption = self.volume.encryption
-        return encryption.header_bytes if encryption is not None else self.creation.header_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Found(Listed):
     volume: Volume
     creation: Creation
     management: Management
+
+    @property
+    def reserved_bytes(self) -> int:
+        return reserved_bytes(self.volume)
 
     @property
     def is_blank(self) -> bool:

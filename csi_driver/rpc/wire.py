@@ -123,7 +123,7 @@ def volume_to(volume: model.ProvisionedVolume) -> pb.Volume:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VolumeList:
     """A response of ListVolumes that is filled entry by entry.
 
@@ -132,20 +132,28 @@ class VolumeList:
 
     response: pb.ListVolumesResponse = field(default_factory=pb.ListVolumesResponse)
     _models: dict[object, pb.ListVolumesResponse.Entry] = field(default_factory=dict)
+    _topology: tuple[model.Segments, ...] = ()
+    """That of the models."""
 
     def add(self, listed: model.ListedVolume) -> int:
         """Add an entry and return its bytes."""
-        volume, entry = listed.volume, self.response.entries.add()
-        shape = (tuple(volume.context.items()), tuple([tuple(segments.items()) for segments in volume.topology]))
-        if shape not in self._models:
+        volume = listed.volume
+        if volume.topology is not self._topology:
+            self._topology = volume.topology
+            self._models.clear()
+        context = tuple(volume.context.items())
+        entry = self._models.get(context)
+        if entry is None:
             status = pb.ListVolumesResponse.VolumeStatus()
-            self._models[shape] = pb.ListVolumesResponse.Entry(volume=volume_to(volume), status=status)
-        entry.CopyFrom(self._models[shape])
+            entry = self._models[context] = pb.ListVolumesResponse.Entry(volume=volume_to(volume), status=status)
         message = entry.volume
         message.volume_id, message.capacity_bytes = volume.volume_id, volume.capacity_bytes
-        if listed.published_node_ids:
-            entry.status.published_node_ids.extend(listed.published_node_ids)
-        return entry.ByteSize()
+        self.response.entries.append(entry)  # a copy
+        if not listed.published_node_ids:
+            return entry.ByteSize()
+        added = self.response.entries[-1]
+        added.status.published_node_ids.extend(listed.published_node_ids)
+        return added.ByteSize()
 
 
 def get_to(listed: model.ListedVolume) -> pb.ControllerGetVolumeResponse:

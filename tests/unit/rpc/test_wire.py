@@ -120,13 +120,15 @@ def test_a_listed_volume_always_has_a_status() -> None:
     assert page.response.entries[0].HasField("status")
 
 
-def test_volumes_of_one_shape_differ_in_id_size_and_nodes() -> None:
+def test_listed_volumes_that_share_a_message_keep_what_is_theirs() -> None:
     page = wire.VolumeList()
     context, topology = {"fsType": "xfs", "zone": "z"}, ({"key": "z"},)
     given = [
         ListedVolume(ProvisionedVolume("a", 5, context, topology), ("n1", "n2")),
         ListedVolume(ProvisionedVolume("b", 6, context, topology), ()),
         ListedVolume(ProvisionedVolume("c", 7, {"zone": "z"}, topology), ("n3",)),
+        ListedVolume(ProvisionedVolume("d", 8, context, ({"key": "of another zone"},)), ()),
+        ListedVolume(ProvisionedVolume("e", 9, context, topology), ()),
     ]
     sizes = [page.add(each) for each in given]
     shown = page.response.entries
