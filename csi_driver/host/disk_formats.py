@@ -111,6 +111,79 @@ def _btrfs(head: bytes) -> Superblock | None:
     return Superblock("btrfs", 1, total_bytes, _uuid(raw, 32))
 
 
+# struct btrfs_super_block: the bytes that the checksum covers begin behind it. Flags from bit 32 on: a seed, a dump of
+# metadata, or a conversion that another program did not finish.
+_BTRFS_SUM_BYTES, _BTRFS_DEVICES, _BTRFS_FEATURES, _BTRFS_SUM_TYPE, _BTRFS_METADATA_UUID = 32, 136, 188, 196, 571
+_METADATA_UUID = 1 << 10
+_BTRFS_SUMS: Mapping[int, Callable[[bytes], bytes]] = {
+    0: lambda data: _crc32c(data).to_bytes(4, "little"),
+    1: lambda data: _xxhash64(data).to_bytes(8, "little"),
+    2: lambda data: hashlib.sha256(data).digest(),
+    3: lambda data: hashlib.blake2b(data, digest_size=32).digest(),
+}
+BTRFS_COPIES = (_BTRFS_AT, 64 << 20, 256 << 30)
+"""Where btrfs has a superblock, the one that is mounted first (fs/btrfs/disk-io.h, btrfs_sb_offset)."""
+BTRFS_COPY_BYTES = 4096
+
+
+def with_btrfs_uuid(copy: bytes, offset: int, new_uuid: str) -> bytes | None:
+    """Return the copy of a btrfs superblock at `offset` with another uuid, by the feature METADATA_UUID (Linux 5.0).
+
+    The blocks of metadata keep the former one. None for a copy that is invalid, of several devices, or of a kind that
+    is not known.
+    """
+    made = bytearray(copy)
+    former, own_offset, flags, magic = struct.unpack_from("<16sQQ8s", made, _BTRFS_SUM_BYTES)
+    (devices,), (features,) = (struct.unpack_from("<Q", made, at) for at in (_BTRFS_DEVICES, _BTRFS_FEATURES))
+    checksum = _BTRFS_SUMS.get(struct.unpack_from("<H", made, _BTRFS_SUM_TYPE)[0])
+    if magic != _BTRFS_MAGIC or own_offset != offset or flags >> 32 or devices != 1 or checksum is None:
+        return None
+    if not copy.startswith(checksum(copy[_BTRFS_SUM_BYTES:])):
+        return None
+    if not features & _METADATA_UUID:
+        struct.pack_into("<16s", made, _BTRFS_METADATA_UUID, former)
+        struct.pack_into("<Q", made, _BTRFS_FEATURES, features | _METADATA_UUID)
+    struct.pack_into("<16s", made, _BTRFS_SUM_BYTES, uuid.UUID(new_uuid).bytes)
+    made[:_BTRFS_SUM_BYTES] = checksum(bytes(made[_BTRFS_SUM_BYTES:])).ljust(_BTRFS_SUM_BYTES, b"\0")
+    return bytes(made)
+
+
+def _crc32c(data: bytes) -> int:
+    """Return the checksum of RFC 3720, 12.1."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+_XX_PRIMES = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63)
+
+
+def _xxhash64(data: bytes) -> int:
+    """Return the XXH64 ("xxHash fast digest algorithm", 0.1.1) with seed 0 of a multiple of 32 bytes."""
+    one, two, three, four = _XX_PRIMES
+    most = (1 << 64) - 1
+
+    def turned(value: int, bits: int) -> int:
+        return (value << bits | (value & most) >> 64 - bits) & most
+
+    def mixed(into: int, lane: int) -> int:
+        return turned(into + lane * two & most, 31) * one & most
+
+    lanes = [one + two & most, two, 0, -one & most]
+    for at in range(0, len(data), 32):
+        lanes = [mixed(lane, word) for lane, word in zip(lanes, struct.unpack_from("<4Q", data, at), strict=True)]
+    value = sum(turned(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & most
+    for lane in lanes:
+        value = (value ^ mixed(0, lane)) * one + four & most
+    value = value + len(data) & most
+    value = (value ^ value >> 33) * two & most
+    value = (value ^ value >> 29) * three & most
+    return value ^ value >> 32
+
+
 def _uuid(raw: bytes, offset: int) -> str:
     return str(uuid.UUID(bytes=raw[offset : offset + 16]))
 

@@ -141,6 +141,24 @@ class LinuxFilesystems:
         if asked:
             _require_type(device, fs_type, asked)
 
+    def change_btrfs_uuid(self, device: OpenDevice, uuid: str) -> None:
+        """The first superblock is the last to be written: when it has the new uuid, all have it."""
+        changed: dict[int, bytes] = {}
+        with zero_scan.DirectReader(device, disk_formats.BTRFS_COPY_BYTES) as reader:
+            for offset in disk_formats.BTRFS_COPIES:
+                if offset + disk_formats.BTRFS_COPY_BYTES <= device.device.size_bytes:
+                    copy = reader.read(offset, disk_formats.BTRFS_COPY_BYTES)
+                    if (made := disk_formats.with_btrfs_uuid(copy, offset, uuid)) is not None:
+                        changed[offset] = made
+        if disk_formats.BTRFS_COPIES[0] not in changed:
+            raise PreconditionFailed(
+                f"btrfs on {device.device.path}, a copy of a volume, cannot get a uuid of its own: its superblock is "
+                "damaged, of several devices, or of an unknown kind; restore from another snapshot"
+            )
+        with self.devices.open(device.device, write=True):
+            for offset in sorted(changed, reverse=True):
+                zero_scan.write_through(device, offset, changed[offset])
+
     def check(self, device: Device, fs_type: str) -> int:
         """Repair an unclean ext4 as far as e2fsck -p does.
 

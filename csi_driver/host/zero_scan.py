@@ -225,6 +225,15 @@ def wipe_places(device: OpenDevice) -> None:
         os.fsync(device.fd)
 
 
+def write_through(device: OpenDevice, offset: int, data: bytes) -> None:
+    """Write whole blocks at once, and sync."""
+    with mmap.mmap(-1, len(data)) as aligned, system_call(f"write to {device.device.path}"):
+        aligned[:] = data
+        if os.pwrite(device.fd, aligned, device.start_bytes + offset) != len(data):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        os.fsync(device.fd)
+
+
 def progress_step(size_bytes: int) -> int:
     """Return after how many bytes a scan of a device of this size reports progress."""
     return max(_PROGRESS_EVERY_BYTES, -(-size_bytes // _PROGRESS_STEPS))

@@ -120,8 +120,8 @@ class EncryptedVolumes:
             raise PreconditionFailed(f"{path}: expected it over device {device.number}, got {mapping.below}; close it")
         if mapping.is_suspended:
             self.encryption.resume(mapping)
-        if mapping.read_only == target.read_only or self._is_mounted(mapping):
-            if mapping.read_only and not target.read_only:
+        if mapping.read_only == target.takes_no_writes or self._is_mounted(mapping):
+            if mapping.read_only and not target.takes_no_writes:
                 raise PreconditionFailed(
                     f"encrypted volume {target.volume}: expected write access, it is open read-only"
                 )
@@ -153,7 +153,7 @@ class EncryptedVolumes:
                 self._remove_begun_record(target)
                 passphrase = self._right_passphrase(opened, header, target, plan, may_write=write)
                 discards = plan.allow_discards
-                self.encryption.open(opened, passphrase, read_only=target.read_only, allow_discards=discards)
+                self.encryption.open(opened, passphrase, read_only=target.takes_no_writes, allow_discards=discards)
                 return header
         return self._unlock(target, plan, write=True, deadline=deadline)
 
@@ -316,7 +316,7 @@ def _may_write_header(target: VolumeDevice, plan: EncryptionPlan) -> bool:
 
 
 def _header_problem(header: LuksHeader, target: VolumeDevice, plan: EncryptionPlan) -> str:
-    if header.subsystem == LUKS_SUBSYSTEM and header.label != target.uuid:
+    if header.subsystem == LUKS_SUBSYSTEM and header.label not in (target.uuid, *target.volume.context.inherited_uuids):
         return f"the LUKS header of volume {header.label}"
     is_made_by_driver = target.volume.context.history is not History.UNKNOWN
     if plan.by is By.LUKS and header.subsystem != LUKS_SUBSYSTEM and is_made_by_driver:

@@ -16,7 +16,18 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed
 from csi_driver.host_model import GROWTH_THRESHOLD_BYTES, Device, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
-from csi_driver.node.format_policy import ALLOW_FORMAT, AnyFormat, Evidence, Format, Refuse, Use, Verdict, decide
+from csi_driver.node.format_policy import (
+    ALLOW_FORMAT,
+    AnyFormat,
+    Evidence,
+    Format,
+    FormatAgain,
+    FormatOver,
+    Refuse,
+    Use,
+    Verdict,
+    decide,
+)
 from csi_driver.node.mount_owner import NodeVolume, VolumeDevice
 from csi_driver.node.ports import Devices, Filesystems, Mounts
 from csi_driver.node.usage_records import USED, UsageRecord, UsageRecords, earlier_use, record_use
@@ -93,7 +104,15 @@ class Preparation:
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
         """Return the history of the volume as this node knows it."""
         context, record = volume.context, self.records.read(uuid) if uuid else None
-        return Evidence(context.history, context.attachment, record, format_allowed=context.format_allowed)
+        return Evidence(
+            context.history,
+            context.attachment,
+            record,
+            format_allowed=context.format_allowed,
+            populated=context.populated,
+            inherited_uuids=context.inherited_uuids,
+            private_copy=context.private_copy,
+        )
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
         """Prove the device blank or wipe it, record the format, and return the volume's UUID.
@@ -122,9 +141,15 @@ class Preparation:
             match verdict:
                 case Refuse(reason=reason):
                     raise PreconditionFailed(f"volume {target.volume} {reason}")
-                case Use():
+                case Use(new_uuid=""):
                     return verdict
-                case _ if write:
+                case Use(new_uuid=new) if write:
+                    self.filesystems.change_btrfs_uuid(claim, new)
+                    logger.info(
+                        "gave the btrfs of volume %s the UUID %s in place of an inherited one", target.volume, new
+                    )
+                    return verdict
+                case Format() | FormatAgain() | FormatOver() if write:
                     self._format(claim, target, plan, verdict, deadline)
                     return Prepared(verdict.fs_type, is_new=True)
         return self._settle(target, plan, write=True, deadline=deadline)

@@ -3,8 +3,8 @@
 
 Formatting needs proof that nothing is lost. On a first attachment a blank head, tail and superblock locations are
 enough; otherwise every block must be zero. A format that this driver left unfinished under this attachment is
-repeated, and an administrator can allow one format over old data. A filesystem made by this driver has the volume's
-UUID. docs/data-safety.md has the full argument.
+repeated, and an administrator can allow one format over old data. A filesystem made by this driver has the UUID of the
+volume, or of one from which the volume was copied. docs/data-safety.md has the full argument.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from csi_driver.publish_context import History
 
 ALLOW_FORMAT = "`nvmesh-csi volume allow-format`"
 
+_ONE_FOR_EACH_UUID = "btrfs"
+"""Of two devices with one UUID of this filesystem, which have the same device UUID as well, Linux takes the second for
+the first under another name (fs/btrfs/volumes.c, device_list_add)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Use the filesystem on the device as it is. `is_ready`: neither a check nor growth is due."""
+    """Use the filesystem on the device, with `new_uuid` after that is its UUID.
+
+    `is_ready`: neither a check nor growth is due.
+    """
 
     fs_type: str
     is_ready: bool = False
+    new_uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class Evidence:
     """Evidence about a volume apart from the content of its device.
 
     `attachment`: number of the present attachment; 0 = not counted, so neither a first attachment nor a permission
-    counts. `own_uuid`: UUID of a filesystem that this driver makes on the volume.
+    counts. `own_uuid`: UUID of a filesystem that this driver makes on the volume. `populated`, `inherited_uuids`,
+    `private_copy`: as in `PublishContext`.
     """
 
     history: History
@@ -76,6 +85,9 @@ class Evidence:
     record: UsageRecord | None = None
     own_uuid: str | None = None
     format_allowed: bool = False
+    populated: bool = False
+    inherited_uuids: Sequence[str] = ()
+    private_copy: bool = False
 
     @property
     def own_record(self) -> str:
@@ -94,7 +106,8 @@ class Evidence:
     @property
     def is_first(self) -> bool:
         """Whether the volume was certainly never written to."""
-        return self.history is History.FIRST and self.attachment > 0 and not self.was_in_use
+        is_new = self.history is History.FIRST and not self.populated
+        return is_new and self.attachment > 0 and not self.was_in_use
 
     @property
     def is_only_ours(self) -> bool:
@@ -176,12 +189,19 @@ def _decide_filesystem(
         return Refuse(f"holds {held}; expected {asked.fs_type}{_way_out(evidence)}")
     if held not in supported:
         return Refuse(f"holds {held}; expected one of {', '.join(supported)}{_way_out(evidence)}")
-    if evidence.is_only_ours and content.uuid != evidence.own_uuid:
+    if evidence.is_only_ours and content.uuid not in (evidence.own_uuid, *evidence.inherited_uuids):
         return Refuse(
             f"holds {_describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
             f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
-    return Use(held, content.is_ready)
+    if held != _ONE_FOR_EACH_UUID or not evidence.populated or content.uuid == evidence.own_uuid:
+        return Use(held, content.is_ready)
+    if asked.read_only and not evidence.private_copy:
+        return Refuse(
+            f"holds {_describe(content)}, as its source may, and Linux cannot use both; stage it writable once: that "
+            "gives it a UUID of its own"
+        )
+    return Use(held, content.is_ready, evidence.own_uuid or "")
 
 
 def _way_out(evidence: Evidence) -> str:

@@ -77,6 +77,11 @@ class VolumeDevice:
         """The volume's UUID; None where neither its ID nor its device has it."""
         return self.volume.uuid or self.device.uuid
 
+    @property
+    def takes_no_writes(self) -> bool:
+        """Whether nothing may be written to the device; to a private copy a read-only mount writes the log."""
+        return self.read_only and not self.volume.context.private_copy
+
 
 class AttachmentState(Enum):
     """Whether a volume is attached to this node, from the status files of the client."""

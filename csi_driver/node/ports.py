@@ -216,6 +216,9 @@ class Filesystems(Protocol):
         `asked`: options of the user, named by `InvalidField` when mkfs refuses them.
         """
 
+    def change_btrfs_uuid(self, device: OpenDevice, uuid: str) -> None:
+        """Give an unmounted btrfs another UUID. Raises `PreconditionFailed` where it cannot, and changes nothing."""
+
     def check(self, device: Device, fs_type: str) -> int:
         """Check and repair; return the size as `recorded_bytes`. `PreconditionFailed` when it needs manual repair."""
 

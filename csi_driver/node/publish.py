@@ -62,7 +62,7 @@ class SharedReaders:
             return False
         return record.is_use and record.is_of(volume.context.attachment) and self.paths.kind(staging) == "directory"
 
-    def plan(self, access: MountAccess, request: NodePublishRequest) -> MountPlan:
+    def plan(self, access: MountAccess, request: NodePublishRequest, volume: NodeVolume) -> MountPlan:
         """Return how to mount such a publication. Raises `InvalidField`."""
         fs_type_of_class = request.volume_context.get(FS_TYPE, "")
         return plan_mount(
@@ -72,6 +72,7 @@ class SharedReaders:
             mkfs=MkfsRequest(request.volume_context),
             supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
             fs_type_of_class=fs_type_of_class,
+            private_copy=volume.context.private_copy,
         )
 
     def mount(self, target: VolumeDevice, plan: MountPlan, path: Path, *, deadline: Deadline) -> Mount | None:
@@ -121,7 +122,7 @@ class Publish:
                     raise PreconditionFailed(outdated)
                 staged = self.mounts.at(staging)
                 if staged is None and self.shared_readers.is_staged(volume, staging):
-                    plan = self.shared_readers.plan(access, request)
+                    plan = self.shared_readers.plan(access, request, volume)
                     self._publish_shared(VolumeDevice(volume, device, read_only=True), plan, target, deadline=deadline)
                     return
                 use = VolumeDevice(volume, device, read_only or "ro" in flags)

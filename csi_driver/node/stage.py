@@ -169,6 +169,7 @@ class Stage:
             mkfs=_mkfs_request(request, volume),
             supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
             fs_type_of_class=fs_type_of_class,
+            private_copy=volume.context.private_copy,
         )
 
     def _stage_mount(
@@ -294,7 +295,7 @@ class Stage:
         device = self.devices.wait_for(volume.name, volume.uuid, deadline=deadline)
         if not device.is_writable and not read_only:
             raise writes_refused(volume, device)
-        if volume.context.read_only and not device.read_only:
+        if volume.context.read_only and not volume.context.private_copy and not device.read_only:
             writers = (found for found in self.mounts.of_device(device) if not found.read_only)
             writer = next((found for found in writers if self.ownership.is_live(found, device)), None)
             if writer is not None:

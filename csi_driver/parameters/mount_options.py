@@ -77,7 +77,7 @@ class MountPlan:
     """A checked request for mount access. `root_mode`: of a new filesystem's root directory, None = mkfs's.
 
     `supported`: the types that the machine can make and mount. `mkfs_refusal`: why no filesystem can be made; one that
-    exists can still be mounted.
+    exists can still be mounted. `replays`: a log is replayed, also by a read-only mount.
     """
 
     request: FilesystemRequest
@@ -86,14 +86,15 @@ class MountPlan:
     mkfs: MkfsArguments
     supported: Sequence[str] = ()
     mkfs_refusal: InvalidRequest | None = None
+    replays: bool = False
 
     @property
     def read_only(self) -> bool:
         return self.request.read_only
 
     def options_for(self, fs_type: str) -> tuple[str, ...]:
-        implied = _ALWAYS.get(fs_type, ()) + (_WHEN_READ_ONLY.get(fs_type, ()) if self.read_only else ())
-        return tuple(dict.fromkeys((*self.flags, *implied)))
+        unread = _WHEN_READ_ONLY.get(fs_type, ()) if self.read_only and not self.replays else ()
+        return tuple(dict.fromkeys((*self.flags, *_ALWAYS.get(fs_type, ()), *unread)))
 
     def require_mkfs(self) -> None:
         if self.mkfs_refusal is not None:
@@ -108,10 +109,12 @@ def plan_mount(
     mkfs: MkfsRequest,
     supported: Sequence[str],
     fs_type_of_class: str = "",
+    private_copy: bool = False,
 ) -> MountPlan:
     """Check a request for mount access before any device is touched. A problem of mkfs alone is kept in the plan.
 
-    `read_only`: the attachment is, despite mode and flags. `fs_type_of_class`: the parameter `fsType`.
+    `read_only`: the attachment is, despite mode and flags. `fs_type_of_class`: the parameter `fsType`. `private_copy`:
+    only this node has the device.
     """
     if mode in (AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_SINGLE_WRITER):
         expected = "a mode that writes on one node: filesystems are not shared"
@@ -136,7 +139,8 @@ def plan_mount(
     except InvalidRequest as problem:
         refusal = problem
     problems.raise_any(refusal)
-    return MountPlan(request, kept, None if request.read_only else root_mode, arguments, supported, refusal)
+    root_mode = None if request.read_only else root_mode
+    return MountPlan(request, kept, root_mode, arguments, supported, refusal, replays=private_copy)
 
 
 def check_mount_group(access: MountAccess) -> None:

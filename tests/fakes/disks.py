@@ -23,13 +23,15 @@ MIB = 1 << 20
 class FakeFilesystem:
     """A filesystem on a disk. `complete` is False while mkfs runs, and stays so when it is interrupted.
 
-    Without a `uuid` it has that of its volume. `root` is the mounted subtree by default.
+    Without a `uuid` it has that of its volume. `root` is the mounted subtree by default. `log`: files that only its log
+    has, until a mount replays it.
     """
 
     fs_type: str
     size_bytes: int
     complete: bool = True
     files: dict[str, bytes] = field(default_factory=dict)
+    log: dict[str, bytes] = field(default_factory=dict)
     root_mode: int = 0o755
     options: tuple[str, ...] = ()
     uuid: str = ""
@@ -83,6 +85,22 @@ class FakeDisk:
         claimed = self.uuid if self.claims_uuid else status.uuid if status is not None else None
         device = Device(self.name, self.path, self.number, self.size_bytes, self.read_only, claimed)
         return replace(device, write_refusal=status.details if status is not None and status.refuses_writes else "")
+
+    def cut(self) -> FakeDisk:
+        """Return its content at this moment, on a disk of nobody; what was written since its mount is in the log."""
+        copied = replace(self, was_used=self.is_written, filesystem=None, luks=None, raw=dict(self.raw))
+        if self.filesystem is not None:
+            log, uuid = self.filesystem.log | self.filesystem.files, self.filesystem.uuid or self.uuid
+            copied.filesystem = replace(self.filesystem, files={}, log=log, uuid=uuid)
+        if self.luks is not None:
+            inner = replace(self.luks.inner.cut(), is_gone=True, below=None)
+            copied.luks = replace(self.luks, inner=inner, keys=list(self.luks.keys))
+        return copied
+
+    @property
+    def is_written(self) -> bool:
+        """Whether any byte is not zero."""
+        return any((self.filesystem, self.signature, self.raw, self.luks))
 
     @property
     def is_usable(self) -> bool:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PROBED_BYTES = MIB
 """The fake's probe reads this much at the head and at the tail."""
 
+_NO_REPLAY = frozenset({"noload", "norecovery", "rescue=nologreplay"})
 _ACCESS_TIMES = frozenset({"relatime", "noatime", "strictatime"})
 
 
@@ -79,12 +80,21 @@ class FakeMounts:
             raise PreconditionFailed(f"{what}: the kernel gave a filesystem that had the number {disk.number} before")
         if disk.claimed is not None or (host.is_mounted(disk) and disk.superblock_read_only != read_only):
             raise PreconditionFailed(f"{what}: the device is in use")
+        self._refuse_second_of_a_uuid(disk, held, options, what)
         host.step("before mount")
+        _replay(disk, held, options, what)
         disk.superblock_read_only = read_only
         disk.was_used = True
         shown = frozenset(options) | (frozenset() if _ACCESS_TIMES & set(options) else {"relatime"})
         host.table.append(MountEntry(target, disk, None, str(device.path), held.root, fs_type, read_only, shown))
         host.step("after mount")
+
+    def _refuse_second_of_a_uuid(self, disk: FakeDisk, held: FakeFilesystem, options: Sequence[str], what: str) -> None:
+        if held.fs_type == "ext4" or (held.fs_type == "xfs" and "nouuid" in options):
+            return
+        others = (entry.disk for entry in self._host.table if entry.disk is not None and entry.disk is not disk)
+        if any(each.filesystem and _identity(each) == _identity(disk) for each in others):
+            raise SystemCallFailed(what, errno.EEXIST, "another filesystem with this uuid is mounted")
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         host = self._host
@@ -121,6 +131,20 @@ class FakeMounts:
         host.step("before unmount")
         host.table.remove(entry)
         host.step("after unmount")
+
+
+def _replay(disk: FakeDisk, held: FakeFilesystem, options: Sequence[str], what: str) -> None:
+    if _NO_REPLAY & set(options):
+        return
+    if held.log and disk.read_only:
+        raise SystemCallFailed(what, errno.EROFS, "the log cannot be replayed")
+    held.files |= held.log
+    held.log.clear()
+
+
+def _identity(disk: FakeDisk) -> tuple[str, str]:
+    assert disk.filesystem is not None
+    return disk.filesystem.fs_type, disk.filesystem.uuid or disk.uuid
 
 
 def _shown(entry: MountEntry) -> Mount:
@@ -208,6 +232,14 @@ class FakeFilesystems:
         disk.filesystem.complete = True
         self._host.formats.append(disk.uuid)
         self._host.step("after make")
+
+    def change_btrfs_uuid(self, device: OpenDevice, uuid: str) -> None:
+        disk = self._opened(device)
+        if disk.claimed != device.fd or disk.filesystem is None or disk.filesystem.fs_type != "btrfs":
+            raise AssertionError("a new uuid for a device that was not claimed, or holds no btrfs")
+        self._host.step("before change of uuid")
+        disk.filesystem.uuid = uuid
+        self._host.step("after change of uuid")
 
     def check(self, device: Device, fs_type: str) -> int:
         held = self._idle(device, fs_type)

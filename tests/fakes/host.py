@@ -111,6 +111,9 @@ class FakeHost:
             disk.filesystem, disk.signature, disk.raw = like.filesystem, like.signature, like.raw
             disk.was_used, disk.size_bytes = like.was_used, like.size_bytes
             disk.luks = like.luks
+            if disk.luks is not None:
+                disk.luks.inner.name, disk.luks.inner.uuid = name, uuid
+                disk.luks.inner.path = MAPPER_DIRECTORY / name
         self.disks[name] = disk
         return disk
 

@@ -182,8 +182,14 @@ def publish_context(
     size_bytes: int = 64 * MIB,
     format_allowed: bool = False,
     encryption: Encryption = Encryption.NONE,
+    inherited: tuple[str, ...] | None = None,
+    private_copy: bool = False,
 ) -> dict[str, str]:
-    """Return the publish context; by default of a new volume in its first attachment."""
+    """Return the publish context; by default of a new volume in its first attachment.
+
+    `inherited`: the volumes whose content it may have; None = it is no copy of one.
+    """
     return PublishContext(
-        name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed
-    ).as_map()
+        name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed,
+        populated=inherited is not None, inherited_uuids=inherited or (), private_copy=private_copy,
+    ).as_map()  # fmt: skip

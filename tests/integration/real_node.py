@@ -66,9 +66,14 @@ class RealNode:
         volume_context: dict[str, str] | None = None,
         mode: AccessMode = AccessMode.SINGLE_NODE_WRITER,
         within_s: float = 60.0,
+        inherited: tuple[str, ...] | None = None,
+        private: bool = False,
     ) -> Path:
-        """Stage the volume; return where it is mounted."""
-        context = PublishContext(volume.name, volume.uuid, attachment, history, format_allowed=allowed)
+        """Stage the volume; return where it is mounted. `inherited`: None = it is no copy of a volume."""
+        context = PublishContext(
+            volume.name, volume.uuid, attachment, history, private, format_allowed=allowed,
+            populated=inherited is not None, inherited_uuids=inherited or (), private_copy=private,
+        )  # fmt: skip
         capability = Capability(MountAccess(fs_type, flags), mode)
         request = StageRequest(
             volume_id(volume), str(self.staging(volume)), capability, context.as_map(),
