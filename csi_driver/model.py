@@ -144,7 +144,7 @@ def volume_name(csi_name: str) -> str:
     if _PROVISIONED.fullmatch(csi_name):
         return CSI_NAME_PREFIX + csi_name[4 : 4 + length]
     digest = hashlib.sha256(csi_name.encode("utf-8", "surrogatepass")).digest()
-    return CSI_NAME_PREFIX + base64.b32encode(digest).decode().lower()[:length]
+    return CSI_NAME_PREFIX + base64.b32encode(digest[:15]).decode().lower()[:length]
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ class NewVolume(_Placement):
 
     def _check_layout(self) -> None:
         level = self.raid_level
-        self._refuse(name for name in _LAYOUT if to_camel(name) not in PARAMETERS[level])
+        self._refuse(name for name in _LAYOUT if self.has(name) and to_camel(name) not in PARAMETERS[level])
         if self.has("stripe_width") and (self.stripe_width != 1 if level == EC else self.stripe_width < 2):
             raise ValueError(f"stripeWidth: expected {'1' if level == EC else 'at least 2'}, got {self.stripe_width}")
 

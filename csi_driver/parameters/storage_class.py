@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 from csi_driver.errors import InvalidRequest, shown
 from csi_driver.model import Capability, MountAccess
@@ -167,7 +167,14 @@ def check_use(
 
     `by`: who encrypts it. `is_blank`: it is known to have no filesystem; else mistakes for mkfs are left to the node.
     """
-    problems = read.Problems()
+    _check_use(capability, tuple(context.items()), by, read_only=read_only, is_blank=is_blank)
+
+
+@lru_cache(maxsize=64)  # a few StorageClasses; it depends on nothing else, and only success is remembered
+def _check_use(
+    capability: Capability, items: tuple[tuple[str, str], ...], by: Encryption, *, read_only: bool, is_blank: bool
+) -> None:
+    context, problems = dict(items), read.Problems()
     if by is not Encryption.NONE:
         problems.of(lambda: encryption.node_settings(by, context))
     access = capability.access

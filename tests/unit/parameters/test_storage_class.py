@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import InvalidRequest
+from csi_driver.model import AccessMode, Capability, MountAccess
 from csi_driver.parameters import encryption, mkfs, storage_class
 from csi_driver.parameters.encryption import EncryptionRequest, required_passphrase
 from csi_driver.publish_context import Encryption
@@ -278,3 +279,13 @@ def test_control_characters_are_escaped_in_messages() -> None:
         storage_class.parse({"vpg": "gold\nINFO all is well", "VSGs": "g"})
     said = str(refusal.value)
     assert (said.count("gold"), said.isprintable()) == (2, True)
+
+
+def test_a_use_is_checked_again_for_each_of_what_decides_it() -> None:
+    mount = Capability(MountAccess(fs_type="ext4"), AccessMode.SINGLE_NODE_WRITER)
+    wrong = {mkfs.OPTIONS: "-O casefold,nonsense=\x00"}
+    for _ in range(2):
+        storage_class.check_use(mount, {})
+        storage_class.check_use(mount, wrong, is_blank=False)
+        with pytest.raises(InvalidRequest):
+            storage_class.check_use(mount, wrong)
