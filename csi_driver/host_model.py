@@ -293,3 +293,16 @@ class LuksMapping:
     def is_of(self, header: LuksHeader) -> bool:
         """Tell if it was opened with this header, under its own name."""
         return self.kernel_uuid == f"CRYPT-LUKS{header.version}-{header.uuid.replace('-', '')}-{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A piece of a file, in bytes. `address`: on the device; None = unknown."""
+
+    offset: int
+    length: int
+    address: int | None
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length

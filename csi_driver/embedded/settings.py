@@ -6,7 +6,7 @@ The adapters of the ports are in csi_driver.host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -27,7 +27,7 @@ from csi_driver.flags import (
     repeatable,
     required,
 )
-from csi_driver.host_model import LoopDevice
+from csi_driver.host_model import Extent, LoopDevice
 from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
@@ -207,4 +207,12 @@ class Reflinks(Protocol):
 
     def count_extents(self, fd: int) -> int:
         """Return the number of extents of a file (FIEMAP), after its writes have got their blocks."""
+        ...
+
+    def extents(self, fd: int, offset: int, most: int) -> Sequence[Extent]:
+        """Return up to `most` extents of a file in ascending order, from the one at or behind `offset`."""
+        ...
+
+    def why_not_comparable(self, fd: int) -> str:
+        """Return why equal addresses of two files' extents do not prove equal content there; "" when they do."""
         ...

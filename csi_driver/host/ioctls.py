@@ -158,11 +158,20 @@ def ext4_resize(fd: int, blocks: int) -> None:
     _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
 
 
-def xfs_grow(fd: int, size_bytes: int) -> int:
-    """Grow the mounted XFS of `fd` to that size; return its size before. It keeps its share of inodes."""
+def xfs_realtime_blocks(fd: int) -> int:
+    """Return the blocks of the realtime device of the XFS that the file lies on; other filesystems refuse."""
+    return int(_xfs_geometry(fd)[9])
+
+
+def _xfs_geometry(fd: int) -> tuple[int, ...]:
     raw = bytearray(_XFS_GEOMETRY_V1.size)
     _call("XFS_IOC_FSGEOMETRY_V1", fd, _XFS_IOC_FSGEOMETRY_V1, raw)
-    fields = _XFS_GEOMETRY_V1.unpack(raw)
+    return _XFS_GEOMETRY_V1.unpack(raw)
+
+
+def xfs_grow(fd: int, size_bytes: int) -> int:
+    """Grow the mounted XFS of `fd` to that size; return its size before. It keeps its share of inodes."""
+    fields = _xfs_geometry(fd)
     block_bytes, inode_percent, blocks = int(fields[0]), fields[7], int(fields[8])
     if size_bytes // block_bytes > blocks:
         wanted = bytearray(struct.pack("=QI4x", size_bytes // block_bytes, inode_percent))

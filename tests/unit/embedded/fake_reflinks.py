@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from csi_driver.errors import SystemCallFailed
+from csi_driver.host_model import Extent
 
 
 @dataclass(slots=True)
@@ -28,6 +29,12 @@ class FakeReflinks:
 
     def count_extents(self, fd: int) -> int:
         return sum(1 for _ in _data(fd))
+
+    def extents(self, fd: int, offset: int, most: int) -> list[Extent]:
+        raise NotImplementedError
+
+    def why_not_comparable(self, fd: int) -> str:
+        return "the fake's extents have no addresses"
 
 
 def _data(fd: int) -> Iterator[tuple[int, int]]:
