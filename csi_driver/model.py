@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -140,11 +141,25 @@ _NAME_LIMIT = 22
 
 def volume_name(csi_name: str) -> str:
     """Return the volume's name in the storage. `pvc-UUID` is shortened as earlier drivers did, others are hashed."""
-    length = _NAME_LIMIT - len(CSI_NAME_PREFIX)
     if _PROVISIONED.fullmatch(csi_name):
-        return CSI_NAME_PREFIX + csi_name[4 : 4 + length]
-    digest = hashlib.sha256(csi_name.encode("utf-8", "surrogatepass")).digest()
-    return CSI_NAME_PREFIX + base64.b32encode(digest[:15]).decode().lower()[:length]
+        return CSI_NAME_PREFIX + csi_name[4 : 4 + _NAME_LIMIT - len(CSI_NAME_PREFIX)]
+    return _hashed(CSI_NAME_PREFIX, csi_name)
+
+
+def snapshot_name(csi_name: str, member: str = "") -> str:
+    """Return a snapshot's name in the storage. `member`: uuid of its volume, for the snapshots of the group
+    `csi_name`.
+    """
+    return _hashed("snap-", f"{csi_name}\n{member}" if member else csi_name)
+
+
+def group_snapshot_name(csi_name: str) -> str:
+    return _hashed("group-", csi_name)
+
+
+def _hashed(prefix: str, text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return prefix + base64.b32encode(digest[:15]).decode().lower()[: _NAME_LIMIT - len(prefix)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +176,24 @@ class ProvisionedVolume(NamedTuple):  # a third of the time of a frozen dataclas
     capacity_bytes: int
     context: Mapping[str, str] = MappingProxyType({})
     topology: tuple[Segments, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CutSnapshot:
+    """A snapshot as CSI describes it; `size_bytes`: the least size of a volume made from it."""
+
+    snapshot_id: str
+    source_volume_id: str
+    size_bytes: int
+    created: datetime
+    group_snapshot_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CutGroup:
+    group_snapshot_id: str
+    created: datetime
+    snapshots: tuple[CutSnapshot, ...]
 
 
 class ListedVolume(NamedTuple):

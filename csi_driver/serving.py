@@ -25,6 +25,7 @@ from csi_driver.telemetry import metrics
 from csi_driver.telemetry.pages import serving
 
 if TYPE_CHECKING:
+    from csi_driver.controller.features import ZoneFeatures
     from csi_driver.controller.ports import Clusters
     from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
@@ -37,15 +38,13 @@ _LOG = logging.getLogger(__name__)
 
 def serve(
     settings: EndpointSettings,
-    driver_name: str,
-    is_ready: Callable[[], bool],
-    service: Service,
+    identity: services.IdentityService,
+    own: Sequence[Service],
     background: Callable[[Boundary], AbstractContextManager[object]],
 ) -> int:
-    identity = services.IdentityService(driver_name, driver_version, is_ready)
     disabled = frozenset() if settings.volume_health else HEALTH
-    boundary = Boundary(disabled, settings.default_deadline_s, thread_pools(service.at_once))
-    server = Server(settings, boundary, (service, identity))
+    boundary = Boundary(disabled, settings.default_deadline_s, thread_pools(max(each.at_once for each in own)))
+    server = Server(settings, boundary, (*own, identity))
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))
         server.start()
@@ -72,13 +71,14 @@ def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> C
 
 
 def run_controller(command: ControllerCommand) -> int:
-    from csi_driver.controller.zones import Readiness
+    from csi_driver.controller.features import Readiness, ZoneFeatures
 
     settings, requests = command.controller, metrics.ManagementMetrics()
     clusters = _connect(command.access, requests)
-    readiness = Readiness(clusters)
+    features = ZoneFeatures(clusters)
+    readiness, use_cases = Readiness(features), _controller_use_cases(clusters, settings, features)
     service = services.ControllerService(
-        _controller_use_cases(clusters, settings),
+        use_cases,
         volume_health=command.endpoint.volume_health,
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
@@ -94,16 +94,21 @@ def run_controller(command: ControllerCommand) -> int:
             measurements=[*own, *boundary.measurements(), *requests.measurements()],
         )
 
-    return serve(command.endpoint, settings.driver_name, ready.is_ready, service, background)
+    identity = services.IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
+    return serve(command.endpoint, identity, (service, services.GroupControllerService(use_cases)), background)
 
 
-def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> services.ControllerUseCases:
+def _controller_use_cases(
+    clusters: Clusters, settings: ControllerSettings, features: ZoneFeatures
+) -> services.ControllerUseCases:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
     from csi_driver.controller.fencing import UnpublishVolume
+    from csi_driver.controller.group_snapshots import GroupSnapshots
     from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
     from csi_driver.controller.publish import PublishVolume
+    from csi_driver.controller.snapshots import Snapshots
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 
     listing = ListVolumes(clusters, settings)
@@ -118,6 +123,9 @@ def _controller_use_cases(clusters: Clusters, settings: ControllerSettings) -> s
         capacity=GetCapacity(clusters, settings),
         validate=ValidateVolume(clusters),
         health=GetVolumeHealth(listing),
+        features=features,
+        snapshots=Snapshots(clusters, features),
+        groups=GroupSnapshots(features),
     )
 
 
@@ -141,7 +149,8 @@ def run_node(command: NodeCommand) -> int:
 
     is_ready = partial(services.is_equipped, use_cases.identity.problems)
     service = services.NodeService(use_cases, volume_health=command.endpoint.volume_health)
-    return serve(command.endpoint, command.node.driver_name, is_ready, service, background)
+    identity = services.IdentityService(command.node.driver_name, driver_version, is_ready)
+    return serve(command.endpoint, identity, (service,), background)
 
 
 def _register_and_report(

@@ -22,7 +22,7 @@ from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, VolumeS
 
 _log = logging.getLogger(__name__)
 
-_PAGE_BYTES = 3 << 20
+PAGE_BYTES = 3 << 20
 """The entry that exceeds it is the last of a page, also without `max_entries`: gRPC clients accept 4 MiB by default,
 and external-attacher, which asks for everything, follows tokens."""
 
@@ -56,8 +56,21 @@ def read_token(token: str) -> Position:
     return Position(zone_mark, name, handle_mark)
 
 
-def _mark(text: str) -> str:
+def mark_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def zones_from(zones: Sequence[str], start: Position | None, token: str) -> list[str]:
+    """Return the zones in the order of lists, from that of the position on. Raises `StaleToken` if it is gone."""
+    ordered = sorted(zones)
+    if start is None:
+        return ordered
+    at = next((index for index, zone in enumerate(ordered) if mark_of(zone) == start.zone_mark), None)
+    if at is None:
+        raise StaleToken(
+            f"starting_token {shown(token)} names a zone that is no longer configured; start again without a token"
+        )
+    return ordered[at:]
 
 
 _Entry = tuple[str, str, ListedVolume, VolumeSummary, Sequence[Client]]
@@ -99,7 +112,7 @@ class ListVolumes:
         size, last = 0, ("", "", "")
         entries = self._entries(starting_token, max_entries, with_devices=with_devices, deadline=deadline)
         for count, (zone_mark, handle_mark, listed, volume, clients) in enumerate(entries):
-            if count and (size > _PAGE_BYTES or count == max_entries):
+            if count and (size > PAGE_BYTES or count == max_entries):
                 return Position(*last).token()
             size += add(listed, volume, clients)
             last = zone_mark, volume.name, handle_mark
@@ -115,15 +128,7 @@ class ListVolumes:
 
     def _entries(self, starting_token: str, page: int, *, with_devices: bool, deadline: Deadline) -> Iterator[_Entry]:
         start = read_token(starting_token) if starting_token else None
-        zones = sorted(self.clusters.zones())
-        if start is not None:
-            at = next((index for index, zone in enumerate(zones) if _mark(zone) == start.zone_mark), None)
-            if at is None:
-                raise StaleToken(
-                    f"starting_token {shown(starting_token)} names a zone that is no longer configured; "
-                    "start again without a token"
-                )
-            zones = zones[at:]
+        zones = zones_from(self.clusters.zones(), start, starting_token)
 
         def in_zone(zone: str) -> Iterator[_Entry]:
             management = self.clusters.management(zone)
@@ -169,7 +174,7 @@ class ListVolumes:
         for client in clients:
             for uuid in client.desired:
                 holders.setdefault(uuid, []).append(client)
-        zone_mark, topology = _mark(zone), ({self.settings.topology_key: zone},)
+        zone_mark, topology = mark_of(zone), ({self.settings.topology_key: zone},)
         for volume in volumes:
             if volume.is_reserved or volume.is_being_deleted or volume.name.endswith("_MD"):
                 continue
@@ -189,7 +194,7 @@ def _handles(
     """Yield the entries of one volume, sorted by the marks of their handles; the last has the mark `_LAST`."""
     held = _held(clients, volume.uuid)
     (issued, reference), *others = listed_handles(zone, volume, held)
-    entries = [("!", issued, reference), *sorted((_mark(text), text, other) for text, other in others)]
+    entries = [("!", issued, reference), *sorted((mark_of(text), text, other) for text, other in others)]
     for number, (handle_mark, volume_id, reference) in enumerate(entries, 1):
         shape = described(zone, volume, topology, volume_id)
         yield _LAST if number == len(entries) else handle_mark, ListedVolume(shape, held.get(reference, ()))

@@ -78,7 +78,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         _text(metadata, "zone"),
         _text(own, "reference") if is_ours else _text(metadata, compat.NAMESPACE_KEY),
         is_ours,
-        _header_bytes(own),
+        header_bytes(metadata),
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         capacity=CapacityRange(required or 0, limit or 0) if is_range else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
@@ -100,7 +100,7 @@ def issued_place(metadata: Mapping[str, object]) -> tuple[str | None, str | None
 
 def reserved_bytes(volume: VolumeSummary) -> int:
     """Return the bytes of a volume that its user does not see."""
-    return _header_bytes(_own(volume.metadata)) if volume.encryption is None else volume.encryption.header_bytes
+    return header_bytes(volume.metadata) if volume.encryption is None else volume.encryption.header_bytes
 
 
 def volume_context(zone: str, metadata: Mapping[str, object]) -> dict[str, str]:
@@ -115,7 +115,9 @@ def volume_context(zone: str, metadata: Mapping[str, object]) -> dict[str, str]:
     return context
 
 
-def _header_bytes(own: Mapping[str, object]) -> int:
+def header_bytes(metadata: Mapping[str, object]) -> int:
+    """Return the size of the header that the node writes, in addition to the requested capacity."""
+    own = _own(metadata)
     return _decimal(own["header"]) or 0 if "header" in own and _is_ours(own) else 0
 
 

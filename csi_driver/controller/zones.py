@@ -26,7 +26,6 @@ _THREADS_PER_ZONE = 32
 _ANSWER_MARGIN_S = 0.25
 """A request ends at its deadline, and its own error arrives a moment later."""
 _OPTIONAL_S = 0.5
-_REACHABLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,30 +103,6 @@ def ask(
                 raise
             missing[zone] = error
     return Answers(given, missing)
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    clusters: Clusters
-
-    def why_unreachable(self) -> str:
-        try:
-            is_reachable = self.any_answers(Deadline.after(_REACHABLE_S))
-        except errors.DriverError as error:
-            return str(error)
-        return "" if is_reachable else "no storage management is configured"
-
-    def any_answers(self, deadline: Deadline) -> bool:
-        """Return whether any management answers. Raises the errors of the zones if none does and some fail."""
-
-        def answers(zone: str) -> bool:
-            management = self.clusters.management(zone)
-            if management is None:
-                return False
-            management.system_info(deadline=deadline)
-            return True
-
-        return any_of(self.clusters.zones(), answers, deadline=deadline, pool=ZONE_POOL)
 
 
 def any_of(zones: Iterable[str], request: Callable[[str], bool], *, deadline: Deadline, pool: ZonePool) -> bool:

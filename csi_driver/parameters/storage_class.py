@@ -48,9 +48,9 @@ RAID_KEYS: Mapping[RaidLevel, set[str]] = {
 LAYOUT_KEYS = _STRIPE | _MIRROR | _ERASURE
 _PROTECTION_LEVELS = ("Full Separation", "Minimal Separation", "Ignore Separation")
 
-_RESERVED = "csi.storage.k8s.io/"
-_KEPT = (f"{_RESERVED}pvc/name", f"{_RESERVED}pvc/namespace", f"{_RESERVED}pv/name")
-_FS_TYPE_KEYS = (FS_TYPE, f"{_RESERVED}fstype")
+RESERVED_PREFIX = "csi.storage.k8s.io/"
+_KEPT = (f"{RESERVED_PREFIX}pvc/name", f"{RESERVED_PREFIX}pvc/namespace", f"{RESERVED_PREFIX}pv/name")
+_FS_TYPE_KEYS = (FS_TYPE, f"{RESERVED_PREFIX}fstype")
 _VPG_NAME = re.compile(r"[A-Za-z0-9_+=-]{1,100}")
 _DESCRIPTION = re.compile(r".{0,1024}", re.DOTALL)
 _CLASS_KEYS, _LIMIT_KEYS = {"diskClasses", "serverClasses"}, {"limitByDisks", "limitByNodes"}
@@ -110,7 +110,7 @@ class StorageClassParameters:
 def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()) -> StorageClassParameters:
     """Read the parameters, with all checks of the node. Raises `InvalidRequest` with every problem."""
     parameters = encryption.normalized(parameters)
-    given = {key: value for key, value in parameters.items() if not key.startswith(_RESERVED)}
+    given = {key: value for key, value in parameters.items() if not key.startswith(RESERVED_PREFIX)}
     problems = read.Problems()
     for key in sorted(given.keys() - KNOWN_KEYS):
         problems.add(_unknown(key))
@@ -146,7 +146,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
         spec=spec,
         fs_type=fs_type or "",
         encryption=problems.of(lambda: encryption.parse_encryption(own)) or EncryptionRequest(),
-        pvc_namespace=parameters.get(f"{_RESERVED}pvc/namespace", ""),
+        pvc_namespace=parameters.get(f"{RESERVED_PREFIX}pvc/namespace", ""),
         recorded={metadata_key(key): parameters[key] for key in parameters if key in KNOWN_KEYS or key in _KEPT},
         context=context,
         ignored=ignored,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -18,7 +18,7 @@ from types import MappingProxyType
 from google.protobuf.message import Message
 
 from csi_driver.errors import OperationPending, shown
-from csi_driver.model import VolumeHandle, volume_name
+from csi_driver.model import VolumeHandle, group_snapshot_name, snapshot_name, volume_name
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.thread_pool import Pool as Threads
 
@@ -57,18 +57,32 @@ class LockKey:
     shared: bool = False
 
 
-def lock_key(field_name: str, value: str, *, shared: bool = False) -> LockKey:
-    """Return the key for a request's field: the CSI name of a new volume, a volume handle, or a path.
+_NAMES = {"volume": volume_name, "snapshot": snapshot_name, "group snapshot": group_snapshot_name}
+"""Name in the storage of an object with a CSI name."""
+_HANDLES = {
+    "volume_id": "volume",
+    "source_volume_id": "volume",
+    "source_volume_ids": "volume",
+    "snapshot_id": "snapshot",
+    "group_snapshot_id": "group snapshot",
+}
 
-    A volume is locked by its name in all zones: its handles may differ in the zone, and zones may be renamed.
+
+def lock_key(field_name: str, value: str, *, shared: bool = False, creates: str = "volume") -> LockKey:
+    """Return the key for a request's field: the CSI name of a new object, a handle, or a path.
+
+    An object is locked by its name in all zones: its handles may differ in the zone, and zones may be renamed.
     """
     if field_name == "name":
-        return LockKey("volume", volume_name(value), f"volume {shown(value)}")
-    if field_name != "volume_id":
+        return LockKey(creates, _NAMES[creates](value), f"{creates} {shown(value)}")
+    if field_name not in _HANDLES:
         return LockKey("path", posixpath.normpath(value), f"path {shown(value)}")
-    handle = VolumeHandle.parse(value)
-    kind, name = ("unknown handle", value) if handle is None else ("volume", handle.name)
-    return LockKey(kind, name, f"volume {shown(value)}", shared)
+    kind, handle = _HANDLES[field_name], VolumeHandle.parse(value)
+    # Several snapshots of a volume may be cut at once: the storage orders them.
+    shared = shared or field_name.startswith("source_")
+    if handle is None:
+        return LockKey("unknown handle", value, f"{kind} {shown(value)}", shared)
+    return LockKey(kind, handle.name, f"{kind} {shown(value)}", shared)
 
 
 @dataclass(slots=True)
@@ -112,6 +126,8 @@ class Rpc:
     """The fields with volumes and paths to lock while the call runs."""
     shares_volume: bool = False
     """Several such calls for one volume may run at the same time."""
+    creates: str = "volume"
+    """Kind of the object that the field `name` names."""
     quiet: bool = False
     """Called so often that it is logged at DEBUG only."""
 
@@ -130,7 +146,16 @@ class Rpc:
 
     def lock_keys(self, request: Message) -> tuple[LockKey, ...]:
         shared = self.shares_volume and not _is_single_writer(request)
-        return tuple(lock_key(each, getattr(request, each), shared=shared) for each in self.locks)
+        found = {
+            lock_key(each, value, shared=shared, creates=self.creates): None
+            for each in self.locks
+            for value in _values(getattr(request, each))
+        }
+        return tuple(found)
+
+
+def _values(value: str | Iterable[str]) -> Iterable[str]:
+    return (value,) if isinstance(value, str) else value
 
 
 def _is_single_writer(request: Message) -> bool:
@@ -152,12 +177,14 @@ def _read(method: str, *required: str, quiet: bool = True) -> Rpc:
 _ID = ("volume_id",)
 _STAGING = ("volume_id", "staging_target_path")
 _TARGET = ("volume_id", "target_path")
+_GROUP = ("group_snapshot_id", "snapshot_ids")
 
 _RPCS = (
     _instant("Identity/GetPluginInfo"),
-    _instant("Identity/GetPluginCapabilities"),
+    # Not instant: they wait a little for the storage, which decides what is offered.
+    _read("Identity/GetPluginCapabilities"),
     _instant("Identity/Probe"),
-    _instant("Controller/ControllerGetCapabilities"),
+    _read("Controller/ControllerGetCapabilities"),
     Rpc("Controller/CreateVolume", required=("name", "volume_capabilities"), locks=("name",)),
     Rpc("Controller/DeleteVolume", required=_ID, locks=_ID),
     Rpc("Controller/ControllerPublishVolume", required=(*_ID, "node_id", "volume_capability"), locks=_ID),
@@ -171,6 +198,24 @@ _RPCS = (
     _read("Controller/GetCapacity"),
     _read("Controller/ControllerGetVolumeHealth", "volume_id"),
     _read("Controller/ControllerListVolumeHealth"),
+    Rpc(
+        "Controller/CreateSnapshot",
+        required=("source_volume_id", "name"),
+        locks=("source_volume_id", "name"),
+        creates="snapshot",
+    ),
+    Rpc("Controller/DeleteSnapshot", required=("snapshot_id",), locks=("snapshot_id",)),
+    _read("Controller/ListSnapshots"),
+    _read("Controller/GetSnapshot", "snapshot_id"),
+    _read("GroupController/GroupControllerGetCapabilities"),
+    Rpc(
+        "GroupController/CreateVolumeGroupSnapshot",
+        required=("name", "source_volume_ids"),
+        locks=("name", "source_volume_ids"),
+        creates="group snapshot",
+    ),
+    Rpc("GroupController/DeleteVolumeGroupSnapshot", required=_GROUP, locks=("group_snapshot_id",)),
+    _read("GroupController/GetVolumeGroupSnapshot", *_GROUP),
     _instant("Node/NodeGetCapabilities"),
     # Not instant: it reads the usage records, and their disk may hang.
     _read("Node/NodeGetInfo"),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from google.protobuf.wrappers_pb2 import BoolValue
 
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
     from csi_driver.controller.fencing import UnpublishVolume
+    from csi_driver.controller.group_snapshots import GroupSnapshots
     from csi_driver.controller.list_volumes import GetVolumeHealth, ListVolumes
     from csi_driver.controller.publish import PublishVolume
+    from csi_driver.controller.snapshots import Snapshots
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
-    from csi_driver.model import VolumeHealth
+    from csi_driver.model import CutSnapshot, VolumeHealth
     from csi_driver.node.service import NodeUseCases
+    from csi_driver.storage_model import Features
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,19 +43,29 @@ _ATTACH_CAPABILITIES = ("PUBLISH_UNPUBLISH_VOLUME", "PUBLISH_READONLY", "LIST_VO
 _VOLUME_CAPABILITIES = ("CREATE_DELETE_VOLUME", "EXPAND_VOLUME", "MODIFY_VOLUME", "SINGLE_NODE_MULTI_WRITER")
 _LIST_CAPABILITIES = ("LIST_VOLUMES", "GET_VOLUME", "GET_CAPACITY")
 _CONTROLLER_HEALTH_CAPABILITIES = ("GET_VOLUME_HEALTH", "LIST_VOLUME_HEALTH")
+_SNAPSHOT_CAPABILITIES = ("CREATE_DELETE_SNAPSHOT", "LIST_SNAPSHOTS", "GET_SNAPSHOT", "CLONE_VOLUME")
 _NODE_CAPABILITIES = ("STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "EXPAND_VOLUME", "SINGLE_NODE_MULTI_WRITER")
 _NODE_HEALTH_CAPABILITIES = ("GET_VOLUME_HEALTH", "GET_STORAGE_HEALTH")
 
 
+class StorageFeatures(Protocol):
+    def offered(self, *, deadline: Deadline) -> Features:
+        """Return what the storage offers in any zone; waits some seconds for it at most."""
+
+
 @dataclass(slots=True)
 class IdentityService(Service):
-    """Identity service. `is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools."""
+    """Identity service. `is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools.
+
+    `features`: what the storage behind a controller offers; None on a node.
+    """
 
     name: ClassVar[str] = "Identity"
 
     driver_name: str
     version: Callable[[], str]
     is_ready: Callable[[], bool]
+    features: StorageFeatures | None = None
 
     def GetPluginInfo(self, request: pb.GetPluginInfoRequest, deadline: Deadline) -> pb.GetPluginInfoResponse:
         return pb.GetPluginInfoResponse(name=self.driver_name, vendor_version=self.version())
@@ -60,7 +73,9 @@ class IdentityService(Service):
     def GetPluginCapabilities(
         self, request: pb.GetPluginCapabilitiesRequest, deadline: Deadline
     ) -> pb.GetPluginCapabilitiesResponse:
-        services = (_Service.CONTROLLER_SERVICE, _Service.VOLUME_ACCESSIBILITY_CONSTRAINTS)
+        services = [_Service.CONTROLLER_SERVICE, _Service.VOLUME_ACCESSIBILITY_CONSTRAINTS]
+        if self.features is not None and self.features.offered(deadline=deadline).group_snapshots:
+            services.append(_Service.GROUP_CONTROLLER_SERVICE)
         return pb.GetPluginCapabilitiesResponse(
             capabilities=[
                 *(pb.PluginCapability(service=_Service(type=service)) for service in services),
@@ -131,6 +146,9 @@ class ControllerUseCases:
     capacity: GetCapacity
     validate: ValidateVolume
     health: GetVolumeHealth
+    features: StorageFeatures
+    snapshots: Snapshots
+    groups: GroupSnapshots
 
 
 @dataclass(slots=True)
@@ -150,7 +168,8 @@ class ControllerService(Service):
         attach = _ATTACH_CAPABILITIES if self.attaches else ()
         health = _CONTROLLER_HEALTH_CAPABILITIES if self.volume_health else ()
         capability = pb.ControllerServiceCapability
-        names = (*_VOLUME_CAPABILITIES, *_LIST_CAPABILITIES, *attach, *health)
+        snapshots = _SNAPSHOT_CAPABILITIES if self.do.features.offered(deadline=deadline).snapshots else ()
+        names = (*_VOLUME_CAPABILITIES, *_LIST_CAPABILITIES, *snapshots, *attach, *health)
         return pb.ControllerGetCapabilitiesResponse(
             capabilities=[capability(rpc=capability.RPC(type=name)) for name in names]
         )
@@ -238,6 +257,75 @@ class ControllerService(Service):
             request.max_entries, request.starting_token, add, deadline=deadline
         )
         return response
+
+    def CreateSnapshot(self, request: pb.CreateSnapshotRequest, deadline: Deadline) -> pb.CreateSnapshotResponse:
+        cut = self.do.snapshots.create(
+            request.name, request.source_volume_id, dict(request.parameters), deadline=deadline
+        )
+        return pb.CreateSnapshotResponse(snapshot=wire.snapshot_to(cut))
+
+    def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, deadline: Deadline) -> pb.DeleteSnapshotResponse:
+        self.do.snapshots.delete(request.snapshot_id, deadline=deadline)
+        return pb.DeleteSnapshotResponse()
+
+    def ListSnapshots(self, request: pb.ListSnapshotsRequest, deadline: Deadline) -> pb.ListSnapshotsResponse:
+        response = pb.ListSnapshotsResponse()
+
+        def add(snapshot: CutSnapshot) -> int:
+            response.entries.append(pb.ListSnapshotsResponse.Entry(snapshot=wire.snapshot_to(snapshot)))
+            return response.entries[-1].ByteSize()
+
+        response.next_token = self.do.snapshots.page(
+            request.max_entries,
+            request.starting_token,
+            add,
+            source_volume_id=request.source_volume_id,
+            snapshot_id=request.snapshot_id,
+            deadline=deadline,
+        )
+        return response
+
+    def GetSnapshot(self, request: pb.GetSnapshotRequest, deadline: Deadline) -> pb.GetSnapshotResponse:
+        return pb.GetSnapshotResponse(
+            snapshot=wire.snapshot_to(self.do.snapshots.get(request.snapshot_id, deadline=deadline))
+        )
+
+
+@dataclass(slots=True)
+class GroupControllerService(Service):
+    name: ClassVar[str] = "GroupController"
+
+    do: ControllerUseCases
+
+    def GroupControllerGetCapabilities(
+        self, request: pb.GroupControllerGetCapabilitiesRequest, deadline: Deadline
+    ) -> pb.GroupControllerGetCapabilitiesResponse:
+        capability, response = pb.GroupControllerServiceCapability, pb.GroupControllerGetCapabilitiesResponse()
+        if self.do.features.offered(deadline=deadline).group_snapshots:
+            response.capabilities.append(
+                capability(rpc=capability.RPC(type=capability.RPC.CREATE_DELETE_GET_VOLUME_GROUP_SNAPSHOT))
+            )
+        return response
+
+    def CreateVolumeGroupSnapshot(
+        self, request: pb.CreateVolumeGroupSnapshotRequest, deadline: Deadline
+    ) -> pb.CreateVolumeGroupSnapshotResponse:
+        cut = self.do.groups.create(
+            request.name, tuple(request.source_volume_ids), dict(request.parameters), deadline=deadline
+        )
+        return pb.CreateVolumeGroupSnapshotResponse(group_snapshot=wire.group_to(cut))
+
+    def DeleteVolumeGroupSnapshot(
+        self, request: pb.DeleteVolumeGroupSnapshotRequest, deadline: Deadline
+    ) -> pb.DeleteVolumeGroupSnapshotResponse:
+        self.do.groups.delete(request.group_snapshot_id, tuple(request.snapshot_ids), deadline=deadline)
+        return pb.DeleteVolumeGroupSnapshotResponse()
+
+    def GetVolumeGroupSnapshot(
+        self, request: pb.GetVolumeGroupSnapshotRequest, deadline: Deadline
+    ) -> pb.GetVolumeGroupSnapshotResponse:
+        found = self.do.groups.get(request.group_snapshot_id, tuple(request.snapshot_ids), deadline=deadline)
+        return pb.GetVolumeGroupSnapshotResponse(group_snapshot=wire.group_to(found))
 
 
 @dataclass(slots=True)

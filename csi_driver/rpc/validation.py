@@ -2,7 +2,7 @@
 """Checks a request against the specification: required fields, sizes, ranges, known enum values, legal characters.
 
 Handles and tokens are not checked: one that the driver did not issue has an error code of its own. Sources: CSI
-specification, "Size Limits", "Required vs. Optional", CapacityRange, and CreateVolumeRequest.name.
+specification, "Size Limits", "Required vs. Optional", CapacityRange, and the names of requests that create.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ _LIMITS_BYTES = {
     "volume_path": _PATH_BYTES,
     "volume_publish_path": _PATH_BYTES,
 }
-_UNCHECKED = frozenset({"volume_id", "snapshot_id", "source_volume_id", "starting_token"})
+_UNCHECKED = frozenset({
+    "volume_id", "snapshot_id", "source_volume_id", "starting_token", "group_snapshot_id", "snapshot_ids",
+    "source_volume_ids", "base_snapshot_id", "target_snapshot_id",
+})  # fmt: skip
+_NAMES = frozenset(
+    f"csi.v1.{request}.name"
+    for request in ("CreateVolumeRequest", "CreateSnapshotRequest", "CreateVolumeGroupSnapshotRequest")
+)
 _FORBIDDEN_IN_NAMES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
@@ -80,7 +87,7 @@ def _check_text(field: FieldDescriptor, text: str, path: str) -> None:
     size = len(text.encode())
     if size > limit:
         raise InvalidRequest(f"{path}: expected at most {limit} bytes, got {size}")
-    if field.full_name == "csi.v1.CreateVolumeRequest.name":
+    if field.full_name in _NAMES:
         if _FORBIDDEN_IN_NAMES.search(text):
             raise InvalidField(path, text, "a name without control characters")
     elif limit == _STRING_BYTES and _CONTROL.search(text):

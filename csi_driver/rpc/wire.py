@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver import model
@@ -185,6 +187,32 @@ def validated_to(
             mutable_parameters=dict(message.mutable_parameters),
         )
     )
+
+
+def snapshot_to(snapshot: model.CutSnapshot) -> pb.Snapshot:
+    return pb.Snapshot(
+        size_bytes=snapshot.size_bytes,
+        snapshot_id=snapshot.snapshot_id,
+        source_volume_id=snapshot.source_volume_id,
+        creation_time=_timestamp(snapshot.created),
+        ready_to_use=True,
+        group_snapshot_id=snapshot.group_snapshot_id,
+    )
+
+
+def group_to(group: model.CutGroup) -> pb.VolumeGroupSnapshot:
+    return pb.VolumeGroupSnapshot(
+        group_snapshot_id=group.group_snapshot_id,
+        snapshots=[snapshot_to(each) for each in group.snapshots],
+        creation_time=_timestamp(group.created),
+        ready_to_use=True,
+    )
+
+
+def _timestamp(moment: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp
 
 
 def cut(text: str) -> str:

@@ -19,7 +19,7 @@ from csi_driver import serving
 from csi_driver.deadline import Deadline
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.rpc.services import NodeService
+from csi_driver.rpc.services import IdentityService, NodeService
 from csi_driver.settings import EndpointSettings
 from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, stage
 
@@ -50,9 +50,8 @@ class Role:
             acting = pool.submit(act)
             status = serving.serve(
                 EndpointSettings(self.socket, drain_s=self.drain_s),
-                "nvmesh-csi.example.com",
-                always_ready,
-                NodeService(cast("Any", self.node)),
+                IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", always_ready),
+                (NodeService(cast("Any", self.node)),),
                 self.background,
             )
             acting.result()

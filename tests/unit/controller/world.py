@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from csi_driver.controller.capacity import ExpandVolume, GetCapacity
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.features import Readiness, ZoneFeatures
 from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.list_volumes import ListVolumes
 from csi_driver.controller.ports import CreateRequest, Management, PublishRequest, TopologyRequirement
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.controller.validate import ModifyVolume, ValidateVolume
-from csi_driver.controller.zones import ZONE_POOL, Readiness, ZonePool
+from csi_driver.controller.zones import ZONE_POOL, ZonePool
 from csi_driver.deadline import Deadline
 from csi_driver.model import (
     DEFAULT_ZONE,
@@ -75,7 +76,7 @@ class World:
         self.listing = ListVolumes(self.clusters, self.settings)
         self.free = GetCapacity(self.clusters, self.settings)
         self.validation = ValidateVolume(self.clusters)
-        self.readiness = Readiness(self.clusters)
+        self.readiness = Readiness(ZoneFeatures(self.clusters))
 
     def deadline(self, seconds: float = 60.0) -> Deadline:
         return Deadline.after(seconds, self.clock)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,12 +17,14 @@ from google.protobuf.message_factory import GetMessageClass
 
 from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 from csi_driver.deadline import Deadline
-from csi_driver.errors import NodeNotFound, VolumeNotFound
+from csi_driver.errors import NodeNotFound, SnapshotNotFound, VolumeNotFound
 from csi_driver.model import (
     BlockAccess,
     Capability,
     Capacity,
     CapacityRange,
+    CutGroup,
+    CutSnapshot,
     ListedVolume,
     ProvisionedVolume,
     Reason,
@@ -32,6 +35,8 @@ from csi_driver.model import (
     VolumeEntry,
     VolumeFault,
     VolumeHealth,
+    group_snapshot_name,
+    snapshot_name,
     volume_name,
 )
 from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, StageRequest
@@ -40,11 +45,19 @@ from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import HEALTH, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import ControllerService, ControllerUseCases, IdentityService, NodeService
+from csi_driver.rpc.services import (
+    ControllerService,
+    ControllerUseCases,
+    GroupControllerService,
+    IdentityService,
+    NodeService,
+)
 from csi_driver.settings import EndpointSettings
+from csi_driver.storage_model import Features
 
 ZONE = "zone-1"
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
+CUT_AT = datetime(2026, 11, 29, 2, 42, 0, 123456, UTC)
 VOLUME_ID = f"{ZONE}:{volume_name('1')}:{UUID}"
 
 
@@ -233,6 +246,84 @@ class _NodeHealth:
 
 
 @dataclass
+class FakeSnapshots:
+    """Snapshots in a dict by name; the volume of each exists. Groups are made of them."""
+
+    trace: Trace
+    offers: Features = Features()
+    by_name: dict[str, CutSnapshot] = field(default_factory=dict)
+
+    def offered(self, *, deadline: Deadline) -> Features:
+        self.trace.enter("offered", deadline)
+        return self.offers
+
+    def create(
+        self, name: str, source_volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline
+    ) -> CutSnapshot:
+        self.trace.enter("create_snapshot", deadline)
+        cut = CutSnapshot(f"{ZONE}:{snapshot_name(name)}:{UUID}", source_volume_id, 1 << 30, CUT_AT)
+        return self.by_name.setdefault(name, cut)
+
+    def delete(self, snapshot_id: str, *, deadline: Deadline) -> None:
+        self.trace.enter("delete_snapshot", deadline)
+        self.by_name = {name: cut for name, cut in self.by_name.items() if cut.snapshot_id != snapshot_id}
+
+    def get(self, snapshot_id: str, *, deadline: Deadline) -> CutSnapshot:
+        self.trace.enter("get_snapshot", deadline)
+        for cut in self.by_name.values():
+            if cut.snapshot_id == snapshot_id:
+                return cut
+        raise SnapshotNotFound(snapshot_id)
+
+    def page(
+        self,
+        max_entries: int,
+        starting_token: str,
+        add: Callable[[CutSnapshot], int],
+        *,
+        source_volume_id: str = "",
+        snapshot_id: str = "",
+        deadline: Deadline,
+    ) -> str:
+        self.trace.enter("snapshots", deadline)
+        listed = [
+            cut
+            for cut in self.by_name.values()
+            if snapshot_id in ("", cut.snapshot_id) and source_volume_id in ("", cut.source_volume_id)
+        ]
+        for cut in listed[: max_entries or None]:
+            add(cut)
+        return "next" if 0 < max_entries < len(listed) else ""
+
+
+@dataclass
+class FakeGroups:
+    trace: Trace
+    by_id: dict[str, CutGroup] = field(default_factory=dict)
+
+    def create(
+        self, name: str, source_volume_ids: Sequence[str], parameters: Mapping[str, str], *, deadline: Deadline
+    ) -> CutGroup:
+        self.trace.enter("create_group", deadline)
+        group_id = f"{ZONE}:{group_snapshot_name(name)}:{UUID}"
+        members = [
+            CutSnapshot(f"{ZONE}:{snapshot_name(name, source)}:{UUID}", source, 1 << 30, CUT_AT, group_id)
+            for source in source_volume_ids
+        ]
+        return self.by_id.setdefault(group_id, CutGroup(group_id, CUT_AT, tuple(members)))
+
+    def delete(self, group_id: str, snapshot_ids: Sequence[str], *, deadline: Deadline) -> None:
+        self.trace.enter("delete_group", deadline)
+        self.by_id.pop(group_id, None)
+
+    def get(self, group_id: str, snapshot_ids: Sequence[str], *, deadline: Deadline) -> CutGroup:
+        self.trace.enter("get_group", deadline)
+        if group_id not in self.by_id:
+            raise SnapshotNotFound(group_id)
+        return self.by_id[group_id]
+
+
+@dataclass
 class FakeNode:
     """What is staged and published, in dicts by path."""
 
@@ -266,6 +357,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.identity = csi_pb2_grpc.IdentityStub(self.channel)
         self.controller = csi_pb2_grpc.ControllerStub(self.channel)
+        self.groups = csi_pb2_grpc.GroupControllerStub(self.channel)
         self.node = csi_pb2_grpc.NodeStub(self.channel)
 
     def send(self, method: str, data: bytes) -> bytes:
@@ -282,20 +374,24 @@ class Endpoint:
 def serving(
     socket: Path, *, drain_s: float = 5.0, default_deadline_s: float = 60.0, pools: ThreadPools | None = None,
     is_ready: Callable[[], bool] = always_ready, volume_health: bool = True, attaches: bool = True,
+    offers: Features | None = None,
 ) -> Iterator[Endpoint]:  # fmt: skip
-    """Serve all three services on one socket, over fakes."""
+    """Serve all services on one socket, over fakes."""
     trace = Trace()
     controller, node = FakeController(trace), FakeNode(trace)
     disabled: frozenset[str] = frozenset() if volume_health else HEALTH
     boundary = Boundary(disabled, default_deadline_s, pools or thread_pools())
-    identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready)
-    use_cases = ControllerUseCases(*cast("tuple[Any, ...]", (*(controller,) * 9, _ControllerHealth())))
+    snapshots = FakeSnapshots(trace, offers or Features())
+    identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready, snapshots)
+    fakes = (*(controller,) * 9, _ControllerHealth(), snapshots, snapshots, FakeGroups(trace))
+    use_cases = ControllerUseCases(*cast("tuple[Any, ...]", fakes))
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
         boundary,
         (
             identity,
             ControllerService(use_cases, volume_health=volume_health, attaches=attaches),
+            GroupControllerService(use_cases),
             NodeService(cast("Any", node), volume_health=volume_health),
         ),
     )

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from csi_driver import errors
 from csi_driver.deadline import Deadline
+from csi_driver.model import group_snapshot_name, snapshot_name
 from csi_driver.rpc.boundary import Boundary, Refusal, _Answered
 from csi_driver.rpc.contract import RPCS, Rpc, thread_pools
 from csi_driver.rpc.pb import csi_pb2
@@ -22,6 +23,7 @@ from csi_driver.telemetry.metrics import exposition
 from tests.unit.rpc.fakes import (
     UUID,
     VOLUME_ID,
+    ZONE,
     Endpoint,
     Gate,
     code_of,
@@ -63,6 +65,10 @@ def test_a_missing_field_is_named(endpoint: Endpoint, rpc: Rpc, field: str) -> N
 @pytest.mark.parametrize("rpc", [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()])
 def test_a_request_with_just_the_required_fields_is_served(endpoint: Endpoint, rpc: Rpc) -> None:
     endpoint.controller.CreateVolume(create())
+    endpoint.controller.CreateSnapshot(csi_pb2.CreateSnapshotRequest(name="s", source_volume_id=VOLUME_ID))
+    endpoint.groups.CreateVolumeGroupSnapshot(
+        csi_pb2.CreateVolumeGroupSnapshotRequest(name="g", source_volume_ids=[VOLUME_ID])
+    )
     assert code_of(lambda: endpoint.invoke(rpc, full(rpc))) is Code.OK
 
 
@@ -73,6 +79,10 @@ SAMPLES: dict[str, object] = {
     "capacity_range": {"required_bytes": 1},
     "volume_id": VOLUME_ID,
     "node_id": "node-1",
+    "source_volume_ids": [VOLUME_ID],
+    "snapshot_id": f"{ZONE}:{snapshot_name('s')}:{UUID}",
+    "group_snapshot_id": f"{ZONE}:{group_snapshot_name('g')}:{UUID}",
+    "snapshot_ids": [f"{ZONE}:{snapshot_name('s')}:{UUID}"],
 }
 
 
@@ -260,19 +270,9 @@ def test_a_bug_is_internal_without_details(endpoint: Endpoint, caplog: pytest.Lo
     assert "a secret detail" in caplog.text
 
 
-def test_a_missing_rpc_is_unimplemented(endpoint: Endpoint) -> None:
-    request = csi_pb2.CreateSnapshotRequest(name="s", source_volume_id="v")
-    assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
-
-
-def test_an_empty_request_for_a_missing_rpc_is_unimplemented(endpoint: Endpoint) -> None:
-    request = csi_pb2.CreateSnapshotRequest()
-    assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is Code.UNIMPLEMENTED
-
-
-def test_a_service_that_is_not_served_is_unimplemented(endpoint: Endpoint) -> None:
-    call = "/csi.v1.GroupController/GroupControllerGetCapabilities"
-    assert code_of(lambda: endpoint.send(call, b"")) is Code.UNIMPLEMENTED
+@pytest.mark.parametrize("method", ["Controller/Missing", "Missing/Missing"])
+def test_a_missing_rpc_is_unimplemented(endpoint: Endpoint, method: str) -> None:
+    assert code_of(lambda: endpoint.send(f"/csi.v1.{method}", b"")) is Code.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("data", [b"\x0a\x02\xff\xfe", b"\x0a\x03\xed\xa0\x80", b"\x0a\xff", b"garbage \xff"])
@@ -393,7 +393,7 @@ def test_every_call_is_counted_by_the_code_of_its_answer(endpoint: Endpoint) -> 
 
 def test_a_missing_method_has_no_metrics(endpoint: Endpoint) -> None:
     assert code_of(lambda: endpoint.send("/csi.v1.Node/Nonsense", b"")) is Code.UNIMPLEMENTED
-    assert code_of(lambda: endpoint.send("/csi.v1.Controller/CreateSnapshot", b"")) is Code.UNIMPLEMENTED
+    assert code_of(lambda: endpoint.send("/csi.v1.Controller/Nonsense", b"")) is Code.UNIMPLEMENTED
     assert lines(endpoint, "rpc") == []
 
 

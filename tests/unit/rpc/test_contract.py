@@ -11,10 +11,15 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 
 from csi_driver.rpc.contract import RPCS, Pool, Rpc
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.services import ControllerService, IdentityService, NodeService
+from csi_driver.rpc.services import ControllerService, GroupControllerService, IdentityService, NodeService
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
-SERVED = {"Identity": IdentityService, "Controller": ControllerService, "Node": NodeService}
+SERVED = {
+    "Identity": IdentityService,
+    "Controller": ControllerService,
+    "GroupController": GroupControllerService,
+    "Node": NodeService,
+}
 LEFT_TO_THE_USE_CASE = {"ControllerModifyVolume": {"mutable_parameters"}}
 """Required, but csi-sanity 5.6 calls without it and wants NOT_FOUND of an unknown volume, success of a known one."""
 CASES = [pytest.param(rpc, id=rpc.name) for rpc in RPCS.values()]

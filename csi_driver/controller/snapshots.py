@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CreateSnapshot, DeleteSnapshot, ListSnapshots and GetSnapshot.
+
+A snapshot's id is `zone:name:uuid`, its name in the storage a hash of its CSI name: so a name is one snapshot in a
+zone, whatever call or controller cuts it, and an id never means a later snapshot of the same name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from csi_driver.controller.features import ZoneFeatures
+from csi_driver.controller.list_volumes import PAGE_BYTES, Position, mark_of, read_token, zones_from
+from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.volume_lookup import Located, ZoneNotServed, locate, require, zones_of
+from csi_driver.controller.volume_metadata import OWN_KEY, header_bytes
+from csi_driver.controller.zones import ask, served
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    ExistsDifferently,
+    InvalidField,
+    OperationPending,
+    PreconditionFailed,
+    SnapshotNotFound,
+    StaleToken,
+    VolumeNotFound,
+    shown,
+)
+from csi_driver.model import CutSnapshot, VolumeHandle, snapshot_name
+from csi_driver.parameters.storage_class import RESERVED_PREFIX
+from csi_driver.storage_model import Snapshot
+
+_log = logging.getLogger(__name__)
+
+_LIST = "snapshots"
+"""Distinguishes tokens of ListSnapshots from those of ListVolumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotId:
+    zone: str
+    name: str
+    uuid: str
+
+    @classmethod
+    def parse(cls, text: str) -> SnapshotId | None:
+        """Parse the id of a snapshot or group; None if this driver never issued it: such a snapshot does not exist."""
+        handle = VolumeHandle.parse(text)
+        if handle is None or handle.zone is None or handle.uuid is None or handle.reference is not None:
+            return None
+        return cls(handle.zone, handle.name, handle.uuid)
+
+    def __str__(self) -> str:
+        return VolumeHandle(self.name, self.zone, self.uuid).format()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSnapshot:
+    zone: str
+    management: Management
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    clusters: Clusters
+    features: ZoneFeatures
+
+    def create(
+        self, name: str, source_volume_id: str, parameters: Mapping[str, str], *, deadline: Deadline
+    ) -> CutSnapshot:
+        """Cut the snapshot, or find the one that an earlier call cut."""
+        check_parameters(parameters)
+        try:
+            source = require(self.clusters, source_volume_id, deadline=deadline)
+        except VolumeNotFound:
+            earlier = self._of_deleted(name, source_volume_id, deadline=deadline)
+            if earlier is None:
+                raise
+            return earlier
+        management = self.features.require(source.zone, "snapshots", deadline=deadline)
+        refuse_unusable(source)
+        self._refuse_elsewhere(name, source, deadline=deadline)
+        metadata = snapshot_metadata(source_volume_id, name)
+        snapshot = management.create_snapshot(snapshot_name(name), source.volume, metadata, deadline=deadline)
+        if snapshot.volume_uuid.lower() != source.volume.uuid.lower():
+            raise _differs(name, source_volume_id, source_of(source.zone, snapshot))
+        if not snapshot.is_ready:
+            raise OperationPending(f"snapshot {snapshot.name} is not cut yet; retry")
+        _log.info(
+            "snapshot %s, uuid %s, of volume %s, uuid %s, zone %s",
+            *(snapshot.name, snapshot.uuid, snapshot.volume_name, snapshot.volume_uuid, source.zone),
+        )
+        return described(source.zone, snapshot)
+
+    def _of_deleted(self, name: str, source_volume_id: str, *, deadline: Deadline) -> CutSnapshot | None:
+        """Return the snapshot of this name whose volume was deleted after the cut."""
+        handle = VolumeHandle.parse(source_volume_id)
+        for zone in zones_of(self.clusters, handle) if handle is not None else ():
+            snapshot = self._named(zone, name, deadline=deadline)
+            if snapshot is not None and handle is not None and snapshot.volume_uuid.lower() == handle.uuid:
+                return described(zone, snapshot)
+        return None
+
+    def _refuse_elsewhere(self, name: str, source: Located, *, deadline: Deadline) -> None:
+        """Refuse a name that has a snapshot in another zone. Zones that do not answer at once are not waited for."""
+        others = [zone for zone in self.clusters.zones() if zone != source.zone]
+        if not others:
+            return
+
+        def in_zone(zone: str) -> Snapshot | None:
+            return self._named(zone, name, deadline=deadline)
+
+        answers = ask((), in_zone, deadline=deadline, optional=others, pool=self.features.pool)
+        for zone, snapshot in answers.given.items():
+            if snapshot is not None:
+                raise _differs(name, source.volume_id, source_of(zone, snapshot))
+
+    def _named(self, zone: str, name: str, *, deadline: Deadline) -> Snapshot | None:
+        if not self.features.has(zone, "snapshots", deadline=deadline):
+            return None
+        snapshot = served(self.clusters, zone).snapshot(snapshot_name(name), deadline=deadline)
+        return snapshot if snapshot is not None and snapshot.is_ready else None
+
+    def delete(self, snapshot_id: str, *, deadline: Deadline) -> None:
+        """Delete the snapshot; success if it does not exist. Raises `InvalidRequest` for a member of a group."""
+        wanted = SnapshotId.parse(snapshot_id)
+        if wanted is None:
+            return
+        management = management_of(self.features, snapshot_id, wanted, "snapshots", deadline=deadline)
+        management.delete_snapshot(wanted.name, wanted.uuid, deadline=deadline)
+        _log.info("deleted snapshot %s, uuid %s, zone %s", wanted.name, wanted.uuid, wanted.zone)
+
+    def get(self, snapshot_id: str, *, deadline: Deadline) -> CutSnapshot:
+        found = self.find(snapshot_id, deadline=deadline)
+        if found is None:
+            raise SnapshotNotFound(snapshot_id)
+        return described(found.zone, found.snapshot)
+
+    def find(self, snapshot_id: str, *, deadline: Deadline) -> FoundSnapshot | None:
+        """Find the snapshot of a CSI id; None if there is none that is cut."""
+        wanted = SnapshotId.parse(snapshot_id)
+        if wanted is None or self.clusters.management(wanted.zone) is None:
+            return None
+        management = self.features.require(wanted.zone, "snapshots", deadline=deadline)
+        snapshot = management.snapshot(wanted.name, deadline=deadline)
+        if snapshot is None or snapshot.uuid.lower() != wanted.uuid or not snapshot.is_ready:
+            return None
+        return FoundSnapshot(wanted.zone, management, snapshot)
+
+    def page(
+        self,
+        max_entries: int,
+        starting_token: str,
+        add: Callable[[CutSnapshot], int],
+        *,
+        source_volume_id: str = "",
+        snapshot_id: str = "",
+        deadline: Deadline,
+    ) -> str:
+        """Add one page (0 = as much as a message can hold); return the token of the next, empty at the end.
+
+        `add` returns the bytes of the entry in the message.
+        """
+        zones = self.features.zones_with("snapshots", deadline=deadline)
+        start = read_token(starting_token) if starting_token else None
+        if start is not None and start.handle_mark != _LIST:
+            raise StaleToken(f"starting_token {shown(starting_token)} is of another list; start again without a token")
+        zones = zones_from(zones, start, starting_token)
+        entries = self._entries(zones, start, max_entries, source_volume_id, snapshot_id, deadline=deadline)
+        size, last = 0, None
+        for count, (zone, snapshot) in enumerate(entries):
+            if last is not None and (size > PAGE_BYTES or count == max_entries):
+                return last.token()
+            size += add(described(zone, snapshot))
+            last = Position(mark_of(zone), snapshot.name, _LIST)
+        return ""
+
+    def _entries(
+        self,
+        zones: Sequence[str],
+        start: Position | None,
+        page: int,
+        source_volume_id: str,
+        snapshot_id: str,
+        *,
+        deadline: Deadline,
+    ) -> Iterator[tuple[str, Snapshot]]:
+        volume_uuid = None
+        if source_volume_id:
+            volume_uuid = self._volume_uuid(source_volume_id, deadline=deadline)
+            if volume_uuid is None:
+                return
+        if snapshot_id:
+            found = self.find(snapshot_id, deadline=deadline)
+            if found is not None and volume_uuid in (None, found.snapshot.volume_uuid.lower()):
+                yield found.zone, found.snapshot
+            return
+
+        def in_zone(zone: str) -> Iterator[Snapshot]:
+            after = start.name if start is not None and zone == zones[0] else ""
+            return _cut_in(served(self.clusters, zone), after, page, volume_uuid, deadline=deadline)
+
+        if page or len(zones) == 1:
+            for zone in zones:
+                yield from ((zone, snapshot) for snapshot in in_zone(zone))
+            return
+        # A zone that cannot be asked fails the call: a snapshot that is left out would look deleted.
+        listed = ask(zones, lambda zone: list(in_zone(zone)), deadline=deadline, pool=self.features.pool).all()
+        for zone in zones:
+            yield from ((zone, snapshot) for snapshot in listed[zone])
+
+    def _volume_uuid(self, volume_id: str, *, deadline: Deadline) -> str | None:
+        """Return the uuid of a volume, which may be deleted, from its id; None if it has no snapshot."""
+        handle = VolumeHandle.parse(volume_id)
+        if handle is None or handle.uuid is not None:
+            return None if handle is None else handle.uuid
+        try:
+            located = locate(self.clusters, volume_id, deadline=deadline)
+        except ZoneNotServed:
+            return None
+        return None if located is None else located.volume.uuid.lower()
+
+
+def _cut_in(
+    management: Management, after: str, page: int, volume_uuid: str | None, *, deadline: Deadline
+) -> Iterator[Snapshot]:
+    while True:
+        # One more than the page shows whether there is a next one.
+        count, limit = 0, page + 1 if page else 0
+        for snapshot in management.snapshots(after=after, limit=limit, volume_uuid=volume_uuid, deadline=deadline):
+            count, after = count + 1, snapshot.name
+            if snapshot.is_ready:
+                yield snapshot
+        if not page or count <= page:
+            return
+
+
+def described(zone: str, snapshot: Snapshot) -> CutSnapshot:
+    native = snapshot.encryption
+    header = native.header_bytes if native is not None else header_bytes(snapshot.source_metadata)
+    group_id = ""
+    if snapshot.group_name is not None and snapshot.group_uuid is not None:
+        group_id = str(SnapshotId(zone, snapshot.group_name, snapshot.group_uuid))
+    return CutSnapshot(
+        snapshot_id=str(SnapshotId(zone, snapshot.name, snapshot.uuid)),
+        source_volume_id=source_of(zone, snapshot),
+        size_bytes=snapshot.size_bytes - header,
+        created=snapshot.created,
+        group_snapshot_id=group_id,
+    )
+
+
+def snapshot_metadata(source_volume_id: str | None, csi_name: str | None) -> dict[str, object]:
+    """Return the metadata of a new snapshot or group. The id of the volume is kept as the caller wrote it: the
+    snapshot-controller finds the volumes of a group by comparing it.
+    """
+    own: dict[str, object] = {"format": 1, "created": True}
+    if source_volume_id is not None:
+        own["source"] = source_volume_id
+    return {OWN_KEY: own} if csi_name is None else {"csi_name": csi_name, OWN_KEY: own}
+
+
+def source_of(zone: str, snapshot: Snapshot) -> str:
+    own = snapshot.metadata.get(OWN_KEY)
+    given = own.get("source") if isinstance(own, dict) else None
+    if isinstance(given, str) and given:
+        return given
+    return VolumeHandle(snapshot.volume_name, zone, snapshot.volume_uuid).format()
+
+
+def refuse_unusable(source: Located) -> None:
+    volume = source.volume
+    if volume.is_being_made or volume.wants_passphrase or not volume.is_ready:
+        state = f"status {volume.status}, action {volume.action}"
+        raise OperationPending(f"volume {shown(source.volume_id)} is not usable yet ({state}); retry")
+
+
+def check_parameters(parameters: Mapping[str, str]) -> None:
+    """Raise `InvalidField` for a parameter of a class of snapshots: there is none but those of Kubernetes."""
+    for key, value in parameters.items():
+        if not key.startswith(RESERVED_PREFIX):
+            raise InvalidField(f"parameter {key}", value, "no parameter", "remove it from the class of the snapshot")
+
+
+def management_of(
+    features: ZoneFeatures, text: str, wanted: SnapshotId, feature: str, *, deadline: Deadline
+) -> Management:
+    """Return the management of the zone of an id. Raises `PreconditionFailed` if the zone is not served now: success
+    would leave the snapshot there when the zone comes back.
+    """
+    if features.clusters.management(wanted.zone) is None:
+        raise PreconditionFailed(
+            f"snapshot {shown(text)} lies in zone {shown(wanted.zone)}, which this driver does not serve"
+        )
+    return features.require(wanted.zone, feature, deadline=deadline)
+
+
+def _differs(name: str, expected: str, got: str) -> ExistsDifferently:
+    return ExistsDifferently(
+        f"snapshot {shown(name)}", [f"source volume: expected {shown(expected)}, got {shown(got)}"]
+    )
