@@ -232,6 +232,15 @@ def test_a_directory_that_is_named_twice_is_mounted_once() -> None:
         assert len({mount["mountPath"] for mount in mounts}) == len(mounts)
 
 
+def test_the_embedded_manager_sees_the_mounts_of_its_volumes_where_it_freezes_them() -> None:
+    def kubelet(*sets: str) -> list[Manifest]:
+        mounts = render(*EMBEDDED, "kubeletDirectory=/k", *sets).container("storage/storage")["volumeMounts"]
+        return [mount for mount in mounts if mount["mountPath"] == "/k"]
+
+    assert kubelet() == []
+    assert kubelet(SNAPSHOTS) == [{"name": "kubelet", "mountPath": "/k", "mountPropagation": "HostToContainer"}]
+
+
 def test_leaders_are_elected_wherever_two_may_run() -> None:
     rendered = render(*EMBEDDED, SNAPSHOTS)
     assert rendered.one("Deployment", "controller")["spec"]["replicas"] == 2
