@@ -198,6 +198,10 @@ class ReservationConflict(PreconditionFailed):
         super().__init__(f"volume {volume_name} cannot be attached: {reason} (management id {management_id})")
 
 
+class NotFreezable(PreconditionFailed):
+    """Writes to a volume cannot be held for a moment, as a snapshot of several volumes needs it."""
+
+
 class ServerUnreachable(StorageUnavailable):
     """A management server is unreachable or refused the request unread: the request was not executed."""
 

@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,20 @@ def run(
     if status not in accept:
         raise CommandFailed(argv, status, text or output.decode(errors="replace"))
     return Completed(status, output, text)
+
+
+def start_script(script: Path, descriptors: Mapping[int, int]) -> int:
+    """Start a script that needs nothing but Python's library, and return its process id; `collect` must follow."""
+    argv = [sys.executable, "-I", "-S", str(script)]
+    return syscalls.spawn(sys.executable, argv, _ENVIRONMENT, descriptors, ())
+
+
+def collect(pid: int, within_s: float) -> bool:
+    """Wait for the end of a child, and return whether it has ended; else a thread collects it when it ends."""
+    with closing(os.pidfd_open(pid)) as process:
+        has_ended = _ends(process, within_s)
+    threading.Thread(target=os.waitpid, args=(pid, 0), daemon=True).start() if not has_ended else os.waitpid(pid, 0)
+    return has_ended
 
 
 def _wait_for(argv: Sequence[str], pid: int, timeout_s: float, *, on_device: bool) -> int:

@@ -198,7 +198,7 @@ def spawn(
     descriptors: Mapping[int, int],
     keep: Sequence[int],
 ) -> int:
-    """Start a program in a session of its own, in /, with an empty input, and return its process id.
+    """Start a program in a session of its own, in /, and return its process id. Its input is empty unless given.
 
     `descriptors`: its descriptors by those of this process; those in `keep` have the same number there. The functions
     of `subprocess` and `os` hold the interpreter's lock until the new process has executed the program, which takes as
@@ -214,9 +214,9 @@ def spawn(
     c.posix_spawn_file_actions_init(actions)
     c.posix_spawnattr_init(attributes)
     try:
+        c.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDONLY, 0)
         for fd, number in (*descriptors.items(), *((fd, fd) for fd in keep)):
             c.posix_spawn_file_actions_adddup2(actions, fd, number)
-        c.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDONLY, 0)
         c.posix_spawn_file_actions_addchdir_np(actions, b"/")
         c.posix_spawnattr_setflags(attributes, ctypes.c_short(_POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSID))
         c.posix_spawnattr_setsigdefault(attributes, signals)
@@ -265,9 +265,9 @@ class PathStatus:
     unique_mount_id: int | None
 
 
-def statx(path: Path) -> PathStatus:
-    """Return the status of a path: no link is followed, nothing is mounted or waited for. Raises OSError."""
-    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+def statx(path: Path, *, follow: bool = False) -> PathStatus:
+    """Return the status of a path, of a link itself unless told; nothing is mounted or waited for. Raises OSError."""
+    flags = (0 if follow else _AT_SYMLINK_NOFOLLOW) | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     wanted = _STATX_TYPE | _STATX_MODE | _STATX_MNT_ID | _STATX_MNT_ID_UNIQUE
     buffer = ctypes.create_string_buffer(256)
     if libc().statx(_AT_FDCWD, os.fsencode(path), ctypes.c_int(flags), ctypes.c_uint(wanted), buffer) != 0:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import HostFailure, NotFreezable, PreconditionFailed, SystemCallFailed
 from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import SYS_DEV_BLOCK, node_number
 from csi_driver.host.syscalls import closing, open_file, read_file, system_call
@@ -34,6 +34,7 @@ _SYS_BLOCK, _DEV = Path("/sys/block"), Path("/dev")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
+_WRITES, _DISCARDS = 4, 11
 _FENCED_BYTES = 512
 """Less than the smallest block that is written here, 4096: every request is beyond the end of the device."""
 
@@ -122,6 +123,22 @@ class LoopDevices:
         with self._opened(device.number) as fd:
             _require_same(fd, device)
             ioctls.loop_set_capacity(fd)
+
+    def changes(self, device: LoopDevice) -> int:
+        """Return the number of requests that changed the file of the device since it was made, none of them running.
+
+        Fields of Documentation/block/stat.rst: completed writes and discards. A request is counted after its program
+        was answered, so running ones are waited for: the kernel does so when it sets the status.
+        """
+        root = _SYS_BLOCK / f"loop{device.number}"
+        if block_devices.read_text(root / "queue/iostats") != "1":
+            raise NotFreezable(f"loop device {device.number} counts no requests; write 1 to {root}/queue/iostats")
+        with self._opened(device.number) as fd:
+            status = ioctls.loop_status(fd)
+            if status is not None:
+                ioctls.loop_set(fd, status)
+        fields = block_devices.read_text(root / "stat").split()
+        return int(fields[_WRITES]) + int(fields[_DISCARDS])
 
     def fence(self, device: LoopDevice) -> LoopDevice | None:
         """Cut a device that may be in use off from its file, until it is unbound; None when the kernel refuses.

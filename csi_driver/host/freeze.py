@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold the writes to several volumes' files at the same time, so that copies of the files are of one moment.
+
+The mounted filesystems on the volumes' loop devices are frozen by a process of their own, which thaws them whatever
+happens (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the requests that
+change its file, and the counts before and after must be equal. It holds for what is not frozen too: a device that
+nobody uses, and one that is mounted or opened meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import select
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import NotFreezable, SystemCallFailed
+from csi_driver.host import freeze_guard, processes
+from csi_driver.host.block_devices import NOT_READY, SYS_DEV_BLOCK, is_claimed, open_number, read_text, sys_number
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host.mount_table import read_table
+from csi_driver.host.syscalls import closing, fd_path, open_file, statx, system_call
+from csi_driver.host_model import DeviceNumber, LoopDevice
+
+_log = logging.getLogger(__name__)
+
+_PROC, _DEV = Path("/proc"), Path("/dev")
+_BTRFS = Path("/sys/fs/btrfs")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PREFIX = "frozen."
+_MOST_RECORD_BYTES = 1 << 20
+_GRACE_S = 2.0
+"""For the end of a guard after its thaw."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mounted:
+    """A mounted filesystem: its device, and the roots of its mounts as this process reaches them."""
+
+    number: DeviceNumber
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freezer:
+    """Freezes for a manager, whose pool is `directory`; the records of what is frozen are there."""
+
+    directory: Path
+    loops: LoopDevices = field(default_factory=LoopDevices)
+
+    @contextlib.contextmanager
+    def held(self, files: Sequence[Path], *, limit_s: float) -> Iterator[Callable[[], None]]:
+        """Hold the writes to the files for `limit_s` at most; give the function that ends this and verifies it.
+
+        Copies made until it is called are of one moment, unless it raises NotFreezable: a file was written meanwhile,
+        or the time was up. Raises NotFreezable at once where a file's device is in use and cannot be frozen.
+        """
+        devices = self._devices(files)
+        mounted = _mounted_on(devices)
+        with self._guarded(mounted, limit_s) as thaw:
+            before = self._changes(devices)
+
+            def end() -> None:
+                after = self._changes(self._devices(files))
+                thaw()
+                if after != before:
+                    raise NotFreezable(f"a volume was written while its snapshot was made; retry ({before}, {after})")
+
+            yield end
+
+    def recover(self) -> bool:
+        """Thaw what is left frozen by a guard that was killed; False: retry later."""
+        are_over = list(map(self._recovered, sorted(self.directory.glob(f"{_PREFIX}*"))))
+        return all(are_over)
+
+    def _devices(self, files: Sequence[Path]) -> dict[int, LoopDevice]:
+        """Return the loop devices through which the files can be written, by number."""
+        found = {}
+        for file in files:
+            status = os.stat(file)
+            for device in self.loops.bound(file.name):
+                is_over = device.identity == (status.st_dev, status.st_ino)
+                if is_over and not device.read_only and not device.fenced:
+                    found[device.number] = device
+        return found
+
+    def _changes(self, devices: Mapping[int, LoopDevice]) -> dict[str, int]:
+        return {f"loop{number} {device.label}": self.loops.changes(device) for number, device in devices.items()}
+
+    @contextlib.contextmanager
+    def _guarded(self, mounted: Sequence[_Mounted], limit_s: float) -> Iterator[Callable[[], None]]:
+        if not mounted:
+            yield lambda: None
+            return
+        path = self.directory / f"{_PREFIX}{uuid.uuid4()}"
+        with closing(self._record(path, mounted)) as record:
+            guard = _Guard.start(mounted, _places(record), record, limit_s, os.stat(self.directory).st_dev)
+            try:
+                guard.freeze()
+                yield guard.thaw
+            finally:
+                if guard.end():
+                    self._finish(path, record)
+
+    def _record(self, path: Path, mounted: Sequence[_Mounted]) -> int:
+        """Record on disk what will be frozen; return the open record with its lock, which the guard inherits."""
+        draft = path.with_name(f".{path.name}")
+        known = [{"device": str(each.number), "sequence": _sequence(each.number)} for each in mounted]
+        text = json.dumps({"boot": _boot_id(), "filesystems": known}).encode()
+        fd = open_file(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        try:
+            with system_call(f"write {draft}"):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.write(fd, text + b"\n" + freeze_guard.NOT_BEGUN * len(mounted))
+                os.fsync(fd)
+                os.rename(draft, path)
+        except BaseException:
+            os.close(fd)
+            draft.unlink(missing_ok=True)
+            raise
+        return fd
+
+    def _recovered(self, path: Path) -> bool:
+        try:
+            with closing(open_file(path, os.O_RDWR)) as record:
+                fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._finish(path, record)
+        except BlockingIOError:
+            return False  # its guard lives
+        except SystemCallFailed:
+            return not path.exists()
+
+    def _finish(self, path: Path, record: int) -> bool:
+        """Thaw what a guard left frozen by its record, and remove the record; the caller has its lock."""
+        left = _left(record)
+        mounted = {place: _Mounted(number, _paths(number)) for place, number in left.items()}
+        found = {place: each for place, each in mounted.items() if each.paths}
+        if found:
+            _log.warning(
+                "a freeze was not ended: %s are thawed", ", ".join(str(each.number) for each in found.values())
+            )
+            guard = _Guard.start(list(found.values()), list(found), record, 0.0, 0)
+            guard.wait(_GRACE_S)
+            guard.end()
+        if still := _left(record):
+            numbers = ", ".join(map(str, still.values()))
+            _log.error("the filesystems of devices %s are frozen; the thaw is retried", numbers)
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+
+def _boot_id() -> str:
+    return read_text(_BOOT_ID)
+
+
+def _sequence(number: DeviceNumber) -> int | None:
+    return sys_number(number, "diskseq")
+
+
+def _places(record: int) -> list[int]:
+    """Return the offset of each filesystem's state in the record."""
+    head, _, states = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")
+    return [len(head) + 1 + number for number in range(len(states))]
+
+
+def _left(record: int) -> dict[int, DeviceNumber]:
+    """Return the devices whose filesystem may be frozen by a record, by the offset of their state."""
+    head, _, states = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")
+    known = json.loads(head)
+    if known["boot"] != _boot_id():
+        return {}
+    found = {}
+    for place, each, state in zip(_places(record), known["filesystems"], states, strict=True):
+        number = DeviceNumber.parse(each["device"])
+        may_be_frozen = bytes((state,)) in (freeze_guard.BEGUN, freeze_guard.FROZEN)
+        # A mounted filesystem claims its device, also one that was unmounted while it was frozen.
+        if may_be_frozen and _sequence(number) == each["sequence"] and _is_claimed(number):
+            found[place] = number
+    return found
+
+
+@dataclass(slots=True)
+class _Guard:
+    """The process that freezes; `limit_s` 0: it thaws."""
+
+    pid: int
+    commands: int
+    reports: int
+    limit_s: float
+    _received: bytes = b""
+
+    @classmethod
+    def start(
+        cls, mounted: Sequence[_Mounted], places: Sequence[int], record: int, limit_s: float, pool: int
+    ) -> _Guard:
+        """Start it; `pool`: the filesystem of the pool (st_dev), which must never be frozen."""
+        known = [
+            {"device": str(each.number), "paths": each.paths, "place": place}
+            for each, place in zip(mounted, places, strict=True)
+        ]
+        asked = json.dumps({"filesystems": known, "limit_s": limit_s, "excluded": pool}).encode() + b"\n"
+        with system_call("start the freeze guard"), contextlib.ExitStack() as ours:
+            theirs, commands = os.pipe()
+            ours.callback(os.close, commands)
+            with closing(theirs):
+                reports, report = os.pipe()
+                ours.callback(os.close, reports)
+                with closing(report):
+                    standard = {theirs: 0, report: 1, 2: 2, record: freeze_guard.RECORD_FD}
+                    pid = processes.start_script(Path(freeze_guard.__file__), standard)
+            ours.pop_all()
+        guard = cls(pid, commands, reports, limit_s)
+        guard._command(asked)
+        return guard
+
+    def freeze(self) -> None:
+        """Raises NotFreezable."""
+        within_s = freeze_guard.PREPARE_S
+        line = self.wait(within_s)
+        if line == freeze_guard.READY:
+            self._command(freeze_guard.FREEZE_COMMAND)
+            within_s = self.limit_s
+            line = self.wait(within_s)
+        if line != freeze_guard.ALL_FROZEN:
+            why = line.removeprefix(freeze_guard.FAILED) or f"they did not answer within {within_s:g} s"
+            raise NotFreezable(f"the filesystems of the volumes cannot be frozen: {why}")
+
+    def thaw(self) -> None:
+        """Raises NotFreezable if it is too late, or a thaw fails."""
+        self._command(freeze_guard.THAW_COMMAND)
+        line = self.wait(_GRACE_S)
+        if line != freeze_guard.THAWED:
+            why = line.removeprefix(freeze_guard.FAILED) or f"it took more than {self.limit_s:g} s (--freeze-limit)"
+            raise NotFreezable(f"the filesystems of the volumes were not frozen until all snapshots were made: {why}")
+
+    def end(self) -> bool:
+        """Let it thaw and end; False if a filesystem does not let it, and the record must be left to it."""
+        os.close(self.commands)
+        os.close(self.reports)
+        return processes.collect(self.pid, _GRACE_S)
+
+    def wait(self, within_s: float) -> str:
+        """Return its next report; empty if it has ended, or sends none in this time."""
+        deadline = Deadline.after(within_s)
+        waiting = select.poll()
+        waiting.register(self.reports, select.POLLIN)
+        while b"\n" not in self._received:
+            if not waiting.poll(deadline.remaining_s() * 1000):
+                return ""
+            read = os.read(self.reports, 4096)
+            if not read:
+                return ""
+            self._received += read
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode(errors="replace")
+
+    def _command(self, text: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its reports have ended too
+            os.write(self.commands, text)
+
+
+def _mounted_on(devices: Mapping[int, LoopDevice]) -> list[_Mounted]:
+    """Return the filesystems on the devices, each once. Raises NotFreezable for a device that is used otherwise."""
+    found: dict[DeviceNumber, _Mounted] = {}
+    for device in devices.values():
+        for number in _tops(device.device_number):
+            paths = _paths(number)
+            if paths:
+                found[number] = _Mounted(number, paths)
+            elif use := _use_of(number):
+                raise NotFreezable(
+                    f"volume {device.uuid}: its device {number} is in use {use}, and only a mounted filesystem can be "
+                    "frozen; end that use, or take the volume out of the group"
+                )
+    return [found[number] for number in sorted(found)]
+
+
+def _tops(number: DeviceNumber) -> Iterator[DeviceNumber]:
+    """Yield the devices that lie over a device and have none over them, e.g. the opened encrypted one; or itself."""
+    try:
+        holders = sorted(os.listdir(SYS_DEV_BLOCK / str(number) / "holders"))
+    except OSError:
+        holders = []
+    if not holders:
+        yield number
+    for holder in holders:
+        yield from _tops(DeviceNumber.parse(read_text(SYS_DEV_BLOCK / str(number) / "holders" / holder / "dev")))
+
+
+def _paths(number: DeviceNumber) -> tuple[str, ...]:
+    """Return where the filesystem of a device is mounted, in this mount namespace or else in another one.
+
+    The mounts of a btrfs do not tell its device: the paths are those of all btrfs, and the guard chooses.
+    """
+    is_btrfs = any(read_text(each) == str(number) for each in _BTRFS.glob("*/devices/*/dev"))
+    lines = re.compile(r".* - btrfs " if is_btrfs else rf"\d+ \d+ {number} ")
+    found: list[str] = []
+    for process, root in _namespaces():
+        with contextlib.suppress(SystemCallFailed):  # it has ended
+            found += (f"{root}{entry.path}" for entry in read_table(process, lines.match))
+        if found and not is_btrfs:
+            break
+    return tuple(found)
+
+
+def _namespaces() -> Iterator[tuple[str, str]]:
+    """Yield a process of each visible mount namespace, and the path of its root; this process first."""
+    yield "self", ""
+    seen = {os.readlink(_PROC / "self/ns/mnt")}
+    for process in _PROC.iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                namespace = os.readlink(process / "ns/mnt")
+                if namespace not in seen:
+                    seen.add(namespace)
+                    yield process.name, str(process / "root")
+
+
+def _use_of(number: DeviceNumber) -> str:
+    """Return how a device without a visible mount is used; empty if it is not.
+
+    A program that is not visible here may have it open; its writes are counted.
+    """
+    if _is_claimed(number):
+        return "by a mount or a program that is not visible here"
+    for process in _PROC.iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid() and _has_open(process, number):
+            return f"by process {process.name} ({read_text(process / 'comm')})"
+    return ""
+
+
+def _is_claimed(number: DeviceNumber) -> bool:
+    try:
+        with closing(open_number(number, _DEV)) as fd:
+            return is_claimed(Path(fd_path(fd)))
+    except OSError as error:
+        if error.errno in NOT_READY:
+            return False
+        raise SystemCallFailed(f"open device {number}", error.errno or 0) from error
+
+
+def _has_open(process: Path, number: DeviceNumber) -> bool:
+    wanted = (number.major, number.minor)
+    try:
+        for name in os.listdir(process / "fd"):
+            link = process / "fd" / name
+            # Only of files with a path: what has none is no device.
+            if os.readlink(link).startswith("/") and statx(link, follow=True).node == wanted:
+                return True
+    except OSError:
+        pass  # it has ended, or may not be read
+    return False
