@@ -145,12 +145,11 @@ def device_events(clock: Clock, udev_control: Path) -> Iterator[Callable[[float]
     """
     poll: Callable[[float], object] | None = None
     pause_s = _FIRST_PAUSE_S
-    # udev's events come in real time: with another clock nothing waits for them.
-    tries_udev = clock is SYSTEM_CLOCK and udev_control.exists()
+    tries_udev = clock is SYSTEM_CLOCK  # udev's events come in real time: with another clock nothing waits for them
 
     def pause(most_s: float) -> None:
         nonlocal poll, pause_s, tries_udev
-        if tries_udev:
+        if tries_udev and udev_control.exists():
             tries_udev = False
             poll = _start_monitor()
             return  # the caller looks again: an event before this moment was missed

@@ -57,8 +57,8 @@ class SharedReaders:
 
     def is_staged(self, volume: NodeVolume, staging: Path) -> bool:
         """Return whether it is staged without a mount, by its directory and usage record."""
-        record = self.records.read(volume.uuid) if volume.uuid is not None else None
-        if not _is_reader(volume) or record is None or record.uncounted:
+        record = self.records.read(volume.uuid) if volume.uuid is not None and _is_reader(volume) else None
+        if record is None or record.uncounted:
             return False
         return record.is_use and record.is_of(volume.context.attachment) and self.paths.kind(staging) == "directory"
 
