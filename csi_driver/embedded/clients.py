@@ -78,7 +78,8 @@ class Clients:
         if volume.action == "markedForDeletion":
             raise _not_attached(detail(11212, f"Volume {name} is being deleted"))
         if lost or not volume.ready:
-            reason = lost or "Volume is not ready: its encryption has not been initialized"
+            missing = "encryption has not been initialized" if volume.source is None else "content is being copied"
+            reason = lost or f"Volume is not ready: its {missing}"
             raise _not_attached(detail(1569, reason))
         mode = MODES[request.mode]
         if refused := _conflict(volume, client, mode, request):

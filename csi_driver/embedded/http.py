@@ -19,6 +19,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients, Pair
+from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import COOKIE, HttpRequest, HttpResponse, answer, answer_text
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
@@ -42,6 +43,7 @@ from csi_driver.embedded.requests import (
     EncryptionInit,
     Extension,
     Login,
+    NewClone,
     NewVolume,
     RequestBody,
     Unusable,
@@ -190,6 +192,7 @@ class Api:
     store: Store
     allocator: Allocator
     volumes: Volumes
+    clones: Clones
     clients: Clients
     attacher: Attacher
     encryptions: Encryptions
@@ -218,6 +221,7 @@ class Api:
             ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): _get(self.group_usage),
             ("GET", f"{groups}/*"): _get(self.group),
             ("POST", "/volumes/save"): _each(NewVolume, self.create),
+            ("POST", "/clones/save"): _each(NewClone, self.clone),
             ("POST", "/volumes/extend"): _each(Extension, self.extend),
             ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
             ("POST", "/volumes/delete"): _each(Deletion, self.delete),
@@ -276,6 +280,9 @@ class Api:
 
     def create(self, item: NewVolume) -> _State:
         return {"volume": documents.volume_document(self.volumes.create(item))}
+
+    def clone(self, item: NewClone) -> _State:
+        return {"volume": documents.volume_document(self.clones.create(item))}
 
     def delete(self, item: Deletion) -> _State:
         self.volumes.delete(item.id, item.uuid)

@@ -132,7 +132,9 @@ class Volume:
 
     @property
     def ready(self) -> bool:
-        """False until its encryption is initialized: no client may attach it."""
+        """False until its encryption is initialized, or its source is copied: no client may attach it."""
+        if self.source is not None:
+            return self.action != "initializing"
         return self.encryption is None or self.encryption.initialized
 
 

@@ -211,6 +211,19 @@ class NewVolume(_Placement):
         )
 
 
+class SourceId(_Named):
+    kind: Literal["snapshot", "volume"]
+
+
+class NewClone(NewVolume):
+    """An item of /clones/save."""
+
+    source: SourceId
+
+    def stored(self) -> Document:
+        return {name: value for name, value in super().stored().items() if name != "source"}
+
+
 class Extension(_Named):
     """An item of /volumes/extend."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from csi_driver.background import Periodic, Worker, run_detached
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
+from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import HttpServer
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.http import Api, Password, Sessions
@@ -82,6 +83,7 @@ class StorageServer:
         self.worker = worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
         can_encrypt = headers is not None
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
+        self.clones = Clones(store, pool, locks, volumes, getattr(settings, "snapshot_extent_limit", 100_000))
         names = tuple(client.name for client in settings.clients)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
@@ -93,6 +95,7 @@ class StorageServer:
             store,
             self.allocator,
             volumes,
+            self.clones,
             self.clients,
             self.attacher,
             self.encryptions,
@@ -106,6 +109,7 @@ class StorageServer:
         self.store.write(_install_database_uuid)
         store, volumes = self.store, self.volumes
         files = self.pool.identities()
+        self.clones.recover()
         for volume in store.all(VOLUMES):
             if volume.action != "markedForDeletion" and not volumes.why_lost(volume):
                 self._make_file(volume)

@@ -53,7 +53,7 @@ class Volumes:
     """Return whether a device is bound to the volume's file; set by the attacher."""
 
     def create(self, item: NewVolume) -> Volume:
-        self._refuse_unsupported(item)
+        self.refuse_unsupported(item)
         volume = self.store.write(lambda change: self._record(change, item))
         try:
             with self.locks.hold(volume.uuid):
@@ -71,13 +71,19 @@ class Volumes:
         return current if current is not None and current.uuid == volume.uuid else volume
 
     def _record(self, change: Change, item: NewVolume) -> Volume:
+        volume = self.planned(change, item)
+        self.allocator.record(change, volume)
+        return volume
+
+    def planned(self, change: Change, item: NewVolume) -> Volume:
+        """Return the volume of a request, which is not recorded yet. Raises ApiError."""
         layout, encryption = self._checked(change, item)
         try:
             blocks = self.allocator.allocate(change, layout, item.capacity)
         except NoSpace as problem:
             raise _not_allocated(problem) from problem
         slow = self.settings.preallocate
-        volume = Volume(
+        return Volume(
             name=item.name,
             uuid=str(uuid.uuid4()),
             capacity=item.capacity,
@@ -89,10 +95,8 @@ class Volumes:
             status="unavailable" if slow else "online",
             encryption=encryption,
         )
-        self.allocator.record(change, volume)
-        return volume
 
-    def _refuse_unsupported(self, item: NewVolume) -> None:
+    def refuse_unsupported(self, item: NewVolume) -> None:
         name = item.name
         if name.endswith("_MD"):
             reason = "Illegal volume name: names that end in _MD belong to the storage"
@@ -125,9 +129,9 @@ class Volumes:
         return BUILT_IN_GROUPS[item.vpg] if item.vpg else item.layout(), encryption
 
     def finish_creation(self, name: str) -> None:
-        """Set a volume online after its file was created."""
+        """Set a volume online after its file was created; one made from a source is set by `clones`."""
         volume = self.store.get(VOLUMES, name)
-        if volume is None or volume.action != "initializing":
+        if volume is None or volume.action != "initializing" or volume.source is not None:
             return
 
         def online(change: Change) -> None:

@@ -77,6 +77,20 @@ class Manager:
         item: Mapping[str, object] = {"name": name, "capacity": capacity, "VPG": CONCATENATED, **fields}
         return self._one("/volumes/save", {key: value for key, value in item.items() if value is not None})
 
+    def clone(self, source: str, name: str, capacity: float | str = 1, **fields: object) -> Json:
+        """Make a volume from a volume; `kind`, `uuid`: of another source."""
+        kind, uuid = fields.pop("kind", "volume"), fields.pop("uuid", None) or self.uuid(source)
+        return self._one(
+            "/clones/save",
+            {
+                "name": name,
+                "capacity": capacity,
+                "VPG": CONCATENATED,
+                **fields,
+                "source": {"kind": kind, "_id": source, "uuid": uuid},
+            },
+        )
+
     def volume(self, name: str) -> Json:
         return self.get(f"/volumes/{name}")
 

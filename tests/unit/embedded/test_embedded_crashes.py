@@ -15,6 +15,7 @@ from csi_driver.embedded.pool import VolumeLocks
 from csi_driver.embedded.settings import StorageSettings
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
+from tests.unit.embedded.fake_reflinks import FakeReflinks
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
 
 
@@ -46,6 +47,14 @@ def save(manager: Manager) -> None:
     manager.save("new", 2)
 
 
+def clone(manager: Manager) -> None:
+    manager.clone("attached", "new", 2)
+
+
+def clone_of_a_volume_that_no_client_had(manager: Manager) -> None:
+    manager.clone("old", "new", 2)
+
+
 def extend(manager: Manager) -> None:
     manager.extend("old", 3)
 
@@ -64,6 +73,8 @@ def detach(manager: Manager) -> None:
 
 POINTS: dict[Callable[[Manager], None], list[str]] = {
     save: ["store.write", "pool.make"],
+    clone: ["store.write", "pool.reflink", "store.write"],
+    clone_of_a_volume_that_no_client_had: ["store.write", "pool.make", "pool.reflink", "store.write"],
     extend: ["store.write", "pool.make", "store.write"],
     delete: ["store.write", "pool.remove", "store.write_later"],
     attach: ["pool.make", "store.write", "loops.attach", "files.show", "store.write_later"],
@@ -78,7 +89,7 @@ after_every_step = pytest.mark.parametrize(
 
 def prepared(directory: Path, loops: FakeLoopDevices, fault: Fault) -> Manager:
     """Return a manager with the volumes old and attached, with points."""
-    manager = Manager(settings_in(directory), loops)
+    manager = Manager(settings_in(directory), loops, reflinks=FakeReflinks())
     manager.save("old")
     manager.save("attached")
     manager.attach("attached")
