@@ -59,6 +59,7 @@ class VolumeAdmin:
             ("handle", issued_handle(located.zone, volume).format()),
             ("CSI name", creation.csi_name or "none"),
             ("made by", made_by),
+            *([("copy of", f"{origin.source.kind} {origin.source.id}")] if (origin := creation.origin) else []),
             ("made for", "raw block" if creation.is_block else creation.fs_type or "unknown"),
             ("usable bytes", str(volume.size_bytes - located.reserved_bytes)),
             ("bytes", str(volume.size_bytes)),
@@ -101,7 +102,9 @@ def _formatting(located: Located, record: AttachmentRecord) -> str:
     number = next_number(volume.reservation, ReservationMode.EXCLUSIVE_READ_WRITE)
     if read_permission(volume.metadata) == number:
         return "allowed over old data, for the next attachment"
-    if creation.is_ours and not record.is_broken and not record.number and volume.reservation.version == 1:
+    if located.is_blank and not record.is_broken and not record.number:
         return "if head, tail and all superblock locations are blank: never attached before"
     reason = "it was attached before" if record.number else "its history is unknown"
+    if creation.origin is not None and not record.number:
+        reason = "it has the content of its source"
     return f"only if every block is zero: {reason} (nvmesh-csi volume allow-format lifts it once)"

@@ -9,11 +9,19 @@ from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity as sizes
 from csi_driver.controller.capacity import ZoneSelection
+from csi_driver.controller.content_source import Source, find_source, history_after_copy
 from csi_driver.controller.delete_volume import delete_unreturned
 from csi_driver.controller.ports import Clusters, CreateRequest, Management
 from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences
 from csi_driver.controller.volume_lookup import described, issued_reference
-from csi_driver.controller.volume_metadata import Creation, creation_metadata, read_attachments, read_creation
+from csi_driver.controller.volume_metadata import (
+    Creation,
+    Origin,
+    creation_metadata,
+    read_attachments,
+    read_creation,
+    with_inherited,
+)
 from csi_driver.controller.zones import (
     UNANSWERED,
     ZONE_POOL,
@@ -40,7 +48,7 @@ from csi_driver.errors import (
     Unauthenticated,
     shown,
 )
-from csi_driver.model import ProvisionedVolume, volume_name
+from csi_driver.model import ProvisionedVolume, RequestedSource, volume_name
 from csi_driver.parameters.encryption import passphrase_in, required_passphrase
 from csi_driver.parameters.storage_class import StorageClassParameters, parse, with_mutable
 from csi_driver.publish_context import Encryption
@@ -81,10 +89,6 @@ class CreateVolume:
 
         Raises `StorageUnavailable` or `OperationPending` whenever an earlier call left the volume, or may have.
         """
-        if request.source is not None:
-            raise InvalidRequest(
-                "volume_content_source: expected none, as clones and restores are not supported; remove the data source"
-            )
         check_capabilities(request.capabilities)
         parameters = parse(with_mutable(request.parameters, request.mutable_parameters), request.capabilities)
         parameters.encryption.check_access(request.capabilities)
@@ -103,6 +107,7 @@ class CreateVolume:
             capacity=request.capacity,
             modes=frozenset(capability.mode for capability in request.capabilities),
             header_bytes=parameters.encryption.header_bytes if parameters.encryption.by is Encryption.LUKS else 0,
+            origin=Origin(request.source) if request.source is not None else None,
         )
         zones = allowed_zones(self.clusters.zones(), request.topology, self.settings.topology_key)
         guard = DuplicateGuard(self.clusters, self.settings.allow_zone_skip, self.pool)
@@ -125,8 +130,11 @@ class _Call:
     guard: DuplicateGuard
     key_command: int | None = None
     """Index of the latest command on the volume's keys before the passphrase was sent; None: not sent in this wait."""
+    source: Source | None = None
 
     def find_or_create(self) -> ProvisionedVolume:
+        if self.request.source is not None:
+            return self._find_or_copy(self.request.source)
         found = self.guard.find(self.name, self.request.name, self.zones, deadline=self.deadline)
         if isinstance(found, Found):
             return self._finish(found)
@@ -145,6 +153,20 @@ class _Call:
                 continue
             return self._finish_created(zone, made)
         raise _refused_by_all(refusals)
+
+    def _find_or_copy(self, requested: RequestedSource) -> ProvisionedVolume:
+        """Find the volume before its source, which may be deleted when the copy exists; else copy the source."""
+        found = self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
+        if found is not None:
+            return self._finish(found)
+        self.source = source = find_source(self.use_case.clusters, requested, deadline=self.deadline)
+        if source.zone not in self.zones:
+            raise Exhausted(
+                f"accessibility_requirements: expected zone {shown(source.zone)}, where {source} is, got "
+                f"{', '.join(map(shown, self.zones))}; use a node or a StorageClass of that zone"
+            )
+        self.creation = replace(self.creation, origin=source.origin)
+        return self._finish_created(source.zone, self._create_in(source.zone))
 
     def continue_after(self, problem: DriverError) -> ProvisionedVolume:
         """Finish the volume that an earlier call left, when the request was still valid; else raise `problem`."""
@@ -168,20 +190,25 @@ class _Call:
             if group is None:
                 return None
             layout, encryption = group.layout, encryption.in_group(group)
-        if encryption.is_native:
+        capacity, source = self.request.capacity, self.source
+        if source is not None:
+            source.check_encryption(encryption)
+            capacity = source.capacity(capacity, encryption.header_bytes)
+        elif encryption.is_native:
             required_passphrase(self.request.secrets)
-        elif encryption.by is Encryption.NONE and passphrase_in(self.request.secrets) is not None:
+        if encryption.by is Encryption.NONE and passphrase_in(self.request.secrets) is not None:
             _log.warning(
                 "volume %s has a passphrase in its Secret but encryption is not enabled; set the encryption parameter",
                 self.name,
             )
-        size = sizes.size_to_create(self.request.capacity, layout, encryption.header_bytes)
+        size = sizes.size_to_create(capacity, layout, encryption.header_bytes)
         spec = replace(
             parameters.spec,
             name=self.name,
             capacity_gb=sizes.gigabytes_to_create(size, layout),
             metadata=creation_metadata(self._creation_in(zone)),
             encrypted_header_bytes=encryption.header_bytes if encryption.is_native else 0,
+            source=source.content if source is not None else None,
         )
         try:
             return management.create_volume(spec, deadline=self.deadline)
@@ -266,6 +293,9 @@ class _Call:
                 volume = management.volume(volume.name, deadline=self.deadline) or volume
             if never_returned:
                 self._delete_if_out_of_range(management, volume, reserved)
+        if creation.origin is not None and creation.origin.history is None:
+            history = history_after_copy(self.use_case.clusters, creation.origin, deadline=self.deadline)
+            management.set_metadata(volume, with_inherited(volume.metadata, history), deadline=self.deadline)
         return described(found.zone, volume, ({self.use_case.settings.topology_key: found.zone},))
 
     def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
@@ -332,8 +362,9 @@ class _Call:
 
     def _send_passphrase(self, management: Management, volume: Volume) -> None:
         # The server refuses this too; a header over data would destroy it.
-        if volume.reservation.version != 1 or read_attachments(volume.metadata).number:
-            raise EncryptionNotInitialised(volume, "it was attached before; delete it")
+        creation = read_creation(volume.metadata)
+        if creation.origin is not None or volume.reservation.version != 1 or read_attachments(volume.metadata).number:
+            raise EncryptionNotInitialised(volume, "it has content, or was attached before; delete it")
         passphrase, own = required_passphrase(self.request.secrets), self.parameters.encryption
         try:
             is_sent = management.init_encryption(

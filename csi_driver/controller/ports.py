@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from csi_driver.deadline import Deadline
-from csi_driver.model import Capability, CapacityRange, Segments
+from csi_driver.model import Capability, CapacityRange, RequestedSource, Segments
 from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
@@ -19,7 +19,6 @@ from csi_driver.storage_model import (
     ReservationMode,
     Snapshot,
     SnapshotGroup,
-    SourceKind,
     SystemInfo,
     Volume,
     VolumeChanges,
@@ -34,14 +33,6 @@ from csi_driver.storage_model import (
 class TopologyRequirement:
     requisite: tuple[Segments, ...] = ()
     preferred: tuple[Segments, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RequestedSource:
-    """The CSI id of the snapshot or volume that a new volume is to be a copy of."""
-
-    kind: SourceKind
-    id: str
 
 
 @dataclass(frozen=True, slots=True)

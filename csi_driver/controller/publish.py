@@ -2,7 +2,7 @@
 """ControllerPublishVolume, and the attachments that a node makes for itself.
 
 A node formats a fresh volume after a short check only if the publish context has `History.FIRST`. Three independent
-facts must agree on it: by the metadata this driver created the volume, by the attachment record this is the first
+facts must agree on it: by the metadata this driver created the volume blank, by the attachment record this is the first
 attachment, and by the version of the reservation, which the storage itself keeps, no other client was attached before.
 """
 
@@ -21,6 +21,7 @@ from csi_driver.controller.volume_lookup import Located, find_client, must_recor
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
     encryption_of,
+    history_of,
     next_number,
     read_attachments,
     read_creation,
@@ -261,13 +262,12 @@ class _Call:
         # be that of another attachment.
         if is_old or number != version - 1 or number < record.number:
             number = 0
-        history = History.ATTACHED
-        if not creation.is_ours or record.is_broken:
-            history = History.UNKNOWN
-        elif record.written or known.written:
-            history = History.WRITTEN
-        elif number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
-            history = History.FIRST
+        history, origin = history_of(volume.metadata), creation.origin
+        if history is History.ATTACHED:
+            if known.written:
+                history = History.WRITTEN
+            elif origin is None and number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
+                history = History.FIRST
         unit_bytes, stripe_bytes = stripes_of(volume.layout)
         return PublishContext(
             name=volume.name,
@@ -280,6 +280,8 @@ class _Call:
             format_allowed=self._may_format(volume, number),
             stripe_unit_bytes=unit_bytes,
             stripe_bytes=stripe_bytes,
+            populated=origin is not None,
+            inherited_uuids=origin.ancestors if origin is not None else (),
         )
 
     def _may_format(self, volume: Volume, number: int) -> bool:

@@ -142,6 +142,9 @@ def differences(
         if found.parameters.get(key) != requested.parameters.get(key):
             expected, got = (shown(c.parameters[key]) if key in c.parameters else "not set" for c in (requested, found))
             result.append(f"parameter {key}: expected {expected}, got {got}")
+    sources = [f"{o.source.kind} {shown(o.source.id)}" if o else "none" for o in (requested.origin, found.origin)]
+    if sources[0] != sources[1]:
+        result.append(f"source: expected {sources[0]}, got {sources[1]}")
     if vpg is not None and volume.vpg != vpg:
         result.append(f"provisioning group: expected '{vpg}', got '{volume.vpg}'")
     return result

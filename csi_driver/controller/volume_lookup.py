@@ -13,6 +13,7 @@ from csi_driver.controller.volume_metadata import (
     issued_place,
     read_handles,
     reserved_bytes,
+    source_of,
     volume_context,
 )
 from csi_driver.controller.zones import Found, ask, find_in
@@ -187,4 +188,5 @@ def described(
         volume.size_bytes - reserved_bytes(volume),
         volume_context(zone, volume.metadata),
         topology,
+        source_of(volume.metadata),
     )

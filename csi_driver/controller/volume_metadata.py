@@ -12,20 +12,43 @@ from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from csi_driver.compat import volumes as compat
-from csi_driver.model import AccessMode, CapacityRange
+from csi_driver.model import AccessMode, CapacityRange, RequestedSource, is_uuid
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
-from csi_driver.publish_context import Encryption
-from csi_driver.storage_model import Reservation, ReservationMode, Volume, VolumeSummary
+from csi_driver.publish_context import Encryption, History
+from csi_driver.storage_model import Reservation, ReservationMode, Snapshot, SourceKind, Volume, VolumeSummary
 
 OWN_KEY = "nvmesh-csi"
 _OLD_KEYS = frozenset({"csi_name", "fsType", "volumeMode", "zone"})
 _CONTEXT_KEYS = frozenset(CONTEXT_KEYS)
 _PERMISSION_KEY = "formatAllowed"
-_FORMAT = 1
+_FORMAT, _COPY_FORMAT = 1, 2
+"""Of a volume made from a source, which a controller that does not know of sources must not take for a blank one."""
 _MODES = {mode.value: mode for mode in AccessMode}
 _MOST_CLIENTS = 1024
 """The number of clients that may share one volume; the whole metadata may have 256 KiB."""
 _MOST_HANDLES = 64
+_MOST_ANCESTORS = 32
+_SOURCE_KINDS = {kind.value: kind for kind in SourceKind}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a volume was made from. `uuid`: of the source. `history`: of its content at the cut, None = not read yet.
+
+    `ancestors`: uuids of the volumes that it descends from, whose filesystem or LUKS header it may have.
+    """
+
+    source: RequestedSource
+    uuid: str = ""
+    history: History | None = None
+    ancestors: tuple[str, ...] = ()
+
+
+def descended(source: RequestedSource, uuid: str, metadata: Mapping[str, object], volume_uuid: str) -> Origin:
+    """Return the origin of a copy. `metadata`: of the volume `volume_uuid` that the source is, or is a snapshot of."""
+    parent = read_creation(metadata).origin
+    first, *others = *(parent.ancestors if parent is not None else ()), volume_uuid.lower()
+    return Origin(source, uuid.lower(), ancestors=(first, *others[1 - _MOST_ANCESTORS :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +66,16 @@ class Creation:
     parameters: Mapping[str, str] = field(default_factory=dict)
     capacity: CapacityRange | None = None
     modes: frozenset[AccessMode] | None = None
+    origin: Origin | None = None
 
 
 def creation_metadata(creation: Creation) -> dict[str, object]:
     own: dict[str, object] = {"format": _FORMAT, "created": True}
+    if (origin := creation.origin) is not None:
+        history = {} if origin.history is None else {"history": origin.history.value}
+        own["format"] = _COPY_FORMAT
+        own["source"] = {"kind": origin.source.kind.value, "id": origin.source.id, "uuid": origin.uuid, **history}
+        own["inherited"] = list(origin.ancestors)
     if creation.reference is not None:
         own["reference"] = creation.reference
     if creation.capacity is not None:
@@ -82,6 +111,7 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
         parameters={key: value for key, value in metadata.items() if isinstance(value, str) and key not in _OLD_KEYS},
         capacity=CapacityRange(required or 0, limit or 0) if is_range else None,
         modes=frozenset(_MODES[m] for m in modes if m in _MODES) if isinstance(modes, list) else None,
+        origin=_origin(own),
     )
 
 
@@ -96,6 +126,11 @@ def issued_place(metadata: Mapping[str, object]) -> tuple[str | None, str | None
     """Return zone and reference of the handle that CreateVolume returned; None: not recorded, or of other origin."""
     own = _own(metadata)
     return (_text(metadata, "zone"), _text(own, "reference")) if _is_ours(own) else (None, None)
+
+
+def source_of(metadata: Mapping[str, object]) -> RequestedSource | None:
+    origin = _origin(_own(metadata))
+    return origin.source if origin is not None else None
 
 
 def reserved_bytes(volume: VolumeSummary) -> int:
@@ -122,7 +157,29 @@ def header_bytes(metadata: Mapping[str, object]) -> int:
 
 
 def _is_ours(own: Mapping[str, object]) -> bool:
-    return own.get("created") is True and own.get("format") == _FORMAT
+    return own.get("created") is True and own.get("format") in (_FORMAT, _COPY_FORMAT)
+
+
+def _origin(own: Mapping[str, object]) -> Origin | None:
+    """Read what a volume was made from; what another program made unreadable counts as unknown."""
+    if own.get("format") != _COPY_FORMAT:
+        return None
+    record, ancestors = _mapping(own.get("source")), own.get("inherited")
+    history = _text(record, "history")
+    return Origin(
+        RequestedSource(_SOURCE_KINDS.get(_text(record, "kind") or "", SourceKind.VOLUME), _text(record, "id") or ""),
+        _text(record, "uuid") or "",
+        History(history) if history in set(History) else None,
+        tuple(each.lower() for each in ancestors if isinstance(each, str) and is_uuid(each))
+        if isinstance(ancestors, list)
+        else (),
+    )
+
+
+def with_inherited(metadata: Mapping[str, object], history: History) -> dict[str, object]:
+    """Return the whole metadata with the history that the content of the volume had at the cut."""
+    own = _own(metadata)
+    return {**metadata, OWN_KEY: {**own, "source": {**_mapping(own.get("source")), "history": history.value}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +244,16 @@ def read_attachments(metadata: Mapping[str, object]) -> AttachmentRecord:
     )
 
 
+def history_of(metadata: Mapping[str, object]) -> History:
+    """Return the recorded history of a volume, with that of its source; never FIRST, which records cannot prove."""
+    own, record = _own(metadata), read_attachments(metadata)
+    origin = _origin(own)
+    inherited = History.ATTACHED if origin is None else origin.history
+    if not _is_ours(own) or record.is_broken or inherited not in (History.ATTACHED, History.WRITTEN):
+        return History.UNKNOWN
+    return History.WRITTEN if record.written else inherited
+
+
 def read_handles(metadata: Mapping[str, object]) -> tuple[str, ...]:
     """Return the handles of the attachment record; of most volumes, without them, the record is not read."""
     has_handles = _mapping(_own(metadata).get("attachments")).get("handles")
@@ -219,12 +286,12 @@ def read_permission(metadata: Mapping[str, object]) -> int:
     return number if _natural(number) else 0
 
 
-def encryption_of(volume: Volume, creation: Creation, context: Mapping[str, str]) -> Encryption:
+def encryption_of(volume: Volume | Snapshot, creation: Creation, context: Mapping[str, str]) -> Encryption:
     """Return who encrypts a volume: by its document, else by its creation, else by `context` of its PersistentVolume.
 
     UNKNOWN: the storage was to encrypt it and does not, so it must not be attached.
     """
-    if volume.is_encrypted:
+    if volume.encryption is not None:
         return Encryption.NATIVE
     if not creation.is_ours:
         return compat.encryption_of({**context, **creation.parameters})

@@ -165,8 +165,9 @@ class Found:
 
     @property
     def is_blank(self) -> bool:
-        """Whether no node can have written to the volume: this driver created it, and it was never attached."""
-        return self.creation.is_ours and self.volume.reservation == Reservation()
+        """Whether the volume has no content: this driver created it, without a source, and it was never attached."""
+        creation = self.creation
+        return creation.is_ours and creation.origin is None and self.volume.reservation == Reservation()
 
     def has_name(self, csi_name: str | None) -> bool:
         return self.creation.csi_name == csi_name and not self.volume.is_being_deleted

@@ -16,9 +16,10 @@ from csi_driver.errors import MissingField
 from csi_driver.model import Capability
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.storage_model import SourceKind
 
 if TYPE_CHECKING:
-    from csi_driver.controller.ports import CreateRequest, PublishRequest, RequestedSource, ValidateRequest
+    from csi_driver.controller.ports import CreateRequest, PublishRequest, ValidateRequest
 
 _STRING_LIMIT_BYTES = 128
 
@@ -69,12 +70,9 @@ def create_from(message: pb.CreateVolumeRequest) -> CreateRequest:
     )
 
 
-def _source_from(message: pb.CreateVolumeRequest) -> RequestedSource | None:
+def _source_from(message: pb.CreateVolumeRequest) -> model.RequestedSource | None:
     if not message.HasField("volume_content_source"):
         return None
-    from csi_driver.controller.ports import RequestedSource
-    from csi_driver.storage_model import SourceKind
-
     source = message.volume_content_source
     match source.WhichOneof("type"):
         case "snapshot":
@@ -85,7 +83,7 @@ def _source_from(message: pb.CreateVolumeRequest) -> RequestedSource | None:
             raise MissingField("volume_content_source.snapshot or volume_content_source.volume")
     if not source_id:
         raise MissingField(f"volume_content_source.{field_name}")
-    return RequestedSource(kind, source_id)
+    return model.RequestedSource(kind, source_id)
 
 
 def publish_from(message: pb.ControllerPublishVolumeRequest) -> PublishRequest:
@@ -122,7 +120,15 @@ def volume_to(volume: model.ProvisionedVolume) -> pb.Volume:
         volume_id=volume.volume_id,
         volume_context=dict(volume.context),
         accessible_topology=[topology_to(segments) for segments in volume.topology],
+        content_source=_source_to(volume.source) if volume.source is not None else None,
     )
+
+
+def _source_to(source: model.RequestedSource) -> pb.VolumeContentSource:
+    kinds = pb.VolumeContentSource
+    if source.kind is SourceKind.SNAPSHOT:
+        return kinds(snapshot=kinds.SnapshotSource(snapshot_id=source.id))
+    return kinds(volume=kinds.VolumeSource(volume_id=source.id))
 
 
 @dataclass(slots=True)
@@ -147,13 +153,16 @@ class VolumeList:
         entry = self._models.get(context)
         if entry is None:
             status = pb.ListVolumesResponse.VolumeStatus()
-            entry = self._models[context] = pb.ListVolumesResponse.Entry(volume=volume_to(volume), status=status)
+            shared = volume_to(volume._replace(source=None))
+            entry = self._models[context] = pb.ListVolumesResponse.Entry(volume=shared, status=status)
         message = entry.volume
         message.volume_id, message.capacity_bytes = volume.volume_id, volume.capacity_bytes
         self.response.entries.append(entry)  # a copy
-        if not listed.published_node_ids:
+        if not listed.published_node_ids and volume.source is None:
             return entry.ByteSize()
         added = self.response.entries[-1]
+        if volume.source is not None:
+            added.volume.content_source.CopyFrom(_source_to(volume.source))
         added.status.published_node_ids.extend(listed.published_node_ids)
         return added.ByteSize()
 

@@ -23,6 +23,7 @@ from tests.fakes.management import FakeManagement
 from tests.storage_switches import Switches
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
+from tests.unit.embedded.fake_reflinks import FakeReflinks
 
 EXCLUSIVE = ReservationMode.EXCLUSIVE_READ_WRITE
 READ_ONLY = ReservationMode.SHARED_READ_ONLY
@@ -89,6 +90,7 @@ class Storage:
     settings: StorageSettings
     loops: FakeLoopDevices
     server: StorageServer
+    reflinks: FakeReflinks
 
     def __post_init__(self) -> None:
         self._switches = Switches(self.server)
@@ -122,9 +124,10 @@ class Storage:
             tls_key=key,
         )
         loops = FakeLoopDevices()
-        server = StorageServer(settings, loops, FakeLuksHeaders())
+        reflinks = FakeReflinks()
+        server = StorageServer(settings, loops, FakeLuksHeaders(), reflinks)
         server.start()
-        return cls(settings, loops, server)
+        return cls(settings, loops, server, reflinks)
 
     def connect(self, password_file: Path | None = None) -> ManagementClient:
         return ManagementClient(

@@ -27,6 +27,7 @@ from csi_driver.model import (
     ListedVolume,
     MountAccess,
     ProvisionedVolume,
+    RequestedSource,
 )
 from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.wire import VolumeList
@@ -91,10 +92,11 @@ class World:
         topology: TopologyRequirement | None = None,
         secrets: Mapping[str, str] = EMPTY,
         mutable: Mapping[str, str] = EMPTY,
+        source: RequestedSource | None = None,
         seconds: float = 60.0,
     ) -> ProvisionedVolume:
         asked = capacity if capacity is not None else CapacityRange(GIB)
-        request = CreateRequest(name, asked, capabilities, parameters, secrets, topology, mutable)
+        request = CreateRequest(name, asked, capabilities, parameters, secrets, topology, mutable, source)
         return self.creation.create(request, deadline=self.deadline(seconds))
 
     def delete(self, volume_id: str, *, seconds: float = 60.0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.controller.ports import RequestedSource
 from csi_driver.errors import MissingField
 from csi_driver.model import (
     AccessMode,
@@ -15,6 +14,7 @@ from csi_driver.model import (
     ListedVolume,
     MountAccess,
     ProvisionedVolume,
+    RequestedSource,
     Usage,
 )
 from csi_driver.rpc import wire
