@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source of a new volume: the snapshot or volume that it is a copy of (docs/data-safety.md, sentences 56 to 59)."""
+"""The source of a new volume: the snapshot or volume that it is a copy of (docs/data-safety.md, sentences 66 to 69)."""
 
 from __future__ import annotations
 
