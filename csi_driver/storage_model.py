@@ -283,7 +283,9 @@ class Vpg:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot of a volume. `created`: when it was cut, in UTC. `size_bytes`: size of the volume at that time."""
+    """A snapshot of a volume. `created`: when it was cut, in UTC; it means nothing before it `is_ready`. `size_bytes`:
+    size of the volume at that time.
+    """
 
     name: str
     uuid: str

@@ -186,7 +186,8 @@ def _features(row: Document) -> storage_model.Features:
     if not isinstance(told, dict):
         return NVMESH_FEATURES
     snapshots, groups, changes = (told.get(key) is True for key in ("snapshots", "groupSnapshots", "changedBlocks"))
-    return storage_model.Features(snapshots, groups, changes, str(told.get("reason") or ""))
+    reason = f"embedded storage manager: {told.get('reason') or 'not in this version'}"
+    return storage_model.Features(snapshots, groups, changes, reason)
 
 
 def gigabytes(value: object) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlencode
 
 from csi_driver.deadline import Deadline
@@ -27,6 +27,9 @@ _PROJECTION = projection((
     "_id", "uuid", "volume", "sourceMetadata", "blockSize", "blocks", "created", "isReady", "group", "isEncrypted",
     "encryption", "metadata",
 ))  # fmt: skip
+
+
+NOT_CUT = datetime.fromtimestamp(0, UTC)
 
 
 class SnapshotRequests(Requests):
@@ -138,6 +141,8 @@ def decode_group(row: Document) -> SnapshotGroup:
 
 
 def _moment(row: Document) -> datetime:
+    if row.get("isReady") is not True:
+        return NOT_CUT
     moment = datetime.fromisoformat(text_of(row, "created"))
     if moment.utcoffset() != timedelta():
         raise ValueError(f"created is {row['created']!r}, not in UTC")

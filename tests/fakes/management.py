@@ -128,6 +128,7 @@ class FakeManagement:
         self.reclaiming: set[str] = set()
         """Provisioning groups that are releasing unused space."""
         self.is_reachable = True
+        self.features = NVMESH_FEATURES
         self.api_version: tuple[int, ...] = (18, 0, 0)
         self.pending: set[str] = set()
         """Volumes that a deletion does not find although they are there, as the server has it at times."""
@@ -204,7 +205,7 @@ class FakeManagement:
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
-            return SystemInfo("3.5.0", "18.0.0", "fake-cluster", NVMESH_FEATURES)
+            return SystemInfo("3.5.0", "18.0.0", "fake-cluster", self.features)
 
     def _no_route(self, *_: object, deadline: Deadline, **__: object) -> NoReturn:
         with self._request("a route of snapshots", deadline):

@@ -157,6 +157,13 @@ class ManagementDouble(ThreadingHTTPServer):
         self.server_close()
 
 
+def _decoded(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ManagementDouble
@@ -177,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         if url.path == "/login" and self.command == "POST":
             step, cookie = self.server.log_in(body)
         else:
-            query = {key: json.loads(values[0]) for key, values in parse_qs(url.query).items()}
+            query = {key: _decoded(values[0]) for key, values in parse_qs(url.query).items()}
             request = Received(self.command, url.path, query, body, dict(self.headers))
             known = self.headers.get("Cookie", "")
             step, cookie = self.server.step_for(request, known), self.server.opened_session(known)

@@ -6,12 +6,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import OperationPending
-from csi_driver.model import volume_name
-from csi_driver.rpc.contract import LockKey, Locks, lock_key
+from csi_driver.model import group_snapshot_name, snapshot_name, volume_name
+from csi_driver.rpc.contract import RPCS, LockKey, Locks, lock_key
+from csi_driver.rpc.pb import csi_pb2
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 NAME, OTHER = volume_name("1"), volume_name("2")
@@ -105,3 +107,57 @@ def test_no_lock_is_left_behind(wanted: list[tuple[str, bool]]) -> None:
             except OperationPending:
                 continue
     assert_free(locks)
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------
+
+
+def keys(method: str, request: Message) -> tuple[LockKey, ...]:
+    return RPCS[f"/csi.v1.{method}"].lock_keys(request)
+
+
+def cut(name: str, source: str = NAME) -> tuple[LockKey, ...]:
+    return keys("Controller/CreateSnapshot", csi_pb2.CreateSnapshotRequest(name=name, source_volume_id=source))
+
+
+def group(name: str, *sources: str) -> tuple[LockKey, ...]:
+    request = csi_pb2.CreateVolumeGroupSnapshotRequest(name=name, source_volume_ids=sources)
+    return keys("GroupController/CreateVolumeGroupSnapshot", request)
+
+
+def clash(ours: tuple[LockKey, ...], theirs: tuple[LockKey, ...]) -> bool:
+    """Return whether two calls with these keys exclude each other."""
+    locks = Locks()
+    with locks.hold(*ours):
+        try:
+            with locks.hold(*theirs):
+                return False
+        except OperationPending:
+            return True
+
+
+def test_snapshots_of_one_volume_are_cut_at_once_but_not_two_of_one_name() -> None:
+    assert not clash(cut("s1"), cut("s2"))
+    assert clash(cut("s1"), cut("s1", OTHER))
+
+
+def test_a_cut_excludes_all_other_changes_of_its_volume() -> None:
+    volume = (lock_key("volume_id", f"z:{NAME}"),)
+    assert clash(cut("s1"), volume)
+    assert clash(group("g", OTHER, NAME), volume)
+    assert not clash(cut("s1", OTHER), volume)
+
+
+def test_a_snapshot_is_locked_by_its_name_and_by_its_id() -> None:
+    delete = csi_pb2.DeleteSnapshotRequest(snapshot_id=f"z:{snapshot_name('s1')}:{UUID}")
+    assert clash(cut("s1"), keys("Controller/DeleteSnapshot", delete))
+
+
+def test_a_group_is_locked_by_its_name_and_by_its_id() -> None:
+    group_id = f"z:{group_snapshot_name('g')}:{UUID}"
+    request = csi_pb2.DeleteVolumeGroupSnapshotRequest(group_snapshot_id=group_id)
+    assert clash(group("g", NAME), keys("GroupController/DeleteVolumeGroupSnapshot", request))
+
+
+def test_a_volume_named_twice_in_a_group_does_not_exclude_itself() -> None:
+    assert not clash(group("g", NAME, NAME), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
+from datetime import UTC
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.services import ManagementReadiness, is_equipped
+from csi_driver.storage_model import Features
 from tests.unit.rpc.fakes import (
+    CUT_AT,
     VOLUME_ID,
     ZONE,
     Endpoint,
@@ -154,6 +157,85 @@ def test_node_info_has_id_limit_and_topology(endpoint: Endpoint) -> None:
     info = endpoint.node.NodeGetInfo(csi_pb2.NodeGetInfoRequest())
     assert (info.node_id, info.max_volumes_per_node) == ("node-1", 7)
     assert dict(info.accessible_topology.segments) == {"nvmesh-csi.excelero.com/zone": ZONE}
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------
+
+OFFERS = Features(snapshots=True, group_snapshots=True)
+
+
+def controller_capabilities(endpoint: Endpoint) -> set[str]:
+    found = endpoint.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities
+    return {csi_pb2.ControllerServiceCapability.RPC.Type.Name(each.rpc.type) for each in found}
+
+
+def offers_groups(endpoint: Endpoint) -> tuple[bool, bool]:
+    """Return whether the plugin has the service of groups, and whether that service has its capability."""
+    plugin = endpoint.identity.GetPluginCapabilities(csi_pb2.GetPluginCapabilitiesRequest()).capabilities
+    request = csi_pb2.GroupControllerGetCapabilitiesRequest()
+    service = Plugin.Service.GROUP_CONTROLLER_SERVICE
+    is_plugin = service in [each.service.type for each in plugin]
+    return is_plugin, bool(endpoint.groups.GroupControllerGetCapabilities(request).capabilities)
+
+
+@pytest.mark.parametrize(
+    ("offers", "snapshots", "groups"),
+    [
+        (Features(), False, False),
+        (Features(snapshots=True), True, False),
+        (OFFERS, True, True),
+    ],
+)
+def test_snapshots_and_groups_are_offered_where_the_storage_has_them(
+    tmp_path: Path, offers: Features, snapshots: bool, groups: bool
+) -> None:
+    with serving(tmp_path / "s", offers=offers) as endpoint:
+        names = {"CREATE_DELETE_SNAPSHOT", "LIST_SNAPSHOTS", "GET_SNAPSHOT", "CLONE_VOLUME"}
+        assert names & controller_capabilities(endpoint) == (names if snapshots else set())
+        assert offers_groups(endpoint) == (groups, groups)
+
+
+def test_a_snapshot_lives_its_life_on_the_controller(endpoint: Endpoint) -> None:
+    controller = endpoint.controller
+    snapshot = controller.CreateSnapshot(
+        csi_pb2.CreateSnapshotRequest(name="s", source_volume_id=VOLUME_ID, secrets={"k": "v"})
+    ).snapshot
+    assert (snapshot.source_volume_id, snapshot.size_bytes, snapshot.ready_to_use) == (VOLUME_ID, 1 << 30, True)
+    assert snapshot.creation_time.ToDatetime(UTC) == CUT_AT
+    request = csi_pb2.GetSnapshotRequest(snapshot_id=snapshot.snapshot_id)
+    assert controller.GetSnapshot(request).snapshot == snapshot
+    listed = controller.ListSnapshots(csi_pb2.ListSnapshotsRequest(snapshot_id=snapshot.snapshot_id)).entries
+    assert [each.snapshot for each in listed] == [snapshot]
+    controller.DeleteSnapshot(csi_pb2.DeleteSnapshotRequest(snapshot_id=snapshot.snapshot_id))
+    assert code_of(lambda: controller.GetSnapshot(request)) is grpc.StatusCode.NOT_FOUND
+
+
+def test_snapshots_are_listed_in_pages(endpoint: Endpoint) -> None:
+    for name in ("s1", "s2", "s3"):
+        endpoint.controller.CreateSnapshot(csi_pb2.CreateSnapshotRequest(name=name, source_volume_id=VOLUME_ID))
+    page = endpoint.controller.ListSnapshots(csi_pb2.ListSnapshotsRequest(max_entries=2))
+    assert (len(page.entries), page.next_token) == (2, "next")
+
+
+def test_a_group_lives_its_life_on_the_controller(endpoint: Endpoint) -> None:
+    groups = endpoint.groups
+    create_group = csi_pb2.CreateVolumeGroupSnapshotRequest(name="g", source_volume_ids=[VOLUME_ID, "z:other"])
+    group = groups.CreateVolumeGroupSnapshot(create_group).group_snapshot
+    assert [each.source_volume_id for each in group.snapshots] == [VOLUME_ID, "z:other"]
+    assert {each.group_snapshot_id for each in group.snapshots} == {group.group_snapshot_id}
+    assert group.creation_time.ToDatetime(UTC) == CUT_AT
+    group_id, members = group.group_snapshot_id, [each.snapshot_id for each in group.snapshots]
+    request = csi_pb2.GetVolumeGroupSnapshotRequest(group_snapshot_id=group_id, snapshot_ids=members)
+    assert groups.GetVolumeGroupSnapshot(request).group_snapshot == group
+    groups.DeleteVolumeGroupSnapshot(
+        csi_pb2.DeleteVolumeGroupSnapshotRequest(group_snapshot_id=group_id, snapshot_ids=members)
+    )
+    assert code_of(lambda: groups.GetVolumeGroupSnapshot(request)) is grpc.StatusCode.NOT_FOUND
+
+
+def test_the_name_of_a_snapshot_has_no_control_characters(endpoint: Endpoint) -> None:
+    request = csi_pb2.CreateSnapshotRequest(name="s\x01", source_volume_id=VOLUME_ID)
+    assert code_of(lambda: endpoint.controller.CreateSnapshot(request)) is grpc.StatusCode.INVALID_ARGUMENT
 
 
 # --- health of volumes ------------------------------------------------------------------------------------------
