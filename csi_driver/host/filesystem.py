@@ -245,9 +245,9 @@ def _own_filesystem(device: OpenDevice, own_uuid: str) -> Filesystem | None:
     if present is None or present.uuid != own_uuid or not (present.is_certain and _is_ready(present, device)):
         return None
     with system_call(f"read {device.device.path}"), closing(os.open(fd_path(device.fd), os.O_RDONLY)) as cached:
-        for offset in (0, len(head) - _PAGE_BYTES):  # which hold the superblocks of all three types
-            if os.pread(cached, _PAGE_BYTES, offset) != head[offset : offset + _PAGE_BYTES]:
-                return None
+        offset = len(head) - _PAGE_BYTES if present.fs_type == "btrfs" else 0
+        if os.pread(cached, _PAGE_BYTES, offset) != head[offset : offset + _PAGE_BYTES]:
+            return None
     return Filesystem(present.fs_type, present.uuid, is_ready=True)
 
 
