@@ -111,9 +111,9 @@ def _controller_use_cases(
     from csi_driver.controller.snapshots import Snapshots
     from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 
-    listing = ListVolumes(clusters, settings)
+    listing, snapshots = ListVolumes(clusters, settings), Snapshots(clusters, features)
     return services.ControllerUseCases(
-        create=CreateVolume(clusters, settings),
+        create=CreateVolume(clusters, settings, snapshots),
         delete=DeleteVolume(clusters, settings),
         publish=PublishVolume(clusters, settings),
         unpublish=UnpublishVolume(clusters, settings),
@@ -124,7 +124,7 @@ def _controller_use_cases(
         validate=ValidateVolume(clusters),
         health=GetVolumeHealth(listing),
         features=features,
-        snapshots=Snapshots(clusters, features),
+        snapshots=snapshots,
         groups=GroupSnapshots(features),
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from csi_driver.controller.ports import Clusters, Management
+from csi_driver.controller.ports import Clusters
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.controller.volume_lookup import locate, require
 from csi_driver.controller.volume_metadata import Origin, descended, encryption_of, history_of, read_creation
 from csi_driver.deadline import Deadline
-from csi_driver.errors import CapacityOutOfRange, InvalidRequest, OperationPending, PreconditionFailed, SnapshotNotFound
-from csi_driver.model import MIB, CapacityRange, RequestedSource, VolumeHandle
+from csi_driver.errors import CapacityOutOfRange, InvalidRequest, SnapshotNotFound
+from csi_driver.model import MIB, CapacityRange, RequestedSource
 from csi_driver.parameters.encryption import EncryptionRequest
 from csi_driver.publish_context import Encryption, History
 from csi_driver.storage_model import ContentSource, Snapshot, SourceKind, Volume
@@ -27,7 +28,6 @@ class Source:
     """A snapshot or volume that a volume can be made from. `origin`: for the records of that volume."""
 
     zone: str
-    management: Management
     origin: Origin
     found: Snapshot | Volume
     encryption: Encryption
@@ -68,41 +68,21 @@ class Source:
             )
 
 
-def find_source(clusters: Clusters, requested: RequestedSource, *, deadline: Deadline) -> Source:
-    """Find a source by its CSI id. Raises `NotFound`, `OperationPending`, `PreconditionFailed` (no snapshots there)."""
+def find_source(snapshots: Snapshots, requested: RequestedSource, *, deadline: Deadline) -> Source:
+    """Find a source by its CSI id. Raises `NotFound`, and the refusal of storage that offers no snapshots."""
     if requested.kind is SourceKind.SNAPSHOT:
-        zone, management, snapshot = find_snapshot(clusters, requested.id, deadline=deadline)
-        if not snapshot.is_ready:
-            raise OperationPending(f"snapshot {snapshot.name} is not ready to use yet; retry")
-        metadata = snapshot.source_metadata
+        found = snapshots.find(requested.id, deadline=deadline)
+        if found is None:
+            raise SnapshotNotFound(requested.id)
+        snapshot, metadata = found.snapshot, found.snapshot.source_metadata
         encryption = encryption_of(snapshot, read_creation(metadata), {})
         origin = descended(requested, snapshot.uuid, metadata, snapshot.volume_uuid)
-        return Source(zone, management, replace(origin, history=history_of(metadata)), snapshot, encryption)
-    located = require(clusters, requested.id, deadline=deadline)
-    require_snapshots(located.management, located.zone, deadline=deadline)
+        return Source(found.zone, replace(origin, history=history_of(metadata)), snapshot, encryption)
+    located = require(snapshots.clusters, requested.id, deadline=deadline)
+    snapshots.features.require(located.zone, "snapshots", deadline=deadline)
     volume = located.volume
     encryption = encryption_of(volume, located.creation, {})
-    origin = descended(requested, volume.uuid, volume.metadata, volume.uuid)
-    return Source(located.zone, located.management, origin, volume, encryption)
-
-
-def find_snapshot(clusters: Clusters, snapshot_id: str, *, deadline: Deadline) -> tuple[str, Management, Snapshot]:
-    """Find a snapshot by its CSI id, in its zone. Raises `SnapshotNotFound`."""
-    handle = VolumeHandle.parse(snapshot_id)
-    management = clusters.management(handle.zone) if handle is not None and handle.zone is not None else None
-    if handle is None or handle.zone is None or management is None:
-        raise SnapshotNotFound(snapshot_id)
-    require_snapshots(management, handle.zone, deadline=deadline)
-    snapshot = management.snapshot(handle.name, deadline=deadline)
-    if snapshot is None or snapshot.uuid.lower() != handle.uuid:
-        raise SnapshotNotFound(snapshot_id)
-    return handle.zone, management, snapshot
-
-
-def require_snapshots(management: Management, zone: str, *, deadline: Deadline) -> None:
-    features = management.system_info(deadline=deadline).features
-    if not features.snapshots:
-        raise PreconditionFailed(f"the storage of zone {zone} offers no snapshots: {features.reason}")
+    return Source(located.zone, descended(requested, volume.uuid, volume.metadata, volume.uuid), volume, encryption)
 
 
 def history_after_copy(clusters: Clusters, origin: Origin, *, deadline: Deadline) -> History:

@@ -12,6 +12,7 @@ from csi_driver.controller.capacity import ZoneSelection
 from csi_driver.controller.content_source import Source, find_source, history_after_copy
 from csi_driver.controller.delete_volume import delete_unreturned
 from csi_driver.controller.ports import Clusters, CreateRequest, Management
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.controller.validate import check_capabilities, chosen_fs_type, differences
 from csi_driver.controller.volume_lookup import described, issued_reference
 from csi_driver.controller.volume_metadata import (
@@ -42,6 +43,7 @@ from csi_driver.errors import (
     InvalidField,
     InvalidRequest,
     NotFound,
+    NotOffered,
     OperationPending,
     PreconditionFailed,
     StorageUnavailable,
@@ -57,7 +59,9 @@ from csi_driver.storage_model import Volume, Vpg
 
 _log = logging.getLogger(__name__)
 
-_FINAL = (InvalidRequest, NotFound, CapacityOutOfRange, Exhausted, PreconditionFailed, Denied, Unauthenticated)
+_FINAL = (
+    *(InvalidRequest, NotFound, CapacityOutOfRange, Exhausted, PreconditionFailed, Denied, Unauthenticated, NotOffered),
+)
 """Errors after which the provisioner assumes that no volume exists or is being created, and never deletes one.
 (kubernetes-csi/external-provisioner, pkg/controller/controller.go, checkError.)"""
 _ENCRYPTED = 1
@@ -78,6 +82,7 @@ class EncryptionNotInitialised(StorageUnavailable):
 class CreateVolume:
     clusters: Clusters
     settings: ControllerSettings
+    snapshots: Snapshots
     pool: ZonePool = ZONE_POOL
     selection: ZoneSelection = field(init=False)
 
@@ -159,7 +164,7 @@ class _Call:
         found = self.guard.existing(self.name, self.request.name, self.zones, deadline=self.deadline)
         if found is not None:
             return self._finish(found)
-        self.source = source = find_source(self.use_case.clusters, requested, deadline=self.deadline)
+        self.source = source = find_source(self.use_case.snapshots, requested, deadline=self.deadline)
         if source.zone not in self.zones:
             raise Exhausted(
                 f"accessibility_requirements: expected zone {shown(source.zone)}, where {source} is, got "

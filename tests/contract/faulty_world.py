@@ -21,9 +21,11 @@ from typing import TypeVar
 from csi_driver.controller.capacity import ExpandVolume
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
+from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, VOLUMES, Attachment, Volume
 from csi_driver.embedded.server import StorageServer
@@ -73,7 +75,7 @@ class Controller:
             )
         )
         clusters = OneCluster(ZONE, self.client)
-        self.creation = CreateVolume(clusters, SETTINGS)
+        self.creation = CreateVolume(clusters, SETTINGS, Snapshots(clusters, ZoneFeatures(clusters)))
         self.deletion = DeleteVolume(clusters, SETTINGS)
         self.publication = PublishVolume(clusters, SETTINGS)
         self.unpublication = UnpublishVolume(clusters, SETTINGS)

@@ -14,8 +14,10 @@ import pytest
 
 from csi_driver.controller.capacity import ExpandVolume, GetCapacity
 from csi_driver.controller.create_volume import CreateVolume, EncryptionNotInitialised
+from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.settings import LuksHeaders
 from csi_driver.errors import InvalidRequest, PreconditionFailed, VolumeNotFound
@@ -172,7 +174,7 @@ class EndToEnd:
         self.manager = manager
         clusters = FakeClusters(client)
         settings = ControllerSettings()
-        self.creation = CreateVolume(clusters, settings)
+        self.creation = CreateVolume(clusters, settings, Snapshots(clusters, ZoneFeatures(clusters)))
         self.expand = ExpandVolume(clusters)
         self.publication = PublishVolume(clusters, settings)
         self.get_capacity = GetCapacity(clusters, settings)

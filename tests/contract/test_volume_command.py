@@ -11,8 +11,10 @@ import pytest
 
 from csi_driver import __main__ as program
 from csi_driver.controller.create_volume import CreateVolume
+from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.ports import CreateRequest, PublishRequest
 from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.deadline import Deadline
 from csi_driver.management.clusters import OneCluster
 from csi_driver.model import DEFAULT_ZONE, GIB, AccessMode, Capability, CapacityRange, MountAccess
@@ -45,7 +47,11 @@ def test_a_volume_is_shown_allowed_once_and_refused_then(storage: Storage, capsy
     clusters = OneCluster(DEFAULT_ZONE, storage.connect())
     settings = ControllerSettings()
     request = CreateRequest("pvc-1", CapacityRange(2 * GIB), (RWO,))
-    handle = CreateVolume(clusters, settings).create(request, deadline=Deadline.after(20)).volume_id
+    handle = (
+        CreateVolume(clusters, settings, Snapshots(clusters, ZoneFeatures(clusters)))
+        .create(request, deadline=Deadline.after(20))
+        .volume_id
+    )
 
     assert by_hand(storage, "show", handle) == 0
     assert f"usable bytes:   {2 * GIB}\n" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.list_volumes import ListVolumes
 from csi_driver.controller.ports import CreateRequest, Management, PublishRequest, TopologyRequirement
 from csi_driver.controller.publish import PublishVolume
+from csi_driver.controller.snapshots import Snapshots
 from csi_driver.controller.validate import ModifyVolume, ValidateVolume
 from csi_driver.controller.zones import ZONE_POOL, ZonePool
 from csi_driver.deadline import Deadline
@@ -68,7 +69,8 @@ class World:
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
         self.clusters = FakeClusters(management or self.zones)
-        self.creation = CreateVolume(self.clusters, self.settings, pool)
+        self.snapshots = Snapshots(self.clusters, ZoneFeatures(self.clusters))
+        self.creation = CreateVolume(self.clusters, self.settings, self.snapshots, pool)
         self.deletion = DeleteVolume(self.clusters, self.settings)
         self.publication = PublishVolume(self.clusters, self.settings)
         self.unpublication = UnpublishVolume(self.clusters, self.settings)
