@@ -186,7 +186,7 @@ def secret_fd(secret: str) -> Iterator[int]:
 _AFTER_KILL_S = 5.0
 _KILL_WHEN_PARENT_ENDS = 'exec {0}<&0 </dev/null; (read -r _ <&{0}; kill -s KILL -- "-$$") & exec "$@" {0}<&-'
 """Standard input is the pipe; in the subshell `$$` is the process id of the child, which is its group's id too."""
-_FEW_HEAPS = {"MALLOC_ARENA_MAX": "2"}
+_ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 """As in the image: each thread of a role would get a heap of its own."""
 _SHELL_FDS = range(3, 10)
 """Descriptors that a POSIX shell can redirect."""
@@ -258,7 +258,7 @@ class ChildProcesses:
                 stdin=reading,
                 stdout=log_fd,
                 stderr=log_fd,
-                env={"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", **_FEW_HEAPS},
+                env={"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", **_ONE_HEAP},
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
             )

@@ -35,7 +35,6 @@ _IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _CONNECT_TIMEOUT_S = 5.0
 _LEAST_TIMEOUT_S = 0.001
 """A socket takes 0 for "do not wait"."""
-_BUFFER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ class _ResponseReader(io.RawIOBase):
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream that `HTTPResponse` reads."""
-        return io.BufferedReader(self, _BUFFER_BYTES)
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
