@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.model import AccessMode, Capability, MountAccess
+from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.bench.life import BLOCK, Volume, life_on, new_volumes
 from tests.bench.measure import MIB, Timing, timed
 from tests.bench.report import Report
 from tests.bench.stack import Stack
+from tests.client import CsiClient
 
 READERS = Capability(MountAccess(fs_type="ext4"), AccessMode.MULTI_NODE_READER_ONLY)
 
@@ -116,8 +118,19 @@ def measure_list(stack: Stack, report: Report, count: int) -> None:
         seen = 0
         for _ in range(5):
             begun = time.perf_counter()
-            seen = sum(1 for _ in stack.controller.volumes(page=page))
+            seen = _count_listed(stack.controller, page)
             best_ms = min(best_ms, (time.perf_counter() - begun) * 1000)
         table.row(name, seen, best_ms)
         report.figure(key, best_ms)
     print(f"(they were created at {made.per_second:.0f} per second, 16 at once)")
+
+
+def _count_listed(client: CsiClient, page: int) -> int:
+    """List to the end, without making objects of the entries: that would be a third of the time."""
+    seen, token = 0, ""
+    while True:
+        request = pb.ListVolumesRequest(max_entries=page, starting_token=token)
+        answer = client.call(client.controller.ListVolumes, request)
+        seen, token = seen + len(answer.entries), answer.next_token
+        if not token:
+            return seen
